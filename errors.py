@@ -1,0 +1,33 @@
+"""How every command ends: 0 done, 1 the run itself failed, 2 a user's mistake, 130 interrupted."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to do."""
+
+
+class RunError(Exception):
+    """A failure in the run itself, such as a loss that is no longer a number."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with its status; known failures end with one line on stderr."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        fail(error, 2)
+    except RunError as error:
+        fail(error, 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def fail(message: object, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,168 @@
+"""Score a text: loss, perplexity, bits per byte and greedy accuracy; compare finished runs."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cli import BOOK, Parser, add_device_options, add_model_options, load_model, number
+from data.tokens import load_tokens, token_bytes
+from data.windows import NOT_SCORED, evaluation_batches, split
+from errors import UserError, run_command
+from files import read_json, write_json
+from hardware import autocast, pick_device, pick_precision
+from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
+from model.gpt2 import GPT2Config
+from plots import draw_comparison
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of a text. `loss` is in nats, the mean over scored tokens."""
+
+    tokens: int
+    bytes: int
+    loss: float
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))  # e^700 is near the largest float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, tokens: np.ndarray, *, block_size: int, stride: int | None = None,
+    label_shift: int = 1, batch_size: int = 16, precision: str = "fp32",
+) -> Scores:
+    """Score each of `tokens` but the first `label_shift` once, in windows of `block_size`."""
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32,
+                        device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    was_training = model.training
+    model.eval()
+    batches = evaluation_batches(tokens, block_size, stride or block_size, label_shift, batch_size)
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(device), targets.to(device).flatten()
+        with autocast(device, precision):
+            logits = model(inputs).flatten(0, 1)  # (B * T, V)
+        total += F.cross_entropy(logits.float(), targets, ignore_index=NOT_SCORED, reduction="sum")
+        correct += (logits.argmax(-1) == targets).sum()
+    model.train(was_training)
+    scored = tokens[label_shift:]
+    return Scores(
+        tokens=len(scored),
+        bytes=int(token_bytes(model.config.vocab_size)[scored].sum()),
+        loss=total.item() / len(scored),
+        accuracy=correct.item() / len(scored),
+    )
+
+
+def check_block_size(block_size: int, config: GPT2Config) -> None:
+    if block_size > config.n_positions:
+        raise UserError(f"--block-size {block_size}: the base sees {config.n_positions} tokens "
+                        "at most")
+
+
+def parse_args():
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    add_model_options(parser)
+    parser.add_argument("--text", type=Path, default=None, metavar="FILE",
+                        help="UTF-8 text to score whole (default: data/book.txt's validation part)")
+    parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0), default=None,
+                        help="score only this last part of the text")
+    parser.add_argument("--block-size", type=number(int, 1), default=128)
+    parser.add_argument("--stride", type=number(int, 1), default=None,
+                        help="a window starts every so many tokens (default: the block size)")
+    parser.add_argument("--label-shift", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--batch-size", type=number(int, 1), default=16)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    parser.add_argument("--compare", type=Path, nargs="+", default=None, metavar="RUN",
+                        help="table and picture of finished runs, their base included")
+    add_device_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.compare:
+        return compare(args.compare)
+    if args.stride and args.stride > args.block_size:
+        raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    name, model = load_model(args)
+    check_block_size(args.block_size, model.config)
+    text = args.text or BOOK
+    fraction = args.val_fraction or (1.0 if args.text else 0.1)
+    tokens = load_tokens(text, model.config.vocab_size)
+    tokens = split(tokens, fraction)[1]
+    if len(tokens) <= args.label_shift:
+        raise UserError(f"{text}: {len(tokens)} tokens; too short to score")
+    scores = evaluate(model.to(device), tokens, block_size=args.block_size, stride=args.stride,
+                      label_shift=args.label_shift, batch_size=args.batch_size,
+                      precision=precision)
+    part = "" if fraction == 1 else f", the last {fraction:.0%}"
+    print(f"{text}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes\n"
+          f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.3f}, "
+          f"{scores.bits_per_byte:.4f} bits per byte, accuracy {scores.accuracy:.2%}")
+    if args.json:
+        write_json(args.json, {
+            "base": name, "adapter": str(args.adapter) if args.adapter else None,
+            "text": str(text), "val_fraction": fraction, "tokens": scores.tokens,
+            "bytes": scores.bytes, "loss": scores.loss, "perplexity": scores.perplexity,
+            "bits_per_byte": scores.bits_per_byte, "accuracy": scores.accuracy,
+        })
+
+
+COLUMNS = ("", "trainable", "share", "val loss", "perplexity", "bits/byte", "seconds", "tokens/s",
+           "peak MB", "MB on disk")
+COMPARABLE = ("book", "val_fraction", "block_size", "label_shift")  # else losses do not compare
+
+
+def compare(directories: list[Path]) -> None:
+    """Print the table of finished runs and their bases, and draw it beside the first run."""
+    runs = [(directory, read_json(directory / "run.json")) for directory in directories]
+    measures = {(run["base"], *(run["options"][name] for name in COMPARABLE)) for _, run in runs}
+    if len(measures) > 1:
+        print("note: these runs differ in base, book, split, block or label shift; "
+              "their losses do not compare")
+    rows = [("base " + base, None, run) for base, run in {r["base"]: r for _, r in runs}.items()]
+    rows += [(run["method"], directory, run) for directory, run in runs]
+    cells = [_cells(*row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
+    for line in (COLUMNS, ["-" * width for width in widths], *cells):
+        padded = [text.ljust(w) if i == 0 else text.rjust(w)
+                  for i, (text, w) in enumerate(zip(line, widths, strict=True))]
+        print("| " + " | ".join(padded) + " |")
+    picture = directories[0].resolve().parent / "compare.png"
+    if draw_comparison(runs, picture):
+        print(f"drawn in {picture}")
+
+
+def _cells(name: str, directory: Path | None, run: dict) -> list[str]:
+    """One row of the table; without a directory, that of the run's base."""
+    if directory is None:
+        loss = run["base_val_loss"]
+        bits = run["best_val_bits_per_byte"] * loss / run["best_val_loss"]  # over the same bytes
+        return [name, "0", "0 %", f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{bits:.4f}", *"----"]
+    weights = directory / (ADAPTER_WEIGHTS if run["method"] == "lora" else MODEL_WEIGHTS)
+    return [name, f"{run['trainable_parameters']:,}", f"{run['trainable_percent']:.4f} %",
+            f"{run['best_val_loss']:.4f}", f"{run['best_val_perplexity']:.2f}",
+            f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",
+            f"{run['tokens_per_second']:,.0f}", f"{run['peak_memory_mb']:,.0f}",
+            f"{weights.stat().st_size / 1e6:,.2f}"]
+
+
+if __name__ == "__main__":
+    run_command(main)

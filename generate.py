@@ -1,0 +1,126 @@
+"""Text from a base, with or without an adapter."""
+
+import codecs
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cli import Parser, add_device_options, add_model_options, load_model, number
+from data.tokens import encode
+from errors import UserError, run_command
+from hardware import autocast, pick_device, pick_precision
+from lora.inject import adapter_disabled
+from model.gpt2 import GPT2, KVCache
+from model.tokenizer import load_tokenizer
+
+
+def parse_args():
+    parser = Parser(prog="generate.py", description=__doc__)
+    add_model_options(parser)
+    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT",
+                        help="one text or several; each is continued by itself")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N")
+    parser.add_argument("--temperature", type=number(float, 0.0, 100.0), default=0.8,
+                        help="0 always takes the likeliest token (default: %(default)s)")
+    parser.add_argument("--top-k", type=number(int, 0), default=50,
+                        help="draw from the k likeliest tokens; 0: from all (default: %(default)s)")
+    parser.add_argument("--top-p", type=number(float, 1e-9, 1.0), default=1.0,
+                        help="draw from the likeliest tokens that together reach this probability")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42)
+    parser.add_argument("--with-base", action="store_true",
+                        help="first show what the base alone writes, for comparison")
+    add_device_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for prompt in args.prompt:
+        if not prompt.strip():
+            raise UserError("--prompt is empty: give the text to continue")
+    if args.with_base and not args.adapter:
+        raise UserError("--with-base compares with an adapter: give --adapter")
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    name, model = load_model(args)
+    model.to(device)
+    with autocast(device, precision):
+        if args.with_base:
+            print(f"=== {name}\n")
+            with adapter_disabled(model):
+                write_texts(model, args)
+            print(f"=== {name} with {args.adapter}\n")
+        write_texts(model, args)
+
+
+def write_texts(model: GPT2, args) -> None:
+    """Continue every prompt on stdout, token by token. A prompt's text does not depend on others."""
+    for prompt in args.prompt:
+        device = model.wte.weight.device
+        generator = torch.Generator(device).manual_seed(args.seed)
+        print(prompt, end="", flush=True)
+        for text in stream_text(model, prompt, args.max_new_tokens, temperature=args.temperature,
+                                top_k=args.top_k, top_p=args.top_p, generator=generator):
+            print(text, end="", flush=True)
+        print("\n")
+
+
+def stream_text(model: GPT2, prompt: str, max_new_tokens: int, **sampling) -> Iterator[str]:
+    """The continuation of `prompt`, in pieces as they become whole characters."""
+    encoding = load_tokenizer(model.config.vocab_size)
+    ids = torch.from_numpy(encode(encoding, prompt).astype("int64")).to(model.wte.weight.device)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end mid-character
+    for token in generate(model, ids, max_new_tokens, **sampling):
+        if token == encoding.eot_token:
+            break
+        yield decoder.decode(encoding.decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT2, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Draw tokens one by one after `ids` (T,), T >= 1; the caller decides when to stop.
+
+    Keys and values of past tokens are cached. When the context is full, its older half is
+    forgotten and the rest is read again: learned positions cannot be shifted in the cache.
+    """
+    context = model.config.n_positions
+    window, cache = ids[-context:], KVCache()
+    new = window
+    for _ in range(max_new_tokens):
+        if len(window) > context:
+            window, cache = window[-(context // 2):], KVCache()
+            new = window
+        logits = model(new[None], cache)[0, -1].float()  # (V,)
+        new = sample(logits, temperature, top_k, top_p, generator)  # (1,)
+        window = torch.cat((window, new))
+        yield new.item()
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
+
+    Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always
+    stays; a temperature of 0 takes it.
+    """
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.softmax(-1).sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
+        logits = logits.index_fill(0, index[before >= top_p], -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+if __name__ == "__main__":
+    run_command(main)

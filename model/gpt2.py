@@ -1,0 +1,159 @@
+"""GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
+
+Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...), so a state dict needs
+no map. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+
+Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class GPT2Config:
+    """The fields of a Hugging Face GPT-2 `config.json` that change the result."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # width of the MLP; None is 4 * n_embd
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one (B, H, T, D) pair a block."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return self.keys[0].size(2) if self.keys else 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one block's new keys and values; return all of that block's."""
+        if layer == len(self.keys):
+            self.keys.append(k)
+            self.values.append(v)
+        else:
+            self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)
+            self.values[layer] = torch.cat((self.values[layer], v), dim=2)
+        return self.keys[layer], self.values[layer]
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention with q, k and v fused into one projection, `c_attn`."""
+
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        past = 0
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+            past = k.size(2) - T
+        y = F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None,
+            dropout_p=self.attn_pdrop if self.training else 0.0,
+            is_causal=past == 0,
+        )  # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
+    """(new, past + new) booleans: new token i sees every token up to past + i."""
+    return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # GPT-2 was trained with the tanh form of GELU; the erf form is close, but another function.
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The language model. Its head is `wte` itself, so tying cannot come undone."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V). With a cache, `idx` continues what it holds."""
+        return F.linear(self.hidden(idx, cache), self.wte.weight)  # (B, T, V)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) to the final hidden states (B, T, C) that the tied head reads."""
+        past = 0 if cache is None else len(cache)
+        positions = torch.arange(past, past + idx.size(1), device=idx.device)  # (T,)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        for block in self.h:
+            x = block(x, cache)
+        return self.ln_f(x)
+
+    def set_dropout(self, p: float) -> None:
+        """Give all of the base's dropouts (embedding, attention, residual) the probability `p`."""
+        self.drop.p = p
+        for block in self.h:
+            block.attn.attn_pdrop = block.attn.resid_dropout.p = block.mlp.dropout.p = p
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """GPT-2's own scheme: N(0, 0.02), biases 0, and the projections that write to the
+        residual stream scaled by 1 / sqrt(2 * n_layer), the number of such additions (paper, 2.3).
+        """
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                scale = 1 / math.sqrt(2 * self.config.n_layer)
+                parameter.normal_(0.0, std * scale, generator=generator)
+            elif parameter.ndim == 2:
+                parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)  # LayerNorm weights
