@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def write_texts(model: GPT2, args) -> None:
-    """Continue every prompt on stdout, token by token. A prompt's text does not depend on others."""
+    """Continue every prompt on stdout, token by token, each as if it were the only one."""
     for prompt in args.prompt:
         device = model.wte.weight.device
         generator = torch.Generator(device).manual_seed(args.seed)
@@ -70,7 +70,8 @@ def stream_text(model: GPT2, prompt: str, max_new_tokens: int, **sampling) -> It
     """The continuation of `prompt`, in pieces as they become whole characters."""
     encoding = load_tokenizer(model.config.vocab_size)
     ids = torch.from_numpy(encode(encoding, prompt).astype("int64")).to(model.wte.weight.device)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end mid-character
+    # A token may end in the middle of a character.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in generate(model, ids, max_new_tokens, **sampling):
         if token == encoding.eot_token:
             break

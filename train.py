@@ -302,7 +302,8 @@ class Trainer:
         loss, grad_norm, tokens_per_second, seconds = self.interval.read()
         step = self.progress.step
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} at step {step}; lower --lr, or use --precision fp32")
+            raise RunError(f"the loss is {loss} at step {step}; try a lower --lr or "
+                           "--precision fp32")
         self.progress.training_seconds += seconds
         lr = self.optimizer.param_groups[0]["lr"]
         bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s")

@@ -85,7 +85,8 @@ def _pieces(book: Path) -> Iterator[str]:
                 if cut:
                     yield text[:cut]
                 elif len(rest) > LONGEST_RUN:
-                    raise UserError(f"{book}: {len(rest):,} characters without a word boundary; not a text")
+                    raise UserError(f"{book}: {len(rest):,} characters without a space or a new "
+                                    "line between words; not a text")
     except UnicodeDecodeError as error:
         raise UserError(f"{book}: not UTF-8 text ({error.reason}); convert it first") from error
     if rest:

@@ -18,7 +18,7 @@ def split(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarr
 
 @dataclass(frozen=True)
 class Windows:
-    """`block_size` inputs starting every `stride` tokens; position t is scored on t + label_shift."""
+    """`block_size` inputs every `stride` tokens; position t is scored on token t + label_shift."""
 
     tokens: np.ndarray
     block_size: int

@@ -146,7 +146,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing, truncated or not a safetensors file ({error})") from error
+        raise UserError(f"{path}: missing, damaged or not a safetensors file ({error})") from error
 
 
 def _checked(path: Path, key: str, tensor: Tensor, shape: torch.Size) -> Tensor:

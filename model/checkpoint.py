@@ -55,7 +55,8 @@ def load_gpt2(directory: Path) -> GPT2:
             name = "wte.weight"  # a stored copy of the tied head
         if name not in shapes:
             raise UserError(f"{path}: unexpected tensor {key}; not a GPT-2 of this config.json")
-        tensor = _as_parameter(path, key, read(), shapes[name], transposed=bool(CONV1D.search(name)))
+        transposed = CONV1D.search(name) is not None
+        tensor = _as_parameter(path, key, read(), shapes[name], transposed)
         if name in tensors and not torch.equal(tensor, tensors[name]):
             raise UserError(f"{path}: {key} differs from wte.weight; GPT-2's head is tied to it")
         tensors[name] = tensor
@@ -84,14 +85,15 @@ def load_config(directory: Path) -> GPT2Config:
         raise UserError(f"{path}: model_type is {stored.get('model_type')!r}; only 'gpt2' is known")
     for field, known in FIXED.items():
         if field in stored and stored[field] not in known:
-            raise UserError(f"{path}: {field} {stored[field]!r} is not supported (only {known[0]!r})")
+            raise UserError(f"{path}: {field} {stored[field]!r} is not supported, "
+                            f"only {known[0]!r}")
     fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
     for field, value in fields.items():
         if problem := _problem(field, value):
             raise UserError(f"{path}: {field} {value!r} {problem}")
     config = GPT2Config(**fields)
     if config.n_embd % config.n_head:
-        raise UserError(f"{path}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
     return config
 
 

@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import json
 import os
+import queue
 import re
 import threading
 import time
@@ -119,21 +120,22 @@ def _probe() -> None:
     In a thread, because a socket's time-out bounds neither the look-up of a name nor the sum
     over all of a host's addresses.
     """
-    problem = HubError(_endpoint(), f"cannot be reached (no answer in {PROBE_SECONDS} s)")
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def ask() -> None:
-        nonlocal problem
         try:
             _open(_url("gpt2", CONFIG), PROBE_SECONDS)[0].close()
-            problem = None
+            answers.put(None)
         except HubError as error:
-            problem = HubError(_endpoint(), error.reason)
+            answers.put(error.reason)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        problem = answers.get(timeout=PROBE_SECONDS)
+    except queue.Empty:
+        problem = f"cannot be reached (no answer in {PROBE_SECONDS} s)"
     if problem:
-        raise problem
+        raise HubError(_endpoint(), problem)
 
 
 def _download(name: str) -> Path:
