@@ -69,3 +69,69 @@ def load_model(args: argparse.Namespace) -> tuple[str, GPT2]:
     if args.adapter:
         load_adapter(model, args.adapter)
     return name, model
+
+
+def parse_train_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """`train.py`'s options. Defaults are the reference run's; the two methods' differ in few."""
+    parser = Parser(prog="train.py", description=description.splitlines()[0])
+    methods = parser.add_subparsers(dest="method", required=True)
+    for method, batch_size, lr in (("lora", 16, 3e-4), ("full", 64, 3e-5)):
+        sub = methods.add_parser(method, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add_base_options(sub)
+        _add_data_options(sub)
+        _add_training_options(sub, batch_size, lr)
+        _add_run_options(sub, ROOT / "runs" / method)
+        if method == "lora":
+            _add_lora_options(sub)
+    return parser.parse_args(argv)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--book", type=Path, default=BOOK, help="UTF-8 text file")
+    parser.add_argument("--block-size", type=number(int, 1), default=128, help="tokens a window")
+    parser.add_argument("--stride", type=number(int, 1), default=32,
+                        help="a training window starts every so many tokens")
+    parser.add_argument("--val-fraction", type=number(float, 0.001, 0.9), default=0.1)
+    parser.add_argument("--label-shift", type=int, choices=(1, 2), default=1,
+                        help="1: next token; 2: the reference run's measure")
+
+
+def _add_training_options(parser: argparse.ArgumentParser, batch_size: int, lr: float) -> None:
+    parser.add_argument("--epochs", type=number(int, 1), default=3)
+    parser.add_argument("--max-steps", type=number(int, 1), default=None,
+                        help="end here if the epochs do not end sooner; the schedule ends here too")
+    parser.add_argument("--batch-size", type=number(int, 1), default=batch_size,
+                        help="windows a step")
+    parser.add_argument("--grad-accum", type=number(int, 1), default=1,
+                        help="parts a step's batch is computed in: saves memory, same result")
+    parser.add_argument("--lr", type=number(float, 1e-12, 10.0), default=lr)
+    parser.add_argument("--weight-decay", type=number(float, 0.0, 10.0), default=0.01)
+    parser.add_argument("--warmup-ratio", type=number(float, 0.0, 1.0, below=True), default=0.06)
+    parser.add_argument("--clip", type=number(float, 0.0), default=1.0,
+                        help="largest gradient norm; 0 does not clip")
+    parser.add_argument("--base-dropout", type=number(float, 0.0, 1.0, below=True), default=None,
+                        help="all of the base's dropouts; default: its config's")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    add_device_options(parser)
+
+
+def _add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--eval-every", type=number(int, 1), default=None,
+                        help="validate every so many steps, besides after each epoch")
+    parser.add_argument("--log-every", type=number(int, 1), default=10)
+    parser.add_argument("--checkpoint-every", type=number(int, 1), default=None,
+                        help="save every so many steps, besides after each epoch")
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    state.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+
+
+def _add_lora_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--r", type=number(int, 1), default=8, help="rank")
+    parser.add_argument("--lora-alpha", type=number(int, 1), default=16)
+    parser.add_argument("--lora-dropout", type=number(float, 0.0, 1.0, below=True), default=0.05)
+    parser.add_argument("--target-modules", nargs="+", default=["c_attn"], metavar="NAME")
+    parser.add_argument("--init-adapter", type=Path, default=None, metavar="DIR",
+                        help="start from this adapter; it brings its own rank, alpha and targets")

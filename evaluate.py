@@ -38,6 +38,10 @@ class Scores:
     def bits_per_byte(self) -> float:
         return self.loss * self.tokens / math.log(2) / self.bytes
 
+    def __str__(self) -> str:
+        return (f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, "
+                f"{self.bits_per_byte:.4f} bits per byte")
+
 
 @torch.no_grad()
 def evaluate(
@@ -114,8 +118,7 @@ def main() -> None:
                       precision=precision)
     part = "" if fraction == 1 else f", the last {fraction:.0%}"
     print(f"{text}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes\n"
-          f"loss {scores.loss:.4f}, perplexity {scores.perplexity:.3f}, "
-          f"{scores.bits_per_byte:.4f} bits per byte, accuracy {scores.accuracy:.2%}")
+          f"{scores}, accuracy {scores.accuracy:.2%}")
     if args.json:
         write_json(args.json, {
             "base": name, "adapter": str(args.adapter) if args.adapter else None,

@@ -35,6 +35,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """The most memory held so far, in MB (10^6 bytes): CUDA's allocator, else the process."""
     if device.type == "cuda":

@@ -1,10 +1,10 @@
 """The pictures: a run's `loss.png`, and the comparison of several runs."""
 
-import json
 import math
 from pathlib import Path
 
 from files import atomic_path
+from run_directory import read_metrics
 
 try:
     import matplotlib
@@ -20,7 +20,7 @@ def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
     """`loss.png` from `metrics.jsonl`: training loss, validation loss, and the base's as a line."""
     if not _can_draw():
         return False
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(out)
     validated = [line for line in lines if "val_loss" in line]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines],

@@ -4,12 +4,12 @@ One loop serves both methods; they differ in which parameters are trained and in
 """
 
 import argparse
-import json
 import math
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import BOOK, ROOT, Parser, add_base_options, add_device_options, number
-from data.tokens import file_sha256, load_tokens
+from cli import parse_train_args
+from data.tokens import load_tokens
 from data.windows import Windows, split
 from errors import RunError, UserError, run_command
 from evaluate import Scores, check_block_size, evaluate
-from files import atomic_path, write_json
-from hardware import autocast, peak_memory_mb, pick_device, pick_precision
+from files import write_json
+from hardware import autocast, device_name, peak_memory_mb, pick_device, pick_precision
 from lora.adapter import load_adapter, save_adapter
 from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, count_parameters, describe_parameters, inject
@@ -33,83 +33,22 @@ from model.checkpoint import has_weights, load_config, load_gpt2, save_gpt2
 from model.gpt2 import GPT2
 from model.hub import find_base
 from plots import draw_loss
-
-# Everything that a run writes; `--overwrite` removes these names and no others.
-RUN_FILES = ("run.json", "metrics.jsonl", "loss.png", "checkpoint.pt", "adapter_config.json",
-             "adapter_model.safetensors", "config.json", "model.safetensors")
-# Options that may change when a run is resumed, for they do not change its result.
-HARMLESS = {"out", "device", "log_every", "checkpoint_every", "resume", "overwrite"}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
-    methods = parser.add_subparsers(dest="method", required=True)
-    for method, batch_size, lr in (("lora", 16, 3e-4), ("full", 64, 3e-5)):
-        sub = methods.add_parser(method, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        add_base_options(sub)
-        _add_data_options(sub)
-        _add_training_options(sub, batch_size, lr)
-        _add_run_options(sub, ROOT / "runs" / method)
-        if method == "lora":
-            _add_lora_options(sub)
-    return parser.parse_args(argv)
-
-
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--book", type=Path, default=BOOK, help="UTF-8 text file")
-    parser.add_argument("--block-size", type=number(int, 1), default=128, help="tokens a window")
-    parser.add_argument("--stride", type=number(int, 1), default=32,
-                        help="a training window starts every so many tokens")
-    parser.add_argument("--val-fraction", type=number(float, 0.001, 0.9), default=0.1)
-    parser.add_argument("--label-shift", type=int, choices=(1, 2), default=1,
-                        help="1: next token; 2: the reference run's measure")
-
-
-def _add_training_options(parser: argparse.ArgumentParser, batch_size: int, lr: float) -> None:
-    parser.add_argument("--epochs", type=number(int, 1), default=3)
-    parser.add_argument("--max-steps", type=number(int, 1), default=None,
-                        help="end here if the epochs do not end sooner; the schedule ends here too")
-    parser.add_argument("--batch-size", type=number(int, 1), default=batch_size,
-                        help="windows a step")
-    parser.add_argument("--grad-accum", type=number(int, 1), default=1,
-                        help="parts a step's batch is computed in: saves memory, same result")
-    parser.add_argument("--lr", type=number(float, 1e-12, 10.0), default=lr)
-    parser.add_argument("--weight-decay", type=number(float, 0.0, 10.0), default=0.01)
-    parser.add_argument("--warmup-ratio", type=number(float, 0.0, 1.0, below=True), default=0.06)
-    parser.add_argument("--clip", type=number(float, 0.0), default=1.0,
-                        help="largest gradient norm; 0 does not clip")
-    parser.add_argument("--base-dropout", type=number(float, 0.0, 1.0, below=True), default=None,
-                        help="all of the base's dropouts; default: its config's")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
-    add_device_options(parser)
-
-
-def _add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
-    parser.add_argument("--out", type=Path, default=out)
-    parser.add_argument("--eval-every", type=number(int, 1), default=None,
-                        help="validate every so many steps, besides after each epoch")
-    parser.add_argument("--log-every", type=number(int, 1), default=10)
-    parser.add_argument("--checkpoint-every", type=number(int, 1), default=None,
-                        help="save every so many steps, besides after each epoch")
-    state = parser.add_mutually_exclusive_group()
-    state.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    state.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-
-
-def _add_lora_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--r", type=number(int, 1), default=8, help="rank")
-    parser.add_argument("--lora-alpha", type=number(float, 1e-6, 1e6), default=16)
-    parser.add_argument("--lora-dropout", type=number(float, 0.0, 1.0, below=True), default=0.05)
-    parser.add_argument("--target-modules", nargs="+", default=["c_attn"], metavar="NAME")
-    parser.add_argument("--init-adapter", type=Path, default=None, metavar="DIR",
-                        help="start from this adapter; it brings its own rank, alpha and targets")
+from run_directory import (
+    RUN,
+    append_metrics,
+    check_out,
+    cut_metrics,
+    options,
+    read_checkpoint,
+    start_afresh,
+    write_checkpoint,
+)
 
 
 def main() -> None:
-    args = parse_args()
+    args = parse_train_args(__doc__)
     check_out(args)
-    if args.resume and (args.out / "run.json").exists():
+    if args.resume and (args.out / RUN).exists():
         print(f"{args.out}: this run is finished; nothing to resume")
         return
     device = pick_device(args.device)
@@ -118,36 +57,15 @@ def main() -> None:
     args.base, directory = find_base(args.base)
     model, lora_config = build_model(args, directory)
     print(describe_parameters(model))
-    train_windows, val_tokens = load_data(args, model)
-    trainer = Trainer(args, model.to(device), lora_config, train_windows, val_tokens)
+    windows, val_tokens = load_data(args, model)
+    trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens)
     if args.resume:
         trainer.resume()
     else:
         start_afresh(args.out)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, trainer.on_signal)
     trainer.run()
-
-
-def check_out(args: argparse.Namespace) -> None:
-    """Refuse an output directory that would lose something. Raises UserError."""
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a file; name a directory")
-    if Path(args.base).is_dir() and args.out.resolve() == Path(args.base).resolve():
-        raise UserError(f"--out {args.out}: is the base's own directory; name another")
-    held = [name for name in RUN_FILES if (args.out / name).exists()]
-    if args.resume and not {"checkpoint.pt", "run.json"} & set(held):
-        raise UserError(f"--resume: {args.out} holds no checkpoint; start without --resume")
-    if held and not (args.resume or args.overwrite):
-        raise UserError(f"--out {args.out}: holds a run ({held[0]}); use --resume to go on, "
-                        "--overwrite to replace it, or another --out")
-
-
-def start_afresh(out: Path) -> None:
-    """An empty run directory, old results removed. Raises UserError if it cannot be written."""
-    with atomic_path(out / "metrics.jsonl"):
-        pass
-    for name in RUN_FILES:
-        if name != "metrics.jsonl":
-            (out / name).unlink(missing_ok=True)
 
 
 def build_model(args: argparse.Namespace, directory: Path) -> tuple[GPT2, LoRAConfig | None]:
@@ -205,18 +123,20 @@ class Progress:
     """What a run knows of itself besides its tensors; saved with every checkpoint."""
 
     step: int = 0
+    tokens: int = 0  # trained on so far
+    training_seconds: float = 0.0  # in training steps alone
+    seconds: float = 0.0  # wall clock, validation and saving included
     base_val_loss: float = math.nan
     best_val_loss: float = math.inf
     best_val_bits_per_byte: float = math.inf
-    seconds: float = 0.0  # wall clock, validation and saving included
-    training_seconds: float = 0.0  # in training steps alone
     metrics_bytes: int = 0  # length of metrics.jsonl
 
 
 class Trainer:
     """AMP, AdamW, warm-up and cosine, accumulation, clipping, validation, checkpoints."""
 
-    def __init__(self, args, model: GPT2, lora_config, windows: Windows, val_tokens: np.ndarray):
+    def __init__(self, args: argparse.Namespace, model: GPT2, lora_config: LoRAConfig | None,
+                 windows: Windows, val_tokens: np.ndarray):
         self.args, self.model, self.lora_config = args, model, lora_config
         self.windows, self.val_tokens = windows, val_tokens
         self.device = model.wte.weight.device
@@ -229,54 +149,56 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(windows) / args.batch_size)
         self.total_steps = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.progress = Progress()
+        self.interval = Interval(self.device)
         self.stop_signal: int | None = None
 
     def run(self) -> None:
         """Train from where the run stands to its end, and leave its files in `--out`."""
-        self.started = time.perf_counter() - self.progress.seconds
-        if self.progress.step == 0:
+        progress = self.progress
+        self.started = time.perf_counter() - progress.seconds
+        if progress.step == 0:
             self.validate_base()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.on_signal)
         self.model.train()
-        self.interval = Interval(self.device)
-        with tqdm(total=self.total_steps, initial=self.progress.step, unit="step",
-                  disable=None) as bar:
-            while self.progress.step < self.total_steps:
-                self.step()
+        self.interval.restart()
+        with tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None) as bar:
+            for batch in self.batches(progress.step):
+                self.step(batch)
                 bar.update()
                 self.after_step(bar)
         self.finish()
 
-    def on_signal(self, number: int, frame) -> None:
-        """The first signal lets the step end and saves; a second one stops at once."""
-        self.stop_signal = number
-        signal.signal(number, signal.default_int_handler)
+    def batches(self, step: int) -> Iterator[np.ndarray]:
+        """The windows of every step from `step` to the last, epoch after epoch in its own order."""
+        while step < self.total_steps:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            order = self.windows.epoch_order(self.args.seed, epoch)
+            for start in range(position * self.args.batch_size, len(order), self.args.batch_size):
+                if step == self.total_steps:
+                    return
+                yield order[start : start + self.args.batch_size]
+                step += 1
 
-    def step(self) -> None:
-        """One optimizer step on one batch of windows, computed in `--grad-accum` parts."""
-        args = self.args
-        epoch, position = divmod(self.progress.step, self.steps_per_epoch)
-        if position == 0 or not hasattr(self, "order"):
-            self.order = self.windows.epoch_order(args.seed, epoch)
-        batch = self.order[position * args.batch_size : (position + 1) * args.batch_size]
-        tokens = len(batch) * args.block_size
+    def step(self, batch: np.ndarray) -> None:
+        """One optimizer step on these windows, computed in `--grad-accum` parts."""
+        args, tokens = self.args, len(batch) * self.args.block_size
         for part in np.array_split(batch, min(args.grad_accum, len(batch))):
-            inputs, targets = self.windows.batch(part)
+            inputs, targets = (x.to(self.device) for x in self.windows.batch(part))  # (B, T) each
             with autocast(self.device, args.precision):
-                loss = self.summed_loss(self.model, inputs.to(self.device), targets.to(self.device))
-            # Divided by the whole batch's tokens: parts are weighted by tokens, not equally.
+                loss = self.summed_loss(self.model, inputs, targets)
+            # Over the whole batch's tokens: parts count by their tokens, not equally.
             self.scaler.scale(loss / tokens).backward()
-            self.interval.add_loss(loss)
+            self.interval.loss += loss.detach()
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), args.clip or math.inf)
+        lr = learning_rate(self.progress.step, self.total_steps, args.lr, args.warmup_ratio)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.progress.step, self.total_steps, args.lr,
-                                        args.warmup_ratio)
+            group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.interval.add_step(tokens, grad_norm)
+        self.interval.tokens += tokens
+        self.interval.grad_norm = grad_norm
+        self.progress.tokens += tokens
         self.progress.step += 1
 
     def after_step(self, bar: tqdm) -> None:
@@ -288,27 +210,36 @@ class Trainer:
             metrics = self.measure(bar)
             if validates:
                 metrics |= self.validate()
-            self.log(metrics)
+            self.progress.metrics_bytes = append_metrics(args.out, metrics)
         saves = epoch_ends or (args.checkpoint_every and step % args.checkpoint_every == 0)
         if saves or self.stop_signal:
             self.save_checkpoint()
         if self.stop_signal:
-            command = shlex.join(["python", *sys.argv])
-            tqdm.write(f"stopped after step {step}; go on with: {command} --resume", sys.stderr)
+            command = shlex.join(["python", *(arg for arg in sys.argv if arg != "--overwrite")])
+            print(f"stopped after step {step}; go on with: {command} --resume", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
+
+    def on_signal(self, number: int, frame) -> None:
+        """The first signal lets the step end and saves; a second one stops at once."""
+        self.stop_signal = number
+        signal.signal(number, signal.default_int_handler)
 
     def measure(self, bar: tqdm) -> dict:
         """The metrics of the steps since the last call. Raises RunError on a non-finite loss."""
-        loss, grad_norm, tokens_per_second, seconds = self.interval.read()
-        step = self.progress.step
+        interval, progress = self.interval, self.progress
+        loss = interval.loss.item() / interval.tokens
+        seconds = interval.seconds()
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} at step {step}; try a lower --lr or "
+            raise RunError(f"the loss is {loss} at step {progress.step}; try a lower --lr or "
                            "--precision fp32")
-        self.progress.training_seconds += seconds
-        lr = self.optimizer.param_groups[0]["lr"]
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s")
-        return {"step": step, "epoch": step / self.steps_per_epoch, "loss": loss, "lr": lr,
-                "grad_norm": grad_norm, "tokens_per_second": tokens_per_second}
+        lr, speed = self.optimizer.param_groups[0]["lr"], interval.tokens / seconds
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
+        metrics = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch,
+                   "loss": loss, "lr": lr, "grad_norm": interval.grad_norm.item(),
+                   "tokens_per_second": speed}
+        progress.training_seconds += seconds
+        interval.restart()
+        return metrics
 
     def evaluate(self) -> Scores:
         args = self.args
@@ -320,21 +251,22 @@ class Trainer:
         with adapter_disabled(self.model):
             scores = self.evaluate()
         self.progress.base_val_loss = scores.loss
-        print(f"base: val loss {scores.loss:.4f}, perplexity {scores.perplexity:.3f}, "
-              f"{scores.bits_per_byte:.4f} bits per byte", flush=True)
+        print(f"base: val {scores}", flush=True)
 
     def validate(self) -> dict:
         """Score the validation part; keep the model if it is the best so far."""
         scores, progress = self.evaluate(), self.progress
+        if not math.isfinite(scores.loss):
+            raise RunError(f"the validation loss is {scores.loss} at step {progress.step}; "
+                           "try a lower --lr or --precision fp32")
         better = scores.loss < progress.best_val_loss
         if better:
             progress.best_val_loss = scores.loss
             progress.best_val_bits_per_byte = scores.bits_per_byte
             self.save_best()
-        tqdm.write(f"step {progress.step}/{self.total_steps}: val loss {scores.loss:.4f}, "
-                   f"perplexity {scores.perplexity:.3f}, {scores.bits_per_byte:.4f} bits per byte"
+        tqdm.write(f"step {progress.step}/{self.total_steps}: val {scores}"
                    + (", best so far" if better else ""))
-        self.interval.restart()
+        self.interval.restart()  # validation is not training time
         return {"val_loss": scores.loss, "val_perplexity": scores.perplexity,
                 "val_bits_per_byte": scores.bits_per_byte}
 
@@ -344,79 +276,60 @@ class Trainer:
         else:
             save_gpt2(self.model, self.args.out)
 
-    def log(self, metrics: dict) -> None:
-        with open(self.args.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-            self.progress.metrics_bytes = file.tell()
-
     def finish(self) -> None:
-        """Write `run.json` and `loss.png`; their presence says that the run is complete."""
+        """Draw `loss.png` and write `run.json`, whose presence says that the run is complete."""
         progress, args = self.progress, self.args
         progress.seconds = time.perf_counter() - self.started
-        trainable, total = count_parameters(self.model)
-        tokens = self.total_steps * args.batch_size * args.block_size
         draw_loss(args.out, args.method, progress.base_val_loss)
-        write_json(args.out / "run.json", {
+        trainable, total = count_parameters(self.model)
+        write_json(args.out / RUN, {
             "method": args.method, "base": args.base, "options": options(args),
             "trainable_parameters": trainable, "total_parameters": total,
             "trainable_percent": 100 * trainable / total,
-            "base_val_loss": progress.base_val_loss, "best_val_loss": progress.best_val_loss,
+            "base_val_loss": progress.base_val_loss,
+            "best_val_loss": progress.best_val_loss,
             "best_val_perplexity": math.exp(progress.best_val_loss),
             "best_val_bits_per_byte": progress.best_val_bits_per_byte,
             "steps": progress.step, "seconds": progress.seconds,
-            "tokens_per_second": tokens / progress.training_seconds,
+            "tokens_per_second": progress.tokens / progress.training_seconds,
             "peak_memory_mb": peak_memory_mb(self.device), "device": device_name(self.device),
             "precision": args.precision, "torch": torch.__version__,
         })
-        print(f"best val loss {progress.best_val_loss:.4f} "
-              f"(perplexity {math.exp(progress.best_val_loss):.3f}; base "
-              f"{math.exp(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
+        print(f"best: val perplexity {math.exp(progress.best_val_loss):.3f} "
+              f"(base {math.exp(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
               f"saved in {args.out}")
 
     def save_checkpoint(self) -> None:
-        """All that the next step depends on, without the frozen base, written atomically."""
+        """All that the next step depends on, without the frozen base."""
         self.progress.seconds = time.perf_counter() - self.started
-        state = {
+        cuda = self.device.type == "cuda"
+        write_checkpoint(self.args, {
             "progress": asdict(self.progress),
-            "options": options(self.args), "book": file_sha256(self.args.book),
-            "parameters": {n: p.detach() for n, p in self.trainable.items()},
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "parameters": {name: p.detach() for name, p in self.trainable.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-        }
-        with atomic_path(self.args.out / "checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+        })
 
     def resume(self) -> None:
         """Take up the run where its checkpoint left it. Raises UserError if this is another run."""
-        path = self.args.out / "checkpoint.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever its unpickler meets
-            raise UserError(f"{path}: cannot be read ({type(error).__name__})") from error
-        now = options(self.args)
-        for name, value in state["options"].items():
-            if name not in HARMLESS and now.get(name) != value:
-                raise UserError(f"--resume: {name} was {value!r} and is now {now.get(name)!r}; "
-                                "repeat the run's own options")
-        if state["book"] != file_sha256(self.args.book):
-            raise UserError(f"--resume: {self.args.book} has changed since the run began")
+        state = read_checkpoint(self.args)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.progress = Progress(**state["progress"])
-        with open(self.args.out / "metrics.jsonl", "rb+") as file:
-            file.truncate(self.progress.metrics_bytes)  # lines of steps that are run again
+        cut_metrics(self.args.out, self.progress.metrics_bytes)
         print(f"resuming after step {self.progress.step} of {self.total_steps}")
 
 
 class Interval:
-    """Sums over the steps since the last reading, kept on the device: no wait between steps."""
+    """Sums over the steps since `restart`, kept on the device so that no step waits for it."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -424,33 +337,12 @@ class Interval:
 
     def restart(self) -> None:
         self.loss = torch.zeros((), device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)  # of the last step
         self.tokens = 0
         self.began = time.perf_counter()
 
-    def add_loss(self, loss: Tensor) -> None:
-        self.loss += loss.detach()
-
-    def add_step(self, tokens: int, grad_norm: Tensor) -> None:
-        self.tokens += tokens
-        self.grad_norm = grad_norm
-
-    def read(self) -> tuple[float, float, float, float]:
-        """Mean loss a token, the last gradient norm, tokens per second, seconds; start anew."""
-        loss, grad_norm = self.loss.item() / self.tokens, self.grad_norm.item()
-        seconds = time.perf_counter() - self.began
-        tokens_per_second = self.tokens / seconds
-        self.restart()
-        return loss, grad_norm, tokens_per_second, seconds
-
-
-def options(args: argparse.Namespace) -> dict:
-    """Every option's value, as JSON holds it."""
-    return {name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(args).items() if name != "method"}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
 
 
 if __name__ == "__main__":

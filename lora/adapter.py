@@ -1,6 +1,7 @@
 """Adapter files in PEFT's format, read and written strictly."""
 
 from pathlib import Path
+from reprlib import repr as brief  # a value from a file, in one line of bounded length
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,26 +16,24 @@ from model.hub import HUB_NAMES, OWNER
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.transformer."
-# PEFT's fields that change the result and are not computed here, with the values that do not.
-UNSUPPORTED = {
+READ = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+# PEFT's fields that do not change what a trained adapter computes, whatever they say.
+IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config",
+}
+# Fields that may change it, and the values that are plain LoRA.
+PLAIN = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layers_to_transform": (None, []),
-    "layers_pattern": (None, []),
-    "layer_replication": (None, []),
-    "exclude_modules": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "megatron_config": (None,),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
+    "use_rslora": (True, False),
+    "fan_in_fan_out": (True, False),  # how the base stores W; A and B are stored alike in both
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
+OFF = (None, False, [], {})  # the value of PEFT's other switches, later ones included, when unused
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -45,7 +44,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path, base: str) -> None:
     """Write the model's adapter as stock PEFT reads it, each of the two files atomically."""
-    tensors = {key: weight.detach().cpu().contiguous()
+    tensors = {key: weight.detach().float().cpu().contiguous()
                for key, weight in adapter_tensors(model).items()}
     write_json(Path(directory) / CONFIG, _peft_config(config, base))
     with atomic_path(Path(directory) / WEIGHTS) as temporary:
@@ -80,23 +79,19 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
     Raises UserError that names the field for anything that is not plain LoRA on linear layers.
     """
     path = Path(directory) / CONFIG
-    stored = read_json(path)
-    if "peft_type" not in stored:
-        raise UserError(f"{path}: peft_type is missing; not an adapter")
-    for field, harmless in UNSUPPORTED.items():
-        if field in stored and stored[field] not in harmless:
-            raise UserError(f"{path}: {field} {stored[field]!r} is not supported")
+    stored = {"peft_type": None, "lora_dropout": 0.0} | read_json(path)
+    for field, value in stored.items():
+        if field not in READ | IGNORED and value not in PLAIN.get(field, OFF):
+            raise UserError(f"{path}: {brief(field)} {brief(value)} is not supported")
     targets = stored.get("target_modules")
-    targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
-        raise UserError(f"{path}: target_modules is not a list of module names")
+        raise UserError(f"{path}: target_modules {brief(targets)} is not a list of module names")
     return LoRAConfig(
         r=_number(path, stored, "r", int, 1, 1 << 20),
-        lora_alpha=_number(path, stored, "lora_alpha", (int, float), 0, 1e6),
-        lora_dropout=_number(path, stored | {"lora_dropout": stored.get("lora_dropout", 0.0)},
-                             "lora_dropout", (int, float), 0, 0.999999),
+        lora_alpha=_number(path, stored, "lora_alpha", int | float, 0, 1e6),
+        lora_dropout=_number(path, stored, "lora_dropout", int | float, 0, 1),
         target_modules=tuple(targets),
-        use_rslora=stored.get("use_rslora", False) is True,
+        use_rslora=bool(stored.get("use_rslora")),
     )
 
 
@@ -113,7 +108,8 @@ def adapter_base(directory: Path) -> str | None:
 def _number(path: Path, stored: dict, field: str, kind, low: float, high: float):
     value = stored.get(field)
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-        raise UserError(f"{path}: {field} {value!r} is not a number from {low} to {high:,}")
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
     return value
 
 
@@ -124,34 +120,43 @@ def load_adapter(model: nn.Module, directory: Path) -> LoRAConfig:
     finite: an adapter of another base never loads in part.
     """
     config = load_adapter_config(directory)
-    path = Path(directory) / WEIGHTS
     try:
         inject(model, config)
     except ValueError as error:
-        raise UserError(f"{path.parent}: does not fit this base: {error}") from error
-    stored = _read_tensors(path)
+        raise UserError(f"{Path(directory) / CONFIG}: does not fit this base: {error}") from error
     wanted = adapter_tensors(model)
-    if missing := sorted(wanted.keys() - stored.keys()):
-        raise UserError(f"{path}: tensor {missing[0]} is missing; the adapter is for another base")
-    if extra := sorted(stored.keys() - wanted.keys()):
-        raise UserError(f"{path}: unexpected tensor {extra[0]}; the adapter is for another base")
+    stored = _read_tensors(Path(directory) / WEIGHTS, {k: w.shape for k, w in wanted.items()})
     with torch.no_grad():
         for key, weight in wanted.items():
-            weight.copy_(_checked(path, key, stored[key], weight.shape))
+            weight.copy_(stored[key])
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of `shapes`, if the file holds them and no others."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            keys = set(file.keys())
+            if missing := sorted(shapes.keys() - keys):
+                raise UserError(f"{path}: tensor {missing[0]} is missing; the adapter is for "
+                                "another base")
+            if extra := sorted(keys - shapes.keys()):
+                raise UserError(f"{path}: unexpected tensor {brief(extra[0])}; the adapter is for "
+                                "another base")
+            return {key: _read_tensor(path, file, key, shape) for key, shape in shapes.items()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing, damaged or not a safetensors file ({error})") from error
+        raise UserError(f"{path}: missing, truncated or not a safetensors file") from error
 
 
-def _checked(path: Path, key: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape != shape:
-        raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, this base needs {tuple(shape)}")
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-        raise UserError(f"{path}: {key} does not hold finite floating-point numbers")
+def _read_tensor(path: Path, file: safe_open, key: str, shape: torch.Size) -> Tensor:
+    header = file.get_slice(key)
+    if header.get_shape() != list(shape):
+        raise UserError(f"{path}: {key} is {tuple(header.get_shape())}, this base needs "
+                        f"{tuple(shape)}")
+    if header.get_dtype() not in ("F32", "F16", "BF16"):
+        raise UserError(f"{path}: {key} holds {header.get_dtype()}; only F32, F16 and BF16 are "
+                        "known")
+    tensor = file.get_tensor(key)
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
     return tensor

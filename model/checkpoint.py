@@ -7,21 +7,30 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from errors import UserError
+from errors import RunError, UserError
 from files import atomic_path, read_json, write_json
 from model.gpt2 import GPT2, GPT2Config
 
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+INDEXES = (f"{WEIGHTS}.index.json", f"{PICKLED_WEIGHTS}.index.json")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+HEAD = "lm_head.weight"
+BLOCK = re.compile(r"(?:transformer\.)?h\.(\d+)\.")
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
+Readers = dict[str, Callable[[], Tensor]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Fields that would make another function of the same tensors, and the one value computed here.
 FIXED = {
@@ -30,6 +39,12 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
+}
+ALIASES = {  # transformers takes either name
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
 }
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 LARGEST_SIZE = 1 << 20
@@ -42,45 +57,63 @@ def load_gpt2(directory: Path) -> GPT2:
     or type, or not finite, and any config field that asks for another architecture.
     """
     directory = Path(directory)
+    config, path = load_config(directory), weights_path(directory)
+    with _refusing(path):
+        stored = _open(path)
+    blocks = {match[1] for key in stored if (match := BLOCK.match(key))}
+    if len(blocks) != config.n_layer:  # before a model of that depth is built
+        raise UserError(f"{path}: holds {len(blocks)} blocks; "
+                        f"config.json says n_layer {config.n_layer}")
     with torch.device("meta"):
-        model = GPT2(load_config(directory))
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    path = weights_path(directory)
-    for key, read in _open(path):
-        name = key.removeprefix("transformer.")
-        if MASK.match(name):
-            continue
-        if name == "lm_head.weight":
-            name = "wte.weight"  # a stored copy of the tied head
-        if name not in shapes:
-            raise UserError(f"{path}: unexpected tensor {key}; not a GPT-2 of this config.json")
-        transposed = CONV1D.search(name) is not None
-        tensor = _as_parameter(path, key, read(), shapes[name], transposed)
-        if name in tensors and not torch.equal(tensor, tensors[name]):
-            raise UserError(f"{path}: {key} differs from wte.weight; GPT-2's head is tied to it")
-        tensors[name] = tensor
-    if missing := sorted(shapes.keys() - tensors.keys()):
-        raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    model.load_state_dict(tensors, assign=True)
+        model = GPT2(config)
+    model.load_state_dict(_read_parameters(path, stored, model), assign=True)
     return model.eval()
 
 
+def _read_parameters(path: Path, stored: Readers, model: GPT2) -> dict[str, Tensor]:
+    """The file's tensors as `model`'s parameters, each there once and as it should be."""
+    needed = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {**needed, HEAD: needed["wte.weight"]}
+    tensors: dict[str, Tensor] = {}
+    for key, read in stored.items():
+        name = key.removeprefix("transformer.")
+        if MASK.match(name):
+            continue
+        if name not in shapes:
+            raise UserError(f"{path}: unexpected tensor {key!r}; not a GPT-2 of this config.json")
+        if name in tensors:
+            raise UserError(f"{path}: holds {name} twice, with and without 'transformer.'")
+        with _refusing(path):
+            tensor = read()
+        tensors[name] = _as_parameter(path, key, tensor, shapes[name])
+    head = tensors.pop(HEAD, None)  # a stored copy of the tied head, or the only one
+    if head is not None and not torch.equal(head, tensors.setdefault("wte.weight", head)):
+        raise UserError(f"{path}: {HEAD} differs from wte.weight; GPT-2's head is tied to it")
+    if missing := sorted(needed.keys() - tensors.keys()):
+        raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all)")
+    return tensors
+
+
 def has_weights(directory: Path) -> bool:
-    return any((Path(directory) / name).exists() for name in (WEIGHTS, PICKLED_WEIGHTS))
+    """Also true of sharded weights: `load_gpt2` refuses them, and nobody takes them for none."""
+    return any((Path(directory) / name).exists() for name in (WEIGHTS, PICKLED_WEIGHTS, *INDEXES))
 
 
 def weights_path(directory: Path) -> Path:
     for name in (WEIGHTS, PICKLED_WEIGHTS):
         if (Path(directory) / name).exists():
             return Path(directory) / name
+    for name in INDEXES:
+        if (Path(directory) / name).exists():
+            raise UserError(f"{directory}/{name}: sharded weights are not read; save one file with "
+                            "transformers' save_pretrained(..., max_shard_size='100GB')")
     raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
 
 
 def load_config(directory: Path) -> GPT2Config:
     """The architecture in `config.json`. Raises UserError for anything but a GPT-2."""
     path = Path(directory) / "config.json"
-    stored = read_json(path)
+    stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
     if stored.get("model_type") != "gpt2":
         raise UserError(f"{path}: model_type is {stored.get('model_type')!r}; only 'gpt2' is known")
     for field, known in FIXED.items():
@@ -102,57 +135,77 @@ def _problem(field: str, value: object) -> str | None:
         return None
     if field in (*SIZES, "n_inner"):
         whole = isinstance(value, int) and not isinstance(value, bool)
-        return None if whole and 1 <= value <= LARGEST_SIZE else "is not a size"
+        if whole and 1 <= value <= LARGEST_SIZE:
+            return None
+        return f"is not a whole number from 1 to {LARGEST_SIZE}"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return None if number and 0 <= value < 1 else "is not a number from 0 to below 1"
 
 
-def _open(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _open(path: Path) -> Readers:
     """Each tensor's key and a way to read it, so that a large file is never held twice."""
+    if path.suffix == ".safetensors":
+        file = safe_open(path, framework="pt")
+        return {key: partial(file.get_tensor, key) for key in file.keys()}
+    # Only zip files can be mapped; what torch.save wrote before 1.6 is read whole.
+    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    if not isinstance(stored, dict):
+        raise ValueError(f"a {type(stored).__name__} where a state dict is needed")
+    return {str(key): partial(stored.get, key) for key in stored}
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn all that the readers raise on a damaged or hostile file into one UserError."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():
-                    yield key, lambda key=key: file.get_tensor(key)
-        else:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(stored, dict):
-                raise ValueError("not a state dict")
-            for key, tensor in stored.items():
-                yield str(key), lambda tensor=tensor: tensor
-    except UserError:
-        raise
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnpicklingError as error:  # torch's own text advises to load it all the same
+        raise UserError(f"{path}: not a file of plain tensors; not read, "
+                        "since such a pickle can run code") from error
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a file of plain tensors ({reason})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged, or not a file of tensors ({reason})") from error
 
 
-def _as_parameter(
-    path: Path, key: str, tensor: Tensor, shape: torch.Size, transposed: bool
-) -> torch.nn.Parameter:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
+def _as_parameter(path: Path, key: str, tensor: Tensor, shape: torch.Size) -> nn.Parameter:
+    """A copy of our own, in fp32: the file may be replaced while we run."""
+    if not _is_plain(tensor) or tensor.dtype not in DTYPES:
         raise UserError(f"{path}: {key} is not a tensor of fp32, fp16 or bf16 numbers")
+    transposed = CONV1D.search(key) is not None
     expected = tuple(reversed(shape)) if transposed else tuple(shape)
     if tuple(tensor.shape) != expected:
         raise UserError(f"{path}: {key} is {tuple(tensor.shape)}; config.json says {expected}")
-    value = torch.empty(shape)  # a copy of our own: the file may be replaced while we run
+    value = torch.empty(shape)
     value.copy_(tensor.t() if transposed else tensor)
     if not torch.isfinite(value).all():
         raise UserError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
-    return torch.nn.Parameter(value)
+    return nn.Parameter(value)
+
+
+def _is_plain(tensor: object) -> bool:
+    """Dense, and stored in full: a pickle can also hold a huge view of a single number."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None) -> None:
     """Write `config.json` and `model.safetensors` in transformers' own layout, each atomically.
 
     The tied head is written once, as `transformer.wte.weight`. `dtype` None keeps each tensor's.
+    Raises RunError, and writes nothing, when a number is not finite or not in reach of `dtype`.
     """
     directory = Path(directory)
     tensors = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach().to("cpu", dtype or parameter.dtype)
+        if not torch.isfinite(value).all():
+            raise RunError(f"{directory / WEIGHTS}: not written, since {name} holds numbers "
+                           f"that are not finite in {value.dtype}")
         value = value.t() if CONV1D.search(name) else value
         tensors[f"transformer.{name}"] = value.contiguous()
     write_json(directory / "config.json", _hugging_face_config(model.config, value.dtype))

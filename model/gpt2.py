@@ -127,9 +127,15 @@ class GPT2(nn.Module):
         return F.linear(self.hidden(idx, cache), self.wte.weight)  # (B, T, V)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) to the final hidden states (B, T, C) that the tied head reads."""
+        """Token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
+
+        Raises ValueError for more tokens, those in the cache included, than `n_positions`.
+        """
         past = 0 if cache is None else len(cache)
-        positions = torch.arange(past, past + idx.size(1), device=idx.device)  # (T,)
+        total = past + idx.size(1)
+        if total > self.config.n_positions:
+            raise ValueError(f"{total} tokens are more than n_positions {self.config.n_positions}")
+        positions = torch.arange(past, total, device=idx.device)  # (T,)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             x = block(x, cache)

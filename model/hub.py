@@ -50,9 +50,10 @@ class HubError(Exception):
 def find_base(base: str) -> tuple[str, Path]:
     """The name and directory of `base`: a directory itself, one of HUB_NAMES, `mini` or `auto`.
 
-    A name means the name even where a directory is called the same. Raises UserError for a base
-    that does not exist, and for a hub name that is neither cached nor can be downloaded. Only
-    `auto` falls back, to `mini`; it prints a line that says which base it took and why.
+    The name is `base`, for `auto` the one it took. A name means the name even where a directory
+    is called the same. Raises UserError for a base that does not exist, and for a hub name that
+    is neither cached nor can be downloaded. Only `auto` falls back, to `mini`; it prints a line
+    that says which base it took and why.
     """
     if base == "auto":
         return _gpt2_or_mini()
@@ -80,10 +81,10 @@ def _gpt2_or_mini() -> tuple[str, Path]:
             _probe()
             directory = _download("gpt2")
             print(f"base: gpt2 (downloaded from {_endpoint()})")
-        return directory
+        return "gpt2", directory
     except (HubError, UserError) as error:  # UserError: the project's cache cannot be written
         print(f"base: mini (gpt2 is not cached and {error})")
-        return MINI
+        return "mini", MINI
 
 
 def _cached(name: str) -> Path | None:

@@ -33,12 +33,13 @@ class Handler(BaseHTTPRequestHandler):
         cdn = self.path.startswith("/cdn/")
         if file not in fake.files:
             return self.send_error(404)
-        if file == hub.WEIGHTS and not cdn:
-            return self.answer(302, b"", {"Location": f"/cdn/{file}", **fake.linked})
+        linked = fake.linked if file == hub.WEIGHTS and not cdn else {}
+        if linked and fake.redirects:
+            return self.answer(302, b"", {"Location": f"/cdn/{file}", **linked})
         fault = next(fake.faults.get(file, iter(())), None)
         if isinstance(fault, int):
             return self.send_error(fault)
-        self.answer(200, fake.files[file], {}, fault)
+        self.answer(200, fake.files[file], linked, fault)
 
     def answer(self, status: int, body: bytes, headers: dict, fault: str | None = None):
         self.send_response(status)
@@ -61,7 +62,7 @@ class FakeHub:
         self.files = {hub.WEIGHTS: WEIGHTS, hub.CONFIG: CONFIG}
         self.linked = {"X-Linked-Size": str(len(WEIGHTS)), "X-Linked-ETag": f'"{sha256(WEIGHTS)}"'}
         self.faults = {}  # file -> iterator of one fault (or None) a request
-        self.says_length = True
+        self.says_length = self.redirects = True
         self.requests = []
 
     def asked(self, name: str, file: str, revision: str = "main") -> str:
@@ -107,6 +108,16 @@ def found(name: str) -> list[Path]:
     return sorted(path for path in (hub.CACHE / name).rglob("*") if path.is_file())
 
 
+def find(base: str) -> Path:
+    """The directory, once the name is seen to be the one asked for or the one `auto` took."""
+    name, directory = hub.find_base(base)
+    if base != "auto":
+        assert name == base
+    else:
+        assert name == ("mini" if directory == hub.MINI else "gpt2")
+    return directory
+
+
 def one_line_error(base: str) -> str:
     with pytest.raises(UserError) as raised:
         hub.find_base(base)
@@ -120,13 +131,13 @@ def one_line_error(base: str) -> str:
 def test_a_directory_is_itself(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    assert hub.find_base("mine") == Path("mine")
-    assert hub.find_base(str(tmp_path / "mine")) == tmp_path / "mine"
+    assert find("mine") == Path("mine")
+    assert find(str(tmp_path / "mine")) == tmp_path / "mine"
     assert fake.requests == []
 
 
 def test_mini_is_bundled_and_silent(fake, capsys):
-    assert hub.find_base("mini") == Path(hub.__file__).parent / "mini"
+    assert find("mini") == Path(hub.__file__).parent / "mini"
     assert (fake.requests, *capsys.readouterr()) == ([], "", "")
 
 
@@ -142,10 +153,10 @@ def test_a_directory_called_as_a_base_does_not_shadow_it(fake, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "mini", "auto"):
         (tmp_path / name).mkdir()
-    assert hub.find_base("gpt2") == hub.CACHE / "gpt2"
-    assert hub.find_base("mini") == hub.MINI
-    assert hub.find_base("auto") == hub.CACHE / "gpt2"
-    assert hub.find_base("./gpt2") == Path("gpt2")
+    assert find("gpt2") == hub.CACHE / "gpt2"
+    assert find("mini") == hub.MINI
+    assert find("auto") == hub.CACHE / "gpt2"
+    assert find("./gpt2") == Path("gpt2")
 
 
 # --- caches ------------------------------------------------------------------------------------
@@ -167,9 +178,9 @@ def test_found_in_the_hugging_face_cache(
 ):
     monkeypatch.setenv(variable, value.format(tmp_path))
     snapshot = make_model(repository(tmp_path / cache, folder, "abc") / "abc", weights)
-    assert hub.find_base("gpt2") == snapshot
+    assert find("gpt2") == snapshot
     assert (fake.requests, *capsys.readouterr()) == ([], "", "")
-    assert hub.find_base("auto") == snapshot
+    assert find("auto") == snapshot
     assert (fake.requests, capsys.readouterr().out) == ([], f"base: gpt2 (cached in {snapshot})\n")
 
 
@@ -178,24 +189,24 @@ def test_the_main_revision_comes_first_and_only_whole_snapshots_count(fake, tmp_
     snapshots = repository(tmp_path, main="bbb\n")
     for revision in ("aaa", "bbb", "ccc"):
         make_model(snapshots / revision)
-    assert hub.find_base("gpt2") == snapshots / "bbb"
+    assert find("gpt2") == snapshots / "bbb"
     (snapshots / "bbb" / hub.WEIGHTS).unlink()  # as on the hub: a link into blobs/
     (snapshots / "bbb" / hub.WEIGHTS).symlink_to("../../blobs/0123")
-    assert hub.find_base("gpt2") == snapshots / "aaa"
+    assert find("gpt2") == snapshots / "aaa"
     (snapshots / "aaa" / hub.CONFIG).unlink()
-    assert hub.find_base("gpt2") == snapshots / "ccc"
+    assert find("gpt2") == snapshots / "ccc"
     blob = snapshots.parent / "blobs" / "0123"
     blob.parent.mkdir()
     blob.write_bytes(b"weights")
-    assert hub.find_base("gpt2") == snapshots / "bbb"
+    assert find("gpt2") == snapshots / "bbb"
 
 
 def test_found_in_the_project_cache(fake, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     directory = make_model(hub.CACHE / "gpt2")
-    assert hub.find_base("gpt2") == directory
+    assert find("gpt2") == directory
     assert (fake.requests, *capsys.readouterr()) == ([], "", "")
-    assert hub.find_base("auto") == directory
+    assert find("auto") == directory
     assert (fake.requests, capsys.readouterr().out) == ([], f"base: gpt2 (cached in {directory})\n")
 
 
@@ -203,7 +214,7 @@ def test_the_users_cache_comes_before_the_projects(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     make_model(hub.CACHE / "gpt2")
     snapshot = make_model(repository(tmp_path) / "abc")
-    assert hub.find_base("gpt2") == snapshot
+    assert find("gpt2") == snapshot
 
 
 # --- downloads that succeed --------------------------------------------------------------------
@@ -211,7 +222,7 @@ def test_the_users_cache_comes_before_the_projects(fake, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", hub.HUB_NAMES)
 def test_a_download_is_whole_and_asked_for_once(fake, name, capsys):
-    directory = hub.find_base(name)
+    directory = find(name)
     assert found(name) == [directory / hub.CONFIG, directory / hub.WEIGHTS]
     assert (directory / hub.WEIGHTS).read_bytes() == WEIGHTS
     assert (directory / hub.CONFIG).read_bytes() == CONFIG
@@ -220,27 +231,34 @@ def test_a_download_is_whole_and_asked_for_once(fake, name, capsys):
     assert fake.requests == [weights, "/cdn/model.safetensors", config]
     output = capsys.readouterr()
     assert output.out == "" and f"{name}/{hub.WEIGHTS}: 100%" in output.err
-    assert hub.find_base(name) == directory and len(fake.requests) == 3
+    assert find(name) == directory and len(fake.requests) == 3
 
 
 def test_auto_downloads_and_says_so(fake, capsys):
-    assert hub.find_base("auto") == hub.CACHE / "gpt2"
+    assert find("auto") == hub.CACHE / "gpt2"
     assert capsys.readouterr().out == f"base: gpt2 (downloaded from {fake.url})\n"
 
 
 @pytest.mark.parametrize("file", [hub.WEIGHTS, hub.CONFIG])
 @pytest.mark.parametrize("fault", ["cut", "stall", 500, 503])
 def test_a_passing_fault_is_tried_again(fake, monkeypatch, file, fault):
-    monkeypatch.setattr(hub, "SOCKET_SECONDS", 0.05)
-    fake.faults[file] = iter([fault, fault])
-    directory = hub.find_base("gpt2-medium")
+    if fault == "stall":
+        monkeypatch.setattr(hub, "SOCKET_SECONDS", 0.2)
+    fake.faults[file] = iter([fault])
+    directory = find("gpt2-medium")
     assert found("gpt2-medium") == [directory / hub.CONFIG, directory / hub.WEIGHTS]
     assert (directory / file).read_bytes() == fake.files[file]
 
 
 def test_a_hub_that_does_not_say_lengths(fake):
     fake.says_length = False
-    assert hub._is_model(hub.find_base("gpt2-medium"))
+    assert hub._is_model(find("gpt2-medium"))
+
+
+def test_a_mirror_that_serves_the_weights_itself(fake):
+    fake.redirects = False
+    assert hub._is_model(find("gpt2-medium"))
+    assert not any("cdn" in path for path in fake.requests)
 
 
 def test_a_later_run_takes_up_where_one_stopped(fake):
@@ -249,7 +267,7 @@ def test_a_later_run_takes_up_where_one_stopped(fake):
     directory = hub.CACHE / "gpt2-large"
     assert found("gpt2-large") == [directory / hub.WEIGHTS]  # whole, but no model without a config
     fake.requests.clear()
-    assert hub.find_base("gpt2-large") == directory
+    assert find("gpt2-large") == directory
     assert fake.requests == ["/openai-community/gpt2-large/resolve/main/config.json"]
 
 
@@ -259,6 +277,8 @@ def test_a_later_run_takes_up_where_one_stopped(fake):
 def always(fault):
     def arrange(fake, monkeypatch):
         fake.faults[hub.WEIGHTS] = itertools.repeat(fault)
+        if fault == "stall":
+            monkeypatch.setattr(hub, "SOCKET_SECONDS", 0.1)
 
     return arrange
 
@@ -319,7 +339,6 @@ FAILURES = {  # what goes wrong with the weights: how the message says so, and r
 
 @pytest.mark.parametrize("arrange, reason, tries", FAILURES.values(), ids=FAILURES)
 def test_a_failed_download_leaves_nothing(fake, monkeypatch, capsys, arrange, reason, tries):
-    monkeypatch.setattr(hub, "SOCKET_SECONDS", 0.05)
     arrange(fake, monkeypatch)
     asked = fake.asked("gpt2", hub.WEIGHTS, hub.REVISIONS["gpt2"])
     message = one_line_error("gpt2")
@@ -330,7 +349,7 @@ def test_a_failed_download_leaves_nothing(fake, monkeypatch, capsys, arrange, re
         assert sum(path in asked for path in fake.requests) == tries
     assert found("gpt2") == [] and capsys.readouterr().out == ""
 
-    assert hub.find_base("auto") == hub.MINI
+    assert find("auto") == hub.MINI
     out = capsys.readouterr().out
     assert out.startswith(f"base: mini (gpt2 is not cached and {asked} ") and reason in out
     assert out.count("\n") == 1 and found("gpt2") == []
@@ -355,7 +374,7 @@ def test_a_cache_that_cannot_be_written(fake, capsys):
     hub.CACHE.parent.mkdir()
     hub.CACHE.write_text("a file where the directory should be")
     assert str(hub.CACHE / "gpt2" / hub.WEIGHTS) in one_line_error("gpt2")
-    assert hub.find_base("auto") == hub.MINI
+    assert find("auto") == hub.MINI
     assert str(hub.CACHE / "gpt2" / hub.WEIGHTS) in capsys.readouterr().out
 
 
@@ -366,7 +385,7 @@ def test_an_interrupt_leaves_nothing(fake, monkeypatch):
 
     monkeypatch.setattr(hub, "_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        hub.find_base("gpt2")
+        find("gpt2")
     assert found("gpt2") == []
 
 
@@ -413,7 +432,7 @@ def test_a_hub_that_cannot_be_asked(fake, monkeypatch, capsys, arrange, reason):
     assert message.startswith(f"{endpoint}/openai-community/gpt2/resolve/") and reason in message
     assert found("gpt2") == [] and capsys.readouterr().out == ""
 
-    assert hub.find_base("auto") == hub.MINI
+    assert find("auto") == hub.MINI
     out = capsys.readouterr().out
     assert out.startswith(f"base: mini (gpt2 is not cached and {endpoint} ") and reason in out
     assert out.count("\n") == 1 and found("gpt2") == []
@@ -428,7 +447,7 @@ def test_auto_does_not_wait_for_a_hub_that_is_silent(fake, monkeypatch, capsys):
 
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
     monkeypatch.setattr(hub, "_open", silent)
-    assert hub.find_base("auto") == hub.MINI
+    assert find("auto") == hub.MINI
     too_late.set()
     reason = f"{fake.url} cannot be reached (no answer in 0.1 s)"
     assert capsys.readouterr().out == f"base: mini (gpt2 is not cached and {reason})\n"

@@ -1,0 +1,58 @@
+"""Stock transformers models, made small and on the spot: the ground truth of several tests."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+TINY = {
+    "vocab_size": 317,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "activation_function": "gelu_pytorch_tanh",
+}
+
+
+def tiny_gpt2(seed: int = 0, **config: object) -> transformers.GPT2LMHeadModel:
+    """A stock GPT-2 in evaluation mode, random in every parameter; `config` changes `TINY`.
+
+    A bias at its initial 0, or a LayerNorm at 1, could be lost and nobody would notice.
+    """
+    fields = {**TINY, **config}
+    end = fields["vocab_size"] - 1
+    config = transformers.GPT2Config(**fields, bos_token_id=end, eos_token_id=end)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.GPT2LMHeadModel(config)
+        perturb(model)
+    return model.eval()
+
+
+def perturb(model: nn.Module, std: float = 0.1) -> None:
+    """Add N(0, std) to every parameter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * std
+
+
+def tiny_gpt2_directory(
+    directory: Path, seed: int = 0, **config: object
+) -> tuple[Path, transformers.GPT2LMHeadModel]:
+    """`tiny_gpt2` saved by transformers itself; returns the directory and the model."""
+    model = tiny_gpt2(seed, **config)
+    model.save_pretrained(directory)
+    return Path(directory), model
+
+
+def token_ids(vocab_size: int, *shape: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids of that shape, seeded."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest reference value."""
+    value, reference = value.detach().double(), reference.detach().double()
+    return ((value - reference).abs().max() / reference.abs().max()).item()
