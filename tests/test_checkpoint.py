@@ -1,0 +1,319 @@
+"""Model directories: each layout they come in, what is refused, and what transformers reads."""
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import pickle
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from errors import RunError, UserError
+from model.checkpoint import has_weights, load_config, load_gpt2, save_gpt2
+from tests.helpers import relative_difference, tiny_gpt2_directory, token_ids
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+IDS = token_ids(317, 2, 64)
+
+
+def save_zip(tensors, path):
+    torch.save(tensors, path)
+
+
+def save_legacy(tensors, path):
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+
+
+def save_safetensors(tensors, path):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+
+FORMATS = {"safetensors": (SAFETENSORS, save_safetensors), "zip": (PICKLE, save_zip),
+           "legacy": (PICKLE, save_legacy)}
+
+
+def rewrite(directory: Path, tensors: dict, file_format: str) -> Path:
+    """Replace the directory's weights; returns the new file."""
+    (directory / SAFETENSORS).unlink()
+    name, save = FORMATS[file_format]
+    save(tensors, directory / name)
+    return directory / name
+
+
+def hub_layout(tensors):
+    """No prefix, no head; the causal masks that the hub's and older files carry."""
+    stripped = {key.removeprefix("transformer."): t for key, t in tensors.items()}
+    mask = torch.ones(64, 64).tril().view(1, 1, 64, 64)
+    for layer in range(2):
+        stripped[f"h.{layer}.attn.bias"] = mask.clone()
+        stripped[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return stripped
+
+
+LAYOUTS = {
+    "hub": hub_layout,
+    "transformers": dict,
+    "with head": lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()},
+    "head alone": lambda t: {**t, "lm_head.weight": t.pop("transformer.wte.weight")},
+    "old transformers": lambda t: {f"transformer.{key}": x for key, x in hub_layout(t).items()},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_every_file_layout_gives_the_logits_of_transformers(tmp_path, layout, file_format, dtype):
+    directory, theirs = tiny_gpt2_directory(tmp_path)
+    stored = {key: t.to(dtype) for key, t in load_file(directory / SAFETENSORS).items()}
+    rewrite(directory, LAYOUTS[layout](stored), file_format)
+    expected = copy.deepcopy(theirs).to(dtype).float()(IDS).logits
+    model = load_gpt2(directory)
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert relative_difference(model(IDS), expected) < 1e-5
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path, file_format):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    path = rewrite(directory, load_file(directory / SAFETENSORS), file_format)
+    model = load_gpt2(directory)
+    before = model(IDS)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert torch.equal(model(IDS), before)
+
+
+def assert_refused(directory: Path, file: str, *words: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_gpt2(directory)
+    message = str(refusal.value)
+    assert message.startswith(str(directory / file))
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert word in message
+
+
+def with_value(key, value):
+    def damage(tensors):
+        tensors[key].view(-1)[3] = value
+    return damage
+
+
+FC, WTE = "transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"
+DAMAGED_TENSORS = {
+    "missing": (lambda t: t.pop(FC), "h.1.mlp.c_fc.weight is missing"),
+    "missing block": (lambda t: [t.pop(k) for k in list(t) if ".h.1." in k], "holds 1 blocks"),
+    "block too many": (lambda t: t.update({"h.2.ln_1.bias": torch.ones(32)}), "holds 3 blocks"),
+    "unexpected": (lambda t: t.update({"h.0.q\nk": torch.ones(2)}), r"unexpected tensor 'h.0.q\nk'"),
+    "transposed": (lambda t: t.update({FC: t[FC].t()}), f"{FC} is (128, 32)"),
+    "small vocabulary": (lambda t: t.update({WTE: t[WTE][:-1]}), f"{WTE} is (316, 32)"),
+    "other rank": (lambda t: t.update({FC: t[FC][None]}), f"{FC} is (1, 32, 128)"),
+    "int": (lambda t: t.update({FC: t[FC].int()}), f"{FC} is not a tensor of fp32"),
+    "complex": (lambda t: t.update({FC: t[FC] * 1j}), f"{FC} is not a tensor of fp32"),
+    "fp8": (lambda t: t.update({FC: t[FC].to(torch.float8_e4m3fn)}), f"{FC} is not a tensor"),
+    "nan": (with_value(FC, torch.nan), f"{FC} holds numbers that are not finite"),
+    "inf": (with_value(WTE, -torch.inf), f"{WTE} holds numbers that are not finite"),
+    "untied": (lambda t: t.update({"lm_head.weight": t[WTE] + 1e-3}), "differs from wte.weight"),
+    "twice": (lambda t: t.update({"wte.weight": t[WTE].clone()}), "holds wte.weight twice"),
+}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("damage", DAMAGED_TENSORS)
+def test_wrong_tensors_are_refused_by_name(tmp_path, damage, file_format):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    tensors = load_file(directory / SAFETENSORS)
+    change, message = DAMAGED_TENSORS[damage]
+    change(tensors)
+    path = rewrite(directory, tensors, file_format)
+    assert_refused(directory, path.name, message)
+
+
+@pytest.mark.parametrize("stand_in", [
+    torch.ones(1).expand(32, 128),  # a pickle of a few bytes, whatever its shape
+    torch.ones(32, 128).to_sparse(),
+    torch.ones(32, 128, device="meta"),
+    [1.0, 2.0],
+], ids=["view of one number", "sparse", "meta", "list"])
+def test_a_pickle_of_anything_but_stored_numbers_is_refused(tmp_path, stand_in):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    rewrite(directory, {**load_file(directory / SAFETENSORS), FC: stand_in}, "zip")
+    assert_refused(directory, PICKLE, FC)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.99])
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_a_truncated_file_is_refused(tmp_path, file_format, share):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    path = rewrite(directory, load_file(directory / SAFETENSORS), file_format)
+    os.truncate(path, int(share * path.stat().st_size))
+    assert_refused(directory, path.name, "damaged")
+
+
+@pytest.mark.parametrize("file", [SAFETENSORS, PICKLE])
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>\n" * 99, b"\xff" * 999, pickle.dumps([1])])
+def test_a_file_of_something_else_is_refused(tmp_path, file, content):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    (directory / SAFETENSORS).unlink()
+    (directory / file).write_bytes(content)
+    assert_refused(directory, file)
+
+
+class Touch:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("save", [
+    save_zip, save_legacy, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=4)),
+], ids=["zip", "legacy", "plain pickle"])
+def test_code_in_a_pickle_is_not_run(tmp_path, save, recwarn):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    (directory / SAFETENSORS).unlink()
+    mark = tmp_path / "it ran"
+    save({"transformer.wte.weight": Touch(mark)}, directory / PICKLE)
+    assert_refused(directory, PICKLE, "can run code")
+    assert not mark.exists()
+    assert not recwarn.list
+    with contextlib.suppress(Exception):
+        torch.load(directory / PICKLE, weights_only=False)
+    assert mark.exists()  # the file was what it is meant to be
+
+
+def edit_config(directory: Path, **fields: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("model_type", "gpt_neo"), ("model_type", None),
+    ("n_head", 0), ("n_head", 5), ("n_head", True), ("n_head", 4.0), ("n_layer", -1),
+    ("n_embd", "32"), ("n_inner", 0), ("vocab_size", None), ("n_positions", 2**20 + 1),
+    ("attn_pdrop", 2), ("embd_pdrop", "0.1"), ("resid_pdrop", -0.1), ("attn_pdrop", False),
+    ("layer_norm_epsilon", float("nan")), ("layer_norm_epsilon", [1e-5]),
+    ("activation_function", "relu"), ("activation_function", "gelu"),
+    ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
+    ("add_cross_attention", True), ("tie_word_embeddings", False),
+])
+def test_a_config_of_another_model_is_refused_by_field(tmp_path, field, value):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    edit_config(directory, **{field: value})
+    assert_refused(directory, "config.json", field, str(value))
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b" " * (2 << 20), None,
+])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, content):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    (directory / "config.json").unlink()
+    if content is not None:
+        (directory / "config.json").write_bytes(content)
+    assert_refused(directory, "config.json")
+
+
+@pytest.mark.parametrize("fields", [
+    {"n_layer": 2**20},
+    {"n_layer": 20_000},
+    {"vocab_size": 2**20, "n_positions": 2**20, "n_embd": 2**20, "n_inner": 2**20},
+])
+def test_a_config_too_large_for_the_weights_is_refused_before_it_is_built(tmp_path, fields):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    edit_config(directory, **fields)
+    start = time.monotonic()
+    assert_refused(directory, SAFETENSORS, "config.json says")
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("fields", [
+    {},
+    {"n_ctx": 16, "n_positions": 32, "dtype": "float16", "a_field_of_tomorrow": [1]},
+    {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
+     "max_position_embeddings": 99},
+    {"n_inner": 50, "embd_pdrop": 0, "layer_norm_epsilon": 1e-3, "initializer_range": 0.1},
+])
+def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **fields}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    for field, value in asdict(load_config(tmp_path)).items():
+        assert value == getattr(theirs, field), field
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, PICKLE])
+def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    (directory / SAFETENSORS).rename(directory / "model-00001-of-00001.safetensors")
+    assert not has_weights(directory)
+    assert_refused(directory, "", "neither model.safetensors nor pytorch_model.bin")
+    (directory / f"{name}.index.json").write_text("{}")
+    assert has_weights(directory)
+    assert_refused(directory, f"{name}.index.json", "sharded weights are not read", "save")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_a_saved_model_loads_in_transformers_without_a_warning(tmp_path, dtype, caplog):
+    directory, theirs = tiny_gpt2_directory(tmp_path / "in", n_inner=50, resid_pdrop=0.2)
+    save_gpt2(load_gpt2(directory), tmp_path / "out", dtype)
+    log = logging.getLogger("transformers")
+    log.addHandler(caplog.handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype="auto", output_loading_info=True)
+    log.removeHandler(caplog.handler)
+    assert not any(info.values())
+    assert not caplog.records
+    assert again.dtype == (dtype or torch.float32)
+    assert (again.config.n_inner, again.config.resid_pdrop) == (50, 0.2)
+    expected = theirs.to(dtype or torch.float32).float()(IDS).logits
+    assert relative_difference(again.float()(IDS).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_what_is_saved_is_what_is_loaded(tmp_path, dtype):
+    directory, _ = tiny_gpt2_directory(tmp_path / "in", attn_pdrop=0.3, n_inner=50)
+    first = load_gpt2(directory)
+    save_gpt2(first, tmp_path / "out", dtype)
+    save_gpt2(first, tmp_path / "out", dtype)  # in place of what is there
+    again = load_gpt2(tmp_path / "out")
+    assert again.config == first.config
+    for name, parameter in first.state_dict().items():
+        assert torch.equal(again.state_dict()[name], parameter.to(dtype or torch.float32).float())
+
+
+def test_a_saved_file_holds_what_transformers_writes(tmp_path):
+    directory, _ = tiny_gpt2_directory(tmp_path / "in")
+    save_gpt2(load_gpt2(directory), tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", SAFETENSORS]
+    theirs = load_file(directory / SAFETENSORS)
+    ours = load_file(tmp_path / "out" / SAFETENSORS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    with safe_open(tmp_path / "out" / SAFETENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_numbers_out_of_reach_of_fp16_are_not_saved(tmp_path):
+    model = load_gpt2(tiny_gpt2_directory(tmp_path / "in")[0])
+    with torch.no_grad():
+        model.ln_f.bias[0] = 1e5
+    with pytest.raises(RunError, match=r"ln_f.bias holds numbers that are not finite in .*16"):
+        save_gpt2(model, tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
