@@ -94,7 +94,7 @@ def generate(
     new = window
     for _ in range(max_new_tokens):
         if len(window) > context:
-            window, cache = window[-(context // 2):], KVCache()
+            window, cache = window[-max(1, context // 2) :], KVCache()
             new = window
         logits = model(new[None], cache)[0, -1].float()  # (V,)
         new = sample(logits, temperature, top_k, top_p, generator)  # (1,)
