@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -20,11 +22,14 @@ BOOK = ROOT / "data" / "book.txt"
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, as all of a user's mistakes are."""
 
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def number(kind: type, low: float, high: float = math.inf, below: bool = False) -> Callable:
+def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Callable:
     """An option's type: an int or float from `low` to `high`, or to just below it."""
 
     def parse(text: str):
@@ -32,10 +37,10 @@ def number(kind: type, low: float, high: float = math.inf, below: bool = False) 
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or (below and value == high) or math.isinf(value):
-            upper = "" if math.isinf(high) else f" {'below' if below else 'to'} {high:g}"
+        if not low <= value <= high or (below and value == high):
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:g}{upper}")
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not {what} from {low:g} to "
+                                             f"{'below ' if below else ''}{high:g}")
         return value
 
     return parse
@@ -44,7 +49,7 @@ def number(kind: type, low: float, high: float = math.inf, below: bool = False) 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", default="auto", metavar="B",
                         help="directory, gpt2[-medium|-large|-xl], mini, or auto: gpt2 where it "
-                             "can be had, else mini (default: auto)")
+                             "can be had, else mini (default: %(default)s)")
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -130,8 +135,15 @@ def _add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
 
 def _add_lora_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--r", type=number(int, 1), default=8, help="rank")
-    parser.add_argument("--lora-alpha", type=number(int, 1), default=16)
+    parser.add_argument("--lora-alpha", type=number(int, 1, 1e6), default=16)
     parser.add_argument("--lora-dropout", type=number(float, 0.0, 1.0, below=True), default=0.05)
     parser.add_argument("--target-modules", nargs="+", default=["c_attn"], metavar="NAME")
     parser.add_argument("--init-adapter", type=Path, default=None, metavar="DIR",
-                        help="start from this adapter; it brings its own rank, alpha and targets")
+                        help="start from this adapter; it brings its own rank, alpha, dropout and "
+                             "targets")
+
+
+def resume_command() -> str:
+    """What to type to go on with the run that this command began."""
+    again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
+    return shlex.join(["python", *again, "--resume"])

@@ -16,18 +16,20 @@ class RunError(Exception):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its status; known failures end with one line on stderr."""
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        sys.stdout.flush()
+        sys.exit(status)
     except UserError as error:
         fail(error, 2)
-    except RunError as error:
-        fail(error, 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (RunError, OSError) as error:  # OSError: a full disk, a directory taken away
+        fail(error, 1)
 
 
 def fail(message: object, status: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).splitlines(), file=sys.stderr)  # a path can hold a new line
     sys.exit(status)

@@ -12,13 +12,14 @@ from torch import nn
 from cli import BOOK, Parser, add_device_options, add_model_options, load_model, number
 from data.tokens import load_tokens, token_bytes
 from data.windows import NOT_SCORED, evaluation_batches, split
-from errors import UserError, run_command
-from files import read_json, write_json
+from errors import RunError, UserError, run_command
+from files import write_json
 from hardware import autocast, pick_device, pick_precision
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
 from model.gpt2 import GPT2Config
 from plots import draw_comparison
+from run_directory import read_run
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # e^700 is near the largest float
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
@@ -43,12 +44,19 @@ class Scores:
                 f"{self.bits_per_byte:.4f} bits per byte")
 
 
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # e^700 is near the largest float
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, tokens: np.ndarray, *, block_size: int, stride: int | None = None,
     label_shift: int = 1, batch_size: int = 16, precision: str = "fp32",
 ) -> Scores:
-    """Score each of `tokens` but the first `label_shift` once, in windows of `block_size`."""
+    """Score each of `tokens` but the first `label_shift` once, in windows of `block_size`.
+
+    Raises RunError when the loss is not finite.
+    """
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32,
                         device=device)
@@ -63,6 +71,9 @@ def evaluate(
         total += F.cross_entropy(logits.float(), targets, ignore_index=NOT_SCORED, reduction="sum")
         correct += (logits.argmax(-1) == targets).sum()
     model.train(was_training)
+    if not math.isfinite(total.item()):
+        raise RunError(f"the loss on the text is {total.item()}; try --precision fp32, or train "
+                       "with a lower --lr")
     scored = tokens[label_shift:]
     return Scores(
         tokens=len(scored),
@@ -135,8 +146,8 @@ COMPARABLE = ("book", "val_fraction", "block_size", "label_shift")  # else losse
 
 def compare(directories: list[Path]) -> None:
     """Print the table of finished runs and their bases, and draw it beside the first run."""
-    runs = [(directory, read_json(directory / "run.json")) for directory in directories]
-    measures = {(run["base"], *(run["options"][name] for name in COMPARABLE)) for _, run in runs}
+    runs = [(directory, read_run(directory)) for directory in directories]
+    measures = {str([run["base"], *map(run["options"].get, COMPARABLE)]) for _, run in runs}
     if len(measures) > 1:
         print("note: these runs differ in base, book, split, block or label shift; "
               "their losses do not compare")
@@ -149,7 +160,8 @@ def compare(directories: list[Path]) -> None:
                   for i, (text, w) in enumerate(zip(line, widths, strict=True))]
         print("| " + " | ".join(padded) + " |")
     picture = directories[0].resolve().parent / "compare.png"
-    if draw_comparison(runs, picture):
+    base = runs[0][1]
+    if draw_comparison(base["base"], perplexity(base["base_val_loss"]), runs, picture):
         print(f"drawn in {picture}")
 
 
@@ -158,8 +170,10 @@ def _cells(name: str, directory: Path | None, run: dict) -> list[str]:
     if directory is None:
         loss = run["base_val_loss"]
         bits = run["best_val_bits_per_byte"] * loss / run["best_val_loss"]  # over the same bytes
-        return [name, "0", "0 %", f"{loss:.4f}", f"{math.exp(loss):.2f}", f"{bits:.4f}", *"----"]
+        return [name, "0", "0 %", f"{loss:.4f}", f"{perplexity(loss):.2f}", f"{bits:.4f}", *"----"]
     weights = directory / (ADAPTER_WEIGHTS if run["method"] == "lora" else MODEL_WEIGHTS)
+    if not weights.is_file():
+        raise UserError(f"{weights}: is missing; the run is not whole")
     return [name, f"{run['trainable_parameters']:,}", f"{run['trainable_percent']:.4f} %",
             f"{run['best_val_loss']:.4f}", f"{run['best_val_perplexity']:.2f}",
             f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",

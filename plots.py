@@ -1,6 +1,5 @@
 """The pictures: a run's `loss.png`, and the comparison of several runs."""
 
-import math
 from pathlib import Path
 
 from files import atomic_path
@@ -36,16 +35,16 @@ def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
     return _save(figure, out / "loss.png")
 
 
-def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> bool:
+def draw_comparison(base: str, base_perplexity: float, runs: list[tuple[Path, dict]],
+                    path: Path) -> bool:
     """Validation perplexity, trainable parameters and time of each run, base included."""
     if not _can_draw():
         return False
     names = [f"{run['method']}\n({directory.name})" for directory, run in runs]
     colours = [COLOURS[run["method"]] for _, run in runs]
-    base = runs[0][1]
     figure, (quality, size, speed) = pyplot.subplots(1, 3, figsize=(11, 4), layout="constrained")
-    _bars(quality, [f"base\n({Path(base['base']).name})", *names],
-          [math.exp(base["base_val_loss"]), *(run["best_val_perplexity"] for _, run in runs)],
+    _bars(quality, [f"base\n({Path(base).name})", *names],
+          [base_perplexity, *(run["best_val_perplexity"] for _, run in runs)],
           [COLOURS["base"], *colours], "validation perplexity (lower is better)", "{:.1f}")
     _bars(size, names, [run["trainable_parameters"] for _, run in runs], colours,
           "trainable parameters (log scale)", "{:,.0f}")
@@ -57,7 +56,7 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> bool:
 
 def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,
           label: str) -> None:
-    bars = axes.bar(names, values, color=colours, width=0.6)
+    bars = axes.bar(range(len(names)), values, tick_label=names, color=colours, width=0.6)
     axes.bar_label(bars, labels=[label.format(value) for value in values], padding=2)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.15)

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import math
+import os
 from pathlib import Path
 
 import torch
 
-from data.tokens import file_sha256
 from errors import UserError
-from files import atomic_path
+from files import atomic_path, read_json
 
 RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.pt"
 # Everything that a run writes; `--overwrite` removes these names and no others.
@@ -20,14 +21,12 @@ HARMLESS = {"out", "device", "log_every", "checkpoint_every", "resume", "overwri
 
 def check_out(args: argparse.Namespace) -> None:
     """Refuse an output directory in which something would be lost. Raises UserError."""
-    if args.out.exists() and not args.out.is_dir():
+    # os.path, because Path's own tests raise where a name is too long or may not be looked up
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: is a file; name a directory")
     for option in ("base", "init_adapter"):
-        source = getattr(args, option, None)
-        if source and Path(source).is_dir() and args.out.resolve() == Path(source).resolve():
-            raise UserError(f"--out {args.out}: is what --{option.replace('_', '-')} reads; "
-                            "name another")
-    held = [name for name in RUN_FILES if (args.out / name).exists()]
+        refuse_source(args.out, option, getattr(args, option, None))
+    held = [name for name in RUN_FILES if os.path.lexists(args.out / name)]
     if args.resume and not {CHECKPOINT, RUN} & set(held):
         raise UserError(f"--resume: {args.out} holds no checkpoint; start without --resume")
     if held and not (args.resume or args.overwrite):
@@ -35,8 +34,15 @@ def check_out(args: argparse.Namespace) -> None:
                         "--overwrite replaces it, or name another")
 
 
-def start_afresh(out: Path) -> None:
+def refuse_source(out: Path, option: str, source: str | Path | None) -> None:
+    """Raises UserError if the run would overwrite the directory that it starts from."""
+    if source and os.path.isdir(source) and os.path.realpath(out) == os.path.realpath(source):
+        raise UserError(f"--out {out}: is what --{option.replace('_', '-')} reads; name another")
+
+
+def start_afresh(out: Path, base: Path) -> None:
     """An empty run directory, old results removed. Raises UserError if it cannot be written."""
+    refuse_source(out, "base", base)  # known by its directory only now, if it was named otherwise
     with atomic_path(out / METRICS):
         pass
     for name in RUN_FILES:
@@ -45,7 +51,11 @@ def start_afresh(out: Path) -> None:
 
 
 def append_metrics(out: Path, metrics: dict) -> int:
-    """Add a line to `metrics.jsonl`; return the file's length in bytes."""
+    """Add a line to `metrics.jsonl`; return the file's length in bytes.
+
+    JSON knows no infinity: the gradient norm of an fp16 step that overflowed is null.
+    """
+    metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     with open(out / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
         return file.tell()
@@ -55,20 +65,33 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
+def read_run(directory: Path) -> dict:
+    """A finished run's `run.json`. Raises UserError when it is missing or of another make."""
+    run = read_json(directory / RUN)
+    numbers = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
+               "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
+               "peak_memory_mb")
+    if (run.get("method") not in ("lora", "full") or not isinstance(run.get("base"), str)
+            or not isinstance(run.get("options"), dict)
+            or not all(isinstance(run.get(name), int | float) for name in numbers)):
+        raise UserError(f"{directory / RUN}: is not what train.py leaves at the end of a run")
+    return run
+
+
 def options(args: argparse.Namespace) -> dict:
     """Every option's value, as JSON holds it."""
     return {name: str(value) if isinstance(value, Path) else value
             for name, value in vars(args).items() if name != "method"}
 
 
-def write_checkpoint(args: argparse.Namespace, state: dict) -> None:
+def write_checkpoint(args: argparse.Namespace, book_hash: str, state: dict) -> None:
     """Save `state` with what identifies the run: its options and its book's hash."""
-    state = state | {"options": options(args), "book": file_sha256(args.book)}
+    state = state | {"options": options(args), "book": book_hash}
     with atomic_path(args.out / CHECKPOINT) as temporary:
         torch.save(state, temporary)
 
 
-def read_checkpoint(args: argparse.Namespace) -> dict:
+def read_checkpoint(args: argparse.Namespace, book_hash: str) -> dict:
     """The state that `write_checkpoint` saved. Raises UserError if it is another run's."""
     path = args.out / CHECKPOINT
     try:
@@ -81,7 +104,7 @@ def read_checkpoint(args: argparse.Namespace) -> dict:
         if now.get(name) != then[name]:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {then[name]} and is now "
                             f"{now.get(name)}; repeat the run's own options")
-    if book != file_sha256(args.book):
+    if book != book_hash:
         raise UserError(f"--resume: {args.book} has changed since the run began")
     return state
 

@@ -5,7 +5,6 @@ One loop serves both methods; they differ in which parameters are trained and in
 
 import argparse
 import math
-import shlex
 import signal
 import sys
 import time
@@ -19,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import parse_train_args
-from data.tokens import load_tokens
+from cli import parse_train_args, resume_command
+from data.tokens import file_sha256, load_tokens
 from data.windows import Windows, split
 from errors import RunError, UserError, run_command
-from evaluate import Scores, check_block_size, evaluate
+from evaluate import Scores, check_block_size, evaluate, perplexity
 from files import write_json
 from hardware import autocast, device_name, peak_memory_mb, pick_device, pick_precision
 from lora.adapter import load_adapter, save_adapter
@@ -62,7 +61,7 @@ def main() -> None:
     if args.resume:
         trainer.resume()
     else:
-        start_afresh(args.out)
+        start_afresh(args.out, directory)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, trainer.on_signal)
     trainer.run()
@@ -81,12 +80,14 @@ def build_model(args: argparse.Namespace, directory: Path) -> tuple[GPT2, LoRACo
     if args.method == "full":
         return model, None
     if args.init_adapter:
-        return model, load_adapter(model, args.init_adapter)
+        config = load_adapter(model, args.init_adapter)
+        vars(args).update(asdict(config))  # run.json tells what was trained
+        return model, config
     config = LoRAConfig(args.r, args.lora_alpha, args.lora_dropout, tuple(args.target_modules))
     try:
         inject(model, config)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"--r, --target-modules: {error}") from error
     return model, config
 
 
@@ -148,6 +149,7 @@ class Trainer:
         self.summed_loss = torch.compile(summed_loss) if args.compile else summed_loss
         self.steps_per_epoch = math.ceil(len(windows) / args.batch_size)
         self.total_steps = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
+        self.book_hash = file_sha256(args.book)  # now: the file may change while we train
         self.progress = Progress()
         self.interval = Interval(self.device)
         self.stop_signal: int | None = None
@@ -159,7 +161,6 @@ class Trainer:
         if progress.step == 0:
             self.validate_base()
         self.model.train()
-        self.interval.restart()
         with tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None) as bar:
             for batch in self.batches(progress.step):
                 self.step(batch)
@@ -215,8 +216,7 @@ class Trainer:
         if saves or self.stop_signal:
             self.save_checkpoint()
         if self.stop_signal:
-            command = shlex.join(["python", *(arg for arg in sys.argv if arg != "--overwrite")])
-            print(f"stopped after step {step}; go on with: {command} --resume", file=sys.stderr)
+            print(f"stopped after step {step}; go on with: {resume_command()}", file=sys.stderr)
             sys.exit(128 + self.stop_signal)
 
     def on_signal(self, number: int, frame) -> None:
@@ -227,12 +227,10 @@ class Trainer:
     def measure(self, bar: tqdm) -> dict:
         """The metrics of the steps since the last call. Raises RunError on a non-finite loss."""
         interval, progress = self.interval, self.progress
-        loss = interval.loss.item() / interval.tokens
-        seconds = interval.seconds()
+        total, tokens, seconds = interval.sums()
+        loss, speed, lr = total / tokens, tokens / seconds, self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} at step {progress.step}; try a lower --lr or "
-                           "--precision fp32")
-        lr, speed = self.optimizer.param_groups[0]["lr"], interval.tokens / seconds
+            raise RunError(f"the loss is {loss} at step {progress.step}; lower --lr or use fp32")
         bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
         metrics = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch,
                    "loss": loss, "lr": lr, "grad_norm": interval.grad_norm.item(),
@@ -252,13 +250,11 @@ class Trainer:
             scores = self.evaluate()
         self.progress.base_val_loss = scores.loss
         print(f"base: val {scores}", flush=True)
+        self.interval.restart()
 
     def validate(self) -> dict:
         """Score the validation part; keep the model if it is the best so far."""
         scores, progress = self.evaluate(), self.progress
-        if not math.isfinite(scores.loss):
-            raise RunError(f"the validation loss is {scores.loss} at step {progress.step}; "
-                           "try a lower --lr or --precision fp32")
         better = scores.loss < progress.best_val_loss
         if better:
             progress.best_val_loss = scores.loss
@@ -288,22 +284,23 @@ class Trainer:
             "trainable_percent": 100 * trainable / total,
             "base_val_loss": progress.base_val_loss,
             "best_val_loss": progress.best_val_loss,
-            "best_val_perplexity": math.exp(progress.best_val_loss),
+            "best_val_perplexity": perplexity(progress.best_val_loss),
             "best_val_bits_per_byte": progress.best_val_bits_per_byte,
             "steps": progress.step, "seconds": progress.seconds,
             "tokens_per_second": progress.tokens / progress.training_seconds,
             "peak_memory_mb": peak_memory_mb(self.device), "device": device_name(self.device),
             "precision": args.precision, "torch": torch.__version__,
         })
-        print(f"best: val perplexity {math.exp(progress.best_val_loss):.3f} "
-              f"(base {math.exp(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
+        print(f"best: val perplexity {perplexity(progress.best_val_loss):.3f} "
+              f"(base {perplexity(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
               f"saved in {args.out}")
 
     def save_checkpoint(self) -> None:
         """All that the next step depends on, without the frozen base."""
         self.progress.seconds = time.perf_counter() - self.started
-        cuda = self.device.type == "cuda"
-        write_checkpoint(self.args, {
+        sums, cuda = self.interval.sums(), self.device.type == "cuda"
+        write_checkpoint(self.args, self.book_hash, {
+            "interval": sums,
             "progress": asdict(self.progress),
             "parameters": {name: p.detach() for name, p in self.trainable.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -311,10 +308,11 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         })
+        self.interval.restart(*sums)  # saving is not training time
 
     def resume(self) -> None:
         """Take up the run where its checkpoint left it. Raises UserError if this is another run."""
-        state = read_checkpoint(self.args)
+        state = read_checkpoint(self.args, self.book_hash)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(state["parameters"][name])
@@ -324,6 +322,7 @@ class Trainer:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.progress = Progress(**state["progress"])
+        self.interval.restart(*state["interval"])
         cut_metrics(self.args.out, self.progress.metrics_bytes)
         print(f"resuming after step {self.progress.step} of {self.total_steps}")
 
@@ -335,14 +334,15 @@ class Interval:
         self.device = device
         self.restart()
 
-    def restart(self) -> None:
-        self.loss = torch.zeros((), device=self.device)
+    def restart(self, loss: float = 0.0, tokens: int = 0, seconds: float = 0.0) -> None:
+        self.loss = torch.tensor(loss, device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)  # of the last step
-        self.tokens = 0
-        self.began = time.perf_counter()
+        self.tokens = tokens
+        self.began = time.perf_counter() - seconds
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self.began
+    def sums(self) -> tuple[float, int, float]:
+        """What `restart` takes to go on: loss summed over tokens, tokens, seconds."""
+        return self.loss.item(), self.tokens, time.perf_counter() - self.began
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import tiktoken
@@ -13,8 +14,8 @@ from files import atomic_path, write_json
 from model.tokenizer import END_OF_TEXT, RANKS_SHA256, load_tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
-PIECE = 1 << 20  # characters read at a time: memory does not grow with the book
-LONGEST_RUN = 1 << 16  # characters without white space; byte-pair merging slows down quadratically
+PIECE = 1 << 16  # characters read at a time: memory does not grow with the book
+LONGEST_RUN = 1 << 16  # characters without a boundary; tiktoken slows down and fails on long runs
 
 
 def load_tokens(book: Path, vocab_size: int, cache: Path = CACHE) -> np.ndarray:
@@ -22,8 +23,8 @@ def load_tokens(book: Path, vocab_size: int, cache: Path = CACHE) -> np.ndarray:
 
     The cache entry is named by the hash of the book's bytes and the tokenizer's size, and carries
     the hash of its own content: when anything differs it is built again. `<|endoftext|>` in the
-    text is the document separator. Raises UserError for a book that is missing, empty, not UTF-8
-    or not a text.
+    text is the document separator; a byte order mark before it is dropped. Raises UserError for
+    a book that is missing, empty, not UTF-8 or not a text.
     """
     book_hash = file_sha256(book)
     path = cache / f"{book_hash[:32]}-{vocab_size}.bin"
@@ -34,6 +35,8 @@ def load_tokens(book: Path, vocab_size: int, cache: Path = CACHE) -> np.ndarray:
             with open(temporary, "wb") as file:
                 for piece in _pieces(book):
                     file.write(encode(encoding, piece).tobytes())
+                if not file.tell():
+                    raise UserError(f"{book}: is empty; give a text")
             described["tokens_sha256"] = file_sha256(temporary)
         write_json(path.with_suffix(".json"), described)
     return np.memmap(path, dtype=np.uint16, mode="r")
@@ -45,9 +48,10 @@ def encode(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
 
 
 def token_bytes(vocab_size: int) -> np.ndarray:
-    """(V,) the number of UTF-8 bytes each token stands for."""
+    """(V,) uint8, the number of UTF-8 bytes each token stands for (128 at most)."""
     encoding = load_tokenizer(vocab_size)
-    return np.array([len(encoding.decode_single_token_bytes(i)) for i in range(vocab_size)])
+    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(vocab_size)]
+    return np.array(lengths, dtype=np.uint8)
 
 
 def file_sha256(path: Path) -> str:
@@ -76,21 +80,27 @@ def _pieces(book: Path) -> Iterator[str]:
     piece ends before the last white space that follows a visible character.
     """
     rest = ""
-    try:
-        with open(book, encoding="utf-8", newline="") as file:
-            while new := file.read(PIECE):
-                text = rest + new
-                cut = _last_boundary(text)
-                rest = text[cut:]
-                if cut:
-                    yield text[:cut]
-                elif len(rest) > LONGEST_RUN:
-                    raise UserError(f"{book}: {len(rest):,} characters without a space or a new "
-                                    "line between words; not a text")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{book}: not UTF-8 text ({error.reason}); convert it first") from error
+    with open(book, encoding="utf-8-sig", newline="") as file:
+        while new := _read(file):
+            text = rest + new
+            cut = _last_boundary(text)
+            if cut:
+                yield text[:cut]
+            rest = text[cut:]
+            if len(rest) > LONGEST_RUN:
+                raise UserError(f"{book}: {len(rest):,} characters without a space or a new line "
+                                "between words; not a text")
     if rest:
         yield rest
+
+
+def _read(file: TextIO) -> str:
+    try:
+        return file.read(PIECE)
+    except UnicodeDecodeError as error:
+        offset = file.buffer.tell() - len(error.object) + error.start
+        raise UserError(f"{file.name}: not UTF-8 text (byte {offset:,}: {error.reason}); "
+                        "convert it first") from error
 
 
 def _last_boundary(text: str) -> int:

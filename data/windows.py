@@ -48,8 +48,11 @@ def evaluation_batches(
 
     Windows start every `stride` tokens; with a stride below the block size, only tokens that no
     earlier window scored count. The last window may be shorter: it is padded on the right, where
-    a causal model cannot see, and padding is not scored.
+    a causal model cannot see, and padding is not scored. Raises ValueError for a stride above the
+    block size, which would leave tokens out.
     """
+    if not 1 <= stride <= block_size:
+        raise ValueError(f"stride {stride} is not from 1 to the block size, {block_size}")
     scored = label_shift  # the first position of `tokens` that is still to be scored
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(tokens), stride):

@@ -141,8 +141,8 @@ def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor
                 raise UserError(f"{path}: tensor {missing[0]} is missing; the adapter is for "
                                 "another base")
             if extra := sorted(keys - shapes.keys()):
-                raise UserError(f"{path}: unexpected tensor {brief(extra[0])}; the adapter is for "
-                                "another base")
+                raise UserError(f"{path}: unexpected tensor {extra[0]!r:.120}; the adapter is "
+                                "for another base")
             return {key: _read_tensor(path, file, key, shape) for key, shape in shapes.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: missing, truncated or not a safetensors file") from error

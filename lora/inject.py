@@ -17,7 +17,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
     A target is a module's full name or a suffix of it after a dot, as in PEFT: `c_proj` is the
     attention's and the MLP's. Raises ValueError, and leaves the model as it was, when a target
-    matches nothing or something that is not a linear layer.
+    matches nothing or something that is not a linear layer, or the rank is above a layer's size.
     """
     targets = _find_targets(model, config.target_modules)
     wrapped = {name: LoRALinear(layer, config) for name, layer in targets.items()}
@@ -32,8 +32,9 @@ def _find_targets(model: nn.Module, target_modules: tuple[str, ...]) -> dict[str
     for target in target_modules:
         if reason := REFUSED.get(target.rpartition(".")[2]):
             raise ValueError(f"target module {target!r} is refused: {reason}")
+        # Full names are those of transformers' GPT2LMHeadModel, which PEFT writes for "all-linear".
         matches = {name: module for name, module in model.named_modules()
-                   if name == target or name.endswith(f".{target}")}
+                   if f".transformer.{name}".endswith(f".{target}")}
         if not matches:
             raise ValueError(f"target module {target!r} is not in the model; "
                              f"it has {', '.join(linear_names(model))}")

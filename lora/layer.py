@@ -45,7 +45,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """scaling * B A, (out, in), fp32: what merging adds to W."""
-        return self.lora_B.weight @ self.lora_A.weight * self.scaling
+        return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
 
     def merge(self) -> None:
         """Fold the update into W, so that the layer costs what a plain one does."""

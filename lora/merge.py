@@ -5,7 +5,7 @@ from pathlib import Path
 from cli import Parser, add_model_options, load_model
 from errors import UserError, run_command
 from lora.inject import merge, unwrap
-from model.checkpoint import WEIGHTS, save_gpt2
+from model.checkpoint import save_gpt2
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.adapter:
         raise UserError("--adapter is missing: there is nothing to merge")
-    if (args.out / WEIGHTS).exists() or args.out.is_file():
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out {args.out}: exists already; name a new directory")
     name, model = load_model(args)
     merge(model)

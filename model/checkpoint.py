@@ -167,7 +167,7 @@ def _refusing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: not a file of plain tensors; not read, "
                         "since such a pickle can run code") from error
     except Exception as error:  # torch.load raises whatever its unpickler meets
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__  # the first sentence
         raise UserError(f"{path}: damaged, or not a file of tensors ({reason})") from error
 
 

@@ -149,8 +149,9 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """GPT-2's own scheme: N(0, 0.02), biases 0, and the projections that write to the
-        residual stream scaled by 1 / sqrt(2 * n_layer), the number of such additions (paper, 2.3).
+        """GPT-2's scheme as transformers has it: N(0, initializer_range), biases 0, and the
+        projections that write to the residual stream scaled by 1 / sqrt(2 * n_layer), the number
+        of such additions (paper, 2.3). OpenAI's own code draws `wpe` from N(0, 0.01).
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():

@@ -1,10 +1,16 @@
-"""Stock transformers models, made small and on the spot: the ground truth of several tests."""
+"""What several tests need: small stock transformers models, made on the spot, and comparisons."""
 
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from torch import nn
+
+from errors import UserError
+from model.checkpoint import load_gpt2
+
+transformers.logging.disable_progress_bar()
 
 TINY = {
     "vocab_size": 317,
@@ -23,10 +29,10 @@ def tiny_gpt2(seed: int = 0, **config: object) -> transformers.GPT2LMHeadModel:
     """
     fields = {**TINY, **config}
     end = fields["vocab_size"] - 1
-    config = transformers.GPT2Config(**fields, bos_token_id=end, eos_token_id=end)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.GPT2LMHeadModel(config)
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**fields, bos_token_id=end, eos_token_id=end))
         perturb(model)
     return model.eval()
 
@@ -56,3 +62,18 @@ def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest difference, as a share of the largest reference value."""
     value, reference = value.detach().double(), reference.detach().double()
     return ((value - reference).abs().max() / reference.abs().max()).item()
+
+
+def assert_refused(directory: Path, file: str, *words: str) -> str:
+    """Loading the model fails with one line that begins with the file's path and has the words.
+
+    Returns that line.
+    """
+    with pytest.raises(UserError) as refusal:
+        load_gpt2(directory)
+    message = str(refusal.value)
+    assert message.startswith(str(directory / file))
+    assert len(message.splitlines()) == 1
+    for word in words:
+        assert word in message
+    return message

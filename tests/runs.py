@@ -1,0 +1,146 @@
+"""Runs of the project's commands inside this process, and what stock libraries say of them."""
+
+import contextlib
+import io
+import json
+import math
+import random
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import train
+from cli import parse_train_args
+from errors import run_command
+from model.hub import find_base
+from model.tokenizer import load_tokenizer
+from tests.helpers import TINY
+
+BLOCK = 16  # the runs' block size and stride
+WORDS = "the a lamp keeper sea stair gull light salt oil night turns climbs sees writes grey".split()
+NO_DROPOUT = {"lora": ("--base-dropout", 0, "--lora-dropout", 0), "full": ("--base-dropout", 0)}
+
+
+@dataclass
+class Ending:
+    """How a command ended and what it said."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Run:
+    """A finished training run: its directory, `run.json` and `metrics.jsonl`."""
+
+    out: Path
+    report: dict
+    metrics: list[dict]
+    stdout: str = ""
+
+    def column(self, name: str) -> list[float]:
+        """The metric's values, in the lines that have it."""
+        return [line[name] for line in self.metrics if name in line]
+
+
+def run(main: Callable[[], int | None], *argv: object) -> Ending:
+    """How the command with this `main` ends, given these arguments."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, argv)]),
+              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+              pytest.raises(SystemExit) as ended):
+            run_command(main)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Ending(ended.value.code, out.getvalue(), err.getvalue())
+
+
+def arguments(method: str, base: Path, book: Path, out: Path, *options: object) -> list[str]:
+    """`train.py`'s arguments for a small run on the CPU; `options` come last and win."""
+    return list(map(str, (method, "--base", base, "--book", book, "--out", out, "--device", "cpu",
+                          "--block-size", BLOCK, "--stride", BLOCK, "--log-every", 1, *options)))
+
+
+def trained(method: str, base: Path, book: Path, out: Path, *options: object) -> Run:
+    """A run by `arguments`, which must succeed."""
+    ending = run(train.main, *arguments(method, base, book, out, *options))
+    assert ending.status == 0, ending.stderr
+    return finished(out, ending.stdout)
+
+
+def finished(out: Path, stdout: str = "") -> Run:
+    """The run in that directory."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return Run(out, json.loads((out / "run.json").read_text()), list(map(json.loads, lines)), stdout)
+
+
+def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> train.Trainer:
+    """What `train.main` makes before the first step."""
+    args = parse_train_args("-", arguments(method, base, book, out, *options, "--precision", "fp32"))
+    torch.manual_seed(args.seed)
+    model, config = train.build_model(args, find_base(args.base)[1])
+    out.mkdir(exist_ok=True)
+    return train.Trainer(args, model, config, *train.load_data(args, model))
+
+
+def story(sentences: int = 120, seed: int = 0) -> str:
+    """Prose of a kind, always the same: a few thousand tokens of a small vocabulary."""
+    rng = random.Random(seed)
+    lines = (" ".join(rng.choices(WORDS, k=rng.randint(4, 9))) for _ in range(sentences))
+    return "".join(line.capitalize() + rng.choice((". ", "! ", ".\n")) for line in lines)
+
+
+def token_parts(book: Path) -> tuple[Tensor, Tensor]:
+    """The token ids (N,) of the book's training part and of its validation part."""
+    ids = torch.tensor(load_tokenizer(TINY["vocab_size"]).encode_ordinary(book.read_text()))
+    cut = len(ids) - len(ids) // 10
+    return ids[:cut], ids[cut:]
+
+
+def windows(ids: Tensor, shift: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of all whole windows."""
+    spans = ids.unfold(0, BLOCK + shift, BLOCK)
+    return spans[:, :BLOCK], spans[:, shift:]
+
+
+def stock_model(base: Path, adapter: Path | None = None) -> nn.Module:
+    """transformers' model, with the adapter put on by PEFT, in evaluation mode."""
+    model = transformers.GPT2LMHeadModel.from_pretrained(base)
+    if adapter:
+        model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return model.eval()
+
+
+def stock_result(run: Run) -> nn.Module:
+    """What the run left, in stock libraries."""
+    if run.report["method"] == "full":
+        return stock_model(run.out)
+    return stock_model(run.report["base"], run.out)
+
+
+def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross-entropy of a stock model over (B, T) targets, nats."""
+    return F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, ids: Tensor, shift: int = 1) -> float:
+    """A stock model's mean over every token but the first `shift`, window after window."""
+    spans = [ids[None, i : i + BLOCK + shift] for i in range(0, len(ids) - shift, BLOCK)]
+    sums = [mean_loss(model, s[:, :-shift], s[:, shift:]).item() * (s.size(1) - shift)
+            for s in spans]
+    return math.fsum(sums) / (len(ids) - shift)
