@@ -151,8 +151,8 @@ def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor
 def _read_tensor(path: Path, file: safe_open, key: str, shape: torch.Size) -> Tensor:
     header = file.get_slice(key)
     if header.get_shape() != list(shape):
-        raise UserError(f"{path}: {key} is {tuple(header.get_shape())}, this base needs "
-                        f"{tuple(shape)}")
+        raise UserError(f"{path}: {key} is {brief(tuple(header.get_shape()))}, this base "
+                        f"needs {tuple(shape)}")
     if header.get_dtype() not in ("F32", "F16", "BF16"):
         raise UserError(f"{path}: {key} holds {header.get_dtype()}; only F32, F16 and BF16 are "
                         "known")

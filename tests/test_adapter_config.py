@@ -70,6 +70,14 @@ def test_fields_that_would_change_the_result_are_refused_by_name(base, adapter, 
     assert refusal.startswith((f"{field} ", f"{field!r} "))
 
 
+@pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha", "target_modules"])
+def test_a_missing_field_is_refused_by_name(base, adapter, field):
+    config = json.loads((adapter / CONFIG).read_text())
+    del config[field]
+    (adapter / CONFIG).write_text(json.dumps(config))
+    assert refusal_of(adapter, CONFIG, base).startswith((f"{field} None", f"{field!r} None"))
+
+
 @pytest.mark.parametrize(("fields", "reason"), [
     ({"r": 33}, "rank 33 is outside 1 .. 32"),
     ({"target_modules": ["c_attn", "q_proj"]}, "'q_proj' is not in the model"),
