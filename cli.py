@@ -97,7 +97,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stride", type=number(int, 1), default=32,
                         help="a training window starts every so many tokens")
     parser.add_argument("--val-fraction", type=number(float, 0.001, 0.9), default=0.1)
-    parser.add_argument("--label-shift", type=int, choices=(1, 2), default=1,
+    parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, metavar="{1,2}",
                         help="1: next token; 2: the reference run's measure")
 
 

@@ -99,7 +99,7 @@ def parse_args():
     parser.add_argument("--block-size", type=number(int, 1), default=128)
     parser.add_argument("--stride", type=number(int, 1), default=None,
                         help="a window starts every so many tokens (default: the block size)")
-    parser.add_argument("--label-shift", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, metavar="{1,2}")
     parser.add_argument("--batch-size", type=number(int, 1), default=16)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument("--compare", type=Path, nargs="+", default=None, metavar="RUN",

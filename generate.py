@@ -109,9 +109,9 @@ def sample(
     """One token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
 
     Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always
-    stays; a temperature of 0 takes it.
+    stays; a temperature of 0, or too small to divide by, takes it.
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
     if 0 < top_k < len(logits):

@@ -27,7 +27,7 @@ from model.tokenizer import load_tokenizer
 from tests.helpers import TINY
 
 BLOCK = 16  # the runs' block size and stride
-WORDS = "the a lamp keeper sea stair gull light salt oil night turns climbs sees writes grey".split()
+WORDS = ("the", "a", "lamp", "keeper", "sea", "stair", "gull", "light", "salt", "night", "turns")
 NO_DROPOUT = {"lora": ("--base-dropout", 0, "--lora-dropout", 0), "full": ("--base-dropout", 0)}
 
 
@@ -84,13 +84,14 @@ def trained(method: str, base: Path, book: Path, out: Path, *options: object) ->
 
 def finished(out: Path, stdout: str = "") -> Run:
     """The run in that directory."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return Run(out, json.loads((out / "run.json").read_text()), list(map(json.loads, lines)), stdout)
+    metrics = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return Run(out, json.loads((out / "run.json").read_text()), list(metrics), stdout)
 
 
 def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> train.Trainer:
     """What `train.main` makes before the first step."""
-    args = parse_train_args("-", arguments(method, base, book, out, *options, "--precision", "fp32"))
+    options = (*options, "--precision", "fp32")  # train.main resolves `auto`
+    args = parse_train_args("-", arguments(method, base, book, out, *options))
     torch.manual_seed(args.seed)
     model, config = train.build_model(args, find_base(args.base)[1])
     out.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """Scores against a token-by-token loop over a stock transformers model, and against its loss."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from data.tokens import encode
+from errors import RunError
 from evaluate import Scores, evaluate
 from model.checkpoint import load_gpt2
 from model.tokenizer import load_tokenizer
@@ -124,6 +126,13 @@ def test_bf16_is_close(models, tokens):
     exact, rounded = (evaluate(ours, tokens, block_size=16, precision=precision).loss
                       for precision in ("fp32", "bf16"))
     assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
+
+
+def test_a_loss_that_is_no_number_is_an_error(models, tokens):
+    broken = copy.deepcopy(models[0])
+    broken.ln_f.bias.data[0] = math.nan
+    with pytest.raises(RunError, match="the loss on the text is nan"):
+        evaluate(broken, tokens, block_size=16)
 
 
 def test_a_stride_above_the_block_is_refused(models, tokens):

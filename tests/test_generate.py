@@ -69,6 +69,7 @@ LOGITS = torch.tensor([0.5, 0.4, 0.06, 0.04]).log()
 @pytest.mark.parametrize("options, expected", [
     ({}, [0.5, 0.4, 0.06, 0.04]),
     ({"temperature": 0}, [1, 0, 0, 0]),
+    ({"temperature": 1e-40}, [1, 0, 0, 0]),
     ({"temperature": 0.5}, [0.25 / 0.4152, 0.16 / 0.4152, 0.0036 / 0.4152, 0.0016 / 0.4152]),
     ({"top_k": 1}, [1, 0, 0, 0]),
     ({"top_k": 2}, [5 / 9, 4 / 9, 0, 0]),

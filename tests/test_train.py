@@ -112,7 +112,7 @@ def test_the_saved_model_has_the_reported_loss_in_stock_libraries(done, base, bo
 ])
 def test_options_say_when_to_log_to_validate_and_to_end(base, book, tmp_path, options, logged,
                                                         validated):
-    done = trained("lora", base, book, tmp_path, "--batch-size", 18, "--log-every", 10, *options)
+    done = trained("lora", base, book, tmp_path, "--batch-size", 15, "--log-every", 10, *options)
     assert set(done.column("step")) == logged
     assert {line["step"] for line in done.metrics if "val_loss" in line} == validated
 
@@ -123,13 +123,13 @@ def test_a_repetitive_text_is_learnt_by_heart(base, tmp_path, options):
     method, *targets = options
     (tmp_path / "book").write_text("The keeper climbs the stair and turns the lamp. " * 60)
     done = trained(method, base, tmp_path / "book", tmp_path / "run", "--batch-size", 16,
-                   "--epochs", 10, "--lr", 1e-2, *targets)
-    assert done.report["best_val_loss"] < 0.5 * done.report["base_val_loss"]
-    assert done.column("loss")[-1] < 0.5 * done.column("loss")[0]
+                   "--epochs", 7, "--lr", 2e-2, *targets)
+    assert done.report["best_val_loss"] < done.report["base_val_loss"] - 1
+    assert done.column("loss")[-1] < done.column("loss")[0] - 2
 
 
 def test_the_best_model_is_kept_when_validation_gets_worse(base, book, tmp_path):
-    done = trained("lora", base, book, tmp_path, "--max-steps", 6, "--eval-every", 1, "--lr", 0.3,
+    done = trained("lora", base, book, tmp_path, "--max-steps", 2, "--eval-every", 1, "--lr", 3,
                    "--warmup-ratio", 0.9)
     losses = done.column("val_loss")
     assert losses[-1] > min(losses) + 0.1

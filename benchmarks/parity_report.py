@@ -1,0 +1,114 @@
+"""What the parity check says: tables and verdicts as it runs, `parity.json` and the picture."""
+
+import math
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from files import atomic_path, write_json
+from plots import COLOURS, pyplot
+
+ROWS = 5  # of a printed curve
+FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
+
+
+class Report:
+    """Prints every figure as it comes, and keeps it with what it was allowed to be."""
+
+    def __init__(self) -> None:
+        self.checks: list[dict] = []
+        self.curves: dict[str, dict[str, list[float]]] = {}
+        self.facts: dict = {}
+
+    def section(self, title: str) -> None:
+        print(f"\n{title}")
+
+    def curve(self, name: str, here: list[float], there: list[float], **more: list[float]) -> None:
+        """The losses of each step on both sides."""
+        self.curves[name] = {"here": here, "there": there, **more}
+        print(f"    {name}\n      step     loss here    loss there    difference")
+        for step in sorted({*range(0, len(here), -(-len(here) // ROWS)), len(here) - 1}):
+            print(f"    {step + 1:6d}  {here[step]:12.8f}  {there[step]:12.8f}"
+                  f"  {abs(here[step] - there[step]):12.2g}")
+
+    def check(self, name: str, value: float, allowed: float) -> None:
+        """A verdict: `value` may be at most `allowed`, and must be a number."""
+        ok = bool(value <= allowed)
+        self.checks.append({"name": name, "value": float(value), "allowed": float(allowed),
+                            "ok": ok})
+        print(f"{'ok' if ok else 'FAILED':6}  {name}: {value:.2g} (allowed: {allowed:.2g})")
+
+    def broken(self) -> list[str]:
+        return [check["name"] for check in self.checks if not check["ok"]]
+
+    def write(self, out: Path) -> None:
+        """`parity.json` and `parity.png`."""
+        write_json(out / "parity.json", {
+            **self.facts, "machine": machine(), "versions": versions(),
+            "holds": not self.broken(), "checks": self.checks, "curves": self.curves})
+        if pyplot:
+            self.draw(out / "parity.png")
+
+    def draw(self, path: Path) -> None:
+        """Both sides' curves of the exact run, and every pair's difference."""
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
+        exact = self.curves["exact"]
+        steps = range(1, len(exact["here"]) + 1)
+        left.plot(steps, exact["there"], color=COLOURS["train"], linewidth=5, label="PEFT")
+        left.plot(steps, exact["here"], color=COLOURS["lora"], linewidth=1, label="this project")
+        left.set(xlabel="step", ylabel="training loss (nats a token)",
+                 title="fp32, one thread, all dropouts on")
+        for name, pair in self.curves.items():
+            here, there = np.array(pair["here"]), np.array(pair["there"])
+            difference = np.abs(here - there) / there
+            drawn, = right.plot(range(1, len(here) + 1), np.maximum(difference, FLOOR),
+                                "--" if name.startswith("bf16") else "-",
+                                label=f"{name} (at most {difference.max():.1g})")
+            if "spread" in pair:
+                right.plot(range(1, len(here) + 1), np.array(pair["spread"]) / there, ":",
+                           color=drawn.get_color(), label="    PEFT's own, seed to seed")
+        right.set(xlabel="step", ylabel=f"difference / loss (0 is drawn at {FLOOR:.0e})",
+                  yscale="log", title="difference from PEFT, every comparison")
+        left.legend()
+        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        left.grid(alpha=0.3)
+        right.grid(alpha=0.3)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=150, format="png")
+        pyplot.close(figure)
+
+
+def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in parameters.items()}
+
+
+def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest difference of two sets of parameters; infinite if their names differ."""
+    if a.keys() != b.keys():
+        return math.inf
+    return torch.stack([(a[name] - b[name]).abs().max() for name in a]).max().item()
+
+
+def relative(here: list[float], there: list[float]) -> float:
+    """The largest difference of two curves, relative to the second."""
+    return float(np.max(np.abs(np.subtract(here, there)) / there))
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def machine() -> str:
+    """Such as "2-core x86-64 CPU": what the figures depend on, and nothing that names a machine."""
+    cpu = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+    return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
+
+
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"python": platform.python_version(), **packages}
