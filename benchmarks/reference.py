@@ -34,7 +34,7 @@ from benchmarks.reference_protocol import (
     window_indices,
 )
 from cli import ROOT, Parser, add_base_options, number, parse_train_args
-from data.tokens import load_tokens
+from data.tokens import file_sha256, load_tokens
 from data.windows import split
 from errors import UserError, run_command
 from evaluate import perplexity
@@ -42,7 +42,7 @@ from files import write_json, write_text
 from hardware import PRECISIONS, device_name, pick_device
 from model.checkpoint import load_config
 from model.hub import find_base
-from run_directory import CHECKPOINT, RUN
+from run_directory import CHECKPOINT, RUN, check_out, read_checkpoint
 from train import Trainer, build_model, load_data
 
 PUBLISHED = {  # trainable parameters, share of all, best validation loss, its perplexity
@@ -110,8 +110,9 @@ def repeat(opts: Namespace) -> dict:
     began = time.perf_counter()
     name = opts.book.name if opts.book else f"pseudo-Latin, {opts.words} words"
     if not opts.book:
-        opts.book = opts.out / "pseudo-latin.txt"
+        opts.book = opts.out / f"pseudo-latin-{opts.words}-{opts.seed}.txt"
         write_text(opts.book, pseudo_latin(opts.words, opts.seed))
+    check_runs(opts)
     tokens = load_tokens(opts.book, load_config(opts.directory).vocab_size)
     print(f"base {Path(opts.base).name}, {name}: {len(tokens):,} tokens, {opts.precision}, "
           f"{machine()}")
@@ -137,6 +138,15 @@ def arguments(opts: Namespace, method: str) -> list[str]:
     begun = (out / CHECKPOINT).exists() or (out / RUN).exists()
     more = ["--overwrite"] * opts.overwrite + ["--resume"] * (opts.resume and begun)
     return train_arguments(opts, method, out, *more)
+
+
+def check_runs(opts: Namespace) -> None:
+    """Refuse, before anything is timed, to lose a run or to go on with one of other options."""
+    for method in METHODS:
+        args = parse_train_args("-", arguments(opts, method))
+        check_out(args)
+        if args.resume:  # train.py asks this of unfinished runs alone
+            read_checkpoint(args, file_sha256(args.book))
 
 
 def announce(opts: Namespace) -> None:

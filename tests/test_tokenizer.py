@@ -26,7 +26,7 @@ build = load_tokenizer.__wrapped__  # load_tokenizer without its memory of earli
 
 SAMPLES = {
     "prose": "It was a bright cold day in April, and the clocks were striking thirteen.",
-    "contractions": "I'm we'll don't they've you're he'd IT'S 'tis 'The 'So ''s 's'll rock'n'roll",
+    "contractions": "I'm we'll don't they've you're he'd IT'S l'Tour a'So ''s 's'll rock'n'roll",
     "digits": "3.14159 1,000,000 0x1F 2024-05-17 12th ٣٤٥ ½ Ⅻ ²",
     "code": "def f(x):\n    return {'a': x[-1]}  # ~`!@#$%^&*()_+-=|\\",
     "accents": "naïve café Ærøskøbing Füße Đà Nẵng İstanbul ﬁne",
