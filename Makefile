@@ -2,6 +2,7 @@
 # make train-full            the same, training every weight
 # make compare               table and picture of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
+# make parity               this project against PEFT and transformers, number by number
 # make test | lint | setup | clean
 #
 # Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file), OUT (a directory),
@@ -14,7 +15,7 @@ ADAPTER ?= $(or $(OUT),runs/lora)
 PROMPT ?= You climb the stair and
 TRAIN_OPTIONS = --base '$(BASE)' $(if $(BOOK),--book '$(BOOK)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-.PHONY: help setup train-lora train-full compare generate test lint pretrain-mini clean
+.PHONY: help setup train-lora train-full compare generate test lint parity pretrain-mini clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -50,6 +51,10 @@ test: .venv/dev
 
 lint: .venv/dev
 	$(PY) -m ruff check .
+
+# Our LoRA against PEFT's, number by number; on mini unless BASE names another.
+parity: .venv/dev
+	$(PY) -m benchmarks.parity $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
 
 # How model/mini was made; CORPUS is a directory of UTF-8 texts (model/mini/README.md lists them).
 MINI := .cache/mini

@@ -94,7 +94,7 @@ def parse_train_args(description: str, argv: list[str] | None = None) -> argpars
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--book", type=Path, default=BOOK, help="UTF-8 text file")
     parser.add_argument("--block-size", type=number(int, 1), default=128, help="tokens a window")
-    parser.add_argument("--stride", type=number(int, 1), default=32,
+    parser.add_argument("--stride", type=number(int, 1), default=16,
                         help="a training window starts every so many tokens")
     parser.add_argument("--val-fraction", type=number(float, 0.001, 0.9), default=0.1)
     parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, metavar="{1,2}",
