@@ -1,10 +1,11 @@
-"""A small base on disk and a good adapter of it."""
+"""A small base on disk, a good adapter of it, and a book."""
 
 import pytest
 
 from lora.adapter import save_adapter
 from tests.adapters import adapted
 from tests.helpers import tiny_gpt2_directory
+from tests.runs import story
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,11 @@ def adapter(base, tmp_path):
     """The directory of an adapter of `base` on c_attn, r 4, as we write it."""
     save_adapter(*adapted(base, ("c_attn",), r=4), tmp_path / "adapter", "gpt2")
     return tmp_path / "adapter"
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """`runs.story()` as a file; not to be written to."""
+    path = tmp_path_factory.mktemp("book") / "book.txt"
+    path.write_text(story())
+    return path

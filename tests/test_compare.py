@@ -7,14 +7,7 @@ import struct
 import pytest
 
 import evaluate
-from tests.runs import BLOCK, Run, run, story, trained
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text(story())
-    return path
+from tests.runs import BLOCK, Run, run, trained
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from lora.layer import LoRALinear
 from model.checkpoint import save_gpt2
 from model.gpt2 import GPT2, GPT2Config
 from tests.helpers import tiny_gpt2_directory
-from tests.runs import run, story
+from tests.runs import run
 
 GIB = 1 << 30
 LORA_INIT = LoRALinear.__init__
@@ -30,13 +30,6 @@ LORA_INIT = LoRALinear.__init__
 def base(tmp_path_factory):
     """A tiny base with heads of 16, for which 1/sqrt(16) is the same number however computed."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_head=2)[0]
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text(story())
-    return path
 
 
 @pytest.fixture

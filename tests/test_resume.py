@@ -19,13 +19,6 @@ OPTIONS = ("--batch-size", 8, "--max-steps", 30, "--log-every", 7, "--eval-every
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text(story())
-    return path
-
-
-@pytest.fixture(scope="module")
 def whole(base, book, tmp_path_factory):
     """By method, the run without a stop."""
     return {method: trained(method, base, book, tmp_path_factory.mktemp(method), *OPTIONS)

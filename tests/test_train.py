@@ -15,7 +15,6 @@ from tests.runs import (
     run,
     stock_model,
     stock_result,
-    story,
     token_parts,
     trained,
     validation_loss,
@@ -24,13 +23,6 @@ from tests.runs import (
 from train import main
 
 METHODS = ("lora", "full")
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text(story())
-    return path
 
 
 @pytest.fixture(scope="module", params=METHODS)

@@ -19,7 +19,6 @@ from tests.runs import (
     mean_loss,
     stock_model,
     stock_result,
-    story,
     token_parts,
     trained,
     trainer,
@@ -30,13 +29,6 @@ from train import learning_rate
 
 METHODS = ("lora", "full")
 WHOLE = ("--batch-size", 1000)  # every window in each step, so that their order does not matter
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    path = tmp_path_factory.mktemp("book") / "book.txt"
-    path.write_text(story())
-    return path
 
 
 @pytest.fixture(scope="module")
