@@ -111,7 +111,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. Its head is `wte` itself, so tying cannot come undone."""
+    """The language model. Its head is `wte` itself, so tying cannot come undone.
+
+    Random draws of a training step, in order: the embedding's dropout; then in each block LoRA's
+    (where `c_attn` is adapted), the attention weights', the attention output's, the MLP's.
+    """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
