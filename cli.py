@@ -1,10 +1,10 @@
-"""What the commands' options have in common."""
+"""What the commands have in common: their options, and the tables they print."""
 
 import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -147,3 +147,12 @@ def resume_command() -> str:
     """What to type to go on with the run that this command began."""
     again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
     return shlex.join(["python", *again, "--resume"])
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table: the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    for row in (columns, ["-" * width for width in widths], *rows):
+        padded = [text.ljust(width) if i == 0 else text.rjust(width)
+                  for i, (text, width) in enumerate(zip(row, widths, strict=True))]
+        print("| " + " | ".join(padded) + " |")

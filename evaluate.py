@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import BOOK, Parser, add_device_options, add_model_options, load_model, number
+from cli import (
+    BOOK,
+    Parser,
+    add_device_options,
+    add_model_options,
+    load_model,
+    number,
+    print_table,
+)
 from data.tokens import load_tokens, token_bytes
 from data.windows import NOT_SCORED, evaluation_batches, split
 from errors import RunError, UserError, run_command
@@ -153,12 +161,7 @@ def compare(directories: list[Path]) -> None:
               "their losses do not compare")
     rows = [("base " + base, None, run) for base, run in {r["base"]: r for _, r in runs}.items()]
     rows += [(run["method"], directory, run) for directory, run in runs]
-    cells = [_cells(*row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *cells, strict=True)]
-    for line in (COLUMNS, ["-" * width for width in widths], *cells):
-        padded = [text.ljust(w) if i == 0 else text.rjust(w)
-                  for i, (text, w) in enumerate(zip(line, widths, strict=True))]
-        print("| " + " | ".join(padded) + " |")
+    print_table(COLUMNS, [_cells(*row) for row in rows])
     picture = directories[0].resolve().parent / "compare.png"
     base = runs[0][1]
     if draw_comparison(base["base"], perplexity(base["base_val_loss"]), runs, picture):

@@ -32,7 +32,7 @@ def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{method}: loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    return _save(figure, out / "loss.png")
+    return save_figure(figure, out / "loss.png")
 
 
 def draw_comparison(base: str, base_perplexity: float, runs: list[tuple[Path, dict]],
@@ -51,7 +51,7 @@ def draw_comparison(base: str, base_perplexity: float, runs: list[tuple[Path, di
     size.set_yscale("log")
     _bars(speed, names, [run["seconds"] for _, run in runs], colours,
           "seconds, validation included", "{:,.0f}")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,
@@ -69,7 +69,7 @@ def _can_draw() -> bool:
     return pyplot is not None
 
 
-def _save(figure, path: Path) -> bool:
+def save_figure(figure, path: Path) -> bool:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     pyplot.close(figure)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import atomic_path, write_json
-from plots import COLOURS, pyplot
+from files import write_json
+from plots import COLOURS, pyplot, save_figure
 
 ROWS = 5  # of a printed curve
 FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
@@ -78,9 +78,7 @@ class Report:
         right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         left.grid(alpha=0.3)
         right.grid(alpha=0.3)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=150, format="png")
-        pyplot.close(figure)
+        save_figure(figure, path)
 
 
 def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,14 +26,13 @@ from benchmarks.reference_protocol import (
     VAL_FRACTION,
     check_base,
     load_best,
-    print_table,
     reference_loss,
     run_train,
     token_scores,
     train_arguments,
     window_indices,
 )
-from cli import ROOT, Parser, add_base_options, number, parse_train_args
+from cli import ROOT, Parser, add_base_options, number, parse_train_args, print_table
 from data.tokens import file_sha256, load_tokens
 from data.windows import split
 from errors import UserError, run_command

@@ -19,13 +19,12 @@ from benchmarks.reference_protocol import (
     SHIFT,
     VAL_FRACTION,
     load_best,
-    print_table,
     reference_loss,
     run_train,
     token_scores,
     train_arguments,
 )
-from cli import BOOK
+from cli import BOOK, print_table
 from data.tokens import load_tokens
 from data.windows import split
 from evaluate import Scores, perplexity

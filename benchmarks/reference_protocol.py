@@ -103,12 +103,3 @@ def reference_loss(model: GPT2, tokens: np.ndarray, batch_size: int, count: int 
 def token_scores(model: GPT2, tokens: np.ndarray, label_shift: int, precision: str = "fp32"):
     """This project's measure: each token once, in consecutive windows, the mean over tokens."""
     return evaluate(model, tokens, block_size=BLOCK, label_shift=label_shift, precision=precision)
-
-
-def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """The first column to the left, the others to the right."""
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    for row in (columns, ["-" * width for width in widths], *rows):
-        padded = [text.ljust(width) if i == 0 else text.rjust(width)
-                  for i, (text, width) in enumerate(zip(row, widths, strict=True))]
-        print("| " + " | ".join(padded) + " |")

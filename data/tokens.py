@@ -1,7 +1,6 @@
 """A text file as a cached, memory-mapped file of uint16 token ids."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -10,7 +9,7 @@ import numpy as np
 import tiktoken
 
 from errors import UserError
-from files import atomic_path, write_json
+from files import atomic_path, read_json, write_json
 from model.tokenizer import END_OF_TEXT, RANKS_SHA256, load_tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
@@ -67,9 +66,9 @@ def file_sha256(path: Path) -> str:
 
 def _is_whole(path: Path, described: dict) -> bool:
     try:
-        stored = json.loads(path.with_suffix(".json").read_text())
+        stored = read_json(path.with_suffix(".json"))
         return stored == described | {"tokens_sha256": file_sha256(path)}
-    except (OSError, ValueError, UserError):
+    except UserError:  # missing or damaged: it is built again
         return False
 
 
