@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from cli import (
     BOOK,
@@ -22,10 +20,11 @@ from data.tokens import load_tokens, token_bytes
 from data.windows import NOT_SCORED, evaluation_batches, split
 from errors import RunError, UserError, run_command
 from files import write_json
-from hardware import autocast, pick_device, pick_precision
+from hardware import autocast, cast_frozen, pick_device, pick_precision
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from model import ops
 from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
-from model.gpt2 import GPT2Config
+from model.gpt2 import GPT2, GPT2Config
 from plots import draw_comparison
 from run_directory import read_run
 
@@ -58,7 +57,7 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, tokens: np.ndarray, *, block_size: int, stride: int | None = None,
+    model: GPT2, tokens: np.ndarray, *, block_size: int, stride: int | None = None,
     label_shift: int = 1, batch_size: int = 16, precision: str = "fp32",
 ) -> Scores:
     """Score each of `tokens` but the first `label_shift` once, in windows of `block_size`.
@@ -71,14 +70,18 @@ def evaluate(
     correct = torch.zeros((), dtype=torch.int64, device=device)
     was_training = model.training
     model.eval()
-    batches = evaluation_batches(tokens, block_size, stride or block_size, label_shift, batch_size)
-    for inputs, targets in batches:
-        inputs, targets = inputs.to(device), targets.to(device).flatten()
-        with autocast(device, precision):
-            logits = model(inputs).flatten(0, 1)  # (B * T, V)
-        total += F.cross_entropy(logits.float(), targets, ignore_index=NOT_SCORED, reduction="sum")
-        correct += (logits.argmax(-1) == targets).sum()
-    model.train(was_training)
+    try:
+        for inputs, targets in evaluation_batches(tokens, block_size, stride or block_size,
+                                                  label_shift, batch_size):
+            inputs, targets = inputs.to(device), targets.to(device).flatten()
+            with autocast(device, precision):
+                hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
+                losses, hits = ops.score(hidden, model.wte.weight, targets)
+            scored = targets != NOT_SCORED
+            total += losses[scored].sum(dtype=total.dtype)
+            correct += hits[scored].sum()
+    finally:
+        model.train(was_training)
     if not math.isfinite(total.item()):
         raise RunError(f"the loss on the text is {total.item()}; try --precision fp32, or train "
                        "with a lower --lr")
@@ -126,6 +129,7 @@ def main() -> None:
     precision = pick_precision(args.precision, device)
     name, model = load_model(args)
     check_block_size(args.block_size, model.config)
+    cast_frozen(model.requires_grad_(False), precision)
     text = args.text or BOOK
     fraction = args.val_fraction or (1.0 if args.text else 0.1)
     tokens = load_tokens(text, model.config.vocab_size)

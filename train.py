@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,10 +23,18 @@ from data.windows import Windows, split
 from errors import RunError, UserError, run_command
 from evaluate import Scores, check_block_size, evaluate, perplexity
 from files import write_json
-from hardware import autocast, device_name, peak_memory_mb, pick_device, pick_precision
+from hardware import (
+    autocast,
+    cast_frozen,
+    device_name,
+    peak_memory_mb,
+    pick_device,
+    pick_precision,
+)
 from lora.adapter import load_adapter, save_adapter
 from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, count_parameters, describe_parameters, inject
+from model import ops
 from model.checkpoint import has_weights, load_config, load_gpt2, save_gpt2
 from model.gpt2 import GPT2
 from model.hub import find_base
@@ -77,6 +84,7 @@ def build_model(args: argparse.Namespace, directory: Path) -> tuple[GPT2, LoRACo
         model = load_gpt2(directory)
     if args.base_dropout is not None:
         model.set_dropout(args.base_dropout)
+    model.gradient_checkpointing = args.gradient_checkpointing
     if args.method == "full":
         return model, None
     if args.init_adapter:
@@ -102,10 +110,10 @@ def load_data(args: argparse.Namespace, model: GPT2) -> tuple[Windows, np.ndarra
     return Windows(train_part, args.block_size, args.stride, args.label_shift), val_part
 
 
-def summed_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def summed_loss(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
     """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
-    logits = model(inputs).flatten(0, 1)  # (B * T, V)
-    return F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
+    hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
+    return ops.tied_cross_entropy(hidden, model.wte.weight, targets.flatten())
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
@@ -141,6 +149,7 @@ class Trainer:
         self.args, self.model, self.lora_config = args, model, lora_config
         self.windows, self.val_tokens = windows, val_tokens
         self.device = model.wte.weight.device
+        cast_frozen(model, args.precision)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=args.lr,
                                            weight_decay=args.weight_decay, fused=True)
