@@ -112,6 +112,9 @@ def has_compiler() -> bool:
 def facts(opts: Namespace) -> dict:
     """What the figures depend on, and nothing that names a machine."""
     load = os.getloadavg()
+    if load[0] > 0.5:
+        print(f"note: others compute on this machine (load average {load[0]:.1f}); "
+              "ratios suffer less than times")
     return {"base": Path(opts.base).name if opts.base else "GPT-2 124M, random weights",
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "machine": machine_kind(opts.device), "threads": torch.get_num_threads(),
