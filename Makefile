@@ -58,7 +58,7 @@ lint: .venv/dev
 parity: .venv/dev
 	$(PY) -m benchmarks.parity $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
 
-# On a GPT-2 124M of random weights unless BASE names another; half an hour on 2 cores.
+# On a GPT-2 124M of random weights unless BASE names another; ARGS=--quick takes mini.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
 

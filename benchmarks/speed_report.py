@@ -148,13 +148,15 @@ def growth_series(measurements: list[dict]) -> dict[str, dict[str, dict[int, dic
 
 
 def print_growth(series: dict) -> None:
+    forms = {"seconds": ("s", "{:.4g}"), "peak_mb": ("MB", "{:,.0f}")}
     for axis, names in series.items():
-        print(f"\n{UNITS[axis]}: seconds a step, peak MB\n")
+        print(f"\n{UNITS[axis]}: seconds a step, peak MB (medians)\n")
+        columns = [(name, key) for key in forms for name in names]
         sizes = sorted({size for points in names.values() for size in points})
-        print_table((UNITS[axis], *(f"{name}, {what}" for what in ("s", "MB") for name in names)), [
-            (str(size), *(text(names[name][size][key], form) if size in names[name] else "-"
-                          for key, form in (("seconds", "{:.4g}"), ("peak_mb", "{:,.0f}"))
-                          for name in names)) for size in sizes])
+        print_table((UNITS[axis], *(f"{name}, {forms[key][0]}" for name, key in columns)), [
+            (str(size), *(forms[key][1].format(names[name][size][key]["median"])
+                          if size in names[name] else "-" for name, key in columns))
+            for size in sizes])
 
 
 def draw_ratios(summary: dict, path) -> None:
@@ -170,10 +172,10 @@ def draw_ratios(summary: dict, path) -> None:
     axes.axvline(1, color=COLOURS["base"], linestyle="--", linewidth=1)
     axes.set_yticks(range(len(found)), [f"{r['theirs']}  /  {r['ours']}" for r in found],
                     fontsize=8)
-    axes.set(xlabel="their time / our time, in the same round", xscale="log")
+    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both", axis="x")
+    axes.set(xlabel="their time / our time, in the same round")
+    axes.grid(alpha=0.3, axis="x")
     axes.margins(y=0.05)
     save_figure(figure, path)
 

@@ -87,7 +87,7 @@ def test_every_contender_is_timed_in_every_round(measured, base):
         assert figures["peak_mb"]["min"] > 50
         tokens = {"generate": 112}.get(figures["kind"], 16 * 128)
         assert figures["tokens_per_second"]["max"] == pytest.approx(tokens / min(seconds))
-    assert {"date", "machine", "threads", "load_average", "versions"} <= result.keys()
+    assert {"date", "machine", "threads", "load_average", "versions", "how"} <= result.keys()
     assert result["failed"] == {} and str(base.parent) not in json.dumps(result)
 
 
