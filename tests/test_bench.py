@@ -43,7 +43,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with mock.patch.object(speed_products, "ENOUGH_SECONDS", 0.0):
+    with (mock.patch.object(speed_products, "ENOUGH_SECONDS", 0.0),
+          mock.patch.multiple(speed, GROWTH_ROUNDS=1, GROWTH_STEPS=1)):
         yield
 
 
