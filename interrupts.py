@@ -26,5 +26,10 @@ def end_at_once(number: int, frame) -> None:
     discard_unfinished()
     with suppress(Exception):
         sys.stdout.flush()
-    os.write(2, b"error: interrupted\n")
+    say("error: interrupted")
     os._exit(128 + number)
+
+
+def say(line: str) -> None:
+    """To stderr past Python's buffers, in which a handler may have interrupted a write."""
+    os.write(2, f"{line}\n".encode())

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -60,6 +61,9 @@ def settle(out: Path, path: Path) -> None:
 def _read(path: Path) -> tuple[dict, str | None]:
     """A checkpoint's state, and what is wrong with the file if anything is."""
     try:
+        with open(path, "rb") as file:
+            if not is_zipfile(file):  # torch.load would take it for a format of old
+                return {}, "not a checkpoint, or cut"
         state = torch.load(path, map_location="cpu", weights_only=True)
         told = state.pop("sha256")
         if told != content_sha256(state):

@@ -30,7 +30,7 @@ from evaluate import Scores, check_block_size, evaluate, perplexity
 from faults import describe_fault, ending_in_one_line, memory_advice
 from files import write_json
 from hardware import autocast, device_name, peak_memory_mb, pick_device, pick_precision
-from interrupts import end_at_once, on_signals
+from interrupts import end_at_once, on_signals, say
 from interval import Interval
 from lora.adapter import load_adapter, save_adapter
 from lora.config import LoRAConfig
@@ -241,6 +241,7 @@ class Trainer:
         if self.stop_signal:
             end_at_once(number, frame)
         self.stop_signal = number
+        say("stopping once the step is done and saved; a second signal stops at once")
 
     def measure(self, bar: tqdm) -> dict:
         """The metrics of the steps since the last call. Raises RunError if one was faulty."""

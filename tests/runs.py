@@ -105,6 +105,33 @@ def run_trainer(made: train.Trainer) -> None:
         made.run()
 
 
+def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
+    """How `train.py` ends when, at the start of a step, its action is taken."""
+    step = train.Trainer.step
+
+    def acting(self, batch):
+        actions.get(self.progress.step + 1, lambda trainer: None)(self)
+        step(self, batch)
+
+    with mock.patch.object(train.Trainer, "step", acting):
+        return run(train.main, *argv)
+
+
+def one_line(ending: Ending, status: int = 1) -> str:
+    lines = ending.stderr.splitlines()
+    assert ending.status == status and len(lines) == 1 and lines[0].startswith("error: "), ending
+    return lines[0]
+
+
+def die(trainer: train.Trainer) -> None:
+    """An action for `run_acting`: the process ends with nothing saved."""
+    raise KeyboardInterrupt
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
 def story(sentences: int = 120, seed: int = 0) -> str:
     """Prose of a kind, always the same: a few thousand tokens of a small vocabulary."""
     rng = random.Random(seed)
