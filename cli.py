@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
@@ -158,7 +159,8 @@ def _add_lora_options(parser: argparse.ArgumentParser) -> None:
 def resume_command() -> str:
     """What to type to go on with the run that this command began."""
     again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
-    return shlex.join(["python", *again, "--resume"])
+    python = os.path.relpath(sys.executable)
+    return shlex.join([sys.executable if python.startswith("..") else python, *again, "--resume"])
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

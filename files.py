@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from errors import UserError
+from interrupts import unfinished
 
 MAX_JSON_BYTES = 1 << 20
 UNFINISHED = ".tmp"
-_unfinished: set[Path] = set()  # folders of the `atomic_path`s that are open
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A folder, because some writers (safetensors) put a temporary of their own beside a file.
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent))
-    _unfinished.add(folder)
+    unfinished.add(folder)
     try:
         with _refusing(path):
             yield folder / path.name
@@ -41,7 +41,7 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
             _sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _unfinished.discard(folder)
+        unfinished.discard(folder)
 
 
 @contextmanager
@@ -61,12 +61,6 @@ def _refusing(path: Path) -> Iterator[None]:
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"{path}: cannot be written ({cause.strerror or cause})") from error
-
-
-def discard_unfinished() -> None:
-    """Remove what unfinished `atomic_path`s have written: the process is about to end."""
-    for folder in list(_unfinished):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_stale(directory: Path, names: Iterable[str]) -> None:

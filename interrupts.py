@@ -4,11 +4,13 @@ A command that imports this before torch, whose import takes seconds, shows no t
 """
 
 import os
+import shutil
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 
-from files import discard_unfinished
+unfinished: set[Path] = set()  # folders of files that are being written (`files.atomic_path`)
 
 
 def end_in_one_line() -> None:
@@ -23,7 +25,8 @@ def on_signals(handler) -> None:
 
 def end_at_once(number: int, frame) -> None:
     """No exception, which an import or a destructor may swallow or print as a traceback."""
-    discard_unfinished()
+    for folder in list(unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
     with suppress(Exception):
         sys.stdout.flush()
     say("error: interrupted")
