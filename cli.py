@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +46,16 @@ def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Ca
         return value
 
     return parse
+
+
+def steps_or_seconds(text: str) -> int | float:
+    """An option's type: a number of steps (int), or seconds (float) from `90s` or `10m`."""
+    if match := re.fullmatch(r"([1-9]\d{0,6})([sm])", text):
+        return float(match[1]) * {"s": 1, "m": 60}[match[2]]
+    try:
+        return number(int, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor a time such as 90s or 10m") from error
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
@@ -128,8 +140,9 @@ def _add_run_options(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--eval-every", type=number(int, 1), default=None,
                         help="validate every so many steps, besides after each epoch")
     parser.add_argument("--log-every", type=number(int, 1), default=10)
-    parser.add_argument("--checkpoint-every", type=number(int, 1), default=None,
-                        help="save every so many steps, besides after each epoch")
+    parser.add_argument("--checkpoint-every", type=steps_or_seconds, default="10m", metavar="N",
+                        help="save every N steps, or every Ns seconds or Nm minutes, besides after "
+                             "each epoch")
     state = parser.add_mutually_exclusive_group()
     state.add_argument("--resume", action="store_true", help="go on with the run in --out")
     state.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -148,7 +161,8 @@ def _add_lora_options(parser: argparse.ArgumentParser) -> None:
 def resume_command() -> str:
     """What to type to go on with the run that this command began."""
     again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
-    return shlex.join(["python", *again, "--resume"])
+    python = os.path.relpath(sys.executable)
+    return shlex.join([sys.executable if python.startswith("..") else python, *again, "--resume"])
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,43 +1,73 @@
 """Reading and writing files so that none is ever half-written or believed without a look."""
 
+import glob
 import json
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from errors import UserError
+from interrupts import unfinished
 
 MAX_JSON_BYTES = 1 << 20
+UNFINISHED = ".tmp"
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what is written there replaces `path` whole, or not at all.
+def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
+    """A temporary path; what is written there replaces `path` whole, or not at all.
 
-    The data reaches the disk (fsync) before the rename makes it visible. Raises UserError when
-    the place cannot be written.
+    The data reaches the disk (fsync) before a rename makes it visible; what `path` held until
+    then is kept as `backup`. Raises UserError when the place cannot be written.
     """
     path = Path(path)
-    try:
+    with _refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    temporary = Path(name)
+        # A folder, because some writers (safetensors) put a temporary of their own beside a file.
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent))
+    unfinished.add(folder)
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide a result from its readers
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with _refusing(path):
+            yield folder / path.name
+            _sync(folder / path.name)
+            (folder / path.name).chmod(0o666 & ~_umask())  # a writer's 0600 would hide a result
+            if backup and os.path.lexists(path):
+                os.replace(path, backup)
+            os.replace(folder / path.name, path)
+            _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.discard(folder)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn a refusal of the system into a UserError that names `path`.
+
+    Native writers hide the OSError: torch in a RuntimeError's context, safetensors in its text.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error
+        if isinstance(error, RuntimeError):
+            cause = error.__context__
+        elif hidden := re.search(r"\(os error (\d+)\)", str(error)):
+            cause = OSError(int(hidden[1]), os.strerror(int(hidden[1])))
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause})") from error
+
+
+def remove_stale(directory: Path, names: Iterable[str]) -> None:
+    """Remove what a killed process left of an `atomic_path` of these names."""
+    for name in names:
+        for folder in directory.glob(f".{glob.escape(name)}.*{UNFINISHED}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,8 +101,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync_directory(path: Path) -> None:
-    if os.name != "posix":
+def _sync(path: Path) -> None:
+    if os.name != "posix" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
     try:

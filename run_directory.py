@@ -1,20 +1,24 @@
-"""What a run leaves in `--out`: who may write there, its checkpoint, its metrics."""
+"""What a run leaves in `--out`: who may write there, its metrics, its report."""
 
 import argparse
+import errno
+import fcntl
 import json
 import math
 import os
+import shutil
+import stat
 from pathlib import Path
 
-import torch
+from errors import RunError, UserError
+from files import read_json, remove_stale
 
-from errors import UserError
-from files import atomic_path, read_json
-
-RUN, METRICS, CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint.pt"
-# Everything that a run writes; `--overwrite` removes these names and no others.
-RUN_FILES = (RUN, METRICS, CHECKPOINT, "loss.png", "adapter_config.json",
-             "adapter_model.safetensors", "config.json", "model.safetensors")
+RUN, METRICS = "run.json", "metrics.jsonl"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+# Everything that a run writes; `--overwrite` removes these names and no others. In this order: at
+# any moment of it, what is left is an old run that can be gone on with, or none.
+RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", "adapter_config.json",
+             "adapter_model.safetensors", "config.json", "model.safetensors", METRICS)
 # Options that may change when a run is resumed, for they do not change its result.
 HARMLESS = {"out", "device", "log_every", "checkpoint_every", "resume", "overwrite"}
 
@@ -26,9 +30,10 @@ def check_out(args: argparse.Namespace) -> None:
         raise UserError(f"--out {args.out}: is a file; name a directory")
     for option in ("base", "init_adapter"):
         refuse_source(args.out, option, getattr(args, option, None))
-    held = [name for name in RUN_FILES if os.path.lexists(args.out / name)]
-    if args.resume and not {CHECKPOINT, RUN} & set(held):
+    present = [name for name in RUN_FILES if os.path.lexists(args.out / name)]
+    if args.resume and not {RUN, CHECKPOINT, PREVIOUS, METRICS} & set(present):
         raise UserError(f"--resume: {args.out} holds no checkpoint; start without --resume")
+    held = [name for name in present if name != METRICS or os.path.getsize(args.out / name)]
     if held and not (args.resume or args.overwrite):
         raise UserError(f"--out {args.out}: holds a run ({held[0]}); --resume goes on with it, "
                         "--overwrite replaces it, or name another")
@@ -40,25 +45,102 @@ def refuse_source(out: Path, option: str, source: str | Path | None) -> None:
         raise UserError(f"--out {out}: is what --{option.replace('_', '-')} reads; name another")
 
 
-def start_afresh(out: Path, base: Path) -> None:
-    """An empty run directory, old results removed. Raises UserError if it cannot be written."""
-    refuse_source(out, "base", base)  # known by its directory only now, if it was named otherwise
-    with atomic_path(out / METRICS):
-        pass
-    for name in RUN_FILES:
-        if name != METRICS:
-            (out / name).unlink(missing_ok=True)
+def check_space(out: Path, needed: int) -> None:
+    """Raises UserError unless `needed` bytes fit, those that the files of a run there give back."""
+    place = next(p for p in (out, *out.absolute().parents) if os.path.isdir(p))
+    given_back = sum(os.path.getsize(out / name) for name in RUN_FILES
+                     if os.path.isfile(out / name))
+    free = shutil.disk_usage(place).free + given_back
+    if free < needed:
+        raise UserError(f"--out {out}: the run needs {needed / 1e6:,.1f} MB there and "
+                        f"{free / 1e6:,.1f} MB are free; make space or name another place")
 
 
-def append_metrics(out: Path, metrics: dict) -> int:
-    """Add a line to `metrics.jsonl`; return the file's length in bytes.
+class RunDirectory:
+    """`--out`, locked for this process: metrics.jsonl stays open and carries the lock.
 
-    JSON knows no infinity: the gradient norm of an fp16 step that overflowed is null.
+    The system drops the lock when the process ends, however it ends. No symbolic link in the
+    directory is followed: this file is opened without, all others are replaced by renaming.
+    Raises UserError when the directory cannot be written or another run has it.
     """
-    metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    with open(out / METRICS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-        return file.tell()
+
+    def __init__(self, out: Path):
+        self.out, self.metrics = out, out / METRICS
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self.file = os.open(self.metrics, flags, 0o666)
+        except OSError as error:
+            reason = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+            raise UserError(f"{self.metrics}: cannot be written ({reason})") from error
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self.file)
+            raise UserError(f"--out {out}: another run is at work there; wait for its end, or "
+                            "name another") from error
+        if not stat.S_ISREG(os.fstat(self.file).st_mode):
+            raise UserError(f"{self.metrics}: is not a file; remove it")
+        remove_stale(out, RUN_FILES)
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *error) -> None:
+        os.close(self.file)
+
+    def clear(self) -> None:
+        """Remove an earlier run. Raises UserError if that is not allowed."""
+        for name in RUN_FILES:
+            if name != METRICS:
+                try:
+                    (self.out / name).unlink(missing_ok=True)
+                except OSError as error:
+                    raise UserError(f"{self.out / name}: cannot be removed "
+                                    f"({error.strerror})") from error
+        os.ftruncate(self.file, 0)
+
+    def check(self) -> None:
+        """Raises RunError when the directory is no longer the one that the run began in."""
+        try:
+            same = os.path.samestat(os.fstat(self.file), os.lstat(self.metrics))
+        except OSError:
+            same = False
+        if not same:
+            raise RunError(f"{self.metrics}: has vanished or was replaced while the run was "
+                           "writing it")
+
+    def append(self, metrics: dict) -> int:
+        """Add a line to `metrics.jsonl`; return the file's length in bytes.
+
+        JSON knows no infinity: the gradient norm of an fp16 step that overflowed is null.
+        """
+        self.check()
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = (json.dumps(finite) + "\n").encode()
+        try:
+            while line:
+                line = line[os.write(self.file, line):]
+        except OSError as error:
+            raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
+        return os.fstat(self.file).st_size
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk, before a checkpoint that counts on them."""
+        self.check()
+        os.fsync(self.file)
+
+    def cut(self, length: int) -> bool:
+        """Drop the lines of steps after the checkpoint: they are run again.
+
+        False when there are fewer than the checkpoint counts on; then a torn last line goes.
+        """
+        size = os.fstat(self.file).st_size
+        if size >= length:
+            os.ftruncate(self.file, length)
+            return True
+        os.ftruncate(self.file, self.metrics.read_bytes().rfind(b"\n") + 1)
+        return False
 
 
 def read_metrics(out: Path) -> list[dict]:
@@ -80,36 +162,6 @@ def read_run(directory: Path) -> dict:
 
 def options(args: argparse.Namespace) -> dict:
     """Every option's value, as JSON holds it."""
-    return {name: str(value) if isinstance(value, Path) else value
+    return {name: str(value) if isinstance(value, Path)
+            else list(value) if isinstance(value, tuple) else value
             for name, value in vars(args).items() if name != "method"}
-
-
-def write_checkpoint(args: argparse.Namespace, book_hash: str, state: dict) -> None:
-    """Save `state` with what identifies the run: its options and its book's hash."""
-    state = state | {"options": options(args), "book": book_hash}
-    with atomic_path(args.out / CHECKPOINT) as temporary:
-        torch.save(state, temporary)
-
-
-def read_checkpoint(args: argparse.Namespace, book_hash: str) -> dict:
-    """The state that `write_checkpoint` saved. Raises UserError if it is another run's."""
-    path = args.out / CHECKPOINT
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        then, book = state["options"], state["book"]
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        raise UserError(f"{path}: not a checkpoint ({type(error).__name__})") from error
-    now = options(args)
-    for name in sorted(then.keys() - HARMLESS):
-        if now.get(name) != then[name]:
-            raise UserError(f"--resume: --{name.replace('_', '-')} was {then[name]} and is now "
-                            f"{now.get(name)}; repeat the run's own options")
-    if book != book_hash:
-        raise UserError(f"--resume: {args.book} has changed since the run began")
-    return state
-
-
-def cut_metrics(out: Path, length: int) -> None:
-    """Drop the lines of steps after the checkpoint: they are run again."""
-    with open(out / METRICS, "rb+") as file:
-        file.truncate(length)

@@ -3,13 +3,17 @@
 One loop serves both methods; they differ in which parameters are trained and in what is saved.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import interrupts
+    interrupts.end_in_one_line()
+
 import argparse
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cli import parse_train_args, resume_command
-from data.tokens import file_sha256, load_tokens
+from data.tokens import load_tokens
 from data.windows import Windows, split
 from errors import RunError, UserError, run_command
 from evaluate import Scores, check_block_size, evaluate, perplexity
+from faults import describe_fault, ending_in_one_line, memory_advice
 from files import write_json
 from hardware import (
     autocast,
@@ -31,6 +36,8 @@ from hardware import (
     pick_device,
     pick_precision,
 )
+from interrupts import end_at_once, on_signals, say
+from interval import Interval
 from lora.adapter import load_adapter, save_adapter
 from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, count_parameters, describe_parameters, inject
@@ -39,39 +46,40 @@ from model.checkpoint import has_weights, load_config, load_gpt2, save_gpt2
 from model.gpt2 import GPT2
 from model.hub import find_base
 from plots import draw_loss
-from run_directory import (
-    RUN,
-    append_metrics,
-    check_out,
-    cut_metrics,
-    options,
-    read_checkpoint,
-    start_afresh,
-    write_checkpoint,
+from run_checkpoint import has_checkpoint, write_checkpoint
+from run_directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
+from run_identity import check_finished, run_identity
+from training_state import (
+    Progress,
+    all_finite,
+    bytes_needed,
+    gather_state,
+    resume_training,
+    seed_everything,
 )
 
 
 def main() -> None:
     args = parse_train_args(__doc__)
     check_out(args)
-    if args.resume and (args.out / RUN).exists():
-        print(f"{args.out}: this run is finished; nothing to resume")
-        return
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
-    torch.manual_seed(args.seed)
-    args.base, directory = find_base(args.base)
-    model, lora_config = build_model(args, directory)
+    if args.resume and (args.out / RUN).exists():
+        check_finished(args)
+        print(f"{args.out}: this run is finished; nothing to resume")
+        return
+    seed_everything(args.seed)
+    args.base, base = find_base(args.base)
+    model, lora_config = build_model(args, base)
     print(describe_parameters(model))
     windows, val_tokens = load_data(args, model)
     trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens)
-    if args.resume:
-        trainer.resume()
-    else:
-        start_afresh(args.out, directory)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, trainer.on_signal)
-    trainer.run()
+    refuse_source(args.out, "base", base)  # known by its directory only now
+    check_space(args.out, bytes_needed(trainer))
+    with RunDirectory(args.out) as directory:
+        check_out(args)  # again: another run may have ended there meanwhile
+        trainer.begin(directory, run_identity(args, base, windows.tokens, val_tokens))
+        trainer.run()
 
 
 def build_model(args: argparse.Namespace, directory: Path) -> tuple[GPT2, LoRAConfig | None]:
@@ -127,20 +135,6 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-@dataclass
-class Progress:
-    """What a run knows of itself besides its tensors; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0  # trained on so far
-    training_seconds: float = 0.0  # in training steps alone
-    seconds: float = 0.0  # wall clock, validation and saving included
-    base_val_loss: float = math.nan
-    best_val_loss: float = math.inf
-    best_val_bits_per_byte: float = math.inf
-    metrics_bytes: int = 0  # length of metrics.jsonl
-
-
 class Trainer:
     """AMP, AdamW, warm-up and cosine, accumulation, clipping, validation, checkpoints."""
 
@@ -158,24 +152,42 @@ class Trainer:
         self.summed_loss = torch.compile(summed_loss) if args.compile else summed_loss
         self.steps_per_epoch = math.ceil(len(windows) / args.batch_size)
         self.total_steps = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
-        self.book_hash = file_sha256(args.book)  # now: the file may change while we train
         self.progress = Progress()
-        self.interval = Interval(self.device)
+        self.interval = Interval(self.device, fp16=args.precision == "fp16")
+        self.saved_step: int | None = None
         self.stop_signal: int | None = None
+
+    def begin(self, directory: RunDirectory, identity: dict) -> None:
+        """Start in an empty `--out` or, with --resume, where the run's checkpoint left it."""
+        self.directory, self.identity = directory, identity
+        if self.args.resume and has_checkpoint(directory.out):
+            resume_training(self)
+            return
+        if self.args.resume:
+            print(f"{directory.out}: the run has no checkpoint yet; starting from the beginning")
+        directory.clear()
 
     def run(self) -> None:
         """Train from where the run stands to its end, and leave its files in `--out`."""
+        advice = partial(memory_advice, self.args, self.model, self.device)
+        with ending_in_one_line(advice, self.last_checkpoint):
+            self.started = time.perf_counter() - self.progress.seconds
+            if self.progress.step == 0:
+                self.validate_base()
+            self.train()
+            self.finish()
+
+    def train(self) -> None:
+        """Every step to the last, and what is due between them."""
+        on_signals(self.on_signal)
+        self.saved_at = time.perf_counter()
         progress = self.progress
-        self.started = time.perf_counter() - progress.seconds
-        if progress.step == 0:
-            self.validate_base()
         self.model.train()
         with tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None) as bar:
             for batch in self.batches(progress.step):
                 self.step(batch)
                 bar.update()
                 self.after_step(bar)
-        self.finish()
 
     def batches(self, step: int) -> Iterator[np.ndarray]:
         """The windows of every step from `step` to the last, epoch after epoch in its own order."""
@@ -206,10 +218,9 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.interval.tokens += tokens
-        self.interval.grad_norm = grad_norm
         self.progress.tokens += tokens
         self.progress.step += 1
+        self.interval.end_step(self.progress.step, tokens, grad_norm)
 
     def after_step(self, bar: tqdm) -> None:
         """What is due between two steps: log, validate, save, stop."""
@@ -220,33 +231,54 @@ class Trainer:
             metrics = self.measure(bar)
             if validates:
                 metrics |= self.validate()
-            self.progress.metrics_bytes = append_metrics(args.out, metrics)
-        saves = epoch_ends or (args.checkpoint_every and step % args.checkpoint_every == 0)
-        if saves or self.stop_signal:
+            self.progress.metrics_bytes = self.directory.append(metrics)
+        stop = self.stop_signal  # read once: a signal may come at any moment
+        if epoch_ends or stop or self.checkpoint_is_due():
             self.save_checkpoint()
-        if self.stop_signal:
+        if stop:
             print(f"stopped after step {step}; go on with: {resume_command()}", file=sys.stderr)
-            sys.exit(128 + self.stop_signal)
+            sys.exit(128 + stop)
+
+    def checkpoint_is_due(self) -> bool:
+        every = self.args.checkpoint_every
+        if isinstance(every, float):
+            return time.perf_counter() - self.saved_at >= every
+        return self.progress.step % every == 0
 
     def on_signal(self, number: int, frame) -> None:
         """The first signal lets the step end and saves; a second one stops at once."""
+        if self.stop_signal:
+            end_at_once(number, frame)
         self.stop_signal = number
-        signal.signal(number, signal.default_int_handler)
+        say("stopping once the step is done and saved; a second signal stops at once")
 
     def measure(self, bar: tqdm) -> dict:
-        """The metrics of the steps since the last call. Raises RunError on a non-finite loss."""
+        """The metrics of the steps since the last call. Raises RunError if one was faulty."""
+        self.check()
         interval, progress = self.interval, self.progress
         total, tokens, seconds = interval.sums()
         loss, speed, lr = total / tokens, tokens / seconds, self.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(loss):
-            raise RunError(f"the loss is {loss} at step {progress.step}; lower --lr or use fp32")
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s")
+        skipped = {"skipped_steps": int(interval.skipped.item())} if interval.fp16 else {}
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
+                            + "".join(f", {n} skipped" for n in skipped.values()))
         metrics = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch,
                    "loss": loss, "lr": lr, "grad_norm": interval.grad_norm.item(),
-                   "tokens_per_second": speed}
+                   "tokens_per_second": speed, **skipped}
         progress.training_seconds += seconds
         interval.restart()
         return metrics
+
+    def check(self) -> None:
+        """Raises RunError that names the first faulty step and its batch, if there was one."""
+        if fault := self.interval.fault():
+            step, what = fault
+            windows = next(self.batches(step - 1)) * self.args.stride
+            raise RunError(describe_fault(step, what, (step - 1) // self.steps_per_epoch, windows))
+
+    def last_checkpoint(self) -> str:
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is of step {self.saved_step}"
 
     def evaluate(self) -> Scores:
         args = self.args
@@ -285,6 +317,7 @@ class Trainer:
         """Draw `loss.png` and write `run.json`, whose presence says that the run is complete."""
         progress, args = self.progress, self.args
         progress.seconds = time.perf_counter() - self.started
+        self.directory.check()
         draw_loss(args.out, args.method, progress.base_val_loss)
         trainable, total = count_parameters(self.model)
         write_json(args.out / RUN, {
@@ -296,62 +329,26 @@ class Trainer:
             "best_val_perplexity": perplexity(progress.best_val_loss),
             "best_val_bits_per_byte": progress.best_val_bits_per_byte,
             "steps": progress.step, "seconds": progress.seconds,
-            "tokens_per_second": progress.tokens / progress.training_seconds,
+            "tokens_per_second": progress.tokens / max(progress.training_seconds, 1e-9),
             "peak_memory_mb": peak_memory_mb(self.device), "device": device_name(self.device),
             "precision": args.precision, "torch": torch.__version__,
+            **({"skipped_steps": int(self.interval.skipped.item())} if self.interval.fp16 else {}),
         })
         print(f"best: val perplexity {perplexity(progress.best_val_loss):.3f} "
               f"(base {perplexity(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
               f"saved in {args.out}")
 
     def save_checkpoint(self) -> None:
-        """All that the next step depends on, without the frozen base."""
+        """All that the next step depends on, without the frozen base; never of a faulty run."""
+        self.check()
+        if not all_finite(list(self.trainable.values())):
+            raise RunError(f"step {self.progress.step}: a weight is not a finite number any more")
         self.progress.seconds = time.perf_counter() - self.started
-        sums, cuda = self.interval.sums(), self.device.type == "cuda"
-        write_checkpoint(self.args, self.book_hash, {
-            "interval": sums,
-            "progress": asdict(self.progress),
-            "parameters": {name: p.detach() for name, p in self.trainable.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
-        })
-        self.interval.restart(*sums)  # saving is not training time
-
-    def resume(self) -> None:
-        """Take up the run where its checkpoint left it. Raises UserError if this is another run."""
-        state = read_checkpoint(self.args, self.book_hash)
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.progress = Progress(**state["progress"])
-        self.interval.restart(*state["interval"])
-        cut_metrics(self.args.out, self.progress.metrics_bytes)
-        print(f"resuming after step {self.progress.step} of {self.total_steps}")
-
-
-class Interval:
-    """Sums over the steps since `restart`, kept on the device so that no step waits for it."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.restart()
-
-    def restart(self, loss: float = 0.0, tokens: int = 0, seconds: float = 0.0) -> None:
-        self.loss = torch.tensor(loss, device=self.device)
-        self.grad_norm = torch.zeros((), device=self.device)  # of the last step
-        self.tokens = tokens
-        self.began = time.perf_counter() - seconds
-
-    def sums(self) -> tuple[float, int, float]:
-        """What `restart` takes to go on: loss summed over tokens, tokens, seconds."""
-        return self.loss.item(), self.tokens, time.perf_counter() - self.began
+        state = gather_state(self)
+        self.directory.sync()
+        write_checkpoint(self.args.out, state)
+        self.interval.restart(*state["interval"]["sums"])  # saving is not training time
+        self.saved_step, self.saved_at = self.progress.step, time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from benchmarks.reference_protocol import (
     window_indices,
 )
 from cli import ROOT, Parser, add_base_options, number, parse_train_args, print_table
-from data.tokens import file_sha256, load_tokens
+from data.tokens import load_tokens
 from data.windows import split
 from errors import UserError, run_command
 from evaluate import perplexity
@@ -41,7 +41,9 @@ from files import write_json, write_text
 from hardware import PRECISIONS, device_name, pick_device
 from model.checkpoint import load_config
 from model.hub import find_base
-from run_directory import CHECKPOINT, RUN, check_out, read_checkpoint
+from run_checkpoint import has_checkpoint, read_checkpoint
+from run_directory import CHECKPOINT, METRICS, PREVIOUS, RUN, check_out, options
+from run_identity import check_finished, refuse_other_options
 from train import Trainer, build_model, load_data
 
 PUBLISHED = {  # trainable parameters, share of all, best validation loss, its perplexity
@@ -134,7 +136,7 @@ def repeat(opts: Namespace) -> dict:
 def arguments(opts: Namespace, method: str) -> list[str]:
     """`train.py`'s, with `--resume` only for a run that has begun."""
     out = opts.out / method
-    begun = (out / CHECKPOINT).exists() or (out / RUN).exists()
+    begun = any((out / name).exists() for name in (RUN, CHECKPOINT, PREVIOUS, METRICS))
     more = ["--overwrite"] * opts.overwrite + ["--resume"] * (opts.resume and begun)
     return train_arguments(opts, method, out, *more)
 
@@ -144,8 +146,11 @@ def check_runs(opts: Namespace) -> None:
     for method in METHODS:
         args = parse_train_args("-", arguments(opts, method))
         check_out(args)
-        if args.resume:  # train.py asks this of unfinished runs alone
-            read_checkpoint(args, file_sha256(args.book))
+        if args.resume and (args.out / RUN).exists():
+            check_finished(args)
+        elif args.resume and has_checkpoint(args.out):
+            then = read_checkpoint(args.out)[0]["run"]
+            refuse_other_options(then["method"], then["options"], method, options(args))
 
 
 def announce(opts: Namespace) -> None:

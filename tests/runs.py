@@ -22,8 +22,9 @@ from torch import Tensor, nn
 import train
 from cli import parse_train_args
 from errors import run_command
-from model.hub import find_base
 from model.tokenizer import load_tokenizer
+from run_directory import RunDirectory
+from run_identity import run_identity
 from tests.helpers import TINY
 
 BLOCK = 16  # the runs' block size and stride
@@ -93,9 +94,42 @@ def trainer(method: str, base: Path, book: Path, out: Path, *options: object) ->
     options = (*options, "--precision", "fp32")  # train.main resolves `auto`
     args = parse_train_args("-", arguments(method, base, book, out, *options))
     torch.manual_seed(args.seed)
-    model, config = train.build_model(args, find_base(args.base)[1])
-    out.mkdir(exist_ok=True)
+    model, config = train.build_model(args, base)
     return train.Trainer(args, model, config, *train.load_data(args, model))
+
+
+def run_trainer(made: train.Trainer) -> None:
+    """What `train.main` does then."""
+    with RunDirectory(made.args.out) as directory:
+        made.begin(directory, run_identity(made.args, Path(made.args.base)))
+        made.run()
+
+
+def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
+    """How `train.py` ends when, at the start of a step, its action is taken."""
+    step = train.Trainer.step
+
+    def acting(self, batch):
+        actions.get(self.progress.step + 1, lambda trainer: None)(self)
+        step(self, batch)
+
+    with mock.patch.object(train.Trainer, "step", acting):
+        return run(train.main, *argv)
+
+
+def one_line(ending: Ending, status: int = 1) -> str:
+    lines = ending.stderr.splitlines()
+    assert ending.status == status and len(lines) == 1 and lines[0].startswith("error: "), ending
+    return lines[0]
+
+
+def die(trainer: train.Trainer) -> None:
+    """An action for `run_acting`: the process ends with nothing saved."""
+    raise KeyboardInterrupt
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def story(sentences: int = 120, seed: int = 0) -> str:

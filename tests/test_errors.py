@@ -216,8 +216,9 @@ WHOLE = (*NO_NUMBERS, "1.5", "1000000000000")
 NUMBERS = {  # by option: what it refuses beyond what no option takes
     "lora": {
         **dict.fromkeys(("--block-size", "--stride", "--epochs", "--max-steps", "--batch-size",
-                         "--grad-accum", "--eval-every", "--log-every", "--checkpoint-every",
-                         "--r", "--lora-alpha"), (*WHOLE, "0")),
+                         "--grad-accum", "--eval-every", "--log-every", "--r", "--lora-alpha"),
+                        (*WHOLE, "0")),
+        "--checkpoint-every": (*WHOLE, "0", "0s", "1.5m", "-1s", "10h", "m", "99999999s"),
         "--seed": (*NO_NUMBERS, "1.5", str(2**63)),
         "--label-shift": (*WHOLE, "0", "3"),
         "--lr": (*NO_NUMBERS, "0", "11"),

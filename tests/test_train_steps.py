@@ -17,6 +17,7 @@ from tests.runs import (
     BLOCK,
     NO_DROPOUT,
     mean_loss,
+    run_trainer,
     stock_model,
     stock_result,
     token_parts,
@@ -132,7 +133,7 @@ def test_lora_trains_every_a_and_b_and_leaves_the_base_as_it_was(base, book, tmp
     run = trainer("lora", base, book, tmp_path, "--max-steps", 3, "--target-modules", "c_attn",
                   "c_proj", "--lr", 1e-2)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    run.run()
+    run_trainer(run)
     trained_names = {name for name, p in run.model.named_parameters()
                      if not torch.equal(p, before[name])}
     assert trained_names == {name for name in before if ".lora_" in name} == run.trainable.keys()

@@ -1,0 +1,39 @@
+"""The fault campaign: `python -m tests.fault [--short] [--seed N] [PART ...]`, or `make fault`.
+
+Prints a Markdown table of what was tried; ends with 1 if anything failed.
+"""
+
+import importlib
+import importlib.util
+
+from cli import Parser, number, print_table
+from errors import UserError, run_command
+from tests.fault.outcome import Outcome
+
+PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz")
+
+
+def main() -> int:
+    parser = Parser(prog="tests.fault", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--short", action="store_true", help="the form that CI runs")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    args = parser.parse_args()
+    if unknown := sorted(set(args.parts) - set(PARTS)):
+        raise UserError(f"PART {unknown[0]}: is none of {', '.join(PARTS)}")
+    outcomes: list[tuple[str, Outcome]] = []
+    for part in args.parts or PARTS:
+        if importlib.util.find_spec(f"tests.fault.{part}"):
+            module = importlib.import_module(f"tests.fault.{part}")
+            outcomes += [(part, outcome) for outcome in module.campaign(args.short, args.seed)]
+    print_table(("part", "tried", "failures", "seconds"),
+                [(f"{part}: {o.name}", f"{o.tried:,}", str(len(o.failures)), f"{o.seconds:.0f}")
+                 for part, o in outcomes])
+    failures = [f"{part}: {failure}" for part, o in outcomes for failure in o.failures]
+    for failure in failures:
+        print(f"FAILED {failure}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    run_command(main)
