@@ -26,7 +26,7 @@ from model import ops
 from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
 from model.gpt2 import GPT2, GPT2Config
 from plots import draw_comparison
-from run_directory import read_run
+from training.directory import read_run
 
 
 @dataclass(frozen=True)

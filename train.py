@@ -12,9 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +20,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cli import parse_train_args, resume_command
-from data.tokens import load_tokens
-from data.windows import Windows, split
-from errors import RunError, UserError, run_command
-from evaluate import Scores, check_block_size, evaluate, perplexity
-from faults import describe_fault, ending_in_one_line, memory_advice
+from data.windows import Windows
+from errors import RunError, run_command
+from evaluate import Scores, evaluate, perplexity
 from files import write_json
 from hardware import (
     autocast,
@@ -37,19 +33,21 @@ from hardware import (
     pick_precision,
 )
 from interrupts import end_at_once, on_signals, say
-from interval import Interval
-from lora.adapter import load_adapter, save_adapter
+from lora.adapter import save_adapter
 from lora.config import LoRAConfig
-from lora.inject import adapter_disabled, count_parameters, describe_parameters, inject
+from lora.inject import adapter_disabled, count_parameters, describe_parameters
 from model import ops
-from model.checkpoint import has_weights, load_config, load_gpt2, save_gpt2
+from model.checkpoint import save_gpt2
 from model.gpt2 import GPT2
 from model.hub import find_base
 from plots import draw_loss
-from run_checkpoint import has_checkpoint, write_checkpoint
-from run_directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
-from run_identity import check_finished, run_identity
-from training_state import (
+from training.build import build_model, load_data
+from training.checkpoint import has_checkpoint, write_checkpoint
+from training.directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
+from training.faults import describe_fault, ending_in_one_line, memory_advice
+from training.identity import check_finished, run_identity
+from training.interval import Interval
+from training.state import (
     Progress,
     all_finite,
     bytes_needed,
@@ -80,42 +78,6 @@ def main() -> None:
         check_out(args)  # again: another run may have ended there meanwhile
         trainer.begin(directory, run_identity(args, base, windows.tokens, val_tokens))
         trainer.run()
-
-
-def build_model(args: argparse.Namespace, directory: Path) -> tuple[GPT2, LoRAConfig | None]:
-    """The base with its dropouts set and, for LoRA, the adapter in place and all else frozen."""
-    if args.method == "full" and not has_weights(directory):
-        print(f"{directory} holds no weights: starting from random initialisation")
-        model = GPT2(load_config(directory))
-        model.init_weights()
-    else:
-        model = load_gpt2(directory)
-    if args.base_dropout is not None:
-        model.set_dropout(args.base_dropout)
-    model.gradient_checkpointing = args.gradient_checkpointing
-    if args.method == "full":
-        return model, None
-    if args.init_adapter:
-        config = load_adapter(model, args.init_adapter)
-        vars(args).update(asdict(config))  # run.json tells what was trained
-        return model, config
-    config = LoRAConfig(args.r, args.lora_alpha, args.lora_dropout, tuple(args.target_modules))
-    try:
-        inject(model, config)
-    except ValueError as error:
-        raise UserError(f"--r, --target-modules: {error}") from error
-    return model, config
-
-
-def load_data(args: argparse.Namespace, model: GPT2) -> tuple[Windows, np.ndarray]:
-    """The training windows and the validation part. Raises UserError when either is too short."""
-    check_block_size(args.block_size, model.config)
-    train_part, val_part = split(load_tokens(args.book, model.config.vocab_size), args.val_fraction)
-    for name, part in (("training", train_part), ("validation", val_part)):
-        if len(part) < args.block_size + args.label_shift:
-            raise UserError(f"{args.book}: its {name} part is {len(part):,} tokens, less than one "
-                            f"window of {args.block_size}; use a longer book or a smaller block")
-    return Windows(train_part, args.block_size, args.stride, args.label_shift), val_part
 
 
 def summed_loss(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from run_checkpoint import content_sha256, read_checkpoint
 from tests.runs import Run, arguments, contents, die, finished, run, run_acting, trained
 from train import main
+from training.checkpoint import content_sha256, read_checkpoint
 
 OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2, "--lr", 1e-2)
 FILES = ("adapter_config.json", "adapter_model.safetensors")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run_checkpoint import read_checkpoint
 from tests.runs import BLOCK, arguments, die, finished, one_line, run, run_acting, trained
 from train import main
+from training.checkpoint import read_checkpoint
 
 OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
 

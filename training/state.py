@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from run_checkpoint import read_checkpoint, settle
-from run_identity import refuse_another
+from training.checkpoint import read_checkpoint, settle
+from training.identity import refuse_another
 
 if TYPE_CHECKING:
     from train import Trainer
