@@ -27,6 +27,7 @@ from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
 from model.gpt2 import GPT2, GPT2Config
 from plots import draw_comparison
 from training.directory import read_run
+from training.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -59,38 +60,40 @@ def perplexity(loss: float) -> float:
 def evaluate(
     model: GPT2, tokens: np.ndarray, *, block_size: int, stride: int | None = None,
     label_shift: int = 1, batch_size: int = 16, precision: str = "fp32",
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Score each of `tokens` but the first `label_shift` once, in windows of `block_size`.
 
     Raises RunError when the loss is not finite.
     """
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32,
-                        device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    # The loss and the greedy hits, both as sums over tokens.
+    sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64,
+                       device=device)
     was_training = model.training
     model.eval()
     try:
-        for inputs, targets in evaluation_batches(tokens, block_size, stride or block_size,
-                                                  label_shift, batch_size):
+        for inputs, targets in ranks.every(evaluation_batches(
+                tokens, block_size, stride or block_size, label_shift, batch_size)):
             inputs, targets = inputs.to(device), targets.to(device).flatten()
             with autocast(device, precision):
                 hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
                 losses, hits = ops.score(hidden, model.wte.weight, targets)
             scored = targets != NOT_SCORED
-            total += losses[scored].sum(dtype=total.dtype)
-            correct += hits[scored].sum()
+            sums += torch.stack([x[scored].sum(dtype=sums.dtype) for x in (losses, hits)])
     finally:
         model.train(was_training)
-    if not math.isfinite(total.item()):
-        raise RunError(f"the loss on the text is {total.item()}; try --precision fp32, or train "
+    ranks.add_up([sums])
+    loss, hits = sums.tolist()
+    if not math.isfinite(loss):
+        raise RunError(f"the loss on the text is {loss}; try --precision fp32, or train "
                        "with a lower --lr")
     scored = tokens[label_shift:]
     return Scores(
         tokens=len(scored),
         bytes=int(token_bytes(model.config.vocab_size)[scored].sum()),
-        loss=total.item() / len(scored),
-        accuracy=correct.item() / len(scored),
+        loss=loss / len(scored),
+        accuracy=hits / len(scored),
     )
 
 

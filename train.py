@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -47,6 +48,7 @@ from training.directory import RUN, RunDirectory, check_out, check_space, option
 from training.faults import describe_fault, ending_in_one_line, memory_advice
 from training.identity import check_finished, run_identity
 from training.interval import Interval
+from training.parallel import ALONE, Ranks
 from training.state import (
     Progress,
     all_finite,
@@ -66,18 +68,23 @@ def main() -> None:
         check_finished(args)
         print(f"{args.out}: this run is finished; nothing to resume")
         return
-    seed_everything(args.seed)
-    args.base, base = find_base(args.base)
-    model, lora_config = build_model(args, base)
-    print(describe_parameters(model))
-    windows, val_tokens = load_data(args, model)
-    trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens)
-    refuse_source(args.out, "base", base)  # known by its directory only now
-    check_space(args.out, bytes_needed(trainer))
-    with RunDirectory(args.out) as directory:
-        check_out(args)  # again: another run may have ended there meanwhile
-        trainer.begin(directory, run_identity(args, base, windows.tokens, val_tokens))
-        trainer.run()
+    ranks = Ranks.of_torchrun()
+    with ranks.joined(device):
+        seed_everything(args.seed)
+        with ranks.first_goes_first():
+            args.base, base = find_base(args.base)
+        model, lora_config = build_model(args, base)
+        print(describe_parameters(model))
+        windows, val_tokens = load_data(args, model)
+        trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens, ranks)
+        refuse_source(args.out, "base", base)  # known by its directory only now
+        check_space(args.out, bytes_needed(trainer))
+        identity = run_identity(args, base, windows.tokens, val_tokens)
+        with RunDirectory(args.out) if ranks.first else nullcontext() as directory:
+            if directory:
+                check_out(args)  # again: another run may have ended there meanwhile
+            trainer.begin(directory, identity)
+            trainer.run()
 
 
 def summed_loss(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -101,8 +108,8 @@ class Trainer:
     """AMP, AdamW, warm-up and cosine, accumulation, clipping, validation, checkpoints."""
 
     def __init__(self, args: argparse.Namespace, model: GPT2, lora_config: LoRAConfig | None,
-                 windows: Windows, val_tokens: np.ndarray):
-        self.args, self.model, self.lora_config = args, model, lora_config
+                 windows: Windows, val_tokens: np.ndarray, ranks: Ranks = ALONE):
+        self.args, self.model, self.lora_config, self.ranks = args, model, lora_config, ranks
         self.windows, self.val_tokens = windows, val_tokens
         self.device = model.wte.weight.device
         cast_frozen(model, args.precision)
@@ -119,15 +126,22 @@ class Trainer:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
 
-    def begin(self, directory: RunDirectory, identity: dict) -> None:
-        """Start in an empty `--out` or, with --resume, where the run's checkpoint left it."""
+    def begin(self, directory: RunDirectory | None, identity: dict) -> None:
+        """Start in an empty `--out` or, with --resume, where the run's checkpoint left it.
+
+        Rank 0 has the directory; the others write nothing.
+        """
         self.directory, self.identity = directory, identity
-        if self.args.resume and has_checkpoint(directory.out):
+        out, resume = self.args.out, self.args.resume
+        if self.ranks.from_first(resume and has_checkpoint(out)):
             resume_training(self)
             return
-        if self.args.resume:
-            print(f"{directory.out}: the run has no checkpoint yet; starting from the beginning")
-        directory.clear()
+        if resume:
+            print(f"{out}: the run has no checkpoint yet; starting from the beginning")
+        if directory:
+            directory.clear()
+        else:
+            seed_everything(self.args.seed + self.ranks.rank)  # dropouts of its own
 
     def run(self) -> None:
         """Train from where the run stands to its end, and leave its files in `--out`."""
@@ -137,7 +151,8 @@ class Trainer:
             if self.progress.step == 0:
                 self.validate_base()
             self.train()
-            self.finish()
+            if self.directory:
+                self.finish()
 
     def train(self) -> None:
         """Every step to the last, and what is due between them."""
@@ -145,7 +160,8 @@ class Trainer:
         self.saved_at = time.perf_counter()
         progress = self.progress
         self.model.train()
-        with tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None) as bar:
+        with tqdm(total=self.total_steps, initial=progress.step, unit="step",
+                  disable=None if self.directory else True) as bar:
             for batch in self.batches(progress.step):
                 self.step(batch)
                 bar.update()
@@ -165,13 +181,17 @@ class Trainer:
     def step(self, batch: np.ndarray) -> None:
         """One optimizer step on these windows, computed in `--grad-accum` parts."""
         args, tokens = self.args, len(batch) * self.args.block_size
-        for part in np.array_split(batch, min(args.grad_accum, len(batch))):
+        mine = self.ranks.share(batch)
+        total = torch.zeros((), device=self.device)
+        for part in np.array_split(mine, max(1, min(args.grad_accum, len(mine)))):
             inputs, targets = (x.to(self.device) for x in self.windows.batch(part))  # (B, T) each
             with autocast(self.device, args.precision):
                 loss = self.summed_loss(self.model, inputs, targets)
-            # Over the whole batch's tokens: parts count by their tokens, not equally.
+            # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
             self.scaler.scale(loss / tokens).backward()
-            self.interval.loss += loss.detach()
+            total += loss.detach()
+        self.ranks.add_up([total, *(p.grad for p in self.trainable.values())])
+        self.interval.loss += total
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), args.clip or math.inf)
         lr = learning_rate(self.progress.step, self.total_steps, args.lr, args.warmup_ratio)
@@ -193,12 +213,15 @@ class Trainer:
             metrics = self.measure(bar)
             if validates:
                 metrics |= self.validate()
-            self.progress.metrics_bytes = self.directory.append(metrics)
-        stop = self.stop_signal  # read once: a signal may come at any moment
-        if epoch_ends or stop or self.checkpoint_is_due():
+            if self.directory:
+                self.progress.metrics_bytes = self.directory.append(metrics)
+        stop = self.ranks.agree(self.stop_signal or 0)  # a signal may come at any moment
+        if epoch_ends or stop or self.ranks.agree(self.checkpoint_is_due()):
             self.save_checkpoint()
         if stop:
-            print(f"stopped after step {step}; go on with: {resume_command()}", file=sys.stderr)
+            if self.directory:
+                print(f"stopped after step {step}; go on with: {resume_command()}",
+                      file=sys.stderr)
             sys.exit(128 + stop)
 
     def checkpoint_is_due(self) -> bool:
@@ -212,7 +235,8 @@ class Trainer:
         if self.stop_signal:
             end_at_once(number, frame)
         self.stop_signal = number
-        say("stopping once the step is done and saved; a second signal stops at once")
+        if self.directory:
+            say("stopping once the step is done and saved; a second signal stops at once")
 
     def measure(self, bar: tqdm) -> dict:
         """The metrics of the steps since the last call. Raises RunError if one was faulty."""
@@ -245,7 +269,7 @@ class Trainer:
     def evaluate(self) -> Scores:
         args = self.args
         return evaluate(self.model, self.val_tokens, block_size=args.block_size,
-                        label_shift=args.label_shift, precision=args.precision)
+                        label_shift=args.label_shift, precision=args.precision, ranks=self.ranks)
 
     def validate_base(self) -> None:
         """The base's own loss, against which the run is measured."""
@@ -262,7 +286,8 @@ class Trainer:
         if better:
             progress.best_val_loss = scores.loss
             progress.best_val_bits_per_byte = scores.bits_per_byte
-            self.save_best()
+            if self.directory:
+                self.save_best()
         tqdm.write(f"step {progress.step}/{self.total_steps}: val {scores}"
                    + (", best so far" if better else ""))
         self.interval.restart()  # validation is not training time
@@ -292,7 +317,8 @@ class Trainer:
             "best_val_bits_per_byte": progress.best_val_bits_per_byte,
             "steps": progress.step, "seconds": progress.seconds,
             "tokens_per_second": progress.tokens / max(progress.training_seconds, 1e-9),
-            "peak_memory_mb": peak_memory_mb(self.device), "device": device_name(self.device),
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "device": self.ranks.times(device_name(self.device)),
             "precision": args.precision, "torch": torch.__version__,
             **({"skipped_steps": int(self.interval.skipped.item())} if self.interval.fp16 else {}),
         })
@@ -307,8 +333,9 @@ class Trainer:
             raise RunError(f"step {self.progress.step}: a weight is not a finite number any more")
         self.progress.seconds = time.perf_counter() - self.started
         state = gather_state(self)
-        self.directory.sync()
-        write_checkpoint(self.args.out, state)
+        if self.directory:
+            self.directory.sync()
+            write_checkpoint(self.args.out, state)
         self.interval.restart(*state["interval"]["sums"])  # saving is not training time
         self.saved_step, self.saved_at = self.progress.step, time.perf_counter()
 
