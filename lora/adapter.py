@@ -124,7 +124,7 @@ def load_adapter(model: nn.Module, directory: Path) -> LoRAConfig:
         inject(model, config)
     except ValueError as error:
         raise UserError(f"{Path(directory) / CONFIG}: does not fit this base: "
-                        f"{error!s:.200}") from error
+                        f"{error!s:.150}") from error
     wanted = adapter_tensors(model)
     stored = _read_tensors(Path(directory) / WEIGHTS, {k: w.shape for k, w in wanted.items()})
     with torch.no_grad():

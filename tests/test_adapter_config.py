@@ -1,6 +1,7 @@
 """What is believed of an `adapter_config.json`: plain LoRA that fits the base, nothing else."""
 
 import json
+import time
 
 import peft
 import pytest
@@ -93,11 +94,19 @@ def test_a_config_that_does_not_fit_the_base_is_refused(base, adapter, fields, r
 @pytest.mark.parametrize(("field", "value"), [
     ("x\ny" * 99, 1), ("x", "\n" * 999), ("x", json.loads("[" * 500 + "]" * 500)),
     ("x", list(range(9999))), ("r", "9" * 999), ("target_modules", "\x1b[2J" * 99),
+    ("target_modules", ["\x1b[2J" * 99]),
 ])
 def test_a_hostile_field_is_shown_short_and_in_one_line(base, adapter, field, value):
     change_config(adapter, **{field: value})
     refusal = refusal_of(adapter, CONFIG, base)
     assert refusal.isprintable() and len(refusal) < 200
+
+
+def test_a_target_said_many_times_is_looked_for_once(base, adapter):
+    change_config(adapter, target_modules=["c_attn"] * 50_000)
+    began = time.process_time()
+    assert load_adapter(load_gpt2(base), adapter).target_modules == ("c_attn",)
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("content", [
