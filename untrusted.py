@@ -41,7 +41,7 @@ GLOBALS = {ORDERED_DICT, TENSOR, PARAMETER, *ITEM_BYTES}
 
 
 def read_torch(path: Path) -> object:
-    """What torch.save wrote: plain data and dense tensors on the CPU, mapped from the file.
+    """What torch.save wrote: plain data and dense tensors on the CPU, mapped from a zip file.
 
     Raises UserError, before memory is asked for, for anything else, and for any size that the
     file does not hold.
@@ -88,14 +88,14 @@ def refusing(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnpicklingError as error:  # torch's own text advises to load it all the same
         asked = f" (it asks for {error})" if isinstance(error, _NotPlain) else ""
         raise UserError(f"{path}: not a file of plain tensors{asked}; not read, "
                         "since such a pickle can run code") from error
-    except UserError:
-        raise
     except Exception as error:  # torch.load raises whatever its unpickler meets
         first_sentence = re.split(r"\.\s|\n", str(error))[0]
         reason = ascii(first_sentence)[1:-1][:120] or type(error).__name__
@@ -109,8 +109,8 @@ class _NotPlain(UnpicklingError):
 def _check_archive(path: Path) -> None:
     """torch.save's zip: records as they are, none twice, each storage as long as is said."""
     with open(path, "rb") as file:
-        file.seek(-END_BYTES, os.SEEK_END)
-        end = file.read()
+        file.seek(max(0, path.stat().st_size - END_BYTES))
+        end = file.read(END_BYTES)
     if end[:4] != ZIP_END or int.from_bytes(end[12:16], "little") > MAX_HEADER:
         raise ValueError("no zip directory at its end, or a long one")
     with ZipFile(path) as archive:

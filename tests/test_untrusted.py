@@ -158,6 +158,7 @@ ARCHIVES = {
     "storage cut": (hostile.legacy(ONE, storages=b"\1" + bytes(10)), "of another size"),
     "bytes after storage": (hostile.legacy(ONE, storages=b"\1" + bytes(12)), "of another size"),
     "of another length": (hostile.legacy(ONE, storages=b"\2" + bytes(11)), "wrong byte size"),
+    "a zip's first bytes": (b"PK\3\4", "no zip directory at its end"),
     "nothing": (b"", "exhausted before seeing STOP"),
 }
 
