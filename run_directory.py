@@ -76,7 +76,7 @@ def read_run(directory: Path) -> dict:
     base, numbers = run.get("base"), [run.get(name) for name in RUN_NUMBERS]
     if (run.get("method") not in ("lora", "full") or not isinstance(run.get("options"), dict)
             or not isinstance(base, str) or not base.isprintable() or len(base) > LONGEST_NAME
-            or not all(isinstance(x, int | float) and 0 < x < 1e15 for x in numbers)):
+            or not all(isinstance(x, int | float) and 1e-15 < x < 1e15 for x in numbers)):
         raise UserError(f"{path}: is not what train.py leaves at the end of a run")
     return run
 

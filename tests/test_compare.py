@@ -101,7 +101,8 @@ def changed(run: Run, tmp_path, **fields: object):
 @pytest.mark.parametrize("fields", [
     {"base": "\x1b[2J"}, {"base": "a\nb"}, {"base": "\ud800"}, {"base": "x" * 9999}, {"base": 3},
     {"method": ["lora"]}, {"options": None}, {"seconds": "1"}, {"seconds": -1.0},
-    {"best_val_loss": 0}, {"best_val_loss": 1e300}, {"trainable_parameters": 10**18},
+    {"best_val_loss": 0}, {"best_val_loss": 1e-320}, {"best_val_loss": 1e300},
+    {"trainable_parameters": 10**18},
 ])
 def test_a_run_of_another_make_is_refused(runs, tmp_path, fields):
     path = changed(runs["lora"], tmp_path, **fields)
