@@ -36,7 +36,7 @@ def mutate_state(rng: Random, state: dict) -> dict:
 
 
 def _other(rng: Random, value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor) or value.numel() > 1 << 20:
         return hostile_value(rng)
     changed = value.contiguous().clone()
     flat = changed.view(-1)  # shares its numbers with `changed`
