@@ -4,6 +4,7 @@
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
 # make parity               this project against PEFT and transformers, number by number
 # make reference            the reference run's protocol, and what its numbers mean
+# make fault                kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
 #
 # Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file), OUT (a directory),
@@ -16,7 +17,8 @@ ADAPTER ?= $(or $(OUT),runs/lora)
 PROMPT ?= You climb the stair and
 TRAIN_OPTIONS = --base '$(BASE)' $(if $(BOOK),--book '$(BOOK)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-.PHONY: help setup train-lora train-full compare generate test lint parity reference pretrain-mini clean
+.PHONY: help setup train-lora train-full compare generate test lint parity reference fault \
+	pretrain-mini clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -56,6 +58,10 @@ lint: .venv/dev
 # Our LoRA against PEFT's, number by number; on mini unless BASE names another.
 parity: .venv/dev
 	$(PY) -m benchmarks.parity $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
+
+# The fault campaign (docs/reliability.md); ARGS: --short, or parts, such as "kill signals".
+fault: .venv/dev
+	$(PY) -m tests.fault $(ARGS)
 
 # The reference run's protocol and measure (docs/reference-run.md); says first how long it takes.
 reference: .venv/run

@@ -223,10 +223,11 @@ class Trainer:
             if validates:
                 metrics |= self.validate()
             self.progress.metrics_bytes = self.directory.append(metrics)
-        stop = self.stop_signal  # read once: a signal may come at any moment
-        if epoch_ends or stop or self.checkpoint_is_due():
+        if epoch_ends or self.checkpoint_is_due():
             self.save_checkpoint()
-        if stop:
+        if stop := self.stop_signal:
+            if self.saved_step != step:
+                self.save_checkpoint()
             print(f"stopped after step {step}; go on with: {resume_command()}", file=sys.stderr)
             sys.exit(128 + stop)
 
