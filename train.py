@@ -39,17 +39,11 @@ from model.checkpoint import has_weights, load_config, load_gpt2, save_gpt2
 from model.gpt2 import GPT2
 from model.hub import find_base
 from plots import draw_loss
-from run_checkpoint import has_checkpoint, write_checkpoint
+from randomness import seed_everything
+from run_checkpoint import has_checkpoint
 from run_directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
 from run_identity import check_finished, run_identity
-from training_state import (
-    Progress,
-    all_finite,
-    bytes_needed,
-    gather_state,
-    resume_training,
-    seed_everything,
-)
+from training_state import Progress, bytes_needed, resume_training, save_training
 
 
 def main() -> None:
@@ -224,10 +218,10 @@ class Trainer:
                 metrics |= self.validate()
             self.progress.metrics_bytes = self.directory.append(metrics)
         if epoch_ends or self.checkpoint_is_due():
-            self.save_checkpoint()
+            save_training(self)
         if stop := self.stop_signal:
             if self.saved_step != step:
-                self.save_checkpoint()
+                save_training(self)
             print(f"stopped after step {step}; go on with: {resume_command()}", file=sys.stderr)
             sys.exit(128 + stop)
 
@@ -329,18 +323,6 @@ class Trainer:
         print(f"best: val perplexity {perplexity(progress.best_val_loss):.3f} "
               f"(base {perplexity(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
               f"saved in {args.out}")
-
-    def save_checkpoint(self) -> None:
-        """All that the next step depends on, without the frozen base; never of a faulty run."""
-        self.check()
-        if not all_finite(list(self.trainable.values())):
-            raise RunError(f"step {self.progress.step}: a weight is not a finite number any more")
-        self.progress.seconds = time.perf_counter() - self.started
-        state = gather_state(self)
-        self.directory.sync()
-        write_checkpoint(self.args.out, state)
-        self.interval.restart(*state["interval"]["sums"])  # saving is not training time
-        self.saved_step, self.saved_at = self.progress.step, time.perf_counter()
 
 
 if __name__ == "__main__":

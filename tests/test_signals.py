@@ -5,6 +5,7 @@ import signal
 import pytest
 
 import train
+import training_state
 from run_checkpoint import read_checkpoint
 from tests.fault.process import start, train_command
 from tests.fault.signals import AT_ONCE, NOTICE, catches_sigterm
@@ -42,11 +43,12 @@ def test_a_process_that_imports_torch(base, book, tmp_path, number, status):
     assert process.error_lines() == [AT_ONCE] and not out.exists()
 
 
-@pytest.mark.parametrize("where, step", [("evaluate", 4), ("write_checkpoint", 6)])
-def test_a_signal_in_a_validation_or_a_save_lets_it_end(base, book, tmp_path, monkeypatch, where,
-                                                        step):
+@pytest.mark.parametrize("module, where, step", [
+    (train, "evaluate", 4), (training_state, "write_checkpoint", 6)])
+def test_a_signal_in_a_validation_or_a_save_lets_it_end(
+        base, book, tmp_path, monkeypatch, module, where, step):
     """It is saved once, not twice."""
-    real, calls = getattr(train, where), []
+    real, calls = getattr(module, where), []
 
     def interrupted(*arguments, **options):
         calls.append(None)
@@ -54,7 +56,7 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(base, book, tmp_path, mo
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(train, where, interrupted)
+    monkeypatch.setattr(module, where, interrupted)
     ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 9, "--eval-every",
                                   4, "--checkpoint-every", 3))
     assert ending.status == 143 and f"stopped after step {step}; go on with" in ending.stderr
