@@ -3,6 +3,7 @@
 # make compare               table and picture of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
 # make parity               this project against PEFT and transformers, number by number
+# make bench                how fast and how small, beside PEFT and transformers
 # make reference            the reference run's protocol, and what its numbers mean
 # make fault                kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
@@ -17,7 +18,7 @@ ADAPTER ?= $(or $(OUT),runs/lora)
 PROMPT ?= You climb the stair and
 TRAIN_OPTIONS = --base '$(BASE)' $(if $(BOOK),--book '$(BOOK)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-.PHONY: help setup train-lora train-full compare generate test lint parity reference fault \
+.PHONY: help setup train-lora train-full compare generate test lint parity bench reference fault \
 	pretrain-mini clean
 
 help:
@@ -62,6 +63,10 @@ parity: .venv/dev
 # The fault campaign (docs/reliability.md); ARGS: --short, or parts, such as "kill signals".
 fault: .venv/dev
 	$(PY) -m tests.fault $(ARGS)
+
+# On a GPT-2 124M of random weights unless BASE names another; ARGS=--quick takes mini.
+bench: .venv/dev
+	$(PY) -m benchmarks.speed $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
 
 # The reference run's protocol and measure (docs/reference-run.md); says first how long it takes.
 reference: .venv/run

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from cli import (
     BOOK,
@@ -22,12 +20,14 @@ from data.tokens import load_tokens, token_bytes
 from data.windows import NOT_SCORED, evaluation_batches, split
 from errors import RunError, UserError, run_command
 from files import write_json
-from hardware import autocast, pick_device, pick_precision
+from hardware import autocast, cast_frozen, pick_device, pick_precision
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from model import ops
 from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
-from model.gpt2 import GPT2Config
+from model.gpt2 import GPT2, GPT2Config
 from plots import draw_comparison
-from run_directory import read_run
+from training.directory import read_run
+from training.parallel import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -58,36 +58,42 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, tokens: np.ndarray, *, block_size: int, stride: int | None = None,
+    model: GPT2, tokens: np.ndarray, *, block_size: int, stride: int | None = None,
     label_shift: int = 1, batch_size: int = 16, precision: str = "fp32",
+    ranks: Ranks = ALONE,
 ) -> Scores:
     """Score each of `tokens` but the first `label_shift` once, in windows of `block_size`.
 
     Raises RunError when the loss is not finite.
     """
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32,
-                        device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    # The loss and the greedy hits, both as sums over tokens.
+    sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64,
+                       device=device)
     was_training = model.training
     model.eval()
-    batches = evaluation_batches(tokens, block_size, stride or block_size, label_shift, batch_size)
-    for inputs, targets in batches:
-        inputs, targets = inputs.to(device), targets.to(device).flatten()
-        with autocast(device, precision):
-            logits = model(inputs).flatten(0, 1)  # (B * T, V)
-        total += F.cross_entropy(logits.float(), targets, ignore_index=NOT_SCORED, reduction="sum")
-        correct += (logits.argmax(-1) == targets).sum()
-    model.train(was_training)
-    if not math.isfinite(total.item()):
-        raise RunError(f"the loss on the text is {total.item()}; try --precision fp32, or train "
+    try:
+        for inputs, targets in ranks.every(evaluation_batches(
+                tokens, block_size, stride or block_size, label_shift, batch_size)):
+            inputs, targets = inputs.to(device), targets.to(device).flatten()
+            with autocast(device, precision):
+                hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
+                losses, hits = ops.score(hidden, model.wte.weight, targets)
+            scored = targets != NOT_SCORED
+            sums += torch.stack([x[scored].sum(dtype=sums.dtype) for x in (losses, hits)])
+    finally:
+        model.train(was_training)
+    ranks.add_up([sums])
+    loss, hits = sums.tolist()
+    if not math.isfinite(loss):
+        raise RunError(f"the loss on the text is {loss}; try --precision fp32, or train "
                        "with a lower --lr")
     scored = tokens[label_shift:]
     return Scores(
         tokens=len(scored),
         bytes=int(token_bytes(model.config.vocab_size)[scored].sum()),
-        loss=total.item() / len(scored),
-        accuracy=correct.item() / len(scored),
+        loss=loss / len(scored),
+        accuracy=hits / len(scored),
     )
 
 
@@ -126,6 +132,7 @@ def main() -> None:
     precision = pick_precision(args.precision, device)
     name, model = load_model(args)
     check_block_size(args.block_size, model.config)
+    cast_frozen(model.requires_grad_(False), precision)
     text = args.text or BOOK
     fraction = args.val_fraction or (1.0 if args.text else 0.1)
     tokens = load_tokens(text, model.config.vocab_size)

@@ -4,6 +4,7 @@ import resource
 import sys
 
 import torch
+from torch import nn
 
 from errors import UserError
 
@@ -33,6 +34,13 @@ def pick_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which matrix products run in `precision`; parameters stay as they are."""
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def cast_frozen(model: nn.Module, precision: str) -> None:
+    """Hold the matrices that are not trained in `precision`: autocast casts them at every step."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.ndim > 1:
+            parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 def device_name(device: torch.device) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from files import atomic_path
-from run_directory import read_metrics
+from training.directory import read_metrics
 
 try:
     import matplotlib

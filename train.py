@@ -12,38 +12,45 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cli import parse_train_args, resume_command
-from data.tokens import load_tokens
-from data.windows import Windows, split
-from errors import RunError, UserError, run_command
-from evaluate import Scores, check_block_size, evaluate, perplexity
-from faults import describe_fault, ending_in_one_line, memory_advice
+from data.windows import Windows
+from errors import RunError, run_command
+from evaluate import Scores, evaluate, perplexity
 from files import write_json
-from hardware import autocast, device_name, peak_memory_mb, pick_device, pick_precision
+from hardware import (
+    autocast,
+    cast_frozen,
+    device_name,
+    peak_memory_mb,
+    pick_device,
+    pick_precision,
+)
 from interrupts import end_at_once, on_signals, say
-from interval import Interval
-from lora.adapter import load_adapter, save_adapter
+from lora.adapter import save_adapter
 from lora.config import LoRAConfig
-from lora.inject import adapter_disabled, count_parameters, describe_parameters, inject
-from model.checkpoint import has_weights, load_config, load_gpt2, save_gpt2
+from lora.inject import adapter_disabled, count_parameters, describe_parameters
+from model import ops
+from model.checkpoint import save_gpt2
 from model.gpt2 import GPT2
 from model.hub import find_base
 from plots import draw_loss
-from randomness import seed_everything
-from run_checkpoint import has_checkpoint
-from run_directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
-from run_identity import check_finished, run_identity
-from training_state import Progress, bytes_needed, resume_training, save_training
+from training.build import build_model, load_data
+from training.checkpoint import has_checkpoint
+from training.directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
+from training.faults import describe_fault, ending_in_one_line, memory_advice
+from training.identity import check_finished, run_identity
+from training.interval import Interval
+from training.parallel import ALONE, Ranks
+from training.randomness import seed_everything
+from training.state import Progress, bytes_needed, resume_training, save_training
 
 
 def main() -> None:
@@ -55,59 +62,29 @@ def main() -> None:
         check_finished(args)
         print(f"{args.out}: this run is finished; nothing to resume")
         return
-    seed_everything(args.seed)
-    args.base, base = find_base(args.base)
-    model, lora_config = build_model(args, base)
-    print(describe_parameters(model))
-    windows, val_tokens = load_data(args, model)
-    trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens)
-    refuse_source(args.out, "base", base)  # known by its directory only now
-    check_space(args.out, bytes_needed(trainer))
-    with RunDirectory(args.out) as directory:
-        check_out(args)  # again: another run may have ended there meanwhile
-        trainer.begin(directory, run_identity(args, base, windows.tokens, val_tokens))
-        trainer.run()
+    ranks = Ranks.of_torchrun()
+    with ranks.joined(device):
+        seed_everything(args.seed)
+        with ranks.first_goes_first():
+            args.base, base = find_base(args.base)
+        model, lora_config = build_model(args, base)
+        print(describe_parameters(model))
+        windows, val_tokens = load_data(args, model)
+        trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens, ranks)
+        refuse_source(args.out, "base", base)  # known by its directory only now
+        check_space(args.out, bytes_needed(trainer))
+        identity = run_identity(args, base, windows.tokens, val_tokens)
+        with RunDirectory(args.out) if ranks.first else nullcontext() as directory:
+            if directory:
+                check_out(args)  # again: another run may have ended there meanwhile
+            trainer.begin(directory, identity)
+            trainer.run()
 
 
-def build_model(args: argparse.Namespace, directory: Path) -> tuple[GPT2, LoRAConfig | None]:
-    """The base with its dropouts set and, for LoRA, the adapter in place and all else frozen."""
-    if args.method == "full" and not has_weights(directory):
-        print(f"{directory} holds no weights: starting from random initialisation")
-        model = GPT2(load_config(directory))
-        model.init_weights()
-    else:
-        model = load_gpt2(directory)
-    if args.base_dropout is not None:
-        model.set_dropout(args.base_dropout)
-    if args.method == "full":
-        return model, None
-    if args.init_adapter:
-        config = load_adapter(model, args.init_adapter)
-        vars(args).update(asdict(config))  # run.json tells what was trained
-        return model, config
-    config = LoRAConfig(args.r, args.lora_alpha, args.lora_dropout, tuple(args.target_modules))
-    try:
-        inject(model, config)
-    except ValueError as error:
-        raise UserError(f"--r, --target-modules: {error}") from error
-    return model, config
-
-
-def load_data(args: argparse.Namespace, model: GPT2) -> tuple[Windows, np.ndarray]:
-    """The training windows and the validation part. Raises UserError when either is too short."""
-    check_block_size(args.block_size, model.config)
-    train_part, val_part = split(load_tokens(args.book, model.config.vocab_size), args.val_fraction)
-    for name, part in (("training", train_part), ("validation", val_part)):
-        if len(part) < args.block_size + args.label_shift:
-            raise UserError(f"{args.book}: its {name} part is {len(part):,} tokens, less than one "
-                            f"window of {args.block_size}; use a longer book or a smaller block")
-    return Windows(train_part, args.block_size, args.stride, args.label_shift), val_part
-
-
-def summed_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def summed_loss(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
     """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
-    logits = model(inputs).flatten(0, 1)  # (B * T, V)
-    return F.cross_entropy(logits.float(), targets.flatten(), reduction="sum")
+    hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
+    return ops.tied_cross_entropy(hidden, model.wte.weight, targets.flatten())
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
@@ -125,10 +102,11 @@ class Trainer:
     """AMP, AdamW, warm-up and cosine, accumulation, clipping, validation, checkpoints."""
 
     def __init__(self, args: argparse.Namespace, model: GPT2, lora_config: LoRAConfig | None,
-                 windows: Windows, val_tokens: np.ndarray):
-        self.args, self.model, self.lora_config = args, model, lora_config
+                 windows: Windows, val_tokens: np.ndarray, ranks: Ranks = ALONE):
+        self.args, self.model, self.lora_config, self.ranks = args, model, lora_config, ranks
         self.windows, self.val_tokens = windows, val_tokens
         self.device = model.wte.weight.device
+        cast_frozen(model, args.precision)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=args.lr,
                                            weight_decay=args.weight_decay, fused=True)
@@ -142,15 +120,22 @@ class Trainer:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
 
-    def begin(self, directory: RunDirectory, identity: dict) -> None:
-        """Start in an empty `--out` or, with --resume, where the run's checkpoint left it."""
+    def begin(self, directory: RunDirectory | None, identity: dict) -> None:
+        """Start in an empty `--out` or, with --resume, where the run's checkpoint left it.
+
+        Rank 0 has the directory; the others write nothing.
+        """
         self.directory, self.identity = directory, identity
-        if self.args.resume and has_checkpoint(directory.out):
+        out, resume = self.args.out, self.args.resume
+        if self.ranks.from_first(resume and has_checkpoint(out)):
             resume_training(self)
             return
-        if self.args.resume:
-            print(f"{directory.out}: the run has no checkpoint yet; starting from the beginning")
-        directory.clear()
+        if resume:
+            print(f"{out}: the run has no checkpoint yet; starting from the beginning")
+        if directory:
+            directory.clear()
+        else:
+            seed_everything(self.args.seed + self.ranks.rank)  # dropouts of its own
 
     def run(self) -> None:
         """Train from where the run stands to its end, and leave its files in `--out`."""
@@ -160,7 +145,8 @@ class Trainer:
             if self.progress.step == 0:
                 self.validate_base()
             self.train()
-            self.finish()
+            if self.directory:
+                self.finish()
 
     def train(self) -> None:
         """Every step to the last, and what is due between them."""
@@ -168,7 +154,8 @@ class Trainer:
         self.saved_at = time.perf_counter()
         progress = self.progress
         self.model.train()
-        with tqdm(total=self.total_steps, initial=progress.step, unit="step", disable=None) as bar:
+        with tqdm(total=self.total_steps, initial=progress.step, unit="step",
+                  disable=None if self.directory else True) as bar:
             for batch in self.batches(progress.step):
                 self.step(batch)
                 bar.update()
@@ -188,13 +175,17 @@ class Trainer:
     def step(self, batch: np.ndarray) -> None:
         """One optimizer step on these windows, computed in `--grad-accum` parts."""
         args, tokens = self.args, len(batch) * self.args.block_size
-        for part in np.array_split(batch, min(args.grad_accum, len(batch))):
+        mine = self.ranks.share(batch)
+        total = torch.zeros((), device=self.device)
+        for part in np.array_split(mine, max(1, min(args.grad_accum, len(mine)))):
             inputs, targets = (x.to(self.device) for x in self.windows.batch(part))  # (B, T) each
             with autocast(self.device, args.precision):
                 loss = self.summed_loss(self.model, inputs, targets)
-            # Over the whole batch's tokens: parts count by their tokens, not equally.
+            # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
             self.scaler.scale(loss / tokens).backward()
-            self.interval.loss += loss.detach()
+            total += loss.detach()
+        self.ranks.add_up([total, *(p.grad for p in self.trainable.values())])
+        self.interval.loss += total
         self.scaler.unscale_(self.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), args.clip or math.inf)
         lr = learning_rate(self.progress.step, self.total_steps, args.lr, args.warmup_ratio)
@@ -216,13 +207,16 @@ class Trainer:
             metrics = self.measure(bar)
             if validates:
                 metrics |= self.validate()
-            self.progress.metrics_bytes = self.directory.append(metrics)
-        if epoch_ends or self.checkpoint_is_due():
+            if self.directory:
+                self.progress.metrics_bytes = self.directory.append(metrics)
+        if epoch_ends or self.ranks.agree(self.checkpoint_is_due()):
             save_training(self)
-        if stop := self.stop_signal:
+        if stop := self.ranks.agree(self.stop_signal or 0):
             if self.saved_step != step:
                 save_training(self)
-            print(f"stopped after step {step}; go on with: {resume_command()}", file=sys.stderr)
+            if self.directory:
+                print(f"stopped after step {step}; go on with: {resume_command()}",
+                      file=sys.stderr)
             sys.exit(128 + stop)
 
     def checkpoint_is_due(self) -> bool:
@@ -236,7 +230,8 @@ class Trainer:
         if self.stop_signal:
             end_at_once(number, frame)
         self.stop_signal = number
-        say("stopping once the step is done and saved; a second signal stops at once")
+        if self.directory:
+            say("stopping once the step is done and saved; a second signal stops at once")
 
     def measure(self, bar: tqdm) -> dict:
         """The metrics of the steps since the last call. Raises RunError if one was faulty."""
@@ -269,7 +264,7 @@ class Trainer:
     def evaluate(self) -> Scores:
         args = self.args
         return evaluate(self.model, self.val_tokens, block_size=args.block_size,
-                        label_shift=args.label_shift, precision=args.precision)
+                        label_shift=args.label_shift, precision=args.precision, ranks=self.ranks)
 
     def validate_base(self) -> None:
         """The base's own loss, against which the run is measured."""
@@ -286,7 +281,8 @@ class Trainer:
         if better:
             progress.best_val_loss = scores.loss
             progress.best_val_bits_per_byte = scores.bits_per_byte
-            self.save_best()
+            if self.directory:
+                self.save_best()
         tqdm.write(f"step {progress.step}/{self.total_steps}: val {scores}"
                    + (", best so far" if better else ""))
         self.interval.restart()  # validation is not training time
@@ -316,7 +312,8 @@ class Trainer:
             "best_val_bits_per_byte": progress.best_val_bits_per_byte,
             "steps": progress.step, "seconds": progress.seconds,
             "tokens_per_second": progress.tokens / max(progress.training_seconds, 1e-9),
-            "peak_memory_mb": peak_memory_mb(self.device), "device": device_name(self.device),
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "device": self.ranks.times(device_name(self.device)),
             "precision": args.precision, "torch": torch.__version__,
             **({"skipped_steps": int(self.interval.skipped.item())} if self.interval.fp16 else {}),
         })

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import peft_loop
 from benchmarks.parity_report import Report, largest, machine, relative, root_mean_square, snapshot
+from benchmarks.plain import plain_operations
 from cli import BOOK, Parser, number, parse_train_args
 from data.tokens import load_tokens
 from data.windows import split
@@ -155,6 +156,7 @@ def train_both(args: Namespace) -> tuple[Run, Run]:
 
 
 @one_thread()
+@plain_operations()
 def exact(opts: Namespace, report: Report) -> tuple[Run, Run]:
     """In fp32 on one thread no bit may differ, from the seeded adapter to the trained one."""
     args = train_options(opts, "lora", "--device", "cpu")
@@ -243,6 +245,7 @@ def read_by_both(opts: Namespace, base: Path,
 
 
 @one_thread()
+@plain_operations()
 def resume(opts: Namespace, report: Report, folder: Path) -> None:
     """Go on here from the adapter that PEFT saved, and there from the one saved here."""
     report.section(f"resumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")

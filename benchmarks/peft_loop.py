@@ -49,6 +49,11 @@ def build(args: Namespace) -> nn.Module:
         return base
     if args.init_adapter:
         return PeftModel.from_pretrained(base, args.init_adapter, is_trainable=True)
+    return add_lora(base, args)
+
+
+def add_lora(base: nn.Module, args: Namespace) -> PeftModel:
+    """The base with PEFT's new adapter in it, seeded."""
     torch.manual_seed(args.seed)
     return get_peft_model(base, LoraConfig(
         task_type="CAUSAL_LM", r=args.r, lora_alpha=args.lora_alpha,

@@ -41,10 +41,10 @@ from files import write_json, write_text
 from hardware import PRECISIONS, device_name, pick_device
 from model.checkpoint import load_config
 from model.hub import find_base
-from run_checkpoint import has_checkpoint, read_checkpoint
-from run_directory import CHECKPOINT, METRICS, PREVIOUS, RUN, check_out, options
-from run_identity import check_finished, refuse_other_options
 from train import Trainer, build_model, load_data
+from training.checkpoint import has_checkpoint, read_checkpoint
+from training.directory import CHECKPOINT, METRICS, PREVIOUS, RUN, check_out, options
+from training.identity import check_finished, refuse_other_options
 
 PUBLISHED = {  # trainable parameters, share of all, best validation loss, its perplexity
     "lora": ("294,912", "0.2364 %", "0.2261", "1.2537"),

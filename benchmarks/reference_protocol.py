@@ -24,7 +24,7 @@ from hardware import autocast
 from lora.adapter import load_adapter
 from model.checkpoint import load_config, load_gpt2
 from model.gpt2 import GPT2
-from run_directory import read_run
+from training.directory import read_run
 
 BLOCK, SCORED, SHIFT, EPOCHS, VAL_FRACTION = 128, 127, 2, 3, 0.1
 COMMON = (f"--epochs {EPOCHS} --block-size {SCORED} --stride 1 --label-shift {SHIFT} "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
+from model.ops import Dropout
 
 
 class LoRALinear(nn.Module):
@@ -24,7 +25,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
         self.base_layer = base_layer
         self.scaling = config.scaling
-        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.lora_dropout = Dropout(config.lora_dropout)
         # Drawn on the CPU in PEFT's order (A, B, then A again), so one seed gives one adapter.
         self.lora_A = nn.Linear(fan_in, config.r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(config.r, fan_out, bias=False, dtype=torch.float32)
@@ -38,8 +39,9 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)  # (..., out)
         if self.merged or not self.enabled:
             return y
-        dropped = self.lora_dropout(x.to(self.lora_A.weight.dtype))  # (..., in)
-        update = self.lora_B(self.lora_A(dropped)) * self.scaling  # (..., out)
+        if not torch.is_autocast_enabled(x.device.type):  # which casts for the products itself
+            x = x.to(self.lora_A.weight.dtype)
+        update = self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling  # (..., out)
         return (y + update).to(y.dtype)
 
     @torch.no_grad()

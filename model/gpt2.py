@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model import ops
 
 
 @dataclass
@@ -60,22 +63,20 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.resid_dropout = ops.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
-        past = 0
-        if cache is not None:
+        if cache is None:
+            y = ops.causal_attention(q, k, v, self.attn_pdrop if self.training else 0.0)
+        else:
             k, v = cache.extend(self.layer, k, v)
             past = k.size(2) - T
-        y = F.scaled_dot_product_attention(
-            q, k, v,
-            attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None,
-            dropout_p=self.attn_pdrop if self.training else 0.0,
-            is_causal=past == 0,
-        )  # (B, H, T, D)
+            y = F.scaled_dot_product_attention(
+                q, k, v, is_causal=past == 0,
+                attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -90,7 +91,7 @@ class MLP(nn.Module):
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nn.Linear(config.n_embd, inner)
         self.c_proj = nn.Linear(inner, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.dropout = ops.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
         # GPT-2 was trained with the tanh form of GELU; the erf form is close, but another function.
@@ -120,9 +121,10 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # keep a block's input only, compute the rest again
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = ops.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
@@ -142,7 +144,10 @@ class GPT2(nn.Module):
         positions = torch.arange(past, total, device=idx.device)  # (T,)
         x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
-            x = block(x, cache)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         return self.ln_f(x)
 
     def set_dropout(self, p: float) -> None:

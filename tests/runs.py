@@ -23,9 +23,9 @@ import train
 from cli import parse_train_args
 from errors import run_command
 from model.tokenizer import load_tokenizer
-from run_directory import RunDirectory
-from run_identity import run_identity
 from tests.helpers import TINY
+from training.directory import RunDirectory
+from training.identity import run_identity
 
 BLOCK = 16  # the runs' block size and stride
 WORDS = ("the", "a", "lamp", "keeper", "sea", "stair", "gull", "light", "salt", "night", "turns")

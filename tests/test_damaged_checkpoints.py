@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from run_checkpoint import content_sha256, read_checkpoint
 from tests.runs import Run, arguments, contents, die, finished, run, run_acting, trained
 from train import main
+from training.checkpoint import content_sha256, read_checkpoint
 
 OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2, "--lr", 1e-2)
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -131,10 +131,10 @@ FORGED = {
     "a field less": lambda s: s["progress"].pop("tokens"),
     "a list of progress": lambda s: put(s, "progress", []),
     "short sums": lambda s: put(s, "interval", "sums", (1.0,)),
-    "Python's state cut": lambda s: put(s, "random", "python", s["random"]["python"][:-1]),
-    "NumPy's state too large": lambda s: put(s, "random", "numpy", [1 << 40] * 624),
-    "NumPy beyond its state": lambda s: put(s, "random", "numpy_position", 1 << 40),
-    "torch's state of zeros": lambda s: put(s, "random", "torch", torch.zeros(
+    "Python's state cut": lambda s: put(s, "random", 0, "python", s["random"][0]["python"][:-1]),
+    "NumPy's state too large": lambda s: put(s, "random", 0, "numpy", [1 << 40] * 624),
+    "NumPy beyond its state": lambda s: put(s, "random", 0, "numpy_position", 1 << 40),
+    "torch's state of zeros": lambda s: put(s, "random", 0, "torch", torch.zeros(
         5056, dtype=torch.uint8)),
     "no generators": lambda s: s.pop("random"),
     "a GPU that is text": lambda s: put(s, "cuda_random", "0"),

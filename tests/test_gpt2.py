@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from benchmarks.plain import plain_operations
 from lora.config import LoRAConfig
 from lora.inject import count_parameters, inject
 from model.checkpoint import CONV1D, load_gpt2
@@ -121,6 +122,7 @@ def logits_in_training(model, ids):
 DROPOUTS = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
 
 
+@plain_operations()
 @pytest.mark.parametrize("on", [*({name: p} for name, p in DROPOUTS.items()), DROPOUTS])
 def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path, on):
     directory, theirs = tiny_gpt2_directory(tmp_path, **{**dict.fromkeys(DROPOUTS, 0.0), **on})
@@ -132,6 +134,7 @@ def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path, on)
     assert relative_difference(logits, without) > 0.01
 
 
+@plain_operations()
 def test_set_dropout_sets_every_probability(tmp_path):
     directory, theirs = tiny_gpt2_directory(tmp_path, **dict.fromkeys(DROPOUTS, 0.25))
     ours = load_gpt2(directory)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.plain import plain_operations
 from lora.adapter import adapter_tensors
 from lora.config import LoRAConfig
 from lora.inject import count_parameters, describe_parameters, inject, lora_layers
@@ -50,6 +51,7 @@ def test_output_is_base_plus_scaled_low_rank_update(shape, r, use_rslora):
     assert relative_difference(layer(x), expected) < 1e-6
 
 
+@plain_operations()
 @pytest.mark.parametrize(("dtype", "autocast"),
                          [(FP32, False), (FP32, True), (BF16, False), (FP16, False)])
 @pytest.mark.parametrize("shape", [(32, 32), (32, 96)])
@@ -216,7 +218,7 @@ def test_an_adapted_layer_is_not_adapted_again(base):
 
 
 @pytest.mark.parametrize(("dtype", "autocast"),
-                         [(FP32, False), (FP32, True), (BF16, False), (FP16, False)])
+                         [(FP32, False), (FP32, True), (BF16, True), (BF16, False), (FP16, False)])
 def test_training_moves_a_and_b_alone_and_lowers_the_loss(base, dtype, autocast):
     model = load_gpt2(base).to(dtype)
     torch.manual_seed(0)

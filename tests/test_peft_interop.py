@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from benchmarks.plain import plain_operations
 from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lora.inject import lora_layers, merge, unwrap
 from model.checkpoint import load_gpt2, save_gpt2
@@ -96,6 +97,7 @@ def test_merged_models_are_the_same(base, tmp_path, config, targets):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@plain_operations()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_base_held_in_half_precision_logits_are_pefts(base, tmp_path, dtype):
     peft_adapter(base, tmp_path, {"r": 8, "lora_alpha": 16}, ["c_attn", "c_proj", "c_fc"])
@@ -150,6 +152,7 @@ def theirs_train(base, adapter, out, seed):
     return losses
 
 
+@plain_operations()
 def test_each_continues_the_others_training(base, tmp_path):
     start, half, end = (tmp_path / name for name in ("start", "half", "end"))
     config = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}

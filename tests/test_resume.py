@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from run_checkpoint import read_checkpoint
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import (
     Ending,
@@ -26,6 +25,7 @@ from tests.runs import (
     trained,
 )
 from train import main
+from training.checkpoint import read_checkpoint
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 # Logging, validation and epochs (23 steps) all end at different steps; dropouts are on.

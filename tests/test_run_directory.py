@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 import train
-from run_directory import RunDirectory
 from tests.runs import arguments, contents, die, finished, one_line, run, run_acting, trained
 from train import main
+from training.directory import RunDirectory
 
 OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
 

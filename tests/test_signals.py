@@ -5,12 +5,12 @@ import signal
 import pytest
 
 import train
-import training_state
-from run_checkpoint import read_checkpoint
+import training.state
 from tests.fault.process import start, train_command
 from tests.fault.signals import AT_ONCE, NOTICE, catches_sigterm
 from tests.runs import arguments, run
 from train import main
+from training.checkpoint import read_checkpoint
 
 
 @pytest.mark.parametrize("numbers, status", [
@@ -44,7 +44,7 @@ def test_a_process_that_imports_torch(base, book, tmp_path, number, status):
 
 
 @pytest.mark.parametrize("module, where, step", [
-    (train, "evaluate", 4), (training_state, "write_checkpoint", 6)])
+    (train, "evaluate", 4), (training.state, "write_checkpoint", 6)])
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
         base, book, tmp_path, monkeypatch, module, where, step):
     """It is saved once, not twice."""

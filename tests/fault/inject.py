@@ -121,7 +121,7 @@ def half_files(out: Path) -> list[str]:
     """Files under their final names that are not whole."""
     from safetensors import safe_open
 
-    from run_checkpoint import read_checkpoint
+    from training.checkpoint import read_checkpoint
     wrong = []
     for path in out.glob("[!.]*"):
         try:

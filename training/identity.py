@@ -10,7 +10,7 @@ from data.tokens import file_sha256
 from errors import UserError
 from lora.config import LoRAConfig
 from model.checkpoint import has_weights, weights_path
-from run_directory import HARMLESS, options, read_run
+from training.directory import HARMLESS, options, read_run
 
 
 def run_identity(args: argparse.Namespace, base: Path, *tokens: np.ndarray) -> dict:

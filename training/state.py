@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from errors import RunError, UserError
-from randomness import check_random_state, random_state, set_random_state
-from run_checkpoint import read_checkpoint, settle, write_checkpoint
-from run_identity import refuse_another
+from training.checkpoint import read_checkpoint, settle, write_checkpoint
+from training.identity import refuse_another
+from training.randomness import check_random_state, random_state, set_random_state
 
 if TYPE_CHECKING:
     from train import Trainer
@@ -46,15 +46,18 @@ def bytes_needed(trainer: "Trainer") -> int:
 def resume_training(trainer: "Trainer") -> None:
     """Take up the run where its checkpoint left it. Raises UserError if this is another run."""
     directory = trainer.directory
-    state, path = read_checkpoint(directory.out)
+    found = read_checkpoint(directory.out) if directory else None
+    state, path = trainer.ranks.from_first(found)
     refuse_another(state.get("run"), trainer.identity)
     restore_state(trainer, state)
-    settle(directory.out, path)
     trainer.saved_step = trainer.progress.step
+    print(f"resuming after step {trainer.progress.step} of {trainer.total_steps}")
+    if not directory:
+        return
+    settle(directory.out, path)
     if not directory.cut(trainer.progress.metrics_bytes):
         print(f"warning: {directory.metrics}: lines from before the checkpoint are missing",
               file=sys.stderr)
-    print(f"resuming after step {trainer.progress.step} of {trainer.total_steps}")
 
 
 def save_training(trainer: "Trainer") -> None:
@@ -65,25 +68,27 @@ def save_training(trainer: "Trainer") -> None:
         raise RunError(f"step {step}: a weight is not a finite number any more")
     trainer.progress.seconds = time.perf_counter() - trainer.started
     state = gather_state(trainer)
-    trainer.directory.sync()
-    write_checkpoint(trainer.directory.out, state)
+    if trainer.directory:
+        trainer.directory.sync()
+        write_checkpoint(trainer.directory.out, state)
     trainer.interval.restart(*state["interval"]["sums"])  # saving is not training time
     trainer.saved_step, trainer.saved_at = step, time.perf_counter()
 
 
 def gather_state(trainer: "Trainer") -> dict:
-    """The run's state, without the frozen base."""
-    cuda = torch.cuda.get_rng_state_all() if trainer.device.type == "cuda" else []
+    """The run's state, without the frozen base; the random generators' is every rank's."""
+    on_cuda = trainer.device.type == "cuda"
+    cuda = trainer.ranks.gather(torch.cuda.get_rng_state(trainer.device)) if on_cuda else []
     return {
         "run": trainer.identity,
         "machine": {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
-                    "gpus": len(cuda)},
+                    "ranks": trainer.ranks.count, "gpus": len(cuda)},
         "progress": asdict(trainer.progress),
         "interval": trainer.interval.state(),
         "parameters": {name: p.detach() for name, p in trainer.trainable.items()},
         "optimizer": trainer.optimizer.state_dict()["state"],
         "scaler": trainer.scaler.state_dict(),
-        "random": random_state(),
+        "random": trainer.ranks.gather(random_state()),
         "cuda_random": cuda,
     }
 
@@ -95,9 +100,9 @@ def restore_state(trainer: "Trainer", state: dict) -> None:
     """
     template = gather_state(trainer) | {"optimizer": _adamw_form(trainer), "run": {}}
     state = state | {"run": {}}  # compared before
-    cuda = state.get("cuda_random")
-    if isinstance(cuda, list) and len(cuda) != len(template["cuda_random"]):
-        state["cuda_random"] = template["cuda_random"]  # of other GPUs: the warning says so
+    for name in ("random", "cuda_random"):  # of other ranks or GPUs: the warning says so
+        if isinstance(state.get(name), list) and len(state[name]) != len(template[name]):
+            state[name] = template[name]
     try:
         _check_form(template, state, "state")
         _check_values(trainer, state)
@@ -112,9 +117,9 @@ def restore_state(trainer: "Trainer", state: dict) -> None:
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.progress = Progress(**state["progress"])
     trainer.interval.load_state(state["interval"])
-    set_random_state(state["random"])
+    set_random_state(state["random"][trainer.ranks.rank])
     if state["cuda_random"]:
-        torch.cuda.set_rng_state_all(state["cuda_random"])
+        torch.cuda.set_rng_state(state["cuda_random"][trainer.ranks.rank], trainer.device)
 
 
 def _adamw_form(trainer: "Trainer") -> dict:
@@ -165,7 +170,8 @@ def _check_values(trainer: "Trainer", state: dict) -> None:
                *(t for moments in state["optimizer"].values() for t in moments.values())]
     if not _all_finite(tensors):
         raise ValueError("it holds numbers that are not finite")
-    check_random_state(state["random"])
+    for random_numbers in state["random"]:
+        check_random_state(random_numbers)
 
 
 def _warn_of_another_machine(then: dict, now: dict) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from errors import UserError
-from faults import is_out_of_memory
 from files import atomic_path
-from run_directory import CHECKPOINT, PREVIOUS
+from training.directory import CHECKPOINT, PREVIOUS
+from training.faults import is_out_of_memory
 
 
 def write_checkpoint(out: Path, state: dict) -> None:

@@ -1,0 +1,134 @@
+"""Dropout, attention and loss: what PyTorch has as single calls, written here for speed.
+
+Each computes what its PyTorch counterpart does; benchmarks/plain.py holds the pairs, and the tests
+compare them. Everything else in the model is PyTorch's own.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LONGEST_PRODUCTS = 256  # tokens up to which writing out the attention matrix is the faster way
+LOGITS_AT_A_TIME = 1 << 23
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """`F.dropout`: each element is 0 with probability p, else x / (1 - p)."""
+    if not training or p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # one fused kernel there
+        return F.dropout(x, p)
+    return x * keep_mask(x.shape, p, x.dtype)
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
+
+
+def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+    """0 with probability p, else 1 / (1 - p), of this shape.
+
+    The generator is what dropout waits for on a CPU: one random 64-bit word decides four
+    elements, 16 bits each. p is therefore a multiple of 2^-16, and the scale is that p's.
+    """
+    kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values
+    size = math.prod(shape)
+    words = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    mask = words.view(torch.int16)[:size].view(shape).lt_(kept - 2**15)  # in place: 1 or 0
+    return mask.to(dtype).mul_(2**16 / kept)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """`F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; (B, H, T, D) all.
+
+    softmax(q k^T / sqrt(D) + mask) v. On a CPU the two products and the softmax one by one are
+    faster than the fused kernel while the (T, T) matrix is small.
+    """
+    B, H, T, D = q.shape
+    if q.device.type != "cpu" or T > LONGEST_PRODUCTS:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)  # (T, T)
+    scores = torch.baddbmm(mask.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
+    weights = dropout(scores.softmax(-1), p, training=True)  # (B * H, T, T)
+    return (weights @ v).view(B, H, T, D)
+
+
+@torch.no_grad()
+def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(target), nats, fp32 (N,), and whether the target is the likeliest token, bool (N,).
+
+    hidden (N, C), weight (V, C), targets (N,); the logits, (N, V), are never whole.
+    """
+    dtype = _compute_dtype(hidden)
+    losses, hits = [], []
+    for _, y, z, _, loss in _head_chunks(hidden.to(dtype), weight.to(dtype), targets):
+        losses.append(loss)
+        hits.append(z.argmax(-1) == y)
+    return torch.cat(losses), torch.cat(hits)
+
+
+@torch.compiler.disable  # its loop over chunks would be unrolled into a long program
+def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` in fp32, nats.
+
+    hidden (N, C), weight (V, C), targets (N,); the logits, (N, V), are never whole. Products run
+    in autocast's precision, the softmax in fp32.
+    """
+    return _TiedCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _head_chunks(h: Tensor, w: Tensor, targets: Tensor) -> Iterator[tuple]:
+    """Chunks of rows: h (n, C), targets (n,), logits z (n, V), softmax p (n, V) fp32, loss (n,).
+
+    loss = logsumexp(z) - z[target], and logsumexp(z) = max z - log max p. The next chunk overwrites
+    z and p: fresh memory of this size would cost a page fault every 4 KB.
+    """
+    rows = max(1, min(len(h), LOGITS_AT_A_TIME // len(w)))
+    z_buffer = h.new_empty(rows, len(w))
+    p_buffer = torch.empty(rows, len(w), device=h.device)
+    for h_rows, y in zip(h.split(rows), targets.split(rows), strict=True):
+        z = torch.mm(h_rows, w.T, out=z_buffer[: len(y)])
+        p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
+        at_target = z.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+        yield h_rows, y, z, p, z.amax(-1).float() - p.amax(-1).log() - at_target
+
+
+class _TiedCrossEntropy(torch.autograd.Function):
+    """The loss comes last, so its gradient is known up to a factor while the logits are there.
+
+    With z = W h and p = softmax(z), one token's loss is L = logsumexp(z) - z[target], so that
+    dL/dz = p - onehot(target), dL/dh = (p - onehot) W and dL/dW = (p - onehot)^T h: three products
+    in all, two where W is frozen, and nothing of size (N, V) is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype):
+        h, w = hidden.to(dtype), weight.to(dtype)
+        grad_h = []
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), device=h.device)
+        for h_rows, y, z, p, loss in _head_chunks(h, w, targets):
+            total += loss.sum()
+            p.scatter_add_(1, y[:, None], -p.new_ones(len(y), 1))  # dL/dz
+            z.copy_(p)
+            grad_h.append(z @ w)
+            if grad_w is not None:
+                grad_w += z.T @ h_rows
+        ctx.save_for_backward(torch.cat(grad_h), grad_w)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None

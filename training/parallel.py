@@ -1,0 +1,130 @@
+"""Data parallel training: the processes that `torchrun` starts, each with its share of a batch.
+
+Every rank holds the whole model and computes the gradient of its own windows' summed loss; the sum
+over ranks is that of the whole batch, so that the number of ranks changes the speed, not the result
+(but for dropout, which each rank draws by itself).
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import RunError
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, `rank`, among `count`; alone, it has no one to wait for.
+
+    Collectives raise RunError when another rank has gone.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_torchrun(cls) -> "Ranks":
+        """As torchrun's environment says; alone, if this process was started otherwise."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    @property
+    def first(self) -> bool:
+        """The one rank that writes files and speaks."""
+        return self.rank == 0
+
+    def times(self, what: str) -> str:
+        """Such as "4 x cpu"; alone, `what` itself."""
+        return what if self.count == 1 else f"{self.count} x {what}"
+
+    @contextmanager
+    def joined(self, device: torch.device) -> Iterator[None]:
+        """Inside the `with`, ranks can exchange tensors, and only the first prints.
+
+        The CPU's tensors travel by gloo, CUDA's by NCCL.
+        """
+        if self.count == 1:
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        self._call(lambda: dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE))
+        with (open(os.devnull, "w") as nowhere,
+              redirect_stdout(sys.stdout if self.first else nowhere)):
+            yield
+        dist.destroy_process_group()
+
+    def _call(self, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:  # gloo has no exception of its own
+            raise RunError(f"rank {self.rank} of {self.count}: the connection to another rank is "
+                           "lost; its own message says why") from error
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """What rank 0 downloads or caches here, the others find done."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def wait(self) -> None:
+        """For every rank to come here."""
+        self.agree(0)
+
+    def share(self, batch: np.ndarray) -> np.ndarray:
+        """This rank's part of a batch's windows; the parts' sizes differ by one at most."""
+        return np.array_split(batch, self.count)[self.rank]
+
+    def every(self, items: Iterable[T]) -> Iterator[T]:
+        """This rank's items, dealt out one by one."""
+        return islice(items, self.rank, None, self.count)
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the ranks, all in one message."""
+        if self.count == 1:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        self._call(lambda: dist.all_reduce(flat))
+        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+    def agree(self, value: int) -> int:
+        """The largest of the ranks' numbers; exchanged on the CPU, so that no GPU is waited for."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value)
+        self._call(lambda: dist.all_reduce(shared, dist.ReduceOp.MAX))
+        return int(shared)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank."""
+        values: list = [value] * self.count
+        if self.count > 1:
+            self._call(lambda: dist.all_gather_object(values, value))
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value."""
+        values = [value]
+        if self.count > 1:
+            self._call(lambda: dist.broadcast_object_list(values))
+        return values[0]
+
+
+ALONE = Ranks()
