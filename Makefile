@@ -5,6 +5,7 @@
 # make parity               this project against PEFT and transformers, number by number
 # make bench                how fast and how small, beside PEFT and transformers
 # make reference            the reference run's protocol, and what its numbers mean
+# make fault                kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
 #
 # Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file), OUT (a directory),
@@ -17,7 +18,8 @@ ADAPTER ?= $(or $(OUT),runs/lora)
 PROMPT ?= You climb the stair and
 TRAIN_OPTIONS = --base '$(BASE)' $(if $(BOOK),--book '$(BOOK)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-.PHONY: help setup train-lora train-full compare generate test lint parity bench reference pretrain-mini clean
+.PHONY: help setup train-lora train-full compare generate test lint parity bench reference fault \
+	pretrain-mini clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -57,6 +59,10 @@ lint: .venv/dev
 # Our LoRA against PEFT's, number by number; on mini unless BASE names another.
 parity: .venv/dev
 	$(PY) -m benchmarks.parity $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
+
+# The fault campaign (docs/reliability.md); ARGS: --short, or parts, such as "kill signals".
+fault: .venv/dev
+	$(PY) -m tests.fault $(ARGS)
 
 # On a GPT-2 124M of random weights unless BASE names another; ARGS=--quick takes mini.
 bench: .venv/dev

@@ -1,5 +1,9 @@
 """Text from a base, with or without an adapter."""
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import interrupts
+    interrupts.end_in_one_line()
+
 import codecs
 from collections.abc import Iterator
 

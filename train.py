@@ -43,20 +43,14 @@ from model.gpt2 import GPT2
 from model.hub import find_base
 from plots import draw_loss
 from training.build import build_model, load_data
-from training.checkpoint import has_checkpoint, write_checkpoint
+from training.checkpoint import has_checkpoint
 from training.directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
 from training.faults import describe_fault, ending_in_one_line, memory_advice
 from training.identity import check_finished, run_identity
 from training.interval import Interval
 from training.parallel import ALONE, Ranks
-from training.state import (
-    Progress,
-    all_finite,
-    bytes_needed,
-    gather_state,
-    resume_training,
-    seed_everything,
-)
+from training.randomness import seed_everything
+from training.state import Progress, bytes_needed, resume_training, save_training
 
 
 def main() -> None:
@@ -215,10 +209,11 @@ class Trainer:
                 metrics |= self.validate()
             if self.directory:
                 self.progress.metrics_bytes = self.directory.append(metrics)
-        stop = self.ranks.agree(self.stop_signal or 0)  # a signal may come at any moment
-        if epoch_ends or stop or self.ranks.agree(self.checkpoint_is_due()):
-            self.save_checkpoint()
-        if stop:
+        if epoch_ends or self.ranks.agree(self.checkpoint_is_due()):
+            save_training(self)
+        if stop := self.ranks.agree(self.stop_signal or 0):
+            if self.saved_step != step:
+                save_training(self)
             if self.directory:
                 print(f"stopped after step {step}; go on with: {resume_command()}",
                       file=sys.stderr)
@@ -325,19 +320,6 @@ class Trainer:
         print(f"best: val perplexity {perplexity(progress.best_val_loss):.3f} "
               f"(base {perplexity(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
               f"saved in {args.out}")
-
-    def save_checkpoint(self) -> None:
-        """All that the next step depends on, without the frozen base; never of a faulty run."""
-        self.check()
-        if not all_finite(list(self.trainable.values())):
-            raise RunError(f"step {self.progress.step}: a weight is not a finite number any more")
-        self.progress.seconds = time.perf_counter() - self.started
-        state = gather_state(self)
-        if self.directory:
-            self.directory.sync()
-            write_checkpoint(self.args.out, state)
-        self.interval.restart(*state["interval"]["sums"])  # saving is not training time
-        self.saved_step, self.saved_at = self.progress.step, time.perf_counter()
 
 
 if __name__ == "__main__":

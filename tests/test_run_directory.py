@@ -155,6 +155,16 @@ def test_metrics_that_are_a_link_are_refused(argv, tmp_path, options, content):
     assert "metrics.jsonl" in line and (tmp_path / "outside").read_text() == content
 
 
+@pytest.mark.parametrize("make", [
+    lambda path: path.symlink_to(path.with_name("nowhere")), os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("options", [(), ("--overwrite",), ("--resume",)])
+def test_metrics_that_are_no_file_are_refused(argv, tmp_path, make, options):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / "metrics.jsonl")
+    assert "metrics.jsonl" in one_line(run(main, *argv, *options), 2)
+    assert len(list((tmp_path / "run").iterdir())) == 1
+
+
 def test_the_directory_itself_may_be_a_link(argv, tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "real")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.runs import BLOCK, arguments, die, finished, one_line, run, run_acting, trained
+from tests.runs import BLOCK, arguments, die, finished, one_line, run, run_acting, trained, trainer
 from train import main
 from training.checkpoint import read_checkpoint
+from training.faults import memory_advice
 
 OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
 
@@ -130,6 +131,15 @@ def test_out_of_memory_says_what_helps(argv, error):
     spent = ("--grad-accum", 4, "--precision", "bf16")
     line = one_line(run_acting({5: fail}, *argv, *spent, "--overwrite"))
     assert "--grad-accum" not in line and "--precision" not in line
+
+
+def test_on_cuda_it_says_what_parts_would_save(base, book, tmp_path, monkeypatch):
+    """Half of what is held beyond weights, gradients and moments, which parts do not touch."""
+    made = trainer("full", base, book, tmp_path, "--batch-size", 8, "--grad-accum", 3)
+    fixed = 4 * 4 * sum(p.numel() for p in made.model.parameters())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: fixed + 90_000_000)
+    advice = memory_advice(made.args, made.model, torch.device("cuda"))
+    assert advice.startswith("try --grad-accum 6 (the same result, about 45 MB less), --")
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(argv):

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 from errors import RunError, UserError
@@ -38,7 +39,7 @@ def check_out(args: argparse.Namespace) -> None:
     present = [name for name in RUN_FILES if os.path.lexists(args.out / name)]
     if args.resume and not {RUN, CHECKPOINT, PREVIOUS, METRICS} & set(present):
         raise UserError(f"--resume: {args.out} holds no checkpoint; start without --resume")
-    held = [name for name in present if name != METRICS or os.path.getsize(args.out / name)]
+    held = [name for name in present if name != METRICS or os.lstat(args.out / name).st_size]
     if held and not (args.resume or args.overwrite):
         raise UserError(f"--out {args.out}: holds a run ({held[0]}); --resume goes on with it, "
                         "--overwrite replaces it, or name another")
@@ -78,15 +79,21 @@ class RunDirectory:
         except OSError as error:
             reason = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
             raise UserError(f"{self.metrics}: cannot be written ({reason})") from error
+        if not stat.S_ISREG(os.fstat(self.file).st_mode):
+            raise UserError(f"{self.metrics}: is not a file; remove it")
+        self.lock()
+        remove_stale(out, RUN_FILES)
+
+    def lock(self) -> None:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self.file)
-            raise UserError(f"--out {out}: another run is at work there; wait for its end, or "
-                            "name another") from error
-        if not stat.S_ISREG(os.fstat(self.file).st_mode):
-            raise UserError(f"{self.metrics}: is not a file; remove it")
-        remove_stale(out, RUN_FILES)
+            raise UserError(f"--out {self.out}: another run is at work there; wait for its end, "
+                            "or name another") from error
+        except OSError as error:  # some network file systems know no locks
+            print(f"warning: {self.metrics}: cannot be locked ({error.strerror}); start no other "
+                  "run there", file=sys.stderr)
 
     def __enter__(self) -> "RunDirectory":
         return self

@@ -1,18 +1,18 @@
 """All that a training step depends on: gathered for a checkpoint, checked and put back."""
 
 import math
-import random
 import sys
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from errors import UserError
-from training.checkpoint import read_checkpoint, settle
+from errors import RunError, UserError
+from training.checkpoint import read_checkpoint, settle, write_checkpoint
 from training.identity import refuse_another
+from training.randomness import check_random_state, random_state, set_random_state
 
 if TYPE_CHECKING:
     from train import Trainer
@@ -58,6 +58,21 @@ def resume_training(trainer: "Trainer") -> None:
     if not directory.cut(trainer.progress.metrics_bytes):
         print(f"warning: {directory.metrics}: lines from before the checkpoint are missing",
               file=sys.stderr)
+
+
+def save_training(trainer: "Trainer") -> None:
+    """Write a checkpoint. Raises RunError, and writes nothing, if a step since was faulty."""
+    trainer.check()
+    step = trainer.progress.step
+    if not _all_finite(list(trainer.trainable.values())):
+        raise RunError(f"step {step}: a weight is not a finite number any more")
+    trainer.progress.seconds = time.perf_counter() - trainer.started
+    state = gather_state(trainer)
+    if trainer.directory:
+        trainer.directory.sync()
+        write_checkpoint(trainer.directory.out, state)
+    trainer.interval.restart(*state["interval"]["sums"])  # saving is not training time
+    trainer.saved_step, trainer.saved_at = step, time.perf_counter()
 
 
 def gather_state(trainer: "Trainer") -> dict:
@@ -153,10 +168,10 @@ def _check_values(trainer: "Trainer", state: dict) -> None:
         raise ValueError(f"the loss scale is {state['scaler']['scale']}")
     tensors = [*state["parameters"].values(),
                *(t for moments in state["optimizer"].values() for t in moments.values())]
-    if not all_finite(tensors):
+    if not _all_finite(tensors):
         raise ValueError("it holds numbers that are not finite")
     for random_numbers in state["random"]:
-        _check_random_state(random_numbers)
+        check_random_state(random_numbers)
 
 
 def _warn_of_another_machine(then: dict, now: dict) -> None:
@@ -167,54 +182,5 @@ def _warn_of_another_machine(then: dict, now: dict) -> None:
                   file=sys.stderr)
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
+def _all_finite(tensors: list[Tensor]) -> bool:
     return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all().item())
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    torch.manual_seed(seed)  # CUDA's generators as well
-
-
-def random_state() -> dict:
-    """Of Python's, NumPy's and torch's CPU generator. A Gauss number in store that is none: NaN."""
-    _, keys, gauss = random.getstate()
-    _, numpy_keys, position, has_gauss, numpy_gauss = np.random.get_state()
-    return {
-        "python": list(keys),
-        "python_gauss": math.nan if gauss is None else gauss,
-        "numpy": numpy_keys.tolist(),
-        "numpy_position": int(position),
-        "numpy_gauss": float(numpy_gauss) if has_gauss else math.nan,
-        "torch": torch.get_rng_state(),
-    }
-
-
-def set_random_state(state: dict) -> None:
-    random.setstate(_python_state(state))
-    np.random.set_state(_numpy_state(state))
-    torch.set_rng_state(state["torch"])
-
-
-def _python_state(state: dict) -> tuple:
-    gauss = state["python_gauss"]
-    return 3, tuple(state["python"]), None if math.isnan(gauss) else gauss
-
-
-def _numpy_state(state: dict) -> tuple:
-    gauss = state["numpy_gauss"]
-    return ("MT19937", np.array(state["numpy"], dtype=np.uint32), state["numpy_position"],
-            int(not math.isnan(gauss)), 0.0 if math.isnan(gauss) else gauss)
-
-
-def _check_random_state(state: dict) -> None:
-    """Try it on generators to throw away, which refuse what they cannot take."""
-    try:
-        random.Random().setstate(_python_state(state))
-        np.random.RandomState().set_state(_numpy_state(state))
-        torch.Generator().set_state(state["torch"])
-        if not 0 <= state["numpy_position"] <= len(state["numpy"]):  # NumPy would not look
-            raise ValueError("NumPy's position is beyond its state")
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"a random generator's state is damaged ({error})") from error
