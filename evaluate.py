@@ -20,7 +20,7 @@ from data.tokens import load_tokens, token_bytes
 from data.windows import NOT_SCORED, evaluation_batches, split
 from errors import RunError, UserError, run_command
 from files import write_json
-from hardware import autocast, cast_frozen, pick_device, pick_precision
+from hardware import autocast, cast_frozen, pick_device, pick_precision, to_device
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from model import ops
 from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
@@ -75,7 +75,7 @@ def evaluate(
     try:
         for inputs, targets in ranks.every(evaluation_batches(
                 tokens, block_size, stride or block_size, label_shift, batch_size)):
-            inputs, targets = inputs.to(device), targets.to(device).flatten()
+            inputs, targets = to_device(inputs, device), to_device(targets, device).flatten()
             with autocast(device, precision):
                 hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
                 losses, hits = ops.score(hidden, model.wte.weight, targets)

@@ -5,7 +5,7 @@ import resource
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 
@@ -37,11 +37,20 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that a GPU makes while the CPU goes on, from pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def cast_frozen(model: nn.Module, precision: str) -> None:
-    """Hold the matrices that are not trained in `precision`: autocast casts them at every step."""
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.ndim > 1:
-            parameter.data = parameter.data.to(PRECISIONS[precision])
+    """Hold the products' weights that are not trained in `precision`: autocast would cast them at
+    every step.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 def device_name(device: torch.device) -> str:

@@ -32,6 +32,7 @@ from hardware import (
     peak_memory_mb,
     pick_device,
     pick_precision,
+    to_device,
 )
 from interrupts import end_at_once, on_signals, say
 from lora.adapter import save_adapter
@@ -178,7 +179,7 @@ class Trainer:
         mine = self.ranks.share(batch)
         total = torch.zeros((), device=self.device)
         for part in np.array_split(mine, max(1, min(args.grad_accum, len(mine)))):
-            inputs, targets = (x.to(self.device) for x in self.windows.batch(part))  # (B, T) each
+            inputs, targets = (to_device(x, self.device) for x in self.windows.batch(part))  # (B, T)
             with autocast(self.device, args.precision):
                 loss = self.summed_loss(self.model, inputs, targets)
             # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.

@@ -27,7 +27,7 @@ from data.windows import Windows, split
 from errors import RunError, run_command
 from evaluate import evaluate
 from generate import generate
-from hardware import PRECISIONS, autocast, peak_memory_mb, pick_device
+from hardware import PRECISIONS, autocast, cast_frozen, peak_memory_mb, pick_device
 from lora.adapter import load_adapter, save_adapter
 from model.checkpoint import load_config, load_gpt2, save_gpt2
 from model.gpt2 import GPT2, GPT2Config
@@ -206,8 +206,15 @@ def train_theirs(task: Task, device: torch.device, folder: Path) -> Call:
     return step
 
 
+def load_ours(task: Task, device: torch.device) -> GPT2:
+    """As `evaluate.py` and `generate.py` have it."""
+    model = load_gpt2(Path(task.base)).requires_grad_(False).to(device)
+    cast_frozen(model, task.precision)
+    return model
+
+
 def evaluate_ours(task: Task, device: torch.device, folder: Path) -> Call:
-    model, tokens = load_gpt2(Path(task.base)).to(device), task.evaluated()
+    model, tokens = load_ours(task, device), task.evaluated()
     return lambda: evaluate(model, tokens, block_size=task.block_size, batch_size=task.batch_size,
                             precision=task.precision).loss
 
@@ -225,7 +232,7 @@ def evaluate_theirs(task: Task, device: torch.device, folder: Path) -> Call:
 
 
 def generate_ours(task: Task, device: torch.device, folder: Path) -> Call:
-    model, (ids, new) = load_gpt2(Path(task.base)).to(device), task.prompt(device)
+    model, (ids, new) = load_ours(task, device), task.prompt(device)
 
     def write(tokens: int = new) -> list[int]:
         with autocast(device, task.precision):
@@ -260,13 +267,13 @@ def save_theirs(task: Task, device: torch.device, folder: Path) -> Call:
     return lambda: model.save_pretrained(folder)
 
 
-def load_ours(task: Task, device: torch.device, folder: Path) -> Call:
+def load_adapter_ours(task: Task, device: torch.device, folder: Path) -> Call:
     save_ours(task, device, folder)()
     bases = copies(load_gpt2(Path(task.base)), task)
     return lambda: load_adapter(bases.pop(), folder).r
 
 
-def load_theirs(task: Task, device: torch.device, folder: Path) -> Call:
+def load_adapter_theirs(task: Task, device: torch.device, folder: Path) -> Call:
     from peft import PeftModel
 
     save_ours(task, device, folder)()
@@ -283,7 +290,7 @@ CALLS = {"train": {"ours": train_ours, "theirs": train_theirs},
          "evaluate": {"ours": evaluate_ours, "theirs": evaluate_theirs},
          "generate": {"ours": generate_ours, "theirs": generate_theirs},
          "save": {"ours": save_ours, "theirs": save_theirs},
-         "load": {"ours": load_ours, "theirs": load_theirs}}
+         "load": {"ours": load_adapter_ours, "theirs": load_adapter_theirs}}
 
 if __name__ == "__main__":
     run_command(main)

@@ -61,8 +61,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
         self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = ops.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = ops.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = ops.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -89,8 +89,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = nn.Linear(config.n_embd, inner)
-        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.c_fc = ops.Linear(config.n_embd, inner)
+        self.c_proj = ops.Linear(inner, config.n_embd)
         self.dropout = ops.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class GPT2(nn.Module):
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) to logits (B, T, V). With a cache, `idx` continues what it holds."""
-        return F.linear(self.hidden(idx, cache), self.wte.weight)  # (B, T, V)
+        return ops.linear(self.hidden(idx, cache), self.wte.weight)  # (B, T, V)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.

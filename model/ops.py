@@ -1,4 +1,4 @@
-"""Dropout, attention and loss: what PyTorch has as single calls, written here for speed.
+"""Products, dropout, attention and loss: what PyTorch has as single calls, written here for speed.
 
 Each computes what its PyTorch counterpart does; benchmarks/plain.py holds the pairs, and the tests
 compare them. Everything else in the model is PyTorch's own.
@@ -13,6 +13,22 @@ from torch import Tensor, nn
 
 LONGEST_PRODUCTS = 256  # tokens up to which writing out the attention matrix is the faster way
 LOGITS_AT_A_TIME = 1 << 23
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`. For a single token, as in generation, oneDNN's product in place of MKL's, which
+    runs on one core and waits for memory.
+    """
+    single = x.numel() == x.size(-1) and x.dtype == weight.dtype == torch.float32
+    if single and x.device.type == "cpu" and not torch.is_grad_enabled() and ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

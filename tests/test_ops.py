@@ -118,6 +118,21 @@ def test_a_number_that_is_not_finite_shows_in_the_loss():
     assert ops.tied_cross_entropy(hidden, weight, torch.tensor([0, 1, 2])).isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 24), (3, 24), (1, 5, 24), (0, 24)])
+def test_products_of_one_token_and_of_many_are_those_of_linear(shape, bias, dtype):
+    x, weight, b = (normal(*s, seed=i, dtype=dtype) for i, s in enumerate((shape, (7, 24), (7,))))
+    wanted = F.linear(x.double(), weight.double(), b.double() if bias else None)
+    y = ops.linear(x, weight, b if bias else None)
+    with torch.no_grad():
+        z = ops.linear(x, weight, b if bias else None)
+    assert y.requires_grad and not z.requires_grad
+    for got in (y, z):
+        assert got.shape == wanted.shape and got.dtype == dtype
+        assert ((got - wanted).abs() < 20 * DTYPES[dtype]).all()
+
+
 @pytest.mark.parametrize("chunk", [1, 20, 1000])
 def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
     monkeypatch.setattr(ops, "LOGITS_AT_A_TIME", chunk)
