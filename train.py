@@ -179,7 +179,8 @@ class Trainer:
         mine = self.ranks.share(batch)
         total = torch.zeros((), device=self.device)
         for part in np.array_split(mine, max(1, min(args.grad_accum, len(mine)))):
-            inputs, targets = (to_device(x, self.device) for x in self.windows.batch(part))  # (B, T)
+            inputs, targets = self.windows.batch(part)  # (B, T) each
+            inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
             with autocast(self.device, args.precision):
                 loss = self.summed_loss(self.model, inputs, targets)
             # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
