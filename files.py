@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from errors import UserError
 from interrupts import unfinished
+from untrusted import check_regular
 
 MAX_JSON_BYTES = 1 << 20
+MAX_JSON_DEPTH = 16
 UNFINISHED = ".tmp"
 
 
@@ -80,19 +83,55 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a small file. Raises UserError when it is missing or anything else."""
+    """The JSON object in a small file.
+
+    Raises UserError when it is missing or anything else, and for what two readers may take for
+    two things or cannot hold: a name twice, a number that no 64 bits hold, deep nesting.
+    """
     path = Path(path)
+    if check_regular(path) > MAX_JSON_BYTES:
+        raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a config file")
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a config file")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object,
+                           parse_int=_whole, parse_float=_finite, parse_constant=_finite)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a JSON {type(value).__name__} where an object is needed")
+    if _depth(value) > MAX_JSON_DEPTH:
+        raise UserError(f"{path}: nested deeper than {MAX_JSON_DEPTH}; not a config file")
     return value
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a name twice in one object")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 1 << 63:
+        raise ValueError("a whole number of more than 64 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number that is not finite")
+    return value
+
+
+def _depth(value: object) -> int:
+    depth, level = 0, [value]
+    while level := [inner for outer in level if isinstance(outer, dict | list)
+                    for inner in (outer.values() if isinstance(outer, dict) else outer)]:
+        depth += 1
+    return depth
 
 
 def _umask() -> int:

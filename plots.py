@@ -8,6 +8,7 @@ from training.directory import read_metrics
 try:
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a directory's name is a $
     from matplotlib import pyplot
 except ImportError:  # an extra: training does not need it
     pyplot = None

@@ -11,6 +11,7 @@ import tiktoken
 from errors import UserError
 from files import atomic_path, read_json, write_json
 from model.tokenizer import END_OF_TEXT, RANKS_SHA256, load_tokenizer
+from untrusted import check_regular
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
 PIECE = 1 << 16  # characters read at a time: memory does not grow with the book
@@ -54,6 +55,7 @@ def token_bytes(vocab_size: int) -> np.ndarray:
 
 
 def file_sha256(path: Path) -> str:
+    check_regular(path)  # a pipe cannot be read again, and a device has no end
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as file:

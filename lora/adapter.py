@@ -1,7 +1,6 @@
 """Adapter files in PEFT's format, read and written strictly."""
 
 from pathlib import Path
-from reprlib import repr as brief  # a value from a file, in one line of bounded length
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +12,7 @@ from files import atomic_path, read_json, write_json
 from lora.config import LoRAConfig
 from lora.inject import inject, lora_layers
 from model.hub import HUB_NAMES, OWNER
+from untrusted import brief, check_safetensors_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.transformer."
@@ -90,7 +90,7 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
         r=_number(path, stored, "r", int, 1, 1 << 20),
         lora_alpha=_number(path, stored, "lora_alpha", int | float, 0, 1e6),
         lora_dropout=_number(path, stored, "lora_dropout", int | float, 0, 1),
-        target_modules=tuple(targets),
+        target_modules=tuple(dict.fromkeys(targets)),
         use_rslora=bool(stored.get("use_rslora")),
     )
 
@@ -123,7 +123,8 @@ def load_adapter(model: nn.Module, directory: Path) -> LoRAConfig:
     try:
         inject(model, config)
     except ValueError as error:
-        raise UserError(f"{Path(directory) / CONFIG}: does not fit this base: {error}") from error
+        raise UserError(f"{Path(directory) / CONFIG}: does not fit this base: "
+                        f"{error!s:.150}") from error
     wanted = adapter_tensors(model)
     stored = _read_tensors(Path(directory) / WEIGHTS, {k: w.shape for k, w in wanted.items()})
     with torch.no_grad():
@@ -134,6 +135,7 @@ def load_adapter(model: nn.Module, directory: Path) -> LoRAConfig:
 
 def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """The tensors of `shapes`, if the file holds them and no others."""
+    check_safetensors_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())

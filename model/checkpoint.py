@@ -7,13 +7,9 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 
 import dataclasses
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
-from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -22,7 +18,9 @@ from torch import Tensor, nn
 
 from errors import RunError, UserError
 from files import atomic_path, read_json, write_json
+from hardware import total_memory
 from model.gpt2 import GPT2, GPT2Config
+from untrusted import brief, check_safetensors_header, read_torch, refusing
 
 WEIGHTS, PICKLED_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 INDEXES = (f"{WEIGHTS}.index.json", f"{PICKLED_WEIGHTS}.index.json")
@@ -46,8 +44,8 @@ ALIASES = {  # transformers takes either name
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
 }
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-LARGEST_SIZE = 1 << 20
+LARGEST = {"n_layer": 512} | dict.fromkeys(
+    ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), 1 << 20)
 
 
 def load_gpt2(directory: Path) -> GPT2:
@@ -58,7 +56,7 @@ def load_gpt2(directory: Path) -> GPT2:
     """
     directory = Path(directory)
     config, path = load_config(directory), weights_path(directory)
-    with _refusing(path):
+    with refusing(path):
         stored = _open(path)
     blocks = {match[1] for key in stored if (match := BLOCK.match(key))}
     if len(blocks) != config.n_layer:  # before a model of that depth is built
@@ -80,10 +78,11 @@ def _read_parameters(path: Path, stored: Readers, model: GPT2) -> dict[str, Tens
         if MASK.match(name):
             continue
         if name not in shapes:
-            raise UserError(f"{path}: unexpected tensor {key!r}; not a GPT-2 of this config.json")
+            raise UserError(f"{path}: unexpected tensor {key!r:.120}; "
+                            "not a GPT-2 of this config.json")
         if name in tensors:
             raise UserError(f"{path}: holds {name} twice, with and without 'transformer.'")
-        with _refusing(path):
+        with refusing(path):
             tensor = read()
         tensors[name] = _as_parameter(path, key, tensor, shapes[name])
     head = tensors.pop(HEAD, None)  # a stored copy of the tied head, or the only one
@@ -111,33 +110,46 @@ def weights_path(directory: Path) -> Path:
 
 
 def load_config(directory: Path) -> GPT2Config:
-    """The architecture in `config.json`. Raises UserError for anything but a GPT-2."""
+    """The architecture in `config.json`.
+
+    Raises UserError for anything but a GPT-2 whose parameters the machine's memory holds.
+    """
     path = Path(directory) / "config.json"
     stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
     if stored.get("model_type") != "gpt2":
-        raise UserError(f"{path}: model_type is {stored.get('model_type')!r}; only 'gpt2' is known")
+        raise UserError(f"{path}: model_type is {brief(stored.get('model_type'))}; "
+                        "only 'gpt2' is known")
     for field, known in FIXED.items():
         if field in stored and stored[field] not in known:
-            raise UserError(f"{path}: {field} {stored[field]!r} is not supported, "
+            raise UserError(f"{path}: {field} {brief(stored[field])} is not supported, "
                             f"only {known[0]!r}")
     fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
     for field, value in fields.items():
         if problem := _problem(field, value):
-            raise UserError(f"{path}: {field} {value!r} {problem}")
+            raise UserError(f"{path}: {field} {brief(value)} {problem}")
     config = GPT2Config(**fields)
     if config.n_embd % config.n_head:
         raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+    if (size := 4 * _count_parameters(config)) > total_memory():
+        raise UserError(f"{path}: asks for a model of {size / 1e9:,.0f} GB in fp32; this machine "
+                        f"has {total_memory() / 1e9:,.0f} GB")
     return config
+
+
+def _count_parameters(config: GPT2Config) -> int:
+    width, inner = config.n_embd, config.n_inner or 4 * config.n_embd
+    block = width * (4 * width + 2 * inner + 9) + inner  # 4 matrices' weights and biases, 2 norms
+    return (config.vocab_size + config.n_positions + 2) * width + config.n_layer * block
 
 
 def _problem(field: str, value: object) -> str | None:
     if field == "n_inner" and value is None:
         return None
-    if field in (*SIZES, "n_inner"):
+    if field in LARGEST:
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if whole and 1 <= value <= LARGEST_SIZE:
+        if whole and 1 <= value <= LARGEST[field]:
             return None
-        return f"is not a whole number from 1 to {LARGEST_SIZE}"
+        return f"is not a whole number from 1 to {LARGEST[field]}"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return None if number and 0 <= value < 1 else "is not a number from 0 to below 1"
 
@@ -145,35 +157,18 @@ def _problem(field: str, value: object) -> str | None:
 def _open(path: Path) -> Readers:
     """Each tensor's key and a way to read it, so that a large file is never held twice."""
     if path.suffix == ".safetensors":
+        check_safetensors_header(path)
         file = safe_open(path, framework="pt")
         return {key: partial(file.get_tensor, key) for key in file.keys()}
-    # Only zip files can be mapped; what torch.save wrote before 1.6 is read whole.
-    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    if not isinstance(stored, dict):
-        raise ValueError(f"a {type(stored).__name__} where a state dict is needed")
-    return {str(key): partial(stored.get, key) for key in stored}
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turn all that the readers raise on a damaged or hostile file into one UserError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnpicklingError as error:  # torch's own text advises to load it all the same
-        raise UserError(f"{path}: not a file of plain tensors; not read, "
-                        "since such a pickle can run code") from error
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        reason = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__  # the first sentence
-        raise UserError(f"{path}: damaged, or not a file of tensors ({reason})") from error
+    stored = read_torch(path, mapped=True)
+    if not isinstance(stored, dict) or not all(isinstance(key, str) for key in stored):
+        raise UserError(f"{path}: holds no state dict")
+    return {key: partial(stored.get, key) for key in stored}
 
 
 def _as_parameter(path: Path, key: str, tensor: Tensor, shape: torch.Size) -> nn.Parameter:
     """A copy of our own, in fp32: the file may be replaced while we run."""
-    if not _is_plain(tensor) or tensor.dtype not in DTYPES:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES:
         raise UserError(f"{path}: {key} is not a tensor of fp32, fp16 or bf16 numbers")
     transposed = CONV1D.search(key) is not None
     expected = tuple(reversed(shape)) if transposed else tuple(shape)
@@ -184,13 +179,6 @@ def _as_parameter(path: Path, key: str, tensor: Tensor, shape: torch.Size) -> nn
     if not torch.isfinite(torch.stack(value.aminmax())).all():  # a NaN anywhere is both
         raise UserError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
     return nn.Parameter(value)
-
-
-def _is_plain(tensor: object) -> bool:
-    """Dense, and stored in full: a pickle can also hold a huge view of a single number."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        return False
-    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 
 import pytest
@@ -88,3 +89,31 @@ def test_runs_that_measure_different_things_are_noted(runs, base, book, tmp_path
     rows, printed = compare(runs["lora"].out, other.out)
     assert len(rows) == 2 + 1 + 2
     assert ("their losses do not compare" in printed) == noted
+
+
+def changed(run: Run, tmp_path, **fields: object):
+    """A copy of the run whose `run.json` says something else."""
+    copy = shutil.copytree(run.out, tmp_path / "run")
+    (copy / "run.json").write_text(json.dumps(run.report | fields))
+    return copy
+
+
+@pytest.mark.parametrize("fields", [
+    {"base": "\x1b[2J"}, {"base": "a\nb"}, {"base": "\ud800"}, {"base": "x" * 9999}, {"base": 3},
+    {"method": ["lora"]}, {"options": None}, {"seconds": "1"}, {"seconds": -1.0},
+    {"best_val_loss": 0}, {"best_val_loss": 1e-320}, {"best_val_loss": 1e300},
+    {"trainable_parameters": 10**18},
+])
+def test_a_run_of_another_make_is_refused(runs, tmp_path, fields):
+    path = changed(runs["lora"], tmp_path, **fields)
+    ending = run(evaluate.main, "--compare", path)
+    assert (ending.status, ending.stdout) == (2, "")
+    assert ending.stderr == (f"error: {path / 'run.json'}: is not what train.py leaves at the end "
+                             "of a run\n")
+    assert not (tmp_path / "compare.png").exists()
+
+
+def test_a_name_with_dollar_signs_is_drawn_as_it_is(runs, tmp_path):
+    path = changed(runs["lora"], tmp_path, base=r"$\no$")
+    compare(path)
+    assert (tmp_path / "compare.png").stat().st_size > 1000

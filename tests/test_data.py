@@ -213,7 +213,7 @@ def test_a_book_that_is_no_text_is_refused(content, reason, tmp_path):
 def test_a_book_that_cannot_be_read_is_refused(tmp_path):
     book = tmp_path / "book.txt"
     assert refused(book, tmp_path / "cache").startswith(f"{book}: cannot be read (No such file")
-    assert refused(tmp_path, tmp_path / "cache").startswith(f"{tmp_path}: cannot be read (Is a")
+    assert refused(tmp_path, tmp_path / "cache").startswith(f"{tmp_path}: cannot be read (not a")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")

@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from errors import UserError
 from files import atomic_path
 from training.directory import CHECKPOINT, PREVIOUS
-from training.faults import is_out_of_memory
+from untrusted import read_torch
 
 
 def write_checkpoint(out: Path, state: dict) -> None:
@@ -61,19 +60,17 @@ def settle(out: Path, path: Path) -> None:
 def _read(path: Path) -> tuple[dict, str | None]:
     """A checkpoint's state, and what is wrong with the file if anything is."""
     try:
-        with open(path, "rb") as file:
-            if not is_zipfile(file):  # torch.load would take it for a format of old
-                return {}, "not a checkpoint, or cut"
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        open(path, "rb").close()
+        state = read_torch(path)
         told = state.pop("sha256")
-        if told != content_sha256(state):
-            return {}, "its sha256 is not that of its content"
     except OSError as error:  # says nothing of the file's content
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # torch.load raises whatever its unpickler meets
-        if is_out_of_memory(error):
-            raise
-        return {}, f"not a checkpoint: {type(error).__name__}"
+    except UserError as error:
+        return {}, str(error).removeprefix(f"{path}: ")
+    except (AttributeError, KeyError, TypeError):
+        return {}, "not a checkpoint"
+    if told != content_sha256(state):
+        return {}, "its sha256 is not that of its content"
     return state, None
 
 

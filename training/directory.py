@@ -20,8 +20,13 @@ CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 # any moment of it, what is left is an old run that can be gone on with, or none.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", "adapter_config.json",
              "adapter_model.safetensors", "config.json", "model.safetensors", METRICS)
+RUN_NUMBERS = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
+               "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
+               "peak_memory_mb")
+LONGEST_NAME = 4096  # bytes of a path
 # Options that may change when a run is resumed, for they do not change its result.
-HARMLESS = {"out", "device", "log_every", "checkpoint_every", "resume", "overwrite"}
+HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpointing", "resume",
+            "overwrite"}
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -156,14 +161,13 @@ def read_metrics(out: Path) -> list[dict]:
 
 def read_run(directory: Path) -> dict:
     """A finished run's `run.json`. Raises UserError when it is missing or of another make."""
-    run = read_json(directory / RUN)
-    numbers = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
-               "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
-               "peak_memory_mb")
-    if (run.get("method") not in ("lora", "full") or not isinstance(run.get("base"), str)
-            or not isinstance(run.get("options"), dict)
-            or not all(isinstance(run.get(name), int | float) for name in numbers)):
-        raise UserError(f"{directory / RUN}: is not what train.py leaves at the end of a run")
+    path = directory / RUN
+    run = read_json(path)
+    base, numbers = run.get("base"), [run.get(name) for name in RUN_NUMBERS]
+    if (run.get("method") not in ("lora", "full") or not isinstance(run.get("options"), dict)
+            or not isinstance(base, str) or not base.isprintable() or len(base) > LONGEST_NAME
+            or not all(isinstance(x, int | float) and 1e-15 < x < 1e15 for x in numbers)):
+        raise UserError(f"{path}: is not what train.py leaves at the end of a run")
     return run
 
 
