@@ -19,7 +19,7 @@ from tests.fault.process import (
 )
 
 PAIRS = (("lora", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("full", "fp32"))
-STEPS = {"lora": 30, "full": 8}
+STEPS = {"lora": 20, "full": 6}
 MOMENTS = ("in the steps", "in the steps", "while a checkpoint is written", "in the steps",
            "right after resuming", "during start-up")
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -93,6 +94,18 @@ def result(out: Path, method: str) -> dict:
 
 def untimed(values: dict) -> dict:
     return {name: value for name, value in values.items() if name not in TIMED}
+
+
+@cache
+def uninterrupted(steps: int) -> tuple[dict, float]:
+    """The result of a LoRA run that nothing happens to, and its seconds."""
+    began = time.perf_counter()
+    with scratch() as folder:
+        command = train_command("lora", *options(folder, folder / "whole", steps))
+        process = start(command, folder)
+        if process.wait():
+            raise RuntimeError(describe(command, process))
+        return result(folder / "whole", "lora"), time.perf_counter() - began
 
 
 def differences(out: Path, method: str, expected: dict) -> list[str]:

@@ -4,32 +4,22 @@ import time
 from pathlib import Path
 
 from tests.fault.outcome import Outcome
-from tests.fault.process import (
-    describe,
-    differences,
-    options,
-    result,
-    scratch,
-    start,
-    train_command,
-)
+from tests.fault.process import differences, options, scratch, start, train_command, uninterrupted
+
+STEPS = 20
 
 
 def campaign(short: bool, seed: int) -> list[Outcome]:
     began, failures, tries = time.perf_counter(), [], 1 if short else 10
+    expected, _ = uninterrupted(STEPS)
     with scratch() as folder:
-        alone = train_command("lora", *options(folder, folder / "alone", 12))
-        process = start(alone, folder)
-        if process.wait():
-            raise RuntimeError(describe(alone, process))
-        expected = result(folder / "alone", "lora")
         for i in range(tries):
             failures += race(folder / f"race{i}", folder, expected)
     return [Outcome("two racing runs", tries, failures, time.perf_counter() - began)]
 
 
 def race(out: Path, folder: Path, expected: dict) -> list[str]:
-    command = train_command("lora", *options(folder, out, 12))
+    command = train_command("lora", *options(folder, out, STEPS))
     places = [folder / f"{out.name}-{side}" for side in "ab"]
     for place in places:
         place.mkdir()
