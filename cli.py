@@ -158,11 +158,12 @@ def _add_lora_options(parser: argparse.ArgumentParser) -> None:
                              "targets")
 
 
-def resume_command() -> str:
-    """What to type to go on with the run that this command began."""
+def resume_command(launcher: Sequence[str] = ()) -> str:
+    """What to type to go on with the run that this command began; `launcher`: `Ranks.launcher`."""
     again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
     python = os.path.relpath(sys.executable)
-    return shlex.join([sys.executable if python.startswith("..") else python, *again, "--resume"])
+    return shlex.join([sys.executable if python.startswith("..") else python, *launcher, *again,
+                       "--resume"])
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

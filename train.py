@@ -55,16 +55,17 @@ from training.state import Progress, bytes_needed, resume_training, save_trainin
 
 
 def main() -> None:
-    args = parse_train_args(__doc__)
-    check_out(args)
+    args, ranks = parse_train_args(__doc__), Ranks.of_torchrun()
+    if ranks.first:
+        check_out(args)
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
-    if args.resume and (args.out / RUN).exists():
-        check_finished(args)
-        print(f"{args.out}: this run is finished; nothing to resume")
-        return
-    ranks = Ranks.of_torchrun()
     with ranks.joined(device):
+        if ranks.from_first(args.resume and (args.out / RUN).exists()):
+            if ranks.first:
+                check_finished(args)
+            print(f"{args.out}: this run is finished; nothing to resume")
+            return
         seed_everything(args.seed)
         with ranks.first_goes_first():
             args.base, base = find_base(args.base)
@@ -73,8 +74,10 @@ def main() -> None:
         windows, val_tokens = load_data(args, model)
         trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens, ranks)
         refuse_source(args.out, "base", base)  # known by its directory only now
-        check_space(args.out, bytes_needed(trainer))
+        if ranks.first:
+            check_space(args.out, bytes_needed(trainer))
         identity = run_identity(args, base, windows.tokens, val_tokens)
+        ranks.check_same(identity)
         with RunDirectory(args.out) if ranks.first else nullcontext() as directory:
             if directory:
                 check_out(args)  # again: another run may have ended there meanwhile
@@ -128,6 +131,8 @@ class Trainer:
         """
         self.directory, self.identity = directory, identity
         out, resume = self.args.out, self.args.resume
+        if not directory:
+            seed_everything(self.args.seed + self.ranks.rank)  # dropouts of its own
         if self.ranks.from_first(resume and has_checkpoint(out)):
             resume_training(self)
             return
@@ -135,8 +140,6 @@ class Trainer:
             print(f"{out}: the run has no checkpoint yet; starting from the beginning")
         if directory:
             directory.clear()
-        else:
-            seed_everything(self.args.seed + self.ranks.rank)  # dropouts of its own
 
     def run(self) -> None:
         """Train from where the run stands to its end, and leave its files in `--out`."""
@@ -217,8 +220,9 @@ class Trainer:
             if self.saved_step != step:
                 save_training(self)
             if self.directory:
-                print(f"stopped after step {step}; go on with: {resume_command()}",
-                      file=sys.stderr)
+                print(f"stopped after step {step}; go on with: "
+                      f"{resume_command(self.ranks.launcher())}", file=sys.stderr)
+            self.ranks.wait()  # torchrun ends the others as soon as one has ended
             sys.exit(128 + stop)
 
     def checkpoint_is_due(self) -> bool:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from errors import RunError
+from errors import RunError, UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wait
@@ -38,7 +38,9 @@ class Ranks:
     @classmethod
     def of_torchrun(cls) -> "Ranks":
         """As torchrun's environment says; alone, if this process was started otherwise."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for ends of its own
+            return ALONE
+        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
     @property
     def first(self) -> bool:
@@ -48,6 +50,18 @@ class Ranks:
     def times(self, what: str) -> str:
         """Such as "4 x cpu"; alone, `what` itself."""
         return what if self.count == 1 else f"{self.count} x {what}"
+
+    def launcher(self) -> list[str]:
+        """What `python` needs before `train.py` to start as many ranks; torchrun is short for it.
+
+        Where several machines can meet is for the user to fill in.
+        """
+        if self.count == 1:
+            return []
+        machines, here = (os.environ[name] for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        meeting = ["--standalone"] if machines == "1" else [
+            "--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
+        return ["-m", "torch.distributed.run", *meeting, "--nproc-per-node", here]
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
@@ -59,7 +73,10 @@ class Ranks:
             yield
             return
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; one rank a GPU")
+            torch.cuda.set_device(local)
         self._call(lambda: dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE))
         with (open(os.devnull, "w") as nowhere,
@@ -94,6 +111,14 @@ class Ranks:
     def every(self, items: Iterable[T]) -> Iterator[T]:
         """This rank's items, dealt out one by one."""
         return islice(items, self.rank, None, self.count)
+
+    def check_same(self, identity: dict) -> None:
+        """Raises UserError, in every rank, if one was given other options, base or book."""
+        first, *others = self.gather(identity)
+        for rank, other in enumerate(others, 1):
+            if different := [name for name in first if other[name] != first[name]]:
+                raise UserError(f"rank {rank} and rank 0 differ in {', '.join(different)}; start "
+                                "every rank with the same options, base and book")
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, all in one message."""

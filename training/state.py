@@ -108,7 +108,8 @@ def restore_state(trainer: "Trainer", state: dict) -> None:
         _check_values(trainer, state)
     except ValueError as error:
         raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
-    _warn_of_another_machine(state["machine"], template["machine"])
+    if trainer.ranks.first:
+        _warn_of_another_machine(state["machine"], template["machine"])
     with torch.no_grad():
         for name, parameter in trainer.trainable.items():
             parameter.copy_(state["parameters"][name])
