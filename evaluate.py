@@ -1,5 +1,9 @@
 """Score a text: loss, perplexity, bits per byte and greedy accuracy; compare finished runs."""
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    import interrupts
+    interrupts.end_in_one_line()
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -91,7 +91,7 @@ def finished(out: Path, stdout: str = "") -> Run:
 
 def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> train.Trainer:
     """What `train.main` makes before the first step."""
-    options = (*options, "--precision", "fp32")  # train.main resolves `auto`
+    options = ("--precision", "fp32", *options)  # train.main resolves `auto`
     args = parse_train_args("-", arguments(method, base, book, out, *options))
     torch.manual_seed(args.seed)
     model, config = train.build_model(args, base)
