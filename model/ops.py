@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LONGEST_PRODUCTS = 256  # tokens up to which writing out the attention matrix is the faster way
-LOGITS_AT_A_TIME = 1 << 23
+LOGITS_AT_A_TIME = 1 << 23  # on a GPU eight times as many: few large kernels keep it busy
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -61,11 +61,11 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """`F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; (B, H, T, D) all.
 
-    softmax(q k^T / sqrt(D) + mask) v. On a CPU the two products and the softmax one by one are
-    faster than the fused kernel while the (T, T) matrix is small.
+    softmax(q k^T / sqrt(D) + mask) v. On a CPU the fused kernel knows no dropout, and while the
+    (T, T) matrix is small the two products and the softmax one by one are faster.
     """
     B, H, T, D = q.shape
-    if q.device.type != "cpu" or T > LONGEST_PRODUCTS:
+    if q.device.type != "cpu" or (T > LONGEST_PRODUCTS and p == 0):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)  # (T, T)
@@ -109,7 +109,8 @@ def _head_chunks(h: Tensor, w: Tensor, targets: Tensor) -> Iterator[tuple]:
     loss = logsumexp(z) - z[target], and logsumexp(z) = max z - log max p. The next chunk overwrites
     z and p: fresh memory of this size would cost a page fault every 4 KB.
     """
-    rows = max(1, min(len(h), LOGITS_AT_A_TIME // len(w)))
+    logits = LOGITS_AT_A_TIME * (8 if h.is_cuda else 1)
+    rows = max(1, min(len(h), logits // len(w)))
     z_buffer = h.new_empty(rows, len(w))
     p_buffer = torch.empty(rows, len(w), device=h.device)
     for h_rows, y in zip(h.split(rows), targets.split(rows), strict=True):

@@ -37,6 +37,13 @@ def test_attention_and_its_gradients_are_those_of_pytorch_in_double(shape, dtype
         assert (got - want).abs().max() < 3 * DTYPES[dtype] * max(1, want.abs().max())
 
 
+def test_attention_over_a_long_context_drops_as_over_a_short_one():
+    q, k = normal(1, 1, 300, 300, seed=1), normal(1, 1, 300, 300, seed=2)
+    drawn = ops.causal_attention(q, k, torch.eye(300)[None, None], p=0.25)[0, 0].tril()
+    share = (drawn == 0).sum() - 300 * 299 // 2
+    assert abs(share / (300 * 301 // 2) - 0.25) < 0.02
+
+
 def test_attention_drops_weights_and_keeps_their_mean():
     q, k = normal(1, 1, 16, 16, seed=1), normal(1, 1, 16, 16, seed=2)
     v = torch.eye(16)[None, None]  # the result is the attention matrix itself
