@@ -1,5 +1,5 @@
-"""PyTorch's own dropout, attention and loss in place of model/ops.py: slower, and bit for bit what
-PEFT and transformers run.
+"""PyTorch's own products, dropout, attention and loss in place of model/ops.py: slower, and bit for
+bit what PEFT and transformers run.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 @contextmanager
 def plain_operations() -> Iterator[None]:
     """Inside the `with`, the model is made of these."""
-    with mock.patch.multiple(ops, dropout=F.dropout, causal_attention=causal_attention,
+    with mock.patch.multiple(ops, linear=F.linear, dropout=F.dropout,
+                             causal_attention=causal_attention,
                              tied_cross_entropy=tied_cross_entropy):
         yield

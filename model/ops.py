@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LONGEST_PRODUCTS = 256  # tokens up to which writing out the attention matrix is the faster way
-LOGITS_AT_A_TIME = 1 << 23  # on a GPU eight times as many: few large kernels keep it busy
+FEW_LOGITS = 1 << 23  # at a time, where memory counts
+MANY_LOGITS = 1 << 25  # where every chunk costs: a GPU's launches, a sum into the head's gradient
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`. For a single token, as in generation, oneDNN's product in place of MKL's, which
-    runs on one core and waits for memory.
+    """`F.linear`. In fp32 on a CPU, where no gradient is recorded, oneDNN's product in place of
+    MKL's, which is slow for a single token and for a short, wide result.
     """
-    single = x.numel() == x.size(-1) and x.dtype == weight.dtype == torch.float32
-    if single and x.device.type == "cpu" and not torch.is_grad_enabled() and ONEDNN:
+    fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
+    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    if ONEDNN and fp32_on_cpu and not recorded:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -37,7 +39,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # one fused kernel there
         return F.dropout(x, p)
-    return x * keep_mask(x.shape, p, x.dtype)
+    return _Dropout.apply(x, p)
 
 
 class Dropout(nn.Dropout):
@@ -45,17 +47,28 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p, self.training)
 
 
-def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
-    """0 with probability p, else 1 / (1 - p), of this shape.
+class _Dropout(torch.autograd.Function):
+    """Draws fewer random words, and keeps a byte an element for the backward pass.
 
     The generator is what dropout waits for on a CPU: one random 64-bit word decides four
     elements, 16 bits each. p is therefore a multiple of 2^-16, and the scale is that p's.
     """
-    kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values
-    size = math.prod(shape)
-    words = torch.empty((size + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    mask = words.view(torch.int16)[:size].view(shape).lt_(kept - 2**15)  # in place: 1 or 0
-    return mask.to(dtype).mul_(2**16 / kept)
+
+    @staticmethod
+    def forward(ctx, x, p):
+        kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        values = words.view(torch.int16)[: x.numel()].view(x.shape)
+        keep = values.lt_(kept - 2**15).to(torch.int8)  # 1 or 0
+        ctx.save_for_backward(keep)
+        ctx.scale = 2**16 / kept
+        return x * keep.to(x.dtype).mul_(ctx.scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        keep, = ctx.saved_tensors
+        return grad * keep.to(grad.dtype).mul_(ctx.scale), None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
@@ -103,18 +116,17 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _head_chunks(h: Tensor, w: Tensor, targets: Tensor) -> Iterator[tuple]:
+def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, large: bool = False) -> Iterator[tuple]:
     """Chunks of rows: h (n, C), targets (n,), logits z (n, V), softmax p (n, V) fp32, loss (n,).
 
     loss = logsumexp(z) - z[target], and logsumexp(z) = max z - log max p. The next chunk overwrites
     z and p: fresh memory of this size would cost a page fault every 4 KB.
     """
-    logits = LOGITS_AT_A_TIME * (8 if h.is_cuda else 1)
-    rows = max(1, min(len(h), logits // len(w)))
-    z_buffer = h.new_empty(rows, len(w))
-    p_buffer = torch.empty(rows, len(w), device=h.device)
-    for h_rows, y in zip(h.split(rows), targets.split(rows), strict=True):
-        z = torch.mm(h_rows, w.T, out=z_buffer[: len(y)])
+    at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
+    chunks = math.ceil(len(h) * len(w) / at_a_time) or 1
+    p_buffer = torch.empty(math.ceil(len(h) / chunks), len(w), device=h.device)
+    for h_rows, y in zip(h.chunk(chunks), targets.chunk(chunks), strict=True):
+        z = linear(h_rows, w)
         p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
         at_target = z.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
         yield h_rows, y, z, p, z.amax(-1).float() - p.amax(-1).log() - at_target
@@ -134,13 +146,13 @@ class _TiedCrossEntropy(torch.autograd.Function):
         grad_h = []
         grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=h.device)
-        for h_rows, y, z, p, loss in _head_chunks(h, w, targets):
+        for h_rows, y, z, p, loss in _head_chunks(h, w, targets, large=grad_w is not None):
             total += loss.sum()
             p.scatter_add_(1, y[:, None], -p.new_ones(len(y), 1))  # dL/dz
-            z.copy_(p)
-            grad_h.append(z @ w)
+            p = p if w.dtype == p.dtype else z.copy_(p)
+            grad_h.append(linear(p, w.T))
             if grad_w is not None:
-                grad_w += z.T @ h_rows
+                grad_w += p.T @ h_rows
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total
 

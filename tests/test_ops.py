@@ -84,6 +84,14 @@ def test_dropout_draws_are_independent_reproducible_and_also_the_gradients():
         assert abs(agreement - 0.5) < 5 * 0.5 / len(kept) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_keeps_one_byte_an_element_for_its_gradient(dtype):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        ops.dropout(normal(64, 1000, dtype=dtype), 0.5, training=True)
+    assert sum(tensor.nbytes for tensor in saved) == 64_000
+
+
 def test_dropout_is_off_in_evaluation_and_at_zero():
     x = normal(100)
     assert ops.dropout(x, 0.5, training=False) is x and ops.dropout(x, 0.0, training=True) is x
@@ -97,7 +105,7 @@ def test_dropout_is_off_in_evaluation_and_at_zero():
 @pytest.mark.parametrize("frozen", [True, False])
 def test_loss_and_gradients_are_those_of_cross_entropy(
         monkeypatch, N, C, V, chunk, frozen, dtype, device):
-    monkeypatch.setattr(ops, "LOGITS_AT_A_TIME", chunk)
+    monkeypatch.setattr(ops, "FEW_LOGITS" if frozen else "MANY_LOGITS", chunk)
     hidden = normal(N, C, seed=1, device=device, dtype=dtype)
     weight = normal(V, C, seed=2, device=device, dtype=dtype).requires_grad_(not frozen)
     targets = (torch.arange(N, device=device) * 7) % V
@@ -142,7 +150,7 @@ def test_products_of_one_token_and_of_many_are_those_of_linear(shape, bias, dtyp
 
 @pytest.mark.parametrize("chunk", [1, 20, 1000])
 def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
-    monkeypatch.setattr(ops, "LOGITS_AT_A_TIME", chunk)
+    monkeypatch.setattr(ops, "FEW_LOGITS", chunk)
     hidden, weight = normal(30, 8, seed=1), normal(13, 8, seed=2)
     logits = (hidden @ weight.T).detach()
     targets = torch.where(torch.arange(30) % 2 == 0, logits.argmax(-1), torch.arange(30) % 13)
@@ -154,7 +162,7 @@ def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
     """No tensor that is made on the way is as large as (N, V)."""
-    monkeypatch.setattr(ops, "LOGITS_AT_A_TIME", 4096)
+    monkeypatch.setattr(ops, "FEW_LOGITS", 4096)
     hidden, weight = normal(512, 8, seed=1).requires_grad_(gradient), normal(1024, 8).detach()
     targets = torch.zeros(512, dtype=torch.int64)
     with torch.profiler.profile(profile_memory=True) as profile:
