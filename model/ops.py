@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST_PRODUCTS = 256  # tokens up to which writing out the attention matrix is the faster way
+LONGEST_PRODUCTS = 256  # tokens, up to which low precision is faster with the matrix written out
 FEW_LOGITS = 1 << 23  # at a time, where memory counts
 MANY_LOGITS = 1 << 25  # where every chunk costs: a GPU's launches, a sum into the head's gradient
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -74,11 +74,12 @@ class _Dropout(torch.autograd.Function):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """`F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; (B, H, T, D) all.
 
-    softmax(q k^T / sqrt(D) + mask) v. On a CPU the fused kernel knows no dropout, and while the
-    (T, T) matrix is small the two products and the softmax one by one are faster.
+    softmax(q k^T / sqrt(D) + mask) v. On a CPU the fused kernel knows no dropout, and is slow in
+    low precision while the (T, T) matrix is small: the two products and the softmax one by one.
     """
     B, H, T, D = q.shape
-    if q.device.type != "cpu" or (T > LONGEST_PRODUCTS and p == 0):
+    fused_is_faster = p == 0 and (q.dtype == torch.float32 or T > LONGEST_PRODUCTS)
+    if q.device.type != "cpu" or fused_is_faster:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)  # (T, T)

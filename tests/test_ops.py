@@ -37,6 +37,25 @@ def test_attention_and_its_gradients_are_those_of_pytorch_in_double(shape, dtype
         assert (got - want).abs().max() < 3 * DTYPES[dtype] * max(1, want.abs().max())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 2, 33, 33)])  # T = D, for `unit`
+def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shape, dtype):
+    inputs = [normal(*shape, seed=i, dtype=dtype) for i in range(3)]
+    torch.manual_seed(0)
+    y = ops.causal_attention(*inputs, p=0.25)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    unit = torch.eye(shape[2], dtype=dtype).expand(*shape[:2], -1, -1)  # the result: the matrix
+    torch.manual_seed(0)
+    kept = ops.causal_attention(*inputs[:2], unit, p=0.25) != 0
+    weights = plain.causal_attention(*exact[:2], unit.double(), p=0.0)
+    wanted = (weights * kept / 0.75) @ exact[2]
+    assert relative(y, wanted) < 2 * DTYPES[dtype]
+    grad = normal(*shape, seed=3, dtype=dtype)
+    for got, want in zip(torch.autograd.grad(y, inputs, grad),
+                         torch.autograd.grad(wanted, exact, grad.double()), strict=True):
+        assert (got - want).abs().max() < 4 * DTYPES[dtype] * max(1, want.abs().max())
+
+
 def test_attention_over_a_long_context_drops_as_over_a_short_one():
     q, k = normal(1, 1, 300, 300, seed=1), normal(1, 1, 300, 300, seed=2)
     drawn = ops.causal_attention(q, k, torch.eye(300)[None, None], p=0.25)[0, 0].tril()
