@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from model import ops
 from model.gpt2 import GPT2Config
 
 ENOUGH_SECONDS = 0.2  # of one product; at least three times, however long it takes
@@ -114,18 +115,26 @@ def measure_products(config: GPT2Config, batch_size: int, block_size: int, r: in
 
 
 def measure_product(product: Product, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of one such product, the median; the result's memory is there beforehand."""
+    """Seconds of one such product, by the faster of `matmul` and model/ops.py's `linear`."""
     a, b, out = product.operands(dtype, device)
+    seconds = median_seconds(lambda: torch.matmul(a, b, out=out), device)
+    if product.batch == 1:
+        seconds = min(seconds, median_seconds(lambda: ops.linear(a, b.mT), device))
+    return seconds
+
+
+@torch.no_grad()
+def median_seconds(call: Callable[[], object], device: torch.device) -> float:
     calls = CUDA_CALLS if device.type == "cuda" else 1
     seconds: list[float] = []
 
-    def multiply() -> None:
+    def repeat() -> None:
         for _ in range(calls):
-            torch.matmul(a, b, out=out)
+            call()
 
-    multiply()
+    repeat()
     while len(seconds) < 3 or sum(seconds) < ENOUGH_SECONDS:
-        seconds += timed(multiply, 1, device)
+        seconds += timed(repeat, 1, device)
     return statistics.median(seconds) / calls
 
 
