@@ -30,7 +30,7 @@ COLUMNS = ("", "ranks", "threads a rank", "seconds a step", "times faster", "byt
 
 def main() -> None:
     opts = parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the ranks as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line
     with TemporaryDirectory() as folder:
         if opts.base is None:
             run_apart(Task("base", folder))

@@ -1,5 +1,6 @@
 """Data parallel: real ranks under torchrun compute what one process computes, die and go on."""
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import scaling
+from cli import BOOK
 from tests.fault.process import Process, differences, result, start
 from tests.helpers import relative_difference
 from tests.runs import NO_DROPOUT, arguments, finished, run, trained, trainer
@@ -217,3 +220,19 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(mistaken, what, word
     text = process.errors.read_text()
     assert "SIGKILL" not in text and "train.py\", line" not in text
     assert not (process.log.parent.parent / "free").exists()
+
+
+def test_the_scaling_benchmark_counts_what_a_step_sends(base, tmp_path):
+    ending = run(scaling.main, "--base", base, "--ranks", 2, "--rounds", 1, "--steps", 1,
+                 "--device", "cpu", "--out", tmp_path)
+    assert ending.status == 0, ending.stderr
+    found = json.loads(next(tmp_path.glob("scaling-cpu-*.json")).read_text())
+    assert [row["method"] for row in found["summary"]] == list(WEIGHTS)
+    for row in found["summary"]:
+        made = trainer(row["method"], base, BOOK, tmp_path)
+        trainable = sum(p.numel() for p in made.trainable.values())
+        # Gradients and loss; whether a checkpoint is due, and whether a signal came.
+        assert row["bytes"] == row["ring_bytes"] == 4 * (trainable + 1) + 1 + 8
+        assert row["seconds"]["median"] > 0 and row["all_reduce_seconds"]["median"] > 0
+        assert f"{row['bytes']:,}" in ending.stdout
+    assert str(base) not in json.dumps(found)
