@@ -56,11 +56,11 @@ from training.state import Progress, bytes_needed, resume_training, save_trainin
 
 def main() -> None:
     args, ranks = parse_train_args(__doc__), Ranks.of_torchrun()
-    if ranks.first:
-        check_out(args)
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
     with ranks.joined(device):
+        if ranks.first:
+            check_out(args)
         if ranks.from_first(args.resume and (args.out / RUN).exists()):
             if ranks.first:
                 check_finished(args)

@@ -200,20 +200,24 @@ def measure(name: str, task: Task, results: dict, **labels) -> None:
     print(f"round {labels['round'] + 1}: {name}", flush=True)
 
 
-def run_apart(task: Task) -> dict:
+def run_apart(task: Task, *module: str) -> dict:
     """The figures of a task measured in a process of its own. Raises RunError if that fails.
+
+    `module`: what `python -m` starts, and its arguments before the task.
 
     Linux starts a process's peak memory at that of the one which starts it: stay small here.
     """
-    ended = subprocess.run([sys.executable, "-m", "benchmarks.speed_worker",
-                            json.dumps(asdict(task))], cwd=ROOT, capture_output=True, text=True)
+    module = module or ("benchmarks.speed_worker",)
+    ended = subprocess.run([sys.executable, "-m", *module, json.dumps(asdict(task))], cwd=ROOT,
+                           capture_output=True, text=True)
     if ended.returncode < 0:
         killer = signal.Signals(-ended.returncode)
         memory = " (out of memory?)" if killer == signal.SIGKILL else ""
         raise RunError(f"its process was ended by {killer.name}{memory}")
     if ended.returncode:
-        said = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
-        raise RunError(said[-1].removeprefix("error: "))
+        lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+        said = next((line for line in lines if line.startswith("error: ")), lines[-1])
+        raise RunError(said.removeprefix("error: "))  # torchrun's own lines come after it
     return json.loads(ended.stdout.splitlines()[-1])
 
 

@@ -32,6 +32,7 @@ from lora.adapter import load_adapter, save_adapter
 from model.checkpoint import load_config, load_gpt2, save_gpt2
 from model.gpt2 import GPT2, GPT2Config
 from train import Trainer, build_model
+from training.parallel import ALONE, Ranks
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 16, 256, 8
 Call = Callable[[], object]  # what is timed; its value shows that both sides computed the same
@@ -166,11 +167,17 @@ def their_loss(task: Task, model: nn.Module, inputs: Tensor, targets: Tensor) ->
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def train_ours(task: Task, device: torch.device, folder: Path) -> Call:
+def make_trainer(task: Task, device: torch.device, ranks: Ranks = ALONE) -> Trainer:
+    """As `train.py` has it at its first step."""
     args = task.args()
     model, config = build_model(args, args.base)
-    trainer = Trainer(args, model.to(device), config, *task.parts())
+    trainer = Trainer(args, model.to(device), config, *task.parts(), ranks)
     model.train()
+    return trainer
+
+
+def train_ours(task: Task, device: torch.device, folder: Path) -> Call:
+    trainer = make_trainer(task, device)
     batches = trainer.batches(0)
 
     def step() -> float:

@@ -88,6 +88,8 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:  # gloo has no exception of its own
+            if dist.is_initialized() and dist.get_backend() == "gloo":
+                dist.destroy_process_group()  # or a thread of its own can abort Python's exit
             raise RunError(f"rank {self.rank} of {self.count}: the connection to another rank is "
                            "lost; its own message says why") from error
 
