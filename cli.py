@@ -129,7 +129,7 @@ def _add_training_options(parser: argparse.ArgumentParser, batch_size: int, lr: 
     parser.add_argument("--base-dropout", type=number(float, 0.0, 1.0, below=True), default=None,
                         help="all of the base's dropouts; default: its config's")
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the loss")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--gradient-checkpointing", action="store_true",
                         help="compute activations twice instead of keeping them: saves memory")
     add_device_options(parser)

@@ -85,12 +85,6 @@ def main() -> None:
             trainer.run()
 
 
-def summed_loss(model: GPT2, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
-    hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
-    return ops.tied_cross_entropy(hidden, model.wte.weight, targets.flatten())
-
-
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
     """Linear warm-up to `peak` over the first ceil(warmup_ratio * total) steps, then half a cosine
     to zero (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983). Steps count from 0, and
@@ -116,7 +110,8 @@ class Trainer:
                                            weight_decay=args.weight_decay, fused=True)
         # fp16's small gradients vanish: scale the loss up, and the gradients down before the step.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
-        self.summed_loss = torch.compile(summed_loss) if args.compile else summed_loss
+        # Without the loss, whose loop over chunks would be unrolled into a long program.
+        self.hidden = torch.compile(model.hidden) if args.compile else model.hidden
         self.steps_per_epoch = math.ceil(len(windows) / args.batch_size)
         self.total_steps = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
         self.progress = Progress()
@@ -185,7 +180,7 @@ class Trainer:
             inputs, targets = self.windows.batch(part)  # (B, T) each
             inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
             with autocast(self.device, args.precision):
-                loss = self.summed_loss(self.model, inputs, targets)
+                loss = self.summed_loss(inputs, targets)
             # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
             self.scaler.scale(loss / tokens).backward()
             total += loss.detach()
@@ -202,6 +197,11 @@ class Trainer:
         self.progress.tokens += tokens
         self.progress.step += 1
         self.interval.end_step(self.progress.step, tokens, grad_norm)
+
+    def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
+        hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
+        return ops.tied_cross_entropy(hidden, self.model.wte.weight, targets.flatten())
 
     def after_step(self, bar: tqdm) -> None:
         """What is due between two steps: log, validate, save, stop."""

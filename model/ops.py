@@ -102,7 +102,6 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return torch.cat(losses), torch.cat(hits)
 
 
-@torch.compiler.disable  # its loop over chunks would be unrolled into a long program
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` in fp32, nats.
 

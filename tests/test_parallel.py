@@ -117,7 +117,7 @@ def test_each_rank_draws_dropouts_of_its_own(ended, base, book, folder):
     made.model.train()
 
     def loss(windows: np.ndarray) -> float:
-        return made.summed_loss(made.model, *made.windows.batch(windows)).item()
+        return made.summed_loss(*made.windows.batch(windows)).item()
 
     of_first = loss(first)
     torch.set_rng_state(after_building)

@@ -15,14 +15,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-import train
 from benchmarks import reference
 from benchmarks.pseudo_latin import pseudo_latin
 from benchmarks.reference_protocol import METHODS
-from cli import BOOK, parse_train_args
-from model.checkpoint import load_gpt2
+from cli import BOOK
 from tests.helpers import TINY, tiny_gpt2_directory
-from tests.runs import Ending, finished, run, stock_model, stock_result, token_parts
+from tests.runs import Ending, finished, run, stock_model, stock_result, token_parts, trainer
 
 BATCH_SIZE = {"base": 16, "lora": 16, "full": 64}
 WORDS, STEPS = 330, 3
@@ -104,13 +102,13 @@ def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated, met
 
 
 def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repeated):
-    options = [*METHODS["lora"], "--base", str(repeated.base), "--book", str(repeated.book)]
-    model = load_gpt2(repeated.base)
-    windows, _ = train.load_data(parse_train_args("-", ["lora", *options]), model)
+    made = trainer("lora", repeated.base, repeated.book, repeated.folder / "unused",
+                   "--block-size", 128, *METHODS["lora"])
+    made.model.eval()
     x, y = reference_windows(token_parts(repeated.book)[0])
-    assert len(windows) == len(x)
-    inputs, targets = windows.batch(np.arange(len(x)))
-    ours = train.summed_loss(model, inputs, targets) / targets.numel()
+    assert len(made.windows) == len(x)
+    inputs, targets = made.windows.batch(np.arange(len(x)))
+    ours = made.summed_loss(inputs, targets) / targets.numel()
     theirs = stock_model(repeated.base)(input_ids=x, labels=y).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
 
