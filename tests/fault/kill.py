@@ -20,6 +20,7 @@ from tests.fault.process import (
 
 PAIRS = (("lora", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("full", "fp32"))
 STEPS = {"lora": 20, "full": 6}
+KILLS = 50
 MOMENTS = ("in the steps", "in the steps", "while a checkpoint is written", "in the steps",
            "right after resuming", "during start-up")
 
@@ -107,7 +108,7 @@ class Campaign:
 def campaign(short: bool, seed: int) -> list[Outcome]:
     outcomes = []
     for i, (method, precision) in enumerate(PAIRS[:2] if short else PAIRS):
-        count = (3, 2)[i] if short else (13, 12, 13, 12)[i]
+        count = (3, 2)[i] if short else KILLS
         began = time.perf_counter()
         with scratch() as folder:
             one = Campaign(method, precision, folder, random.Random(seed + i))
