@@ -47,9 +47,10 @@ from plots import pyplot
 
 KINDS = {"train": ("train", "products"), "evaluate": ("evaluate",), "generate": ("generate",),
          "adapter": ("save", "load")}
+PARTS = (*KINDS, "growth")
 GROWTH = {"batch_size": (4, 8, 16, 32, 64), "block_size": (64, 128, 256, 512, 1024),
           "r": (1, 4, 16, 64)}
-GROWTH_ROUNDS, GROWTH_STEPS = 2, 2
+GROWTH_ROUNDS, GROWTH_STEPS = 2, 1
 GROWTH_BATCH = 4  # while the block grows
 STEEPEST = {"batch_size": 2, "block_size": 4, "r": 2}  # growth of memory's growth, size doubled
 
@@ -67,8 +68,8 @@ def main() -> int:
             run_apart(Task("base", folder))
         opts.positions = load_config(opts.directory).n_positions
         opts.width = load_config(opts.directory).n_embd
-        failed = measure_rounds(opts)["failed"]
-        if opts.growth:
+        failed = measure_rounds(opts)["failed"] if opts.only != ["growth"] else {}
+        if "growth" in opts.only:
             failed |= measure_growth(opts)["failed"]
     return 1 if failed else 0
 
@@ -81,14 +82,14 @@ def parse_args() -> Namespace:
                         help="one round of bf16 on mini, in less than two minutes")
     parser.add_argument("--rounds", type=number(int, 1), help="default: 5")
     parser.add_argument("--steps", type=number(int, 1),
-                        help="timed after the warm-up (default: 3, on CUDA 20)")
+                        help="timed after the warm-up (default: 1, on CUDA 20)")
     parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), metavar="P",
                         help="default: fp32 and bf16, on CUDA fp16 as well; --quick: bf16")
-    parser.add_argument("--only", nargs="+", choices=tuple(KINDS), default=tuple(KINDS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(KINDS), metavar="PART",
+                        help=f"of {', '.join(PARTS)}; default: all but growth, which is time and "
+                             "memory against batch, block and rank")
     parser.add_argument("--compile", action="store_true",
                         help="also with torch.compile (on CUDA in any case)")
-    parser.add_argument("--growth", action="store_true",
-                        help="also time and memory against batch, block and rank")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results",
                         metavar="DIR", help="where the figures and pictures go")
@@ -98,7 +99,7 @@ def parse_args() -> Namespace:
     opts.base = opts.base or ("mini" if opts.quick else None)
     opts.directory = find_base(opts.base)[1] if opts.base else None
     opts.rounds = opts.rounds or (1 if opts.quick else 5)
-    opts.steps, opts.warm_up = opts.steps or (20 if cuda else 3), 3 if cuda else 1
+    opts.steps, opts.warm_up = opts.steps or (20 if cuda else 1), 3 if cuda else 1
     all_of_them = tuple(PRECISIONS) if cuda else ("fp32", "bf16")
     opts.precision = opts.precision or (("bf16",) if opts.quick else all_of_them)
     opts.compile = (opts.compile or cuda) and has_compiler()
@@ -153,7 +154,7 @@ def plan(opts: Namespace) -> list[Task]:
         tasks += sides(replace(task, kind="evaluate"))
         tasks += sides(replace(task, kind="generate", steps=1, warm_up=0))  # it warms up itself
     tasks += sides(replace(common, kind="save")) + sides(replace(common, kind="load"))
-    wanted = {kind for group in opts.only for kind in KINDS[group]}
+    wanted = {kind for part in opts.only for kind in KINDS.get(part, ())}
     return [task for task in tasks if task.kind in wanted]
 
 

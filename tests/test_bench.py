@@ -63,7 +63,7 @@ def read(out: Path, what: str = "speed") -> dict:
 def measured(base, tmp_path_factory):
     """A whole run: how it ended and where its files are."""
     out = tmp_path_factory.mktemp("results")
-    ending = bench(base, out, "--growth")
+    ending = bench(base, out, "--only", *speed.PARTS)
     assert ending.status == 0, ending.stderr
     return ending, out
 
@@ -246,7 +246,7 @@ def test_the_others_go_on_when_one_contender_fails(base, tmp_path):
 def test_growth_ends_where_the_memory_does(base, tmp_path):
     with (mock.patch.object(speed, "GROWTH", {"batch_size": (1, 2, 4, 8)}),
           mock.patch.object(speed, "free_mb", lambda device: 1.0)):
-        ending = bench(base, tmp_path, "--only", "adapter", "--growth")
+        ending = bench(base, tmp_path, "--only", "growth")
     assert ending.status == 0, ending.stderr
     growth = read(tmp_path, "growth")
     assert {name: set(points) for name, points in growth["series"]["batch_size"].items()} == {
