@@ -24,7 +24,14 @@ from data.tokens import load_tokens, token_bytes
 from data.windows import NOT_SCORED, evaluation_batches, split
 from errors import RunError, UserError, run_command
 from files import write_json
-from hardware import autocast, cast_frozen, pick_device, pick_precision, to_device
+from hardware import (
+    autocast,
+    cast_frozen,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    to_device,
+)
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from model import ops
 from model.checkpoint import WEIGHTS as MODEL_WEIGHTS
@@ -133,6 +140,7 @@ def main() -> None:
     if args.stride and args.stride > args.block_size:
         raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
     device = pick_device(args.device)
+    keep_freed_memory()
     precision = pick_precision(args.precision, device)
     name, model = load_model(args)
     check_block_size(args.block_size, model.config)

@@ -1,5 +1,6 @@
 """The device, the precision on it, and what they use."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +33,16 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next tensors of this process (mallopt(3)); elsewhere,
+    nothing. By default large blocks go back to the kernel, and come again at a page fault every
+    4 KB, which full fine-tuning waits for longest: its gradients are new at each step.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_MMAP_MAX, 0)  # large blocks from the heap as well,
+        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

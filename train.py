@@ -29,6 +29,7 @@ from hardware import (
     autocast,
     cast_frozen,
     device_name,
+    keep_freed_memory,
     peak_memory_mb,
     pick_device,
     pick_precision,
@@ -57,6 +58,7 @@ from training.state import Progress, bytes_needed, resume_training, save_trainin
 def main() -> None:
     args, ranks = parse_train_args(__doc__), Ranks.of_torchrun()
     device = pick_device(args.device)
+    keep_freed_memory()
     args.precision = pick_precision(args.precision, device)
     with ranks.joined(device):
         if ranks.first:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from benchmarks.speed_products import timed
 from benchmarks.speed_worker import Task, make_trainer
 from errors import run_command
-from hardware import peak_memory_mb, pick_device
+from hardware import keep_freed_memory, peak_memory_mb, pick_device
 from training.parallel import Ranks
 
 METHODS = ("lora", "full")
@@ -24,6 +24,7 @@ def main() -> None:
     torch.set_num_threads(int(threads))
     task, ranks = Task(**json.loads(described)), Ranks.of_torchrun()
     device = pick_device(task.device)
+    keep_freed_memory()
     with ranks.joined(device):
         print(json.dumps({method: measure(replace(task, method=method), ranks, device)
                           for method in METHODS}))

@@ -5,8 +5,9 @@ round after round, so that a machine that slows down slows all of them; ratios a
 round. The base is a GPT-2 124M of random weights, made on the spot. All sides have the same
 batches, dropouts, optimizer (fused AdamW) and clipping. The examiners run as they come: stock
 activation and attention, cross-entropy over their logits, mixed precision by autocast, and for
-LoRA, evaluation and generation also with the frozen weights themselves in low precision. One
-difference is theirs to win: PEFT saves an adapter without waiting for the disk, we wait.
+LoRA, evaluation and generation also with the frozen weights themselves in low precision; our side
+keeps freed memory as its commands do (`hardware.keep_freed_memory`). One difference is theirs to
+win: PEFT saves an adapter without waiting for the disk, we wait.
 """
 
 import json
@@ -99,7 +100,7 @@ def parse_args() -> Namespace:
     opts.base = opts.base or ("mini" if opts.quick else None)
     opts.directory = find_base(opts.base)[1] if opts.base else None
     opts.rounds = opts.rounds or (1 if opts.quick else 5)
-    opts.steps, opts.warm_up = opts.steps or (20 if cuda else 1), 3 if cuda else 1
+    opts.steps, opts.warm_up = opts.steps or (20 if cuda else 1), 3 if cuda else 2
     all_of_them = tuple(PRECISIONS) if cuda else ("fp32", "bf16")
     opts.precision = opts.precision or (("bf16",) if opts.quick else all_of_them)
     opts.compile = (opts.compile or cuda) and has_compiler()
@@ -168,7 +169,9 @@ def sides(task: Task) -> list[Task]:
 def measure_rounds(opts: Namespace) -> dict:
     """Every task once a round, every other round in reverse; saved after each."""
     tasks, results = plan(opts), facts(opts)
-    path = output(opts, "speed", results)
+    parts = [part for part in KINDS if part in opts.only]
+    name = "speed" if parts == list(KINDS) else "-".join(parts)  # a part replaces not the whole
+    path = output(opts, name, results)
     for i in range(opts.rounds):
         for task in tasks[:: -1 if i % 2 else 1]:
             if task.name not in results["failed"]:

@@ -27,7 +27,14 @@ from data.windows import Windows, split
 from errors import RunError, run_command
 from evaluate import evaluate
 from generate import generate
-from hardware import PRECISIONS, autocast, cast_frozen, peak_memory_mb, pick_device
+from hardware import (
+    PRECISIONS,
+    autocast,
+    cast_frozen,
+    keep_freed_memory,
+    peak_memory_mb,
+    pick_device,
+)
 from lora.adapter import load_adapter, save_adapter
 from model.checkpoint import load_config, load_gpt2, save_gpt2
 from model.gpt2 import GPT2, GPT2Config
@@ -111,6 +118,8 @@ def main() -> None:
 def measure(task: Task) -> dict:
     """The figures of this task."""
     device = pick_device(task.device)
+    if task.side == "ours":
+        keep_freed_memory()  # as train.py and evaluate.py do
     torch.manual_seed(0)
     if task.kind == "base":
         return make_base(Path(task.base))

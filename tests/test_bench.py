@@ -199,7 +199,7 @@ def test_without_a_base_it_makes_one_of_random_weights(tmp_path):
         ending = run(speed.main, "--out", tmp_path, "--device", "cpu", "--only", "evaluate",
                      "--rounds", 1, "--steps", 1)
     assert ending.status == 0, ending.stderr
-    result = read(tmp_path)
+    result = read(tmp_path, "evaluate")
     assert result["base"] == "GPT-2 124M, random weights" and len(result["measurements"]) == 5
 
 
@@ -207,7 +207,7 @@ def test_every_measurement_has_a_process_of_its_own(base, tmp_path):
     ending = run(speed.main, "--base", base, "--out", tmp_path, "--device", "cpu", "--only",
                  "evaluate", "--precision", "fp32", "--rounds", 1, "--steps", 2)
     assert ending.status == 0, ending.stderr
-    result = read(tmp_path)
+    result = read(tmp_path, "evaluate")
     assert [len(r["seconds"]) for r in result["measurements"]] == [2, 2]
     assert len(result["summary"]["ratios"]) == 1
 
@@ -227,7 +227,7 @@ def test_a_process_that_fails_is_one_line_and_status_1(base, tmp_path, monkeypat
     assert ending.stderr.splitlines() == [
         f"error: {who}, evaluate, fp32: {reason}; left out from here on"
         for who in ("this project", "transformers")]
-    assert read(tmp_path)["summary"]["ratios"] == []
+    assert read(tmp_path, "evaluate")["summary"]["ratios"] == []
 
 
 def test_the_others_go_on_when_one_contender_fails(base, tmp_path):
@@ -237,7 +237,7 @@ def test_the_others_go_on_when_one_contender_fails(base, tmp_path):
         return speed_worker.measure(task)
 
     ending = bench(base, tmp_path, "--only", "adapter", measure=measure)
-    result = read(tmp_path)
+    result = read(tmp_path, "adapter")
     assert ending.status == 1 and len(ending.stderr.splitlines()) == 1
     assert result["failed"] == {"PEFT, save, fp32": "out of memory"}
     assert len(result["measurements"]) == 3 * ROUNDS and len(result["summary"]["ratios"]) == 1

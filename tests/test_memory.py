@@ -1,9 +1,14 @@
 """What is kept in memory, in which precision, and that saving it changes no result."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
+from cli import ROOT
 from tests.runs import trained, trainer
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
@@ -53,3 +58,22 @@ def test_what_lora_freezes_is_held_in_the_compute_precision(base, book, tmp_path
 def test_full_training_keeps_its_weights_in_fp32(base, book, tmp_path):
     made = trainer("full", base, book, tmp_path, "--precision", "bf16")
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_only_where_asked():
+    """Page faults of a tensor that is freed and made again: all its 4 KB pages, or none."""
+    code = """if True:
+        import resource, sys, torch
+        from hardware import keep_freed_memory
+        if "keep" in sys.argv:
+            keep_freed_memory()
+        torch.zeros(1 << 24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.zeros(1 << 24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = [int(subprocess.run([sys.executable, "-c", code, *argument], cwd=ROOT, check=True,
+                                 capture_output=True, text=True).stdout)
+              for argument in ([], ["keep"])]
+    assert faults[1] < 100 < faults[0] / 100

@@ -31,7 +31,7 @@ def campaign(short: bool, seed: int) -> list[Outcome]:
 
 def run(cases: range, seed: int) -> list[Outcome]:
     """The cases' outcomes, target by target; a process of its own reads, and may die of it."""
-    outcomes = {t.name: Outcome(f"fuzz: {t.name}", 0, [], 0.0) for t in TARGETS}
+    outcomes = {t.name: Outcome(t.name, 0, [], 0.0) for t in TARGETS}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name).resolve()
         prepare(directory)
