@@ -31,5 +31,6 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def fail(message: object, status: int) -> None:
-    print("error:", *str(message).splitlines(), file=sys.stderr)  # a path can hold a new line
+    line = " ".join(str(message).splitlines())  # a path can hold a new line
+    sys.stderr.write(f"error: {line}\n")  # print's several writes would mix with other ranks'
     sys.exit(status)
