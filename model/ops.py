@@ -120,7 +120,7 @@ def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, large: bool = False) -> 
     """Chunks of rows: h (n, C), targets (n,), logits z (n, V), softmax p (n, V) fp32, loss (n,).
 
     loss = logsumexp(z) - z[target], and logsumexp(z) = max z - log max p. The next chunk overwrites
-    z and p: fresh memory of this size would cost a page fault every 4 KB.
+    p: fresh memory of this size would cost a page fault every 4 KB.
     """
     at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
     chunks = math.ceil(len(h) * len(w) / at_a_time) or 1
