@@ -13,7 +13,7 @@ from torch import Tensor
 from cli import Parser, add_device_options, add_model_options, load_model, number
 from data.tokens import encode
 from errors import UserError, run_command
-from hardware import autocast, cast_frozen, pick_device, pick_precision
+from hardware import autocast, cast_frozen, keep_freed_memory, pick_device, pick_precision
 from lora.inject import adapter_disabled
 from model.gpt2 import GPT2, KVCache
 from model.tokenizer import load_tokenizer
@@ -46,6 +46,7 @@ def main() -> None:
     if args.with_base and not args.adapter:
         raise UserError("--with-base compares with an adapter: give --adapter")
     device = pick_device(args.device)
+    keep_freed_memory()
     precision = pick_precision(args.precision, device)
     name, model = load_model(args)
     cast_frozen(model.requires_grad_(False).to(device), precision)

@@ -118,8 +118,8 @@ def main() -> None:
 def measure(task: Task) -> dict:
     """The figures of this task."""
     device = pick_device(task.device)
-    if task.side == "ours" and task.kind in ("train", "products", "evaluate"):
-        keep_freed_memory()  # as train.py and evaluate.py do
+    if task.side == "ours" and task.kind in ("train", "products", "evaluate", "generate"):
+        keep_freed_memory()  # as train.py, evaluate.py and generate.py do
     torch.manual_seed(0)
     if task.kind == "base":
         return make_base(Path(task.base))
