@@ -219,7 +219,8 @@ def run_apart(task: Task, *module: str) -> dict:
         memory = " (out of memory?)" if killer == signal.SIGKILL else ""
         raise RunError(f"its process was ended by {killer.name}{memory}")
     if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+        lines = [line for line in ended.stderr.splitlines() if re.search(r"\w", line)]
+        lines = lines or [f"exit status {ended.returncode}"]
         said = next((line for line in lines if line.startswith("error: ")), lines[-1])
         raise RunError(said.removeprefix("error: "))  # torchrun's own lines come after it
     return json.loads(ended.stdout.splitlines()[-1])

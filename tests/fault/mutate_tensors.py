@@ -59,7 +59,8 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
     if chance < 0.2:
         return mutate_bytes(rng, data)
     if chance < 0.6:
-        tensors = mutate_state(rng, safetensors.torch.load(data))
+        # Sorted, because the reader returns them in another order each time.
+        tensors = mutate_state(rng, dict(sorted(safetensors.torch.load(data).items())))
         return safetensors.torch.save({
             key.encode("utf-8", "replace").decode(): x.contiguous() for key, x in tensors.items()
             if isinstance(x, torch.Tensor) and x.numel() < 1 << 20})
