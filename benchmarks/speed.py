@@ -83,7 +83,7 @@ def parse_args() -> Namespace:
                         help="one round of bf16 on mini, in less than two minutes")
     parser.add_argument("--rounds", type=number(int, 1), help="default: 5")
     parser.add_argument("--steps", type=number(int, 1),
-                        help="timed after the warm-up (default: 3, on CUDA 20)")
+                        help="timed after the warm-up (default: 3; --quick: 1; on CUDA 20)")
     parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), metavar="P",
                         help="default: fp32 and bf16, on CUDA fp16 as well; --quick: bf16")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(KINDS), metavar="PART",
@@ -100,7 +100,8 @@ def parse_args() -> Namespace:
     opts.base = opts.base or ("mini" if opts.quick else None)
     opts.directory = find_base(opts.base)[1] if opts.base else None
     opts.rounds = opts.rounds or (1 if opts.quick else 5)
-    opts.steps, opts.warm_up = opts.steps or (20 if cuda else 3), 3 if cuda else 2
+    opts.steps = opts.steps or (20 if cuda else 1 if opts.quick else 3)
+    opts.warm_up = 3 if cuda else 2
     all_of_them = tuple(PRECISIONS) if cuda else ("fp32", "bf16")
     opts.precision = opts.precision or (("bf16",) if opts.quick else all_of_them)
     opts.compile = (opts.compile or cuda) and has_compiler()

@@ -215,6 +215,7 @@ def test_every_measurement_has_a_process_of_its_own(base, tmp_path):
 @pytest.mark.parametrize(("script", "reason"), [
     ("kill -9 $$", "its process was ended by SIGKILL (out of memory?)"),
     ("echo 'Traceback' >&2; echo 'KeyError: 1' >&2; exit 1", "KeyError: 1"),
+    ("echo 'traceback : SIGABRT' >&2; echo ====== >&2; exit 1", "traceback : SIGABRT"),
     ("exit 3", "exit status 3")])
 def test_a_process_that_fails_is_one_line_and_status_1(base, tmp_path, monkeypatch, script, reason):
     python = tmp_path / "python"
