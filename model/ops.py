@@ -18,14 +18,37 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`. In fp32 on a CPU, where no gradient is recorded, oneDNN's product in place of
-    MKL's, which is slow for a single token and for a short, wide result.
+    """`F.linear`, for x (..., in) of two dimensions or more. In fp32 on a CPU by oneDNN, where
+    PyTorch would take MKL: faster, most of all for a single token and for a short, wide result.
     """
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
-    recorded = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    if ONEDNN and fp32_on_cpu and not recorded:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if not (ONEDNN and fp32_on_cpu) or cast_or_compiled:
+        return F.linear(x, weight, bias)
+    return (_OneDNNLinear.apply if torch.is_grad_enabled() else _onednn)(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """With g = dL/dy: dL/dx = g W, dL/dW = g^T x, and dL/db is the sum of g's rows."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (_onednn(grad, weight.T) if for_x else None,
+                rows.T @ x.flatten(0, -2) if for_weight else None,
+                rows.sum(0) if for_bias else None)
 
 
 class Linear(nn.Linear):

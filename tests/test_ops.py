@@ -167,6 +167,32 @@ def test_products_of_one_token_and_of_many_are_those_of_linear(shape, bias, dtyp
         assert ((got - wanted).abs() < 20 * DTYPES[dtype]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (3, 24), (2, 5, 24), (0, 24)])
+def test_gradients_of_products_are_those_of_linear(shape, frozen, dtype):
+    inputs = [normal(*s, seed=i, dtype=dtype) for i, s in enumerate((shape, (7, 24), (7,)))]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    grad = normal(*reversed(shape[:-1]), 7, seed=3, dtype=dtype).transpose(0, len(shape) - 2)
+    wanted = torch.autograd.grad(F.linear(*exact), exact, grad.double())
+    for x in inputs[1:]:
+        x.requires_grad_(not frozen)
+    trained = inputs[:1] if frozen else inputs
+    got = torch.autograd.grad(ops.linear(*inputs), trained, grad)
+    for ours, theirs in zip(got, wanted[: len(trained)], strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == dtype
+        assert ((ours - theirs).abs() < 20 * DTYPES[dtype]).all()
+
+
+def test_a_frozen_product_keeps_no_input_for_its_gradient():
+    saved, x, weight = [], normal(50, 24), normal(7, 24).detach()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        ops.linear(x, weight)
+        assert all(tensor.numel() == weight.numel() for tensor in saved)
+        ops.linear(x, weight.requires_grad_())
+    assert any(tensor.numel() == x.numel() for tensor in saved)
+
+
 @pytest.mark.parametrize("chunk", [1, 20, 1000])
 def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
     monkeypatch.setattr(ops, "FEW_LOGITS", chunk)
