@@ -68,7 +68,7 @@ def ended(base, book, folder):
     started = {name: torchrun(ranks, folder / f"{name}-said", "train.py", *arguments(
         method, base, book, folder / name, *SAME, *NO_DROPOUT[method]))
         for name, (method, ranks) in COMPARED.items()}
-    started["whole"] = torchrun(2, folder / "whole-said", "train.py", *arguments(
+    started["whole"] = acting(1, "name:2", folder / "whole-said", *arguments(
         "lora", base, book, folder / "whole", *DROPPING))
     for process in started.values():
         assert process.wait() == 0, process.errors.read_text()
@@ -107,6 +107,16 @@ def test_one_rank_writes_and_speaks(ended, alone, folder, name):
     assert [line.split()[:2] for line in said.splitlines()] == [
         line.split()[:2] for line in alone_said.splitlines()]
     assert "error" not in ended[name].errors.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
+def test_the_connections_threads_end_with_it(ended):
+    """One that is still busy when Python ends would abort it, and torchrun would report a failure
+    of a run that is complete.
+    """
+    lines = [line for line in ended["whole"].error_lines() if line.startswith("threads: ")]
+    in_a_step, at_the_end = lines
+    assert "gloo" in in_a_step and "gloo" not in at_the_end
 
 
 def test_each_rank_draws_dropouts_of_its_own(ended, base, book, folder):

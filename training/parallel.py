@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # later, its functions' defaults would keep a group alive past its end
 from torch import Tensor
 
 from errors import RunError, UserError
