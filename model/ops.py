@@ -33,7 +33,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """With g = dL/dy: dL/dx = g W, dL/dW = g^T x, and dL/db is the sum of g's rows."""
+    """`_onednn`, which has no gradient of its own. With g = dL/dy: dL/dx = g W, dL/dW = g^T x, and
+    dL/db is the sum of g's rows. For dL/dW oneDNN would copy both factors, and gain nothing.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias):
