@@ -5,8 +5,10 @@
 # make parity               this project against PEFT and transformers, number by number
 # make bench                how fast and how small, beside PEFT and transformers
 # make reference            the reference run's protocol, and what its numbers mean
+# make figures              the lesson's figures (docs/lora.md), or one: ARGS=initialisation
 # make fault                kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
+# make test-lowest          the tests with the lowest versions that pyproject.toml allows
 #
 # Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file), OUT (a directory),
 # ARGS (any further options of the command).
@@ -14,12 +16,23 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= auto
-ADAPTER ?= $(or $(OUT),runs/lora)
 PROMPT ?= You climb the stair and
-TRAIN_OPTIONS = --base '$(BASE)' $(if $(BOOK),--book '$(BOOK)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
-.PHONY: help setup train-lora train-full compare generate test lint parity bench reference fault \
-	pretrain-mini clean
+# What a user types goes to the commands as it is: through the environment, and never expanded by
+# make, so that a quote or a $ in a path or a prompt is a quote or a $.
+unexport BASE BOOK OUT ADAPTER PROMPT CORPUS
+export _BASE := $(value BASE)
+export _BOOK := $(value BOOK)
+export _OUT := $(value OUT)
+export _ADAPTER := $(or $(value ADAPTER),$(value OUT),runs/lora)
+export _PROMPT := $(value PROMPT)
+export _CORPUS := $(value CORPUS)
+BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
+TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") $(ARGS)
+BASE_OPTION := $(if $(filter auto,$(value BASE)),,--base "$$_BASE")
+
+.PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \
+	bench reference fault pretrain-mini clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -46,19 +59,35 @@ compare: .venv/run
 	$(PY) evaluate.py --compare $(or $(RUNS),runs/lora runs/full) $(ARGS)
 
 generate: .venv/run
-	$(PY) generate.py --base '$(BASE)' --adapter '$(ADAPTER)' --with-base --prompt "$$PROMPT" $(ARGS)
-
-generate: export PROMPT := $(PROMPT)
+	$(PY) generate.py --base "$$_BASE" --adapter "$$_ADAPTER" --with-base --prompt "$$_PROMPT" $(ARGS)
 
 test: .venv/dev
 	$(PY) -m pytest -q $(ARGS)
 
+# The bounds in pyproject.toml as pins. Their oldest wheels are for Python 3.10 to 3.12.
+LOWEST := .venv-lowest/bin/python
+.venv-lowest/dev: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	sed -n '/build-system/q; s/.*"\([a-z][a-z-]*\)>=\(.*\)".*/\1==\2/p' $< > .venv-lowest/pins
+	$(LOWEST) -m pip install --quiet --constraint .venv-lowest/pins --editable '.[dev]'
+	@touch $@
+
+test-lowest: .venv-lowest/dev
+	$(LOWEST) -m pytest -q $(ARGS)
+
 lint: .venv/dev
 	$(PY) -m ruff check .
 
+# On mini; ARGS: one experiment's name and its options. `spectrum` needs runs/lora and runs/full.
+EXPERIMENTS := initialisation memory merge_error spectrum
+
+figures: .venv/run
+	$(if $(ARGS),$(PY) -m experiments.$(ARGS),\
+	for name in $(EXPERIMENTS); do $(PY) -m experiments.$$name || exit; done)
+
 # Our LoRA against PEFT's, number by number; on mini unless BASE names another.
 parity: .venv/dev
-	$(PY) -m benchmarks.parity $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
+	$(PY) -m benchmarks.parity $(BASE_OPTION) $(ARGS)
 
 # The fault campaign (docs/reliability.md); ARGS: --short, or parts, such as "kill signals".
 fault: .venv/dev
@@ -66,19 +95,19 @@ fault: .venv/dev
 
 # On a GPT-2 124M of random weights unless BASE names another; ARGS=--quick takes mini.
 bench: .venv/dev
-	$(PY) -m benchmarks.speed $(if $(filter-out auto,$(BASE)),--base '$(BASE)') $(ARGS)
+	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
 
-# The reference run's protocol and measure (docs/reference-run.md); says first how long it takes.
+# The reference run's protocol and measure (docs/reference-run.md); ARGS: --only lora, and train.py's.
 reference: .venv/run
-	$(PY) -m benchmarks.reference --base '$(BASE)' $(if $(BOOK),--book '$(BOOK)') $(ARGS)
+	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(ARGS)
 
 # How model/mini was made; CORPUS is a directory of UTF-8 texts (model/mini/README.md lists them).
 MINI := .cache/mini
 HELD_OUT := emma white-fang the-time-machine
 
 pretrain-mini: .venv/run
-	@test -n "$(CORPUS)" || { echo "error: name the texts: make pretrain-mini CORPUS=DIR" >&2; exit 2; }
-	$(PY) -m data.corpus '$(CORPUS)' --leave-out $(HELD_OUT) --out $(MINI)/corpus.txt
+	@test -n "$$_CORPUS" || { echo "error: name the texts: make pretrain-mini CORPUS=DIR" >&2; exit 2; }
+	$(PY) -m data.corpus "$$_CORPUS" --leave-out $(HELD_OUT) --out $(MINI)/corpus.txt
 	@mkdir -p $(MINI)/init && cp model/mini/config.json $(MINI)/init
 	$(PY) train.py full --base $(MINI)/init --book $(MINI)/corpus.txt --out $(MINI)/run \
 		--block-size 256 --stride 256 --batch-size 16 --epochs 1 --lr 2e-3 \
@@ -87,8 +116,8 @@ pretrain-mini: .venv/run
 		--seed 1 $(ARGS)
 	$(PY) -m model.export --base $(MINI)/run --out $(MINI)/model
 	for text in $(HELD_OUT); do \
-		$(PY) evaluate.py --base $(MINI)/model --text "$(CORPUS)/$$text.txt" --block-size 256; done
+		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 
 clean:
-	rm -rf .venv .cache runs .pytest_cache .hypothesis .ruff_cache *.egg-info
+	rm -rf .venv .venv-lowest .cache runs .pytest_cache .hypothesis .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
 """Text from a base, with or without an adapter."""
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
-    import interrupts
-    interrupts.end_in_one_line()
+    from common import signals
+    signals.end_in_one_line()
 
 import codecs
 from collections.abc import Iterator
@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cli import Parser, add_device_options, add_model_options, load_model, number
-from data.tokens import encode
-from errors import UserError, run_command
-from hardware import autocast, cast_frozen, keep_freed_memory, pick_device, pick_precision
+from common.cli import Parser, add_device_options, number
+from common.device import Device, keep_freed_memory
+from common.errors import UserError, run_command
+from common.files import brief
 from lora.inject import adapter_disabled
+from lora.load import add_model_options, load_model
 from model.gpt2 import GPT2, KVCache
-from model.tokenizer import load_tokenizer
+from model.tokenizer import Tokenizer
 
 
 def parse_args():
@@ -43,53 +44,58 @@ def main() -> None:
     for prompt in args.prompt:
         if not prompt.strip():
             raise UserError("--prompt is empty: give the text to continue")
+        if prompt != prompt.encode(errors="replace").decode():
+            raise UserError(f"--prompt {brief(prompt)}: is not UTF-8 text")
     if args.with_base and not args.adapter:
         raise UserError("--with-base compares with an adapter: give --adapter")
-    device = pick_device(args.device)
+    device = Device.pick(args.device, args.precision)
     keep_freed_memory()
-    precision = pick_precision(args.precision, device)
-    name, model = load_model(args)
-    cast_frozen(model.requires_grad_(False).to(device), precision)
-    with autocast(device, precision):
+    name, model, tokenizer = load_model(args.base, args.adapter)
+    device.hold(model.requires_grad_(False))
+    with device.autocast():
         if args.with_base:
             print(f"=== {name}\n")
             with adapter_disabled(model):
-                write_texts(model, args)
+                write_texts(model, tokenizer, args)
             print(f"=== {name} with {args.adapter}\n")
-        write_texts(model, args)
+        write_texts(model, tokenizer, args)
 
 
-def write_texts(model: GPT2, args) -> None:
+def write_texts(model: GPT2, tokenizer: Tokenizer, args) -> None:
     """Continue every prompt on stdout, token by token, each as if it were the only one."""
     for prompt in args.prompt:
         device = model.wte.weight.device
         generator = torch.Generator(device).manual_seed(args.seed)
         print(prompt, end="", flush=True)
-        for text in stream_text(model, prompt, args.max_new_tokens, temperature=args.temperature,
-                                top_k=args.top_k, top_p=args.top_p, generator=generator):
+        for text in stream_text(model, tokenizer, prompt, args.max_new_tokens,
+                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                generator=generator):
             print(text, end="", flush=True)
         print("\n")
 
 
-def stream_text(model: GPT2, prompt: str, max_new_tokens: int, **sampling) -> Iterator[str]:
+def stream_text(model: GPT2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int,
+                **sampling) -> Iterator[str]:
     """The continuation of `prompt`, in pieces as they become whole characters."""
-    encoding = load_tokenizer(model.config.vocab_size)
-    ids = torch.from_numpy(encode(encoding, prompt).astype("int64")).to(model.wte.weight.device)
+    ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(model.wte.weight.device)
+    padding = torch.ones(model.config.vocab_size, dtype=torch.bool, device=ids.device)
+    padding[list(tokenizer.bytes_of)] = False
     # A token may end in the middle of a character.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in generate(model, ids, max_new_tokens, **sampling):
-        if token == encoding.eot_token:
+    for token in generate(model, ids, max_new_tokens, never=padding, **sampling):
+        if token == tokenizer.end_of_text:
             break
-        yield decoder.decode(encoding.decode_single_token_bytes(token))
+        yield decoder.decode(tokenizer.bytes_of[token])
     yield decoder.decode(b"", final=True)
 
 
 @torch.inference_mode()
 def generate(
     model: GPT2, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 1.0, generator: torch.Generator | None = None,
+    top_p: float = 1.0, generator: torch.Generator | None = None, never: Tensor | None = None,
 ) -> Iterator[int]:
-    """Draw tokens one by one after `ids` (T,), T >= 1; the caller decides when to stop.
+    """Draw tokens one by one after `ids` (T,), T >= 1, but those that are `never` drawn, bool (V,);
+    the caller decides when to stop.
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.
@@ -102,6 +108,8 @@ def generate(
             window, cache = window[-max(1, context // 2) :], KVCache()
             new = window
         logits = model(new[None], cache)[0, -1].float()  # (V,)
+        if never is not None:
+            logits = logits.masked_fill(never, -torch.inf)
         new = sample(logits, temperature, top_k, top_p, generator)  # (1,)
         window = torch.cat((window, new))
         yield new.item()

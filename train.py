@@ -4,87 +4,92 @@ One loop serves both methods; they differ in which parameters are trained and in
 """
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
-    import interrupts
-    interrupts.end_in_one_line()
+    from common import signals
+    signals.end_in_one_line()
 
-import argparse
 import math
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from functools import partial
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli import parse_train_args, resume_command
-from data.windows import Windows
-from errors import RunError, run_command
-from evaluate import Scores, evaluate, perplexity
-from files import write_json
-from hardware import (
-    autocast,
-    cast_frozen,
-    device_name,
-    keep_freed_memory,
-    peak_memory_mb,
-    pick_device,
-    pick_precision,
-    to_device,
-)
-from interrupts import end_at_once, on_signals, say
+from common.device import Device, keep_freed_memory
+from common.errors import run_command
+from data.windows import Windows, evaluation_batches, load_windows
+from evaluate import Scores, check_block_size, evaluate
 from lora.adapter import save_adapter
-from lora.config import LoRAConfig
-from lora.inject import adapter_disabled, count_parameters, describe_parameters
-from model import ops
-from model.checkpoint import save_gpt2
-from model.gpt2 import GPT2
+from lora.inject import adapter_disabled
+from lora.layer import LoRAConfig
+from lora.load import add_adapter
+from model import fast as ops
+from model.gpt2 import GPT2, GPT2Config
 from model.hub import find_base
-from plots import draw_loss
-from training.build import build_model, load_data
-from training.checkpoint import has_checkpoint
-from training.directory import RUN, RunDirectory, check_out, check_space, options, refuse_source
-from training.faults import describe_fault, ending_in_one_line, memory_advice
-from training.identity import check_finished, run_identity
-from training.interval import Interval
-from training.parallel import ALONE, Ranks
-from training.randomness import seed_everything
-from training.state import Progress, bytes_needed, resume_training, save_training
+from model.tokenizer import Tokenizer
+from model.tokenizer_files import load_tokenizer, save_tokenizer
+from model.weights import has_weights, load_config, load_gpt2, save_gpt2
+from training.checkpoint import Parameters, has_checkpoint
+from training.directory import check_out
+from training.identity import run_identity, saved_lora_config
+from training.meter import Meter, Progress
+from training.options import Options, parse_options
+from training.ranks import ALONE, Ranks
+from training.report import count_parameters, describe_parameters
+from training.session import Session
 
 
 def main() -> None:
-    args, ranks = parse_train_args(__doc__), Ranks.of_torchrun()
-    device = pick_device(args.device)
     keep_freed_memory()
-    args.precision = pick_precision(args.precision, device)
-    with ranks.joined(device):
+    options, ranks = parse_options(__doc__), Ranks.of_torchrun()
+    device = Device.pick(options.device, options.precision, train=True)
+    with ranks.joined(device.torch):
         if ranks.first:
-            check_out(args)
-        if ranks.from_first(args.resume and (args.out / RUN).exists()):
-            if ranks.first:
-                check_finished(args)
-            print(f"{args.out}: this run is finished; nothing to resume")
-            return
-        seed_everything(args.seed)
+            check_out(options)
         with ranks.first_goes_first():
-            args.base, base = find_base(args.base)
-        model, lora_config = build_model(args, base)
+            name, directory = find_base(options.base)
+        options = replace(options, base=name, precision=device.precision)
+        torch.manual_seed(options.seed)
+        model, config = build_model(options, directory)
+        options = replace(options, **asdict(config)) if config else options
         print(describe_parameters(model))
-        windows, val_tokens = load_data(args, model)
-        trainer = Trainer(args, model.to(device), lora_config, windows, val_tokens, ranks)
-        refuse_source(args.out, "base", base)  # known by its directory only now
-        if ranks.first:
-            check_space(args.out, bytes_needed(trainer))
-        identity = run_identity(args, base, windows.tokens, val_tokens)
-        ranks.check_same(identity)
-        with RunDirectory(args.out) if ranks.first else nullcontext() as directory:
-            if directory:
-                check_out(args)  # again: another run may have ended there meanwhile
-            trainer.begin(directory, identity)
-            trainer.run()
+        tokenizer = load_tokenizer(directory, model.config.vocab_size)
+        windows, val_tokens = load_data(options, model.config, tokenizer)
+        trainer = Trainer(options, device, model, tokenizer, windows, val_tokens, ranks)
+        identity = run_identity(options, directory, windows.tokens, val_tokens)
+        with Session(options, device, ranks, directory, identity) as session:
+            if not session.finished:
+                train(trainer, session, config)
+
+
+def build_model(options: Options, directory: Path) -> tuple[GPT2, LoRAConfig | None]:
+    """The base with its dropouts set and, for LoRA, the adapter in place and the base frozen."""
+    if options.method == "full" and not has_weights(directory):
+        print(f"{directory} holds no weights: starting from random initialisation")
+        model = GPT2(load_config(directory))
+        model.init_weights()
+    else:
+        model = load_gpt2(directory)
+    if options.base_dropout is not None:
+        model.set_dropout(options.base_dropout)
+    model.gradient_checkpointing = options.gradient_checkpointing
+    if options.method == "full":
+        return model, None
+    config, start = options.lora_config, options.init_adapter
+    if start and options.resume and has_checkpoint(options.out):
+        config, start = saved_lora_config(options.out), None  # A and B come from there, too
+    return model, add_adapter(model, directory, config, start)
+
+
+def load_data(options: Options, config: GPT2Config,
+              tokenizer: Tokenizer) -> tuple[Windows, np.ndarray]:
+    """The training windows and the validation part's tokens."""
+    check_block_size(options.block_size, config)
+    return load_windows(options.book, tokenizer, block_size=options.block_size,
+                        stride=options.stride, label_shift=options.label_shift,
+                        val_fraction=options.val_fraction)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
@@ -99,235 +104,126 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 class Trainer:
-    """AMP, AdamW, warm-up and cosine, accumulation, clipping, validation, checkpoints."""
+    """A model and what its steps need: AMP, AdamW, warm-up and cosine, accumulation, clipping."""
 
-    def __init__(self, args: argparse.Namespace, model: GPT2, lora_config: LoRAConfig | None,
+    def __init__(self, options: Options, device: Device, model: GPT2, tokenizer: Tokenizer,
                  windows: Windows, val_tokens: np.ndarray, ranks: Ranks = ALONE):
-        self.args, self.model, self.lora_config, self.ranks = args, model, lora_config, ranks
-        self.windows, self.val_tokens = windows, val_tokens
-        self.device = model.wte.weight.device
-        cast_frozen(model, args.precision)
-        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trainable.values(), lr=args.lr,
-                                           weight_decay=args.weight_decay, fused=True)
+        self.options, self.device, self.tokenizer, self.ranks = options, device, tokenizer, ranks
+        self.model, self.windows, self.val_tokens = device.hold(model), windows, val_tokens
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=options.lr,
+                                           weight_decay=options.weight_decay, fused=True)
         # fp16's small gradients vanish: scale the loss up, and the gradients down before the step.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        fp16 = device.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.torch.type, enabled=fp16)
         # Without the loss, whose loop over chunks would be unrolled into a long program.
-        self.hidden = torch.compile(model.hidden) if args.compile else model.hidden
-        self.steps_per_epoch = math.ceil(len(windows) / args.batch_size)
-        self.total_steps = min(args.epochs * self.steps_per_epoch, args.max_steps or math.inf)
-        self.progress = Progress()
-        self.interval = Interval(self.device, fp16=args.precision == "fp16")
-        self.saved_step: int | None = None
-        self.stop_signal: int | None = None
+        self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
+        self.steps_per_epoch = math.ceil(len(windows) / options.batch_size)
+        self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or math.inf)
+        self.progress, self.meter = Progress(), Meter(device.torch, fp16, self.describe_step)
 
-    def begin(self, directory: RunDirectory | None, identity: dict) -> None:
-        """Start in an empty `--out` or, with --resume, where the run's checkpoint left it.
-
-        Rank 0 has the directory; the others write nothing.
-        """
-        self.directory, self.identity = directory, identity
-        out, resume = self.args.out, self.args.resume
-        if not directory:
-            seed_everything(self.args.seed + self.ranks.rank)  # dropouts of its own
-        if self.ranks.from_first(resume and has_checkpoint(out)):
-            resume_training(self)
-            return
-        if resume:
-            print(f"{out}: the run has no checkpoint yet; starting from the beginning")
-        if directory:
-            directory.clear()
-
-    def run(self) -> None:
-        """Train from where the run stands to its end, and leave its files in `--out`."""
-        advice = partial(memory_advice, self.args, self.model, self.device)
-        with ending_in_one_line(advice, self.last_checkpoint):
-            self.started = time.perf_counter() - self.progress.seconds
-            if self.progress.step == 0:
-                self.validate_base()
-            self.train()
-            if self.directory:
-                self.finish()
-
-    def train(self) -> None:
-        """Every step to the last, and what is due between them."""
-        on_signals(self.on_signal)
-        self.saved_at = time.perf_counter()
-        progress = self.progress
-        self.model.train()
-        with tqdm(total=self.total_steps, initial=progress.step, unit="step",
-                  disable=None if self.directory else True) as bar:
-            for batch in self.batches(progress.step):
-                self.step(batch)
-                bar.update()
-                self.after_step(bar)
-
-    def batches(self, step: int) -> Iterator[np.ndarray]:
+    def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """The windows of every step from `step` to the last, epoch after epoch in its own order."""
+        size = self.options.batch_size
         while step < self.total_steps:
             epoch, position = divmod(step, self.steps_per_epoch)
-            order = self.windows.epoch_order(self.args.seed, epoch)
-            for start in range(position * self.args.batch_size, len(order), self.args.batch_size):
+            order = self.windows.epoch_order(self.options.seed, epoch)
+            for start in range(position * size, len(order), size):
                 if step == self.total_steps:
                     return
-                yield order[start : start + self.args.batch_size]
+                yield order[start : start + size]
                 step += 1
 
     def step(self, batch: np.ndarray) -> None:
         """One optimizer step on these windows, computed in `--grad-accum` parts."""
-        args, tokens = self.args, len(batch) * self.args.block_size
+        options, tokens = self.options, len(batch) * self.options.block_size
         mine = self.ranks.share(batch)
-        total = torch.zeros((), device=self.device)
-        for part in np.array_split(mine, max(1, min(args.grad_accum, len(mine)))):
-            inputs, targets = self.windows.batch(part)  # (B, T) each
-            inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
-            with autocast(self.device, args.precision):
+        total = torch.zeros((), device=self.device.torch)
+        for part in np.array_split(mine, max(1, min(options.grad_accum, len(mine)))):
+            inputs, targets = map(self.device.copy, self.windows.batch(part))  # (B, T) each
+            with self.device.autocast():
                 loss = self.summed_loss(inputs, targets)
             # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
             self.scaler.scale(loss / tokens).backward()
             total += loss.detach()
-        self.ranks.add_up([total, *(p.grad for p in self.trainable.values())])
-        self.interval.loss += total
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(self.trainable.values(), args.clip or math.inf)
-        lr = learning_rate(self.progress.step, self.total_steps, args.lr, args.warmup_ratio)
+        self.ranks.add_up([total, *(p.grad for p in self.parameters.values())])
+        self.scaler.unscale_(self.optimizer)  # before clipping, which compares true norms
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.clip or math.inf)
+        lr = learning_rate(self.progress.step, self.total_steps, options.lr, options.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.progress.tokens += tokens
         self.progress.step += 1
-        self.interval.end_step(self.progress.step, tokens, grad_norm)
+        self.meter.end_step(self.progress.step, total, tokens, grad_norm)
 
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
         hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
         return ops.tied_cross_entropy(hidden, self.model.wte.weight, targets.flatten())
 
-    def after_step(self, bar: tqdm) -> None:
-        """What is due between two steps: log, validate, save, stop."""
-        args, step = self.args, self.progress.step
-        epoch_ends = step % self.steps_per_epoch == 0 or step == self.total_steps
-        validates = epoch_ends or (args.eval_every and step % args.eval_every == 0)
-        if validates or step % args.log_every == 0:
-            metrics = self.measure(bar)
-            if validates:
-                metrics |= self.validate()
-            if self.directory:
-                self.progress.metrics_bytes = self.directory.append(metrics)
-        if epoch_ends or self.ranks.agree(self.checkpoint_is_due()):
-            save_training(self)
-        if stop := self.ranks.agree(self.stop_signal or 0):
-            if self.saved_step != step:
-                save_training(self)
-            if self.directory:
-                print(f"stopped after step {step}; go on with: "
-                      f"{resume_command(self.ranks.launcher())}", file=sys.stderr)
-            self.ranks.wait()  # torchrun ends the others as soon as one has ended
-            sys.exit(128 + stop)
-
-    def checkpoint_is_due(self) -> bool:
-        every = self.args.checkpoint_every
-        if isinstance(every, float):
-            return time.perf_counter() - self.saved_at >= every
-        return self.progress.step % every == 0
-
-    def on_signal(self, number: int, frame) -> None:
-        """The first signal lets the step end and saves; a second one stops at once."""
-        if self.stop_signal:
-            end_at_once(number, frame)
-        self.stop_signal = number
-        if self.directory:
-            say("stopping once the step is done and saved; a second signal stops at once")
-
-    def measure(self, bar: tqdm) -> dict:
-        """The metrics of the steps since the last call. Raises RunError if one was faulty."""
-        self.check()
-        interval, progress = self.interval, self.progress
-        total, tokens, seconds = interval.sums()
-        loss, speed, lr = total / tokens, tokens / seconds, self.optimizer.param_groups[0]["lr"]
-        skipped = {"skipped_steps": int(interval.skipped.item())} if interval.fp16 else {}
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:,.0f} tokens/s"
-                            + "".join(f", {n} skipped" for n in skipped.values()))
-        metrics = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch,
-                   "loss": loss, "lr": lr, "grad_norm": interval.grad_norm.item(),
-                   "tokens_per_second": speed, **skipped}
-        progress.training_seconds += seconds
-        interval.restart()
-        return metrics
-
-    def check(self) -> None:
-        """Raises RunError that names the first faulty step and its batch, if there was one."""
-        if fault := self.interval.fault():
-            step, what = fault
-            windows = next(self.batches(step - 1)) * self.args.stride
-            raise RunError(describe_fault(step, what, (step - 1) // self.steps_per_epoch, windows))
-
-    def last_checkpoint(self) -> str:
-        if self.saved_step is None:
-            return "there is no checkpoint yet"
-        return f"the last checkpoint is of step {self.saved_step}"
+    def measure(self) -> dict:
+        """The metrics of the steps since the last call."""
+        return {"step": self.progress.step, "epoch": self.progress.step / self.steps_per_epoch,
+                "lr": self.optimizer.param_groups[0]["lr"], **self.meter.measure()}
 
     def evaluate(self) -> Scores:
-        args = self.args
-        return evaluate(self.model, self.val_tokens, block_size=args.block_size,
-                        label_shift=args.label_shift, precision=args.precision, ranks=self.ranks)
+        block = self.options.block_size
+        batches = evaluation_batches(self.val_tokens, block, block, self.options.label_shift)
+        return evaluate(self.model, batches, self.tokenizer, self.device, self.ranks)
 
-    def validate_base(self) -> None:
-        """The base's own loss, against which the run is measured."""
-        with adapter_disabled(self.model):
-            scores = self.evaluate()
-        self.progress.base_val_loss = scores.loss
+    def describe_step(self, step: int) -> str:
+        epoch, windows = (step - 1) // self.steps_per_epoch, next(self.batches(step - 1))
+        return f"epoch {epoch + 1}, {self.windows.describe(windows)}"
+
+
+def train(trainer: Trainer, session: Session, lora_config: LoRAConfig | None) -> None:
+    """Every step to the last, and what is due between them."""
+    options, progress, meter = trainer.options, trainer.progress, trainer.meter
+    session.watch(parameters=Parameters(trainer.parameters), optimizer=trainer.optimizer,
+                  scaler=trainer.scaler, progress=progress, meter=meter)
+    session.resume(trainer.total_steps)
+    if progress.step == 0:
+        with adapter_disabled(trainer.model):
+            scores = trainer.evaluate()
+        progress.base_val_loss = scores.loss
         print(f"base: val {scores}", flush=True)
-        self.interval.restart()
+        if lora_config and options.init_adapter:
+            validate(trainer, session, lora_config)  # where training starts is the first best
+        meter.restart()
+    trainer.model.train()
+    for batch in session.steps(trainer.batches(progress.step)):
+        trainer.step(batch)
+        step = progress.step
+        epoch_ends = step % trainer.steps_per_epoch == 0 or step == trainer.total_steps
+        validates = epoch_ends or (options.eval_every and step % options.eval_every == 0)
+        if validates or step % options.log_every == 0:
+            metrics = trainer.measure()
+            if validates:
+                metrics |= validate(trainer, session, lora_config)
+            session.log(metrics)
+            meter.restart()  # validation is not training time,
+        meter.began += session.after_step(epoch_ends)  # nor is saving
+    session.finish(count_parameters(trainer.model) | progress.report() | meter.report())
 
-    def validate(self) -> dict:
-        """Score the validation part; keep the model if it is the best so far."""
-        scores, progress = self.evaluate(), self.progress
-        better = scores.loss < progress.best_val_loss
-        if better:
-            progress.best_val_loss = scores.loss
-            progress.best_val_bits_per_byte = scores.bits_per_byte
-            if self.directory:
-                self.save_best()
-        tqdm.write(f"step {progress.step}/{self.total_steps}: val {scores}"
-                   + (", best so far" if better else ""))
-        self.interval.restart()  # validation is not training time
-        return {"val_loss": scores.loss, "val_perplexity": scores.perplexity,
-                "val_bits_per_byte": scores.bits_per_byte}
 
-    def save_best(self) -> None:
-        if self.lora_config:
-            save_adapter(self.model, self.lora_config, self.args.out, self.args.base)
-        else:
-            save_gpt2(self.model, self.args.out)
-
-    def finish(self) -> None:
-        """Draw `loss.png` and write `run.json`, whose presence says that the run is complete."""
-        progress, args = self.progress, self.args
-        progress.seconds = time.perf_counter() - self.started
-        self.directory.check()
-        draw_loss(args.out, args.method, progress.base_val_loss)
-        trainable, total = count_parameters(self.model)
-        write_json(args.out / RUN, {
-            "method": args.method, "base": args.base, "options": options(args),
-            "trainable_parameters": trainable, "total_parameters": total,
-            "trainable_percent": 100 * trainable / total,
-            "base_val_loss": progress.base_val_loss,
-            "best_val_loss": progress.best_val_loss,
-            "best_val_perplexity": perplexity(progress.best_val_loss),
-            "best_val_bits_per_byte": progress.best_val_bits_per_byte,
-            "steps": progress.step, "seconds": progress.seconds,
-            "tokens_per_second": progress.tokens / max(progress.training_seconds, 1e-9),
-            "peak_memory_mb": peak_memory_mb(self.device),
-            "device": self.ranks.times(device_name(self.device)),
-            "precision": args.precision, "torch": torch.__version__,
-            **({"skipped_steps": int(self.interval.skipped.item())} if self.interval.fp16 else {}),
-        })
-        print(f"best: val perplexity {perplexity(progress.best_val_loss):.3f} "
-              f"(base {perplexity(progress.base_val_loss):.3f}) after {progress.seconds:.0f} s; "
-              f"saved in {args.out}")
+def validate(trainer: Trainer, session: Session, lora_config: LoRAConfig | None) -> dict:
+    """Score the validation part; save the model if it is the best so far."""
+    options, progress, scores = trainer.options, trainer.progress, trainer.evaluate()
+    better = scores.loss < progress.best_val_loss
+    if better:
+        progress.best_val_loss, progress.best_val_bits_per_byte = scores.loss, scores.bits_per_byte
+        if session.directory and lora_config:
+            save_adapter(trainer.model, lora_config, options.out, options.base,
+                         session.identity["base"]["weights"])
+        elif session.directory:
+            save_gpt2(trainer.model, options.out, end_of_text=trainer.tokenizer.end_of_text)
+            save_tokenizer(trainer.tokenizer, options.out)
+    tqdm.write(f"step {progress.step}/{trainer.total_steps}: val {scores}"
+               + (", best so far" if better else ""))
+    return {"val_loss": scores.loss, "val_perplexity": scores.perplexity,
+            "val_bits_per_byte": scores.bits_per_byte}
 
 
 if __name__ == "__main__":

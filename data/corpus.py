@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from cli import Parser
-from errors import UserError, run_command
-from files import atomic_path
+from common.cli import Parser
+from common.errors import UserError, run_command
+from common.files import atomic_path
 from model.tokenizer import END_OF_TEXT
 
 
@@ -29,7 +29,7 @@ def main() -> None:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 

@@ -1,17 +1,22 @@
-"""The split, the windows and the batches (definitions in the README: they must not drift)."""
+"""Split a book's tokens, cut them into windows, and make batches of windows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from data.tokens import load_tokens
+from model.tokenizer import Tokenizer
+
 NOT_SCORED = -100  # F.cross_entropy's ignore_index
 
 
 def split(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The book in order: the last `val_fraction` of its tokens are the validation part."""
+    """Return the training part and, the last `val_fraction` of the tokens, the validation part."""
     cut = len(tokens) - int(len(tokens) * val_fraction)
     return tokens[:cut], tokens[cut:]
 
@@ -30,26 +35,47 @@ class Windows:
         return max(0, room // self.stride + 1)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (B, T) int64 each, of the windows with these indices."""
+        """Return inputs and targets, (B, T) int64 each, of the windows with these indices."""
         span = np.arange(self.block_size)
         start = (np.asarray(indices) * self.stride)[:, None] + span  # (B, T)
         inputs, targets = self.tokens[start], self.tokens[start + self.label_shift]
         return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """This epoch's order of the windows: a permutation that depends on nothing else."""
+        """Return the epoch's order of the windows: a permutation that only these two decide."""
         return np.random.default_rng((seed, epoch)).permutation(len(self))
+
+    def describe(self, indices: np.ndarray) -> str:
+        """Say where in the book these windows begin."""
+        starts = sorted((indices * self.stride).tolist())
+        places = ", ".join(map(str, starts[:16])) + ", ..." * (len(starts) > 16)
+        return f"windows at tokens {places} of the book"
+
+
+def load_windows(book: Path, tokenizer: Tokenizer, *, block_size: int, stride: int,
+                 label_shift: int, val_fraction: float) -> tuple[Windows, np.ndarray]:
+    """Return the training windows and the validation part's tokens.
+
+    Raises UserError if either part is shorter than a window.
+    """
+    train_part, val_part = split(load_tokens(book, tokenizer), val_fraction)
+    for name, part in (("training", train_part), ("validation", val_part)):
+        if len(part) < block_size + label_shift:
+            raise UserError(f"{book}: its {name} part is {len(part):,} tokens, less than one "
+                            f"window of {block_size}; use a longer book or a smaller block")
+    return Windows(train_part, block_size, stride, label_shift), val_part
 
 
 def evaluation_batches(
-    tokens: np.ndarray, block_size: int, stride: int, label_shift: int, batch_size: int
+    tokens: np.ndarray, block_size: int, stride: int, label_shift: int,
+    batch_size: int = 16
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(B, T) inputs and targets that score each token but the first `label_shift` once.
+    """Yield inputs and targets (B, T) that score each token but the first `label_shift` once.
 
-    Windows start every `stride` tokens; with a stride below the block size, only tokens that no
-    earlier window scored count. The last window may be shorter: it is padded on the right, where
-    a causal model cannot see, and padding is not scored. Raises ValueError for a stride above the
-    block size, which would leave tokens out.
+    Windows start every `stride` tokens; below the block size, only tokens that no earlier window
+    scored count. A shorter last window is padded on the right, where a causal model cannot see,
+    and the padding is not scored. Raises ValueError for a stride above the block size, which would
+    leave tokens out.
     """
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride {stride} is not from 1 to the block size, {block_size}")

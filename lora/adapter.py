@@ -3,20 +3,18 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from errors import UserError
-from files import atomic_path, read_json, write_json
-from lora.config import LoRAConfig
+from common.errors import UserError
+from common.files import atomic_path, brief, read_json, write_json
+from common.tensors import read_metadata, read_tensors, write_tensors
 from lora.inject import inject, lora_layers
-from model.hub import HUB_NAMES, OWNER
-from untrusted import brief, check_safetensors_header
+from lora.layer import LoRAConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.transformer."
-READ = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: the base's weights file; PEFT ignores it
+USED = {"r", "lora_alpha", "lora_dropout", "target_modules"}
 # PEFT's fields that do not change what a trained adapter computes, whatever they say.
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
@@ -24,7 +22,7 @@ IGNORED = {
     "qalora_group_size", "revision", "runtime_config",
 }
 # Fields that may change it, and the values that are plain LoRA.
-PLAIN = {
+SUPPORTED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none",),
@@ -33,22 +31,25 @@ PLAIN = {
     # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
-OFF = (None, False, [], {})  # the value of PEFT's other switches, later ones included, when unused
+UNUSED = (None, False, [], {})  # the values that switch any other field of PEFT's off
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every A and B under the key that PEFT gives it."""
+    """Return every A and B under the key that PEFT gives it."""
     return {f"{PREFIX}{name}.{part}.weight": getattr(layer, part).weight
             for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
 
 
-def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path, base: str) -> None:
-    """Write the model's adapter as stock PEFT reads it, each of the two files atomically."""
-    tensors = {key: weight.detach().float().cpu().contiguous()
-               for key, weight in adapter_tensors(model).items()}
+def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path, base: str,
+                 base_sha256: str = "") -> None:
+    """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
+
+    `base` names the base for people; `base_sha256`, of its weights file, decides whether it fits.
+    """
+    metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
     write_json(Path(directory) / CONFIG, _peft_config(config, base))
     with atomic_path(Path(directory) / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        write_tensors(temporary, adapter_tensors(model), metadata, torch.float32)
 
 
 def _peft_config(config: LoRAConfig, base: str) -> dict:
@@ -74,14 +75,14 @@ def _peft_config(config: LoRAConfig, base: str) -> dict:
 
 
 def load_adapter_config(directory: Path) -> LoRAConfig:
-    """The adapter's hyper-parameters.
+    """Read the adapter's hyper-parameters.
 
     Raises UserError that names the field for anything that is not plain LoRA on linear layers.
     """
     path = Path(directory) / CONFIG
     stored = {"peft_type": None, "lora_dropout": 0.0} | read_json(path)
     for field, value in stored.items():
-        if field not in READ | IGNORED and value not in PLAIN.get(field, OFF):
+        if field not in USED | IGNORED and value not in SUPPORTED.get(field, UNUSED):
             raise UserError(f"{path}: {brief(field)} {brief(value)} is not supported")
     targets = stored.get("target_modules")
     if not isinstance(targets, list) or not targets or not all(isinstance(t, str) for t in targets):
@@ -95,16 +96,6 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
     )
 
 
-def adapter_base(directory: Path) -> str | None:
-    """The base that the adapter names, if it is one that `--base` knows by name.
-
-    A path in a file from elsewhere is not followed.
-    """
-    name = read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
-    name = name.removeprefix(f"{OWNER}/") if isinstance(name, str) else None
-    return name if name in (*HUB_NAMES, "mini") else None
-
-
 def _number(path: Path, stored: dict, field: str, kind, low: float, high: float):
     value = stored.get(field)
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
@@ -113,11 +104,26 @@ def _number(path: Path, stored: dict, field: str, kind, low: float, high: float)
     return value
 
 
+def base_name(directory: Path) -> object:
+    """The base that the adapter's config names: for people, since a path may mean another model."""
+    return read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+
+
+def check_base(directory: Path, base_sha256: str) -> None:
+    """Raise UserError if the adapter's file says that it was trained on another base."""
+    path = Path(directory) / WEIGHTS
+    needed = read_metadata(path).get(BASE_SHA256, base_sha256)
+    if needed != base_sha256:
+        raise UserError(f"{path}: was trained on another base (weights sha256 {brief(needed)}, "
+                        f"not {brief(base_sha256)}); give --base the one it was trained on, "
+                        f"{brief(base_name(directory))}")
+
+
 def load_adapter(model: nn.Module, directory: Path) -> LoRAConfig:
     """Inject the adapter in `directory` into `model`, A and B as stored; return its config.
 
-    Raises UserError that names the tensor when one is missing, left over, misshapen or not
-    finite: an adapter of another base never loads in part.
+    Raises UserError that names the tensor if one is missing, unexpected, misshapen or not finite:
+    an adapter of another base never loads in part.
     """
     config = load_adapter_config(directory)
     try:
@@ -126,39 +132,9 @@ def load_adapter(model: nn.Module, directory: Path) -> LoRAConfig:
         raise UserError(f"{Path(directory) / CONFIG}: does not fit this base: "
                         f"{error!s:.150}") from error
     wanted = adapter_tensors(model)
-    stored = _read_tensors(Path(directory) / WEIGHTS, {k: w.shape for k, w in wanted.items()})
+    shapes = {key: weight.shape for key, weight in wanted.items()}
+    tensors = dict(read_tensors(Path(directory) / WEIGHTS, shapes))  # all checked before any is set
     with torch.no_grad():
-        for key, weight in wanted.items():
-            weight.copy_(stored[key])
+        for key, tensor in tensors.items():
+            wanted[key].copy_(tensor)
     return config
-
-
-def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of `shapes`, if the file holds them and no others."""
-    check_safetensors_header(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = set(file.keys())
-            if missing := sorted(shapes.keys() - keys):
-                raise UserError(f"{path}: tensor {missing[0]} is missing; the adapter is for "
-                                "another base")
-            if extra := sorted(keys - shapes.keys()):
-                raise UserError(f"{path}: unexpected tensor {extra[0]!r:.120}; the adapter is "
-                                "for another base")
-            return {key: _read_tensor(path, file, key, shape) for key, shape in shapes.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing, truncated or not a safetensors file") from error
-
-
-def _read_tensor(path: Path, file: safe_open, key: str, shape: torch.Size) -> Tensor:
-    header = file.get_slice(key)
-    if header.get_shape() != list(shape):
-        raise UserError(f"{path}: {key} is {brief(tuple(header.get_shape()))}, this base "
-                        f"needs {tuple(shape)}")
-    if header.get_dtype() not in ("F32", "F16", "BF16"):
-        raise UserError(f"{path}: {key} holds {header.get_dtype()}; only F32, F16 and BF16 are "
-                        "known")
-    tensor = file.get_tensor(key)
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
-    return tensor

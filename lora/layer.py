@@ -1,12 +1,32 @@
 """The LoRA layer: a frozen linear layer plus a trained update of low rank."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora.config import LoRAConfig
-from model.ops import Dropout
+from model.fast import Dropout
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Hyper-parameters of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685), named as in
+    PEFT's `adapter_config.json`.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("c_attn",)
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A x: alpha / r (paper, 4.1), or alpha / sqrt(r) for rank-stabilised LoRA
+        (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        """
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
 class LoRALinear(nn.Module):
@@ -32,6 +52,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.enabled, self.merged = True, False
+        self.register_state_dict_pre_hook(_refuse_merged)
         self.to(base_layer.weight.device)
         self.train(base_layer.training)
 
@@ -39,30 +60,17 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)  # (..., out)
         if self.merged or not self.enabled:
             return y
-        if not torch.is_autocast_enabled(x.device.type):  # which casts for the products itself
+        if not torch.is_autocast_enabled(x.device.type):  # autocast casts for the matmuls itself
             x = x.to(self.lora_A.weight.dtype)
         update = self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling  # (..., out)
         return (y + update).to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """scaling * B A, (out, in), fp32: what merging adds to W."""
+        """Return scaling * B A, (out, in) in fp32: what merging adds to W."""
         return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
 
-    def merge(self) -> None:
-        """Fold the update into W, so that the layer costs what a plain one does."""
-        if not self.merged:
-            self._add_to_base(self.delta_weight())
-            self.merged = True
 
-    def unmerge(self) -> None:
-        """Take the update out of W again, exact to rounding."""
-        if self.merged:
-            self._add_to_base(-self.delta_weight())
-            self.merged = False
-
-    @torch.no_grad()
-    def _add_to_base(self, delta: Tensor) -> None:
-        weight = self.base_layer.weight
-        # In fp32 and cast once: in bf16 most of a small delta would round away.
-        weight.copy_(weight.float() + delta)
+def _refuse_merged(layer: LoRALinear, *_) -> None:
+    if layer.merged:  # a fresh model that loads it would add the update twice
+        raise ValueError("the adapter is merged; unmerge it before taking the state dict")

@@ -1,11 +1,48 @@
-"""Write a base and its adapter as one model: `python -m lora.merge --adapter DIR --out DIR`."""
+"""Fold an adapter into its base: `python -m lora.merge --adapter DIR --out DIR`."""
 
 from pathlib import Path
 
-from cli import Parser, add_model_options, load_model
-from errors import UserError, run_command
-from lora.inject import merge, unwrap
-from model.checkpoint import save_gpt2
+import torch
+from torch import nn
+
+from common.cli import Parser
+from common.device import PRECISIONS
+from common.errors import UserError, run_command
+from common.files import refuse_existing
+from lora.inject import lora_layers
+from lora.layer import LoRALinear
+from lora.load import add_model_options, load_model
+from model.tokenizer_files import save_tokenizer
+from model.weights import save_gpt2
+
+
+def merge(model: nn.Module) -> None:
+    """W <- W + scaling * B A in every LoRA layer, so that it costs what a plain one does.
+
+    W must be in fp32: a sum in bf16 rounds a small update away. Raises ValueError for another
+    precision or a disabled adapter.
+    """
+    for name, layer in lora_layers(model).items():
+        if not layer.enabled or layer.base_layer.weight.dtype != torch.float32:
+            raise ValueError(f"{name}: only an enabled adapter is merged, and into fp32 weights")
+        if not layer.merged:
+            layer.base_layer.weight.data += layer.delta_weight()
+            layer.merged = True
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`, exact to rounding."""
+    for layer in lora_layers(model).values():
+        if layer.merged:
+            layer.base_layer.weight.data -= layer.delta_weight()
+            layer.merged = False
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put the plain linear layers back in place, with what was merged into them."""
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, LoRALinear):
+            model.set_submodule(name, layer.base_layer)
 
 
 def main() -> None:
@@ -13,16 +50,34 @@ def main() -> None:
     add_model_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
                         help="the new Hugging Face GPT-2 directory")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
+                        help="of the file; below fp32 a part of the update is rounded away, and "
+                             "how much is printed")
     args = parser.parse_args()
     if not args.adapter:
         raise UserError("--adapter is missing: there is nothing to merge")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out}: exists already; name a new directory")
-    name, model = load_model(args)
+    refuse_existing(args.out)
+    base, model, tokenizer = load_model(args.base, args.adapter)
     merge(model)
+    if args.precision != "fp32":
+        print(rounding_cost(model, PRECISIONS[args.precision]))
     unwrap(model)
-    save_gpt2(model, args.out)
-    print(f"{name} + {args.adapter} -> {args.out}")
+    save_gpt2(model, args.out, PRECISIONS[args.precision], tokenizer.end_of_text)
+    save_tokenizer(tokenizer, args.out)
+    print(f"{base} + {args.adapter} -> {args.out}")
+
+
+def rounding_cost(model: nn.Module, dtype: torch.dtype) -> str:
+    """Say what writing merged weights in `dtype` does to the update, over all LoRA layers."""
+    error = size = 0.0
+    for layer in lora_layers(model).values():
+        merged, delta = layer.base_layer.weight.data, layer.delta_weight()
+        base = merged - delta
+        kept = merged.to(dtype).float() - base.to(dtype).float()  # against the base in `dtype`
+        error += (kept - delta).square().sum().item()
+        size += delta.square().sum().item()
+    share = (error / size) ** 0.5 if size else 0.0
+    return f"{dtype}: rounding changes the update by {share:.1%} of its norm; fp32 keeps it whole"
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
-"""Rewrite a model in another precision: `python -m model.export --base B --out DIR`."""
+"""Write a base in another precision: `python -m model.export --base B --out DIR`."""
 
 from pathlib import Path
 
-from cli import Parser, add_base_options
-from errors import UserError, run_command
-from hardware import PRECISIONS
-from model.checkpoint import WEIGHTS, load_gpt2, save_gpt2
+from common.cli import Parser, add_base_option
+from common.device import PRECISIONS
+from common.errors import run_command
+from common.files import refuse_existing
 from model.hub import find_base
+from model.tokenizer_files import load_tokenizer, save_tokenizer
+from model.weights import WEIGHTS, load_gpt2, save_gpt2
 
 
 def main() -> None:
     parser = Parser(prog="model.export", description=__doc__.splitlines()[0])
-    add_base_options(parser)
+    add_base_option(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+                        help="the new Hugging Face GPT-2 directory")
     args = parser.parse_args()
+    refuse_existing(args.out)
     name, directory = find_base(args.base)
-    if args.out.resolve() == directory.resolve():
-        raise UserError(f"--out {args.out}: is the base itself; name another directory")
-    save_gpt2(load_gpt2(directory), args.out, PRECISIONS[args.precision])
+    model = load_gpt2(directory)
+    tokenizer = load_tokenizer(directory, model.config.vocab_size)
+    save_gpt2(model, args.out, PRECISIONS[args.precision], tokenizer.end_of_text)
+    save_tokenizer(tokenizer, args.out)
     print(f"{name} in {args.precision} -> {args.out / WEIGHTS}")
 
 

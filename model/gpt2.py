@@ -4,6 +4,9 @@ Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...), so a s
 no map. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+
+`ops` is PyTorch's linear, dropout, attention and cross-entropy, written for speed: each function
+has its one-line meaning in `model/plain.py`.
 """
 
 import math
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model import ops
+from model import fast as ops
 
 
 @dataclass
@@ -32,6 +35,9 @@ class GPT2Config:
     resid_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    activation_function: str = "gelu_new"  # GPT-2's tanh form; "gelu" is the erf form
+    scale_attn_weights: bool = True  # by 1 / sqrt(D)
+    scale_attn_by_inverse_layer_idx: bool = False  # and by 1 / (layer + 1), layers from 0
 
 
 class KVCache:
@@ -61,6 +67,9 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
         self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
+        # `causal_attention` itself scales the scores by 1 / sqrt(D).
+        self.q_scale = 1.0 if config.scale_attn_weights else (config.n_embd / config.n_head) ** 0.5
+        self.q_scale /= layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
         self.c_attn = ops.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = ops.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = ops.Dropout(config.resid_pdrop)
@@ -69,6 +78,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        q = q if self.q_scale == 1 else q * self.q_scale
         if cache is None:
             y = ops.causal_attention(q, k, v, self.attn_pdrop if self.training else 0.0)
         else:
@@ -92,10 +102,11 @@ class MLP(nn.Module):
         self.c_fc = ops.Linear(config.n_embd, inner)
         self.c_proj = ops.Linear(inner, config.n_embd)
         self.dropout = ops.Dropout(config.resid_pdrop)
+        # GPT-2 was trained with the tanh form of GELU; the erf form is close, but another function.
+        self.gelu = "none" if config.activation_function == "gelu" else "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        # GPT-2 was trained with the tanh form of GELU; the erf form is close, but another function.
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
 
 
 class Block(nn.Module):
@@ -142,13 +153,26 @@ class GPT2(nn.Module):
         if total > self.config.n_positions:
             raise ValueError(f"{total} tokens are more than n_positions {self.config.n_positions}")
         positions = torch.arange(past, total, device=idx.device)  # (T,)
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
+        x = self.drop(self.embed(idx, positions))  # (B, T, C)
         for block in self.h:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
         return self.ln_f(x)
+
+    def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """wte[idx] + wpe[positions], (B, T, C): the residual stream, in the norms' fp32.
+
+        Autocast does not round embeddings, and `Device.hold` rounds frozen ones: an evaluation
+        rounds them in any case, so that a model has one loss, whoever evaluates it.
+        """
+        tokens, places = self.wte(idx), self.wpe(positions)
+        if torch.is_autocast_enabled(idx.device.type) and not torch.is_grad_enabled():
+            dtype = torch.get_autocast_dtype(idx.device.type)
+            tokens, places = tokens.to(dtype), places.to(dtype)
+        dtype = self.ln_f.weight.dtype
+        return tokens.to(dtype) + places.to(dtype)
 
     def set_dropout(self, p: float) -> None:
         """Give all of the base's dropouts (embedding, attention, residual) the probability `p`."""

@@ -1,50 +1,90 @@
-"""GPT-2's byte-pair tokenizer: tiktoken's engine over the ranks bundled beside this file."""
+"""Text to token ids and back: byte-pair encoding on tiktoken's engine.
 
+tiktoken wants each token's bytes with a rank, and merges the pair of the lowest rank first. Which
+tokens and ids those are, a base's own files say (`tokenizer_files.py`).
+"""
+
+import hashlib
 from base64 import b64decode
-from functools import lru_cache
-from hashlib import sha256
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
-from errors import UserError
+from common.errors import UserError
+from common.files import file_sha256
 
-RANKS = Path(__file__).with_name("r50k_base.tiktoken")
-RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+RANKS = Path(__file__).with_name("r50k_base.tiktoken")  # GPT-2's, as OpenAI publishes them
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+GPT2_SIZE = 50257
 
 
-@lru_cache
-def load_tokenizer(vocab_size: int = 50257) -> tiktoken.Encoding:
-    """GPT-2's tokenizer, or a smaller one: the first `vocab_size` - 1 ranks and `<|endoftext|>`.
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
 
-    Ranks are ordered by the merge that made them, and each is a merge of two lower ones, so
-    every prefix of them that holds the 256 single bytes is a tokenizer of its own. Raises
-    UserError for a size that has none and for damaged ranks.
+    `merges` are the single bytes and then the merged tokens, in rank order; `ids` has the id of
+    each. `special` tokens are never split; `<|endoftext|>` among them means `end_of_text`.
     """
-    if not 257 <= vocab_size <= 50257:
-        raise UserError(f"the base's vocab_size is {vocab_size}; GPT-2's tokenizer serves "
-                        "257 to 50257")
-    ranks = load_ranks(RANKS)
-    end_of_text = vocab_size - 1
-    return tiktoken.Encoding(
-        name=f"gpt2-{vocab_size}",
-        pat_str=PATTERN,
-        mergeable_ranks={piece: rank for piece, rank in ranks.items() if rank < end_of_text},
-        special_tokens={END_OF_TEXT: end_of_text},
-    )
+
+    pattern: str
+    merges: tuple[bytes, ...]
+    ids: tuple[int, ...]
+    special: dict[str, int]
+    end_of_text: int | None
+    vocab_size: int  # the model's: it may be padded beyond the tokenizer's
+    source: Path | None = None  # the directory of its files
+
+    @cached_property
+    def _engine(self) -> tiktoken.Encoding:
+        special = {text: len(self.merges) + i for i, text in enumerate(self.special)}
+        return tiktoken.Encoding("base", pat_str=self.pattern, special_tokens=special,
+                                 mergeable_ranks={b: rank for rank, b in enumerate(self.merges)})
+
+    @property
+    def dtype(self) -> type:
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    @cached_property
+    def _id_of_rank(self) -> np.ndarray:
+        return np.array([*self.ids, *self.special.values()], dtype=self.dtype)
+
+    @cached_property
+    def bytes_of(self) -> dict[int, bytes]:
+        """The bytes of every token by its id. A padding id of the model has none."""
+        return (dict(zip(self.ids, self.merges, strict=True))
+                | {i: text.encode() for text, i in reversed(self.special.items())})
+
+    @cached_property
+    def byte_counts(self) -> np.ndarray:
+        """The number of UTF-8 bytes that each id stands for, (V,) uint16."""
+        counts = np.zeros(self.vocab_size, dtype=np.uint16)
+        for token, text in self.bytes_of.items():
+            counts[token] = len(text)
+        return counts
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that decides the ids: by this a token cache knows its tokenizer."""
+        parts = (self.pattern, self.merges, self.ids, self.special, self.vocab_size)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids (N,), uint16 or, above 65,536 ids, uint32."""
+        return self._id_of_rank[self._engine.encode_to_numpy(text, allowed_special="all")]
 
 
-def load_ranks(path: Path) -> dict[bytes, int]:
-    """Each token's bytes and rank, from lines of base64 and number. Raises UserError if changed.
-
-    tiktoken's own loader would copy the file to a shared temporary directory and read that.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if sha256(content).hexdigest() != RANKS_SHA256:
-        raise UserError(f"{path}: is damaged; take the project's own copy again")
-    return {b64decode(token): int(rank) for token, rank in map(bytes.split, content.splitlines())}
+@cache
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's, from the ranks bundled beside this file. Raises UserError if they are damaged."""
+    if file_sha256(RANKS) != RANKS_SHA256:
+        raise UserError(f"{RANKS}: is damaged; take the project's own copy again")
+    lines = map(bytes.split, RANKS.read_bytes().splitlines())
+    ranks = {int(rank): b64decode(token) for token, rank in lines}
+    merges = tuple(ranks[rank] for rank in sorted(ranks))
+    end = GPT2_SIZE - 1
+    return Tokenizer(PATTERN, merges, tuple(range(end)), {END_OF_TEXT: end}, end, GPT2_SIZE)

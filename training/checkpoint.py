@@ -1,94 +1,119 @@
-"""checkpoint.pt and the one before it: written whole, verified before they are believed."""
+"""checkpoint.safetensors and the one before it: written whole, verified before they are believed.
+
+The tensors of a nested state go into the file as tensors; the rest, with the tensors' names in
+their places, is JSON in the header. The header also holds the sha256 of the whole file, computed
+with zeros in the digest's own place.
+"""
 
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from errors import UserError
-from files import atomic_path
-from training.directory import CHECKPOINT, PREVIOUS
-from untrusted import read_torch
+from common.errors import UserError
+from common.files import atomic_path
+from common.tensors import read_metadata, write_tensors
+
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+NO_DIGEST = b"0" * 64
+
+
+class Parameters:
+    """Trained parameters as a `Stateful`. Raises ValueError for other names or shapes."""
+
+    def __init__(self, parameters: dict[str, Tensor]):
+        self.parameters = parameters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        shapes, needed = ({name: t.shape for name, t in tensors.items()}
+                          for tensors in (state, self.parameters))
+        if shapes != needed:
+            raise ValueError("its parameters have other names or shapes")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[name])
 
 
 def write_checkpoint(out: Path, state: dict) -> None:
-    """Save `state` as the newest checkpoint; the newest until now becomes the previous one.
+    """Save `state` as the newest checkpoint; the newest before it becomes the previous one.
 
-    At every instant one of the two is whole. `state` holds tensors, numbers, strings, lists,
-    tuples and dicts; the sha256 of its content goes into the file with it.
+    At every instant one of the two is whole. `state` is a dict of numbers, strings, lists, tensors
+    and such dicts.
     """
-    with (atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary,
-          open(temporary, "wb") as file):
-        torch.save(state | {"sha256": content_sha256(state)}, file)
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_take_tensors(state, "", tensors))
+    with atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary:
+        write_tensors(temporary, tensors, {"sha256": NO_DIGEST.decode(), "state": tree})
+        digest, place = _sha256(temporary)
+        with open(temporary, "r+b") as file:
+            file.seek(place)
+            file.write(digest.encode())
 
 
 def has_checkpoint(out: Path) -> bool:
     return any(os.path.lexists(out / name) for name in (CHECKPOINT, PREVIOUS))
 
 
-def read_checkpoint(out: Path) -> tuple[dict, Path]:
-    """The newest whole state and its file, with a warning if a newer one is damaged.
+def read_checkpoint(out: Path) -> dict:
+    """Return the newest whole state, with a warning if a newer one is damaged; it is removed.
 
     Raises UserError if no file is whole.
     """
     damaged = []
-    for path in (out / CHECKPOINT, out / PREVIOUS):
-        if not os.path.lexists(path):
-            continue
-        state, problem = _read(path)
-        if problem:
-            damaged.append(f"{path}: damaged ({problem})")
+    for path in filter(os.path.lexists, (out / CHECKPOINT, out / PREVIOUS)):
+        try:
+            state = _read(path)
+        except UserError as error:
+            damaged.append(str(error))
             continue
         if damaged:
             print(f"warning: {damaged[0]}; going on from {path}", file=sys.stderr)
-        return state, path
+            os.replace(path, out / CHECKPOINT)
+        return state
     raise UserError(f"{'; '.join(damaged)}; start again with --overwrite" if damaged else
                     f"--resume: {out} holds no checkpoint; start without --resume")
 
 
-def settle(out: Path, path: Path) -> None:
-    """Make the file that a run goes on from its newest checkpoint, in place of a damaged one."""
-    if path.name == PREVIOUS:
-        os.replace(path, out / CHECKPOINT)
+def _read(path: Path) -> dict:
+    metadata = read_metadata(path)
+    if metadata.get("sha256") != _sha256(path)[0]:
+        raise UserError(f"{path}: damaged (its sha256 is not that of its content)")
+    tensors = load_file(path)
+
+    def put_tensors(node: dict) -> object:
+        if "tensor" in node:
+            return tensors[node["tensor"]]
+        return {int(key) if key.isdigit() else key: value for key, value in node.items()}
+
+    return json.loads(metadata["state"], object_hook=put_tensors)
 
 
-def _read(path: Path) -> tuple[dict, str | None]:
-    """A checkpoint's state, and what is wrong with the file if anything is."""
-    try:
-        open(path, "rb").close()
-        state = read_torch(path)
-        told = state.pop("sha256")
-    except OSError as error:  # says nothing of the file's content
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UserError as error:
-        return {}, str(error).removeprefix(f"{path}: ")
-    except (AttributeError, KeyError, TypeError):
-        return {}, "not a checkpoint"
-    if told != content_sha256(state):
-        return {}, "its sha256 is not that of its content"
-    return state, None
-
-
-def content_sha256(value: object) -> str:
-    """Of what a state says, however a file spells it: types, shapes, keys in order, every bit."""
+def _sha256(path: Path) -> tuple[str, int]:
+    """Return the file's sha256 without the digest in its header, and the digest's place."""
     digest = hashlib.sha256()
-    for part in _parts(value):
-        digest.update(part)
-    return digest.hexdigest()
+    with open(path, "rb") as file:
+        start = file.read(1 << 10)  # `write_tensors` puts the metadata first
+        place = start.find(b'"sha256": "') + len(b'"sha256": "')
+        digest.update(start[:place] + NO_DIGEST + start[place + len(NO_DIGEST):])
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest(), place
 
 
-def _parts(value: object) -> Iterator[bytes | np.ndarray]:
+def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
+    """Move a state's tensors into `tensors`, and leave their names in their places."""
     if isinstance(value, Tensor):
-        yield f"{value.dtype}{tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    elif isinstance(value, dict | list | tuple):
-        yield f"{type(value).__name__}{len(value)}".encode()
-        for item in value.items() if isinstance(value, dict) else value:
-            yield from _parts(item)
-    else:
-        yield f"{type(value).__name__}{value!r}".encode()
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {key: _take_tensors(item, f"{name}.{key}".lstrip("."), tensors)
+                for key, item in value.items()}
+    return value

@@ -1,8 +1,8 @@
 """Data parallel training: the processes that `torchrun` starts, each with its share of a batch.
 
-Every rank holds the whole model and computes the gradient of its own windows' summed loss; the sum
-over ranks is that of the whole batch, so that the number of ranks changes the speed, not the result
-(but for dropout, which each rank draws by itself).
+Every rank holds the whole model and computes the gradient of its own windows' summed loss. The sum
+over ranks is that of the whole batch, so the number of ranks changes the speed and not the result,
+but for the dropouts, which each rank draws by itself.
 """
 
 import os
@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # later, its functions' defaults would keep a group alive past its end
 from torch import Tensor
 
-from errors import RunError, UserError
+from common.errors import RunError, UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wait
@@ -28,34 +28,26 @@ PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wa
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank`, among `count`; alone, it has no one to wait for.
-
-    Collectives raise RunError when another rank has gone.
-    """
+    """This process, `rank`, among `count`. Collectives raise RunError if another rank has gone."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def of_torchrun(cls) -> "Ranks":
-        """As torchrun's environment says; alone, if this process was started otherwise."""
+        """As torchrun's environment says; alone if this process was started otherwise."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for ends of its own
             return ALONE
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
     @property
     def first(self) -> bool:
-        """The one rank that writes files and speaks."""
+        """Whether this is the one rank that writes files and prints."""
         return self.rank == 0
-
-    def times(self, what: str) -> str:
-        """Such as "4 x cpu"; alone, `what` itself."""
-        return what if self.count == 1 else f"{self.count} x {what}"
 
     def launcher(self) -> list[str]:
         """What `python` needs before `train.py` to start as many ranks; torchrun is short for it.
-
-        Where several machines can meet is for the user to fill in.
+        Where several machines meet is for the user to fill in.
         """
         if self.count == 1:
             return []
@@ -66,9 +58,8 @@ class Ranks:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Inside the `with`, ranks can exchange tensors, and only the first prints.
-
-        The CPU's tensors travel by gloo, CUDA's by NCCL.
+        """Inside the `with`, ranks can exchange tensors (the CPU's by gloo, CUDA's by NCCL), and
+        only the first prints.
         """
         if self.count == 1:
             yield
@@ -78,8 +69,8 @@ class Ranks:
             if local >= gpus:
                 raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; one rank a GPU")
             torch.cuda.set_device(local)
-        self._call(lambda: dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        self._call(lambda: dist.init_process_group(backend, timeout=PATIENCE))
         with (open(os.devnull, "w") as nowhere,
               redirect_stdout(sys.stdout if self.first else nowhere)):
             yield
@@ -104,7 +95,7 @@ class Ranks:
             self.wait()
 
     def wait(self) -> None:
-        """For every rank to come here."""
+        """Wait for every rank to come here."""
         self.agree(0)
 
     def share(self, batch: np.ndarray) -> np.ndarray:
@@ -116,7 +107,7 @@ class Ranks:
         return islice(items, self.rank, None, self.count)
 
     def check_same(self, identity: dict) -> None:
-        """Raises UserError, in every rank, if one was given other options, base or book."""
+        """Raise UserError, in every rank, if one was given other options, base or book."""
         first, *others = self.gather(identity)
         for rank, other in enumerate(others, 1):
             if different := [name for name in first if other[name] != first[name]]:

@@ -1,7 +1,11 @@
-"""Products, dropout, attention and loss: what PyTorch has as single calls, written here for speed.
+"""Faster twins of the operations in `model/plain.py`, which says what each of them computes.
 
-Each computes what its PyTorch counterpart does; benchmarks/plain.py holds the pairs, and the tests
-compare them. Everything else in the model is PyTorch's own.
+- `linear`: oneDNN's matmul in place of MKL's, in fp32.
+- `dropout`: a quarter of the random numbers that `F.dropout` draws.
+- `causal_attention`: matmul, softmax, dropout, matmul; the fused kernel has no dropout on a CPU.
+- `tied_cross_entropy`, `score`: the logits are never whole, and the loss takes three matmuls.
+
+All but the loss are for the CPU; elsewhere they call what they replace.
 """
 
 import math
@@ -11,16 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST_PRODUCTS = 256  # tokens, up to which low precision is faster with the matrix written out
-FEW_LOGITS = 1 << 23  # at a time, where memory counts
-MANY_LOGITS = 1 << 25  # where every chunk costs: a GPU's launches, a sum into the head's gradient
+LONGEST_MATRIX = 256  # tokens, up to which low precision is faster with the (T, T) matrix
+FEW_LOGITS = 1 << 23  # at a time, to save memory
+MANY_LOGITS = 1 << 25  # where each chunk costs a kernel launch or a sum into the head's gradient
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, for x (..., in) of two dimensions or more. In fp32 on a CPU by oneDNN, where
-    PyTorch would take MKL: faster, most of all for a single token and for a short, wide result.
-    """
+    """`F.linear` for x of 2 or more dimensions; gains most where x is short and y is wide."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if not (ONEDNN and fp32_on_cpu) or cast_or_compiled:
@@ -33,9 +35,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """`_onednn`, which has no gradient of its own. With g = dL/dy: dL/dx = g W, dL/dW = g^T x, and
-    dL/db is the sum of g's rows. For dL/dW oneDNN would copy both factors, and gain nothing.
-    """
+    """`_onednn` with its gradients, which PyTorch does not define."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -47,9 +47,9 @@ class _OneDNNLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        return (_onednn(grad, weight.T) if for_x else None,
-                rows.T @ x.flatten(0, -2) if for_weight else None,
+        rows = grad.flatten(0, -2)  # g = dL/dy
+        return (_onednn(grad, weight.T) if for_x else None,  # dL/dx = g W
+                rows.T @ x.flatten(0, -2) if for_weight else None,  # g^T x; oneDNN would copy both
                 rows.sum(0) if for_bias else None)
 
 
@@ -59,10 +59,10 @@ class Linear(nn.Linear):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`F.dropout`: each element is 0 with probability p, else x / (1 - p)."""
+    """`F.dropout`, but for the numbers drawn."""
     if not training or p == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():  # one fused kernel there
+    if p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():  # one fused kernel there
         return F.dropout(x, p)
     return _Dropout.apply(x, p)
 
@@ -73,18 +73,14 @@ class Dropout(nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """Draws fewer random words, and keeps a byte an element for the backward pass.
-
-    The generator is what dropout waits for on a CPU: one random 64-bit word decides four
-    elements, 16 bits each. p is therefore a multiple of 2^-16, and the scale is that p's.
-    """
+    """Draw 16 bits an element, four in a 64-bit word: on a CPU dropout waits for the generator."""
 
     @staticmethod
     def forward(ctx, x, p):
-        kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values
+        kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values; rounds p
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         values = words.view(torch.int16)[: x.numel()].view(x.shape)
-        keep = values.lt_(kept - 2**15).to(torch.int8)  # 1 or 0
+        keep = values.lt_(kept - 2**15).to(torch.int8)  # 1 or 0; a byte, for the backward pass
         ctx.save_for_backward(keep)
         ctx.scale = 2**16 / kept
         return x * keep.to(x.dtype).mul_(ctx.scale)
@@ -97,13 +93,10 @@ class _Dropout(torch.autograd.Function):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """`F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; (B, H, T, D) all.
-
-    softmax(q k^T / sqrt(D) + mask) v. On a CPU the fused kernel knows no dropout, and is slow in
-    low precision while the (T, T) matrix is small: the two products and the softmax one by one.
-    """
+    """`F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; (B, H, T, D) all."""
     B, H, T, D = q.shape
-    fused_is_faster = p == 0 and (q.dtype == torch.float32 or T > LONGEST_PRODUCTS)
+    # On a CPU the fused kernel has no dropout, and is slow in low precision while T is small.
+    fused_is_faster = p == 0 and (q.dtype == torch.float32 or T > LONGEST_MATRIX)
     if q.device.type != "cpu" or fused_is_faster:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
@@ -117,7 +110,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-log p(target), nats, fp32 (N,), and whether the target is the likeliest token, bool (N,).
 
-    hidden (N, C), weight (V, C), targets (N,); the logits, (N, V), are never whole.
+    hidden (N, C), weight (V, C), targets (N,). The logits (N, V) are computed in chunks.
     """
     dtype = _compute_dtype(hidden)
     losses, hits = [], []
@@ -130,8 +123,8 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` in fp32, nats.
 
-    hidden (N, C), weight (V, C), targets (N,); the logits, (N, V), are never whole. Products run
-    in autocast's precision, the softmax in fp32.
+    hidden (N, C), weight (V, C), targets (N,). The logits (N, V) are computed in chunks; matmuls
+    run in autocast's precision, the softmax in fp32.
     """
     return _TiedCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
 
@@ -142,27 +135,24 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, large: bool = False) -> Iterator[tuple]:
-    """Chunks of rows: h (n, C), targets (n,), logits z (n, V), softmax p (n, V) fp32, loss (n,).
-
-    loss = logsumexp(z) - z[target], and logsumexp(z) = max z - log max p. The next chunk overwrites
-    p: fresh memory of this size would cost a page fault every 4 KB.
-    """
+    """Yield n tokens' h (n, C), targets (n,), logits z and fp32 softmax p (n, V), and loss (n,)."""
     at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
     chunks = math.ceil(len(h) * len(w) / at_a_time) or 1
+    # One buffer for every p: fresh memory of this size would cost a page fault every 4 KB.
     p_buffer = torch.empty(math.ceil(len(h) / chunks), len(w), device=h.device)
     for h_rows, y in zip(h.chunk(chunks), targets.chunk(chunks), strict=True):
         z = linear(h_rows, w)
         p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
         at_target = z.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
-        yield h_rows, y, z, p, z.amax(-1).float() - p.amax(-1).log() - at_target
+        log_sum_exp = z.amax(-1).float() - p.amax(-1).log()  # since max p = exp(max z) / sum exp(z)
+        yield h_rows, y, z, p, log_sum_exp - at_target
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
-    """The loss comes last, so its gradient is known up to a factor while the logits are there.
+    """Compute the gradient in the forward pass: the loss comes last, so dL is only a factor.
 
-    With z = W h and p = softmax(z), one token's loss is L = logsumexp(z) - z[target], so that
-    dL/dz = p - onehot(target), dL/dh = (p - onehot) W and dL/dW = (p - onehot)^T h: three products
-    in all, two where W is frozen, and nothing of size (N, V) is kept.
+    With z = W h and p = softmax(z), a token's loss is L = logsumexp(z) - z[target], so that
+    dL/dz = p - onehot(target), dL/dh = dL/dz W and dL/dW = dL/dz^T h. Nothing (N, V) is kept.
     """
 
     @staticmethod

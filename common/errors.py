@@ -10,11 +10,14 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """A failure in the run itself, such as a loss that is no longer a number."""
+    """A failure in the run itself, such as a loss that is not finite."""
 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its status; known failures end with one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every character of a text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main() or 0
         sys.stdout.flush()

@@ -1,0 +1,77 @@
+"""What the commands' options have in common, and how a table is printed."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from common.device import PRECISIONS
+from common.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, as all of a user's mistakes are."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def _parse_optional(self, arg_string: str):
+        # All our options begin with "--", so that a value may begin with "-".
+        is_option = arg_string.startswith("--") or arg_string == "-h"
+        return super()._parse_optional(arg_string) if is_option else None
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Callable:
+    """Return an option's type: an int or float from `low` to `high`, or to just below it."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (below and value == high):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not {what} from {low:g} to "
+                                             f"{'below ' if below else ''}{high:g}")
+        return value
+
+    return parse
+
+
+def steps_or_seconds(text: str) -> int | float:
+    """An option's type: a number of steps (int), or seconds (float) from `90s` or `10m`."""
+    if match := re.fullmatch(r"([1-9]\d{0,6})([sm])", text):
+        return float(match[1]) * {"s": 1, "m": 60}[match[2]]
+    try:
+        return number(int, 1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor a time such as 90s or 10m") from error
+
+
+BASE = {"default": "auto", "metavar": "B",
+        "help": "directory, gpt2[-medium|-large|-xl], mini, or auto: gpt2 where it can be had, "
+                "else mini"}
+DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda", "mps")}
+PRECISION = {"default": "auto", "choices": ("auto", *PRECISIONS)}
+
+
+def add_base_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", **BASE)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", **DEVICE)
+    parser.add_argument("--precision", **PRECISION)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table: the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    for row in (columns, ["-" * width for width in widths], *rows):
+        padded = [text.ljust(width) if i == 0 else text.rjust(width)
+                  for i, (text, width) in enumerate(zip(row, widths, strict=True))]
+        print("| " + " | ".join(padded) + " |")

@@ -1,0 +1,103 @@
+"""The device and the precision on it: one object that knows its autocast, casts and copies."""
+
+import ctypes
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a command computes, and in which precision its matmuls run."""
+
+    torch: torch.device
+    precision: str
+
+    @classmethod
+    def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
+        """`auto` is CUDA, then MPS, then the CPU; and bf16 on a GPU that has it, else fp16 on CUDA.
+        On a CPU it is fp32 or, to train, bf16 where there are instructions for it. Raises UserError
+        for a device that is not there.
+        """
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                   "cpu": True}
+        if device == "auto":
+            device = next(name for name, there in present.items() if there)
+        if not present[device]:
+            raise UserError(f"--device {device}: this machine or this build of torch has none; "
+                            "use cpu")
+        if precision == "auto" and device == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if bf16 else "fp16"
+        elif precision == "auto":
+            precision = "bf16" if train and device == "cpu" and _cpu_has_bf16() else "fp32"
+        return cls(torch.device(device), precision)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.torch) if self.is_cuda else self.torch.type
+
+    def autocast(self) -> torch.autocast:
+        """A context in which matmuls run in `precision`; parameters stay as they are."""
+        return torch.autocast(self.torch.type, PRECISIONS[self.precision],
+                              enabled=self.precision != "fp32")
+
+    def copy(self, x: Tensor) -> Tensor:
+        """Copy to the device; to a GPU from pinned memory, while the CPU goes on."""
+        if self.is_cuda:
+            return x.pin_memory().to(self.torch, non_blocking=True)
+        return x.to(self.torch)
+
+    def hold(self, model: nn.Module) -> nn.Module:
+        """Move the model to the device. Frozen weights of matmuls are held in `precision`, for
+        autocast would cast them again at every step.
+        """
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                for parameter in module.parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.to(PRECISIONS[self.precision])
+        return model.to(self.torch)
+
+    def random_state(self) -> Tensor:
+        """The state of the generator that the device's dropouts draw from; the CPU's on a CPU."""
+        return torch.cuda.get_rng_state(self.torch) if self.is_cuda else torch.get_rng_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        torch.cuda.set_rng_state(state, self.torch) if self.is_cuda else torch.set_rng_state(state)
+
+    def peak_memory_mb(self) -> float:
+        """The most memory held so far, in MB (10^6 bytes): CUDA's allocator, else the process."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated(self.torch) / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 (AMX or AVX-512 bf16); elsewhere that is emulated."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensors of this process (mallopt(3)).
+
+    By default it gives large blocks back to the kernel, and a fresh block costs a page fault every
+    4 KB. Full fine-tuning, whose gradients are new at each step, waits longest for them.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_MMAP_MAX, 0)  # large blocks from the heap as well,
+        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+

@@ -1,0 +1,41 @@
+"""How SIGINT and SIGTERM end a command that has nothing to save: one line, exit status 130 or 143.
+
+A command imports this before torch, whose import takes seconds, so that no traceback shows there.
+"""
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+if sys.platform == "win32":  # no fcntl, no fsync of a directory
+    sys.stderr.write("error: Windows is supported under WSL only; start this command there\n")
+    sys.exit(2)
+
+unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
+
+
+def end_in_one_line() -> None:
+    """From here on, a signal ends the process at once."""
+    on_signals(end_at_once)
+
+
+def on_signals(handler) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame) -> None:
+    """End without an exception, which an import or a destructor may swallow or print."""
+    for path in list(unfinished):
+        path.unlink(missing_ok=True)
+    with suppress(Exception):
+        sys.stdout.flush()
+    say("error: interrupted")
+    os._exit(128 + number)
+
+
+def say(line: str) -> None:
+    """Write to stderr past Python's buffers, in which a handler may have interrupted a write."""
+    os.write(2, f"{line}\n".encode())

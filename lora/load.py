@@ -1,0 +1,74 @@
+"""A base and the adapter on it, as `--base` and `--adapter` name them."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from common.cli import add_base_option
+from common.errors import UserError
+from common.files import brief, file_sha256
+from lora.adapter import base_name, check_base, load_adapter
+from lora.inject import inject
+from lora.layer import LoRAConfig
+from model.gpt2 import GPT2
+from model.hub import HUB_NAMES, OWNER, find_base
+from model.tokenizer import Tokenizer
+from model.tokenizer_files import load_tokenizer
+from model.weights import load_gpt2, weights_path
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add_base_option(parser)
+    parser.add_argument("--adapter", type=Path, metavar="DIR",
+                        help="an adapter in PEFT's format; with --base auto, the base that it "
+                             "names is loaded")
+
+
+def named_base(adapter: Path) -> str:
+    """Return the base that the adapter names, if `--base` knows it by name.
+
+    Raises UserError otherwise: a path in a file from elsewhere is not followed.
+    """
+    named = base_name(adapter)
+    name = named.removeprefix(f"{OWNER}/") if isinstance(named, str) else None
+    if name not in (*HUB_NAMES, "mini"):
+        raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's "
+                        "directory")
+    return name
+
+
+def add_adapter(model: GPT2, base: Path, config: LoRAConfig, start: Path | None) -> LoRAConfig:
+    """Put a new adapter into the model or, if there is a `start`, the one in that directory; return
+    its config. Raises UserError if it does not fit the base.
+    """
+    if start:
+        check_base(start, file_sha256(weights_path(base)))
+        return load_adapter(model, start)
+    try:
+        inject(model, config)
+    except ValueError as error:
+        raise UserError(f"--r, --target-modules: {error}") from error
+    return config
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, with the name and the tokenizer of its base."""
+
+    base: str
+    model: GPT2
+    tokenizer: Tokenizer
+
+
+def load_model(base: str, adapter: Path | None) -> Loaded:
+    """Load a base, and put an adapter on it if there is one.
+
+    With `auto` it is the base that the adapter names. Raises UserError if the adapter is of another
+    base, by the hash in its file.
+    """
+    name, directory = find_base(named_base(adapter) if adapter and base == "auto" else base)
+    if adapter:
+        check_base(adapter, file_sha256(weights_path(directory)))
+    model = load_gpt2(directory)
+    if adapter:
+        load_adapter(model, adapter)
+    return Loaded(name, model, load_tokenizer(directory, model.config.vocab_size))

@@ -1,0 +1,60 @@
+"""GPT-2's operations and its loss as PyTorch has them, one call each. Read this before `fast.py`.
+
+`model/fast.py` has a faster twin of each function here, under the same name, and the model uses
+those; `tests/model/test_fast.py` holds each pair together. The parity check trains on these, which
+are bit for bit what transformers and PEFT run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import fast
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + b: x (..., in), W (out, in), b (out,), y (..., out)."""
+    return F.linear(x, weight, bias)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Each element is 0 with probability p, else x / (1 - p); in evaluation, x itself."""
+    return F.dropout(x, p, training)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """dropout(softmax(q k^T / sqrt(D) + mask), p) v; all (B, H, T, D). Each token sees itself and
+    what is before it.
+    """
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+
+
+def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum over tokens of -log p(target), nats, with p = softmax(hidden W^T) in fp32.
+
+    hidden (N, C), W = wte (V, C), targets (N,).
+    """
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(target), nats, (N,), and whether the target is the likeliest token, bool (N,).
+
+    Shapes as above; the loss of a target of -100 is 0 here, and undefined in `fast.py`.
+    """
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets
+
+
+@contextmanager
+def plain_operations() -> Iterator[None]:
+    """Inside the `with`, the model and the loss run on these in place of `fast.py`'s."""
+    plain = {f.__name__: f for f in (linear, dropout, causal_attention, tied_cross_entropy, score)}
+    before = {name: getattr(fast, name) for name in plain}
+    vars(fast).update(plain)
+    try:
+        yield
+    finally:
+        vars(fast).update(before)

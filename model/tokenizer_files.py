@@ -1,0 +1,188 @@
+"""A base's tokenizer files, in Hugging Face's two formats: `tokenizer.json`, or `vocab.json` with
+`merges.txt`.
+
+Both spell bytes as printable characters (Radford et al. 2019; `bytes_to_unicode` in OpenAI's gpt-2
+encoder.py) and list the merges in order, which is the order of tiktoken's ranks.
+"""
+
+import json
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import atomic_path, brief, read_json
+from model.tokenizer import END_OF_TEXT, GPT2_SIZE, PATTERN, Tokenizer, gpt2_tokenizer
+
+FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
+                                 "tokenizer_config.json")
+FILES = (FAST, VOCAB, MERGES, SETTINGS, "special_tokens_map.json", "added_tokens.json")
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer of the base in `directory`, whose config says `vocab_size`.
+
+    Without files it is GPT-2's, for GPT-2's own size. Raises UserError that names the file for
+    what is no byte-level BPE, and for tokens that the model does not have.
+    """
+    directory = Path(directory)
+    if (path := directory / FAST).exists():
+        tokenizer = _from_tokenizer_json(path, vocab_size)
+    elif (path := directory / VOCAB).exists() and (directory / MERGES).exists():
+        tokenizer = _from_vocab_and_merges(directory, vocab_size)
+    elif vocab_size == GPT2_SIZE:
+        return gpt2_tokenizer()
+    else:
+        raise UserError(f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and "
+                        f"the base has no tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}")
+    if (largest := max(tokenizer.bytes_of)) >= vocab_size:
+        raise UserError(f"{path}: has token {largest}; config.json's vocab_size is {vocab_size}")
+    for first, second in pairwise(sorted(tokenizer.special)):
+        if second.startswith(first):  # tiktoken would take either
+            raise UserError(f"{path}: special token {brief(second)} begins with another, "
+                            f"{brief(first)}, which is not supported")
+    try:
+        tokenizer.encode("")
+    except ValueError as error:
+        raise UserError(f"{path}: pre_tokenizer's pattern is not supported ({error})") from error
+    return tokenizer
+
+
+def _from_tokenizer_json(path: Path, vocab_size: int) -> Tokenizer:
+    stored = read_json(path)
+    model = stored.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        raise UserError(f"{path}: is a {model.get('type')} tokenizer; only byte-level BPE is known")
+    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(field):
+            raise UserError(f"{path}: {field} {brief(model[field])} is not supported")
+    if stored.get("normalizer"):
+        raise UserError(f"{path}: normalizer {brief(stored['normalizer'])} is not supported")
+    added = {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
+    for token in stored.get("added_tokens") or ():
+        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+            raise UserError(f"{path}: token {brief(token['content'])} strips or needs white space "
+                            "around it, which is not supported")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    return _byte_level(path, _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"],
+                       merges, added, vocab_size)
+
+
+def _pattern(path: Path, step: dict) -> str:
+    """The regular expression that splits a text into words."""
+    steps = step.get("pretokenizers", [step])
+    pattern, last = None, steps[-1]
+    if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        if len(steps) == 1 and last.get("use_regex", True):
+            pattern = PATTERN
+        elif (len(steps) == 2 and not last.get("use_regex", True) and steps[0]["type"] == "Split"
+              and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")):
+            pattern = steps[0]["pattern"].get("Regex")
+            # What lies between two matches is a word, too; tiktoken would drop it.
+            pattern = pattern and rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+    if not pattern:
+        raise UserError(f"{path}: pre_tokenizer {brief(step)} is not supported; only byte-level, "
+                        "with GPT-2's pattern or one of its own")
+    return pattern
+
+
+def _from_vocab_and_merges(directory: Path, vocab_size: int) -> Tokenizer:
+    vocab, added = read_json(directory / VOCAB), {}
+    for file in ("added_tokens.json", "special_tokens_map.json"):
+        if (directory / file).exists():
+            for name, value in read_json(directory / file).items():
+                if isinstance(value, int):  # added_tokens.json: text to id
+                    added[name] = value
+                elif text := value.get("content") if isinstance(value, dict) else value:
+                    added |= {text: vocab[text]} if text in vocab else {}
+    if END_OF_TEXT in vocab:
+        added[END_OF_TEXT] = vocab[END_OF_TEXT]
+    try:
+        lines = (directory / MERGES).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory / MERGES}: cannot be read ({error})") from error
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    return _byte_level(directory / VOCAB, PATTERN, vocab, merges, added, vocab_size)
+
+
+def _byte_level(path: Path, pattern: str, vocab: dict[str, int], merges: list[tuple[str, str]],
+                added: dict[str, int], vocab_size: int) -> Tokenizer:
+    """Put bytes in place of the characters that spell them; bytes rank before merges."""
+    byte_of = {character: byte for byte, character in enumerate(_characters())}
+    try:
+        words = [*_characters(), *dict.fromkeys(first + second for first, second in merges)]
+        ids = tuple(vocab[word] for word in words)
+        texts = tuple(bytes(byte_of[character] for character in word) for word in words)
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no byte-level BPE: its vocabulary lacks {error}") from error
+    end = added.get(_end_of_text(path.parent), added.get(END_OF_TEXT))
+    if end is not None:
+        added = {END_OF_TEXT: end} | added
+    return Tokenizer(pattern, texts, ids, added, end, vocab_size, path.parent)
+
+
+def _end_of_text(directory: Path) -> str:
+    """What the base itself calls the end of a text."""
+    for file in (SETTINGS, "special_tokens_map.json"):
+        if (directory / file).exists():
+            token = read_json(directory / file).get("eos_token")
+            if token := token.get("content") if isinstance(token, dict) else token:
+                return token
+    return END_OF_TEXT
+
+
+@lru_cache
+def _characters() -> list[str]:
+    """The character that spells each byte: itself where it is printable, else one from 256 on."""
+    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write the files that stock transformers loads: the base's own, or else made here. What is
+    there already stays.
+    """
+    own = [name for name in FILES if tokenizer.source and (tokenizer.source / name).exists()]
+    if all((directory / name).exists() for name in own or (FAST, SETTINGS)):
+        return
+    files = {name: (tokenizer.source / name).read_bytes() for name in own}
+    for name, content in (files or _made_files(tokenizer)).items():
+        with atomic_path(directory / name) as temporary:
+            temporary.write_bytes(content)
+
+
+def _made_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """tokenizer.json and its settings. A merge is found by merging the token's bytes with the
+    lower ranks, until two parts are left.
+    """
+    spell = _characters()
+    words = ["".join(spell[byte] for byte in text) for text in tokenizer.merges]
+    ranks = {text: rank for rank, text in enumerate(tokenizer.merges)}
+    merges = [["".join(spell[b] for b in part) for part in _two_parts(text, ranks)]
+              for text in tokenizer.merges[256:]]
+    added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for text, i in tokenizer.special.items()]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": True}
+    fast = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                      "fuse_unk": False, "byte_fallback": False,
+                      "vocab": dict(zip(words, tokenizer.ids, strict=True)) | tokenizer.special,
+                      "merges": merges}}
+    end = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
+    settings = {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": False, **end}
+    return {FAST: json.dumps(fast, ensure_ascii=False).encode(),
+            SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def _two_parts(text: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [bytes([byte]) for byte in text]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1),
+                   key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return parts

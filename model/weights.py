@@ -1,0 +1,158 @@
+"""Hugging Face GPT-2 directories: read every shape they come in, write the one transformers loads.
+
+Files on the hub name tensors `h.0.ln_1.weight` and carry the causal masks; transformers itself
+writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. In all of them
+the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out, in).
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import atomic_path, brief, file_sha256, read_json, write_json
+from common.tensors import read_keys, read_tensors, write_tensors
+from model.gpt2 import GPT2, GPT2Config
+
+CONFIG, WEIGHTS, PICKLED_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
+INDEXES = (f"{WEIGHTS}.index.json", f"{PICKLED_WEIGHTS}.index.json")
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
+HEAD = "lm_head.weight"
+# Fields that would make another function of the same tensors, and the values computed here.
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+    "scale_attn_weights": (True, False),
+    "scale_attn_by_inverse_layer_idx": (False, True),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+ALIASES = {  # transformers takes either name
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
+LARGEST = {"n_layer": 512} | dict.fromkeys(
+    ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), 1 << 20)
+
+
+def load_gpt2(directory: Path) -> GPT2:
+    """Load the model of a Hugging Face GPT-2 directory, in fp32 on the CPU, in evaluation mode.
+
+    Raises UserError that names a tensor which is missing, unexpected, of another shape or type or
+    not finite, and any config field that asks for another architecture.
+    """
+    directory = Path(directory)
+    with torch.device("meta"):
+        model = GPT2(load_config(directory))
+    model.load_state_dict(_read_parameters(weights_path(directory), model), assign=True)
+    return model.eval()
+
+
+def _read_parameters(path: Path, model: GPT2) -> dict[str, nn.Parameter]:
+    """Read the model's parameters, (out, in) and fp32, and leave the masks unread."""
+    keys = read_keys(path)
+    prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
+    needed = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {prefix + name: shape[::-1] if CONV1D.search(name) else shape
+              for name, shape in needed.items()}
+    shapes[HEAD] = needed["wte.weight"]
+    tied = {HEAD} if f"{prefix}wte.weight" in keys else {f"{prefix}wte.weight"}
+    masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
+    parameters: dict[str, nn.Parameter] = {}
+    for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
+        value = torch.empty(tensor.shape[::-1] if CONV1D.search(key) else tensor.shape)
+        value.copy_(tensor.t() if CONV1D.search(key) else tensor)  # ours: the file may be replaced
+        parameters[key.removeprefix(prefix)] = nn.Parameter(value)
+    head = parameters.pop(HEAD, None)  # a stored copy of the tied head, or the only one
+    if head is not None and not torch.equal(head, parameters.setdefault("wte.weight", head)):
+        raise UserError(f"{path}: {HEAD} differs from wte.weight; GPT-2's head is tied to it")
+    return parameters
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether there are weights; also sharded ones, which `weights_path` refuses."""
+    return any((Path(directory) / name).exists() for name in (WEIGHTS, PICKLED_WEIGHTS, *INDEXES))
+
+
+def weights_path(directory: Path) -> Path:
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        if (Path(directory) / name).exists():
+            return Path(directory) / name
+    for name in INDEXES:
+        if (Path(directory) / name).exists():
+            raise UserError(f"{directory}/{name}: sharded weights are not read; save one file with "
+                            "transformers' save_pretrained(..., max_shard_size='100GB')")
+    raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
+
+
+def base_hashes(directory: Path) -> dict[str, str]:
+    """Return the sha256 of the two files that decide what a base computes: by these it is known."""
+    weights = {"weights": file_sha256(weights_path(directory))} if has_weights(directory) else {}
+    return {"config": file_sha256(directory / CONFIG), **weights}
+
+
+def load_config(directory: Path) -> GPT2Config:
+    """Read `config.json`. Raises UserError that names the field for anything but a GPT-2."""
+    path = Path(directory) / CONFIG
+    stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
+    if "model_type" not in stored and not {"n_embd", "n_layer", "n_head"} <= stored.keys():
+        raise UserError(f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is "
+                        "known")
+    for field, known in SUPPORTED.items():
+        if field in stored and stored[field] not in known:
+            raise UserError(f"{path}: {field} {brief(stored[field])} is not supported, only "
+                            f"{' or '.join(map(repr, known))}")
+    fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
+    for field, value in fields.items():
+        if field not in SUPPORTED and (problem := _problem(field, value)):
+            raise UserError(f"{path}: {field} {brief(value)} {problem}")
+    config = GPT2Config(**fields)
+    if config.n_embd % config.n_head:
+        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+    return config
+
+
+def _problem(field: str, value: object) -> str | None:
+    """What is wrong with a config field's value, or None."""
+    if field == "n_inner" and value is None:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if field in LARGEST:
+        whole = isinstance(value, int) and number and 1 <= value <= LARGEST[field]
+        return None if whole else f"is not a whole number from 1 to {LARGEST[field]}"
+    return None if number and 0 <= value < 1 else "is not a number from 0 to below 1"
+
+
+def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
+              end_of_text: int | None = None) -> None:
+    """Write `config.json` and `model.safetensors` in transformers' own layout, each atomically.
+
+    The tied head is written once, as `transformer.wte.weight`. `dtype` None keeps each tensor's.
+    Raises RunError, and leaves what was there, if a number is not finite in `dtype`.
+    """
+    directory = Path(directory)
+    tensors: dict[str, Tensor] = {
+        f"transformer.{name}": p.detach().t() if CONV1D.search(name) else p.detach()
+        for name, p in model.named_parameters()}
+    config = _hugging_face_config(model.config, dtype or model.wte.weight.dtype, end_of_text)
+    with atomic_path(directory / WEIGHTS) as temporary:
+        write_tensors(temporary, tensors, {"format": "pt"}, dtype)
+        write_json(directory / CONFIG, config)
+
+
+def _hugging_face_config(config: GPT2Config, dtype: torch.dtype, end: int | None) -> dict:
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **dataclasses.asdict(config),
+        "n_ctx": config.n_positions,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,44 @@
+"""What ends a run that has begun, in one line: memory, the disk, a number that is not finite."""
+
+import torch
+
+from common.errors import RunError, UserError
+from training.options import Options
+
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def describe_failure(error: BaseException | None, options: Options) -> str | None:
+    """Return the line, or None for an error that is a fault of the program or no error.
+
+    A UserError here is of a file that could not be written: no longer the user's mistake.
+    """
+    if isinstance(error, RunError | UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    if is_out_of_memory(error):
+        return f"out of memory; {memory_advice(options)}"
+    return None
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Of the GPU's memory or the machine's: torch's CPU allocator has no exception of its own."""
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or (isinstance(error, RuntimeError)
+                and any(text in str(error) for text in NO_MEMORY)))
+
+
+def memory_advice(options: Options) -> str:
+    """Name the options that would help."""
+    advice = []
+    if options.grad_accum < options.batch_size:
+        advice.append(f"--grad-accum {min(2 * options.grad_accum, options.batch_size)}")
+    if not options.gradient_checkpointing:
+        advice.append("--gradient-checkpointing (slower)")
+    if options.precision == "fp32":
+        advice.append("--precision bf16")
+    if options.block_size > 1:
+        advice.append(f"--block-size {options.block_size // 2}")
+    return "try " + ", ".join(advice or ["a smaller base"])

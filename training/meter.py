@@ -1,0 +1,115 @@
+"""What the training loop counts on the device, so that no step waits for it."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import RunError
+
+MOST_SKIPS = 20  # fp16 steps in a row that the scaler may skip: it halves its scale at each
+
+
+@dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    base_val_loss: float = math.nan
+    best_val_loss: float = math.inf
+    best_val_bits_per_byte: float = math.inf
+
+    def report(self) -> dict:
+        """What `run.json` holds of it."""
+        report = asdict(self)
+        return {"steps": report.pop("step"), **report}
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+class Meter:
+    """Loss, tokens and time of the steps since `restart`, and the first faulty step of the run.
+
+    A step is faulty if its loss or gradient is not finite. In fp16 such a gradient is normal: the
+    scaler skips the step and halves its scale; `MOST_SKIPS` skips in a row are a fault.
+    `describe_step` names a step's place in the book for the error.
+    """
+
+    def __init__(self, device: torch.device, fp16: bool, describe_step: Callable[[int], str]):
+        self.device, self.fp16, self.describe_step = device, fp16, describe_step
+        self.all_tokens, self.all_seconds = 0, 0.0  # of the training steps measured so far
+        self.skipped, self.skips_in_a_row = self._number(0), self._number(0)
+        self.faulty_step, self.faulty_loss = self._number(0), self._number(0)  # 0: none
+        self.restart()
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, device=self.device)
+
+    def restart(self, loss: float = 0.0, tokens: int = 0, seconds: float = 0.0) -> None:
+        self.loss = self._number(loss)
+        self.grad_norm = self._number(0.0)  # of the last step
+        self.tokens = tokens
+        self.began = time.perf_counter() - seconds
+
+    def end_step(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
+        """Count a step: `loss` is its sum over `tokens`, `grad_norm` its norm before clipping."""
+        self.loss += loss
+        self.tokens += tokens
+        self.grad_norm = grad_norm
+        bad_loss, bad_gradient = ~torch.isfinite(self.loss), ~torch.isfinite(grad_norm)
+        if self.fp16:
+            self.skipped += bad_gradient
+            self.skips_in_a_row = (self.skips_in_a_row + 1) * bad_gradient
+            bad_gradient = self.skips_in_a_row >= MOST_SKIPS
+        first = (bad_loss | bad_gradient) & (self.faulty_step == 0)
+        self.faulty_step += first * step
+        self.faulty_loss += first & bad_loss
+
+    def check(self) -> None:
+        """Raise RunError that names the first faulty step, if there was one."""
+        if step := int(self.faulty_step.item()):
+            what = ("the loss is not a finite number" if self.faulty_loss.item()
+                    else f"the gradient overflowed in {MOST_SKIPS} steps in a row" if self.fp16
+                    else "the gradient is not finite")
+            raise RunError(f"step {step}: {what} ({self.describe_step(step)}); lower --lr or use "
+                           "--precision fp32")
+
+    def measure(self) -> dict:
+        """Return the metrics of the steps since `restart`, and start again."""
+        self.check()
+        seconds = time.perf_counter() - self.began
+        metrics = {"loss": self.loss.item() / self.tokens, "grad_norm": self.grad_norm.item(),
+                   "tokens_per_second": self.tokens / seconds}
+        if self.fp16:
+            metrics["skipped_steps"] = int(self.skipped.item())
+        self.all_tokens += self.tokens
+        self.all_seconds += seconds
+        self.restart()
+        return metrics
+
+    def report(self) -> dict:
+        """What `run.json` holds of the whole run."""
+        return {"tokens_per_second": self.all_tokens / self.all_seconds} | (
+            {"skipped_steps": int(self.skipped.item())} if self.fp16 else {})
+
+    def state_dict(self) -> dict:
+        """All that is needed to go on. Raises RunError, as `check`."""
+        self.check()
+        return {"loss": self.loss.item(), "tokens": self.tokens,
+                "seconds": time.perf_counter() - self.began,
+                "all_tokens": self.all_tokens, "all_seconds": self.all_seconds,
+                "skipped": int(self.skipped.item()),
+                "skips_in_a_row": int(self.skips_in_a_row.item())}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.restart(state["loss"], state["tokens"], state["seconds"])
+        self.all_tokens, self.all_seconds = state["all_tokens"], state["all_seconds"]
+        self.skipped = self._number(state["skipped"])
+        self.skips_in_a_row = self._number(state["skips_in_a_row"])

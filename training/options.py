@@ -1,0 +1,119 @@
+"""The options of `train.py`, each declared once: its type, default and help."""
+
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds
+from lora.layer import LoRAConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOK = ROOT / "data" / "book.txt"
+# What differs between the methods. All defaults are the reference run's (docs/reference-run.md).
+DEFAULTS = {"lora": {"batch_size": 16, "lr": 3e-4, "out": ROOT / "runs" / "lora"},
+            "full": {"batch_size": 64, "lr": 3e-5, "out": ROOT / "runs" / "full"}}
+
+
+def option(default: object = None, type: object = None, help: str | None = None, **more: object):
+    """Declare a field that argparse reads as an option; a default of False makes a switch."""
+    kind = {"action": "store_true"} if default is False else {"type": type}
+    return field(default=default, metadata=kind | {"help": help} | more)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for. Nothing changes it: `dataclasses.replace` makes another."""
+
+    method: str
+    base: str = option(**BASE)
+    # data
+    book: Path = option(BOOK, Path, "UTF-8 text file")
+    block_size: int = option(128, number(int, 1), "tokens a window")
+    stride: int = option(16, number(int, 1), "a training window starts every so many tokens")
+    val_fraction: float = option(0.1, number(float, 0.001, 0.9),
+                                 "share of the book, at its end, that is the validation part")
+    label_shift: int = option(1, number(int, 1, 2), "1: next token; 2: the reference run's measure",
+                              metavar="{1,2}")
+    # training
+    epochs: int = option(3, number(int, 1), "times that every window is trained on")
+    max_steps: int | None = option(None, number(int, 1), "end here if the epochs do not end "
+                                   "sooner; the schedule ends here too")
+    batch_size: int = option(16, number(int, 1), "windows a step")
+    grad_accum: int = option(1, number(int, 1), "parts in which a step's batch is computed, to "
+                             "save memory; the result is the same but for the dropouts' draws")
+    lr: float = option(3e-4, number(float, 1e-12, 10.0), "peak of the learning rate")
+    weight_decay: float = option(0.01, number(float, 0.0, 10.0), "AdamW's")
+    warmup_ratio: float = option(0.06, number(float, 0.0, 1.0, below=True),
+                                 "share of the steps in which the rate rises to its peak")
+    clip: float = option(1.0, number(float, 0.0), "largest gradient norm; 0 does not clip")
+    base_dropout: float | None = option(None, number(float, 0.0, 1.0, below=True),
+                                        "all of the base's dropouts; default: its config's")
+    seed: int = option(42, number(int, 0, 2**63 - 1),
+                       "of the adapter, the order of the windows and the dropouts")
+    compile: bool = option(False, help="torch.compile the model")
+    gradient_checkpointing: bool = option(False, help="compute activations twice instead of "
+                                          "keeping them: saves memory")
+    device: str = option(**DEVICE)
+    precision: str = option(**PRECISION)
+    # run
+    out: Path = option(ROOT / "runs" / "lora", Path, "directory of what the run leaves")
+    eval_every: int | None = option(None, number(int, 1), "validate every so many steps, besides "
+                                    "after each epoch")
+    log_every: int = option(10, number(int, 1), "steps a line of metrics.jsonl")
+    checkpoint_every: int | float = option(600.0, steps_or_seconds, "save every N steps, or every "
+                                           "Ns seconds or Nm minutes (default: 10m), besides after "
+                                           "each epoch", metavar="N")
+    resume: bool = option(False, help="go on with the run in --out")
+    overwrite: bool = option(False, help="replace the run in --out")
+    # LoRA only
+    r: int = option(8, number(int, 1), "rank")
+    lora_alpha: float = option(16, number(int, 1, 1e6), "the update is scaled by alpha / r")
+    lora_dropout: float = option(0.05, number(float, 0.0, 1.0, below=True),
+                                 "dropout of what A reads")
+    target_modules: tuple[str, ...] = option(("c_attn",), nargs="+", metavar="NAME",
+                                             help="linear layers to adapt")
+    use_rslora: bool = option(False, help="scale by alpha / sqrt(r) in place of alpha / r")
+    init_adapter: Path | None = option(None, Path, "start from this adapter; it brings its own "
+                                       "rank, alpha, dropout and targets", metavar="DIR")
+
+    @property
+    def lora_config(self) -> LoRAConfig:
+        return LoRAConfig(self.r, self.lora_alpha, self.lora_dropout, self.target_modules,
+                          self.use_rslora)
+
+    def as_json(self) -> dict:
+        """Every option of the method with its value, as JSON holds it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)[1:]
+                  if self.method == "lora" or f.name not in LORA_ONLY}
+        return {name: str(value) if isinstance(value, Path)
+                else list(value) if isinstance(value, tuple) else value
+                for name, value in values.items()}
+
+
+LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_adapter")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # no "(default: None)", and none where the text says it
+        if action.default in (None, False) or "default: " in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def parse_options(description: str, argv: list[str] | None = None) -> Options:
+    """Read `train.py`'s command line. Raises UserError for what is not an option's value."""
+    parser = Parser(prog="train.py", description=description.splitlines()[0])
+    methods = parser.add_subparsers(dest="method", required=True)
+    for method, defaults in DEFAULTS.items():
+        sub = methods.add_parser(method, formatter_class=_Formatter)
+        state = sub.add_mutually_exclusive_group()
+        for f in fields(Options)[1:]:
+            if method == "lora" or f.name not in LORA_ONLY:
+                group = state if f.name in ("resume", "overwrite") else sub
+                settings = {"default": f.default} | f.metadata | {
+                    "default": defaults.get(f.name, f.default)}
+                group.add_argument(f"--{f.name.replace('_', '-')}", **settings)
+    values = vars(parser.parse_args(argv))
+    if "target_modules" in values:
+        values["target_modules"] = tuple(values["target_modules"])
+    return Options(**values)

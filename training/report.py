@@ -1,0 +1,186 @@
+"""What a finished run tells: `run.json`, `loss.png`, and the comparison of several runs."""
+
+import json
+import math
+from pathlib import Path
+
+from torch import nn
+
+from common.cli import print_table
+from common.errors import UserError
+from common.files import atomic_path, read_json, write_json
+from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from model.weights import WEIGHTS as MODEL_WEIGHTS
+from training.directory import METRICS, RUN
+from training.options import Options
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+except ImportError:  # an extra: training does not need it
+    pyplot = None
+
+COLOURS = {"train": "#9db4c0", "lora": "#d1495b", "full": "#00798c", "base": "#6c757d"}
+NUMBERS = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
+           "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
+           "peak_memory_mb")
+COLUMNS = ("", "trainable", "share", "val loss", "perplexity", "bits/byte", "seconds", "tokens/s",
+           "peak MB", "MB on disk")
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss)."""
+    return math.exp(min(loss, 700.0))  # e^700 is near the largest float
+
+
+def count_parameters(model: nn.Module) -> dict[str, float]:
+    """Count the model's parameters as `run.json` names them; a tied weight counts once."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return {"trainable_parameters": trainable, "total_parameters": total,
+            "trainable_percent": 100 * trainable / total}
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """Return the line that PEFT's `print_trainable_parameters` prints."""
+    return ("trainable params: {trainable_parameters:,d} || all params: {total_parameters:,d} || "
+            "trainable%: {trainable_percent:.4f}".format(**count_parameters(model)))
+
+
+def write_report(options: Options, report: dict) -> None:
+    """Draw `loss.png` and write `run.json`."""
+    draw_loss(options.out, options.method, report["base_val_loss"])
+    best, base = report["best_val_loss"], report["base_val_loss"]
+    write_json(options.out / RUN, {"method": options.method, "base": options.base,
+                                   "options": options.as_json(), **report,
+                                   "best_val_perplexity": perplexity(best)})
+    print(f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
+          f"after {report['seconds']:.0f} s; saved in {options.out}")
+
+
+def printable(text: str) -> bool:
+    """Whether a terminal may get it; a path need not be UTF-8."""
+    return text.encode(errors="replace").decode().isprintable()
+
+
+def read_run(directory: Path) -> dict:
+    """Read a finished run's `run.json`. Raises UserError if it is missing or of another make."""
+    path = directory / RUN
+    run = read_json(path)
+    texts, numbers = [run.get("base"), run.get("book_sha256")], [run.get(n) for n in NUMBERS]
+    if (run.get("method") not in ("lora", "full")
+            or not all(isinstance(text, str) and printable(text) for text in texts)
+            or not all(isinstance(run.get(name), dict) for name in ("options", "base_sha256"))
+            or not all(isinstance(x, int | float) and 0 < x < 1e305 for x in numbers)):
+        raise UserError(f"{path}: is not what this version of train.py leaves at a run's end; "
+                        "train again with --overwrite")
+    return run
+
+
+def best_weights(out: Path, method: str) -> Path:
+    """The file in which a run keeps the weights with the best validation loss."""
+    return out / (ADAPTER_WEIGHTS if method == "lora" else MODEL_WEIGHTS)
+
+
+def compare(directories: list[Path]) -> None:
+    """Print the table of finished runs and their bases, and draw it beside the first run."""
+    runs = [(directory, read_run(directory)) for directory in directories]
+    measures = {str([run["base_sha256"], run["book_sha256"],
+                     *map(run["options"].get, ("val_fraction", "block_size", "label_shift"))])
+                for _, run in runs}
+    if len(measures) > 1:
+        print("note: these runs differ in base, book, split, block or label shift; "
+              "their losses do not compare")
+    bases = {str(run["base_sha256"]): run for _, run in reversed(runs)}
+    rows = [_base_cells(run) for run in reversed(bases.values())]
+    print_table(COLUMNS, rows + [_cells(*run) for run in runs])
+    picture = directories[0].resolve().parent / "compare.png"
+    if draw_comparison(runs, picture):
+        print(f"drawn in {picture}")
+
+
+def _base_cells(run: dict) -> list[str]:
+    """The table's row of a run's base, over the same bytes as the run's own losses."""
+    loss = run["base_val_loss"]
+    bits = run["best_val_bits_per_byte"] * loss / run["best_val_loss"]
+    return [f"base {run['base']}", "0", "0 %", f"{loss:.4f}", f"{perplexity(loss):.2f}",
+            f"{bits:.4f}", *"----"]
+
+
+def _cells(directory: Path, run: dict) -> list[str]:
+    weights = best_weights(directory, run["method"])
+    if not weights.is_file():
+        raise UserError(f"{weights}: is missing; the run is not whole")
+    return [run["method"], f"{run['trainable_parameters']:,}", f"{run['trainable_percent']:.4f} %",
+            f"{run['best_val_loss']:.4f}", f"{run['best_val_perplexity']:.2f}",
+            f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",
+            f"{run['tokens_per_second']:,.0f}", f"{run['peak_memory_mb']:,.0f}",
+            f"{weights.stat().st_size / 1e6:,.2f}"]
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
+def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
+    """Draw `loss.png`: training loss, validation loss, and the base's as a line."""
+    if not _can_draw():
+        return False
+    lines = read_metrics(out)
+    validated = [line for line in lines if "val_loss" in line]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines],
+              color=COLOURS["train"], label="training (dropout on)")
+    axes.plot([0, *(line["step"] for line in validated)],
+              [base_val_loss, *(line["val_loss"] for line in validated)],
+              color=COLOURS[method], marker="o", label="validation")
+    axes.axhline(base_val_loss, color=COLOURS["base"], linestyle="--", linewidth=1,
+                 label="base, validation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{method}: loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save_figure(figure, out / "loss.png")
+
+
+def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> bool:
+    """Draw validation perplexity, trainable parameters and time of each run, base included."""
+    if not _can_draw():
+        return False
+    names = [f"{run['method']}\n({directory.name})" for directory, run in runs]
+    colours = [COLOURS[run["method"]] for _, run in runs]
+    first = runs[0][1]
+    figure, (quality, size, speed) = pyplot.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    _bars(quality, [f"base\n({Path(first['base']).name})", *names],
+          [perplexity(first["base_val_loss"]), *(run["best_val_perplexity"] for _, run in runs)],
+          [COLOURS["base"], *colours], "validation perplexity (lower is better)", "{:.1f}")
+    _bars(size, names, [run["trainable_parameters"] for _, run in runs], colours,
+          "trainable parameters (log scale)", "{:,.0f}")
+    size.set_yscale("log")
+    _bars(speed, names, [run["seconds"] for _, run in runs], colours,
+          "seconds, validation included", "{:,.0f}")
+    return save_figure(figure, path)
+
+
+def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,
+          label: str) -> None:
+    bars = axes.bar(range(len(names)), values, color=colours, width=0.6)
+    names = [name.encode(errors="replace").decode() for name in names]  # it may not be UTF-8
+    axes.set_xticks(range(len(names)), names, parse_math=False)  # a $ in a directory's name is a $
+    axes.bar_label(bars, labels=[label.format(value) for value in values], padding=2)
+    axes.set_title(title, fontsize=10)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _can_draw() -> bool:
+    if pyplot is None:
+        print("no picture drawn: pip install matplotlib")
+    return pyplot is not None
+
+
+def save_figure(figure, path: Path) -> bool:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,212 @@
+"""The outside of a run: `--out` and its lock, ranks, checkpoints, signals, metrics, the report.
+
+`train.py` owns the mathematics. What a checkpoint must hold, it names here with `watch`: any object
+with `state_dict()` and `load_state_dict()`, PyTorch's `Stateful` protocol.
+"""
+
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from common.device import Device
+from common.errors import RunError, UserError
+from common.signals import end_at_once, on_signals, say
+from training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
+from training.directory import RUN, RunDirectory, check_out
+from training.failures import describe_failure
+from training.identity import identity_of, refuse_another
+from training.options import Options
+from training.ranks import Ranks
+from training.report import best_weights, read_run, write_report
+
+T = TypeVar("T")
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> object: ...
+
+
+class Session:
+    """One run in `--out`. Inside the `with` it has the lock; only the first rank writes."""
+
+    def __init__(self, options: Options, device: Device, ranks: Ranks, base: Path,
+                 identity: dict):
+        self.options, self.device, self.ranks, self.identity = options, device, ranks, identity
+        self.base = base
+        self.directory: RunDirectory | None = None
+        self.watched: dict[str, Stateful] = {}
+        self.finished, self.running = False, False
+        self.saved_step: int | None = None
+        self.stop_signal: int | None = None
+        self.metrics_bytes, self.seconds, self.peak_memory_mb = 0, 0.0, 0.0
+
+    def __enter__(self) -> "Session":
+        """Take the lock. Raises UserError if another run is in `--out`, or at work there."""
+        self.ranks.check_same(self.identity)
+        if self.ranks.first:
+            check_out(self.options, self.base)  # a name's base is found by now
+            self.directory = RunDirectory(self.options.out)
+            try:
+                check_out(self.options)  # again: another run may have ended there meanwhile
+                if self.options.resume and (self.options.out / RUN).exists():
+                    refuse_another(identity_of(read_run(self.options.out)), self.identity)
+                    print(f"{self.options.out}: this run is finished; nothing to resume")
+                    self.finished = True
+            except UserError:
+                self.directory.close()
+                raise
+        self.finished = self.ranks.from_first(self.finished)
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        """Turn what a run cannot go on from into one line that names the last checkpoint."""
+        if self.directory:
+            self.directory.close()
+        if self.running and (failure := describe_failure(error, self.options)):
+            saved = ("there is no checkpoint yet" if self.saved_step is None
+                     else f"the last checkpoint is of step {self.saved_step}")
+            raise RunError(f"{failure}; {saved}") from error
+
+    def watch(self, **stateful: Stateful) -> None:
+        """Name what a checkpoint holds besides the random generators. `progress`, with its
+        `step` and `best_val_loss`, must be among it.
+        """
+        self.watched = stateful
+
+    def resume(self, total_steps: int) -> None:
+        """Start in an empty `--out` or, with --resume, where the checkpoint left the run."""
+        out, resume = self.options.out, self.options.resume
+        self.total_steps = total_steps
+        if not self.directory:
+            torch.manual_seed(self.options.seed + self.ranks.rank)  # dropouts of its own
+        if self.ranks.from_first(resume and has_checkpoint(out)):
+            self._restore(self.ranks.from_first(read_checkpoint(out) if self.directory else {}))
+        else:
+            if resume:
+                print(f"{out}: the run has no checkpoint yet; starting from the beginning")
+            if self.directory:
+                self.directory.clear()
+        self.started = time.perf_counter() - self.seconds
+        self.running = True
+
+    def steps(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches under a progress bar; from here on a signal lets the step end."""
+        on_signals(self._on_signal)
+        self.saved_at = time.perf_counter()
+        with tqdm(total=self.total_steps, initial=self.watched["progress"].step, unit="step",
+                  disable=None if self.directory else True) as self.bar:
+            for batch in batches:
+                yield batch
+                self.bar.update()
+
+    def log(self, metrics: dict) -> None:
+        """Add a line to metrics.jsonl."""
+        self.bar.set_postfix_str("loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s"
+                                 .format(**metrics))
+        if self.directory:
+            self.metrics_bytes = self.directory.append(metrics)
+
+    def after_step(self, epoch_ends: bool) -> float:
+        """Save if a checkpoint is due; stop, saved, after a signal. Returns the seconds it took."""
+        began = time.perf_counter()
+        if epoch_ends or self.ranks.agree(self._checkpoint_is_due()):
+            self._save()
+        if stop := self.ranks.agree(self.stop_signal or 0):  # it may have come during the save
+            if self.saved_step != self.watched["progress"].step:
+                self._save()
+            if self.directory:
+                print(f"stopped after step {self.saved_step}; go on with: "
+                      f"{resume_command(self.ranks.launcher())}", file=sys.stderr)
+            self.ranks.wait()  # torchrun ends the others as soon as one has ended
+            sys.exit(128 + stop)
+        return time.perf_counter() - began
+
+    def finish(self, report: dict) -> None:
+        """Draw `loss.png` and write `run.json`, whose presence says that the run is complete."""
+        if self.directory:
+            self.directory.check()
+            many = f"{self.ranks.count} x " if self.ranks.count > 1 else ""
+            write_report(self.options, report | self._count() | {
+                "device": many + self.device.name, "precision": self.device.precision,
+                "torch": torch.__version__, "base_sha256": self.identity["base"],
+                "book_sha256": self.identity["book"]})
+
+    def _count(self) -> dict:
+        """Time and memory, those before a resume included."""
+        self.seconds = time.perf_counter() - self.started
+        self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
+        return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.options.checkpoint_every
+        if isinstance(every, float):
+            return time.perf_counter() - self.saved_at >= every
+        return self.watched["progress"].step % every == 0
+
+    def _on_signal(self, number: int, frame) -> None:
+        """The first signal lets the step end and saves; a second one stops at once."""
+        if self.stop_signal:
+            end_at_once(number, frame)
+        self.stop_signal = number
+        if self.directory:
+            say("stopping once the step is done and saved; a second signal stops at once")
+
+    def _save(self) -> None:
+        state = {"run": self.identity, "machine": self._machine(),
+                 "session": {"metrics_bytes": self.metrics_bytes, **self._count()},
+                 "random": self.ranks.gather(bytes(self.device.random_state().tolist()).hex()),
+                 **{name: stateful.state_dict() for name, stateful in self.watched.items()}}
+        if self.directory:
+            self.directory.sync()
+            write_checkpoint(self.options.out, state)
+        self.saved_step, self.saved_at = self.watched["progress"].step, time.perf_counter()
+
+    def _restore(self, state: dict) -> None:
+        """Take up the run. Raises UserError if the checkpoint is of another one."""
+        try:
+            refuse_another(state["run"], self.identity)
+            for name, stateful in self.watched.items():
+                stateful.load_state_dict(state[name])
+            vars(self).update(state["session"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
+        best = best_weights(self.options.out, self.options.method)
+        if self.directory and self.watched["progress"].best_val_loss < math.inf and (
+                not best.is_file()):
+            raise UserError(f"--resume: {best}: is missing, the best model so far; put it back, or "
+                            "start again with --overwrite")
+        then, now = state["machine"], self._machine()
+        for name in now:
+            if self.directory and then[name] != now[name]:
+                print(f"warning: the run was under {name} {then[name]} and goes on under "
+                      f"{now[name]}: its last bits may differ from those of a run that nobody "
+                      "stopped", file=sys.stderr)
+        if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
+            mine = bytes.fromhex(state["random"][self.ranks.rank])
+            self.device.set_random_state(torch.tensor(list(mine), dtype=torch.uint8))
+        self.saved_step = self.watched["progress"].step
+        print(f"resuming after step {self.saved_step} of {self.total_steps}")
+        if self.directory:
+            self.directory.cut(self.metrics_bytes)
+
+    def _machine(self) -> dict:
+        """What may change the last bits of a result."""
+        return {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
+                "ranks": self.ranks.count, "device": self.device.torch.type}
+
+
+def resume_command(launcher: list[str]) -> str:
+    """What to type to go on with the run that this command began."""
+    again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
+    python = os.path.relpath(sys.executable)
+    return shlex.join([sys.executable if python.startswith("..") else python, *launcher, *again,
+                       "--resume"])
