@@ -1,24 +1,21 @@
-"""Models whose adapters look trained, ours and PEFT's, and adapters that are refused."""
+"""Adapters that look trained, ours and PEFT's, and a few steps of training."""
 
 from pathlib import Path
 
-import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from errors import UserError
-from lora.adapter import load_adapter
-from lora.config import LoRAConfig
 from lora.inject import inject
-from model.checkpoint import load_gpt2
+from lora.layer import LoRAConfig
 from model.gpt2 import GPT2
-from tests.helpers import token_ids
+from model.weights import load_gpt2
 
 ALL_FOUR = ("c_attn", "c_proj", "c_fc")  # c_proj is two of them
 
 
 def randomize(model: nn.Module, seed: int = 2) -> None:
-    """N(0, 0.2) into every A and B, ours or PEFT's, as training would: B is no longer zero."""
+    """Draw every A and B, ours or PEFT's, from N(0, 0.2): as after training, B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -27,24 +24,28 @@ def randomize(model: nn.Module, seed: int = 2) -> None:
 
 
 def adapted(base: Path, targets: tuple[str, ...] = ALL_FOUR,
-            dtype: torch.dtype = torch.float32, **config: object) -> tuple[GPT2, LoRAConfig]:
-    """The model in `base`, cast to `dtype`, with a random adapter, and the adapter's config."""
-    model = load_gpt2(base).to(dtype)
+            **config: object) -> tuple[GPT2, LoRAConfig]:
+    """Load `base` and add a random adapter; return the model and the adapter's config."""
+    model = load_gpt2(base)
     lora_config = LoRAConfig(target_modules=targets, **config)
     inject(model, lora_config)
     randomize(model)
     return model, lora_config
 
 
-def refusal_of(adapter: Path, file: str, base: Path) -> str:
-    """What is said of the adapter's `file`, in one line; the model computes what its base does."""
-    model = load_gpt2(base)
-    ids = token_ids(model.config.vocab_size, 1, 8)
-    expected = model(ids)
-    with pytest.raises(UserError) as refusal:
-        load_adapter(model, adapter)
-    assert torch.equal(model(ids), expected)
-    path, _, reason = str(refusal.value).partition(": ")
-    assert path == str(adapter / file)
-    assert len(reason.splitlines()) == 1 and len(reason) < 300
-    return reason
+def losses_of_steps(model: nn.Module, ids: Tensor, steps: int, seed: int = 0,
+                    autocast: bool = False) -> list[float]:
+    """Take AdamW steps on A and B, each step's dropouts drawn from the seed and its number."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(steps):
+        torch.manual_seed(seed + step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(ids[:, :-1])
+        logits = getattr(output, "logits", output)  # transformers' models return more
+        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses

@@ -1,5 +1,9 @@
 """A small base on disk, a good adapter of it, and a book."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
+
 import pytest
 
 from lora.adapter import save_adapter

@@ -1,5 +1,6 @@
 """What several tests need: small stock transformers models, made on the spot, and comparisons."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import transformers
 from torch import nn
 
-from errors import UserError
-from model.checkpoint import load_gpt2
+from common.errors import UserError
+from model.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from model.tokenizer_files import save_tokenizer
+from model.weights import load_gpt2
 
 transformers.logging.disable_progress_bar()
 
@@ -47,10 +50,18 @@ def perturb(model: nn.Module, std: float = 0.1) -> None:
 def tiny_gpt2_directory(
     directory: Path, seed: int = 0, **config: object
 ) -> tuple[Path, transformers.GPT2LMHeadModel]:
-    """`tiny_gpt2` saved by transformers itself; returns the directory and the model."""
+    """`tiny_gpt2` saved by transformers itself, with a tokenizer; returns directory and model."""
     model = tiny_gpt2(seed, **config)
     model.save_pretrained(directory)
+    save_tokenizer(small_tokenizer(model.config.vocab_size), Path(directory))
     return Path(directory), model
+
+
+def small_tokenizer(vocab_size: int) -> Tokenizer:
+    """GPT-2's first ranks and `<|endoftext|>`: each is a merge of two lower ones."""
+    whole, end = gpt2_tokenizer(), vocab_size - 1
+    return replace(whole, merges=whole.merges[:end], ids=whole.ids[:end],
+                   special={END_OF_TEXT: end}, end_of_text=end, vocab_size=vocab_size)
 
 
 def token_ids(vocab_size: int, *shape: int, seed: int = 1) -> torch.Tensor:

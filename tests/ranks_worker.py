@@ -14,22 +14,20 @@ import time
 from pathlib import Path
 
 import train
-from errors import run_command
+from common.errors import run_command
 
 
-def kill(trainer: train.Trainer) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stop(trainer: train.Trainer) -> None:
-    os.kill(os.getppid(), signal.SIGTERM)
-    while trainer.stop_signal is None:  # torchrun passes it on
-        time.sleep(0.01)
-
-
-def name(trainer: train.Trainer) -> None:
-    name_threads()
-    atexit.register(name_threads)
+def act(what: str) -> None:
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "stop":
+        session = signal.getsignal(signal.SIGTERM).__self__
+        os.kill(os.getppid(), signal.SIGTERM)
+        while session.stop_signal is None:  # torchrun passes it on
+            time.sleep(0.01)
+    else:
+        name_threads()
+        atexit.register(name_threads)
 
 
 def name_threads() -> None:
@@ -37,24 +35,18 @@ def name_threads() -> None:
     print(f"threads: {', '.join(threads)}", file=sys.stderr)
 
 
-def act(action, at: int) -> None:
-    step = train.Trainer.step
-
-    def acting(self, batch):
-        if self.progress.step + 1 == at:
-            action(self)
-        step(self, batch)
-
-    train.Trainer.step = acting
+def acting(trainer, batch, step=train.Trainer.step) -> None:
+    if trainer.progress.step + 1 == int(at):
+        act(what)
+    step(trainer, batch)
 
 
 if __name__ == "__main__":
     rank, what, *arguments = sys.argv[1:]
     sys.argv = ["train.py", *arguments]
-    if os.environ["RANK"] == rank:
-        action, _, at = what.partition(":")
-        if at:
-            act({"kill": kill, "stop": stop, "name": name}[action], int(at))
-        else:
-            sys.argv += shlex.split(what)
+    what, _, at = what.partition(":")
+    if os.environ["RANK"] == rank and at:
+        train.Trainer.step = acting
+    elif os.environ["RANK"] == rank:
+        sys.argv += shlex.split(what)
     run_command(train.main)

@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -20,12 +20,11 @@ import transformers
 from torch import Tensor, nn
 
 import train
-from cli import parse_train_args
-from errors import run_command
-from model.tokenizer import load_tokenizer
-from tests.helpers import TINY
-from training.directory import RunDirectory
-from training.identity import run_identity
+from common.device import Device
+from common.errors import run_command
+from model.tokenizer_files import load_tokenizer
+from tests.helpers import TINY, small_tokenizer
+from training.options import parse_options
 
 BLOCK = 16  # the runs' block size and stride
 WORDS = ("the", "a", "lamp", "keeper", "sea", "stair", "gull", "light", "salt", "night", "turns")
@@ -72,8 +71,9 @@ def run(main: Callable[[], int | None], *argv: object) -> Ending:
 
 def arguments(method: str, base: Path, book: Path, out: Path, *options: object) -> list[str]:
     """`train.py`'s arguments for a small run on the CPU; `options` come last and win."""
-    return list(map(str, (method, "--base", base, "--book", book, "--out", out, "--device", "cpu",
-                          "--block-size", BLOCK, "--stride", BLOCK, "--log-every", 1, *options)))
+    return list(map(str, (
+        method, "--base", base, "--book", book, "--out", out, "--device", "cpu", "--precision",
+        "fp32", "--block-size", BLOCK, "--stride", BLOCK, "--log-every", 1, *options)))
 
 
 def trained(method: str, base: Path, book: Path, out: Path, *options: object) -> Run:
@@ -91,18 +91,14 @@ def finished(out: Path, stdout: str = "") -> Run:
 
 def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> train.Trainer:
     """What `train.main` makes before the first step."""
-    options = ("--precision", "fp32", *options)  # train.main resolves `auto`
-    args = parse_train_args("-", arguments(method, base, book, out, *options))
-    torch.manual_seed(args.seed)
-    model, config = train.build_model(args, base)
-    return train.Trainer(args, model, config, *train.load_data(args, model))
-
-
-def run_trainer(made: train.Trainer) -> None:
-    """What `train.main` does then."""
-    with RunDirectory(made.args.out) as directory:
-        made.begin(directory, run_identity(made.args, Path(made.args.base)))
-        made.run()
+    made = parse_options("-", arguments(method, base, book, out, *options))
+    torch.manual_seed(made.seed)
+    model, config = train.build_model(made, base)
+    made = replace(made, **asdict(config)) if config else made
+    device = Device.pick(made.device, made.precision)
+    tokenizer = load_tokenizer(base, model.config.vocab_size)
+    data = train.load_data(made, model.config, tokenizer)
+    return train.Trainer(made, device, model, tokenizer, *data)
 
 
 def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
@@ -123,6 +119,14 @@ def one_line(ending: Ending, status: int = 1) -> str:
     return lines[0]
 
 
+def refused(out: Path, *argv: object) -> str:
+    """The line with which `train.py` refuses these arguments; nothing in `out` has changed."""
+    before = contents(out)
+    line = one_line(run(train.main, *argv), 2)
+    assert contents(out) == before
+    return line
+
+
 def die(trainer: train.Trainer) -> None:
     """An action for `run_acting`: the process ends with nothing saved."""
     raise KeyboardInterrupt
@@ -141,7 +145,7 @@ def story(sentences: int = 120, seed: int = 0) -> str:
 
 def token_parts(book: Path) -> tuple[Tensor, Tensor]:
     """The token ids (N,) of the book's training part and of its validation part."""
-    ids = torch.tensor(load_tokenizer(TINY["vocab_size"]).encode_ordinary(book.read_text()))
+    ids = torch.tensor(small_tokenizer(TINY["vocab_size"]).encode(book.read_text()).astype(int))
     cut = len(ids) - len(ids) // 10
     return ids[:cut], ids[cut:]
 

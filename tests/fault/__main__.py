@@ -1,13 +1,14 @@
-"""The fault campaign: `python -m tests.fault [--short] [--seed N] [PART ...]`, or `make fault`.
+"""Run the fault campaign: `python -m tests.fault [--short] [--seed N] [PART ...]`, or `make fault`.
 
 Prints a Markdown table of what was tried; ends with 1 if anything failed.
 """
 
 import importlib
+import time
 
-from cli import Parser, number, print_table
-from errors import UserError, run_command
-from tests.fault.outcome import Outcome
+from common.cli import Parser, number, print_table
+from common.errors import UserError, run_command
+from tests.fault.runs import Outcome
 
 PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz")
 
@@ -22,8 +23,12 @@ def main() -> int:
         raise UserError(f"PART {unknown[0]}: is none of {', '.join(PARTS)}")
     outcomes: list[tuple[str, Outcome]] = []
     for part in args.parts or PARTS:
+        began = time.perf_counter()
         module = importlib.import_module(f"tests.fault.{part}")
-        outcomes += [(part, outcome) for outcome in module.campaign(args.short, args.seed)]
+        for outcome in module.campaign(args.short, args.seed):
+            outcome.seconds = outcome.seconds or time.perf_counter() - began
+            outcomes.append((part, outcome))
+            began = time.perf_counter()
     print_table(("part", "tried", "failures", "seconds"),
                 [(f"{part}: {o.name}", f"{o.tried:,}", str(len(o.failures)), f"{o.seconds:.0f}")
                  for part, o in outcomes])

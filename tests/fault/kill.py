@@ -2,56 +2,46 @@
 
 import random
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.fault.outcome import Outcome
-from tests.fault.process import (
-    Process,
-    describe,
-    differences,
-    options,
-    result,
-    resume_command,
-    scratch,
-    start,
-    train_command,
-)
+from tests.fault.runs import Outcome, Process, go_on, result, resume_command, scratch, train_command
 
 PAIRS = (("lora", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("full", "fp32"))
 STEPS = {"lora": 20, "full": 6}
 KILLS = 50
+UNFINISHED = ".checkpoint.safetensors.*"
 MOMENTS = ("in the steps", "in the steps", "while a checkpoint is written", "in the steps",
            "right after resuming", "during start-up")
 
 
-@dataclass
-class Campaign:
+def campaign(short: bool, seed: int) -> Iterator[Outcome]:
+    for i, (method, precision) in enumerate(PAIRS[:2] if short else PAIRS):
+        with scratch() as folder:
+            killer = Killer(method, precision, folder, random.Random(seed + i))
+            killer.kill((3, 2)[i] if short else KILLS)
+        yield Outcome(f"SIGKILL, {method}, {precision} ({killer.in_writing} in the writing of a "
+                      "checkpoint)", killer.kills, killer.failures)
+
+
+class Killer:
     """One method and precision: its uninterrupted run, and runs killed again and again."""
 
-    method: str
-    precision: str
-    folder: Path
-    draw: random.Random
-    failures: list[str] = field(default_factory=list)
-    kills: int = 0
-    in_writing: int = 0
-
-    def command(self, out: Path) -> list[str]:
-        return train_command(self.method, *options(
-            self.folder, out, STEPS[self.method], "--precision", self.precision))
-
-    def measure(self) -> None:
-        """The result to compare with, and how long start-up and steps take."""
-        out = self.folder / "whole"
-        process = start(self.command(out), self.folder)
-        began = time.perf_counter()
+    def __init__(self, method: str, precision: str, folder: Path, draw: random.Random):
+        self.method, self.precision, self.folder, self.draw = method, precision, folder, draw
+        self.kills = self.in_writing = 0
+        self.failures: list[str] = []
+        out, began = folder / "whole", time.perf_counter()
+        process = Process(self.command(out), folder)
         process.wait_until(process.has_begun)
         self.startup = time.perf_counter() - began
-        if process.wait():
-            raise RuntimeError(describe(self.command(out), process))
+        process.end()
         self.steps = time.perf_counter() - began - self.startup
-        self.expected = result(out, self.method)
+        self.expected = result(out)
+
+    def command(self, out: Path) -> list[str]:
+        return resume_command(train_command(self.method, self.folder, out, STEPS[self.method],
+                                            "--precision", self.precision), out)
 
     def kill(self, count: int) -> None:
         """Kill `count` times; whenever a run gets to its end all the same, begin another."""
@@ -59,62 +49,27 @@ class Campaign:
         while self.kills < count and not self.failures:
             out = self.folder / f"run{run}"
             run += 1
-            while self.kills < count and not self.failures:
-                if not self.kill_once(out, MOMENTS[self.kills % len(MOMENTS)]):
-                    break
-            self.end(out)
+            while self.kills < count and self.kill_once(out, MOMENTS[self.kills % len(MOMENTS)]):
+                pass
+            self.failures += [f"after {self.kills} kills: {what}" for what in go_on(
+                self.command(out), self.folder, out, self.expected)]
 
     def kill_once(self, out: Path, moment: str) -> bool:
-        """False when the run was over before the kill."""
-        command = resume_command(self.command(out), out)
-        process = start(command, self.folder)
-        self.wait_for(process, out, moment)
-        process.popen.kill()
-        status = process.wait()
-        if status != -9:
-            if status:
-                self.failures.append(describe(command, process))
-            return False
-        self.kills += 1
-        self.in_writing += any(out.glob(".checkpoint.pt.*"))
-        return True
-
-    def wait_for(self, process: Process, out: Path, moment: str) -> None:
+        """Return False when the run was over before the kill."""
+        process = Process(self.command(out), self.folder)
         if moment == "during start-up":
             time.sleep(self.draw.uniform(0, self.startup))
-            return
-        process.wait_until(process.has_begun)
-        if moment == "in the steps":
-            time.sleep(self.draw.uniform(0, 0.5 * self.steps))
-        elif moment == "while a checkpoint is written":
-            time.sleep(self.draw.uniform(0, 0.3 * self.steps))
-            process.wait_until(lambda: any(out.glob(".checkpoint.pt.*")), 0.3 * self.steps)
         else:
-            time.sleep(self.draw.uniform(0, 0.02))
-
-    def end(self, out: Path) -> None:
-        """Let the run get to its end, and compare."""
-        command = resume_command(self.command(out), out)
-        process = start(command, self.folder)
-        if process.wait():
-            self.failures.append(describe(command, process))
-        else:
-            self.failures += [f"{self.method}, {self.precision}: {what} after {self.kills} kills"
-                              for what in differences(out, self.method, self.expected)]
-            left = [path.name for path in out.glob(".*")]
-            self.failures += [f"left behind: {left}"] * bool(left)
-
-
-def campaign(short: bool, seed: int) -> list[Outcome]:
-    outcomes = []
-    for i, (method, precision) in enumerate(PAIRS[:2] if short else PAIRS):
-        count = (3, 2)[i] if short else KILLS
-        began = time.perf_counter()
-        with scratch() as folder:
-            one = Campaign(method, precision, folder, random.Random(seed + i))
-            one.measure()
-            one.kill(count)
-        outcomes.append(Outcome(
-            f"SIGKILL, {method}, {precision} ({one.in_writing} in the writing of a checkpoint)",
-            one.kills, one.failures, time.perf_counter() - began))
-    return outcomes
+            process.wait_until(process.has_begun)
+            share = {"in the steps": 0.5, "while a checkpoint is written": 0.3}.get(moment, 0.01)
+            time.sleep(self.draw.uniform(0, share * self.steps))
+        if moment == "while a checkpoint is written":
+            process.wait_until(lambda: any(out.glob(UNFINISHED)), 0.3 * self.steps)
+        process.kill()
+        status, lines = process.end()
+        if status != -9:
+            self.failures += [f"exit status {status}: {lines[-3:]}"] * (status != 0)
+            return False
+        self.kills += 1
+        self.in_writing += any(out.glob(UNFINISHED))
+        return True

@@ -1,77 +1,48 @@
 """Seeded damage: each mutator takes a generator and a good file's bytes, and gives bad bytes."""
 
 import json
+import struct
+from contextlib import suppress
 from random import Random
 from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
 
 NUMBERS = (0, 1, -1, 2, 7, 255, 65535, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64,
            10**30, 10**400, -(2**63), 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"))
 TEXTS = ("", "gpt2", "LORA", "c_attn", "wte", "../../etc/passwd", "/dev/zero", "a\nb", "\x1b[2J",
          "\0", "\ud800", "\u202e", "x" * 7_000, "$x_{", "{}", "%s", "é" * 40, "true", "9" * 5000)
+DTYPES = ("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X", "", None)
 
 
 def mutate_bytes(rng: Random, data: bytes) -> bytes:
-    """One to four of: bits flipped, bytes set, cut, put in, doubled, moved; seldom only noise."""
+    """Flip, set, cut, insert, double or move bytes, one to four times; seldom give only noise."""
     if rng.random() < 0.02:
         return rng.randbytes(rng.choice((0, 1, 8, 100, 5000)))
     for _ in range(rng.randint(1, 4)):
-        data = rng.choice(BYTE_CHANGES)(rng, data)
+        a, b, c = sorted(_place(rng, data) for _ in range(3))
+        span = rng.choice((1, 2, 4, 16, 300, 5000))
+        fill = bytes([rng.choice((0, 255, 127, 128, 65))]) * rng.choice((1, 2, 4, 8, 64))
+        flipped = bytearray(data)
+        for _ in range(rng.choice((1, 1, 1, 8, 64)) if data else 0):
+            flipped[_place(rng, data) % len(data)] ^= 1 << rng.randrange(8)
+        data = rng.choice((
+            bytes(flipped), bytes(flipped), data[:b], data[:a] + fill + data[a + len(fill):],
+            data[:b] + data[b + span:], data[:b] + rng.randbytes(span) + data[b:],
+            data[: b + span] + data[b:], data[:a] + data[b:c] + data[a:b] + data[c:]))
     return data
 
 
-def _flip(rng: Random, data: bytes) -> bytes:
-    if not data:
-        return data
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 8, 64))):
-        changed[_place(rng, data) % len(data)] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def _set(rng: Random, data: bytes) -> bytes:
-    start, length = _place(rng, data), rng.choice((1, 2, 4, 8, 64))
-    fill = rng.choice((b"\0", b"\xff", b"\x7f", b"\x80", rng.randbytes(1)))
-    return data[:start] + fill * length + data[start + length :]
-
-
-def _cut(rng: Random, data: bytes) -> bytes:
-    start = _place(rng, data)
-    return data[:start] if rng.random() < 0.5 else data[:start] + data[start + _span(rng) :]
-
-
-def _insert(rng: Random, data: bytes) -> bytes:
-    start = _place(rng, data)
-    return data[:start] + rng.randbytes(_span(rng)) + data[start:]
-
-
-def _double(rng: Random, data: bytes) -> bytes:
-    start = _place(rng, data)
-    return data[: start + _span(rng)] + data[start:]
-
-
-def _swap(rng: Random, data: bytes) -> bytes:
-    a, b, c = sorted(_place(rng, data) for _ in range(3))
-    return data[:a] + data[b:c] + data[a:b] + data[c:]
-
-
-BYTE_CHANGES = (_flip, _flip, _set, _cut, _insert, _double, _swap)
-
-
 def _place(rng: Random, data: bytes) -> int:
-    """Headers and directories stand at a file's ends, and most of a file is numbers."""
+    """Prefer a file's ends, where its headers are: most of a file is numbers."""
     near = rng.randrange(min(len(data), 600) + 1)
     return rng.choice((near, len(data) - near, rng.randrange(len(data) + 1)))
 
 
-def _span(rng: Random) -> int:
-    return rng.choice((1, 2, 4, 16, 300, 5000))
-
-
-# --- JSON --------------------------------------------------------------------------------------
-
-
 def mutate_json(rng: Random, data: bytes) -> bytes:
-    """A field changed, lost, added or said twice; or the bytes changed."""
+    """Change, drop, add or repeat a field; or change the bytes."""
     if rng.random() < 0.2:
         return mutate_bytes(rng, data)
     value = json.loads(data)
@@ -80,7 +51,7 @@ def mutate_json(rng: Random, data: bytes) -> bytes:
         if rng.random() < 0.2:
             value.pop(key, None)
         else:
-            value[key] = hostile_value(rng)
+            value[key] = _hostile(rng)
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
     if rng.random() < 0.1:
         text = text[:-1] + f", {json.dumps(rng.choice(list(value) or ['x']))}: 1}}"
@@ -89,30 +60,18 @@ def mutate_json(rng: Random, data: bytes) -> bytes:
     return text.encode("utf-8", rng.choice(("replace", "surrogatepass")))
 
 
-def hostile_value(rng: Random, depth: int = 3) -> Any:
+def _hostile(rng: Random, depth: int = 3) -> Any:
     kind = rng.randrange(8 if depth else 6)
-    if kind < 3:
-        return rng.choice(NUMBERS)
     if kind < 5:
-        return rng.choice(TEXTS)
+        return rng.choice(NUMBERS if kind < 3 else TEXTS)
     if kind == 5:
-        return rng.choice((None, True, False, [], {}, _nested(rng.choice((10, 20, 400)))))
-    items = [hostile_value(rng, depth - 1) for _ in range(rng.randrange(4))]
+        return rng.choice((None, True, False, [], {}, json.loads("[" * 400 + "]" * 400)))
+    items = [_hostile(rng, depth - 1) for _ in range(rng.randrange(4))]
     return items * rng.choice((1, 1, 50)) if kind == 6 else {rng.choice(TEXTS): x for x in items}
 
 
-def _nested(depth: int) -> list:
-    value: list = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-# --- books -------------------------------------------------------------------------------------
-
-
 def mutate_text(rng: Random, data: bytes) -> bytes:
-    """White space, controls, separators, other scripts and long runs put in; or bytes changed."""
+    """Insert white space, controls, separators, other scripts, long runs; or change the bytes."""
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(data) + 1)
         piece = rng.choice((" ", "\n", "\r", "\t", "\0", "\ufeff", "\u3000", "<|endoftext|>", "汉",
@@ -120,3 +79,75 @@ def mutate_text(rng: Random, data: bytes) -> bytes:
         times = rng.choice((1, 2, 50, 70_000))
         data = data[:start] + (piece * times).encode() + data[start:]
     return mutate_bytes(rng, data) if rng.random() < 0.5 else data
+
+
+def mutate_safetensors(rng: Random, data: bytes) -> bytes:
+    """Change the bytes, or the tensors in a file that is whole, or the header's entries."""
+    chance = rng.random()
+    if chance < 0.2:
+        return mutate_bytes(rng, data)
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    if chance < 0.6:
+        # Sorted, because the reader returns them in another order each time.
+        tensors = dict(sorted(safetensors.torch.load(data).items()))
+        return safetensors.torch.save(_change_tensors(rng, tensors), header["__metadata__"])
+    for _ in range(rng.choice((1, 1, 2))):
+        with suppress(KeyError, TypeError, AttributeError):  # what an earlier change spoilt
+            _change_header(rng, header)
+    text = json.dumps(header)
+    if rng.random() < 0.1:  # a name twice, the second time for other bytes
+        again = {rng.choice([*header, "x"]): rng.choice([*header.values(), {}])}
+        text = text[:-1] + ", " + json.dumps(again)[1:]
+    if rng.random() < 0.1:
+        start = rng.randrange(len(body) // 4) * 4
+        infinite = body[:start] + struct.pack("<f", rng.choice(NUMBERS[-2:])) + body[start + 4 :]
+        body = rng.choice((body[:-4], body + bytes(4), b"", infinite))
+    claimed = rng.choice(NUMBERS[:15]) if rng.random() < 0.1 else len(text)  # json.dumps: ASCII
+    return struct.pack("<Q", claimed % 2**64) + text.encode() + body
+
+
+def _change_tensors(rng: Random, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replace, rename or drop one tensor or two."""
+    for _ in range(rng.choice((1, 1, 2))):
+        key = rng.choice(list(tensors))
+        value = tensors.pop(key)
+        flat = value.flatten().clone()
+        if len(flat):
+            flat[rng.randrange(len(flat))] = rng.choice((1e38, -1e-40, float("nan"), float("-inf")))
+        changed = flat.view(value.shape)
+        if rng.random() < 0.8:
+            tensors[key] = rng.choice((
+                changed, changed, value.half(), value.bfloat16(), value.double(), value.int(),
+                value > 0, value.t() if value.ndim == 2 else value[None], flat, flat[:1], flat[:0],
+                torch.zeros(value.shape), torch.zeros(()), value + 1, torch.zeros(2))).contiguous()
+        elif rng.random() < 0.8:
+            name = rng.choice((*TEXTS[:-1], f"_orig_mod.{key}", f"transformer.{key}"))
+            tensors[name.encode("utf-8", "replace").decode()] = value
+    return tensors
+
+
+def _change_header(rng: Random, header: dict) -> None:
+    key, other = rng.choice(list(header)), rng.choice(list(header))
+    entry, shape = header[key], header[key].get("shape", [])
+    match rng.randrange(8):
+        case 0:
+            header[key], header[other] = header[other], entry
+        case 1:
+            entry["data_offsets"] = header[other]["data_offsets"]
+        case 2:
+            shift = rng.choice((-8, -4, 1, 4, 2**40))
+            entry["data_offsets"] = [x + shift * rng.randrange(2) for x in entry["data_offsets"]]
+        case 3:
+            entry["shape"] = rng.choice((shape[::-1], [], [-1], [*shape, 1], [2**62, 4], shape * 99,
+                                         [0, 2**63], [2**32, 2**32], [1.5], [True]))
+        case 4:
+            entry["dtype"] = rng.choice(DTYPES)
+        case 5:
+            name = rng.choice((*TEXTS, key + "x", key.replace("0", "1"), "__metadata__"))
+            header[name] = header.pop(key)
+        case 6:
+            del header[key]
+        case 7:
+            place = rng.choice((header, entry))
+            place[rng.choice((*TEXTS, *place))] = _hostile(rng)

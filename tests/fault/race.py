@@ -1,35 +1,29 @@
 """Two runs into one directory at the same moment: exactly one trains."""
 
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.fault.outcome import Outcome
-from tests.fault.process import differences, options, scratch, start, train_command, uninterrupted
+from tests.fault.runs import Outcome, Process, differences, scratch, train_command, uninterrupted
 
 STEPS = 20
+KNOWN = ("another run is at work there", "holds a run")  # what the refused one may say
 
 
-def campaign(short: bool, seed: int) -> list[Outcome]:
-    began, failures, tries = time.perf_counter(), [], 1 if short else 10
-    expected, _ = uninterrupted(STEPS)
+def campaign(short: bool, seed: int) -> Iterator[Outcome]:
+    outcome, (expected, _) = Outcome("two racing runs"), uninterrupted(STEPS)
     with scratch() as folder:
-        for i in range(tries):
-            failures += race(folder / f"race{i}", folder, expected)
-    return [Outcome("two racing runs", tries, failures, time.perf_counter() - began)]
+        for i in range(1 if short else 10):
+            outcome.add(f"race {i}", race(folder, folder / str(i), expected))
+    yield outcome
 
 
-def race(out: Path, folder: Path, expected: dict) -> list[str]:
-    command = train_command("lora", *options(folder, out, STEPS))
-    places = [folder / f"{out.name}-{side}" for side in "ab"]
+def race(folder: Path, out: Path, expected: dict) -> list[str]:
+    command, places = train_command("lora", folder, out, STEPS), [folder / "a", folder / "b"]
     for place in places:
-        place.mkdir()
-    processes = [start(command, place) for place in places]
-    statuses = sorted(process.wait() for process in processes)
-    if statuses != [0, 2]:
-        return [f"{out.name}: exit statuses {statuses}"]
-    loser = next(process for process in processes if process.popen.returncode == 2)
-    lines = loser.error_lines()
-    known = ("another run is at work there", "holds a run")
-    if len(lines) != 1 or not any(words in lines[0] for words in known):
-        return [f"{out.name}: the refused run says {lines}"]
-    return differences(out, "lora", expected)
+        place.mkdir(exist_ok=True)
+    both = [Process(command, place) for place in places]
+    ends = sorted(process.end() for process in both)
+    (first, _), (second, lines) = ends
+    if (first, second) != (0, 2) or len(lines) != 1 or not any(k in lines[0] for k in KNOWN):
+        return [f"the two end with {ends}"]
+    return differences(out, expected)

@@ -5,67 +5,57 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.fault.outcome import Outcome
-from tests.fault.process import (
-    ROOT,
-    Process,
-    describe,
-    differences,
-    options,
-    resume_command,
-    scratch,
-    start,
-    uninterrupted,
-)
+from tests.fault import runs
 
 STEPS = 20
 NOTICE = "stopping once the step is done and saved; a second signal stops at once"
 AT_ONCE = "error: interrupted"
 
 
-def campaign(short: bool, seed: int) -> list[Outcome]:
-    began, failures, tries = time.perf_counter(), [], 2 if short else 20
-    draw = random.Random(seed)
-    expected, seconds = uninterrupted(STEPS)
-    with scratch() as folder:
-        for i in range(tries):
+def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
+    outcome, draw = runs.Outcome("SIGINT and SIGTERM"), random.Random(seed)
+    expected, seconds = runs.uninterrupted(STEPS)
+    with runs.scratch() as folder:
+        for i in range(2 if short else 20):
             number = (signal.SIGINT, signal.SIGTERM)[i % 2]
-            failures += one_signal(folder, folder / f"run{i}", number, seconds, draw, expected,
-                                   twice=i % 4 == 3)
-    return [Outcome("SIGINT and SIGTERM", tries, failures, time.perf_counter() - began)]
-
-
-def make_command(folder: Path, out: Path) -> list[str]:
-    """What `make train-lora` would run with small ARGS."""
-    arguments = shlex.join(options(folder, out, STEPS))
-    told = subprocess.run(["make", "--no-print-directory", "-n", "train-lora", f"ARGS={arguments}"],
-                          cwd=ROOT, capture_output=True, text=True, check=True)
-    return shlex.split(told.stdout.splitlines()[-1])
+            outcome.add(f"run {i}, {number.name}", one_signal(
+                folder, folder / f"run{i}", number, seconds, draw, expected, twice=i % 4 == 3))
+    yield outcome
 
 
 def one_signal(folder: Path, out: Path, number: int, seconds: float, draw: random.Random,
                expected: dict, twice: bool) -> list[str]:
     command = make_command(folder, out)
-    process = start(command, folder)
+    process = runs.Process(command, folder)
     process.wait_until(lambda: catches_sigterm(process))
     time.sleep(draw.uniform(0, 0.95 * seconds))
-    process.popen.send_signal(number)
+    process.send_signal(number)
     if twice:
         time.sleep(draw.uniform(0, 0.05))
-        process.popen.send_signal(number)
-    status, lines = process.wait(), process.error_lines()
+        process.send_signal(number)
+    status, lines = process.end()
     failures = check_ending(status, 128 + number, lines, out)
-    if not (out / "run.json").exists():
-        failures += go_on(folder, out, process, command)
-    failures += differences(out, "lora", expected)
-    return [f"{out.name}, {signal.Signals(number).name}: {failure}" for failure in failures]
+    if (out / "run.json").exists():
+        return failures + runs.differences(out, expected)
+    printed = " ".join(lines).partition("; go on with: ")[2]  # the stopped run's own command
+    again = shlex.split(printed) if printed else runs.resume_command(command, out)
+    return failures + runs.go_on(again, folder, out, expected)
 
 
-def catches_sigterm(process: Process) -> bool:
-    """From train.py's first line on; before that, Python itself is starting."""
-    status = Path(f"/proc/{process.popen.pid}/status").read_text()
+def make_command(folder: Path, out: Path) -> list[str]:
+    """Return what `make train-lora` would run with small ARGS."""
+    arguments = shlex.join(runs.options(folder, out, STEPS))
+    said = subprocess.run(["make", "--no-print-directory", "-n", "train-lora", f"ARGS={arguments}"],
+                          cwd=runs.ROOT, capture_output=True, text=True, check=True)
+    return shlex.split(said.stdout.splitlines()[-1])
+
+
+def catches_sigterm(process: runs.Process) -> bool:
+    """Say whether train.py's first line has run; before that, Python itself is starting."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
@@ -73,15 +63,7 @@ def catches_sigterm(process: Process) -> bool:
 def check_ending(status: int, wanted: int, lines: list[str], out: Path) -> list[str]:
     # It came after the last step, or when Python, its handlers gone, was ending.
     if status in (0, 128 - wanted) and lines in ([], [NOTICE]):
-        return [] if (out / "run.json").exists() else ["ended with 0 and no result"]
+        return [] if (out / "run.json").exists() else [f"ended with {status} and no result"]
     saved = len(lines) == 2 and lines[0] == NOTICE and lines[1].startswith("stopped after step ")
     stopped = saved or lines in ([AT_ONCE], [NOTICE, AT_ONCE])
     return [] if status == wanted and stopped else [f"exit status {status}, {lines}"]
-
-
-def go_on(folder: Path, out: Path, process: Process, command: list[str]) -> list[str]:
-    """By the command that the stopped run printed, if it did."""
-    told = " ".join(process.error_lines()).partition("; go on with: ")[2]
-    again = shlex.split(told) if told else resume_command(command, out)
-    process = start(again, folder)
-    return [describe(again, process)] if process.wait() else []

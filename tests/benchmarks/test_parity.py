@@ -1,0 +1,167 @@
+"""The parity check: it holds, and each fault that it is there to find breaks it."""
+
+import json
+import math
+import os
+from argparse import Namespace
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import ours, parity
+from benchmarks.parity_report import Report
+from data.windows import Windows
+from lora.layer import LoRAConfig, LoRALinear
+from model.gpt2 import GPT2, GPT2Config
+from model.weights import save_gpt2
+from tests.helpers import tiny_gpt2_directory
+from tests.runs import run
+
+GIB = 1 << 30
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LORA_INIT, SCALING, BATCH = LoRALinear.__init__, LoRAConfig.scaling.fget, Windows.batch
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny base with heads of 16, for which 1/sqrt(16) is the same number however computed."""
+    return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_head=2)[0]
+
+
+@pytest.fixture
+def check(base, book, tmp_path):
+    """Run the parity check with these options; how it ends, and its `parity.json`."""
+
+    def check(*options):
+        ending = run(parity.main, "--base", base, "--book", book, "--out", tmp_path,
+                     "--block-size", 16, "--device", "cpu", *options)
+        return ending, json.loads((tmp_path / "parity.json").read_text())
+
+    return check
+
+
+def test_every_section_holds_and_says_so_and_is_pefts_to_the_last_bit(check, base, tmp_path):
+    ending, result = check("--steps", 50, "--batch-size", 4, "--device", DEVICE)
+    assert ending.status == 0 and result["holds"], ending.stdout
+    assert "parity holds" in ending.stdout and "FAILED" not in ending.stdout
+    losses = result["curves"]["exact"]
+    assert losses["here"] == losses["there"] and len(set(losses["here"])) == 50
+    differences = {entry["name"]: entry["value"] for entry in result["checks"]}
+    for what in ("adapter before the first step", "loss of every step",
+                 "adapter after the last step"):
+        assert differences[f"exact: {what}"] == 0.0
+    assert result["curves"].keys() == {
+        "exact", "resumed", "fp32, no dropout", "fp32, independent dropout", "bf16, no dropout",
+        "bf16, independent dropout", "full"}
+    losses = result["validation_losses"]
+    assert losses["trained here"]["there"] < losses["base"]["there"] - 0.01  # it did train
+    assert str(base.parent) not in json.dumps(result)
+    assert DEVICE == "cpu" or result["device"] == torch.cuda.get_device_name()
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def forward(formula):
+    return mock.patch.object(LoRALinear, "forward", formula)
+
+
+def initialised(change):
+    def init(self, *args):
+        LORA_INIT(self, *args)
+        change(self)
+
+    return mock.patch.object(LoRALinear, "__init__", init)
+
+
+def a_by_the_wrong_fan_in(layer):
+    a = torch.empty_like(layer.lora_A.weight.t())  # (in, r)
+    nn.init.kaiming_uniform_(a, a=5**0.5)
+    layer.lora_A.weight.data = a.t().contiguous()
+
+
+FAULTS = {
+    "scaled by one percent more": (
+        mock.patch.object(LoRAConfig, "scaling", property(lambda self: 1.01 * SCALING(self))),
+        "adapter after the last step"),
+    "dropout after A": (
+        forward(lambda self, x: self.base_layer(x) + self.scaling * self.lora_B(
+            self.lora_dropout(self.lora_A(x)))), "adapter after the last step"),
+    "dropout before the base layer too": (
+        forward(lambda self, x: self.base_layer(x := self.lora_dropout(x)) + self.scaling
+                * self.lora_B(self.lora_A(x))), "loss of every step"),
+    "no dropout": (
+        forward(lambda self, x: self.base_layer(x) + self.lora_B(self.lora_A(x)) * self.scaling),
+        "adapter after the last step"),
+    "A by the wrong fan-in": (initialised(a_by_the_wrong_fan_in), "adapter before the first step"),
+    "adapter in bf16": (
+        initialised(lambda layer: (layer.lora_A.bfloat16(), layer.lora_B.bfloat16())),
+        "adapter before the first step"),
+    "labels not shifted": (
+        mock.patch.object(Windows, "batch", lambda self, indices: (BATCH(self, indices)[0],) * 2),
+        "loss of every step"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_breaks_parity(check, fault):
+    patch, found = FAULTS[fault]
+    with patch:
+        ending, result = check("--exact-only", "--steps", 5)
+    assert ending.status == 1 and not result["holds"]
+    assert f"exact: {found}" in [entry["name"] for entry in result["checks"] if not entry["ok"]]
+    assert "parity is broken" in ending.stdout
+
+
+@pytest.fixture
+def opts(base, book):
+    return Namespace(directory=base, book=book, steps=50, batch_size=4, block_size=16, device="cpu")
+
+
+def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
+    def make_trainer(args):
+        trainer = make(args)
+        trainer.model.set_dropout(0.5)  # on our side alone; the config says 0.1
+        return trainer
+
+    make = ours.make_trainer
+    monkeypatch.setattr(ours, "make_trainer", make_trainer)
+    report = Report()
+    parity.compare_independent_draws(report, parity.train_options(opts, "lora"))
+    assert report.broken() == ["fp32, independent dropout: loss, from PEFT's mean"]
+
+
+def test_a_difference_that_is_not_a_number_breaks_parity():
+    report = Report()
+    report.check("loss", parity.relative([1.0, math.nan, 1.0], [1.0, 1.0, 1.0]), 1.0)
+    report.check("names", parity.largest({"a": torch.ones(1)}, {"b": torch.ones(1)}), 1.0)
+    report.check("parameters", parity.largest({"a": torch.tensor([math.nan, 0.0])},
+                                              {"a": torch.zeros(2)}), 1.0)
+    assert report.broken() == ["loss", "names", "parameters"]
+
+
+@pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 5 * GIB,
+                    reason="needs 5 GiB of memory")
+def test_five_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
+    torch.manual_seed(0)
+    model = GPT2(GPT2Config())
+    model.init_weights()
+    with TemporaryDirectory() as directory:
+        save_gpt2(model, directory, torch.float16)
+        ending, result = check("--base", directory, "--exact-only", "--steps", 5,
+                               "--batch-size", 1)
+    assert ending.status == 0, ending.stdout
+    assert result["parameters"] == {"trainable": 294_912, "all": 124_734_720}
+    losses = result["curves"]["exact"]
+    assert losses["here"] == losses["there"] and len(set(losses["here"])) == 5
+
+
+def test_fp16_with_loss_scaling_reaches_pefts_loss_within_the_rounding_of_fp16(opts):
+    opts.device = DEVICE
+    here, there = parity.train_both(parity.train_options(
+        opts, "lora", "--precision", "fp16", *parity.NO_DROPOUT))
+    _, fp32 = parity.train_both(parity.train_options(opts, "lora", *parity.NO_DROPOUT))
+    rounding = parity.relative(there.losses, fp32.losses)
+    assert 0 < rounding < 1e-2
+    assert parity.relative(here.losses, there.losses) <= 2 * rounding  # both sides round

@@ -1,0 +1,209 @@
+"""The reference run, repeated: its protocol and measure against the reference's own loop."""
+
+import json
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import reference
+from benchmarks.reference import METHODS, pseudo_latin
+from tests.helpers import TINY, tiny_gpt2_directory
+from tests.runs import Ending, finished, run, stock_model, stock_result, token_parts, trainer
+from training.options import BOOK
+
+BATCH_SIZE = {"base": 16, "lora": 16, "full": 64}
+WORDS, STEPS = 330, 3
+
+
+@pytest.fixture(scope="module")
+def wide_base(tmp_path_factory):
+    """A tiny base that sees the protocol's 128 tokens."""
+    return tiny_gpt2_directory(tmp_path_factory.mktemp("wide"), n_positions=128, n_embd=16,
+                               n_head=2, n_layer=1)[0]
+
+
+def repeat(base: Path, folder: Path, *options: object) -> Ending:
+    with mock.patch.object(reference, "WORDS", WORDS):
+        return run(reference.main, "--base", base, "--out", folder / "runs", "--device", "cpu",
+                   "--max-steps", STEPS, *options)
+
+
+def figures(folder: Path) -> dict:
+    return json.loads((folder / "runs" / "reference.json").read_text())
+
+
+@dataclass
+class Repeated:
+    base: Path
+    folder: Path
+    stdout: str
+    figures: dict
+    book: Path
+
+
+@pytest.fixture(scope="module")
+def repeated(wide_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    ending = repeat(wide_base, folder)
+    assert ending.status == 0, ending.stderr
+    return Repeated(wide_base, folder, ending.stdout, figures(folder),
+                    next((folder / "runs").glob("*.txt")))
+
+
+def reference_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """What the reference's dataset returns, x and y (N, 128)."""
+    return ids[:-1].unfold(0, 128, 1), ids[1:].unfold(0, 128, 1)
+
+
+@torch.no_grad()
+def reference_validation(model: nn.Module, ids: Tensor, batch_size: int) -> float:
+    """The reference's validation loop, on its own library."""
+    batches = zip(*(t.split(batch_size) for t in reference_windows(ids)), strict=True)
+    return float(np.mean([model(input_ids=x, labels=y).loss.item() for x, y in batches]))
+
+
+@torch.no_grad()
+def next_token_loss(model: nn.Module, ids: Tensor) -> float:
+    """Each token but the first once, in windows of 128."""
+    total = sum(F.cross_entropy(model(ids[None, i : i + 128][:, : len(ids) - i - 1]).logits[0],
+                                ids[i + 1 : i + 129], reduction="sum").item()
+                for i in range(0, len(ids) - 1, 128))
+    return total / (len(ids) - 1)
+
+
+def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
+    ids = token_parts(repeated.book)[1]
+    for method, batch_size in BATCH_SIZE.items():
+        assert (len(ids) - 128) % batch_size  # the mean of batches is not that of windows
+        here = repeated.figures["here"][method]
+        model = stock_model(repeated.base) if method == "base" else stock_result(
+            finished(repeated.folder / "runs" / method)).eval()
+        expected = reference_validation(model, ids, batch_size)
+        assert here["reference"]["loss"] == pytest.approx(expected, rel=1e-5)
+        assert here["reference"]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+        assert f"{here['reference']['perplexity']:.4f}" in repeated.stdout
+        assert here["next_token"]["loss"] == pytest.approx(next_token_loss(model, ids), rel=1e-5)
+        assert here["next_token"]["loss"] != pytest.approx(expected, rel=1e-3)
+
+
+def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repeated):
+    made = trainer("lora", repeated.base, repeated.book, repeated.folder / "unused",
+                   "--block-size", 128, *METHODS["lora"].split())
+    made.model.eval()
+    x, y = reference_windows(token_parts(repeated.book)[0])
+    assert len(made.windows) == len(x)
+    inputs, targets = made.windows.batch(np.arange(len(x)))
+    ours = made.summed_loss(inputs, targets) / targets.numel()
+    theirs = stock_model(repeated.base)(input_ids=x, labels=y).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_the_runs_have_the_reference_s_options(repeated):
+    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
+    common = {"epochs": 3, "stride": 1, "label_shift": 2, "val_fraction": 0.1, "clip": 0,
+              "weight_decay": 0.01, "warmup_ratio": 0.06, "precision": "fp32", "base_dropout": None}
+    for method, more in (("lora", {"batch_size": 16, "lr": 3e-4, **lora}),
+                         ("full", {"batch_size": 64, "lr": 3e-5})):
+        options = finished(repeated.folder / "runs" / method).report["options"]
+        assert {**options, **common, **more} == options
+
+
+def test_the_table_has_the_published_figures_and_ours(repeated):
+    rows = {cells[0]: cells[1:] for line in repeated.stdout.splitlines() if line.startswith("| ")
+            for cells in [[cell.strip() for cell in line.strip("|").split("|")]]}
+    assert rows["lora, published"][:4] == ["294,912", "0.2364 %", "0.2261", "1.2537"]
+    assert rows["full, published"][:4] == ["about 124.7 million", "-", "-", "1.1211"]
+    config = peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True)
+    trainable, total = peft.get_peft_model(
+        stock_model(repeated.base), config).get_nb_trainable_parameters()
+    assert rows["lora, here"][:2] == [f"{trainable:,}", f"{100 * trainable / total:.4f} %"]
+    assert rows["full, here"][:2] == [f"{total - trainable:,}", "100.0000 %"]
+    assert f"--max-steps {STEPS}: not the whole protocol" in repeated.stdout
+    text = json.dumps(repeated.figures)
+    assert repeated.figures["base"] == repeated.base.name
+    assert str(repeated.folder.parent) not in text and str(BOOK.parent) not in text
+
+
+def test_finished_runs_are_scored_again_on_fewer_windows_and_it_says_so(repeated):
+    weights = repeated.folder / "runs" / "lora" / "adapter_model.safetensors"
+    kept, total = weights.stat().st_mtime_ns, len(token_parts(repeated.book)[1]) - 128
+    ending = repeat(repeated.base, repeated.folder, "--resume", "--val-windows", 20)
+    assert ending.status == 0, ending.stderr
+    found = figures(repeated.folder)
+    assert found["val_windows"] == {"scored": 20, "all": total}
+    assert f"on only 20 of the {total} validation windows" in ending.stdout
+    assert "on all" in repeated.stdout
+    before, again = (f["here"]["lora"] for f in (repeated.figures, found))
+    assert again["next_token"] == before["next_token"]
+    assert again["reference"]["loss"] == pytest.approx(before["reference"]["loss"], rel=0.02)
+    assert again["reference"]["loss"] != before["reference"]["loss"]
+    assert weights.stat().st_mtime_ns == kept
+
+
+def test_runs_are_not_lost_or_taken_for_others(repeated, book):
+    for options, words in (
+            ((), ["--overwrite"]), (("--resume", "--book", book), ["--book"]),
+            (("--resume", "--max-steps", STEPS + 1), ["--max-steps", f"was {STEPS}"])):
+        ending = repeat(repeated.base, repeated.folder, *options)
+        assert ending.status == 2
+        assert len(ending.stderr.splitlines()) == 1
+        assert all(word in ending.stderr for word in words)
+
+
+def test_train_py_s_options_change_the_protocol_and_what_each_label_learns(wide_base, tmp_path):
+    """Each label makes its own measure better, and the other worse."""
+    losses = {}
+    for shift in (2, 1):
+        ending = repeat(wide_base, tmp_path, "--only", "lora", "--max-steps", 30, "--lr", 5e-3,
+                        "--batch-size", 4, "--target-modules", "c_attn", "c_fc", "c_proj",
+                        "--label-shift", shift, "--overwrite")
+        assert ending.status == 0, ending.stderr
+        assert f"--label-shift {shift} --overwrite: not the whole protocol" in ending.stdout
+        losses[shift] = figures(tmp_path)["here"]
+        assert losses[shift].keys() == {"base", "lora"} and losses[shift]["lora"]["steps"] == 30
+    base, after_next, next_token = losses[1]["base"], losses[2]["lora"], losses[1]["lora"]
+    for measure, better, worse in (("reference", after_next, next_token),
+                                   ("next_token", next_token, after_next)):
+        assert better[measure]["loss"] < base[measure]["loss"]
+        assert better[measure]["loss"] < worse[measure]["loss"]
+
+
+def test_the_share_seen_before_is_counted_right(repeated):
+    train_ids, val_ids = token_parts(repeated.book)
+    known = {tuple(run) for run in train_ids.unfold(0, 16, 1).tolist()}
+    expected = np.mean([tuple(run) in known for run in val_ids.unfold(0, 16, 1).tolist()])
+    assert repeated.figures["seen_before"] == pytest.approx(expected)
+    assert f"{expected:.1%} of the validation part's runs of 16" in repeated.stdout
+    assert expected > 0.1 > reference.share_seen(*(p.numpy() for p in token_parts(BOOK)))
+
+
+def test_a_base_or_a_book_too_short_for_a_window_is_refused(base, wide_base, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Three words only.")
+    for directory, options, words in ((base, (), (f"--base {base}", str(TINY["n_positions"]))),
+                                      (wide_base, ("--book", short), (str(short),))):
+        ending = repeat(directory, tmp_path, *options)
+        assert ending.status == 2 and len(ending.stderr.splitlines()) == 1
+        assert all(word in ending.stderr for word in words)
+        assert list(tmp_path.iterdir()) == [short]
+
+
+def test_the_made_text_is_the_seed_s_and_repeats_itself():
+    text, other = pseudo_latin(3000, 7), pseudo_latin(3000, 8)
+    assert text == pseudo_latin(3000, 7)
+    sentences, others = (set(re.split(r"\.\s", t)[:-1]) for t in (text, other))
+    assert len(sentences) < 30 and not sentences & others
+    assert 3000 <= len(text.split()) < 3015
+    latin, english = (len(zlib.compress(t.encode(), 9)) for t in (
+        text, BOOK.read_text()[: len(text)]))
+    assert 3 * latin < english

@@ -1,0 +1,233 @@
+"""The speed benchmark: every figure is there, follows from its times, and times the same work."""
+
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import speed, speed_worker
+from benchmarks.speed_worker import CALLS, Task
+from common.device import Device
+from common.errors import RunError
+from model.gpt2 import GPT2Config
+from tests.helpers import tiny_gpt2, tiny_gpt2_directory, token_ids
+from tests.runs import run
+
+BASE = {"n_positions": 128, "n_embd": 16, "n_head": 2, "n_layer": 2}
+CPU = Device.pick("cpu", "fp32")
+ROUNDS = 2
+AXES = {"growth": {"batch_size": (2, 16), "block_size": (64, 128, 256), "r": (1, 4, 64)},
+        "scaling": {"ranks": (1, 2)}}
+SIDES = {"LoRA": ("PEFT", True), "full": ("transformers", False),
+         "evaluate": ("transformers", True), "generate": ("transformers", True)}
+CONTENDERS = {name for what, (who, low) in SIDES.items() for name in (
+    f"this project, {what}, fp32", f"{who}, {what}, fp32", f"this project, {what}, bf16",
+    f"{who}, {what}, bf16 autocast", *[f"{who}, {what}, bf16 weights"] * low)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny base that sees a window of 128, without dropout."""
+    return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), **BASE, embd_pdrop=0.0,
+                               attn_pdrop=0.0, resid_pdrop=0.0)[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with (mock.patch.object(speed_worker, "ENOUGH_SECONDS", 1e-3),
+          mock.patch.object(speed, "AXES", AXES)):
+        yield
+
+
+def bench(base: Path, out: Path, *options: object, measure=None):
+    """The command; with `measure` in place of a process for each measurement."""
+    with mock.patch.object(speed, "run_apart", measure or speed.run_apart):
+        return run(speed.main, "--base", base, "--out", out, "--device", "cpu", "--rounds", ROUNDS,
+                   "--steps", 1, *options)
+
+
+def read(out: Path, what: str = "speed") -> dict:
+    assert next(out.glob(f"{what}-cpu-*.png")).read_bytes().startswith(b"\x89PNG")
+    return json.loads(next(out.glob(f"{what}-cpu-*.json")).read_text())
+
+
+@pytest.fixture(scope="module")
+def measured(base, tmp_path_factory):
+    """A whole run: how it ended and where its files are."""
+    out = tmp_path_factory.mktemp("results")
+    ending = bench(base, out, "--only", *speed.KINDS, "growth", measure=speed_worker.measure)
+    assert ending.status == 0, ending.stderr
+    return ending, out
+
+
+def times(result: dict, key: str = "median") -> dict[str, list[float]]:
+    """Each contender's figures, round by round."""
+    return {name: [r[key] for i in range(ROUNDS) for r in result["measurements"]
+                   if (r["name"], r["round"]) == (name, i)] for name in CONTENDERS}
+
+
+def test_every_contender_is_timed_in_every_round(measured, base):
+    result = read(measured[1])
+    assert set(result["summary"]["contenders"]) == CONTENDERS
+    for record in result["measurements"]:
+        assert record["kind"] == "matmuls" or record["median"] == statistics.median(
+            record["seconds"])
+    for name, seconds in times(result).items():
+        figures = result["summary"]["contenders"][name]
+        assert len(seconds) == ROUNDS and min(seconds) > 0
+        assert figures["seconds"] == {"median": statistics.median(seconds), "min": min(seconds),
+                                      "max": max(seconds)}
+        assert figures["peak_mb"]["min"] > 50
+    assert {"date", "machine", "threads", "load_average", "versions", "how"} <= result.keys()
+    assert result["failed"] == {} and str(base.parent) not in json.dumps(result)
+
+
+def test_ratios_are_those_of_the_recorded_times_within_each_round(measured):
+    ending, out = measured
+    result = read(out)
+    seconds, memory = times(result), times(result, "peak_mb")
+    found = {(r["theirs"], r["ours"]): r for r in result["summary"]["ratios"]}
+    for (theirs, ours), ratio in found.items():
+        assert theirs.split(",")[1] == ours.split(",")[1]
+        for what, over, under in (("time", seconds[theirs], seconds[ours]),
+                                  ("memory", memory[ours], memory[theirs])):
+            expected = [a / b for a, b in zip(over, under, strict=True)]
+            assert ratio[what] == {"rounds": expected, "median": statistics.median(expected),
+                                   "min": min(expected), "max": max(expected)}
+        assert f"{ratio['time']['median']:.2f} (" in ending.stdout
+    assert len(found) == 12
+    assert ("PEFT, LoRA, fp32", "this project, LoRA, bf16") in found  # the reference's script
+    assert ("transformers, full, fp32", "this project, full, bf16") not in found
+
+
+def test_the_matmuls_share_follows_from_the_times(measured):
+    result = read(measured[1])
+    limits = {(r["precision"], r["round"]): r for r in result["measurements"]
+              if r["kind"] == "matmuls"}
+    assert len(limits) == 2 * ROUNDS
+    for method, name in (("lora", "LoRA"), ("full", "full")):
+        for precision in ("fp32", "bf16"):
+            contender = f"this project, {name}, {precision}"
+            shares = [limits[precision, i][method] / seconds
+                      for i, seconds in enumerate(times(result)[contender])]
+            share = result["summary"]["contenders"][contender]["share_of_limit"]
+            assert share["median"] == pytest.approx(statistics.median(shares)) and min(shares) > 0
+
+
+def test_growth_has_every_size_that_the_base_allows_and_ratios_at_each(measured):
+    summary = read(measured[1], "growth")["summary"]
+    ours, theirs = "this project, LoRA, bf16", "PEFT, LoRA, bf16 autocast"
+    sizes = [("batch_size", 2), ("batch_size", 16), ("block_size", 64), ("block_size", 128),
+             ("r", 1), ("r", 4)]
+    names = [[f"{who}, {axis} {size}" for axis, size in sizes] for who in (ours, theirs)]
+    assert list(summary["contenders"]) == [name for pair in zip(*names, strict=True)
+                                           for name in pair]
+    assert [(r["ours"], r["theirs"]) for r in summary["ratios"]] == list(zip(*names, strict=True))
+    small, large = (summary["contenders"][name]["seconds"]["median"] for name in names[0][:2])
+    assert large > small
+
+
+def test_the_matmuls_are_those_of_a_stock_training_step():
+    for method, n_inner in (("lora", None), ("full", 24)):
+        check_matmuls(method, n_inner)
+
+
+def check_matmuls(method: str, n_inner: int | None) -> None:
+    model = tiny_gpt2(**BASE, n_inner=n_inner, attn_implementation="eager").train()
+    if method == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            r=3, target_modules=["c_attn"], lora_dropout=0.05, fan_in_fan_out=True))
+    ids = token_ids(317, 5, 32)
+    with FlopCounterMode(display=False) as stock:
+        model(input_ids=ids, labels=ids).loss.backward()
+    found = speed_worker.matmuls(GPT2Config(vocab_size=317, n_inner=n_inner, **BASE), method,
+                                 batch_size=5, block_size=32, r=3)
+    flops = 0
+    for (a, b), count in found.items():
+        with FlopCounterMode(display=False) as counter:
+            torch.matmul(torch.empty_strided(*a), torch.empty_strided(*b))
+        flops += count * counter.get_total_flops()
+    assert flops == stock.get_total_flops()
+    layouts = {tuple(torch.empty_strided(*t).is_contiguous() for t in pair) for pair in found}
+    assert {(True, False), (True, True), (False, True)} <= layouts  # x W^T, g W, g^T x
+
+
+@pytest.mark.parametrize("change", [
+    {"kind": "train"}, {"kind": "train", "method": "full"}, {"kind": "evaluate"},
+    {"kind": "generate"}], ids=str)
+def test_both_sides_compute_the_same(base, change):
+    task = replace(Task("train", str(base)), **change)
+    values = [np.array(CALLS[task.kind](replace(task, side=side), CPU)())
+              for side in ("ours", "theirs")]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0].shape == ((112,) if task.kind == "generate" else ())
+
+
+def test_without_a_base_it_makes_one_and_the_others_go_on_when_one_fails(tmp_path):
+    def measure(task):
+        if task.name == "transformers, evaluate, bf16 weights":
+            raise RunError("out of memory")
+        return speed_worker.measure(task)
+
+    with mock.patch.object(speed_worker, "GPT2Config", lambda: GPT2Config(**BASE)):
+        ending = bench("", tmp_path, "--only", "evaluate", measure=measure)
+    result = read(tmp_path, "evaluate")
+    assert ending.status == 1 and len(ending.stderr.splitlines()) == 1
+    assert result["failed"] == {"transformers, evaluate, bf16 weights": "out of memory"}
+    assert result["base"] == "GPT-2 124M, random weights"
+    assert len(result["measurements"]) == 4 * ROUNDS and len(result["summary"]["ratios"]) == 2
+
+
+def test_processes_of_their_own_and_ranks_that_count_what_a_step_sends(base, tmp_path):
+    ending = bench(base, tmp_path, "--only", "evaluate", "scaling", "--precision", "fp32",
+                   "--rounds", 1, "--steps", 2)
+    assert ending.status == 0, ending.stderr
+    result = read(tmp_path, "evaluate")
+    assert [len(r["seconds"]) for r in result["measurements"]] == [2, 2]
+    assert len(result["summary"]["ratios"]) == 1
+    found = read(tmp_path, "scaling")["summary"]["contenders"]
+    lora = BASE["n_layer"] * 8 * 4 * BASE["n_embd"]
+    full = sum(p.numel() for p in tiny_gpt2(**BASE).parameters())
+    for name, trainable in (("LoRA", lora), ("full", full)):
+        one, two = (found[f"this project, {name}, fp32, ranks {n}"] for n in (1, 2))
+        # Gradients and loss; whether a checkpoint is due, and whether a signal came.
+        assert two["bytes"]["median"] == 4 * (trainable + 1) + 1 + 8
+        assert one["bytes"]["median"] == 0 and one["faster"]["median"] == 1
+        assert two["faster"]["median"] == pytest.approx(
+            one["seconds"]["median"] / two["seconds"]["median"])
+        assert two["seconds"]["median"] > 0 and two["all_reduce"]["median"] > 0
+        assert f"{two['bytes']['median']:,}" in ending.stdout
+
+
+def test_a_process_that_fails_is_one_line_and_status_1(base, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    for script, reason in (
+            ("kill -9 $$", "its process was ended by SIGKILL (out of memory?)"),
+            ("echo 'Traceback' >&2; echo 'KeyError: 1' >&2; exit 1", "KeyError: 1"),
+            ("echo 'traceback : SIGABRT' >&2; echo ====== >&2; exit 1", "traceback : SIGABRT"),
+            ("exit 3", "exit status 3")):
+        python.write_text(f"#!/bin/sh\n{script}\n")
+        python.chmod(0o755)
+        ending = bench(base, tmp_path, "--only", "evaluate", "--precision", "fp32")
+        assert ending.status == 1
+        assert ending.stderr.splitlines() == [
+            f"error: {who}, evaluate, fp32: {reason}; left out from here on"
+            for who in ("this project", "transformers")]
+
+
+def test_compiled_runs_of_both_sides_are_among_the_tasks_on_cuda(base):
+    opts = mock.Mock(task=Task("train", str(base)), device="cuda", precision=["bf16"],
+                     only=["train"])
+    compiled = [task.name for task in speed.compare(opts) if task.compile]
+    assert compiled == [f"{name}, compiled" for name in (
+        "this project, LoRA, bf16", "PEFT, LoRA, bf16 autocast", "this project, full, bf16",
+        "transformers, full, bf16 autocast")]

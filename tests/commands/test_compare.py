@@ -1,0 +1,140 @@
+"""`evaluate.py`: a model's scores as JSON, and the table and picture of finished runs."""
+
+import json
+import math
+import shutil
+import struct
+
+import pytest
+
+import evaluate
+from tests.helpers import tiny_gpt2_directory
+from tests.runs import BLOCK, Run, run, story, trained
+
+
+@pytest.fixture(scope="module")
+def runs(base, book, tmp_path_factory) -> dict[str, Run]:
+    directory = tmp_path_factory.mktemp("runs")
+    return {method: trained(method, base, book, directory / method, "--max-steps", 4, "--lr", 1e-3)
+            for method in ("lora", "full")}
+
+
+def score(book, tmp_path, *options: object) -> dict:
+    """The scores of the book's last tenth, those that training validates on."""
+    path = tmp_path / "scores.json"
+    ending = run(evaluate.main, "--text", book, "--val-fraction", 0.1, "--block-size", BLOCK,
+                 "--device", "cpu", "--json", path, *options)
+    assert (ending.status, ending.stderr) == (0, "")
+    scores = json.loads(path.read_text())
+    assert f"{book}, the last {100 * scores['val_fraction']:.3g} %: " in ending.stdout
+    assert f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.3f}" in ending.stdout
+    return scores
+
+
+@pytest.mark.parametrize("name", ["base", "lora", "full"])
+def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path, name):
+    model, adapter = {"base": (base, None), "lora": (base, runs["lora"].out),
+                      "full": (runs["full"].out, None)}[name]
+    scores = score(book, tmp_path, "--base", model, *(("--adapter", adapter) if adapter else ()))
+    assert set(scores) == {"base", "adapter", "text", "val_fraction", "tokens", "bytes", "loss",
+                           "perplexity", "bits_per_byte", "accuracy"}
+    assert scores["base"] == str(model) and scores["text"] == str(book)
+    assert scores["adapter"] == (str(adapter) if adapter else None)
+    report = runs["full" if name == "base" else name].report
+    which = "base" if name == "base" else "best"
+    assert scores["loss"] == pytest.approx(report[f"{which}_val_loss"], rel=1e-6)
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+    if which == "best":
+        assert scores["bits_per_byte"] == pytest.approx(report["best_val_bits_per_byte"], rel=1e-6)
+
+
+def compare(*directories: object) -> tuple[list[list[str]], str]:
+    """The table's cells, row by row, and all that was printed."""
+    ending = run(evaluate.main, "--compare", *directories)
+    assert (ending.status, ending.stderr) == (0, "")
+    lines = [line for line in ending.stdout.splitlines() if line.startswith("|")]
+    assert len(set(map(len, lines))) == 1  # the columns line up
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines], ending.stdout
+
+
+def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp_path):
+    picture = runs["lora"].out.parent / "compare.png"
+    picture.unlink(missing_ok=True)
+    (head, _, *rows), printed = compare(runs["lora"].out, runs["full"].out)
+    assert head == ["", "trainable", "share", "val loss", "perplexity", "bits/byte", "seconds",
+                    "tokens/s", "peak MB", "MB on disk"]
+    score(book, tmp_path, "--base", base, "--val-fraction", 0.004)
+    s = score(book, tmp_path, "--base", base)
+    expected = [[f"base {base}", "0", "0 %", f"{s['loss']:.4f}", f"{s['perplexity']:.2f}",
+                 f"{s['bits_per_byte']:.4f}", *"----"]]
+    for name, weights in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
+        r, megabytes = runs[name].report, (runs[name].out / weights).stat().st_size / 1e6
+        expected.append([
+            name, f"{r['trainable_parameters']:,}", f"{r['trainable_percent']:.4f} %",
+            f"{r['best_val_loss']:.4f}", f"{r['best_val_perplexity']:.2f}",
+            f"{r['best_val_bits_per_byte']:.4f}", f"{r['seconds']:,.0f}",
+            f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mb']:,.0f}", f"{megabytes:,.2f}"])
+    assert rows == expected
+    assert str(picture) in printed
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000
+    assert struct.unpack(">II", data[16:24]) > (1000, 400)
+
+
+@pytest.mark.parametrize("options, noted", [(("--lr", 1e-4), False), (("--label-shift", 2), True)])
+def test_runs_that_measure_different_things_are_noted(runs, base, book, tmp_path, options, noted):
+    other = trained("lora", base, book, tmp_path / "other", "--max-steps", 1, *options)
+    rows, printed = compare(runs["lora"].out, other.out)
+    assert len(rows) == 2 + 1 + 2
+    assert ("their losses do not compare" in printed) == noted
+
+
+def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copy(book, tmp_path / "book.txt")
+    monkeypatch.chdir(tmp_path)
+    first, book_changed, base_changed = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    trained("lora", "base", "book.txt", first, "--max-steps", 4)
+    rows, printed = compare(first, runs["lora"].out)  # the same, spelled in two ways
+    assert [row[0] for row in rows[2:]] == ["base base", "lora", "lora"]
+    assert "their losses do not compare" not in printed
+    (tmp_path / "book.txt").write_text(story(seed=1))
+    trained("lora", "base", "book.txt", book_changed, "--max-steps", 4)
+    rows, printed = compare(first, book_changed)
+    assert len(rows) == 2 + 1 + 2 and "their losses do not compare" in printed
+    tiny_gpt2_directory(tmp_path / "base", seed=1)
+    trained("lora", "base", "book.txt", base_changed, "--max-steps", 4)
+    rows, printed = compare(book_changed, base_changed)
+    assert [row[0] for row in rows[2:]] == ["base base", "base base", "lora", "lora"]
+    assert rows[2] != rows[3] and "their losses do not compare" in printed
+
+
+def changed(run: Run, tmp_path, **fields: object):
+    """A copy of the run whose `run.json` says something else."""
+    copy = shutil.copytree(run.out, tmp_path / "run")
+    (copy / "run.json").write_text(json.dumps(run.report | fields))
+    return copy
+
+
+@pytest.mark.parametrize("field, value", [
+    ("base", 3), ("method", ["lora"]), ("options", None), ("seconds", "1"), ("base_sha256", None)])
+def test_a_run_of_another_make_is_refused(runs, tmp_path, field, value):
+    path = changed(runs["lora"], tmp_path, **{field: value})
+    ending = run(evaluate.main, "--compare", path)
+    assert (ending.status, ending.stdout) == (2, "")
+    assert ending.stderr == (f"error: {path / 'run.json'}: is not what this version of train.py "
+                             "leaves at a run's end; train again with --overwrite\n")
+    assert not (path.parent / "compare.png").exists()
+
+
+def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
+    for name in (r"$\no$", "a|b", 300 * "x", "caf\udce9"):
+        path = changed(runs["lora"], tmp_path / name[:5], base=name)
+        compare(path)
+        assert (path.parent / "compare.png").stat().st_size > 1000
+
+
+def test_a_run_that_diverged_is_shown(runs, tmp_path):
+    """Its perplexity is above 1e15, and finite."""
+    path = changed(runs["lora"], tmp_path / "far", best_val_loss=40.0, best_val_perplexity=2.4e17)
+    assert "40.0000" in compare(path)[0][-1]

@@ -1,0 +1,207 @@
+"""A user's mistake: one line that names the option or file, status 2, and nothing written."""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import generate
+import train
+from common.cli import number, steps_or_seconds
+from lora import merge
+from model import export
+from tests.helpers import tiny_gpt2_directory
+from tests.runs import run, story, trained
+
+ROOT = Path(train.__file__).parent
+TRAIN = "--base base --book book.txt --out out --block-size 16 --device cpu"
+COMMANDS = {  # each would succeed
+    "lora": (train.main, f"lora {TRAIN}"),
+    "full": (train.main, f"full {TRAIN}"),
+    "evaluate": (evaluate.main, "--base base --text book.txt --block-size 16 --device cpu"),
+    "generate": (generate.main, "--prompt You --base base --max-new-tokens 1 --device cpu"),
+    "merge": (merge.main, "--base base --adapter run --out out"),
+    "export": (export.main, "--base base --out out"),
+}
+MODEL = "model.safetensors"
+HUB = "hub/models--openai-community--gpt2/snapshots/main"
+LONG = 300 * "x"
+
+
+@pytest.fixture(scope="module")
+def workspace(base, tmp_path_factory):
+    """A directory with a good base and book, and with spoilt ones of each."""
+    place = tmp_path_factory.mktemp("workspace")
+    for name in ("base", "llama", "cut", HUB):
+        shutil.copytree(base, place / name)
+    config = json.loads((base / "config.json").read_text())
+    for name, content in {
+        "book.txt": story(), "empty.txt": "", "short.txt": story(sentences=3), "one.txt": "x",
+        "held/run.json": "{}", "garbage/run.json": "not JSON", "list/run.json": "[]",
+        "foreign/run.json": '{"method": 1}', "directory/file": "", f"cut/{MODEL}": "cut",
+        "llama/config.json": json.dumps(config | {"model_type": "llama"}),
+    }.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(content)
+    (place / "latin1.txt").write_text("café au lait", encoding="latin-1")
+    tiny_gpt2_directory(place / "other", seed=1)  # of the same shapes
+    trained("lora", place / "base", place / "book.txt", place / "run", "--max-steps", 2)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _in_workspace(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("HF_HUB_CACHE", str(workspace / "hub"))
+
+
+def state(place: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in place.rglob("*")}
+
+
+def arguments(line: str) -> list[str]:
+    """The arguments of a line that begins with a key of COMMANDS; its options win."""
+    name, *options = shlex.split(line)
+    return [*COMMANDS[name][1].split(), *options]
+
+
+def refusal(line: str) -> str:
+    """The one line with which the command ends, having left every file as it was."""
+    before = state(Path.cwd())
+    ending = run(COMMANDS[line.split()[0]][0], *arguments(line))
+    assert ending.status == 2, ending
+    assert ending.stderr.startswith("error: ") and len(ending.stderr.splitlines()) == 1
+    assert state(Path.cwd()) == before and not Path("out").exists()
+    return ending.stderr
+
+
+# The full lists of what is wrong with bases, adapters, targets and texts stand in the tests of the
+# functions that read them; here, each kind of mistake at one command or two.
+MISTAKES = [
+    ("lora --book missing.txt", "missing.txt"), ("full --book empty.txt", "empty.txt: is empty"),
+    ("lora --book short.txt", "short.txt: its validation part"), ("lora --book 'a\nb'", "a b"),
+    ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
+    ("lora --val-fraction 0.001", "book.txt: its validation part"), (f"full --book {LONG}", LONG),
+    ("evaluate --text directory", "directory"), ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
+    ("evaluate --text one.txt", "1 tokens; too short"), ("evaluate --json directory", "directory"),
+    ("full --block-size 65", "--block-size 65"), ("evaluate --block-size 65", "--block-size 65"),
+    ("evaluate --stride 17", "--stride 17"), ("evaluate --json book.txt/scores.json", "book.txt/s"),
+    *((f"evaluate --compare {run}", f"{run}/run.json")
+      for run in ("directory", "missing", "garbage", "list", "foreign")),
+    ("generate --prompt ' \n\t'", "--prompt"), ("generate --prompt You '' again", "--prompt"),
+    ("generate --prompt", "--prompt"), ("generate --with-base", "--adapter"),
+    ("lora --out held", "--out held: holds a run (run.json); --resume goes on with it, --overwri"),
+    ("lora --out book.txt", "--out book.txt: is a file"), (f"full --out {LONG}", LONG),
+    ("lora --out book.txt/out", "book.txt/out"), ("full --out base", "--out base: is what"),
+    ("lora --out ./directory/../base --overwrite", "is what --base reads"),
+    (f"full --base gpt2 --out {HUB} --overwrite", "is what --base reads"),
+    ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
+    ("lora --resume", "--resume: out holds no checkpoint"), ("lora --resume --overwrite", "--over"),
+    ("full --out directory --resume", "--resume: directory holds no checkpoint"),
+    ("lora --base nowhere", "nowhere"), ("full --base ''", "--base"), (f"full --base {LONG}", LONG),
+    ("evaluate --base book.txt", "book.txt"), ("full --base directory", "directory"),
+    ("evaluate --base llama", "llama/config.json"), ("generate --base cut", f"cut/{MODEL}"),
+    ("lora --r 33", "--r"), ("lora --target-modules", "--target-modules"), ("full --r 8", "--r"),
+    ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
+    ("full --init-adapter directory", "--init-adapter"), (f"lora --init-adapter {LONG}", LONG),
+    ("evaluate --adapter missing", "missing/adapter_model.safetensors: cannot be read"),
+    ("generate --adapter directory --base auto", "directory/adapter_config.json: cannot be read"),
+    *((f"{command} run --base other", "run/adapter_model.safetensors: was trained on another base")
+      for command in ("evaluate --adapter", "generate --adapter", "merge --adapter",
+                      "lora --init-adapter")),
+    ("evaluate --adapter run --base auto", "/base'; give --base the base's directory"),
+    *((f"{command} --out directory", "--out directory: exists already; name a new directory")
+      for command in ("merge", "export")), ("export --out book.txt", "--out book.txt: exists"),
+    ("lora --device tpu", "--device"), ("full --precision fp64", "--precision"),
+    ("generate --nonsense 1", "--nonsense"), ("evaluate stray", "stray"),
+    ("lora --devic cpu", "--devic"), ("evaluate --devic cpu", "--devic"),
+    *((f"{command} --device {device}", f"--device {device}: this machine")
+      for command in ("lora", "evaluate", "generate") for device in ("cuda", "mps")),
+]
+
+
+@pytest.mark.parametrize("line, word", MISTAKES)
+def test_a_mistake_is_named_in_one_line(line, word, monkeypatch):
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
+    assert word in refusal(line)
+
+
+NO_NUMBERS = ("nan", "inf", "-inf", "-1", "1e999", "many", "", 400 * "9")
+
+
+@pytest.mark.parametrize("parse, taken, refused", [
+    (number(int, 1), {"1": 1, "1000000000": 10**9}, ("0", "1.5", "1000000001")),
+    (number(int, 0, 2**63 - 1), {"0": 0, str(2**63 - 1): 2**63 - 1}, ("1.5", str(2**63))),
+    (number(float, 0.5, 1.0), {"0.5": 0.5, "1": 1.0}, ("0.4", "1.1")),
+    (number(float, 0.0, 1.0, below=True), {"0": 0.0, "0.99": 0.99}, ("1",)),
+    (steps_or_seconds, {"5": 5, "90s": 90.0, "10m": 600.0},
+     ("0", "1.5", "0s", "1.5m", "-1s", "10h", "m", "99999999s", "1000000000000")),
+])
+def test_numbers(parse, taken, refused):
+    for text, value in taken.items():
+        assert repr(parse(text)) == repr(value)
+    for text in (*NO_NUMBERS, *refused):
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            parse(text)
+        assert len(str(error.value)) < 150, text
+
+
+WHOLE = ("0", "1.5", "1000000000000")
+LIMITS = {  # by option: values on its two sides that it refuses
+    "lora": {
+        **dict.fromkeys(("--block-size", "--stride", "--epochs", "--max-steps", "--batch-size",
+                         "--grad-accum", "--eval-every", "--log-every", "--r", "--lora-alpha"),
+                        WHOLE),
+        "--checkpoint-every": ("0", "0s", "10h"), "--seed": ("-1", "1.5", 2**63),
+        "--label-shift": ("0", "3"), "--lr": ("0", "11"), "--val-fraction": ("0", "1"),
+        "--warmup-ratio": ("-1", "1"), "--weight-decay": ("-1", "11"), "--clip": ("-1", "1e30"),
+        "--base-dropout": ("-1", "1"), "--lora-dropout": ("-1", "1"),
+    },
+    "evaluate": {**dict.fromkeys(("--block-size", "--stride", "--batch-size"), WHOLE),
+                 "--val-fraction": ("0", "1.1"), "--label-shift": ("0", "3")},
+    "generate": {"--max-new-tokens": WHOLE, "--top-k": ("-1", "1.5"), "--top-p": ("0", "1.1"),
+                 "--temperature": ("-1", "1e30"), "--seed": ("-1", "1.5", 2**63)},
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_every_number_has_its_limits(name):
+    for option, values in LIMITS[name].items():
+        for value in ("nan", *values):
+            assert f"argument {option}: " in refusal(f"{name} {option} {value}"), value
+
+
+def test_a_method_must_be_named():
+    for argv in ([], ["dora"], ["--epochs", "1"]):
+        ending = run(train.main, *argv)
+        assert ending.status == 2 and "method" in ending.stderr
+
+
+def test_each_command_would_succeed_without_its_mistake(tmp_path):
+    shutil.copytree("base", "moved")  # the adapter's base is known by its content
+    for name, (main, _) in COMMANDS.items():
+        more = ["--out", tmp_path / name] if "out" in arguments(name) else ["--adapter", "run"]
+        more += ["--max-steps", "1"] if main is train.main else []
+        ending = run(main, *arguments(name), *more, "--base", "moved")
+        assert (ending.status, ending.stderr.count("error")) == (0, 0), ending
+
+
+@pytest.mark.parametrize("line, word", [
+    ("lora --book missing.txt", "missing.txt"), ("full --epochs 0", "--epochs"),
+    ("evaluate --compare missing", "missing/run.json"), ("generate --base nowhere", "nowhere"),
+    ("merge --base other", "another base")])
+def test_the_process_itself_ends_so(line, word):
+    module = COMMANDS[line.split()[0]][0].__module__
+    ended = subprocess.run([sys.executable, "-m", module, *arguments(line)], capture_output=True,
+                           text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 2 and word in ended.stderr
+    assert ended.stderr.startswith("error: ") and len(ended.stderr.splitlines()) == 1

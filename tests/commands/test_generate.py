@@ -1,0 +1,123 @@
+"""Generation: the cache changes nothing, sampling follows its options, text streams whole."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import generate as command
+from generate import generate, sample, stream_text
+from model.gpt2 import GPT2
+from model.weights import load_gpt2
+from tests.helpers import TINY, small_tokenizer, token_ids
+from tests.runs import run, stock_model
+
+CONTEXT, VOCAB = TINY["n_positions"], TINY["vocab_size"]
+
+
+@pytest.fixture(scope="module")
+def model(base) -> GPT2:
+    return load_gpt2(base)
+
+
+def without_cache(model: GPT2, ids: torch.Tensor, new_tokens: int) -> list[int]:
+    """Greedy tokens, everything read again at each one; half is forgotten when it is full."""
+    window, out = ids[-CONTEXT:], []
+    for _ in range(new_tokens):
+        if len(window) > CONTEXT:
+            window = window[-(CONTEXT // 2) :]
+        out.append(model(window[None])[0, -1].argmax().item())
+        window = torch.cat((window, torch.tensor(out[-1:])))
+    return out
+
+
+@pytest.mark.parametrize("prompt_length", [1, CONTEXT, CONTEXT + 30])
+def test_the_cache_changes_no_token_even_past_the_context(model, prompt_length):
+    ids = token_ids(VOCAB, prompt_length)
+    with torch.inference_mode():
+        expected = without_cache(model, ids, 2 * CONTEXT)
+    assert list(generate(model, ids, 2 * CONTEXT, temperature=0)) == expected
+
+
+def test_greedy_text_is_that_of_transformers(model, base):
+    ids = token_ids(VOCAB, 4)
+    expected = stock_model(base).generate(
+        ids[None], attention_mask=torch.ones(1, 4), do_sample=False, max_new_tokens=40,
+        eos_token_id=None, pad_token_id=0)
+    assert list(generate(model, ids, 40, temperature=0)) == expected[0, 4:].tolist()
+
+
+def test_a_seed_fixes_the_text_and_another_changes_it(model):
+    def draw(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return list(generate(model, token_ids(VOCAB, 4), 30, generator=generator))
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+LOGITS = torch.tensor([0.5, 0.4, 0.06, 0.04]).log()
+
+
+@pytest.mark.parametrize("choices, expected", [
+    ([{}, {"top_k": 99}], [0.5, 0.4, 0.06, 0.04]),
+    ([{"temperature": 0}, {"temperature": 1e-40}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.49}],
+     [1, 0, 0, 0]),
+    ([{"top_k": 2}, {"top_p": 0.51}], [5 / 9, 4 / 9, 0, 0]),
+    ([{"top_p": 0.95}], [0.5 / 0.96, 0.4 / 0.96, 0.06 / 0.96, 0]),
+    ([{"temperature": 0.5}], [p * p / 0.4152 for p in (0.5, 0.4, 0.06, 0.04)]),
+])
+def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices, expected):
+    expected, draws = torch.tensor(expected, dtype=torch.float32), 4000
+    # Five standard deviations of a binomial share; what is excluded must never be drawn.
+    allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3 * (expected > 0)
+    for choice in choices:
+        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0,
+                   "generator": torch.Generator().manual_seed(0)} | choice
+        drawn = torch.cat([sample(LOGITS, **options) for _ in range(draws)])
+        counted = torch.bincount(drawn, minlength=4) / draws
+        assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
+
+
+class Scripted(torch.nn.Module):
+    """A model that says these tokens one after another, whatever it reads; id 5 comes second."""
+
+    def __init__(self, model: GPT2, tokens: list[int]):
+        super().__init__()
+        self.wte, self.config, self.tokens = model.wte, model.config, iter(tokens)
+
+    def forward(self, idx, cache=None):
+        logits = torch.zeros(1, idx.size(1), self.config.vocab_size)
+        logits[..., next(self.tokens)], logits[..., 5] = 99.0, 9.0
+        return logits
+
+
+def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
+    tokenizer, text = small_tokenizer(VOCAB), "naïve ☂ 🕯 end"
+    tokens = [*tokenizer.encode(text), tokenizer.end_of_text, *tokenizer.encode("not this")]
+    pieces = list(stream_text(Scripted(model, tokens), tokenizer, "x", 99, temperature=0))
+    assert "".join(pieces) == text
+    assert len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
+    padded = replace(small_tokenizer(VOCAB - 9), vocab_size=VOCAB)
+    tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
+    drawn = stream_text(Scripted(model, tokens), padded, "x", 99, temperature=0)
+    assert "".join(drawn) == "&a&"  # id 5 in place of what no token has
+
+
+def test_the_command_continues_each_prompt_as_if_alone(base):
+    options = ["--base", str(base), "--max-new-tokens", "5", "--seed", "3", "--device", "cpu",
+               "--prompt"]
+    prompts = ["You climb", "- A gull, naïve ☂"]
+    alone = [run(command.main, *options, prompt) for prompt in prompts]
+    assert [ending.status for ending in alone] == [0, 0]
+    expected = "".join(ending.stdout for ending in alone)
+    for encoding, errors in (("utf-8", "strict"), ("ascii", "backslashreplace")):
+        both = subprocess.run([sys.executable, command.__file__, *options, *prompts], check=True,
+                              env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+        assert both.stdout == expected.encode(encoding, errors) and both.stderr == b""
+    ended = subprocess.run([sys.executable, command.__file__, *options, b"caf\xe9"],
+                           capture_output=True)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr == b"error: --prompt 'caf\\udce9': is not UTF-8 text\n"

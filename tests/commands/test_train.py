@@ -1,0 +1,189 @@
+"""What a training run leaves, and that its numbers are those of stock transformers and PEFT."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+from tests import runs
+from tests.helpers import TINY, small_tokenizer
+from tests.runs import (
+    BLOCK,
+    Run,
+    finished,
+    mean_loss,
+    run,
+    stock_model,
+    stock_result,
+    token_parts,
+    trained,
+    windows,
+)
+from training.options import parse_options
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def done(request, base, book, tmp_path_factory) -> Run:
+    """A run of two epochs by each method."""
+    out = tmp_path_factory.mktemp("runs") / request.param
+    return trained(request.param, base, book, out, "--epochs", 2, "--eval-every", 3, "--lr", 3e-3)
+
+
+def test_a_run_leaves_its_files_and_no_others(done):
+    weights = {"lora": {"adapter_config.json", "adapter_model.safetensors"},
+               "full": {"config.json", "model.safetensors", "tokenizer.json",
+                        "tokenizer_config.json"}}[done.report["method"]]
+    assert {path.name for path in done.out.iterdir()} == weights | {
+        "run.json", "metrics.jsonl", "loss.png", "checkpoint.safetensors",
+        "checkpoint.previous.safetensors"}
+    picture = (done.out / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
+
+
+def test_run_json_tells_the_run(done, base, book):
+    report = done.report
+    assert set(report) == {
+        "method", "base", "options", "trainable_parameters", "total_parameters",
+        "trainable_percent", "base_val_loss", "best_val_loss", "best_val_perplexity",
+        "best_val_bits_per_byte", "steps", "seconds", "tokens_per_second", "peak_memory_mb",
+        "device", "precision", "torch", "base_sha256", "book_sha256"}
+    assert report["options"].keys() == parse_options("-", [report["method"]]).as_json().keys()
+    assert report["options"]["book"] == str(book) and report["options"]["lr"] == 3e-3
+    assert report["base"] == report["options"]["base"] == str(base)
+    assert (report["device"], report["precision"]) == ("cpu", "fp32")
+    assert report["torch"] == torch.__version__
+    assert report["base_sha256"] == {
+        name: hashlib.sha256((base / file).read_bytes()).hexdigest()
+        for name, file in (("config", "config.json"), ("weights", "model.safetensors"))}
+    tokens = torch.cat(token_parts(book)).numpy().astype(np.uint16)
+    assert report["book_sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
+    assert report["best_val_loss"] == min(done.column("val_loss")) < report["base_val_loss"]
+    assert report["best_val_perplexity"] == pytest.approx(math.exp(report["best_val_loss"]))
+    assert report["best_val_bits_per_byte"] == min(done.column("val_bits_per_byte"))
+    assert 0 < report["seconds"] < 600 and 50 < report["peak_memory_mb"] < 100_000
+    slowest, fastest = (f(done.column("tokens_per_second")) for f in (min, max))
+    assert slowest <= report["tokens_per_second"] <= fastest
+
+
+def test_trainable_parameters_are_those_that_stock_libraries_count(done):
+    model, report = stock_result(done), done.report
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (report["trainable_parameters"], report["total_parameters"]) == (trainable, total)
+    assert report["trainable_percent"] == pytest.approx(100 * trainable / total)
+    assert done.stdout.startswith(f"trainable params: {trainable:,} || all params: {total:,} || "
+                                  f"trainable%: {100 * trainable / total:.4f}\n")
+
+
+def test_each_logged_step_is_a_line_of_metrics(done, book):
+    always = ["step", "epoch", "loss", "lr", "grad_norm", "tokens_per_second"]
+    validation = ["val_loss", "val_perplexity", "val_bits_per_byte"]
+    batch_size = done.report["options"]["batch_size"]
+    epoch = math.ceil(len(windows(token_parts(book)[0])[0]) / batch_size)
+    assert done.report["steps"] == 2 * epoch
+    assert done.column("step") == list(range(1, 2 * epoch + 1))
+    for line in done.metrics:
+        validates = line["step"] % 3 == 0 or line["step"] % epoch == 0
+        assert sorted(line) == sorted(always + validation * validates)
+        assert line["epoch"] == line["step"] / epoch
+
+
+def test_the_saved_model_has_the_reported_loss_in_stock_libraries(done, base, book):
+    report, val_part = done.report, token_parts(book)[1]
+    before, best = (runs.validation_loss(model, val_part)
+                    for model in (stock_model(base), stock_result(done)))
+    assert report["base_val_loss"] == pytest.approx(before)
+    assert report["best_val_loss"] == pytest.approx(best, rel=1e-6)
+    token_bytes = small_tokenizer(TINY["vocab_size"]).bytes_of
+    scored = b"".join(token_bytes[i] for i in val_part[1:].tolist())
+    bits = best * (len(val_part) - 1) / math.log(2) / len(scored)
+    assert report["best_val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+@pytest.mark.parametrize("options, logged, validated", [
+    (("--epochs", 2), {10, 12, 20, 24}, {12, 24}),
+    (("--max-steps", 9, "--log-every", 99, "--eval-every", 4), {4, 8, 9}, {4, 8, 9}),
+    (("--epochs", 1, "--max-steps", 99), {10, 12}, {12}),
+])
+def test_options_say_when_to_log_to_validate_and_to_end(base, book, tmp_path, options, logged,
+                                                        validated):
+    done = trained("lora", base, book, tmp_path, "--batch-size", 15, "--log-every", 10, *options)
+    assert set(done.column("step")) == logged
+    assert {line["step"] for line in done.metrics if "val_loss" in line} == validated
+
+
+def test_the_best_model_is_kept_when_validation_gets_worse(base, book, tmp_path):
+    done = trained("lora", base, book, tmp_path, "--max-steps", 2, "--eval-every", 1, "--lr", 1,
+                   "--warmup-ratio", 0.9, *runs.NO_DROPOUT["lora"])
+    losses = done.column("val_loss")
+    assert losses[-1] > min(losses) + 0.1
+    kept = runs.validation_loss(stock_result(done), token_parts(book)[1])
+    assert kept == pytest.approx(min(losses), rel=1e-5)
+    assert done.report["best_val_loss"] == min(losses)
+
+
+def test_one_seed_gives_one_adapter_to_the_byte_and_another_seed_another(base, book, tmp_path):
+    adapters = [(trained("lora", base, book, tmp_path / str(i), "--max-steps", 4, "--seed", seed)
+                 .out / "adapter_model.safetensors").read_bytes()
+                for i, seed in enumerate((1, 1, 2))]
+    assert adapters[0] == adapters[1] != adapters[2]
+
+
+def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(base, book, tmp_path):
+    train_part, val_part = token_parts(book)
+    whole = ("--batch-size", 1000, *runs.NO_DROPOUT["lora"])
+    first = trained("lora", base, book, tmp_path / "first", "--epochs", 3, "--r", 4,
+                    "--lora-alpha", 4, "--lr", 1e-2, *runs.NO_DROPOUT["lora"])
+    second = trained("lora", base, book, tmp_path / "second", "--init-adapter", first.out,
+                     "--epochs", 1, *whole)
+    loss = mean_loss(stock_result(first), *windows(train_part)).item()
+    assert second.column("loss")[0] == pytest.approx(loss, rel=1e-6)
+    assert second.column("loss")[0] < first.column("loss")[0] - 0.01
+    assert second.report["base_val_loss"] == first.report["base_val_loss"]
+    assert [second.report["options"][name] for name in ("r", "lora_alpha")] == [4, 4]
+    assert second.report["best_val_loss"] == pytest.approx(
+        runs.validation_loss(stock_result(second), val_part), rel=1e-6)
+
+    # It is scored before it is trained, and kept if training makes it worse.
+    worse = trained("lora", base, book, tmp_path / "worse", "--init-adapter", first.out,
+                    "--epochs", 1, *whole, "--lr", 10, "--warmup-ratio", 0, "--clip", 0)
+    initial, kept = (load_file(r.out / "adapter_model.safetensors") for r in (first, worse))
+    assert initial.keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in initial.items())
+    assert worse.report["best_val_loss"] == pytest.approx(first.report["best_val_loss"], rel=1e-6)
+    assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
+
+
+def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(
+        base, book, tmp_path):
+    (tmp_path / "base").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / name).write_bytes((base / name).read_bytes())
+    done = trained("full", tmp_path / "base", book, tmp_path / "run", "--epochs", 1)
+    assert "holds no weights" in done.stdout
+    # An untrained model of small weights takes all tokens for equally likely.
+    assert done.report["base_val_loss"] == pytest.approx(math.log(TINY["vocab_size"]), abs=0.1)
+    best = runs.validation_loss(stock_result(done), token_parts(book)[1])
+    assert done.report["best_val_loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path):
+    """Frozen tables are held in bf16 and trained ones in fp32; an evaluation rounds both."""
+    done = {method: trained(method, base, book, tmp_path / method, "--max-steps", 3, "--precision",
+                            "bf16", "--lr", 1e-2) for method in ("lora", "full")}
+    exact = trained("lora", base, book, tmp_path / "fp32", "--max-steps", 1)
+    lora, full = (done[method].report for method in ("lora", "full"))
+    assert lora["base_val_loss"] == full["base_val_loss"] != exact.report["base_val_loss"]
+    assert full["best_val_loss"] < full["base_val_loss"]
+    for out, model in ((done["full"].out, ("--base", done["full"].out)),
+                       (done["lora"].out, ("--base", base, "--adapter", done["lora"].out))):
+        ending = run(evaluate.main, *model, "--text", book, "--val-fraction", 0.1, "--block-size",
+                     BLOCK, "--precision", "bf16", "--json", tmp_path / "scores.json")
+        assert ending.status == 0, ending.stderr
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["loss"] == pytest.approx(finished(out).report["best_val_loss"], rel=1e-9)

@@ -1,0 +1,228 @@
+"""A book becomes tokens in a cache, whatever the book holds and whatever becomes of the cache."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from common.errors import UserError
+from data import corpus
+from data import tokens as tokens_module
+from data.tokens import load_tokens
+from model.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from tests.helpers import small_tokenizer
+from tests.runs import one_line, run
+
+GPT2, SMALL = gpt2_tokenizer(), small_tokenizer(300)
+OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+ ?|\s|.")
+WHITE_SPACE = [replace(SMALL, special={text: 299}) for text in ("a '", "1 ", "\n\n")]
+TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
+PARTS = [*" \n\r\t'sa1.é汉\u00a0\u3000\x1c\x85\u200d\ufeff😀", END_OF_TEXT, "'ll", "  ", "\n\n\n"]
+
+
+def whole(text: str, tokenizer: Tokenizer = SMALL) -> list[int]:
+    return tokenizer.encode(text.replace("\r\n", "\n").replace("\r", "\n")).tolist()
+
+
+def write(directory: Path, content: str | bytes) -> Path:
+    book = directory / "book.txt"
+    book.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return book
+
+
+def refused(book: Path, cache: Path) -> str:
+    """The one line with which this book is refused; nothing is left in the cache."""
+    with pytest.raises(UserError) as error:
+        load_tokens(book, SMALL, cache)
+    assert "\n" not in str(error.value) and not list(cache.glob("*"))
+    return str(error.value)
+
+
+@settings(deadline=None, max_examples=150)
+@given(parts=st.lists(st.sampled_from(PARTS)), piece=st.integers(1, 50),
+       tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, *WHITE_SPACE]))
+@example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[0])
+@example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[1])
+@example(parts=["a", "\n", "\n", "a"], piece=2, tokenizer=WHITE_SPACE[2])
+def test_a_book_read_in_pieces_has_the_tokens_of_the_whole(parts, piece, tokenizer):
+    text = "".join(parts) + "."
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens_module, "PIECE", piece)
+        tokens = load_tokens(write(Path(directory), text), tokenizer, Path(directory) / "cache")
+        assert tokens.tolist() == whole(text.removeprefix("\ufeff"), tokenizer)
+
+
+@pytest.mark.parametrize("tokenizer", [SMALL, GPT2, replace(GPT2, vocab_size=70_000)])
+def test_a_book_of_several_pieces_with_a_byte_order_mark_and_a_separator(tmp_path, tokenizer):
+    text = f"a{END_OF_TEXT}\n" + TEXT * (3 * tokens_module.PIECE // len(TEXT) + 1) + "end"
+    tokens = load_tokens(write(tmp_path, "\ufeff" + text), tokenizer, tmp_path / "cache")
+    assert tokens.tolist() == whole(text, tokenizer) != whole("\ufeff" + text, tokenizer)
+    assert np.flatnonzero(tokens == tokenizer.end_of_text).tolist() == [1]
+    assert isinstance(tokens, np.memmap)
+    assert tokens.dtype == (np.uint32 if tokenizer.vocab_size == 70_000 else np.uint16)
+
+
+def test_line_ends_of_every_system_give_the_same_tokens(tmp_path):
+    unix = "one\ntwo\n\n\nthree \n four"
+    for line_end in ("\n", "\r\n", "\r"):
+        book = write(tmp_path, unix.replace("\n", line_end))
+        assert load_tokens(book, GPT2, tmp_path / "cache").tolist() == GPT2.encode(unix).tolist()
+    assert GPT2.encode(unix.replace("\n", "\r\n")).tolist() != GPT2.encode(unix).tolist()
+
+
+def test_joined_texts_hold_no_byte_order_mark(tmp_path):
+    texts, out = tmp_path / "texts", tmp_path / "joined.txt"
+    texts.mkdir()
+    for name, text in (("b", "\ufeffTwo,\r\n日本.\n"), ("a", "\ufeffOne.\n\n"), ("c", "Left out.")):
+        (texts / f"{name}.txt").write_bytes(text.encode())
+    assert run(corpus.main, texts, "--leave-out", "c", "--out", out).status == 0
+    assert out.read_bytes().decode() == f"One.\n{END_OF_TEXT}Two,\n日本.\n"
+    (texts / "d.txt").write_bytes(b"\xff\xfe")
+    for options, word in ((["--leave-out", "x"], "--leave-out x"), ([], "d.txt: cannot be read")):
+        assert word in one_line(run(corpus.main, texts, "--out", tmp_path / "new", *options), 2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_token_bytes_add_up_to_the_text():
+    for tokenizer in (small_tokenizer(257), SMALL, GPT2):
+        sizes = tokenizer.byte_counts
+        assert sizes.shape == (tokenizer.vocab_size,)
+        for text in (TEXT, END_OF_TEXT):
+            assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_book(tmp_path):
+    line = "It was the best of times, it was the worst of times, it was the age of wisdom.\n"
+    for megabytes in (2, 16):
+        (tmp_path / f"{megabytes}.txt").write_text(line * (megabytes * 1_000_000 // len(line)))
+    script = f"""
+from pathlib import Path
+from data.tokens import load_tokens
+from model.tokenizer import gpt2_tokenizer
+for book in ("2.txt", "16.txt"):
+    load_tokens(Path({str(tmp_path)!r}, book), gpt2_tokenizer(), Path({str(tmp_path / "cache")!r}))
+    print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
+"""
+    root = Path(tokens_module.__file__).parents[1]
+    output = subprocess.run([sys.executable, "-c", script], cwd=root, text=True, check=True,
+                            stdout=subprocess.PIPE).stdout
+    small, large = map(int, output.split())  # peak resident memory in KB
+    assert small > 10_000 and large - small < 8_000
+
+
+def entry(cache: Path) -> dict[str, tuple]:
+    """Content and identity of the cache's two files, by suffix."""
+    return {path.suffix: (path.read_bytes(), path.stat().st_ino, path.stat().st_mtime_ns)
+            for path in cache.iterdir()}
+
+
+def test_a_second_run_reads_the_cache(tmp_path):
+    book, cache = write(tmp_path, TEXT), tmp_path / "cache"
+    load_tokens(book, SMALL, cache)
+    before = entry(cache)
+    assert before.keys() == {".bin", ".json"}
+    copy = book.rename(tmp_path / "same content, other name")
+    assert load_tokens(copy, SMALL, cache).tolist() == whole(TEXT)
+    assert entry(cache) == before
+
+
+DAMAGES = {
+    "tokens cut": (".bin", lambda path: os.truncate(path, path.stat().st_size - 2)),
+    "tokens cut in a token": (".bin", lambda path: os.truncate(path, path.stat().st_size - 1)),
+    "another token": (".bin", lambda path: path.write_bytes(b"\0\0" + path.read_bytes()[2:])),
+    "tokens gone": (".bin", Path.unlink),
+    "description cut": (".json", lambda path: os.truncate(path, path.stat().st_size // 2)),
+    "description a list": (".json", lambda path: path.write_text("[1]")),
+    "description not text": (".json", lambda path: path.write_bytes(b"\xff\xfe")),
+    "description gone": (".json", Path.unlink),
+    "of another tokenizer": (".json", lambda path: path.write_text(
+        path.read_text().replace(SMALL.sha256, "0" * 64))),
+}
+
+
+@pytest.mark.parametrize("suffix, damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_cache_is_built_again(suffix, damage, tmp_path):
+    book, cache = write(tmp_path, TEXT), tmp_path / "cache"
+    load_tokens(book, SMALL, cache)
+    before = entry(cache)
+    damage(next(cache.glob(f"*{suffix}")))
+    assert load_tokens(book, SMALL, cache).tolist() == whole(TEXT)
+    after = entry(cache)
+    assert all(after[name][0] == before[name][0] for name in before)
+    assert after[".bin"] != before[".bin"]
+
+
+def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
+    cache, swapped = tmp_path / "cache", (*range(297), 298, 297)
+    tokenizers = (SMALL, small_tokenizer(301), replace(SMALL, ids=swapped), OTHER_PATTERN,
+                  replace(SMALL, special={END_OF_TEXT: 299, "naïve": 3}))
+    for text in (TEXT, TEXT.replace("naïve", "naive"), TEXT + " "):
+        for tokenizer in tokenizers:
+            tokens = load_tokens(write(tmp_path, text), tokenizer, cache)
+            assert tokens.tolist() == whole(text, tokenizer)
+    assert len(list(cache.iterdir())) == 2 * 3 * len(tokenizers)
+
+
+def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens_module, "PIECE", 20)
+    calls = iter([Tokenizer.encode] * 2)
+    monkeypatch.setattr(Tokenizer, "encode", lambda *args: next(calls, interrupt)(*args))
+    with pytest.raises(KeyboardInterrupt):
+        load_tokens(write(tmp_path, TEXT), SMALL, tmp_path / "cache")
+    assert next(calls, None) is None and list((tmp_path / "cache").iterdir()) == []
+
+
+BAD_BOOKS = {
+    "empty": (b"", "is empty"),
+    "only a byte order mark": (b"\xef\xbb\xbf", "is empty"),
+    "Latin-1": ("café au lait".encode("latin-1"), "byte 3: invalid continuation byte"),
+    "after a byte order mark": (b"\xef\xbb\xbfabc\xffdef", "byte 6: invalid start byte"),
+    "UTF-16": ("text".encode("utf-16"), "byte 0: invalid start byte"),
+    "cut in a character": ("日本".encode()[:-1], "byte 3: unexpected end of data"),
+    "far into it": ("日本 ".encode() * 50_000 + b"\xe6 ", "byte 350,000: invalid continuation"),
+    "surrogates": (b"abc \xed\xa0\x80", "byte 4: invalid continuation byte"),
+    "no spaces": (b"a b" + b"x" * 300_000 + b" c", "characters without a space or a new line"),
+    "only blanks": (b"a" + b" " * 3_000_000, "characters without a space or a new line"),
+}
+
+
+@pytest.mark.parametrize("content, reason", BAD_BOOKS.values(), ids=BAD_BOOKS)
+def test_a_book_that_is_not_a_text_is_refused(content, reason, tmp_path):
+    book = write(tmp_path, content)
+    message = refused(book, tmp_path / "cache")
+    assert message.startswith(f"{book}: ") and reason in message
+
+
+def test_a_path_that_cannot_be_read_is_named(tmp_path):
+    book, cache, user = tmp_path / "book.txt", tmp_path / "cache", os.geteuid()
+    assert refused(book, cache).startswith(f"{book}: cannot be read (No such file")
+    assert refused(tmp_path, cache).startswith(f"{tmp_path}: cannot be read (not a")
+    write(tmp_path, TEXT).chmod(0)
+    try:
+        os.seteuid(user or 65534)  # no permission stops root
+        with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)$"):
+            load_tokens(book, SMALL, cache)
+    finally:
+        os.seteuid(user)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
+    cache.write_text("a file where the directory should be")
+    monkeypatch.setattr(tokens_module, "PIECE", 20)
+    tokens = load_tokens(write(tmp_path, TEXT), SMALL, cache)
+    assert tokens.tolist() == whole(TEXT) and tokens.dtype == np.uint16
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {cache}{os.sep}") and len(warning.splitlines()) == 1
+    assert "No such file" in refused(tmp_path / "missing", cache)

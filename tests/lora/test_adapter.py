@@ -1,0 +1,234 @@
+"""Adapter files: what is written, and that nothing else is read."""
+
+import json
+import math
+import os
+import struct
+import time
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from common.errors import UserError
+from common.files import file_sha256
+from lora.adapter import BASE_SHA256, load_adapter, load_adapter_config, save_adapter
+from lora.load import load_model, named_base
+from model.weights import load_gpt2
+from tests.adapters import adapted
+from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory, token_ids
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model.transformer.h"
+FIRST, LAST = f"{PREFIX}.0.attn.c_attn.lora_A.weight", f"{PREFIX}.1.attn.c_attn.lora_B.weight"
+ABSENT = object()
+
+
+def change_weights(adapter, change):
+    tensors = load_file(adapter / WEIGHTS)
+    change(tensors)
+    save_file({key: x.contiguous().clone() for key, x in tensors.items()}, adapter / WEIGHTS)
+
+
+def change_config(adapter, fields):
+    config = json.loads((adapter / CONFIG).read_text()) | fields
+    (adapter / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not ABSENT}))
+
+
+def refusal_of(adapter, file, base):
+    """Say why `file` is refused, in one printable line; the model computes what its base does."""
+    model = load_gpt2(base)
+    ids = token_ids(model.config.vocab_size, 1, 8)
+    expected = model(ids)
+    with pytest.raises(UserError) as refusal:
+        load_adapter(model, adapter)
+    assert torch.equal(model(ids), expected)
+    path, _, reason = str(refusal.value).partition(": ")
+    assert path == str(adapter / file) and reason.isprintable() and len(reason) < 200
+    return reason
+
+
+def test_the_files_are_pefts(base, tmp_path):
+    model, config = adapted(base, ("c_proj", "c_fc"), r=2, lora_alpha=3, lora_dropout=0.25,
+                            use_rslora=True)
+    save_adapter(model.to(torch.bfloat16), config, tmp_path, "gpt2-medium")
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+    stored = json.loads((tmp_path / CONFIG).read_text())
+    assert stored == {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "gpt2-medium",
+        "r": 2, "lora_alpha": 3, "lora_dropout": 0.25, "target_modules": ["c_proj", "c_fc"],
+        "fan_in_fan_out": True, "bias": "none", "use_rslora": True, "use_dora": False,
+        "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {},
+        "modules_to_save": None, "layers_to_transform": None, "inference_mode": True,
+    }
+    assert stored.keys() <= peft.LoraConfig().to_dict().keys()
+    assert load_adapter_config(tmp_path) == config
+    content = (tmp_path / WEIGHTS).read_bytes()
+    header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    sizes = {"attn.c_proj": (32, 32), "mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}
+    assert {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()} == {
+        f"{PREFIX}.{layer}.{name}.lora_{part}.weight": ("F32", shape)  # A and B were in bf16
+        for layer in (0, 1) for name, (fan_in, fan_out) in sizes.items()
+        for part, shape in (("A", [2, fan_in]), ("B", [fan_out, 2]))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_adapters_are_read_exactly(base, adapter, dtype):
+    change_weights(adapter, lambda t: t.update({key: x.to(dtype) for key, x in t.items()}))
+    model = load_gpt2(base)
+    load_adapter(model, adapter)
+    read = model.h[1].attn.c_attn.lora_B.weight
+    assert read.dtype == torch.float32 and read.equal(load_file(adapter / WEIGHTS)[LAST].float())
+
+
+def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
+    model, config = adapted(base)
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)  # of the same shape
+    adapter, sha256 = tmp_path / "adapter", file_sha256(base / "model.safetensors")
+    save_adapter(model, config, adapter, str(base), sha256)
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt", BASE_SHA256: sha256}
+    ids = token_ids(model.config.vocab_size, 1, 8)
+    assert torch.equal(load_model(str(base), adapter).model(ids), model(ids))
+    theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), adapter)
+    assert relative_difference(model(ids), theirs(ids).logits) < 1e-6
+    for written in (sha256, "\x1b[2J" * 999):
+        save_adapter(model, config, adapter, written, written)
+        with pytest.raises(UserError) as refusal:
+            load_model(str(other), adapter)
+        reason = str(refusal.value).removeprefix(f"{adapter / WEIGHTS}: ")
+        assert reason.startswith("was trained on another base (weights sha256 ")
+        assert reason.isprintable() and len(reason) < 300
+    save_adapter(model, config, adapter, str(base))  # as PEFT's own: without a hash, any base fits
+    load_model(str(other), adapter)
+
+
+def test_only_a_known_name_is_taken_for_the_base(adapter):
+    known = {name: name for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "mini")}
+    known |= {"openai-community/gpt2": "gpt2", "openai-community/gpt2-xl": "gpt2-xl"}
+    unknown = ("/tmp", "../gpt2", "auto", "", "other/gpt2", "gpt2/", "http://localhost/gpt2", None)
+    for name, base in known.items():
+        change_config(adapter, {"base_model_name_or_path": name})
+        assert named_base(adapter) == base, name
+    for name in (*unknown, 3, ["gpt2"]):
+        change_config(adapter, {"base_model_name_or_path": name})
+        with pytest.raises(UserError, match="give --base the base's directory"):
+            named_base(adapter)
+
+
+# Whatever these say, a trained adapter computes the same.
+IGNORED = (
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config",
+)
+
+
+def test_fields_that_do_not_change_the_result_are_ignored(adapter):
+    expected = load_adapter_config(adapter)
+    for field, *values in (
+        *((field, None, False, "/etc", 32, {"x": 1}) for field in IGNORED),
+        ("init_lora_weights", False, "gaussian", "orthogonal", "eva", "mica"), ("task_type", None),
+        ("fan_in_fan_out", False), ("modules_to_save", []), ("rank_pattern", None),
+        ("layers_to_transform", []), ("a_later_switch", False, None, [], {}),
+        ("target_modules", 50_000 * ["c_attn"]),
+    ):
+        for value in values:
+            change_config(adapter, {field: value})
+            assert load_adapter_config(adapter) == expected, (field, value)
+
+
+REFUSED = {
+    "peft_type": [ABSENT, None, "IA3", ["LORA"]], "task_type": ["SEQ_CLS"],
+    "r": [ABSENT, None, 0, -1, 4.0, "4", True, [4], 2**62, "9" * 999, math.nan],
+    "lora_alpha": [ABSENT, None, -1, "16", True, 1e300, math.nan, math.inf],
+    "lora_dropout": [None, -0.1, 1.5, True, "0", math.nan],
+    "target_modules": [ABSENT, None, [], {}, "c_attn", ".*c_attn", "all-linear", ["c_attn", 3],
+                       [["c_attn"]], {"c_attn": 1}, "\x1b[2J" * 99],
+    "bias": ["all", "lora_only"], "fan_in_fan_out": ["true", None], "use_rslora": ["yes"],
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new"],
+    "a_later_switch": ["\n" * 999, [[[[[1]]]]], list(range(9999))],
+}
+SWITCHES = peft.LoraConfig().to_dict().keys() - {*IGNORED, *REFUSED} | {"a_later_switch"}
+
+
+@pytest.mark.parametrize("field", sorted(SWITCHES | REFUSED.keys()))
+def test_fields_that_would_change_the_result_are_refused_by_name(adapter, field):
+    on = [True, 1, "h", [0], ["ln_f"], {"x": 2}] if field in SWITCHES else []
+    for value in REFUSED.get(field, []) + on:
+        change_config(adapter, {field: value})
+        with pytest.raises(UserError) as refusal:
+            load_adapter_config(adapter)
+            pytest.fail(f"{value!r} is taken")
+        path, _, reason = str(refusal.value).partition(": ")
+        assert path == str(adapter / CONFIG) and reason.startswith((f"{field} ", f"{field!r} "))
+        assert reason.isprintable() and len(reason) < 200
+
+
+@pytest.mark.parametrize(("shape", "fields", "file", "reason"), [
+    ({"n_embd": 48}, {}, WEIGHTS, f"{FIRST} is (4, 32) where (4, 48) is needed"),
+    ({"n_layer": 1}, {}, WEIGHTS, f"unexpected tensor '{PREFIX}.1.attn.c_attn.lora_A.weight'"),
+    ({"n_layer": 3}, {}, WEIGHTS, f"tensor {PREFIX}.2.attn.c_attn.lora_A.weight is missing"),
+    ({}, {"r": 5}, WEIGHTS, f"{FIRST} is (4, 32) where (5, 32) is needed"),
+    ({}, {"r": 33}, CONFIG, "does not fit this base: rank 33 is outside 1 .. 32"),
+    ({}, {"target_modules": ["c_attn", "wte"]}, CONFIG, "does not fit this base: target module 'w"),
+    ({}, {"target_modules": ["\x1b" * 99]}, CONFIG, r"does not fit this base: target module '\x1b"),
+    ({}, {"peft_type": "IA3"}, CONFIG, "'peft_type' 'IA3'"),
+    ({}, {"x\ny" * 99: 1}, CONFIG, r"'x\nyx\ny"),
+])
+def test_what_does_not_fit_the_base_is_refused(adapter, tmp_path, shape, fields, file, reason):
+    other, _ = tiny_gpt2_directory(tmp_path / "other", **shape)
+    change_config(adapter, fields)
+    assert refusal_of(adapter, file, other).startswith(reason)
+
+
+ORIG_MOD = LAST.replace("h.1", "_orig_mod.h.1")  # as torch.compile renames what it wraps
+DAMAGED = {
+    "missing": (lambda t: t.pop(LAST), f"tensor {LAST} is missing"),
+    "renamed": (lambda t: t.update({ORIG_MOD: t.pop(LAST)}), f"tensor {LAST} is missing"),
+    "extra": (lambda t: t.update({ORIG_MOD: t[LAST]}), f"unexpected tensor {ORIG_MOD!r}"),
+    "odd name": (lambda t: t.update({"x\ny" * 333: t[LAST]}), r"unexpected tensor 'x\nyx"),
+    "transposed": (lambda t: t.update({LAST: t[LAST].t()}), f"{LAST} is (4, 96) where (96, 4) "),
+    "flat": (lambda t: t.update({LAST: t[LAST].flatten()}), f"{LAST} is (384,) where"),
+    "NaN": (lambda t: t[LAST][-1].fill_(math.nan), f"{LAST} holds numbers that are not finite"),
+    "infinity": (lambda t: t[FIRST][0].fill_(math.inf), f"{FIRST} holds numbers that are not"),
+    **{str(dtype): (lambda t, dtype=dtype: t.update({LAST: t[LAST].to(dtype)}),
+                    f"{LAST} is not a tensor of fp32, fp16 or bf16 ({dtype})")
+       for dtype in (torch.int64, torch.bool, torch.float64, torch.float8_e4m3fn)},
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_tensors_are_refused_by_name(base, adapter, change, reason):
+    change_weights(adapter, change)
+    assert refusal_of(adapter, WEIGHTS, base).startswith(reason)
+
+
+@pytest.mark.parametrize(("file", "reason", "content"), [
+    *((file, "cannot be read", content)
+      for file in (CONFIG, WEIGHTS) for content in (None, "directory")),
+    *((CONFIG, "JSON", content) for content in (
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 10**5, b" " * (2 << 20), b"{}\0")),
+    *((WEIGHTS, "not a file of tensors", share) for share in (0.0, 0.001, 0.1, 0.999)),
+    *((WEIGHTS, "not a file of tensors", content) for content in (
+        "a header of 1 GB", b"<!DOCTYPE html>\n" * 99, b"PK\x03\x04" * 99,
+        struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 14) + b'{"x\n": "\x1b"}',
+        struct.pack("<Q", 100_000) + b'{"a":' * 20_000)),
+])
+def test_files_of_something_else_are_refused_soon(base, adapter, file, reason, content):
+    whole = (adapter / file).read_bytes()
+    (adapter / file).unlink()
+    if content == "directory":
+        (adapter / file).mkdir()
+    elif content == "a header of 1 GB":
+        (adapter / file).write_bytes(struct.pack("<Q", 1 << 30))
+        os.truncate(adapter / file, 1 << 31)  # sparse
+    elif content is not None:
+        share = isinstance(content, float)
+        (adapter / file).write_bytes(whole[: int(content * len(whole))] if share else content)
+    began = time.perf_counter()
+    assert reason in refusal_of(adapter, file, base)
+    assert time.perf_counter() - began < 5

@@ -1,0 +1,125 @@
+"""Injection into GPT-2, against PEFT's: what is wrapped, what is trained, what is counted."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora.adapter import adapter_tensors
+from lora.inject import adapter_disabled, inject, lora_layers
+from lora.layer import LoRAConfig
+from lora.merge import merge, unwrap
+from model.gpt2 import GPT2, GPT2Config
+from model.weights import load_gpt2
+from tests.adapters import ALL_FOUR, adapted, losses_of_steps, randomize
+from tests.helpers import TINY, relative_difference, tiny_gpt2, token_ids
+from training.report import describe_parameters
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+IDS = token_ids(TINY["vocab_size"], 2, 16)
+
+
+@pytest.mark.parametrize(("r", "targets"), [
+    (8, ["c_attn", "c_attn"]), (8, ["c_proj"]), (8, ["c_proj", "attn.c_proj"]),
+    (8, ["mlp.c_proj", "1.attn.c_attn"]), (8, ["h.1.mlp.c_fc"]), (8, ["transformer.h.0.mlp.c_fc"]),
+    (32, ["c_fc", "c_proj", "c_attn"]),  # the layers' smaller side: the largest rank
+])
+def test_modules_seeded_values_and_printed_counts_are_pefts(base, r, targets, capsys):
+    model, theirs = load_gpt2(base), tiny_gpt2()
+    torch.manual_seed(3)
+    inject(model, LoRAConfig(r=r, target_modules=tuple(targets)))
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=r, target_modules=targets, fan_in_fan_out=True))
+    names = [f"transformer.{name}" for name in lora_layers(model)]
+    assert names == theirs.base_model.targeted_module_names
+    theirs.print_trainable_parameters()
+    assert describe_parameters(model) == capsys.readouterr().out.strip()
+    ours, theirs = adapter_tensors(model), peft.get_peft_model_state_dict(theirs)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        inject(model, LoRAConfig(target_modules=("c_fc",)))
+    assert list(lora_layers(model)) == [name.removeprefix("transformer.") for name in names]
+
+
+@pytest.mark.parametrize(("n_embd", "n_layer", "n_head", "trainable", "total", "percent"), [
+    (768, 12, 12, "294,912", "124,734,720", "0.2364"),
+    (1024, 24, 16, "786,432", "355,609,600", "0.2212"),
+    (1280, 36, 20, "1,474,560", "775,504,640", "0.1901"),
+    (1600, 48, 25, "2,457,600", "1,560,068,800", "0.1575"),
+], ids=["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"])
+def test_counts_of_the_released_sizes(n_embd, n_layer, n_head, trainable, total, percent):
+    with torch.device("meta"):
+        model = GPT2(GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
+        inject(model, LoRAConfig())
+    assert describe_parameters(model) == (
+        f"trainable params: {trainable} || all params: {total} || trainable%: {percent}")
+
+
+@pytest.mark.parametrize(("targets", "r", "reason"), [
+    (["lm_head"], 8, "tied to wte"),
+    *(([target], 8, "tied to the head") for target in ("wte", "transformer.wte")),
+    (["wpe"], 8, "embedding"),
+    (["c_attn", "q_proj"], 8, "'q_proj' is not in the model; it has c_attn, c_fc, c_proj"),
+    (["n.c_attn"], 8, "'n.c_attn' is not in the model"),  # a suffix begins after a dot
+    *(([target], 8, "only linear layers") for target in ("attn", "ln_f", "")),
+    *((["c_attn"], r, rf"rank {r} is outside 1 \.\. 32") for r in (0, -1, 33)),
+    (["mlp.c_proj"], 33, r"rank 33 is outside 1 \.\. 32"),
+])
+def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(base, targets, r, reason):
+    model = load_gpt2(base)
+    before, expected = dict(model.named_parameters()), model(IDS)
+    with pytest.raises(ValueError, match=reason):
+        inject(model, LoRAConfig(r=r, target_modules=tuple(targets)))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
+    assert all(p.requires_grad for p in after.values()) and torch.equal(model(IDS), expected)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"),
+                         [(FP32, False), (FP32, True), (BF16, True), (BF16, False), (FP16, False)])
+def test_a_new_adapter_changes_no_logit_and_training_moves_a_and_b_alone(base, dtype, autocast):
+    model = load_gpt2(base).to(dtype)
+    expected = model(IDS)
+    torch.manual_seed(0)
+    inject(model, LoRAConfig(target_modules=ALL_FOUR))
+    assert torch.equal(model(IDS), expected)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = losses_of_steps(model, IDS, 4, autocast=autocast)
+    assert losses[3] < losses[2] < losses[1] < losses[0]
+    assert relative_difference(model(IDS), expected) > 0.1
+    for name, parameter in model.named_parameters():
+        trained = ".lora_" in name
+        assert torch.equal(parameter, before[name]) is not trained, name
+        assert (parameter.grad is not None) is trained is parameter.requires_grad, name
+
+
+def test_a_layer_with_two_names_stays_one_layer():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "c": nn.Linear(8, 8)}).eval()
+    model["b"] = linear = model["a"]
+    inject(model, LoRAConfig(r=2, target_modules=("a", "b")))
+    randomize(model)
+    assert model["a"] is model["b"] and list(lora_layers(model)) == ["a"]
+    x = torch.randn(3, 8)
+    expected, weight = model["b"](x), linear.weight + model["a"].delta_weight()
+    merge(model)
+    unwrap(model)
+    assert model["a"] is model["b"] is linear and not lora_layers(model)
+    assert torch.equal(linear.weight, weight)  # merged once
+    assert relative_difference(linear(x), expected) < 1e-6
+
+
+def test_a_disabled_adapter_leaves_the_base_even_when_the_block_fails(base):
+    model, _ = adapted(base)
+    with_adapter, without = model(IDS), load_gpt2(base)(IDS)
+    assert relative_difference(with_adapter, without) > 0.1
+    with pytest.raises(KeyError), adapter_disabled(model):
+        assert torch.equal(model(IDS), without)
+        with adapter_disabled(model):
+            pass
+        assert torch.equal(model(IDS), without)  # the inner block leaves the outer one be
+        raise KeyError
+    assert torch.equal(model(IDS), with_adapter)
+    merge(model)
+    with pytest.raises(ValueError, match="unmerge it first"), adapter_disabled(model):
+        pass

@@ -1,0 +1,82 @@
+"""The LoRA layer, against PEFT's and against the formula in fp64."""
+
+import math
+from copy import deepcopy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from lora.layer import LoRAConfig, LoRALinear
+from lora.merge import merge
+from model.plain import plain_operations
+from tests.adapters import randomize
+from tests.helpers import relative_difference
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
+DROPOUT = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3}
+RSLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.0, "use_rslora": True}
+
+
+def pair_of_layers(fan_in, fan_out, dtype=FP32, **config):
+    """Wrap two copies of one linear layer, in our LoRA and in PEFT's, with the same A and B."""
+    linear = nn.Linear(fan_in, fan_out, dtype=dtype)
+    ours = LoRALinear(deepcopy(linear), LoRAConfig(**config))
+    randomize(ours)
+    theirs = peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(
+        target_modules=["0"], **config)).base_model.model[0]
+    theirs.lora_A.default.load_state_dict(ours.lora_A.state_dict())
+    theirs.lora_B.default.load_state_dict(ours.lora_B.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("shape", "r", "use_rslora"), [
+    (SQUARE, 4, False), (SQUARE, 32, True), (WIDE, 4, True), (WIDE, 32, False), (TALL, 1, False),
+])
+def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora):
+    layers = pair_of_layers(*shape, r=r, lora_alpha=3, lora_dropout=0.5, use_rslora=use_rslora)
+    ours, theirs = (layer.eval() for layer in layers)
+    x = torch.randn(5, shape[0])
+    w, b, lora_a, lora_b = (p.double() for p in (
+        ours.base_layer.weight, ours.base_layer.bias, ours.lora_A.weight, ours.lora_B.weight))
+    weight = w + (3 / math.sqrt(r) if use_rslora else 3 / r) * lora_b @ lora_a
+    assert relative_difference(ours(x), x.double() @ weight.T + b) < 1e-6
+    merge(ours)
+    theirs.merge()
+    assert relative_difference(ours.base_layer.weight, weight) < 1e-6
+    assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)
+
+
+@plain_operations()
+@pytest.mark.parametrize(("dtype", "autocast", "shape", "config"), [
+    (FP32, False, SQUARE, DROPOUT), (FP32, False, WIDE, RSLORA), (FP32, False, TALL, DROPOUT),
+    (FP32, True, SQUARE, RSLORA), (FP32, True, WIDE, DROPOUT),
+    (BF16, False, SQUARE, DROPOUT), (BF16, False, WIDE, RSLORA),
+    (FP16, False, SQUARE, RSLORA), (FP16, False, WIDE, DROPOUT),
+])
+def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape, config):
+    results = []
+    for layer in pair_of_layers(*shape, dtype, **config):
+        x = torch.linspace(-1, 1, 7 * shape[0]).view(7, shape[0]).to(dtype).requires_grad_()
+        layer.train().requires_grad_(True)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", BF16, enabled=autocast):
+            y = layer(x)
+        y.float().square().sum().backward()
+        grads = {name.replace(".default", ""): p.grad for name, p in layer.named_parameters()}
+        results.append({"y": y, "x": x.grad, **grads})
+    ours, theirs = results
+    assert ours.keys() == theirs.keys() and "lora_A.weight" in ours
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
+    assert ours["lora_A.weight"].dtype == FP32 and ours["lora_A.weight"].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wrapper_takes_over_the_mode_of_its_layer(training):
+    layer = LoRALinear(nn.Linear(64, 64).train(training), LoRAConfig(lora_dropout=0.5))
+    randomize(layer)
+    x = torch.randn(1, 64)
+    assert torch.equal(layer(x), layer(x)) is not training

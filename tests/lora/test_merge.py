@@ -1,0 +1,105 @@
+"""Merging an adapter into fp32 weights, unmerging it, and `python -m lora.merge`."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora.adapter import WEIGHTS, load_adapter
+from lora.inject import adapter_disabled, lora_layers
+from lora.merge import main, merge, unmerge
+from model.weights import load_gpt2
+from tests.adapters import adapted
+from tests.helpers import TINY, relative_difference, token_ids
+from tests.runs import run
+
+IDS = token_ids(TINY["vocab_size"], 2, 16)
+
+
+def base_weights(model):
+    return {name: m.base_layer.weight.clone() for name, m in lora_layers(model).items()}
+
+
+@pytest.mark.parametrize("target", ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"])
+def test_merging_changes_no_logit_and_unmerging_restores_the_base(base, target):
+    model, _ = adapted(base, (target,), lora_alpha=5)
+    expected, original = model(IDS), base_weights(model)
+    merge(model)
+    merged = base_weights(model)
+    assert all((merged[name] - original[name]).abs().max() > 0.1 for name in original)
+    assert relative_difference(model(IDS), expected) < 1e-5
+    with pytest.raises(ValueError, match="unmerge it before"):
+        model.state_dict()
+    merge(model)  # a second merge is none
+    assert all(torch.equal(w, merged[name]) for name, w in base_weights(model).items())
+    unmerge(model)
+    unmerge(model)
+    model.state_dict()
+    for name, weight in base_weights(model).items():
+        rounding = 2**-24 * (merged[name].abs() + original[name].abs())
+        assert ((weight - original[name]).abs() <= rounding).all()
+    assert relative_difference(model(IDS), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "context"), [
+    (torch.float32, adapter_disabled), (torch.bfloat16, nullcontext), (torch.float16, nullcontext)])
+def test_only_an_enabled_adapter_is_merged_and_into_fp32(base, dtype, context):
+    model = adapted(base)[0].to(dtype)
+    original = base_weights(model)
+    with pytest.raises(ValueError, match=r"only an enabled .* into fp32 weights"), context(model):
+        merge(model)
+    assert all(torch.equal(w, original[name]) for name, w in base_weights(model).items())
+
+
+def test_the_command_writes_one_model_and_never_replaces_it(base, adapter, tmp_path):
+    model, out = load_gpt2(base), tmp_path / "merged"
+    load_adapter(model, adapter)
+    options = "--base", base, "--adapter", adapter, "--out", out
+    ending = run(main, *options)
+    assert (ending.status, ending.stderr) == (0, "")
+    assert ending.stdout == f"{base} + {adapter} -> {out}\n"
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert files.keys() == {path.name for path in base.iterdir()} - {"generation_config.json"}
+    assert files["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
+    assert relative_difference(load_gpt2(out)(IDS), model(IDS)) < 1e-5
+    assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.float32}
+    again = subprocess.run([sys.executable, "-m", "lora.merge", *options], text=True, timeout=120,
+                           cwd=Path(__file__).parents[2], capture_output=True)
+    assert (again.returncode, again.stdout, again.stderr.count("\n")) == (2, "", 1)
+    assert again.stderr.startswith(f"error: --out {out}: exists already")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+def test_a_lower_precision_is_written_and_what_it_costs_printed(base, adapter, tmp_path):
+    model, out = load_gpt2(base), tmp_path / "merged"
+    before = {name: x.bfloat16().float() for name, x in model.state_dict().items()}
+    load_adapter(model, adapter)
+    deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
+    ending = run(main, "--base", base, "--adapter", adapter, "--out", out, "--precision", "bf16")
+    assert (ending.status, ending.stderr) == (0, "")
+    assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    after = load_gpt2(out).state_dict()
+    lost = [after[f"{n}.weight"].float() - before[f"{n}.weight"] - d for n, d in deltas.items()]
+    share = torch.cat(lost).norm() / torch.cat(list(deltas.values())).norm()
+    assert 0.001 < share < 0.1 and f"changes the update by {share:.1%} of its norm" in ending.stdout
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ("--out out", "--adapter is missing"),
+    ("--adapter adapter", "--out"),
+    ("--adapter nowhere --out out", f"nowhere/{WEIGHTS}"),
+    ("--base nowhere --adapter adapter --out out", "nowhere"),
+    (f"--adapter adapter --out adapter/{WEIGHTS}", "exists already"),
+    (f"--adapter adapter --out adapter/{WEIGHTS}/out", "cannot be written"),
+])
+def test_the_command_refuses_and_leaves_nothing(base, adapter, monkeypatch, options, reason):
+    monkeypatch.chdir(adapter.parent)
+    before = sorted(Path.cwd().rglob("*"))
+    ending = run(main, "--base", base, *options.split())
+    assert (ending.status, ending.stdout) == (2, "") and ending.stderr.startswith("error: ")
+    assert reason in ending.stderr and ending.stderr.count("\n") == 1
+    assert sorted(Path.cwd().rglob("*")) == before

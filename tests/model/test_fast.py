@@ -1,0 +1,226 @@
+"""Compares the fast operations with PyTorch's own: values, gradients, statistics, memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import fast as ops
+from model import plain
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+TOLERANCE = {FP32: 2e-6, BF16: 2e-2, FP16: 3e-3}
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+
+
+def normal(*shape: int, seed: int = 0, device="cpu", dtype=FP32, strided=False) -> Tensor:
+    """N(0, 1) that requires a gradient; `strided`: the transpose of a tensor stored in reverse."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape[::-1] if strided else shape, generator=generator)
+    x = x.to(device, dtype).requires_grad_()
+    return x.permute(*reversed(range(x.ndim))) if strided else x
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    assert got.shape == wanted.shape
+    assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
+    """`fast` gives the values and gradients that `plain` gives in double; returns its result."""
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    y, wanted, tolerance = fast(*inputs), plain(*exact), TOLERANCE[inputs[0].dtype]
+    assert_close(y, wanted, tolerance)
+    grad = normal(*y.shape, seed=9, device=y.device, dtype=y.dtype, strided=strided).detach()
+    trained = [x for x in inputs if x.requires_grad]
+    gradients = torch.autograd.grad(y, trained, grad)
+    expected = torch.autograd.grad(wanted, [x for x in exact if x.requires_grad], grad.double())
+    for x, got, want in zip(trained, gradients, expected, strict=True):
+        assert got.dtype == x.dtype
+        assert_close(got, want, 2 * tolerance)
+    return y
+
+
+@pytest.mark.parametrize(("shape", "dtype", "device"), [
+    ((2, 3, 5, 8), FP32, "cpu"), ((1, 2, 300, 4), FP32, "cpu"), ((1, 1, 1, 8), BF16, "cpu"),
+    ((2, 3, 33, 16), BF16, "cpu"), ((2, 1, 300, 4), BF16, "cpu"), ((1, 2, 8, 8), FP16, "cpu"),
+    pytest.param((2, 3, 33, 16), FP32, "cuda", marks=CUDA),
+    pytest.param((2, 3, 33, 16), BF16, "cuda", marks=CUDA),
+])
+@pytest.mark.parametrize("strided", [False, True])
+def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, device, strided):
+    inputs = (normal(*shape, seed=i, device=device, dtype=dtype, strided=strided) for i in range(3))
+    y = assert_same(lambda *qkv: ops.causal_attention(*qkv, p=0.0),
+                    lambda *qkv: plain.causal_attention(*qkv, p=0.0), *inputs)
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [  # T = D, for `unit`
+    ((2, 3, 8, 8), FP32), ((1, 2, 33, 33), BF16), ((1, 2, 33, 33), FP16), ((1, 1, 300, 300), FP32)])
+def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shape, dtype):
+    q, k, v = (normal(*shape, seed=i, dtype=dtype) for i in range(3))
+    unit = torch.eye(shape[2], dtype=dtype).expand(*shape[:2], -1, -1)  # the result: the matrix
+
+    def drawn(q, k, v):
+        torch.manual_seed(0)
+        return ops.causal_attention(q, k, v, p=0.25)
+
+    kept = drawn(q, k, unit) != 0
+    assert_same(drawn, lambda q, k, v: (
+        plain.causal_attention(q, k, unit.double(), p=0.0) * kept / 0.75) @ v, q, k, v)
+
+
+def test_attention_drops_weights_and_keeps_their_mean():
+    q, k = (normal(1, 1, 16, 16, seed=i).expand(4000, -1, -1, -1) for i in (1, 2))
+    v = torch.eye(16).expand_as(q)  # the result is the attention matrix itself
+    torch.manual_seed(0)
+    drawn = ops.causal_attention(q, k, v, p=0.25).detach()
+    weights = plain.causal_attention(q[:1], k[:1], v[:1], p=0.0).detach()[0]
+    seen = weights > 0
+    assert ((drawn == 0).float().mean(0)[seen] - 0.25).abs().max() < 0.035  # 5 sigma
+    assert (drawn.mean(0) / weights)[seen].sub(1).abs().max() < 0.05
+    assert (drawn[:, ~seen] == 0).all()
+
+
+@pytest.mark.parametrize(("p", "dtype"), [
+    (0.05, FP32), (0.1, FP16), (0.5, BF16), (0.9, FP16), (1e-9, FP32), (0.99, BF16)])
+def test_dropout_keeps_as_many_as_it_should_and_scales_them(p, dtype):
+    torch.manual_seed(0)
+    n = 1_000_003  # not a multiple of the four that one random word decides
+    y = ops.dropout(torch.ones(n, dtype=dtype), p, training=True)
+    kept = y != 0
+    p = min(max(p, 2**-16), 1 - 2**-16)  # it is drawn in steps of 2^-16
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * sigma + 2**-17
+    assert y[kept].unique().tolist() == pytest.approx([1 / (1 - p)], rel=5e-3)
+
+
+def test_dropout_draws_are_independent_reproducible_and_also_the_gradients():
+    x = normal(64, 1000)
+    torch.manual_seed(1)
+    y = ops.dropout(x, 0.5, training=True)
+    torch.manual_seed(1)
+    assert torch.equal(y, ops.dropout(x, 0.5, training=True))
+    assert not torch.equal(y, ops.dropout(x, 0.5, training=True))
+    y.sum().backward()
+    assert torch.equal(x.grad, (y / x).nan_to_num().round())
+    kept = (y != 0).double().flatten()
+    for lag in (1, 2, 3, 4, 1000):  # within one random word, between words, between rows
+        agreement = (kept[lag:] == kept[:-lag]).double().mean().item()
+        assert abs(agreement - 0.5) < 5 * 0.5 / len(kept) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_dropout_keeps_one_byte_an_element_for_its_gradient(dtype):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        ops.dropout(normal(64, 1000, dtype=dtype), 0.5, training=True)
+    assert sum(tensor.nbytes for tensor in saved) == 64_000
+
+
+def test_dropout_is_off_in_evaluation_and_at_zero():
+    x = normal(100)
+    assert ops.dropout(x, 0.5, training=False) is x and ops.dropout(x, 0.0, training=True) is x
+    assert (ops.dropout(x, 0.5, training=True) == 0).any()
+
+
+@pytest.mark.parametrize(("shape", "out", "bias", "frozen", "dtype"), [
+    ((1, 1, 24), 7, True, True, FP32), ((3, 24), 24, False, False, FP32),
+    ((2, 5, 24), 7, True, False, FP32), ((2, 5, 24), 24, True, True, FP32),
+    ((0, 24), 7, True, False, FP32), ((1, 24), 7, True, True, BF16),
+    ((2, 5, 24), 7, False, False, BF16), ((2, 5, 24), 7, True, False, FP16),
+])
+@pytest.mark.parametrize("strided", [False, True])
+def test_linear_and_its_gradients_are_those_of_pytorch(shape, out, bias, frozen, dtype, strided):
+    x = normal(*shape, dtype=dtype, strided=strided)
+    parameters = [normal(*s, seed=1, dtype=dtype).requires_grad_(not frozen)
+                  for s in ((out, 24), (out,))[: 1 + bias]]
+    y = assert_same(ops.linear, F.linear, x, *parameters, strided=strided)
+    with torch.no_grad():
+        z = ops.linear(x, *parameters)
+    assert y.dtype == z.dtype == dtype and y.requires_grad and not z.requires_grad
+    assert_close(z, y.double(), TOLERANCE[dtype])
+
+
+def test_a_frozen_linear_keeps_no_input_for_its_gradient():
+    saved, x, weight = [], normal(50, 24), normal(7, 24).detach()
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        ops.linear(x, weight)
+        assert all(tensor.numel() == weight.numel() for tensor in saved)
+        ops.linear(x, weight.requires_grad_())
+    assert any(tensor.numel() == x.numel() for tensor in saved)
+
+
+@pytest.mark.parametrize(("N", "C", "V", "chunk", "frozen", "dtype", "device"), [
+    (1, 4, 7, 7, True, FP32, "cpu"), (5, 8, 11, 11, False, FP32, "cpu"),
+    (16, 16, 16, 100, False, FP32, "cpu"), (33, 16, 101, 1000, True, FP32, "cpu"),
+    (33, 16, 101, 1000, True, BF16, "cpu"), (33, 16, 101, 1000, False, BF16, "cpu"),
+    (64, 16, 101, 1, True, FP16, "cpu"), (50, 8, 257, 10**9, False, FP16, "cpu"),
+    pytest.param(33, 16, 101, 1000, True, BF16, "cuda", marks=CUDA),
+    pytest.param(33, 16, 101, 1000, False, FP32, "cuda", marks=CUDA),
+])
+def test_loss_and_gradients_are_those_of_cross_entropy(
+        monkeypatch, N, C, V, chunk, frozen, dtype, device):
+    few = frozen and device == "cpu"
+    monkeypatch.setattr(ops, "FEW_LOGITS" if few else "MANY_LOGITS", chunk)
+    hidden = normal(N, C, seed=1, device=device, dtype=dtype)
+    weight = normal(V, C, seed=2, device=device, dtype=dtype).requires_grad_(not frozen)
+    targets = (torch.arange(N, device=device) * 7) % V
+    loss = assert_same(lambda h, w: ops.tied_cross_entropy(h, w, targets),
+                       lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
+                       hidden, weight)
+    assert loss.dtype == FP32
+
+
+def test_autocast_rules_the_precision_of_matmuls():
+    hidden, weight, targets = normal(9, 16, seed=1), normal(33, 16, seed=2), torch.arange(9)
+    low = [x.detach().bfloat16() for x in (hidden, weight)]
+    with torch.autocast("cpu", dtype=BF16):
+        y = ops.linear(hidden, weight)
+        loss = ops.tied_cross_entropy(hidden, weight, targets)
+        scores = ops.score(hidden, weight, targets)
+    assert torch.equal(y, ops.linear(*low)) and y.dtype == BF16
+    assert torch.equal(loss, ops.tied_cross_entropy(*low, targets)) and loss.dtype == FP32
+    assert torch.equal(scores[0], ops.score(*low, targets)[0])
+    assert not torch.equal(scores[0], ops.score(hidden, weight, targets)[0])
+
+
+def test_loss_is_right_where_a_probability_underflows_and_shows_what_is_not_a_number():
+    hidden, weight = torch.tensor([[200.0]]).requires_grad_(), torch.tensor([[1.0], [-1.0]])
+    loss = ops.tied_cross_entropy(hidden, weight, torch.tensor([1]))
+    assert loss.item() == pytest.approx(400)
+    assert torch.autograd.grad(loss, hidden)[0].item() == pytest.approx(2)
+    assert ops.tied_cross_entropy(hidden * torch.nan, weight, torch.tensor([1])).isnan()
+
+
+@pytest.mark.parametrize("chunk", [1, 20, 1000])
+def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
+    monkeypatch.setattr(ops, "FEW_LOGITS", chunk)
+    hidden, weight = normal(30, 8, seed=1), normal(13, 8, seed=2)
+    logits = (hidden @ weight.T).detach()
+    targets = torch.where(torch.arange(30) % 2 == 0, logits.argmax(-1), torch.arange(30) % 13)
+    losses, hits = ops.score(hidden, weight, targets)
+    assert_close(losses, F.cross_entropy(logits, targets, reduction="none"), 1e-6)
+    assert torch.equal(hits, logits.argmax(-1) == targets) and 15 <= hits.sum() < 30
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
+    """No tensor that is made on the way is as large as (N, V)."""
+    monkeypatch.setattr(ops, "FEW_LOGITS", 4096)
+    hidden, weight = normal(512, 8, seed=1).requires_grad_(gradient), normal(1024, 8).detach()
+    targets = torch.zeros(512, dtype=torch.int64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        if gradient:
+            ops.tied_cross_entropy(hidden, weight, targets).backward()
+        else:
+            ops.score(hidden, weight, targets)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 4096 * 4 <= largest < 512 * 1024 * 4 / 8
+
+
+def test_dropout_of_everything_is_zero_everywhere():
+    x = torch.ones(1 << 18, requires_grad=True)
+    y = ops.dropout(x, 1.0, training=True)
+    y.sum().backward()
+    assert not y.any() and not x.grad.any()

@@ -1,0 +1,175 @@
+"""Compares the model with transformers': logits, gradients, dropout, initial weights, sizes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from lora.inject import inject
+from lora.layer import LoRAConfig
+from model.gpt2 import GPT2, GPT2Config, KVCache
+from model.plain import plain_operations
+from model.weights import CONV1D, load_gpt2
+from tests.helpers import relative_difference, tiny_gpt2_directory, token_ids
+from training.report import count_parameters
+
+CONFIGS = [
+    {},
+    {"activation_function": "gelu_new", "n_embd": 24, "n_head": 3, "n_layer": 5, "n_inner": 7,
+     "n_positions": 17, "vocab_size": 499, "layer_norm_epsilon": 1e-3},
+    {"n_embd": 40, "n_head": 1, "n_layer": 1, "n_positions": 33, "vocab_size": 512},
+]
+SIZES = {  # name: n_layer, n_embd, n_head; parameters; trainable and all with c_attn at r 8
+    "gpt2": ((12, 768, 12), 124_439_808, 294_912, 124_734_720),
+    "gpt2-medium": ((24, 1024, 16), 354_823_168, 786_432, 355_609_600),
+    "gpt2-large": ((36, 1280, 20), 774_030_080, 1_474_560, 775_504_640),
+    "gpt2-xl": ((48, 1600, 25), 1_557_611_200, 2_457_600, 1_560_068_800),
+}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Our model and transformers' with the same weights."""
+    directory, theirs = tiny_gpt2_directory(tmp_path)
+    return load_gpt2(directory), theirs
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(tmp_path, config):
+    directory, theirs = tiny_gpt2_directory(tmp_path, **config)
+    ids = token_ids(theirs.config.vocab_size, 2, theirs.config.n_positions)
+    assert relative_difference(load_gpt2(directory)(ids), theirs(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_gelu_is_the_tanh_form(tmp_path):
+    directory, theirs = tiny_gpt2_directory(tmp_path)
+    ids = token_ids(theirs.config.vocab_size, 2, 64)
+    for block in theirs.transformer.h:
+        block.mlp.act = torch.nn.GELU(approximate="none")
+    assert relative_difference(load_gpt2(directory)(ids), theirs(ids).logits) > 1e-5
+
+
+def test_gradients_are_those_of_transformers(pair):
+    ours, theirs = pair
+    ids = token_ids(theirs.config.vocab_size, 3, 20)
+    theirs(ids, labels=ids).loss.backward()
+    logits = ours(ids[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for name, parameter in ours.named_parameters():
+        expected = theirs.transformer.get_parameter(name).grad
+        expected = expected.t() if CONV1D.search(name) else expected
+        assert relative_difference(parameter.grad, expected) < 1e-5, name
+
+
+@torch.no_grad()
+def test_bf16_is_as_close_to_fp32_as_transformers_in_bf16(pair):
+    ours, theirs = pair
+    ids = token_ids(theirs.config.vocab_size, 4, 64)
+    exact = theirs(ids).logits
+    logits = ours.bfloat16()(ids)
+    assert logits.dtype == torch.bfloat16
+    bound = 1.5 * relative_difference(theirs.bfloat16()(ids).logits, exact)
+    assert bound < 0.05
+    assert relative_difference(logits, exact) < bound
+
+
+@torch.no_grad()
+def test_a_token_changes_no_logits_before_its_own(pair):
+    model, _ = pair
+    ids = token_ids(model.config.vocab_size, 1, 40)
+    before = model(ids)
+    for t in (0, 17, 39):
+        other = ids.clone()
+        other[0, t] = (other[0, t] + 1) % model.config.vocab_size
+        changed = (model(other) != before).any(-1)[0]
+        assert not changed[:t].any()
+        assert changed[t:].all()
+
+
+@pytest.mark.parametrize("chunks", [[64], [1, 1, 62], [5, 1, 20, 37, 1]])
+@torch.no_grad()
+def test_cached_logits_are_those_without_a_cache(pair, chunks):
+    model, theirs = pair
+    ids = token_ids(model.config.vocab_size, 2, 64)
+    cache = KVCache()
+    logits = [model(part, cache) for part in ids.split(chunks, dim=1)]
+    assert [part.size(1) for part in logits] == chunks
+    assert len(cache) == 64
+    assert relative_difference(torch.cat(logits, dim=1), theirs(ids).logits) < 1e-5
+
+
+@torch.no_grad()
+def test_more_tokens_than_positions_are_refused(pair):
+    model, cache = pair[0], KVCache()
+    model(token_ids(317, 1, 60), cache)
+    for ids, past in ((token_ids(317, 1, 65), None), (token_ids(317, 1, 5), cache)):
+        with pytest.raises(ValueError, match="65 tokens are more than n_positions 64"):
+            model(ids, past)
+
+
+def logits_in_training(model, ids):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return model.train()(ids)
+
+
+@plain_operations()
+def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path):
+    directory, theirs = tiny_gpt2_directory(tmp_path, embd_pdrop=0.1, attn_pdrop=0.2,
+                                            resid_pdrop=0.3)
+    ours = load_gpt2(directory)
+    ids = token_ids(theirs.config.vocab_size, 2, 64)
+    without = ours(ids)
+
+    def assert_same_draws():
+        logits = logits_in_training(ours, ids)
+        assert relative_difference(logits, logits_in_training(theirs, ids).logits) < 1e-5
+        assert relative_difference(logits, without) > 0.01
+
+    assert_same_draws()
+    ours.set_dropout(0.0)
+    assert torch.equal(logits_in_training(ours, ids), without)
+    ours.set_dropout(0.25)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.25
+    assert_same_draws()
+
+
+def initialised(config: GPT2Config, seed: int) -> GPT2:
+    model = GPT2(config)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def test_init_weights_draws_from_the_distributions_of_transformers():
+    fields = {"vocab_size": 300, "n_positions": 64, "n_embd": 64, "n_layer": 8, "n_head": 4,
+              "initializer_range": 0.03}
+    ours = initialised(GPT2Config(**fields), seed=0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).transformer
+    for name, parameter in ours.named_parameters():
+        expected = theirs.get_parameter(name)
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, expected), name
+        else:
+            assert parameter.std().item() == pytest.approx(expected.std().item(), rel=0.1), name
+            assert abs(parameter.mean().item()) < 0.1 * expected.std().item(), name
+    same, other = (initialised(GPT2Config(**fields), seed).h[0].mlp.c_fc.weight for seed in (0, 1))
+    assert torch.equal(same, ours.h[0].mlp.c_fc.weight) and not torch.equal(same, other)
+
+
+def counts(model: GPT2) -> tuple[int, int]:
+    counted = count_parameters(model)
+    return counted["trainable_parameters"], counted["total_parameters"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_released_sizes_have_their_published_parameter_counts(size):
+    (n_layer, n_embd, n_head), parameters, trainable, total = SIZES[size]
+    with torch.device("meta"):
+        model = GPT2(GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_head))
+        assert counts(model) == (parameters, parameters)
+        inject(model, LoRAConfig(r=8, target_modules=("c_attn",)))
+    assert counts(model) == (trainable, total)

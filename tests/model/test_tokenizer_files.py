@@ -1,0 +1,140 @@
+"""Compares each form of tokenizer files with transformers' reading of it; refuses other kinds."""
+
+import random
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+from common.errors import UserError
+from generate import generate, stream_text
+from model.hub import MINI
+from model.tokenizer import END_OF_TEXT, gpt2_tokenizer
+from model.tokenizer_files import load_tokenizer, save_tokenizer
+from model.weights import load_gpt2, save_gpt2
+from training.options import BOOK
+
+ASSIGNED = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a", "1"], k=65_000))
+PARTS = [*" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>", "<user>"]
+TEXTS = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
+LETTERS = sorted(ByteLevel.alphabet())
+BOTH = [(a, b) for a in LETTERS for b in LETTERS]
+WORDS = {w: i for i, w in enumerate([END_OF_TEXT, *map("".join, BOTH), *LETTERS])}  # 65,793
+
+
+def write(model: models.Model, train: int = 0, added: str = "") -> str:
+    """A `tokenizer.json`, byte-level; trained on the bundled book, special tokens come first."""
+    made = Tokenizer(model)
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    if train:
+        how = {"special_tokens": ["<s>", "</s>", END_OF_TEXT], "initial_alphabet": LETTERS}
+        made.train([str(BOOK)], trainers.BpeTrainer(vocab_size=train, show_progress=False, **how))
+    made.add_tokens(added.split())
+    return made.to_str()
+
+
+CHARACTERS, TINY = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), write(models.BPE(), 300)
+DIGITS = Tokenizer.from_str(TINY)  # what lies between two digits is a word, too
+SPLIT = [Split(Regex(r"\p{N}"), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+DIGITS.pre_tokenizer = Sequence(SPLIT)
+FORMS = {  # the model's vocabulary size, and tokenizer.json
+    "GPT-2": (50257, ""), "mini": (8192, (MINI / "tokenizer.json").read_text()),
+    "special tokens first": (1000, write(models.BPE(), 1000)), "tiny": (300, TINY),
+    "padded": (8192, write(models.BPE(), 500, "<pad> <user>")), "digits": (300, DIGITS.to_str()),
+    "uint32": (65793, write(models.BPE(WORDS, BOTH), added=END_OF_TEXT))}
+NAMES = [*FORMS, "vocab and merges"]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> dict:
+    """Our tokenizer and transformers' of each form."""
+    place, fast = tmp_path_factory.mktemp("bases"), transformers.PreTrainedTokenizerFast
+    save_tokenizer(gpt2_tokenizer(), place / "GPT-2")
+    for name in FORMS.keys() - {"GPT-2"}:
+        (place / name).mkdir()
+        (place / name / "tokenizer.json").write_text(FORMS[name][1])
+    both = {name: (load_tokenizer(place / name, size), fast.from_pretrained(place / name))
+            for name, (size, _) in FORMS.items()}
+    Tokenizer.from_file(str(place / "GPT-2" / "tokenizer.json")).model.save(str(place))
+    theirs = transformers.GPT2Tokenizer.from_pretrained(place)
+    return both | {"vocab and merges": (load_tokenizer(place, 50257), theirs)}
+
+
+@settings(deadline=None, max_examples=300)
+@given(parts=st.lists(st.sampled_from(PARTS) | TEXTS), name=st.sampled_from(NAMES))
+def test_tokens_of_any_text_are_those_of_transformers(parts, name, pairs):
+    (ours, theirs), text = pairs[name], "".join(parts)
+    ids = ours.encode(text)
+    assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+    assert b"".join(ours.bytes_of[i] for i in ids.tolist()) == text.encode()
+    assert ours.byte_counts[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_of_a_book_and_of_mixed_unicode_are_those_of_transformers(name, pairs):
+    ours, theirs = pairs[name]
+    for text in (BOOK.read_text(), MIXED):
+        assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)
+    (last,), wide = ours.encode("a"), name == "uint32"
+    assert last.dtype == (np.uint32 if wide else np.uint16) and (last > 65_535) == wide
+    assert ours.encode(END_OF_TEXT).tolist() == [ours.end_of_text]
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(pairs):
+    model, tokenizer = load_gpt2(MINI), pairs["padded"][0]
+    draw = {"temperature": 50.0, "generator": torch.Generator().manual_seed(0)}
+    assert max(tokenizer.bytes_of) == 501 < max(generate(model, torch.tensor([65]), 9, **draw))
+    assert "".join(stream_text(model, tokenizer, "A", 9, **draw))
+
+
+def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path):
+    save_gpt2(load_gpt2(base), tmp_path, end_of_text=316)
+    save_tokenizer(load_tokenizer(base, 317), tmp_path)
+    for directory in (tmp_path, MINI):
+        stock = transformers.pipeline(  # it has what AutoModelForCausalLM and AutoTokenizer load
+            "text-generation", str(directory), device="cpu", dtype=torch.float32)
+        ours = load_gpt2(directory)
+        tokenizer = load_tokenizer(directory, ours.config.vocab_size)
+        ids = tokenizer.encode(BOOK.read_text())
+        assert stock.tokenizer.encode(BOOK.read_text()) == ids.tolist()
+        assert stock.tokenizer.eos_token_id == tokenizer.end_of_text
+        batch = torch.from_numpy(ids[:60].astype(int))[None]
+        torch.testing.assert_close(ours(batch), stock.model(batch).logits, rtol=1e-4, atol=1e-4)
+        text = stock("The sea", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+        assert text[7:] == "".join(stream_text(ours, tokenizer, text[:7], 8, temperature=0))
+
+
+@pytest.mark.parametrize("content, reason", [
+    (Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).to_str(), "is a WordPiece tokenizer"),
+    (Tokenizer(models.Unigram([("a", 0.0)])).to_str(), "is a Unigram tokenizer"),
+    (Tokenizer(CHARACTERS).to_str(), "pre_tokenizer"), (write(CHARACTERS), "is no byte-level BPE"),
+    (TINY.replace('"normalizer":null', '"normalizer":{"type":"NFC"}'), "normalizer {'type': 'NFC"),
+    (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
+    (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
+    (TINY.replace('"lstrip":false', '"lstrip":true'), "'<s>' strips"), ("{", "not valid JSON"),
+    (DIGITS.to_str().replace(r"\\p{N}", "("), "pattern is not supported"),
+    (write(models.BPE(), 300, "<s>x"), "'<s>x' begins with another"),
+    (write(models.BPE(), 401), "has token 400; config.json's vocab_size is 400"),
+])
+def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=rf"\A{tmp_path}/tokenizer.json: .*{reason}.*\Z"):
+        load_tokenizer(tmp_path, 400)
+
+
+def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")  # and no merges.txt
+    with pytest.raises(UserError, match=rf"\A{tmp_path}: .*300 is not GPT-2's 50257, .*\Z"):
+        load_tokenizer(tmp_path, 300)
+    hello = load_tokenizer(tmp_path, 50257).encode(f"Hello world{END_OF_TEXT}").tolist()
+    assert hello == [15496, 995, 50256]  # as published
+    (tmp_path / "tokenizer.json").write_text(TINY.replace(END_OF_TEXT, "<end>"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert load_tokenizer(tmp_path, 300).encode(f"</s>{END_OF_TEXT}").tolist() == [1, 1]

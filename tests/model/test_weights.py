@@ -1,0 +1,236 @@
+"""Model directories: each layout they come in, what is refused, and what transformers reads."""
+
+import copy
+import json
+import logging
+import math
+import os
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from common.errors import RunError
+from model.weights import has_weights, load_config, load_gpt2, save_gpt2
+from tests.helpers import assert_refused, relative_difference, tiny_gpt2_directory, token_ids
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+FORMATS = {"safetensors": SAFETENSORS, "zip": PICKLE, "legacy": PICKLE}
+IDS = token_ids(317, 2, 64)
+
+
+def rewrite(directory: Path, tensors: dict, file_format: str) -> Path:
+    """Replace the directory's weights; returns the new file."""
+    (directory / SAFETENSORS).unlink()
+    path = directory / FORMATS[file_format]
+    if file_format == "safetensors":
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=file_format == "zip")
+    return path
+
+
+def edit_config(directory: Path, **fields: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def hub_layout(tensors):
+    """No prefix, no head; the causal masks that the hub's and older files carry."""
+    stripped = {key.removeprefix("transformer."): t for key, t in tensors.items()}
+    mask = torch.ones(64, 64).tril().view(1, 1, 64, 64)
+    for layer in range(2):
+        stripped[f"h.{layer}.attn.bias"] = mask.clone()
+        stripped[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return stripped
+
+
+LAYOUTS = {
+    "hub": hub_layout,
+    "transformers": dict,
+    "with head": lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()},
+    "head alone": lambda t: {"lm_head.weight": t.pop("transformer.wte.weight"), **t},
+    "old transformers": lambda t: {f"transformer.{key}": x for key, x in hub_layout(t).items()},
+}
+
+
+@pytest.mark.parametrize(("layout", "file_format", "dtype"), [
+    ("hub", "safetensors", torch.float32), ("transformers", "safetensors", torch.bfloat16),
+    ("with head", "safetensors", torch.float16), ("head alone", "safetensors", torch.float32),
+    ("old transformers", "safetensors", torch.float32), ("hub", "zip", torch.float32),
+    ("transformers", "zip", torch.bfloat16), ("with head", "zip", torch.float16),
+    ("old transformers", "legacy", torch.float32), ("head alone", "legacy", torch.float16),
+])
+@torch.no_grad()
+def test_every_file_layout_gives_the_logits_of_transformers(tmp_path, layout, file_format, dtype):
+    directory, theirs = tiny_gpt2_directory(tmp_path)
+    stored = {key: t.to(dtype) for key, t in load_file(directory / SAFETENSORS).items()}
+    path = rewrite(directory, LAYOUTS[layout](stored), file_format)
+    model = load_gpt2(directory)
+    with open(path, "r+b") as file:  # the loaded model must not change with its file
+        file.write(bytes(path.stat().st_size))
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected = copy.deepcopy(theirs).to(dtype).float()(IDS).logits
+    assert relative_difference(model(IDS), expected) < 1e-5
+
+
+FC, WTE = "transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"
+DAMAGED_TENSORS = {
+    "missing block": (lambda t: [t.pop(k) for k in list(t) if ".h.1." in k], "missing (12 in all)"),
+    "block too many": (lambda t: t.update({"h.2.ln_1.bias": torch.ones(32)}), "'h.2.ln_1.bias'"),
+    "transposed": (lambda t: t.update({FC: t[FC].t()}), f"{FC} is (128, 32)"),
+    "small vocabulary": (lambda t: t.update({WTE: t[WTE][:-1]}), f"{WTE} is (316, 32)"),
+    "untied": (lambda t: t.update({"lm_head.weight": t[WTE] + 1e-3}), "differs from wte.weight"),
+    "twice": (lambda t: t.update({"wte.weight": t[WTE].clone()}), "unexpected tensor 'wte.weight'"),
+}
+
+
+@pytest.mark.parametrize(("damage", "file_format"), [
+    *((damage, "safetensors") for damage in DAMAGED_TENSORS), ("transposed", "zip")])
+def test_tensors_of_another_model_are_refused_by_name(tmp_path, damage, file_format):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    tensors = load_file(directory / SAFETENSORS)
+    change, message = DAMAGED_TENSORS[damage]
+    change(tensors)
+    assert_refused(directory, rewrite(directory, tensors, file_format).name, message)
+
+
+class Touch(str):
+    """A path; unpickling it makes the file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path(self),)
+
+
+@pytest.mark.parametrize("file_format", ["zip", "legacy"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, file_format, recwarn):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    mark = tmp_path / "it ran"
+    path = rewrite(directory, {WTE: Touch(mark)}, file_format)
+    message = assert_refused(directory, PICKLE, "can run code")
+    assert "`False`" not in message and not recwarn.list  # torch's advice for every pickle
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists()  # the file was what it is meant to be
+
+
+def test_a_pickle_of_something_else_is_refused(tmp_path):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    tensors = load_file(directory / SAFETENSORS)
+    path = rewrite(directory, tensors, "zip")
+    whole = path.read_bytes()
+    load_gpt2(directory)
+    odd = {"not a tensor": [1.0, 2.0], "sparse": tensors[FC].to_sparse(),
+           "no data": tensors[FC].to("meta")}
+    for reason, value in odd.items():
+        torch.save({**tensors, FC: value}, path)
+        assert_refused(directory, PICKLE, FC, reason)
+    torch.save({**tensors, 7: tensors[FC]}, path)
+    assert_refused(directory, PICKLE, "unexpected tensor '7'")
+    torch.save([1], path)
+    assert_refused(directory, PICKLE, "not a file of tensors")
+    for content in (b"", whole[:99], whole[: len(whole) // 2], b"<!DOCTYPE html>\n" * 99):
+        path.write_bytes(content)
+        assert_refused(directory, PICKLE, "not a file of")
+
+
+@pytest.mark.parametrize("name", [SAFETENSORS, PICKLE])
+def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    (directory / SAFETENSORS).rename(directory / "model-00001-of-00001.safetensors")
+    assert not has_weights(directory)
+    assert_refused(directory, "", "neither model.safetensors nor pytorch_model.bin")
+    (directory / f"{name}.index.json").write_text("{}")
+    assert has_weights(directory)
+    assert_refused(directory, f"{name}.index.json", "sharded weights are not read", "save")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, caplog):
+    directory, theirs = tiny_gpt2_directory(tmp_path / "in", n_inner=50, resid_pdrop=0.2)
+    out, stored_dtype = tmp_path / "out", dtype or torch.float32
+    save_gpt2(load_gpt2(directory), out, dtype)
+    save_gpt2(load_gpt2(directory), out, dtype)  # in place of what is there
+    log = logging.getLogger("transformers")
+    log.addHandler(caplog.handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, info = transformers.AutoModelForCausalLM.from_pretrained(
+            out, dtype="auto", output_loading_info=True)
+    log.removeHandler(caplog.handler)
+    assert not any(info.values()) and not caplog.records
+    assert again.dtype == stored_dtype
+    assert (again.config.n_inner, again.config.resid_pdrop) == (50, 0.2)
+    expected = theirs.to(stored_dtype).float()(IDS).logits
+    assert relative_difference(again.float()(IDS).logits, expected) < 1e-5
+
+    assert sorted(os.listdir(out)) == ["config.json", SAFETENSORS]
+    assert load_config(out) == load_config(directory)
+    with safe_open(out / SAFETENSORS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    written, given = load_file(out / SAFETENSORS), load_file(directory / SAFETENSORS)
+    assert written.keys() == given.keys()
+    assert all(torch.equal(written[key], given[key].to(stored_dtype)) for key in given)
+
+
+def test_values_out_of_reach_of_fp16_are_not_saved(tmp_path):
+    model = load_gpt2(tiny_gpt2_directory(tmp_path / "in")[0])
+    save_gpt2(model, tmp_path, torch.float16)
+    before = {name: (tmp_path / name).read_bytes() for name in (SAFETENSORS, "config.json")}
+    with torch.no_grad():
+        model.ln_f.bias[0] = 1e5
+    for out in (tmp_path, tmp_path / "out"):
+        with pytest.raises(RunError, match=r"ln_f.bias .* finite in torch.float16; not written$"):
+            save_gpt2(model, out, torch.float16)
+    assert not list((tmp_path / "out").glob("*"))
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "in", SAFETENSORS, "out"]
+    assert all((tmp_path / name).read_bytes() == content for name, content in before.items())
+    save_gpt2(model, tmp_path, torch.bfloat16)  # whose reach is that of fp32
+    assert load_gpt2(tmp_path).ln_f.bias[0] > 9e4
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("model_type", "gpt_neo"), ("model_type", None),
+    ("n_head", 0), ("n_head", 5), ("n_head", True), ("n_head", 4.0), ("n_layer", 513),
+    ("n_embd", "32"), ("n_inner", 0), ("vocab_size", None), ("n_positions", 2**20 + 1),
+    ("attn_pdrop", 1), ("embd_pdrop", "0.1"), ("resid_pdrop", -0.1), ("attn_pdrop", False),
+    ("layer_norm_epsilon", [1e-5]), ("activation_function", "relu"),
+    ("add_cross_attention", True), ("tie_word_embeddings", False),
+    ("n_head", math.nan), ("attn_pdrop", math.nan), ("layer_norm_epsilon", math.inf),
+])
+def test_a_config_of_another_model_is_refused_by_field(tmp_path, field, value):
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    edit_config(directory, **{field: value})
+    assert_refused(directory, "config.json", field, str(value))
+
+
+def test_a_config_too_large_for_the_weights_is_refused_within_seconds(tmp_path):
+    """Its 27 PB are never allocated."""
+    directory, _ = tiny_gpt2_directory(tmp_path)
+    load_gpt2(directory)  # the first use of the meta device imports half of torch
+    edit_config(directory, n_layer=512, n_embd=2**20)
+    start = time.process_time()
+    assert_refused(directory, SAFETENSORS, "h.10.attn.c_attn.bias is missing (6120 in all)")
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("fields", [
+    {},
+    {"n_ctx": 16, "n_positions": 32, "dtype": "float16", "a_field_of_tomorrow": [1],
+     "n_inner": 50, "embd_pdrop": 0, "layer_norm_epsilon": 1e-3, "initializer_range": 0.1},
+    {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
+     "max_position_embeddings": 99},
+])
+def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **fields}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    for field, value in asdict(load_config(tmp_path)).items():
+        assert value == getattr(theirs, field), field

@@ -1,0 +1,89 @@
+"""What README.md, CONTRIBUTING.md and docs/ point at: links, anchors, files and symbols exist."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED_FILE = re.compile(r"`([\w./-]*\w\.(?:py|md|toml)|Makefile)`")
+SYMBOL = re.compile(r"`([\w.]+)`\s+in\s+\[?`?([\w./-]+\.py)`?")
+
+
+@cache
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors that a code host gives the page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+            for heading in headings}
+
+
+@cache
+def symbols(path: Path) -> set[str]:
+    """Everything the file defines: functions, classes, their methods, assigned names and fields."""
+    found = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            found.update(prefix + name.id for target in targets if target for name in
+                         ast.walk(target) if isinstance(name, ast.Name))
+
+    visit(ast.parse(path.read_text()).body, "")
+    return found
+
+
+def wrong_links(page: Path) -> list[str]:
+    wrong = []
+    for link in LINK.findall(prose(page)):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        there = target.exists() and (not anchor or anchor in anchors(target))
+        if "://" not in link and not there:
+            wrong.append(link)
+    return wrong
+
+
+def wrong_files(page: Path) -> list[str]:
+    return [name for name in NAMED_FILE.findall(prose(page))
+            if not (ROOT / name).exists() and not (page.parent / name).exists()]
+
+
+def wrong_symbols(page: Path) -> list[str]:
+    return [f"{symbol} in {path}" for symbol, path in SYMBOL.findall(prose(page))
+            if not (ROOT / path).is_file() or symbol not in symbols(ROOT / path)]
+
+
+@pytest.mark.parametrize("check", [wrong_links, wrong_files, wrong_symbols])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_at_exists(page, check):
+    assert check(page) == []
+
+
+def test_a_wrong_pointer_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading: `x`\n[a](#a-heading-x) [b](#other) [c](none.md) `train.py` "
+                    "`no.py` `Trainer.step` in `train.py`, `Trainer.stop` in `train.py`, "
+                    "`main` in\n[`train.py`](../train.py)\n```\n[d](fence.md) `fence.py`\n```\n")
+    assert wrong_links(page) == ["#other", "none.md", "../train.py"]
+    assert wrong_files(page) == ["no.py"]
+    assert wrong_symbols(page) == ["Trainer.stop in train.py"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_is_over_250_lines(page):
+    assert len(page.read_text().splitlines()) <= 250

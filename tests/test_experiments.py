@@ -1,0 +1,101 @@
+"""The lesson's experiments in their short form, and its formulas against autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import initialisation, memory, merge_error, spectrum
+from lora.layer import LoRAConfig, LoRALinear
+from tests.adapters import randomize
+
+
+def run(experiment, tmp_path, *options):
+    data = experiment.main(["--short", "--out", str(tmp_path), *map(str, options)])
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+    return data
+
+
+def test_gradients_are_the_lessons():
+    """dB = s g (A x)^T and dA = s B^T g x^T, summed over tokens, in fp64."""
+    layer = LoRALinear(nn.Linear(12, 20), LoRAConfig(r=3, lora_alpha=5, lora_dropout=0)).double()
+    randomize(layer)
+    x, g = torch.randn(7, 12).double(), torch.randn(7, 20).double()  # a row a token
+    layer(x).backward(g)
+    a, b = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
+    torch.testing.assert_close(layer.lora_B.weight.grad, 5 / 3 * g.T @ (x @ a.T))
+    torch.testing.assert_close(layer.lora_A.weight.grad, 5 / 3 * b.T @ g.T @ x)
+
+
+def test_alpha_is_the_learning_rate_of_b():
+    """AdamW on s B A at one rate is AdamW on B' A with B' = s B at s times the rate for B'."""
+    torch.manual_seed(0)
+    results, batches = [], torch.randn(5, 7, 12).double()
+    target = torch.randn(7, 20).double()
+    for alpha, rate_of_b in ((12, 0.01), (3, 0.04)):  # s is 4, and 1
+        torch.manual_seed(1)
+        layer = LoRALinear(nn.Linear(12, 20), LoRAConfig(r=3, lora_alpha=alpha, lora_dropout=0))
+        layer.double()
+        optimizer = torch.optim.AdamW([{"params": layer.lora_A.parameters(), "lr": 0.01},
+                                       {"params": layer.lora_B.parameters(), "lr": rate_of_b}],
+                                      eps=1e-30, weight_decay=0)
+        for x in batches:
+            optimizer.zero_grad()
+            (layer(x) - target).square().sum().backward()
+            optimizer.step()
+        results.append((layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).detach())
+    torch.testing.assert_close(*results)
+    assert results[0].abs().max() > 0.01
+
+
+def test_a_fused_adapter_has_one_rank_for_q_k_and_v():
+    fused = LoRALinear(nn.Linear(24, 72), LoRAConfig(r=4))
+    slices = [LoRALinear(nn.Linear(24, 24), LoRAConfig(r=4)) for _ in "qkv"]
+    for seed, layer in enumerate([fused, *slices]):
+        randomize(layer, seed)
+    whole = fused.delta_weight()
+    assert [torch.linalg.matrix_rank(part) for part in (whole, *whole.chunk(3))] == [4] * 4
+    each = [layer.delta_weight() for layer in slices]
+    assert [torch.linalg.matrix_rank(part) for part in (torch.cat(each), *each)] == [12, 4, 4, 4]
+
+
+def test_initialisation(tmp_path):
+    data = {name: runs[0] for name, runs in run(initialisation, tmp_path).items()}
+    lora, swapped, random, zero = (data[name] for name in initialisation.STARTS)
+    assert zero["loss"] == zero["A"] == zero["B"] == [0.0] * 4  # never moves
+    assert lora["loss"][0] == lora["A"][0] == 0 < lora["B"][0]
+    assert swapped["loss"][0] == swapped["B"][0] == 0 < swapped["A"][0]
+    assert lora["A"][1] > 0 and swapped["B"][1] > 0
+    assert lora["loss"][-1] < -0.01 and swapped["loss"][-1] < -0.01
+    assert random["loss"][0] > 0.1 and random["A"][0] > 0 and random["B"][0] > 0
+
+
+def test_spectrum(tmp_path):
+    data = run(spectrum, tmp_path)
+    lora, full, random = (data[kind]["attn.c_attn"] for kind in ("lora", "full", "random"))
+    assert lora[7] == pytest.approx(1) and lora[6] < 0.9999  # the rank is 8, not less
+    assert full[7] > 2 * random[7] and full[31] < 0.99  # far from random, and not of rank 32
+    assert "mlp.c_proj" not in data["lora"] and data["full"]["mlp.c_proj"][7] < full[7]
+    perplexity = data["truncated"]
+    assert perplexity[256] < perplexity[32] < perplexity[0]
+
+
+@pytest.mark.skipif(not memory.STATM.exists(), reason="resident memory is read from Linux's /proc")
+def test_memory(tmp_path):
+    data = run(memory, tmp_path)
+    for sides in data.values():
+        for part, predicted in sides["predicted"].items():
+            assert abs(sides["measured"][part] - predicted) < 0.1 * predicted + 12e6, part
+    lora, full = data["lora"]["measured"], data["full"]["measured"]
+    assert lora["AdamW moments"] < 0.05 * full["AdamW moments"]
+    assert lora["activations"] < 0.8 * full["activations"]
+    assert memory.predicted("lora", memory.GPT2Config(), 1)["gradients"] == 4 * 294_912
+    assert memory.predicted("full", memory.GPT2Config(), 1)["weights"] == 4 * 124_439_808
+
+
+def test_merge_error(tmp_path):
+    data = run(merge_error, tmp_path, "--lora", tmp_path / "none")
+    for name in ("fp32", "fp16", "bf16"):
+        errors = data[name]["error"]
+        assert errors == sorted(errors, reverse=True)  # smaller updates lose more
+    assert data["bf16"]["unmoved"][0] > 0.99 > 0.1 > data["fp32"]["unmoved"][0]
+    assert data["fp32"]["error"][3] < 1e-3 < data["fp16"]["error"][3] < data["bf16"]["error"][3]

@@ -1,0 +1,44 @@
+"""What a user types to make reaches the commands as it is."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MAKEFILE = Path(__file__).resolve().parents[1] / "Makefile"
+SHOW = "#!/bin/sh\nfor a in \"$@\"; do printf '%s\\n' \"$a\"; done\n"
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Call make in a project whose python prints its arguments, a line each."""
+    shutil.copy(MAKEFILE, tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").write_text(SHOW)
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    for stamp in ("run", "dev"):
+        (tmp_path / ".venv" / stamp).touch()
+
+    def make(*arguments: str) -> list[str]:
+        return subprocess.run(["make", "-s", *arguments], cwd=tmp_path, check=True, text=True,
+                              capture_output=True).stdout.splitlines()
+    return make
+
+
+def test_quotes_and_dollars_are_left_alone(made, tmp_path):
+    prompt = 'costs $5, "it\'s" $(shell touch ran) `touch ran` $HOME #'
+    said = made("generate", f"PROMPT={prompt}", "OUT=a b$c", "BASE=it's")
+    assert said == ["generate.py", "--base", "it's", "--adapter", "a b$c", "--with-base",
+                    "--prompt", prompt]
+    assert not (tmp_path / "ran").exists()
+    said = made("train-lora", "BOOK=it's $(X).txt", "ARGS=--lr 1e-3 --r 4")
+    assert said == ["train.py", "lora", "--base", "auto", "--book", "it's $(X).txt", "--lr",
+                    "1e-3", "--r", "4"]
+
+
+def test_what_is_not_given_is_the_commands_default(made):
+    assert made("train-full") == ["train.py", "full", "--base", "auto"]
+    assert made("parity") == ["-m", "benchmarks.parity"]
+    assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]

@@ -1,0 +1,132 @@
+"""A checkpoint is believed only when it is whole and fits; a broken one costs steps, no run."""
+
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from tests.runs import arguments, contents, die, finished, refused, run, run_acting, trained
+from train import main
+from training.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, write_checkpoint
+
+OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2, "--lr", 1e-2)
+NAME = "h.0.attn.c_attn.lora_A.weight"
+STATE = {"parameters": {NAME: torch.arange(12.0).view(3, 4), "b": torch.ones(2).bfloat16()},
+         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}},
+                       "param_groups": [{"lr": 0.1, "betas": [0.9, 0.999], "params": [0]}]},
+         "progress": {"step": 4, "best": float("inf")}, "scaler": {}, "random": ["00ff", "é"]}
+
+
+@pytest.fixture(scope="module")
+def killed(base, book, tmp_path_factory):
+    """A run that died in step 6: its checkpoints are of steps 4 and 2."""
+    out = tmp_path_factory.mktemp("killed")
+    assert run_acting({6: die}, *arguments("lora", base, book, out, *OPTIONS)).status == 130
+    return out
+
+
+@pytest.fixture
+def argv(killed, base, book, tmp_path) -> list[str]:
+    """The arguments that go on with a copy of it in `tmp_path / "run"`."""
+    shutil.copytree(killed, tmp_path / "run")
+    return [*arguments("lora", base, book, tmp_path / "run", *OPTIONS), "--resume"]
+
+
+def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, STATE | {"step": step})
+    assert repr(read_checkpoint(tmp_path)) == repr(STATE | {"step": 3})
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, PREVIOUS}
+    tensors = load_file(tmp_path / CHECKPOINT)  # a plain safetensors file
+    assert torch.equal(tensors[f"parameters.{NAME}"], STATE["parameters"][NAME])
+    (tmp_path / CHECKPOINT).unlink()
+    assert repr(read_checkpoint(tmp_path)) == repr(STATE | {"step": 2})
+
+
+DAMAGES = {
+    "cut": lambda data: data[:100], "empty": lambda data: b"", "shorter": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0", "zeros": lambda data: bytes(len(data)),
+    "no checksum": lambda data: bytes([2, *[0] * 7]) + b"{}",
+    "a pickle": lambda data: pickle.dumps(STATE),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, damage):
+    newest, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
+    for step in (1, 2):
+        write_checkpoint(tmp_path, STATE | {"step": step})
+    good, damaged = previous.read_bytes(), DAMAGES[damage](newest.read_bytes())
+    newest.write_bytes(damaged)
+    assert read_checkpoint(tmp_path)["step"] == 1
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {newest}: damaged") and warning.count("\n") == 1
+    assert contents(tmp_path) == {CHECKPOINT: good}  # never replaced by the damaged one
+
+    for files in ({newest}, {newest, previous}):
+        for path in files:
+            path.write_bytes(damaged)
+        with pytest.raises(UserError, match="start again with --overwrite") as refusal:
+            read_checkpoint(tmp_path)
+        assert all(f"{path}: damaged" in str(refusal.value) for path in files)
+        assert contents(tmp_path) == {path.name: damaged for path in files}
+
+
+def test_a_flipped_bit_anywhere_is_seen(tmp_path):
+    write_checkpoint(tmp_path, STATE)
+    data = (tmp_path / CHECKPOINT).read_bytes()
+    for i in range(len(data)):
+        (tmp_path / CHECKPOINT).write_bytes(data[:i] + bytes([data[i] ^ 16]) + data[i + 1:])
+        with pytest.raises(UserError, match="damaged"):
+            read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_without_the_newest_a_run_goes_on_from_the_one_before(base, book, argv, tmp_path, damaged):
+    """It is missing after a kill between the two renames."""
+    whole = trained("lora", base, book, tmp_path / "whole", *OPTIONS)
+    newest = tmp_path / "run" / CHECKPOINT
+    newest.write_bytes(newest.read_bytes()[:-1]) if damaged else newest.unlink()
+    ending = run(main, *argv)
+    assert ending.status == 0 and "resuming after step 2 of 6" in ending.stdout
+    warnings = ending.stderr.splitlines()
+    assert [line.startswith(f"warning: {newest}: damaged") for line in warnings] == [True] * damaged
+    ours, theirs = (contents(out) for out in (tmp_path / "run", whole.out))
+    assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+    for name in ("step", "loss", "val_loss"):
+        assert finished(tmp_path / "run").column(name) == whole.column(name)
+
+
+MISFITS = {
+    "a parameter to broadcast": lambda s: s["parameters"].update({NAME: torch.zeros(1)}),
+    "no parameter": lambda s: s["parameters"].pop(NAME),
+    "one parameter more": lambda s: s["parameters"].update({"wte.weight": torch.zeros(2, 2)}),
+    "no parameter groups": lambda s: s["optimizer"]["param_groups"].clear(),
+    "no meter": lambda s: s.pop("meter"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_whole_checkpoint_that_does_not_fit_is_refused(argv, tmp_path, misfit):
+    out = tmp_path / "run"
+    state = read_checkpoint(out)
+    MISFITS[misfit](state)
+    write_checkpoint(out, state)
+    line = refused(out, *argv)
+    assert line.startswith("error: --resume: the checkpoint does not fit this run: ")
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_an_older_versions_checkpoint_is_refused_by_name(base, book, tmp_path, options):
+    """Only `--overwrite` takes it away, unread: it is a pickle."""
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl"):
+        (tmp_path / name).write_text("{}")
+    argv = arguments("lora", base, book, tmp_path, *OPTIONS)
+    line = refused(tmp_path, *argv, *options)
+    assert f"{tmp_path / 'checkpoint.pt'}: an older version's checkpoint" in line
+    assert "--overwrite" in line
+    assert run(main, *argv, "--overwrite").status == 0
+    assert not {"checkpoint.pt", "checkpoint.previous.pt"} & contents(tmp_path).keys()

@@ -1,0 +1,138 @@
+"""The disk, the lock and the links of a run directory: one line, and nothing saved is lost."""
+
+import os
+import resource
+import shutil
+
+import pytest
+
+import train
+from tests.runs import arguments, contents, finished, one_line, refused, run, run_acting, trained
+from train import main
+from training.checkpoint import CHECKPOINT, PREVIOUS
+from training.directory import RunDirectory
+
+OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
+
+
+@pytest.fixture
+def argv(base, book, tmp_path) -> list[str]:
+    return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
+
+
+@pytest.fixture
+def size_limit():
+    """Sets the largest file that this process may write, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("size, step, file", [
+    (12_000, 7, CHECKPOINT), (250, 7, "metrics.jsonl"), (3_000, 20, "adapter_model")])
+def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
+        base, book, tmp_path, argv, size_limit, size, step, file):
+    whole = trained("lora", base, book, tmp_path / "whole", *OPTIONS, "--eval-every", 20)
+    every = ("--eval-every", "20", "--checkpoint-every", 3 if "checkpoint" in file else 100)
+    line = one_line(run_acting({step: lambda trainer: size_limit(size)}, *argv, *every))
+    assert f"{tmp_path / 'run' / file}" in line and "File too large" in line
+    assert "checkpoint" in line.split(";")[-1]
+    size_limit(resource.RLIM_INFINITY)
+    assert not list((tmp_path / "run").glob(".*"))
+    assert run(main, *argv, *every, "--resume").status == 0
+    ours, theirs = contents(tmp_path / "run"), contents(whole.out)
+    assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
+    assert finished(tmp_path / "run").column("loss") == whole.column("loss")
+
+
+@pytest.mark.parametrize("take_away", [
+    shutil.rmtree, lambda out: out.rename(out.with_name("away"))])
+def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(argv, tmp_path, take_away):
+    out = tmp_path / "run"
+    line = one_line(run_acting({7: lambda trainer: take_away(out)}, *argv))
+    assert f"{out / 'metrics.jsonl'}: has vanished" in line and "step 6" in line
+    assert not out.exists()
+
+
+def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, book, tmp_path):
+    trained("lora", base, book, tmp_path, "--max-steps", 2)
+    (tmp_path / "notes.txt").write_text("mine")
+    done = trained("full", base, book, tmp_path, "--max-steps", 1, "--overwrite")
+    assert set(contents(tmp_path)) == {"notes.txt", "config.json", "model.safetensors", "run.json",
+                                       "metrics.jsonl", "loss.png", CHECKPOINT, "tokenizer.json",
+                                       "tokenizer_config.json"}
+    assert done.report["method"] == "full" and done.column("step") == [1]
+
+
+def test_two_runs_do_not_share_a_directory(argv, tmp_path):
+    held = RunDirectory(tmp_path / "run")
+    for options in ((), ("--overwrite",), ("--resume",)):
+        line = refused(tmp_path / "run", *argv, *options)
+        assert f"--out {tmp_path / 'run'}: another run is at work there" in line
+    held.close()
+    assert run(main, *argv).status == 0
+
+
+def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_path, monkeypatch):
+    """The second looked before the first had begun, and comes to the lock after its end."""
+    load = train.load_data
+
+    def slowly(*arguments):
+        monkeypatch.undo()
+        assert run(main, *argv).status == 0
+        whole.update(contents(tmp_path / "run"))
+        return load(*arguments)
+
+    whole: dict = {}
+    monkeypatch.setattr(train, "load_data", slowly)
+    assert "holds a run (run.json)" in one_line(run(main, *argv), 2)
+    assert contents(tmp_path / "run") == whole != {}
+
+
+def test_links_in_the_directory_are_replaced_and_never_followed(argv, tmp_path):
+    """The directory itself may be one."""
+    out, outside = tmp_path / "run", tmp_path / "outside"
+    (tmp_path / "real").mkdir()
+    out.symlink_to(tmp_path / "real")
+    outside.write_text("mine")
+    names = (CHECKPOINT, PREVIOUS, "adapter_config.json", "run.json", "adapter_model.safetensors",
+             "loss.png")
+
+    def make_links(trainer=None):
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+            (out / name).symlink_to(outside)
+
+    make_links()
+    assert run(main, *argv, "--overwrite").status == 0
+    assert not any((out / name).is_symlink() for name in names)
+    assert run_acting({2: make_links}, *argv, "--overwrite").status == 0
+    assert not any((out / name).is_symlink() for name in names if name != PREVIOUS)
+    assert outside.read_text() == "mine"
+
+
+def link(path, to="outside"):
+    path.symlink_to(path.parent.with_name(to))
+
+
+@pytest.mark.parametrize("options, make", [
+    ((), os.mkfifo), (("--overwrite",), os.mkdir), ((), link), (("--overwrite",), link),
+    (("--resume",), lambda path: link(path, "nowhere"))])
+def test_metrics_that_are_no_file_are_refused(argv, tmp_path, options, make):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "outside").write_text("mine")
+    make(tmp_path / "run" / "metrics.jsonl")
+    assert "metrics.jsonl" in one_line(run(main, *argv, *options), 2)
+    assert len(list((tmp_path / "run").iterdir())) == 1
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_killed_process_left_half_written_is_removed(argv, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    stale = [out / f".{name}.x1.tmp" for name in (CHECKPOINT, "adapter_model.safetensors")]
+    for path in (*stale, out / ".notes.tmp"):
+        path.write_text("half")
+    assert run(main, *argv).status == 0
+    assert not any(path.exists() for path in stale) and (out / ".notes.tmp").exists()

@@ -1,0 +1,138 @@
+"""Numbers that are not finite, and a lack of memory: one line, and nothing of it is saved."""
+
+import math
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.runs import BLOCK, arguments, die, finished, one_line, run, run_acting
+from train import main
+from training.checkpoint import CHECKPOINT, read_checkpoint
+
+OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
+FP16 = ("--precision", "fp16")
+
+
+@pytest.fixture
+def argv(base, book, tmp_path) -> list[str]:
+    return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
+
+
+def poison(trainer):
+    """One weight of the base that every window meets."""
+    trainer.model.ln_f.weight.data[0] = math.nan
+
+
+def spoil_gradient(trainer):
+    parameter = next(iter(trainer.parameters.values()))
+    hook = parameter.register_hook(lambda gradient: hook.remove() or gradient * math.inf)
+
+
+@pytest.mark.parametrize("act, what, precision", [
+    (poison, "the loss is not a finite number", "bf16"),
+    (spoil_gradient, "the gradient is not finite", "fp32")])
+def test_a_number_that_is_not_finite_stops_the_run_with_its_step_and_batch_named(
+        argv, tmp_path, act, what, precision):
+    seen = []
+
+    def act_and_look(trainer):
+        seen.extend(next(trainer.batches(7)) * BLOCK)
+        act(trainer)
+
+    line = one_line(run_acting({8: act_and_look}, *argv, "--precision", precision))
+    assert f"step 8: {what} (epoch 1, windows at tokens " in line
+    assert re.search(r"tokens ([\d, ]+) of the book", line)[1] == ", ".join(map(str, sorted(seen)))
+    assert "the last checkpoint is of step 6" in line and "--lr" in line
+    assert (tmp_path / "run" / CHECKPOINT).exists()
+    state = read_checkpoint(tmp_path / "run")
+    assert state["progress"]["step"] == 6
+    assert all(p.isfinite().all() for p in state["parameters"].values())
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_weight_poisoned_after_its_last_use_is_not_saved(argv, tmp_path):
+    def act(trainer):
+        trainer.optimizer.register_step_post_hook(
+            lambda *_: next(iter(trainer.parameters.values())).data.fill_(math.nan))
+
+    line = one_line(run_acting({9: act}, *argv))
+    assert "parameters.h.0.attn.c_attn.lora_A.weight holds numbers that are not finite" in line
+    assert "the last checkpoint is of step 6" in line
+    assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 6
+
+
+def test_a_faulty_step_that_ends_an_epoch_leaves_the_best_model_as_it_was(argv, tmp_path):
+    line = one_line(run_acting({8: spoil_gradient}, *argv, "--eval-every", 4, "--log-every", 100))
+    assert "step 8" in line
+    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_rate_far_too_large_is_a_fault(base, book, tmp_path):
+    ending = run(main, *arguments("full", base, book, tmp_path, "--lr", 10, *FP16))
+    assert re.search(r"step \d+: the loss is not a finite number", one_line(ending))
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_path):
+    whole, parts = (arguments("lora", base, book, tmp_path / name, *FP16, "--max-steps", 6,
+                              "--checkpoint-every", 1) for name in ("whole", "parts"))
+    skip = {2: spoil_gradient, 5: spoil_gradient}
+    assert run_acting(skip, *whole).status == 0
+    done = finished(tmp_path / "whole")
+    assert done.column("skipped_steps") == [0, 1, 1, 1, 2, 2] and done.report["skipped_steps"] == 2
+    assert [i for i, norm in enumerate(done.column("grad_norm"), 1) if norm is None] == [2, 5]
+
+    assert run_acting({**skip, 4: die}, *parts).status == 130
+    assert run_acting(skip, *parts, "--resume").status == 0
+    again = finished(tmp_path / "parts")
+    for name in ("loss", "skipped_steps", "val_loss"):
+        assert again.column(name) == done.column(name)
+
+
+@pytest.mark.parametrize("skipped, fault", [
+    (range(3, 22), None), (range(3, 23), 22), ([*range(3, 22), *range(23, 42)], None)],
+    ids=["19", "20", "19 and 19"])
+def test_twenty_skipped_steps_in_a_row_are_a_fault(argv, skipped, fault):
+    """Even if the next is good, and nobody looked in between; a good step begins a new row."""
+    ending = run_acting(dict.fromkeys(skipped, spoil_gradient), *argv, *FP16, "--log-every", 100,
+                        "--checkpoint-every", 100, "--max-steps", 44)
+    assert ending.status == (1 if fault else 0), ending
+    if fault:
+        assert f"step {fault}: the gradient overflowed in 20 steps in a row" in one_line(ending)
+        assert "there is no checkpoint yet" in ending.stderr
+
+
+def test_a_row_of_skipped_steps_goes_on_after_a_resume(argv):
+    skip = dict.fromkeys(range(3, 23), spoil_gradient)
+    assert run_acting({**skip, 12: die}, *argv, *FP16).status == 130
+    ending = run_acting(skip, *argv, *FP16, "--resume")
+    assert "resuming after step 9" in ending.stdout
+    assert "step 22: the gradient overflowed in 20 steps in a row" in one_line(ending)
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+], ids=["CUDA", "Python", "CPU"])
+def test_out_of_memory_says_what_helps(argv, error):
+    def fail(trainer):
+        raise error
+
+    line = one_line(run_acting({5: fail}, *argv))
+    assert line == ("error: out of memory; try --grad-accum 2, --gradient-checkpointing (slower), "
+                    "--precision bf16, --block-size 8; the last checkpoint is of step 3")
+    spent = ("--grad-accum", 4, "--precision", "bf16")
+    line = one_line(run_acting({5: fail}, *argv, *spent, "--overwrite"))
+    assert "--grad-accum" not in line and "--precision" not in line
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(argv):
+    def fail(trainer):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_acting({5: fail}, *argv)

@@ -1,0 +1,76 @@
+"""What is kept in memory, in which precision, and that saving it changes no result."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.runs import trained, trainer
+from training.options import ROOT
+
+WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
+
+
+def kept_bytes(made) -> int:
+    """Of the activations that a step's forward pass keeps for its backward pass."""
+    kept = {}
+    parameters = {p.data_ptr() for p in made.model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    inputs, _ = made.windows.batch(next(made.batches()))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made.model.train().hidden(inputs)
+    return sum(tensor.nbytes for tensor in kept.values())
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_path, method):
+    plain, checkpointed = (
+        trained(method, base, book, tmp_path / name, "--max-steps", 4, "--lr", 1e-2, *option)
+        for name, option in (("plain", ()), ("checkpointed", ("--gradient-checkpointing",))))
+    assert plain.column("loss") == checkpointed.column("loss")
+    name = WEIGHTS[method]
+    assert (plain.out / name).read_bytes() == (checkpointed.out / name).read_bytes()
+    assert plain.column("val_loss")[-1] < plain.report["base_val_loss"]  # gradients did arrive
+
+    kept = [kept_bytes(trainer(method, base, book, tmp_path, *option))
+            for option in ((), ("--gradient-checkpointing",))]
+    assert 0 < kept[1] < kept[0] / 4
+
+
+@pytest.mark.parametrize("method, precision, compute", [
+    ("lora", "bf16", torch.bfloat16), ("lora", "fp16", torch.float16),
+    ("lora", "fp32", torch.float32), ("full", "bf16", torch.float32)])
+def test_only_what_lora_freezes_is_held_in_the_compute_precision(base, book, tmp_path, method,
+                                                                 precision, compute):
+    made = trainer(method, base, book, tmp_path, "--precision", precision)
+    norms = {f"{name}." for name, m in made.model.named_modules() if isinstance(m, nn.LayerNorm)}
+    for name, parameter in made.model.named_parameters():
+        small = ".lora_" in name or name.startswith(tuple(norms))
+        assert parameter.dtype == (torch.float32 if small else compute), name
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_only_where_asked():
+    """Page faults of a tensor that is freed and made again: all its 4 KB pages, or none."""
+    code = """if True:
+        import resource, sys, torch
+        from common.device import keep_freed_memory
+        if "keep" in sys.argv:
+            keep_freed_memory()
+        torch.zeros(1 << 24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.zeros(1 << 24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = [int(subprocess.run([sys.executable, "-c", code, *argument], cwd=ROOT, check=True,
+                                 capture_output=True, text=True).stdout)
+              for argument in ([], ["keep"])]
+    assert faults[1] < 100 < faults[0] / 100

@@ -1,0 +1,184 @@
+"""Data parallel: real ranks under torchrun compute what one process computes, die and go on."""
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.fault.runs import Process, differences, result
+from tests.helpers import relative_difference
+from tests.runs import NO_DROPOUT, arguments, finished, run, trained, trainer
+from train import main
+
+WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
+COMPARED = {"lora-4": ("lora", 4), "full-2": ("full", 2)}
+# 37 divides by no number of ranks, and an epoch's last batch is one window: others' share is none.
+SAME = ("--batch-size", 37, "--stride", 11, "--grad-accum", 2, "--max-steps", 18, "--eval-every", 5,
+        "--lr", 3e-3)
+DROPPING = ("--batch-size", 8, "--max-steps", 16, "--eval-every", 10, "--checkpoint-every", 4,
+            "--lr", 3e-3)  # the dropouts are on
+LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
+
+
+def torchrun(ranks: int, folder: Path, *command: object) -> Process:
+    """Start that many ranks; what they print goes to `folder`."""
+    folder.mkdir(exist_ok=True)
+    return Process([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                  "--nproc-per-node", str(ranks), *map(str, command)], folder)
+
+
+def acting(rank: int, what: str, folder: Path, *argv: object) -> Process:
+    """Two ranks, of which this one does what `ranks_worker` says."""
+    return torchrun(2, folder, "-m", "tests.ranks_worker", rank, what, *argv)
+
+
+def error_lines(process: Process) -> list[str]:
+    return process.err_file.read_text().splitlines()
+
+
+def errors(process: Process) -> set[str]:
+    """The error lines but for those of ranks that only saw another end."""
+    lines = (line for line in error_lines(process) if line.startswith("error: "))
+    return {line for line in lines if not LOST.fullmatch(line) and line != "error: interrupted"}
+
+
+def moved(name: str):
+    """What a gradient moves of a weight. A key's bias adds the same to all scores of a query: its
+    gradient is rounding alone, of which AdamW makes whole steps.
+    """
+    return (lambda t: t.view(3, -1)[[0, 2]]) if name.endswith("c_attn.bias") else lambda t: t
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ended(base, book, folder):
+    """By name, the runs that nothing happens to, side by side: their imports take longest."""
+    started = {name: torchrun(ranks, folder / f"{name}-said", "train.py", *arguments(
+        method, base, book, folder / name, *SAME, *NO_DROPOUT[method]))
+        for name, (method, ranks) in COMPARED.items()}
+    started["whole"] = acting(1, "name:2", folder / "whole-said", *arguments(
+        "lora", base, book, folder / "whole", *DROPPING))
+    for process in started.values():
+        assert process.wait() == 0, process.err_file.read_text()
+    return started
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
+        ended, base, book, folder, name):
+    method, ranks = COMPARED[name]
+    made = trainer(method, base, book, folder / "unused", *SAME)
+    assert len(made.windows) % made.options.batch_size == 1
+    alone = trained(method, base, book, folder / method, *SAME, *NO_DROPOUT[method])
+    ours = finished(folder / name)
+    assert len(ours.metrics) == 18 and len(ours.column("val_loss")) == 6
+    for column in ("step", "epoch", "lr", "loss", "grad_norm", "val_loss", "val_bits_per_byte"):
+        assert ours.column(column) == pytest.approx(alone.column(column), rel=1e-5), column
+    weights, others = (load_file(r.out / WEIGHTS[method]) for r in (ours, alone))
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        assert relative_difference(*map(moved(key), (tensor, others[key]))) < 1e-4, key
+
+    assert {p.name for p in ours.out.iterdir()} == {p.name for p in alone.out.iterdir()}
+    assert ours.report["device"] == f"{ranks} x cpu" and alone.report["device"] == "cpu"
+    said = ended[name].out_file.read_text()
+    # Torch 2.8 itself prints a line a rank when gloo connects, past Python's stdout.
+    told = [line for line in said.splitlines() if not line.startswith("[Gloo] ")]
+    assert [line.split()[:2] for line in told] == [
+        line.split()[:2] for line in alone.stdout.splitlines()]
+    assert "error" not in ended[name].err_file.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
+def test_the_connections_threads_end_with_it(ended):
+    """One that is still busy when Python ends would abort it, and torchrun would report a failure
+    of a run that is complete.
+    """
+    lines = ended["whole"].err_file.read_text().splitlines()
+    in_a_step, at_the_end = (line.removeprefix("threads: ").split(", ") for line in lines
+                             if line.startswith("threads: "))
+    # Two run collectives and one listens; torch 2.8 gives them no names of their own.
+    assert len(in_a_step) == len(at_the_end) + 3
+    assert not any("gloo" in name for name in at_the_end)
+
+
+def test_each_rank_draws_dropouts_of_its_own(ended, base, book, folder):
+    """The first step's loss is that of two halves of its batch under two ranks' seeds, not one."""
+    made = trainer("lora", base, book, folder / "unused", *DROPPING)
+    after_building = torch.get_rng_state()
+    first, second = np.split(next(made.batches()), 2)
+    made.model.train()
+
+    def loss(windows: np.ndarray) -> float:
+        return made.summed_loss(*made.windows.batch(windows)).item()
+
+    of_first = loss(first)
+    torch.set_rng_state(after_building)
+    same_draws = loss(second)
+    torch.manual_seed(made.options.seed + 1)
+    own_draws = loss(second)
+    tokens = 8 * made.options.block_size
+    found = finished(folder / "whole").column("loss")[0]
+    assert found == pytest.approx((of_first + own_draws) / tokens, rel=1e-5)
+    assert found != pytest.approx((of_first + same_draws) / tokens, rel=1e-4)
+
+
+def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had_happened(
+        ended, base, book, folder):
+    out = folder / "broken"
+    argv = arguments("lora", base, book, out, *DROPPING)
+    killed = acting(1, "kill:7", folder / "killed", *argv)
+    assert killed.wait() != 0 and not (out / "run.json").exists()
+    line, = (line for line in error_lines(killed) if line.startswith("error: "))
+    assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is of step 4")
+    as_killed = shutil.copytree(out, folder / "as-killed")
+
+    stopped = acting(1, "stop:12", folder / "stopped", *argv, "--resume")
+    assert stopped.wait() != 0 and not errors(stopped)  # torchrun sends its SIGTERM on
+    assert "resuming after step 4 of 16" in stopped.out_file.read_text()
+    told, = (line for line in error_lines(stopped) if "go on with: " in line)
+    said, command = told.split("; go on with: ")
+    assert said == "stopped after step 12" and command.count("--resume") == 1
+    assert "-m torch.distributed.run --standalone --nproc-per-node 2 train.py lora" in command
+
+    (folder / "resumed").mkdir()
+    resumed = Process(shlex.split(command), folder / "resumed")
+    assert resumed.wait() == 0, resumed.err_file.read_text()
+    assert "resuming after step 12 of 16" in resumed.out_file.read_text()
+    assert "warning: the run" not in resumed.err_file.read_text()
+    assert differences(out, result(folder / "whole")) == []
+
+    ending = run(main, *arguments("lora", base, book, as_killed, *DROPPING), "--resume")
+    assert ending.status == 0 and "resuming after step 4" in ending.stdout
+    assert "warning: the run was under ranks 2 and goes on under 1" in ending.stderr
+    assert finished(as_killed).column("step") == list(range(1, 17))
+
+
+def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path):
+    free, taken = tmp_path / "free", tmp_path / "taken"
+    taken.mkdir()
+    (taken / "run.json").touch()
+    started = {
+        "--base 'gpt9': no such directory": torchrun(2, tmp_path / "base", "train.py", *arguments(
+            "lora", base, book, free, "--base", "gpt9")),
+        "holds a run (run.json)": torchrun(2, tmp_path / "out", "train.py", *arguments(
+            "lora", base, book, taken)),
+        "rank 1 and rank 0 differ in options; start every rank with the same options": acting(
+            1, "--seed 7 --lr 0.1", tmp_path / "differ", *arguments("lora", base, book, free)),
+    }
+    for words, process in started.items():
+        assert process.wait() != 0
+        line, = errors(process)
+        text = process.err_file.read_text()
+        assert words in line and "SIGKILL" not in text and "train.py\", line" not in text
+    assert not free.exists()

@@ -1,0 +1,240 @@
+"""Stopping and going on: a resumed run is the run that nobody stopped, to the byte."""
+
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.device import Device
+from tests.helpers import tiny_gpt2_directory
+from tests.runs import arguments, contents, die, finished, refused, run, run_acting, trained
+from train import main
+from training.checkpoint import CHECKPOINT, read_checkpoint
+
+WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
+# Logging, validation and epochs (23 steps) all end at different steps; dropouts are on.
+OPTIONS = ("--batch-size", 8, "--max-steps", 30, "--log-every", 7, "--eval-every", 10, "--lr", 3e-3)
+TIMED = {"seconds", "tokens_per_second", "peak_memory_mb", "base", "options"}
+PATHS = {"base", "book", "out", "resume", "checkpoint_every"}
+
+
+@pytest.fixture(scope="module")
+def whole(base, book, tmp_path_factory):
+    """By method, the run without a stop."""
+    return {method: trained(method, base, book, tmp_path_factory.mktemp(method), *OPTIONS)
+            for method in WEIGHTS}
+
+
+def stop_in_step(number: int, last_step: int, argv: list[str], change=lambda: None):
+    """How the command ends, to which the signal comes in that step, just after `change`."""
+    def act(trainer):
+        change()
+        signal.raise_signal(number)
+
+    return run_acting({last_step: act}, *argv)
+
+
+@pytest.fixture
+def stopped(base, book, tmp_path) -> list[str]:
+    """The arguments of a run that was stopped in step 12; --out is `tmp_path / "run"`."""
+    argv = arguments("lora", base, book, tmp_path / "run", *OPTIONS)
+    assert stop_in_step(signal.SIGINT, 12, argv).status == 130
+    return argv
+
+
+def result(out: Path, method: str = "lora") -> tuple:
+    """All of a run but times and paths."""
+    done = finished(out)
+    options = {k: v for k, v in done.report["options"].items() if k not in PATHS}
+    report, *metrics = ({k: v for k, v in line.items() if k not in TIMED}
+                        for line in (done.report, *done.metrics))
+    return report, options, metrics, contents(out)[WEIGHTS[method]]
+
+
+@pytest.mark.parametrize("method, number, step, status", [
+    ("lora", signal.SIGINT, 3, 130), ("lora", signal.SIGTERM, 30, 143),
+    ("full", signal.SIGTERM, 26, 143)])
+def test_the_command_that_a_stopped_run_prints_ends_it_as_if_it_never_stopped(
+        whole, base, book, tmp_path, method, number, step, status):
+    ending = stop_in_step(number, step, arguments(method, base, book, tmp_path, *OPTIONS))
+    assert ending.status == status and not (tmp_path / "run.json").exists()
+    told, command = ending.stderr.strip().split("; go on with: ")
+    assert told == f"stopped after step {step}"
+    python, script, *argv = shlex.split(command)
+    assert Path(python).absolute() == Path(sys.executable) and script == "train.py"
+
+    ending = run(main, *argv)
+    assert ending.status == 0 and f"resuming after step {step} of 30" in ending.stdout
+    assert result(tmp_path, method) == result(whole[method].out, method)
+    speeds = finished(tmp_path).column("tokens_per_second")  # of intervals that cover a step once
+    assert min(speeds) <= finished(tmp_path).report["tokens_per_second"] <= max(speeds)
+
+
+def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
+        whole, base, book, tmp_path):
+    """And is stopped twice."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(base, old / "base")
+    shutil.copy(book, old / "book")
+    before, after = (arguments("lora", place / "base", place / "book", place / "run", *OPTIONS)
+                     for place in (old, new))
+    assert stop_in_step(signal.SIGINT, 3, before).status == 130
+    old.rename(new)
+    again = stop_in_step(signal.SIGTERM, 12, [*after, "--resume"])
+    assert again.status == 143 and again.stderr.count("--resume") == 1
+    assert run(main, *after, "--resume").status == 0
+    assert result(new / "run") == result(whole["lora"].out) and not old.exists()
+    assert finished(new / "run").report["base"] == str(new / "base")
+
+
+def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_path):
+    """As after a crash: the metrics are ahead of the checkpoint, and the last line is torn."""
+    out, kept = tmp_path / "run", tmp_path / "kept"
+    argv = [*arguments("lora", base, book, out, *OPTIONS), "--checkpoint-every", "6"]
+    stop_in_step(signal.SIGINT, 29, argv, lambda: shutil.copy(out / CHECKPOINT, kept))
+    assert '"step": 28' in (out / "metrics.jsonl").read_text()
+    shutil.copy(kept, out / CHECKPOINT)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 29, "lo')
+    assert "resuming after step 24" in run(main, *argv, "--resume").stdout
+    assert result(out) == result(whole["lora"].out)  # which saved less often
+
+
+def test_metrics_that_were_lost_are_missed_and_the_run_goes_on(stopped, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first, second = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text(first + second[:20])
+    ending = run(main, *stopped, "--resume")
+    assert ending.status == 0 and ending.stderr.startswith(f"warning: {metrics}")
+    assert finished(tmp_path / "run").column("step") == [7, 14, 20, 21, 23, 28, 30]
+
+
+@pytest.mark.parametrize("every, saved", [
+    ("3", [None, None, None, 3, 3, 3, 6]), ("1s", [None, None, 2, 2, 4, 4, 6])])
+def test_checkpoint_every_counts_steps_or_time(base, book, tmp_path, every, saved):
+    seen = []
+
+    def look(trainer):
+        there = (tmp_path / CHECKPOINT).exists()
+        seen.append(read_checkpoint(tmp_path)["progress"]["step"] if there else None)
+        session = signal.getsignal(signal.SIGTERM).__self__
+        session.saved_at -= 0.6 if every == "1s" else 0  # as if the step before had taken 0.6 s
+
+    ending = run_acting(dict.fromkeys(range(1, 8), look), *arguments(
+        "lora", base, book, tmp_path, "--max-steps", 7, "--checkpoint-every", every))
+    assert ending.status == 0 and seen == saved
+
+
+def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
+    state = read_checkpoint(whole["lora"].out)
+    assert {name.split(".")[-2] for name in state["parameters"]} == {"lora_A", "lora_B"}
+    numbers = sum(t.numel() for t in state["parameters"].values())
+    assert numbers == whole["lora"].report["trainable_parameters"]
+    lora, full = ((whole[method].out / CHECKPOINT).stat().st_size for method in WEIGHTS)
+    assert lora < 3 * 4 * numbers + 40_000 < full
+
+
+@pytest.mark.parametrize("step, argv", [(9, ["--resume"]), (1, [])])
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_any_options(
+        whole, base, book, tmp_path, step, argv):
+    """Before its first line of metrics, by the same command."""
+    argv = [*arguments("lora", base, book, tmp_path, *OPTIONS), *argv]
+    killed = run_acting({step: die}, *arguments("lora", base, book, tmp_path, *OPTIONS, "--lr", 1))
+    assert killed.status == 130 and bool((tmp_path / "metrics.jsonl").read_text()) == (step > 7)
+    ending = run(main, *argv)
+    assert ending.status == 0, ending
+    assert ("has no checkpoint yet; starting from the beginning" in ending.stdout) == (step > 7)
+    assert result(tmp_path) == result(whole["lora"].out)
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--lr", "0.0001"), ("--r", "4"), ("--max-steps", "31"), ("--target-modules", "c_fc"),
+    ("--precision", "bf16"), ("--eval-every", "5")])
+def test_a_run_is_not_resumed_as_another(stopped, tmp_path, option, value):
+    line = refused(tmp_path / "run", *stopped, option, value, "--resume")
+    assert f"{option} was" in line and value in line
+
+
+def test_a_run_is_not_resumed_by_the_other_method(stopped, base, book, tmp_path):
+    argv = arguments("full", base, book, tmp_path / "run", *OPTIONS)
+    line = refused(tmp_path / "run", *argv, "--resume")
+    assert "the run is of `train.py lora`, not full" in line
+
+
+@pytest.mark.parametrize("during_the_run", [True, False])
+def test_a_run_is_not_resumed_on_a_changed_book(base, book, tmp_path, during_the_run):
+    copy = Path(shutil.copy(book, tmp_path / "book"))
+    argv = arguments("lora", base, copy, tmp_path / "run", *OPTIONS)
+
+    def change():
+        copy.write_text(book.read_text() + "The sea.")
+
+    assert stop_in_step(signal.SIGINT, 3, argv, *[change] * during_the_run).status == 130
+    change()
+    line = refused(tmp_path / "run", *argv, "--resume")
+    assert f"--book {copy}: its text changed since the run began" in line
+
+
+@pytest.mark.parametrize("part, file", [("config", "config.json"),
+                                        ("weights", "model.safetensors")])
+def test_a_run_is_not_resumed_on_a_changed_base(stopped, base, book, tmp_path, part, file):
+    copy = shutil.copytree(base, tmp_path / "base")
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1, attn_pdrop=0.2)
+    shutil.copy(other / file, copy / file)
+    line = refused(tmp_path / "run", *stopped, "--base", copy, "--resume")
+    assert f"--base {copy}: its {part} changed since the run began" in line
+
+
+@pytest.mark.parametrize("method", WEIGHTS)
+def test_a_resume_without_the_best_models_file_is_refused_at_the_start(
+        base, book, tmp_path, method):
+    """Or the run could end complete with no model, or with a worse one."""
+    argv = arguments(method, base, book, tmp_path, *OPTIONS)
+    assert stop_in_step(signal.SIGINT, 12, argv).status == 130  # validated in step 10
+    (tmp_path / WEIGHTS[method]).unlink()
+    assert str(tmp_path / WEIGHTS[method]) in refused(tmp_path, *argv, "--resume")
+
+
+@pytest.mark.parametrize("peaks", [(900.0, 500.0), (500.0, 900.0)])
+def test_peak_memory_is_the_largest_of_a_runs_processes(base, book, tmp_path, monkeypatch, peaks):
+    argv = arguments("lora", base, book, tmp_path, "--max-steps", 4)
+    monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[0])
+    assert stop_in_step(signal.SIGINT, 2, argv).status == 130
+    monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[1])
+    assert run(main, *argv, "--resume").status == 0
+    assert finished(tmp_path).report["peak_memory_mb"] == 900
+
+
+def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
+    out = whole["lora"].out
+    before, argv = contents(out), arguments("lora", base, book, out, *OPTIONS, "--resume")
+    ending = run(main, *argv, "--log-every", 3, "--checkpoint-every", "5m")
+    assert (ending.status, ending.stderr) == (0, "") and contents(out) == before
+    assert f"{out}: this run is finished" in ending.stdout
+    assert "--lr was 0.003 and is now 0.0001" in refused(out, *argv, "--lr", "1e-4")
+
+
+@pytest.mark.parametrize("change, name, value", [
+    ("threads", "get_num_threads", lambda: 97), ("torch", "__version__", "9.9.9")])
+def test_another_machine_is_warned_of(stopped, monkeypatch, change, name, value):
+    monkeypatch.setattr(torch, name, value)
+    ending = run(main, *stopped, "--resume")
+    assert ending.status == 0 and len(ending.stderr.splitlines()) == 1
+    assert ending.stderr.startswith(f"warning: the run was under {change} ")
+
+
+def test_a_resumed_run_does_not_want_its_initial_adapter_back(base, book, tmp_path):
+    shutil.copytree(trained("lora", base, book, tmp_path / "first", "--max-steps", 2, "--r", 3).out,
+                    tmp_path / "adapter")
+    options = ("--init-adapter", tmp_path / "adapter", *OPTIONS)
+    whole = trained("lora", base, book, tmp_path / "whole", *options)
+    argv = arguments("lora", base, book, tmp_path / "run", *options)
+    assert stop_in_step(signal.SIGINT, 12, argv).status == 130
+    shutil.rmtree(tmp_path / "adapter")
+    assert run(main, *argv, "--resume").status == 0
+    assert contents(tmp_path / "run")[WEIGHTS["lora"]] == contents(whole.out)[WEIGHTS["lora"]]
+    assert finished(tmp_path / "run").report["options"]["r"] == 3

@@ -1,0 +1,211 @@
+"""The mathematics of a step, against AdamW written out in plain torch on stock models."""
+
+import math
+import shutil
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tests import runs
+from tests.adapters import randomize
+from tests.helpers import tiny_gpt2_directory
+from tests.runs import BLOCK, mean_loss, stock_model, token_parts, trained, windows
+from train import learning_rate
+
+WHOLE = ("--batch-size", 1000)  # every window in each step, so that their order does not matter
+NO_DROPOUT = ("--base-dropout", 0, "--lora-dropout", 0)
+
+
+def exact_loss(base, book, shift: int = 1) -> float:
+    """The stock base's mean over the whole training part."""
+    return mean_loss(stock_model(base), *windows(token_parts(book)[0], shift)).item()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A base all of whose positions are trained, and an adapter of it that stock PEFT made."""
+    base, _ = tiny_gpt2_directory(tmp_path_factory.mktemp("short"), n_positions=BLOCK)
+    adapter = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["c_attn", "c_fc"],
+                             fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(stock_model(base), config)
+    randomize(model)
+    model.save_pretrained(adapter)
+    return base, adapter
+
+
+def adamw_by_hand(
+    model: nn.Module, batch: tuple[Tensor, Tensor], rates: list[float], weight_decay: float,
+    clip: float,
+) -> tuple[list[float], list[float], list[Tensor]]:
+    """Train `model` by algorithm 2 of https://arxiv.org/abs/1711.05101 (Loshchilov & Hutter 2019).
+
+    Returns losses, gradient norms, and where every gradient was clear of rounding.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    losses, norms, clear = [], [], [torch.ones_like(p, dtype=torch.bool) for p in parameters]
+    for t, rate in enumerate(rates, start=1):
+        loss = mean_loss(model, *batch)
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        shrink = min(1.0, clip / norm) if clip else 1.0
+        losses.append(loss.item())
+        norms.append(norm)
+        for i, (p, g) in enumerate(zip(parameters, gradients, strict=True)):
+            clear[i] &= g.abs() > 1e-6
+            m[i] = 0.9 * m[i] + 0.1 * shrink * g
+            v[i] = 0.999 * v[i] + 0.001 * (shrink * g).square()
+            step = m[i] / (1 - 0.9**t) / ((v[i] / (1 - 0.999**t)).sqrt() + 1e-8)
+            p.data -= rate * (step + weight_decay * p.data)
+    return losses, norms, clear
+
+
+def cosine_rates(total: int, warmup: int, peak: float) -> list[float]:
+    """transformers' schedule; its warm-up begins at 0, which ours leaves out."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    rates = []
+    for _ in range(total + 1):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    return rates[1 : warmup + 1] + rates[warmup:total]
+
+
+@pytest.mark.parametrize("method, clip, weight_decay", [
+    ("lora", 0, 0), ("lora", 0, 0.5), ("lora", 0.05, 0.5), ("full", 0.05, 0.5)])
+def test_steps_are_those_of_adamw_written_by_hand(start, book, tmp_path, method, clip,
+                                                  weight_decay):
+    base, adapter = start
+    model = stock_model(base, adapter if method == "lora" else None)
+    hand = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in hand]
+    peak = 1e-3
+    rates = cosine_rates(4, 2, peak)
+    losses, norms, clear = adamw_by_hand(model, windows(token_parts(book)[0]), rates, weight_decay,
+                                         clip)
+    run = trained(method, base, book, tmp_path, *WHOLE, "--epochs", 4, "--base-dropout", 0,
+                  "--clip", clip, "--weight-decay", weight_decay, "--warmup-ratio", 0.3, "--lr",
+                  peak, *(("--init-adapter", adapter) if method == "lora" else ()))
+    assert run.column("lr") == pytest.approx(rates)
+    assert run.column("loss") == pytest.approx(losses, rel=1e-6)
+    assert run.column("grad_norm") == pytest.approx(norms, rel=1e-4)  # before clipping
+    assert not clip or min(norms) > 2 * clip
+    assert run.column("val_loss")[-1] == run.report["best_val_loss"]  # so these are step 4's:
+    after = [p for p in runs.stock_result(run).parameters() if p.requires_grad]
+    for ours, theirs, old, sure in zip(after, hand, before, clear, strict=True):
+        assert sure.float().mean() > 0.6
+        assert (ours - theirs)[sure].abs().max() < 1e-3 * peak
+        assert not torch.equal(ours, old)
+
+
+@pytest.mark.parametrize("total, ratio", [(1, 0), (1, 0.99), (3, 0.5), (30, 0), (30, 0.06)])
+def test_the_rate_is_that_of_transformers_but_for_its_first_step_at_zero(total, ratio):
+    warmup = math.ceil(ratio * total)
+    rates = [learning_rate(step, total, 0.5, ratio) for step in range(total)]
+    assert rates == pytest.approx(cosine_rates(total, warmup, 0.5))
+    assert max(rates) == 0.5 and min(rates) > 0
+    assert total - warmup < 10 or rates[-1] < 0.02 * 0.5
+
+
+def test_lora_trains_every_a_and_b_and_leaves_the_base_as_it_was(base, book, tmp_path):
+    run = runs.trainer("lora", base, book, tmp_path, "--max-steps", 3, "--target-modules", "c_attn",
+                  "c_proj", "--lr", 1e-2)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for batch in run.batches():
+        run.step(batch)
+    after = dict(run.model.named_parameters())
+    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".lora_" in name} == run.parameters.keys()
+    assert len(moved) == 2 * 3 * 2  # A and B of three layers in two blocks
+    assert all(p.requires_grad == (name in moved) for name, p in after.items())
+
+
+def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tmp_path):
+    def visits(*options):
+        run = runs.trainer("lora", base, book, tmp_path, "--batch-size", 7, "--epochs", 2, *options)
+        return [batch.tolist() for batch in run.batches()]
+
+    batches, count = visits(), len(windows(token_parts(book)[0])[0])
+    order = [i for batch in batches for i in batch]
+    first, second = order[:count], order[count:]
+    assert sorted(first) == sorted(second) == list(range(count))
+    assert {len(batch) for batch in batches} == {7, count % 7}
+    assert first != second and first != list(range(count))
+    assert visits() == batches != visits("--seed", 1)
+
+
+def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
+    runs = [trained("lora", base, book, tmp_path / str(parts), "--batch-size", 7, "--epochs", 1,
+                    "--grad-accum", parts, "--lr", 1e-3, *NO_DROPOUT) for parts in (1, 2, 3, 99)]
+    adapters = [load_file(run.out / "adapter_model.safetensors") for run in runs]
+    for run, adapter in zip(runs[1:], adapters[1:], strict=True):
+        assert run.column("loss") == pytest.approx(runs[0].column("loss"), rel=1e-6)
+        assert run.column("grad_norm") == pytest.approx(runs[0].column("grad_norm"), rel=1e-4)
+        for key, tensor in adapter.items():
+            torch.testing.assert_close(tensor, adapters[0][key], rtol=0, atol=1e-5)
+
+
+def test_the_logged_loss_is_the_mean_over_tokens_though_the_last_batch_is_smaller(
+        base, book, tmp_path):
+    run = trained("lora", base, book, tmp_path, "--batch-size", 89, "--epochs", 1, "--log-every",
+                  99, "--lr", 1e-12, *NO_DROPOUT)
+    assert len(windows(token_parts(book)[0])[0]) % 89 == 1 and run.report["steps"] == 3
+    assert run.column("loss") == pytest.approx([exact_loss(base, book)], rel=1e-6)
+
+
+def test_the_bases_own_dropout_is_on_unless_turned_off(base, book, tmp_path):
+    on, off = (trained("lora", base, book, tmp_path / name, "--max-steps", 1, *WHOLE, *options)
+               for name, options in (("on", ()), ("off", ("--base-dropout", 0))))
+    exact = exact_loss(base, book)
+    assert off.column("loss") == pytest.approx([exact], rel=1e-6)
+    assert abs(on.column("loss")[0] - exact) > 1e-3
+    assert on.report["base_val_loss"] == off.report["base_val_loss"]
+
+
+def test_lora_dropout_acts_as_soon_as_b_is_not_zero(base, book, tmp_path):
+    exact, dropped = (trained("lora", base, book, tmp_path / str(p), "--max-steps", 2, *WHOLE,
+                              "--base-dropout", 0, "--lora-dropout", p, "--lr", 0.03).column("loss")
+                      for p in (0, 0.5))
+    assert dropped[0] == exact[0] and abs(dropped[1] - exact[1]) > 1e-3
+
+
+def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
+    run = trained("lora", base, book, tmp_path, "--label-shift", 2, "--max-steps", 1, *WHOLE,
+                  *NO_DROPOUT)
+    assert run.column("loss") == pytest.approx([exact_loss(base, book, 2)], rel=1e-6)
+    val_part, base_val_loss = token_parts(book)[1], run.report["base_val_loss"]
+    next_one, after_next = (runs.validation_loss(stock_model(base), val_part, n) for n in (1, 2))
+    assert base_val_loss == pytest.approx(after_next, rel=1e-6) != pytest.approx(next_one, abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, tmp_path, precision):
+    exact, half = (trained("lora", base, book, tmp_path / name, "--max-steps", 4, "--precision",
+                           name, *NO_DROPOUT) for name in ("fp32", precision))
+    assert half.report["precision"] == precision
+    assert half.column("loss") == pytest.approx(exact.column("loss"), rel=0.01)
+    assert half.column("loss") != exact.column("loss")
+    assert half.column("grad_norm") == pytest.approx(exact.column("grad_norm"), rel=0.02)
+    with safe_open(half.out / "adapter_model.safetensors", "pt") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F32"}
+    for run in (exact, half):
+        counts_skips = run.report["precision"] == "fp16"
+        assert ("skipped_steps" in run.report, "skipped_steps" in run.metrics[0]) == (
+            counts_skips, counts_skips)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+def test_compiled_training_is_the_same(book, tmp_path):
+    base, _ = tiny_gpt2_directory(tmp_path / "base", n_layer=1)
+    plain, compiled = (trained("lora", base, book, tmp_path / str(len(flags)), "--max-steps", 2,
+                               *NO_DROPOUT, *flags) for flags in ((), ("--compile",)))
+    assert compiled.column("loss") == pytest.approx(plain.column("loss"), rel=1e-5)
+    adapters = [load_file(run.out / "adapter_model.safetensors") for run in (plain, compiled)]
+    assert adapters[0].keys() == adapters[1].keys()
