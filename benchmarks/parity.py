@@ -1,7 +1,7 @@
 """Is this LoRA LoRA? The same training by this project and by PEFT, compared number by number.
 
 `python -m benchmarks.parity` trains one base on one book twice, from the same initial adapter and
-on the same batches: here by `train.py`'s own Trainer, there by the loop in `peft_loop.py`. It
+on the same batches: here by `train.py`'s own step, there by the loop in `peft_loop.py`. It
 exits with 1 when a figure is above what it may be. Dropout is all the chance there is once a run
 has its adapter and its batches; `draws` seeds it, and since both sides draw in the same order
 (embedding; in each block LoRA, attention, its residual, the MLP's), they also drop the same.
@@ -20,24 +20,23 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks import peft_loop
+from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report, largest, machine, relative, root_mean_square, snapshot
-from benchmarks.plain import plain_operations
-from cli import BOOK, Parser, number, parse_train_args
+from common.cli import Parser, number
+from common.device import Device
+from common.errors import UserError, run_command
 from data.tokens import load_tokens
 from data.windows import split
-from errors import UserError, run_command
-from evaluate import evaluate
-from hardware import device_name, pick_device
-from lora.adapter import adapter_tensors, load_adapter, save_adapter
-from lora.config import LoRAConfig
-from lora.inject import count_parameters, merge, unwrap
-from model.checkpoint import load_config, load_gpt2, save_gpt2
-from model.gpt2 import GPT2
+from lora.adapter import adapter_tensors, save_adapter
+from lora.layer import LoRAConfig
+from lora.merge import merge, unwrap
 from model.hub import find_base
-from train import Trainer, build_model, load_data
+from model.plain import plain_operations
+from model.weights import load_config, save_gpt2
+from train import Trainer
+from training.options import BOOK, Options
+from training.report import count_parameters
 
 CLOSE = 1e-5  # relative: the same computation, up to the order of its sums
 LAST_BIT = 2.0**-23  # relative: fp32's unit in the last place
@@ -48,7 +47,7 @@ RESUMED_STEPS = 10
 
 def main() -> int:
     opts = parse_args()
-    warnings.simplefilter("ignore", FutureWarning)  # the examiners', about each other
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers', about each other
     began, report = time.perf_counter(), Report()
     print(f"base {opts.name}, {opts.steps} steps of {opts.batch_size} x {opts.block_size} tokens, "
           f"{machine()}; here: this project, there: PEFT and transformers")
@@ -59,11 +58,11 @@ def main() -> int:
             resume(opts, report, Path(folder))
         trained_path(opts, report)
         full(opts, report)
-    report.facts = {"base": opts.name, "book": opts.book.name, "steps": opts.steps,
-                    "batch_size": opts.batch_size, "block_size": opts.block_size,
-                    "device": device_name(pick_device(opts.device)),
-                    "threads": torch.get_num_threads(),
-                    "seconds": round(time.perf_counter() - began, 1), **report.facts}
+    report.facts |= {
+        "base": opts.name, "book": opts.book.name, "steps": opts.steps,
+        "batch_size": opts.batch_size, "block_size": opts.block_size,
+        "device": Device.pick(opts.device).name, "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - began, 1)}
     report.write(opts.out)
     broken = report.broken()
     print(f"\nparity is broken: {'; '.join(broken)}" if broken
@@ -94,22 +93,23 @@ def parse_args() -> Namespace:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums in one order: more threads split them, and not every time alike."""
+def to_the_bit() -> Iterator[None]:
+    """Use PyTorch's own operations on one thread: more split sums, and not every time alike."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with plain_operations():
+            yield
     finally:
         torch.set_num_threads(threads)
 
 
-def train_options(opts: Namespace, method: str, *more: str) -> Namespace:
-    """The options of one run, read by `train.py`'s own parser; its defaults for all the rest."""
-    return parse_train_args("parity", [
-        method, "--base", str(opts.directory), "--book", str(opts.book), "--precision", "fp32",
-        "--max-steps", str(opts.steps), "--epochs", str(opts.steps), "--device", opts.device,
-        "--batch-size", str(opts.batch_size), "--block-size", str(opts.block_size), *more])
+def train_options(opts: Namespace, method: str, *more: str) -> Options:
+    """Return the options of one run; `train.py`'s defaults for all the rest."""
+    return ours.options(
+        method, "--base", opts.directory, "--book", opts.book, "--precision", "fp32",
+        "--max-steps", opts.steps, "--epochs", opts.steps, "--device", opts.device,
+        "--batch-size", opts.batch_size, "--block-size", opts.block_size, *more)
 
 
 @dataclass
@@ -120,52 +120,46 @@ class Run:
     initial: dict[str, Tensor]  # the trained parameters before the first step
     parameters: dict[str, Tensor]  # and after the last
     model: nn.Module
-    config: LoRAConfig | None = None
+    config: LoRAConfig | None
     means: list[float] | None = None
 
 
-def train_here(args: Namespace, draws: int) -> tuple[Run, Trainer]:
-    """`train.py`'s run, with the loss of every step as it logs it."""
-    torch.manual_seed(args.seed)
-    model, config = build_model(args, Path(args.base))
-    windows, val_tokens = load_data(args, model)
-    trainer = Trainer(args, model.to(pick_device(args.device)), config, windows, val_tokens)
+def train_here(args: Options, draws: int) -> tuple[Run, Trainer]:
+    trainer = ours.make_trainer(args)
+    model, config = trainer.model, trainer.options.lora_config if args.method == "lora" else None
     parameters = adapter_tensors(model) if config else dict(model.named_parameters())
-    losses, initial, bar = [], snapshot(parameters), tqdm(disable=True)
+    initial = snapshot(parameters)
     torch.manual_seed(draws)
-    model.train()
-    for batch in trainer.batches(0):
-        trainer.step(batch)
-        losses.append(trainer.measure(bar)["loss"])
+    losses = [ours.step(trainer, batch) for batch in trainer.batches(0)]
     return Run(losses, initial, snapshot(parameters), model, config), trainer
 
 
-def train_there(args: Namespace, trainer: Trainer, draws: int) -> Run:
-    """The plain loop, on the batches of `trainer`."""
-    model = peft_loop.build(args).to(pick_device(args.device))
+def train_there(args: Options, trainer: Trainer, draws: int) -> Run:
+    """Run the plain loop on the batches of `trainer`."""
+    model = peft_loop.build(args).to(Device.pick(args.device).torch)
     initial = snapshot(peft_loop.trained_parameters(model))
     torch.manual_seed(draws)
     losses, means = peft_loop.train(model, args, trainer.windows.tokens, list(trainer.batches(0)))
-    parameters = snapshot(peft_loop.trained_parameters(model))
-    return Run(losses, initial, parameters, model, means=means)
+    return Run(losses, initial, snapshot(peft_loop.trained_parameters(model)), model, None, means)
 
 
-def train_both(args: Namespace) -> tuple[Run, Run]:
+def train_both(args: Options) -> tuple[Run, Run]:
     here, trainer = train_here(args, draws=0)
     return here, train_there(args, trainer, draws=0)
 
 
-@one_thread()
-@plain_operations()
+@to_the_bit()
 def exact(opts: Namespace, report: Report) -> tuple[Run, Run]:
     """In fp32 on one thread no bit may differ, from the seeded adapter to the trained one."""
     args = train_options(opts, "lora", "--device", "cpu")
-    report.section(f"exact: fp32, CPU, one thread, dropout {load_config(opts.directory).attn_pdrop}"
+    print(f"\nexact: fp32, CPU, one thread, dropout {load_config(opts.directory).attn_pdrop}"
                    f" in the base and {args.lora_dropout} in LoRA")
     here, there = train_both(args)
-    ours, theirs = count_parameters(here.model), there.model.get_nb_trainable_parameters()
-    report.facts["parameters"] = {"trainable": ours[0], "all": ours[1]}
-    for what, n, m in zip(("trainable", "all"), ours, theirs, strict=True):
+    counted = count_parameters(here.model)
+    counts = ((counted["trainable_parameters"], counted["total_parameters"]),
+              there.model.get_nb_trainable_parameters())
+    report.facts["parameters"] = dict(zip(("trainable", "all"), counts[0], strict=True))
+    for what, n, m in zip(("trainable", "all"), *counts, strict=True):
         report.check(f"{what} parameters, {n:,} here and {m:,} there", abs(n - m), 0)
     compare_exactly(report, "exact", here, there)
     # What PEFT's side minimises is the mean; dividing a sum may round it otherwise.
@@ -183,34 +177,22 @@ def compare_exactly(report: Report, name: str, here: Run, there: Run) -> None:
 
 
 def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Run) -> None:
-    """Each side reads what the other wrote: adapters, and models with the adapter merged."""
-    report.section("files exchanged: validation loss (perplexity), each file scored by both sides")
+    """Let each side read what the other wrote: adapters, and models with the adapter merged."""
+    print("\nfiles exchanged: validation loss (perplexity), each file scored by both sides")
     save_adapter(here.model, here.config, folder / "ours", str(opts.directory))
     there.model.save_pretrained(folder / "peft")
-    save_merged(opts, folder)
+    model = ours.load(opts.directory, folder / "ours")
+    merge(model)
+    unwrap(model)
+    save_gpt2(model, folder / "ours merged")
+    model = peft_loop.load(opts.directory, folder / "peft")
+    model.merge_and_unload().save_pretrained(folder / "peft merged")
     compare_readings(opts, report, "base", {"base": (opts.directory, None)})
     compare_readings(opts, report, "adapter", {
         "trained there": (opts.directory, folder / "peft"),
         "trained here": (opts.directory, folder / "ours"),
         "trained and merged there": (folder / "peft merged", None),
         "trained and merged here": (folder / "ours merged", None)})
-
-
-def save_merged(opts: Namespace, folder: Path) -> None:
-    """Each side merges its own adapter file into the base."""
-    ours = load_here(opts.directory, folder / "ours")
-    merge(ours)
-    unwrap(ours)
-    save_gpt2(ours, folder / "ours merged")
-    theirs = peft_loop.load(opts.directory, folder / "peft")
-    theirs.merge_and_unload().save_pretrained(folder / "peft merged")
-
-
-def load_here(base: Path, adapter: Path | None) -> GPT2:
-    model = load_gpt2(base)
-    if adapter:
-        load_adapter(model, adapter)
-    return model
 
 
 def compare_readings(opts: Namespace, report: Report, what: str,
@@ -225,30 +207,29 @@ def compare_readings(opts: Namespace, report: Report, what: str,
         losses += scores.values()
         logits += first_logits
     report.check(f"{what}: validation losses, relative", np.ptp(losses) / min(losses), CLOSE)
-    logits, examiner = torch.stack(logits), logits[1]  # the first source as read there
+    logits, reference = torch.stack(logits), logits[1]  # the first source as read there
     report.check(f"{what}: logits, relative to the largest",
-                 ((logits - examiner).abs().max() / examiner.abs().max()).item(), CLOSE)
+                 ((logits - reference).abs().max() / reference.abs().max()).item(), CLOSE)
 
 
 @torch.no_grad()
 def read_by_both(opts: Namespace, base: Path,
                  adapter: Path | None) -> tuple[dict[str, float], list[Tensor]]:
     """Both sides' validation loss, and their logits on the first window, (1, T, V)."""
-    device = pick_device(opts.device)
-    ours, theirs = load_here(base, adapter).to(device), peft_loop.load(base, adapter).to(device)
+    device = Device.pick(opts.device, "fp32")
+    here, there = (side.load(base, adapter).to(device.torch) for side in (ours, peft_loop))
     fraction = train_options(opts, "lora").val_fraction
-    tokens = split(load_tokens(opts.book, ours.config.vocab_size), fraction)[1]
-    scores = {"here": evaluate(ours, tokens, block_size=opts.block_size).loss,
-              "there": peft_loop.evaluate(theirs, tokens, opts.block_size)}
-    ids = torch.from_numpy(tokens[None, : opts.block_size].astype(np.int64)).to(device)
-    return scores, [ours(ids).cpu(), theirs(input_ids=ids).logits.cpu()]
+    tokens = split(load_tokens(opts.book, ours.tokenizer(opts.directory)), fraction)[1]
+    scores = {"here": ours.evaluate(here, tokens, opts.directory, device, opts.block_size).loss,
+              "there": peft_loop.evaluate(there, tokens, opts.block_size)}
+    ids = torch.from_numpy(tokens[None, : opts.block_size].astype(np.int64)).to(device.torch)
+    return scores, [here(ids).cpu(), there(input_ids=ids).logits.cpu()]
 
 
-@one_thread()
-@plain_operations()
+@to_the_bit()
 def resume(opts: Namespace, report: Report, folder: Path) -> None:
     """Go on here from the adapter that PEFT saved, and there from the one saved here."""
-    report.section(f"resumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")
+    print(f"\nresumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")
     args = {name: train_options(opts, "lora", "--device", "cpu", "--max-steps", str(RESUMED_STEPS),
                                 "--init-adapter", str(folder / name)) for name in ("peft", "ours")}
     here, trainer = train_here(args["peft"], draws=0)
@@ -257,7 +238,7 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
 
 def trained_path(opts: Namespace, report: Report) -> None:
     """The path that users train on: any device, any number of threads, fp32 and bf16."""
-    report.section(f"as trained: {device_name(pick_device(opts.device))}, "
+    print(f"\nas trained: {Device.pick(opts.device).name}, "
                    f"{torch.get_num_threads()} threads")
     fp32 = None
     for precision in ("fp32", "bf16"):
@@ -272,7 +253,7 @@ def trained_path(opts: Namespace, report: Report) -> None:
         compare_independent_draws(report, train_options(opts, *options))
 
 
-def compare_independent_draws(report: Report, args: Namespace) -> None:
+def compare_independent_draws(report: Report, args: Options) -> None:
     """Dropout drawn anew in every run: our curve may lie as far from the mean of PEFT's curves as
     those lie apart, both as root mean squares over the steps.
     """
@@ -286,17 +267,13 @@ def compare_independent_draws(report: Report, args: Namespace) -> None:
 
 
 def full(opts: Namespace, report: Report) -> None:
-    """All weights trained. Four a block are stored transposed there, so that their gradients add up
-    in another order; where a gradient is tiny, Adam makes a whole step of its rounding.
+    """Train all weights. Four a block are stored transposed there: their gradients add up in
+    another order; where a gradient is tiny, Adam makes a whole step of its rounding.
     """
-    report.section("full fine-tuning, fp32, no dropout")
+    print("\nfull fine-tuning, fp32, no dropout")
     here, there = train_both(train_options(opts, "full", "--base-dropout", "0"))
     report.curve("full", here.losses, there.losses)
     report.check("full: loss of every step, relative", relative(here.losses, there.losses), CLOSE)
-    difference, moved = (largest(here.parameters, p) for p in (there.parameters, here.initial))
-    report.facts["full_parameter_difference"] = {"largest": difference, "largest_move": moved}
-    print(f"        reached: parameters differ by {difference:.2g} at most, having moved by up to "
-          f"{moved:.2g}")
 
 
 if __name__ == "__main__":

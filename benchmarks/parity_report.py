@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import write_json
-from plots import COLOURS, pyplot, save_figure
+from common.files import write_json
+from training.report import COLOURS, pyplot, save_figure
 
 ROWS = 5  # of a printed curve
 FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
@@ -25,9 +25,6 @@ class Report:
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.facts: dict = {}
 
-    def section(self, title: str) -> None:
-        print(f"\n{title}")
-
     def curve(self, name: str, here: list[float], there: list[float], **more: list[float]) -> None:
         """The losses of each step on both sides."""
         self.curves[name] = {"here": here, "there": there, **more}
@@ -39,8 +36,8 @@ class Report:
     def check(self, name: str, value: float, allowed: float) -> None:
         """A verdict: `value` may be at most `allowed`, and must be a number."""
         ok = bool(value <= allowed)
-        self.checks.append({"name": name, "value": float(value), "allowed": float(allowed),
-                            "ok": ok})
+        self.checks.append(
+            {"name": name, "value": float(value), "allowed": float(allowed), "ok": ok})
         print(f"{'ok' if ok else 'FAILED':6}  {name}: {value:.2g} (allowed: {allowed:.2g})")
 
     def broken(self) -> list[str]:
@@ -65,19 +62,21 @@ class Report:
                  title="fp32, one thread, all dropouts on")
         for name, pair in self.curves.items():
             here, there = np.array(pair["here"]), np.array(pair["there"])
-            difference = np.abs(here - there) / there
-            drawn, = right.plot(range(1, len(here) + 1), np.maximum(difference, FLOOR),
+            difference, steps = np.abs(here - there) / there, range(1, len(here) + 1)
+            drawn, = right.plot(steps, np.maximum(difference, FLOOR),
                                 "--" if name.startswith("bf16") else "-",
                                 label=f"{name} (at most {difference.max():.1g})")
             if "spread" in pair:
-                right.plot(range(1, len(here) + 1), np.array(pair["spread"]) / there, ":",
-                           color=drawn.get_color(), label="    PEFT's own, seed to seed")
+                right.plot(steps, np.array(pair["spread"]) / there, ":", color=drawn.get_color(),
+                           label="    PEFT's own, seed to seed")
         right.set(xlabel="step", ylabel=f"difference / loss (0 is drawn at {FLOOR:.0e})",
                   yscale="log", title="difference from PEFT, every comparison")
+        right.yaxis.set_major_formatter("{x:.0e}")  # the default needs math text, which is off
         left.legend()
         right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        left.grid(alpha=0.3)
-        right.grid(alpha=0.3)
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.xaxis.get_major_locator().set_params(integer=True)
         save_figure(figure, path)
 
 

@@ -1,11 +1,12 @@
-"""The examiner: GPT-2 by transformers, LoRA by PEFT, and a plain loop that trains them.
+"""The reference implementation: GPT-2 by transformers, LoRA by PEFT, a plain loop that trains them.
 
-Of this project it takes the options (`args`, those of `train.py`), the token ids and the order of
-the windows; the model, the adapter, the windows, the loss and the schedule are not ours.
+It takes the options (`args`, those of `train.py`), the token ids and the order of the windows from
+this project; the model, the adapter, the windows, the loss and the schedule are not ours.
 """
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,46 +19,76 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
 def load_base(directory: Path, dropout: float | None = None) -> nn.Module:
-    """transformers' GPT-2 in fp32; `dropout` None keeps its config's.
-
-    transformers has more than one way to compute GELU and attention, equal up to rounding: take
-    the same as this project, tanh GELU in one operation and `scaled_dot_product_attention`.
+    """Load transformers' GPT-2 in fp32; `dropout` None keeps its config's. Of its several ways to
+    compute GELU and attention, equal up to rounding, take this project's.
     """
-    dropouts = {} if dropout is None else dict.fromkeys(DROPOUTS, dropout)
+    names = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+    dropouts = {} if dropout is None else dict.fromkeys(names, dropout)
     return AutoModelForCausalLM.from_pretrained(
         directory, activation_function="gelu_pytorch_tanh", attn_implementation="sdpa", **dropouts,
     ).float()
 
 
-def load(directory: Path, adapter: Path | None = None) -> nn.Module:
-    """The base in fp32 and, if given, an adapter file on it."""
-    base = load_base(directory)
-    return PeftModel.from_pretrained(base, adapter) if adapter else base
+def load(directory: Path, adapter: Path | None = None, dropout: float | None = None,
+         trainable: bool = False) -> nn.Module:
+    """Load the base and, if given, an adapter file on it."""
+    base = load_base(directory, dropout)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable) if adapter else base
 
 
 def build(args: Namespace) -> nn.Module:
-    """What `args` trains: the base, for LoRA with PEFT's new adapter or `--init-adapter`."""
-    base = load_base(args.base, args.base_dropout)
-    if args.method == "full":
-        return base
-    if args.init_adapter:
-        return PeftModel.from_pretrained(base, args.init_adapter, is_trainable=True)
-    return add_lora(base, args)
+    """Build what `args` trains: the base, for LoRA with a new adapter or `--init-adapter`."""
+    if args.method == "lora" and not args.init_adapter:
+        return add_lora(load_base(args.base, args.base_dropout), args)
+    return load(args.base, getattr(args, "init_adapter", None), args.base_dropout, trainable=True)
 
 
-def add_lora(base: nn.Module, args: Namespace) -> PeftModel:
-    """The base with PEFT's new adapter in it, seeded."""
+def add_lora(base: nn.Module, args: Namespace) -> nn.Module:
+    """Put PEFT's new adapter, seeded, into the base."""
     torch.manual_seed(args.seed)
     return get_peft_model(base, LoraConfig(
         task_type="CAUSAL_LM", r=args.r, lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout, target_modules=args.target_modules, fan_in_fan_out=True))
+
+
+def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, precision: str,
+              sums: list[float] | None = None) -> Tensor:
+    """Return `cross_entropy`'s mean under autocast; append its sum / number of tokens to `sums`."""
+    with torch.autocast(inputs.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        logits = model(input_ids=inputs).logits
+    logits, targets = logits.float().flatten(0, 1), targets.flatten()
+    if sums is not None:
+        summed = F.cross_entropy(logits.detach(), targets, reduction="sum")
+        sums.append(summed.item() / len(targets))
+    return F.cross_entropy(logits, targets)
+
+
+def make_step(model: nn.Module, args: Namespace, precision: str) -> Callable[..., float]:
+    """Return a function that trains on one batch and returns its mean loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
+                                  fused=True)
+    scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.precision == "fp16")
+    model.train()
+
+    def step(inputs: Tensor, targets: Tensor, lr: float, sums: list[float] | None = None) -> float:
+        loss = mean_loss(model, inputs, targets, precision, sums)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, args.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
 
 
 def train(model: nn.Module, args: Namespace, tokens: np.ndarray,
@@ -66,35 +97,16 @@ def train(model: nn.Module, args: Namespace, tokens: np.ndarray,
     divided by their number, and `cross_entropy`'s own mean, which is what is minimised.
     """
     device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
-                                  fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    losses, means = [], []
-    model.train()
-    for step, batch in enumerate(batches):
+    step, losses, means = make_step(model, args, args.precision), [], []
+    for i, batch in enumerate(batches):
         inputs, targets = windows(tokens, batch * args.stride, args.block_size, device)
-        with torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "fp32"):
-            logits = model(input_ids=inputs).logits
-        logits, targets = logits.float().flatten(0, 1), targets.flatten()
-        loss = F.cross_entropy(logits, targets)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, args.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(batches), args)
-        scaler.step(optimizer)
-        scaler.update()
-        summed = F.cross_entropy(logits.detach(), targets, reduction="sum")
-        losses.append(summed.item() / len(targets))
-        means.append(loss.item())
+        means.append(step(inputs, targets, learning_rate(i, len(batches), args), losses))
     return losses, means
 
 
 def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int,
             device: torch.device) -> tuple[Tensor, Tensor]:
-    """`block_size` tokens from each start, and for each of them the token after it: (B, T) both."""
+    """Return `block_size` tokens from each start, and the token after each of them: (B, T) both."""
     rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
     rows = torch.from_numpy(rows).to(device)
     return rows[:, :-1], rows[:, 1:]
@@ -109,7 +121,7 @@ def learning_rate(step: int, steps: int, args: Namespace) -> float:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by PEFT's names, or all of GPT-2's by its checkpoint's, (out, in)."""
+    """Return the adapter's tensors by PEFT's names, or GPT-2's by its checkpoint's, (out, in)."""
     if isinstance(model, PeftModel):
         return get_peft_model_state_dict(model)
     transposed = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Conv1D)}
@@ -119,7 +131,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, tokens: np.ndarray, block_size: int) -> float:
-    """The mean loss over all tokens but the first, by transformers' own loss and label shift."""
+    """Return the mean over all tokens but the first of transformers' own loss, by its own shift."""
     model.eval()
     total = 0.0
     for start in range(0, len(tokens) - 1, block_size):

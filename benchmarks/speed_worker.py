@@ -1,312 +1,283 @@
 """One measurement of `speed.py`, in a process of its own: a task as JSON in, its figures out.
 
-The examiners are imported only where they are measured: their memory is not ours.
+PEFT and transformers are imported only where they are measured: their memory is not ours.
 """
 
-import copy
 import json
+import os
 import statistics
 import sys
+import time
 import warnings
-from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 
-from benchmarks.speed_products import measure_products, timed
-from cli import BOOK, parse_train_args
-from data.tokens import load_tokens
-from data.windows import Windows, split
-from errors import RunError, run_command
-from evaluate import evaluate
+from benchmarks import ours
+from common.device import PRECISIONS, Device, keep_freed_memory
+from common.errors import RunError, run_command
 from generate import generate
-from hardware import (
-    PRECISIONS,
-    autocast,
-    cast_frozen,
-    keep_freed_memory,
-    peak_memory_mb,
-    pick_device,
-)
-from lora.adapter import load_adapter, save_adapter
-from model.checkpoint import load_config, load_gpt2, save_gpt2
+from lora.inject import inject
+from lora.layer import LoRAConfig
+from model import fast as ops
 from model.gpt2 import GPT2, GPT2Config
-from train import Trainer, build_model
-from training.parallel import ALONE, Ranks
+from model.plain import plain_operations
+from model.weights import load_config, load_gpt2, save_gpt2
+from training.options import Options
+from training.ranks import Ranks
 
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 16, 256, 8
+ENOUGH_SECONDS = 0.2  # of one matmul
 Call = Callable[[], object]  # what is timed; its value shows that both sides computed the same
 
 
 @dataclass(frozen=True)
 class Task:
-    """`kind`: base, products, or a key of CALLS. `weights` "low": an examiner's frozen weights
-    are in the compute precision, in place of fp32 under autocast.
-    """
+    """What to measure. `axis` is the field that differs from task to task."""
 
-    kind: str
+    kind: str  # base, matmuls, or a key of CALLS
     base: str
     device: str = "cpu"
     side: str = "ours"  # or theirs
     method: str = "lora"  # or full
     precision: str = "fp32"
-    weights: str = "fp32"  # or low
+    weights: str = "fp32"  # low: their frozen weights are in `precision`, and there is no autocast
     compile: bool = False
     batch_size: int = 16
     block_size: int = 128
     r: int = 8
+    ranks: int = 0  # data-parallel processes, of which this is one
+    axis: str = ""
     warm_up: int = 1
     steps: int = 3
 
     @property
-    def name(self) -> str:
+    def contender(self) -> str:
         """Such as "PEFT, LoRA, bf16 autocast"."""
-        adapts = self.kind in ("save", "load") or (self.kind, self.method) == ("train", "lora")
-        who = "this project" if self.side == "ours" else "PEFT" if adapts else "transformers"
-        what = {"lora": "LoRA", "full": "full"}[self.method] if self.kind == "train" else self.kind
-        how = self.precision
-        if self.side == "theirs" and how != "fp32":
-            how += " weights" if self.weights == "low" else " autocast"
-        return ", ".join((who, what, how, *["compiled"] * self.compile))
+        what = self.method.replace("lora", "LoRA") if self.kind == "train" else self.kind
+        who, how = "PEFT" if what == "LoRA" else "transformers", ""
+        if self.side == "ours":
+            who = "this project"
+        elif self.precision != "fp32":
+            how = " weights" if self.weights == "low" else " autocast"
+        return f"{who}, {what}, {self.precision}{how}{', compiled' * self.compile}"
 
-    def args(self) -> Namespace:
-        """`train.py`'s options, its defaults included."""
-        rank = ["--r", self.r] if self.method == "lora" else []
-        args = parse_train_args("-", list(map(str, [
+    @property
+    def name(self) -> str:
+        return self.contender + (f", {self.axis} {getattr(self, self.axis)}" if self.axis else "")
+
+    def args(self) -> Options:
+        """Return `train.py`'s options, for one step more than is timed: the last one validates."""
+        return ours.options(
             self.method, "--base", self.base, "--device", self.device, "--precision",
             self.precision, "--batch-size", self.batch_size, "--block-size", self.block_size,
-            "--max-steps", self.warm_up + self.steps, *rank,
-            *["--compile"] * self.compile])))
-        args.base = Path(self.base)
-        return args
+            "--max-steps", self.warm_up + self.steps + 1, *["--compile"] * self.compile,
+            *(["--r", self.r] if self.method == "lora" else []))
 
-    def parts(self) -> tuple[Windows, np.ndarray]:
-        """The book's training windows and its validation part."""
-        args = self.args()
-        tokens = load_tokens(BOOK, load_config(args.base).vocab_size)
-        training, validation = split(tokens, args.val_fraction)
-        return Windows(training, self.block_size, args.stride), validation
+    @property
+    def autocast(self) -> str:
+        return "fp32" if self.weights == "low" else self.precision
 
-    def evaluated(self) -> np.ndarray:
-        """The tokens of one batch of consecutive windows, and the last one's last target."""
-        return self.parts()[0].tokens[: self.batch_size * self.block_size + 1]
-
-    def prompt(self, device: torch.device) -> tuple[Tensor, int]:
-        """Token ids (T,), and how many more the base sees, at most NEW_TOKENS."""
-        ids = torch.from_numpy(self.evaluated()[:PROMPT_TOKENS].astype(np.int64)).to(device)
-        return ids, min(NEW_TOKENS, load_config(Path(self.base)).n_positions - len(ids))
+    def tokens(self) -> np.ndarray:
+        """Return the tokens of one batch of consecutive windows, and the last window's target."""
+        return ours.data(self.args())[0].tokens[: self.batch_size * self.block_size + 1]
 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # the libraries', about each other
     task = Task(**json.loads(sys.argv[1]))
     try:
-        print(json.dumps(measure(task)))
-    except torch.OutOfMemoryError as error:
-        raise RunError("out of memory") from error
-    except RuntimeError as error:  # on the CPU the allocator raises no class of its own
+        figures = json.dumps(measure(task))
+        if os.environ.get("RANK", "0") == "0":
+            print(figures)
+    except RuntimeError as error:  # out of memory, on the CPU
         raise RunError(str(error).splitlines()[0]) from error
 
 
 def measure(task: Task) -> dict:
-    """The figures of this task."""
-    device = pick_device(task.device)
-    if task.side == "ours" and task.kind in ("train", "products", "evaluate", "generate"):
+    """Return the figures of this task."""
+    device = Device.pick(task.device, task.precision)
+    if task.side == "ours":
         keep_freed_memory()  # as train.py, evaluate.py and generate.py do
     torch.manual_seed(0)
-    if task.kind == "base":
-        return make_base(Path(task.base))
-    if task.kind == "products":
-        return {"limits": measure_products(
-            load_config(Path(task.base)), task.batch_size, task.block_size, task.r,
-            PRECISIONS[task.precision], device)}
-    with TemporaryDirectory() as folder:
-        call = CALLS[task.kind][task.side](task, device, Path(folder))
-        timed(call, task.warm_up, device)
-        seconds = timed(call, task.steps, device)
-    return {"seconds": seconds, "median": statistics.median(seconds),
-            "peak_mb": peak_memory_mb(device), "tokens": tokens_of(task)}
+    if task.kind == "base":  # of random weights: speed does not depend on their values
+        model = GPT2(GPT2Config())
+        model.init_weights()
+        save_gpt2(model, Path(task.base))
+        return {}
+    if task.kind == "matmuls":
+        return {method: measure_matmuls(task, method, device.torch) for method in ("lora", "full")}
+    if task.ranks:
+        return measure_rank(task, device)
+    call = CALLS[task.kind](task, device)
+    timed(call, task.warm_up, device)
+    return timed(call, task.steps, device)
 
 
-def tokens_of(task: Task) -> int:
-    """How many a call computes."""
-    if task.kind == "generate":
-        return task.prompt(torch.device("cpu"))[1]
-    return task.batch_size * task.block_size
+def timed(call: Call, times: int, device: Device) -> dict:
+    """Return the seconds of each call, from an idle device until it is idle again."""
+    wait = torch.accelerator.synchronize if device.torch.type != "cpu" else lambda: None
+    seconds = []
+    for _ in range(times):
+        wait()
+        began = time.perf_counter()
+        call()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds, "median": statistics.median(seconds or [0]),
+            "peak_mb": device.peak_memory_mb()}
 
 
-def make_base(directory: Path) -> dict:
-    """A GPT-2 124M of random weights: speed does not depend on their values."""
-    model = GPT2(GPT2Config())
-    model.init_weights(torch.Generator().manual_seed(0))
-    save_gpt2(model, directory)
-    return {}
-
-
-def build_theirs(task: Task, device: torch.device) -> nn.Module:
-    """transformers' model by its defaults, dropouts included; for LoRA with PEFT's adapter."""
+def build_theirs(task: Task, device: Device) -> nn.Module:
+    """Build transformers' model by its defaults, dropouts included; for LoRA with PEFT's."""
     from transformers import AutoModelForCausalLM
+
+    from benchmarks.peft_loop import add_lora
 
     model = AutoModelForCausalLM.from_pretrained(task.base).float()  # mini's file is in fp16
     if task.weights == "low":
         model.to(PRECISIONS[task.precision])
-    if task.kind in ("train", "save") and task.method == "lora":
-        from benchmarks.peft_loop import add_lora
-
+    if (task.kind, task.method) == ("train", "lora"):
         model = add_lora(model, task.args())
-    model.to(device)
+    model.to(device.torch)
     return torch.compile(model) if task.compile else model
 
 
-def their_precision(task: Task, device: torch.device):
-    return nullcontext() if task.weights == "low" else autocast(device, task.precision)
+def load_ours(task: Task, device: Device) -> GPT2:
+    """Load the model as `evaluate.py` and `generate.py` do."""
+    return device.hold(load_gpt2(Path(task.base)).requires_grad_(False))
 
 
-def their_loss(task: Task, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean over tokens. As fast as their own loss from `labels`, and as soon rid of logits."""
-    with their_precision(task, inputs.device):
-        logits = model(input_ids=inputs).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-def make_trainer(task: Task, device: torch.device, ranks: Ranks = ALONE) -> Trainer:
-    """As `train.py` has it at its first step."""
+def train(task: Task, device: Device) -> Call:
+    """Both sides' steps; theirs is the loop that users write, its learning rate as it is."""
     args = task.args()
-    model, config = build_model(args, args.base)
-    trainer = Trainer(args, model.to(device), config, *task.parts(), ranks)
-    model.train()
-    return trainer
+    if task.side == "ours":
+        trainer = ours.make_trainer(args)
+        batches = trainer.batches(0)
+        return lambda: ours.step(trainer, next(batches))
+    from benchmarks.peft_loop import make_step
 
-
-def train_ours(task: Task, device: torch.device, folder: Path) -> Call:
-    trainer = make_trainer(task, device)
-    batches = trainer.batches(0)
-
-    def step() -> float:
-        trainer.interval.restart()
-        trainer.step(next(batches))
-        loss, tokens, _ = trainer.interval.sums()
-        return loss / tokens
-
-    return step
-
-
-def train_theirs(task: Task, device: torch.device, folder: Path) -> Call:
-    """The loop that their users write; its learning rate stays as it is."""
-    args, (windows, _) = task.args(), task.parts()
+    windows, _ = ours.data(args)
     order = windows.epoch_order(args.seed, 0)
     batches = iter(np.split(order, range(task.batch_size, len(order), task.batch_size)))
-    model = build_theirs(task, device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=task.precision == "fp16")
-
-    def step() -> float:
-        inputs, targets = (x.to(device) for x in windows.batch(next(batches)))
-        loss = their_loss(task, model, inputs, targets)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(trained, args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+    step = make_step(build_theirs(task, device), args, task.autocast)
+    return lambda: step(*(x.to(device.torch) for x in windows.batch(next(batches))), args.lr)
 
 
-def load_ours(task: Task, device: torch.device) -> GPT2:
-    """As `evaluate.py` and `generate.py` have it."""
-    model = load_gpt2(Path(task.base)).requires_grad_(False).to(device)
-    cast_frozen(model, task.precision)
-    return model
+def evaluate(task: Task, device: Device) -> Call:
+    tokens = task.tokens()
+    if task.side == "ours":
+        model = load_ours(task, device)
+        return lambda: ours.evaluate(model, tokens, Path(task.base), device,
+                                     task.block_size, task.batch_size).loss
+    from benchmarks.peft_loop import mean_loss
 
-
-def evaluate_ours(task: Task, device: torch.device, folder: Path) -> Call:
-    model, tokens = load_ours(task, device), task.evaluated()
-    return lambda: evaluate(model, tokens, block_size=task.block_size, batch_size=task.batch_size,
-                            precision=task.precision).loss
-
-
-def evaluate_theirs(task: Task, device: torch.device, folder: Path) -> Call:
     model = build_theirs(task, device).eval()
-    tokens = torch.from_numpy(task.evaluated().astype(np.int64)).to(device)
+    tokens = torch.from_numpy(tokens.astype(np.int64)).to(device.torch)
     inputs, targets = tokens[:-1].view(task.batch_size, -1), tokens[1:]
-
-    @torch.no_grad()
-    def score() -> float:
-        return their_loss(task, model, inputs, targets).item()
-
-    return score
+    return torch.no_grad()(lambda: mean_loss(model, inputs, targets, task.autocast).item())
 
 
-def generate_ours(task: Task, device: torch.device, folder: Path) -> Call:
-    model, (ids, new) = load_ours(task, device), task.prompt(device)
+def write_text(task: Task, device: Device) -> Call:
+    """Continue a prompt by NEW_TOKENS, or as many as the base sees; warms up by itself."""
+    ids = torch.from_numpy(task.tokens()[:PROMPT_TOKENS].astype(np.int64)).to(device.torch)
+    most = min(NEW_TOKENS, load_config(Path(task.base)).n_positions - PROMPT_TOKENS)
+    model = (load_ours if task.side == "ours" else build_theirs)(task, device).eval()
+    if task.side == "theirs":
+        model.generation_config.eos_token_id = None  # no end, and no processor that forbids it
 
-    def write(tokens: int = new) -> list[int]:
-        with autocast(device, task.precision):
-            return list(generate(model, ids, tokens, temperature=0))
-
-    write(WARM_UP_TOKENS)
-    return write
-
-
-def generate_theirs(task: Task, device: torch.device, folder: Path) -> Call:
-    model, (ids, new) = build_theirs(task, device).eval(), task.prompt(device)
-    model.generation_config.eos_token_id = None  # no end, and no processor that forbids it
-    settings = {"attention_mask": torch.ones_like(ids)[None], "do_sample": False,
-                "pad_token_id": model.config.vocab_size - 1}
-
-    def write(tokens: int = new) -> list[int]:
-        with their_precision(task, device):
-            text = model.generate(ids[None], max_new_tokens=tokens, **settings)[0]
-        return text[len(ids) :].tolist()
+    def write(count: int = most) -> list[int]:
+        with replace(device, precision=task.autocast).autocast():
+            if task.side == "ours":
+                return list(generate(model, ids, count, temperature=0))
+            return model.generate(
+                ids[None], attention_mask=torch.ones_like(ids)[None], do_sample=False,
+                max_new_tokens=count, pad_token_id=model.config.vocab_size - 1,
+            )[0, PROMPT_TOKENS:].tolist()
 
     write(WARM_UP_TOKENS)
     return write
 
 
-def save_ours(task: Task, device: torch.device, folder: Path) -> Call:
-    model, config = build_model(task.args(), Path(task.base))
-    return lambda: save_adapter(model, config, folder, task.base)
+CALLS = {"train": train, "evaluate": evaluate, "generate": write_text}
 
 
-def save_theirs(task: Task, device: torch.device, folder: Path) -> Call:
-    model = build_theirs(task, device)
-    return lambda: model.save_pretrained(folder)
+def measure_rank(task: Task, device: Device) -> dict:
+    """Time a step of this rank, which has its share of the cores, and what it sends by itself."""
+    torch.set_num_threads(max(1, os.cpu_count() // task.ranks))
+    ranks, all_reduce, sent = Ranks.of_torchrun(), dist.all_reduce, []
+
+    def recorded(tensor: Tensor, *options: object) -> None:
+        sent.append(torch.zeros_like(tensor))
+        all_reduce(tensor, *options)
+
+    with ranks.joined(device.torch):
+        trainer = ours.make_trainer(task.args(), ranks)
+        batches = trainer.batches(0)
+        for _ in range(task.warm_up):
+            sent.clear()
+            with mock.patch.object(dist, "all_reduce", recorded):
+                ours.step_among_ranks(trainer, next(batches))
+        found = timed(lambda: ours.step_among_ranks(trainer, next(batches)), task.steps, device)
+        alone = timed(lambda: [all_reduce(t) for t in sent], task.steps + 2, device)
+    return {**found, "bytes": sum(t.nbytes for t in sent), "all_reduce": alone["median"]}
 
 
-def load_adapter_ours(task: Task, device: torch.device, folder: Path) -> Call:
-    save_ours(task, device, folder)()
-    bases = copies(load_gpt2(Path(task.base)), task)
-    return lambda: load_adapter(bases.pop(), folder).r
+class Matmuls(TorchDispatchMode):
+    """Counts the matmuls by their operands' shapes and strides."""
+
+    found: Counter
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
+            self.found[tuple((tuple(t.shape), t.stride()) for t in args[-2:])] += 1
+        return op(*args, **(kwargs or {}))
 
 
-def load_adapter_theirs(task: Task, device: torch.device, folder: Path) -> Call:
-    from peft import PeftModel
+def matmuls(config: GPT2Config, method: str, batch_size: int, block_size: int, r: int) -> Counter:
+    """Count a training step's, with LoRA on c_attn, by a step without memory or arithmetic.
+    Attention's are counted whole, the masked half included.
+    """
+    seen = Matmuls()
+    seen.found = Counter()
+    with (torch.device("meta"), plain_operations(), sdpa_kernel(SDPBackend.MATH),
+          mock.patch.object(torch, "is_autocast_enabled", lambda device: False)):  # meta has none
+        model = GPT2(config)
+        if method == "lora":
+            inject(model, LoRAConfig(r=r, lora_alpha=r, target_modules=("c_attn",)))
+        ids = torch.zeros(batch_size, block_size, dtype=torch.long)
+        with seen:
+            hidden = model.hidden(ids).flatten(0, 1)
+            ops.tied_cross_entropy(hidden, model.wte.weight, ids.flatten()).backward()
+    return seen.found
 
-    save_ours(task, device, folder)()
-    bases = copies(build_theirs(task, device), task)
-    return lambda: PeftModel.from_pretrained(bases.pop(), folder).peft_config["default"].r
 
+def measure_matmuls(task: Task, method: str, device: torch.device) -> float:
+    """Return the seconds that a step's matmuls take alone: no step can be shorter. Each is timed
+    in its shape and layout, by the faster of `matmul` and model/fast.py's `linear`.
+    """
+    found = matmuls(load_config(Path(task.base)), method, task.batch_size, task.block_size, task.r)
+    total = 0.0
+    for shapes, count in found.items():
+        a, b = (torch.empty_strided(*shape, dtype=PRECISIONS[task.precision], device=device)
+                .normal_() for shape in shapes)
+        names = {"torch": torch, "ops": ops, "a": a, "b": b, "out": a @ b}
+        ways = ["torch.matmul(a, b, out=out)", "ops.linear(a, b.mT)"][: 4 - a.dim()]
+        total += count * min(
+            Timer(way, globals=names, num_threads=torch.get_num_threads()).blocked_autorange(
+                min_run_time=ENOUGH_SECONDS).median for way in ways)
+    return total
 
-def copies(base: nn.Module, task: Task) -> list[nn.Module]:
-    """A base for every load."""
-    return [copy.deepcopy(base) for _ in range(task.warm_up + task.steps)]
-
-
-CALLS = {"train": {"ours": train_ours, "theirs": train_theirs},
-         "evaluate": {"ours": evaluate_ours, "theirs": evaluate_theirs},
-         "generate": {"ours": generate_ours, "theirs": generate_theirs},
-         "save": {"ours": save_ours, "theirs": save_theirs},
-         "load": {"ours": load_adapter_ours, "theirs": load_adapter_theirs}}
 
 if __name__ == "__main__":
     run_command(main)

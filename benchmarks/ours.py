@@ -1,0 +1,90 @@
+"""This project's side of every benchmark: the only file here that calls the training code."""
+
+import signal
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import train
+from common.device import Device
+from data.windows import Windows, evaluation_batches
+from evaluate import Scores
+from evaluate import evaluate as score
+from lora.adapter import load_adapter
+from model.gpt2 import GPT2
+from model.tokenizer import Tokenizer
+from model.tokenizer_files import load_tokenizer
+from model.weights import load_config, load_gpt2
+from train import build_model, load_data
+from training.options import Options, parse_options
+from training.ranks import ALONE, Ranks
+from training.report import read_run
+
+
+def options(method: str, *more: object) -> Options:
+    """Return `train.py`'s options, defaults included."""
+    return parse_options("-", [method, *map(str, more)])
+
+
+def tokenizer(base: Path) -> Tokenizer:
+    return load_tokenizer(base, load_config(base).vocab_size)
+
+
+def data(made: Options) -> tuple[Windows, np.ndarray]:
+    """Return the book's training windows and its validation part; `--base` is a directory."""
+    base = Path(made.base)
+    return load_data(made, load_config(base), tokenizer(base))
+
+
+def make_trainer(made: Options, ranks: Ranks = ALONE) -> train.Trainer:
+    """Build what `train.py` has before its first step; `--base` is a directory."""
+    torch.manual_seed(made.seed)
+    model, config = build_model(made, Path(made.base))
+    device = Device.pick(made.device, made.precision, train=True)
+    made = replace(made, precision=device.precision, **(asdict(config) if config else {}))
+    trainer = train.Trainer(made, device, model, tokenizer(Path(made.base)), *data(made), ranks)
+    model.train()
+    return trainer
+
+
+def step(trainer: train.Trainer, batch: np.ndarray) -> float:
+    """Train on one batch; return its loss in nats a token."""
+    trainer.meter.restart()
+    trainer.step(batch)
+    return trainer.meter.measure()["loss"]
+
+
+def step_among_ranks(trainer: train.Trainer, batch: np.ndarray) -> None:
+    """Train on one batch, and agree as `Session.after_step` does when nothing is due."""
+    trainer.step(batch)
+    trainer.ranks.agree(False)
+    trainer.ranks.agree(0)
+
+
+def evaluate(model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int,
+             batch_size: int = 16) -> Scores:
+    """Return `evaluate.py`'s scores of these tokens, in consecutive windows."""
+    batches = evaluation_batches(tokens, block_size, block_size, 1, batch_size)
+    return score(model, batches, tokenizer(base), device)
+
+
+def run(argv: list[str]) -> dict:
+    """Run `train.py ARGV` in this process; return its `run.json`."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with mock.patch.object(sys, "argv", ["train.py", *argv]):
+        train.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return read_run(parse_options("-", argv).out)
+
+
+def load(base: Path, adapter: Path | None = None) -> GPT2:
+    """Load a base and, if given, an adapter on it; in evaluation mode."""
+    model = load_gpt2(base)
+    if adapter:
+        load_adapter(model, adapter)
+    return model
