@@ -1,0 +1,89 @@
+"""Where the bytes go, predicted by hand and measured: `python -m experiments.memory`.
+
+One step of LoRA (rank 8, c_attn) and of full fine-tuning, no dropout, each in a process of its own,
+which reads its resident memory after each stage. Temporary buffers are not counted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
+from lora.inject import inject
+from lora.layer import LoRAConfig
+from model.gpt2 import GPT2, GPT2Config
+
+PARTS = {"weights": GREY, "activations": BLUE, "gradients": YELLOW, "AdamW moments": RED}
+CONFIG = GPT2Config(vocab_size=8192, n_positions=256, n_embd=512, n_layer=6, n_head=8,
+                    embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+BATCH, BLOCK = 8, 128
+STATM = Path("/proc/self/statm")  # Linux: pages, the second number is resident
+KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lora.md counts them
+
+
+def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[str, int]:
+    """Bytes by hand; of the activations, the terms above one part in a hundred."""
+    C, L = config.n_embd, config.n_layer
+    base = L * (12 * C * C + 13 * C) + (config.vocab_size + config.n_positions + 2) * C
+    adapter = L * r * (C + 3 * C) if method == "lora" else 0
+    trained = adapter or base
+    return {"weights": 4 * (base + adapter), "activations": 4 * tokens * C * KEPT[method] * L,
+            "gradients": 4 * trained, "AdamW moments": 8 * trained}
+
+
+def resident() -> int:
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measured(method: str, config: GPT2Config) -> dict[str, int]:
+    """Bytes that each stage of a first step adds to this process."""
+    before = resident()
+    model = GPT2(config)
+    if method == "lora":
+        inject(model, LoRAConfig(lora_dropout=0.0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    made = resident()
+    hidden = model.hidden(torch.randint(config.vocab_size, (BATCH, BLOCK)))
+    forward = resident()
+    hidden.square().mean().backward()
+    del hidden
+    backward = resident()
+    optimizer.step()
+    return {"weights": made - before, "activations": forward - made, "gradients": backward - made,
+            "AdamW moments": resident() - backward}
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    if argv is None and sys.argv[1:2] == ["--child"]:
+        measured(sys.argv[2], replace(CONFIG, n_layer=1))  # for what PyTorch allocates once
+        return print(json.dumps(measured(sys.argv[2], replace(CONFIG, n_layer=int(sys.argv[3])))))
+    args = parse(__doc__, argv)
+    config = replace(CONFIG, n_layer=2) if args.short else CONFIG
+    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else freed memory stays counted
+    figure, axes = panels(2, f"{BATCH * BLOCK:,} tokens, {config.n_layer} layers of width "
+                          f"{config.n_embd}, fp32: bytes by hand (dark) and measured (light)")
+    data = {}
+    for axis, method in zip(axes, KEPT, strict=True):
+        child = subprocess.run([sys.executable, "-m", "experiments.memory", "--child", method,
+                                str(config.n_layer)], env=environ, stdout=-1, check=True)
+        data[method] = {"predicted": predicted(method, config, BATCH * BLOCK),
+                        "measured": json.loads(child.stdout)}
+        for j, side in enumerate(data[method].values()):
+            bars = axis.bar([i + 0.4 * j - 0.2 for i in range(4)], [side[p] / 1e6 for p in PARTS],
+                            0.38, color=PARTS.values(), alpha=1 - 0.45 * j)
+            axis.bar_label(bars, [f"{side[p] / 1e6:,.1f}" for p in PARTS], fontsize=8)
+        axis.set(title="LoRA" if method == "lora" else "full fine-tuning", ylabel="MB")
+        axis.set_xticks(range(4), PARTS, fontsize=9)
+        print(method, {p: [side[p] / 1e6 for side in data[method].values()] for p in PARTS})
+    axes[1].sharey(axes[0])
+    save(args, "memory", data, figure)
+    return data
+
+
+if __name__ == "__main__":
+    main()
