@@ -37,7 +37,7 @@ class HubError(Exception):
 
     def __init__(self, url: str, reason: str, final: bool = True):
         super().__init__(" ".join(f"{url} {reason}".split()))  # one line, whatever a server says
-        self.final = final
+        self.reason, self.final = reason, final
 
 
 def find_base(base: str) -> tuple[str, Path]:
@@ -119,7 +119,7 @@ def _probe() -> None:
     if not answer:
         raise HubError(_endpoint(), f"cannot be reached (no answer in {PROBE_SECONDS} s)")
     if answer[0]:
-        raise answer[0]
+        raise HubError(_endpoint(), answer[0].reason)  # the long address would say no more
 
 
 def _download(name: str) -> Path:
