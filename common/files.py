@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.signals import unfinished
 
 UNFINISHED = ".tmp"
+MAX_JSON_BYTES = 1 << 25  # a large tokenizer.json has half of that
 
 
 class NotWritable(UserError):
@@ -65,6 +66,8 @@ def write_json(path: Path, value: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read the JSON object in a file. Raises UserError if there is none."""
     check_regular(path)
+    if os.path.getsize(path) > MAX_JSON_BYTES:
+        raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of settings")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common import files
 from common.errors import UserError
 from common.files import read_json
 from data.tokens import load_tokens
@@ -79,3 +80,13 @@ def test_a_file_that_is_not_a_json_object_is_refused(tmp_path, content):
         read_json(path)
     message = str(refused.value)
     assert message.startswith(f"{path}: ") and message.isprintable() and len(message) < 500
+
+
+def test_a_json_file_larger_than_any_of_settings_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
+    path = tmp_path / "config.json"
+    path.write_text('{"x": 123}')
+    assert read_json(path) == {"x": 123}
+    path.write_text('{"x": 1234}')
+    with pytest.raises(UserError, match="larger than 10 bytes"):
+        read_json(path)
