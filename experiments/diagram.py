@@ -3,8 +3,10 @@
 from matplotlib import pyplot
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
-from experiments.gradients import FIGURES
+from training.options import ROOT
 from training.report import save_figure
+
+FIGURES = ROOT / "docs" / "figures"
 
 FROZEN, TRAINED, INK = "#c9d6df", "#d1495b", "#30343f"
 
