@@ -1,4 +1,4 @@
-"""What `speed.py` makes of its measurements: ratios round by round, tables and pictures."""
+"""Turn the measurements of `speed.py` into ratios, tables and pictures."""
 
 import itertools
 import statistics
@@ -96,7 +96,7 @@ def draw(results: dict, path) -> None:
     along = any(figures["axis"] for figures in contenders.values())
     if pyplot and (along or ratios):
         figure = draw_axes(contenders) if along else draw_ratios(ratios)
-        figure.suptitle(f"{results['base']}, {results['machine']}: median of {results['rounds']} "
+        figure.suptitle(f"{results['base']}, {results['machine']}\nmedian of {results['rounds']} "
                         "rounds, and from the least to the most", fontsize=10)
         save_figure(figure, path)
 
