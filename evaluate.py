@@ -29,7 +29,7 @@ from training.report import compare, perplexity
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model makes of a text. `loss` is in nats, the mean over scored tokens."""
+    """Hold a model's scores on a text. `loss` is in nats, the mean over scored tokens."""
 
     tokens: int
     bytes: int

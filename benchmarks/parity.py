@@ -114,7 +114,7 @@ def train_options(opts: Namespace, method: str, *more: str) -> Options:
 
 @dataclass
 class Run:
-    """What one training leaves. `means` (PEFT's side) is the loss by `cross_entropy`'s mean."""
+    """Hold the results of one training run. `means`, on PEFT's side, is each step's mean loss."""
 
     losses: list[float]  # nats a token, a step each
     initial: dict[str, Tensor]  # the trained parameters before the first step

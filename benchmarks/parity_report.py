@@ -1,4 +1,4 @@
-"""What the parity check says: tables and verdicts as it runs, `parity.json` and the picture."""
+"""Print the parity check's tables and verdicts; write `parity.json` and `parity.png`."""
 
 import math
 import os

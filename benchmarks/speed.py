@@ -1,4 +1,4 @@
-"""How fast and how small: this project against PEFT and transformers, measured side by side.
+"""Measure time and memory: this project against PEFT and transformers, side by side.
 
 `python -m benchmarks.speed` runs every contender in a process of its own, one after the other,
 round after round, so that a machine that slows down slows all of them; ratios are taken within a

@@ -43,7 +43,7 @@ Call = Callable[[], object]  # what is timed; its value shows that both sides co
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure. `axis` is the field that differs from task to task."""
+    """Describe one measurement. `axis` is the field that differs from task to task."""
 
     kind: str  # base, matmuls, or a key of CALLS
     base: str
@@ -63,7 +63,7 @@ class Task:
 
     @property
     def contender(self) -> str:
-        """Such as "PEFT, LoRA, bf16 autocast"."""
+        """Name who computes what, such as "PEFT, LoRA, bf16 autocast"."""
         what = self.method.replace("lora", "LoRA") if self.kind == "train" else self.kind
         who, how = "PEFT" if what == "LoRA" else "transformers", ""
         if self.side == "ours":

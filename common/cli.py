@@ -1,4 +1,4 @@
-"""What the commands' options have in common, and how a table is printed."""
+"""Parse the options that commands share, and print tables."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""How every command ends: 0 done, 1 the run itself failed, 2 a user's mistake, 130 interrupted."""
+"""End a command: status 0 done, 1 the run itself failed, 2 a user's mistake, 130 interrupted."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""How SIGINT and SIGTERM end a command that has nothing to save: one line, exit status 130 or 143.
+"""End a command on SIGINT or SIGTERM with one line and exit status 130 or 143.
 
 A command imports this before torch, whose import takes seconds, so that no traceback shows there.
 """

@@ -1,4 +1,4 @@
-"""What a finished run tells: `run.json`, `loss.png`, and the comparison of several runs."""
+"""Write `run.json` and `loss.png` at a run's end, and compare finished runs."""
 
 import json
 import math
