@@ -40,6 +40,7 @@ from training.report import count_parameters
 
 CLOSE = 1e-5  # relative: the same computation, up to the order of its sums
 LAST_BIT = 2.0**-23  # relative: fp32's unit in the last place
+DROPOUT = ("--base-dropout", "0.1")  # GPT-2's own, on any base; mini's config turns them off
 NO_DROPOUT = ("--base-dropout", "0", "--lora-dropout", "0")
 DRAWS = (1, 2, 3)  # of the PEFT runs whose spread is measured; ours have 0
 RESUMED_STEPS = 10
@@ -105,11 +106,11 @@ def to_the_bit() -> Iterator[None]:
 
 
 def train_options(opts: Namespace, method: str, *more: str) -> Options:
-    """Return the options of one run; `train.py`'s defaults for all the rest."""
+    """Return the options of one run: with all dropouts; `train.py`'s defaults for all the rest."""
     return ours.options(
         method, "--base", opts.directory, "--book", opts.book, "--precision", "fp32",
         "--max-steps", opts.steps, "--epochs", opts.steps, "--device", opts.device,
-        "--batch-size", opts.batch_size, "--block-size", opts.block_size, *more)
+        "--batch-size", opts.batch_size, "--block-size", opts.block_size, *DROPOUT, *more)
 
 
 @dataclass
@@ -152,8 +153,8 @@ def train_both(args: Options) -> tuple[Run, Run]:
 def exact(opts: Namespace, report: Report) -> tuple[Run, Run]:
     """In fp32 on one thread no bit may differ, from the seeded adapter to the trained one."""
     args = train_options(opts, "lora", "--device", "cpu")
-    print(f"\nexact: fp32, CPU, one thread, dropout {load_config(opts.directory).attn_pdrop}"
-                   f" in the base and {args.lora_dropout} in LoRA")
+    print(f"\nexact: fp32, CPU, one thread, dropout {args.base_dropout} in the base and "
+          f"{args.lora_dropout} in LoRA")
     here, there = train_both(args)
     counted = count_parameters(here.model)
     counts = ((counted["trainable_parameters"], counted["total_parameters"]),

@@ -122,7 +122,7 @@ def opts(base, book):
 def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
     def make_trainer(args):
         trainer = make(args)
-        trainer.model.set_dropout(0.5)  # on our side alone; the config says 0.1
+        trainer.model.set_dropout(0.5)  # on our side alone, in place of 0.1
         return trainer
 
     make = ours.make_trainer
