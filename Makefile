@@ -10,8 +10,9 @@
 # make test | lint | setup | clean
 # make test-lowest          the tests with the lowest versions that pyproject.toml allows
 #
-# Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file), OUT (a directory),
-# ARGS (any further options of the command).
+# Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file, or a directory of .txt
+# files; several by name: ARGS="--book a.txt b.txt"), OUT (a directory), ARGS (any further options
+# of the command).
 
 PYTHON ?= python3
 PY := .venv/bin/python

@@ -16,7 +16,7 @@ from common.cli import Parser, add_device_options, number
 from common.device import Device, keep_freed_memory
 from common.errors import RunError, UserError, run_command
 from common.files import write_json
-from data.tokens import load_tokens
+from data.tokens import load_books
 from data.windows import NOT_SCORED, evaluation_batches, split
 from lora.load import add_model_options, load_model
 from model import fast as ops
@@ -94,8 +94,9 @@ def check_block_size(block_size: int, config: GPT2Config) -> None:
 def parse_args():
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_model_options(parser)
-    parser.add_argument("--text", type=Path, default=None, metavar="FILE",
-                        help="UTF-8 text to score whole (default: data/book.txt's validation part)")
+    parser.add_argument("--text", type=Path, nargs="+", default=None, metavar="FILE",
+                        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
+                             "data/book.txt's validation part)")
     parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0), default=None,
                         help="score only this last part of the text")
     parser.add_argument("--block-size", type=number(int, 1), default=128)
@@ -121,9 +122,9 @@ def main() -> None:
     name, model, tokenizer = load_model(args.base, args.adapter)
     check_block_size(args.block_size, model.config)
     device.hold(model.requires_grad_(False))
-    text = args.text or BOOK
+    text = ", ".join(map(str, args.text or [BOOK]))
     fraction = args.val_fraction or (1.0 if args.text else 0.1)
-    tokens = split(load_tokens(text, tokenizer), fraction)[1]
+    tokens = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
     if len(tokens) <= args.label_shift:
         raise UserError(f"{text}: {len(tokens)} tokens; too short to score")
     batches = evaluation_batches(tokens, args.block_size, args.stride or args.block_size,
@@ -135,7 +136,7 @@ def main() -> None:
     if args.json:
         write_json(args.json, {
             "base": name, "adapter": str(args.adapter) if args.adapter else None,
-            "text": str(text), "val_fraction": fraction, "tokens": scores.tokens,
+            "text": text, "val_fraction": fraction, "tokens": scores.tokens,
             "bytes": scores.bytes, "loss": scores.loss, "perplexity": scores.perplexity,
             "bits_per_byte": scores.bits_per_byte, "accuracy": scores.accuracy,
         })

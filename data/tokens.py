@@ -1,7 +1,8 @@
 """A text file as a cached, memory-mapped file of token ids."""
 
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +15,33 @@ from model.tokenizer import PATTERN, Tokenizer
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
 PIECE = 1 << 16  # characters read at a time: memory does not grow with the book
 LONGEST_RUN = 1 << 16  # characters without a boundary; tiktoken slows down and fails on long runs
+
+
+def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
+    """Return the token ids (N,) of the books in this order, an end-of-text token between two.
+
+    A directory stands for its `.txt` files by name. One book is memory-mapped; several are joined
+    in memory. Raises UserError as `load_tokens`, and for a directory without such files.
+    """
+    books = []
+    for path in paths:  # os.path, because Path's own test raises where a name is too long
+        inside = sorted(path.glob("*.txt")) if os.path.isdir(path) else [path]
+        if not inside:
+            raise UserError(f"{path}: is a directory without .txt files")
+        books += inside
+    parts = [load_tokens(book, tokenizer) for book in books]
+    if len(parts) == 1:
+        return parts[0]
+    end = np.array([end_of_text(tokenizer)], tokenizer.dtype)
+    return np.concatenate([ids for part in parts for ids in (end, part)][1:])
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """Return the end-of-text token's id. Raises UserError if the base has none."""
+    if tokenizer.end_of_text is None:
+        raise UserError(f"{tokenizer.source}: its tokenizer has no end-of-text token, which "
+                        "--data and several books need")
+    return tokenizer.end_of_text
 
 
 def load_tokens(book: Path, tokenizer: Tokenizer, cache: Path = CACHE) -> np.ndarray:

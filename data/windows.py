@@ -1,6 +1,6 @@
 """Split a book's tokens, cut them into windows, and make batches of windows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from data.tokens import load_tokens
+from data.tokens import load_books
 from model.tokenizer import Tokenizer
 
 NOT_SCORED = -100  # F.cross_entropy's ignore_index
@@ -52,17 +52,18 @@ class Windows:
         return f"windows at tokens {places} of the book"
 
 
-def load_windows(book: Path, tokenizer: Tokenizer, *, block_size: int, stride: int,
+def load_windows(books: Sequence[Path], tokenizer: Tokenizer, *, block_size: int, stride: int,
                  label_shift: int, val_fraction: float) -> tuple[Windows, np.ndarray]:
-    """Return the training windows and the validation part's tokens.
+    """Return the training windows and the validation part's tokens, of all books as one.
 
     Raises UserError if either part is shorter than a window.
     """
-    train_part, val_part = split(load_tokens(book, tokenizer), val_fraction)
+    train_part, val_part = split(load_books(books, tokenizer), val_fraction)
     for name, part in (("training", train_part), ("validation", val_part)):
         if len(part) < block_size + label_shift:
-            raise UserError(f"{book}: its {name} part is {len(part):,} tokens, less than one "
-                            f"window of {block_size}; use a longer book or a smaller block")
+            raise UserError(f"{', '.join(map(str, books))}: its {name} part is {len(part):,} "
+                            f"tokens, less than one window of {block_size}; use a longer book or "
+                            "a smaller block")
     return Windows(train_part, block_size, stride, label_shift), val_part
 
 

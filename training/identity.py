@@ -52,7 +52,8 @@ def refuse_another(then: dict, now: dict) -> None:
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old.get(name)!s:.80} and "
                             f"is now {new.get(name)!s:.80}; repeat the run's own options")
     if then["book"] != now["book"]:
-        raise UserError(f"--resume: --book {new['book']}: its text changed since the run began")
+        raise UserError(f"--resume: --book {' '.join(new['book'])}: its text changed since the run "
+                        "began")
     for part in sorted(then["base"].keys() | now["base"].keys()):
         if then["base"].get(part) != now["base"].get(part):
             raise UserError(f"--resume: --base {new['base']}: its {part} changed since the run "

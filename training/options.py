@@ -27,7 +27,9 @@ class Options:
     method: str
     base: str = option(**BASE)
     # data
-    book: Path = option(BOOK, Path, "UTF-8 text file")
+    book: tuple[Path, ...] = option(
+        (BOOK,), Path, "UTF-8 text files, or directories of .txt files (default: data/book.txt)",
+        nargs="+", metavar="FILE")
     block_size: int = option(128, number(int, 1), "tokens a window")
     stride: int = option(16, number(int, 1), "a training window starts every so many tokens")
     val_fraction: float = option(0.1, number(float, 0.001, 0.9),
@@ -85,9 +87,12 @@ class Options:
         """Every option of the method with its value, as JSON holds it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)[1:]
                   if self.method == "lora" or f.name not in LORA_ONLY}
-        return {name: str(value) if isinstance(value, Path)
-                else list(value) if isinstance(value, tuple) else value
+        return {name: [*map(_plain, value)] if isinstance(value, tuple) else _plain(value)
                 for name, value in values.items()}
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
 
 
 LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_adapter")
@@ -114,6 +119,5 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
                     "default": defaults.get(f.name, f.default)}
                 group.add_argument(f"--{f.name.replace('_', '-')}", **settings)
     values = vars(parser.parse_args(argv))
-    if "target_modules" in values:
-        values["target_modules"] = tuple(values["target_modules"])
-    return Options(**values)
+    return Options(**{name: tuple(value) if isinstance(value, list) else value
+                      for name, value in values.items()})

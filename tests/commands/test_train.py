@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import evaluate
+import train
 from tests import runs
 from tests.helpers import TINY, small_tokenizer
 from tests.runs import (
@@ -53,7 +54,7 @@ def test_run_json_tells_the_run(done, base, book):
         "best_val_bits_per_byte", "steps", "seconds", "tokens_per_second", "peak_memory_mb",
         "device", "precision", "torch", "base_sha256", "book_sha256"}
     assert report["options"].keys() == parse_options("-", [report["method"]]).as_json().keys()
-    assert report["options"]["book"] == str(book) and report["options"]["lr"] == 3e-3
+    assert report["options"]["book"] == [str(book)] and report["options"]["lr"] == 3e-3
     assert report["base"] == report["options"]["base"] == str(base)
     assert (report["device"], report["precision"]) == ("cpu", "fp32")
     assert report["torch"] == torch.__version__
@@ -157,6 +158,26 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     assert all(torch.equal(tensor, kept[key]) for key, tensor in initial.items())
     assert worse.report["best_val_loss"] == pytest.approx(first.report["best_val_loss"], rel=1e-6)
     assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
+
+
+def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_path):
+    other = tmp_path / "another book.txt"
+    other.write_text(runs.story(seed=1))
+    options = ("--max-steps", 1, "--eval-every", 1, *runs.NO_DROPOUT["lora"])
+    one = trained("lora", base, book, tmp_path / "one", *options, "--book", book, other)
+    joined = tmp_path / "joined.txt"
+    joined.write_text(f"{book.read_text()}<|endoftext|>{other.read_text()}")
+    same = trained("lora", base, joined, tmp_path / "same", *options)
+    assert one.column("val_loss") == same.column("val_loss")
+    assert one.report["book_sha256"] == same.report["book_sha256"]
+    again = run(train.main, *runs.arguments("lora", base, book, one.out, *options, "--resume",
+                                            "--book", other, book))
+    assert f"--book {other} {book}: its text changed" in runs.one_line(again, 2)
+    ending = run(evaluate.main, "--base", base, "--text", book, other, "--val-fraction", 0.1,
+                 "--adapter", one.out, "--block-size", BLOCK, "--json", tmp_path / "scores.json")
+    assert ending.stdout.startswith(f"{book}, {other}, the last 10 %: ")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-6)
 
 
 def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(

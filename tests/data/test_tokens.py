@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data import corpus
 from data import tokens as tokens_module
-from data.tokens import load_tokens
+from data.tokens import load_books, load_tokens
 from model.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
 from tests.helpers import small_tokenizer
 from tests.runs import one_line, run
@@ -69,6 +69,28 @@ def test_a_book_of_several_pieces_with_a_byte_order_mark_and_a_separator(tmp_pat
     assert tokens.dtype == (np.uint32 if tokenizer.vocab_size == 70_000 else np.uint16)
 
 
+def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(load_tokens, "__defaults__", (tmp_path / "cache",))
+    texts = tmp_path / "some texts"
+    texts.mkdir()
+    for name in ("b.txt", "a.txt", "notes.md"):
+        (texts / name).write_text(f"The text of {name}.\n")
+    a, b = (GPT2.encode(f"The text of {name}.\n").tolist() for name in ("a.txt", "b.txt"))
+    end = [GPT2.end_of_text]
+    for paths, ids in (([texts / "b.txt"], b), ([texts], a + end + b),
+                       ([texts / "b.txt", texts / "a.txt"], b + end + a),
+                       ([texts, texts / "a.txt"], a + end + b + end + a)):
+        tokens = load_books(paths, GPT2)
+        assert tokens.tolist() == ids and tokens.dtype == np.uint16
+    assert len(list((tmp_path / "cache").glob("*.bin"))) == 2  # an entry a book
+    assert isinstance(load_books([texts / "b.txt"], GPT2), np.memmap)
+    for paths, tokenizer, words in (
+            ([tmp_path / "cache"], GPT2, "cache: is a directory without .txt files"),
+            ([texts], replace(GPT2, end_of_text=None), "no end-of-text token")):
+        with pytest.raises(UserError, match=words):
+            load_books(paths, tokenizer)
+
+
 def test_line_ends_of_every_system_give_the_same_tokens(tmp_path):
     unix = "one\ntwo\n\n\nthree \n four"
     for line_end in ("\n", "\r\n", "\r"):
@@ -105,7 +127,7 @@ def test_memory_does_not_grow_with_the_book(tmp_path):
         (tmp_path / f"{megabytes}.txt").write_text(line * (megabytes * 1_000_000 // len(line)))
     script = f"""
 from pathlib import Path
-from data.tokens import load_tokens
+from data.tokens import load_books, load_tokens
 from model.tokenizer import gpt2_tokenizer
 for book in ("2.txt", "16.txt"):
     load_tokens(Path({str(tmp_path)!r}, book), gpt2_tokenizer(), Path({str(tmp_path / "cache")!r}))
