@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, add_device_options, number
-from common.device import Device, keep_freed_memory
+from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
 from common.files import write_json
 from data.tokens import load_books
@@ -118,7 +118,7 @@ def main() -> None:
     if args.stride and args.stride > args.block_size:
         raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
     device = Device.pick(args.device, args.precision)
-    keep_freed_memory()
+    tune_process()
     name, model, tokenizer = load_model(args.base, args.adapter)
     check_block_size(args.block_size, model.config)
     device.hold(model.requires_grad_(False))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.cli import Parser, add_device_options, number
-from common.device import Device, keep_freed_memory
+from common.device import Device, tune_process
 from common.errors import UserError, run_command
 from common.files import brief
 from lora.inject import adapter_disabled
@@ -49,7 +49,7 @@ def main() -> None:
     if args.with_base and not args.adapter:
         raise UserError("--with-base compares with an adapter: give --adapter")
     device = Device.pick(args.device, args.precision)
-    keep_freed_memory()
+    tune_process()
     name, model, tokenizer = load_model(args.base, args.adapter)
     device.hold(model.requires_grad_(False))
     with device.autocast():

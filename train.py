@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.device import Device, keep_freed_memory
+from common.device import Device, tune_process
 from common.errors import run_command
 from data.windows import Windows, evaluation_batches, load_windows
 from evaluate import Scores, check_block_size, evaluate
@@ -42,12 +42,14 @@ from training.session import Session
 
 
 def main() -> None:
-    keep_freed_memory()
+    tune_process()
     options, ranks = parse_options(__doc__), Ranks.of_torchrun()
     device = Device.pick(options.device, options.precision, train=True)
     with ranks.joined(device.torch):
         if ranks.first:
             check_out(options)
+        if options.compile:
+            device.check_compiler()
         with ranks.first_goes_first():
             name, directory = find_base(options.base)
         options = replace(options, base=name, precision=device.precision)
@@ -160,6 +162,8 @@ class Trainer:
 
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
+        if not len(inputs):  # a rank without windows: flash attention refuses them (pytorch#133780)
+            return 0 * sum(p.sum() for p in self.parameters.values())
         hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
         return ops.tied_cross_entropy(hidden, self.model.wte.weight, targets.flatten())
 

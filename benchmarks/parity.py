@@ -49,6 +49,7 @@ RESUMED_STEPS = 10
 def main() -> int:
     opts = parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers', about each other
+    torch.set_float32_matmul_precision("highest")  # an image may switch TF32 on
     began, report = time.perf_counter(), Report()
     print(f"base {opts.name}, {opts.steps} steps of {opts.batch_size} x {opts.block_size} tokens, "
           f"{machine()}; here: this project, there: PEFT and transformers")
@@ -238,16 +239,16 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
 
 
 def trained_path(opts: Namespace, report: Report) -> None:
-    """The path that users train on: any device, any number of threads, fp32 and bf16."""
+    """The path that users train on: any device, any number of threads, fp32 and bf16 or fp16."""
     print(f"\nas trained: {Device.pick(opts.device).name}, "
                    f"{torch.get_num_threads()} threads")
-    fp32 = None
-    for precision in ("fp32", "bf16"):
+    fp32, device = None, Device.pick(opts.device)
+    for precision in ("fp32", device.precision if device.is_cuda else "bf16"):  # not emulated
         options = ("lora", "--precision", precision)
         here, there = train_both(train_options(opts, *options, *NO_DROPOUT))
         name, fp32 = f"{precision}, no dropout", fp32 or there.losses
         report.curve(name, here.losses, there.losses)
-        # bf16 rounds on both sides; what one rounding does is measured on PEFT itself.
+        # Both sides round; what one rounding does is measured on PEFT itself.
         allowed = CLOSE if precision == "fp32" else 2 * relative(there.losses, fp32)
         report.check(f"{name}: loss of every step, relative",
                      relative(here.losses, there.losses), allowed)

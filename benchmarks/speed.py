@@ -6,7 +6,7 @@ round. The base is a GPT-2 124M of random weights, made on the spot. All sides h
 batches, dropouts, optimizer (fused AdamW) and clipping. The others run as they come: stock
 activation and attention, cross-entropy over their logits, mixed precision by autocast, and for
 LoRA, evaluation and generation also with the frozen weights themselves in low precision; our side
-keeps freed memory as its commands do (`keep_freed_memory`). `--only growth` is
+keeps freed memory as its commands do (`tune_process`). `--only growth` is
 LoRA against batch, block and rank; `--only scaling` is one batch shared by the ranks that torchrun
 starts, all on this machine; its bytes are those that a rank's step hands to all_reduce.
 """
@@ -71,21 +71,23 @@ def parse_args() -> Namespace:
     parser.add_argument("--steps", type=number(int, 1),
                         help="timed after the warm-up (default: 3; --quick: 1; on CUDA 20)")
     parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), metavar="P",
-                        help="default: fp32 and bf16, on CUDA fp16 as well; --quick: bf16")
+                        help="default: fp32, bf16 unless the GPU emulates it, and on CUDA fp16; "
+                             "--quick: bf16")
     parser.add_argument("--only", nargs="+", choices=(*KINDS, *AXES), default=list(KINDS),
                         metavar="PART", help=f"default: {' '.join(KINDS)}; also {' '.join(AXES)}")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results",
                         metavar="DIR", help="where the figures and pictures go")
     opts = parser.parse_args()
-    opts.device = Device.pick(opts.device).torch.type
-    cuda = opts.device == "cuda"
+    device = Device.pick(opts.device)
+    opts.device, cuda = device.torch.type, device.is_cuda
+    native = device.precision if cuda else "bf16"  # fp16 where bf16 would be emulated
     opts.base = opts.base or ("mini" if opts.quick else None)
     opts.rounds = opts.rounds or (1 if opts.quick else 5)
     opts.steps = opts.steps or (20 if cuda else 1 if opts.quick else 3)
     opts.warm_up = 3 if cuda else 2
     opts.precision = opts.precision or (
-        ["bf16"] if opts.quick else list(PRECISIONS) if cuda else ["fp32", "bf16"])
+        [native] if opts.quick else list(dict.fromkeys(("fp32", native, *["fp16"] * cuda))))
     return opts
 
 
@@ -129,6 +131,7 @@ def along(opts: Namespace, part: str) -> list[Task]:
     bf16 if that is among the precisions; for scaling both of our methods, in the first precision.
     """
     tasks, most = [], {"block_size": opts.config.n_positions, "r": opts.config.n_embd}
+    most |= {"ranks": torch.cuda.device_count()} if opts.device == "cuda" else {}
     bf16 = part == "growth" and "bf16" in opts.precision
     others = {"side": "theirs"} if part == "growth" else {"method": "full"}
     for axis, sizes in AXES[part].items():

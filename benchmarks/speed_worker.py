@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 from benchmarks import ours
-from common.device import PRECISIONS, Device, keep_freed_memory
+from common.device import PRECISIONS, Device, tune_process
 from common.errors import RunError, run_command
 from generate import generate
 from lora.inject import inject
@@ -108,7 +108,7 @@ def measure(task: Task) -> dict:
     """Return the figures of this task."""
     device = Device.pick(task.device, task.precision)
     if task.side == "ours":
-        keep_freed_memory()  # as train.py, evaluate.py and generate.py do
+        tune_process()  # as train.py, evaluate.py and generate.py do
     torch.manual_seed(0)
     if task.kind == "base":  # of random weights: speed does not depend on their values
         model = GPT2(GPT2Config())

@@ -1,6 +1,7 @@
 """The device and the precision on it: one object that knows its autocast, casts and copies."""
 
 import ctypes
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -25,15 +26,25 @@ class Device:
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
         """`auto` is CUDA, then MPS, then the CPU; and bf16 on a GPU that has it, else fp16 on CUDA.
         On a CPU it is fp32 or, to train, bf16 where there are instructions for it. Raises UserError
-        for a device that is not there.
+        for a device that is not there or runs no kernel, and for training in fp16 on MPS.
         """
-        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                   "cpu": True}
+        asked, present = device, {"cuda": torch.cuda.is_available(),
+                                  "mps": torch.backends.mps.is_available(), "cpu": True}
         if device == "auto":
             device = next(name for name, there in present.items() if there)
         if not present[device]:
             raise UserError(f"--device {device}: this machine or this build of torch has none; "
                             "use cpu")
+        if device == "cuda" and (failure := _first_kernel_fails()):
+            reason = (f"the GPU's first kernel fails ({failure}); a GPU older than Turing needs "
+                      "torch from PyTorch's cu126 index")
+            if asked == "cuda":
+                raise UserError(f"--device cuda: {reason}")
+            print(f"warning: the CPU is used: {reason}", file=sys.stderr)
+            device = "cpu"
+        if train and (device, precision) == ("mps", "fp16"):  # pytorch#186360
+            raise UserError("--precision fp16: on MPS, AdamW also takes the steps whose gradients "
+                            "overflowed; use bf16 or fp32")
         if precision == "auto" and device == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16" if bf16 else "fp16"
@@ -71,12 +82,24 @@ class Device:
                         parameter.data = parameter.data.to(PRECISIONS[self.precision])
         return model.to(self.torch)
 
+    def check_compiler(self) -> None:
+        """Raise UserError if torch.compile does not work here."""
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.torch))
+        except Exception as error:  # each backend has exceptions of its own
+            raise UserError("--compile: needs a C++ compiler and, on a GPU, Python's headers "
+                            f"({first_line(error)})") from error
+
     def random_state(self) -> Tensor:
         """The state of the generator that the device's dropouts draw from; the CPU's on a CPU."""
-        return torch.cuda.get_rng_state(self.torch) if self.is_cuda else torch.get_rng_state()
+        return self._generator.get_rng_state()
 
     def set_random_state(self, state: Tensor) -> None:
-        torch.cuda.set_rng_state(state, self.torch) if self.is_cuda else torch.set_rng_state(state)
+        self._generator.set_rng_state(state)
+
+    @property
+    def _generator(self):
+        return {"cuda": torch.cuda, "mps": torch.mps}.get(self.torch.type, torch)
 
     def peak_memory_mb(self) -> float:
         """The most memory held so far, in MB (10^6 bytes): CUDA's allocator, else the process."""
@@ -86,9 +109,27 @@ class Device:
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
+def _first_kernel_fails() -> str:
+    """Why it does, or "". Wheels hold kernels for some GPUs only: none shows before it is tried."""
+    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # this rank's
+    try:
+        torch.ones(1, device=f"cuda:{gpu}").add(1).item()
+    except RuntimeError as error:
+        return first_line(error)
+    return ""
+
+
 def _cpu_has_bf16() -> bool:
     """Whether the CPU multiplies in bf16 (AMX or AVX-512 bf16); elsewhere that is emulated."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def tune_process() -> None:
+    """Set what our commands compute fastest with, for all of this process."""
+    keep_freed_memory()
+    # On an H100 or later, torch 2.11 to 2.13 prefer cuDNN, which plans every new shape anew: in
+    # generation one at each token (transformers#48163).
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def keep_freed_memory() -> None:

@@ -13,6 +13,10 @@ class RunError(Exception):
     """A failure in the run itself, such as a loss that is not finite."""
 
 
+# torch's CPU allocator and cuBLAS have no exception of their own.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its status; known failures end with one line on stderr."""
     for stream in (sys.stdout, sys.stderr):  # a terminal may not know every character of a text
@@ -31,6 +35,20 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(1)
     except (RunError, OSError) as error:  # OSError: a full disk, a directory taken away
         fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fail("out of memory; try a smaller base, batch or block, or --precision bf16", 1)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Of the GPU's memory or the machine's."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY))
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def fail(message: object, status: int) -> None:

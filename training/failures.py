@@ -1,11 +1,7 @@
 """What ends a run that has begun, in one line: memory, the disk, a number that is not finite."""
 
-import torch
-
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, is_out_of_memory
 from training.options import Options
-
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def describe_failure(error: BaseException | None, options: Options) -> str | None:
@@ -21,13 +17,6 @@ def describe_failure(error: BaseException | None, options: Options) -> str | Non
     if is_out_of_memory(error):
         return f"out of memory; {memory_advice(options)}"
     return None
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Of the GPU's memory or the machine's: torch's CPU allocator has no exception of its own."""
-    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or (isinstance(error, RuntimeError)
-                and any(text in str(error) for text in NO_MEMORY)))
 
 
 def memory_advice(options: Options) -> str:

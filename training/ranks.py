@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # later, its functions' defaults would keep a group alive past its end
 from torch import Tensor
 
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, first_line
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wait
@@ -80,10 +80,12 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:  # gloo has no exception of its own
-            if dist.is_initialized() and dist.get_backend() == "gloo":
-                dist.destroy_process_group()  # or a thread of its own can abort Python's exit
+            if dist.is_initialized():  # "gloo", or "cpu:gloo,cuda:nccl"
+                if "nccl" in dist.get_backend():
+                    dist.group.WORLD.abort()  # it would wait for the rank that has gone
+                dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
             raise RunError(f"rank {self.rank} of {self.count}: the connection to another rank is "
-                           "lost; its own message says why") from error
+                           f"lost ({first_line(error)}); its own message says why") from error
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:

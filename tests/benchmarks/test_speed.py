@@ -231,3 +231,15 @@ def test_compiled_runs_of_both_sides_are_among_the_tasks_on_cuda(base):
     assert compiled == [f"{name}, compiled" for name in (
         "this project, LoRA, bf16", "PEFT, LoRA, bf16 autocast", "this project, full, bf16",
         "transformers, full, bf16 autocast")]
+
+
+def test_a_gpu_gets_the_ranks_and_precisions_that_it_has(base, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    opts = mock.Mock(task=Task("train", str(base)), device="cuda", precision=["fp32"],
+                     config=GPT2Config())
+    assert {task.ranks for task in speed.along(opts, "scaling")} == {1, 2}
+    for native, expected in (("bf16", ["fp32", "bf16", "fp16"]), ("fp16", ["fp32", "fp16"])):
+        device = Device(torch.device("cuda"), native)
+        with (mock.patch.object(Device, "pick", lambda _, found=device: found),
+              mock.patch.object(sys, "argv", ["speed"])):
+            assert speed.parse_args().precision == expected

@@ -5,16 +5,21 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from common.errors import RunError
+from model import fast
 from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
 from tests.runs import NO_DROPOUT, arguments, finished, run, trained, trainer
 from train import main
+from training.ranks import Ranks
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 COMPARED = {"lora-4": ("lora", 4), "full-2": ("full", 2)}
@@ -182,3 +187,33 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path
         text = process.err_file.read_text()
         assert words in line and "SIGKILL" not in text and "train.py\", line" not in text
     assert not free.exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
+        base, book, tmp_path, monkeypatch, precision):
+    """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
+    made, sent = trainer("lora", base, book, tmp_path, "--precision", precision), []
+    monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
+    monkeypatch.setattr(Ranks, "add_up", lambda self, tensors: sent.extend(
+        t.clone() for t in tensors))
+    made.ranks = Ranks(rank=1, count=2)
+    made.step(np.array([3]))  # which rank 0 computes
+    assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]
+    assert not any(t.any() for t in sent) and made.meter.measure()["loss"] == 0
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
+def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "group", mock.Mock())
+    monkeypatch.setattr(dist, "destroy_process_group", mock.Mock())
+    monkeypatch.setattr(dist, "all_reduce", mock.Mock(
+        side_effect=RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nLast error:")))
+    with pytest.raises(RunError) as failure:
+        Ranks(rank=1, count=2).agree(0)
+    assert LOST.fullmatch(f"error: {failure.value}") and "(NCCL error in: X.cpp:1, " in str(
+        failure.value) and "Last error" not in str(failure.value)
+    dist.destroy_process_group.assert_called_once_with()
+    assert dist.group.WORLD.abort.called == ("nccl" in backend)

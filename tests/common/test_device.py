@@ -1,0 +1,98 @@
+"""What the choice of a device promises, with its GPU played by stand-ins."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+import evaluate
+import generate
+import train
+from benchmarks import speed_worker
+from benchmarks.speed_worker import Task
+from common.device import Device
+from common.errors import UserError
+from tests.runs import arguments, one_line, run
+
+TOO_OLD = "CUDA error: no kernel image is available for execution on the device"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is there, and runs `torch.ones`."""
+    ones = torch.ones
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    first_kernel = mock.Mock(side_effect=lambda *size, device=None: ones(*size))
+    monkeypatch.setattr(torch, "ones", first_kernel)
+    return first_kernel
+
+
+def test_the_first_kernel_runs_on_the_ranks_own_gpu(gpu, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert Device.pick() == Device(torch.device("cuda"), "fp16")
+    gpu.assert_called_once_with(1, device="cuda:1")
+
+
+def test_a_gpu_that_runs_no_kernel_is_left_or_refused_in_one_line(gpu, capsys):
+    gpu.side_effect = RuntimeError(f"{TOO_OLD}\nCompile with `TORCH_USE_CUDA_DSA`")
+    assert Device.pick().torch.type == "cpu"
+    warning, = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: the CPU is used") and TOO_OLD in warning
+    with pytest.raises(UserError, match=r"^--device cuda: .*no kernel image.*cu126[^\n]*$"):
+        Device.pick("cuda")
+    assert Device.pick("cpu").torch.type == "cpu" and not capsys.readouterr().err
+
+
+def test_fp16_is_not_for_training_on_mps_and_its_generator_is_saved(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UserError, match="--precision fp16: on MPS"):
+        Device.pick("mps", "fp16", train=True)
+    assert Device.pick("mps", "fp16").precision == "fp16"  # to evaluate
+    device, state = Device.pick("mps", "bf16", train=True), torch.tensor([1, 2], dtype=torch.uint8)
+    with (mock.patch.object(torch.mps, "get_rng_state", lambda: state),
+          mock.patch.object(torch.mps, "set_rng_state") as put):
+        assert device.random_state() is state
+        device.set_random_state(state)
+    put.assert_called_once_with(state)
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main, generate.main])
+def test_our_commands_leave_cudnn_attention_and_no_other_side_does(main, base, monkeypatch):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setitem(speed_worker.CALLS, "train", lambda *_: lambda: None)
+    speed_worker.measure(Task("train", str(base), side="theirs"))
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    argv = {train.main: ("lora",), generate.main: ("--prompt", "x")}.get(main, ())
+    assert run(main, *argv, "--base", "nowhere", "--device", "cpu").status == 2
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
+        base, book, tmp_path, monkeypatch):
+    config = pytest.importorskip("torch._inductor.config")
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/c++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    ending = run(train.main, *arguments("lora", base, book, tmp_path / "run", "--compile"))
+    line = one_line(ending, 2)
+    assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
+    ids=["CUDA", "Python", "cuBLAS"])
+@pytest.mark.parametrize("main", [train.main, evaluate.main, generate.main])
+def test_out_of_memory_while_the_model_is_moved_is_one_line(
+        main, error, base, book, tmp_path, monkeypatch):
+    argv = {train.main: arguments("lora", base, book, tmp_path / "run"),
+            generate.main: ("--prompt", "x", "--base", base, "--device", "cpu"),
+            evaluate.main: ("--base", base, "--device", "cpu", "--block-size", 16)}[main]
+    monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=error))
+    assert one_line(run(main, *argv)).startswith("error: out of memory; try a smaller base")
+    monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(main, *argv)
