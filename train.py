@@ -22,9 +22,11 @@ from common.errors import run_command
 from data.windows import Windows, evaluation_batches, load_windows
 from evaluate import Scores, check_block_size, evaluate
 from lora.adapter import save_adapter
+from lora.fa import freeze_a
 from lora.inject import adapter_disabled
 from lora.layer import LoRAConfig
 from lora.load import add_adapter
+from lora.plus import parameter_groups
 from model import fast as ops
 from model.gpt2 import GPT2, GPT2Config
 from model.hub import find_base
@@ -82,7 +84,10 @@ def build_model(options: Options, directory: Path) -> tuple[GPT2, LoRAConfig | N
     config, start = options.lora_config, options.init_adapter
     if start and options.resume and has_checkpoint(options.out):
         config, start = saved_lora_config(options.out), None  # A and B come from there, too
-    return model, add_adapter(model, directory, config, start)
+    config = add_adapter(model, directory, config, start)
+    if options.freeze_a:
+        freeze_a(model)
+    return model, config
 
 
 def load_data(options: Options, config: GPT2Config,
@@ -113,7 +118,8 @@ class Trainer:
         self.options, self.device, self.tokenizer, self.ranks = options, device, tokenizer, ranks
         self.model, self.windows, self.val_tokens = device.hold(model), windows, val_tokens
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=options.lr,
+        groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr,
                                            weight_decay=options.weight_decay, fused=True)
         # fp16's small gradients vanish: scale the loss up, and the gradients down before the step.
         fp16 = device.precision == "fp16"
@@ -153,7 +159,7 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.clip or math.inf)
         lr = learning_rate(self.progress.step, self.total_steps, options.lr, options.warmup_ratio)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -5,48 +5,39 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lora.dora import DoRALinear
 from lora.layer import LoRAConfig, LoRALinear
-
-REFUSED = {"lm_head": "the head is tied to wte, and an update of one would change both",
-           "wte": "it is tied to the head", "wpe": "it is an embedding, not a linear layer"}
+from lora.pissa import PiSSALinear
+from lora.slices import SlicedLoRALinear
+from lora.targets import find_targets, layer_config
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> None:
-    """Wrap every `nn.Linear` named by `config.target_modules` in a `LoRALinear`; freeze the rest.
+    """Wrap every `nn.Linear` that `find_targets` names in a `LoRALinear`; freeze the rest.
 
-    A target is a module's full name or a suffix of it after a dot, as in PEFT: `c_proj` is the
-    attention's and the MLP's. Raises ValueError, and leaves the model as it was, if a target
-    matches nothing or something that is not a linear layer, if the rank is above a layer's size,
-    or if the model has an adapter already.
+    Raises ValueError, and leaves the model as it was, for what that refuses, for a rank above a
+    layer's size, or for a second adapter.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; merge it first")
-    targets = _find_targets(model, config.target_modules)
-    # By layer, and not by name: a layer that has two names stays one layer.
-    wrapped = {layer: LoRALinear(layer, config) for layer in dict.fromkeys(targets.values())}
+    targets = find_targets(model, config)
+    layers = {name: model.get_submodule(name) for name in targets}
+    wrapped: dict[nn.Linear, LoRALinear] = {}
+    for name, layer in layers.items():
+        if layer not in wrapped:  # by layer, and not by name: one that has two stays one
+            wrapped[layer] = _wrap(layer, layer_config(config, name), targets[name])
     model.requires_grad_(False)
-    for name, layer in targets.items():
+    for name, layer in layers.items():
         model.set_submodule(name, wrapped[layer])
 
 
-def _find_targets(model: nn.Module, target_modules: tuple[str, ...]) -> dict[str, nn.Linear]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    linear = {name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, nn.Linear)}
-    found = set()
-    for target in target_modules:
-        if reason := REFUSED.get(target.rpartition(".")[2]):
-            raise ValueError(f"target module {target!r} is refused: {reason}")
-        # Full names are those of transformers' GPT2LMHeadModel, which PEFT writes for "all-linear".
-        matches = [name for name in modules if f".transformer.{name}".endswith(f".{target}")]
-        if not matches:
-            raise ValueError(f"target module {target!r} is not in the model; "
-                             f"it has {', '.join(sorted(linear))}")
-        for name in matches:
-            if not isinstance(modules[name], nn.Linear):
-                raise ValueError(f"target module {target!r} matches {name}, a "
-                                 f"{type(modules[name]).__name__}; only linear layers are adapted")
-        found |= set(matches)
-    return {name: module for name, module in modules.items() if name in found}
+def _wrap(layer: nn.Linear, config: LoRAConfig, slices: set[str]) -> LoRALinear:
+    pissa = config.init_lora_weights == "pissa"
+    if config.use_dora + pissa + bool(slices) > 1:
+        raise ValueError("DoRA, PiSSA and slices of a layer exclude each other")
+    if slices:
+        return SlicedLoRALinear(layer, config, slices)
+    return (DoRALinear if config.use_dora else PiSSALinear if pissa else LoRALinear)(layer, config)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

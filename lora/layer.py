@@ -1,7 +1,7 @@
 """The LoRA layer: a frozen linear layer plus a trained update of low rank."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("c_attn",)
+    target_modules: tuple[str, ...] | str = ("c_attn",)
     use_rslora: bool = False
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    init_lora_weights: bool | str = True  # or "pissa"
 
     @property
     def scaling(self) -> float:
@@ -27,6 +32,11 @@ class LoRAConfig:
         (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         """
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def stacked(self, n: int) -> "LoRAConfig":
+        """Return the config of n such adapters stacked into one, of the same scaling."""
+        alpha = self.lora_alpha * (math.sqrt(n) if self.use_rslora else n)
+        return replace(self, r=n * self.r, lora_alpha=alpha)
 
 
 class LoRALinear(nn.Module):
@@ -43,7 +53,7 @@ class LoRALinear(nn.Module):
         fan_in, fan_out = base_layer.in_features, base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
-        self.base_layer = base_layer
+        self.base_layer, self.config = base_layer, config  # the config of what `adapter` returns
         self.scaling = config.scaling
         self.lora_dropout = Dropout(config.lora_dropout)
         # Drawn on the CPU in PEFT's order (A, B, then A again), so one seed gives one adapter.
@@ -64,6 +74,10 @@ class LoRALinear(nn.Module):
             x = x.to(self.lora_A.weight.dtype)
         update = self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling  # (..., out)
         return (y + update).to(y.dtype)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Return what a file holds of this layer, under PEFT's names."""
+        return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -10,7 +10,7 @@ from common.errors import UserError
 from lora.layer import LoRAConfig
 from model.weights import base_hashes
 from training.checkpoint import read_checkpoint
-from training.options import Options
+from training.options import Options, flag
 
 # Options that may change when a run is resumed: they do not change its result, or they are paths,
 # and what lies there is compared itself.
@@ -38,8 +38,8 @@ def identity_of(run: dict) -> dict:
 def saved_lora_config(out: Path) -> LoRAConfig:
     """Return the adapter's shape in the run whose checkpoint lies in `out`."""
     options = read_checkpoint(out)["run"]["options"]
-    config = {f.name: options[f.name] for f in fields(LoRAConfig)}
-    return LoRAConfig(**config | {"target_modules": tuple(config["target_modules"])})
+    values = {f.name: options[f.name] for f in fields(LoRAConfig)}
+    return LoRAConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def refuse_another(then: dict, now: dict) -> None:
@@ -49,7 +49,7 @@ def refuse_another(then: dict, now: dict) -> None:
     old, new = then["options"], now["options"]
     for name in sorted((old.keys() | new.keys()) - HARMLESS):
         if old.get(name) != new.get(name):
-            raise UserError(f"--resume: --{name.replace('_', '-')} was {old.get(name)!s:.80} and "
+            raise UserError(f"--resume: {flag(name)} was {old.get(name)!s:.80} and "
                             f"is now {new.get(name)!s:.80}; repeat the run's own options")
     if then["book"] != now["book"]:
         raise UserError(f"--resume: --book {' '.join(new['book'])}: its text changed since the run "

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds
+from common.errors import UserError
 from lora.layer import LoRAConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +19,13 @@ def option(default: object = None, type: object = None, help: str | None = None,
     """Declare a field that argparse reads as an option; a default of False makes a switch."""
     kind = {"action": "store_true"} if default is False else {"type": type}
     return field(default=default, metadata=kind | {"help": help} | more)
+
+
+def layers(text: str) -> range:
+    """An option's type: a block's number, or the first and the last of several, A-B."""
+    first, _, last = text.partition("-")
+    low = number(int, 0, 511)(first)
+    return range(low, number(int, low, 511)(last or first) + 1)
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,23 @@ class Options:
     target_modules: tuple[str, ...] = option(("c_attn",), nargs="+", metavar="NAME",
                                              help="linear layers to adapt")
     use_rslora: bool = option(False, help="scale by alpha / sqrt(r) in place of alpha / r")
+    layers_to_transform: tuple[int, ...] | None = option(
+        None, layers, "adapt only these blocks, such as 6-11, or 0 2 4", nargs="+", metavar="A-B")
+    rank_pattern: dict = field(default_factory=dict)  # these two come with --init-adapter alone
+    alpha_pattern: dict = field(default_factory=dict)
+    use_dora: bool = option(False, help="DoRA: train each weight's magnitude apart from its "
+                            "direction")
+    init_lora_weights: bool | str = option(True, str, "PiSSA: start from W's largest singular "
+                                           "vectors", choices=("pissa",))
+    loraplus_lr_ratio: float | None = option(None, number(float, 1.0, 1e4), "LoRA+: B's learning "
+                                             "rate, in A's")
+    freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory")
     init_adapter: Path | None = option(None, Path, "start from this adapter; it brings its own "
                                        "rank, alpha, dropout and targets", metavar="DIR")
 
     @property
     def lora_config(self) -> LoRAConfig:
-        return LoRAConfig(self.r, self.lora_alpha, self.lora_dropout, self.target_modules,
-                          self.use_rslora)
+        return LoRAConfig(**{f.name: getattr(self, f.name) for f in fields(LoRAConfig)})
 
     def as_json(self) -> dict:
         """Every option of the method with its value, as JSON holds it."""
@@ -95,7 +113,11 @@ def _plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-LORA_ONLY = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "init_adapter")
+LORA_ONLY = {"init_adapter", "loraplus_lr_ratio", "freeze_a", *(f.name for f in fields(LoRAConfig))}
+
+
+def flag(name: str) -> str:
+    return "--layers" if name == "layers_to_transform" else f"--{name.replace('_', '-')}"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -113,11 +135,21 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
         sub = methods.add_parser(method, formatter_class=_Formatter)
         state = sub.add_mutually_exclusive_group()
         for f in fields(Options)[1:]:
-            if method == "lora" or f.name not in LORA_ONLY:
+            if f.metadata and (method == "lora" or f.name not in LORA_ONLY):
                 group = state if f.name in ("resume", "overwrite") else sub
                 settings = {"default": f.default} | f.metadata | {
                     "default": defaults.get(f.name, f.default)}
-                group.add_argument(f"--{f.name.replace('_', '-')}", **settings)
+                group.add_argument(flag(f.name), dest=f.name, **settings)
     values = vars(parser.parse_args(argv))
-    return Options(**{name: tuple(value) if isinstance(value, list) else value
-                      for name, value in values.items()})
+    if values["method"] == "lora":
+        targets = values["target_modules"]
+        values["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
+    if values.get("layers_to_transform"):
+        values["layers_to_transform"] = sorted(set().union(*values["layers_to_transform"]))
+    options = Options(**{name: tuple(value) if isinstance(value, list) else value
+                         for name, value in values.items()})
+    if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter):
+        raise UserError("--freeze-a goes with neither --loraplus-lr-ratio nor --init-adapter")
+    if options.init_adapter and options.init_lora_weights == "pissa":
+        raise UserError("--init-adapter and --init-lora-weights exclude each other")
+    return options

@@ -1,0 +1,50 @@
+"""PiSSA: LoRA that starts from the largest singular vectors of W, and leaves W the rest."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.layer import LoRAConfig, LoRALinear
+
+
+class PiSSALinear(LoRALinear):
+    """`LoRALinear` on W - scaling * B0 A0, with A and B started at A0 and B0 (Meng et al. 2024,
+    https://arxiv.org/abs/2404.02948, equations 2 to 4).
+
+    With W = U S V^T: B0 = U[:, :r] sqrt(S[:r] / scaling) (out, r) and A0 = sqrt(S[:r] / scaling)
+    V[:, :r]^T (r, in). A new adapter changes nothing, but for rounding. W is computed again from
+    the base at each start; the given layer is left as it was. Raises ValueError for a rank outside
+    1 .. min(in, out) / 2: a file, which is for the untouched W, holds twice the rank.
+    """
+
+    def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
+        limit = min(base_layer.weight.shape) // 2
+        if config.r > limit:
+            raise ValueError(f"rank {config.r} is outside 1 .. {limit}, which PiSSA can write")
+        super().__init__(deepcopy(base_layer).requires_grad_(False), config)
+        self.config = replace(config.stacked(2), init_lora_weights=True)
+        with torch.no_grad():
+            weight = self.base_layer.weight
+            u, s, vt = torch.linalg.svd(weight.float(), full_matrices=False)
+            root = torch.diag(torch.sqrt(s[: config.r] / self.scaling))
+            self.lora_A.weight.data = root @ vt[: config.r]
+            self.lora_B.weight.data = u[:, : config.r] @ root
+            start = self.scaling * self.lora_B.weight @ self.lora_A.weight
+            weight.data = (weight.float() - start).to(weight.dtype)
+        self.register_buffer("initial_A", self.lora_A.weight.detach().clone(), persistent=False)
+        self.register_buffer("initial_B", self.lora_B.weight.detach().clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.enabled:
+            return y
+        start = F.linear(F.linear(x.to(self.initial_A.dtype), self.initial_A), self.initial_B)
+        return (y + start * self.scaling).to(y.dtype)  # W x + b, exact to rounding
+
+    def adapter(self) -> dict[str, Tensor]:
+        """B A - B0 A0 = [B, -B0] [A; A0]: an adapter of the untouched W, as PEFT converts it."""
+        return {"lora_A.weight": torch.cat([self.lora_A.weight, self.initial_A]),
+                "lora_B.weight": torch.cat([self.lora_B.weight, -self.initial_B], dim=1)}

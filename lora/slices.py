@@ -1,0 +1,43 @@
+"""LoRA on single slices of the fused c_attn: q, k or v, each with an A and a B of its own."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.layer import LoRAConfig, LoRALinear
+
+SLICES = ("q", "k", "v")  # of c_attn's output, in this order
+
+
+class SlicedLoRALinear(LoRALinear):
+    """y_i = W_i x + b_i + scaling * B_i A_i dropout(x) for each of n slices, d = out / 3 wide, as
+    in the paper's experiments (Hu et al. 2021, 4.2) and in loralib's MergedLinear.
+
+    Shapes: A_i (r, in), B_i (d, r). Stacked, with each B_i in its slice's rows and its own columns
+    of a B (3 d, n r) that is zero elsewhere, they are plain LoRA of rank n r with the same scaling:
+    so it is computed, and so it is written.
+    """
+
+    def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: set[str]):
+        super().__init__(base_layer, config.stacked(len(slices)))
+        places = [i for i, name in enumerate(SLICES) if name in slices]
+        width = base_layer.out_features // len(SLICES)
+        self.lora_B = _Blocks(places, width, config.r).to(base_layer.weight.device)
+
+
+class _Blocks(nn.Module):
+    """A linear layer n r -> 3 d; of its weight, n blocks (d, r) are trained."""
+
+    def __init__(self, places: list[int], width: int, r: int):
+        super().__init__()
+        self.places, self.blocks = places, nn.Parameter(torch.zeros(len(places), width, r))
+
+    @property
+    def weight(self) -> Tensor:
+        n, d, r = self.blocks.shape
+        whole = self.blocks.new_zeros(len(SLICES), n, d, r)
+        whole[self.places, range(n)] = self.blocks
+        return whole.transpose(1, 2).reshape(len(SLICES) * d, n * r)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.weight)

@@ -1,0 +1,85 @@
+"""Which layers an adapter is on, and with which rank and alpha: PEFT's rules, on the names that
+transformers' GPT2LMHeadModel has, `transformer.h.0.attn.c_attn`.
+"""
+
+import re
+from dataclasses import replace
+
+from torch import nn
+
+from lora.layer import LoRAConfig
+from lora.slices import SLICES
+
+PREFIX, HEAD = "transformer.", "lm_head"
+REFUSED = {HEAD: "the head is tied to wte, and an update of one would change both",
+           "wte": "it is tied to the head", "wpe": "it is an embedding, not a linear layer"}
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
+    """Return the linear layers to adapt, in module order, each with its slices (none: the whole).
+
+    `target_modules` is "all-linear" (all but the head), a regular expression of full names, or a
+    list of full names and of suffixes of them after a dot: `c_proj` is the attention's and the
+    MLP's. `layers_to_transform` limits the suffixes to these blocks. Raises ValueError for a
+    target, block or pattern that matches nothing, and for a target that is not a linear layer.
+    """
+    modules = {PREFIX + name: m for name, m in model.named_modules(remove_duplicate=False)}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    targets, blocks = config.target_modules, config.layers_to_transform
+    if isinstance(targets, str) and blocks:
+        raise ValueError("layers_to_transform needs a list of target modules, as in PEFT")
+    found: dict[str, set[str]] = {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        slices, names = set(), [*modules, HEAD]
+        if targets == "all-linear":
+            names = [name for name in linear if _last(name) not in REFUSED]
+        elif isinstance(targets, str):
+            names = [name for name in names if re.fullmatch(target, name)]
+        else:
+            if "." in target and _last(target) in SLICES:
+                slices, target = {_last(target)}, target.rpartition(".")[0]
+                if _last(target) != "c_attn":
+                    raise ValueError(f"target module {target!r}: only c_attn has slices")
+            names = [name for name in names if name == target or (
+                f".{name}".endswith(f".{target}") and (not blocks or _block(name) in blocks))]
+        if not names:
+            raise ValueError(f"target module {target!r} is not in the model"
+                             f"{' in these layers' if blocks else ''}; it has "
+                             f"{', '.join(sorted(set(map(_last, linear))))}")
+        for name in names:
+            if reason := REFUSED.get(_last(name)):
+                raise ValueError(f"target module {target!r} is refused: {reason}")
+            if name not in linear:
+                raise ValueError(f"target module {target!r} matches {name.removeprefix(PREFIX)}, a "
+                                 f"{type(modules[name]).__name__}; only linear layers are adapted")
+            if bool(found.get(name, slices)) != bool(slices):
+                raise ValueError(f"target module {target!r} is named whole and by a slice")
+            found[name] = found.get(name, set()) | slices
+    if missing := set(blocks or ()) - set(map(_block, found)):
+        raise ValueError(f"layer {min(missing)} has no target module")
+    for key in (*config.rank_pattern, *config.alpha_pattern):
+        if not any(_decides(key, name) for name in found):
+            raise ValueError(f"pattern {key!r} matches no adapted layer")
+    return {name.removeprefix(PREFIX): found[name] for name in modules if name in found}
+
+
+def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
+    """Return `config` with one layer's rank and alpha: of the first key that matches its name."""
+    r, alpha = (next((value for key, value in pattern.items() if _decides(key, PREFIX + name)), old)
+                for pattern, old in ((config.rank_pattern, config.r),
+                                     (config.alpha_pattern, config.lora_alpha)))
+    return replace(config, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+
+def _decides(key: str, name: str) -> bool:
+    """Whether a pattern's key, a regular expression, is the name or ends it after a dot."""
+    return re.fullmatch(rf"(.*\.)?({key})", name) is not None
+
+
+def _block(name: str) -> int | None:
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

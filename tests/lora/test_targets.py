@@ -1,0 +1,159 @@
+"""Which layers are adapted, with which rank and alpha: PEFT's rules, in files of both."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.errors import UserError
+from lora.adapter import CONFIG, WEIGHTS, adapter_tensors, load_adapter, save_adapter
+from lora.inject import inject, lora_layers
+from lora.layer import LoRAConfig
+from model.weights import load_gpt2
+from tests.adapters import adapted, randomize
+from tests.helpers import TINY, relative_difference, tiny_gpt2, tiny_gpt2_directory, token_ids
+from tests.runs import arguments, one_line, run, trained
+from train import main
+from training.options import parse_options
+
+IDS = token_ids(TINY["vocab_size"], 2, 16)
+PATTERNS = {"rank_pattern": {"c_attn": 2, r"h\.2\..*": 3, "transformer.h.0.mlp.c_proj": 5},
+            "alpha_pattern": {r"[01].attn.c_(attn|proj)": 7, "c_proj": 2.5}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Three blocks, so that a range is not the rest."""
+    return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_layer=3)[0]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
+@pytest.mark.parametrize(("targets", "fields", "adapted_layers"), [
+    ("all-linear", {}, 12),
+    (r"transformer\.h\.[02]\..*c_(attn|fc)", {}, 4),
+    (r".*\.mlp\.c_proj", {"rank_pattern": {"1.mlp.c_proj": 3}}, 3),
+    (("c_attn", "mlp.c_proj"), {"layers_to_transform": (1, 2)}, 4),
+    (("c_proj",), {"layers_to_transform": (2,)}, 2),
+    (("c_attn", "transformer.h.0.mlp.c_fc"), {"layers_to_transform": (1,)}, 2),  # whole names count
+    (("c_attn", "c_proj"), PATTERNS, 9),
+    (("c_attn", "c_proj"), PATTERNS | {"use_rslora": True, "layers_to_transform": (0, 2)}, 6),
+])
+def test_layers_ranks_scalings_and_files_are_pefts(base, tmp_path, targets, fields, adapted_layers):
+    config = LoRAConfig(r=4, lora_alpha=6, target_modules=targets, **fields)
+    ours = load_gpt2(base)
+    torch.manual_seed(3)
+    inject(ours, config)
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(tiny_gpt2(n_layer=3), peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets if isinstance(targets, str) else list(targets),
+        fan_in_fan_out=True, **{k: list(v) if k == "layers_to_transform" else v
+                                for k, v in fields.items()}))
+    names = [f"transformer.{name}" for name in lora_layers(ours)]
+    assert names == theirs.base_model.targeted_module_names and len(names) == adapted_layers
+    for name, layer in lora_layers(ours).items():
+        assert layer.scaling == theirs.base_model.model.transformer.get_submodule(
+            name).scaling["default"]
+    tensors, expected = adapter_tensors(ours), peft.get_peft_model_state_dict(theirs)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
+
+    randomize(ours)
+    save_adapter(ours, config, tmp_path / "ours", str(base))
+    read = peft.PeftModel.from_pretrained(tiny_gpt2(n_layer=3), tmp_path / "ours")
+    assert relative_difference(ours(IDS), read(IDS).logits) < 1e-6
+    again = load_gpt2(base)
+    assert load_adapter(again, tmp_path / "ours") == config
+    assert torch.equal(again(IDS), ours(IDS))
+    randomize(theirs)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    loaded = load_gpt2(base)
+    load_adapter(loaded, tmp_path / "theirs")
+    assert relative_difference(loaded(IDS), theirs(IDS).logits) < 1e-6
+    assert relative_difference(loaded(IDS), load_gpt2(base)(IDS)) > 0.05
+
+
+@pytest.mark.parametrize(("fields", "reason"), [
+    ({"target_modules": r".*\.c_attn\.x"}, "is not in the model; it has c_attn, c_fc, c_proj"),
+    ({"target_modules": "c_attn"}, "'c_attn' is not in the model"),  # a whole name must match
+    ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),
+    ({"target_modules": r".*(c_fc|lm_head)"}, "the head is tied to wte"),
+    ({"target_modules": "all-linear", "layers_to_transform": (0,)}, "needs a list"),
+    ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
+    ({"target_modules": ("h.1.attn.c_attn",), "layers_to_transform": (2,)}, "in these layers"),
+    ({"rank_pattern": {"c_fc": 2}}, "pattern 'c_fc' matches no adapted layer"),
+    ({"alpha_pattern": {"_attn": 2}}, "pattern '_attn' matches no adapted layer"),
+    ({"rank_pattern": {"h.2.attn.c_attn": 33}}, r"rank 33 is outside 1 \.\. 32"),
+    ({"target_modules": ("c_attn.q", "c_proj.v")}, "'c_proj': only c_attn has slices"),
+    ({"target_modules": ("c_attn.q", "c_attn")}, "is named whole and by a slice"),
+    *(({"target_modules": ("c_attn.q",), **more}, "exclude each other")
+      for more in ({"use_dora": True}, {"init_lora_weights": "pissa"})),
+    ({"use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
+    *(({**more, "r": 17}, r"is outside 1 \.\. ") for more in (
+        {"init_lora_weights": "pissa"}, {"target_modules": ("c_attn.q", "c_attn.v")})),
+])
+def test_what_matches_nothing_or_does_not_go_together_is_refused(base, fields, reason):
+    model = load_gpt2(base)
+    expected = model(IDS)
+    with pytest.raises(ValueError, match=reason):
+        inject(model, LoRAConfig(**fields))
+    assert torch.equal(model(IDS), expected) and not lora_layers(model)
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused_by_its_file(base, tmp_path):
+    model, config = adapted(base)
+    save_adapter(model, config, tmp_path, "gpt2")
+    stored = json.loads((tmp_path / CONFIG).read_text())
+    for field, value in (("target_modules", "c_("), ("rank_pattern", {"[": 2})):
+        (tmp_path / CONFIG).write_text(json.dumps(stored | {field: value}))
+        with pytest.raises(UserError, match="does not fit this base: "):
+            load_adapter(load_gpt2(base), tmp_path)
+
+
+@pytest.mark.parametrize(("layers", "below"), [((2,), 2), ((1, 2), 1), (None, 0)])
+def test_below_the_lowest_adapted_block_no_gradient_is_computed(base, layers, below):
+    model = load_gpt2(base).train()
+    inject(model, LoRAConfig(layers_to_transform=layers))
+    needed = []
+    for block in model.h:
+        block.register_forward_hook(lambda block, x, y: needed.append(y.grad_fn is not None))
+    model(IDS)
+    assert needed == [i >= below for i in range(3)]
+
+
+def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
+    assert parse_options("-", ["lora", "--layers", "4-6", "0", "5"]).layers_to_transform == (
+        0, 4, 5, 6)
+    done = trained("lora", base, book, tmp_path / "run", "--layers", "1-2", "--max-steps", 2)
+    assert {key.split(".")[4] for key in load_file(done.out / WEIGHTS)} == {"1", "2"}
+    assert json.loads((done.out / CONFIG).read_text())["layers_to_transform"] == [1, 2]
+    done = trained("lora", base, book, tmp_path / "all", "--target-modules", "all-linear",
+                   "--max-steps", 1)
+    assert len(load_file(done.out / WEIGHTS)) == 2 * 12
+    for values, reason in ((["x"], "argument --layers"), (["2-1"], "argument --layers"),
+                           (["-1"], "argument --layers"), (["1", "3-4"], "layer 3 has no target"),
+                           (["1", "--target-modules", "all-linear"], "needs a list")):
+        line = one_line(run(main, *arguments("lora", base, book, tmp_path / "no", "--layers",
+                                             *values)), 2)
+        assert reason in line and not (tmp_path / "no").exists()
+
+
+def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):
+    """A pickle in place of safetensors, and `bias: lora_only` without any bias tensor."""
+    model, config = adapted(base, ("c_attn",))
+    save_adapter(model, config, tmp_path, "gpt2")
+    stored = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(stored | {"bias": "lora_only"}))
+    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    theirs = peft.PeftModel.from_pretrained(tiny_gpt2(n_layer=3), tmp_path)
+    ours = load_gpt2(base)
+    load_adapter(ours, tmp_path)
+    assert torch.equal(ours(IDS), model(IDS))
+    assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-6
+    bias = "base_model.model.transformer.h.0.attn.c_attn.base_layer.bias"
+    torch.save(tensors | {bias: torch.zeros(96)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(UserError, match=f"adapter_model.bin: unexpected tensor '{bias}'"):
+        load_adapter(load_gpt2(base), tmp_path)
