@@ -16,6 +16,7 @@ from common.cli import Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
 from common.files import write_json
+from data.instructions import Instructions, read_examples
 from data.tokens import load_books
 from data.windows import NOT_SCORED, evaluation_batches, split
 from lora.load import add_model_options, load_model
@@ -94,11 +95,14 @@ def check_block_size(block_size: int, config: GPT2Config) -> None:
 def parse_args():
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_model_options(parser)
-    parser.add_argument("--text", type=Path, nargs="+", default=None, metavar="FILE",
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, nargs="+", default=None, metavar="FILE",
                         help="UTF-8 texts, or directories of .txt files, to score whole (default: "
                              "data/book.txt's validation part)")
+    source.add_argument("--data", type=Path, default=None, metavar="FILE",
+                        help="conversations in JSON lines, whose completions are scored")
     parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0), default=None,
-                        help="score only this last part of the text")
+                        help="score only this last part of the text or the data")
     parser.add_argument("--block-size", type=number(int, 1), default=128)
     parser.add_argument("--stride", type=number(int, 1), default=None,
                         help="a window starts every so many tokens (default: the block size)")
@@ -122,13 +126,18 @@ def main() -> None:
     name, model, tokenizer = load_model(args.base, args.adapter)
     check_block_size(args.block_size, model.config)
     device.hold(model.requires_grad_(False))
-    text = ", ".join(map(str, args.text or [BOOK]))
-    fraction = args.val_fraction or (1.0 if args.text else 0.1)
-    tokens = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
-    if len(tokens) <= args.label_shift:
-        raise UserError(f"{text}: {len(tokens)} tokens; too short to score")
-    batches = evaluation_batches(tokens, args.block_size, args.stride or args.block_size,
-                                 args.label_shift, args.batch_size)
+    text = str(args.data or ", ".join(map(str, args.text or [BOOK])))
+    fraction = args.val_fraction or (1.0 if args.text or args.data else 0.1)
+    if args.data:
+        chosen = split(read_examples(args.data, tokenizer, args.block_size), fraction)[1]
+        batches = Instructions(chosen).evaluation_batches(args.batch_size)
+    else:
+        chosen = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
+        batches = evaluation_batches(chosen, args.block_size, args.stride or args.block_size,
+                                     args.label_shift, args.batch_size)
+    if len(chosen) <= (0 if args.data else args.label_shift):
+        unit = "examples" if args.data else "tokens"
+        raise UserError(f"{text}: {len(chosen)} {unit}; too short to score")
     scores = evaluate(model, batches, tokenizer, device)
     part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
     print(f"{text}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes\n"

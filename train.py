@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from common.device import Device, tune_process
 from common.errors import run_command
-from data.windows import Windows, evaluation_batches, load_windows
+from data.instructions import Instructions, load_instructions
+from data.windows import NOT_SCORED, Windows, load_windows
 from evaluate import Scores, check_block_size, evaluate
 from lora.adapter import save_adapter
 from lora.fa import freeze_a
@@ -42,6 +43,8 @@ from training.ranks import ALONE, Ranks
 from training.report import count_parameters, describe_parameters
 from training.session import Session
 
+Data = Windows | Instructions
+
 
 def main() -> None:
     tune_process()
@@ -60,9 +63,9 @@ def main() -> None:
         options = replace(options, **asdict(config)) if config else options
         print(describe_parameters(model))
         tokenizer = load_tokenizer(directory, model.config.vocab_size)
-        windows, val_tokens = load_data(options, model.config, tokenizer)
-        trainer = Trainer(options, device, model, tokenizer, windows, val_tokens, ranks)
-        identity = run_identity(options, directory, windows.tokens, val_tokens)
+        windows, validation = load_data(options, model.config, tokenizer)
+        trainer = Trainer(options, device, model, tokenizer, windows, validation, ranks)
+        identity = run_identity(options, directory, windows.tokens, validation.tokens)
         with Session(options, device, ranks, directory, identity) as session:
             if not session.finished:
                 train(trainer, session, config)
@@ -91,9 +94,12 @@ def build_model(options: Options, directory: Path) -> tuple[GPT2, LoRAConfig | N
 
 
 def load_data(options: Options, config: GPT2Config,
-              tokenizer: Tokenizer) -> tuple[Windows, np.ndarray]:
-    """The training windows and the validation part's tokens."""
+              tokenizer: Tokenizer) -> tuple[Data, Data]:
+    """The training part and the validation part: of the book or, with --data, of the examples."""
     check_block_size(options.block_size, config)
+    if options.data:
+        return load_instructions(options.data, options.val_data, tokenizer, options.block_size,
+                                 options.val_fraction)
     return load_windows(options.book, tokenizer, block_size=options.block_size,
                         stride=options.stride, label_shift=options.label_shift,
                         val_fraction=options.val_fraction)
@@ -114,9 +120,9 @@ class Trainer:
     """A model and what its steps need: AMP, AdamW, warm-up and cosine, accumulation, clipping."""
 
     def __init__(self, options: Options, device: Device, model: GPT2, tokenizer: Tokenizer,
-                 windows: Windows, val_tokens: np.ndarray, ranks: Ranks = ALONE):
+                 windows: Data, validation: Data, ranks: Ranks = ALONE):
         self.options, self.device, self.tokenizer, self.ranks = options, device, tokenizer, ranks
-        self.model, self.windows, self.val_tokens = device.hold(model), windows, val_tokens
+        self.model, self.windows, self.validation = device.hold(model), windows, validation
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr,
@@ -144,7 +150,7 @@ class Trainer:
 
     def step(self, batch: np.ndarray) -> None:
         """One optimizer step on these windows, computed in `--grad-accum` parts."""
-        options, tokens = self.options, len(batch) * self.options.block_size
+        options, tokens = self.options, self.windows.scored_tokens(batch)
         mine = self.ranks.share(batch)
         total = torch.zeros((), device=self.device.torch)
         for part in np.array_split(mine, max(1, min(options.grad_accum, len(mine)))):
@@ -170,8 +176,11 @@ class Trainer:
         """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
         if not len(inputs):  # a rank without windows: flash attention refuses them (pytorch#133780)
             return 0 * sum(p.sum() for p in self.parameters.values())
-        hidden = self.hidden(inputs).flatten(0, 1)  # (B * T, C)
-        return ops.tied_cross_entropy(hidden, self.model.wte.weight, targets.flatten())
+        hidden, targets = self.hidden(inputs).flatten(0, 1), targets.flatten()  # (B * T, C)
+        if self.options.data:  # of a window every token is scored, of an example few
+            scored = targets != NOT_SCORED
+            hidden, targets = hidden[scored], targets[scored]
+        return ops.tied_cross_entropy(hidden, self.model.wte.weight, targets)
 
     def measure(self) -> dict:
         """The metrics of the steps since the last call."""
@@ -179,9 +188,8 @@ class Trainer:
                 "lr": self.optimizer.param_groups[0]["lr"], **self.meter.measure()}
 
     def evaluate(self) -> Scores:
-        block = self.options.block_size
-        batches = evaluation_batches(self.val_tokens, block, block, self.options.label_shift)
-        return evaluate(self.model, batches, self.tokenizer, self.device, self.ranks)
+        return evaluate(self.model, self.validation.evaluation_batches(), self.tokenizer,
+                        self.device, self.ranks)
 
     def describe_step(self, step: int) -> str:
         epoch, windows = (step - 1) // self.steps_per_epoch, next(self.batches(step - 1))

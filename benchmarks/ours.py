@@ -34,8 +34,8 @@ def tokenizer(base: Path) -> Tokenizer:
     return load_tokenizer(base, load_config(base).vocab_size)
 
 
-def data(made: Options) -> tuple[Windows, np.ndarray]:
-    """Return the book's training windows and its validation part; `--base` is a directory."""
+def data(made: Options) -> tuple[Windows, Windows]:
+    """Return the windows of the book's two parts; `--base` is a directory."""
     base = Path(made.base)
     return load_data(made, load_config(base), tokenizer(base))
 

@@ -25,10 +25,7 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
     """
     books = []
     for path in paths:  # os.path, because Path's own test raises where a name is too long
-        inside = sorted(path.glob("*.txt")) if os.path.isdir(path) else [path]
-        if not inside:
-            raise UserError(f"{path}: is a directory without .txt files")
-        books += inside
+        books += (os.path.isdir(path) and sorted(path.glob("*.txt"))) or [path]
     parts = [load_tokens(book, tokenizer) for book in books]
     if len(parts) == 1:
         return parts[0]

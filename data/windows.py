@@ -15,7 +15,7 @@ from model.tokenizer import Tokenizer
 NOT_SCORED = -100  # F.cross_entropy's ignore_index
 
 
-def split(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
     """Return the training part and, the last `val_fraction` of the tokens, the validation part."""
     cut = len(tokens) - int(len(tokens) * val_fraction)
     return tokens[:cut], tokens[cut:]
@@ -41,6 +41,13 @@ class Windows:
         inputs, targets = self.tokens[start], self.tokens[start + self.label_shift]
         return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
 
+    def scored_tokens(self, indices: np.ndarray) -> int:
+        return len(indices) * self.block_size
+
+    def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Score the tokens in consecutive windows, whatever the stride."""
+        return evaluation_batches(self.tokens, self.block_size, self.block_size, self.label_shift)
+
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the epoch's order of the windows: a permutation that only these two decide."""
         return np.random.default_rng((seed, epoch)).permutation(len(self))
@@ -53,8 +60,8 @@ class Windows:
 
 
 def load_windows(books: Sequence[Path], tokenizer: Tokenizer, *, block_size: int, stride: int,
-                 label_shift: int, val_fraction: float) -> tuple[Windows, np.ndarray]:
-    """Return the training windows and the validation part's tokens, of all books as one.
+                 label_shift: int, val_fraction: float) -> tuple[Windows, Windows]:
+    """Return the windows of the training part and of the validation part, of all books as one.
 
     Raises UserError if either part is shorter than a window.
     """
@@ -64,7 +71,7 @@ def load_windows(books: Sequence[Path], tokenizer: Tokenizer, *, block_size: int
             raise UserError(f"{', '.join(map(str, books))}: its {name} part is {len(part):,} "
                             f"tokens, less than one window of {block_size}; use a longer book or "
                             "a smaller block")
-    return Windows(train_part, block_size, stride, label_shift), val_part
+    return tuple(Windows(part, block_size, stride, label_shift) for part in (train_part, val_part))
 
 
 def evaluation_batches(

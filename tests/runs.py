@@ -70,9 +70,12 @@ def run(main: Callable[[], int | None], *argv: object) -> Ending:
 
 
 def arguments(method: str, base: Path, book: Path, out: Path, *options: object) -> list[str]:
-    """`train.py`'s arguments for a small run on the CPU; `options` come last and win."""
+    """`train.py`'s arguments for a small run on the CPU; `options` come last and win. A `book` of
+    JSON lines is its `--data`.
+    """
+    source = "--data" if book.suffix == ".jsonl" else "--book"
     return list(map(str, (
-        method, "--base", base, "--book", book, "--out", out, "--device", "cpu", "--precision",
+        method, "--base", base, source, book, "--out", out, "--device", "cpu", "--precision",
         "fp32", "--block-size", BLOCK, "--stride", BLOCK, "--log-every", 1, *options)))
 
 
@@ -141,6 +144,14 @@ def story(sentences: int = 120, seed: int = 0) -> str:
     rng = random.Random(seed)
     lines = (" ".join(rng.choices(WORDS, k=rng.randint(4, 9))) for _ in range(sentences))
     return "".join(line.capitalize() + rng.choice((". ", "! ", ".\n")) for line in lines)
+
+
+def questions(path: Path) -> Path:
+    """Write 20 examples of many lengths as JSON lines, always the same; return the path."""
+    sentences = story(40, seed=3).replace("!", ".").split(".")[:40]
+    pairs = zip(sentences[::2], sentences[1::2], strict=True)
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    return path
 
 
 def token_parts(book: Path) -> tuple[Tensor, Tensor]:

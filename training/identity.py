@@ -15,7 +15,7 @@ from training.options import Options, flag
 # Options that may change when a run is resumed: they do not change its result, or they are paths,
 # and what lies there is compared itself.
 HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpointing", "resume",
-            "overwrite", "base", "book", "init_adapter"}
+            "overwrite", "base", "book", "data", "val_data", "init_adapter"}
 
 
 def run_identity(options: Options, base: Path, *tokens: np.ndarray) -> dict:
@@ -52,8 +52,8 @@ def refuse_another(then: dict, now: dict) -> None:
             raise UserError(f"--resume: {flag(name)} was {old.get(name)!s:.80} and "
                             f"is now {new.get(name)!s:.80}; repeat the run's own options")
     if then["book"] != now["book"]:
-        raise UserError(f"--resume: --book {' '.join(new['book'])}: its text changed since the run "
-                        "began")
+        source = f"data {new['data']}" if new["data"] else f"book {' '.join(new['book'])}"
+        raise UserError(f"--resume: --{source}: its text changed since the run began")
     for part in sorted(then["base"].keys() | now["base"].keys()):
         if then["base"].get(part) != now["base"].get(part):
             raise UserError(f"--resume: --base {new['base']}: its {part} changed since the run "

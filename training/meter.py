@@ -39,7 +39,8 @@ class Meter:
 
     A step is faulty if its loss or gradient is not finite. In fp16 such a gradient is normal: the
     scaler skips the step and halves its scale; `MOST_SKIPS` skips in a row are a fault.
-    `describe_step` names a step's place in the book for the error.
+    `describe_step` names a step's place in the book for the error. Tokens are those that are
+    scored: all of a window, the completions of an example.
     """
 
     def __init__(self, device: torch.device, fp16: bool, describe_step: Callable[[int], str]):

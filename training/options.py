@@ -1,6 +1,7 @@
 """The options of `train.py`, each declared once: its type, default and help."""
 
 import argparse
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -35,13 +36,18 @@ class Options:
     method: str
     base: str = option(**BASE)
     # data
-    book: tuple[Path, ...] = option(
+    book: tuple[Path, ...] | None = option(
         (BOOK,), Path, "UTF-8 text files, or directories of .txt files (default: data/book.txt)",
         nargs="+", metavar="FILE")
+    data: Path | None = option(None, Path, "conversations in JSON lines, in place of a book; their "
+                               "completions are scored (data/instructions.py)", metavar="FILE")
+    val_data: Path | None = option(None, Path, "validate on these (default: on the last "
+                                   "--val-fraction of --data)", metavar="FILE")
     block_size: int = option(128, number(int, 1), "tokens a window")
     stride: int = option(16, number(int, 1), "a training window starts every so many tokens")
     val_fraction: float = option(0.1, number(float, 0.001, 0.9),
-                                 "share of the book, at its end, that is the validation part")
+                                 "share of the book or data, at its end, that is the "
+                                 "validation part")
     label_shift: int = option(1, number(int, 1, 2), "1: next token; 2: the reference run's measure",
                               metavar="{1,2}")
     # training
@@ -105,12 +111,7 @@ class Options:
         """Every option of the method with its value, as JSON holds it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)[1:]
                   if self.method == "lora" or f.name not in LORA_ONLY}
-        return {name: [*map(_plain, value)] if isinstance(value, tuple) else _plain(value)
-                for name, value in values.items()}
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
+        return json.loads(json.dumps(values, default=str))  # a path as a string
 
 
 LORA_ONLY = {"init_adapter", "loraplus_lr_ratio", "freeze_a", *(f.name for f in fields(LoRAConfig))}
@@ -133,21 +134,25 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
         sub = methods.add_parser(method, formatter_class=_Formatter)
-        state = sub.add_mutually_exclusive_group()
+        state, source = (sub.add_mutually_exclusive_group() for _ in range(2))
+        groups = {"resume": state, "overwrite": state, "book": source, "data": source}
         for f in fields(Options)[1:]:
             if f.metadata and (method == "lora" or f.name not in LORA_ONLY):
-                group = state if f.name in ("resume", "overwrite") else sub
                 settings = {"default": f.default} | f.metadata | {
                     "default": defaults.get(f.name, f.default)}
-                group.add_argument(flag(f.name), dest=f.name, **settings)
+                groups.get(f.name, sub).add_argument(flag(f.name), dest=f.name, **settings)
     values = vars(parser.parse_args(argv))
     if values["method"] == "lora":
         targets = values["target_modules"]
         values["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
     if values.get("layers_to_transform"):
         values["layers_to_transform"] = sorted(set().union(*values["layers_to_transform"]))
+    if values["data"]:
+        values["book"] = None  # and not its default
     options = Options(**{name: tuple(value) if isinstance(value, list) else value
                          for name, value in values.items()})
+    if options.val_data and not options.data:
+        raise UserError("--val-data: goes with --data")
     if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter):
         raise UserError("--freeze-a goes with neither --loraplus-lr-ratio nor --init-adapter")
     if options.init_adapter and options.init_lora_weights == "pissa":

@@ -85,7 +85,7 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2  # an entry a book
     assert isinstance(load_books([texts / "b.txt"], GPT2), np.memmap)
     for paths, tokenizer, words in (
-            ([tmp_path / "cache"], GPT2, "cache: is a directory without .txt files"),
+            ([tmp_path / "cache"], GPT2, "cache: cannot be read .not a regular file"),
             ([texts], replace(GPT2, end_of_text=None), "no end-of-text token")):
         with pytest.raises(UserError, match=words):
             load_books(paths, tokenizer)

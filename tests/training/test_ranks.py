@@ -17,7 +17,7 @@ from common.errors import RunError
 from model import fast
 from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
-from tests.runs import NO_DROPOUT, arguments, finished, run, trained, trainer
+from tests.runs import NO_DROPOUT, arguments, finished, questions, run, trained, trainer
 from train import main
 from training.ranks import Ranks
 
@@ -167,6 +167,21 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert ending.status == 0 and "resuming after step 4" in ending.stdout
     assert "warning: the run was under ranks 2 and goes on under 1" in ending.stderr
     assert finished(as_killed).column("step") == list(range(1, 17))
+
+
+def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):
+    data = questions(tmp_path / "x.jsonl")  # 18 to train on: the last batch is one rank's alone
+    options = ("--batch-size", 17, "--block-size", 64, "--max-steps", 6, "--lr", 3e-3,
+               *NO_DROPOUT["lora"])
+    together, alone = (arguments("lora", base, data, tmp_path / name, *options)
+                       for name in ("together", "alone"))
+    process = torchrun(2, tmp_path / "said", "train.py", *together)
+    assert process.wait() == 0, process.err_file.read_text()
+    assert run(main, *alone).status == 0
+    ours, single = (finished(tmp_path / name) for name in ("together", "alone"))
+    assert len(ours.metrics) == 6
+    for column in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
+        assert ours.column(column) == pytest.approx(single.column(column), rel=1e-5), column
 
 
 def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path):

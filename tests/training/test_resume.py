@@ -11,7 +11,17 @@ import torch
 
 from common.device import Device
 from tests.helpers import tiny_gpt2_directory
-from tests.runs import arguments, contents, die, finished, refused, run, run_acting, trained
+from tests.runs import (
+    arguments,
+    contents,
+    die,
+    finished,
+    questions,
+    refused,
+    run,
+    run_acting,
+    trained,
+)
 from train import main
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
@@ -19,7 +29,7 @@ WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 # Logging, validation and epochs (23 steps) all end at different steps; dropouts are on.
 OPTIONS = ("--batch-size", 8, "--max-steps", 30, "--log-every", 7, "--eval-every", 10, "--lr", 3e-3)
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb", "base", "options"}
-PATHS = {"base", "book", "out", "resume", "checkpoint_every"}
+PATHS = {"base", "book", "data", "out", "resume", "checkpoint_every"}
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +187,21 @@ def test_a_run_is_not_resumed_on_a_changed_book(base, book, tmp_path, during_the
     change()
     line = refused(tmp_path / "run", *argv, "--resume")
     assert f"--book {copy}: its text changed since the run began" in line
+
+
+def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base, tmp_path):
+    data = questions(tmp_path / "data.jsonl")
+    options = ("--block-size", 64, "--batch-size", 4, "--grad-accum", 2, "--max-steps", 9)
+    whole = trained("lora", base, data, tmp_path / "whole", *options)
+    argv = arguments("lora", base, data, tmp_path / "run", *options)
+    assert stop_in_step(signal.SIGINT, 5, argv).status == 130
+    text = data.read_text()
+    data.write_text(text.replace("completion\": \"", "completion\": \"The ", 1))
+    line = refused(tmp_path / "run", *argv, "--resume")
+    assert f"--data {data}: its text changed since the run began" in line
+    data.write_text(text)
+    assert "resuming after step 5 of 9" in run(main, *argv, "--resume").stdout
+    assert result(tmp_path / "run") == result(whole.out)
 
 
 @pytest.mark.parametrize("part, file", [("config", "config.json"),

@@ -1,0 +1,142 @@
+"""Conversations, a line each of a JSON lines file, of which the assistant's part alone is scored.
+
+    {"prompt": "Who keeps the light?", "completion": "You do."}
+    {"messages": [{"role": "user", "content": "Who keeps the light?"},
+                  {"role": "assistant", "content": "You do."}]}
+
+are the same; the third role is `system`. The model reads (white space around a content is dropped)
+
+    User: Who keeps the light?
+    Assistant: You do.<|endoftext|>
+
+and is scored on each assistant's content, the space before it and the end-of-text after it. That
+ends the assistant's line; the others end with a new line.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import brief, check_regular
+from data.tokens import LONGEST_RUN, end_of_text
+from data.windows import NOT_SCORED, Windows, split
+from model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
+
+    rows: list[np.ndarray]
+    epoch_order = Windows.epoch_order
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All rows end to end, (2, N): what a run's identity hashes."""
+        return np.concatenate(self.rows, axis=1)
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets, (B, T) int64 each; T is the longest of these examples.
+
+        Padding is on the right, where a causal model cannot see, and is not scored.
+        """
+        rows = [self.rows[i] for i in indices]
+        longest = max((row.shape[1] for row in rows), default=1)
+        padded = np.full((2, len(rows), longest), NOT_SCORED, dtype=np.int64)
+        for i, row in enumerate(rows):
+            padded[:, i, : row.shape[1]] = row
+        inputs, targets = torch.from_numpy(padded)
+        return inputs.clamp(min=0), targets
+
+    def scored_tokens(self, indices: np.ndarray) -> int:
+        return sum(int((self.rows[i][1] != NOT_SCORED).sum()) for i in indices)
+
+    def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+        cuts = range(batch_size, len(self), batch_size)
+        return map(self.batch, np.split(np.arange(len(self)), cuts))
+
+    def describe(self, indices: np.ndarray) -> str:
+        return f"examples {brief(sorted(indices.tolist()))} of the data, counted from 0"
+
+
+def load_instructions(data: Path, val_data: Path | None, tokenizer: Tokenizer, block_size: int,
+                      val_fraction: float) -> tuple[Instructions, Instructions]:
+    """Return the training examples, and for validation those of `val_data` or, without it, the last
+    `val_fraction` of `data`. Raises UserError as `read_examples`, or if either part has none.
+    """
+    rows = read_examples(data, tokenizer, block_size)
+    parts = split(rows, val_fraction)
+    if val_data:
+        parts = rows, read_examples(val_data, tokenizer, block_size)
+    if not all(parts):
+        raise UserError(f"{data}: {len(parts[0])} examples to train on and {len(parts[1])} to "
+                        "validate on; both need one")
+    return Instructions(parts[0]), Instructions(parts[1])
+
+
+def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
+    """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
+
+    A longer example loses its beginning, and a line says how many do. Raises UserError that names
+    the line of what is not an example, or of a last completion that alone is longer.
+    """
+    check_regular(path)
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_RUN), b""), 1):
+            try:
+                ids, scored = encode(_messages(line), tokenizer)
+                if scored[-block_size - 1 :].all():
+                    raise ValueError(f"its completion is longer than a block of {block_size}; "
+                                     "shorten it, or use a larger --block-size")
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
+            rows.append(np.stack((ids[:-1], np.where(scored, ids, NOT_SCORED)[1:])))
+    if longer := sum(row.shape[1] > block_size for row in rows):
+        print(f"{path}: {longer:,} of {len(rows):,} examples are longer than a block of "
+              f"{block_size} and lose their beginning")
+    return [row[:, -block_size:] for row in rows]
+
+
+def encode(messages: list[dict], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Return a conversation's token ids (N,), int32, and which of them are scored, bool (N,)."""
+    ids, scored = [], []
+    for message in messages:
+        answers, content = message["role"] == "assistant", message["content"].strip()
+        head = tokenizer.encode(f"{message['role'].capitalize()}:").tolist()
+        body = tokenizer.encode(f" {content}" if answers else f" {content}\n").tolist()
+        body += [end_of_text(tokenizer)] * answers
+        ids += head + body
+        scored += [False] * len(head) + [answers] * len(body)
+    return np.array(ids, dtype=np.int32), np.array(scored)
+
+
+def _messages(line: bytes) -> list[dict]:
+    """Return an example's messages. Raises ValueError for what is not an example."""
+    try:
+        example = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes "
+                         f"({error})") from error
+    messages = example.get("messages", [
+        {"role": "user", "content": example.get("prompt")},
+        {"role": "assistant", "content": example.get("completion")},
+    ]) if isinstance(example, dict) else None
+    if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and m.get("role") in ("user", "assistant", "system")
+            and isinstance(m.get("content"), str) for m in messages):
+        raise ValueError('needs the texts "prompt" and "completion", or "messages", a list of '
+                         '{"role": "user", "assistant" or "system", "content": text}')
+    completions = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+    if not completions or not all(completions) or messages[-1]["role"] != "assistant":
+        raise ValueError("has an empty completion, or none at its end")
+    return messages

@@ -1,0 +1,257 @@
+"""Instructions: rows, masks and refusals; a step's loss and gradients against stock libraries'."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evaluate
+import train
+from common.errors import UserError
+from data.instructions import Instructions, read_examples
+from data.windows import NOT_SCORED
+from lora.adapter import save_adapter
+from model.weights import CONV1D
+from tests import runs
+from tests.adapters import adapted
+from tests.helpers import TINY, relative_difference, small_tokenizer
+from tests.runs import one_line, run, stock_model
+
+TOKENIZER = small_tokenizer(TINY["vocab_size"])
+END = TOKENIZER.end_of_text
+LENGTH = 40  # the block: the longest example below is cut
+PAIRS = [("Who lights it?", "You."), ("And then?", "Nobody. The gull does, in fact."),
+         ("A long question, that no block of forty tokens will hold whole?", "It is so."),
+         ("Why?", "…"), ("  Is it\n spelled so? ", " Yes. "), ("", "An answer to nothing."),
+         ("Seven?", "Seven.")]
+
+
+def example(prompt: str, completion: str) -> str:
+    return json.dumps({"prompt": prompt, "completion": completion})
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def write(path, *lines: str | bytes):
+    path.write_bytes(b"".join(x.encode() + b"\n" if isinstance(x, str) else x for x in lines))
+    return path
+
+
+def encoded(text: str) -> list[int]:
+    return TOKENIZER.encode(text).astype(int).tolist()
+
+
+def labelled(prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Ids and labels of an example, label t that of id t, as transformers wants them."""
+    before = encoded(f"User: {prompt.strip()}\nAssistant:")
+    after = [*encoded(f" {completion.strip()}"), END]
+    ids, labels = before + after, [NOT_SCORED] * len(before) + after
+    return ids[-LENGTH - 1 :], labels[-LENGTH - 1 :]
+
+
+def stock_batch(pairs) -> dict[str, Tensor]:
+    """What transformers' loss needs of these examples, padded on the right."""
+    rows = [labelled(*pair) for pair in pairs]
+    longest = max(len(ids) for ids, _ in rows)
+
+    def pad(lists, value):
+        return torch.tensor([x + [value] * (longest - len(x)) for x in lists])
+
+    return {"input_ids": pad([ids for ids, _ in rows], END),
+            "labels": pad([labels for _, labels in rows], NOT_SCORED),
+            "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0)}
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write(tmp_path / "data.jsonl", *(example(*pair) for pair in PAIRS))
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """One without dropout."""
+    model, config = adapted(base, ("c_attn", "c_fc"), r=4, lora_dropout=0.0)
+    save_adapter(model, config, tmp_path / "adapter", "gpt2")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def made(base, adapter, data, tmp_path):
+    """Make a trainer by the method, all of `PAIRS` but the last in one batch, with no dropout."""
+    def make(method: str, *options: object) -> train.Trainer:
+        start = ("--init-adapter", adapter) if method == "lora" else ()
+        return runs.trainer(method, base, data, tmp_path / "out", "--block-size", LENGTH, "--clip",
+                            0, "--val-fraction", 0.15, *runs.NO_DROPOUT[method], *start, *options)
+    return make
+
+
+def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
+    """The loss of a step on every example, and its gradients."""
+    trainer.model.train()
+    trainer.optimizer.zero_grad = lambda set_to_none: None  # they are kept
+    trainer.step(np.arange(len(PAIRS) - 1))
+    return (trainer.meter.measure()["loss"],
+            {name: p.grad for name, p in trainer.parameters.items()})
+
+
+def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """By our names and in our shapes."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            ours = name.removeprefix("base_model.model.").removeprefix("transformer.")
+            transposed = CONV1D.search(ours) and "lora_" not in ours
+            found[ours.replace(".default", "")] = p.grad.t() if transposed else p.grad
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
+        made, base, adapter, method, parts, capsys):
+    loss, gradients = stepped(made(method, "--grad-accum", parts))
+    assert "2 of 7 examples are longer than a block of 40" in capsys.readouterr().out
+    model = stock_model(base, adapter if method == "lora" else None)
+    wanted = model(**stock_batch(PAIRS[:-1])).loss
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), rel=1e-6)
+    theirs = stock_gradients(model)
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert relative_difference(gradients[name], gradient) < 2e-6, name
+    unmasked = stock_batch(PAIRS[:-1])
+    unmasked["labels"] = unmasked["input_ids"]
+    assert abs(model(**unmasked).loss.item() - loss) > 1e-3
+
+
+def test_only_predictions_of_the_completion_and_its_end_count(made):
+    trainer, before = made("full"), len(encoded("User: Why?\nAssistant:"))
+    inputs, targets = trainer.windows.batch([3, 1])
+    exact = trainer.summed_loss(inputs, targets).item()
+
+    def moved(position: int) -> float:
+        """The loss when the state that predicts the token after `position` is another."""
+        def change(module, args, output):
+            return output.index_add(1, torch.tensor([position]), torch.ones_like(output[:1, :1])
+                                    * torch.tensor([1.0, 0.0])[:, None, None])
+        handle = trainer.model.ln_f.register_forward_hook(change)
+        loss = trainer.summed_loss(inputs, targets).item()
+        handle.remove()
+        return loss
+
+    counts = [moved(position) != exact for position in range(inputs.size(1))]
+    completion = len(encoded(" …")) + 1
+    assert counts == [before - 1 <= i < before - 1 + completion for i in range(len(counts))]
+    assert targets[0][counts].tolist() == [*encoded(" …"), END]
+
+
+def test_an_examples_logits_in_a_padded_batch_are_those_it_has_alone(made):
+    trainer = made("lora")
+    together = trainer.windows.batch(np.arange(6))[0]
+    with torch.no_grad():
+        for i in range(6):
+            alone = trainer.windows.batch([i])[0]
+            logits = trainer.model(together)[i, : alone.size(1)]
+            assert relative_difference(logits, trainer.model(alone)[0]) < 1e-6
+    assert len({len(trainer.windows.batch([i])[0][0]) for i in range(6)}) > 3
+
+
+def test_both_forms_are_read_as_the_template_says(tmp_path):
+    talk = [turn("system", "Be brief."), *(turn(*t) for t in (
+        ("user", "Who?"), ("assistant", "You."), ("user", "When?"), ("assistant", "At dusk.")))]
+    path = write(tmp_path / "x.jsonl", example(" Who?", "You.\n"),
+                 json.dumps({"messages": [turn("user", "Who?"), turn("assistant", "You.")]}),
+                 b"\xef\xbb\xbf" + json.dumps({"messages": talk}).encode())
+    short, same, long = read_examples(path, TOKENIZER, 200)
+    assert np.array_equal(short, same)
+    end = "<|endoftext|>"
+    text = (f"System: Be brief.\nUser: Who?\nAssistant: You.{end}"
+            f"User: When?\nAssistant: At dusk.{end}")
+    inputs, targets = long
+    assert [*inputs.tolist(), END] == encoded(text)
+    assert [t for t in targets.tolist() if t != NOT_SCORED] == encoded(f" You.{end} At dusk.{end}")
+    assert (inputs[1:] == targets[:-1])[targets[:-1] != NOT_SCORED].all()
+
+
+BAD = [
+    ("not json", "is not JSON"), ('{"prompt": "a"', "is not JSON"), ("[" * 9000, "is not JSON"),
+    ("", "is not JSON"), ('{"prompt": "a\0", "completion": "b"}', "is not JSON"),
+    (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
+    (example("a", "b" * 10_000_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
+    (example("a", "\ud800"), "surrogates not allowed"),
+    ('{"prompt": "a"}', "needs the texts"), ('{"completion": "a"}', "needs the texts"),
+    ('["a", "b"]', "needs the texts"), ("7", "needs the texts"), ("null", "needs the texts"),
+    ('{"prompt": 1, "completion": "b"}', "needs the texts"),
+    ('{"prompt": "a", "completion": null}', "needs the texts"), ('{"messages": {}}', "needs the"),
+    ('{"messages": ["a"]}', "needs the"), ('{"messages": [{"role": ["user"]}]}', "needs the texts"),
+    (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
+    (example("a", ""), "an empty completion"), (example("a", " \n"), "an empty completion"),
+    ('{"messages": []}', "none at its end"),
+    (json.dumps({"messages": [turn("user", "a")]}), "none at its end"),
+    (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "none at its end"),
+    (example("a", "word " * 40), "its completion is longer than a block of 40; shorten it"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_named(tmp_path, line, words):
+    path = write(tmp_path / "bad.jsonl", example("a", "b"), line, example("a", "b"))
+    with pytest.raises(UserError) as error:
+        read_examples(path, TOKENIZER, LENGTH)
+    message = str(error.value)
+    assert message.startswith(f"{path}, line 2: ") and words in message
+    assert len(message) < 400 and message.isprintable()
+
+
+def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
+    completion = "x" * (LENGTH - len(encoded(" ")))
+    ids = [*encoded(f" {completion}"), END]
+    path = write(tmp_path / "x.jsonl", example("Long?", completion[: LENGTH - len(ids)]))
+    (inputs, targets), = read_examples(path, TOKENIZER, LENGTH)
+    assert len(inputs) == LENGTH and (targets != NOT_SCORED).all() and targets[-1] == END
+
+
+def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(
+        base, data, tmp_path):
+    others = write(tmp_path / "val.jsonl", *(example(*pair) for pair in PAIRS[1::2]))
+    size = ("--block-size", LENGTH)
+
+    def losses(pairs) -> float:
+        return stock_model(base)(**stock_batch(pairs)).loss.item()
+
+    for option, value, pairs in (("--val-fraction", 0.5, PAIRS[-3:]),
+                                 ("--val-data", others, PAIRS[1::2])):
+        done = runs.trained("lora", base, data, tmp_path / option, *size, "--max-steps", 1,
+                            option, value)
+        assert done.report["base_val_loss"] == pytest.approx(losses(pairs), rel=1e-6)
+        assert done.report["options"]["book"] is None
+        assert done.report["options"]["data"] == str(data)
+    command = ("--base", base, "--data", data, *size, "--batch-size", 2)
+    ending = run(evaluate.main, *command, "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert ending.status == 0 and scores["loss"] == pytest.approx(losses(PAIRS), rel=1e-6)
+    assert scores["tokens"] == sum(len(encoded(f" {c.strip()}")) + 1 for _, c in PAIRS)
+    empty = write(tmp_path / "empty.jsonl")
+    for argv, words in ((("--val-data", empty), "7 examples to train on and 0 to validate on"),
+                        (("--data", empty), "0 examples to train on"),
+                        (("--val-fraction", 0.1), "7 examples to train on and 0 to validate on"),
+                        (("--book", data), "not allowed with argument")):
+        argv = runs.arguments("lora", base, data, tmp_path / "no", *size, *argv)
+        assert words in one_line(run(train.main, *argv), 2)
+    line = one_line(run(evaluate.main, *command, "--val-fraction", 0.1), 2)
+    assert line == f"error: {data}: 0 examples; too short to score"
+    line = one_line(run(train.main, "lora", "--base", base, "--val-data", data), 2)
+    assert "--val-data: goes with --data" in line
+
+
+def test_every_example_is_scored_whatever_the_batch_size():
+    rows = [np.array([[i] * n, [i] * n]) for i, n in enumerate((3, 1, 4, 1, 5))]
+    for size in (1, 2, 5, 9):
+        batches = list(Instructions(rows).evaluation_batches(size))
+        seen = [t[t != NOT_SCORED].tolist() for _, targets in batches for t in targets]
+        assert seen == [row[1].tolist() for row in rows]
+        assert all(len(inputs) == size for inputs, _ in batches[:-1])
