@@ -1,12 +1,14 @@
-"""Text from a base, with or without an adapter."""
+"""Text from a base, with or without an adapter; or, with --chat, answers to what you type."""
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals
     signals.end_in_one_line()
 
 import codecs
+import sys
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from common.cli import Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
 from common.files import brief
+from data.instructions import encode
 from lora.inject import adapter_disabled
 from lora.load import add_model_options, load_model
 from model.gpt2 import GPT2, KVCache
@@ -23,8 +26,11 @@ from model.tokenizer import Tokenizer
 def parse_args():
     parser = Parser(prog="generate.py", description=__doc__)
     add_model_options(parser)
-    parser.add_argument("--prompt", required=True, nargs="+", metavar="TEXT",
-                        help="one text or several; each is continued by itself")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", metavar="TEXT",
+                      help="one text or several; each is continued by itself")
+    what.add_argument("--chat", action="store_true",
+                      help="answer every line of the input, in the form of data/instructions.py")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N")
     parser.add_argument("--temperature", type=number(float, 0.0, 100.0), default=0.8,
                         help="0 always takes the likeliest token (default: %(default)s)")
@@ -41,13 +47,13 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    for prompt in args.prompt:
+    for prompt in args.prompt or ():
         if not prompt.strip():
             raise UserError("--prompt is empty: give the text to continue")
         if prompt != prompt.encode(errors="replace").decode():
             raise UserError(f"--prompt {brief(prompt)}: is not UTF-8 text")
-    if args.with_base and not args.adapter:
-        raise UserError("--with-base compares with an adapter: give --adapter")
+    if args.with_base and not (args.adapter and args.prompt):
+        raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
     device = Device.pick(args.device, args.precision)
     tune_process()
     name, model, tokenizer = load_model(args.base, args.adapter)
@@ -58,26 +64,54 @@ def main() -> None:
             with adapter_disabled(model):
                 write_texts(model, tokenizer, args)
             print(f"=== {name} with {args.adapter}\n")
-        write_texts(model, tokenizer, args)
+        (chat if args.chat else write_texts)(model, tokenizer, args)
 
 
 def write_texts(model: GPT2, tokenizer: Tokenizer, args) -> None:
     """Continue every prompt on stdout, token by token, each as if it were the only one."""
     for prompt in args.prompt:
-        device = model.wte.weight.device
-        generator = torch.Generator(device).manual_seed(args.seed)
         print(prompt, end="", flush=True)
         for text in stream_text(model, tokenizer, prompt, args.max_new_tokens,
-                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                generator=generator):
+                                **sampling(model, args)):
             print(text, end="", flush=True)
         print("\n")
 
 
-def stream_text(model: GPT2, tokenizer: Tokenizer, prompt: str, max_new_tokens: int,
+def sampling(model: GPT2, args) -> dict:
+    """What `generate` draws by, from the seed on."""
+    generator = torch.Generator(model.wte.weight.device).manual_seed(args.seed)
+    return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+            "generator": generator}
+
+
+def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
+    """Answer stdin line by line, each line after all that was said before it; the oldest turns are
+    forgotten when the context has no room for them and an answer.
+    """
+    sys.stdin.reconfigure(errors="replace")
+    context, draw, messages = model.config.n_positions, sampling(model, args), []
+    room = context - min(args.max_new_tokens, context // 2)
+    ready = "> " * sys.stdin.isatty()
+    print(ready, end="", flush=True)
+    for line in sys.stdin:
+        messages.append({"role": "user", "content": line})
+        for first in range(0, len(messages), 2):
+            ids = np.append(encode(messages[first:], tokenizer)[0], tokenizer.encode("Assistant:"))
+            if len(ids) <= room:
+                break
+        answer = ""
+        for text in stream_text(model, tokenizer, ids, args.max_new_tokens, **draw):
+            print(text if answer else text.lstrip(), end="", flush=True)
+            answer += text
+        print(f"\n{ready}", end="", flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def stream_text(model: GPT2, tokenizer: Tokenizer, prompt: str | np.ndarray, max_new_tokens: int,
                 **sampling) -> Iterator[str]:
-    """The continuation of `prompt`, in pieces as they become whole characters."""
-    ids = torch.from_numpy(tokenizer.encode(prompt).astype("int64")).to(model.wte.weight.device)
+    """The continuation of `prompt`, a text or ids, in pieces as they become whole characters."""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = torch.from_numpy(ids.astype("int64")).to(model.wte.weight.device)
     padding = torch.ones(model.config.vocab_size, dtype=torch.bool, device=ids.device)
     padding[list(tokenizer.bytes_of)] = False
     # A token may end in the middle of a character.

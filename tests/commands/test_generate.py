@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, sampling follows its options, text streams whole."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 import generate as command
 from generate import generate, sample, stream_text
-from model.gpt2 import GPT2
+from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
 from tests.runs import run, stock_model
@@ -104,6 +105,48 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
     drawn = stream_text(Scripted(model, tokens), padded, "x", 99, temperature=0)
     assert "".join(drawn) == "&a&"  # id 5 in place of what no token has
+
+
+def chat(base, lines: str | bytes, *options: object) -> subprocess.CompletedProcess:
+    lines = lines if isinstance(lines, bytes) else lines.encode()
+    argv = (sys.executable, command.__file__, "--chat", "--base", base, "--device", "cpu", *options)
+    return subprocess.run([*map(str, argv)], input=lines, capture_output=True)
+
+
+def test_a_chat_answers_every_line_after_what_was_said_before_it(base, monkeypatch):
+    seen, script = [], iter(["You.", "", "At dusk.", "No."])
+
+    def answer(model, tokenizer, ids, limit, **sampling):
+        seen.append("".join(tokenizer.bytes_of[i].decode() for i in ids.tolist()))
+        yield from (" ", next(script))
+
+    lines = ["Who lights it? ", "And then?", "When?", f"Does {60 * 'it '}"]
+    monkeypatch.setattr(command, "stream_text", answer)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    monkeypatch.setattr(command, "load_model", lambda *_: (
+        "tiny", GPT2(GPT2Config(n_positions=100, n_layer=1, n_embd=4, n_head=1, vocab_size=VOCAB)),
+        small_tokenizer(VOCAB)))
+    ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", 7)
+    assert (ending.status, ending.stdout) == (0, "You.\n\nAt dusk.\nNo.\n")
+    end = "<|endoftext|>"
+    first = f"User: Who lights it?\nAssistant: You.{end}"
+    second = f"User: And then?\nAssistant: {end}"
+    assert seen == [
+        "User: Who lights it?\nAssistant:", f"{first}User: And then?\nAssistant:",
+        f"{first}{second}User: When?\nAssistant:",
+        f"User: Does {'it ' * 59}it\nAssistant:"]  # no room for more
+
+
+def test_a_chat_ends_with_its_input_and_needs_no_prompt(base):
+    said = chat(base, b"Who lights it?\nAnd caf\xe9?\n", "--max-new-tokens", 100, "--seed", 3)
+    assert (said.returncode, said.stderr) == (0, b"") and said.stdout.count(b"\n") >= 2
+    assert said.stdout == chat(base, b"Who lights it?\nAnd caf\xe9?", "--seed", 3,
+                               "--max-new-tokens", 100).stdout
+    assert chat(base, "").stdout == b""
+    for options, words in ((("--prompt", "x"), b"not allowed with"),
+                           (("--adapter", "x", "--with-base"), b"give --adapter and --prompt")):
+        ended = chat(base, "x", *options)
+        assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count(b"\n") == 1
 
 
 def test_the_command_continues_each_prompt_as_if_alone(base):
