@@ -11,8 +11,8 @@
 # make test-lowest          the tests with the lowest versions that pyproject.toml allows
 #
 # Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file, or a directory of .txt
-# files; several by name: ARGS="--book a.txt b.txt"), OUT (a directory), ARGS (any further options
-# of the command).
+# files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON lines, in place of
+# BOOK), OUT (a directory), ARGS (any further options of the command).
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -21,15 +21,17 @@ PROMPT ?= You climb the stair and
 
 # What a user types goes to the commands as it is: through the environment, and never expanded by
 # make, so that a quote or a $ in a path or a prompt is a quote or a $.
-unexport BASE BOOK OUT ADAPTER PROMPT CORPUS
+unexport BASE BOOK DATA OUT ADAPTER PROMPT CORPUS
 export _BASE := $(value BASE)
 export _BOOK := $(value BOOK)
+export _DATA := $(value DATA)
 export _OUT := $(value OUT)
 export _ADAPTER := $(or $(value ADAPTER),$(value OUT),runs/lora)
 export _PROMPT := $(value PROMPT)
 export _CORPUS := $(value CORPUS)
 BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
-TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") $(ARGS)
+DATA_OPTION := $(if $(value DATA),--data "$$_DATA")
+TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT),--out "$$_OUT") $(ARGS)
 BASE_OPTION := $(if $(filter auto,$(value BASE)),,--base "$$_BASE")
 
 .PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \

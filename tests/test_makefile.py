@@ -41,5 +41,7 @@ def test_quotes_and_dollars_are_left_alone(made, tmp_path):
 def test_what_is_not_given_is_the_commands_default(made):
     assert made("train-full") == ["train.py", "full", "--base", "auto"]
     assert made("train-lora", "ARGS=--book 'a b.txt' c.txt")[4:] == ["--book", "a b.txt", "c.txt"]
+    assert made("train-full", "DATA=it's $(X).jsonl")[2:] == [
+        "--base", "auto", "--data", "it's $(X).jsonl"]
     assert made("parity") == ["-m", "benchmarks.parity"]
     assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]
