@@ -89,14 +89,14 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
     forgotten when the context has no room for them and an answer.
     """
     sys.stdin.reconfigure(errors="replace")
-    context, draw, messages = model.config.n_positions, sampling(model, args), []
+    context, draw, turns = model.config.n_positions, sampling(model, args), []
     room = context - min(args.max_new_tokens, context // 2)
     ready = "> " * sys.stdin.isatty()
     print(ready, end="", flush=True)
     for line in sys.stdin:
-        messages.append({"role": "user", "content": line})
-        for first in range(0, len(messages), 2):
-            ids = np.append(encode(messages[first:], tokenizer)[0], tokenizer.encode("Assistant:"))
+        turns.append(("User", line.strip()))
+        for first in range(0, len(turns), 2):
+            ids = np.append(encode(turns[first:], tokenizer)[0], tokenizer.encode("Assistant:"))
             if len(ids) <= room:
                 break
         answer = ""
@@ -104,7 +104,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
             print(text if answer else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
-        messages.append({"role": "assistant", "content": answer})
+        turns.append(("Assistant", answer.strip()))
 
 
 def stream_text(model: GPT2, tokenizer: Tokenizer, prompt: str | np.ndarray, max_new_tokens: int,

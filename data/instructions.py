@@ -28,6 +28,8 @@ from data.tokens import LONGEST_RUN, end_of_text
 from data.windows import NOT_SCORED, Windows, split
 from model.tokenizer import Tokenizer
 
+NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
+
 
 @dataclass(frozen=True)
 class Instructions:
@@ -74,13 +76,13 @@ def load_instructions(data: Path, val_data: Path | None, tokenizer: Tokenizer, b
     `val_fraction` of `data`. Raises UserError as `read_examples`, or if either part has none.
     """
     rows = read_examples(data, tokenizer, block_size)
-    parts = split(rows, val_fraction)
+    train, val = split(rows, val_fraction)
     if val_data:
-        parts = rows, read_examples(val_data, tokenizer, block_size)
-    if not all(parts):
-        raise UserError(f"{data}: {len(parts[0])} examples to train on and {len(parts[1])} to "
-                        "validate on; both need one")
-    return Instructions(parts[0]), Instructions(parts[1])
+        train, val = rows, read_examples(val_data, tokenizer, block_size)
+    if not (train and val):
+        raise UserError(f"{data}: {len(train)} examples to train on and {len(val)} to validate on; "
+                        "both need one")
+    return Instructions(train), Instructions(val)
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
@@ -94,7 +96,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_RUN), b""), 1):
             try:
-                ids, scored = encode(_messages(line), tokenizer)
+                ids, scored = encode(_turns(line), tokenizer)
                 if scored[-block_size - 1 :].all():
                     raise ValueError(f"its completion is longer than a block of {block_size}; "
                                      "shorten it, or use a larger --block-size")
@@ -107,12 +109,12 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     return [row[:, -block_size:] for row in rows]
 
 
-def encode(messages: list[dict], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return a conversation's token ids (N,), int32, and which of them are scored, bool (N,)."""
+def encode(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Return the token ids (N,) of turns such as ("User", "Who?"), and which count, bool (N,)."""
     ids, scored = [], []
-    for message in messages:
-        answers, content = message["role"] == "assistant", message["content"].strip()
-        head = tokenizer.encode(f"{message['role'].capitalize()}:").tolist()
+    for name, content in turns:
+        answers = name == "Assistant"
+        head = tokenizer.encode(f"{name}:").tolist()
         body = tokenizer.encode(f" {content}" if answers else f" {content}\n").tolist()
         body += [end_of_text(tokenizer)] * answers
         ids += head + body
@@ -120,23 +122,21 @@ def encode(messages: list[dict], tokenizer: Tokenizer) -> tuple[np.ndarray, np.n
     return np.array(ids, dtype=np.int32), np.array(scored)
 
 
-def _messages(line: bytes) -> list[dict]:
-    """Return an example's messages. Raises ValueError for what is not an example."""
+def _turns(line: bytes) -> list[tuple[str, str]]:
+    """Return an example's turns. Raises ValueError for what is not an example."""
     try:
         example = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes "
                          f"({error})") from error
-    messages = example.get("messages", [
-        {"role": "user", "content": example.get("prompt")},
-        {"role": "assistant", "content": example.get("completion")},
-    ]) if isinstance(example, dict) else None
-    if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and m.get("role") in ("user", "assistant", "system")
-            and isinstance(m.get("content"), str) for m in messages):
+    try:
+        if "messages" not in example:
+            example = {"messages": [{"role": "user", "content": example["prompt"]},
+                                    {"role": "assistant", "content": example["completion"]}]}
+        turns = [(NAMES[m["role"]], m["content"].strip()) for m in example["messages"]]
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError('needs the texts "prompt" and "completion", or "messages", a list of '
-                         '{"role": "user", "assistant" or "system", "content": text}')
-    completions = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-    if not completions or not all(completions) or messages[-1]["role"] != "assistant":
+                         '{"role": "user", "assistant" or "system", "content": text}') from error
+    if not turns or turns[-1][0] != "Assistant" or ("Assistant", "") in turns:
         raise ValueError("has an empty completion, or none at its end")
-    return messages
+    return turns

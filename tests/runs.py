@@ -73,7 +73,7 @@ def arguments(method: str, base: Path, book: Path, out: Path, *options: object) 
     """`train.py`'s arguments for a small run on the CPU; `options` come last and win. A `book` of
     JSON lines is its `--data`.
     """
-    source = "--data" if book.suffix == ".jsonl" else "--book"
+    source = "--data" if Path(book).suffix == ".jsonl" else "--book"
     return list(map(str, (
         method, "--base", base, source, book, "--out", out, "--device", "cpu", "--precision",
         "fp32", "--block-size", BLOCK, "--stride", BLOCK, "--log-every", 1, *options)))

@@ -186,7 +186,7 @@ BAD = [
     ('{"prompt": "a"}', "needs the texts"), ('{"completion": "a"}', "needs the texts"),
     ('["a", "b"]', "needs the texts"), ("7", "needs the texts"), ("null", "needs the texts"),
     ('{"prompt": 1, "completion": "b"}', "needs the texts"),
-    ('{"prompt": "a", "completion": null}', "needs the texts"), ('{"messages": {}}', "needs the"),
+    ('{"prompt": "a", "completion": null}', "needs the texts"), ('{"messages": {}}', "none at"),
     ('{"messages": ["a"]}', "needs the"), ('{"messages": [{"role": ["user"]}]}', "needs the texts"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
     (example("a", ""), "an empty completion"), (example("a", " \n"), "an empty completion"),
