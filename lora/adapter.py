@@ -12,6 +12,7 @@ from common.files import atomic_path, brief, read_json, write_json
 from common.tensors import read_metadata, read_tensors, write_tensors
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
+from lora.slices import SLICES
 from lora.targets import PREFIX as TRANSFORMER
 from lora.targets import layer_config
 
@@ -108,11 +109,12 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
         if field not in USED | IGNORED and value not in SUPPORTED.get(field, UNUSED):
             raise UserError(f"{path}: {brief(field)} {brief(value)} is not supported")
     targets, blocks = stored.get("target_modules"), stored.get(BLOCKS)
-    blocks = blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
     names = [targets] if isinstance(targets, str) else targets
-    if not targets or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    if not targets or not isinstance(names, list) or not all(
+            isinstance(name, str) and name.rpartition(".")[2] not in SLICES for name in names):
         raise UserError(f"{path}: target_modules {brief(targets)} is not a list of module names, "
                         "nor a regular expression")
+    blocks = blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
     return LoRAConfig(
         r=_number(path, stored, "r", int, *RANKS),
         lora_alpha=_number(path, stored, "lora_alpha", int | float, *ALPHAS),
@@ -131,9 +133,10 @@ def _pattern(path: Path, stored: dict, field: str, *limits) -> dict:
     pattern = stored.get(field) or {}
     if not isinstance(pattern, dict):
         raise UserError(f"{path}: {field} {brief(pattern)} is not an object of names and numbers")
-    labels = {key: f"{field} {brief(key)}" for key in pattern}
-    return {key: _number(path, {label: pattern[key]}, label, *limits)
-            for key, label in labels.items()}
+    for key, value in pattern.items():
+        name = f"{field} {brief(key)}"
+        _number(path, {name: value}, name, *limits)
+    return pattern
 
 
 def _number(path: Path, stored: dict, field: str, kind, low: float, high: float):
@@ -157,9 +160,8 @@ def _weights_path(directory: Path) -> Path:
 def check_base(directory: Path, base_sha256: str) -> None:
     """Raise UserError if the adapter's file says that it was trained on another base."""
     path = _weights_path(directory)
-    if path.name == PICKLED_WEIGHTS:
-        return  # it says nothing
-    needed = read_metadata(path).get(BASE_SHA256, base_sha256)
+    header = read_metadata(path) if path.name == WEIGHTS else {}
+    needed = header.get(BASE_SHA256, base_sha256)
     if needed != base_sha256:
         raise UserError(f"{path}: was trained on another base (weights sha256 {brief(needed)}, "
                         f"not {brief(base_sha256)}); give --base the one it was trained on, "

@@ -11,9 +11,9 @@ class DoRALinear(LoRALinear):
     """y = m / ||V|| * V x + b, with V = W + scaling * B A (Liu et al. 2024,
     https://arxiv.org/abs/2402.09353, equation 5).
 
-    ||V|| (out,) are the norms of V's rows, each an output's weights, and m = lora_magnitude_vector
-    (out,) is trained. It starts as ||W||, so a new adapter changes nothing. Gradients take ||V||
-    for a constant (4.3). As in PEFT, dropout falls on all that the factor m / ||V|| - 1 scales:
+    ||V|| (out,) holds the norm of each row of V, and m = lora_magnitude_vector (out,) is trained
+    from ||W|| on, so a new adapter changes nothing. Gradients take ||V|| for a constant (4.3). As
+    in PEFT, what m / ||V|| - 1 scales goes through dropout as well:
 
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
     """
@@ -26,12 +26,12 @@ class DoRALinear(LoRALinear):
         y = self.base_layer(x)  # (..., out)
         if self.merged or not self.enabled:
             return y
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.lora_A.weight.dtype)
         weight, bias = self.base_layer.weight, self.base_layer.bias
+        if not torch.is_autocast_enabled(x.device.type):
+            x, weight = (t.to(self.lora_A.weight.dtype) for t in (x, weight))
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
-            base = ops.linear(x, weight.to(x.dtype))
+            base = ops.linear(x, weight)
         else:  # W x is known already
             base = y if bias is None else y - bias
         factor = self.lora_magnitude_vector / self._norm()  # (out,)

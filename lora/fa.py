@@ -1,4 +1,4 @@
-"""LoRA-FA: A stays as it was drawn."""
+"""LoRA-FA: A stays as it was drawn, and B alone is trained."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from lora.inject import lora_layers
 
 
 def freeze_a(model: nn.Module) -> None:
-    """Train B alone (LoRA-FA, Zhang et al. 2023, https://arxiv.org/abs/2308.03303, equation 3).
+    """Take A out of training (Zhang et al. 2023, https://arxiv.org/abs/2308.03303).
 
-    B's gradient needs A dropout(x), r numbers a token; x itself (in), which only A's gradient
-    needs, is no longer kept for the backward pass.
+    B's gradient needs A dropout(x), (..., r); x itself (..., in) is kept for the backward pass for
+    A's gradient alone, and so is no longer kept.
     """
     for layer in lora_layers(model).values():
         layer.lora_A.requires_grad_(False)

@@ -15,8 +15,7 @@ from lora.targets import find_targets, layer_config
 def inject(model: nn.Module, config: LoRAConfig) -> None:
     """Wrap every `nn.Linear` that `find_targets` names in a `LoRALinear`; freeze the rest.
 
-    Raises ValueError, and leaves the model as it was, for what that refuses, for a rank above a
-    layer's size, or for a second adapter.
+    Raises ValueError, and leaves the model as it was, for what it refuses or for a second adapter.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; merge it first")

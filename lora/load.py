@@ -47,7 +47,7 @@ def add_adapter(model: GPT2, base: Path, config: LoRAConfig, start: Path | None)
     try:
         inject(model, config)
     except ValueError as error:
-        raise UserError(f"--r, --target-modules: {error}") from error
+        raise UserError(f"--r, --layers, --target-modules: {error}") from error
     return config
 
 

@@ -1,5 +1,7 @@
 """LoRA on single slices of the fused c_attn: q, k or v, each with an A and a B of its own."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ class SlicedLoRALinear(LoRALinear):
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: set[str]):
-        super().__init__(base_layer, config.stacked(len(slices)))
+        plain = replace(config.stacked(len(slices)), target_modules=("c_attn",))
+        super().__init__(base_layer, plain)
         places = [i for i, name in enumerate(SLICES) if name in slices]
         width = base_layer.out_features // len(SLICES)
         self.lora_B = _Blocks(places, width, config.r).to(base_layer.weight.device)
