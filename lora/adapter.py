@@ -1,5 +1,6 @@
 """Adapter files in PEFT's format, read and written strictly."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +155,7 @@ def base_name(directory: Path) -> object:
 
 def _weights_path(directory: Path) -> Path:
     path, pickled = (Path(directory) / name for name in (WEIGHTS, PICKLED_WEIGHTS))
-    return pickled if pickled.exists() and not path.exists() else path
+    return pickled if os.path.exists(pickled) and not os.path.exists(path) else path
 
 
 def check_base(directory: Path, base_sha256: str) -> None:
