@@ -53,6 +53,12 @@ def read_keys(path: Path) -> set[str]:
     return _open(path)[0]
 
 
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """Return the shapes in a safetensors header. Raises UserError for a file of something else."""
+    with _naming(path), safe_open(path, framework="pt") as file:
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the texts in a safetensors header. Raises UserError for a file of something else."""
     with _naming(path), safe_open(path, framework="pt") as file:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,10 +58,17 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path, base: st
 
     `base` names the base for people; `base_sha256`, of its weights file, decides whether it fits.
     """
+    write_adapter(adapter_tensors(model), _plain_config(model, config), directory, base,
+                  base_sha256)
+
+
+def write_adapter(tensors: Mapping[str, Tensor], config: LoRAConfig, directory: Path, base: str,
+                  base_sha256: str = "") -> None:
+    """Do what `save_adapter` does, with every A and B under its key."""
     metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
-    write_json(Path(directory) / CONFIG, _peft_config(_plain_config(model, config), base))
+    write_json(Path(directory) / CONFIG, _peft_config(config, base))
     with atomic_path(Path(directory) / WEIGHTS) as temporary:
-        write_tensors(temporary, adapter_tensors(model), metadata, torch.float32)
+        write_tensors(temporary, tensors, metadata, torch.float32)
 
 
 def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:

@@ -1,0 +1,68 @@
+"""An adapter without its base: for each layer B (out, r), scaling included, and A (r, in).
+
+They are in fp64, so that what is computed from them is rounded once, when it is written.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.tensors import read_shapes, read_tensors
+from lora.adapter import PREFIX, WEIGHTS, load_adapter_config, write_adapter
+from lora.layer import LoRAConfig
+
+A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+
+
+class Factors(NamedTuple):
+    B: Tensor
+    A: Tensor
+
+    def pad(self, rank: int) -> "Factors":
+        """Return the same change with zeros added up to `rank`."""
+        more = rank - len(self.A)
+        return Factors(F.pad(self.B, (0, more)), F.pad(self.A, (0, 0, 0, more)))
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U (out, k), S (k,) and V^T (k, in) of B A. With B = Q1 R1 and A^T = Q2 R2, only
+        R1 R2^T, at most (r, r), is decomposed.
+        """
+        (q1, r1), (q2, r2) = torch.linalg.qr(self.B), torch.linalg.qr(self.A.T)
+        u, s, vh = torch.linalg.svd(r1 @ r2.T)
+        return q1 @ u, s, vh @ q2.T
+
+
+def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
+    """Return the nearest matrix of that rank in the Frobenius norm (Eckart & Young 1936,
+    https://doi.org/10.1007/BF02288367), split evenly: B = U sqrt(S), A = sqrt(S) V^T.
+    """
+    root = s[:rank].sqrt()
+    return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
+
+
+def read_factors(directory: Path) -> dict[str, Factors]:
+    """Read an adapter by layer. Raises UserError if it is not an A and a B of the config's rank for
+    each layer, and nothing else.
+    """
+    path, config = Path(directory) / WEIGHTS, load_adapter_config(directory)
+    shapes = read_shapes(path)
+    names = [key.removesuffix(A_KEY) for key in shapes if key.endswith(A_KEY)]
+    names.sort(key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
+    wanted = {name + A_KEY: (config.r, *shapes[name + A_KEY][1:]) for name in names}
+    wanted |= {name + B_KEY: (*shapes.get(name + B_KEY, ())[:1], config.r) for name in names}
+    tensors = {key: tensor.double() for key, tensor in read_tensors(path, wanted)}
+    return {name.removeprefix(PREFIX): Factors(tensors[name + B_KEY] * config.scaling,
+                                               tensors[name + A_KEY]) for name in names}
+
+
+def write_factors(factors: dict[str, Factors], directory: Path, base: str,
+                  base_sha256: str) -> None:
+    """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r."""
+    rank = len(next(iter(factors.values())).A)
+    tensors = {PREFIX + name + key: tensor for name, (b, a) in factors.items()
+               for key, tensor in ((A_KEY, a), (B_KEY, b))}
+    write_adapter(tensors, LoRAConfig(rank, rank, 0.0, tuple(factors)), directory, base,
+                  base_sha256)

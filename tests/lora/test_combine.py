@@ -1,0 +1,104 @@
+"""`python -m lora.combine`: exact sums, truncation, and stock PEFT on what comes out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from lora.adapter import load_adapter, save_adapter
+from lora.combine import combine, main
+from lora.factors import read_factors
+from lora.inject import lora_layers
+from lora.load import load_model
+from model.weights import load_gpt2
+from tests.adapters import adapted, randomize
+from tests.helpers import TINY, relative_difference, token_ids
+from tests.runs import run, stock_model
+
+IDS = token_ids(TINY["vocab_size"], 2, 16)
+
+
+@pytest.fixture
+def adapters(base, tmp_path) -> list[Path]:
+    """Two adapters of other ranks, scalings and layers; c_attn is in both."""
+    one = adapted(base, ("c_attn",), r=3, lora_alpha=5)
+    other = adapted(base, ("c_attn", "c_fc"), r=2, use_rslora=True)
+    randomize(other[0], seed=9)
+    for name, (model, config) in (("0", one), ("1", other)):
+        save_adapter(model, config, tmp_path / name, "gpt2", "a" * 64)
+    return [tmp_path / "0", tmp_path / "1"]
+
+
+def changes(base, directory) -> dict[str, torch.Tensor]:
+    model = load_gpt2(base)
+    load_adapter(model, directory)
+    return {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
+
+
+def dense_sum(base, adapters, weights):
+    """Return the base with the weighted sum of changes in its weights, and the sum."""
+    model, total = load_gpt2(base), {}
+    for directory, weight in zip(adapters, weights, strict=True):
+        for name, change in changes(base, directory).items():
+            total[name] = total.get(name, 0) + weight * change
+    for name, change in total.items():
+        model.get_submodule(name).weight.data += change
+    return model, total
+
+
+def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters, tmp_path):
+    weights, out = (0.5, -2), tmp_path / "out"
+    ending = run(main, *adapters, "--weights", *weights, "--out", out)
+    assert (ending.status, ending.stderr) == (0, "")
+    assert ending.stdout == f"{out}: rank 5, 100.00% of the sum's squared norm\n"
+    dense, total = dense_sum(base, adapters, weights)
+    assert relative_difference(dense(IDS), load_gpt2(base)(IDS)) > 0.1
+    combined = changes(base, out)
+    assert combined.keys() == total.keys() and len(total) == 4
+    assert all(relative_difference(combined[name], total[name]) < 1e-6 for name in total)
+    assert relative_difference(stock_model(base, out)(IDS).logits, dense(IDS)) < 1e-5
+
+
+def test_an_adapter_minus_itself_is_the_base(base, adapters, tmp_path):
+    first = adapters[0]
+    assert run(main, first, first, "--weights", 1, -1, "--out", tmp_path / "out").status == 0
+    expected, model = load_gpt2(base)(IDS), load_gpt2(base)
+    load_adapter(model, tmp_path / "out")
+    assert relative_difference(model(IDS), expected) < 1e-6
+
+
+def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):
+    """Eckart-Young, by the SVD of the dense sum."""
+    ending = run(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
+    assert (ending.status, ending.stderr) == (0, "")
+    kept, whole = 0.0, 0.0
+    cut = changes(base, tmp_path / "out")
+    for name, change in dense_sum(base, adapters, (1, 1))[1].items():
+        s = torch.linalg.svdvals(change.double())
+        assert (cut[name] - change).norm() == pytest.approx(s[2:].norm().item(), rel=1e-4, abs=1e-5)
+        kept, whole = kept + s[:2].square().sum(), whole + s.square().sum()
+    assert f"rank 2, {kept / whole:.2%} of" in ending.stdout and kept / whole < 0.99
+
+
+def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_path):
+    save_adapter(*adapted(base, ("c_proj",), r=20), tmp_path / "a", "gpt2")
+    factors = read_factors(tmp_path / "a")
+    combined, kept = combine([factors, factors], [1, 2])
+    assert kept == pytest.approx(1) and {len(f.A) for f in combined.values()} == {32}
+    for name, (b, a) in combined.items():
+        assert torch.allclose(b @ a, 3 * factors[name].B @ factors[name].A)
+
+
+def test_adapters_of_different_bases_are_refused(base, adapters, tmp_path):
+    other = tmp_path / "other"
+    save_adapter(*adapted(base, ("c_attn",), r=3), other, "gpt2", "b" * 64)
+    for arguments, reason in (
+            ((adapters[0], other), f"{adapters[0]} and {other}: are adapters of different bases"),
+            ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters")):
+        ending = run(main, *arguments, "--out", tmp_path / "out")
+        assert (ending.status, ending.stdout) == (2, "") and not (tmp_path / "out").exists()
+        assert ending.stderr == f"error: {reason}\n"
+    assert run(main, other, "--out", tmp_path / "out").status == 0
+    with pytest.raises(UserError, match="another base"):  # the hash goes along
+        load_model(str(base), tmp_path / "out")
