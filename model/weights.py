@@ -7,6 +7,7 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -50,29 +51,31 @@ def load_gpt2(directory: Path) -> GPT2:
     directory = Path(directory)
     with torch.device("meta"):
         model = GPT2(load_config(directory))
-    model.load_state_dict(_read_parameters(weights_path(directory), model), assign=True)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    parameters = read_parameters(weights_path(directory), shapes)
+    model.load_state_dict({name: nn.Parameter(value) for name, value in parameters}, assign=True)
     return model.eval()
 
 
-def _read_parameters(path: Path, model: GPT2) -> dict[str, nn.Parameter]:
-    """Read the model's parameters, (out, in) and fp32, and leave the masks unread."""
+def read_parameters(path: Path, needed: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters one by one, (out, in) and fp32, and leave the masks unread."""
     keys = read_keys(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
-    needed = {name: p.shape for name, p in model.named_parameters()}
-    shapes = {prefix + name: shape[::-1] if CONV1D.search(name) else shape
-              for name, shape in needed.items()}
-    shapes[HEAD] = needed["wte.weight"]
+    shapes = {HEAD: needed["wte.weight"]} | {
+        prefix + name: shape[::-1] if CONV1D.search(name) else shape
+        for name, shape in needed.items()}
     tied = {HEAD} if f"{prefix}wte.weight" in keys else {f"{prefix}wte.weight"}
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
-    parameters: dict[str, nn.Parameter] = {}
+    head = None  # a stored copy of the tied head, or the only one
     for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
         value = torch.empty(tensor.shape[::-1] if CONV1D.search(key) else tensor.shape)
         value.copy_(tensor.t() if CONV1D.search(key) else tensor)  # ours: the file may be replaced
-        parameters[key.removeprefix(prefix)] = nn.Parameter(value)
-    head = parameters.pop(HEAD, None)  # a stored copy of the tied head, or the only one
-    if head is not None and not torch.equal(head, parameters.setdefault("wte.weight", head)):
-        raise UserError(f"{path}: {HEAD} differs from wte.weight; GPT-2's head is tied to it")
-    return parameters
+        name = "wte.weight" if key == HEAD else key.removeprefix(prefix)
+        if name != "wte.weight" or head is None:
+            yield name, value
+        elif not torch.equal(head, value):
+            raise UserError(f"{path}: {HEAD} differs from wte.weight; GPT-2's head is tied to it")
+        head = value if key == HEAD else None
 
 
 def has_weights(directory: Path) -> bool:

@@ -1,0 +1,55 @@
+"""Turn full fine-tuning into an adapter: `python -m lora.extract --full runs/full --out DIR`."""
+
+from pathlib import Path
+
+import torch
+
+from common.cli import Parser, add_base_option, number, print_table
+from common.errors import run_command
+from common.files import file_sha256, refuse_existing
+from lora.factors import truncate, write_factors
+from lora.inject import lora_layers
+from lora.layer import LoRAConfig
+from lora.load import add_adapter
+from model.gpt2 import GPT2
+from model.hub import find_base
+from model.weights import load_config, read_parameters, weights_path
+
+
+def main() -> None:
+    parser = Parser(prog="lora.extract", description=__doc__.splitlines()[0])
+    add_base_option(parser)
+    parser.add_argument("--full", type=Path, required=True, metavar="DIR",
+                        help="the fine-tuned model, a Hugging Face GPT-2 directory")
+    parser.add_argument("--rank", type=number(int, 1), default=8, metavar="N")
+    parser.add_argument("--target-modules", nargs="+", default=["c_attn"], metavar="NAME")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args()
+    refuse_existing(args.out)
+    base, directory = find_base(args.base)
+    with torch.device("meta"):
+        model = GPT2(load_config(directory))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    add_adapter(model, directory, LoRAConfig(args.rank, target_modules=args.target_modules), None)
+    targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0
+    for (name, before), (_, after) in zip(read_parameters(weights_path(directory), shapes),
+                                          read_parameters(weights_path(args.full), shapes),
+                                          strict=True):
+        change, layer = after.double() - before, name.removesuffix(".weight")
+        squares = change.square().sum().item()
+        whole += squares
+        if layer not in targets:
+            outside += squares
+            continue
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+        factors[layer] = truncate(u, s, vh, args.rank)
+        explained = s[: args.rank].square().sum().item() / (squares or 1.0)
+        rows.append((layer, f"{squares ** 0.5:.4g}", f"{explained:.2%}"))
+    write_factors(factors, args.out, base, file_sha256(weights_path(directory)))
+    print_table(("layer", "norm of the change", f"rank {args.rank} explains"), rows)
+    print(f"{outside / (whole or 1.0):.2%} of the whole change's squared norm is outside these "
+          f"layers\n{base} + {args.out} is near {args.full}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,59 @@
+"""`python -m lora.extract`: the best adapter of a full fine-tuning."""
+
+import pytest
+import torch
+
+from lora.extract import main
+from lora.inject import lora_layers
+from lora.load import load_model
+from model.weights import load_gpt2, save_gpt2
+from tests.helpers import perturb, relative_difference
+from tests.runs import run, stock_model
+
+
+@pytest.fixture
+def full(base, tmp_path):
+    """A model that differs from the base in every parameter, the biases included."""
+    model = load_gpt2(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        perturb(model, std=0.02)
+    save_gpt2(model, tmp_path / "full")
+    return tmp_path / "full"
+
+
+@pytest.mark.parametrize("rank", [5, 32])
+def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
+    out = tmp_path / "out"
+    ending = run(main, "--base", base, "--full", full, "--rank", rank, "--target-modules",
+                 "c_attn", "mlp.c_proj", "--out", out)
+    assert (ending.status, ending.stderr) == (0, "")
+    before, after = (dict(load_gpt2(d).named_parameters()) for d in (base, full))
+    model = load_model(str(base), out).model  # checks the hash
+    theirs = stock_model(base, out).merge_and_unload()
+    inside = 0.0
+    for name, layer in lora_layers(model).items():
+        change = (after[f"{name}.weight"] - before[f"{name}.weight"]).detach().double()
+        s = torch.linalg.svdvals(change)
+        error = (layer.delta_weight() - change).norm()
+        assert error == pytest.approx(s[rank:].norm().item(), rel=1e-4, abs=1e-5)
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        assert torch.allclose(a.norm(dim=1), b.norm(dim=0), rtol=1e-4)  # split evenly
+        share = s[:rank].square().sum() / s.square().sum()
+        line = next(line for line in ending.stdout.splitlines() if name in line)
+        assert f"{share:.2%}" in line and f"{change.norm():.4g}" in line
+        inside += change.square().sum()
+        if rank == 32:
+            merged = theirs.transformer.get_submodule(name).weight.T  # Conv1D's
+            assert relative_difference(merged, after[f"{name}.weight"]) < 1e-6
+    whole = sum((after[name] - before[name]).double().square().sum() for name in before)
+    assert f"{1 - inside / whole:.2%} of the whole change's squared norm is out" in ending.stdout
+
+
+def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
+    for options, reason in ((("--rank", 33), "rank 33 is outside 1 .. 32"),
+                            (("--target-modules", "wte"), "'wte' is refused"),
+                            (("--full", "nowhere"), "nowhere: holds neither")):
+        ending = run(main, "--base", base, "--full", full, "--out", tmp_path / "out", *options)
+        assert (ending.status, ending.stdout) == (2, "") and ending.stderr.count("\n") == 1
+        assert reason in ending.stderr and not (tmp_path / "out").exists()
