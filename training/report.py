@@ -8,18 +8,12 @@ from torch import nn
 
 from common.cli import print_table
 from common.errors import UserError
-from common.files import atomic_path, read_json, write_json
+from common.figures import can_draw, pyplot, save_figure
+from common.files import read_json, write_json
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from model.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN
 from training.options import Options
-
-try:
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-except ImportError:  # an extra: training does not need it
-    pyplot = None
 
 COLOURS = {"train": "#9db4c0", "lora": "#d1495b", "full": "#00798c", "base": "#6c757d"}
 NUMBERS = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
@@ -125,7 +119,7 @@ def read_metrics(out: Path) -> list[dict]:
 
 def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
     """Draw `loss.png`: training loss, validation loss, and the base's as a line."""
-    if not _can_draw():
+    if not can_draw():
         return False
     lines = read_metrics(out)
     validated = [line for line in lines if "val_loss" in line]
@@ -145,7 +139,7 @@ def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
 
 def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> bool:
     """Draw validation perplexity, trainable parameters and time of each run, base included."""
-    if not _can_draw():
+    if not can_draw():
         return False
     names = [f"{run['method']}\n({directory.name})" for directory, run in runs]
     colours = [COLOURS[run["method"]] for _, run in runs]
@@ -171,16 +165,3 @@ def _bars(axes, names: list[str], values: list[float], colours: list[str], title
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _can_draw() -> bool:
-    if pyplot is None:
-        print("no picture drawn: pip install matplotlib")
-    return pyplot is not None
-
-
-def save_figure(figure, path: Path) -> bool:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    pyplot.close(figure)
-    return True

@@ -1,0 +1,25 @@
+"""Draw with matplotlib, an extra: no result needs it."""
+
+from pathlib import Path
+
+from common.files import atomic_path
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+except ImportError:
+    pyplot = None
+
+
+def can_draw() -> bool:
+    if pyplot is None:
+        print("no picture drawn: pip install matplotlib")
+    return pyplot is not None
+
+
+def save_figure(figure, path: Path) -> bool:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,42 @@
+"""`python -m lora.inspect`: its table against dense matrices, and its picture."""
+
+import pytest
+import torch
+
+from lora.adapter import save_adapter
+from lora.inject import lora_layers
+from lora.inspect import effective_rank, main
+from tests.adapters import adapted
+from tests.runs import run
+
+
+def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
+    model, config = adapted(base, ("c_attn", "c_fc"), r=4, lora_alpha=6)
+    zero = lora_layers(model)["h.1.mlp.c_fc"]
+    zero.lora_B.weight.data.zero_()
+    save_adapter(model, config, tmp_path, "gpt2")
+    assert "of the weight's" not in run(main, tmp_path, "--out", tmp_path / "pictures").stdout
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["spectrum.png"]
+    ending = run(main, tmp_path, "--base", base)
+    assert (ending.status, ending.stderr) == (0, "")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in ending.stdout.splitlines() if line.startswith("|")]
+    assert rows[0][1:3] == ["norm", "of the weight's"]
+    assert [row[0] for row in rows[2:]] == list(lora_layers(model))
+    for (_, layer), row in zip(lora_layers(model).items(), rows[2:], strict=True):
+        change, weight = layer.delta_weight().detach().double(), layer.base_layer.weight
+        if layer is zero:
+            assert row[1:] == ["0", "0.00%", *["B is zero"] * 5]
+            continue
+        s = torch.linalg.svdvals(change)[:4]
+        p = s.square() / s.square().sum()
+        holding = next(k for k in range(1, 5) if p[:k].sum() >= 0.9)
+        assert row[1:] == [
+            f"{change.norm():.4g}", f"{change.norm() / weight.norm():.2%}",
+            *(f"{x:.3g}" for x in s[:3]), f"{holding} of 4", f"{(-p * p.log()).sum().exp():.1f}"]
+    assert (tmp_path / "spectrum.png").stat().st_size > 10_000
+
+
+def test_the_effective_rank_counts_equal_singular_values():
+    assert effective_rank(torch.tensor([3.0, 3.0, 3.0, 0.0])) == pytest.approx(3)
+    assert 1 < effective_rank(torch.tensor([3.0, 1.0])) < 2
