@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import codecs
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,13 +19,15 @@ from common.files import brief
 from data.instructions import encode
 from lora.inject import adapter_disabled
 from lora.load import add_model_options, load_model
-from model.gpt2 import GPT2, KVCache
+from lora.several import load_several
+from model.gpt2 import GPT2
+from model.sampling import generate, generate_rows
 from model.tokenizer import Tokenizer
 
 
 def parse_args():
     parser = Parser(prog="generate.py", description=__doc__)
-    add_model_options(parser)
+    add_model_options(parser, nargs="+")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", metavar="TEXT",
                       help="one text or several; each is continued by itself")
@@ -54,17 +56,40 @@ def main() -> None:
             raise UserError(f"--prompt {brief(prompt)}: is not UTF-8 text")
     if args.with_base and not (args.adapter and args.prompt):
         raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
+    if args.chat and len(args.adapter or ()) > 1:
+        raise UserError("--chat answers with one adapter: give one --adapter")
     device = Device.pick(args.device, args.precision)
     tune_process()
-    name, model, tokenizer = load_model(args.base, args.adapter)
+    if args.adapter and len(args.adapter) > 1:
+        return write_side_by_side(args, device)
+    [adapter] = args.adapter or [None]
+    name, model, tokenizer = load_model(args.base, adapter)
     device.hold(model.requires_grad_(False))
     with device.autocast():
         if args.with_base:
             print(f"=== {name}\n")
             with adapter_disabled(model):
                 write_texts(model, tokenizer, args)
-            print(f"=== {name} with {args.adapter}\n")
+            print(f"=== {name} with {adapter}\n")
         (chat if args.chat else write_texts)(model, tokenizer, args)
+
+
+def write_side_by_side(args, device: Device) -> None:
+    """Continue each prompt with every adapter in one batch, each row as if it were alone."""
+    (name, model, tokenizer), adapters = load_several(args.base, args.adapter)
+    device.hold(model.requires_grad_(False))
+    rows = [None] * args.with_base + [str(directory) for directory in args.adapter]
+    adapters.use(rows)
+    for prompt in args.prompt:
+        ids = as_ids(model, tokenizer.encode(prompt))
+        draws = [sampling(model, args) for _ in rows]
+        generators = [draw.pop("generator") for draw in draws]
+        with device.autocast():
+            steps = list(generate_rows(model, ids.expand(len(rows), -1), args.max_new_tokens,
+                                       generators, never=padding(model, tokenizer), **draws[0]))
+        for row, tokens in zip(rows, torch.stack(steps, 1).tolist(), strict=True):
+            print(f"=== {name} with {row}\n" if row else f"=== {name}\n")
+            print(prompt + "".join(decode(tokenizer, tokens)) + "\n")
 
 
 def write_texts(model: GPT2, tokenizer: Tokenizer, args) -> None:
@@ -110,64 +135,31 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
 def stream_text(model: GPT2, tokenizer: Tokenizer, prompt: str | np.ndarray, max_new_tokens: int,
                 **sampling) -> Iterator[str]:
     """The continuation of `prompt`, a text or ids, in pieces as they become whole characters."""
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    ids = torch.from_numpy(ids.astype("int64")).to(model.wte.weight.device)
-    padding = torch.ones(model.config.vocab_size, dtype=torch.bool, device=ids.device)
+    ids = as_ids(model, tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+    return decode(tokenizer, generate(model, ids, max_new_tokens, never=padding(model, tokenizer),
+                                      **sampling))
+
+
+def as_ids(model: GPT2, ids: np.ndarray) -> Tensor:
+    return torch.from_numpy(ids.astype("int64")).to(model.wte.weight.device)
+
+
+def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
+    """Which ids of the model's vocabulary are no token, bool (V,)."""
+    padding = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
     padding[list(tokenizer.bytes_of)] = False
+    return padding
+
+
+def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens up to the end of text, in pieces of whole characters."""
     # A token may end in the middle of a character.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in generate(model, ids, max_new_tokens, never=padding, **sampling):
+    for token in tokens:
         if token == tokenizer.end_of_text:
             break
         yield decoder.decode(tokenizer.bytes_of[token])
     yield decoder.decode(b"", final=True)
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT2, ids: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 1.0, generator: torch.Generator | None = None, never: Tensor | None = None,
-) -> Iterator[int]:
-    """Draw tokens one by one after `ids` (T,), T >= 1, but those that are `never` drawn, bool (V,);
-    the caller decides when to stop.
-
-    Keys and values of past tokens are cached. When the context is full, its older half is
-    forgotten and the rest is read again: learned positions cannot be shifted in the cache.
-    """
-    context = model.config.n_positions
-    window, cache = ids[-context:], KVCache()
-    new = window
-    for _ in range(max_new_tokens):
-        if len(window) > context:
-            window, cache = window[-max(1, context // 2) :], KVCache()
-            new = window
-        logits = model(new[None], cache)[0, -1].float()  # (V,)
-        if never is not None:
-            logits = logits.masked_fill(never, -torch.inf)
-        new = sample(logits, temperature, top_k, top_p, generator)  # (1,)
-        window = torch.cat((window, new))
-        yield new.item()
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
-
-    Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always
-    stays; a temperature of 0, or too small to divide by, takes it.
-    """
-    if temperature < 1e-6:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    if top_p < 1:
-        ordered, index = logits.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
-        logits = logits.index_fill(0, index[before >= top_p], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 if __name__ == "__main__":

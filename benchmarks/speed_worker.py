@@ -26,12 +26,12 @@ from torch.utils.benchmark import Timer
 from benchmarks import ours
 from common.device import PRECISIONS, Device, tune_process
 from common.errors import RunError, run_command
-from generate import generate
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from model import fast as ops
 from model.gpt2 import GPT2, GPT2Config
 from model.plain import plain_operations
+from model.sampling import generate
 from model.weights import load_config, load_gpt2, save_gpt2
 from training.options import Options
 from training.ranks import Ranks

@@ -17,9 +17,9 @@ from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2, weights_path
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     add_base_option(parser)
-    parser.add_argument("--adapter", type=Path, metavar="DIR",
+    parser.add_argument("--adapter", type=Path, nargs=nargs, metavar="DIR",
                         help="an adapter in PEFT's format; with --base auto, the base that it "
                              "names is loaded")
 

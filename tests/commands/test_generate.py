@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import generate as command
-from generate import generate, sample, stream_text
+from generate import stream_text
 from model.gpt2 import GPT2, GPT2Config
+from model.sampling import generate, sample
 from model.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
 from tests.runs import run, stock_model

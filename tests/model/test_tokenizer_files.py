@@ -13,8 +13,9 @@ from tokenizers import Regex, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from common.errors import UserError
-from generate import generate, stream_text
+from generate import stream_text
 from model.hub import MINI
+from model.sampling import generate
 from model.tokenizer import END_OF_TEXT, gpt2_tokenizer
 from model.tokenizer_files import load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2

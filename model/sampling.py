@@ -1,0 +1,63 @@
+"""Draw tokens from GPT-2, one by one, for one text or for several at once."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from model.gpt2 import GPT2, KVCache
+
+
+def generate(model: GPT2, ids: Tensor, max_new_tokens: int, *,
+             generator: torch.Generator | None = None, **sampling) -> Iterator[int]:
+    """Draw tokens one by one after `ids` (T,), T >= 1; the caller decides when to stop."""
+    for tokens in generate_rows(model, ids[None], max_new_tokens, [generator], **sampling):
+        yield tokens.item()
+
+
+@torch.inference_mode()
+def generate_rows(
+    model: GPT2, ids: Tensor, max_new_tokens: int, generators: Sequence[torch.Generator | None], *,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, never: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Draw tokens (n,) one by one after each row of `ids` (n, T), with the row's own generator, but
+    those that are `never` drawn, bool (V,).
+
+    Keys and values of past tokens are cached. When the context is full, its older half is
+    forgotten and the rest is read again: learned positions cannot be shifted in the cache.
+    """
+    context = model.config.n_positions
+    window, cache = ids[:, -context:], KVCache()
+    new = window
+    for _ in range(max_new_tokens):
+        if window.size(1) > context:
+            window, cache = window[:, -max(1, context // 2) :], KVCache()
+            new = window
+        logits = model(new, cache)[:, -1].float()  # (n, V)
+        if never is not None:
+            logits = logits.masked_fill(never, -torch.inf)
+        new = torch.stack([sample(row, temperature, top_k, top_p, generator)
+                           for row, generator in zip(logits, generators, strict=True)])  # (n, 1)
+        window = torch.cat((window, new), 1)
+        yield new[:, 0]
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
+
+    Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always
+    stays; a temperature of 0, or too small to divide by, takes it.
+    """
+    if temperature < 1e-6:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    if top_p < 1:
+        ordered, index = logits.softmax(-1).sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
+        logits = logits.index_fill(0, index[before >= top_p], -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
