@@ -2,6 +2,7 @@
 # make train-full            the same, training every weight
 # make compare               table and picture of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
+# make sweep                train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
 # make parity               this project against PEFT and transformers, number by number
 # make bench                how fast and how small, beside PEFT and transformers
 # make reference            the reference run's protocol, and what its numbers mean
@@ -35,7 +36,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 BASE_OPTION := $(if $(filter auto,$(value BASE)),,--base "$$_BASE")
 
 .PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \
-	bench reference fault pretrain-mini clean
+	sweep bench reference fault pretrain-mini clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -63,6 +64,10 @@ compare: .venv/run
 
 generate: .venv/run
 	$(PY) generate.py --base "$$_BASE" --adapter "$$_ADAPTER" --with-base --prompt "$$_PROMPT" $(ARGS)
+
+sweep: .venv/run
+	$(PY) -m training.sweep $(or $(METHOD),lora) $(TRAIN_OPTIONS) $(if $(LR),--lr $(LR)) \
+		$(if $(R),--r $(R)) $(if $(SEEDS),--seed $(SEEDS))
 
 test: .venv/dev
 	$(PY) -m pytest -q $(ARGS)

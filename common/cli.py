@@ -69,9 +69,15 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table: the first column to the left, the others to the right."""
+    print(table(columns, rows))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table: the first column to the left, the others to the right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = []
     for row in (columns, ["-" * width for width in widths], *rows):
         padded = [text.ljust(width) if i == 0 else text.rjust(width)
                   for i, (text, width) in enumerate(zip(row, widths, strict=True))]
-        print("| " + " | ".join(padded) + " |")
+        lines.append("| " + " | ".join(padded) + " |")
+    return "\n".join(lines)

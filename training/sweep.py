@@ -1,0 +1,105 @@
+"""Train once for each learning rate, rank and seed, and compare: `make sweep`.
+
+Each run is `train.py` in a process of its own, as it would be alone. A sweep that is started again
+goes on: train.py leaves a finished run as it is, and refuses it if its options were others.
+"""
+
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+from common.cli import Parser, table
+from common.errors import run_command
+from common.figures import can_draw, pyplot, save_figure
+from common.files import atomic_path
+from training.directory import METRICS
+from training.options import DEFAULTS, ROOT, parse_options
+from training.report import read_run
+
+COLUMNS = ("", "runs", "val loss", "min .. max", "perplexity", "min .. max")
+
+
+def train(arguments: list[str], out: Path) -> int:
+    """Return the exit status of train.py, once it has ended."""
+    resume = ["--resume"] * (out / METRICS).exists()
+    child = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, *resume])
+    # A terminal's SIGINT reaches the child as well, which saves and ends; SIGTERM does not.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    return child.wait()
+
+
+def spread(values: list[float], digits: int) -> list[str]:
+    least, middle, most = (f"{x:.{digits}f}" for x in (min(values), mean(values), max(values)))
+    return [middle, f"{least} .. {most}"]
+
+
+def draw(perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> None:
+    """Draw perplexity against learning rate: a line a rank, its bars from least to most."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for rank in dict.fromkeys(rank for _, rank in perplexities):
+        line = {lr: v for (lr, r), v in sorted(perplexities.items()) if r == rank}
+        means, *bars = zip(*((mean(v), mean(v) - min(v), max(v) - mean(v))
+                             for v in line.values()), strict=True)
+        axes.errorbar([*line], means, bars, marker="o", capsize=4, label=rank and f"r = {rank}")
+    axes.plot(best[0], mean(perplexities[best]), "k*", markersize=16, zorder=9, label="best mean")
+    rates = sorted({lr for lr, _ in perplexities})
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="best validation perplexity",
+             title="mean over seeds, with the range from the least to the most")
+    axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
+    print(f"drawn in {path}")
+
+
+def main() -> int:
+    parser = Parser(prog="training.sweep", description=__doc__.splitlines()[0],
+                    epilog="All other options are train.py's.")
+    parser.add_argument("method", choices=DEFAULTS)
+    parser.add_argument("--lr", type=float, nargs="+", metavar="X")
+    parser.add_argument("--r", type=int, nargs="+", metavar="N", help="ranks (LoRA only)")
+    parser.add_argument("--seed", type=int, nargs="+", metavar="N")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
+    args, others = parser.parse_known_args()
+    default = parse_options("-", [args.method])
+    ranks = args.r or [default.r if args.method == "lora" else None]
+    plan, results, failed = [], {}, False
+    for lr, r, seed in product(args.lr or [default.lr], ranks, args.seed or [default.seed]):
+        options = [f"lr={lr}"] + [f"r={r}"] * bool(r) + [f"seed={seed}"]
+        out = args.out / ",".join(options)
+        plan.append(((lr, r), out, [args.method, *others, *(f"--{x}" for x in options),
+                                    f"--out={out}"]))
+        parse_options("-", plan[-1][2])  # a mistake ends the sweep before its first run
+    for key, out, arguments in plan:
+        print(f"--- {out.name}", flush=True)
+        status = train(arguments, out)
+        if status in (130, 143):
+            print("the same command goes on with the sweep", file=sys.stderr)
+            return status
+        if status:
+            print(f"error: {out.name}: exit status {status}", file=sys.stderr)
+            failed = True
+        else:
+            results.setdefault(key, []).append(read_run(out))
+    if results:
+        losses, perplexities = ({key: [run[name] for run in runs] for key, runs in results.items()}
+                                for name in ("best_val_loss", "best_val_perplexity"))
+        text = table(COLUMNS, [(f"lr {lr:g}" + (f", r {r}" if r else ""), str(len(losses[lr, r])),
+                                *spread(losses[lr, r], 4), *spread(perplexities[lr, r], 2))
+                               for lr, r in results])
+        print(text)
+        with atomic_path(args.out / "sweep.md") as temporary:
+            temporary.write_text(text + "\n")
+        if can_draw():
+            best = min(perplexities, key=lambda key: mean(perplexities[key]))
+            draw(perplexities, best, args.out / "sweep.png")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    run_command(main)
