@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.errors import UserError
 from common.tensors import read_shapes, read_tensors
 from lora.adapter import PREFIX, WEIGHTS, load_adapter_config, write_adapter
 from lora.layer import LoRAConfig
+from lora.targets import layer_config
 
 A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 
@@ -44,18 +46,23 @@ def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
-    """Read an adapter by layer. Raises UserError if it is not an A and a B of the config's rank for
-    each layer, and nothing else.
+    """Read an adapter by layer. Raises UserError if it is not an A and a B of the layer's rank for
+    each layer, and nothing else, or if it is DoRA.
     """
     path, config = Path(directory) / WEIGHTS, load_adapter_config(directory)
+    if config.use_dora:
+        raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
     shapes = read_shapes(path)
     names = [key.removesuffix(A_KEY) for key in shapes if key.endswith(A_KEY)]
     names.sort(key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
-    wanted = {name + A_KEY: (config.r, *shapes[name + A_KEY][1:]) for name in names}
-    wanted |= {name + B_KEY: (*shapes.get(name + B_KEY, ())[:1], config.r) for name in names}
+    configs = {name: layer_config(config, name.removeprefix(PREFIX)) for name in names}
+    wanted = {name + A_KEY: (c.r, *shapes[name + A_KEY][1:]) for name, c in configs.items()}
+    wanted |= {name + B_KEY: (*shapes.get(name + B_KEY, ())[:1], c.r)
+               for name, c in configs.items()}
     tensors = {key: tensor.double() for key, tensor in read_tensors(path, wanted)}
-    return {name.removeprefix(PREFIX): Factors(tensors[name + B_KEY] * config.scaling,
-                                               tensors[name + A_KEY]) for name in names}
+    return {name.removeprefix(PREFIX): Factors(tensors[name + B_KEY] * c.scaling,
+                                               tensors[name + A_KEY])
+            for name, c in configs.items()}
 
 
 def write_factors(factors: dict[str, Factors], directory: Path, base: str,

@@ -102,3 +102,14 @@ def test_adapters_of_different_bases_are_refused(base, adapters, tmp_path):
     assert run(main, other, "--out", tmp_path / "out").status == 0
     with pytest.raises(UserError, match="another base"):  # the hash goes along
         load_model(str(base), tmp_path / "out")
+
+
+def test_patterns_of_rank_and_alpha_count_and_dora_is_refused(base, tmp_path):
+    patterns = {"rank_pattern": {"h.0.attn.c_attn": 2}, "alpha_pattern": {"c_fc": 5}}
+    save_adapter(*adapted(base, ("c_attn", "c_fc"), r=3, **patterns), tmp_path / "plain", "gpt2")
+    for name, factors in read_factors(tmp_path / "plain").items():
+        expected = changes(base, tmp_path / "plain")[name]
+        assert relative_difference((factors.B @ factors.A).float(), expected) < 1e-6
+    save_adapter(*adapted(base, ("c_attn",), use_dora=True), tmp_path / "dora", "gpt2")
+    with pytest.raises(UserError, match="dora: is DoRA"):
+        read_factors(tmp_path / "dora")
