@@ -123,7 +123,7 @@ def main() -> None:
         raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
     device = Device.pick(args.device, args.precision)
     tune_process()
-    name, model, tokenizer = load_model(args.base, args.adapter)
+    name, model, tokenizer = load_model(args.base, args.adapter, device.dtype)
     check_block_size(args.block_size, model.config)
     device.hold(model.requires_grad_(False))
     text = str(args.data or ", ".join(map(str, args.text or [BOOK])))

@@ -63,7 +63,7 @@ def main() -> None:
     if args.adapter and len(args.adapter) > 1:
         return write_side_by_side(args, device)
     [adapter] = args.adapter or [None]
-    name, model, tokenizer = load_model(args.base, adapter)
+    name, model, tokenizer = load_model(args.base, adapter, device.dtype)
     device.hold(model.requires_grad_(False))
     with device.autocast():
         if args.with_base:
@@ -76,7 +76,7 @@ def main() -> None:
 
 def write_side_by_side(args, device: Device) -> None:
     """Continue each prompt with every adapter in one batch, each row as if it were alone."""
-    (name, model, tokenizer), adapters = load_several(args.base, args.adapter)
+    (name, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
     device.hold(model.requires_grad_(False))
     rows = [None] * args.with_base + [str(directory) for directory in args.adapter]
     adapters.use(rows)

@@ -53,13 +53,14 @@ def main() -> None:
     with ranks.joined(device.torch):
         if ranks.first:
             check_out(options)
+        device.set_tf32(options.allow_tf32)
         if options.compile:
             device.check_compiler()
         with ranks.first_goes_first():
             name, directory = find_base(options.base)
         options = replace(options, base=name, precision=device.precision)
         torch.manual_seed(options.seed)
-        model, config = build_model(options, directory)
+        model, config = build_model(options, directory, device.dtype)
         options = replace(options, **asdict(config)) if config else options
         print(describe_parameters(model))
         tokenizer = load_tokenizer(directory, model.config.vocab_size)
@@ -71,14 +72,17 @@ def main() -> None:
                 train(trainer, session, config)
 
 
-def build_model(options: Options, directory: Path) -> tuple[GPT2, LoRAConfig | None]:
-    """The base with its dropouts set and, for LoRA, the adapter in place and the base frozen."""
+def build_model(options: Options, directory: Path,
+                frozen: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
+    """The base with its dropouts set and, for LoRA, the adapter in place and the base, read in
+    `frozen`, frozen.
+    """
     if options.method == "full" and not has_weights(directory):
         print(f"{directory} holds no weights: starting from random initialisation")
         model = GPT2(load_config(directory))
         model.init_weights()
     else:
-        model = load_gpt2(directory)
+        model = load_gpt2(directory, frozen if options.method == "lora" else torch.float32)
     if options.base_dropout is not None:
         model.set_dropout(options.base_dropout)
     model.gradient_checkpointing = options.gradient_checkpointing

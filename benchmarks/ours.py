@@ -42,9 +42,10 @@ def data(made: Options) -> tuple[Windows, Windows]:
 
 def make_trainer(made: Options, ranks: Ranks = ALONE) -> train.Trainer:
     """Build what `train.py` has before its first step; `--base` is a directory."""
-    torch.manual_seed(made.seed)
-    model, config = build_model(made, Path(made.base))
     device = Device.pick(made.device, made.precision, train=True)
+    device.set_tf32(made.allow_tf32)
+    torch.manual_seed(made.seed)
+    model, config = build_model(made, Path(made.base), device.dtype)
     made = replace(made, precision=device.precision, **(asdict(config) if config else {}))
     trainer = train.Trainer(made, device, model, tokenizer(Path(made.base)), *data(made), ranks)
     model.train()
@@ -75,10 +76,12 @@ def evaluate(model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_
 def run(argv: list[str]) -> dict:
     """Run `train.py ARGV` in this process; return its `run.json`."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with mock.patch.object(sys, "argv", ["train.py", *argv]):
-        train.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    try:
+        with mock.patch.object(sys, "argv", ["train.py", *argv]):
+            train.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return read_run(parse_options("-", argv).out)
 
 

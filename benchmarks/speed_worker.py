@@ -58,6 +58,7 @@ class Task:
     r: int = 8
     ranks: int = 0  # data-parallel processes, of which this is one
     axis: str = ""
+    profile: bool = False  # one more step, for what a GPU's profiler and memory say of it
     warm_up: int = 1
     steps: int = 3
 
@@ -121,7 +122,8 @@ def measure(task: Task) -> dict:
         return measure_rank(task, device)
     call = CALLS[task.kind](task, device)
     timed(call, task.warm_up, device)
-    return timed(call, task.steps, device)
+    found = timed(call, task.steps, device)
+    return found | profiled(call, device) if task.profile else found
 
 
 def timed(call: Call, times: int, device: Device) -> dict:
@@ -136,6 +138,18 @@ def timed(call: Call, times: int, device: Device) -> dict:
         seconds.append(time.perf_counter() - began)
     return {"seconds": seconds, "median": statistics.median(seconds or [0]),
             "peak_mb": device.peak_memory_mb()}
+
+
+def profiled(call: Call, device: Device) -> dict:
+    """Return the memory reserved so far, MB, and one call's time on the GPU, ms, and launches."""
+    reserved = torch.cuda.max_memory_reserved() / 1e6 if device.is_cuda else 0.0
+    with torch.profiler.profile() as profile:
+        timed(call, 1, device)
+    events = profile.key_averages()
+    busy = sum(e.self_device_time_total for e in events
+               if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
+    launches = sum(e.count for e in events if e.key.startswith("cu") and "Launch" in e.key)
+    return {"reserved_mb": reserved, "busy_ms": busy / 1e3, "launches": launches}
 
 
 def build_theirs(task: Task, device: Device) -> nn.Module:
@@ -155,7 +169,7 @@ def build_theirs(task: Task, device: Device) -> nn.Module:
 
 def load_ours(task: Task, device: Device) -> GPT2:
     """Load the model as `evaluate.py` and `generate.py` do."""
-    return device.hold(load_gpt2(Path(task.base)).requires_grad_(False))
+    return device.hold(load_gpt2(Path(task.base), device.dtype).requires_grad_(False))
 
 
 def train(task: Task, device: Device) -> Call:

@@ -57,13 +57,16 @@ class Device:
         return self.torch.type == "cuda"
 
     @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+    @property
     def name(self) -> str:
         return torch.cuda.get_device_name(self.torch) if self.is_cuda else self.torch.type
 
     def autocast(self) -> torch.autocast:
         """A context in which matmuls run in `precision`; parameters stay as they are."""
-        return torch.autocast(self.torch.type, PRECISIONS[self.precision],
-                              enabled=self.precision != "fp32")
+        return torch.autocast(self.torch.type, self.dtype, enabled=self.precision != "fp32")
 
     def copy(self, x: Tensor) -> Tensor:
         """Copy to the device; to a GPU from pinned memory, while the CPU goes on."""
@@ -79,8 +82,13 @@ class Device:
             if isinstance(module, nn.Linear | nn.Embedding):
                 for parameter in module.parameters(recurse=False):
                     if not parameter.requires_grad:
-                        parameter.data = parameter.data.to(PRECISIONS[self.precision])
+                        parameter.data = parameter.data.to(self.dtype)
         return model.to(self.torch)
+
+    def set_tf32(self, allowed: bool) -> None:
+        """On CUDA, let fp32 matmuls round their factors to TF32's 10 bits of mantissa, or not."""
+        if self.is_cuda:
+            torch.set_float32_matmul_precision("high" if allowed else "highest")
 
     def check_compiler(self) -> None:
         """Raise UserError if torch.compile does not work here."""

@@ -29,11 +29,11 @@ def main() -> None:
     base, directory = find_base(args.base)
     with torch.device("meta"):
         model = GPT2(load_config(directory))
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    needed = dict(model.named_parameters())
     add_adapter(model, directory, LoRAConfig(args.rank, target_modules=args.target_modules), None)
     targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0
-    for (name, before), (_, after) in zip(read_parameters(weights_path(directory), shapes),
-                                          read_parameters(weights_path(args.full), shapes),
+    for (name, before), (_, after) in zip(read_parameters(weights_path(directory), needed),
+                                          read_parameters(weights_path(args.full), needed),
                                           strict=True):
         change, layer = after.double() - before, name.removesuffix(".weight")
         squares = change.square().sum().item()

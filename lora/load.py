@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from common.cli import add_base_option
 from common.errors import UserError
 from common.files import brief, file_sha256
@@ -59,8 +61,8 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(base: str, adapter: Path | None) -> Loaded:
-    """Load a base, and put an adapter on it if there is one.
+def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Loaded:
+    """Load a base in `dtype` (`load_gpt2`), and put an adapter on it if there is one.
 
     With `auto` it is the base that the adapter names. Raises UserError if the adapter is of another
     base, by the hash in its file.
@@ -68,7 +70,7 @@ def load_model(base: str, adapter: Path | None) -> Loaded:
     name, directory = find_base(named_base(adapter) if adapter and base == "auto" else base)
     if adapter:
         check_base(adapter, file_sha256(weights_path(directory)))
-    model = load_gpt2(directory)
+    model = load_gpt2(directory, dtype)
     if adapter:
         load_adapter(model, adapter)
     return Loaded(name, model, load_tokenizer(directory, model.config.vocab_size))

@@ -7,7 +7,7 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -42,35 +42,41 @@ LARGEST = {"n_layer": 512} | dict.fromkeys(
     ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), 1 << 20)
 
 
-def load_gpt2(directory: Path) -> GPT2:
-    """Load the model of a Hugging Face GPT-2 directory, in fp32 on the CPU, in evaluation mode.
+def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
+    """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
-    Raises UserError that names a tensor which is missing, unexpected, of another shape or type or
-    not finite, and any config field that asks for another architecture.
+    Linear layers and embeddings are read in `dtype`, norms in fp32: as `Device.hold` keeps a frozen
+    model, but never all of it in fp32 first. Raises UserError that names a tensor which is missing,
+    unexpected, of another shape or type or not finite, and any config field that asks for another
+    architecture.
     """
     directory = Path(directory)
     with torch.device("meta"):
         model = GPT2(load_config(directory))
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    parameters = read_parameters(weights_path(directory), shapes)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.to(dtype)  # on meta: a type and no data
+    parameters = read_parameters(weights_path(directory), dict(model.named_parameters()))
     model.load_state_dict({name: nn.Parameter(value) for name, value in parameters}, assign=True)
     return model.eval()
 
 
-def read_parameters(path: Path, needed: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters one by one, (out, in) and fp32, and leave the masks unread."""
+def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters one by one, (out, in), of the shapes and types of `needed`, and
+    leave the masks unread.
+    """
     keys = read_keys(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
-    shapes = {HEAD: needed["wte.weight"]} | {
-        prefix + name: shape[::-1] if CONV1D.search(name) else shape
-        for name, shape in needed.items()}
+    shapes = {HEAD: needed["wte.weight"].shape} | {
+        prefix + name: p.shape[::-1] if CONV1D.search(name) else p.shape
+        for name, p in needed.items()}
     tied = {HEAD} if f"{prefix}wte.weight" in keys else {f"{prefix}wte.weight"}
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
     head = None  # a stored copy of the tied head, or the only one
     for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
-        value = torch.empty(tensor.shape[::-1] if CONV1D.search(key) else tensor.shape)
-        value.copy_(tensor.t() if CONV1D.search(key) else tensor)  # ours: the file may be replaced
         name = "wte.weight" if key == HEAD else key.removeprefix(prefix)
+        value = torch.empty_like(needed[name], device="cpu")  # ours: the file may be replaced
+        value.copy_(tensor.t() if CONV1D.search(key) else tensor)
         if name != "wte.weight" or head is None:
             yield name, value
         elif not torch.equal(head, value):

@@ -71,6 +71,7 @@ class Options:
                                           "keeping them: saves memory")
     device: str = option(**DEVICE)
     precision: str = option(**PRECISION)
+    allow_tf32: bool = option(False, help="fp32 matmuls in TF32 on CUDA: faster, less exact")
     # run
     out: Path = option(ROOT / "runs" / "lora", Path, "directory of what the run leaves")
     eval_every: int | None = option(None, number(int, 1), "validate every so many steps, besides "

@@ -96,3 +96,23 @@ def test_out_of_memory_while_the_model_is_moved_is_one_line(
     monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run(main, *argv)
+
+
+def test_tf32_is_for_cuda_and_only_if_asked():
+    try:
+        torch.set_float32_matmul_precision("high")  # as an image may have it
+        for device, allowed, expected in (
+                ("cpu", False, "high"), ("cuda", False, "highest"), ("cpu", True, "highest"),
+                ("cuda", True, "high")):
+            Device(torch.device(device), "fp32").set_tf32(allowed)
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_train_passes_allow_tf32_on(base, book, tmp_path, monkeypatch):
+    monkeypatch.setattr(Device, "set_tf32", put := mock.Mock())
+    argv = arguments("lora", base, book, tmp_path / "run", "--max-steps", 1)
+    for more, allowed in (((), False), (("--allow-tf32", "--overwrite"), True)):
+        assert run(train.main, *argv, *more).status == 0
+        put.assert_called_with(allowed)

@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import train
+from benchmarks import ours
+from common.device import PRECISIONS, Device
 from common.errors import RunError
 from model.weights import has_weights, load_config, load_gpt2, save_gpt2
 from tests.helpers import assert_refused, relative_difference, tiny_gpt2_directory, token_ids
@@ -234,3 +238,31 @@ def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     for field, value in asdict(load_config(tmp_path)).items():
         assert value == getattr(theirs, field), field
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["transformers", "head alone"])
+def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
+        tmp_path, monkeypatch, layout, stored, dtype):
+    directory, theirs = tiny_gpt2_directory(tmp_path)
+    tensors = {name: p.detach().to(stored) for name, p in theirs.named_parameters()}
+    rewrite(directory, LAYOUTS[layout](tensors), "safetensors")
+    precision = {value: name for name, value in PRECISIONS.items()}[dtype]
+    wanted = Device.pick("cpu", precision).hold(load_gpt2(directory).requires_grad_(False))
+
+    made, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: made.append(empty_like(*a, **k)) or
+                        made[-1])
+    found = load_gpt2(directory, dtype)
+    for (name, p), (_, q) in zip(found.named_parameters(), wanted.named_parameters(), strict=True):
+        assert p.dtype == q.dtype and torch.equal(p, q), name
+    assert {t.dtype for t in made if t.ndim == 2} == {dtype}  # nothing large in another precision
+
+
+@pytest.mark.parametrize("method, dtype", [("lora", torch.bfloat16), ("full", torch.float32)])
+def test_what_lora_freezes_is_read_in_the_compute_precision(base, monkeypatch, method, dtype):
+    monkeypatch.setattr(train, "load_gpt2", load := mock.Mock(side_effect=load_gpt2))
+    ours.make_trainer(ours.options(method, "--base", base, "--device", "cpu", "--precision", "bf16",
+                                   "--block-size", 16))
+    load.assert_called_once_with(base, dtype)
