@@ -5,6 +5,7 @@
 # make sweep                train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
 # make parity               this project against PEFT and transformers, number by number
 # make bench                how fast and how small, beside PEFT and transformers
+# make verify-gpu           on a GPU: what holds there, and how fast, in one report
 # make reference            the reference run's protocol, and what its numbers mean
 # make figures              the lesson's figures (docs/lora.md), or one: ARGS=initialisation
 # make fault                kills, full disks, broken files: what a run survives (ARGS=--short)
@@ -36,7 +37,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 BASE_OPTION := $(if $(filter auto,$(value BASE)),,--base "$$_BASE")
 
 .PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \
-	sweep bench reference fault pretrain-mini clean
+	sweep bench verify-gpu reference fault pretrain-mini clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -104,6 +105,10 @@ fault: .venv/dev
 # On a GPT-2 124M of random weights unless BASE names another; ARGS=--quick takes mini.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
+
+# What a first GPU is to show: runs/gpu/gpu-report.md; ARGS=--dry-run tries the script on a CPU.
+verify-gpu: .venv/dev
+	$(PY) -m benchmarks.verify_gpu $(ARGS)
 
 # The reference run's protocol and measure (docs/reference-run.md); ARGS: --only lora, and train.py's.
 reference: .venv/run
