@@ -7,7 +7,7 @@
 # make bench                how fast and how small, beside PEFT and transformers
 # make verify-gpu           on a GPU: what holds there, and how fast, in one report
 # make reference            the reference run's protocol, and what its numbers mean
-# make figures              the lesson's figures (docs/lora.md), or one: ARGS=initialisation
+# make figures              the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
 # make fault                kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
 # make test-lowest          the tests with the lowest versions that pyproject.toml allows
@@ -88,7 +88,7 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 
 # On mini; ARGS: one experiment's name and its options. `spectrum` needs runs/lora and runs/full.
-EXPERIMENTS := initialisation memory merge_error spectrum
+EXPERIMENTS := initialisation memory merge_error gradients learning_rate rank targets spectrum
 
 figures: .venv/run
 	$(if $(ARGS),$(PY) -m experiments.$(ARGS),\

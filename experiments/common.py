@@ -35,16 +35,17 @@ def parse(description: str, argv: list[str] | None, seeds: int = 0, **paths: str
     return args
 
 
-def trainer(method: str = "lora", seed: int = 0, **options: object) -> Trainer:
-    """Make what `train.py` trains: mini on the default book, fp32 on the CPU, no dropout."""
-    chosen = replace(parse_options("-", [method, "--base", "mini"]), base_dropout=0.0,
-                     lora_dropout=0.0, seed=seed, **options)
+def trainer(method: str = "lora", seed: int = 0, precision: str = "fp32",
+            **options: object) -> Trainer:
+    """Make what `train.py` trains: mini on the default book, on the CPU, no dropout."""
+    chosen = replace(parse_options("-", [method, "--base", "mini"]), lora_dropout=0.0, seed=seed,
+                     **options)
     directory = find_base("mini")[1]
     torch.manual_seed(seed)
     model, _ = build_model(chosen, directory)
     model.train()
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
-    return Trainer(chosen, Device.pick("cpu", "fp32"), model, tokenizer,
+    return Trainer(chosen, Device.pick("cpu", precision), model, tokenizer,
                    *load_data(chosen, model.config, tokenizer))
 
 
@@ -78,7 +79,8 @@ def save(args: argparse.Namespace, name: str, data: dict, figure) -> None:
 
 def panels(count: int, title: str):
     """A figure of `count` panels in a row."""
-    figure, axes = pyplot.subplots(1, count, figsize=(4.9 * count, 4.2), layout="constrained")
+    figure, (axes,) = pyplot.subplots(1, count, figsize=(max(7.2, 4.9 * count), 4.2),
+                                      layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=12)
     for axis in axes:
         axis.grid(alpha=0.25)

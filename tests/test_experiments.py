@@ -4,9 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import initialisation, memory, merge_error, spectrum
+from experiments import (
+    initialisation,
+    learning_rate,
+    memory,
+    merge_error,
+    rank,
+    spectrum,
+    targets,
+)
+from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
+from model.hub import find_base
+from model.weights import load_gpt2
 from tests.adapters import randomize
+from training.report import count_parameters
 
 
 def run(experiment, tmp_path, *options):
@@ -67,6 +79,31 @@ def test_initialisation(tmp_path):
     assert lora["A"][1] > 0 and swapped["B"][1] > 0
     assert lora["loss"][-1] < -0.01 and swapped["loss"][-1] < -0.01
     assert random["loss"][0] > 0.1 and random["A"][0] > 0 and random["B"][0] > 0
+
+
+def test_learning_rate(tmp_path):
+    """A higher rate learns more and forgets more; LoRA needs a higher one than full."""
+    data = run(learning_rate, tmp_path)
+    for runs in data.values():
+        (low,), (high,) = runs.values()  # of one seed: perplexity on the book, KL from the base
+        assert high[0] < low[0] < 64 and 0 < low[1] < high[1]
+    assert data["full"][1e-3][0] < data["lora"][1e-2][0]
+
+
+def test_rank(tmp_path):
+    data = run(rank, tmp_path)
+    assert all(runs[64][0] < runs[1][0] for runs in data.values())  # a higher rank learns more
+    fixed, scaled, root = (runs[1][0] for runs in data.values())
+    assert fixed < root < scaled  # at rank 1, the larger the scaling, the more is learnt
+
+
+def test_targets_at_one_count_of_parameters(tmp_path):
+    for names, r in targets.RANKS.items():
+        model = load_gpt2(find_base("mini")[1])
+        inject(model, LoRAConfig(r=r, target_modules=names))
+        assert count_parameters(model)["trainable_parameters"] == 122_880
+    c_attn, *_, mlp, _ = run(targets, tmp_path).values()
+    assert mlp < c_attn
 
 
 def test_spectrum(tmp_path):
