@@ -18,10 +18,10 @@ from common.errors import RunError, UserError, run_command
 from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
-from data.windows import NOT_SCORED, evaluation_batches, split
+from data.windows import NOT_SCORED, check_block_size, evaluation_batches, split
 from lora.load import add_model_options, load_model
 from model import fast as ops
-from model.gpt2 import GPT2, GPT2Config
+from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from training.options import BOOK
 from training.ranks import ALONE, Ranks
@@ -84,12 +84,6 @@ def evaluate(
         raise RunError(f"the loss on the text is {loss}; try --precision fp32, or train "
                        "with a lower --lr")
     return Scores(tokens, text_bytes, loss / tokens, hits / tokens)
-
-
-def check_block_size(block_size: int, config: GPT2Config) -> None:
-    if block_size > config.n_positions:
-        raise UserError(f"--block-size {block_size}: the base sees {config.n_positions} tokens "
-                        "at most")
 
 
 def parse_args():

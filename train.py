@@ -10,7 +10,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,31 +18,27 @@ from tqdm import tqdm
 
 from common.device import Device, tune_process
 from common.errors import run_command
-from data.instructions import Instructions, load_instructions
-from data.windows import NOT_SCORED, Windows, load_windows
-from evaluate import Scores, check_block_size, evaluate
+from data.windows import NOT_SCORED
+from evaluate import Scores, evaluate
 from lora.adapter import save_adapter
-from lora.fa import freeze_a
 from lora.inject import adapter_disabled
 from lora.layer import LoRAConfig
-from lora.load import add_adapter
 from lora.plus import parameter_groups
 from model import fast as ops
-from model.gpt2 import GPT2, GPT2Config
+from model.gpt2 import GPT2
 from model.hub import find_base
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer, save_tokenizer
-from model.weights import has_weights, load_config, load_gpt2, save_gpt2
-from training.checkpoint import Parameters, has_checkpoint
+from model.weights import save_gpt2
+from training.build import Data, build_model, load_data
+from training.checkpoint import Parameters
 from training.directory import check_out
-from training.identity import run_identity, saved_lora_config
+from training.identity import run_identity
 from training.meter import Meter, Progress
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import count_parameters, describe_parameters
 from training.session import Session
-
-Data = Windows | Instructions
 
 
 def main() -> None:
@@ -70,43 +65,6 @@ def main() -> None:
         with Session(options, device, ranks, directory, identity) as session:
             if not session.finished:
                 train(trainer, session, config)
-
-
-def build_model(options: Options, directory: Path,
-                frozen: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
-    """The base with its dropouts set and, for LoRA, the adapter in place and the base, read in
-    `frozen`, frozen.
-    """
-    if options.method == "full" and not has_weights(directory):
-        print(f"{directory} holds no weights: starting from random initialisation")
-        model = GPT2(load_config(directory))
-        model.init_weights()
-    else:
-        model = load_gpt2(directory, frozen if options.method == "lora" else torch.float32)
-    if options.base_dropout is not None:
-        model.set_dropout(options.base_dropout)
-    model.gradient_checkpointing = options.gradient_checkpointing
-    if options.method == "full":
-        return model, None
-    config, start = options.lora_config, options.init_adapter
-    if start and options.resume and has_checkpoint(options.out):
-        config, start = saved_lora_config(options.out), None  # A and B come from there, too
-    config = add_adapter(model, directory, config, start)
-    if options.freeze_a:
-        freeze_a(model)
-    return model, config
-
-
-def load_data(options: Options, config: GPT2Config,
-              tokenizer: Tokenizer) -> tuple[Data, Data]:
-    """The training part and the validation part: of the book or, with --data, of the examples."""
-    check_block_size(options.block_size, config)
-    if options.data:
-        return load_instructions(options.data, options.val_data, tokenizer, options.block_size,
-                                 options.val_fraction)
-    return load_windows(options.book, tokenizer, block_size=options.block_size,
-                        stride=options.stride, label_shift=options.label_shift,
-                        val_fraction=options.val_fraction)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:

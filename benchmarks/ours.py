@@ -19,7 +19,7 @@ from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_config, load_gpt2
-from train import build_model, load_data
+from training.build import build_model, load_data
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import read_run

@@ -305,7 +305,7 @@ def validation(opts: Namespace, report: Report) -> None:
         raise Skip(str(error)) from error
     args = ours.options(*arguments(  # all of the three epochs
         opts, "lora", base, *([] if opts.dry_run else ["--max-steps", 10**6])))
-    tokens, found = ours.data(args)[1][: 1000 if opts.dry_run else None], {}
+    tokens, found = ours.data(args)[1].tokens[: 1000 if opts.dry_run else None], {}
     for precision in ("fp32", opts.low):
         device, args = (replace(x, precision=precision) for x in (opts.device, args))
         trainer = parity.train_here(args, draws=0)[1]

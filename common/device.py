@@ -96,7 +96,7 @@ class Device:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.torch))
         except Exception as error:  # each backend has exceptions of its own
             raise UserError("--compile: needs a C++ compiler and, on a GPU, Python's headers "
-                            f"({first_line(error)})") from error
+                            f"({first_line(getattr(error, 'inner_exception', error))})") from error
 
     def random_state(self) -> Tensor:
         """The state of the generator that the device's dropouts draw from; the CPU's on a CPU."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from data.tokens import load_books
+from model.gpt2 import GPT2Config
 from model.tokenizer import Tokenizer
 
 NOT_SCORED = -100  # F.cross_entropy's ignore_index
@@ -19,6 +20,13 @@ def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
     """Return the training part and, the last `val_fraction` of the tokens, the validation part."""
     cut = len(tokens) - int(len(tokens) * val_fraction)
     return tokens[:cut], tokens[cut:]
+
+
+def check_block_size(block_size: int, config: GPT2Config) -> None:
+    """Raise UserError for a block that the base has no positions for."""
+    if block_size > config.n_positions:
+        raise UserError(f"--block-size {block_size}: the base sees {config.n_positions} tokens "
+                        "at most")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from lora.inject import lora_layers
 from model.hub import find_base
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2
-from train import Trainer, build_model, load_data
+from train import Trainer
+from training.build import build_model, load_data
 from training.options import ROOT, parse_options
 from training.report import pyplot, save_figure
 

@@ -62,9 +62,12 @@ class Adapters:
                                   zip(*(row.pad(rank) for row in rows), strict=True))
 
 
-def load_several(base: str, directories: Sequence[Path]) -> tuple[Loaded, Adapters]:
-    """Load a base (`auto`: the one that the first adapter names) and the adapters by their path."""
-    loaded = load_model(named_base(directories[0]) if base == "auto" else base, None)
+def load_several(base: str, directories: Sequence[Path],
+                 dtype: torch.dtype = torch.float32) -> tuple[Loaded, Adapters]:
+    """Load a base in `dtype` (`auto`: the one that the first adapter names) and the adapters by
+    their path.
+    """
+    loaded = load_model(named_base(directories[0]) if base == "auto" else base, None, dtype)
     adapters = Adapters(loaded.model, file_sha256(weights_path(find_base(loaded.base)[1])))
     for directory in directories:
         adapters.add(str(directory), directory)

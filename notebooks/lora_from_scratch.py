@@ -17,7 +17,7 @@ from torch import nn
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "train.py").exists())
 sys.path.insert(0, str(root))  # the GPT-2, its tokenizer and the book are the project's
 
-from data.windows import evaluation_batches, load_windows
+from data.windows import load_windows
 from model.hub import find_base
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2
@@ -74,8 +74,8 @@ print("a new adapter changes no logit:", torch.equal(model(ids), base_logits))
 
 # %%
 tokenizer = load_tokenizer(directory, model.config.vocab_size)
-windows, validation = load_windows(root / "data" / "book.txt", tokenizer, block_size=64, stride=64,
-                                   label_shift=1, val_fraction=0.1)
+windows, validation = load_windows([root / "data" / "book.txt"], tokenizer, block_size=64,
+                                   stride=64, label_shift=1, val_fraction=0.1)
 
 
 def loss_on(inputs, targets):
@@ -85,7 +85,7 @@ def loss_on(inputs, targets):
 @torch.no_grad()
 def perplexity():
     """Approximate: the mean of the batches' means, of which the last is smaller."""
-    batches = list(evaluation_batches(validation, 64, 64, 1))
+    batches = list(validation.evaluation_batches())
     return math.exp(sum(loss_on(*batch).item() for batch in batches) / len(batches))
 
 

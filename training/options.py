@@ -155,6 +155,9 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
                          for name, value in values.items()})
     if options.val_data and not options.data:
         raise UserError("--val-data: goes with --data")
+    if options.data and (options.stride, options.label_shift) != (Options.stride,
+                                                                  Options.label_shift):
+        raise UserError("--stride and --label-shift are for books: an example is one row")
     if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter):
         raise UserError("--freeze-a goes with neither --loraplus-lr-ratio nor --init-adapter")
     if options.init_adapter and options.init_lora_weights == "pissa":

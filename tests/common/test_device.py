@@ -1,5 +1,8 @@
 """What the choice of a device promises, with its GPU played by stand-ins."""
 
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -12,7 +15,8 @@ from benchmarks import speed_worker
 from benchmarks.speed_worker import Task
 from common.device import Device
 from common.errors import UserError
-from tests.runs import arguments, one_line, run
+from tests.runs import Ending, arguments, one_line, run
+from training.options import ROOT
 
 TOO_OLD = "CUDA error: no kernel image is available for execution on the device"
 
@@ -69,14 +73,14 @@ def test_our_commands_leave_cudnn_attention_and_no_other_side_does(main, base, m
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
-        base, book, tmp_path, monkeypatch):
-    config = pytest.importorskip("torch._inductor.config")
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/c++"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    torch._dynamo.reset()
-    ending = run(train.main, *arguments("lora", base, book, tmp_path / "run", "--compile"))
-    line = one_line(ending, 2)
+def test_compile_without_a_compiler_is_one_line_before_anything_is_written(base, book, tmp_path):
+    environment = os.environ | {"CXX": "/nowhere/c++",
+                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, ROOT / "train.py", *map(str, arguments(
+            "lora", base, book, tmp_path / "run", "--compile"))],
+        env=environment, capture_output=True, text=True)
+    line = one_line(Ending(result.returncode, result.stdout, result.stderr), 2)
     assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
     assert not (tmp_path / "run").exists()
 

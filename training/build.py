@@ -1,0 +1,56 @@
+"""What a run trains, and on what: the model and the data that its options name."""
+
+from pathlib import Path
+
+import torch
+
+from data.instructions import Instructions, load_instructions
+from data.windows import Windows, check_block_size, load_windows
+from lora.fa import freeze_a
+from lora.layer import LoRAConfig
+from lora.load import add_adapter
+from model.gpt2 import GPT2, GPT2Config
+from model.tokenizer import Tokenizer
+from model.weights import has_weights, load_config, load_gpt2
+from training.checkpoint import has_checkpoint
+from training.identity import saved_lora_config
+from training.options import Options
+
+Data = Windows | Instructions
+
+
+def build_model(options: Options, directory: Path,
+                frozen: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
+    """The base with its dropouts set and, for LoRA, the adapter in place and the base, read in
+    `frozen`, frozen.
+    """
+    if options.method == "full" and not has_weights(directory):
+        print(f"{directory} holds no weights: starting from random initialisation")
+        model = GPT2(load_config(directory))
+        model.init_weights()
+    else:
+        model = load_gpt2(directory, frozen if options.method == "lora" else torch.float32)
+    if options.base_dropout is not None:
+        model.set_dropout(options.base_dropout)
+    model.gradient_checkpointing = options.gradient_checkpointing
+    if options.method == "full":
+        return model, None
+    config, start = options.lora_config, options.init_adapter
+    if start and options.resume and has_checkpoint(options.out):
+        config, start = saved_lora_config(options.out), None  # A and B come from there, too
+    config = add_adapter(model, directory, config, start)
+    if options.freeze_a:
+        freeze_a(model)
+    return model, config
+
+
+def load_data(options: Options, config: GPT2Config,
+              tokenizer: Tokenizer) -> tuple[Data, Data]:
+    """The training part and the validation part: of the book or, with --data, of the examples."""
+    check_block_size(options.block_size, config)
+    if options.data:
+        return load_instructions(options.data, options.val_data, tokenizer, options.block_size,
+                                 options.val_fraction)
+    return load_windows(options.book, tokenizer, block_size=options.block_size,
+                        stride=options.stride, label_shift=options.label_shift,
+                        val_fraction=options.val_fraction)
