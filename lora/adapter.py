@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -90,19 +90,11 @@ def _peft_config(config: LoRAConfig, base: str) -> dict:
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": config.target_modules,
+        **asdict(config),
+        "init_lora_weights": True,  # a reader takes A and B as they are
         "fan_in_fan_out": True,  # stock GPT-2 holds Conv1D weights, (in, out)
         "bias": "none",
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "init_lora_weights": True,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
         "modules_to_save": None,
-        BLOCKS: config.layers_to_transform,
         "inference_mode": True,
     }
 

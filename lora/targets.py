@@ -30,18 +30,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
         raise ValueError("layers_to_transform needs a list of target modules, as in PEFT")
     found: dict[str, set[str]] = {}
     for target in [targets] if isinstance(targets, str) else targets:
-        slices, names = set(), [*modules, HEAD]
-        if targets == "all-linear":
-            names = [name for name in linear if _last(name) not in REFUSED]
-        elif isinstance(targets, str):
-            names = [name for name in names if re.fullmatch(target, name)]
-        else:
-            if "." in target and _last(target) in SLICES:
-                slices, target = {_last(target)}, target.rpartition(".")[0]
-                if _last(target) != "c_attn":
-                    raise ValueError(f"target module {target!r}: only c_attn has slices")
-            names = [name for name in names if name == target or (
-                f".{name}".endswith(f".{target}") and (not blocks or _block(name) in blocks))]
+        names, slices = _match(target, config, [*modules, HEAD], linear)
         if not names:
             raise ValueError(f"target module {target!r} is not in the model"
                              f"{' in these layers' if blocks else ''}; it has "
@@ -61,6 +50,22 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
         if not any(_decides(key, name) for name in found):
             raise ValueError(f"pattern {key!r} matches no adapted layer")
     return {name.removeprefix(PREFIX): found[name] for name in modules if name in found}
+
+
+def _match(target: str, config: LoRAConfig, names: list[str],
+           linear: list[str]) -> tuple[list[str], set[str]]:
+    """Return the names that a target matches, and the slice of them that it means."""
+    if config.target_modules == "all-linear":
+        return [name for name in linear if _last(name) not in REFUSED], set()
+    if isinstance(config.target_modules, str):
+        return [name for name in names if re.fullmatch(target, name)], set()
+    slices = {_last(target)}.intersection(SLICES) if "." in target else set()
+    suffix = target.rpartition(".")[0] if slices else target
+    if slices and _last(suffix) != "c_attn":
+        raise ValueError(f"target module {target!r}: only c_attn has slices")
+    blocks = config.layers_to_transform
+    return [name for name in names if name == suffix or (
+        f".{name}".endswith(f".{suffix}") and (not blocks or _block(name) in blocks))], slices
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:

@@ -10,7 +10,7 @@ from common.errors import UserError
 from lora.layer import LoRAConfig
 from model.weights import base_hashes
 from training.checkpoint import read_checkpoint
-from training.options import Options, flag
+from training.options import Options
 
 # Options that may change when a run is resumed: they do not change its result, or they are paths,
 # and what lies there is compared itself.
@@ -49,7 +49,7 @@ def refuse_another(then: dict, now: dict) -> None:
     old, new = then["options"], now["options"]
     for name in sorted((old.keys() | new.keys()) - HARMLESS):
         if old.get(name) != new.get(name):
-            raise UserError(f"--resume: {flag(name)} was {old.get(name)!s:.80} and "
+            raise UserError(f"--resume: --{name.replace('_', '-')} was {old.get(name)!s:.80} and "
                             f"is now {new.get(name)!s:.80}; repeat the run's own options")
     if then["book"] != now["book"]:
         source = f"data {new['data']}" if new["data"] else f"book {' '.join(new['book'])}"

@@ -92,7 +92,8 @@ class Options:
                                              "as c_attn.q, or all-linear")
     use_rslora: bool = option(False, help="scale by alpha / sqrt(r) in place of alpha / r")
     layers_to_transform: tuple[int, ...] | None = option(
-        None, layers, "adapt only these blocks, such as 6-11, or 0 2 4", nargs="+", metavar="A-B")
+        None, layers, "adapt only these blocks, such as 6-11, or 0 2 4", nargs="+", metavar="A-B",
+        also=["--layers"])
     rank_pattern: dict = field(default_factory=dict)  # these two come with --init-adapter alone
     alpha_pattern: dict = field(default_factory=dict)
     use_dora: bool = option(False, help="DoRA: train each weight's magnitude apart from its "
@@ -119,10 +120,6 @@ class Options:
 LORA_ONLY = {"init_adapter", "loraplus_lr_ratio", "freeze_a", *(f.name for f in fields(LoRAConfig))}
 
 
-def flag(name: str) -> str:
-    return "--layers" if name == "layers_to_transform" else f"--{name.replace('_', '-')}"
-
-
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # no "(default: None)", and none where the text says it
         if action.default in (None, False) or "default: " in (action.help or ""):
@@ -142,7 +139,8 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
             if f.metadata and (method == "lora" or f.name not in LORA_ONLY):
                 settings = {"default": f.default} | f.metadata | {
                     "default": defaults.get(f.name, f.default)}
-                groups.get(f.name, sub).add_argument(flag(f.name), dest=f.name, **settings)
+                flags = f"--{f.name.replace('_', '-')}", *settings.pop("also", ())
+                groups.get(f.name, sub).add_argument(*flags, **settings)
     values = vars(parser.parse_args(argv))
     if values["method"] == "lora":
         targets = values["target_modules"]

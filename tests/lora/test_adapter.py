@@ -179,6 +179,8 @@ def test_fields_that_would_change_the_result_are_refused_by_name(adapter, field)
     ({}, {"r": 33}, CONFIG, "does not fit this base: rank 33 is outside 1 .. 32"),
     ({}, {"target_modules": ["c_attn", "wte"]}, CONFIG, "does not fit this base: target module 'w"),
     ({}, {"target_modules": ["\x1b" * 99]}, CONFIG, r"does not fit this base: target module '\x1b"),
+    ({}, {"target_modules": "c_("}, CONFIG, "does not fit this base: missing )"),
+    ({}, {"rank_pattern": {"[": 2}}, CONFIG, "does not fit this base: unterminated"),
     ({}, {"peft_type": "IA3"}, CONFIG, "'peft_type' 'IA3'"),
     ({}, {"x\ny" * 99: 1}, CONFIG, r"'x\nyx\ny"),
 ])

@@ -85,13 +85,12 @@ def test_layers_ranks_scalings_and_files_are_pefts(base, tmp_path, targets, fiel
     ({"rank_pattern": {"c_fc": 2}}, "pattern 'c_fc' matches no adapted layer"),
     ({"alpha_pattern": {"_attn": 2}}, "pattern '_attn' matches no adapted layer"),
     ({"rank_pattern": {"h.2.attn.c_attn": 33}}, r"rank 33 is outside 1 \.\. 32"),
-    ({"target_modules": ("c_attn.q", "c_proj.v")}, "'c_proj': only c_attn has slices"),
+    ({"target_modules": ("c_attn.q", "c_proj.v")}, "'c_proj.v': only c_attn has slices"),
     ({"target_modules": ("c_attn.q", "c_attn")}, "is named whole and by a slice"),
-    *(({"target_modules": ("c_attn.q",), **more}, "exclude each other")
-      for more in ({"use_dora": True}, {"init_lora_weights": "pissa"})),
+    ({"target_modules": ("c_attn.q",), "init_lora_weights": "pissa"}, "exclude each other"),
     ({"use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
-    *(({**more, "r": 17}, r"is outside 1 \.\. ") for more in (
-        {"init_lora_weights": "pissa"}, {"target_modules": ("c_attn.q", "c_attn.v")})),
+    ({"r": 17, "init_lora_weights": "pissa"}, r"rank 17 is outside 1 \.\. 16"),
+    ({"r": 17, "target_modules": ("c_attn.q", "c_attn.v")}, r"rank 34 is outside 1 \.\. 32"),
 ])
 def test_what_matches_nothing_or_does_not_go_together_is_refused(base, fields, reason):
     model = load_gpt2(base)
@@ -99,16 +98,6 @@ def test_what_matches_nothing_or_does_not_go_together_is_refused(base, fields, r
     with pytest.raises(ValueError, match=reason):
         inject(model, LoRAConfig(**fields))
     assert torch.equal(model(IDS), expected) and not lora_layers(model)
-
-
-def test_a_pattern_that_is_no_regular_expression_is_refused_by_its_file(base, tmp_path):
-    model, config = adapted(base)
-    save_adapter(model, config, tmp_path, "gpt2")
-    stored = json.loads((tmp_path / CONFIG).read_text())
-    for field, value in (("target_modules", "c_("), ("rank_pattern", {"[": 2})):
-        (tmp_path / CONFIG).write_text(json.dumps(stored | {field: value}))
-        with pytest.raises(UserError, match="does not fit this base: "):
-            load_adapter(load_gpt2(base), tmp_path)
 
 
 @pytest.mark.parametrize(("layers", "below"), [((2,), 2), ((1, 2), 1), (None, 0)])
@@ -131,12 +120,10 @@ def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
     done = trained("lora", base, book, tmp_path / "all", "--target-modules", "all-linear",
                    "--max-steps", 1)
     assert len(load_file(done.out / WEIGHTS)) == 2 * 12
-    for values, reason in ((["x"], "argument --layers"), (["2-1"], "argument --layers"),
-                           (["-1"], "argument --layers"), (["1", "3-4"], "layer 3 has no target"),
-                           (["1", "--target-modules", "all-linear"], "needs a list")):
-        line = one_line(run(main, *arguments("lora", base, book, tmp_path / "no", "--layers",
-                                             *values)), 2)
-        assert reason in line and not (tmp_path / "no").exists()
+    for values, reason in (("1 3-4", "layer 3 has no target"),
+                           ("1 --target-modules all-linear", "needs a list")):
+        assert reason in one_line(run(main, *arguments(
+            "lora", base, book, tmp_path / "no", "--layers", *values.split())), 2)
 
 
 def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):

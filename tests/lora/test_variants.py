@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft.optimizers import create_loraplus_optimizer
-from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora.adapter import CONFIG, WEIGHTS, adapter_tensors, load_adapter, save_adapter
+from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lora.dora import DoRALinear
 from lora.fa import freeze_a
 from lora.inject import adapter_disabled, inject, lora_layers
@@ -27,21 +26,10 @@ from lora.merge import merge, unmerge, unwrap
 from lora.pissa import PiSSALinear
 from model.plain import plain_operations
 from model.weights import load_gpt2
+from tests import runs
 from tests.adapters import randomize
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
-from tests.runs import (
-    arguments,
-    contents,
-    finished,
-    one_line,
-    run,
-    run_acting,
-    stock_model,
-    token_parts,
-    trained,
-    trainer,
-    validation_loss,
-)
+from tests.runs import arguments, run, stock_model, trained
 from train import learning_rate, main
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -95,9 +83,9 @@ def assert_equal(ours, theirs):
     (SQUARE, {"lora_dropout": 0.3}), (WIDE, {"use_rslora": True}), (TALL, {"lora_dropout": 0.3})])
 def test_twenty_steps_and_the_merge_after_them_are_pefts(kind, shape, fields):
     ours, theirs, linear = pair(kind, shape, **fields)
-    if kind == "pissa":  # A and B are W's own
-        assert_equal(parameters(ours), parameters(theirs))
-        assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)
+    assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)  # for PiSSA: the residual
+    x = torch.randn(5, shape[0])
+    assert relative_difference(ours.eval()(x), linear(x)) < 1e-6
     perturb_alike(ours, theirs)
     optimizers = [torch.optim.AdamW(parameters(layer).values(), lr=1e-2)
                   for layer in (ours, theirs)]
@@ -105,11 +93,10 @@ def test_twenty_steps_and_the_merge_after_them_are_pefts(kind, shape, fields):
         outputs, gradients = [], []
         for layer, optimizer in zip((ours, theirs), optimizers, strict=True):
             torch.manual_seed(step)
-            x = torch.randn(7, shape[0], requires_grad=True)
-            y = layer.train()(x)
-            y.square().sum().backward()
-            outputs.append(y)
-            gradients.append({"x": x.grad, **{n: p.grad for n, p in parameters(layer).items()}})
+            read = torch.randn(7, shape[0], requires_grad=True)
+            outputs.append(layer.train()(read))
+            outputs[-1].square().sum().backward()
+            gradients.append({"x": read.grad} | {n: p.grad for n, p in parameters(layer).items()})
             optimizer.step()
             optimizer.zero_grad()
         assert torch.equal(*outputs)
@@ -117,7 +104,6 @@ def test_twenty_steps_and_the_merge_after_them_are_pefts(kind, shape, fields):
         assert all(g.any() for g in gradients[0].values())
     assert_equal(parameters(ours), parameters(theirs))
 
-    x = torch.randn(5, shape[0])
     expected, before = ours.eval()(x), ours.base_layer.weight.clone()
     assert relative_difference(expected, linear(x)) > 0.1
     model = nn.Sequential(ours)
@@ -127,12 +113,8 @@ def test_twenty_steps_and_the_merge_after_them_are_pefts(kind, shape, fields):
     assert relative_difference(ours(x), expected) < 1e-5
     unmerge(model)
     assert relative_difference(ours.base_layer.weight, before) < 1e-5
-    assert relative_difference(ours(x), expected) < 1e-5
     with adapter_disabled(model):
         assert relative_difference(ours(x), linear(x)) < 1e-5
-    merge(model)
-    unwrap(model := nn.Sequential(ours))
-    assert relative_difference(model[0](x), expected) < 1e-5
 
 
 @plain_operations()
@@ -154,21 +136,6 @@ def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype
         assert value.dtype == results[1][name].dtype
 
 
-def test_dora_starts_as_the_base_and_its_norm_is_a_constant():
-    layer, _, linear = pair("dora", WIDE)
-    x = torch.randn(5, 32)
-    assert relative_difference(layer.eval()(x), linear(x)) < 1e-6
-    randomize(layer)
-    layer(x).sum().backward()
-    w, m = linear.weight.double(), layer.lora_magnitude_vector.detach().double()
-    b = layer.lora_B.weight.detach().double().requires_grad_()
-    v = w + layer.scaling * b @ layer.lora_A.weight.detach().double()
-    for norm, equal in ((v.norm(dim=1).detach(), True), (v.norm(dim=1), False)):
-        y = x.double() @ ((m / norm)[:, None] * v).T
-        gradient, = torch.autograd.grad(y.sum(), b, retain_graph=True)
-        assert (relative_difference(layer.lora_B.weight.grad, gradient) < 1e-5) is equal
-
-
 # By the options of train.py: PEFT's fields.
 RUNS = {
     "--use-rslora": {"use_rslora": True},
@@ -176,7 +143,6 @@ RUNS = {
     "--init-lora-weights pissa": PISSA,
     "--loraplus-lr-ratio 16": {},
     "--freeze-a": {},
-    "--layers 1": {"layers_to_transform": [1]},
     "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj": {
         **DORA, "use_rslora": True, "target_modules": ["c_attn", "c_proj"]},
 }
@@ -186,8 +152,8 @@ RUNS = {
 @pytest.mark.parametrize("options", RUNS)
 def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     """Dropouts on, from the seeded adapter to the trained one, through train.py's own step."""
-    ours = trainer("lora", base, book, tmp_path, "--max-steps", 20, "--batch-size", 4, "--lr",
-                   3e-3, *options.split())
+    ours = runs.trainer("lora", base, book, tmp_path, "--max-steps", 20, "--batch-size", 4,
+                        "--lr", 3e-3, *options.split())
     args = ours.options
     stock = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
     for name, module in list(stock.named_modules()):
@@ -206,19 +172,19 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
              for n, p in parameters(theirs.base_model.model).items() if p.requires_grad}
     assert named.keys() == ours.parameters.keys()
     mine = [named[name] for name in ours.parameters]  # in one order: the gradient norm is a sum
-    settings = {"lr": args.lr, "fused": True}
-    ratio = args.loraplus_lr_ratio or 1
-    optimizer = (create_loraplus_optimizer(
-        theirs, torch.optim.AdamW, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.01, **settings)
-        if ratio > 1 else torch.optim.AdamW(mine, weight_decay=0.01, **settings))
+    optimizer = torch.optim.AdamW(mine, lr=args.lr, weight_decay=0.01, fused=True)
+    if args.loraplus_lr_ratio:
+        optimizer = create_loraplus_optimizer(
+            theirs, torch.optim.AdamW, lr=args.lr, loraplus_lr_ratio=args.loraplus_lr_ratio,
+            loraplus_weight_decay=0.01, fused=True)
     scales = [group["lr"] / args.lr for group in optimizer.param_groups]
 
     initial = {key: x.detach().clone() for key, x in raw_tensors(ours.model).items()}
     assert_equal(initial, peft.get_peft_model_state_dict(theirs))
     ours.model.train()
     batches = list(ours.batches())
-    torch.manual_seed(0)
     ours.meter.restart()
+    torch.manual_seed(0)
     for batch in batches:
         ours.step(batch)
     torch.manual_seed(0)
@@ -238,9 +204,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
 
 def raw_tensors(model):
     """What is trained, and not what a file holds of it: for PiSSA they differ."""
-    return {f"base_model.model.transformer.{name}.{part}": p
-            for name, layer in lora_layers(model).items()
-            for part, p in parameters(layer).items()}
+    return {f"base_model.model.transformer.{n}": p for n, p in parameters(model).items()}
 
 
 @pytest.mark.parametrize("options", [
@@ -252,69 +216,59 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
     whole = trained("lora", base, book, tmp_path / "whole", *options)
     argv = arguments("lora", base, book, tmp_path / "run", *options)
     stop = {7: lambda trainer: signal.raise_signal(signal.SIGINT)}
-    assert run_acting(stop, *argv).status == 130
+    assert runs.run_acting(stop, *argv).status == 130
     assert run(main, *argv, "--resume").status == 0
-    done = finished(tmp_path / "run")
+    done = runs.finished(tmp_path / "run")
     for file in (WEIGHTS, CONFIG):
-        assert contents(done.out)[file] == contents(whole.out)[file]
+        assert runs.contents(done.out)[file] == runs.contents(whole.out)[file]
     assert done.column("val_loss") == whole.column("val_loss")
 
-    report, ids, bf16 = done.report, token_parts(book)[1], "bf16" in options
+    report, ids, bf16 = done.report, runs.token_parts(book)[1], "bf16" in options
     close = 2e-2 if bf16 else 1e-5
     assert report["base_val_loss"] == pytest.approx(
-        validation_loss(stock_model(base), ids), rel=close)
+        runs.validation_loss(stock_model(base), ids), rel=close)
     theirs = stock_model(base, done.out)
-    assert report["best_val_loss"] == pytest.approx(validation_loss(theirs, ids), rel=close)
+    assert report["best_val_loss"] == pytest.approx(runs.validation_loss(theirs, ids), rel=close)
     assert report["best_val_loss"] < report["base_val_loss"] - 0.01
     ours = load_gpt2(base)
     load_adapter(ours, done.out)
     assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
 
 
-@pytest.mark.parametrize("fields", [DORA, PISSA, PISSA | {"use_rslora": True}])
-def test_pefts_files_load_and_merge_to_its_logits(base, tmp_path, fields):
+def test_a_dora_of_peft_loads_and_merges_to_its_logits(base, tmp_path):
     theirs = peft.get_peft_model(stock_model(base), peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["c_attn", "c_proj"],
-        fan_in_fan_out=True, **fields)).eval()
-    convert = {}
-    if "use_dora" not in fields:  # as PEFT's guide to PiSSA has it
-        theirs.peft_config["default"].init_lora_weights = True
-        theirs.save_pretrained(tmp_path / "start")
-        theirs.peft_config["default"].init_lora_weights = "pissa"
-        convert = {"path_initial_model_for_weight_conversion": str(tmp_path / "start")}
+        fan_in_fan_out=True, **DORA)).eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter += 0.05 * torch.randn_like(parameter)
-    expected = theirs(IDS).logits
-    theirs.save_pretrained(tmp_path / "theirs", **convert)
-    ours = load_gpt2(base)
-    config = load_adapter(ours, tmp_path / "theirs")
-    assert (config.r, config.use_dora) == ((4, True) if "use_dora" in fields else (8, False))
+        for parameter in parameters(theirs).values():
+            parameter += 0.05 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    ours, expected = load_gpt2(base), theirs(IDS).logits
+    assert relative_difference(ours(IDS), expected) > 0.1
+    assert load_adapter(ours, tmp_path).use_dora
     assert relative_difference(ours(IDS), expected) < 1e-5
-    assert relative_difference(load_gpt2(base)(IDS), expected) > 0.1
     merge(ours)
     unwrap(ours)
     assert relative_difference(ours(IDS), expected) < 1e-5
 
 
 def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
-    kept = {}
-    for frozen in (False, True):
+    kept = []
+    for freeze in (lambda model: None, freeze_a):
         model = load_gpt2(base).train()
         model.set_dropout(0)
         inject(model, LoRAConfig(r=1, lora_dropout=0))
-        if frozen:
-            freeze_a(model)
-        storages = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-                lambda x, storages=storages: storages.update(
-                    {x.untyped_storage().data_ptr(): (x.untyped_storage().nbytes(), x)}),
-                lambda x: x):
+        freeze(model)
+        storages = {}  # by address, so that a view counts once
+
+        def keep(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             model(IDS)
-        kept[frozen] = sum(size for size, _ in storages.values())
-    inputs = 2 * IDS.numel() * TINY["n_embd"] * 4  # of two layers, fp32
-    assert kept[False] - kept[True] >= inputs * 0.9
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    assert kept[0] - kept[1] >= IDS.numel() * TINY["n_embd"] * 4  # x of a layer, fp32
 
 
 def merged_linear(x, linear, a, b, enabled, scaling):
@@ -327,69 +281,44 @@ def merged_linear(x, linear, a, b, enabled, scaling):
     return linear(x) + y * scaling
 
 
-@pytest.mark.parametrize(("targets", "enabled", "scaling", "fields"), [
-    (("c_attn.q", "c_attn.v"), [True, False, True], 3 / 4, {}),
-    (("attn.c_attn.v",), [False, False, True], 3 / 4, {}),
-    (("c_attn.v", "h.0.attn.c_attn.k", "h.1.attn.c_attn.k", "c_attn.q"), [True] * 3, 3 / 2,
-     {"use_rslora": True}),
+NAMED = "transformer.h.1.attn.c_attn"
+
+
+@pytest.mark.parametrize(("targets", "enabled", "use_rslora", "file"), [
+    (("c_attn.q", "c_attn.v"), [True, False, True], False, (8, 12, {}, {})),
+    (("attn.c_attn.v",), [False, False, True], True, (4, 6, {}, {})),
+    (("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"), [False, False, True], False,
+     (4, 6, {NAMED: 8}, {NAMED: 12})),
 ])
-def test_slices_are_loralibs(base, targets, enabled, scaling, fields):
+def test_slices_are_loralibs_and_written_as_a_plain_adapter(
+        base, tmp_path, targets, enabled, use_rslora, file):
     model = load_gpt2(base)
-    inject(model, LoRAConfig(r=4, lora_alpha=3, lora_dropout=0, target_modules=targets, **fields))
+    config = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0, target_modules=targets,
+                        use_rslora=use_rslora)
+    inject(model, config)
     layer, n = model.h[0].attn.c_attn, sum(enabled)
-    bound = 1 / 32**0.5
-    assert 0.8 * bound < layer.lora_A.weight.abs().max() < bound and not layer.lora_B.blocks.any()
+    assert 0.8 < 32**0.5 * layer.lora_A.weight.abs().max() < 1 and not layer.lora_B.blocks.any()
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == n * 4 * (32 + 32)
     randomize(model)
     a, b = layer.lora_A.weight, layer.lora_B.blocks
     twins = [p.detach().clone().requires_grad_() for p in (a, b.flatten(0, 1))]
     x = torch.randn(2, 5, 32)
-    y, expected = layer(x), merged_linear(x, layer.base_layer, *twins, enabled, scaling)
+    y = layer(x)
+    expected = merged_linear(x, layer.base_layer, *twins, enabled, 6 / (2 if use_rslora else 4))
     assert relative_difference(y, expected) < 1e-6
-    gradients = torch.autograd.grad(y.square().sum(), (a, b))
-    for got, wanted in zip(gradients, torch.autograd.grad(expected.square().sum(), twins),
-                           strict=True):
-        assert relative_difference(got.flatten(0, -2), wanted) < 1e-5
-    with_adapter, off = model(IDS), load_gpt2(base)(IDS)
-    merge(model)
-    assert relative_difference(model(IDS), with_adapter) < 1e-5
-    assert relative_difference(with_adapter, off) > 0.05
+    for mine, theirs in zip(torch.autograd.grad(y.square().sum(), (a, b)),
+                            torch.autograd.grad(expected.square().sum(), twins), strict=True):
+        assert relative_difference(mine.flatten(0, -2), theirs) < 1e-5
 
-
-@pytest.mark.parametrize(("targets", "r", "alpha", "patterns"), [
-    (("c_attn.q", "c_attn.v"), 8, 12, ({}, {})),
-    (("c_attn.q", "mlp.c_proj", "h.1.attn.c_attn.k"), 4, 6,
-     ({"transformer.h.1.attn.c_attn": 8}, {"transformer.h.1.attn.c_attn": 12})),
-])
-def test_slices_are_written_as_a_plain_adapter(base, tmp_path, targets, r, alpha, patterns):
-    model = load_gpt2(base)
-    config = LoRAConfig(r=4, lora_alpha=6, target_modules=targets)
-    inject(model, config)
-    randomize(model)
     save_adapter(model, config, tmp_path, "gpt2")
-    stored = json.loads((tmp_path / CONFIG).read_text())
-    assert (stored["r"], stored["lora_alpha"]) == (r, alpha)
-    assert (stored["rank_pattern"], stored["alpha_pattern"]) == patterns
-    assert relative_difference(stock_model(base, tmp_path)(IDS).logits, model(IDS)) < 1e-6
+    stored, expected = json.loads((tmp_path / CONFIG).read_text()), model(IDS)
+    assert file == tuple(stored[name] for name in (
+        "r", "lora_alpha", "rank_pattern", "alpha_pattern"))
+    assert relative_difference(stock_model(base, tmp_path)(IDS).logits, expected) < 1e-6
     again = load_gpt2(base)
+    assert relative_difference(again(IDS), expected) > 0.05
     load_adapter(again, tmp_path)
-    assert relative_difference(again(IDS), model(IDS)) < 1e-6
+    assert relative_difference(again(IDS), expected) < 1e-6
     assert all(type(layer) is LoRALinear for layer in lora_layers(again).values())
-    assert_equal(adapter_tensors(again), load_file(tmp_path / WEIGHTS))
-
-
-@pytest.mark.parametrize(("options", "reason"), [
-    ("--freeze-a --loraplus-lr-ratio 2", "--freeze-a goes with neither"),
-    ("--freeze-a --init-adapter x", "--freeze-a goes with neither"),
-    ("--init-lora-weights pissa --init-adapter x", "exclude each other"),
-    ("--use-dora --init-lora-weights pissa", "exclude each other"),
-    ("--use-dora --target-modules c_attn.q", "exclude each other"),
-    ("--init-lora-weights pissa --target-modules c_attn.q", "exclude each other"),
-    ("--target-modules c_fc.q", "only c_attn has slices"),
-    ("--loraplus-lr-ratio 0.5", "argument --loraplus-lr-ratio"),
-    ("--init-lora-weights olora", "argument --init-lora-weights"),
-])
-def test_wrong_combinations_are_refused_in_one_line(base, book, tmp_path, options, reason):
-    line = one_line(run(main, *arguments("lora", base, book, tmp_path / "out", *options.split())),
-                    2)
-    assert reason in line and not (tmp_path / "out").exists()
+    merge(model)
+    assert relative_difference(model(IDS), expected) < 1e-5
