@@ -1,0 +1,104 @@
+"""What a CPU can check of the way to a GPU: types on fake CUDA tensors, gradients on `meta`, and
+the graphs that Dynamo makes.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from common.device import PRECISIONS
+from lora.inject import inject
+from lora.layer import LoRAConfig
+from model import fast as ops
+from model.gpt2 import GPT2
+from tests.model.fake_cuda import CONFIG
+from training.options import ROOT
+
+GUARD = """
+#include <c10/core/impl/FakeGuardImpl.h>
+using Guard = c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>;
+static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
+"""
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    """What `fake_cuda.py` finds, in a process of its own: a second guard would end this one."""
+    compiler, folder = shutil.which("g++"), tmp_path_factory.mktemp("guard")
+    if not compiler or torch.cuda.is_available():
+        pytest.skip("no g++" if not compiler else "a GPU has a guard of its own")
+    (folder / "guard.cpp").write_text(GUARD)
+    torch_folder = Path(torch.__file__).parent
+    subprocess.run([compiler, "-shared", "-fPIC", "-std=c++17", f"-I{torch_folder / 'include'}",
+                    folder / "guard.cpp", "-o", folder / "guard.so", f"-L{torch_folder / 'lib'}",
+                    "-lc10"], check=True)
+    ended = subprocess.run([sys.executable, "-m", "tests.model.fake_cuda", folder / "guard.so"],
+                           cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize("gradients", ["trained", "scored"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_on_cuda_the_residual_stream_is_fp32_and_the_matmuls_are_not(fake, precision, gradients):
+    """Between blocks fp32; out of every linear layer, and in the attention, autocast's type."""
+    types = fake[f"{precision} {gradients}"]
+    low, fp32 = str(PRECISIONS[precision]), "torch.float32"
+    linear = {f"h.1.{name}" for name in (
+        "attn.c_attn", "attn.c_attn.base_layer", "attn.c_attn.lora_A", "attn.c_attn.lora_B",
+        "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    assert linear < types.keys()
+    assert {types[name]["out"] for name in linear} == {low}
+    assert types["attention"]["in"] == low
+    for name in ("h.1", "h.1.ln_1", "h.1.ln_2", "ln_f"):
+        assert types[name] == {"in": fp32, "out": fp32}, name
+    assert types["loss"] == {"out": fp32}
+
+
+def test_on_cuda_scaling_clipping_and_fused_adamw_stay_on_the_gpu(fake):
+    assert fake["update"] == "cuda cuda"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_without_data_takes_the_branches_of_a_gpu_and_leaves_gradients(method):
+    """`meta` is not the CPU: fused attention, `F.dropout`, `F.linear`. It has no autocast."""
+    with torch.device("meta"), mock.patch.object(
+            torch, "is_autocast_enabled", lambda device: False), mock.patch.object(
+            ops, "_OneDNNLinear", None), mock.patch.object(ops, "_Dropout", None):
+        model = GPT2(CONFIG).train()
+        if method == "lora":
+            inject(model, LoRAConfig(r=4))
+        ids = torch.zeros(3, 32, dtype=torch.int64)
+        ops.tied_cross_entropy(model.hidden(ids).flatten(0, 1), model.wte.weight,
+                               ids.flatten()).backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == (4 if method == "lora" else 28)
+    for name, parameter in trained.items():
+        assert parameter.grad.shape == parameter.shape and parameter.grad.is_meta, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dynamo_makes_one_whole_graph_of_the_model_and_few_of_changing_batches(checkpointing):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = GPT2(CONFIG).train()
+    inject(model, LoRAConfig(r=4))
+    model.gradient_checkpointing = checkpointing
+    hidden = torch.compile(model.hidden, backend=count, fullgraph=True)  # a break would raise
+    made = []
+    for batch in (16, 14, 13, 1, 16):
+        hidden(torch.zeros(batch, 32, dtype=torch.int64)).sum().backward()
+        made.append(len(graphs))
+    assert made == [1, 2, 2, 3, 3]  # of 16; of any number, for 14 on; of 1
+    assert all(p.grad.any() for n, p in model.named_parameters() if ".lora_B." in n)
