@@ -114,7 +114,8 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     """
     dtype = _compute_dtype(hidden)
     losses, hits = [], []
-    for _, y, z, _, loss in _head_chunks(hidden.to(dtype), weight.to(dtype), targets):
+    w = _pad_on_cuda(weight.to(dtype))
+    for _, y, z, _, loss in _head_chunks(hidden.to(dtype), w, targets, len(weight)):
         losses.append(loss)
         hits.append(z.argmax(-1) == y)
     return torch.cat(losses), torch.cat(hits)
@@ -134,14 +135,24 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, large: bool = False) -> Iterator[tuple]:
-    """Yield n tokens' h (n, C), targets (n,), logits z and fp32 softmax p (n, V), and loss (n,)."""
+def _pad_on_cuda(w: Tensor) -> Tensor:
+    """Add rows of 0 up to a multiple of 64: GPT-2's 50,257 is odd, and its matmuls unaligned."""
+    return F.pad(w, (0, 0, 0, -len(w) % 64)) if w.is_cuda else w
+
+
+def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
+                 large: bool = False) -> Iterator[tuple]:
+    """Yield n tokens' h (n, C), targets (n,), logits z and fp32 softmax p (n, V), and loss (n,).
+    From `vocab_size` on, z is -inf and p is 0.
+    """
     at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
     chunks = math.ceil(len(h) * len(w) / at_a_time) or 1
     # One buffer for every p: fresh memory of this size would cost a page fault every 4 KB.
     p_buffer = torch.empty(math.ceil(len(h) / chunks), len(w), device=h.device)
     for h_rows, y in zip(h.chunk(chunks), targets.chunk(chunks), strict=True):
         z = linear(h_rows, w)
+        if len(w) > vocab_size:
+            z[:, vocab_size:] = -math.inf
         p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
         at_target = z.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
         log_sum_exp = z.amax(-1).float() - p.amax(-1).log()  # since max p = exp(max z) / sum exp(z)
@@ -157,17 +168,18 @@ class _TiedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
-        h, w = hidden.to(dtype), weight.to(dtype)
+        h, w = hidden.to(dtype), _pad_on_cuda(weight.to(dtype))
         grad_h = []
         grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=h.device)
-        for h_rows, y, z, p, loss in _head_chunks(h, w, targets, large=grad_w is not None):
+        large = grad_w is not None
+        for h_rows, y, z, p, loss in _head_chunks(h, w, targets, len(weight), large):
             total += loss.sum()
             p.scatter_add_(1, y[:, None], -p.new_ones(len(y), 1))  # dL/dz
             p = p if w.dtype == p.dtype else z.copy_(p)
             grad_h.append(linear(p, w.T))
             if grad_w is not None:
-                grad_w += p.T @ h_rows
+                grad_w += (p.T @ h_rows)[: len(weight)]
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total
 

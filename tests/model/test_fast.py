@@ -224,3 +224,21 @@ def test_dropout_of_everything_is_zero_everywhere():
     y = ops.dropout(x, 1.0, training=True)
     y.sum().backward()
     assert not y.any() and not x.grad.any()
+
+
+@pytest.mark.parametrize("V", [101, 128])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_a_padded_head_gives_the_same_loss_gradients_and_scores(monkeypatch, V, dtype):
+    """As on CUDA; 128 needs no padding."""
+    monkeypatch.setattr(ops, "MANY_LOGITS", 1000)
+    hidden, targets = normal(33, 16, seed=1, dtype=dtype), (torch.arange(33) * 7) % V
+    weight = normal(V, 16, seed=2, dtype=dtype)
+    scores = ops.score(hidden, weight, targets)
+    widths, linear = [], ops.linear
+    monkeypatch.setattr(ops, "_pad_on_cuda", lambda w: F.pad(w, (0, 0, 0, -len(w) % 64)))
+    monkeypatch.setattr(ops, "linear", lambda x, w: widths.append(w.shape) or linear(x, w))
+    assert_same(lambda h, w: ops.tied_cross_entropy(h, w, targets),
+                lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), hidden, weight)
+    for padded, plain_score in zip(ops.score(hidden, weight, targets), scores, strict=True):
+        assert_close(padded.double(), plain_score.double(), TOLERANCE[dtype])
+    assert {(128, 16), (16, 128)} == set(widths)
