@@ -20,16 +20,14 @@ Data = Windows | Instructions
 
 
 def build_model(options: Options, directory: Path,
-                frozen: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
-    """The base with its dropouts set and, for LoRA, the adapter in place and the base, read in
-    `frozen`, frozen.
-    """
+                dtype: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
+    """Build the base with its dropouts set; for LoRA, read in `dtype`, frozen, with the adapter."""
     if options.method == "full" and not has_weights(directory):
         print(f"{directory} holds no weights: starting from random initialisation")
         model = GPT2(load_config(directory))
         model.init_weights()
     else:
-        model = load_gpt2(directory, frozen if options.method == "lora" else torch.float32)
+        model = load_gpt2(directory, dtype if options.method == "lora" else torch.float32)
     if options.base_dropout is not None:
         model.set_dropout(options.base_dropout)
     model.gradient_checkpointing = options.gradient_checkpointing
@@ -46,7 +44,7 @@ def build_model(options: Options, directory: Path,
 
 def load_data(options: Options, config: GPT2Config,
               tokenizer: Tokenizer) -> tuple[Data, Data]:
-    """The training part and the validation part: of the book or, with --data, of the examples."""
+    """Load the training part and the validation part, of the book or, with --data, of the examples."""
     check_block_size(options.block_size, config)
     if options.data:
         return load_instructions(options.data, options.val_data, tokenizer, options.block_size,
