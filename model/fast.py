@@ -152,7 +152,7 @@ def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
     for h_rows, y in zip(h.chunk(chunks), targets.chunk(chunks), strict=True):
         z = linear(h_rows, w)
         if len(w) > vocab_size:
-            z[:, vocab_size:] = -math.inf
+            z[:, vocab_size:].fill_(-math.inf)
         p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
         at_target = z.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
         log_sum_exp = z.amax(-1).float() - p.amax(-1).log()  # since max p = exp(max z) / sum exp(z)
