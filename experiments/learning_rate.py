@@ -1,54 +1,58 @@
 """Learning and forgetting, by learning rate, LoRA and full: `python -m experiments.learning_rate`.
 
-Rank 8 on mini's c_attn, and every weight; the same windows, batch and steps for both. Learning is
-the perplexity on the book; forgetting is how far the model's predictions have moved from the
-base's on texts that the base itself wrote.
+Rank 8 on mini's c_attn, and every weight, on the same windows. Learning is the perplexity on the
+book; forgetting is KL(base || model) on texts that the base itself wrote.
 """
 
 import torch
+from torch import Tensor
 
-from experiments.common import BLUE, RED, panels, parse, save, trainer
-from experiments.sweep import curve, finetune, perplexity
+from experiments.common import BLUE, GREY, RED, panels, parse, save, trainer
+from experiments.sweep import curve, finetune
+from train import Trainer
 
-RATES = {"lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "full": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
-SHORT = {"lora": (3e-4, 1e-2), "full": (3e-5, 1e-3)}
-STYLES = {"lora": ("LoRA, c_attn, rank 8", RED), "full": ("full fine-tuning", BLUE)}
+METHODS = {"lora": ("LoRA, c_attn, rank 8", RED, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+           "full": ("full fine-tuning", BLUE, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3))}
 
 
 @torch.no_grad()
+def log_probabilities(made: Trainer, texts: Tensor) -> Tensor:
+    """Return log p of every next token after every token of the texts, (texts, tokens, V)."""
+    with made.device.autocast():
+        return made.model(texts).float().log_softmax(-1)
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv, seeds=3)
-    made = trainer(precision="bf16")  # B is zero: the base
-    texts = torch.full((32, 1), made.tokenizer.end_of_text)
-    with made.device.autocast():
-        while texts.size(1) < 64:
-            last = made.model(texts)[:, -1].float()  # (32, V)
-            texts = torch.cat((texts, torch.multinomial(last.softmax(-1), 1)), dim=1)
-        base = made.model(texts).float().log_softmax(-1)  # (32, 64, V)
+    made = trainer(precision="bf16", block_size=64)  # B is zero: the base
+    texts = torch.full((4 if args.short else 32, 1), made.tokenizer.end_of_text)
+    while texts.size(1) < 64:
+        last = log_probabilities(made, texts)[:, -1]  # (texts, V)
+        texts = torch.cat((texts, torch.multinomial(last.exp(), 1)), dim=1)
+    base = log_probabilities(made, texts)
 
-    @torch.no_grad()
-    def measure(made) -> tuple[float, float]:
+    def measure(made: Trainer) -> tuple[float, float]:
         """The perplexity on the book, and KL(base || model) on the base's texts, nats a token."""
-        with made.device.autocast():
-            log_p = made.model(texts).float().log_softmax(-1)
-        return perplexity(made), (base.exp() * (base - log_p)).sum(-1).mean().item()
+        gap = base - log_probabilities(made, texts)
+        return made.evaluate().perplexity, (base.exp() * gap).sum(-1).mean().item()
 
-    data, (figure, (left, right)) = {}, panels(2, "Learning and forgetting (mini, 60 steps)")
-    for method, rates in (SHORT if args.short else RATES).items():
-        with torch.enable_grad():
-            runs = data[method] = {lr: finetune(method, args.seeds, args.short, measure, lr=lr)
-                                   for lr in rates}
-        label, colour = STYLES[method]
+    data, (figure, (left, right)) = {}, panels(2, "Learning and forgetting, by peak rate (mini)")
+    for method, (label, colour, rates) in METHODS.items():
+        runs = data[method] = {lr: finetune(method, args.seeds, args.short, measure, lr=lr)
+                               for lr in (rates[::3] if args.short else rates)}
         curve(left, {lr: [book for book, _ in runs[lr]] for lr in runs}, colour, label)
         book, forgotten = torch.tensor(list(runs.values())).mean(1).T
         right.plot(book, forgotten, ".-", color=colour, label=label)
         for lr, *place in zip(runs, book, forgotten, strict=True):
             right.annotate(f"{lr:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity on the book")
-    right.set(yscale="log", xlabel="perplexity on the book (left is learnt)",
+    untrained = made.evaluate().perplexity
+    left.axhline(untrained, color=GREY, linestyle="--", label="the base")
+    left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity on the book",
+             ylim=(25, 80))
+    right.set(yscale="log", xlabel="perplexity on the book (to the left: more learnt)",
               ylabel="KL from the base on its own texts, nats")
-    left.legend()
-    save(args, "learning_rate", data, figure)
+    left.legend(loc="upper right")
+    save(args, "learning_rate", data | {"base": untrained}, figure)
     return data
 
 

@@ -8,13 +8,10 @@ from experiments.common import trainer
 from train import Trainer
 
 
-def perplexity(made: Trainer) -> float:
-    return made.evaluate().perplexity
-
-
 def finetune(method: str, seeds: int = 1, short: bool = False,
-             measure: Callable[[Trainer], float] = perplexity, **options: object) -> list[float]:
-    """Train 60 steps of 8 windows of 64 tokens with each seed, and measure each."""
+             measure: Callable[[Trainer], object] = lambda made: made.evaluate().perplexity,
+             **options: object) -> list:
+    """Train 60 steps of 8 windows of 64 tokens with each seed, and measure each result."""
     result = []
     for seed in range(1 if short else seeds):
         made = trainer(method, seed, "bf16", batch_size=8, block_size=64, stride=64,

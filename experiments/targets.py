@@ -4,7 +4,7 @@ Ranks are such that every choice trains 122,880 numbers on mini; alpha is 2 r. T
 each, of which the better counts.
 """
 
-from experiments.common import BLUE, RED, panels, parse, save
+from experiments.common import RED, panels, parse, save
 from experiments.sweep import finetune
 
 RANKS = {("c_attn",): 20, ("attn.c_proj",): 40, ("c_fc",): 16, ("mlp.c_proj",): 16,
@@ -14,18 +14,18 @@ RATES = (3e-3, 1e-2)
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv, seeds=3)
-    figure, (axis,) = panels(1, "Which layers? 122,880 numbers each (mini, 60 steps; line: seeds)")
+    figure, (axis,) = panels(1, "Which layers? 122,880 numbers each (mini, 60 steps; bar: seeds)")
     data = {}
     for targets, r in RANKS.items():
         name = f"{', '.join(targets)}: r = {r}"
-        data[name] = min((finetune("lora", args.seeds, args.short, r=r, lora_alpha=2 * r, lr=lr,
-                                   target_modules=targets)
-                          for lr in RATES[args.short:]), key=sum)  # --short: the higher
-        mean = sum(data[name]) / len(data[name])
-        bar = axis.barh(name, mean, color=RED if len(targets) > 1 else BLUE, height=0.6)
-        axis.bar_label(bar, [f"{mean:.1f}"], padding=8)
-        axis.plot([min(data[name]), max(data[name])], [name, name], color="black")
-    axis.set(xlabel="validation perplexity", xlim=(30, None))
+        data[name] = {lr: finetune("lora", args.seeds, args.short, r=r, lora_alpha=2 * r, lr=lr,
+                                   target_modules=targets) for lr in RATES[args.short:]}
+        best = min(data[name].values(), key=sum)
+        mean = sum(best) / len(best)
+        axis.plot([min(best), max(best)], [name, name], color=RED, linewidth=5)
+        axis.annotate(f"{mean:.1f}", (mean, name), xytext=(0, 7), textcoords="offset points",
+                      ha="center")
+    axis.set(xlabel="validation perplexity at the better learning rate", ylim=(-0.5, 5.7))
     save(args, "targets", data, figure)
     return data
 

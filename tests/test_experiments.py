@@ -102,8 +102,8 @@ def test_targets_at_one_count_of_parameters(tmp_path):
         model = load_gpt2(find_base("mini")[1])
         inject(model, LoRAConfig(r=r, target_modules=names))
         assert count_parameters(model)["trainable_parameters"] == 122_880
-    c_attn, *_, mlp, _ = run(targets, tmp_path).values()
-    assert mlp < c_attn
+    c_attn, *_, mlp, _ = (rates[1e-2][0] for rates in run(targets, tmp_path).values())
+    assert mlp < c_attn - 3
 
 
 def test_spectrum(tmp_path):
