@@ -46,7 +46,7 @@ def trainer(method: str = "lora", seed: int = 0, precision: str = "fp32",
     model, _ = build_model(chosen, directory)
     model.train()
     tokenizer = load_tokenizer(directory, model.config.vocab_size)
-    return Trainer(chosen, Device.pick("cpu", precision), model, tokenizer,
+    return Trainer(chosen, Device.pick("cpu", precision, train=True), model, tokenizer,
                    *load_data(chosen, model.config, tokenizer))
 
 

@@ -24,7 +24,7 @@ def log_probabilities(made: Trainer, texts: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv, seeds=3)
-    made = trainer(precision="bf16", block_size=64)  # B is zero: the base
+    made = trainer(precision="auto", block_size=64)  # B is zero: the base
     texts = torch.full((4 if args.short else 32, 1), made.tokenizer.end_of_text)
     while texts.size(1) < 64:
         last = log_probabilities(made, texts)[:, -1]  # (texts, V)

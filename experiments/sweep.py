@@ -14,7 +14,7 @@ def finetune(method: str, seeds: int = 1, short: bool = False,
     """Train 60 steps of 8 windows of 64 tokens with each seed, and measure each result."""
     result = []
     for seed in range(1 if short else seeds):
-        made = trainer(method, seed, "bf16", batch_size=8, block_size=64, stride=64,
+        made = trainer(method, seed, "auto", batch_size=8, block_size=64, stride=64,
                        max_steps=12 if short else 60, **options)
         for batch in made.batches():
             made.step(batch)
