@@ -44,7 +44,7 @@ def build_model(options: Options, directory: Path,
 
 def load_data(options: Options, config: GPT2Config,
               tokenizer: Tokenizer) -> tuple[Data, Data]:
-    """Load the training part and the validation part, of the book or, with --data, of the examples."""
+    """Load the training and the validation part of the book or, with --data, of the examples."""
     check_block_size(options.block_size, config)
     if options.data:
         return load_instructions(options.data, options.val_data, tokenizer, options.block_size,

@@ -17,12 +17,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import train
 from benchmarks import ours
 from common.device import PRECISIONS, Device
 from common.errors import RunError
 from model.weights import has_weights, load_config, load_gpt2, save_gpt2
 from tests.helpers import assert_refused, relative_difference, tiny_gpt2_directory, token_ids
+from training import build
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 FORMATS = {"safetensors": SAFETENSORS, "zip": PICKLE, "legacy": PICKLE}
@@ -262,7 +262,7 @@ def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
 
 @pytest.mark.parametrize("method, dtype", [("lora", torch.bfloat16), ("full", torch.float32)])
 def test_what_lora_freezes_is_read_in_the_compute_precision(base, monkeypatch, method, dtype):
-    monkeypatch.setattr(train, "load_gpt2", load := mock.Mock(side_effect=load_gpt2))
+    monkeypatch.setattr(build, "load_gpt2", load := mock.Mock(side_effect=load_gpt2))
     ours.make_trainer(ours.options(method, "--base", base, "--device", "cpu", "--precision", "bf16",
                                    "--block-size", 16))
     load.assert_called_once_with(base, dtype)
