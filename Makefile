@@ -123,7 +123,7 @@ pretrain-mini: .venv/run
 	$(PY) -m data.corpus "$$_CORPUS" --leave-out $(HELD_OUT) --out $(MINI)/corpus.txt
 	@mkdir -p $(MINI)/init && cp model/mini/*.json $(MINI)/init
 	$(PY) train.py full --base $(MINI)/init --book $(MINI)/corpus.txt --out $(MINI)/run \
-		--block-size 256 --stride 256 --batch-size 16 --epochs 4 --lr 3e-3 \
+		--block-size 256 --stride 256 --batch-size 16 --epochs 1 --lr 2e-3 \
 		--warmup-ratio 0.03 --weight-decay 0.1 --val-fraction 0.005 \
 		--precision bf16 --compile --eval-every 1000 --checkpoint-every 250 --log-every 25 \
 		--seed 1 $(ARGS)

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.figures import pyplot, save_figure
 from common.files import write_json
-from training.report import COLOURS, pyplot, save_figure
+from training.report import COLOURS
 
 ROWS = 5  # of a printed curve
 FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
@@ -64,7 +65,7 @@ class Report:
             here, there = np.array(pair["here"]), np.array(pair["there"])
             difference, steps = np.abs(here - there) / there, range(1, len(here) + 1)
             drawn, = right.plot(steps, np.maximum(difference, FLOOR),
-                                "--" if name.startswith("bf16") else "-",
+                                "--" if name.startswith(("bf16", "fp16")) else "-",
                                 label=f"{name} (at most {difference.max():.1g})")
             if "spread" in pair:
                 right.plot(steps, np.array(pair["spread"]) / there, ":", color=drawn.get_color(),

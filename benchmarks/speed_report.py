@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from common.cli import print_table
-from training.report import COLOURS, pyplot, save_figure
+from common.figures import pyplot, save_figure
+from training.report import COLOURS
 
 COLUMNS = {"seconds": ("seconds", "{:.4g}"), "peak_mb": ("peak MB", "{:,.0f}"),
            "share_of_limit": ("matmuls' share", "{:.0%}"), "faster": ("times faster", "{:.2f}"),

@@ -11,6 +11,8 @@ try:
 except ImportError:
     pyplot = None
 
+RED, BLUE, YELLOW, GREY = "#d1495b", "#00798c", "#edae49", "#6c757d"
+
 
 def can_draw() -> bool:
     if pyplot is None:

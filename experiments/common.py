@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.device import Device
+from common.figures import BLUE, GREY, RED, YELLOW, pyplot, save_figure  # noqa: F401 (for all)
 from lora.adapter import load_adapter
 from lora.inject import lora_layers
 from model.hub import find_base
@@ -17,9 +18,6 @@ from model.weights import load_gpt2
 from train import Trainer
 from training.build import build_model, load_data
 from training.options import ROOT, parse_options
-from training.report import pyplot, save_figure
-
-RED, BLUE, YELLOW, GREY = "#d1495b", "#00798c", "#edae49", "#6c757d"
 
 
 def parse(description: str, argv: list[str] | None, seeds: int = 0, **paths: str):

@@ -3,8 +3,8 @@
 from matplotlib import pyplot
 from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 
+from common.figures import save_figure
 from training.options import ROOT
-from training.report import save_figure
 
 FIGURES = ROOT / "docs" / "figures"
 

@@ -7,8 +7,8 @@ Draws docs/figures/gradients.png and saves its data beside it.
 import numpy as np
 import torch
 
+from common.figures import pyplot
 from experiments.common import BLUE, GREY, RED, YELLOW, mean_loss, parse, save, trainer
-from training.report import pyplot
 
 FP16_SMALLEST, FP16_NORMAL, FP16_LARGEST = -24, -14, 16  # powers of two: subnormal, normal, above
 SCALE = 16  # GradScaler starts at 2^16

@@ -8,14 +8,14 @@ from torch import nn
 
 from common.cli import print_table
 from common.errors import UserError
-from common.figures import can_draw, pyplot, save_figure
+from common.figures import BLUE, GREY, RED, can_draw, pyplot, save_figure
 from common.files import read_json, write_json
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from model.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN
 from training.options import Options
 
-COLOURS = {"train": "#9db4c0", "lora": "#d1495b", "full": "#00798c", "base": "#6c757d"}
+COLOURS = {"train": "#9db4c0", "lora": RED, "full": BLUE, "base": GREY}
 NUMBERS = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
            "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
            "peak_memory_mb")
