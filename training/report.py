@@ -125,7 +125,7 @@ def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
     validated = [line for line in lines if "val_loss" in line]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines],
-              color=COLOURS["train"], label="training (dropout on)")
+              color=COLOURS["train"], label="training")
     axes.plot([0, *(line["step"] for line in validated)],
               [base_val_loss, *(line["val_loss"] for line in validated)],
               color=COLOURS[method], marker="o", label="validation")
