@@ -215,6 +215,23 @@ def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
     assert len(inputs) == LENGTH and (targets != NOT_SCORED).all() and targets[-1] == END
 
 
+def test_padding_leaves_every_token_as_it_is():
+    """The first id of a vocabulary, 0, is a token and no padding."""
+    rows = [np.array([[0, 5, 0], [NOT_SCORED, 0, END]]), np.array([[7], [END]])]
+    inputs, targets = Instructions(rows).batch(np.array([1, 0]))
+    assert inputs[1].tolist() == [0, 5, 0] and targets[1].tolist() == [NOT_SCORED, 0, END]
+    assert inputs[0, 0] == 7 and targets[0].tolist() == [END, NOT_SCORED, NOT_SCORED]
+
+
+def test_a_run_goes_on_with_its_examples_from_another_place(base, data, tmp_path):
+    command = runs.arguments("lora", base, data, tmp_path / "run", "--block-size", LENGTH,
+                             "--val-fraction", 0.15, "--max-steps", 2, "--checkpoint-every", 1)
+    runs.run_acting({2: runs.die}, *command)
+    moved = data.rename(tmp_path / "moved.jsonl")
+    command[command.index(str(data))] = str(moved)
+    assert run(train.main, *command, "--resume").status == 0
+
+
 def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(
         base, data, tmp_path):
     others = write(tmp_path / "val.jsonl", *(example(*pair) for pair in PAIRS[1::2]))

@@ -60,6 +60,13 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
     assert contents(out / names[0]) == before and (out / "sweep.md").read_text() == table
 
 
+def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "train", lambda arguments, out: 143)
+    ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
+    assert ending.status == 143 and ending.stdout.count("---") == 1
+    assert ending.stderr == "the same command goes on with the sweep\n"
+
+
 def test_the_command_runs_train_py(base, book, tmp_path):
     command = arguments("full", base, book, tmp_path / "sweep", *SHORT, "--lr", "1e-3")
     ended = subprocess.run([sys.executable, "-m", "training.sweep", *command], cwd=ROOT, text=True,
