@@ -103,7 +103,7 @@ def write_texts(model: GPT2, tokenizer: Tokenizer, args) -> None:
 
 
 def sampling(model: GPT2, args) -> dict:
-    """What `generate` draws by, from the seed on."""
+    """Return the sampling options, with a generator freshly seeded."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(args.seed)
     return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
             "generator": generator}
@@ -145,7 +145,7 @@ def as_ids(model: GPT2, ids: np.ndarray) -> Tensor:
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
-    """Which ids of the model's vocabulary are no token, bool (V,)."""
+    """Mark the ids of the model's vocabulary that are not tokens, bool (V,)."""
     padding = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
     padding[list(tokenizer.bytes_of)] = False
     return padding

@@ -102,7 +102,7 @@ def root_mean_square(values: np.ndarray) -> float:
 
 
 def machine() -> str:
-    """Such as "2-core x86-64 CPU": what the figures depend on, and nothing that names a machine."""
+    """Describe the kind of machine, such as "2-core x86-64 CPU", without naming it."""
     cpu = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
     return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
 

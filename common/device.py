@@ -118,7 +118,7 @@ class Device:
 
 
 def _first_kernel_fails() -> str:
-    """Why it does, or "". Wheels hold kernels for some GPUs only: none shows before it is tried."""
+    """Return the reason, or "". A wheel has kernels for some GPUs only; trying one shows it."""
     gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # this rank's
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
@@ -128,7 +128,7 @@ def _first_kernel_fails() -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 (AMX or AVX-512 bf16); elsewhere that is emulated."""
+    """Return whether the CPU multiplies in bf16 (AMX or AVX-512 bf16); else it is emulated."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

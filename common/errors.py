@@ -42,7 +42,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Of the GPU's memory or the machine's."""
+    """Return whether the GPU or the machine has run out of memory."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY))
 

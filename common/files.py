@@ -64,7 +64,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read the JSON object in a file. Raises UserError if there is none."""
+    """Read a JSON object. Raises UserError if the file cannot be read or holds something else."""
     check_regular(path)
     if os.path.getsize(path) > MAX_JSON_BYTES:
         raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of settings")

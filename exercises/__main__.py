@@ -16,7 +16,7 @@ from model.gpt2 import GPT2, GPT2Config
 
 
 class Wrong(Exception):
-    """What is wrong with an answer."""
+    """Say what is wrong with an answer."""
 
 
 def expect(condition: object, message: str) -> None:

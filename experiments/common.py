@@ -1,4 +1,4 @@
-"""What the experiments share: their options, a trainer on mini, and data saved beside a picture."""
+"""Provide what experiments share: options, a trainer on mini, data saved beside a picture."""
 
 import argparse
 import json

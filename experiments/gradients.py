@@ -1,4 +1,4 @@
-"""Where a step's gradients lie in fp16's and bf16's range: `python -m experiments.gradients`.
+"""Show where gradients lie in fp16's and bf16's range: `python -m experiments.gradients`.
 
 One batch of the default book, LoRA on mini in fp32, B perturbed so that A's gradient is not zero.
 Draws docs/figures/gradients.png and saves its data beside it.

@@ -1,4 +1,4 @@
-"""Where the bytes go, predicted by hand and measured: `python -m experiments.memory`.
+"""Predict by hand where the bytes go, and measure it: `python -m experiments.memory`.
 
 One step of LoRA (rank 8, c_attn) and of full fine-tuning, no dropout, each in a process of its own,
 which reads its resident memory after each stage. Temporary buffers are not counted.

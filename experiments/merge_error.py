@@ -1,4 +1,4 @@
-"""What rounding does to a merged update: `python -m experiments.merge_error`.
+"""Measure what rounding does to a merged update: `python -m experiments.merge_error`.
 
 Takes a c_attn of mini, stored in a precision; adds B A of rank 8 and of many sizes, exactly; stores
 the sum in that precision; compares what was gained with B A. Marks a trained adapter's sizes if

@@ -1,4 +1,4 @@
-"""Which layers to adapt, at one number of parameters: `python -m experiments.targets`.
+"""Compare target layers at one number of parameters: `python -m experiments.targets`.
 
 Ranks are such that every choice trains 122,880 numbers on mini; alpha is 2 r. Two learning rates
 each, of which the better counts.

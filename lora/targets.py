@@ -1,5 +1,6 @@
-"""Which layers an adapter is on, and with which rank and alpha: PEFT's rules, on the names that
-transformers' GPT2LMHeadModel has, `transformer.h.0.attn.c_attn`.
+"""Find the layers to adapt, and each one's rank and alpha, by PEFT's rules.
+
+Names are those of transformers' GPT2LMHeadModel, such as `transformer.h.0.attn.c_attn`.
 """
 
 import re
@@ -77,7 +78,7 @@ def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
 
 
 def _decides(key: str, name: str) -> bool:
-    """Whether a pattern's key, a regular expression, is the name or ends it after a dot."""
+    """Return whether a pattern's key, a regular expression, is the name or ends it after a dot."""
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 

@@ -1,4 +1,4 @@
-"""Where a base is: a directory, the bundled mini, or GPT-2 from a cache or the Hugging Face hub."""
+"""Find a base: a directory, the bundled mini, or GPT-2 from a cache or the Hugging Face hub."""
 
 import hashlib
 import http.client
@@ -95,7 +95,7 @@ def _cached(name: str) -> Path | None:
 
 
 def _is_model(directory: Path) -> bool:
-    """Whether config and weights are there; a link to a missing blob does not count."""
+    """Return whether config and weights are there; a link to a missing blob does not count."""
     # os.path.isfile, because Path.is_file raises where a directory may not be entered
     has_weights = any(os.path.isfile(directory / file) for file in (WEIGHTS, PICKLED_WEIGHTS))
     return has_weights and os.path.isfile(directory / CONFIG)

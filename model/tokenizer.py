@@ -69,7 +69,7 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all that decides the ids: by this a token cache knows its tokenizer."""
+        """Hash all that decides the ids, so that a token cache knows its tokenizer."""
         parts = (self.pattern, self.merges, self.ids, self.special, self.vocab_size)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -122,7 +122,7 @@ def _byte_level(path: Path, pattern: str, vocab: dict[str, int], merges: list[tu
 
 
 def _end_of_text(directory: Path) -> str:
-    """What the base itself calls the end of a text."""
+    """Return the end-of-text token that the base's own files name."""
     for file in (SETTINGS, "special_tokens_map.json"):
         if (directory / file).exists():
             token = read_json(directory / file).get("eos_token")

@@ -85,7 +85,7 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there are weights; also sharded ones, which `weights_path` refuses."""
+    """Return whether there are weights, sharded ones included, which `weights_path` refuses."""
     return any((Path(directory) / name).exists() for name in (WEIGHTS, PICKLED_WEIGHTS, *INDEXES))
 
 
@@ -128,7 +128,7 @@ def load_config(directory: Path) -> GPT2Config:
 
 
 def _problem(field: str, value: object) -> str | None:
-    """What is wrong with a config field's value, or None."""
+    """Say what is wrong with a config field's value; return None if nothing is."""
     if field == "n_inner" and value is None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)

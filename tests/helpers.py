@@ -1,4 +1,4 @@
-"""What several tests need: small stock transformers models, made on the spot, and comparisons."""
+"""Make small stock transformers models for the tests, and compare tensors."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -33,7 +33,7 @@ NO_DROPOUT = {"lora": ("--base-dropout", 0, "--lora-dropout", 0), "full": ("--ba
 
 @dataclass
 class Ending:
-    """How a command ended and what it said."""
+    """Hold how a command ended and what it printed."""
 
     status: int
     stdout: str
@@ -55,7 +55,7 @@ class Run:
 
 
 def run(main: Callable[[], int | None], *argv: object) -> Ending:
-    """How the command with this `main` ends, given these arguments."""
+    """Run the command with this `main` and these arguments; return how it ends."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -93,7 +93,7 @@ def finished(out: Path, stdout: str = "") -> Run:
 
 
 def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> train.Trainer:
-    """What `train.main` makes before the first step."""
+    """Make the trainer that `train.main` has before its first step."""
     made = parse_options("-", arguments(method, base, book, out, *options))
     torch.manual_seed(made.seed)
     model, config = train.build_model(made, base)
@@ -105,7 +105,7 @@ def trainer(method: str, base: Path, book: Path, out: Path, *options: object) ->
 
 
 def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
-    """How `train.py` ends when, at the start of a step, its action is taken."""
+    """Run `train.py` with an action at the start of some steps; return how it ends."""
     step = train.Trainer.step
 
     def acting(self, batch):
@@ -176,7 +176,7 @@ def stock_model(base: Path, adapter: Path | None = None) -> nn.Module:
 
 
 def stock_result(run: Run) -> nn.Module:
-    """What the run left, in stock libraries."""
+    """Load what the run left into stock libraries."""
     if run.report["method"] == "full":
         return stock_model(run.out)
     return stock_model(run.report["base"], run.out)

@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ point at: links, anchors, files and symbols exist."""
+"""Check README.md, CONTRIBUTING.md and docs/: links, anchors, files and symbols exist."""
 
 import ast
 import re

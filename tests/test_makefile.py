@@ -1,4 +1,4 @@
-"""What a user types to make reaches the commands as it is."""
+"""Check that what a user types to make reaches the commands unchanged."""
 
 import shutil
 import subprocess

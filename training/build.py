@@ -1,4 +1,4 @@
-"""What a run trains, and on what: the model and the data that its options name."""
+"""Build the model and load the data that a run's options name."""
 
 from pathlib import Path
 

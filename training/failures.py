@@ -1,4 +1,4 @@
-"""What ends a run that has begun, in one line: memory, the disk, a number that is not finite."""
+"""Describe in one line what ended a run: memory, the disk, a number that is not finite."""
 
 from common.errors import RunError, UserError, is_out_of_memory
 from training.options import Options

@@ -1,4 +1,4 @@
-"""Which run this is, by content: its method and options, and hashes of its base and its book."""
+"""Identify a run by content: its method and options, and hashes of its base and its book."""
 
 import hashlib
 from dataclasses import fields

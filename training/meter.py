@@ -1,4 +1,4 @@
-"""What the training loop counts on the device, so that no step waits for it."""
+"""Count on the device what the training loop reports, so that no step waits for it."""
 
 import math
 import time
@@ -23,7 +23,7 @@ class Progress:
     best_val_bits_per_byte: float = math.inf
 
     def report(self) -> dict:
-        """What `run.json` holds of it."""
+        """Return the fields for `run.json`."""
         report = asdict(self)
         return {"steps": report.pop("step"), **report}
 
@@ -96,7 +96,7 @@ class Meter:
         return metrics
 
     def report(self) -> dict:
-        """What `run.json` holds of the whole run."""
+        """Return the whole run's fields for `run.json`."""
         return {"tokens_per_second": self.all_tokens / self.all_seconds} | (
             {"skipped_steps": int(self.skipped.item())} if self.fp16 else {})
 

@@ -42,7 +42,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one rank that writes files and prints."""
+        """Return whether this is the one rank that writes files and prints."""
         return self.rank == 0
 
     def launcher(self) -> list[str]:

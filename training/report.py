@@ -54,7 +54,7 @@ def write_report(options: Options, report: dict) -> None:
 
 
 def printable(text: str) -> bool:
-    """Whether a terminal may get it; a path need not be UTF-8."""
+    """Return whether a terminal can print it; a path need not be UTF-8."""
     return text.encode(errors="replace").decode().isprintable()
 
 

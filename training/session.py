@@ -199,13 +199,13 @@ class Session:
             self.directory.cut(self.metrics_bytes)
 
     def _machine(self) -> dict:
-        """What may change the last bits of a result."""
+        """Return what may change the last bits of a result."""
         return {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
                 "ranks": self.ranks.count, "device": self.device.torch.type}
 
 
 def resume_command(launcher: list[str]) -> str:
-    """What to type to go on with the run that this command began."""
+    """Return the command line that goes on with the run that this command began."""
     again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
     python = os.path.relpath(sys.executable)
     return shlex.join([sys.executable if python.startswith("..") else python, *launcher, *again,

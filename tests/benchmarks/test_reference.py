@@ -61,7 +61,7 @@ def repeated(wide_base, tmp_path_factory):
 
 
 def reference_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the reference's dataset returns, x and y (N, 128)."""
+    """Return what the reference's dataset does, x and y (N, 128)."""
     return ids[:-1].unfold(0, 128, 1), ids[1:].unfold(0, 128, 1)
 
 

@@ -1,4 +1,4 @@
-"""What a training run leaves, and that its numbers are those of stock transformers and PEFT."""
+"""Check a run's files, and its numbers against stock transformers and PEFT."""
 
 import hashlib
 import json

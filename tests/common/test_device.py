@@ -1,4 +1,4 @@
-"""What the choice of a device promises, with its GPU played by stand-ins."""
+"""Check the choice of a device; mocks stand in for a GPU."""
 
 import os
 import subprocess

@@ -54,7 +54,7 @@ def labelled(prompt: str, completion: str) -> tuple[list[int], list[int]]:
 
 
 def stock_batch(pairs) -> dict[str, Tensor]:
-    """What transformers' loss needs of these examples, padded on the right."""
+    """Return transformers' inputs and labels for these examples, padded on the right."""
     rows = [labelled(*pair) for pair in pairs]
     longest = max(len(ids) for ids, _ in rows)
 
@@ -99,7 +99,7 @@ def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
 
 
 def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """By our names and in our shapes."""
+    """Return the gradients by our names and in our shapes."""
     found = {}
     for name, p in model.named_parameters():
         if p.requires_grad:

@@ -22,7 +22,7 @@ PATIENCE = 300  # seconds that no run here takes
 
 @dataclass
 class Outcome:
-    """What a part of the campaign tried, and what was wrong."""
+    """Hold what a part of the campaign tried, and what went wrong."""
 
     name: str
     tried: int = 0

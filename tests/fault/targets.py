@@ -1,4 +1,4 @@
-"""What the campaign damages, by the commands' own readers, and what a good answer is."""
+"""List the files that the campaign damages, each with its reader and the check of its result."""
 
 import contextlib
 import io

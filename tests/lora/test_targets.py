@@ -1,4 +1,4 @@
-"""Which layers are adapted, with which rank and alpha: PEFT's rules, in files of both."""
+"""Check targets and patterns against PEFT's, in files written by either side."""
 
 import json
 

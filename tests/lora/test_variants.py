@@ -203,7 +203,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
 
 
 def raw_tensors(model):
-    """What is trained, and not what a file holds of it: for PiSSA they differ."""
+    """Return the trained tensors; for PiSSA a file holds others."""
     return {f"base_model.model.transformer.{n}": p for n, p in parameters(model).items()}
 
 

@@ -1,5 +1,5 @@
-"""What a CPU can check of the way to a GPU: types on fake CUDA tensors, gradients on `meta`, and
-the graphs that Dynamo makes.
+"""Check the CUDA path on a CPU: types on fake CUDA tensors, gradients on `meta`, and the graphs
+that Dynamo makes.
 """
 
 import json
@@ -29,7 +29,7 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new 
 
 @pytest.fixture(scope="module")
 def fake(tmp_path_factory):
-    """What `fake_cuda.py` finds, in a process of its own: a second guard would end this one."""
+    """Run `fake_cuda.py` in a process of its own: a second guard would end this one."""
     compiler, folder = shutil.which("g++"), tmp_path_factory.mktemp("guard")
     if not compiler or torch.cuda.is_available():
         pytest.skip("no g++" if not compiler else "a GPU has a guard of its own")

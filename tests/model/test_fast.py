@@ -229,7 +229,7 @@ def test_dropout_of_everything_is_zero_everywhere():
 @pytest.mark.parametrize("V", [101, 128])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_a_padded_head_gives_the_same_loss_gradients_and_scores(monkeypatch, V, dtype):
-    """As on CUDA; 128 needs no padding."""
+    """Pad on the CPU as on CUDA; a vocabulary of 128 needs no padding."""
     monkeypatch.setattr(ops, "MANY_LOGITS", 1000)
     hidden, targets = normal(33, 16, seed=1, dtype=dtype), (torch.arange(33) * 7) % V
     weight = normal(V, 16, seed=2, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What is kept in memory, in which precision, and that saving it changes no result."""
+"""Check what is kept in memory, in which precision, and that saving it changes no result."""
 
 import platform
 import subprocess
@@ -15,7 +15,7 @@ WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 
 
 def kept_bytes(made) -> int:
-    """Of the activations that a step's forward pass keeps for its backward pass."""
+    """Count the bytes of activations that a step's forward pass keeps for its backward pass."""
     kept = {}
     parameters = {p.data_ptr() for p in made.model.parameters()}
 

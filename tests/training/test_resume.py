@@ -34,7 +34,7 @@ PATHS = {"base", "book", "data", "out", "resume", "checkpoint_every"}
 
 @pytest.fixture(scope="module")
 def whole(base, book, tmp_path_factory):
-    """By method, the run without a stop."""
+    """Return the run that nobody stopped, by method."""
     return {method: trained(method, base, book, tmp_path_factory.mktemp(method), *OPTIONS)
             for method in WEIGHTS}
 
@@ -102,7 +102,7 @@ def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
 
 
 def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_path):
-    """As after a crash: the metrics are ahead of the checkpoint, and the last line is torn."""
+    """Resume as after a crash: metrics ahead of the checkpoint, the last line torn."""
     out, kept = tmp_path / "run", tmp_path / "kept"
     argv = [*arguments("lora", base, book, out, *OPTIONS), "--checkpoint-every", "6"]
     stop_in_step(signal.SIGINT, 29, argv, lambda: shutil.copy(out / CHECKPOINT, kept))

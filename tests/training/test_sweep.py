@@ -16,7 +16,7 @@ SHORT = ("--max-steps", 4, "--checkpoint-every", 1)
 
 @pytest.fixture
 def children(monkeypatch) -> list:
-    """How every train.py ended; they run in this process, to save their start."""
+    """Return how each train.py ended; they run in this process, which saves their start."""
     endings = []
 
     class Child:
