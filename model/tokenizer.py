@@ -5,22 +5,15 @@ tokens and ids those are, a base's own files say (`tokenizer_files.py`).
 """
 
 import hashlib
-from base64 import b64decode
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from common.errors import UserError
-from common.files import file_sha256
-
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-RANKS = Path(__file__).with_name("r50k_base.tiktoken")  # GPT-2's, as OpenAI publishes them
-RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-GPT2_SIZE = 50257
 
 
 @dataclass(frozen=True)
@@ -76,15 +69,3 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids (N,), uint16 or, above 65,536 ids, uint32."""
         return self._id_of_rank[self._engine.encode_to_numpy(text, allowed_special="all")]
-
-
-@cache
-def gpt2_tokenizer() -> Tokenizer:
-    """GPT-2's, from the ranks bundled beside this file. Raises UserError if they are damaged."""
-    if file_sha256(RANKS) != RANKS_SHA256:
-        raise UserError(f"{RANKS}: is damaged; take the project's own copy again")
-    lines = map(bytes.split, RANKS.read_bytes().splitlines())
-    ranks = {int(rank): b64decode(token) for token, rank in lines}
-    merges = tuple(ranks[rank] for rank in sorted(ranks))
-    end = GPT2_SIZE - 1
-    return Tokenizer(PATTERN, merges, tuple(range(end)), {END_OF_TEXT: end}, end, GPT2_SIZE)

@@ -5,17 +5,17 @@ Both spell bytes as printable characters (Radford et al. 2019; `bytes_to_unicode
 encoder.py) and list the merges in order, which is the order of tiktoken's ranks.
 """
 
-import json
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 from common.errors import UserError
 from common.files import atomic_path, brief, read_json
-from model.tokenizer import END_OF_TEXT, GPT2_SIZE, PATTERN, Tokenizer, gpt2_tokenizer
+from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
 
 FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
                                  "tokenizer_config.json")
+GPT2, GPT2_SIZE = Path(__file__).with_name("gpt2_tokenizer"), 50257
 FILES = (FAST, VOCAB, MERGES, SETTINGS, "special_tokens_map.json", "added_tokens.json")
 
 
@@ -31,7 +31,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     elif (path := directory / VOCAB).exists() and (directory / MERGES).exists():
         tokenizer = _from_vocab_and_merges(directory, vocab_size)
     elif vocab_size == GPT2_SIZE:
-        return gpt2_tokenizer()
+        tokenizer = _from_tokenizer_json(path := GPT2 / FAST, vocab_size)
     else:
         raise UserError(f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and "
                         f"the base has no tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}")
@@ -58,8 +58,9 @@ def _from_tokenizer_json(path: Path, vocab_size: int) -> Tokenizer:
             raise UserError(f"{path}: {field} {brief(model[field])} is not supported")
     if stored.get("normalizer"):
         raise UserError(f"{path}: normalizer {brief(stored['normalizer'])} is not supported")
-    added = {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
+    added = {}
     for token in stored.get("added_tokens") or ():
+        added[token["content"]] = token["id"]
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(f"{path}: token {brief(token['content'])} strips or needs white space "
                             "around it, which is not supported")
@@ -131,7 +132,7 @@ def _end_of_text(directory: Path) -> str:
     return END_OF_TEXT
 
 
-@lru_cache
+@cache
 def _characters() -> list[str]:
     """The character that spells each byte: itself where it is printable, else one from 256 on."""
     plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -140,49 +141,8 @@ def _characters() -> list[str]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the files that stock transformers loads: the base's own, or else made here. What is
-    there already stays.
-    """
-    own = [name for name in FILES if tokenizer.source and (tokenizer.source / name).exists()]
-    if all((directory / name).exists() for name in own or (FAST, SETTINGS)):
-        return
-    files = {name: (tokenizer.source / name).read_bytes() for name in own}
-    for name, content in (files or _made_files(tokenizer)).items():
-        with atomic_path(directory / name) as temporary:
-            temporary.write_bytes(content)
-
-
-def _made_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """tokenizer.json and its settings. A merge is found by merging the token's bytes with the
-    lower ranks, until two parts are left.
-    """
-    spell = _characters()
-    words = ["".join(spell[byte] for byte in text) for text in tokenizer.merges]
-    ranks = {text: rank for rank, text in enumerate(tokenizer.merges)}
-    merges = [["".join(spell[b] for b in part) for part in _two_parts(text, ranks)]
-              for text in tokenizer.merges[256:]]
-    added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for text, i in tokenizer.special.items()]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": True}
-    fast = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
-            "decoder": byte_level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                      "continuing_subword_prefix": "", "end_of_word_suffix": "",
-                      "fuse_unk": False, "byte_fallback": False,
-                      "vocab": dict(zip(words, tokenizer.ids, strict=True)) | tokenizer.special,
-                      "merges": merges}}
-    end = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT}
-    settings = {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": False, **end}
-    return {FAST: json.dumps(fast, ensure_ascii=False).encode(),
-            SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()}
-
-
-def _two_parts(text: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    parts = [bytes([byte]) for byte in text]
-    while len(parts) > 2:
-        best = min(range(len(parts) - 1),
-                   key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts
+    """Copy the tokenizer's files, which stock transformers loads. What is there already stays."""
+    for name in FILES:
+        if (tokenizer.source / name).exists() and not (directory / name).exists():
+            with atomic_path(directory / name) as temporary:
+                temporary.write_bytes((tokenizer.source / name).read_bytes())

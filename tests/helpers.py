@@ -1,7 +1,10 @@
 """Make small stock transformers models for the tests, and compare tensors."""
 
-from dataclasses import replace
+import json
+import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -9,8 +12,8 @@ import transformers
 from torch import nn
 
 from common.errors import UserError
-from model.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
-from model.tokenizer_files import save_tokenizer
+from model.tokenizer import END_OF_TEXT, Tokenizer
+from model.tokenizer_files import FAST, GPT2, SETTINGS, load_tokenizer
 from model.weights import load_gpt2
 
 transformers.logging.disable_progress_bar()
@@ -53,15 +56,27 @@ def tiny_gpt2_directory(
     """`tiny_gpt2` saved by transformers itself, with a tokenizer; returns directory and model."""
     model = tiny_gpt2(seed, **config)
     model.save_pretrained(directory)
-    save_tokenizer(small_tokenizer(model.config.vocab_size), Path(directory))
+    write_small_tokenizer(Path(directory), model.config.vocab_size)
     return Path(directory), model
 
 
+@cache
 def small_tokenizer(vocab_size: int) -> Tokenizer:
-    """GPT-2's first ranks and `<|endoftext|>`: each is a merge of two lower ones."""
-    whole, end = gpt2_tokenizer(), vocab_size - 1
-    return replace(whole, merges=whole.merges[:end], ids=whole.ids[:end],
-                   special={END_OF_TEXT: end}, end_of_text=end, vocab_size=vocab_size)
+    """GPT-2's first ranks and `<|endoftext|>`."""
+    with TemporaryDirectory() as directory:
+        write_small_tokenizer(Path(directory), vocab_size)
+        return load_tokenizer(directory, vocab_size)
+
+
+def write_small_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Write `small_tokenizer`'s files: each rank is a merge of two lower ones."""
+    stored, end = json.loads((GPT2 / FAST).read_text()), vocab_size - 1
+    words = {word: i for word, i in stored["model"]["vocab"].items() if i < end}
+    stored["model"] |= {"vocab": words | {END_OF_TEXT: end},
+                        "merges": stored["model"]["merges"][: end - 256]}
+    stored["added_tokens"][0]["id"] = end
+    (directory / FAST).write_text(json.dumps(stored))
+    shutil.copy(GPT2 / SETTINGS, directory)
 
 
 def token_ids(vocab_size: int, *shape: int, seed: int = 1) -> torch.Tensor:

@@ -12,7 +12,7 @@ from common import files
 from common.errors import UserError
 from common.files import read_json
 from data.tokens import load_tokens
-from model.tokenizer import gpt2_tokenizer
+from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer
 from tests.helpers import assert_refused, tiny_gpt2_directory
 
 SAFETENSORS, FC = "model.safetensors", "transformer.h.1.mlp.c_fc.weight"
@@ -64,7 +64,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path, kind):
         (base / name).unlink()
         (base / name).mkdir() if kind == "directory" else (base / name).symlink_to(os.devnull)
         with pytest.raises(UserError, match=rf"{name}: cannot be read \(not a regular file\)$"):
-            load_tokens(base / name, gpt2_tokenizer())
+            load_tokens(base / name, load_tokenizer(GPT2, GPT2_SIZE))
         assert_refused(base, name, ": cannot be read (not a regular file)")
 
 

@@ -16,11 +16,13 @@ from common.errors import UserError
 from data import corpus
 from data import tokens as tokens_module
 from data.tokens import load_books, load_tokens
-from model.tokenizer import END_OF_TEXT, Tokenizer, gpt2_tokenizer
+from model import tokenizer_files
+from model.tokenizer import END_OF_TEXT, Tokenizer
+from model.tokenizer_files import load_tokenizer
 from tests.helpers import small_tokenizer
 from tests.runs import one_line, run
 
-GPT2, SMALL = gpt2_tokenizer(), small_tokenizer(300)
+GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2, 50257), small_tokenizer(300)
 OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+ ?|\s|.")
 WHITE_SPACE = [replace(SMALL, special={text: 299}) for text in ("a '", "1 ", "\n\n")]
 TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
@@ -128,9 +130,10 @@ def test_memory_does_not_grow_with_the_book(tmp_path):
     script = f"""
 from pathlib import Path
 from data.tokens import load_books, load_tokens
-from model.tokenizer import gpt2_tokenizer
+from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer
+tokenizer = load_tokenizer(GPT2, GPT2_SIZE)
 for book in ("2.txt", "16.txt"):
-    load_tokens(Path({str(tmp_path)!r}, book), gpt2_tokenizer(), Path({str(tmp_path / "cache")!r}))
+    load_tokens(Path({str(tmp_path)!r}, book), tokenizer, Path({str(tmp_path / "cache")!r}))
     print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
 """
     root = Path(tokens_module.__file__).parents[1]

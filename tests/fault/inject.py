@@ -55,16 +55,16 @@ class Injector:
 
         import train
         from model.gpt2 import GPT2, GPT2Config
-        from model.tokenizer_files import save_tokenizer
         from model.weights import save_gpt2
-        from tests.fault.targets import TOKENIZER
+        from tests.fault.targets import VOCAB
+        from tests.helpers import write_small_tokenizer
         torch.set_num_threads(1)
         self.train, self.folder, self.arm = train, folder, ctypes.CDLL(library).arm
-        model = GPT2(GPT2Config(vocab_size=TOKENIZER.vocab_size, n_positions=16, n_embd=16,
+        model = GPT2(GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=16,
                                 n_layer=1, n_head=2))
         model.init_weights()
         save_gpt2(model, folder / "base")
-        save_tokenizer(TOKENIZER, folder / "base")
+        write_small_tokenizer(folder / "base", VOCAB)
         (folder / "book.txt").write_text(BOOK[:3000])
         for method in ("lora", "full"):  # what is imported on the way, the children then have
             self.set_command(method, folder / f"{method}-first")

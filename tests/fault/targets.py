@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,11 +24,10 @@ from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config
-from model.tokenizer import END_OF_TEXT, gpt2_tokenizer
-from model.tokenizer_files import save_tokenizer
 from model.weights import CONV1D, load_gpt2, save_gpt2
 from tests.fault.mutate import mutate_bytes, mutate_json, mutate_safetensors, mutate_text
 from tests.fault.runs import BOOK, finish, train_command
+from tests.helpers import small_tokenizer, write_small_tokenizer
 from training import report
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
@@ -36,9 +35,7 @@ VOCAB = 317
 GPT2_CONFIG = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4)
 LORA_CONFIG = LoRAConfig(r=3, target_modules=("c_attn", "c_proj", "c_fc"))
 TEXT = BOOK[:5000] + "“Naïve” 日本語\r\n\n  end"
-TOKENIZER = replace(gpt2_tokenizer(), merges=gpt2_tokenizer().merges[: VOCAB - 1],
-                    ids=tuple(range(VOCAB - 1)), special={END_OF_TEXT: VOCAB - 1},
-                    end_of_text=VOCAB - 1, vocab_size=VOCAB)
+TOKENIZER = small_tokenizer(VOCAB)
 CACHED = f"cache/{sha256(TEXT.encode()).hexdigest()[:32]}-{TOKENIZER.sha256[:16]}"
 
 
@@ -59,7 +56,7 @@ def prepare(directory: Path) -> None:
     model = GPT2(GPT2_CONFIG)
     [parameter.normal_(std=0.1) for parameter in model.parameters()]
     save_gpt2(model, directory / "base")
-    save_tokenizer(TOKENIZER, directory / "base")
+    write_small_tokenizer(directory / "base", VOCAB)
     inject(model, LORA_CONFIG)
     [parameter.normal_(std=0.1) for parameter in model.parameters()]
     save_adapter(model, LORA_CONFIG, directory / "adapter", "gpt2", "0" * 64)

@@ -2,6 +2,8 @@
 
 import random
 import unicodedata
+from base64 import b64encode
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -16,8 +18,8 @@ from common.errors import UserError
 from generate import stream_text
 from model.hub import MINI
 from model.sampling import generate
-from model.tokenizer import END_OF_TEXT, gpt2_tokenizer
-from model.tokenizer_files import load_tokenizer, save_tokenizer
+from model.tokenizer import END_OF_TEXT
+from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2
 from training.options import BOOK
 
@@ -26,6 +28,8 @@ MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a"
 PARTS = [*" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>", "<user>"]
 TEXTS = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
 LETTERS = sorted(ByteLevel.alphabet())
+# Of OpenAI's r50k_base.tiktoken, which has a token's bytes and its rank on each line.
+PUBLISHED = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 BOTH = [(a, b) for a in LETTERS for b in LETTERS]
 WORDS = {w: i for i, w in enumerate([END_OF_TEXT, *map("".join, BOTH), *LETTERS])}  # 65,793
 
@@ -57,7 +61,7 @@ NAMES = [*FORMS, "vocab and merges"]
 def pairs(tmp_path_factory) -> dict:
     """Our tokenizer and transformers' of each form."""
     place, fast = tmp_path_factory.mktemp("bases"), transformers.PreTrainedTokenizerFast
-    save_tokenizer(gpt2_tokenizer(), place / "GPT-2")
+    save_tokenizer(load_tokenizer(GPT2, GPT2_SIZE), place / "GPT-2")
     for name in FORMS.keys() - {"GPT-2"}:
         (place / name).mkdir()
         (place / name / "tokenizer.json").write_text(FORMS[name][1])
@@ -134,8 +138,10 @@ def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it
     (tmp_path / "vocab.json").write_text("{}")  # and no merges.txt
     with pytest.raises(UserError, match=rf"\A{tmp_path}: .*300 is not GPT-2's 50257, .*\Z"):
         load_tokenizer(tmp_path, 300)
-    hello = load_tokenizer(tmp_path, 50257).encode(f"Hello world{END_OF_TEXT}").tolist()
-    assert hello == [15496, 995, 50256]  # as published
+    whole = load_tokenizer(tmp_path, 50257)
+    assert whole.encode(f"Hello world{END_OF_TEXT}").tolist() == [15496, 995, 50256]
+    ranks = (b64encode(whole.bytes_of[i]) + b" %d\n" % i for i in range(50256))
+    assert sha256(b"".join(ranks)).hexdigest() == PUBLISHED
     (tmp_path / "tokenizer.json").write_text(TINY.replace(END_OF_TEXT, "<end>"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 300).encode(f"</s>{END_OF_TEXT}").tolist() == [1, 1]
