@@ -75,31 +75,46 @@ def main() -> None:
 
 
 def write_side_by_side(args, device: Device) -> None:
-    """Continue each prompt with every adapter in one batch, each row as if it were alone."""
+    """Continue each prompt with every adapter, all in one batch."""
     (name, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
     device.hold(model.requires_grad_(False))
-    rows = [None] * args.with_base + [str(directory) for directory in args.adapter]
-    adapters.use(rows)
-    for prompt in args.prompt:
-        ids = as_ids(model, tokenizer.encode(prompt))
-        draws = [sampling(model, args) for _ in rows]
-        generators = [draw.pop("generator") for draw in draws]
-        with device.autocast():
-            steps = list(generate_rows(model, ids.expand(len(rows), -1), args.max_new_tokens,
-                                       generators, never=padding(model, tokenizer), **draws[0]))
-        for row, tokens in zip(rows, torch.stack(steps, 1).tolist(), strict=True):
-            print(f"=== {name} with {row}\n" if row else f"=== {name}\n")
-            print(prompt + "".join(decode(tokenizer, tokens)) + "\n")
+    names = [None] * args.with_base + [str(directory) for directory in args.adapter]
+    rows = [(prompt, adapter) for prompt in args.prompt for adapter in names]
+    adapters.use([adapter for _, adapter in rows])
+    with device.autocast():
+        texts = continue_rows(model, tokenizer, [prompt for prompt, _ in rows], args)
+    for (prompt, adapter), text in zip(rows, texts, strict=True):
+        print(f"=== {name} with {adapter}\n" if adapter else f"=== {name}\n")
+        print(f"{prompt}{text}\n")
 
 
 def write_texts(model: GPT2, tokenizer: Tokenizer, args) -> None:
-    """Continue every prompt on stdout, token by token, each as if it were the only one."""
-    for prompt in args.prompt:
-        print(prompt, end="", flush=True)
-        for text in stream_text(model, tokenizer, prompt, args.max_new_tokens,
-                                **sampling(model, args)):
-            print(text, end="", flush=True)
-        print("\n")
+    """Continue the prompts on stdout: one token by token, several in one batch."""
+    if len(args.prompt) > 1:
+        for prompt, text in zip(args.prompt, continue_rows(model, tokenizer, args.prompt, args),
+                                strict=True):
+            print(f"{prompt}{text}\n")
+        return
+    print(args.prompt[0], end="", flush=True)
+    for text in stream_text(model, tokenizer, args.prompt[0], args.max_new_tokens,
+                            **sampling(model, args)):
+        print(text, end="", flush=True)
+    print("\n")
+
+
+def continue_rows(model: GPT2, tokenizer: Tokenizer, prompts: list[str], args) -> list[str]:
+    """Return the continuations of the prompts, each as if it were the only one of its batch."""
+    draws = [sampling(model, args) for _ in prompts]
+    generators = [draw.pop("generator") for draw in draws]
+    rows = [[] for _ in prompts]
+    for tokens in generate_rows(model, [as_ids(model, tokenizer.encode(p)) for p in prompts],
+                                args.max_new_tokens, generators, never=padding(model, tokenizer),
+                                **draws[0]):
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row += [token] * (token >= 0 and len(row) < args.max_new_tokens)
+        if all(tokenizer.end_of_text in row for row in rows):
+            break
+    return ["".join(decode(tokenizer, row)) for row in rows]
 
 
 def sampling(model: GPT2, args) -> dict:

@@ -139,4 +139,6 @@ def _turns(line: bytes) -> list[tuple[str, str]]:
                          '{"role": "user", "assistant" or "system", "content": text}') from error
     if not turns or turns[-1][0] != "Assistant" or ("Assistant", "") in turns:
         raise ValueError("has an empty completion, or none at its end")
+    if any("\0" in content for _, content in turns):
+        raise ValueError("holds a NUL, which is not text")
     return turns

@@ -11,35 +11,45 @@ from model.gpt2 import GPT2, KVCache
 def generate(model: GPT2, ids: Tensor, max_new_tokens: int, *,
              generator: torch.Generator | None = None, **sampling) -> Iterator[int]:
     """Draw tokens one by one after `ids` (T,), T >= 1; the caller decides when to stop."""
-    for tokens in generate_rows(model, ids[None], max_new_tokens, [generator], **sampling):
+    for tokens in generate_rows(model, [ids], max_new_tokens, [generator], **sampling):
         yield tokens.item()
 
 
 @torch.inference_mode()
 def generate_rows(
-    model: GPT2, ids: Tensor, max_new_tokens: int, generators: Sequence[torch.Generator | None], *,
+    model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
+    generators: Sequence[torch.Generator | None], *,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, never: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Draw tokens (n,) one by one after each row of `ids` (n, T), with the row's own generator, but
+    """Draw tokens (n,) one by one after each of n prompts (T_i,), with the row's own generator, but
     those that are `never` drawn, bool (V,).
+
+    All rows begin at their first token, so that no padding is needed: the shortest prompt is read
+    at once, and of a longer one the tokens that are left come, one a step, in place of drawn ones.
+    Such a step gives -1 for the row. The last row gets `max_new_tokens`, the others more.
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.
     """
     context = model.config.n_positions
-    window, cache = ids[:, -context:], KVCache()
+    prompts = [prompt[-context:] for prompt in prompts]
+    lengths = [len(prompt) for prompt in prompts]
+    window, cache = torch.stack([prompt[: min(lengths)] for prompt in prompts]), KVCache()
     new = window
-    for _ in range(max_new_tokens):
+    for position in range(min(lengths), max(lengths) + max_new_tokens):
         if window.size(1) > context:
             window, cache = window[:, -max(1, context // 2) :], KVCache()
             new = window
         logits = model(new, cache)[:, -1].float()  # (n, V)
         if never is not None:
             logits = logits.masked_fill(never, -torch.inf)
-        new = torch.stack([sample(row, temperature, top_k, top_p, generator)
-                           for row, generator in zip(logits, generators, strict=True)])  # (n, 1)
+        new = torch.stack([
+            prompt[position : position + 1] if position < len(prompt) else
+            sample(row, temperature, top_k, top_p, generator)
+            for prompt, row, generator in zip(prompts, logits, generators, strict=True)])  # (n, 1)
         window = torch.cat((window, new), 1)
-        yield new[:, 0]
+        reads = torch.tensor([position < length for length in lengths], device=new.device)
+        yield new[:, 0].masked_fill(reads, -1)
 
 
 def sample(

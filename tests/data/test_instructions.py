@@ -13,6 +13,7 @@ from common.errors import UserError
 from data.instructions import Instructions, read_examples
 from data.windows import NOT_SCORED
 from lora.adapter import save_adapter
+from model.plain import plain_operations
 from model.weights import CONV1D
 from tests import runs
 from tests.adapters import adapted
@@ -113,16 +114,20 @@ def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
         made, base, adapter, method, parts, capsys):
-    loss, gradients = stepped(made(method, "--grad-accum", parts))
+    with plain_operations():
+        plain = stepped(made(method, "--grad-accum", parts))
+    fast = stepped(made(method, "--grad-accum", parts))
     assert "2 of 7 examples are longer than a block of 40" in capsys.readouterr().out
     model = stock_model(base, adapter if method == "lora" else None)
     wanted = model(**stock_batch(PAIRS[:-1])).loss
     wanted.backward()
-    assert loss == pytest.approx(wanted.item(), rel=1e-6)
     theirs = stock_gradients(model)
-    assert gradients.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        assert relative_difference(gradients[name], gradient) < 2e-6, name
+    # The fast operations add in another order: stock gradients in fp32 are as far from fp64's.
+    for (loss, gradients), tolerance in ((plain, 1e-6), (fast, 2e-6)):
+        assert loss == pytest.approx(wanted.item(), rel=1e-6)
+        assert gradients.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            assert relative_difference(gradients[name], gradient) < tolerance, name
     unmasked = stock_batch(PAIRS[:-1])
     unmasked["labels"] = unmasked["input_ids"]
     assert abs(model(**unmasked).loss.item() - loss) > 1e-3
@@ -180,6 +185,7 @@ def test_both_forms_are_read_as_the_template_says(tmp_path):
 BAD = [
     ("not json", "is not JSON"), ('{"prompt": "a"', "is not JSON"), ("[" * 9000, "is not JSON"),
     ("", "is not JSON"), ('{"prompt": "a\0", "completion": "b"}', "is not JSON"),
+    (r'{"prompt": "a\u0000", "completion": "b"}', "holds a NUL"),
     (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
     (example("a", "b" * 10_000_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
     (example("a", "\ud800"), "surrogates not allowed"),
