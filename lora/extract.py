@@ -32,6 +32,7 @@ def main() -> None:
     needed = dict(model.named_parameters())
     add_adapter(model, directory, LoRAConfig(args.rank, target_modules=args.target_modules), None)
     targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0
+    ranks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < args.rank] + [args.rank]
     for (name, before), (_, after) in zip(read_parameters(weights_path(directory), needed),
                                           read_parameters(weights_path(args.full), needed),
                                           strict=True):
@@ -43,10 +44,10 @@ def main() -> None:
             continue
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
         factors[layer] = truncate(u, s, vh, args.rank)
-        explained = s[: args.rank].square().sum().item() / (squares or 1.0)
-        rows.append((layer, f"{squares ** 0.5:.4g}", f"{explained:.2%}"))
+        explained = (s[:k].square().sum().item() / (squares or 1.0) for k in ranks)
+        rows.append((layer, f"{squares ** 0.5:.4g}", *(f"{share:.2%}" for share in explained)))
     write_factors(factors, args.out, base, file_sha256(weights_path(directory)))
-    print_table(("layer", "norm of the change", f"rank {args.rank} explains"), rows)
+    print_table(("layer", "norm of the change", *(f"rank {k} explains" for k in ranks)), rows)
     print(f"{outside / (whole or 1.0):.2%} of the whole change's squared norm is outside these "
           f"layers\n{base} + {args.out} is near {args.full}")
 

@@ -39,9 +39,10 @@ def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
         assert error == pytest.approx(s[rank:].norm().item(), rel=1e-4, abs=1e-5)
         a, b = layer.lora_A.weight, layer.lora_B.weight
         assert torch.allclose(a.norm(dim=1), b.norm(dim=0), rtol=1e-4)  # split evenly
-        share = s[:rank].square().sum() / s.square().sum()
+        shares = [f"{s[:k].square().sum() / s.square().sum():.2%}"
+                  for k in (1, 2, 4, 8, 16, rank) if k <= rank]
         line = next(line for line in ending.stdout.splitlines() if name in line)
-        assert f"{share:.2%}" in line and f"{change.norm():.4g}" in line
+        assert line.split()[1:-1:2] == [name, f"{change.norm():.4g}", *shares]
         inside += change.square().sum()
         if rank == 32:
             merged = theirs.transformer.get_submodule(name).weight.T  # Conv1D's
