@@ -6,8 +6,9 @@ round. The base is a GPT-2 124M of random weights, made on the spot. All sides h
 batches, dropouts, optimizer (fused AdamW) and clipping. The others run as they come: stock
 activation and attention, cross-entropy over their logits, mixed precision by autocast, and for
 LoRA, evaluation and generation also with the frozen weights themselves in low precision; our side
-keeps freed memory as its commands do (`tune_process`). `--only growth` is
-LoRA against batch, block and rank; `--only scaling` is one batch shared by the ranks that torchrun
+keeps freed memory as its commands do (`tune_process`). `--only gpt2-xl` is
+one round of LoRA on a random gpt2-xl, 4 windows a step; `--only growth` is LoRA against batch,
+block and rank; `--only scaling` is one batch shared by the ranks that torchrun
 starts, all on this machine; its bytes are those that a rank's step hands to all_reduce.
 """
 
@@ -37,7 +38,7 @@ from model.hub import find_base
 from model.weights import load_config
 from training.options import ROOT
 
-KINDS = ("train", "evaluate", "generate")
+KINDS, LARGE = ("train", "evaluate", "generate"), "gpt2-xl"
 AXES = {"growth": {"batch_size": (4, 8, 16, 32, 64), "block_size": (64, 128, 256, 512, 1024),
                    "r": (1, 4, 16, 64)},
         "scaling": {"ranks": (1, 2, 4)}}
@@ -58,6 +59,8 @@ def main() -> int:
         if compared := [kind for kind in KINDS if kind in opts.only]:
             plans["speed" if compared == list(KINDS) else "-".join(compared)] = compare(opts)
         failed = [measure_rounds(opts, name, tasks) for name, tasks in plans.items()]
+        if LARGE in opts.only:
+            failed.append(measure_rounds(*large(opts, Path(folder) / f"{LARGE}, random weights")))
     return 1 if any(failed) else 0
 
 
@@ -73,8 +76,9 @@ def parse_args() -> Namespace:
     parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), metavar="P",
                         help="default: fp32, bf16 unless the GPU emulates it, and on CUDA fp16; "
                              "--quick: bf16")
-    parser.add_argument("--only", nargs="+", choices=(*KINDS, *AXES), default=list(KINDS),
-                        metavar="PART", help=f"default: {' '.join(KINDS)}; also {' '.join(AXES)}")
+    parser.add_argument("--only", nargs="+", choices=(*KINDS, *AXES, LARGE), default=list(KINDS),
+                        metavar="PART",
+                        help=f"default: {' '.join(KINDS)}; also {' '.join((*AXES, LARGE))}")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results",
                         metavar="DIR", help="where the figures and pictures go")
@@ -140,6 +144,13 @@ def along(opts: Namespace, part: str) -> list[Task]:
         for size in (size for size in sizes if size <= most.get(axis, size)):
             tasks += [replace(task, **{axis: size}), replace(task, **{axis: size}, **others)]
     return tasks
+
+
+def large(opts: Namespace, base: Path) -> tuple[Namespace, str, list[Task]]:
+    """Return one round of LoRA on a gpt2-xl of random weights, in fp16 on the disk."""
+    run_apart(Task(LARGE, str(base)))
+    task = replace(opts.task, base=str(base), precision=opts.precision[-1], batch_size=SMALL_BATCH)
+    return Namespace(**vars(opts) | {"base": base, "rounds": 1}), LARGE, sides(task)
 
 
 def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:

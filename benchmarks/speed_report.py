@@ -14,7 +14,7 @@ COLUMNS = {"seconds": ("seconds", "{:.4g}"), "peak_mb": ("peak MB", "{:,.0f}"),
            "share_of_limit": ("matmuls' share", "{:.0%}"), "faster": ("times faster", "{:.2f}"),
            "bytes": ("bytes a step", "{:,.0f}"), "all_reduce": ("all-reduce alone, s", "{:.4f}")}
 AXES = {"batch_size": "windows a batch", "block_size": "tokens a window", "r": "rank",
-        "ranks": "ranks (data-parallel processes)"}
+        "ranks": "data-parallel ranks"}
 Rounds = dict[int, dict]  # a contender's record of each round
 
 

@@ -36,6 +36,8 @@ from model.weights import load_config, load_gpt2, save_gpt2
 from training.options import Options
 from training.ranks import Ranks
 
+BASES = {"base": (GPT2Config(), torch.float32),
+         "gpt2-xl": (GPT2Config(n_embd=1600, n_layer=48, n_head=25), torch.float16)}
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 16, 256, 8
 ENOUGH_SECONDS = 0.2  # of one matmul
 Call = Callable[[], object]  # what is timed; its value shows that both sides computed the same
@@ -45,7 +47,7 @@ Call = Callable[[], object]  # what is timed; its value shows that both sides co
 class Task:
     """Describe one measurement. `axis` is the field that differs from task to task."""
 
-    kind: str  # base, matmuls, or a key of CALLS
+    kind: str  # a key of BASES or CALLS, or matmuls
     base: str
     device: str = "cpu"
     side: str = "ours"  # or theirs
@@ -111,10 +113,11 @@ def measure(task: Task) -> dict:
     if task.side == "ours":
         tune_process()  # as train.py, evaluate.py and generate.py do
     torch.manual_seed(0)
-    if task.kind == "base":  # of random weights: speed does not depend on their values
-        model = GPT2(GPT2Config())
+    if task.kind in BASES:  # of random weights: speed does not depend on their values
+        config, dtype = BASES[task.kind]
+        model = GPT2(config)
         model.init_weights()
-        save_gpt2(model, Path(task.base))
+        save_gpt2(model, Path(task.base), dtype)
         return {}
     if task.kind == "matmuls":
         return {method: measure_matmuls(task, method, device.torch) for method in ("lora", "full")}

@@ -68,6 +68,18 @@ def measured(base, tmp_path_factory):
     return ending, out
 
 
+def test_gpt2_xl_is_one_round_of_lora_on_a_base_of_its_own(base, tmp_path):
+    small = GPT2Config(n_embd=32, n_layer=1, n_head=2), torch.float16
+    with mock.patch.dict(speed_worker.BASES, {"gpt2-xl": small}):
+        ending = bench(base, tmp_path, "--only", "gpt2-xl", measure=speed_worker.measure)
+    assert ending.status == 0, ending.stderr
+    result = read(tmp_path, "gpt2-xl")
+    assert result["base"] == "gpt2-xl, random weights" and result["rounds"] == 1
+    assert [(r["name"], r["round"], r["batch_size"]) for r in result["measurements"]] == [
+        (name, 0, 4) for name in ("this project, LoRA, bf16", "PEFT, LoRA, bf16 autocast",
+                                       "PEFT, LoRA, bf16 weights")]
+
+
 def times(result: dict, key: str = "median") -> dict[str, list[float]]:
     """Each contender's figures, round by round."""
     return {name: [r[key] for i in range(ROUNDS) for r in result["measurements"]
