@@ -48,12 +48,16 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     return F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets
 
 
+OPERATIONS = {f.__name__: f for f in (linear, dropout, causal_attention, tied_cross_entropy, score)}
+
+
 @contextmanager
-def plain_operations() -> Iterator[None]:
-    """Inside the `with`, the model and the loss run on these in place of `fast.py`'s."""
-    plain = {f.__name__: f for f in (linear, dropout, causal_attention, tied_cross_entropy, score)}
-    before = {name: getattr(fast, name) for name in plain}
-    vars(fast).update(plain)
+def plain_operations(*names: str) -> Iterator[None]:
+    """Inside the `with`, the model and the loss run on these in place of `fast.py`'s: on those of
+    these names, or without names on all.
+    """
+    before = {name: getattr(fast, name) for name in names or OPERATIONS}
+    vars(fast).update({name: OPERATIONS[name] for name in before})
     try:
         yield
     finally:
