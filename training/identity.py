@@ -36,9 +36,11 @@ def identity_of(run: dict) -> dict:
 
 
 def saved_lora_config(out: Path) -> LoRAConfig:
-    """Return the adapter's shape in the run whose checkpoint lies in `out`."""
+    """Return the adapter's shape in the run whose checkpoint lies in `out`; of a full fine-tuning,
+    which `refuse_another` will refuse, the default.
+    """
     options = read_checkpoint(out)["run"]["options"]
-    values = {f.name: options[f.name] for f in fields(LoRAConfig)}
+    values = {f.name: options[f.name] for f in fields(LoRAConfig) if f.name in options}
     return LoRAConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -175,6 +175,14 @@ def test_a_run_is_not_resumed_by_the_other_method(stopped, base, book, tmp_path)
     assert "the run is of `train.py lora`, not full" in line
 
 
+def test_full_fine_tuning_is_not_resumed_from_an_adapter(base, book, adapter, tmp_path):
+    out = tmp_path / "run"
+    run_acting({9: die}, *arguments("full", base, book, out, *OPTIONS, "--checkpoint-every", 1))
+    line = refused(out, *arguments("lora", base, book, out, *OPTIONS, "--resume",
+                                   "--init-adapter", adapter))
+    assert "the run is of `train.py full`, not lora" in line
+
+
 @pytest.mark.parametrize("during_the_run", [True, False])
 def test_a_run_is_not_resumed_on_a_changed_book(base, book, tmp_path, during_the_run):
     copy = Path(shutil.copy(book, tmp_path / "book"))
