@@ -104,7 +104,7 @@ class Options:
                                              "rate, in A's")
     freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory")
     init_adapter: Path | None = option(None, Path, "start from this adapter; it brings its own "
-                                       "rank, alpha, dropout and targets", metavar="DIR")
+                                       "rank, alpha, dropout, targets and kind", metavar="DIR")
 
     @property
     def lora_config(self) -> LoRAConfig:
@@ -158,6 +158,7 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
         raise UserError("--stride and --label-shift are for books: an example is one row")
     if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter):
         raise UserError("--freeze-a goes with neither --loraplus-lr-ratio nor --init-adapter")
-    if options.init_adapter and options.init_lora_weights == "pissa":
-        raise UserError("--init-adapter and --init-lora-weights exclude each other")
+    if options.init_adapter and options.lora_config != LoRAConfig():
+        raise UserError("--init-adapter brings its own rank, alpha, dropout, targets and kind of "
+                        "LoRA; leave those options out")
     return options

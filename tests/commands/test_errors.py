@@ -113,7 +113,8 @@ MISTAKES = [
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
     ("lora --freeze-a --loraplus-lr-ratio 2", "--freeze-a goes with neither"),
     ("lora --freeze-a --init-adapter run", "--freeze-a goes with neither"),
-    ("lora --init-lora-weights pissa --init-adapter run", "exclude each other"),
+    *((f"lora --init-adapter run {option}", "--init-adapter brings its own") for option in (
+        "--init-lora-weights pissa", "--use-dora", "--r 4", "--target-modules c_fc", "--layers 1")),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"), ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("full --init-adapter directory", "--init-adapter"), (f"lora --init-adapter {LONG}", LONG),
