@@ -216,14 +216,15 @@ def no_waiting(opts: Namespace, report: Report) -> None:
     """Check that a step never waits for the GPU: PyTorch raises where one would."""
     if not opts.device.is_cuda:
         raise Skip("on a CPU there is nothing to wait for")
-    for precision in ("fp32", opts.low):
-        made = trainer(opts, "lora", "--precision", precision)
+    for precision, *more in (("fp32",), (opts.low,), (opts.low, "--use-dora"),
+                             (opts.low, "--target-modules", "c_attn.q", "c_attn.v")):
+        made = trainer(opts, "lora", "--precision", precision, *more)
         batches = made.batches(0)
         for mode in ("default", "default", "error"):  # the first steps make what later ones keep
             torch.cuda.set_sync_debug_mode(mode)
             made.step(next(batches))
         torch.cuda.set_sync_debug_mode("default")
-        report.facts[precision] = "a step does not wait"
+        report.facts[" ".join((precision, *more))] = "a step does not wait"
 
 
 def resume(opts: Namespace, report: Report) -> None:

@@ -38,9 +38,10 @@ class _Blocks(nn.Module):
     @property
     def weight(self) -> Tensor:
         n, d, r = self.blocks.shape
-        whole = self.blocks.new_zeros(len(SLICES), n, d, r)
-        whole[self.places, range(n)] = self.blocks
-        return whole.transpose(1, 2).reshape(len(SLICES) * d, n * r)
+        whole = self.blocks.new_zeros(len(SLICES), d, n, r)
+        for i, place in enumerate(self.places):  # a list as an index would make a GPU wait for it
+            whole[place, :, i] = self.blocks[i]
+        return whole.view(len(SLICES) * d, n * r)
 
     def forward(self, h: Tensor) -> Tensor:
         return F.linear(h, self.weight)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import transformers
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
@@ -322,3 +323,19 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     assert all(type(layer) is LoRALinear for layer in lora_layers(again).values())
     merge(model)
     assert relative_difference(model(IDS), expected) < 1e-5
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"use_dora": True}, {"init_lora_weights": "pissa"},
+    {"target_modules": ("c_attn.q", "c_attn.v")}], ids=["plain", "dora", "pissa", "slices"])
+def test_no_python_number_becomes_a_tensor_in_a_step(base, fields):
+    """On a GPU each would be a copy that the step waits for."""
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            assert operation is not torch.ops.aten.lift_fresh.default
+            return operation(*args, **(kwargs or {}))
+
+    model = load_gpt2(base)
+    inject(model, LoRAConfig(r=4, **fields))
+    with Seen():
+        model.train().hidden(IDS).sum().backward()
