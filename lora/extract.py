@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 
 from common.cli import Parser, add_base_option, number, print_table
-from common.errors import run_command
+from common.errors import UserError, run_command
 from common.files import file_sha256, refuse_existing
 from lora.factors import truncate, write_factors
 from lora.inject import lora_layers
 from lora.layer import LoRAConfig
 from lora.load import add_adapter
+from lora.slices import SlicedLoRALinear
 from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import load_config, read_parameters, weights_path
@@ -33,6 +34,8 @@ def main() -> None:
     add_adapter(model, directory, LoRAConfig(args.rank, target_modules=args.target_modules), None)
     targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0
     ranks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < args.rank] + [args.rank]
+    if any(isinstance(layer, SlicedLoRALinear) for layer in targets.values()):
+        raise UserError("--target-modules: a slice of c_attn is not extracted; name c_attn")
     for (name, before), (_, after) in zip(read_parameters(weights_path(directory), needed),
                                           read_parameters(weights_path(args.full), needed),
                                           strict=True):
