@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common.errors import UserError
 from lora.adapter import load_adapter, save_adapter
 from lora.combine import combine, main
 from lora.factors import read_factors
 from lora.inject import lora_layers
+from lora.inspect import main as inspect
 from lora.load import load_model
 from model.weights import load_gpt2
 from tests.adapters import adapted, randomize
@@ -113,3 +115,16 @@ def test_patterns_of_rank_and_alpha_count_and_dora_is_refused(base, tmp_path):
     save_adapter(*adapted(base, ("c_attn",), use_dora=True), tmp_path / "dora", "gpt2")
     with pytest.raises(UserError, match="dora: is DoRA"):
         read_factors(tmp_path / "dora")
+
+
+@pytest.mark.parametrize("names", [
+    (), ("base_model.model.model.layers.0.self_attn.q_proj",)], ids=["nothing", "llama"])
+def test_an_adapter_of_another_architecture_is_refused(adapter, tmp_path, names):
+    file = adapter / "adapter_model.safetensors"
+    save_file({f"{name}.lora_{part}.weight": torch.ones(4, 4) for name in names for part in "AB"},
+              file)
+    for command, arguments in ((main, (adapter, "--out", tmp_path / "out")),
+                               (inspect, (adapter,))):
+        ending = run(command, *arguments)
+        assert (ending.status, ending.stdout) == (2, "") and not (tmp_path / "out").exists()
+        assert ending.stderr == f"error: {file}: is not an adapter of GPT-2's layers\n"
