@@ -24,7 +24,7 @@ COLUMNS = ("", "runs", "val loss", "min .. max", "perplexity", "min .. max")
 
 def train(arguments: list[str], out: Path) -> int:
     """Return the exit status of train.py, once it has ended."""
-    resume = ["--resume"] * (out / METRICS).exists()
+    resume = ["--resume"] * ((out / METRICS).exists() and "--overwrite" not in arguments)
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, *resume])
     # A terminal's SIGINT reaches the child as well, which saves and ends; SIGTERM does not.
     signal.signal(signal.SIGINT, lambda *_: None)

@@ -58,6 +58,8 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
     assert all("nothing to resume" in child.stdout for child in children[-2:])
     assert run(sweep.main, *command[:-4], "--seed", 1, "--epochs", 7).status == 1
     assert contents(out / names[0]) == before and (out / "sweep.md").read_text() == table
+    assert run(sweep.main, *command[:-4], "--seed", 1, "--overwrite").status == 0
+    assert "resum" not in children[-1].stdout
 
 
 def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch):
