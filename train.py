@@ -147,7 +147,7 @@ class Trainer:
     def measure(self) -> dict:
         """The metrics of the steps since the last call."""
         return {"step": self.progress.step, "epoch": self.progress.step / self.steps_per_epoch,
-                "lr": self.optimizer.param_groups[0]["lr"], **self.meter.measure()}
+                **self.meter.measure(self.optimizer.param_groups[0]["lr"])}
 
     def evaluate(self) -> Scores:
         return evaluate(self.model, self.validation.evaluation_batches(), self.tokenizer,

@@ -56,7 +56,7 @@ def step(trainer: train.Trainer, batch: np.ndarray) -> float:
     """Train on one batch; return its loss in nats a token."""
     trainer.meter.restart()
     trainer.step(batch)
-    return trainer.meter.measure()["loss"]
+    return trainer.measure()["loss"]
 
 
 def step_among_ranks(trainer: train.Trainer, batch: np.ndarray) -> None:

@@ -67,6 +67,9 @@ def test_run_json_tells_the_run(done, base, book):
     assert report["best_val_perplexity"] == pytest.approx(math.exp(report["best_val_loss"]))
     assert report["best_val_bits_per_byte"] == min(done.column("val_bits_per_byte"))
     assert 0 < report["seconds"] < 600 and 50 < report["peak_memory_mb"] < 100_000
+    assert list(done.metrics[-1]) == ["step", "epoch", "loss", "lr", "grad_norm",
+                                      "tokens_per_second", "val_loss", "val_perplexity",
+                                      "val_bits_per_byte"]
     slowest, fastest = (f(done.column("tokens_per_second")) for f in (min, max))
     assert slowest <= report["tokens_per_second"] <= fastest
 

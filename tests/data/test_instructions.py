@@ -95,7 +95,7 @@ def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
     trainer.model.train()
     trainer.optimizer.zero_grad = lambda set_to_none: None  # they are kept
     trainer.step(np.arange(len(PAIRS) - 1))
-    return (trainer.meter.measure()["loss"],
+    return (trainer.measure()["loss"],
             {name: p.grad for name, p in trainer.parameters.items()})
 
 

@@ -215,7 +215,7 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     made.ranks = Ranks(rank=1, count=2)
     made.step(np.array([3]))  # which rank 0 computes
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]
-    assert not any(t.any() for t in sent) and made.meter.measure()["loss"] == 0
+    assert not any(t.any() for t in sent) and made.measure()["loss"] == 0
 
 
 @pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
