@@ -15,6 +15,8 @@ class RunError(Exception):
 
 # torch's CPU allocator and cuBLAS have no exception of their own.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
+ADVICE = ("a smaller --batch-size, --block-size or --base, --precision bf16 or, in training, "
+          "--grad-accum or --gradient-checkpointing")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -26,25 +28,29 @@ def run_command(main: Callable[[], int | None]) -> None:
         status = main() or 0
         sys.stdout.flush()
         sys.exit(status)
-    except UserError as error:
-        fail(error, 2)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (RunError, OSError) as error:  # OSError: a full disk, a directory taken away
-        fail(error, 1)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        line = describe_failure(error)
+        if line is None:
             raise
-        fail("out of memory; try a smaller base, batch or block, or --precision bf16", 1)
+        fail(line, 2 if isinstance(error, UserError) else 1)
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Return whether the GPU or the machine has run out of memory."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY))
+def describe_failure(error: BaseException | None) -> str | None:
+    """Return the line for a known failure, or None for a fault of the program or no error."""
+    if isinstance(error, UserError | RunError):
+        return str(error)
+    if isinstance(error, OSError):  # a full disk, a directory taken away
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)):
+        return f"out of memory; try {ADVICE}"
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -17,11 +17,10 @@ import torch
 from tqdm import tqdm
 
 from common.device import Device
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, on_signals, say
 from training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
 from training.directory import RUN, RunDirectory, check_out
-from training.failures import describe_failure
 from training.identity import identity_of, refuse_another
 from training.options import Options
 from training.ranks import Ranks
@@ -71,7 +70,7 @@ class Session:
         """Turn what a run cannot go on from into one line that names the last checkpoint."""
         if self.directory:
             self.directory.close()
-        if self.running and (failure := describe_failure(error, self.options)):
+        if self.running and (failure := describe_failure(error)):
             saved = ("there is no checkpoint yet" if self.saved_step is None
                      else f"the last checkpoint is of step {self.saved_step}")
             raise RunError(f"{failure}; {saved}") from error

@@ -96,7 +96,7 @@ def test_out_of_memory_while_the_model_is_moved_is_one_line(
             generate.main: ("--prompt", "x", "--base", base, "--device", "cpu"),
             evaluate.main: ("--base", base, "--device", "cpu", "--block-size", 16)}[main]
     monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=error))
-    assert one_line(run(main, *argv)).startswith("error: out of memory; try a smaller base")
+    assert one_line(run(main, *argv)).startswith("error: out of memory; try a smaller --batch")
     monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run(main, *argv)
