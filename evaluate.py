@@ -119,7 +119,7 @@ def main() -> None:
     tune_process()
     name, model, tokenizer = load_model(args.base, args.adapter, device.dtype)
     check_block_size(args.block_size, model.config)
-    device.hold(model.requires_grad_(False))
+    device.hold(model)
     text = str(args.data or ", ".join(map(str, args.text or [BOOK])))
     fraction = args.val_fraction or (1.0 if args.text or args.data else 0.1)
     if args.data:

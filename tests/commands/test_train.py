@@ -197,15 +197,20 @@ def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_w
 
 
 def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path):
-    """Frozen tables are held in bf16 and trained ones in fp32; an evaluation rounds both."""
-    done = {method: trained(method, base, book, tmp_path / method, "--max-steps", 3, "--precision",
-                            "bf16", "--lr", 1e-2) for method in ("lora", "full")}
+    """Frozen tables are held in bf16 and trained ones in fp32; an evaluation rounds both. DoRA's
+    norms are of fp32 A and B.
+    """
+    done = {name: trained(method, base, book, tmp_path / name, "--max-steps", 3, "--precision",
+                          "bf16", "--lr", 1e-2, *options)
+            for name, method, *options in (("lora", "lora"), ("full", "full"),
+                                           ("dora", "lora", "--use-dora", "--weight-decay", 0))}
     exact = trained("lora", base, book, tmp_path / "fp32", "--max-steps", 1)
     lora, full = (done[method].report for method in ("lora", "full"))
     assert lora["base_val_loss"] == full["base_val_loss"] != exact.report["base_val_loss"]
     assert full["best_val_loss"] < full["base_val_loss"]
     for out, model in ((done["full"].out, ("--base", done["full"].out)),
-                       (done["lora"].out, ("--base", base, "--adapter", done["lora"].out))):
+                       *((done[name].out, ("--base", base, "--adapter", done[name].out))
+                         for name in ("lora", "dora"))):
         ending = run(evaluate.main, *model, "--text", book, "--val-fraction", 0.1, "--block-size",
                      BLOCK, "--precision", "bf16", "--json", tmp_path / "scores.json")
         assert ending.status == 0, ending.stderr
