@@ -20,7 +20,8 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         super().__init__(base_layer, config)
-        self.lora_magnitude_vector = nn.Parameter(self._norm())
+        self.lora_magnitude_vector = nn.Parameter(
+            torch.linalg.norm(base_layer.weight.detach().float(), dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
