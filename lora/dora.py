@@ -43,7 +43,9 @@ class DoRALinear(LoRALinear):
     def delta_weight(self) -> Tensor:
         """Return m / ||V|| * V - W, (out, in) in fp32; of a merged layer too, to rounding."""
         delta = super().delta_weight()
-        factor = (self.lora_magnitude_vector / self._norm())[:, None]
+        if not self.merged:
+            self.norm = self._norm()  # merging makes it another, and unmerging needs it
+        factor = (self.lora_magnitude_vector / self.norm)[:, None]
         weight = self.base_layer.weight.float()
         if self.merged:
             weight = weight / factor - delta
@@ -54,9 +56,6 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
-        """||V||, (out,), in fp32; of a merged layer, as it was before."""
-        if not self.merged:
-            with torch.autocast(self.base_layer.weight.device.type, enabled=False):
-                v = self.base_layer.weight.float() + super().delta_weight()
-            self.norm = torch.linalg.norm(v, dim=1)
-        return self.norm
+        """||V||, (out,), in fp32."""
+        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+            return torch.linalg.norm(self.base_layer.weight.float() + super().delta_weight(), dim=1)

@@ -83,8 +83,11 @@ def test_a_step_without_data_takes_the_branches_of_a_gpu_and_leaves_gradients(me
         assert parameter.grad.shape == parameter.shape and parameter.grad.is_meta, name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_dynamo_makes_one_whole_graph_of_the_model_and_few_of_changing_batches(checkpointing):
+@pytest.mark.parametrize("checkpointing, fields", [
+    (False, {}), (True, {}), (True, {"use_dora": True}),
+    (True, {"target_modules": ("c_attn.q", "c_attn.v")})], ids=["", "parts", "dora", "slices"])
+def test_dynamo_makes_one_whole_graph_of_the_model_and_few_of_changing_batches(
+        checkpointing, fields):
     graphs = []
 
     def count(graph, inputs):
@@ -93,7 +96,7 @@ def test_dynamo_makes_one_whole_graph_of_the_model_and_few_of_changing_batches(c
 
     torch.compiler.reset()
     model = GPT2(CONFIG).train()
-    inject(model, LoRAConfig(r=4))
+    inject(model, LoRAConfig(r=4, **fields))
     model.gradient_checkpointing = checkpointing
     hidden = torch.compile(model.hidden, backend=count, fullgraph=True)  # a break would raise
     made = []
