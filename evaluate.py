@@ -113,6 +113,8 @@ def main() -> None:
     args = parse_args()
     if args.compare:
         return compare(args.compare)
+    if args.data and (args.stride or args.label_shift > 1):
+        raise UserError("--stride and --label-shift are for texts: an example is one row")
     if args.stride and args.stride > args.block_size:
         raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
     device = Device.pick(args.device, args.precision)

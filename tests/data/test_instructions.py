@@ -271,6 +271,9 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(
     assert "--val-data: goes with --data" in line
     line = one_line(run(train.main, "lora", "--base", base, "--data", data, "--label-shift", 2), 2)
     assert "--label-shift are for books" in line
+    for option in (("--label-shift", 2), ("--stride", 4)):
+        line = one_line(run(evaluate.main, *command, *option), 2)
+        assert "--label-shift are for texts" in line
 
 
 def test_every_example_is_scored_whatever_the_batch_size():
