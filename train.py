@@ -146,8 +146,9 @@ class Trainer:
 
     def measure(self) -> dict:
         """The metrics of the steps since the last call."""
-        return {"step": self.progress.step, "epoch": self.progress.step / self.steps_per_epoch,
-                **self.meter.measure(self.optimizer.param_groups[0]["lr"])}
+        measured, step = self.meter.measure(), self.progress.step
+        return {"step": step, "epoch": step / self.steps_per_epoch, "loss": measured["loss"],
+                "lr": self.optimizer.param_groups[0]["lr"], **measured}
 
     def evaluate(self) -> Scores:
         return evaluate(self.model, self.validation.evaluation_batches(), self.tokenizer,

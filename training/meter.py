@@ -82,12 +82,12 @@ class Meter:
             raise RunError(f"step {step}: {what} ({self.describe_step(step)}); lower --lr or use "
                            "--precision fp32")
 
-    def measure(self, lr: float) -> dict:
+    def measure(self) -> dict:
         """Return the metrics of the steps since `restart`, and start again."""
         self.check()
         seconds = time.perf_counter() - self.began
-        metrics = {"loss": self.loss.item() / self.tokens, "lr": lr,
-                   "grad_norm": self.grad_norm.item(), "tokens_per_second": self.tokens / seconds}
+        metrics = {"loss": self.loss.item() / self.tokens, "grad_norm": self.grad_norm.item(),
+                   "tokens_per_second": self.tokens / seconds}
         if self.fp16:
             metrics["skipped_steps"] = int(self.skipped.item())
         self.all_tokens += self.tokens
