@@ -24,9 +24,9 @@ class Device:
 
     @classmethod
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
-        """`auto` is CUDA, then MPS, then the CPU; and bf16 on a GPU that has it, else fp16 on CUDA.
-        On a CPU it is fp32 or, to train, bf16 where there are instructions for it. Raises UserError
-        for a device that is not there or runs no kernel, and for training in fp16 on MPS.
+        """`auto` is CUDA, then MPS, then the CPU; and on CUDA bf16, or fp16 without bf16;
+        on MPS fp32; on a CPU fp32 or, to train, bf16 if it has instructions for that. Raises
+        UserError for a device that is not there or runs no kernel, and for training in fp16 on MPS.
         """
         asked, present = device, {"cuda": torch.cuda.is_available(),
                                   "mps": torch.backends.mps.is_available(), "cpu": True}
