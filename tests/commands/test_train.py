@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tests.runs import (
     trained,
     windows,
 )
+from training import session
 from training.options import parse_options
 
 
@@ -216,3 +218,16 @@ def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path)
         assert ending.status == 0, ending.stderr
         scores = json.loads((tmp_path / "scores.json").read_text())
         assert scores["loss"] == pytest.approx(finished(out).report["best_val_loss"], rel=1e-9)
+
+
+def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monkeypatch):
+    """Neither validation nor saving is training time."""
+    def slowly(function):
+        return lambda *args: time.sleep(0.5) or function(*args)
+
+    monkeypatch.setattr(train.Trainer, "evaluate", slowly(train.Trainer.evaluate))
+    monkeypatch.setattr(session, "write_checkpoint", slowly(session.write_checkpoint))
+    run = trained("lora", base, book, tmp_path / "run", "--max-steps", 4, "--eval-every", 2,
+                  "--log-every", 1, "--checkpoint-every", 1, "--batch-size", 2)
+    slowest = min(run.column("tokens_per_second")[1:])  # the first step may be slow by itself
+    assert slowest > 2 * BLOCK / 0.4

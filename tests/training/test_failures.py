@@ -69,6 +69,8 @@ def test_a_faulty_step_that_ends_an_epoch_leaves_the_best_model_as_it_was(argv, 
     adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in adapter.values())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
+    line = one_line(run_acting({2: spoil_gradient}, *argv, "--batch-size", 1000, "--overwrite"))
+    assert "step 2: the gradient is not finite (epoch 2, " in line  # one step an epoch
 
 
 def test_a_rate_far_too_large_is_a_fault(base, book, tmp_path):
