@@ -64,7 +64,7 @@ def main() -> None:
         return write_side_by_side(args, device)
     [adapter] = args.adapter or [None]
     name, model, tokenizer = load_model(args.base, adapter, device.dtype)
-    device.hold(model.requires_grad_(False))
+    device.hold(model)
     with device.autocast():
         if args.with_base:
             print(f"=== {name}\n")
@@ -77,7 +77,7 @@ def main() -> None:
 def write_side_by_side(args, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
     (name, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
-    device.hold(model.requires_grad_(False))
+    device.hold(model)
     names = [None] * args.with_base + [str(directory) for directory in args.adapter]
     rows = [(prompt, adapter) for prompt in args.prompt for adapter in names]
     adapters.use([adapter for _, adapter in rows])

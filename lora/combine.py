@@ -57,7 +57,7 @@ def main() -> None:
     if len(bases) > 1:
         raise UserError("{} and {}: are adapters of different bases".format(*bases.values()))
     total, kept = combine([read_factors(d) for d in args.adapters], weights, args.rank)
-    write_factors(total, args.out, str(base_name(args.adapters[0])), next(iter(bases), ""))
+    write_factors(total, args.out, str(base_name(args.adapters[0]) or ""), next(iter(bases), ""))
     print(f"{args.out}: rank {len(next(iter(total.values())).A)}, {kept:.2%} of the sum's squared "
           "norm")
 

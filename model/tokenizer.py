@@ -54,10 +54,10 @@ class Tokenizer:
 
     @cached_property
     def byte_counts(self) -> np.ndarray:
-        """The number of UTF-8 bytes that each id stands for, (V,) uint16."""
+        """The number of UTF-8 bytes that each id stands for, (V,) uint16; 0 for the end of text."""
         counts = np.zeros(self.vocab_size, dtype=np.uint16)
         for token, text in self.bytes_of.items():
-            counts[token] = len(text)
+            counts[token] = len(text) if token != self.end_of_text else 0
         return counts
 
     @cached_property

@@ -86,7 +86,7 @@ def made(base, adapter, data, tmp_path):
     def make(method: str, *options: object) -> train.Trainer:
         start = ("--init-adapter", adapter) if method == "lora" else ()
         return runs.trainer(method, base, data, tmp_path / "out", "--block-size", LENGTH, "--clip",
-                            0, "--val-fraction", 0.15, *runs.NO_DROPOUT[method], *start, *options)
+                            0, "--val-fraction", 0.15, "--base-dropout", 0, *start, *options)
     return make
 
 
@@ -258,6 +258,7 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert ending.status == 0 and scores["loss"] == pytest.approx(losses(PAIRS), rel=1e-6)
     assert scores["tokens"] == sum(len(encoded(f" {c.strip()}")) + 1 for _, c in PAIRS)
+    assert scores["bytes"] == sum(len(f" {c.strip()}".encode()) for _, c in PAIRS)
     empty = write(tmp_path / "empty.jsonl")
     for argv, words in ((("--val-data", empty), "7 examples to train on and 0 to validate on"),
                         (("--data", empty), "0 examples to train on"),

@@ -4,7 +4,9 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from tests.runs import (
     trained,
 )
 from train import main
+from training import session
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
@@ -249,6 +252,15 @@ def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
     assert (ending.status, ending.stderr) == (0, "") and contents(out) == before
     assert f"{out}: this run is finished" in ending.stdout
     assert "--lr was 0.003 and is now 0.0001" in refused(out, *argv, "--lr", "1e-4")
+
+
+def test_the_time_before_a_stop_counts(monkeypatch, base, book, tmp_path):
+    clock = SimpleNamespace(perf_counter=lambda now=time.perf_counter: now() + clock.later, later=0)
+    monkeypatch.setattr(session, "time", clock)
+    argv = arguments("lora", base, book, tmp_path / "slow", *OPTIONS)
+    assert stop_in_step(signal.SIGINT, 12, argv, lambda: vars(clock).update(later=999)).status > 0
+    assert run(main, *argv, "--resume").status == 0
+    assert 999 < finished(tmp_path / "slow").report["seconds"] < 1300
 
 
 @pytest.mark.parametrize("change, name, value", [
