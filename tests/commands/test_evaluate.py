@@ -14,6 +14,7 @@ from evaluate import Scores, evaluate
 from model.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer
 from tests.runs import stock_model
+from training.report import perplexity
 
 TEXT = "Ein naïver “Text”: 日本語, 😀. No length here is a multiple of anything, as in life.\n"
 TOKENIZER = small_tokenizer(TINY["vocab_size"])
@@ -118,3 +119,7 @@ def test_a_loss_that_is_not_a_number_is_an_error(models):
     broken.ln_f.bias.data[0] = math.nan
     with pytest.raises(RunError, match="the loss on the text is nan"):
         score(broken, models[2], 16)
+
+
+def test_perplexity_is_finite_for_any_loss():
+    assert perplexity(20) == math.exp(20) and math.isfinite(perplexity(1e4))
