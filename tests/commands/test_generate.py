@@ -114,7 +114,8 @@ def chat(base, lines: str | bytes, *options: object) -> subprocess.CompletedProc
     return subprocess.run([*map(str, argv)], input=lines, capture_output=True)
 
 
-def test_a_chat_answers_every_line_after_what_was_said_before_it(base, monkeypatch):
+@pytest.mark.parametrize("answer_tokens", [7, 40])
+def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, answer_tokens):
     seen, script = [], iter(["You.", "", "At dusk.", "No."])
 
     def answer(model, tokenizer, ids, limit, **sampling):
@@ -127,15 +128,18 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(base, monkeypat
     monkeypatch.setattr(command, "load_model", lambda *_: (
         "tiny", GPT2(GPT2Config(n_positions=100, n_layer=1, n_embd=4, n_head=1, vocab_size=VOCAB)),
         small_tokenizer(VOCAB)))
-    ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", 7)
+    ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", answer_tokens)
     assert (ending.status, ending.stdout) == (0, "You.\n\nAt dusk.\nNo.\n")
     end = "<|endoftext|>"
-    first = f"User: Who lights it?\nAssistant: You.{end}"
-    second = f"User: And then?\nAssistant: {end}"
-    assert seen == [
-        "User: Who lights it?\nAssistant:", f"{first}User: And then?\nAssistant:",
-        f"{first}{second}User: When?\nAssistant:",
-        f"User: Does {'it ' * 59}it\nAssistant:"]  # no room for more
+    said = [f"User: Who lights it?\nAssistant: You.{end}", f"User: And then?\nAssistant: {end}",
+            f"User: When?\nAssistant: At dusk.{end}"]
+    asks = [f"User: {line.strip()}\nAssistant:" for line in lines]
+    sizes = [[len(small_tokenizer(VOCAB).encode("".join(said[first:turn]) + asks[turn]))
+              for first in range(turn + 1)] for turn in range(4)]
+    starts = [next((first for first, size in enumerate(row) if size <= 100 - answer_tokens), turn)
+              for turn, row in enumerate(sizes)]  # with room for an answer, or the line alone
+    assert seen == ["".join(said[first:turn]) + asks[turn] for turn, first in enumerate(starts)]
+    assert starts == ([0, 0, 0, 3] if answer_tokens == 7 else [0, 0, 1, 3])
 
 
 def test_a_chat_ends_with_its_input_and_needs_no_prompt(base):
