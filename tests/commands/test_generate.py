@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ import generate as command
 from generate import stream_text
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, sample
+from model.tokenizer import END_OF_TEXT
 from model.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
 from tests.runs import run, stock_model
@@ -106,6 +108,16 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
     drawn = stream_text(Scripted(model, tokens), padded, "x", 99, temperature=0)
     assert "".join(drawn) == "&a&"  # id 5 in place of what no token has
+
+
+def test_a_row_that_has_ended_leaves_the_others_going(model, monkeypatch):
+    tokenizer = small_tokenizer(VOCAB)
+    a, b, end = tokenizer.encode(f"ab{END_OF_TEXT}").tolist()
+    steps = iter(torch.tensor([[-1, a], [a, end], [b, a], [end, a], [a, a]]))  # -1: still reading
+    monkeypatch.setattr(command, "generate_rows", lambda *_, **__: steps)
+    args = Namespace(seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
+    assert command.continue_rows(model, tokenizer, ["x", "y"], args) == ["ab", "a"]
+    assert next(steps).tolist() == [a, a]  # which nobody needed
 
 
 def chat(base, lines: str | bytes, *options: object) -> subprocess.CompletedProcess:
