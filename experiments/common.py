@@ -2,33 +2,28 @@
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.device import Device
 from common.figures import BLUE, GREY, RED, YELLOW, pyplot, save_figure  # noqa: F401 (for all)
-from lora.adapter import load_adapter
-from lora.inject import lora_layers
 from model.hub import find_base
 from model.tokenizer_files import load_tokenizer
-from model.weights import load_gpt2
 from train import Trainer
 from training.build import build_model, load_data
 from training.options import ROOT, parse_options
 
 
-def parse(description: str, argv: list[str] | None, seeds: int = 0, **paths: str):
-    """Read an experiment's options; `paths` names further ones, each a path with a default."""
+def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a small version, in seconds")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
-    if seeds:
-        parser.add_argument("--seeds", type=int, default=seeds, help="how many (%(default)s)")
-    for name, default in paths.items():
-        parser.add_argument(f"--{name}", type=Path, default=ROOT / default, metavar="RUN")
+    parser.add_argument("--seeds", type=int, default=3, help="where there are some (%(default)s)")
     args = parser.parse_args(argv)
     args.out = args.out or ROOT / ("runs" if args.short else "docs") / "figures"
     return args
@@ -54,26 +49,22 @@ def mean_loss(made: Trainer, batch) -> Tensor:
     return made.summed_loss(inputs, targets) / targets.numel()
 
 
-def updates(model: nn.Module) -> dict[str, Tensor]:
-    """Every LoRA layer's scaling * B A (out, in), by the name of the weight it is added to."""
-    return {f"{name}.weight": layer.delta_weight() for name, layer in lora_layers(model).items()}
+def spread(values: Iterable[float], digits: int = 1) -> str:
+    """The mean (least .. most), or one number where they are one."""
+    values = [float(value) for value in values]
+    least, middle, most = (f"{f(values):.{digits}f}" for f in (min, mean, max))
+    return middle + f" ({least} .. {most})" * (least != most)
 
 
-def adapter_updates(run: Path) -> dict[str, Tensor]:
-    """The updates of a run's adapter on mini."""
-    model = load_gpt2(find_base("mini")[1])
-    load_adapter(model, run)
-    return updates(model)
-
-
-def save(args: argparse.Namespace, name: str, data: dict, figure) -> None:
-    """Write NAME.json, a line a key, with five digits a number, and NAME.png."""
+def save(args: argparse.Namespace, name: str, data: dict, figure) -> dict:
+    """Write NAME.json, a line a key, with five digits a number, and NAME.png; return the data."""
     args.out.mkdir(parents=True, exist_ok=True)
-    data = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.5g}"))
-    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
+    short = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.5g}"))
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in short.items())
     (args.out / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     save_figure(figure, args.out / f"{name}.png")
     print(f"saved {args.out / name}.json and .png")
+    return data
 
 
 def panels(count: int, title: str):
@@ -82,6 +73,13 @@ def panels(count: int, title: str):
                                       layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=12)
     for axis in axes:
+        axis.set_axisbelow(True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def band(axis, x, y: Tensor, colour: str, label: str, line: str = ".-") -> None:
+    """Plot the mean of y (runs, points) over its runs, and a band from the least to the most."""
+    axis.plot(x, y.mean(0), line, color=colour, label=label)
+    axis.fill_between(x, y.amin(0), y.amax(0), color=colour, alpha=0.2)

@@ -1,29 +1,24 @@
-"""Learning and forgetting, by learning rate, LoRA and full: `python -m experiments.learning_rate`.
-
-Rank 8 on mini's c_attn, and every weight, on the same windows. Learning is the perplexity on the
-book; forgetting is KL(base || model) on texts that the base itself wrote.
-"""
+"""Learning and forgetting, by learning rate: `python -m experiments.learning_rate`."""
 
 import torch
 from torch import Tensor
 
-from experiments.common import BLUE, GREY, RED, panels, parse, save, trainer
-from experiments.sweep import curve, finetune
+from experiments.common import BLUE, GREY, RED, band, panels, parse, save, trainer
+from experiments.sweep import finetune
 from train import Trainer
 
 METHODS = {"lora": ("LoRA, c_attn, rank 8", RED, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
            "full": ("full fine-tuning", BLUE, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3))}
 
 
-@torch.no_grad()
 def log_probabilities(made: Trainer, texts: Tensor) -> Tensor:
     """Return log p of every next token after every token of the texts, (texts, tokens, V)."""
-    with made.device.autocast():
+    with torch.no_grad(), made.device.autocast():
         return made.model(texts).float().log_softmax(-1)
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(__doc__, argv, seeds=3)
+    args = parse(__doc__, argv)
     made = trainer(precision="auto", block_size=64)  # B is zero: the base
     texts = torch.full((4 if args.short else 32, 1), made.tokenizer.end_of_text)
     while texts.size(1) < 64:
@@ -40,20 +35,18 @@ def main(argv: list[str] | None = None) -> dict:
     for method, (label, colour, rates) in METHODS.items():
         runs = data[method] = {lr: finetune(method, args.seeds, args.short, measure, lr=lr)
                                for lr in (rates[::3] if args.short else rates)}
-        curve(left, {lr: [book for book, _ in runs[lr]] for lr in runs}, colour, label)
-        book, forgotten = torch.tensor(list(runs.values())).mean(1).T
-        right.plot(book, forgotten, ".-", color=colour, label=label)
-        for lr, *place in zip(runs, book, forgotten, strict=True):
+        y = torch.tensor([*runs.values()])  # (rates, seeds, 2)
+        band(left, [*runs], y[..., 0].T, colour, label)
+        right.plot(*y.mean(1).T, ".-", color=colour, label=label)
+        for lr, place in zip(runs, y.mean(1), strict=True):
             right.annotate(f"{lr:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     untrained = made.evaluate().perplexity
     left.axhline(untrained, color=GREY, linestyle="--", label="the base")
-    left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity on the book",
-             ylim=(25, 80))
+    left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(25, 80))
     right.set(yscale="log", xlabel="perplexity on the book (to the left: more learnt)",
               ylabel="KL from the base on its own texts, nats")
     left.legend(loc="upper right")
-    save(args, "learning_rate", data | {"base": untrained}, figure)
-    return data
+    return save(args, "learning_rate", data | {"base": untrained}, figure)
 
 
 if __name__ == "__main__":

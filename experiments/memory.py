@@ -1,14 +1,12 @@
-"""Predict by hand where the bytes go, and measure it: `python -m experiments.memory`.
+"""Predict by hand where the bytes of a step go, and measure it: `python -m experiments.memory`.
 
-One step of LoRA (rank 8, c_attn) and of full fine-tuning, no dropout, each in a process of its own,
-which reads its resident memory after each stage. Temporary buffers are not counted.
+Each method takes its first step in a process of its own. Temporary buffers are not counted.
 """
 
-import json
 import os
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -48,7 +46,7 @@ def measured(method: str, config: GPT2Config) -> dict[str, int]:
         inject(model, LoRAConfig(lora_dropout=0.0))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     made = resident()
-    hidden = model.hidden(torch.randint(config.vocab_size, (BATCH, BLOCK)))
+    hidden = model.hidden(torch.randint(CONFIG.vocab_size, (BATCH, BLOCK)))
     forward = resident()
     hidden.square().mean().backward()
     del hidden
@@ -58,31 +56,25 @@ def measured(method: str, config: GPT2Config) -> dict[str, int]:
             "AdamW moments": resident() - backward}
 
 
-def main(argv: list[str] | None = None) -> dict | None:
-    if argv is None and sys.argv[1:2] == ["--child"]:
-        measured(sys.argv[2], replace(CONFIG, n_layer=1))  # for what PyTorch allocates once
-        return print(json.dumps(measured(sys.argv[2], replace(CONFIG, n_layer=int(sys.argv[3])))))
+def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
     config = replace(CONFIG, n_layer=2) if args.short else CONFIG
-    environ = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else freed memory stays counted
-    figure, axes = panels(2, f"{BATCH * BLOCK:,} tokens, {config.n_layer} layers of width "
-                          f"{config.n_embd}, fp32: bytes by hand (dark) and measured (light)")
-    data = {}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the children: freed memory goes back
+    data, (figure, axes) = {}, panels(2, f"Bytes by hand (dark) and measured (light); fp32, "
+                                      f"{config.n_layer} layers, {BATCH * BLOCK:,} tokens")
     for axis, method in zip(axes, KEPT, strict=True):
-        child = subprocess.run([sys.executable, "-m", "experiments.memory", "--child", method,
-                                str(config.n_layer)], env=environ, stdout=-1, check=True)
-        data[method] = {"predicted": predicted(method, config, BATCH * BLOCK),
-                        "measured": json.loads(child.stdout)}
+        with ProcessPoolExecutor(1, get_context("spawn")) as child:
+            child.submit(measured, method, replace(config, n_layer=1))  # what is allocated once
+            data[method] = {"predicted": predicted(method, config, BATCH * BLOCK),
+                            "measured": child.submit(measured, method, config).result()}
         for j, side in enumerate(data[method].values()):
             bars = axis.bar([i + 0.4 * j - 0.2 for i in range(4)], [side[p] / 1e6 for p in PARTS],
                             0.38, color=PARTS.values(), alpha=1 - 0.45 * j)
             axis.bar_label(bars, [f"{side[p] / 1e6:,.1f}" for p in PARTS], fontsize=8)
         axis.set(title="LoRA" if method == "lora" else "full fine-tuning", ylabel="MB")
         axis.set_xticks(range(4), PARTS, fontsize=9)
-        print(method, {p: [side[p] / 1e6 for side in data[method].values()] for p in PARTS})
     axes[1].sharey(axes[0])
-    save(args, "memory", data, figure)
-    return data
+    return save(args, "memory", data, figure)
 
 
 if __name__ == "__main__":

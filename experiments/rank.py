@@ -1,35 +1,33 @@
-"""Perplexity by rank under three rules for alpha, against full: `python -m experiments.rank`.
+"""Perplexity by rank under three rules for alpha, against full: `python -m experiments.rank`."""
 
-LoRA on mini's c_attn, at the learning rates that `experiments.learning_rate` found best at rank 8.
-The rules agree at rank 8, where each gives the scaling s = 2.
-"""
+import torch
 
-from experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
-from experiments.sweep import curve, finetune
+from experiments.common import BLUE, GREY, RED, YELLOW, band, panels, parse, save
+from experiments.sweep import finetune
 
+# the rules agree at rank 8, where each gives the scaling s = 2
 RULES = {"alpha = 16: s = 16 / r": (RED, lambda r: {"lora_alpha": 16}),
          "alpha = 2 r: s = 2": (BLUE, lambda r: {"lora_alpha": 2 * r}),
          "rsLoRA: s = 5.66 / sqrt(r)": (YELLOW, lambda r: {"lora_alpha": 2 * 8**0.5,
                                                            "use_rslora": True})}
-LR, FULL_LR = 1e-2, 1e-3
+LR, FULL_LR = 1e-2, 1e-3  # the best that experiments.learning_rate finds at rank 8
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(__doc__, argv, seeds=3)
+    args = parse(__doc__, argv)
     data = {rule: {r: finetune("lora", args.seeds, args.short, lr=LR, r=r, **options(r))
                    for r in ((1, 64) if args.short else (1, 2, 8, 32, 64))}
             for rule, (_, options) in RULES.items()}
     full = finetune("full", args.seeds, args.short, lr=FULL_LR)
     figure, (axis,) = panels(1, "The rank, and who sets the scaling s (mini, c_attn, 60 steps)")
     for rule, (colour, _) in RULES.items():
-        curve(axis, data[rule], colour, rule)
+        band(axis, [*data[rule]], torch.tensor([*data[rule].values()]).T, colour, rule)
     axis.axhline(sum(full) / len(full), color=GREY, linestyle="--", label="full fine-tuning")
     axis.set(xscale="log", xlabel="rank r", ylabel="validation perplexity")
     axis.set_xticks(ranks := list(data[rule]), ranks)
     axis.minorticks_off()
     axis.legend()
-    save(args, "rank", data | {"full": full}, figure)
-    return data
+    return save(args, "rank", data | {"full": full}, figure)
 
 
 if __name__ == "__main__":

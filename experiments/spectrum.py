@@ -1,88 +1,88 @@
-"""Is the change of fine-tuning of low rank? `python -m experiments.spectrum --full RUN --lora RUN`.
+"""How low is the rank of a change, and how like another's? `python -m experiments.spectrum`."""
 
-Needs both runs (`make train-lora train-full`) on mini; `--short` makes its own. Takes the singular
-values of W(full) - W(base) and of LoRA's scaling * B A, beside a random matrix of the same shape,
-and the full model's perplexity when the change of each block's matrices is cut to rank k.
-"""
+from collections.abc import Iterator
+from itertools import pairwise, permutations
 
 import torch
 from torch import Tensor
 
-from experiments import common
-from experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
-from model.weights import load_gpt2
+from experiments.common import BLUE, GREY, RED, YELLOW, band, panels, parse, save, trainer
+from lora.inject import lora_layers
+from train import Trainer
 
-SEEN = {"attn.c_attn": BLUE, "mlp.c_proj": YELLOW}
-RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
-QUICK = {"batch_size": 4, "block_size": 128, "stride": 128, "max_steps": 8, "lr": 1e-3}
+RANKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1, 0)
+TITLES = {"share of the squared norm in\nthe first k singular values": "lower right",
+          "similarity of the first k input or\noutput directions of c_attn, two seeds": (0.41, 0.4),
+          "perplexity of full fine-tuning, the change\nof blocks' matrices cut to rank k": "right"}
+CURVES = ((0, "c_attn", ["LoRA"], RED, "-"), (0, "c_attn", ["full"], BLUE, "-"),
+          (0, "mlp.c_proj", ["full"], YELLOW, "-"), (0, "c_attn", ["random"], BLUE, "--"),
+          (0, "mlp.c_proj", ["random"], YELLOW, "--"), (1, "c_attn", ["full"] * 2, BLUE, "-"),
+          (1, "c_attn", ["LoRA", "full"], GREY, "-"), (1, "c_attn", ["LoRA"] * 2, RED, "-"),
+          (2, "c_attn", ["LoRA", "full"], GREY, ":"), (2, "c_attn", ["LoRA"] * 2, RED, ":"),
+          (1, "c_attn", ["random"] * 2, BLUE, "--"))
 
 
-def energy(change: Tensor) -> Tensor:
-    """The share of the squared norm that the k largest singular values hold, k = 1, 2, ..."""
-    squares = torch.linalg.svdvals(change).square().cumsum(0)
-    return squares / squares[-1]
+def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
+    """Train; return also the change of each matrix of the blocks that changed."""
+    made = trainer(method.lower(), seed, lr=1e-4 if method == "full" and not short else 1e-3,
+                   batch_size=4 if short else 16, max_steps=8 if short else 60)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    for batch in made.batches():
+        made.step(batch)
+    lora = {f"{n}.weight": layer.delta_weight() for n, layer in lora_layers(made.model).items()}
+    return made, lora or {name: p.detach() - before[name] for name, p in
+                          made.model.named_parameters() if name.startswith("h.") and p.ndim == 2}
+
+
+def share(changes: Tensor) -> Tensor:
+    """Of the squared norm, what the k largest singular values hold, k = 1, 2, ...; their mean."""
+    squares = torch.linalg.svdvals(changes).square().cumsum(-1)  # (blocks, k)
+    return (squares / squares[:, -1:]).mean(0)
+
+
+def similarity(some: Tensor, others: Tensor) -> Tensor:
+    """||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) of the first k right singular vectors of each."""
+    v, w = (torch.linalg.svd(changes, full_matrices=False).Vh for changes in (some, others))
+    squares = (v @ w.mT).square().mean(0).cumsum(0).cumsum(1).diagonal()  # (k,)
+    return squares / torch.arange(1, len(squares) + 1)
 
 
 @torch.no_grad()
-def truncated(made, base: dict[str, Tensor], full: dict[str, Tensor], ranks) -> dict[int, float]:
-    """The perplexity by the rank of the change of the blocks' matrices; the rest is full's."""
-    made.model.load_state_dict(full)
-    parts = {name: torch.linalg.svd(full[name] - base[name], full_matrices=False)
-             for name, p in base.items() if name.startswith("h.") and p.ndim == 2}
-    result = {}
-    for k in ranks:
-        for name, (u, s, vh) in parts.items():
-            made.model.get_parameter(name).copy_(base[name] + (u[:, :k] * s[:k]) @ vh[:k])
-        result[k] = made.evaluate().perplexity
-    return result
+def cut(made: Trainer, changes: dict[str, Tensor]) -> Iterator[float]:
+    """The perplexity with the change of each matrix of the blocks cut to each rank."""
+    svds = {name: torch.linalg.svd(p, full_matrices=False) for name, p in changes.items()}
+    for above, k in pairwise((None, *RANKS)):
+        for name, (u, s, vh) in svds.items():
+            made.model.get_parameter(name).sub_((u[:, k:above] * s[k:above]) @ vh[k:above])
+        yield made.evaluate().perplexity
 
 
-@torch.no_grad()
 def main(argv: list[str] | None = None) -> dict:
-    args = parse(__doc__, argv, full="runs/full", lora="runs/lora")
-    made, adapted = (common.trainer(method, **QUICK) for method in ("full", "lora"))
-    base = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    if args.short:
-        for run in (made, adapted):
-            for batch in run.batches():
-                with torch.enable_grad():
-                    run.step(batch)
-        full = {name: p.clone() for name, p in made.model.named_parameters()}
-        lora = common.updates(adapted.model)
-    else:
-        full = dict(load_gpt2(args.full).named_parameters())
-        lora = common.adapter_updates(args.lora)
-    torch.manual_seed(0)
-    data = {"random": {}, "full": {}, "lora": {}}
-    figure, (left, right) = panels(2, "How near to low rank is the change of fine-tuning? (mini)")
-    for target, colour in SEEN.items():
-        names = [name for name in base if name.endswith(f"{target}.weight")]
-        for kind, changes, line in (("full", {n: full[n] - base[n] for n in names}, "-"),
-                                    ("lora", {n: lora[n] for n in names if n in lora}, ":"),
-                                    ("random", {"": torch.randn_like(base[names[0]])}, "--")):
-            if not changes:
-                continue  # LoRA's defaults adapt c_attn only
-            shares = torch.stack([energy(change) for change in changes.values()]).mean(0)
-            data[kind][target] = shares.tolist()
-            print(f"{target}: {kind}: 8 hold {shares[7]:.1%}, 32 hold {shares[31]:.1%}")
-            left.plot(range(1, len(shares) + 1), 100 * shares, line, label=f"{target}: {kind}",
-                      color=RED if kind == "lora" else colour, linewidth=2)
-    left.set(xscale="log", xlabel="k largest singular values", ylim=(0, 103),
-             title="their share of the change's squared norm, %")
-    left.set_xticks(RANKS[1:], RANKS[1:])
-    left.minorticks_off()
-    left.legend(fontsize=8)
-    cut = data["truncated"] = truncated(made, base, full, (0, 32, 256) if args.short else RANKS)
-    right.plot([max(k, 0.5) for k in cut], cut.values(), "o-", color=BLUE)
-    right.axhline(cut[256], color=GREY, linestyle="--", label="uncut")
-    right.set(xscale="log", xlabel="rank to which each block matrix's change is cut",
-              title="perplexity after full fine-tuning, cut")
-    right.set_xticks([0.5, *RANKS[1:]], RANKS)
-    right.legend()
-    right.minorticks_off()
-    save(args, "spectrum", data, figure)
-    print("perplexity by rank:", cut)
-    return data
+    args = parse(__doc__, argv)
+    seeds = range(2 if args.short else max(2, args.seeds))
+    runs = {kind: [tuned(kind, 42 + i, args.short) for i in seeds] for kind in ("full", "LoRA")}
+    changes = {kind: [change for _, change in pairs] for kind, pairs in runs.items()}
+    changes["random"] = [{n: torch.randn_like(p) for n, p in c.items()} for c in changes["full"]]
+    data, (figure, axes) = {}, panels(3, "Fine-tuning's change: its rank, and how alike seeds are")
+    for i, target, kinds, colour, line in CURVES:
+        stacks = [[torch.stack([p.mT if i == 2 else p for n, p in c.items() if target in n])
+                   for c in changes[kind]] for kind in kinds]  # (blocks, out, in) each
+        y = torch.stack([(share, similarity)[i > 0](*map(list.__getitem__, stacks, order))
+                         for order in permutations(seeds, len(kinds))])  # (runs, k)
+        y = y[:, :8] if i and "LoRA" in kinds else y  # LoRA's rank
+        label = f"{target}: " * (i == 0) + " and ".join(kinds) + ", outputs" * (i == 2)
+        data[label] = y.tolist()
+        band(axes[min(i, 1)], range(1, y.size(1) + 1), y, colour, label, line)
+    y = torch.tensor([[*cut(*run)] for run in runs["full"][: 1 if args.short else None]])
+    data["cut"] = dict(zip(RANKS, y.T.tolist(), strict=True))
+    band(axes[2], RANKS[1:-1], y[:, 1:-1], BLUE, "cut to rank k", "o-")
+    axes[2].axhline(y[:, -1].mean(), color=GREY, linestyle=":", label="cut to rank 0")
+    axes[2].axhline(y[:, 0].mean(), color=GREY, linestyle="--", label="uncut")
+    for axis, (title, place) in zip(axes, TITLES.items(), strict=True):
+        axis.set(xscale="log", title=title, xlabel="k", xticks=(k := RANKS[1:-1]), xticklabels=k)
+        axis.minorticks_off()
+        axis.legend(fontsize=7.5, loc=place)
+    return save(args, "spectrum", data, figure)
 
 
 if __name__ == "__main__":

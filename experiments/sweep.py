@@ -1,30 +1,46 @@
 """Fine-tune mini over and over with other options, and draw what comes out."""
 
 from collections.abc import Callable
+from statistics import mean
 
-import torch
-
-from experiments.common import trainer
+from experiments.common import GREY, RED, panels, parse, save, spread, trainer
 from train import Trainer
 
 
 def finetune(method: str, seeds: int = 1, short: bool = False,
              measure: Callable[[Trainer], object] = lambda made: made.evaluate().perplexity,
-             **options: object) -> list:
-    """Train 60 steps of 8 windows of 64 tokens with each seed, and measure each result."""
+             first: int = 0, **options: object) -> list:
+    """Train 60 steps of 8 windows of 64 tokens with each seed from `first`; measure each result."""
     result = []
-    for seed in range(1 if short else seeds):
+    for seed in range(first, 1 if short else seeds):
         made = trainer(method, seed, "auto", batch_size=8, block_size=64, stride=64,
                        max_steps=12 if short else 60, **options)
         for batch in made.batches():
             made.step(batch)
         result.append(measure(made))
-    print(method, options, result, flush=True)
+        print(method, options, f"seed {seed}:", result[-1], flush=True)
     return result
 
 
-def curve(axis, results: dict[float, list[float]], colour: str, label: str) -> None:
-    """Plot the mean over seeds at each x, and a band from the least to the most."""
-    x, y = list(results), torch.tensor(list(results.values()))  # y: (points, seeds)
-    axis.plot(x, y.mean(1), ".-", color=colour, label=label)
-    axis.fill_between(x, y.amin(1), y.amax(1), color=colour, alpha=0.2)
+def compare(argv: list[str] | None, name: str, title: str, choices: dict[str, tuple[tuple, dict]],
+            tune: int | None = None) -> dict:
+    """Train LoRA with each choice's options at each of its rates, with `tune` seeds or all; draw
+    each choice at its best rate, with all seeds, as a bar from the least to the most.
+    """
+    args = parse(title, argv)
+    data, (figure, (axis,)) = {}, panels(1, title)
+    for label, (rates, options) in choices.items():
+        runs = data[label] = {lr: finetune("lora", tune or args.seeds, args.short, lr=lr, **options)
+                              for lr in (rates[1:2] if args.short else rates)}
+        best = min(runs, key=lambda lr: mean(runs[lr]))
+        found = runs[best]
+        found += finetune("lora", args.seeds, args.short, first=len(found), lr=best, **options)
+        if len(data) == 1:
+            axis.axvspan(min(found), max(found), color=GREY, alpha=0.2)
+        axis.plot([min(found), max(found)], [label, label], color=RED, linewidth=5)
+        axis.annotate(f"{mean(found):.1f} at {best:g}", (mean(found), label), xytext=(0, 7),
+                      textcoords="offset points", ha="center", fontsize=9)
+        print(f"{label}: {spread(found)} at {best:g}")
+    axis.set(xlabel="perplexity, at the best peak rate (bar: seeds; grey: the first row's)",
+             ylim=(len(data) - 0.5, -0.7), xmargin=0.12)
+    return save(args, name, data, figure)

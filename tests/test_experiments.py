@@ -84,14 +84,16 @@ def test_initialisation(tmp_path):
 def test_learning_rate(tmp_path):
     """A higher rate learns more and forgets more; LoRA needs a higher one than full."""
     data = run(learning_rate, tmp_path)
+    base = data.pop("base")
     for runs in data.values():
         (low,), (high,) = runs.values()  # of one seed: perplexity on the book, KL from the base
-        assert high[0] < low[0] < 64 and 0 < low[1] < high[1]
+        assert high[0] < low[0] < base and 0 < low[1] < high[1]
     assert data["full"][1e-3][0] < data["lora"][1e-2][0]
 
 
 def test_rank(tmp_path):
     data = run(rank, tmp_path)
+    del data["full"]
     assert all(runs[64][0] < runs[1][0] for runs in data.values())  # a higher rank learns more
     fixed, scaled, root = (runs[1][0] for runs in data.values())
     assert fixed < root < scaled  # at rank 1, the larger the scaling, the more is learnt
@@ -106,18 +108,39 @@ def test_targets_at_one_count_of_parameters(tmp_path):
     assert mlp < c_attn - 3
 
 
+def test_similarity_is_that_of_hu_et_al():
+    """phi is 1 for one subspace, 0 for orthogonal ones, and does not depend on the basis."""
+    torch.manual_seed(0)
+    some, others = torch.randn(2, 3, 20, 12)  # 3 blocks each
+    u, v = (torch.linalg.svd(changes).Vh for changes in (some, others))
+    by_hand = [torch.stack([torch.linalg.matrix_norm(a[:k] @ b[:k].T) ** 2 / k
+                            for a, b in zip(u, v, strict=True)]).mean() for k in range(1, 13)]
+    torch.testing.assert_close(spectrum.similarity(some, others), torch.stack(by_hand))
+    torch.testing.assert_close(spectrum.similarity(some, some), torch.ones(12))
+    left, right = some.clone(), some.clone()
+    left[..., 6:], right[..., :6] = 0, 0
+    assert spectrum.similarity(left, right)[:6].max() < 1e-6
+
+
 def test_spectrum(tmp_path):
     data = run(spectrum, tmp_path)
-    lora, full, random = (data[kind]["attn.c_attn"] for kind in ("lora", "full", "random"))
+    lora, full, random = (data[f"c_attn: {kind}"][0] for kind in ("LoRA", "full", "random"))
     assert lora[7] == pytest.approx(1) and lora[6] < 0.9999  # the rank is 8, not less
     assert full[7] > 2 * random[7] and full[31] < 0.99  # far from random, and not of rank 32
-    assert "mlp.c_proj" not in data["lora"] and data["full"]["mlp.c_proj"][7] < full[7]
-    perplexity = data["truncated"]
+    assert data["mlp.c_proj: full"][0][7] < full[7]
+    same, lora, both, floor = (torch.tensor(data[pair]).mean(0) for pair in (
+        "full and full", "LoRA and LoRA", "LoRA and full", "random and random"))
+    torch.testing.assert_close(floor, torch.arange(1, 257) / 256, atol=0.05, rtol=0)
+    assert len(lora) == len(both) == 8 and same[-1] == pytest.approx(1)
+    assert (same[:8] > 0.3).all() and (lora < 0.2).all() and (both < same[:8] / 2).all()
+    perplexity = {k: runs[0] for k, runs in data["cut"].items()}
+    assert perplexity[512] == pytest.approx(perplexity[256], rel=1e-4)
     assert perplexity[256] < perplexity[32] < perplexity[0]
 
 
 @pytest.mark.skipif(not memory.STATM.exists(), reason="resident memory is read from Linux's /proc")
-def test_memory(tmp_path):
+def test_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")  # the experiment sets it: undone afterwards
     data = run(memory, tmp_path)
     for sides in data.values():
         for part, predicted in sides["predicted"].items():
@@ -130,7 +153,7 @@ def test_memory(tmp_path):
 
 
 def test_merge_error(tmp_path):
-    data = run(merge_error, tmp_path, "--lora", tmp_path / "none")
+    data = run(merge_error, tmp_path)
     for name in ("fp32", "fp16", "bf16"):
         errors = data[name]["error"]
         assert errors == sorted(errors, reverse=True)  # smaller updates lose more
