@@ -11,6 +11,7 @@ from experiments import (
     merge_error,
     rank,
     spectrum,
+    step_time,
     targets,
 )
 from lora.inject import inject
@@ -136,6 +137,21 @@ def test_spectrum(tmp_path):
     perplexity = {k: runs[0] for k, runs in data["cut"].items()}
     assert perplexity[512] == pytest.approx(perplexity[256], rel=1e-4)
     assert perplexity[256] < perplexity[32] < perplexity[0]
+
+
+def test_step_time(tmp_path):
+    """LoRA spares the weights' gradients and no other matmul; the parts add up to the step."""
+    data = run(step_time, tmp_path)
+    for rows in zip(*[iter(data.items())] * 2, strict=True):  # full and LoRA, side by side
+        (_, full), (name, lora) = rows
+        assert [sum(step) for step in zip(*full.values(), strict=True)] == pytest.approx(
+            [1] * len(full["forward"]))
+        assert sum(lora["weight gradients"]) == 0 < min(full["weight gradients"]), name
+        assert min(lora["input gradients"]) > 0 and min(lora["forward"]) > 0, name
+        assert min(lora["A and B"]) > 0 == sum(full.get("A and B", [0])), name
+    hand = data["by hand: LoRA"]
+    assert hand["forward"] == hand["input gradients"] == data["by hand: full"]["weight gradients"]
+    assert sum(sum(share) for share in hand.values()) == pytest.approx(0.69, abs=0.01)
 
 
 @pytest.mark.skipif(not memory.STATM.exists(), reason="resident memory is read from Linux's /proc")
