@@ -13,7 +13,9 @@ from experiments import (
     spectrum,
     step_time,
     targets,
+    variants,
 )
+from experiments.common import trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from model.hub import find_base
@@ -107,6 +109,19 @@ def test_targets_at_one_count_of_parameters(tmp_path):
         assert count_parameters(model)["trainable_parameters"] == 122_880
     c_attn, *_, mlp, _ = (rates[1e-2][0] for rates in run(targets, tmp_path).values())
     assert mlp < c_attn - 3
+
+
+def test_variants(tmp_path):
+    """At LoRA's rate rsLoRA and PiSSA learn more, DoRA as much; LoRA+ more at a lower rate of A."""
+    data = run(variants, tmp_path)
+    rates, runs = zip(*(next(iter(found.items())) for found in data.values()), strict=True)
+    lora, rslora, dora, pissa, plus, *_ = (perplexity for perplexity, in runs)
+    assert rates[:4] == (3e-3,) * 4 and rates[4] < 3e-3
+    assert max(rslora, pissa, plus) < lora - 0.5 and dora == pytest.approx(lora, abs=0.5)
+    trained = {name: count_parameters(trainer(max_steps=1, **options).model)["trainable_parameters"]
+               for name, (_, options) in variants.CHOICES.items()}
+    assert trained.pop("LoRA-FA") == 36_864 and trained.pop("DoRA") == 49_152 + 4_608
+    assert set(trained.values()) == {49_152}
 
 
 def test_similarity_is_that_of_hu_et_al():
