@@ -87,8 +87,9 @@ test-lowest: .venv-lowest/dev
 lint: .venv/dev
 	$(PY) -m ruff check .
 
-# On mini; ARGS: one experiment's name and its options. `spectrum` needs runs/lora and runs/full.
-EXPERIMENTS := initialisation memory merge_error gradients learning_rate rank targets spectrum
+# On mini; ARGS: one experiment's name and its options.
+EXPERIMENTS := initialisation memory merge_error gradients learning_rate rank targets spectrum \
+	step_time variants
 
 figures: .venv/run
 	$(if $(ARGS),$(PY) -m experiments.$(ARGS),\
