@@ -86,22 +86,14 @@ def test_every_file_layout_gives_the_logits_of_transformers(tmp_path, layout, fi
 
 
 FC, WTE = "transformer.h.1.mlp.c_fc.weight", "transformer.wte.weight"
-DAMAGED_TENSORS = {
-    "missing block": (lambda t: [t.pop(k) for k in list(t) if ".h.1." in k], "missing (12 in all)"),
-    "block too many": (lambda t: t.update({"h.2.ln_1.bias": torch.ones(32)}), "'h.2.ln_1.bias'"),
-    "transposed": (lambda t: t.update({FC: t[FC].t()}), f"{FC} is (128, 32)"),
-    "small vocabulary": (lambda t: t.update({WTE: t[WTE][:-1]}), f"{WTE} is (316, 32)"),
-    "untied": (lambda t: t.update({"lm_head.weight": t[WTE] + 1e-3}), "differs from wte.weight"),
-    "twice": (lambda t: t.update({"wte.weight": t[WTE].clone()}), "unexpected tensor 'wte.weight'"),
-}
-
-
-@pytest.mark.parametrize(("damage", "file_format"), [
-    *((damage, "safetensors") for damage in DAMAGED_TENSORS), ("transposed", "zip")])
-def test_tensors_of_another_model_are_refused_by_name(tmp_path, damage, file_format):
+@pytest.mark.parametrize(("change", "message", "file_format"), [
+    (lambda t: [t.pop(k) for k in list(t) if ".h.1." in k], "missing (12 in all)", "safetensors"),
+    (lambda t: t.update({"wte.weight": t[WTE].clone()}), "unexpected tensor 'wte.w", "safetensors"),
+    (lambda t: t.update({"lm_head.weight": t[WTE] + 1e-3}), "differs from wte.w", "safetensors"),
+    (lambda t: t.update({FC: t[FC].t()}), f"{FC} is (128, 32)", "zip")])
+def test_tensors_of_another_model_are_refused_by_name(tmp_path, change, message, file_format):
     directory, _ = tiny_gpt2_directory(tmp_path)
     tensors = load_file(directory / SAFETENSORS)
-    change, message = DAMAGED_TENSORS[damage]
     change(tensors)
     assert_refused(directory, rewrite(directory, tensors, file_format).name, message)
 
@@ -201,19 +193,17 @@ def test_values_out_of_reach_of_fp16_are_not_saved(tmp_path):
     assert load_gpt2(tmp_path).ln_f.bias[0] > 9e4
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("model_type", "gpt_neo"), ("model_type", None),
-    ("n_head", 0), ("n_head", 5), ("n_head", True), ("n_head", 4.0), ("n_layer", 513),
-    ("n_embd", "32"), ("n_inner", 0), ("vocab_size", None), ("n_positions", 2**20 + 1),
-    ("attn_pdrop", 1), ("embd_pdrop", "0.1"), ("resid_pdrop", -0.1), ("attn_pdrop", False),
-    ("layer_norm_epsilon", [1e-5]), ("activation_function", "relu"),
-    ("add_cross_attention", True), ("tie_word_embeddings", False),
-    ("n_head", math.nan), ("attn_pdrop", math.nan), ("layer_norm_epsilon", math.inf),
-])
-def test_a_config_of_another_model_is_refused_by_field(tmp_path, field, value):
-    directory, _ = tiny_gpt2_directory(tmp_path)
-    edit_config(directory, **{field: value})
-    assert_refused(directory, "config.json", field, str(value))
+def test_a_config_of_another_model_is_refused_by_field(tmp_path):
+    for field, value in [
+            ("model_type", "gpt_neo"), ("model_type", None),
+            ("n_head", 0), ("n_head", 5), ("n_head", True), ("n_head", 4.0), ("n_layer", 513),
+            ("n_embd", "32"), ("n_inner", 0), ("vocab_size", None), ("n_positions", 2**20 + 1),
+            ("attn_pdrop", 1), ("embd_pdrop", "0.1"), ("resid_pdrop", -0.1), ("attn_pdrop", False),
+            ("layer_norm_epsilon", [1e-5]), ("activation_function", "relu"),
+            ("add_cross_attention", True), ("tie_word_embeddings", False),
+            ("n_head", math.nan), ("attn_pdrop", math.nan), ("layer_norm_epsilon", math.inf)]:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", field: value}))
+        assert_refused(tmp_path, "config.json", field, str(value))
 
 
 def test_a_config_too_large_for_the_weights_is_refused_within_seconds(tmp_path):
@@ -240,9 +230,10 @@ def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
         assert value == getattr(theirs, field), field
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["transformers", "head alone"])
+@pytest.mark.parametrize(("layout", "stored", "dtype"), [
+    ("transformers", torch.float32, torch.bfloat16), ("head alone", torch.float32, torch.float16),
+    ("transformers", torch.bfloat16, torch.float16), ("transformers", torch.float16, torch.float32),
+    ("head alone", torch.bfloat16, torch.bfloat16)])
 def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
         tmp_path, monkeypatch, layout, stored, dtype):
     directory, theirs = tiny_gpt2_directory(tmp_path)
