@@ -74,11 +74,20 @@ def test_layers_ranks_scalings_and_files_are_pefts(base, tmp_path, targets, fiel
     assert relative_difference(loaded(IDS), load_gpt2(base)(IDS)) > 0.05
 
 
-@pytest.mark.parametrize(("fields", "reason"), [
+REFUSED = [
     ({"target_modules": r".*\.c_attn\.x"}, "is not in the model; it has c_attn, c_fc, c_proj"),
     ({"target_modules": "c_attn"}, "'c_attn' is not in the model"),  # a whole name must match
     ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),
     ({"target_modules": r".*(c_fc|lm_head)"}, "the head is tied to wte"),
+    ({"target_modules": ("lm_head",)}, "the head is tied to wte"),
+    ({"target_modules": ("wte",)}, "tied to the head"),
+    ({"target_modules": ("transformer.wte",)}, "tied to the head"),
+    ({"target_modules": ("wpe",)}, "embedding"),
+    ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
+    ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # after a dot
+    *(({"target_modules": (target,)}, "only linear layers") for target in ("attn", "ln_f", "")),
+    *(({"r": r}, rf"rank {r} is outside 1 \.\. 32") for r in (0, -1, 33)),
+    ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": "all-linear", "layers_to_transform": (0,)}, "needs a list"),
     ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
     ({"target_modules": ("h.1.attn.c_attn",), "layers_to_transform": (2,)}, "in these layers"),
@@ -91,13 +100,20 @@ def test_layers_ranks_scalings_and_files_are_pefts(base, tmp_path, targets, fiel
     ({"use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
     ({"r": 17, "init_lora_weights": "pissa"}, r"rank 17 is outside 1 \.\. 16"),
     ({"r": 17, "target_modules": ("c_attn.q", "c_attn.v")}, r"rank 34 is outside 1 \.\. 32"),
-])
-def test_what_matches_nothing_or_does_not_go_together_is_refused(base, fields, reason):
+]
+
+
+def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(base):
     model = load_gpt2(base)
-    expected = model(IDS)
-    with pytest.raises(ValueError, match=reason):
-        inject(model, LoRAConfig(**fields))
-    assert torch.equal(model(IDS), expected) and not lora_layers(model)
+    before, expected = dict(model.named_parameters()), model(IDS)
+    for fields, reason in REFUSED:
+        with pytest.raises(ValueError, match=reason):
+            inject(model, LoRAConfig(**fields))
+            pytest.fail(f"{fields} is taken")
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
+        assert all(p.requires_grad for p in after.values()) and not lora_layers(model)
+    assert torch.equal(model(IDS), expected)
 
 
 @pytest.mark.parametrize(("layers", "below"), [((2,), 2), ((1, 2), 1), (None, 0)])

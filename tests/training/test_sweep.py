@@ -1,7 +1,5 @@
 """`python -m training.sweep`: each run as it is alone, going on, the table, failures."""
 
-import subprocess
-import sys
 from statistics import mean
 
 import pytest
@@ -9,7 +7,6 @@ import pytest
 import train
 from tests.runs import arguments, contents, die, run, run_acting, trained
 from training import sweep
-from training.options import ROOT
 
 SHORT = ("--max-steps", 4, "--checkpoint-every", 1)
 
@@ -71,9 +68,8 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
 
 def test_the_command_runs_train_py(base, book, tmp_path):
     command = arguments("full", base, book, tmp_path / "sweep", *SHORT, "--lr", "1e-3")
-    ended = subprocess.run([sys.executable, "-m", "training.sweep", *command], cwd=ROOT, text=True,
-                           capture_output=True)
-    assert ended.returncode == 0, ended.stderr
+    ending = run(sweep.main, *command)
+    assert ending.status == 0, ending.stderr
     expected = trained("full", base, book, tmp_path / "alone", *SHORT, "--lr", 1e-3)
     found = contents(tmp_path / "sweep" / "lr=0.001,seed=42")["model.safetensors"]
     assert found == contents(expected.out)["model.safetensors"]
