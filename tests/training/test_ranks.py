@@ -1,9 +1,14 @@
-"""Data parallel: real ranks under torchrun compute what one process computes, die and go on."""
+"""Data parallel: real ranks compute what one process computes, die under torchrun and go on."""
 
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -13,16 +18,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from common.errors import RunError
+import train
+from common.errors import RunError, run_command
 from model import fast
-from tests.fault.runs import Process, differences, result
+from tests.fault.runs import PATIENCE, Process, differences, result
 from tests.helpers import relative_difference
 from tests.runs import NO_DROPOUT, arguments, finished, questions, run, trained, trainer
 from train import main
 from training.ranks import Ranks
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
-COMPARED = {"lora-4": ("lora", 4), "full-2": ("full", 2)}
 # 37 divides by no number of ranks, and an epoch's last batch is one window: others' share is none.
 SAME = ("--batch-size", 37, "--stride", 11, "--grad-accum", 2, "--max-steps", 18, "--eval-every", 5,
         "--lr", 3e-3)
@@ -31,25 +36,54 @@ DROPPING = ("--batch-size", 8, "--max-steps", 16, "--eval-every", 10, "--checkpo
 LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
 
 
-def torchrun(ranks: int, folder: Path, *command: object) -> Process:
-    """Start that many ranks; what they print goes to `folder`."""
+def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
+    """Start a rank for each of these arguments of `train.py`, as torchrun does, but in processes
+    that have imported torch already. Return how they end, and what they wrote on stderr; the file
+    `out` has what they printed.
+    """
+    folder.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [multiprocessing.get_context("fork").Process(
+        target=be_rank, args=(rank, port, folder, commands, during or nullcontext()))
+        for rank in range(len(commands))]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(PATIENCE)
+    return [process.exitcode for process in ranks], (folder / "err").read_text().splitlines()
+
+
+def be_rank(rank: int, port: int, folder: Path, commands: tuple, during) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    count = str(len(commands))
+    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                   "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_WORLD_SIZE": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    sys.argv = ["train.py", *commands[rank]]
+    torch.set_num_threads(1)  # a pool of more does not survive the fork
+    with during:
+        run_command(main)
+
+
+def torchrun(folder: Path, *command: object) -> Process:
+    """Start two ranks by torchrun itself; what they print goes to `folder`."""
     folder.mkdir(exist_ok=True)
     return Process([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                  "--nproc-per-node", str(ranks), *map(str, command)], folder)
+                    "--nproc-per-node", "2", *map(str, command)], folder)
 
 
-def acting(rank: int, what: str, folder: Path, *argv: object) -> Process:
-    """Two ranks, of which this one does what `ranks_worker` says."""
-    return torchrun(2, folder, "-m", "tests.ranks_worker", rank, what, *argv)
+def name_threads() -> None:
+    threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    print(f"threads: {', '.join(threads)}", file=sys.stderr)
 
 
-def error_lines(process: Process) -> list[str]:
-    return process.err_file.read_text().splitlines()
-
-
-def errors(process: Process) -> set[str]:
+def errors(lines: list[str]) -> set[str]:
     """The error lines but for those of ranks that only saw another end."""
-    lines = (line for line in error_lines(process) if line.startswith("error: "))
+    lines = (line for line in lines if line.startswith("error: "))
     return {line for line in lines if not LOST.fullmatch(line) and line != "error: interrupted"}
 
 
@@ -66,26 +100,40 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ended(base, book, folder):
-    """By name, the runs that nothing happens to, side by side: their imports take longest."""
-    started = {name: torchrun(ranks, folder / f"{name}-said", "train.py", *arguments(
-        method, base, book, folder / name, *SAME, *NO_DROPOUT[method]))
-        for name, (method, ranks) in COMPARED.items()}
-    started["whole"] = acting(1, "name:2", folder / "whole-said", *arguments(
-        "lora", base, book, folder / "whole", *DROPPING))
-    for process in started.values():
-        assert process.wait() == 0, process.err_file.read_text()
-    return started
+def whole(base, book, folder) -> list[str]:
+    """What two ranks to which nothing happens write on stderr; in step 2 and at the end, their
+    threads. Their run is in `folder / "whole"`.
+    """
+    def acting(trainer, batch, step=train.Trainer.step):
+        if trainer.progress.step == 1:
+            name_threads()
+        step(trainer, batch)
+
+    @contextmanager
+    def naming_threads():
+        with mock.patch.object(train.Trainer, "step", acting):
+            try:
+                yield
+            finally:
+                name_threads()
+
+    argv = arguments("lora", base, book, folder / "whole", *DROPPING)
+    statuses, lines = fork(folder / "whole-said", argv, argv, during=naming_threads())
+    assert statuses == [0, 0], lines
+    return lines
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("method, ranks", [("lora", 3), ("full", 2)])
 def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
-        ended, base, book, folder, name):
-    method, ranks = COMPARED[name]
-    made = trainer(method, base, book, folder / "unused", *SAME)
+        base, book, tmp_path, method, ranks):
+    made = trainer(method, base, book, tmp_path / "unused", *SAME)
     assert len(made.windows) % made.options.batch_size == 1
-    alone = trained(method, base, book, folder / method, *SAME, *NO_DROPOUT[method])
-    ours = finished(folder / name)
+    options = (*SAME, *NO_DROPOUT[method])
+    alone = trained(method, base, book, tmp_path / "alone", *options)
+    argv = arguments(method, base, book, tmp_path / "ranks", *options)
+    statuses, lines = fork(tmp_path / "said", *[argv] * ranks)
+    assert statuses == [0] * ranks and "error" not in "".join(lines), lines
+    ours = finished(tmp_path / "ranks")
     assert len(ours.metrics) == 18 and len(ours.column("val_loss")) == 6
     for column in ("step", "epoch", "lr", "loss", "grad_norm", "val_loss", "val_bits_per_byte"):
         assert ours.column(column) == pytest.approx(alone.column(column), rel=1e-5), column
@@ -96,28 +144,28 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
 
     assert {p.name for p in ours.out.iterdir()} == {p.name for p in alone.out.iterdir()}
     assert ours.report["device"] == f"{ranks} x cpu" and alone.report["device"] == "cpu"
-    said = ended[name].out_file.read_text()
+    said = (tmp_path / "said" / "out").read_text()
     # Torch 2.8 itself prints a line a rank when gloo connects, past Python's stdout.
     told = [line for line in said.splitlines() if not line.startswith("[Gloo] ")]
     assert [line.split()[:2] for line in told] == [
         line.split()[:2] for line in alone.stdout.splitlines()]
-    assert "error" not in ended[name].err_file.read_text()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
-def test_the_connections_threads_end_with_it(ended):
+def test_the_connections_threads_end_with_it(whole):
     """One that is still busy when Python ends would abort it, and torchrun would report a failure
     of a run that is complete.
     """
-    lines = ended["whole"].err_file.read_text().splitlines()
-    in_a_step, at_the_end = (line.removeprefix("threads: ").split(", ") for line in lines
-                             if line.startswith("threads: "))
-    # Two run collectives and one listens; torch 2.8 gives them no names of their own.
-    assert len(in_a_step) == len(at_the_end) + 3
-    assert not any("gloo" in name for name in at_the_end)
+    named = [line.removeprefix("threads: ").split(", ") for line in whole
+             if line.startswith("threads: ")]
+    *in_a_step, first, second = sorted(named, key=len)[::-1]
+    # Two run collectives and one listens; torch 2.8 gives them no names of their own. Rank 0 has
+    # one more, for the ranks to meet.
+    assert [len(names) - len(first) for names in in_a_step] == [4, 3] and len(second) == len(first)
+    assert not any("gloo" in name for name in (*first, *second))
 
 
-def test_each_rank_draws_dropouts_of_its_own(ended, base, book, folder):
+def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
     """The first step's loss is that of two halves of its batch under two ranks' seeds, not one."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
     after_building = torch.get_rng_state()
@@ -139,28 +187,35 @@ def test_each_rank_draws_dropouts_of_its_own(ended, base, book, folder):
 
 
 def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had_happened(
-        ended, base, book, folder):
+        whole, base, book, folder):
     out = folder / "broken"
     argv = arguments("lora", base, book, out, *DROPPING)
-    killed = acting(1, "kill:7", folder / "killed", *argv)
-    assert killed.wait() != 0 and not (out / "run.json").exists()
-    line, = (line for line in error_lines(killed) if line.startswith("error: "))
+
+    def kill_rank_1(trainer, batch, step=train.Trainer.step):
+        if os.environ["RANK"] == "1" and trainer.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(trainer, batch)
+
+    statuses, lines = fork(folder / "killed", argv, argv,
+                           during=mock.patch.object(train.Trainer, "step", kill_rank_1))
+    assert statuses == [1, -signal.SIGKILL] and not (out / "run.json").exists()
+    line, = (line for line in lines if line.startswith("error: "))
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is of step 4")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
-    stopped = acting(1, "stop:12", folder / "stopped", *argv, "--resume")
-    assert stopped.wait() != 0 and not errors(stopped)  # torchrun sends its SIGTERM on
+    stopped = torchrun(folder / "stopped", "-m", "tests.ranks_worker", *argv, "--resume")
+    status, lines = stopped.end()
+    assert status != 0 and not errors(lines)  # torchrun sends its SIGTERM on
     assert "resuming after step 4 of 16" in stopped.out_file.read_text()
-    told, = (line for line in error_lines(stopped) if "go on with: " in line)
+    told, = (line for line in lines if "go on with: " in line)
     said, command = told.split("; go on with: ")
     assert said == "stopped after step 12" and command.count("--resume") == 1
     assert "-m torch.distributed.run --standalone --nproc-per-node 2 train.py lora" in command
 
-    (folder / "resumed").mkdir()
-    resumed = Process(shlex.split(command), folder / "resumed")
-    assert resumed.wait() == 0, resumed.err_file.read_text()
-    assert "resuming after step 12 of 16" in resumed.out_file.read_text()
-    assert "warning: the run" not in resumed.err_file.read_text()
+    again = shlex.split(command.partition(" train.py ")[2])
+    statuses, lines = fork(folder / "resumed", again, again)
+    assert statuses == [0, 0] and "warning: the run" not in "".join(lines)
+    assert "resuming after step 12 of 16" in (folder / "resumed" / "out").read_text()
     assert differences(out, result(folder / "whole")) == []
 
     ending = run(main, *arguments("lora", base, book, as_killed, *DROPPING), "--resume")
@@ -175,8 +230,8 @@ def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(bas
                *NO_DROPOUT["lora"])
     together, alone = (arguments("lora", base, data, tmp_path / name, *options)
                        for name in ("together", "alone"))
-    process = torchrun(2, tmp_path / "said", "train.py", *together)
-    assert process.wait() == 0, process.err_file.read_text()
+    statuses, lines = fork(tmp_path / "said", together, together)
+    assert statuses == [0, 0], lines
     assert run(main, *alone).status == 0
     ours, single = (finished(tmp_path / name) for name in ("together", "alone"))
     assert len(ours.metrics) == 6
@@ -188,19 +243,15 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path
     free, taken = tmp_path / "free", tmp_path / "taken"
     taken.mkdir()
     (taken / "run.json").touch()
-    started = {
-        "--base 'gpt9': no such directory": torchrun(2, tmp_path / "base", "train.py", *arguments(
-            "lora", base, book, free, "--base", "gpt9")),
-        "holds a run (run.json)": torchrun(2, tmp_path / "out", "train.py", *arguments(
-            "lora", base, book, taken)),
-        "rank 1 and rank 0 differ in options; start every rank with the same options": acting(
-            1, "--seed 7 --lr 0.1", tmp_path / "differ", *arguments("lora", base, book, free)),
-    }
-    for words, process in started.items():
-        assert process.wait() != 0
-        line, = errors(process)
-        text = process.err_file.read_text()
-        assert words in line and "SIGKILL" not in text and "train.py\", line" not in text
+    argv = arguments("lora", base, book, free)
+    for words, *commands in (
+            ("--base 'gpt9': no such directory", *[[*argv, "--base", "gpt9"]] * 2),
+            ("holds a run (run.json)", *[arguments("lora", base, book, taken)] * 2),
+            ("rank 1 and rank 0 differ in options; start every rank with the same options",
+             argv, [*argv, "--seed", "7", "--lr", "0.1"])):
+        statuses, lines = fork(tmp_path / words[:4], *commands)
+        line, = errors(lines)
+        assert words in line and set(statuses) <= {1, 2} and "Traceback" not in "".join(lines)
     assert not free.exists()
 
 
