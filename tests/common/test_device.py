@@ -1,12 +1,10 @@
 """Check the choice of a device; mocks stand in for a GPU."""
 
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 import evaluate
 import generate
@@ -15,8 +13,7 @@ from benchmarks import speed_worker
 from benchmarks.speed_worker import Task
 from common.device import Device
 from common.errors import UserError
-from tests.runs import Ending, arguments, one_line, run
-from training.options import ROOT
+from tests.runs import arguments, one_line, run
 
 TOO_OLD = "CUDA error: no kernel image is available for execution on the device"
 
@@ -73,23 +70,21 @@ def test_our_commands_leave_cudnn_attention_and_no_other_side_does(main, base, m
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def test_compile_without_a_compiler_is_one_line_before_anything_is_written(base, book, tmp_path):
-    environment = os.environ | {"CXX": "/nowhere/c++",
-                                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, ROOT / "train.py", *map(str, arguments(
-            "lora", base, book, tmp_path / "run", "--compile"))],
-        env=environment, capture_output=True, text=True)
-    line = one_line(Ending(result.returncode, result.stdout, result.stderr), 2)
-    assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
+def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
+        base, book, tmp_path, monkeypatch):
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/c++",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch.compiler.reset()
+    line = one_line(run(train.main, *arguments(
+        "lora", base, book, tmp_path / "run", "--compile")), 2)
     assert not (tmp_path / "run").exists()
+    assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
-    ids=["CUDA", "Python", "cuBLAS"])
-@pytest.mark.parametrize("main", [train.main, evaluate.main, generate.main])
+@pytest.mark.parametrize(("main", "error"), [
+    (train.main, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")),
+    (evaluate.main, MemoryError()), (generate.main, RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))])
 def test_out_of_memory_while_the_model_is_moved_is_one_line(
         main, error, base, book, tmp_path, monkeypatch):
     argv = {train.main: arguments("lora", base, book, tmp_path / "run"),
