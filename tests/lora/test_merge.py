@@ -22,9 +22,8 @@ def base_weights(model):
     return {name: m.base_layer.weight.clone() for name, m in lora_layers(model).items()}
 
 
-@pytest.mark.parametrize("target", ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"])
-def test_merging_changes_no_logit_and_unmerging_restores_the_base(base, target):
-    model, _ = adapted(base, (target,), lora_alpha=5)
+def test_merging_changes_no_logit_and_unmerging_restores_the_base(base):
+    model, _ = adapted(base, lora_alpha=5)
     expected, original = model(IDS), base_weights(model)
     merge(model)
     merged = base_weights(model)

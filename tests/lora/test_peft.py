@@ -13,7 +13,7 @@ from lora.inject import lora_layers
 from lora.merge import merge, unwrap
 from model.plain import plain_operations
 from model.weights import load_gpt2, save_gpt2
-from tests.adapters import ALL_FOUR, adapted, losses_of_steps, randomize
+from tests.adapters import ALL_FOUR, losses_of_steps, randomize
 from tests.helpers import TINY, relative_difference, tiny_gpt2, token_ids
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
@@ -26,6 +26,7 @@ MATRIX = [
     (FP32, {"r": 64, "lora_alpha": 5}, ["c_attn", "mlp.c_proj"]),
     (BF16, {"r": 8, "lora_alpha": 12, "use_rslora": True}, ["c_fc", "attn.c_proj"]),
     (FP16, {"r": 4, "lora_alpha": 1}, ["h.1.attn.c_attn"]),
+    (FP32, {"r": 2}, "all-linear"),  # PEFT writes the full names in transformers' model
 ]
 
 
@@ -57,19 +58,8 @@ def assert_same_logits(ours, theirs, base):
 
 
 @pytest.mark.parametrize("dtype, config, targets", MATRIX)
-def test_peft_loads_our_adapter_without_a_warning(base, tmp_path, config, targets):
-    ours, lora_config = adapted(base, tuple(targets), **config)
-    save_adapter(ours, lora_config, tmp_path, str(base))
-    theirs = peft.PeftModel.from_pretrained(stock(base), tmp_path)
-    assert_same_logits(ours, theirs, base)
-    stored = peft.LoraConfig.from_pretrained(tmp_path)
-    assert stored.target_modules == set(targets) and stored.base_model_name_or_path == str(base)
-    assert config.items() <= stored.to_dict().items()
-
-
-# PEFT writes the full names in transformers' model for "all-linear".
-@pytest.mark.parametrize("dtype, config, targets", [*MATRIX, (FP32, {"r": 2}, "all-linear")])
-def test_we_load_pefts_adapter_and_merge_to_the_same_weights(base, tmp_path, config, targets):
+def test_each_loads_the_others_adapter_and_merges_to_the_same_weights(
+        base, tmp_path, config, targets):
     theirs = peft_adapter(base, tmp_path, config, targets)
     written = json.loads((tmp_path / CONFIG).read_text())
     assert written.keys() == peft.LoraConfig().to_dict().keys()  # in full
@@ -77,9 +67,12 @@ def test_we_load_pefts_adapter_and_merge_to_the_same_weights(base, tmp_path, con
     loaded = load_adapter(ours, tmp_path)
     assert_same_logits(ours, theirs, base)
     assert config.items() <= vars(loaded).items()
-    save_adapter(ours, loaded, tmp_path / "again", "gpt2")
+    save_adapter(ours, loaded, tmp_path / "again", str(base))
     first, again = load_file(tmp_path / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    stored = peft.LoraConfig.from_pretrained(tmp_path / "again")
+    assert stored.base_model_name_or_path == str(base) and config.items() <= vars(stored).items()
+    assert_same_logits(ours, peft.PeftModel.from_pretrained(stock(base), tmp_path / "again"), base)
     theirs = theirs.merge_and_unload()
     merge(ours)
     unwrap(ours)

@@ -17,6 +17,7 @@ from tests.helpers import TINY, relative_difference, tiny_gpt2, tiny_gpt2_direct
 from tests.runs import arguments, one_line, run, trained
 from train import main
 from training.options import parse_options
+from training.report import describe_parameters
 
 IDS = token_ids(TINY["vocab_size"], 2, 16)
 PATTERNS = {"rank_pattern": {"c_attn": 2, r"h\.2\..*": 3, "transformer.h.0.mlp.c_proj": 5},
@@ -32,6 +33,9 @@ def base(tmp_path_factory):
 @pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
 @pytest.mark.parametrize(("targets", "fields", "adapted_layers"), [
     ("all-linear", {}, 12),
+    (("c_proj", "attn.c_proj"), {"r": 8}, 6),
+    (("c_fc", "c_proj", "c_attn"), {"r": 32}, 12),  # the layers' smaller side: the largest rank
+    (("mlp.c_proj", "1.attn.c_attn", "transformer.h.0.mlp.c_fc"), {}, 5),
     (r"transformer\.h\.[02]\..*c_(attn|fc)", {}, 4),
     (r".*\.mlp\.c_proj", {"rank_pattern": {"1.mlp.c_proj": 3}}, 3),
     (("c_attn", "mlp.c_proj"), {"layers_to_transform": (1, 2)}, 4),
@@ -40,16 +44,20 @@ def base(tmp_path_factory):
     (("c_attn", "c_proj"), PATTERNS, 9),
     (("c_attn", "c_proj"), PATTERNS | {"use_rslora": True, "layers_to_transform": (0, 2)}, 6),
 ])
-def test_layers_ranks_scalings_and_files_are_pefts(base, tmp_path, targets, fields, adapted_layers):
-    config = LoRAConfig(r=4, lora_alpha=6, target_modules=targets, **fields)
+def test_layers_ranks_scalings_counts_and_files_are_pefts(
+        base, tmp_path, capsys, targets, fields, adapted_layers):
+    fields = {"r": 4, "lora_alpha": 6} | fields
+    config = LoRAConfig(target_modules=targets, **fields)
     ours = load_gpt2(base)
     torch.manual_seed(3)
     inject(ours, config)
     torch.manual_seed(3)
     theirs = peft.get_peft_model(tiny_gpt2(n_layer=3), peft.LoraConfig(
-        r=4, lora_alpha=6, target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
         fan_in_fan_out=True, **{k: list(v) if k == "layers_to_transform" else v
                                 for k, v in fields.items()}))
+    theirs.print_trainable_parameters()
+    assert describe_parameters(ours) == capsys.readouterr().out.strip()
     names = [f"transformer.{name}" for name in lora_layers(ours)]
     assert names == theirs.base_model.targeted_module_names and len(names) == adapted_layers
     for name, layer in lora_layers(ours).items():
