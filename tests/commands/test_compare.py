@@ -116,15 +116,15 @@ def changed(run: Run, tmp_path, **fields: object):
     return copy
 
 
-@pytest.mark.parametrize("field, value", [
-    ("base", 3), ("method", ["lora"]), ("options", None), ("seconds", "1"), ("base_sha256", None)])
-def test_a_run_of_another_make_is_refused(runs, tmp_path, field, value):
-    path = changed(runs["lora"], tmp_path, **{field: value})
-    ending = run(evaluate.main, "--compare", path)
-    assert (ending.status, ending.stdout) == (2, "")
-    assert ending.stderr == (f"error: {path / 'run.json'}: is not what this version of train.py "
-                             "leaves at a run's end; train again with --overwrite\n")
-    assert not (path.parent / "compare.png").exists()
+def test_a_run_of_another_make_is_refused(runs, tmp_path):
+    for field, value in (("base", 3), ("method", ["lora"]), ("options", None), ("seconds", "1"),
+                         ("base_sha256", None)):
+        path = changed(runs["lora"], tmp_path / field, **{field: value})
+        ending = run(evaluate.main, "--compare", path)
+        assert (ending.status, ending.stdout) == (2, "")
+        assert ending.stderr == (f"error: {path / 'run.json'}: is not what this version of "
+                                 "train.py leaves at a run's end; train again with --overwrite\n")
+        assert not (path.parent / "compare.png").exists()
 
 
 def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):

@@ -41,13 +41,13 @@ def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(("shape", "dtype", "device"), [
-    ((2, 3, 5, 8), FP32, "cpu"), ((1, 2, 300, 4), FP32, "cpu"), ((1, 1, 1, 8), BF16, "cpu"),
-    ((2, 3, 33, 16), BF16, "cpu"), ((2, 1, 300, 4), BF16, "cpu"), ((1, 2, 8, 8), FP16, "cpu"),
-    pytest.param((2, 3, 33, 16), FP32, "cuda", marks=CUDA),
-    pytest.param((2, 3, 33, 16), BF16, "cuda", marks=CUDA),
+@pytest.mark.parametrize(("shape", "dtype", "device", "strided"), [
+    ((2, 3, 5, 8), FP32, "cpu", True), ((1, 2, 300, 4), FP32, "cpu", False),
+    ((1, 1, 1, 8), BF16, "cpu", False), ((2, 3, 33, 16), BF16, "cpu", True),
+    ((2, 1, 300, 4), BF16, "cpu", True), ((1, 2, 8, 8), FP16, "cpu", False),
+    pytest.param((2, 3, 33, 16), FP32, "cuda", True, marks=CUDA),
+    pytest.param((2, 3, 33, 16), BF16, "cuda", False, marks=CUDA),
 ])
-@pytest.mark.parametrize("strided", [False, True])
 def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, device, strided):
     inputs = (normal(*shape, seed=i, device=device, dtype=dtype, strided=strided) for i in range(3))
     y = assert_same(lambda *qkv: ops.causal_attention(*qkv, p=0.0),
@@ -83,7 +83,7 @@ def test_attention_drops_weights_and_keeps_their_mean():
 
 
 @pytest.mark.parametrize(("p", "dtype"), [
-    (0.05, FP32), (0.1, FP16), (0.5, BF16), (0.9, FP16), (1e-9, FP32), (0.99, BF16)])
+    (0.05, FP32), (0.9, FP16), (1e-9, FP32), (0.99, BF16)])
 def test_dropout_keeps_as_many_as_it_should_and_scales_them(p, dtype):
     torch.manual_seed(0)
     n = 1_000_003  # not a multiple of the four that one random word decides
@@ -124,13 +124,12 @@ def test_dropout_is_off_in_evaluation_and_at_zero():
     assert (ops.dropout(x, 0.5, training=True) == 0).any()
 
 
-@pytest.mark.parametrize(("shape", "out", "bias", "frozen", "dtype"), [
-    ((1, 1, 24), 7, True, True, FP32), ((3, 24), 24, False, False, FP32),
-    ((2, 5, 24), 7, True, False, FP32), ((2, 5, 24), 24, True, True, FP32),
-    ((0, 24), 7, True, False, FP32), ((1, 24), 7, True, True, BF16),
-    ((2, 5, 24), 7, False, False, BF16), ((2, 5, 24), 7, True, False, FP16),
+@pytest.mark.parametrize(("shape", "out", "bias", "frozen", "dtype", "strided"), [
+    ((1, 1, 24), 7, True, True, FP32, False), ((3, 24), 24, False, False, FP32, True),
+    ((2, 5, 24), 7, True, False, FP32, False), ((2, 5, 24), 24, True, True, FP32, True),
+    ((0, 24), 7, True, False, FP32, False), ((1, 24), 7, True, True, BF16, True),
+    ((2, 5, 24), 7, False, False, BF16, False), ((2, 5, 24), 7, True, False, FP16, True),
 ])
-@pytest.mark.parametrize("strided", [False, True])
 def test_linear_and_its_gradients_are_those_of_pytorch(shape, out, bias, frozen, dtype, strided):
     x = normal(*shape, dtype=dtype, strided=strided)
     parameters = [normal(*s, seed=1, dtype=dtype).requires_grad_(not frozen)
@@ -226,8 +225,7 @@ def test_dropout_of_everything_is_zero_everywhere():
     assert not y.any() and not x.grad.any()
 
 
-@pytest.mark.parametrize("V", [101, 128])
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize(("V", "dtype"), [(101, FP32), (128, BF16), (101, FP16)])
 def test_a_padded_head_gives_the_same_loss_gradients_and_scores(monkeypatch, V, dtype):
     """Pad on the CPU as on CUDA; a vocabulary of 128 needs no padding."""
     monkeypatch.setattr(ops, "MANY_LOGITS", 1000)

@@ -113,11 +113,11 @@ def one_line_error(base: str) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("base", ["gpt3", "", "openai-community/gpt2", "a\nb"])
-def test_an_unknown_base_is_refused_with_the_known_ones(fake, base, tmp_path, monkeypatch):
+def test_an_unknown_base_is_refused_with_the_known_ones(fake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = one_line_error(base)
-    assert repr(base) in message and "auto, mini, gpt2, gpt2-medium" in message
+    for base in ("gpt3", "", "openai-community/gpt2", "a\nb"):
+        message = one_line_error(base)
+        assert repr(base) in message and "auto, mini, gpt2, gpt2-medium" in message
     assert fake.requests == []
 
 
@@ -170,8 +170,7 @@ def test_the_main_revision_comes_first_and_only_whole_snapshots_count(fake, tmp_
 
 
 @pytest.mark.parametrize(("name", "revision"), [
-    ("gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"), ("gpt2-medium", "main"),
-    ("gpt2-large", "main"), ("gpt2-xl", "main")])
+    ("gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"), ("gpt2-xl", "main")])
 def test_a_download_is_whole_and_asked_for_once(fake, name, revision, capsys):
     directory = find(name)
     assert directory == hub.CACHE / name and found(name) == [hub.CONFIG, hub.WEIGHTS]
@@ -185,8 +184,7 @@ def test_a_download_is_whole_and_asked_for_once(fake, name, revision, capsys):
 
 
 @pytest.mark.parametrize(("file", "fault"), [
-    (hub.WEIGHTS, "cut"), (hub.WEIGHTS, "stall"), (hub.WEIGHTS, 503),
-    (hub.CONFIG, "cut"), (hub.CONFIG, 500)])
+    (hub.WEIGHTS, "cut"), (hub.WEIGHTS, "stall"), (hub.CONFIG, 503)])
 def test_a_passing_fault_is_tried_again(fake, monkeypatch, file, fault):
     monkeypatch.setattr(hub, "SOCKET_SECONDS", 0.2 if fault == "stall" else 10)
     fake.faults[file] = iter([fault])
@@ -266,12 +264,12 @@ def test_a_failed_download_leaves_nothing(fake, monkeypatch, capsys, failure):
     assert out.count("\n") == 1 and found("gpt2") == []
 
 
-@pytest.mark.parametrize("config", [b"<html>Log in</html>", b"[]", b"\xff"])
-def test_a_config_that_is_not_a_json_object_is_refused(fake, config):
-    fake.files[hub.CONFIG] = config
-    message = one_line_error("gpt2-xl")
-    assert fake.asked("gpt2-xl", hub.CONFIG) in message and "JSON object" in message
-    assert found("gpt2-xl") == [hub.WEIGHTS]
+def test_a_config_that_is_not_a_json_object_is_refused(fake):
+    for config in (b"<html>Log in</html>", b"[]", b"\xff"):
+        fake.files[hub.CONFIG] = config
+        message = one_line_error("gpt2-xl")
+        assert fake.asked("gpt2-xl", hub.CONFIG) in message and "JSON object" in message
+        assert found("gpt2-xl") == [hub.WEIGHTS]
 
 
 def test_a_pinned_config_is_checked_and_the_real_pins_are_whole(fake, monkeypatch):

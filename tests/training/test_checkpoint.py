@@ -109,14 +109,13 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_a_whole_checkpoint_that_does_not_fit_is_refused(argv, tmp_path, misfit):
-    out = tmp_path / "run"
-    state = read_checkpoint(out)
-    MISFITS[misfit](state)
-    write_checkpoint(out, state)
-    line = refused(out, *argv)
-    assert line.startswith("error: --resume: the checkpoint does not fit this run: ")
+def test_a_whole_checkpoint_that_does_not_fit_is_refused(killed, argv, tmp_path):
+    for name, change in MISFITS.items():
+        state = read_checkpoint(killed)
+        change(state)
+        write_checkpoint(tmp_path / "run", state)
+        line = refused(tmp_path / "run", *argv)
+        assert line.startswith("error: --resume: the checkpoint does not fit this run: "), name
 
 
 @pytest.mark.parametrize("options", [(), ("--resume",)])

@@ -4,11 +4,9 @@ import math
 import re
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from tests.runs import BLOCK, arguments, die, finished, one_line, run, run_acting
-from train import main
+from tests.runs import BLOCK, arguments, die, finished, one_line, run_acting
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
@@ -73,12 +71,6 @@ def test_a_faulty_step_that_ends_an_epoch_leaves_the_best_model_as_it_was(argv, 
     assert "step 2: the gradient is not finite (epoch 2, " in line  # one step an epoch
 
 
-def test_a_rate_far_too_large_is_a_fault(base, book, tmp_path):
-    ending = run(main, *arguments("full", base, book, tmp_path, "--lr", 10, *FP16))
-    assert re.search(r"step \d+: the loss is not a finite number", one_line(ending))
-    assert not (tmp_path / "run.json").exists()
-
-
 def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_path):
     whole, parts = (arguments("lora", base, book, tmp_path / name, *FP16, "--max-steps", 6,
                               "--checkpoint-every", 1) for name in ("whole", "parts"))
@@ -116,13 +108,9 @@ def test_a_row_of_skipped_steps_goes_on_after_a_resume(argv):
     assert "step 22: the gradient overflowed in 20 steps in a row" in one_line(ending)
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-], ids=["CUDA", "Python", "CPU"])
-def test_out_of_memory_says_what_helps(argv, error):
+def test_out_of_memory_says_what_helps(argv):
     def fail(trainer):
-        raise error
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9.")
 
     line = one_line(run_acting({5: fail}, *argv))
     assert line == (

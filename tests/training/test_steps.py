@@ -79,7 +79,7 @@ def cosine_rates(total: int, warmup: int, peak: float) -> list[float]:
 
 
 @pytest.mark.parametrize("method, clip, weight_decay", [
-    ("lora", 0, 0), ("lora", 0, 0.5), ("lora", 0.05, 0.5), ("full", 0.05, 0.5)])
+    ("lora", 0, 0.5), ("lora", 0.05, 0), ("full", 0.05, 0.5)])
 def test_steps_are_those_of_adamw_written_by_hand(start, book, tmp_path, method, clip,
                                                   weight_decay):
     base, adapter = start
@@ -105,26 +105,13 @@ def test_steps_are_those_of_adamw_written_by_hand(start, book, tmp_path, method,
         assert not torch.equal(ours, old)
 
 
-@pytest.mark.parametrize("total, ratio", [(1, 0), (1, 0.99), (3, 0.5), (30, 0), (30, 0.06)])
-def test_the_rate_is_that_of_transformers_but_for_its_first_step_at_zero(total, ratio):
-    warmup = math.ceil(ratio * total)
-    rates = [learning_rate(step, total, 0.5, ratio) for step in range(total)]
-    assert rates == pytest.approx(cosine_rates(total, warmup, 0.5))
-    assert max(rates) == 0.5 and min(rates) > 0
-    assert total - warmup < 10 or rates[-1] < 0.02 * 0.5
-
-
-def test_lora_trains_every_a_and_b_and_leaves_the_base_as_it_was(base, book, tmp_path):
-    run = runs.trainer("lora", base, book, tmp_path, "--max-steps", 3, "--target-modules", "c_attn",
-                  "c_proj", "--lr", 1e-2)
-    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    for batch in run.batches():
-        run.step(batch)
-    after = dict(run.model.named_parameters())
-    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if ".lora_" in name} == run.parameters.keys()
-    assert len(moved) == 2 * 3 * 2  # A and B of three layers in two blocks
-    assert all(p.requires_grad == (name in moved) for name, p in after.items())
+def test_the_rate_is_that_of_transformers_but_for_its_first_step_at_zero():
+    for total, ratio in ((1, 0), (1, 0.99), (3, 0.5), (30, 0), (30, 0.06)):
+        warmup = math.ceil(ratio * total)
+        rates = [learning_rate(step, total, 0.5, ratio) for step in range(total)]
+        assert rates == pytest.approx(cosine_rates(total, warmup, 0.5))
+        assert max(rates) == 0.5 and min(rates) > 0
+        assert total - warmup < 10 or rates[-1] < 0.02 * 0.5
 
 
 def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tmp_path):
@@ -143,7 +130,7 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tm
 
 def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
     runs = [trained("lora", base, book, tmp_path / str(parts), "--batch-size", 7, "--epochs", 1,
-                    "--grad-accum", parts, "--lr", 1e-3, *NO_DROPOUT) for parts in (1, 2, 3, 99)]
+                    "--grad-accum", parts, "--lr", 1e-3, *NO_DROPOUT) for parts in (1, 3, 99)]
     adapters = [load_file(run.out / "adapter_model.safetensors") for run in runs]
     for run, adapter in zip(runs[1:], adapters[1:], strict=True):
         assert run.column("loss") == pytest.approx(runs[0].column("loss"), rel=1e-6)
@@ -158,22 +145,6 @@ def test_the_logged_loss_is_the_mean_over_tokens_though_the_last_batch_is_smalle
                   99, "--lr", 1e-12, *NO_DROPOUT)
     assert len(windows(token_parts(book)[0])[0]) % 89 == 1 and run.report["steps"] == 3
     assert run.column("loss") == pytest.approx([exact_loss(base, book)], rel=1e-6)
-
-
-def test_the_bases_own_dropout_is_on_unless_turned_off(base, book, tmp_path):
-    on, off = (trained("lora", base, book, tmp_path / name, "--max-steps", 1, *WHOLE, *options)
-               for name, options in (("on", ()), ("off", ("--base-dropout", 0))))
-    exact = exact_loss(base, book)
-    assert off.column("loss") == pytest.approx([exact], rel=1e-6)
-    assert abs(on.column("loss")[0] - exact) > 1e-3
-    assert on.report["base_val_loss"] == off.report["base_val_loss"]
-
-
-def test_lora_dropout_acts_as_soon_as_b_is_not_zero(base, book, tmp_path):
-    exact, dropped = (trained("lora", base, book, tmp_path / str(p), "--max-steps", 2, *WHOLE,
-                              "--base-dropout", 0, "--lora-dropout", p, "--lr", 0.03).column("loss")
-                      for p in (0, 0.5))
-    assert dropped[0] == exact[0] and abs(dropped[1] - exact[1]) > 1e-3
 
 
 def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
