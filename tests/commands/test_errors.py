@@ -5,6 +5,7 @@ import json
 import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import evaluate
 import generate
 import train
+from common import signals
 from common.cli import number, steps_or_seconds
 from lora import merge
 from model import export
@@ -207,11 +209,13 @@ def test_each_command_would_succeed_without_its_mistake(tmp_path):
     ("lora --book missing.txt", "missing.txt"), ("evaluate --compare missing", "missing/run.json"),
     ("generate --base nowhere", "nowhere"), ("merge --base other", "another base"),
     ("export --out book.txt", "exists already")])
-def test_run_as_a_script_each_ends_so(line, word):
-    """Only `-m`, without a process: others' tests start them (training/test_signals.py)."""
-    def script():
-        runpy.run_module(COMMANDS[line.split()[0]][0].__module__, run_name="__main__")
-
-    ending = run(script, *arguments(line))
-    assert ending.status == 2 and word in ending.stderr
-    assert ending.stderr.startswith("error: ") and len(ending.stderr.splitlines()) == 1
+def test_run_as_a_script_each_ends_so(line, word, monkeypatch, capsys):
+    """Without a process for each; others' tests start them (training/test_signals.py)."""
+    module = COMMANDS[line.split()[0]][0].__module__
+    monkeypatch.setattr(sys, "argv", [module, *arguments(line)])
+    monkeypatch.setattr(signals, "end_in_one_line", lambda: None)  # this process keeps its handlers
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and word in error
+    assert error.startswith("error: ") and len(error.splitlines()) == 1

@@ -85,8 +85,14 @@ def test_files_that_are_cut_or_of_something_else_are_refused_soon(tmp_path):
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
-    """A pipe would wait and a device may never end."""
-from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer
+    """A pipe would wait, so that none is tried, and a device may never end."""
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "device").symlink_to(os.devnull)
+    tokenizer = load_tokenizer(GPT2, GPT2_SIZE)
+    for path in tmp_path.iterdir():
+        for read in (read_all, read_json, lambda path: load_tokens(path, tokenizer)):
+            assert refusal(path, read) == "cannot be read (not a regular file)"
+    assert refusal(tmp_path / "none", read_all) == "cannot be read (No such file or directory)"
 
 
 def test_a_file_that_is_not_a_json_object_is_refused(tmp_path):
