@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import speed_worker, verify_gpu
 from model import fast, plain
+from tests.ranks import fork
 from tests.runs import one_line, run
 
 
@@ -17,7 +18,15 @@ def verify(out, *argv):
 
 
 def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(verify_gpu, "run_apart", speed_worker.measure)  # saves two imports of torch
+    def torchrun(command, **options):
+        assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                                "2"]
+        statuses, lines = fork(tmp_path / "said", *[command[7:]] * 2)
+        assert statuses == [0, 0], lines
+
+    # In this process and in forked ones, which saves six imports of torch.
+    monkeypatch.setattr(verify_gpu, "run_apart", speed_worker.measure)
+    monkeypatch.setattr(verify_gpu.subprocess, "run", torchrun)
     ending, parts = verify(tmp_path)
     assert ending.status == 0, ending
     assert parts.keys() == verify_gpu.PARTS.keys()

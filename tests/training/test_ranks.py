@@ -1,14 +1,12 @@
 """Data parallel: real ranks compute what one process computes, die under torchrun and go on."""
 
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -19,10 +17,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from common.errors import RunError, run_command
+from common.errors import RunError
 from model import fast
-from tests.fault.runs import PATIENCE, Process, differences, result
+from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
+from tests.ranks import fork
 from tests.runs import NO_DROPOUT, arguments, finished, questions, run, trained, trainer
 from train import main
 from training.ranks import Ranks
@@ -34,39 +33,6 @@ SAME = ("--batch-size", 37, "--stride", 11, "--grad-accum", 2, "--max-steps", 18
 DROPPING = ("--batch-size", 8, "--max-steps", 16, "--eval-every", 10, "--checkpoint-every", 4,
             "--lr", 3e-3)  # the dropouts are on
 LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
-
-
-def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
-    """Start a rank for each of these arguments of `train.py`, as torchrun does, but in processes
-    that have imported torch already. Return how they end, and what they wrote on stderr; the file
-    `out` has what they printed.
-    """
-    folder.mkdir(exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    ranks = [multiprocessing.get_context("fork").Process(
-        target=be_rank, args=(rank, port, folder, commands, during or nullcontext()))
-        for rank in range(len(commands))]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(PATIENCE)
-    return [process.exitcode for process in ranks], (folder / "err").read_text().splitlines()
-
-
-def be_rank(rank: int, port: int, folder: Path, commands: tuple, during) -> None:
-    for number, name in ((1, "out"), (2, "err")):
-        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(file, number)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
-    count = str(len(commands))
-    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_WORLD_SIZE": "1",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.argv = ["train.py", *commands[rank]]
-    torch.set_num_threads(1)  # a pool of more does not survive the fork
-    with during:
-        run_command(main)
 
 
 def torchrun(folder: Path, *command: object) -> Process:
@@ -203,7 +169,7 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is of step 4")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
-    stopped = torchrun(folder / "stopped", "-m", "tests.ranks_worker", *argv, "--resume")
+    stopped = torchrun(folder / "stopped", "-m", "tests.ranks", *argv, "--resume")
     status, lines = stopped.end()
     assert status != 0 and not errors(lines)  # torchrun sends its SIGTERM on
     assert "resuming after step 4 of 16" in stopped.out_file.read_text()
