@@ -71,7 +71,7 @@ sweep: .venv/run
 		$(if $(R),--r $(R)) $(if $(SEEDS),--seed $(SEEDS))
 
 test: .venv/dev
-	$(PY) -m pytest -q -n logical $(ARGS)
+	$(PY) -m pytest -q -n logical --dist worksteal $(ARGS)
 
 # The bounds in pyproject.toml as pins. Their oldest wheels are for Python 3.10 to 3.12.
 LOWEST := .venv-lowest/bin/python
