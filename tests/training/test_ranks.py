@@ -89,7 +89,7 @@ def whole(base, book, folder) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("method, ranks", [("lora", 3), ("full", 2)])
+@pytest.mark.parametrize("method, ranks", [("lora", 4), ("full", 2)])
 def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
         base, book, tmp_path, method, ranks):
     made = trainer(method, base, book, tmp_path / "unused", *SAME)
