@@ -158,7 +158,7 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> bool:
 
 def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,
           label: str) -> None:
-    bars = axes.bar(range(len(names)), values, color=colours, width=0.6)
+    bars = axes.bar(range(len(names)), [*map(float, values)], color=colours, width=0.6)
     names = [name.encode(errors="replace").decode() for name in names]  # it may not be UTF-8
     axes.set_xticks(range(len(names)), names, parse_math=False)  # a $ in a directory's name is a $
     axes.bar_label(bars, labels=[label.format(value) for value in values], padding=2)
