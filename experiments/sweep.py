@@ -14,7 +14,7 @@ def finetune(method: str, seeds: int = 1, short: bool = False,
     result = []
     for seed in range(first, 1 if short else seeds):
         made = trainer(method, seed, "auto", batch_size=8, block_size=64, stride=64,
-                       max_steps=12 if short else 60, **options)
+                       max_steps=8 if short else 60, **options)
         for batch in made.batches():
             made.step(batch)
         result.append(measure(made))

@@ -1,5 +1,6 @@
 """Check that what a user types to make reaches the commands unchanged."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,9 +22,12 @@ def made(tmp_path):
     for stamp in ("run", "dev"):
         (tmp_path / ".venv" / stamp).touch()
 
+    ours = {name: value for name, value in os.environ.items()  # and not an outer make's variables
+            if name not in ("MAKEFLAGS", "MFLAGS", "ARGS")}
+
     def make(*arguments: str) -> list[str]:
         return subprocess.run(["make", "-s", *arguments], cwd=tmp_path, check=True, text=True,
-                              capture_output=True).stdout.splitlines()
+                              capture_output=True, env=ours).stdout.splitlines()
     return make
 
 

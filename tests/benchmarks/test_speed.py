@@ -189,7 +189,8 @@ def test_without_a_base_it_makes_one_and_the_others_go_on_when_one_fails(tmp_pat
             raise RunError("out of memory")
         return speed_worker.measure(task)
 
-    with mock.patch.object(speed_worker, "GPT2Config", lambda: GPT2Config(**BASE)):
+    small = GPT2Config(**BASE), torch.float32
+    with mock.patch.dict(speed_worker.BASES, {"base": small}):
         ending = bench("", tmp_path, "--only", "evaluate", "--precision", "bf16", measure=measure)
     result = read(tmp_path, "evaluate")
     assert ending.status == 1 and len(ending.stderr.splitlines()) == 1

@@ -17,7 +17,7 @@ from model.sampling import generate, sample
 from model.tokenizer import END_OF_TEXT
 from model.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
-from tests.runs import run, stock_model
+from tests.runs import Ending, one_line, run, stock_model
 
 CONTEXT, VOCAB = TINY["n_positions"], TINY["vocab_size"]
 
@@ -120,10 +120,9 @@ def test_a_row_that_has_ended_leaves_the_others_going(model, monkeypatch):
     assert next(steps).tolist() == [a, a]  # which nobody needed
 
 
-def chat(base, lines: str | bytes, *options: object) -> subprocess.CompletedProcess:
-    lines = lines if isinstance(lines, bytes) else lines.encode()
-    argv = (sys.executable, command.__file__, "--chat", "--base", base, "--device", "cpu", *options)
-    return subprocess.run([*map(str, argv)], input=lines, capture_output=True)
+def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    return run(command.main, "--chat", "--base", base, "--device", "cpu", *options)
 
 
 @pytest.mark.parametrize("answer_tokens", [7, 40])
@@ -154,16 +153,15 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, an
     assert starts == ([0, 0, 0, 3] if answer_tokens == 7 else [0, 0, 1, 3])
 
 
-def test_a_chat_ends_with_its_input_and_needs_no_prompt(base):
-    said = chat(base, b"Who lights it?\nAnd caf\xe9?\n", "--max-new-tokens", 100, "--seed", 3)
-    assert (said.returncode, said.stderr) == (0, b"") and said.stdout.count(b"\n") >= 2
-    assert said.stdout == chat(base, b"Who lights it?\nAnd caf\xe9?", "--seed", 3,
-                               "--max-new-tokens", 100).stdout
-    assert chat(base, "").stdout == b""
-    for options, words in ((("--prompt", "x"), b"not allowed with"),
-                           (("--adapter", "x", "--with-base"), b"give --adapter and --prompt")):
-        ended = chat(base, "x", *options)
-        assert ended.returncode == 2 and words in ended.stderr and ended.stderr.count(b"\n") == 1
+def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
+    options = ("--max-new-tokens", 100, "--seed", 3)
+    said = chat(base, monkeypatch, b"Who lights it?\nAnd caf\xe9?\n", *options)
+    assert (said.status, said.stderr) == (0, "") and said.stdout.count("\n") >= 2
+    assert said.stdout == chat(base, monkeypatch, b"Who lights it?\nAnd caf\xe9?", *options).stdout
+    assert chat(base, monkeypatch, b"").stdout == ""
+    for options, words in ((("--prompt", "x"), "not allowed with"),
+                           (("--adapter", "x", "--with-base"), "give --adapter and --prompt")):
+        assert words in one_line(chat(base, monkeypatch, b"x", *options), 2)
 
 
 def test_the_command_continues_each_prompt_as_if_alone(base):
@@ -173,11 +171,9 @@ def test_the_command_continues_each_prompt_as_if_alone(base):
     alone = [run(command.main, *options, prompt) for prompt in prompts]
     assert [ending.status for ending in alone] == [0, 0]
     expected = "".join(ending.stdout for ending in alone)
-    for encoding, errors in (("utf-8", "strict"), ("ascii", "backslashreplace")):
-        both = subprocess.run([sys.executable, command.__file__, *options, *prompts], check=True,
-                              env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
-        assert both.stdout == expected.encode(encoding, errors) and both.stderr == b""
-    ended = subprocess.run([sys.executable, command.__file__, *options, b"caf\xe9"],
-                           capture_output=True)
-    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
-    assert ended.stderr == b"error: --prompt 'caf\\udce9': is not UTF-8 text\n"
+    assert run(command.main, *options, *prompts).stdout == expected
+    both = subprocess.run([sys.executable, command.__file__, *options, *prompts], check=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert both.stdout == expected.encode("ascii", "backslashreplace") and both.stderr == b""
+    refused = one_line(run(command.main, *options, "caf\udce9"), 2)
+    assert refused == r"error: --prompt 'caf\udce9': is not UTF-8 text"

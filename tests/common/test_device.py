@@ -72,11 +72,11 @@ def test_our_commands_leave_cudnn_attention_and_no_other_side_does(main, base, m
 
 def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
         base, book, tmp_path, monkeypatch):
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/c++",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.compiler.reset()
-    line = one_line(run(train.main, *arguments(
-        "lora", base, book, tmp_path / "run", "--compile")), 2)
+    with inductor.patch({"cpp.cxx": ("/nowhere/c++",)}):
+        line = one_line(run(train.main, *arguments(
+            "lora", base, book, tmp_path / "run", "--compile")), 2)
     assert not (tmp_path / "run").exists()
     assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
 

@@ -54,12 +54,12 @@ def fail(message: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_a_reader_that_dies_hangs_or_wants_memory_is_counted_and_the_rest_goes_on(monkeypatch):
     checks = (lambda directory: None, lambda directory: os._exit(7),
-              lambda directory: time.sleep(60), lambda directory: bytearray(2 << 30))
+              lambda directory: time.sleep(60), lambda directory: bytearray(16 << 30))
     monkeypatch.setattr(fuzz, "TARGETS", tuple(
         Target(str(i), "file", lambda *_: b"bad", check) for i, check in enumerate(checks)))
     monkeypatch.setattr(fuzz, "target_of", lambda case: fuzz.TARGETS[case])
     monkeypatch.setattr(fuzz, "prepare", lambda directory: (directory / "file").write_bytes(b"x"))
-    monkeypatch.setattr(fuzz, "HANG", 8)
+    monkeypatch.setattr(fuzz, "HANG", 3)
     good, died, hung, large = fuzz.run(range(4), seed=5)
     assert (good.tried, died.tried, hung.tried, large.tried, good.failures) == (1, 1, 1, 1, [])
     assert died.failures == ["case 1 of seed 5: dies with 7"]
