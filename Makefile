@@ -88,8 +88,8 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 
 # On mini; ARGS: one experiment's name and its options.
-EXPERIMENTS := initialisation memory merge_error gradients learning_rate rank targets spectrum \
-	step_time variants
+EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate rank targets \
+	spectrum step_time variants
 
 figures: .venv/run
 	$(if $(ARGS),$(PY) -m experiments.$(ARGS),\

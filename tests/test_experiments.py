@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from experiments import (
+    gradients,
     initialisation,
     learning_rate,
     memory,
@@ -82,6 +83,13 @@ def test_initialisation(tmp_path):
     assert lora["A"][1] > 0 and swapped["B"][1] > 0
     assert lora["loss"][-1] < -0.01 and swapped["loss"][-1] < -0.01
     assert random["loss"][0] > 0.1 and random["A"][0] > 0 and random["B"][0] > 0
+
+
+def test_gradients(tmp_path):
+    """Without the scaler fp16 loses many gradients, or their last bits; with it next to none."""
+    data = run(gradients, tmp_path)
+    assert data["zero_in_fp16"] < data["subnormal_in_fp16"] and data["subnormal_in_fp16"] > 0.1
+    assert data["below_normal_after_scaling"] < 1e-3
 
 
 def test_learning_rate(tmp_path):
