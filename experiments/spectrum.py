@@ -1,4 +1,4 @@
-"""How low is the rank of a change, and how like another's? `python -m experiments.spectrum`."""
+"""Show a change's rank, and how alike two changes are: `python -m experiments.spectrum`."""
 
 from collections.abc import Iterator
 from itertools import pairwise, permutations
@@ -35,7 +35,7 @@ def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tenso
 
 
 def share(changes: Tensor) -> Tensor:
-    """Of the squared norm, what the k largest singular values hold, k = 1, 2, ...; their mean."""
+    """Return the share of the squared norm in the k largest singular values, mean over blocks."""
     squares = torch.linalg.svdvals(changes).square().cumsum(-1)  # (blocks, k)
     return (squares / squares[:, -1:]).mean(0)
 

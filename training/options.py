@@ -31,7 +31,7 @@ def layers(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """What a run was asked for. Nothing changes it: `dataclasses.replace` makes another."""
+    """Hold what a run was asked for. Frozen: `dataclasses.replace` makes another."""
 
     method: str
     base: str = option(**BASE)

@@ -46,8 +46,8 @@ class Ranks:
         return self.rank == 0
 
     def launcher(self) -> list[str]:
-        """What `python` needs before `train.py` to start as many ranks; torchrun is short for it.
-        Where several machines meet is for the user to fill in.
+        """Return the arguments between `python` and `train.py` that start as many ranks, as
+        torchrun does. With several machines the user fills in HOST:PORT.
         """
         if self.count == 1:
             return []
@@ -89,7 +89,7 @@ class Ranks:
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """What rank 0 downloads or caches here, the others find done."""
+        """Run the body on rank 0 first, so that the others find its downloads and caches."""
         if not self.first:
             self.wait()
         yield

@@ -54,8 +54,8 @@ def errors(lines: list[str]) -> set[str]:
 
 
 def moved(name: str):
-    """What a gradient moves of a weight. A key's bias adds the same to all scores of a query: its
-    gradient is rounding alone, of which AdamW makes whole steps.
+    """Return what picks the part that a gradient moves. A key's bias adds the same to all scores of
+    a query: its gradient is rounding alone, of which AdamW makes whole steps.
     """
     return (lambda t: t.view(3, -1)[[0, 2]]) if name.endswith("c_attn.bias") else lambda t: t
 
@@ -67,8 +67,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(base, book, folder) -> list[str]:
-    """What two ranks to which nothing happens write on stderr; in step 2 and at the end, their
-    threads. Their run is in `folder / "whole"`.
+    """Return what two undisturbed ranks write on stderr: their threads in step 2 and at the end.
+    Their run is in `folder / "whole"`.
     """
     def acting(trainer, batch, step=train.Trainer.step):
         if trainer.progress.step == 1:

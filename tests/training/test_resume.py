@@ -43,7 +43,7 @@ def whole(base, book, tmp_path_factory):
 
 
 def stop_in_step(number: int, last_step: int, argv: list[str], change=lambda: None):
-    """How the command ends, to which the signal comes in that step, just after `change`."""
+    """Send the signal in that step, just after `change`; return how the command ends."""
     def act(trainer):
         change()
         signal.raise_signal(number)
