@@ -35,7 +35,7 @@ def generate_rows(
     prompts = [prompt[-context:] for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
     window, cache = torch.stack([prompt[: min(lengths)] for prompt in prompts]), KVCache()
-    new = window
+    new, ends = window, torch.tensor(lengths, device=window.device)
     for position in range(min(lengths), max(lengths) + max_new_tokens):
         if window.size(1) > context:
             window, cache = window[:, -max(1, context // 2) :], KVCache()
@@ -48,8 +48,7 @@ def generate_rows(
             sample(row, temperature, top_k, top_p, generator)
             for prompt, row, generator in zip(prompts, logits, generators, strict=True)])  # (n, 1)
         window = torch.cat((window, new), 1)
-        reads = torch.tensor([position < length for length in lengths], device=new.device)
-        yield new[:, 0].masked_fill(reads, -1)
+        yield new[:, 0].masked_fill(position < ends, -1)
 
 
 def sample(
