@@ -97,8 +97,11 @@ def draw(results: dict, path) -> None:
     along = any(figures["axis"] for figures in contenders.values())
     if pyplot and (along or ratios):
         figure = draw_axes(contenders) if along else draw_ratios(ratios)
-        figure.suptitle(f"{results['base']}, {results['machine']}\nmedian of {results['rounds']} "
-                        "rounds, and from the least to the most", fontsize=10)
+        many = results["rounds"]
+        how = "one round"
+        if many > 1:
+            how = f"median of {many} rounds, and from the least to the most"
+        figure.suptitle(f"{results['base']}, {results['machine']}\n{how}", fontsize=10)
         save_figure(figure, path)
 
 
