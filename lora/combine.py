@@ -9,7 +9,8 @@ from common.cli import Parser, number
 from common.errors import UserError, run_command
 from common.files import refuse_existing
 from common.tensors import read_metadata
-from lora.adapter import BASE_SHA256, WEIGHTS, base_name
+from lora.adapter import BASE_SHA256, WEIGHTS
+from lora.adapter_config import base_name
 from lora.factors import Factors, read_factors, truncate, write_factors
 
 

@@ -8,9 +8,8 @@ from common.cli import Parser, add_base_option, number, print_table
 from common.errors import UserError, run_command
 from common.files import file_sha256, refuse_existing
 from lora.factors import truncate, write_factors
-from lora.inject import lora_layers
+from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
-from lora.load import add_adapter
 from lora.slices import SlicedLoRALinear
 from model.gpt2 import GPT2
 from model.hub import find_base
@@ -31,7 +30,10 @@ def main() -> None:
     with torch.device("meta"):
         model = GPT2(load_config(directory))
     needed = dict(model.named_parameters())
-    add_adapter(model, directory, LoRAConfig(args.rank, target_modules=args.target_modules), None)
+    try:
+        inject(model, LoRAConfig(args.rank, target_modules=args.target_modules))
+    except ValueError as error:
+        raise UserError(f"--rank, --target-modules: {error}") from error
     targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0
     ranks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < args.rank] + [args.rank]
     if any(isinstance(layer, SlicedLoRALinear) for layer in targets.values()):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.tensors import read_shapes, read_tensors
-from lora.adapter import PREFIX, WEIGHTS, load_adapter_config, write_adapter
+from lora.adapter import PREFIX, WEIGHTS, write_adapter
+from lora.adapter_config import load_adapter_config
 from lora.layer import LoRAConfig
 from lora.targets import layer_config
 

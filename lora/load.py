@@ -9,7 +9,8 @@ import torch
 from common.cli import add_base_option
 from common.errors import UserError
 from common.files import brief, file_sha256
-from lora.adapter import base_name, check_base, load_adapter
+from lora.adapter import check_base, load_adapter
+from lora.adapter_config import base_name
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from model.gpt2 import GPT2

@@ -67,9 +67,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
     args, others = parser.parse_known_args()
     default = parse_options("-", [args.method])
-    ranks = args.r or [default.r if args.method == "lora" else None]
+    values = (args.lr or [default.lr], args.r or [default.r if args.method == "lora" else None],
+              args.seed or [default.seed])
     plan, results, failed = [], {}, False
-    for lr, r, seed in product(args.lr or [default.lr], ranks, args.seed or [default.seed]):
+    for lr, r, seed in product(*map(dict.fromkeys, values)):  # a value given twice is one run
         options = [f"lr={lr}"] + [f"r={r}"] * bool(r) + [f"seed={seed}"]
         out = args.out / ",".join(options)
         plan.append(((lr, r), out, [args.method, *others, *(f"--{x}" for x in options),

@@ -20,7 +20,8 @@ from torch import Tensor
 from common import figures
 from common.errors import UserError
 from data.tokens import load_tokens
-from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from lora.adapter import WEIGHTS, load_adapter, save_adapter
+from lora.adapter_config import CONFIG
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config

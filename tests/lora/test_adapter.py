@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
 from common.files import file_sha256
-from lora.adapter import BASE_SHA256, load_adapter, load_adapter_config, save_adapter
+from lora.adapter import BASE_SHA256, load_adapter, save_adapter
+from lora.adapter_config import load_adapter_config
 from lora.load import load_model, named_base
 from model.weights import load_gpt2
 from tests.adapters import adapted

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from lora.adapter import WEIGHTS, load_adapter, save_adapter
+from lora.adapter_config import CONFIG
 from lora.inject import lora_layers
 from lora.merge import merge, unwrap
 from model.plain import plain_operations

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import UserError
-from lora.adapter import CONFIG, WEIGHTS, adapter_tensors, load_adapter, save_adapter
+from lora.adapter import WEIGHTS, adapter_tensors, load_adapter, save_adapter
+from lora.adapter_config import CONFIG
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from model.weights import load_gpt2

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 import generate
-from lora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
+from lora.adapter import WEIGHTS, load_adapter, save_adapter
+from lora.adapter_config import CONFIG
 from lora.dora import DoRALinear
 from lora.fa import freeze_a
 from lora.inject import adapter_disabled, inject, lora_layers

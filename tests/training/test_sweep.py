@@ -34,7 +34,7 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
                      seed) for seed in (1, 2)]
     run_acting({3: die}, *arguments("lora", base, book, out / names[0], *SHORT, *rate, "--r", 2,
                                     "--seed", 1))
-    command = arguments("lora", base, book, out, *SHORT, *rate, "--r", 2, 99, "--seed", 1, 2)
+    command = arguments("lora", base, book, out, *SHORT, *rate, "--r", 2, 99, "--seed", 1, 2, 1)
     ending = run(sweep.main, *command)
     assert [child.status for child in children] == [0, 0, 2, 2] and ending.status == 1
     assert "resuming after step 2 of 4" in children[0].stdout
@@ -51,11 +51,11 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
                        f"{min(losses):.4f} .. {max(losses):.4f}"]
     assert (out / "sweep.png").stat().st_size > 10_000
     before = contents(out / names[0])
-    assert run(sweep.main, *command[:-4], "--seed", 1, 2).status == 0
+    assert run(sweep.main, *command[:-5], "--seed", 1, 2).status == 0
     assert all("nothing to resume" in child.stdout for child in children[-2:])
-    assert run(sweep.main, *command[:-4], "--seed", 1, "--epochs", 7).status == 1
+    assert run(sweep.main, *command[:-5], "--seed", 1, "--epochs", 7).status == 1
     assert contents(out / names[0]) == before and (out / "sweep.md").read_text() == table
-    assert run(sweep.main, *command[:-4], "--seed", 1, "--overwrite").status == 0
+    assert run(sweep.main, *command[:-5], "--seed", 1, "--overwrite").status == 0
     assert "resum" not in children[-1].stdout
 
 
