@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from experiments import (
+    diagram,
     gradients,
     initialisation,
     learning_rate,
@@ -29,6 +30,18 @@ def run(experiment, tmp_path, *options):
     data = experiment.main(["--short", "--out", str(tmp_path), *map(str, options)])
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
     return data
+
+
+def test_diagram(tmp_path, monkeypatch):
+    """The numbers in the picture of a layer are those of GPT-2's c_attn at rank 8."""
+    monkeypatch.setattr(diagram, "ROOT", tmp_path)
+    diagram.main()
+    assert (tmp_path / "docs" / "figures" / "lora.png").stat().st_size > 10_000
+    layer = LoRALinear(nn.Linear(768, 2304), LoRAConfig(r=8, lora_alpha=16))
+    trained = sum(p.numel() for p in layer.adapter().values())
+    frozen = layer.base_layer.weight.numel()
+    for number in (f"{trained:,}", f"{frozen:,}", f"{trained / frozen:.1%}".replace("%", " %")):
+        assert any(number in words for words in diagram.TEXTS)
 
 
 def test_gradients_are_the_lessons():
