@@ -110,7 +110,7 @@ print("norms of the first gradients:", first_gradients)
 # %% [markdown]
 # ## Thirty steps
 #
-# The loop of `train.py`, without mixed precision, warm-up and clipping.
+# The loop of `train.py`, without mixed precision, schedule, clipping and dropout.
 
 # %%
 optimizer = torch.optim.AdamW(trained, lr=1e-2)
