@@ -20,8 +20,7 @@ def can_draw() -> bool:
     return pyplot is not None
 
 
-def save_figure(figure, path: Path) -> bool:
+def save_figure(figure, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
     pyplot.close(figure)
-    return True

@@ -17,7 +17,7 @@ NOT_SCORED = -100  # F.cross_entropy's ignore_index
 
 
 def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
-    """Return the training part and, the last `val_fraction` of the tokens, the validation part."""
+    """Return the training part and the validation part, the last `val_fraction` of the tokens."""
     cut = len(tokens) - int(len(tokens) * val_fraction)
     return tokens[:cut], tokens[cut:]
 

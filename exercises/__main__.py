@@ -182,6 +182,9 @@ def main() -> int:
         except (Wrong, NotImplementedError) as error:
             print(f"{n}: {str(error) or 'not answered yet'}")
             failed = 1
+        except Exception as error:  # the reader's own code
+            print(f"{n}: {type(error).__name__}: {error}")
+            failed = 1
     return failed
 
 

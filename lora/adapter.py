@@ -22,6 +22,8 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6
 PREFIX = f"base_model.model.{TRANSFORMER}"
 BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: the base's weights file; PEFT ignores it
+
+
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every layer's A and B, and DoRA's vector, under the key that PEFT gives it."""
     return {f"{PREFIX}{name}.{part}": tensor for name, layer in lora_layers(model).items()

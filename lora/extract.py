@@ -31,7 +31,8 @@ def main() -> None:
         model = GPT2(load_config(directory))
     needed = dict(model.named_parameters())
     try:
-        inject(model, LoRAConfig(args.rank, target_modules=args.target_modules))
+        names = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
+        inject(model, LoRAConfig(args.rank, target_modules=names))
     except ValueError as error:
         raise UserError(f"--rank, --target-modules: {error}") from error
     targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0

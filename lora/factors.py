@@ -47,8 +47,8 @@ def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
-    """Read an adapter by layer. Raises UserError if it is not an A and a B of the layer's rank for
-    each layer, and nothing else, or if it is DoRA.
+    """Read an adapter by layer. Raises UserError for DoRA, and unless the file holds exactly an A
+    and a B of the configured rank for each layer.
     """
     path, config = Path(directory) / WEIGHTS, load_adapter_config(directory)
     if config.use_dora:

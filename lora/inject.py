@@ -19,15 +19,11 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; merge it first")
-    targets = find_targets(model, config)
-    layers = {name: model.get_submodule(name) for name in targets}
-    wrapped: dict[nn.Linear, LoRALinear] = {}
-    for name, layer in layers.items():
-        if layer not in wrapped:  # by layer, and not by name: one that has two stays one
-            wrapped[layer] = _wrap(layer, layer_config(config, name), targets[name])
+    wrapped = {name: _wrap(model.get_submodule(name), layer_config(config, name), slices)
+               for name, slices in find_targets(model, config).items()}
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, wrapped[layer])
+    for name, layer in wrapped.items():
+        model.set_submodule(name, layer)
 
 
 def _wrap(layer: nn.Linear, config: LoRAConfig, slices: set[str]) -> LoRALinear:

@@ -44,8 +44,8 @@ class LoRALinear(nn.Module):
 
     Shapes: x (..., in), A = lora_A.weight (r, in), B = lora_B.weight (out, r), y (..., out).
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zero, so a new adapter changes nothing.
-    A and B stay in fp32 whatever the base is in: their steps are small, and fp16 gradients could
-    not be unscaled. Raises ValueError for a rank outside 1 .. min(in, out).
+    What is trained stays in fp32 whatever the base is in: its steps are small, and fp16 gradients
+    could not be unscaled. Raises ValueError for a rank outside 1 .. min(in, out).
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):

@@ -10,7 +10,6 @@ from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import refuse_existing
 from lora.inject import lora_layers
-from lora.layer import LoRALinear
 from lora.load import add_model_options, load_model
 from model.tokenizer_files import save_tokenizer
 from model.weights import save_gpt2
@@ -40,9 +39,8 @@ def unmerge(model: nn.Module) -> None:
 
 def unwrap(model: nn.Module) -> None:
     """Put the plain linear layers back in place, with what was merged into them."""
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, LoRALinear):
-            model.set_submodule(name, layer.base_layer)
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.base_layer)
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ class SlicedLoRALinear(LoRALinear):
     in the paper's experiments (Hu et al. 2021, 4.2) and in loralib's MergedLinear.
 
     Shapes: A_i (r, in), B_i (d, r). Stacked, with each B_i in its slice's rows and its own columns
-    of a B (3 d, n r) that is zero elsewhere, they are plain LoRA of rank n r with the same scaling:
-    so it is computed, and so it is written.
+    of a B (3 d, n r) that is zero elsewhere, they are plain LoRA of rank n r with the same scaling.
+    They are computed, and saved, in this form.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: set[str]):

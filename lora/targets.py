@@ -24,7 +24,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     MLP's. `layers_to_transform` limits the suffixes to these blocks. Raises ValueError for a
     target, block or pattern that matches nothing, and for a target that is not a linear layer.
     """
-    modules = {PREFIX + name: m for name, m in model.named_modules(remove_duplicate=False)}
+    modules = {PREFIX + name: m for name, m in model.named_modules()}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     targets, blocks = config.target_modules, config.layers_to_transform
     if isinstance(targets, str) and blocks:

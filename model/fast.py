@@ -5,7 +5,7 @@
 - `causal_attention`: matmul, softmax, dropout, matmul; the fused kernel has no dropout on a CPU.
 - `tied_cross_entropy`, `score`: the logits are never whole, and the loss takes three matmuls.
 
-All but the loss are for the CPU; elsewhere they call what they replace. docs/speed.md has what
+The first three are for the CPU; elsewhere they call what they replace. docs/speed.md has what
 each of them gains, and `python -m benchmarks.operations` measures it.
 """
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from model import fast as ops
 from model.gpt2 import GPT2, KVCache
 
 
@@ -21,12 +22,12 @@ def generate_rows(
     generators: Sequence[torch.Generator | None], *,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, never: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Draw tokens (n,) one by one after each of n prompts (T_i,), with the row's own generator, but
-    those that are `never` drawn, bool (V,).
+    """Draw one token after another for each of n prompts (T_i,), with the row's own generator.
+    Tokens marked in `never`, bool (V,), are not drawn.
 
     All rows begin at their first token, so that no padding is needed: the shortest prompt is read
     at once, and of a longer one the tokens that are left come, one a step, in place of drawn ones.
-    Such a step gives -1 for the row. The last row gets `max_new_tokens`, the others more.
+    Such a step gives -1 for the row. The longest prompt gets `max_new_tokens`, the others more.
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.
@@ -40,7 +41,8 @@ def generate_rows(
         if window.size(1) > context:
             window, cache = window[:, -max(1, context // 2) :], KVCache()
             new = window
-        logits = model(new, cache)[:, -1].float()  # (n, V)
+        hidden = model.hidden(new, cache)[:, -1]  # (n, C); no logits of a prompt's other tokens
+        logits = ops.linear(hidden, model.wte.weight).float()  # (n, V)
         if never is not None:
             logits = logits.masked_fill(never, -torch.inf)
         new = torch.stack([
@@ -68,5 +70,6 @@ def sample(
     if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
-        logits = logits.index_fill(0, index[before >= top_p], -torch.inf)
+        rare = torch.zeros_like(before, dtype=torch.bool).scatter(0, index, before >= top_p)
+        logits = logits.masked_fill(rare, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

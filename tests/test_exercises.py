@@ -41,6 +41,7 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch):
     solved = dict(vars(answers))
     exec(dict(SOLUTIONS)["3"], solved)
     monkeypatch.setattr(answers, "clipped_step", solved["clipped_step"])
-    monkeypatch.setattr("sys.argv", ["exercises", "3"])
-    assert exercises.main() == 0
-    assert capsys.readouterr().out == "3: passed\n"
+    monkeypatch.setattr(answers, "alpha_for", lambda scaling, r, use_rslora: None)  # no return
+    monkeypatch.setattr("sys.argv", ["exercises", "12", "3"])
+    assert exercises.main() == 1
+    assert re.fullmatch(r"12: TypeError: .+\n3: passed\n", capsys.readouterr().out)

@@ -63,7 +63,7 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def read_checkpoint(out: Path) -> dict:
-    """Return the newest whole state, with a warning if a newer one is damaged; it is removed.
+    """Return the newest whole state; if a newer one is damaged, warn and replace it.
 
     Raises UserError if no file is whole.
     """

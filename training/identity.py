@@ -13,7 +13,7 @@ from training.checkpoint import read_checkpoint
 from training.options import Options
 
 # Options that may change when a run is resumed: they do not change its result, or they are paths,
-# and what lies there is compared itself.
+# and what came of the files there is compared, or lies in the checkpoint.
 HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpointing", "resume",
             "overwrite", "base", "book", "data", "val_data", "init_adapter"}
 

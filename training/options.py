@@ -137,8 +137,7 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
         groups = {"resume": state, "overwrite": state, "book": source, "data": source}
         for f in fields(Options)[1:]:
             if f.metadata and (method == "lora" or f.name not in LORA_ONLY):
-                settings = {"default": f.default} | f.metadata | {
-                    "default": defaults.get(f.name, f.default)}
+                settings = f.metadata | {"default": defaults.get(f.name, f.default)}
                 flags = f"--{f.name.replace('_', '-')}", *settings.pop("also", ())
                 groups.get(f.name, sub).add_argument(*flags, **settings)
     values = vars(parser.parse_args(argv))
@@ -156,8 +155,10 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
     if options.data and (options.stride, options.label_shift) != (Options.stride,
                                                                   Options.label_shift):
         raise UserError("--stride and --label-shift are for books: an example is one row")
-    if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter):
-        raise UserError("--freeze-a goes with neither --loraplus-lr-ratio nor --init-adapter")
+    pissa = options.init_lora_weights == "pissa"
+    if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter or pissa):
+        raise UserError("--freeze-a does not go with --loraplus-lr-ratio, --init-adapter or "
+                        "--init-lora-weights pissa")
     if options.init_adapter and options.lora_config != LoRAConfig():
         raise UserError("--init-adapter brings its own rank, alpha, dropout, targets and kind of "
                         "LoRA; leave those options out")

@@ -43,12 +43,12 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 def write_report(options: Options, report: dict) -> None:
-    """Draw `loss.png` and write `run.json`."""
-    draw_loss(options.out, options.method, report["base_val_loss"])
+    """Write `run.json` and draw `loss.png`."""
     best, base = report["best_val_loss"], report["base_val_loss"]
     write_json(options.out / RUN, {"method": options.method, "base": options.base,
                                    "options": options.as_json(), **report,
                                    "best_val_perplexity": perplexity(best)})
+    draw_loss(options.out, options.method, base)
     print(f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
           f"after {report['seconds']:.0f} s; saved in {options.out}")
 
@@ -89,9 +89,7 @@ def compare(directories: list[Path]) -> None:
     bases = {str(run["base_sha256"]): run for _, run in reversed(runs)}
     rows = [_base_cells(run) for run in reversed(bases.values())]
     print_table(COLUMNS, rows + [_cells(*run) for run in runs])
-    picture = directories[0].resolve().parent / "compare.png"
-    if draw_comparison(runs, picture):
-        print(f"drawn in {picture}")
+    draw_comparison(runs, directories[0].resolve().parent / "compare.png")
 
 
 def _base_cells(run: dict) -> list[str]:
@@ -117,10 +115,10 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
+def draw_loss(out: Path, method: str, base_val_loss: float) -> None:
     """Draw `loss.png`: training loss, validation loss, and the base's as a line."""
     if not can_draw():
-        return False
+        return
     lines = read_metrics(out)
     validated = [line for line in lines if "val_loss" in line]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -134,13 +132,13 @@ def draw_loss(out: Path, method: str, base_val_loss: float) -> bool:
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{method}: loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    return save_figure(figure, out / "loss.png")
+    save_figure(figure, out / "loss.png")
 
 
-def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> bool:
+def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:
     """Draw validation perplexity, trainable parameters and time of each run, base included."""
     if not can_draw():
-        return False
+        return
     names = [f"{run['method']}\n({directory.name})" for directory, run in runs]
     colours = [COLOURS[run["method"]] for _, run in runs]
     first = runs[0][1]
@@ -153,7 +151,8 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> bool:
     size.set_yscale("log")
     _bars(speed, names, [run["seconds"] for _, run in runs], colours,
           "seconds, validation included", "{:,.0f}")
-    return save_figure(figure, path)
+    save_figure(figure, path)
+    print(f"drawn in {path}")
 
 
 def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,

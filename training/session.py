@@ -177,6 +177,8 @@ class Session:
                 stateful.load_state_dict(state[name])
             vars(self).update(state["session"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if describe_failure(error):  # out of memory
+                raise
             raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
         best = best_weights(self.options.out, self.options.method)
         if self.directory and self.watched["progress"].best_val_loss < math.inf and (

@@ -110,8 +110,8 @@ MISTAKES = [
     ("evaluate --base llama", "llama/config.json"), ("generate --base cut", f"cut/{MODEL}"),
     ("lora --r 33", "--r"), ("lora --target-modules", "--target-modules"), ("full --r 8", "--r"),
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
-    ("lora --freeze-a --loraplus-lr-ratio 2", "--freeze-a goes with neither"),
-    ("lora --freeze-a --init-adapter run", "--freeze-a goes with neither"),
+    *((f"lora --freeze-a {option}", "--freeze-a does not go with") for option in (
+        "--loraplus-lr-ratio 2", "--init-adapter run", "--init-lora-weights pissa")),
     *((f"lora --init-adapter run {option}", "--init-adapter brings its own") for option in (
         "--init-lora-weights pissa", "--use-dora", "--r 4", "--target-modules c_fc", "--layers 1")),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
-from lora.inject import adapter_disabled, inject, lora_layers
+from lora.inject import adapter_disabled, inject
 from lora.layer import LoRAConfig
-from lora.merge import merge, unwrap
+from lora.merge import merge
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
-from tests.adapters import ALL_FOUR, adapted, losses_of_steps, randomize
+from tests.adapters import ALL_FOUR, adapted, losses_of_steps
 from tests.helpers import TINY, relative_difference, token_ids
 from training.report import describe_parameters
 
@@ -46,21 +45,6 @@ def test_a_new_adapter_changes_no_logit_and_training_moves_a_and_b_alone(base, d
         trained = ".lora_" in name
         assert torch.equal(parameter, before[name]) is not trained, name
         assert (parameter.grad is not None) is trained is parameter.requires_grad, name
-
-
-def test_a_layer_with_two_names_stays_one_layer():
-    model = nn.ModuleDict({"a": nn.Linear(8, 8), "c": nn.Linear(8, 8)}).eval()
-    model["b"] = linear = model["a"]
-    inject(model, LoRAConfig(r=2, target_modules=("a", "b")))
-    randomize(model)
-    assert model["a"] is model["b"] and list(lora_layers(model)) == ["a"]
-    x = torch.randn(3, 8)
-    expected, weight = model["b"](x), linear.weight + model["a"].delta_weight()
-    merge(model)
-    unwrap(model)
-    assert model["a"] is model["b"] is linear and not lora_layers(model)
-    assert torch.equal(linear.weight, weight)  # merged once
-    assert relative_difference(linear(x), expected) < 1e-6
 
 
 def test_a_disabled_adapter_leaves_the_base_and_a_second_one_is_refused(base):
