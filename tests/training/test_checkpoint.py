@@ -118,6 +118,16 @@ def test_a_whole_checkpoint_that_does_not_fit_is_refused(killed, argv, tmp_path)
         assert line.startswith("error: --resume: the checkpoint does not fit this run: "), name
 
 
+def test_a_lack_of_memory_is_not_blamed_on_the_checkpoint(argv, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
+    before, ending = contents(tmp_path / "run"), run(main, *argv)
+    assert ending.status == 1 and ending.stderr.startswith("error: out of memory; try a smaller")
+    assert contents(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize("options", [(), ("--resume",)])
 def test_an_older_versions_checkpoint_is_refused_by_name(base, book, tmp_path, options):
     """Only `--overwrite` takes it away, unread: it is a pickle."""
