@@ -124,14 +124,15 @@ pretrain-mini: .venv/run
 	$(PY) -m data.corpus "$$_CORPUS" --leave-out $(HELD_OUT) --out $(MINI)/corpus.txt
 	@mkdir -p $(MINI)/init && cp model/mini/*.json $(MINI)/init
 	$(PY) train.py full --base $(MINI)/init --book $(MINI)/corpus.txt --out $(MINI)/run \
-		--block-size 256 --stride 256 --batch-size 16 --epochs 1 --lr 2e-3 \
+		--block-size 256 --stride 256 --batch-size 8 --epochs 4 --lr 1.5e-3 \
 		--warmup-ratio 0.03 --weight-decay 0.1 --val-fraction 0.005 \
-		--precision bf16 --compile --eval-every 1000 --checkpoint-every 250 --log-every 25 \
+		--precision bf16 --eval-every 2000 --checkpoint-every 5m --log-every 50 \
 		--seed 1 $(ARGS)
 	$(PY) -m model.export --base $(MINI)/run --out $(MINI)/model
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 
+# What was trained (runs) and downloaded (.cache/hub) stays.
 clean:
-	rm -rf .venv .venv-lowest .cache runs .pytest_cache .hypothesis .ruff_cache *.egg-info
+	rm -rf .venv .venv-lowest .cache/tokens .pytest_cache .hypothesis .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

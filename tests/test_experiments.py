@@ -116,11 +116,11 @@ def test_learning_rate(tmp_path):
 
 
 def test_rank(tmp_path):
+    """A higher rank learns more, if the scaling falls with it; at rank 1 a larger one does."""
     data = run(rank, tmp_path)
-    del data["full"]
-    assert all(runs[64][0] < runs[1][0] for runs in data.values())  # a higher rank learns more
-    fixed, scaled, root = (runs[1][0] for runs in data.values())
-    assert fixed < root < scaled  # at rank 1, the larger the scaling, the more is learnt
+    fixed, scaled, root = (data[rule] for rule in rank.RULES)
+    assert fixed[64][0] < fixed[1][0] and root[64][0] < root[1][0]
+    assert root[1][0] < scaled[1][0] and root[64][0] < scaled[64][0]
 
 
 def test_targets_at_one_count_of_parameters(tmp_path):
@@ -133,12 +133,12 @@ def test_targets_at_one_count_of_parameters(tmp_path):
 
 
 def test_variants(tmp_path):
-    """At LoRA's rate rsLoRA and PiSSA learn more, DoRA as much; LoRA+ more at a lower rate of A."""
+    """At LoRA's rate rsLoRA learns more, DoRA and PiSSA as much; LoRA+ more at a lower rate."""
     data = run(variants, tmp_path)
     rates, runs = zip(*(next(iter(found.items())) for found in data.values()), strict=True)
     lora, rslora, dora, pissa, plus, *_ = (perplexity for perplexity, in runs)
     assert rates[:4] == (3e-3,) * 4 and rates[4] < 3e-3
-    assert max(rslora, pissa, plus) < lora - 0.5 and dora == pytest.approx(lora, abs=0.5)
+    assert max(rslora, plus) < lora - 0.5 and [dora, pissa] == pytest.approx([lora] * 2, abs=0.5)
     trained = {name: count_parameters(trainer(max_steps=1, **options).model)["trainable_parameters"]
                for name, (_, options) in variants.CHOICES.items()}
     assert trained.pop("LoRA-FA") == 36_864 and trained.pop("DoRA") == 49_152 + 4_608
@@ -169,7 +169,7 @@ def test_spectrum(tmp_path):
         "full and full", "LoRA and LoRA", "LoRA and full", "random and random"))
     torch.testing.assert_close(floor, torch.arange(1, 257) / 256, atol=0.05, rtol=0)
     assert len(lora) == len(both) == 8 and same[-1] == pytest.approx(1)
-    assert (same[:8] > 0.3).all() and (lora < 0.2).all() and (both < same[:8] / 2).all()
+    assert (same[:8] > 0.2).all() and (lora < 0.1).all() and (both < same[:8] / 4).all()
     perplexity = {k: runs[0] for k, runs in data["cut"].items()}
     assert perplexity[512] == pytest.approx(perplexity[256], rel=1e-4)
     assert perplexity[256] < perplexity[32] < perplexity[0]
