@@ -16,6 +16,11 @@ REFUSED = {HEAD: "the head is tied to wte, and an update of one would change bot
            "wte": "it is tied to the head", "wpe": "it is an embedding, not a linear layer"}
 
 
+def target_modules(names: list[str]) -> tuple[str, ...] | str:
+    """Return what a command line's names are in `LoRAConfig`: "all-linear" alone is no name."""
+    return "all-linear" if names == ["all-linear"] else tuple(names)
+
+
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     """Return the linear layers to adapt, in module order, each with its slices (none: the whole).
 

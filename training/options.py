@@ -8,6 +8,7 @@ from pathlib import Path
 from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds
 from common.errors import UserError
 from lora.layer import LoRAConfig
+from lora.targets import target_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
@@ -142,8 +143,7 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
                 groups.get(f.name, sub).add_argument(*flags, **settings)
     values = vars(parser.parse_args(argv))
     if values["method"] == "lora":
-        targets = values["target_modules"]
-        values["target_modules"] = "all-linear" if targets == ["all-linear"] else targets
+        values["target_modules"] = target_modules([*values["target_modules"]])
     if values.get("layers_to_transform"):
         values["layers_to_transform"] = sorted(set().union(*values["layers_to_transform"]))
     if values["data"]:
