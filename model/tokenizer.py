@@ -21,7 +21,8 @@ class Tokenizer:
     """Text to token ids and back.
 
     `merges` are the single bytes and then the merged tokens, in rank order; `ids` has the id of
-    each. `special` tokens are never split; `<|endoftext|>` among them means `end_of_text`.
+    each. `special` tokens are never split; `<|endoftext|>` means `end_of_text`, unless the base has
+    a token of that name.
     """
 
     pattern: str

@@ -5,6 +5,7 @@ Both spell bytes as printable characters (Radford et al. 2019; `bytes_to_unicode
 encoder.py) and list the merges in order, which is the order of tiktoken's ranks.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +16,16 @@ from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
 
 FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
                                  "tokenizer_config.json")
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 GPT2, GPT2_SIZE = Path(__file__).with_name("gpt2_tokenizer"), 50257
-FILES = (FAST, VOCAB, MERGES, SETTINGS, "special_tokens_map.json", "added_tokens.json")
+FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED)
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """Load the tokenizer of the base in `directory`, whose config says `vocab_size`.
 
     Without files it is GPT-2's, for GPT-2's own size. Raises UserError that names the file for
-    what is no byte-level BPE, and for tokens that the model does not have.
+    anything but byte-level BPE, and for tokens that the model does not have.
     """
     directory = Path(directory)
     if (path := directory / FAST).exists():
@@ -51,27 +53,32 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 def _from_tokenizer_json(path: Path, vocab_size: int) -> Tokenizer:
     stored = read_json(path)
     model = stored.get("model") or {}
-    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+    if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
         raise UserError(f"{path}: is a {model.get('type')} tokenizer; only byte-level BPE is known")
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(field):
             raise UserError(f"{path}: {field} {brief(model[field])} is not supported")
     if stored.get("normalizer"):
         raise UserError(f"{path}: normalizer {brief(stored['normalizer'])} is not supported")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    return _byte_level(path, _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"],
+                       merges, _added(path, stored.get("added_tokens") or ()), vocab_size)
+
+
+def _added(path: Path, tokens: Iterable[dict]) -> dict[str, int]:
+    """Return the ids of tokens that are never split."""
     added = {}
-    for token in stored.get("added_tokens") or ():
-        added[token["content"]] = token["id"]
+    for token in tokens:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(f"{path}: token {brief(token['content'])} strips or needs white space "
                             "around it, which is not supported")
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return _byte_level(path, _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"],
-                       merges, added, vocab_size)
+        added[token["content"]] = token["id"]
+    return added
 
 
 def _pattern(path: Path, step: dict) -> str:
     """The regular expression that splits a text into words."""
-    steps = step.get("pretokenizers", [step])
+    steps = step.get("pretokenizers") or [step]
     pattern, last = None, steps[-1]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
         if len(steps) == 1 and last.get("use_regex", True):
@@ -88,16 +95,13 @@ def _pattern(path: Path, step: dict) -> str:
 
 
 def _from_vocab_and_merges(directory: Path, vocab_size: int) -> Tokenizer:
-    vocab, added = read_json(directory / VOCAB), {}
-    for file in ("added_tokens.json", "special_tokens_map.json"):
-        if (directory / file).exists():
-            for name, value in read_json(directory / file).items():
-                if isinstance(value, int):  # added_tokens.json: text to id
-                    added[name] = value
-                elif text := value.get("content") if isinstance(value, dict) else value:
-                    added |= {text: vocab[text]} if text in vocab else {}
-    if END_OF_TEXT in vocab:
-        added[END_OF_TEXT] = vocab[END_OF_TEXT]
+    vocab, added = read_json(directory / VOCAB), _read(directory, ADDED)
+    added |= {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+    for value in _read(directory, SPECIAL).values():  # a token or several, each a text or a dict
+        named = [token if isinstance(token, dict) else {"content": token}
+                 for token in (value if isinstance(value, list) else [value])]
+        added |= _added(directory / SPECIAL, [{**token, "id": vocab[token["content"]]}
+                                              for token in named if token["content"] in vocab])
     try:
         lines = (directory / MERGES).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -115,21 +119,34 @@ def _byte_level(path: Path, pattern: str, vocab: dict[str, int], merges: list[tu
         ids = tuple(vocab[word] for word in words)
         texts = tuple(bytes(byte_of[character] for character in word) for word in words)
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: is no byte-level BPE: its vocabulary lacks {error}") from error
-    end = added.get(_end_of_text(path.parent), added.get(END_OF_TEXT))
+        raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks {error}") from error
+    decoder = _read(path.parent, SETTINGS).get("added_tokens_decoder") or {}
+    added = _added(path.parent / SETTINGS, [{**decoder[i], "id": int(i)} for i in decoder]) | added
+    if name := _end_of_text(path.parent):
+        if name not in added and name not in vocab:
+            raise UserError(f"{path}: lacks the base's end-of-text token, {brief(name)}")
+        added.setdefault(name, vocab.get(name))
+    end = added.get(name or END_OF_TEXT)
     if end is not None:
         added = {END_OF_TEXT: end} | added
     return Tokenizer(pattern, texts, ids, added, end, vocab_size, path.parent)
 
 
-def _end_of_text(directory: Path) -> str:
+def _end_of_text(directory: Path) -> str | None:
     """Return the end-of-text token that the base's own files name."""
-    for file in (SETTINGS, "special_tokens_map.json"):
-        if (directory / file).exists():
-            token = read_json(directory / file).get("eos_token")
-            if token := token.get("content") if isinstance(token, dict) else token:
-                return token
-    return END_OF_TEXT
+    settings = _read(directory, SETTINGS)
+    if settings.get("add_prefix_space"):
+        raise UserError(f"{directory / SETTINGS}: add_prefix_space is not supported")
+    for named in (settings, _read(directory, SPECIAL)):
+        token = named.get("eos_token")
+        if token := token.get("content") if isinstance(token, dict) else token:
+            return token
+    return None
+
+
+def _read(directory: Path, file: str) -> dict:
+    """Read a file that a base may lack."""
+    return read_json(directory / file) if (directory / file).exists() else {}
 
 
 @cache

@@ -1,5 +1,6 @@
 """Compares each form of tokenizer files with transformers' reading of it; refuses other kinds."""
 
+import json
 import random
 import unicodedata
 from base64 import b64encode
@@ -25,7 +26,8 @@ from training.options import BOOK
 
 ASSIGNED = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs")]
 MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a", "1"], k=65_000))
-PARTS = [*" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>", "<user>"]
+PARTS = [*" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>", "<user>",
+         "<|im_end|>"]
 TEXTS = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
 LETTERS = sorted(ByteLevel.alphabet())
 # Of OpenAI's r50k_base.tiktoken, which has a token's bytes and its rank on each line.
@@ -68,8 +70,16 @@ def pairs(tmp_path_factory) -> dict:
     both = {name: (load_tokenizer(place / name, size), fast.from_pretrained(place / name))
             for name, (size, _) in FORMS.items()}
     Tokenizer.from_file(str(place / "GPT-2" / "tokenizer.json")).model.save(str(place))
+    (place / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "added_tokens_decoder": {"50257": {
+            "content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False,
+            "single_word": False, "special": True}}}))
+    (place / "special_tokens_map.json").write_text(
+        json.dumps({"additional_special_tokens": [END_OF_TEXT], "pad_token": None}))
     theirs = transformers.GPT2Tokenizer.from_pretrained(place)
-    return both | {"vocab and merges": (load_tokenizer(place, 50257), theirs)}
+    ours = load_tokenizer(place, 50258)
+    assert ours.end_of_text == theirs.eos_token_id == 50257
+    return both | {"vocab and merges": (ours, theirs)}
 
 
 @settings(deadline=None, max_examples=300)
@@ -90,7 +100,8 @@ def test_tokens_of_a_book_and_of_mixed_unicode_are_those_of_transformers(name, p
         assert ours.encode(text).tolist() == theirs.encode(text, add_special_tokens=False)
     (last,), wide = ours.encode("a"), name == "uint32"
     assert last.dtype == (np.uint32 if wide else np.uint16) and (last > 65_535) == wide
-    assert ours.encode(END_OF_TEXT).tolist() == [ours.end_of_text]
+    end = "<|im_end|>" if name == "vocab and merges" else END_OF_TEXT
+    assert ours.encode(end).tolist() == [ours.end_of_text]
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(pairs):
@@ -120,7 +131,7 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
 @pytest.mark.parametrize("content, reason", [
     (Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).to_str(), "is a WordPiece tokenizer"),
     (Tokenizer(models.Unigram([("a", 0.0)])).to_str(), "is a Unigram tokenizer"),
-    (Tokenizer(CHARACTERS).to_str(), "pre_tokenizer"), (write(CHARACTERS), "is no byte-level BPE"),
+    (Tokenizer(CHARACTERS).to_str(), "pre_tokenizer"), (write(CHARACTERS), "is not byte-level BPE"),
     (TINY.replace('"normalizer":null', '"normalizer":{"type":"NFC"}'), "normalizer {'type': 'NFC"),
     (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
     (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
@@ -144,5 +155,11 @@ def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it
     ranks = (b64encode(whole.bytes_of[i]) + b" %d\n" % i for i in range(50256))
     assert sha256(b"".join(ranks)).hexdigest() == PUBLISHED
     (tmp_path / "tokenizer.json").write_text(TINY.replace(END_OF_TEXT, "<end>"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    (config := tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 300).encode(f"</s>{END_OF_TEXT}").tolist() == [1, 1]
+    config.write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(UserError, match=r"lacks the base's end-of-text token, '<.im_end.>'"):
+        load_tokenizer(tmp_path, 300)
+    config.write_text('{"add_prefix_space": true}')
+    with pytest.raises(UserError, match=r"config\.json: add_prefix_space is not"):
+        load_tokenizer(tmp_path, 300)
