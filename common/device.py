@@ -36,9 +36,10 @@ class Device:
             raise UserError(f"--device {device}: this machine or this build of torch has none; "
                             "use cpu")
         if device == "cuda" and (failure := _first_kernel_fails()):
-            reason = (f"the GPU's first kernel fails ({failure}); a GPU older than Turing needs "
-                      "torch from PyTorch's cu126 index")
-            if asked == "cuda":
+            old = "no kernel image" in failure
+            reason = f"the GPU's first kernel fails ({failure})" + old * (
+                "; a GPU older than Turing needs torch from PyTorch's cu126 index")
+            if asked == "cuda" or not old:  # a full or busy GPU is no reason to train for hours
                 raise UserError(f"--device cuda: {reason}")
             print(f"warning: the CPU is used: {reason}", file=sys.stderr)
             device = "cpu"

@@ -44,7 +44,9 @@ def test_a_gpu_that_runs_no_kernel_is_left_or_refused_in_one_line(gpu, capsys):
     with pytest.raises(UserError, match=r"^--device cuda: .*no kernel image.*cu126[^\n]*$"):
         Device.pick("cuda")
     assert Device.pick("cpu").torch.type == "cpu" and not capsys.readouterr().err
-
+    gpu.side_effect = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+    with pytest.raises(UserError, match=r"^--device cuda: .* \(CUDA out of memory\..*\)$"):
+        Device.pick()  # and no hours on the CPU
 
 def test_fp16_is_not_for_training_on_mps_and_its_generator_is_saved(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
