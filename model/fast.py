@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for x of 2 or more dimensions; gains most where x is short and y is wide."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if not (ONEDNN and fp32_on_cpu) or cast_or_compiled:
+    if not (ONEDNN and fp32_on_cpu and x.numel()) or cast_or_compiled:
         return F.linear(x, weight, bias)
     return (_OneDNNLinear.apply if torch.is_grad_enabled() else _onednn)(x, weight, bias)
 
@@ -50,7 +50,7 @@ class _OneDNNLinear(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)  # g = dL/dy
         return (_onednn(grad, weight.T) if for_x else None,  # dL/dx = g W
-                rows.T @ x.flatten(0, -2) if for_weight else None,  # g^T x; oneDNN would copy both
+                _onednn(rows.T, x.flatten(0, -2).T) if for_weight else None,  # dL/dW = g^T x
                 rows.sum(0) if for_bias else None)
 
 
@@ -155,7 +155,7 @@ def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
         if len(w) > vocab_size:
             z[:, vocab_size:].fill_(-math.inf)
         p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
-        at_target = z.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+        at_target = z.gather(1, y[:, None]).squeeze(1)
         log_sum_exp = z.amax(-1).float() - p.amax(-1).log()  # since max p = exp(max z) / sum exp(z)
         yield h_rows, y, z, p, log_sum_exp - at_target
 
@@ -180,7 +180,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
             p = p if w.dtype == p.dtype else z.copy_(p)
             grad_h.append(linear(p, w.T))
             if grad_w is not None:
-                grad_w += (p.T @ h_rows)[: len(weight)]
+                grad_w += linear(p.T, h_rows.T)[: len(weight)]
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total
 

@@ -234,4 +234,4 @@ def test_a_padded_head_gives_the_same_loss_gradients_and_scores(monkeypatch, V, 
                 lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), hidden, weight)
     for padded, plain_score in zip(ops.score(hidden, weight, targets), scores, strict=True):
         assert_close(padded.double(), plain_score.double(), TOLERANCE[dtype])
-    assert {(128, 16), (16, 128)} == set(widths)
+    assert {(128, 16), (16, 128)} == {w for w in widths if max(w) > len(hidden)}
