@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def evaluate(
 ) -> Scores:
     """Score the targets that are not NOT_SCORED, of inputs and targets (B, T).
 
-    Raises RunError if the loss is not finite.
+    Raises RunError if the loss is not finite, and UserError for end-of-text tokens alone.
     """
     # The loss and the greedy hits, both as sums over tokens.
     sums = torch.zeros(2, device=device.torch,
@@ -67,19 +68,23 @@ def evaluate(
     model.eval()
     try:
         for inputs, targets in ranks.every(batches):
-            tokens = targets[targets != NOT_SCORED].numpy()
-            counts += torch.tensor([len(tokens), int(tokenizer.byte_counts[tokens].sum())])
-            inputs, targets = device.copy(inputs), device.copy(targets).flatten()
+            targets = targets.flatten()
+            scored = (targets != NOT_SCORED).nonzero().squeeze(1)  # here, where no GPU must wait
+            targets = targets[scored]
+            length = tokenizer.byte_counts[targets.numpy()].sum(dtype=np.int64)
+            counts += torch.tensor([len(targets), int(length)])
+            inputs, targets, scored = map(device.copy, (inputs, targets, scored))
             with device.autocast():
-                hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
+                hidden = model.hidden(inputs).flatten(0, 1)[scored]  # (n, C)
                 losses, hits = ops.score(hidden, model.wte.weight, targets)
-            scored = targets != NOT_SCORED
-            sums += torch.stack([x[scored].sum(dtype=sums.dtype) for x in (losses, hits)])
+            sums += torch.stack([x.sum(dtype=sums.dtype) for x in (losses, hits)])
     finally:
         model.train(was_training)
     ranks.add_up([sums])
     ranks.add_up([counts])
     (loss, hits), (tokens, text_bytes) = sums.tolist(), counts.tolist()
+    if not text_bytes:
+        raise UserError("the text to score is end-of-text tokens alone")
     if not math.isfinite(loss):
         raise RunError(f"the loss on the text is {loss}; try --precision fp32, or train "
                        "with a lower --lr")

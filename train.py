@@ -86,6 +86,7 @@ class Trainer:
         self.options, self.device, self.tokenizer, self.ranks = options, device, tokenizer, ranks
         self.model, self.windows, self.validation = device.hold(model), windows, validation
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        ranks.start_alike(self.parameters.values())
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr,
                                            weight_decay=options.weight_decay, fused=True)
@@ -116,9 +117,8 @@ class Trainer:
         mine = self.ranks.share(batch)
         total = torch.zeros((), device=self.device.torch)
         for part in np.array_split(mine, max(1, min(options.grad_accum, len(mine)))):
-            inputs, targets = map(self.device.copy, self.windows.batch(part))  # (B, T) each
             with self.device.autocast():
-                loss = self.summed_loss(inputs, targets)
+                loss = self.summed_loss(*self.windows.batch(part))
             # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
             self.scaler.scale(loss / tokens).backward()
             total += loss.detach()
@@ -135,14 +135,18 @@ class Trainer:
         self.meter.end_step(self.progress.step, total, tokens, grad_norm)
 
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up."""
+        """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up.
+
+        `inputs` and `targets` (B, T) are on the CPU.
+        """
         if not len(inputs):  # a rank without windows: flash attention refuses them (pytorch#133780)
             return 0 * sum(p.sum() for p in self.parameters.values())
-        hidden, targets = self.hidden(inputs).flatten(0, 1), targets.flatten()  # (B * T, C)
+        hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
+        targets = targets.flatten()
         if self.options.data:  # of a window every token is scored, of an example few
-            scored = targets != NOT_SCORED
-            hidden, targets = hidden[scored], targets[scored]
-        return ops.tied_cross_entropy(hidden, self.model.wte.weight, targets)
+            scored = (targets != NOT_SCORED).nonzero().squeeze(1)  # here, where no GPU must wait
+            hidden, targets = hidden[self.device.copy(scored)], targets[scored]
+        return ops.tied_cross_entropy(hidden, self.model.wte.weight, self.device.copy(targets))
 
     def measure(self) -> dict:
         """The metrics of the steps since the last call."""

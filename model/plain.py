@@ -40,10 +40,7 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(target), nats, (N,), and whether the target is the likeliest token, bool (N,).
-
-    Shapes as above; the loss of a target of -100 is 0 here, and undefined in `fast.py`.
-    """
+    """-log p(target), nats, (N,), and whether the target is the likeliest token, bool (N,)."""
     logits = F.linear(hidden, weight)
     return F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets
 

@@ -73,7 +73,11 @@ class Ranks:
         self._call(lambda: dist.init_process_group(backend, timeout=PATIENCE))
         with (open(os.devnull, "w") as nowhere,
               redirect_stdout(sys.stdout if self.first else nowhere)):
-            yield
+            try:
+                yield
+            except SystemExit:  # a signal, at which all ranks end together
+                dist.destroy_process_group()
+                raise
         dist.destroy_process_group()
 
     def _call(self, collective: Callable[[], object]) -> None:
@@ -115,6 +119,11 @@ class Ranks:
             if different := [name for name in first if other[name] != first[name]]:
                 raise UserError(f"rank {rank} and rank 0 differ in {', '.join(different)}; start "
                                 "every rank with the same options, base and book")
+
+    def start_alike(self, parameters: Iterable[Tensor]) -> None:
+        """Give each rank the first's parameters: another machine may read or draw others."""
+        for parameter in parameters if self.count > 1 else ():
+            self._call(lambda p=parameter: dist.broadcast(p.detach(), 0))
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, all in one message."""

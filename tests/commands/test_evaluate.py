@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.device import Device
-from common.errors import RunError
+from common.errors import RunError, UserError
 from data.windows import evaluation_batches
 from evaluate import Scores, evaluate
 from model.weights import load_gpt2
@@ -119,6 +119,8 @@ def test_a_loss_that_is_not_a_number_is_an_error(models):
     broken.ln_f.bias.data[0] = math.nan
     with pytest.raises(RunError, match="the loss on the text is nan"):
         score(broken, models[2], 16)
+    with pytest.raises(UserError, match="end-of-text tokens alone"):
+        score(models[0], np.array([0, TOKENIZER.end_of_text]), 16)
 
 
 def test_perplexity_is_finite_for_any_loss():
