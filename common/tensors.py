@@ -54,9 +54,10 @@ def read_keys(path: Path) -> set[str]:
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes in a safetensors header. Raises UserError for a file of something else."""
-    with _naming(path), safe_open(path, framework="pt") as file:
-        return {key: file.get_slice(key).get_shape() for key in file.keys()}
+    """Return the shapes of a file's tensors. Raises UserError for a file of something else."""
+    keys, get = _open(path)
+    with _naming(path):
+        return {key: list(get(key).shape) for key in keys}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

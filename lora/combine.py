@@ -8,8 +8,7 @@ import torch
 from common.cli import Parser, number
 from common.errors import UserError, run_command
 from common.files import refuse_existing
-from common.tensors import read_metadata
-from lora.adapter import BASE_SHA256, WEIGHTS
+from lora.adapter import base_hash
 from lora.adapter_config import base_name
 from lora.factors import Factors, read_factors, truncate, write_factors
 
@@ -53,7 +52,7 @@ def main() -> None:
     if len(weights) != len(args.adapters):
         raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")
     refuse_existing(args.out)
-    bases = {read_metadata(d / WEIGHTS).get(BASE_SHA256): d for d in args.adapters}
+    bases = {base_hash(d): d for d in args.adapters}
     bases.pop(None, None)  # an adapter from elsewhere does not say
     if len(bases) > 1:
         raise UserError("{} and {}: are adapters of different bases".format(*bases.values()))
