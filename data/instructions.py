@@ -10,7 +10,7 @@ are the same; the third role is `system`. The model reads (white space around a 
     Assistant: You do.<|endoftext|>
 
 and is scored on each assistant's content, the space before it and the end-of-text after it. That
-ends the assistant's line; the others end with a new line.
+ends the assistant's line; the others end with a newline.
 """
 
 import json
@@ -88,13 +88,16 @@ def load_instructions(data: Path, val_data: Path | None, tokenizer: Tokenizer, b
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    A longer example loses its beginning, and a line says how many do. Raises UserError that names
-    the line of what is not an example, or of a last completion that alone is longer.
+    A longer example loses its beginning, and a line says how many do. Empty lines are skipped.
+    Raises UserError that names the line of what is not an example, or of a last completion that
+    alone is longer.
     """
     check_regular(path)
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_RUN), b""), 1):
+            if not line.strip():
+                continue
             try:
                 ids, scored = encode(_turns(line), tokenizer)
                 if scored[-block_size - 1 :].all():

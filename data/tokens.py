@@ -37,7 +37,7 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     """Return the end-of-text token's id. Raises UserError if the base has none."""
     if tokenizer.end_of_text is None:
         raise UserError(f"{tokenizer.source}: its tokenizer has no end-of-text token, which "
-                        "--data and several books need")
+                        "--data, --chat and several books need")
     return tokenizer.end_of_text
 
 

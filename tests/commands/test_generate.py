@@ -137,9 +137,8 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, an
     lines = ["Who lights it? ", "And then?", "When?", f"Does {60 * 'it '}"]
     monkeypatch.setattr(command, "stream_text", answer)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
-    monkeypatch.setattr(command, "load_model", lambda *_: (
-        "tiny", GPT2(GPT2Config(n_positions=100, n_layer=1, n_embd=4, n_head=1, vocab_size=VOCAB)),
-        small_tokenizer(VOCAB)))
+    model, tokenizer = GPT2(GPT2Config(VOCAB, 100, 4, 1, 1)), small_tokenizer(VOCAB)
+    monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, tokenizer))
     ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", answer_tokens)
     assert (ending.status, ending.stdout) == (0, "You.\n\nAt dusk.\nNo.\n")
     end = "<|endoftext|>"
@@ -152,7 +151,9 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, an
               for turn, row in enumerate(sizes)]  # with room for an answer, or the line alone
     assert seen == ["".join(said[first:turn]) + asks[turn] for turn, first in enumerate(starts)]
     assert starts == ([0, 0, 0, 3] if answer_tokens == 7 else [0, 0, 1, 3])
-
+    endless = replace(tokenizer, end_of_text=None)
+    monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, endless))
+    assert "--chat" in one_line(run(command.main, "--chat", "--device", "cpu"), 2)
 
 def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
     options = ("--max-new-tokens", 100, "--seed", 3)

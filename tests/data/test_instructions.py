@@ -168,7 +168,7 @@ def test_an_examples_logits_in_a_padded_batch_are_those_it_has_alone(made):
 def test_both_forms_are_read_as_the_template_says(tmp_path):
     talk = [turn("system", "Be brief."), *(turn(*t) for t in (
         ("user", "Who?"), ("assistant", "You."), ("user", "When?"), ("assistant", "At dusk.")))]
-    path = write(tmp_path / "x.jsonl", example(" Who?", "You.\n"),
+    path = write(tmp_path / "x.jsonl", example(" Who?", "You.\n"), "",
                  json.dumps({"messages": [turn("user", "Who?"), turn("assistant", "You.")]}),
                  b"\xef\xbb\xbf" + json.dumps({"messages": talk}).encode())
     short, same, long = read_examples(path, TOKENIZER, 200)
@@ -184,7 +184,7 @@ def test_both_forms_are_read_as_the_template_says(tmp_path):
 
 BAD = [
     ("not json", "is not JSON"), ('{"prompt": "a"', "is not JSON"), ("[" * 9000, "is not JSON"),
-    ("", "is not JSON"), ('{"prompt": "a\0", "completion": "b"}', "is not JSON"),
+    ('{"prompt": "a\0", "completion": "b"}', "is not JSON"),
     (r'{"prompt": "a\u0000", "completion": "b"}', "holds a NUL"),
     (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
     (example("a", "b" * 10_000_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
