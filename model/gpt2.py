@@ -44,21 +44,17 @@ class KVCache:
     """Keys and values of the tokens seen so far, one (B, H, T, D) pair a block."""
 
     def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.blocks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
-        return self.keys[0].size(2) if self.keys else 0
+        return self.blocks[0][0].size(2) if self.blocks else 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append one block's new keys and values; return all of that block's."""
-        if layer == len(self.keys):
-            self.keys.append(k)
-            self.values.append(v)
-        else:
-            self.keys[layer] = torch.cat((self.keys[layer], k), dim=2)
-            self.values[layer] = torch.cat((self.values[layer], v), dim=2)
-        return self.keys[layer], self.values[layer]
+        if layer in self.blocks:
+            k, v = (torch.cat(x, dim=2) for x in zip(self.blocks[layer], (k, v), strict=True))
+        self.blocks[layer] = k, v
+        return k, v
 
 
 class Attention(nn.Module):

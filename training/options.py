@@ -78,9 +78,9 @@ class Options:
     eval_every: int | None = option(None, number(int, 1), "validate every so many steps, besides "
                                     "after each epoch")
     log_every: int = option(10, number(int, 1), "steps a line of metrics.jsonl")
-    checkpoint_every: int | float = option(600.0, steps_or_seconds, "save every N steps, or every "
-                                           "Ns seconds or Nm minutes (default: 10m), besides after "
-                                           "each epoch", metavar="N")
+    checkpoint_every: int | float = option(600.0, steps_or_seconds, "save every N steps, or after "
+                                           "a time such as 90s or 10m (default: 10m), besides "
+                                           "after each epoch", metavar="N")
     resume: bool = option(False, help="go on with the run in --out")
     overwrite: bool = option(False, help="replace the run in --out")
     # LoRA only
@@ -101,8 +101,8 @@ class Options:
                             "direction")
     init_lora_weights: bool | str = option(True, str, "PiSSA: start from W's largest singular "
                                            "vectors", choices=("pissa",))
-    loraplus_lr_ratio: float | None = option(None, number(float, 1.0, 1e4), "LoRA+: B's learning "
-                                             "rate, in A's")
+    loraplus_lr_ratio: float | None = option(None, number(float, 1.0, 1e4), "LoRA+: ratio of B's "
+                                             "learning rate to A's")
     freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory")
     init_adapter: Path | None = option(None, Path, "start from this adapter; it brings its own "
                                        "rank, alpha, dropout, targets and kind", metavar="DIR")
