@@ -217,14 +217,15 @@ def no_waiting(opts: Namespace, report: Report) -> None:
     if not opts.device.is_cuda:
         raise Skip("on a CPU there is nothing to wait for")
     for precision, *more in (("fp32",), (opts.low,), (opts.low, "--use-dora"),
-                             (opts.low, "--target-modules", "c_attn.q", "c_attn.v")):
+                             (opts.low, "--target-modules", "c_attn.q", "c_attn.v"),
+                             (opts.low, "--data", ROOT / "data" / "instructions.jsonl")):
         made = trainer(opts, "lora", "--precision", precision, *more)
         batches = made.batches(0)
         for mode in ("default", "default", "error"):  # the first steps make what later ones keep
             torch.cuda.set_sync_debug_mode(mode)
             made.step(next(batches))
         torch.cuda.set_sync_debug_mode("default")
-        report.facts[" ".join((precision, *more))] = "a step does not wait"
+        report.facts[" ".join(map(str, (precision, *more)))] = "a step does not wait"
 
 
 def resume(opts: Namespace, report: Report) -> None:
