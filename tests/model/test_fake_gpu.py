@@ -30,6 +30,8 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new 
 @pytest.fixture
 def fake(tmp_path):
     """Run `fake_cuda.py` in a process of its own: a second guard would end this one."""
+    if torch.__version__ < "2.9" and torch.version.cuda:
+        pytest.skip("torch 2.8 built for CUDA asks the driver which attention kernel to take")
     compiler, folder = shutil.which("g++"), tmp_path
     if not compiler or torch.cuda.is_available():
         pytest.skip("no g++" if not compiler else "a GPU has a guard of its own")
