@@ -15,7 +15,8 @@ def main() -> None:
                         help="texts to hold back, for evaluation")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
-    texts = {path.stem: path for path in args.directory.glob("*.txt")}
+    texts = {path.stem: path for path in args.directory.glob("*.txt")
+             if path.resolve() != args.out.resolve()}  # of a run before
     if unknown := sorted(set(args.leave_out) - texts.keys()):
         raise UserError(f"--leave-out {unknown[0]}: {args.directory} holds no {unknown[0]}.txt")
     kept = [texts[name] for name in sorted(texts) if name not in args.leave_out]

@@ -102,12 +102,14 @@ def test_line_ends_of_every_system_give_the_same_tokens(tmp_path):
 
 
 def test_joined_texts_hold_no_byte_order_mark(tmp_path):
-    texts, out = tmp_path / "texts", tmp_path / "joined.txt"
+    texts = tmp_path / "texts"
     texts.mkdir()
+    out = texts / "all.txt"
     for name, text in (("b", "\ufeffTwo,\r\n日本.\n"), ("a", "\ufeffOne.\n\n"), ("c", "Left out.")):
         (texts / f"{name}.txt").write_bytes(text.encode())
-    assert run(corpus.main, texts, "--leave-out", "c", "--out", out).status == 0
-    assert out.read_bytes().decode() == f"One.\n{END_OF_TEXT}Two,\n日本.\n"
+    for _ in range(2):  # its own output is no text of the second run
+        assert run(corpus.main, texts, "--leave-out", "c", "--out", out).status == 0
+        assert out.read_bytes().decode() == f"One.\n{END_OF_TEXT}Two,\n日本.\n"
     (texts / "d.txt").write_bytes(b"\xff\xfe")
     for options, word in ((["--leave-out", "x"], "--leave-out x"), ([], "d.txt: cannot be read")):
         assert word in one_line(run(corpus.main, texts, "--out", tmp_path / "new", *options), 2)
