@@ -7,6 +7,7 @@ with `state_dict()` and `load_state_dict()`, PyTorch's `Stateful` protocol.
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -122,6 +123,7 @@ class Session:
         if stop := self.ranks.agree(self.stop_signal or 0):  # it may have come during the save
             if self.saved_step != self.watched["progress"].step:
                 self._save()
+            on_signals(signal.SIG_IGN)  # or a second one ends Python's own end, with its status
             if self.directory:
                 print(f"stopped after step {self.saved_step}; go on with: "
                       f"{resume_command(self.ranks.launcher())}", file=sys.stderr)

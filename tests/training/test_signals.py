@@ -22,6 +22,8 @@ def test_a_process_in_its_steps(base, book, tmp_path, numbers, status):
     process.wait_until(lambda: metrics.exists() and metrics.stat().st_size)
     for number in numbers:  # the lower number is handled first
         process.send_signal(number)
+    process.wait_until(lambda: "stopped after" in process.err_file.read_text())
+    process.send_signal(SIGTERM)  # all is saved: it changes nothing
     assert process.wait() == status
     notice, told = process.err_file.read_text().splitlines()
     assert notice == NOTICE and not (out / "run.json").exists() and not list(out.glob(".*"))
