@@ -22,15 +22,15 @@ def finetune(method: str, seeds: int = 1, short: bool = False,
     return result
 
 
-def compare(argv: list[str] | None, name: str, title: str, choices: dict[str, tuple[tuple, dict]],
-            tune: int | None = None) -> dict:
-    """Train LoRA with each choice's options at each of its rates, with `tune` seeds or all; draw
-    each choice at its best rate, with all seeds, as a bar from the least to the most.
+def compare(argv: list[str] | None, name: str, title: str,
+            choices: dict[str, tuple[tuple, dict]]) -> dict:
+    """Train LoRA with each choice's options at each of its rates with seed 0; draw each choice at
+    its best rate, with all seeds, as a bar from the least to the most.
     """
     args = parse(title, argv)
     data, (figure, (axis,)) = {}, panels(1, title)
     for label, (rates, options) in choices.items():
-        runs = data[label] = {lr: finetune("lora", tune or args.seeds, args.short, lr=lr, **options)
+        runs = data[label] = {lr: finetune("lora", 1, args.short, lr=lr, **options)
                               for lr in (rates[1:2] if args.short else rates)}
         best = min(runs, key=lambda lr: mean(runs[lr]))
         found = runs[best]

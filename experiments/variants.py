@@ -11,7 +11,7 @@ CHOICES = {"LoRA": (RATES, {}), "rsLoRA": (RATES, {"use_rslora": True}),
 
 
 def main(argv: list[str] | None = None) -> dict:
-    return compare(argv, "variants", "Variants of LoRA (mini, c_attn, r = 8, 60 steps)", CHOICES, 1)
+    return compare(argv, "variants", "Variants of LoRA (mini, c_attn, r = 8, 60 steps)", CHOICES)
 
 
 if __name__ == "__main__":
