@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict:
             right.annotate(f"{lr:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
     untrained = made.evaluate().perplexity
     left.axhline(untrained, color=GREY, linestyle="--", label="the base")
-    left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(20, 65))
+    left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(20, 75))
     right.set(yscale="log", xlabel="perplexity on the book (to the left: more learnt)",
               ylabel="KL from the base on its own texts, nats")
     left.legend(loc="upper right")
