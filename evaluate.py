@@ -19,7 +19,7 @@ from common.errors import RunError, UserError, run_command
 from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
-from data.windows import NOT_SCORED, check_block_size, evaluation_batches, split
+from data.windows import check_block_size, evaluation_batches, scored_positions, split
 from lora.load import add_model_options, load_model
 from model import fast as ops
 from model.gpt2 import GPT2
@@ -69,7 +69,7 @@ def evaluate(
     try:
         for inputs, targets in ranks.every(batches):
             targets = targets.flatten()
-            scored = (targets != NOT_SCORED).nonzero().squeeze(1)  # here, where no GPU must wait
+            scored = scored_positions(targets)
             targets = targets[scored]
             length = tokenizer.byte_counts[targets.numpy()].sum(dtype=np.int64)
             counts += torch.tensor([len(targets), int(length)])

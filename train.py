@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.device import Device, tune_process
 from common.errors import run_command
-from data.windows import NOT_SCORED
+from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.adapter import save_adapter
 from lora.inject import adapter_disabled
@@ -144,7 +144,7 @@ class Trainer:
         hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
         if self.options.data:  # of a window every token is scored, of an example few
-            scored = (targets != NOT_SCORED).nonzero().squeeze(1)  # here, where no GPU must wait
+            scored = scored_positions(targets)
             hidden, targets = hidden[self.device.copy(scored)], targets[scored]
         return ops.tied_cross_entropy(hidden, self.model.wte.weight, self.device.copy(targets))
 

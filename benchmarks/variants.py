@@ -4,13 +4,12 @@ On mini in fp32, in turn with plain LoRA on one core; and the bytes that autogra
 backward pass of one step, without the parameters.
 """
 
-import time
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import ours
+from benchmarks.operations import seconds
 from benchmarks.speed_report import spread, text
 from common.cli import Parser, number, print_table
 from common.device import tune_process
@@ -37,9 +36,7 @@ def main() -> None:
     times = {name: [] for name in VARIANTS}
     for _ in range(args.rounds):
         for name, trainer in trainers.items():
-            began = time.perf_counter()
-            ours.step(trainer, batch)
-            times[name].append(time.perf_counter() - began)
+            times[name].append(seconds(trainer, batch))
     print_table(("", "its step / plain's", "MB kept for the backward pass"), [
         (name, text(spread([a / b for a, b in zip(taken, times["plain"], strict=True)])),
          f"{kept[name] / 1e6:.1f}") for name, taken in times.items()])

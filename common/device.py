@@ -37,8 +37,9 @@ class Device:
                             "use cpu")
         if device == "cuda" and (failure := _first_kernel_fails()):
             old = "no kernel image" in failure
-            reason = f"the GPU's first kernel fails ({failure})" + old * (
-                "; a GPU older than Turing needs torch from PyTorch's cu126 index")
+            reason = f"the GPU's first kernel fails ({failure})"
+            if old:
+                reason += "; a GPU older than Turing needs torch from PyTorch's cu126 index"
             if asked == "cuda" or not old:  # a full or busy GPU is no reason to train for hours
                 raise UserError(f"--device cuda: {reason}")
             print(f"warning: the CPU is used: {reason}", file=sys.stderr)

@@ -22,6 +22,11 @@ def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
     return tokens[:cut], tokens[cut:]
 
 
+def scored_positions(targets: Tensor) -> Tensor:
+    """Return where the targets (N,) are scored, (n,); on the CPU, so that no GPU waits."""
+    return (targets != NOT_SCORED).nonzero().squeeze(1)
+
+
 def check_block_size(block_size: int, config: GPT2Config) -> None:
     """Raise UserError for a block that the base has no positions for."""
     if block_size > config.n_positions:

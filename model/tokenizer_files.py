@@ -120,28 +120,26 @@ def _byte_level(path: Path, pattern: str, vocab: dict[str, int], merges: list[tu
         texts = tuple(bytes(byte_of[character] for character in word) for word in words)
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks {error}") from error
-    decoder = _read(path.parent, SETTINGS).get("added_tokens_decoder") or {}
+    settings = _read(path.parent, SETTINGS)
+    if settings.get("add_prefix_space"):
+        raise UserError(f"{path.parent / SETTINGS}: add_prefix_space is not supported")
+    decoder = settings.get("added_tokens_decoder") or {}
     added = _added(path.parent / SETTINGS, [{**decoder[i], "id": int(i)} for i in decoder]) | added
-    if name := _end_of_text(path.parent):
-        if name not in added and name not in vocab:
+    name = _end_of_text(settings) or _end_of_text(_read(path.parent, SPECIAL))
+    if name and name not in added:
+        if name not in vocab:
             raise UserError(f"{path}: lacks the base's end-of-text token, {brief(name)}")
-        added.setdefault(name, vocab.get(name))
+        added[name] = vocab[name]
     end = added.get(name or END_OF_TEXT)
     if end is not None:
         added = {END_OF_TEXT: end} | added
     return Tokenizer(pattern, texts, ids, added, end, vocab_size, path.parent)
 
 
-def _end_of_text(directory: Path) -> str | None:
-    """Return the end-of-text token that the base's own files name."""
-    settings = _read(directory, SETTINGS)
-    if settings.get("add_prefix_space"):
-        raise UserError(f"{directory / SETTINGS}: add_prefix_space is not supported")
-    for named in (settings, _read(directory, SPECIAL)):
-        token = named.get("eos_token")
-        if token := token.get("content") if isinstance(token, dict) else token:
-            return token
-    return None
+def _end_of_text(named: dict) -> str | None:
+    """Return the end-of-text token that one of the base's files names."""
+    token = named.get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read(directory: Path, file: str) -> dict:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import speed_worker, verify_gpu
+from benchmarks import gpu_parts, speed_worker, verify_gpu
 from model import fast, plain
 from tests.ranks import fork
 from tests.runs import one_line, run
@@ -25,8 +25,8 @@ def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
         assert statuses == [0, 0], lines
 
     # In this process and in forked ones, which saves six imports of torch.
-    monkeypatch.setattr(verify_gpu, "run_apart", speed_worker.measure)
-    monkeypatch.setattr(verify_gpu.subprocess, "run", torchrun)
+    monkeypatch.setattr(gpu_parts, "run_apart", speed_worker.measure)
+    monkeypatch.setattr(gpu_parts.subprocess, "run", torchrun)
     ending, parts = verify(tmp_path)
     assert ending.status == 0, ending
     assert parts.keys() == verify_gpu.PARTS.keys()
