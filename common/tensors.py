@@ -29,7 +29,7 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
     if missing := sorted(shapes.keys() - keys - set(optional)):
         raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); "
                         "the file is of another model")
-    if extra := sorted(keys - shapes.keys() - set(unread)):
+    if extra := sorted(keys.keys() - shapes.keys() - set(unread)):
         raise UserError(f"{path}: unexpected tensor {extra[0]!r:.120}; the file is of "
                         "another model")
     for key in filter(keys.__contains__, shapes):
@@ -50,14 +50,12 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
 
 def read_keys(path: Path) -> set[str]:
     """Return the names of the file's tensors. Raises UserError for a file of something else."""
-    return _open(path)[0]
+    return set(_open(path)[0])
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
     """Return the shapes of a file's tensors. Raises UserError for a file of something else."""
-    keys, get = _open(path)
-    with _naming(path):
-        return {key: list(get(key).shape) for key in keys}
+    return _open(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -93,16 +91,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(value.flatten().view(torch.uint8).numpy())
 
 
-def _open(path: Path) -> tuple[set[str], Callable[[str], object]]:
-    """Return the tensors' names, and a function that reads one."""
+def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], object]]:
+    """Return the tensors' names and shapes, and a function that reads one."""
     with _naming(path):
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
-            return set(file.keys()), file.get_tensor
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}, file.get_tensor
         stored = torch.load(path, map_location="cpu", weights_only=True,
                             mmap=zipfile.is_zipfile(path))  # in the file until they are used
         stored = {str(key): value for key, value in stored.items()}
-        return set(stored), stored.get
+        return {key: [*getattr(x, "shape", ())] for key, x in stored.items()}, stored.get
 
 
 def _is_finite(tensor: Tensor) -> bool:
