@@ -96,7 +96,9 @@ def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], object]]:
     with _naming(path):
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}, file.get_tensor
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            # Open it anew for each: what was read of a mapped file stays in memory until it closes.
+            return shapes, lambda key: safe_open(path, framework="pt").get_tensor(key)
         stored = torch.load(path, map_location="cpu", weights_only=True,
                             mmap=zipfile.is_zipfile(path))  # in the file until they are used
         stored = {str(key): value for key, value in stored.items()}

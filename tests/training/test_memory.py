@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from model.gpt2 import GPT2, GPT2Config
+from model.weights import WEIGHTS as MODEL_WEIGHTS
+from model.weights import save_gpt2
 from tests.runs import trained, trainer
 from training.options import ROOT
 
@@ -73,3 +76,23 @@ def test_freed_memory_is_kept_once_asked():
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.split())
     assert kept < 100 < given_back / 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(tmp_path):
+    model = GPT2(GPT2Config(vocab_size=20_000, n_embd=512, n_layer=12, n_head=8))
+    save_gpt2(model, tmp_path, torch.float16)
+    code = """if True:
+        import sys, torch
+        from pathlib import Path
+        from model.weights import load_gpt2
+        def resident(name):
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+        before = resident("VmRSS")
+        model = load_gpt2(Path(sys.argv[1]), torch.bfloat16)
+        print(resident("VmHWM") - before)"""
+    grown = int(subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True,
+                               capture_output=True, text=True).stdout)
+    stored = (tmp_path / MODEL_WEIGHTS).stat().st_size
+    assert stored < grown < 1.5 * stored  # 2: the file's pages beside the weights
