@@ -106,6 +106,15 @@ def to_the_bit() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def store_as_conv1d(model: nn.Module) -> None:
+    """Store the frozen projections as transformers does, (in, out): a BLAS may add up the products
+    with a transposed matrix in another order.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.t().contiguous().t()
+
+
 def train_options(opts: Namespace, method: str, *more: str) -> Options:
     """Return the options of one run: with all dropouts; `train.py`'s defaults for all the rest."""
     return ours.options(
@@ -126,8 +135,10 @@ class Run:
     means: list[float] | None = None
 
 
-def train_here(args: Options, draws: int) -> tuple[Run, Trainer]:
+def train_here(args: Options, draws: int, as_conv1d: bool = False) -> tuple[Run, Trainer]:
     trainer = ours.make_trainer(args)
+    if as_conv1d:
+        store_as_conv1d(trainer.model)
     model, config = trainer.model, trainer.options.lora_config if args.method == "lora" else None
     parameters = adapter_tensors(model) if config else dict(model.named_parameters())
     initial = snapshot(parameters)
@@ -145,8 +156,8 @@ def train_there(args: Options, trainer: Trainer, draws: int) -> Run:
     return Run(losses, initial, snapshot(peft_loop.trained_parameters(model)), model, None, means)
 
 
-def train_both(args: Options) -> tuple[Run, Run]:
-    here, trainer = train_here(args, draws=0)
+def train_both(args: Options, as_conv1d: bool = False) -> tuple[Run, Run]:
+    here, trainer = train_here(args, 0, as_conv1d)
     return here, train_there(args, trainer, draws=0)
 
 
@@ -156,7 +167,7 @@ def exact(opts: Namespace, report: Report) -> tuple[Run, Run]:
     args = train_options(opts, "lora", "--device", "cpu")
     print(f"\nexact: fp32, CPU, one thread, dropout {args.base_dropout} in the base and "
           f"{args.lora_dropout} in LoRA")
-    here, there = train_both(args)
+    here, there = train_both(args, as_conv1d=True)
     counted = count_parameters(here.model)
     counts = ((counted["trainable_parameters"], counted["total_parameters"]),
               there.model.get_nb_trainable_parameters())
@@ -234,7 +245,7 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
     print(f"\nresumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")
     args = {name: train_options(opts, "lora", "--device", "cpu", "--max-steps", str(RESUMED_STEPS),
                                 "--init-adapter", str(folder / name)) for name in ("peft", "ours")}
-    here, trainer = train_here(args["peft"], draws=0)
+    here, trainer = train_here(args["peft"], 0, as_conv1d=True)
     compare_exactly(report, "resumed", here, train_there(args["ours"], trainer, draws=0))
 
 
