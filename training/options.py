@@ -80,7 +80,7 @@ class Options:
     log_every: int = option(10, number(int, 1), "steps a line of metrics.jsonl")
     checkpoint_every: int | float = option(600.0, steps_or_seconds, "save every N steps, or after "
                                            "a time such as 90s or 10m (default: 10m), besides "
-                                           "after each epoch", metavar="N")
+                                           "after an epoch", metavar="N")
     resume: bool = option(False, help="go on with the run in --out")
     overwrite: bool = option(False, help="replace the run in --out")
     # LoRA only

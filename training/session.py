@@ -28,6 +28,9 @@ from training.ranks import Ranks
 from training.report import best_weights, read_run, write_report
 
 T = TypeVar("T")
+# An epoch's end saves unless the last checkpoint is younger: on a GPU, saving can take longer than
+# the epoch.
+YOUNG_SECONDS = 10.0
 
 
 class Stateful(Protocol):
@@ -118,7 +121,7 @@ class Session:
     def after_step(self, epoch_ends: bool) -> float:
         """Save if a checkpoint is due; stop, saved, after a signal. Returns the seconds it took."""
         began = time.perf_counter()
-        if epoch_ends or self.ranks.agree(self._checkpoint_is_due()):
+        if self.ranks.agree(self._checkpoint_is_due(epoch_ends)):
             self._save()
         if stop := self.ranks.agree(self.stop_signal or 0):  # it may have come during the save
             if self.saved_step != self.watched["progress"].step:
@@ -147,11 +150,12 @@ class Session:
         self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
         return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
-    def _checkpoint_is_due(self) -> bool:
-        every = self.options.checkpoint_every
-        if isinstance(every, float):
-            return time.perf_counter() - self.saved_at >= every
-        return self.watched["progress"].step % every == 0
+    def _checkpoint_is_due(self, epoch_ends: bool) -> bool:
+        age, every = time.perf_counter() - self.saved_at, self.options.checkpoint_every
+        step = self.watched["progress"].step
+        if step == self.total_steps or (epoch_ends and age >= YOUNG_SECONDS):
+            return True
+        return age >= every if isinstance(every, float) else step % every == 0
 
     def _on_signal(self, number: int, frame) -> None:
         """The first signal lets the step end and saves; a second one stops at once."""

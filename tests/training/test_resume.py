@@ -126,20 +126,27 @@ def test_metrics_that_were_lost_are_missed_and_the_run_goes_on(stopped, tmp_path
     assert finished(tmp_path / "run").column("step") == [7, 14, 20, 21, 23, 28, 30]
 
 
-@pytest.mark.parametrize("every, saved", [
-    ("3", [None, None, None, 3, 3, 3, 6]), ("1s", [None, None, 2, 2, 4, 4, 6])])
-def test_checkpoint_every_counts_steps_or_time(base, book, tmp_path, every, saved):
+@pytest.mark.parametrize("every, seconds, saved", [
+    ("3", 0, [None, None, None, 3, 3, 3, 6]),
+    ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
+    ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
+    ("10m", 3, [None, None, None, None, None, None, 6])])  # the first ends too soon to save
+def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(base, book, tmp_path, every,
+                                                                   seconds, saved):
     seen = []
 
     def look(trainer):
+        assert trainer.steps_per_epoch == 3
         there = (tmp_path / CHECKPOINT).exists()
         seen.append(read_checkpoint(tmp_path)["progress"]["step"] if there else None)
         session = signal.getsignal(signal.SIGTERM).__self__
-        session.saved_at -= 0.6 if every == "1s" else 0  # as if the step before had taken 0.6 s
+        session.saved_at -= seconds  # as if the step before had taken so long
 
     ending = run_acting(dict.fromkeys(range(1, 8), look), *arguments(
-        "lora", base, book, tmp_path, "--max-steps", 7, "--checkpoint-every", every))
+        "lora", base, book, tmp_path, "--batch-size", 64, "--max-steps", 7, "--checkpoint-every",
+        every))
     assert ending.status == 0 and seen == saved
+    assert read_checkpoint(tmp_path)["progress"]["step"] == 7
 
 
 def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
