@@ -151,7 +151,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
 
 def stream_text(model: GPT2, tokenizer: Tokenizer, prompt: str | np.ndarray, max_new_tokens: int,
                 **sampling) -> Iterator[str]:
-    """The continuation of `prompt`, a text or ids, in pieces as they become whole characters."""
+    """Continue `prompt`, a text or ids; yield pieces as they become whole characters."""
     ids = as_ids(model, tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
     return decode(tokenizer, generate(model, ids, max_new_tokens, never=padding(model, tokenizer),
                                       **sampling))
@@ -169,7 +169,7 @@ def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
 
 
 def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of the tokens up to the end of text, in pieces of whole characters."""
+    """Yield the text of the tokens up to the end of text, in pieces of whole characters."""
     # A token may end in the middle of a character.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:

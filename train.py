@@ -68,9 +68,9 @@ def main() -> None:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """Linear warm-up to `peak` over the first ceil(warmup_ratio * total) steps, then half a cosine
-    to zero (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983). Steps count from 0, and
-    the first already moves.
+    """Rise linearly to `peak` over the first ceil(warmup_ratio * total) steps, then fall by half a
+    cosine to zero (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983). Steps count from 0,
+    and the first already moves.
     """
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
@@ -100,7 +100,7 @@ class Trainer:
         self.progress, self.meter = Progress(), Meter(device.torch, fp16, self.describe_step)
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
-        """The windows of every step from `step` to the last, epoch after epoch in its own order."""
+        """Yield every step's windows, from `step` to the last; each epoch has its own order."""
         size = self.options.batch_size
         while step < self.total_steps:
             epoch, position = divmod(step, self.steps_per_epoch)
@@ -112,7 +112,7 @@ class Trainer:
                 step += 1
 
     def step(self, batch: np.ndarray) -> None:
-        """One optimizer step on these windows, computed in `--grad-accum` parts."""
+        """Take one optimizer step on these windows, computed in `--grad-accum` parts."""
         options, tokens = self.options, self.windows.scored_tokens(batch)
         mine = self.ranks.share(batch)
         total = torch.zeros((), device=self.device.torch)
@@ -135,7 +135,7 @@ class Trainer:
         self.meter.end_step(self.progress.step, total, tokens, grad_norm)
 
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The sum over tokens of -log p(target), nats; a sum, so that parts of a batch add up.
+        """Sum -log p(target) over the tokens, nats; a sum, so that parts of a batch add up.
 
         `inputs` and `targets` (B, T) are on the CPU.
         """
@@ -149,7 +149,7 @@ class Trainer:
         return ops.tied_cross_entropy(hidden, self.model.wte.weight, self.device.copy(targets))
 
     def measure(self) -> dict:
-        """The metrics of the steps since the last call."""
+        """Return the metrics of the steps since the last call."""
         measured, step = self.meter.measure(), self.progress.step
         return {"step": step, "epoch": step / self.steps_per_epoch, "loss": measured["loss"],
                 "lr": self.optimizer.param_groups[0]["lr"], **measured}
@@ -164,7 +164,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, session: Session, lora_config: LoRAConfig | None) -> None:
-    """Every step to the last, and what is due between them."""
+    """Take every step to the last, and do what is due between them."""
     options, progress, meter = trainer.options, trainer.progress, trainer.meter
     session.watch(parameters=Parameters(trainer.parameters), optimizer=trainer.optimizer,
                   scaler=trainer.scaler, progress=progress, meter=meter)

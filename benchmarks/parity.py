@@ -163,7 +163,7 @@ def train_both(args: Options, as_conv1d: bool = False) -> tuple[Run, Run]:
 
 @to_the_bit()
 def exact(opts: Namespace, report: Report) -> tuple[Run, Run]:
-    """In fp32 on one thread no bit may differ, from the seeded adapter to the trained one."""
+    """Check that in fp32, on one thread, no bit differs from the seeded adapter to the trained."""
     args = train_options(opts, "lora", "--device", "cpu")
     print(f"\nexact: fp32, CPU, one thread, dropout {args.base_dropout} in the base and "
           f"{args.lora_dropout} in LoRA")
@@ -210,7 +210,7 @@ def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Ru
 
 def compare_readings(opts: Namespace, report: Report, what: str,
                      sources: dict[str, tuple[Path, Path | None]]) -> None:
-    """These files hold one model: so say both evaluators' losses, and the logits on both sides."""
+    """Check that these files hold one model, by both evaluators' losses and both sides' logits."""
     losses, logits = [], []
     for name, (base, adapter) in sources.items():
         scores, first_logits = read_by_both(opts, base, adapter)
@@ -228,7 +228,7 @@ def compare_readings(opts: Namespace, report: Report, what: str,
 @torch.no_grad()
 def read_by_both(opts: Namespace, base: Path,
                  adapter: Path | None) -> tuple[dict[str, float], list[Tensor]]:
-    """Both sides' validation loss, and their logits on the first window, (1, T, V)."""
+    """Return both sides' validation loss, and their logits on the first window, (1, T, V)."""
     device = Device.pick(opts.device, "fp32")
     here, there = (side.load(base, adapter).to(device.torch) for side in (ours, peft_loop))
     fraction = train_options(opts, "lora").val_fraction
@@ -250,7 +250,7 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
 
 
 def trained_path(opts: Namespace, report: Report) -> None:
-    """The path that users train on: any device, any number of threads, fp32 and bf16 or fp16."""
+    """Check the path that users train on: any device, all threads, fp32 and bf16 or fp16."""
     print(f"\nas trained: {Device.pick(opts.device).name}, "
                    f"{torch.get_num_threads()} threads")
     fp32, device = None, Device.pick(opts.device)
@@ -267,8 +267,8 @@ def trained_path(opts: Namespace, report: Report) -> None:
 
 
 def compare_independent_draws(report: Report, args: Options) -> None:
-    """Dropout drawn anew in every run: our curve may lie as far from the mean of PEFT's curves as
-    those lie apart, both as root mean squares over the steps.
+    """Compare runs whose dropouts are drawn anew: our curve may lie as far from the mean of PEFT's
+    curves as those lie apart, both as root mean squares over the steps.
     """
     here, trainer = train_here(args, draws=0)
     curves = np.array([train_there(args, trainer, draws).losses for draws in DRAWS])

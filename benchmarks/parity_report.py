@@ -19,7 +19,7 @@ FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
 
 
 class Report:
-    """Prints every figure as it comes, and keeps it with what it was allowed to be."""
+    """Print every figure as it comes, and keep it with what it was allowed to be."""
 
     def __init__(self) -> None:
         self.checks: list[dict] = []
@@ -27,7 +27,7 @@ class Report:
         self.facts: dict = {}
 
     def curve(self, name: str, here: list[float], there: list[float], **more: list[float]) -> None:
-        """The losses of each step on both sides."""
+        """Keep the losses of each step on both sides, and print some."""
         self.curves[name] = {"here": here, "there": there, **more}
         print(f"    {name}\n      step     loss here    loss there    difference")
         for step in sorted({*range(0, len(here), -(-len(here) // ROWS)), len(here) - 1}):
@@ -35,7 +35,7 @@ class Report:
                   f"  {abs(here[step] - there[step]):12.2g}")
 
     def check(self, name: str, value: float, allowed: float) -> None:
-        """A verdict: `value` may be at most `allowed`, and must be a number."""
+        """Give a verdict: `value` may be at most `allowed`, and must be a number."""
         ok = bool(value <= allowed)
         self.checks.append(
             {"name": name, "value": float(value), "allowed": float(allowed), "ok": ok})
@@ -45,7 +45,7 @@ class Report:
         return [check["name"] for check in self.checks if not check["ok"]]
 
     def write(self, out: Path) -> None:
-        """`parity.json` and `parity.png`."""
+        """Write `parity.json` and `parity.png`."""
         write_json(out / "parity.json", {
             **self.facts, "machine": machine(), "versions": versions(),
             "holds": not self.broken(), "checks": self.checks, "curves": self.curves})
@@ -53,7 +53,7 @@ class Report:
             self.draw(out / "parity.png")
 
     def draw(self, path: Path) -> None:
-        """Both sides' curves of the exact run, and every pair's difference."""
+        """Draw both sides' curves of the exact run, and every pair's difference."""
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
         exact = self.curves["exact"]
         steps = range(1, len(exact["here"]) + 1)
@@ -86,14 +86,14 @@ def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference of two sets of parameters; infinite if their names differ."""
+    """Return the largest difference of two sets of parameters; infinite if their names differ."""
     if a.keys() != b.keys():
         return math.inf
     return torch.stack([(a[name] - b[name]).abs().max() for name in a]).max().item()
 
 
 def relative(here: list[float], there: list[float]) -> float:
-    """The largest difference of two curves, relative to the second."""
+    """Return the largest difference of two curves, relative to the second."""
     return float(np.max(np.abs(np.subtract(here, there)) / there))
 
 

@@ -113,7 +113,7 @@ def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int,
 
 
 def learning_rate(step: int, steps: int, args: Namespace) -> float:
-    """Linear warm-up, then half a cosine to zero."""
+    """Return the learning rate: linear warm-up, then half a cosine to zero."""
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:
         return args.lr * (step + 1) / warmup

@@ -57,7 +57,7 @@ def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
 
 
 def comparable(ours: dict, theirs: dict) -> bool:
-    """Is it the same work on both sides? For LoRA the reference's script, PEFT in fp32, counts."""
+    """Return whether both did the same work. PEFT in fp32, the reference, counts for LoRA."""
     same = ("kind", "method", "axis", "batch_size", "block_size", "r")
     if ((ours["side"], theirs["side"]) != ("ours", "theirs")
             or any(ours[key] != theirs[key] for key in same)):

@@ -176,7 +176,7 @@ def load_ours(task: Task, device: Device) -> GPT2:
 
 
 def train(task: Task, device: Device) -> Call:
-    """Both sides' steps; theirs is the loop that users write, its learning rate as it is."""
+    """Return either side's step; theirs is the loop that users write, its rate as it is."""
     args = task.args()
     if task.side == "ours":
         trainer = ours.make_trainer(args)
@@ -251,7 +251,7 @@ def measure_rank(task: Task, device: Device) -> dict:
 
 
 class Matmuls(TorchDispatchMode):
-    """Counts the matmuls by their operands' shapes and strides."""
+    """Count the matmuls by their operands' shapes and strides."""
 
     found: Counter
 

@@ -43,7 +43,7 @@ def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Ca
 
 
 def steps_or_seconds(text: str) -> int | float:
-    """An option's type: a number of steps (int), or seconds (float) from `90s` or `10m`."""
+    """Parse a number of steps (int), or seconds (float) from `90s` or `10m`."""
     if match := re.fullmatch(r"([1-9]\d{0,6})([sm])", text):
         return float(match[1]) * {"s": 1, "m": 60}[match[2]]
     try:

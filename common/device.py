@@ -24,7 +24,7 @@ class Device:
 
     @classmethod
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
-        """`auto` is CUDA, then MPS, then the CPU; and on CUDA bf16, or fp16 without bf16;
+        """Choose. `auto` is CUDA, then MPS, then the CPU; and on CUDA bf16, or fp16 without bf16;
         on MPS fp32; on a CPU fp32 or, to train, bf16 if it has instructions for that. Raises
         UserError for a device that is not there or runs no kernel, and for training in fp16 on MPS.
         """
@@ -67,7 +67,7 @@ class Device:
         return torch.cuda.get_device_name(self.torch) if self.is_cuda else self.torch.type
 
     def autocast(self) -> torch.autocast:
-        """A context in which matmuls run in `precision`; parameters stay as they are."""
+        """Return a context in which matmuls run in `precision`; parameters stay as they are."""
         return torch.autocast(self.torch.type, self.dtype, enabled=self.precision != "fp32")
 
     def copy(self, x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Device:
         return model.to(self.torch)
 
     def set_tf32(self, allowed: bool) -> None:
-        """On CUDA, let fp32 matmuls round their factors to TF32's 10 bits of mantissa, or not."""
+        """Let fp32 matmuls on CUDA round their factors to TF32's 10 bits of mantissa, or not."""
         if self.is_cuda:
             torch.set_float32_matmul_precision("high" if allowed else "highest")
 
@@ -101,7 +101,7 @@ class Device:
                             f"({first_line(getattr(error, 'inner_exception', error))})") from error
 
     def random_state(self) -> Tensor:
-        """The state of the generator that the device's dropouts draw from; the CPU's on a CPU."""
+        """Return the state of the generator that the device's dropouts draw from."""
         return self._generator.get_rng_state()
 
     def set_random_state(self, state: Tensor) -> None:
@@ -112,7 +112,7 @@ class Device:
         return {"cuda": torch.cuda, "mps": torch.mps}.get(self.torch.type, torch)
 
     def peak_memory_mb(self) -> float:
-        """The most memory held so far, in MB (10^6 bytes): CUDA's allocator, else the process."""
+        """Return the peak memory so far, MB (10^6 bytes): of CUDA's allocator, else the process."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch) / 1e6
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -110,7 +110,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def brief(value: object) -> str:
-    """A value from a file, for a message: one printable line of bounded length."""
+    """Return a value from a file for a message: one printable line of bounded length."""
     return reprlib.repr(value)[:120]
 
 

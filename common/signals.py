@@ -17,7 +17,7 @@ unfinished: set[Path] = set()  # temporary files that are being written (`files.
 
 
 def end_in_one_line() -> None:
-    """From here on, a signal ends the process at once."""
+    """Have a signal end the process at once from here on."""
     on_signals(end_at_once)
 
 

@@ -44,13 +44,13 @@ def trainer(method: str = "lora", seed: int = 0, precision: str = "fp32",
 
 
 def mean_loss(made: Trainer, batch) -> Tensor:
-    """The mean loss over the tokens of these windows, nats."""
+    """Return the mean loss over the tokens of these windows, nats."""
     inputs, targets = made.windows.batch(batch)  # (B, T) each
     return made.summed_loss(inputs, targets) / targets.numel()
 
 
 def spread(values: Iterable[float], digits: int = 1) -> str:
-    """The mean (least .. most), or one number where they are one."""
+    """Return the mean (least .. most) as text, or one number where they are one."""
     values = [float(value) for value in values]
     least, middle, most = (f"{f(values):.{digits}f}" for f in (min, mean, max))
     return middle + f" ({least} .. {most})" * (least != most)
@@ -68,7 +68,7 @@ def save(args: argparse.Namespace, name: str, data: dict, figure) -> dict:
 
 
 def panels(count: int, title: str):
-    """A figure of `count` panels in a row."""
+    """Return a figure of `count` panels in a row."""
     figure, (axes,) = pyplot.subplots(1, count, figsize=(max(7.2, 4.9 * count), 4.2),
                                       layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=12)

@@ -21,7 +21,7 @@ TITLES = {"loss": "loss less the base's, nats a token", "A": "norm of A's gradie
 
 
 def first_steps(name: str, seed: int, steps: int) -> dict[str, list[float]]:
-    """Loss less the base's, and the two gradients' norms, before each step."""
+    """Return the loss less the base's, and the two gradients' norms, before each step."""
     made = common.trainer(seed=seed, batch_size=4, block_size=64, stride=64, max_steps=steps)
     weights = {"A": [], "B": []}
     for layer, part in product(lora_layers(made.model).values(), "AB"):

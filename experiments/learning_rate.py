@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> dict:
     base = log_probabilities(made, texts)
 
     def measure(made: Trainer) -> tuple[float, float]:
-        """The perplexity on the book, and KL(base || model) on the base's texts, nats a token."""
+        """Return the book's perplexity, and KL(base || model) on the base's texts, nats a token."""
         gap = base - log_probabilities(made, texts)
         return made.evaluate().perplexity, (base.exp() * gap).sum(-1).mean().item()
 

@@ -25,7 +25,7 @@ KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lor
 
 
 def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[str, int]:
-    """Bytes by hand; of the activations, the terms above one part in a hundred."""
+    """Count bytes by hand; of the activations, the terms above one part in a hundred."""
     C, L = config.n_embd, config.n_layer
     base = L * (12 * C * C + 13 * C) + (config.vocab_size + config.n_positions + 2) * C
     adapter = L * r * (C + 3 * C) if method == "lora" else 0
@@ -39,7 +39,7 @@ def resident() -> int:
 
 
 def measured(method: str, config: GPT2Config) -> dict[str, int]:
-    """Bytes that each stage of a first step adds to this process."""
+    """Return the bytes that each stage of a first step adds to this process."""
     before = resident()
     model = GPT2(config)
     if method == "lora":

@@ -41,7 +41,7 @@ def share(changes: Tensor) -> Tensor:
 
 
 def similarity(some: Tensor, others: Tensor) -> Tensor:
-    """||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) of the first k right singular vectors of each."""
+    """Return ||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) of the first k right singular vectors."""
     v, w = (torch.linalg.svd(changes, full_matrices=False).Vh for changes in (some, others))
     squares = (v @ w.mT).square().mean(0).cumsum(0).cumsum(1).diagonal()  # (k,)
     return squares / torch.arange(1, len(squares) + 1)
@@ -49,7 +49,7 @@ def similarity(some: Tensor, others: Tensor) -> Tensor:
 
 @torch.no_grad()
 def cut(made: Trainer, changes: dict[str, Tensor]) -> Iterator[float]:
-    """The perplexity with the change of each matrix of the blocks cut to each rank."""
+    """Return the perplexity with the change of each matrix of the blocks cut to each rank."""
     svds = {name: torch.linalg.svd(p, full_matrices=False) for name, p in changes.items()}
     for above, k in pairwise((None, *RANKS)):
         for name, (u, s, vh) in svds.items():

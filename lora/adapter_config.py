@@ -98,5 +98,5 @@ def _number(path: Path, stored: dict, field: str, kind, low: float, high: float)
 
 
 def base_name(directory: Path) -> object:
-    """The base that the adapter's config names: for people, since a path may mean another model."""
+    """Return the base that the config names: for people, since a path may mean another model."""
     return read_json(Path(directory) / CONFIG).get("base_model_name_or_path")

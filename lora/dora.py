@@ -56,6 +56,6 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
-        """||V||, (out,), in fp32."""
+        """Return ||V||, (out,), in fp32."""
         with torch.autocast(self.base_layer.weight.device.type, enabled=False):
             return torch.linalg.norm(self.base_layer.weight.float() + super().delta_weight(), dim=1)

@@ -42,7 +42,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, the model computes what its base does. Raises ValueError if merged."""
+    """Have the model compute what its base does, inside the `with`. Raises ValueError if merged."""
     layers = lora_layers(model).values()
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged into the base; unmerge it first")

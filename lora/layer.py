@@ -28,7 +28,7 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor of B A x: alpha / r (paper, 4.1), or alpha / sqrt(r) for rank-stabilised LoRA
+        """Return the factor of B A x: alpha / r (paper, 4.1), or alpha / sqrt(r) for rsLoRA
         (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         """
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)

@@ -23,7 +23,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for x of 2 or more dimensions; gains most where x is short and y is wide."""
+    """Compute `F.linear`, x of 2 or more dimensions; gains most where x is short and y is wide."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if not (ONEDNN and fp32_on_cpu and x.numel()) or cast_or_compiled:
@@ -60,7 +60,7 @@ class Linear(nn.Linear):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`F.dropout`, but for the numbers drawn."""
+    """Compute `F.dropout`, but for the numbers drawn."""
     if not training or p == 0:
         return x
     if p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():  # one fused kernel there
@@ -94,7 +94,9 @@ class _Dropout(torch.autograd.Function):
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """`F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; (B, H, T, D) all."""
+    """Compute `F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; all are
+    (B, H, T, D).
+    """
     B, H, T, D = q.shape
     # On a CPU the fused kernel has no dropout, and is slow in low precision while T is small.
     fused_is_faster = p == 0 and (q.dtype == torch.float32 or T > LONGEST_MATRIX)
@@ -109,7 +111,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
 @torch.no_grad()
 def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(target), nats, fp32 (N,), and whether the target is the likeliest token, bool (N,).
+    """Return -log p(target), nats, fp32 (N,), and whether the target is the likeliest, bool (N,).
 
     hidden (N, C), weight (V, C), targets (N,). The logits (N, V) are computed in chunks.
     """
@@ -123,7 +125,7 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` in fp32, nats.
+    """Compute `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` in fp32, nats.
 
     hidden (N, C), weight (V, C), targets (N,). The logits (N, V) are computed in chunks; matmuls
     run in autocast's precision, the softmax in fp32.

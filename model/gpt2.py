@@ -87,7 +87,7 @@ class Attention(nn.Module):
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
-    """(new, past + new) booleans: new token i sees every token up to past + i."""
+    """Return (new, past + new) booleans: new token i sees every token up to past + i."""
     return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)
 
 
@@ -136,11 +136,11 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) to logits (B, T, V). With a cache, `idx` continues what it holds."""
+        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues what it holds."""
         return ops.linear(self.hidden(idx, cache), self.wte.weight)  # (B, T, V)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
+        """Map token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
 
         Raises ValueError for more tokens, those in the cache included, than `n_positions`.
         """
@@ -158,7 +158,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
-        """wte[idx] + wpe[positions], (B, T, C): the residual stream, in the norms' fp32.
+        """Return wte[idx] + wpe[positions], (B, T, C): the residual stream, in the norms' fp32.
 
         Autocast does not round embeddings, and `Device.hold` rounds frozen ones: an evaluation
         rounds them in any case, so that a model has one loss, whoever evaluates it.
@@ -178,9 +178,9 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """GPT-2's scheme as transformers has it: N(0, initializer_range), biases 0, and the
-        projections that write to the residual stream scaled by 1 / sqrt(2 * n_layer), the number
-        of such additions (paper, 2.3). OpenAI's own code draws `wpe` from N(0, 0.01).
+        """Draw weights by GPT-2's scheme as transformers has it: N(0, initializer_range), biases 0,
+        and the projections that write to the residual stream scaled by 1 / sqrt(2 * n_layer), the
+        number of such additions (paper, 2.3). OpenAI's own code draws `wpe` from N(0, 0.01).
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():

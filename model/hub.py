@@ -191,7 +191,7 @@ def _open(url: str, seconds: float) -> tuple[http.client.HTTPResponse, dict[str,
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and keeps the hub's headers: its CDN does not repeat them."""
+    """Follow redirects, and keep the hub's headers: its CDN does not repeat them."""
 
     def __init__(self) -> None:
         self.linked: dict[str, str] = {}

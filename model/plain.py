@@ -15,24 +15,24 @@ from model import fast
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y = x W^T + b: x (..., in), W (out, in), b (out,), y (..., out)."""
+    """Return y = x W^T + b: x (..., in), W (out, in), b (out,), y (..., out)."""
     return F.linear(x, weight, bias)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Each element is 0 with probability p, else x / (1 - p); in evaluation, x itself."""
+    """Return 0 with probability p, else x / (1 - p), for each element; in evaluation, x itself."""
     return F.dropout(x, p, training)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """dropout(softmax(q k^T / sqrt(D) + mask), p) v; all (B, H, T, D). Each token sees itself and
-    what is before it.
+    """Return dropout(softmax(q k^T / sqrt(D) + mask), p) v; all (B, H, T, D). Each token sees
+    itself and what is before it.
     """
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum over tokens of -log p(target), nats, with p = softmax(hidden W^T) in fp32.
+    """Sum -log p(target) over the tokens, nats, with p = softmax(hidden W^T) in fp32.
 
     hidden (N, C), W = wte (V, C), targets (N,).
     """
@@ -40,7 +40,7 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p(target), nats, (N,), and whether the target is the likeliest token, bool (N,)."""
+    """Return -log p(target), nats, (N,), and whether the target is the likeliest, bool (N,)."""
     logits = F.linear(hidden, weight)
     return F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets
 
@@ -50,7 +50,7 @@ OPERATIONS = {f.__name__: f for f in (linear, dropout, causal_attention, tied_cr
 
 @contextmanager
 def plain_operations(*names: str) -> Iterator[None]:
-    """Inside the `with`, the model and the loss run on these in place of `fast.py`'s: on those of
+    """Run the model and the loss on these in place of `fast.py`'s, inside the `with`: on those of
     these names, or without names on all.
     """
     before = {name: getattr(fast, name) for name in names or OPERATIONS}

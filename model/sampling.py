@@ -57,7 +57,7 @@ def sample(
     logits: Tensor, temperature: float, top_k: int, top_p: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
+    """Draw one token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
 
     Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always
     stays; a temperature of 0, or too small to divide by, takes it.

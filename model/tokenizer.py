@@ -49,13 +49,13 @@ class Tokenizer:
 
     @cached_property
     def bytes_of(self) -> dict[int, bytes]:
-        """The bytes of every token by its id. A padding id of the model has none."""
+        """Map each token's id to its bytes. A padding id of the model has none."""
         return (dict(zip(self.ids, self.merges, strict=True))
                 | {i: text.encode() for text, i in reversed(self.special.items())})
 
     @cached_property
     def byte_counts(self) -> np.ndarray:
-        """The number of UTF-8 bytes that each id stands for, (V,) uint16; 0 for the end of text."""
+        """Count the UTF-8 bytes that each id stands for, (V,) uint16; 0 for the end of text."""
         counts = np.zeros(self.vocab_size, dtype=np.uint16)
         for token, text in self.bytes_of.items():
             counts[token] = len(text) if token != self.end_of_text else 0

@@ -77,7 +77,7 @@ def _added(path: Path, tokens: Iterable[dict]) -> dict[str, int]:
 
 
 def _pattern(path: Path, step: dict) -> str:
-    """The regular expression that splits a text into words."""
+    """Return the regular expression that splits a text into words."""
     steps = step.get("pretokenizers") or [step]
     pattern, last = None, steps[-1]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
@@ -149,7 +149,7 @@ def _read(directory: Path, file: str) -> dict:
 
 @cache
 def _characters() -> list[str]:
-    """The character that spells each byte: itself where it is printable, else one from 256 on."""
+    """List the character that spells each byte: itself if printable, else one from 256 on."""
     plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return [chr(byte if byte in plain else next(others)) for byte in range(256)]

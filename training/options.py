@@ -24,7 +24,7 @@ def option(default: object = None, type: object = None, help: str | None = None,
 
 
 def layers(text: str) -> range:
-    """An option's type: a block's number, or the first and the last of several, A-B."""
+    """Parse a block's number, or the first and the last of several, A-B."""
     first, _, last = text.partition("-")
     low = number(int, 0, 511)(first)
     return range(low, number(int, low, 511)(last or first) + 1)
@@ -112,7 +112,7 @@ class Options:
         return LoRAConfig(**{f.name: getattr(self, f.name) for f in fields(LoRAConfig)})
 
     def as_json(self) -> dict:
-        """Every option of the method with its value, as JSON holds it."""
+        """Return every option of the method with its value, as JSON holds it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)[1:]
                   if self.method == "lora" or f.name not in LORA_ONLY}
         return json.loads(json.dumps(values, default=str))  # a path as a string

@@ -35,7 +35,7 @@ class Ranks:
 
     @classmethod
     def of_torchrun(cls) -> "Ranks":
-        """As torchrun's environment says; alone if this process was started otherwise."""
+        """Read torchrun's environment; alone if this process was started otherwise."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for ends of its own
             return ALONE
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
@@ -58,7 +58,7 @@ class Ranks:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Inside the `with`, ranks can exchange tensors (the CPU's by gloo, CUDA's by NCCL), and
+        """Let ranks exchange tensors (the CPU's by gloo, CUDA's by NCCL) inside the `with`, where
         only the first prints.
         """
         if self.count == 1:
@@ -105,11 +105,11 @@ class Ranks:
         self.agree(0)
 
     def share(self, batch: np.ndarray) -> np.ndarray:
-        """This rank's part of a batch's windows; the parts' sizes differ by one at most."""
+        """Return this rank's part of a batch's windows; the parts' sizes differ by one at most."""
         return np.array_split(batch, self.count)[self.rank]
 
     def every(self, items: Iterable[T]) -> Iterator[T]:
-        """This rank's items, dealt out one by one."""
+        """Yield this rank's items, dealt out one by one."""
         return islice(items, self.rank, None, self.count)
 
     def check_same(self, identity: dict) -> None:
@@ -135,7 +135,7 @@ class Ranks:
             tensor.copy_(total.view_as(tensor))
 
     def agree(self, value: int) -> int:
-        """The largest of the ranks' numbers; exchanged on the CPU, so that no GPU is waited for."""
+        """Return the ranks' largest number; exchanged on the CPU, so that no GPU is waited for."""
         if self.count == 1:
             return value
         shared = torch.tensor(value)
@@ -143,14 +143,14 @@ class Ranks:
         return int(shared)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in order of rank."""
+        """Return every rank's value, in order of rank."""
         values: list = [value] * self.count
         if self.count > 1:
             self._call(lambda: dist.all_gather_object(values, value))
         return values
 
     def from_first(self, value: T) -> T:
-        """Rank 0's value."""
+        """Return rank 0's value."""
         values = [value]
         if self.count > 1:
             self._call(lambda: dist.broadcast_object_list(values))

@@ -73,7 +73,7 @@ def read_run(directory: Path) -> dict:
 
 
 def best_weights(out: Path, method: str) -> Path:
-    """The file in which a run keeps the weights with the best validation loss."""
+    """Return the file in which a run keeps the weights with the best validation loss."""
     return out / (ADAPTER_WEIGHTS if method == "lora" else MODEL_WEIGHTS)
 
 
@@ -93,7 +93,7 @@ def compare(directories: list[Path]) -> None:
 
 
 def _base_cells(run: dict) -> list[str]:
-    """The table's row of a run's base, over the same bytes as the run's own losses."""
+    """Return the table's row of a run's base, over the same bytes as the run's own losses."""
     loss = run["base_val_loss"]
     bits = run["best_val_bits_per_byte"] * loss / run["best_val_loss"]
     return [f"base {run['base']}", "0", "0 %", f"{loss:.4f}", f"{perplexity(loss):.2f}",

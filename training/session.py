@@ -158,7 +158,7 @@ class Session:
         return age >= every if isinstance(every, float) else step % every == 0
 
     def _on_signal(self, number: int, frame) -> None:
-        """The first signal lets the step end and saves; a second one stops at once."""
+        """Let the step end and save at the first signal; stop at once at a second."""
         if self.stop_signal:
             end_at_once(number, frame)
         self.stop_signal = number
