@@ -14,16 +14,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import ours
+from benchmarks import ours, parity, peft_loop
 from benchmarks.parity_report import Report, machine, relative, versions
 from benchmarks.speed import run_apart
 from benchmarks.speed_worker import Task
 from common.device import PRECISIONS
 from common.errors import UserError
 from common.files import read_json
-from generate import generate
 from model import fast, plain
 from model.hub import MINI, find_base
+from model.sampling import generate
 from model.weights import load_gpt2
 from train import Trainer
 from training.options import ROOT
@@ -211,8 +211,6 @@ def text(opts: Namespace, report: Report) -> None:
 
 def peft_parity(opts: Namespace, report: Report) -> None:
     """Run benchmarks.parity on the device, in fp32 and in the native low precision."""
-    from benchmarks import parity
-
     small = ["--exact-only", "--steps", "2", "--block-size", "32"] if opts.dry_run else []
     with TemporaryDirectory() as folder, mock.patch.object(sys, "argv", [
             "parity", "--device", opts.device.torch.type, "--out", folder, *small]):
@@ -222,7 +220,6 @@ def peft_parity(opts: Namespace, report: Report) -> None:
 
 def validation(opts: Namespace, report: Report) -> None:
     """Compare validation losses of adapters trained on gpt2, each with dropouts of its own."""
-    from benchmarks import parity, peft_loop
 
     try:
         base = MINI if opts.dry_run else find_base("gpt2")[1]
@@ -246,13 +243,13 @@ def validation(opts: Namespace, report: Report) -> None:
 
 def speed(opts: Namespace, report: Report) -> None:
     """Time a LoRA step of GPT-2 124M, random weights, each contender in a process of its own."""
-    del os.environ["CUBLAS_WORKSPACE_CONFIG"]  # as users have it
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # as users have it
     torch.cuda.empty_cache()
     with TemporaryDirectory() as folder:
         base = str(MINI) if opts.dry_run else folder
         task = Task("train", base, opts.device.torch.type, precision=opts.low, warm_up=5,
                     batch_size=opts.batch, block_size=opts.block, steps=opts.steps, profile=True)
-        limit = float("nan")
+        limit = None
         if not opts.dry_run:
             run_apart(replace(task, kind="base"))
             limit = run_apart(replace(task, kind="matmuls"))["lora"]
@@ -263,7 +260,7 @@ def speed(opts: Namespace, report: Report) -> None:
                 "tokens/s": round(opts.batch * opts.block / found["median"]),
                 "GPU busy, ms": round(found["busy_ms"], 2), "launches": found["launches"],
                 "peak MB": round(found["peak_mb"]), "reserved MB": round(found["reserved_mb"]),
-                "matmuls' share": round(limit / found["median"], 2)}
+                "matmuls' share": limit and round(limit / found["median"], 2)}
 
 
 PARTS = {part.__name__.replace("_", "-"): part for part in (

@@ -4,21 +4,23 @@ A training step with all of them, then one with each replaced by its plain twin,
 in one process; the ratio of two steps is taken within a round.
 """
 
-import time
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 from benchmarks import ours
 from benchmarks.speed import run_apart
 from benchmarks.speed_report import spread, text
-from benchmarks.speed_worker import Task
+from benchmarks.speed_worker import Task, timed
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
 from model.hub import find_base
 from model.plain import OPERATIONS, plain_operations
 from model.weights import load_config
+from train import Trainer
 
 TRAINED = [name for name in OPERATIONS if name != "score"]  # that one is evaluation's
 ALL = "all of them"
@@ -56,10 +58,8 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
     return [(name, method, precision, text(spread(ratios))) for name, ratios in slower.items()]
 
 
-def seconds(trainer, batch) -> float:
-    began = time.perf_counter()
-    ours.step(trainer, batch)
-    return time.perf_counter() - began
+def seconds(trainer: Trainer, batch: np.ndarray) -> float:
+    return timed(lambda: ours.step(trainer, batch), 1, trainer.device)["median"]
 
 
 if __name__ == "__main__":

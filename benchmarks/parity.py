@@ -2,9 +2,8 @@
 
 `python -m benchmarks.parity` trains one base on one book twice, from the same initial adapter and
 on the same batches: here by `train.py`'s own step, there by the loop in `peft_loop.py`. It
-exits with 1 when a figure is above what it may be. Dropout is all the chance there is once a run
-has its adapter and its batches; `draws` seeds it, and since both sides draw in the same order
-(embedding; in each block LoRA, attention, its residual, the MLP's), they also drop the same.
+exits with 1 when a figure is above what it may be. `draws` seeds the dropouts, which both sides
+draw in one order (`GPT2` in model/gpt2.py).
 """
 
 import math
@@ -23,11 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report, largest, machine, relative, root_mean_square, snapshot
-from common.cli import Parser, number
+from common.cli import DEVICE, Parser, number
 from common.device import Device
 from common.errors import UserError, run_command
-from data.tokens import load_tokens
-from data.windows import split
 from lora.adapter import adapter_tensors, save_adapter
 from lora.layer import LoRAConfig
 from lora.merge import merge, unwrap
@@ -80,8 +77,7 @@ def parse_args() -> Namespace:
                         help="far fewer leave the spread of PEFT's seeds to chance")
     parser.add_argument("--batch-size", type=number(int, 1), default=2)
     parser.add_argument("--block-size", type=number(int, 1), default=128)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                        help="of all but the bit-exact part, which is on the CPU")
+    parser.add_argument("--device", **DEVICE | {"help": "of all but the bit-exact part (CPU)"})
     parser.add_argument("--exact-only", action="store_true", help="only the bit-exact part")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR",
                         help="where parity.json and parity.png go")
@@ -208,35 +204,28 @@ def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Ru
         "trained and merged here": (folder / "ours merged", None)})
 
 
+@torch.no_grad()
 def compare_readings(opts: Namespace, report: Report, what: str,
                      sources: dict[str, tuple[Path, Path | None]]) -> None:
-    """Check that these files hold one model, by both evaluators' losses and both sides' logits."""
-    losses, logits = [], []
+    """Check that these files hold one model, by both evaluators' losses on the validation part and
+    both sides' logits on its first window.
+    """
+    device, losses, logits = Device.pick(opts.device, "fp32"), [], []
+    tokens = ours.data(train_options(opts, "lora"))[1].tokens
+    ids = torch.from_numpy(tokens[None, : opts.block_size].astype(np.int64)).to(device.torch)
     for name, (base, adapter) in sources.items():
-        scores, first_logits = read_by_both(opts, base, adapter)
+        here, there = (side.load(base, adapter).to(device.torch) for side in (ours, peft_loop))
+        scores = {"here": ours.evaluate(here, tokens, opts.directory, device, opts.block_size).loss,
+                  "there": peft_loop.evaluate(there, tokens, opts.block_size)}
         print(f"    {name:25}" + "".join(f" {side} {loss:.7f} ({math.exp(loss):.5f}) "
                                          for side, loss in scores.items()))
         report.facts.setdefault("validation_losses", {})[name] = scores
         losses += scores.values()
-        logits += first_logits
+        logits += [here(ids).cpu(), there(input_ids=ids).logits.cpu()]  # (1, T, V) each
     report.check(f"{what}: validation losses, relative", np.ptp(losses) / min(losses), CLOSE)
     logits, reference = torch.stack(logits), logits[1]  # the first source as read there
     report.check(f"{what}: logits, relative to the largest",
                  ((logits - reference).abs().max() / reference.abs().max()).item(), CLOSE)
-
-
-@torch.no_grad()
-def read_by_both(opts: Namespace, base: Path,
-                 adapter: Path | None) -> tuple[dict[str, float], list[Tensor]]:
-    """Return both sides' validation loss, and their logits on the first window, (1, T, V)."""
-    device = Device.pick(opts.device, "fp32")
-    here, there = (side.load(base, adapter).to(device.torch) for side in (ours, peft_loop))
-    fraction = train_options(opts, "lora").val_fraction
-    tokens = split(load_tokens(opts.book, ours.tokenizer(opts.directory)), fraction)[1]
-    scores = {"here": ours.evaluate(here, tokens, opts.directory, device, opts.block_size).loss,
-              "there": peft_loop.evaluate(there, tokens, opts.block_size)}
-    ids = torch.from_numpy(tokens[None, : opts.block_size].astype(np.int64)).to(device.torch)
-    return scores, [here(ids).cpu(), there(input_ids=ids).logits.cpu()]
 
 
 @to_the_bit()
@@ -251,9 +240,8 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
 
 def trained_path(opts: Namespace, report: Report) -> None:
     """Check the path that users train on: any device, all threads, fp32 and bf16 or fp16."""
-    print(f"\nas trained: {Device.pick(opts.device).name}, "
-                   f"{torch.get_num_threads()} threads")
     fp32, device = None, Device.pick(opts.device)
+    print(f"\nas trained: {device.name}, {torch.get_num_threads()} threads")
     for precision in ("fp32", device.precision if device.is_cuda else "bf16"):  # not emulated
         options = ("lora", "--precision", precision)
         here, there = train_both(train_options(opts, *options, *NO_DROPOUT))

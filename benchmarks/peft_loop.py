@@ -5,7 +5,6 @@ this project; the model, the adapter, the windows, the loss and the schedule are
 """
 
 import math
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from common.device import PRECISIONS
+from training.options import Options
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -41,14 +42,14 @@ def load(directory: Path, adapter: Path | None = None, dropout: float | None = N
     return PeftModel.from_pretrained(base, adapter, is_trainable=trainable) if adapter else base
 
 
-def build(args: Namespace) -> nn.Module:
+def build(args: Options) -> nn.Module:
     """Build what `args` trains: the base, for LoRA with a new adapter or `--init-adapter`."""
     if args.method == "lora" and not args.init_adapter:
         return add_lora(load_base(args.base, args.base_dropout), args)
-    return load(args.base, getattr(args, "init_adapter", None), args.base_dropout, trainable=True)
+    return load(args.base, args.init_adapter, args.base_dropout, trainable=True)
 
 
-def add_lora(base: nn.Module, args: Namespace) -> nn.Module:
+def add_lora(base: nn.Module, args: Options) -> nn.Module:
     """Put PEFT's new adapter, seeded, into the base."""
     torch.manual_seed(args.seed)
     return get_peft_model(base, LoraConfig(
@@ -59,7 +60,7 @@ def add_lora(base: nn.Module, args: Namespace) -> nn.Module:
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, precision: str,
               sums: list[float] | None = None) -> Tensor:
     """Return `cross_entropy`'s mean under autocast; append its sum / number of tokens to `sums`."""
-    with torch.autocast(inputs.device.type, DTYPES[precision], enabled=precision != "fp32"):
+    with torch.autocast(inputs.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
         logits = model(input_ids=inputs).logits
     logits, targets = logits.float().flatten(0, 1), targets.flatten()
     if sums is not None:
@@ -68,7 +69,7 @@ def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, precision: str,
     return F.cross_entropy(logits, targets)
 
 
-def make_step(model: nn.Module, args: Namespace, precision: str) -> Callable[..., float]:
+def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., float]:
     """Return a function that trains on one batch and returns its mean loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
@@ -91,7 +92,7 @@ def make_step(model: nn.Module, args: Namespace, precision: str) -> Callable[...
     return step
 
 
-def train(model: nn.Module, args: Namespace, tokens: np.ndarray,
+def train(model: nn.Module, args: Options, tokens: np.ndarray,
           batches: list[np.ndarray]) -> tuple[list[float], list[float]]:
     """Train on windows of `tokens`. Returns each step's loss twice: the sum over its tokens
     divided by their number, and `cross_entropy`'s own mean, which is what is minimised.
@@ -112,7 +113,7 @@ def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int,
     return rows[:, :-1], rows[:, 1:]
 
 
-def learning_rate(step: int, steps: int, args: Namespace) -> float:
+def learning_rate(step: int, steps: int, args: Options) -> float:
     """Return the learning rate: linear warm-up, then half a cosine to zero."""
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:

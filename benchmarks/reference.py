@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from benchmarks import ours
 from benchmarks.parity_report import machine
@@ -118,7 +117,7 @@ def score(opts: Namespace, method: str, tokens: np.ndarray) -> dict:
     out = opts.out / method
     base = out if method == "full" else opts.directory
     model = ours.load(base, out if method == "lora" else None).to(opts.device.torch)
-    loss = reference_loss(model, tokens, BATCH_SIZE[method], opts.val_windows, opts.device)
+    loss = reference_loss(opts, model, tokens, BATCH_SIZE[method])
     next_token = ours.evaluate(model, tokens, opts.directory, opts.device, BLOCK)
     return {"reference": {"loss": loss, "perplexity": perplexity(loss)},
             "next_token": asdict(next_token) | {"perplexity": next_token.perplexity}}
@@ -130,22 +129,16 @@ def window_indices(tokens: np.ndarray, count: int | None) -> np.ndarray:
     return np.linspace(0, total - 1, min(count or total, total)).astype(int)
 
 
-@torch.no_grad()
-def reference_loss(model: GPT2, tokens: np.ndarray, batch_size: int, count: int | None,
-                   device: Device) -> float:
+def reference_loss(opts: Namespace, model: GPT2, tokens: np.ndarray, batch_size: int) -> float:
     """Return the reference's validation loss, nats: the mean over batches of each batch's mean.
 
     The batches hold windows at stride 1, in order; a last, smaller batch counts like the others.
-    With a `count`, only so many windows are scored.
     """
-    windows, indices = Windows(tokens, SCORED, 1, SHIFT), window_indices(tokens, count)
-    losses = []
-    for start in range(0, len(indices), batch_size):
-        inputs, targets = windows.batch(indices[start : start + batch_size])  # (B, 127) each
-        with device.autocast():
-            logits = model(inputs.to(device.torch)).flatten(0, 1)  # (B * 127, V)
-        losses.append(F.cross_entropy(logits.float(), targets.to(device.torch).flatten()).item())
-    return sum(losses) / len(losses)
+    windows, indices = Windows(tokens, SCORED, 1, SHIFT), window_indices(tokens, opts.val_windows)
+    batches = np.split(indices, range(batch_size, len(indices), batch_size))
+    tokenizer = ours.tokenizer(opts.directory)
+    return float(np.mean([ours.score(model, [windows.batch(batch)], tokenizer, opts.device).loss
+                          for batch in batches]))
 
 
 def share_seen(training: np.ndarray, validation: np.ndarray) -> float:

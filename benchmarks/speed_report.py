@@ -49,22 +49,15 @@ def figures(records: Rounds, rounds: dict[str, Rounds], limits: dict) -> dict:
 
 
 def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
-    """Yield theirs against ours: their time over ours, our memory over theirs, round by round."""
+    """Yield, for the same work, their time over ours and our memory over theirs, by rounds."""
+    same = ("kind", "method", "precision", "axis", "batch_size", "block_size", "r")
     for (ours, here), (theirs, there) in itertools.product(rounds.items(), repeat=2):
-        if comparable(next(iter(here.values())), next(iter(there.values()))):
+        a, b = next(iter(here.values())), next(iter(there.values()))
+        if (a["side"], b["side"]) == ("ours", "theirs") and b["compile"] <= a["compile"] and all(
+                a[key] == b[key] for key in same):
             yield {"theirs": theirs, "ours": ours, "time": quotient(there, here, "median"),
                    "memory": quotient(here, there, "peak_mb")}
 
-
-def comparable(ours: dict, theirs: dict) -> bool:
-    """Return whether both did the same work. PEFT in fp32, the reference, counts for LoRA."""
-    same = ("kind", "method", "axis", "batch_size", "block_size", "r")
-    if ((ours["side"], theirs["side"]) != ("ours", "theirs")
-            or any(ours[key] != theirs[key] for key in same)):
-        return False
-    script = [theirs[key] for key in ("kind", "method", "precision")] == ["train", "lora", "fp32"]
-    return theirs["compile"] <= ours["compile"] and (
-        ours["precision"] == theirs["precision"] or (script and not theirs["compile"]))
 
 
 def quotient(over: Rounds, under: Rounds, key: str) -> dict:

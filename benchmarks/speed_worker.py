@@ -80,7 +80,7 @@ class Task:
         return self.contender + (f", {self.axis} {getattr(self, self.axis)}" if self.axis else "")
 
     def args(self) -> Options:
-        """Return `train.py`'s options, for one step more than is timed: the last one validates."""
+        """Return `train.py`'s options, for one step more than is timed, which may be profiled."""
         return ours.options(
             self.method, "--base", self.base, "--device", self.device, "--precision",
             self.precision, "--batch-size", self.batch_size, "--block-size", self.block_size,
@@ -247,7 +247,8 @@ def measure_rank(task: Task, device: Device) -> dict:
                 ours.step_among_ranks(trainer, next(batches))
         found = timed(lambda: ours.step_among_ranks(trainer, next(batches)), task.steps, device)
         alone = timed(lambda: [all_reduce(t) for t in sent], task.steps + 2, device)
-    return {**found, "bytes": sum(t.nbytes for t in sent), "all_reduce": alone["median"]}
+    return {**found, "bytes": sum(t.nbytes for t in sent),
+            **({"all_reduce": alone["median"]} if sent else {})}
 
 
 class Matmuls(TorchDispatchMode):

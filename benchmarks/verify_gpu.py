@@ -45,6 +45,7 @@ def parse_args() -> Namespace:
     opts = parser.parse_args()
     if not opts.dry_run and not torch.cuda.is_available():
         raise UserError("torch finds no GPU; --dry-run tries the script on a CPU")
+    opts.only = [part for part in PARTS if part in opts.only]  # speed undoes what resume needs
     opts.device = Device.pick("cpu" if opts.dry_run else "cuda", "fp32")
     opts.low = "bf16" if opts.dry_run else Device.pick("cuda").precision  # what is native
     opts.steps, opts.batch, opts.block = (3, 2, 32) if opts.dry_run else (20, 16, 128)
