@@ -2,19 +2,20 @@
 # make train-full            the same, training every weight
 # make compare               table and picture of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
-# make sweep                train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
-# make parity               this project against PEFT and transformers, number by number
-# make bench                how fast and how small, beside PEFT and transformers
-# make verify-gpu           on a GPU: what holds there, and how fast, in one report
-# make reference            the reference run's protocol, and what its numbers mean
-# make figures              the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
-# make fault                kills, full disks, broken files: what a run survives (ARGS=--short)
+# make sweep                 train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
+# make parity                this project against PEFT and transformers, number by number
+# make bench                 how fast and how small, beside PEFT and transformers (ARGS=--quick)
+# make verify-gpu            on a GPU: what holds there, and how fast (ARGS=--dry-run: on a CPU)
+# make reference             the reference run's protocol, and what its numbers mean
+# make figures               the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
+# make fault                 kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
-# make test-lowest          the tests with the lowest versions that pyproject.toml allows
+# make test-lowest           the tests with the lowest versions that pyproject.toml allows
 #
 # Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file, or a directory of .txt
 # files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON lines, in place of
-# BOOK), OUT (a directory), ARGS (any further options of the command).
+# BOOK), OUT (a directory), ADAPTER (of generate; default: OUT, else runs/lora), ARGS (any further
+# options of the command).
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -40,7 +41,7 @@ BASE_OPTION := $(if $(filter auto,$(value BASE)),,--base "$$_BASE")
 	sweep bench verify-gpu reference fault pretrain-mini clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 # A stamp per set of packages: what a target needs is installed once, and again when it changes.
 .venv/run: pyproject.toml
@@ -121,14 +122,15 @@ HELD_OUT := emma white-fang the-time-machine
 
 pretrain-mini: .venv/run
 	@test -n "$$_CORPUS" || { echo "error: name the texts: make pretrain-mini CORPUS=DIR" >&2; exit 2; }
-	$(PY) -m data.corpus "$$_CORPUS" --leave-out $(HELD_OUT) --out $(MINI)/corpus.txt
 	@mkdir -p $(MINI)/init && cp model/mini/*.json $(MINI)/init
-	$(PY) train.py full --base $(MINI)/init --book $(MINI)/corpus.txt --out $(MINI)/run \
+	@rm -rf $(MINI)/texts && mkdir $(MINI)/texts && cp "$$_CORPUS"/*.txt $(MINI)/texts
+	@rm $(HELD_OUT:%=$(MINI)/texts/%.txt)
+	$(PY) train.py full --base $(MINI)/init --book $(MINI)/texts --out $(MINI)/run \
 		--block-size 256 --stride 256 --batch-size 8 --epochs 4 --lr 1.5e-3 \
 		--warmup-ratio 0.03 --weight-decay 0.1 --val-fraction 0.005 \
 		--precision bf16 --eval-every 2000 --checkpoint-every 5m --log-every 50 \
 		--seed 1 $(ARGS)
-	$(PY) -m model.export --base $(MINI)/run --out $(MINI)/model
+	$(PY) -m lora.merge --base $(MINI)/run --precision fp16 --out $(MINI)/model
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 

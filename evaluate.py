@@ -6,7 +6,8 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for inputs, targets in ranks.every(batches):
+        for inputs, targets in islice(batches, ranks.rank, None, ranks.count):
             targets = targets.flatten()
             scored = scored_positions(targets)
             targets = targets[scored]
@@ -146,10 +147,8 @@ def main() -> None:
     if args.json:
         write_json(args.json, {
             "base": name, "adapter": str(args.adapter) if args.adapter else None,
-            "text": text, "val_fraction": fraction, "tokens": scores.tokens,
-            "bytes": scores.bytes, "loss": scores.loss, "perplexity": scores.perplexity,
-            "bits_per_byte": scores.bits_per_byte, "accuracy": scores.accuracy,
-        })
+            "text": text, "val_fraction": fraction, **asdict(scores),
+            "perplexity": scores.perplexity, "bits_per_byte": scores.bits_per_byte})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.adapter import save_adapter
 from lora.inject import adapter_disabled
-from lora.layer import LoRAConfig
 from lora.plus import parameter_groups
 from model import fast as ops
 from model.gpt2 import GPT2
@@ -64,7 +63,7 @@ def main() -> None:
         identity = run_identity(options, directory, windows.tokens, validation.tokens)
         with Session(options, device, ranks, directory, identity) as session:
             if not session.finished:
-                train(trainer, session, config)
+                train(trainer, session)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
@@ -114,7 +113,7 @@ class Trainer:
     def step(self, batch: np.ndarray) -> None:
         """Take one optimizer step on these windows, computed in `--grad-accum` parts."""
         options, tokens = self.options, self.windows.scored_tokens(batch)
-        mine = self.ranks.share(batch)
+        mine = np.array_split(batch, self.ranks.count)[self.ranks.rank]  # may be empty
         total = torch.zeros((), device=self.device.torch)
         for part in np.array_split(mine, max(1, min(options.grad_accum, len(mine)))):
             with self.device.autocast():
@@ -163,7 +162,7 @@ class Trainer:
         return f"epoch {epoch + 1}, {self.windows.describe(windows)}"
 
 
-def train(trainer: Trainer, session: Session, lora_config: LoRAConfig | None) -> None:
+def train(trainer: Trainer, session: Session) -> None:
     """Take every step to the last, and do what is due between them."""
     options, progress, meter = trainer.options, trainer.progress, trainer.meter
     session.watch(parameters=Parameters(trainer.parameters), optimizer=trainer.optimizer,
@@ -174,8 +173,8 @@ def train(trainer: Trainer, session: Session, lora_config: LoRAConfig | None) ->
             scores = trainer.evaluate()
         progress.base_val_loss = scores.loss
         print(f"base: val {scores}", flush=True)
-        if lora_config and options.init_adapter:
-            validate(trainer, session, lora_config)  # where training starts is the first best
+        if options.init_adapter:
+            validate(trainer, session)  # where training starts is the first best
         meter.restart()
     trainer.model.train()
     for batch in session.steps(trainer.batches(progress.step)):
@@ -186,22 +185,22 @@ def train(trainer: Trainer, session: Session, lora_config: LoRAConfig | None) ->
         if validates or step % options.log_every == 0:
             metrics = trainer.measure()
             if validates:
-                metrics |= validate(trainer, session, lora_config)
+                metrics |= validate(trainer, session)
             session.log(metrics)
             meter.restart()  # validation is not training time,
         meter.began += session.after_step(epoch_ends)  # nor is saving
     session.finish(count_parameters(trainer.model) | progress.report() | meter.report())
 
 
-def validate(trainer: Trainer, session: Session, lora_config: LoRAConfig | None) -> dict:
+def validate(trainer: Trainer, session: Session) -> dict:
     """Score the validation part; save the model if it is the best so far."""
     options, progress, scores = trainer.options, trainer.progress, trainer.evaluate()
     better = scores.loss < progress.best_val_loss
     if better:
         progress.best_val_loss, progress.best_val_bits_per_byte = scores.loss, scores.bits_per_byte
-        if session.directory and lora_config:
-            save_adapter(trainer.model, lora_config, options.out, options.base,
-                         session.identity["base"]["weights"])
+        if session.directory and options.method == "lora":
+            save_adapter(trainer.model, options.lora_config, options.out, options.base,
+                         session.identity["base_sha256"]["weights"])
         elif session.directory:
             save_gpt2(trainer.model, options.out, end_of_text=trainer.tokenizer.end_of_text)
             save_tokenizer(trainer.tokenizer, options.out)

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import ours
 from benchmarks.parity_report import machine
-from common.cli import Parser, add_base_option, number, print_table
+from common.cli import BASE, Parser, number, print_table
 from common.device import Device
 from common.errors import UserError, run_command
 from common.files import atomic_path, write_json
@@ -83,7 +83,7 @@ def main() -> None:
 def parse_args() -> Namespace:
     parser = Parser(prog="benchmarks.reference", description=__doc__.splitlines()[0],
                     epilog="Further options are those of train.py.")
-    add_base_option(parser)
+    parser.add_argument("--base", **BASE)
     parser.add_argument("--book", type=Path, help="UTF-8 text file (default: pseudo-Latin)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "reference", metavar="DIR",
                         help="where the runs lora/ and full/ go, and the figures")

@@ -59,25 +59,19 @@ DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda", "mps")}
 PRECISION = {"default": "auto", "choices": ("auto", *PRECISIONS)}
 
 
-def add_base_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", **BASE)
-
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", **DEVICE)
     parser.add_argument("--precision", **PRECISION)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(table(columns, rows))
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table: the first column to the left, the others to the right."""
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Print a Markdown table, the first column to the left, the others to the right; return it."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = []
-    for row in (columns, ["-" * width for width in widths], *rows):
-        padded = [text.ljust(width) if i == 0 else text.rjust(width)
-                  for i, (text, width) in enumerate(zip(row, widths, strict=True))]
-        lines.append("| " + " | ".join(padded) + " |")
-    return "\n".join(lines)
+    for first, *others in (columns, ["-" * width for width in widths], *rows):
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append(f"| {' | '.join(cells)} |")
+    text = "\n".join(lines)
+    print(text)
+    return text

@@ -136,19 +136,13 @@ def _cpu_has_bf16() -> bool:
 
 def tune_process() -> None:
     """Set what our commands compute fastest with, for all of this process."""
-    keep_freed_memory()
+    # By default glibc gives large blocks back to the kernel, and a fresh one costs a page fault
+    # every 4 KB (mallopt(3)): full fine-tuning, its gradients new at each step, waits longest.
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_MMAP_MAX, 0)  # large blocks from the heap as well,
+        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
     # On an H100 or later, torch 2.11 to 2.13 prefer cuDNN, which plans every new shape anew: in
     # generation one at each token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)
 
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensors of this process (mallopt(3)).
-
-    By default it gives large blocks back to the kernel, and a fresh block costs a page fault every
-    4 KB. Full fine-tuning, whose gradients are new at each step, waits longest for them.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_MAX, 0)  # large blocks from the heap as well,
-        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 

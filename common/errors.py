@@ -1,4 +1,4 @@
-"""End a command: status 0 done, 1 the run itself failed, 2 a user's mistake, 130 interrupted."""
+"""End a command: status 0 done, 1 the run failed, 2 a user's mistake, 130 or 143 a signal."""
 
 import os
 import sys

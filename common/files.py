@@ -1,15 +1,15 @@
 """Write files whole or not at all; read small ones with errors that name them."""
 
-import glob
+
 import hashlib
 import json
 import os
 import reprlib
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from common.errors import UserError
 from common.signals import unfinished
@@ -24,22 +24,20 @@ class NotWritable(UserError):
 
 @contextmanager
 def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
-    """Give a temporary file; what is written there replaces `path` whole, or not at all.
+    """Give a temporary path; what is written there replaces `path` whole, or not at all.
 
     The data reaches the disk (fsync) before a rename makes it visible. What `path` held before is
     kept as `backup`. Raises NotWritable if the place cannot be written.
     """
     path = Path(path)
+    temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
-        os.close(handle)
-        temporary = Path(name)
         unfinished.add(temporary)
         try:
             yield temporary
             _sync(temporary)
-            temporary.chmod(0o666 & ~_umask())  # mkstemp's 0600 would hide a result from others
+
             if backup and os.path.lexists(path):
                 os.replace(path, backup)
             os.replace(temporary, path)
@@ -54,7 +52,7 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
 def remove_stale(directory: Path, names: Iterable[str]) -> None:
     """Remove what a killed process left of an `atomic_path` of these names."""
     for name in names:
-        for path in directory.glob(f".{glob.escape(name)}.*{UNFINISHED}"):
+        for path in directory.glob(f".{name}.*{UNFINISHED}"):
             path.unlink(missing_ok=True)
 
 
@@ -65,13 +63,12 @@ def write_json(path: Path, value: dict) -> None:
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises UserError if the file cannot be read or holds something else."""
-    check_regular(path)
-    if os.path.getsize(path) > MAX_JSON_BYTES:
+    with open_file(path) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
         raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of settings")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        value = json.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -81,26 +78,22 @@ def read_json(path: Path) -> dict:
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex. Raises UserError if it cannot be read."""
-    check_regular(path)
+    digest = hashlib.sha256()
+    with open_file(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file to read its bytes, but no pipe or device: it may never end. Raises UserError."""
     try:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, "rb")
+        reason = "not a regular file"
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def check_regular(path: Path) -> None:
-    """Raise UserError for a missing file, a directory, a pipe or a device: it may never end."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason})") from error
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: cannot be read (not a regular file)")
+        reason = error.strerror
+    raise UserError(f"{path}: cannot be read ({reason})")
 
 
 def refuse_existing(out: Path) -> None:
@@ -113,11 +106,6 @@ def brief(value: object) -> str:
     """Return a value from a file for a message: one printable line of bounded length."""
     return reprlib.repr(value)[:120]
 
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from common.errors import RunError, UserError
-from common.files import brief, check_regular
+from common.files import brief, open_file
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -47,10 +47,6 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
             raise UserError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
         yield key, tensor
 
-
-def read_keys(path: Path) -> set[str]:
-    """Return the names of the file's tensors. Raises UserError for a file of something else."""
-    return set(_open(path)[0])
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
@@ -113,11 +109,9 @@ def _is_finite(tensor: Tensor) -> bool:
 @contextmanager
 def _naming(path: Path, tensor: str = "") -> Iterator[None]:
     """Turn all that the readers raise on a damaged file into a UserError that names it."""
-    check_regular(path)
+    open_file(path).close()
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnpicklingError as error:
         raise UserError(f"{path}: not a file of plain tensors; not read, since such a pickle can "
                         "run code") from error

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import brief, check_regular
+from common.files import brief, open_file
 from data.tokens import LONGEST_RUN, end_of_text
 from data.windows import NOT_SCORED, Windows, split
 from model.tokenizer import Tokenizer
@@ -92,9 +92,8 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     Raises UserError that names the line of what is not an example, or of a last completion that
     alone is longer.
     """
-    check_regular(path)
     rows = []
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_RUN), b""), 1):
             if not line.strip():
                 continue

@@ -1,6 +1,7 @@
 """A text file as a cached, memory-mapped file of token ids."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from model.tokenizer import PATTERN, Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
 PIECE = 1 << 16  # characters read at a time: memory does not grow with the book
+WORDS = re.compile(r"(.*\S(?=[ \n]))?", re.DOTALL)  # up to the last space that follows a word
 LONGEST_RUN = 1 << 16  # characters without a boundary; tiktoken slows down and fails on long runs
 
 
@@ -25,7 +27,10 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
     """
     books = []
     for path in paths:  # os.path, because Path's own test raises where a name is too long
-        books += (os.path.isdir(path) and sorted(path.glob("*.txt"))) or [path]
+        found = sorted(path.glob("*.txt")) if os.path.isdir(path) else [path]
+        if not found:
+            raise UserError(f"{path}: holds no .txt files")
+        books += found
     parts = [load_tokens(book, tokenizer) for book in books]
     if len(parts) == 1:
         return parts[0]
@@ -53,20 +58,15 @@ def load_tokens(book: Path, tokenizer: Tokenizer, cache: Path = CACHE) -> np.nda
     path = cache / f"{described['book'][:32]}-{tokenizer.sha256[:16]}.bin"
     if not _is_whole(path, described):
         try:
-            _write(path, described, book, tokenizer)
+            with atomic_path(path) as temporary:
+                with open(temporary, "wb") as file:
+                    file.writelines(map(tokenizer.encode, _pieces(book, tokenizer)))
+                described["tokens_sha256"] = file_sha256(temporary)
+            write_json(path.with_suffix(".json"), described)
         except NotWritable as error:
             print(f"warning: {error}; keeping the tokens in memory", file=sys.stderr)
             return np.concatenate([tokenizer.encode(piece) for piece in _pieces(book, tokenizer)])
     return np.memmap(path, dtype=tokenizer.dtype, mode="r")
-
-
-def _write(path: Path, described: dict, book: Path, tokenizer: Tokenizer) -> None:
-    with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:
-            for piece in _pieces(book, tokenizer):
-                file.write(tokenizer.encode(piece).tobytes())
-        described["tokens_sha256"] = file_sha256(temporary)
-    write_json(path.with_suffix(".json"), described)
 
 
 def _is_whole(path: Path, described: dict) -> bool:
@@ -89,7 +89,7 @@ def _pieces(book: Path, tokenizer: Tokenizer) -> Iterator[str]:
     with open(book, encoding="utf-8-sig") as file:
         while new := _read(file, -1 if whole else PIECE):
             text, empty = rest + new, False
-            cut = len(text) if whole else _last_boundary(text)
+            cut = len(text) if whole else WORDS.match(text).end()
             if cut:
                 yield text[:cut]
             rest = text[cut:]
@@ -109,11 +109,3 @@ def _read(file: TextIO, size: int) -> str:
         offset = file.buffer.tell() - len(error.object) + error.start
         raise UserError(f"{file.name}: not UTF-8 text (byte {offset:,}: {error.reason}); "
                         "convert it first") from error
-
-
-def _last_boundary(text: str) -> int:
-    """Return the last index of a space or newline that follows a visible character, or 0."""
-    for i in range(len(text) - 1, 0, -1):
-        if text[i] in " \n" and not text[i - 1].isspace():
-            return i
-    return 0

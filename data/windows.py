@@ -82,45 +82,26 @@ def load_windows(books: Sequence[Path], tokenizer: Tokenizer, *, block_size: int
     for name, part in (("training", train_part), ("validation", val_part)):
         if len(part) < block_size + label_shift:
             raise UserError(f"{', '.join(map(str, books))}: its {name} part is {len(part):,} "
-                            f"tokens, less than one window of {block_size}; use a longer book or "
-                            "a smaller block")
+                            f"tokens, and a window needs {block_size + label_shift}; use a longer "
+                            "book or a smaller block")
     return tuple(Windows(part, block_size, stride, label_shift) for part in (train_part, val_part))
 
 
-def evaluation_batches(
-    tokens: np.ndarray, block_size: int, stride: int, label_shift: int,
-    batch_size: int = 16
-) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluation_batches(tokens: np.ndarray, block_size: int, stride: int, label_shift: int,
+                       batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets (B, T) that score each token but the first `label_shift` once.
 
-    Windows start every `stride` tokens; below the block size, only tokens that no earlier window
-    scored count. A shorter last window is padded on the right, where a causal model cannot see,
-    and the padding is not scored. Raises ValueError for a stride above the block size, which would
-    leave tokens out.
+    Windows start every `stride` tokens, at most the block size; below it, only tokens that no
+    earlier window scored count. A shorter last window is padded on the right, where a causal model
+    cannot see, and the padding is not scored.
     """
-    if not 1 <= stride <= block_size:
-        raise ValueError(f"stride {stride} is not from 1 to the block size, {block_size}")
-    scored = label_shift  # the first position of `tokens` that is still to be scored
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
-    for start in range(0, len(tokens), stride):
-        if scored >= len(tokens):
-            break
-        inputs = np.zeros(block_size, dtype=np.int64)
-        targets = np.full(block_size, NOT_SCORED, dtype=np.int64)
-        seen = tokens[start : start + block_size]
-        inputs[: len(seen)] = seen
-        new = tokens[scored : start + block_size + label_shift]
-        first = scored - start - label_shift
-        targets[first : first + len(new)] = new
-        scored += len(new)
-        rows.append((inputs, targets))
-        if len(rows) == batch_size:
-            yield _stack(rows)
-            rows = []
-    if rows:
-        yield _stack(rows)
-
-
-def _stack(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
-    inputs, targets = zip(*rows, strict=True)
-    return torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(targets))
+    last = max(0, len(tokens) - label_shift - block_size)  # a window from here on reaches the end
+    starts = np.arange(0, last + stride, stride) if len(tokens) > label_shift else np.arange(0)
+    column = np.arange(block_size)
+    for i in range(0, len(starts), batch_size):
+        place = starts[i : i + batch_size, None] + column  # (B, T)
+        inputs, targets = (tokens[np.minimum(x, len(tokens) - 1)].astype(np.int64)
+                           for x in (place, place + label_shift))
+        new = (place == column) | (column >= block_size - stride)  # all of the first window
+        targets[~new | (place + label_shift >= len(tokens))] = NOT_SCORED
+        yield torch.from_numpy(inputs), torch.from_numpy(targets)

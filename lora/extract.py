@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import Parser, add_base_option, number, print_table
+from common.cli import BASE, Parser, number, print_table
 from common.errors import UserError, run_command
 from common.files import file_sha256, refuse_existing
 from lora.factors import truncate, write_factors
@@ -19,7 +19,7 @@ from model.weights import load_config, read_parameters, weights_path
 
 def main() -> None:
     parser = Parser(prog="lora.extract", description=__doc__.splitlines()[0])
-    add_base_option(parser)
+    parser.add_argument("--base", **BASE)
     parser.add_argument("--full", type=Path, required=True, metavar="DIR",
                         help="the fine-tuned model, a Hugging Face GPT-2 directory")
     parser.add_argument("--rank", type=number(int, 1), default=8, metavar="N")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from common.cli import add_base_option
+from common.cli import BASE
 from common.errors import UserError
 from common.files import brief, file_sha256
 from lora.adapter import check_base, load_adapter
@@ -21,7 +21,7 @@ from model.weights import load_gpt2, weights_path
 
 
 def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    add_base_option(parser)
+    parser.add_argument("--base", **BASE)
     parser.add_argument("--adapter", type=Path, nargs=nargs, metavar="DIR",
                         help="an adapter in PEFT's format; with --base auto, the base that it "
                              "names is loaded")

@@ -50,19 +50,19 @@ def main() -> None:
                         help="the new Hugging Face GPT-2 directory")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
                         help="of the file; below fp32 a part of the update is rounded away, and "
-                             "how much is printed")
+                             "how much is printed; without --adapter, the base alone is written")
     args = parser.parse_args()
-    if not args.adapter:
+    if not args.adapter and args.precision == "fp32":
         raise UserError("--adapter is missing: there is nothing to merge")
     refuse_existing(args.out)
     base, model, tokenizer = load_model(args.base, args.adapter)
     merge(model)
-    if args.precision != "fp32":
+    if args.adapter and args.precision != "fp32":
         print(rounding_cost(model, PRECISIONS[args.precision]))
     unwrap(model)
     save_gpt2(model, args.out, PRECISIONS[args.precision], tokenizer.end_of_text)
     save_tokenizer(tokenizer, args.out)
-    print(f"{base} + {args.adapter} -> {args.out}")
+    print(f"{base}{f' + {args.adapter}' if args.adapter else ''} -> {args.out}")
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> str:

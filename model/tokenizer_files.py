@@ -107,6 +107,8 @@ def _from_vocab_and_merges(directory: Path, vocab_size: int) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{directory / MERGES}: cannot be read ({error})") from error
     merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    if any(len(merge) != 2 for merge in merges):
+        raise UserError(f"{directory / MERGES}: is not a list of pairs, one a line")
     return _byte_level(directory / VOCAB, PATTERN, vocab, merges, added, vocab_size)
 
 

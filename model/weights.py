@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import atomic_path, brief, file_sha256, read_json, write_json
-from common.tensors import read_keys, read_tensors, write_tensors
+from common.tensors import read_shapes, read_tensors, write_tensors
 from model.gpt2 import GPT2, GPT2Config
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
@@ -65,7 +65,7 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
     """Yield a model's parameters one by one, (out, in), of the shapes and types of `needed`, and
     leave the masks unread.
     """
-    keys = read_keys(path)
+    keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
     shapes = {HEAD: needed["wte.weight"].shape} | {
         prefix + name: p.shape[::-1] if CONV1D.search(name) else p.shape

@@ -78,8 +78,7 @@ def read_checkpoint(out: Path) -> dict:
             print(f"warning: {damaged[0]}; going on from {path}", file=sys.stderr)
             os.replace(path, out / CHECKPOINT)
         return state
-    raise UserError(f"{'; '.join(damaged)}; start again with --overwrite" if damaged else
-                    f"--resume: {out} holds no checkpoint; start without --resume")
+    raise UserError(f"{'; '.join(damaged)}; start again with --overwrite")
 
 
 def _read(path: Path) -> dict:

@@ -13,26 +13,18 @@ from training.checkpoint import read_checkpoint
 from training.options import Options
 
 # Options that may change when a run is resumed: they do not change its result, or they are paths,
-# and what came of the files there is compared, or lies in the checkpoint.
+# whose contents are compared instead (an initial adapter's are in the checkpoint).
 HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpointing", "resume",
             "overwrite", "base", "book", "data", "val_data", "init_adapter"}
 
 
 def run_identity(options: Options, base: Path, *tokens: np.ndarray) -> dict:
-    """Return what makes this run this run. The book is known by its tokens: by what is trained on,
-    though the file may change meanwhile.
-    """
+    """Return what makes this run this run: the book by its tokens, since its file may change."""
     book = hashlib.sha256()
     for part in tokens:
         book.update(np.ascontiguousarray(part))
-    return {"method": options.method, "options": options.as_json(), "base": base_hashes(base),
-            "book": book.hexdigest()}
-
-
-def identity_of(run: dict) -> dict:
-    """Return the identity of the run that wrote this `run.json`."""
-    return {"method": run["method"], "options": run["options"], "base": run["base_sha256"],
-            "book": run["book_sha256"]}
+    return {"method": options.method, "options": options.as_json(),
+            "base_sha256": base_hashes(base), "book_sha256": book.hexdigest()}
 
 
 def saved_lora_config(out: Path) -> LoRAConfig:
@@ -53,10 +45,11 @@ def refuse_another(then: dict, now: dict) -> None:
         if old.get(name) != new.get(name):
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old.get(name)!s:.80} and "
                             f"is now {new.get(name)!s:.80}; repeat the run's own options")
-    if then["book"] != now["book"]:
+    if then["book_sha256"] != now["book_sha256"]:
         source = f"data {new['data']}" if new["data"] else f"book {' '.join(new['book'])}"
         raise UserError(f"--resume: --{source}: its text changed since the run began")
-    for part in sorted(then["base"].keys() | now["base"].keys()):
-        if then["base"].get(part) != now["base"].get(part):
+    before, after = then["base_sha256"], now["base_sha256"]
+    for part in sorted(before.keys() | after.keys()):
+        if before.get(part) != after.get(part):
             raise UserError(f"--resume: --base {new['base']}: its {part} changed since the run "
                             "began")

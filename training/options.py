@@ -77,7 +77,7 @@ class Options:
     out: Path = option(ROOT / "runs" / "lora", Path, "directory of what the run leaves")
     eval_every: int | None = option(None, number(int, 1), "validate every so many steps, besides "
                                     "after each epoch")
-    log_every: int = option(10, number(int, 1), "steps a line of metrics.jsonl")
+    log_every: int = option(10, number(int, 1), "write a line of metrics.jsonl every so many steps")
     checkpoint_every: int | float = option(600.0, steps_or_seconds, "save every N steps, or after "
                                            "a time such as 90s or 10m (default: 10m), besides "
                                            "after an epoch", metavar="N")
@@ -100,7 +100,8 @@ class Options:
     use_dora: bool = option(False, help="DoRA: train each weight's magnitude apart from its "
                             "direction")
     init_lora_weights: bool | str = option(True, str, "PiSSA: start from W's largest singular "
-                                           "vectors", choices=("pissa",))
+                                           "vectors (default: LoRA's own start)",
+                                           choices=("pissa",))
     loraplus_lr_ratio: float | None = option(None, number(float, 1.0, 1e4), "LoRA+: ratio of B's "
                                              "learning rate to A's")
     freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory")

@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 from typing import TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # later, its functions' defaults would keep a group alive past its end
+import torch.distributed.nn  # now: later, its functions' defaults would keep an open group alive
 from torch import Tensor
 
 from common.errors import RunError, UserError, first_line
@@ -93,7 +91,7 @@ class Ranks:
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """Run the body on rank 0 first, so that the others find its downloads and caches."""
+        """Run the body on rank 0 first, so that the others find its downloads."""
         if not self.first:
             self.wait()
         yield
@@ -104,13 +102,6 @@ class Ranks:
         """Wait for every rank to come here."""
         self.agree(0)
 
-    def share(self, batch: np.ndarray) -> np.ndarray:
-        """Return this rank's part of a batch's windows; the parts' sizes differ by one at most."""
-        return np.array_split(batch, self.count)[self.rank]
-
-    def every(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield this rank's items, dealt out one by one."""
-        return islice(items, self.rank, None, self.count)
 
     def check_same(self, identity: dict) -> None:
         """Raise UserError, in every rank, if one was given other options, base or book."""

@@ -45,10 +45,9 @@ def describe_parameters(model: nn.Module) -> str:
 def write_report(options: Options, report: dict) -> None:
     """Write `run.json` and draw `loss.png`."""
     best, base = report["best_val_loss"], report["base_val_loss"]
-    write_json(options.out / RUN, {"method": options.method, "base": options.base,
-                                   "options": options.as_json(), **report,
+    write_json(options.out / RUN, {"base": options.base, **report,
                                    "best_val_perplexity": perplexity(best)})
-    draw_loss(options.out, options.method, base)
+    draw_loss(options, base)
     print(f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
           f"after {report['seconds']:.0f} s; saved in {options.out}")
 
@@ -86,8 +85,10 @@ def compare(directories: list[Path]) -> None:
     if len(measures) > 1:
         print("note: these runs differ in base, book, split, block or label shift; "
               "their losses do not compare")
-    bases = {str(run["base_sha256"]): run for _, run in reversed(runs)}
-    rows = [_base_cells(run) for run in reversed(bases.values())]
+    bases = {}
+    for _, run in runs:
+        bases.setdefault(str(run["base_sha256"]), run)
+    rows = [_base_cells(run) for run in bases.values()]
     print_table(COLUMNS, rows + [_cells(*run) for run in runs])
     draw_comparison(runs, directories[0].resolve().parent / "compare.png")
 
@@ -115,24 +116,24 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def draw_loss(out: Path, method: str, base_val_loss: float) -> None:
+def draw_loss(options: Options, base_val_loss: float) -> None:
     """Draw `loss.png`: training loss, validation loss, and the base's as a line."""
     if not can_draw():
         return
-    lines = read_metrics(out)
-    validated = [line for line in lines if "val_loss" in line]
+    lines = read_metrics(options.out)
+    start = [] if options.init_adapter else [(0, base_val_loss)]
+    validated = start + [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines],
               color=COLOURS["train"], label="training")
-    axes.plot([0, *(line["step"] for line in validated)],
-              [base_val_loss, *(line["val_loss"] for line in validated)],
-              color=COLOURS[method], marker="o", label="validation")
+    axes.plot(*zip(*validated, strict=True), color=COLOURS[options.method], marker="o",
+              label="validation")
     axes.axhline(base_val_loss, color=COLOURS["base"], linestyle="--", linewidth=1,
                  label="base, validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{method}: loss")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{options.method}: loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    save_figure(figure, out / "loss.png")
+    save_figure(figure, options.out / "loss.png")
 
 
 def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:

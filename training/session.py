@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,20 +22,15 @@ from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, on_signals, say
 from training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
 from training.directory import RUN, RunDirectory, check_out
-from training.identity import identity_of, refuse_another
+from training.identity import refuse_another
 from training.options import Options
 from training.ranks import Ranks
 from training.report import best_weights, read_run, write_report
 
-T = TypeVar("T")
 # An epoch's end saves unless the last checkpoint is younger: on a GPU, saving can take longer than
 # the epoch.
 YOUNG_SECONDS = 10.0
 
-
-class Stateful(Protocol):
-    def state_dict(self) -> dict: ...
-    def load_state_dict(self, state: dict) -> object: ...
 
 
 class Session:
@@ -46,7 +41,7 @@ class Session:
         self.options, self.device, self.ranks, self.identity = options, device, ranks, identity
         self.base = base
         self.directory: RunDirectory | None = None
-        self.watched: dict[str, Stateful] = {}
+        self.watched: dict[str, Any] = {}
         self.finished, self.running = False, False
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
@@ -61,7 +56,7 @@ class Session:
             try:
                 check_out(self.options)  # again: another run may have ended there meanwhile
                 if self.options.resume and (self.options.out / RUN).exists():
-                    refuse_another(identity_of(read_run(self.options.out)), self.identity)
+                    refuse_another(read_run(self.options.out), self.identity)
                     print(f"{self.options.out}: this run is finished; nothing to resume")
                     self.finished = True
             except UserError:
@@ -79,7 +74,7 @@ class Session:
                      else f"the last checkpoint is of step {self.saved_step}")
             raise RunError(f"{failure}; {saved}") from error
 
-    def watch(self, **stateful: Stateful) -> None:
+    def watch(self, **stateful: Any) -> None:
         """Name what a checkpoint holds besides the random generators. `progress`, with its
         `step` and `best_val_loss`, must be among it.
         """
@@ -101,7 +96,7 @@ class Session:
         self.started = time.perf_counter() - self.seconds
         self.running = True
 
-    def steps(self, batches: Iterable[T]) -> Iterator[T]:
+    def steps(self, batches: Iterable) -> Iterator:
         """Yield the batches under a progress bar; from here on a signal lets the step end."""
         on_signals(self._on_signal)
         self.saved_at = time.perf_counter()
@@ -126,7 +121,7 @@ class Session:
         if stop := self.ranks.agree(self.stop_signal or 0):  # it may have come during the save
             if self.saved_step != self.watched["progress"].step:
                 self._save()
-            on_signals(signal.SIG_IGN)  # or a second one ends Python's own end, with its status
+            on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
             if self.directory:
                 print(f"stopped after step {self.saved_step}; go on with: "
                       f"{resume_command(self.ranks.launcher())}", file=sys.stderr)
@@ -139,10 +134,9 @@ class Session:
         if self.directory:
             self.directory.check()
             many = f"{self.ranks.count} x " if self.ranks.count > 1 else ""
-            write_report(self.options, report | self._count() | {
+            write_report(self.options, self.identity | report | self._count() | {
                 "device": many + self.device.name, "precision": self.device.precision,
-                "torch": torch.__version__, "base_sha256": self.identity["base"],
-                "book_sha256": self.identity["book"]})
+                "torch": torch.__version__})
 
     def _count(self) -> dict:
         """Time and memory, those before a resume included."""

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean
 
-from common.cli import Parser, table
+from common.cli import Parser, print_table
 from common.errors import run_command
 from common.figures import can_draw, pyplot, save_figure
 from common.files import atomic_path
@@ -27,9 +27,12 @@ def train(arguments: list[str], out: Path) -> int:
     resume = ["--resume"] * ((out / METRICS).exists() and "--overwrite" not in arguments)
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, *resume])
     # A terminal's SIGINT reaches the child as well, which saves and ends; SIGTERM does not.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    return child.wait()
+    ours = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    status = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return status
 
 
 def spread(values: list[float], digits: int) -> list[str]:
@@ -90,10 +93,9 @@ def main() -> int:
     if results:
         losses, perplexities = ({key: [run[name] for run in runs] for key, runs in results.items()}
                                 for name in ("best_val_loss", "best_val_perplexity"))
-        text = table(COLUMNS, [(f"lr {lr:g}" + (f", r {r}" if r else ""), str(len(losses[lr, r])),
-                                *spread(losses[lr, r], 4), *spread(perplexities[lr, r], 2))
-                               for lr, r in results])
-        print(text)
+        text = print_table(COLUMNS, [
+            (f"lr {lr:g}" + (f", r {r}" if r else ""), str(len(losses[lr, r])),
+             *spread(losses[lr, r], 4), *spread(perplexities[lr, r], 2)) for lr, r in results])
         with atomic_path(args.out / "sweep.md") as temporary:
             temporary.write_text(text + "\n")
         if can_draw():

@@ -17,7 +17,6 @@ import train
 from common import signals
 from common.cli import number, steps_or_seconds
 from lora import merge
-from model import export
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
 
@@ -28,7 +27,7 @@ COMMANDS = {  # each would succeed
     "evaluate": (evaluate.main, "--base base --text book.txt --block-size 16 --device cpu"),
     "generate": (generate.main, "--prompt You --base base --max-new-tokens 1 --device cpu"),
     "merge": (merge.main, "--base base --adapter run --out out"),
-    "export": (export.main, "--base base --out out"),
+
 }
 MODEL = "model.safetensors"
 HUB = "hub/models--openai-community--gpt2/snapshots/main"
@@ -124,7 +123,8 @@ MISTAKES = [
                       "lora --init-adapter")),
     ("evaluate --adapter run --base auto", "/base'; give --base the base's directory"),
     *((f"{command} --out directory", "--out directory: exists already; name a new directory")
-      for command in ("merge", "export")), ("export --out book.txt", "--out book.txt: exists"),
+      for command in ("merge", "merge --precision bf16")),
+    ("merge --out book.txt", "--out book.txt: exists"),
     ("lora --device tpu", "--device"), ("full --precision fp64", "--precision"),
     ("generate --nonsense 1", "--nonsense"), ("evaluate stray", "stray"),
     ("lora --devic cpu", "--devic"), ("evaluate --devic cpu", "--devic"),
@@ -208,7 +208,7 @@ def test_each_command_would_succeed_without_its_mistake(tmp_path):
 @pytest.mark.parametrize("line, word", [
     ("lora --book missing.txt", "missing.txt"), ("evaluate --compare missing", "missing/run.json"),
     ("generate --base nowhere", "nowhere"), ("merge --base other", "another base"),
-    ("export --out book.txt", "exists already")])
+    ("merge --out book.txt", "exists already")])
 def test_run_as_a_script_each_ends_so(line, word, monkeypatch, capsys):
     """Without a process for each; others' tests start them (training/test_signals.py)."""
     module = COMMANDS[line.split()[0]][0].__module__

@@ -13,14 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data import corpus
 from data import tokens as tokens_module
 from data.tokens import load_books, load_tokens
 from model import tokenizer_files
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.tokenizer_files import load_tokenizer
 from tests.helpers import small_tokenizer
-from tests.runs import one_line, run
 
 GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2, 50257), small_tokenizer(300)
 OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+ ?|\s|.")
@@ -87,7 +85,7 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2  # an entry a book
     assert isinstance(load_books([texts / "b.txt"], GPT2), np.memmap)
     for paths, tokenizer, words in (
-            ([tmp_path / "cache"], GPT2, "cache: cannot be read .not a regular file"),
+            ([tmp_path / "cache"], GPT2, "cache: holds no .txt files"),
             ([texts], replace(GPT2, end_of_text=None), "no end-of-text token")):
         with pytest.raises(UserError, match=words):
             load_books(paths, tokenizer)
@@ -99,21 +97,6 @@ def test_line_ends_of_every_system_give_the_same_tokens(tmp_path):
         book = write(tmp_path, unix.replace("\n", line_end))
         assert load_tokens(book, GPT2, tmp_path / "cache").tolist() == GPT2.encode(unix).tolist()
     assert GPT2.encode(unix.replace("\n", "\r\n")).tolist() != GPT2.encode(unix).tolist()
-
-
-def test_joined_texts_hold_no_byte_order_mark(tmp_path):
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    out = texts / "all.txt"
-    for name, text in (("b", "\ufeffTwo,\r\n日本.\n"), ("a", "\ufeffOne.\n\n"), ("c", "Left out.")):
-        (texts / f"{name}.txt").write_bytes(text.encode())
-    for _ in range(2):  # its own output is no text of the second run
-        assert run(corpus.main, texts, "--leave-out", "c", "--out", out).status == 0
-        assert out.read_bytes().decode() == f"One.\n{END_OF_TEXT}Two,\n日本.\n"
-    (texts / "d.txt").write_bytes(b"\xff\xfe")
-    for options, word in ((["--leave-out", "x"], "--leave-out x"), ([], "d.txt: cannot be read")):
-        assert word in one_line(run(corpus.main, texts, "--out", tmp_path / "new", *options), 2)
-    assert not (tmp_path / "new").exists()
 
 
 def test_token_bytes_add_up_to_the_text():

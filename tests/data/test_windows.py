@@ -1,7 +1,6 @@
 """The split, the training windows and the evaluation windows."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,9 +66,3 @@ def test_evaluation_scores_each_token_once_from_what_comes_before(
             assert seen == list(range(seen[0], seen[0] + len(seen))) and seen[0] % stride == 0
             scored += row_out[counts].tolist()
     assert scored == list(range(shift, length))
-
-
-def test_a_stride_that_leaves_tokens_out_is_refused():
-    for stride in (-1, 0, 9):
-        with pytest.raises(ValueError, match=f"stride {stride} is not from 1 to the block size, 8"):
-            list(evaluation_batches(np.arange(100), 8, stride, 1, 4))

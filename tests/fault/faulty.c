@@ -99,7 +99,6 @@ OPEN(open64)
 int fsync(int fd) { CALL(here_fd(fd), "fsync", REAL(fsync)(fd)); }
 int rename(const char *from, const char *to) { CALL(here(to), "rename", REAL(rename)(from, to)); }
 int mkdir(const char *path, mode_t mode) { CALL(here(path), "mkdir", REAL(mkdir)(path, mode)); }
-int chmod(const char *path, mode_t mode) { CALL(here(path), "chmod", REAL(chmod)(path, mode)); }
 int ftruncate64(int fd, off64_t size)
 {
     CALL(here_fd(fd), "ftruncate", REAL(ftruncate64)(fd, size));

@@ -64,8 +64,8 @@ def test_freed_memory_is_kept_once_asked():
     """Page faults of a tensor that is freed and made again: all its 4 KB pages, or none."""
     code = """if True:
         import resource, torch
-        from common.device import keep_freed_memory
-        for prepare in (lambda: None, keep_freed_memory):
+        from common.device import tune_process
+        for prepare in (lambda: None, tune_process):
             prepare()
             torch.zeros(1 << 24)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
