@@ -53,10 +53,8 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer, device: Device,
-    ranks: Ranks = ALONE,
-) -> Scores:
+def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer,
+             device: Device, ranks: Ranks = ALONE) -> Scores:
     """Score the targets that are not NOT_SCORED, of inputs and targets (B, T).
 
     Raises RunError if the loss is not finite, and UserError for end-of-text tokens alone.
@@ -96,20 +94,23 @@ def parse_args():
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", type=Path, nargs="+", default=None, metavar="FILE",
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE",
                         help="UTF-8 texts, or directories of .txt files, to score whole (default: "
                              "data/book.txt's validation part)")
-    source.add_argument("--data", type=Path, default=None, metavar="FILE",
+    source.add_argument("--data", type=Path, metavar="FILE",
                         help="conversations in JSON lines, whose completions are scored")
-    parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0), default=None,
+    parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0),
                         help="score only this last part of the text or the data")
-    parser.add_argument("--block-size", type=number(int, 1), default=128)
-    parser.add_argument("--stride", type=number(int, 1), default=None,
+    parser.add_argument("--block-size", type=number(int, 1), default=128,
+                        help="tokens a window (default: %(default)s)")
+    parser.add_argument("--stride", type=number(int, 1),
                         help="a window starts every so many tokens (default: the block size)")
-    parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, metavar="{1,2}")
-    parser.add_argument("--batch-size", type=number(int, 1), default=16)
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
-    parser.add_argument("--compare", type=Path, nargs="+", default=None, metavar="RUN",
+    parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, metavar="{1,2}",
+                        help="1: next token (default); 2: the reference run's measure")
+    parser.add_argument("--batch-size", type=number(int, 1), default=16,
+                        help="windows at a time; it changes no result (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
                         help="table and picture of finished runs, their base included")
     add_device_options(parser)
     return parser.parse_args()

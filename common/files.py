@@ -96,6 +96,14 @@ def open_file(path: Path) -> BinaryIO:
     raise UserError(f"{path}: cannot be read ({reason})")
 
 
+def check_number(path: Path, field: str, value: object, kind: type, low: float, high: float):
+    """Return a number from a file. Raises UserError unless it is one from `low` to `high`."""
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
+    return value
+
+
 def refuse_existing(out: Path) -> None:
     """Raise UserError unless `out` is a new or empty directory, so that nothing is overwritten."""
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):

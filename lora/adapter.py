@@ -74,20 +74,17 @@ def base_hash(directory: Path) -> str | None:
     return read_metadata(path).get(BASE_SHA256) if path.name == WEIGHTS else None
 
 
-def check_base(directory: Path, base_sha256: str) -> None:
-    """Raise UserError if the adapter's file says that it was trained on another base."""
-    if (needed := base_hash(directory)) not in (None, base_sha256):
+def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = None) -> LoRAConfig:
+    """Inject the adapter in `directory` into `model`, A and B as stored; return its config.
+
+    Raises UserError if the file says that it was trained on another base than `base_sha256`, and
+    one that names the tensor if one is missing, unexpected, misshapen or not finite: an adapter of
+    another base never loads in part.
+    """
+    if base_sha256 and (needed := base_hash(directory)) not in (None, base_sha256):
         raise UserError(f"{weights_path(directory)}: was trained on another base (weights sha256 "
                         f"{brief(needed)}, not {brief(base_sha256)}); give --base the one it was "
                         f"trained on, {brief(base_name(directory))}")
-
-
-def load_adapter(model: nn.Module, directory: Path) -> LoRAConfig:
-    """Inject the adapter in `directory` into `model`, A and B as stored; return its config.
-
-    Raises UserError that names the tensor if one is missing, unexpected, misshapen or not finite:
-    an adapter of another base never loads in part.
-    """
     config = load_adapter_config(directory)
     try:
         inject(model, config)

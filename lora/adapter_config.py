@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import brief, read_json
+from common.files import brief, check_number, read_json
 from lora.layer import LoRAConfig
 from lora.slices import SLICES
 
@@ -66,12 +66,12 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
                         "nor a regular expression")
     blocks = blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
     return LoRAConfig(
-        r=_number(path, stored, "r", int, *RANKS),
-        lora_alpha=_number(path, stored, "lora_alpha", int | float, *ALPHAS),
-        lora_dropout=_number(path, stored, "lora_dropout", int | float, 0, 1),
+        r=check_number(path, "r", stored.get("r"), int, *RANKS),
+        lora_alpha=check_number(path, "lora_alpha", stored.get("lora_alpha"), int | float, *ALPHAS),
+        lora_dropout=check_number(path, "lora_dropout", stored["lora_dropout"], int | float, 0, 1),
         target_modules=targets if isinstance(targets, str) else tuple(dict.fromkeys(targets)),
         use_rslora=bool(stored.get("use_rslora")),
-        layers_to_transform=tuple(_number(path, {BLOCKS: block}, BLOCKS, int, 0, 1 << 20)
+        layers_to_transform=tuple(check_number(path, BLOCKS, block, int, 0, 1 << 20)
                                   for block in blocks) or None,
         rank_pattern=_pattern(path, stored, "rank_pattern", int, *RANKS),
         alpha_pattern=_pattern(path, stored, "alpha_pattern", int | float, *ALPHAS),
@@ -84,17 +84,8 @@ def _pattern(path: Path, stored: dict, field: str, *limits) -> dict:
     if not isinstance(pattern, dict):
         raise UserError(f"{path}: {field} {brief(pattern)} is not an object of names and numbers")
     for key, value in pattern.items():
-        name = f"{field} {brief(key)}"
-        _number(path, {name: value}, name, *limits)
+        check_number(path, f"{field} {brief(key)}", value, *limits)
     return pattern
-
-
-def _number(path: Path, stored: dict, field: str, kind, low: float, high: float):
-    value = stored.get(field)
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
-    return value
 
 
 def base_name(directory: Path) -> object:

@@ -9,7 +9,7 @@ import torch
 from common.cli import BASE
 from common.errors import UserError
 from common.files import brief, file_sha256
-from lora.adapter import check_base, load_adapter
+from lora.adapter import load_adapter
 from lora.adapter_config import base_name
 from lora.inject import inject
 from lora.layer import LoRAConfig
@@ -45,8 +45,7 @@ def add_adapter(model: GPT2, base: Path, config: LoRAConfig, start: Path | None)
     its config. Raises UserError if it does not fit the base.
     """
     if start:
-        check_base(start, file_sha256(weights_path(base)))
-        return load_adapter(model, start)
+        return load_adapter(model, start, file_sha256(weights_path(base)))
     try:
         inject(model, config)
     except ValueError as error:
@@ -65,13 +64,11 @@ class Loaded(NamedTuple):
 def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Loaded:
     """Load a base in `dtype` (`load_gpt2`), and put an adapter on it if there is one.
 
-    With `auto` it is the base that the adapter names. Raises UserError if the adapter is of another
+    `auto` means the base that the adapter names. Raises UserError if the adapter is of another
     base, by the hash in its file.
     """
     name, directory = find_base(named_base(adapter) if adapter and base == "auto" else base)
-    if adapter:
-        check_base(adapter, file_sha256(weights_path(directory)))
     model = load_gpt2(directory, dtype)
     if adapter:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, file_sha256(weights_path(directory)))
     return Loaded(name, model, load_tokenizer(directory, model.config.vocab_size))

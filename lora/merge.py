@@ -16,7 +16,7 @@ from model.weights import save_gpt2
 
 
 def merge(model: nn.Module) -> None:
-    """W <- W + scaling * B A in every LoRA layer, so that it costs what a plain one does.
+    """Set W to W + scaling * B A in every LoRA layer, so that it costs what a plain one does.
 
     W must be in fp32: a sum in bf16 rounds a small update away. Raises ValueError for another
     precision or a disabled adapter.

@@ -45,6 +45,6 @@ class PiSSALinear(LoRALinear):
         return (y + start * self.scaling).to(y.dtype)  # W x + b, exact to rounding
 
     def adapter(self) -> dict[str, Tensor]:
-        """B A - B0 A0 = [B, -B0] [A; A0]: an adapter of the untouched W, as PEFT converts it."""
+        """Return B A - B0 A0 = [B, -B0] [A; A0], an adapter of W itself, as PEFT converts it."""
         return {"lora_A.weight": torch.cat([self.lora_A.weight, self.initial_A]),
                 "lora_B.weight": torch.cat([self.lora_B.weight, -self.initial_B], dim=1)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import file_sha256
-from lora.adapter import check_base, load_adapter
+from lora.adapter import load_adapter
 from lora.factors import Factors, read_factors
 from lora.load import Loaded, load_model, named_base
 from model.gpt2 import GPT2
@@ -42,10 +42,9 @@ class Adapters:
 
     def add(self, name: str, directory: Path) -> None:
         """Read an adapter. Raises UserError if it does not fit the base."""
-        check_base(directory, self.base_sha256)
         with torch.device("meta"):
             skeleton = GPT2(self.model.config)
-        load_adapter(skeleton, directory)  # refuses other layers and shapes
+        load_adapter(skeleton, directory, self.base_sha256)  # refuses other layers and shapes
         self.factors[name] = read_factors(directory)
         for layer in self.factors[name].keys() - self.layers.keys():
             self.layers[layer] = BatchedLoRALinear(self.model.get_submodule(layer))

@@ -21,6 +21,7 @@ class SlicedLoRALinear(LoRALinear):
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: set[str]):
+        # Other targets than the user's, so that a file is written with whole layers' names.
         plain = replace(config.stacked(len(slices)), target_modules=("c_attn",))
         super().__init__(base_layer, plain)
         places = [i for i, name in enumerate(SLICES) if name in slices]

@@ -62,7 +62,7 @@ def _match(target: str, config: LoRAConfig, names: list[str],
            linear: list[str]) -> tuple[list[str], set[str]]:
     """Return the names that a target matches, and the slice of them that it means."""
     if config.target_modules == "all-linear":
-        return [name for name in linear if _last(name) not in REFUSED], set()
+        return linear, set()
     if isinstance(config.target_modules, str):
         return [name for name in names if re.fullmatch(target, name)], set()
     slices = {_last(target)}.intersection(SLICES) if "." in target else set()

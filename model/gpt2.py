@@ -121,8 +121,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The language model. Its head is `wte` itself, so tying cannot come undone.
 
-    Random draws of a training step, in order: the embedding's dropout; then in each block LoRA's
-    (where `c_attn` is adapted), the attention weights', the attention output's, the MLP's.
+    Random draws of a training step, in order: the embedding's dropout; then in each block the
+    attention weights', the attention output's, the MLP's; LoRA's, before each adapted layer.
     """
 
     def __init__(self, config: GPT2Config):

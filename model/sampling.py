@@ -17,11 +17,10 @@ def generate(model: GPT2, ids: Tensor, max_new_tokens: int, *,
 
 
 @torch.inference_mode()
-def generate_rows(
-    model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
-    generators: Sequence[torch.Generator | None], *,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, never: Tensor | None = None,
-) -> Iterator[Tensor]:
+def generate_rows(model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
+                  generators: Sequence[torch.Generator | None], *, temperature: float = 1.0,
+                  top_k: int = 0, top_p: float = 1.0,
+                  never: Tensor | None = None) -> Iterator[Tensor]:
     """Draw one token after another for each of n prompts (T_i,), with the row's own generator.
     Tokens marked in `never`, bool (V,), are not drawn.
 
@@ -53,10 +52,8 @@ def generate_rows(
         yield new[:, 0].masked_fill(position < ends, -1)
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float,
-    generator: torch.Generator | None,
-) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator | None) -> Tensor:
     """Draw one token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
 
     Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always

@@ -1,4 +1,4 @@
-"""Hugging Face GPT-2 directories: read every shape they come in, write the one transformers loads.
+"""Hugging Face GPT-2 directories: read the forms they come in, write the one transformers loads.
 
 Files on the hub name tensors `h.0.ln_1.weight` and carry the causal masks; transformers itself
 writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. In all of them
@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import atomic_path, brief, file_sha256, read_json, write_json
+from common.files import (
+    atomic_path,
+    brief,
+    check_number,
+    file_sha256,
+    read_json,
+    write_json,
+)
 from common.tensors import read_shapes, read_tensors, write_tensors
 from model.gpt2 import GPT2, GPT2Config
 
@@ -38,8 +45,8 @@ ALIASES = {  # transformers takes either name
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
 }
-LARGEST = {"n_layer": 512} | dict.fromkeys(
-    ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), 1 << 20)
+LIMITS = {"n_layer": (int, 1, 512)} | dict.fromkeys(
+    ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), (int, 1, 1 << 20))
 
 
 def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
@@ -119,23 +126,13 @@ def load_config(directory: Path) -> GPT2Config:
                             f"{' or '.join(map(repr, known))}")
     fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
     for field, value in fields.items():
-        if field not in SUPPORTED and (problem := _problem(field, value)):
-            raise UserError(f"{path}: {field} {brief(value)} {problem}")
+        if field not in SUPPORTED and (field, value) != ("n_inner", None):
+            check_number(path, field, value, *LIMITS.get(field, (int | float, 0, 1)))
     config = GPT2Config(**fields)
     if config.n_embd % config.n_head:
         raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
     return config
 
-
-def _problem(field: str, value: object) -> str | None:
-    """Say what is wrong with a config field's value; return None if nothing is."""
-    if field == "n_inner" and value is None:
-        return None
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if field in LARGEST:
-        whole = isinstance(value, int) and number and 1 <= value <= LARGEST[field]
-        return None if whole else f"is not a whole number from 1 to {LARGEST[field]}"
-    return None if number and 0 <= value < 1 else "is not a number from 0 to below 1"
 
 
 def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
@@ -149,19 +146,16 @@ def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
     tensors: dict[str, Tensor] = {
         f"transformer.{name}": p.detach().t() if CONV1D.search(name) else p.detach()
         for name, p in model.named_parameters()}
-    config = _hugging_face_config(model.config, dtype or model.wte.weight.dtype, end_of_text)
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **dataclasses.asdict(model.config),
+        "n_ctx": model.config.n_positions,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "torch_dtype": str(dtype or model.wte.weight.dtype).removeprefix("torch."),
+    }
     with atomic_path(directory / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, {"format": "pt"}, dtype)
         write_json(directory / CONFIG, config)
 
-
-def _hugging_face_config(config: GPT2Config, dtype: torch.dtype, end: int | None) -> dict:
-    return {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        **dataclasses.asdict(config),
-        "n_ctx": config.n_positions,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
