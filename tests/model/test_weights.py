@@ -198,7 +198,7 @@ def test_a_config_of_another_model_is_refused_by_field(tmp_path):
             ("model_type", "gpt_neo"), ("model_type", None),
             ("n_head", 0), ("n_head", 5), ("n_head", True), ("n_head", 4.0), ("n_layer", 513),
             ("n_embd", "32"), ("n_inner", 0), ("vocab_size", None), ("n_positions", 2**20 + 1),
-            ("attn_pdrop", 1.5), ("embd_pdrop", "0.1"), ("resid_pdrop", -0.1), ("attn_pdrop", False),
+            ("attn_pdrop", 2), ("embd_pdrop", "0.1"), ("resid_pdrop", -0.1), ("attn_pdrop", False),
             ("layer_norm_epsilon", [1e-5]), ("activation_function", "relu"),
             ("add_cross_attention", True), ("tie_word_embeddings", False),
             ("n_head", math.nan), ("attn_pdrop", math.nan), ("layer_norm_epsilon", math.inf)]:
