@@ -220,7 +220,6 @@ def peft_parity(opts: Namespace, report: Report) -> None:
 
 def validation(opts: Namespace, report: Report) -> None:
     """Compare validation losses of adapters trained on gpt2, each with dropouts of its own."""
-
     try:
         base = MINI if opts.dry_run else find_base("gpt2")[1]
     except UserError as error:

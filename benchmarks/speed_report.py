@@ -59,7 +59,6 @@ def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
                    "memory": quotient(here, there, "peak_mb")}
 
 
-
 def quotient(over: Rounds, under: Rounds, key: str) -> dict:
     values = [over[i][key] / under[i][key] for i in sorted(over.keys() & under.keys())]
     return {"rounds": values, **spread(values)}

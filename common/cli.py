@@ -59,7 +59,6 @@ DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda", "mps")}
 PRECISION = {"default": "auto", "choices": ("auto", *PRECISIONS)}
 
 
-
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", **DEVICE)
     parser.add_argument("--precision", **PRECISION)

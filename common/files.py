@@ -1,6 +1,5 @@
 """Write files whole or not at all; read small ones with errors that name them."""
 
-
 import hashlib
 import json
 import os
@@ -37,7 +36,6 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
         try:
             yield temporary
             _sync(temporary)
-
             if backup and os.path.lexists(path):
                 os.replace(path, backup)
             os.replace(temporary, path)
@@ -113,7 +111,6 @@ def refuse_existing(out: Path) -> None:
 def brief(value: object) -> str:
     """Return a value from a file for a message: one printable line of bounded length."""
     return reprlib.repr(value)[:120]
-
 
 
 def _sync(path: Path) -> None:

@@ -48,7 +48,6 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
         yield key, tensor
 
 
-
 def read_shapes(path: Path) -> dict[str, list[int]]:
     """Return the shapes of a file's tensors. Raises UserError for a file of something else."""
     return _open(path)[0]

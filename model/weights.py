@@ -134,7 +134,6 @@ def load_config(directory: Path) -> GPT2Config:
     return config
 
 
-
 def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
               end_of_text: int | None = None) -> None:
     """Write `config.json` and `model.safetensors` in transformers' own layout, each atomically.

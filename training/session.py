@@ -32,7 +32,6 @@ from training.report import best_weights, read_run, write_report
 YOUNG_SECONDS = 10.0
 
 
-
 class Session:
     """One run in `--out`. Inside the `with` it has the lock; only the first rank writes."""
 
