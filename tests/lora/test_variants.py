@@ -139,15 +139,13 @@ def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype
         assert value.dtype == results[1][name].dtype
 
 
+TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
 # By the options of train.py: PEFT's fields.
 RUNS = {
-    "--use-rslora": {"use_rslora": True},
-    "--use-dora": DORA,
     "--init-lora-weights pissa": PISSA,
     "--loraplus-lr-ratio 16": {},
     "--freeze-a": {},
-    "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj": {
-        **DORA, "use_rslora": True, "target_modules": ["c_attn", "c_proj"]},
+    TOGETHER: {**DORA, "use_rslora": True, "target_modules": ["c_attn", "c_proj"]},
 }
 
 
@@ -211,8 +209,9 @@ def raw_tensors(model):
 
 
 @pytest.mark.parametrize("options", [
-    *RUNS, "--target-modules c_attn.q c_attn.v c_proj --use-rslora", "--precision bf16 --use-dora",
-    "--target-modules c_attn.k --freeze-a", "--precision bf16 --init-lora-weights pissa"])
+    TOGETHER, "--init-lora-weights pissa", "--precision bf16 --init-lora-weights pissa",
+    "--precision bf16 --use-dora", "--target-modules c_attn.k --freeze-a",
+    "--target-modules c_attn.q c_attn.v c_proj --use-rslora"])
 def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, options):
     options = ("--max-steps", 12, "--batch-size", 8, "--eval-every", 4, "--lr", 1e-2,
                *options.split())
@@ -298,8 +297,7 @@ NAMED = "transformer.h.1.attn.c_attn"
 
 
 @pytest.mark.parametrize(("targets", "enabled", "use_rslora", "file"), [
-    (("c_attn.q", "c_attn.v"), [True, False, True], False, (8, 12, {}, {})),
-    (("attn.c_attn.v",), [False, False, True], True, (4, 6, {}, {})),
+    (("c_attn.q", "attn.c_attn.v"), [True, False, True], True, (8, 6 * 2**0.5, {}, {})),
     (("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"), [False, False, True], False,
      (4, 6, {NAMED: 8}, {NAMED: 12})),
 ])
