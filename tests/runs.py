@@ -28,6 +28,7 @@ from training.options import parse_options
 
 BLOCK = 16  # the runs' block size and stride
 WORDS = ("the", "a", "lamp", "keeper", "sea", "stair", "gull", "light", "salt", "night", "turns")
+WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 NO_DROPOUT = {"lora": ("--base-dropout", 0, "--lora-dropout", 0), "full": ("--base-dropout", 0)}
 
 
@@ -128,6 +129,21 @@ def refused(out: Path, *argv: object) -> str:
     line = one_line(run(train.main, *argv), 2)
     assert contents(out) == before
     return line
+
+
+def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
+    """Count the bytes beside parameters that `model.hidden` keeps for its backward pass."""
+    storages = {}  # by address, so that a view counts once
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(inputs)
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def die(trainer: train.Trainer) -> None:

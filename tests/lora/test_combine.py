@@ -14,11 +14,9 @@ from lora.inject import lora_layers
 from lora.inspect import main as inspect
 from lora.load import load_model
 from model.weights import load_gpt2
-from tests.adapters import adapted, randomize
-from tests.helpers import TINY, relative_difference, token_ids
+from tests.adapters import IDS, adapted, randomize
+from tests.helpers import relative_difference
 from tests.runs import run, stock_model
-
-IDS = token_ids(TINY["vocab_size"], 2, 16)
 
 
 @pytest.fixture

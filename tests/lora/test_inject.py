@@ -8,12 +8,11 @@ from lora.layer import LoRAConfig
 from lora.merge import merge
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
-from tests.adapters import ALL_FOUR, adapted, losses_of_steps
-from tests.helpers import TINY, relative_difference, token_ids
+from tests.adapters import ALL_FOUR, IDS, adapted, losses_of_steps
+from tests.helpers import relative_difference
 from training.report import describe_parameters
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-IDS = token_ids(TINY["vocab_size"], 2, 16)
 
 
 def test_counts_of_the_released_sizes():

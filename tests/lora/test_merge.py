@@ -11,11 +11,9 @@ from lora.adapter import WEIGHTS, load_adapter
 from lora.inject import adapter_disabled, lora_layers
 from lora.merge import main, merge, unmerge
 from model.weights import load_gpt2
-from tests.adapters import adapted
-from tests.helpers import TINY, relative_difference, token_ids
+from tests.adapters import IDS, adapted
+from tests.helpers import relative_difference
 from tests.runs import one_line, run
-
-IDS = token_ids(TINY["vocab_size"], 2, 16)
 
 
 def base_weights(model):

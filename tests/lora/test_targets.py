@@ -13,13 +13,12 @@ from lora.adapter_config import CONFIG
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from model.weights import load_gpt2
-from tests.adapters import adapted, randomize
-from tests.helpers import TINY, relative_difference, tiny_gpt2, tiny_gpt2_directory, token_ids
+from tests.adapters import IDS, adapted, randomize
+from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
 from tests.runs import trained
 from training.options import parse_options
 from training.report import describe_parameters
 
-IDS = token_ids(TINY["vocab_size"], 2, 16)
 PATTERNS = {"rank_pattern": {"c_attn": 2, r"h\.2\..*": 3, "transformer.h.0.mlp.c_proj": 5},
             "alpha_pattern": {r"[01].attn.c_(attn|proj)": 7, "c_proj": 2.5}}
 

@@ -30,13 +30,12 @@ from lora.pissa import PiSSALinear
 from model.plain import plain_operations
 from model.weights import load_gpt2
 from tests import runs
-from tests.adapters import randomize
-from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
+from tests.adapters import IDS, randomize
+from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.runs import arguments, one_line, run, stock_model, trained
 from train import learning_rate, main
 
 FP32, BF16 = torch.float32, torch.bfloat16
-IDS = token_ids(TINY["vocab_size"], 2, 16)
 SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
 DORA, PISSA = {"use_dora": True}, {"init_lora_weights": "pissa"}
 KINDS = {"dora": (DoRALinear, DORA), "pissa": (PiSSALinear, PISSA)}
@@ -271,15 +270,7 @@ def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
         model.set_dropout(0)
         inject(model, LoRAConfig(r=1, lora_dropout=0))
         freeze(model)
-        storages = {}  # by address, so that a view counts once
-
-        def keep(x, storages=storages):
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            model(IDS)
-        kept.append(sum(storage.nbytes() for storage in storages.values()))
+        kept.append(runs.kept_bytes(model, IDS))
     assert kept[0] - kept[1] >= IDS.numel() * TINY["n_embd"] * 4  # x of a layer, fp32
 
 

@@ -22,11 +22,19 @@ from model import fast
 from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
 from tests.ranks import fork
-from tests.runs import NO_DROPOUT, arguments, finished, questions, run, trained, trainer
+from tests.runs import (
+    NO_DROPOUT,
+    WEIGHTS,
+    arguments,
+    finished,
+    questions,
+    run,
+    trained,
+    trainer,
+)
 from train import main
 from training.ranks import Ranks
 
-WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 # 37 divides by no number of ranks, and an epoch's last batch is one window: others' share is none.
 SAME = ("--batch-size", 37, "--stride", 11, "--grad-accum", 2, "--max-steps", 18, "--eval-every", 5,
         "--lr", 3e-3)

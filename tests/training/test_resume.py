@@ -14,6 +14,7 @@ import torch
 from common.device import Device
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import (
+    WEIGHTS,
     arguments,
     contents,
     die,
@@ -28,7 +29,6 @@ from train import main
 from training import session
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
-WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 # Logging, validation and epochs (23 steps) all end at different steps; dropouts are on.
 OPTIONS = ("--batch-size", 8, "--max-steps", 30, "--log-every", 7, "--eval-every", 10, "--lr", 3e-3)
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb", "base", "options"}

@@ -18,7 +18,7 @@ from tests.runs import BLOCK, mean_loss, stock_model, token_parts, trained, wind
 from train import learning_rate
 
 WHOLE = ("--batch-size", 1000)  # every window in each step, so that their order does not matter
-NO_DROPOUT = ("--base-dropout", 0, "--lora-dropout", 0)
+NO_DROPOUT = runs.NO_DROPOUT["lora"]
 
 
 def exact_loss(base, book, shift: int = 1) -> float:
