@@ -4,9 +4,7 @@ import shlex
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from common.device import Device
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import (
     WEIGHTS,
+    Clock,
     arguments,
     contents,
     die,
@@ -259,7 +258,7 @@ def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
 
 
 def test_the_time_before_a_stop_counts(monkeypatch, base, book, tmp_path):
-    clock = SimpleNamespace(perf_counter=lambda now=time.perf_counter: now() + clock.later, later=0)
+    clock = Clock()
     monkeypatch.setattr(session, "time", clock)
     argv = arguments("lora", base, book, tmp_path / "slow", *OPTIONS)
     assert stop_in_step(signal.SIGINT, 12, argv, lambda: vars(clock).update(later=999)).status > 0
