@@ -62,14 +62,6 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
     assert relative_difference(stock_model(base, out)(IDS).logits, dense(IDS)) < 1e-5
 
 
-def test_an_adapter_minus_itself_is_the_base(base, adapters, tmp_path):
-    first = adapters[0]
-    assert run(main, first, first, "--weights", 1, -1, "--out", tmp_path / "out").status == 0
-    expected, model = load_gpt2(base)(IDS), load_gpt2(base)
-    load_adapter(model, tmp_path / "out")
-    assert relative_difference(model(IDS), expected) < 1e-6
-
-
 def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):
     """Eckart-Young, by the SVD of the dense sum."""
     ending = run(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
