@@ -10,7 +10,9 @@ from lora.inject import inject
 from lora.layer import LoRAConfig
 from model.gpt2 import GPT2
 from model.weights import load_gpt2
+from tests.helpers import TINY, token_ids
 
+IDS = token_ids(TINY["vocab_size"], 2, 16)
 ALL_FOUR = ("c_attn", "c_proj", "c_fc")  # c_proj is two of them
 
 

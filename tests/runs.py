@@ -7,6 +7,7 @@ import math
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,18 @@ from training.options import parse_options
 
 BLOCK = 16  # the runs' block size and stride
 WORDS = ("the", "a", "lamp", "keeper", "sea", "stair", "gull", "light", "salt", "night", "turns")
+WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 NO_DROPOUT = {"lora": ("--base-dropout", 0, "--lora-dropout", 0), "full": ("--base-dropout", 0)}
+
+
+class Clock:
+    """Python's clock, which a test can set forward; in the place of a module's `time`."""
+
+    def __init__(self):
+        self.later = 0.0
+
+    def perf_counter(self) -> float:
+        return time.perf_counter() + self.later
 
 
 @dataclass
@@ -128,6 +140,21 @@ def refused(out: Path, *argv: object) -> str:
     line = one_line(run(train.main, *argv), 2)
     assert contents(out) == before
     return line
+
+
+def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
+    """Count the bytes beside parameters that `model.hidden` keeps for its backward pass."""
+    storages = {}  # by address, so that a view counts once
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(inputs)
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def die(trainer: train.Trainer) -> None:

@@ -22,7 +22,6 @@ from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from model.hub import find_base
 from model.weights import load_gpt2
-from tests.adapters import randomize
 from training.report import count_parameters
 
 
@@ -44,17 +43,6 @@ def test_diagram(tmp_path, monkeypatch):
         assert any(number in words for words in diagram.TEXTS)
 
 
-def test_gradients_are_the_lessons():
-    """dB = s g (A x)^T and dA = s B^T g x^T, summed over tokens, in fp64."""
-    layer = LoRALinear(nn.Linear(12, 20), LoRAConfig(r=3, lora_alpha=5, lora_dropout=0)).double()
-    randomize(layer)
-    x, g = torch.randn(7, 12).double(), torch.randn(7, 20).double()  # a row a token
-    layer(x).backward(g)
-    a, b = layer.lora_A.weight.detach(), layer.lora_B.weight.detach()
-    torch.testing.assert_close(layer.lora_B.weight.grad, 5 / 3 * g.T @ (x @ a.T))
-    torch.testing.assert_close(layer.lora_A.weight.grad, 5 / 3 * b.T @ g.T @ x)
-
-
 def test_alpha_is_the_learning_rate_of_b():
     """AdamW on s B A at one rate is AdamW on B' A with B' = s B at s times the rate for B'."""
     torch.manual_seed(0)
@@ -74,17 +62,6 @@ def test_alpha_is_the_learning_rate_of_b():
         results.append((layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).detach())
     torch.testing.assert_close(*results)
     assert results[0].abs().max() > 0.01
-
-
-def test_a_fused_adapter_has_one_rank_for_q_k_and_v():
-    fused = LoRALinear(nn.Linear(24, 72), LoRAConfig(r=4))
-    slices = [LoRALinear(nn.Linear(24, 24), LoRAConfig(r=4)) for _ in "qkv"]
-    for seed, layer in enumerate([fused, *slices]):
-        randomize(layer, seed)
-    whole = fused.delta_weight()
-    assert [torch.linalg.matrix_rank(part) for part in (whole, *whole.chunk(3))] == [4] * 4
-    each = [layer.delta_weight() for layer in slices]
-    assert [torch.linalg.matrix_rank(part) for part in (torch.cat(each), *each)] == [12, 4, 4, 4]
 
 
 def test_initialisation(tmp_path):
@@ -123,20 +100,26 @@ def test_rank(tmp_path):
     assert root[1][0] < scaled[1][0] and root[64][0] < scaled[64][0]
 
 
-def test_targets_at_one_count_of_parameters(tmp_path):
+def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
     for names, r in targets.RANKS.items():
         model = load_gpt2(find_base("mini")[1])
         inject(model, LoRAConfig(r=r, target_modules=names))
         assert count_parameters(model)["trainable_parameters"] == 122_880
-    c_attn, *_, mlp, _ = (rates[1e-2][0] for rates in run(targets, tmp_path).values())
+    compared = (("c_attn",), ("c_fc", "mlp.c_proj"))
+    monkeypatch.setattr(targets, "RANKS", {names: targets.RANKS[names] for names in compared})
+    c_attn, mlp = (rates[1e-2][0] for rates in run(targets, tmp_path).values())
     assert mlp < c_attn - 3
 
 
-def test_variants(tmp_path):
+def test_variants(tmp_path, monkeypatch):
     """At LoRA's rate rsLoRA learns more, DoRA and PiSSA as much; LoRA+ more at a lower rate."""
-    data = run(variants, tmp_path)
+    compared = {name: choice for name, choice in variants.CHOICES.items()
+                if name not in ("LoRA-FA", "q and v apart")}
+    with monkeypatch.context() as patch:
+        patch.setattr(variants, "CHOICES", compared)
+        data = run(variants, tmp_path)
     rates, runs = zip(*(next(iter(found.items())) for found in data.values()), strict=True)
-    lora, rslora, dora, pissa, plus, *_ = (perplexity for perplexity, in runs)
+    lora, rslora, dora, pissa, plus = (perplexity for perplexity, in runs)
     assert rates[:4] == (3e-3,) * 4 and rates[4] < 3e-3
     assert max(rslora, plus) < lora - 0.5 and [dora, pissa] == pytest.approx([lora] * 2, abs=0.5)
     trained = {name: count_parameters(trainer(max_steps=1, **options).model)["trainable_parameters"]

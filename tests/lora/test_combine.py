@@ -14,11 +14,9 @@ from lora.inject import lora_layers
 from lora.inspect import main as inspect
 from lora.load import load_model
 from model.weights import load_gpt2
-from tests.adapters import adapted, randomize
-from tests.helpers import TINY, relative_difference, token_ids
+from tests.adapters import IDS, adapted, randomize
+from tests.helpers import relative_difference
 from tests.runs import run, stock_model
-
-IDS = token_ids(TINY["vocab_size"], 2, 16)
 
 
 @pytest.fixture
@@ -62,14 +60,6 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
     assert combined.keys() == total.keys() and len(total) == 4
     assert all(relative_difference(combined[name], total[name]) < 1e-6 for name in total)
     assert relative_difference(stock_model(base, out)(IDS).logits, dense(IDS)) < 1e-5
-
-
-def test_an_adapter_minus_itself_is_the_base(base, adapters, tmp_path):
-    first = adapters[0]
-    assert run(main, first, first, "--weights", 1, -1, "--out", tmp_path / "out").status == 0
-    expected, model = load_gpt2(base)(IDS), load_gpt2(base)
-    load_adapter(model, tmp_path / "out")
-    assert relative_difference(model(IDS), expected) < 1e-6
 
 
 def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):

@@ -52,15 +52,14 @@ def test_each_rows_logits_are_those_of_its_adapter_alone(base, directories, seve
             assert (unlike > 0.01) == (name is not None)
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_each_rows_tokens_are_those_of_its_adapter_alone(base, directories, several, temperature):
+def test_each_rows_tokens_are_those_of_its_adapter_alone(base, directories, several):
     names, length = ["a", "b", None, "c"], TINY["n_positions"] + 20  # past the context
     several.use(names)
 
     def generators(count):
         return [torch.Generator().manual_seed(7) for _ in range(count)]
 
-    sampling = {"temperature": temperature, "top_k": 20}
+    sampling = {"temperature": 1.0, "top_k": 20}
     prompts = [IDS[0], IDS[0, :3], IDS[0], token_ids(TINY["vocab_size"], length)]
     steps = torch.stack([*generate_rows(several.model, prompts, length, generators(4),
                                         **sampling)], 1)

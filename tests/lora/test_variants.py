@@ -30,13 +30,12 @@ from lora.pissa import PiSSALinear
 from model.plain import plain_operations
 from model.weights import load_gpt2
 from tests import runs
-from tests.adapters import randomize
-from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
+from tests.adapters import IDS, randomize
+from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.runs import arguments, one_line, run, stock_model, trained
 from train import learning_rate, main
 
 FP32, BF16 = torch.float32, torch.bfloat16
-IDS = token_ids(TINY["vocab_size"], 2, 16)
 SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
 DORA, PISSA = {"use_dora": True}, {"init_lora_weights": "pissa"}
 KINDS = {"dora": (DoRALinear, DORA), "pissa": (PiSSALinear, PISSA)}
@@ -139,15 +138,13 @@ def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype
         assert value.dtype == results[1][name].dtype
 
 
+TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
 # By the options of train.py: PEFT's fields.
 RUNS = {
-    "--use-rslora": {"use_rslora": True},
-    "--use-dora": DORA,
     "--init-lora-weights pissa": PISSA,
     "--loraplus-lr-ratio 16": {},
     "--freeze-a": {},
-    "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj": {
-        **DORA, "use_rslora": True, "target_modules": ["c_attn", "c_proj"]},
+    TOGETHER: {**DORA, "use_rslora": True, "target_modules": ["c_attn", "c_proj"]},
 }
 
 
@@ -211,8 +208,9 @@ def raw_tensors(model):
 
 
 @pytest.mark.parametrize("options", [
-    *RUNS, "--target-modules c_attn.q c_attn.v c_proj --use-rslora", "--precision bf16 --use-dora",
-    "--target-modules c_attn.k --freeze-a", "--precision bf16 --init-lora-weights pissa"])
+    TOGETHER, "--init-lora-weights pissa", "--precision bf16 --init-lora-weights pissa",
+    "--precision bf16 --use-dora", "--target-modules c_attn.k --freeze-a",
+    "--target-modules c_attn.q c_attn.v c_proj --use-rslora"])
 def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, options):
     options = ("--max-steps", 12, "--batch-size", 8, "--eval-every", 4, "--lr", 1e-2,
                *options.split())
@@ -272,15 +270,7 @@ def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
         model.set_dropout(0)
         inject(model, LoRAConfig(r=1, lora_dropout=0))
         freeze(model)
-        storages = {}  # by address, so that a view counts once
-
-        def keep(x, storages=storages):
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            model(IDS)
-        kept.append(sum(storage.nbytes() for storage in storages.values()))
+        kept.append(runs.kept_bytes(model, IDS))
     assert kept[0] - kept[1] >= IDS.numel() * TINY["n_embd"] * 4  # x of a layer, fp32
 
 
@@ -298,8 +288,7 @@ NAMED = "transformer.h.1.attn.c_attn"
 
 
 @pytest.mark.parametrize(("targets", "enabled", "use_rslora", "file"), [
-    (("c_attn.q", "c_attn.v"), [True, False, True], False, (8, 12, {}, {})),
-    (("attn.c_attn.v",), [False, False, True], True, (4, 6, {}, {})),
+    (("c_attn.q", "attn.c_attn.v"), [True, False, True], True, (8, 6 * 2**0.5, {}, {})),
     (("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"), [False, False, True], False,
      (4, 6, {NAMED: 8}, {NAMED: 12})),
 ])

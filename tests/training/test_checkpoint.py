@@ -28,6 +28,12 @@ def killed(base, book, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def whole(base, book, tmp_path_factory):
+    """The run that nothing happened to."""
+    return trained("lora", base, book, tmp_path_factory.mktemp("whole"), *OPTIONS)
+
+
 @pytest.fixture
 def argv(killed, base, book, tmp_path) -> list[str]:
     """The arguments that go on with a copy of it in `tmp_path / "run"`."""
@@ -47,8 +53,7 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
 
 
 DAMAGES = {
-    "cut": lambda data: data[:100], "empty": lambda data: b"", "shorter": lambda data: data[:-1],
-    "longer": lambda data: data + b"\0", "zeros": lambda data: bytes(len(data)),
+    "cut": lambda data: data[:100], "shorter": lambda data: data[:-1],
     "no checksum": lambda data: bytes([2, *[0] * 7]) + b"{}",
     "a pickle": lambda data: pickle.dumps(STATE),
 }
@@ -85,9 +90,8 @@ def test_a_flipped_bit_anywhere_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_without_the_newest_a_run_goes_on_from_the_one_before(base, book, argv, tmp_path, damaged):
+def test_without_the_newest_a_run_goes_on_from_the_one_before(whole, argv, tmp_path, damaged):
     """It is missing after a kill between the two renames."""
-    whole = trained("lora", base, book, tmp_path / "whole", *OPTIONS)
     newest = tmp_path / "run" / CHECKPOINT
     newest.write_bytes(newest.read_bytes()[:-1]) if damaged else newest.unlink()
     ending = run(main, *argv)

@@ -2,22 +2,39 @@
 
 import os
 import resource
-import shutil
 
 import pytest
 
 import train
-from tests.runs import arguments, contents, finished, one_line, refused, run, run_acting, trained
+from tests.runs import (
+    Run,
+    arguments,
+    contents,
+    finished,
+    one_line,
+    refused,
+    run,
+    run_acting,
+    trained,
+)
 from train import main
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.directory import RunDirectory
 
 OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
+SHORT = ("--max-steps", 6)
 
 
 @pytest.fixture
 def argv(base, book, tmp_path) -> list[str]:
     return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def whole(base, book, tmp_path_factory) -> Run:
+    """The run whose disk was never full."""
+    return trained("lora", base, book, tmp_path_factory.mktemp("whole"), *OPTIONS, "--eval-every",
+                   20)
 
 
 @pytest.fixture
@@ -31,8 +48,7 @@ def size_limit():
 @pytest.mark.parametrize("size, step, file", [
     (12_000, 7, CHECKPOINT), (250, 7, "metrics.jsonl"), (3_000, 20, "adapter_model")])
 def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
-        base, book, tmp_path, argv, size_limit, size, step, file):
-    whole = trained("lora", base, book, tmp_path / "whole", *OPTIONS, "--eval-every", 20)
+        whole, tmp_path, argv, size_limit, size, step, file):
     every = ("--eval-every", "20", "--checkpoint-every", 3 if "checkpoint" in file else 100)
     line = one_line(run_acting({step: lambda trainer: size_limit(size)}, *argv, *every))
     assert f"{tmp_path / 'run' / file}" in line and "File too large" in line
@@ -45,13 +61,24 @@ def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
     assert finished(tmp_path / "run").column("loss") == whole.column("loss")
 
 
-@pytest.mark.parametrize("take_away", [
-    shutil.rmtree, lambda out: out.rename(out.with_name("away"))])
-def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(argv, tmp_path, take_away):
+def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(argv, tmp_path):
     out = tmp_path / "run"
-    line = one_line(run_acting({7: lambda trainer: take_away(out)}, *argv))
+    line = one_line(run_acting({7: lambda trainer: out.rename(tmp_path / "away")}, *argv))
     assert f"{out / 'metrics.jsonl'}: has vanished" in line and "step 6" in line
     assert not out.exists()
+
+
+def test_metrics_that_are_replaced_end_the_run(argv, tmp_path):
+    out, before = tmp_path / "run", {}
+
+    def replace(trainer):
+        (out / "metrics.jsonl").unlink()
+        (out / "metrics.jsonl").write_text("mine")
+        before.update(contents(out))
+
+    line = one_line(run_acting({7: replace}, *argv))
+    assert f"{out / 'metrics.jsonl'}: has vanished or was replaced" in line and "step 6" in line
+    assert contents(out) == before
 
 
 def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, book, tmp_path):
@@ -70,7 +97,7 @@ def test_two_runs_do_not_share_a_directory(argv, tmp_path):
         line = refused(tmp_path / "run", *argv, *options)
         assert f"--out {tmp_path / 'run'}: another run is at work there" in line
     held.close()
-    assert run(main, *argv).status == 0
+    assert run(main, *argv, *SHORT).status == 0
 
 
 def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_path, monkeypatch):
@@ -79,7 +106,7 @@ def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_pat
 
     def slowly(*arguments):
         monkeypatch.undo()
-        assert run(main, *argv).status == 0
+        assert run(main, *argv, *SHORT).status == 0
         whole.update(contents(tmp_path / "run"))
         return load(*arguments)
 
@@ -104,9 +131,9 @@ def test_links_in_the_directory_are_replaced_and_never_followed(argv, tmp_path):
             (out / name).symlink_to(outside)
 
     make_links()
-    assert run(main, *argv, "--overwrite").status == 0
+    assert run(main, *argv, *SHORT, "--overwrite").status == 0
     assert not any((out / name).is_symlink() for name in names)
-    assert run_acting({2: make_links}, *argv, "--overwrite").status == 0
+    assert run_acting({2: make_links}, *argv, *SHORT, "--overwrite").status == 0
     assert not any((out / name).is_symlink() for name in names if name != PREVIOUS)
     assert outside.read_text() == "mine"
 
@@ -134,5 +161,5 @@ def test_what_a_killed_process_left_half_written_is_removed(argv, tmp_path):
     stale = [out / f".{name}.x1.tmp" for name in (CHECKPOINT, "adapter_model.safetensors")]
     for path in (*stale, out / ".notes.tmp"):
         path.write_text("half")
-    assert run(main, *argv).status == 0
+    assert run(main, *argv, *SHORT).status == 0
     assert not any(path.exists() for path in stale) and (out / ".notes.tmp").exists()

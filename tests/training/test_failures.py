@@ -88,8 +88,7 @@ def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_pa
 
 
 @pytest.mark.parametrize("skipped, fault", [
-    (range(3, 22), None), (range(3, 23), 22), ([*range(3, 22), *range(23, 42)], None)],
-    ids=["19", "20", "19 and 19"])
+    (range(3, 23), 22), ([*range(3, 22), *range(23, 42)], None)], ids=["20", "19 and 19"])
 def test_twenty_skipped_steps_in_a_row_are_a_fault(argv, skipped, fault):
     """Even if the next is good, and nobody looked in between; a good step begins a new row."""
     ending = run_acting(dict.fromkeys(skipped, spoil_gradient), *argv, *FP16, "--log-every", 100,
