@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from tests import runs
-from tests.helpers import TINY, small_tokenizer
+from tests.helpers import TINY, drawing, small_tokenizer
 from tests.runs import (
     BLOCK,
     Run,
@@ -34,8 +34,9 @@ from training.options import parse_options
 def done(request, base, book, tmp_path_factory) -> Run:
     """A run of two epochs by each method."""
     out = tmp_path_factory.mktemp("runs") / request.param
-    return trained(request.param, base, book, out, "--epochs", 2, "--eval-every", 3, "--lr", 3e-3,
-                   "--checkpoint-every", 4)
+    with drawing():
+        return trained(request.param, base, book, out, "--epochs", 2, "--eval-every", 3, "--lr",
+                       3e-3, "--checkpoint-every", 4)
 
 
 def test_a_run_leaves_its_files_and_no_others(done):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 import train
+from tests.helpers import drawing
 from tests.runs import arguments, contents, finished, one_line, refused, run, run_acting, trained
 from train import main
 from training.checkpoint import CHECKPOINT, PREVIOUS
@@ -54,6 +55,7 @@ def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(argv, tmp_
     assert not out.exists()
 
 
+@drawing()
 def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, book, tmp_path):
     trained("lora", base, book, tmp_path, "--max-steps", 2)
     (tmp_path / "notes.txt").write_text("mine")
@@ -89,6 +91,7 @@ def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_pat
     assert contents(tmp_path / "run") == whole != {}
 
 
+@drawing()
 def test_links_in_the_directory_are_replaced_and_never_followed(argv, tmp_path):
     """The directory itself may be one."""
     out, outside = tmp_path / "run", tmp_path / "outside"

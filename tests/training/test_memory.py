@@ -3,15 +3,18 @@
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import ours
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import WEIGHTS as MODEL_WEIGHTS
-from model.weights import save_gpt2
+from model.weights import load_gpt2, save_gpt2
 from tests.runs import trained, trainer
+from training import build
 from training.options import ROOT
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
@@ -48,11 +51,13 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_pa
     assert 0 < kept[1] < kept[0] / 4
 
 
-@pytest.mark.parametrize("method, precision, compute", [
-    ("lora", "bf16", torch.bfloat16), ("full", "bf16", torch.float32)])
-def test_only_what_lora_freezes_is_held_in_the_compute_precision(base, book, tmp_path, method,
-                                                                 precision, compute):
-    made = trainer(method, base, book, tmp_path, "--precision", precision)
+@pytest.mark.parametrize("method, compute", [("lora", torch.bfloat16), ("full", torch.float32)])
+def test_only_what_lora_freezes_is_read_and_held_in_the_compute_precision(base, book, method,
+                                                                          compute):
+    with mock.patch.object(build, "load_gpt2", mock.Mock(side_effect=load_gpt2)) as load:
+        made = ours.make_trainer(ours.options(method, "--base", base, "--book", book, "--device",
+                                              "cpu", "--precision", "bf16", "--block-size", 16))
+    load.assert_called_once_with(base, compute)
     norms = {f"{name}." for name, m in made.model.named_modules() if isinstance(m, nn.LayerNorm)}
     for name, parameter in made.model.named_parameters():
         small = ".lora_" in name or name.startswith(tuple(norms))
