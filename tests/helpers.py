@@ -1,4 +1,4 @@
-"""Make small stock transformers models for the tests, and compare tensors."""
+"""Make small stock transformers models, compare tensors, and check refusals."""
 
 import json
 import shutil

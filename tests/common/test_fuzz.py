@@ -60,7 +60,7 @@ def test_a_reader_that_dies_hangs_or_wants_memory_is_counted_and_the_rest_goes_o
         Target(str(i), "file", lambda *_: b"bad", check) for i, check in enumerate(checks)))
     monkeypatch.setattr(fuzz, "target_of", lambda case: fuzz.TARGETS[case])
     monkeypatch.setattr(fuzz, "prepare", lambda directory: (directory / "file").write_bytes(b"x"))
-    monkeypatch.setattr(fuzz, "HANG", 3)
+    monkeypatch.setattr(fuzz, "HANG", 1)
     good, died, hung, large = fuzz.run(range(4), seed=5)
     assert (good.tried, died.tried, hung.tried, large.tried, good.failures) == (1, 1, 1, 1, [])
     assert died.failures == ["case 1 of seed 5: dies with 7"]
