@@ -104,7 +104,7 @@ def refusal(name: object, read: Callable, *arguments: object) -> str:
     with pytest.raises(UserError) as refused:
         read(*arguments or (name,))
     message = str(refused.value)
-    assert message.startswith(str(name)) and message.isprintable() and len(message) < 600, message
+    assert message.startswith(str(name)) and message.isprintable() and len(message) < 800, message
     return message.removeprefix(str(name)).removeprefix(": ")
 
 
