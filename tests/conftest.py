@@ -4,12 +4,22 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
 
+from unittest import mock
+
 import pytest
 
 from lora.adapter import save_adapter
 from tests.adapters import adapted
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import story
+from training import report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures():
+    """None unless a test asks for it (`helpers.drawing`): each takes half a second."""
+    with mock.patch.object(report, "can_draw", lambda: False):
+        yield
 
 
 @pytest.fixture(scope="session")

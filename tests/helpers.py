@@ -1,10 +1,12 @@
-"""Make small stock transformers models for the tests, and compare tensors."""
+"""Make small stock transformers models, compare tensors, and check refusals."""
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ import transformers
 from torch import nn
 
 from common.errors import UserError
+from common.figures import can_draw
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.tokenizer_files import FAST, GPT2, SETTINGS, load_tokenizer
-from model.weights import load_gpt2
+from training import report
 
 transformers.logging.disable_progress_bar()
 
@@ -69,14 +72,20 @@ def small_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def write_small_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Write `small_tokenizer`'s files: each rank is a merge of two lower ones."""
+    """Write `small_tokenizer`'s files."""
+    (directory / FAST).write_text(_small_tokenizer_json(vocab_size))
+    shutil.copy(GPT2 / SETTINGS, directory)
+
+
+@cache
+def _small_tokenizer_json(vocab_size: int) -> str:
+    """Return GPT-2's `tokenizer.json` cut: each rank is a merge of two lower ones."""
     stored, end = json.loads((GPT2 / FAST).read_text()), vocab_size - 1
     words = {word: i for word, i in stored["model"]["vocab"].items() if i < end}
     stored["model"] |= {"vocab": words | {END_OF_TEXT: end},
                         "merges": stored["model"]["merges"][: end - 256]}
     stored["added_tokens"][0]["id"] = end
-    (directory / FAST).write_text(json.dumps(stored))
-    shutil.copy(GPT2 / SETTINGS, directory)
+    return json.dumps(stored)
 
 
 def token_ids(vocab_size: int, *shape: int, seed: int = 1) -> torch.Tensor:
@@ -90,16 +99,15 @@ def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
-def assert_refused(directory: Path, file: str, *words: str) -> str:
-    """Loading the model fails with one line that begins with the file's path and has the words.
+def refusal(name: object, read: Callable, *arguments: object) -> str:
+    """Say in one line, after the name, why `read` refuses its arguments (by default the name)."""
+    with pytest.raises(UserError) as refused:
+        read(*arguments or (name,))
+    message = str(refused.value)
+    assert message.startswith(str(name)) and message.isprintable() and len(message) < 800, message
+    return message.removeprefix(str(name)).removeprefix(": ")
 
-    Returns that line.
-    """
-    with pytest.raises(UserError) as refusal:
-        load_gpt2(directory)
-    message = str(refusal.value)
-    assert message.startswith(str(directory / file))
-    assert len(message.splitlines()) == 1
-    for word in words:
-        assert word in message
-    return message
+
+def drawing():
+    """Undo, in a `with` or for a whole test, that runs draw no pictures (conftest.py)."""
+    return mock.patch.object(report, "can_draw", can_draw)

@@ -2,10 +2,12 @@
 
 import pytest
 
+from tests.helpers import drawing
 from tests.runs import Run, trained
 
 
 @pytest.fixture(scope="session")
+@drawing()
 def runs(base, book, tmp_path_factory) -> dict[str, Run]:
     """Two epochs by each method; not to be written to."""
     out = tmp_path_factory.mktemp("runs")

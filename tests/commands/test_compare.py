@@ -8,7 +8,7 @@ import struct
 import pytest
 
 import evaluate
-from tests.helpers import tiny_gpt2_directory
+from tests.helpers import drawing, tiny_gpt2_directory
 from tests.runs import BLOCK, Run, run, story, trained
 
 
@@ -50,6 +50,7 @@ def compare(*directories: object) -> tuple[list[list[str]], str]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines], ending.stdout
 
 
+@drawing()
 def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp_path):
     picture = runs["lora"].out.parent / "compare.png"
     picture.unlink(missing_ok=True)
@@ -118,6 +119,7 @@ def test_a_run_of_another_make_is_refused(runs, tmp_path):
         assert not (path.parent / "compare.png").exists()
 
 
+@drawing()
 def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
     for name in (r"$\no$", "a|b", 300 * "x", "caf\udce9"):
         path = changed(runs["lora"], tmp_path / name[:5], base=name)

@@ -104,7 +104,9 @@ MISTAKES = [
     ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
     ("lora --resume", "--resume: out holds no checkpoint"), ("lora --resume --overwrite", "--over"),
     ("full --out directory --resume", "--resume: directory holds no checkpoint"),
-    ("lora --base nowhere", "nowhere"), ("full --base ''", "--base"), (f"full --base {LONG}", LONG),
+    ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2, "
+     "gpt2-medium"), ("lora --base 'a\nb'", r"--base 'a\nb': no such"),
+    ("full --base ''", "--base ''"), (f"full --base {LONG}", LONG),
     ("evaluate --base book.txt", "book.txt"), ("full --base directory", "directory"),
     ("evaluate --base llama", "llama/config.json"), ("generate --base cut", f"cut/{MODEL}"),
     ("lora --r 33", "--r"), ("lora --target-modules", "--target-modules"), ("full --r 8", "--r"),

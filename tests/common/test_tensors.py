@@ -4,29 +4,18 @@ import os
 import struct
 import time
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
 from common import files
-from common.errors import UserError
 from common.files import read_json
 from common.tensors import read_tensors
 from data.tokens import load_tokens
 from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer
+from tests.helpers import refusal
 
 W, B = "h.0.c_fc.weight", "h.1.c_fc.bias"
 SHAPES = {W: (3, 4), B: (5,)}
-
-
-def refusal(path, read, *arguments) -> str:
-    """Say why the file is refused: in one printable line that begins with its path."""
-    with pytest.raises(UserError) as refused:
-        read(path, *arguments)
-        pytest.fail(f"{path} is taken")
-    name, _, reason = str(refused.value).partition(": ")
-    assert name == str(path) and reason.isprintable() and len(reason) < 400
-    return reason
 
 
 def read_all(path):

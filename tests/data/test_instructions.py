@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import evaluate
 import train
-from common.errors import UserError
 from data.instructions import Instructions, read_examples
 from data.windows import NOT_SCORED
 from lora.adapter import save_adapter
@@ -17,7 +16,7 @@ from model.plain import plain_operations
 from model.weights import CONV1D
 from tests import runs
 from tests.adapters import adapted
-from tests.helpers import TINY, relative_difference, small_tokenizer
+from tests.helpers import TINY, refusal, relative_difference, small_tokenizer
 from tests.runs import one_line, run, stock_model
 
 TOKENIZER = small_tokenizer(TINY["vocab_size"])
@@ -110,8 +109,7 @@ def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("method, parts", [("lora", 3), ("full", 1)])
 def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
         made, base, adapter, method, parts, capsys):
     with plain_operations():
@@ -131,38 +129,6 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
     unmasked = stock_batch(PAIRS[:-1])
     unmasked["labels"] = unmasked["input_ids"]
     assert abs(model(**unmasked).loss.item() - loss) > 1e-3
-
-
-def test_only_predictions_of_the_completion_and_its_end_count(made):
-    trainer, before = made("full"), len(encoded("User: Why?\nAssistant:"))
-    inputs, targets = trainer.windows.batch([3, 1])
-    exact = trainer.summed_loss(inputs, targets).item()
-
-    def moved(position: int) -> float:
-        """The loss when the state that predicts the token after `position` is another."""
-        def change(module, args, output):
-            return output.index_add(1, torch.tensor([position]), torch.ones_like(output[:1, :1])
-                                    * torch.tensor([1.0, 0.0])[:, None, None])
-        handle = trainer.model.ln_f.register_forward_hook(change)
-        loss = trainer.summed_loss(inputs, targets).item()
-        handle.remove()
-        return loss
-
-    counts = [moved(position) != exact for position in range(inputs.size(1))]
-    completion = len(encoded(" …")) + 1
-    assert counts == [before - 1 <= i < before - 1 + completion for i in range(len(counts))]
-    assert targets[0][counts].tolist() == [*encoded(" …"), END]
-
-
-def test_an_examples_logits_in_a_padded_batch_are_those_it_has_alone(made):
-    trainer = made("lora")
-    together = trainer.windows.batch(np.arange(6))[0]
-    with torch.no_grad():
-        for i in range(6):
-            alone = trainer.windows.batch([i])[0]
-            logits = trainer.model(together)[i, : alone.size(1)]
-            assert relative_difference(logits, trainer.model(alone)[0]) < 1e-6
-    assert len({len(trainer.windows.batch([i])[0][0]) for i in range(6)}) > 3
 
 
 def test_both_forms_are_read_as_the_template_says(tmp_path):
@@ -189,28 +155,21 @@ BAD = [
     (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
     (example("a", "b" * 10_000_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
     (example("a", "\ud800"), "surrogates not allowed"),
-    ('{"prompt": "a"}', "needs the texts"), ('{"completion": "a"}', "needs the texts"),
-    ('["a", "b"]', "needs the texts"), ("7", "needs the texts"), ("null", "needs the texts"),
-    ('{"prompt": 1, "completion": "b"}', "needs the texts"),
-    ('{"prompt": "a", "completion": null}', "needs the texts"), ('{"messages": {}}', "none at"),
+    ('{"prompt": "a"}', "needs the texts"), ("7", "needs the texts"),
+    ('{"prompt": 1, "completion": "b"}', "needs the texts"), ('{"messages": {}}', "none at"),
     ('{"messages": ["a"]}', "needs the"), ('{"messages": [{"role": ["user"]}]}', "needs the texts"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
-    (example("a", ""), "an empty completion"), (example("a", " \n"), "an empty completion"),
-    ('{"messages": []}', "none at its end"),
-    (json.dumps({"messages": [turn("user", "a")]}), "none at its end"),
+    (example("a", " \n"), "an empty completion"),
     (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "none at its end"),
     (example("a", "word " * 40), "its completion is longer than a block of 40; shorten it"),
 ]
 
 
-@pytest.mark.parametrize("line, words", BAD, ids=range(len(BAD)))
-def test_a_bad_line_is_named(tmp_path, line, words):
-    path = write(tmp_path / "bad.jsonl", example("a", "b"), line, example("a", "b"))
-    with pytest.raises(UserError) as error:
-        read_examples(path, TOKENIZER, LENGTH)
-    message = str(error.value)
-    assert message.startswith(f"{path}, line 2: ") and words in message
-    assert len(message) < 400 and message.isprintable()
+def test_a_bad_line_is_named(tmp_path):
+    for line, words in BAD:
+        path = write(tmp_path / "bad.jsonl", example("a", "b"), line, example("a", "b"))
+        reason = refusal(f"{path}, line 2", read_examples, path, TOKENIZER, LENGTH)
+        assert words in reason, line[:80]
 
 
 def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
@@ -227,15 +186,6 @@ def test_padding_leaves_every_token_as_it_is():
     inputs, targets = Instructions(rows).batch(np.array([1, 0]))
     assert inputs[1].tolist() == [0, 5, 0] and targets[1].tolist() == [NOT_SCORED, 0, END]
     assert inputs[0, 0] == 7 and targets[0].tolist() == [END, NOT_SCORED, NOT_SCORED]
-
-
-def test_a_run_goes_on_with_its_examples_from_another_place(base, data, tmp_path):
-    command = runs.arguments("lora", base, data, tmp_path / "run", "--block-size", LENGTH,
-                             "--val-fraction", 0.15, "--max-steps", 2, "--checkpoint-every", 1)
-    runs.run_acting({2: runs.die}, *command)
-    moved = data.rename(tmp_path / "moved.jsonl")
-    command[command.index(str(data))] = str(moved)
-    assert run(train.main, *command, "--resume").status == 0
 
 
 def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.errors import UserError
 from data import tokens as tokens_module
 from data.tokens import load_books, load_tokens
 from model import tokenizer_files
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.tokenizer_files import load_tokenizer
-from tests.helpers import small_tokenizer
+from tests.helpers import refusal, small_tokenizer
 
 GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2, 50257), small_tokenizer(300)
 OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+ ?|\s|.")
@@ -38,11 +37,10 @@ def write(directory: Path, content: str | bytes) -> Path:
 
 
 def refused(book: Path, cache: Path) -> str:
-    """The one line with which this book is refused; nothing is left in the cache."""
-    with pytest.raises(UserError) as error:
-        load_tokens(book, SMALL, cache)
-    assert "\n" not in str(error.value) and not list(cache.glob("*"))
-    return str(error.value)
+    """Say why this book is refused; nothing is left in the cache."""
+    reason = refusal(book, load_tokens, book, SMALL, cache)
+    assert not list(cache.glob("*"))
+    return reason
 
 
 @settings(deadline=None, max_examples=150)
@@ -84,26 +82,9 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
         assert tokens.tolist() == ids and tokens.dtype == np.uint16
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2  # an entry a book
     assert isinstance(load_books([texts / "b.txt"], GPT2), np.memmap)
-    for paths, tokenizer, words in (
-            ([tmp_path / "cache"], GPT2, "cache: holds no .txt files"),
-            ([texts], replace(GPT2, end_of_text=None), "no end-of-text token")):
-        with pytest.raises(UserError, match=words):
-            load_books(paths, tokenizer)
-
-
-def test_line_ends_of_every_system_give_the_same_tokens(tmp_path):
-    unix = "one\ntwo\n\n\nthree \n four"
-    for line_end in ("\n", "\r\n", "\r"):
-        book = write(tmp_path, unix.replace("\n", line_end))
-        assert load_tokens(book, GPT2, tmp_path / "cache").tolist() == GPT2.encode(unix).tolist()
-    assert GPT2.encode(unix.replace("\n", "\r\n")).tolist() != GPT2.encode(unix).tolist()
-
-
-def test_token_bytes_add_up_to_the_text():
-    for tokenizer in (small_tokenizer(257), SMALL, GPT2):
-        sizes = tokenizer.byte_counts
-        assert sizes.shape == (tokenizer.vocab_size,)
-        assert sizes[tokenizer.encode(TEXT + END_OF_TEXT)].sum() == len(TEXT.encode())
+    cache, endless = tmp_path / "cache", replace(GPT2, end_of_text=None)
+    assert "holds no .txt files" in refusal(cache, load_books, [cache], GPT2)
+    assert "no end-of-text token" in refusal(GPT2.source, load_books, [texts], endless)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
@@ -144,14 +125,9 @@ def test_a_second_run_reads_the_cache(tmp_path):
 
 
 DAMAGES = {
-    "tokens cut": (".bin", lambda path: os.truncate(path, path.stat().st_size - 2)),
-    "tokens cut in a token": (".bin", lambda path: os.truncate(path, path.stat().st_size - 1)),
     "another token": (".bin", lambda path: path.write_bytes(b"\0\0" + path.read_bytes()[2:])),
     "tokens gone": (".bin", Path.unlink),
     "description cut": (".json", lambda path: os.truncate(path, path.stat().st_size // 2)),
-    "description a list": (".json", lambda path: path.write_text("[1]")),
-    "description not text": (".json", lambda path: path.write_bytes(b"\xff\xfe")),
-    "description gone": (".json", Path.unlink),
     "of another tokenizer": (".json", lambda path: path.write_text(
         path.read_text().replace(SMALL.sha256, "0" * 64))),
 }
@@ -197,10 +173,8 @@ BAD_BOOKS = {
     "only a byte order mark": (b"\xef\xbb\xbf", "is empty"),
     "Latin-1": ("café au lait".encode("latin-1"), "byte 3: invalid continuation byte"),
     "after a byte order mark": (b"\xef\xbb\xbfabc\xffdef", "byte 6: invalid start byte"),
-    "UTF-16": ("text".encode("utf-16"), "byte 0: invalid start byte"),
     "cut in a character": ("日本".encode()[:-1], "byte 3: unexpected end of data"),
     "far into it": ("日本 ".encode() * 50_000 + b"\xe6 ", "byte 350,000: invalid continuation"),
-    "surrogates": (b"abc \xed\xa0\x80", "byte 4: invalid continuation byte"),
     "no spaces": (b"a b" + b"x" * 300_000 + b" c", "characters without a space or a new line"),
     "only blanks": (b"a" + b" " * 3_000_000, "characters without a space or a new line"),
 }
@@ -208,20 +182,18 @@ BAD_BOOKS = {
 
 @pytest.mark.parametrize("content, reason", BAD_BOOKS.values(), ids=BAD_BOOKS)
 def test_a_book_that_is_not_a_text_is_refused(content, reason, tmp_path):
-    book = write(tmp_path, content)
-    message = refused(book, tmp_path / "cache")
-    assert message.startswith(f"{book}: ") and reason in message
+    assert reason in refused(write(tmp_path, content), tmp_path / "cache")
 
 
 def test_a_path_that_cannot_be_read_is_named(tmp_path):
     book, cache, user = tmp_path / "book.txt", tmp_path / "cache", os.geteuid()
-    assert refused(book, cache).startswith(f"{book}: cannot be read (No such file")
-    assert refused(tmp_path, cache).startswith(f"{tmp_path}: cannot be read (not a")
+    assert refused(book, cache).startswith("cannot be read (No such file")
+    assert refused(tmp_path, cache).startswith("cannot be read (not a")
     write(tmp_path, TEXT).chmod(0)
     try:
         os.seteuid(user or 65534)  # no permission stops root
-        with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)$"):
-            load_tokens(book, SMALL, cache)
+        reason = refusal(book, load_tokens, book, SMALL, cache)
+        assert reason == "cannot be read (Permission denied)"
     finally:
         os.seteuid(user)
 

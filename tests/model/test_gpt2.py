@@ -16,6 +16,8 @@ CONFIGS = [
      "n_positions": 17, "vocab_size": 499, "layer_norm_epsilon": 1e-3},
     {"n_embd": 40, "n_head": 1, "n_layer": 1, "n_positions": 33, "vocab_size": 512},
 ]
+
+
 @pytest.fixture
 def pair(tmp_path):
     """Our model and transformers' with the same weights."""
@@ -31,15 +33,6 @@ def test_logits_are_those_of_transformers(tmp_path, config):
     assert relative_difference(load_gpt2(directory)(ids), theirs(ids).logits) < 1e-5
 
 
-@torch.no_grad()
-def test_gelu_is_the_tanh_form(tmp_path):
-    directory, theirs = tiny_gpt2_directory(tmp_path)
-    ids = token_ids(theirs.config.vocab_size, 2, 64)
-    for block in theirs.transformer.h:
-        block.mlp.act = torch.nn.GELU(approximate="none")
-    assert relative_difference(load_gpt2(directory)(ids), theirs(ids).logits) > 1e-5
-
-
 def test_gradients_are_those_of_transformers(pair):
     ours, theirs = pair
     ids = token_ids(theirs.config.vocab_size, 3, 20)
@@ -53,34 +46,9 @@ def test_gradients_are_those_of_transformers(pair):
 
 
 @torch.no_grad()
-def test_bf16_is_as_close_to_fp32_as_transformers_in_bf16(pair):
-    ours, theirs = pair
-    ids = token_ids(theirs.config.vocab_size, 4, 64)
-    exact = theirs(ids).logits
-    logits = ours.bfloat16()(ids)
-    assert logits.dtype == torch.bfloat16
-    bound = 1.5 * relative_difference(theirs.bfloat16()(ids).logits, exact)
-    assert bound < 0.05
-    assert relative_difference(logits, exact) < bound
-
-
-@torch.no_grad()
-def test_a_token_changes_no_logits_before_its_own(pair):
-    model, _ = pair
-    ids = token_ids(model.config.vocab_size, 1, 40)
-    before = model(ids)
-    for t in (0, 17, 39):
-        other = ids.clone()
-        other[0, t] = (other[0, t] + 1) % model.config.vocab_size
-        changed = (model(other) != before).any(-1)[0]
-        assert not changed[:t].any()
-        assert changed[t:].all()
-
-
-@pytest.mark.parametrize("chunks", [[64], [1, 1, 62], [5, 1, 20, 37, 1]])
-@torch.no_grad()
-def test_cached_logits_are_those_without_a_cache(pair, chunks):
+def test_cached_logits_are_those_without_a_cache(pair):
     model, theirs = pair
+    chunks = [5, 1, 20, 37, 1]
     ids = token_ids(model.config.vocab_size, 2, 64)
     cache = KVCache()
     logits = [model(part, cache) for part in ids.split(chunks, dim=1)]

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from common.errors import UserError
 from generate import stream_text
 from model.hub import MINI
 from model.sampling import generate
 from model.tokenizer import END_OF_TEXT
 from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2
+from tests.helpers import refusal
 from training.options import BOOK
 
 ASSIGNED = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs")]
@@ -141,15 +141,13 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     (write(models.BPE(), 401), "has token 400; config.json's vocab_size is 400"),
 ])
 def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=rf"\A{tmp_path}/tokenizer.json: .*{reason}.*\Z"):
-        load_tokenizer(tmp_path, 400)
+    (path := tmp_path / "tokenizer.json").write_text(content)
+    assert reason in refusal(path, load_tokenizer, tmp_path, 400)
 
 
 def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")  # and no merges.txt
-    with pytest.raises(UserError, match=rf"\A{tmp_path}: .*300 is not GPT-2's 50257, .*\Z"):
-        load_tokenizer(tmp_path, 300)
+    assert "300 is not GPT-2's 50257, " in refusal(tmp_path, load_tokenizer, tmp_path, 300)
     whole = load_tokenizer(tmp_path, 50257)
     assert whole.encode(f"Hello world{END_OF_TEXT}").tolist() == [15496, 995, 50256]
     ranks = (b64encode(whole.bytes_of[i]) + b" %d\n" % i for i in range(50256))
@@ -158,8 +156,7 @@ def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it
     (config := tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 300).encode(f"</s>{END_OF_TEXT}").tolist() == [1, 1]
     config.write_text('{"eos_token": "<|im_end|>"}')
-    with pytest.raises(UserError, match=r"lacks the base's end-of-text token, '<.im_end.>'"):
-        load_tokenizer(tmp_path, 300)
+    reason = refusal(tmp_path, load_tokenizer, tmp_path, 300)
+    assert "lacks the base's end-of-text token, '<|im_end|>'" in reason
     config.write_text('{"add_prefix_space": true}')
-    with pytest.raises(UserError, match=r"config\.json: add_prefix_space is not"):
-        load_tokenizer(tmp_path, 300)
+    assert "add_prefix_space is not" in refusal(config, load_tokenizer, tmp_path, 300)

@@ -9,7 +9,6 @@ import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -17,12 +16,10 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks import ours
 from common.device import PRECISIONS, Device
 from common.errors import RunError
 from model.weights import has_weights, load_config, load_gpt2, save_gpt2
-from tests.helpers import assert_refused, relative_difference, tiny_gpt2_directory, token_ids
-from training import build
+from tests.helpers import refusal, relative_difference, tiny_gpt2_directory, token_ids
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 FORMATS = {"safetensors": SAFETENSORS, "zip": PICKLE, "legacy": PICKLE}
@@ -65,10 +62,8 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(("layout", "file_format", "dtype"), [
-    ("hub", "safetensors", torch.float32), ("transformers", "safetensors", torch.bfloat16),
-    ("with head", "safetensors", torch.float16), ("head alone", "safetensors", torch.float32),
-    ("old transformers", "safetensors", torch.float32), ("hub", "zip", torch.float32),
-    ("transformers", "zip", torch.bfloat16), ("with head", "zip", torch.float16),
+    ("hub", "safetensors", torch.float32), ("hub", "zip", torch.float32),
+    ("transformers", "zip", torch.bfloat16), ("with head", "safetensors", torch.float16),
     ("old transformers", "legacy", torch.float32), ("head alone", "legacy", torch.float16),
 ])
 @torch.no_grad()
@@ -95,7 +90,8 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path, change, message,
     directory, _ = tiny_gpt2_directory(tmp_path)
     tensors = load_file(directory / SAFETENSORS)
     change(tensors)
-    assert_refused(directory, rewrite(directory, tensors, file_format).name, message)
+    path = rewrite(directory, tensors, file_format)
+    assert message in refusal(path, load_gpt2, directory)
 
 
 class Touch(str):
@@ -110,8 +106,9 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, file_format, recwarn)
     directory, _ = tiny_gpt2_directory(tmp_path)
     mark = tmp_path / "it ran"
     path = rewrite(directory, {WTE: Touch(mark)}, file_format)
-    message = assert_refused(directory, PICKLE, "can run code")
-    assert "`False`" not in message and not recwarn.list  # torch's advice for every pickle
+    reason = refusal(path, load_gpt2, directory)
+    assert "can run code" in reason
+    assert "`False`" not in reason and not recwarn.list  # torch's advice for every pickle
     assert not mark.exists()
     torch.load(path, weights_only=False)
     assert mark.exists()  # the file was what it is meant to be
@@ -125,16 +122,17 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
     load_gpt2(directory)
     odd = {"not a tensor": [1.0, 2.0], "sparse": tensors[FC].to_sparse(),
            "no data": tensors[FC].to("meta")}
-    for reason, value in odd.items():
+    for words, value in odd.items():
         torch.save({**tensors, FC: value}, path)
-        assert_refused(directory, PICKLE, FC, reason)
+        reason = refusal(path, load_gpt2, directory)
+        assert FC in reason and words in reason
     torch.save({**tensors, 7: tensors[FC]}, path)
-    assert_refused(directory, PICKLE, "unexpected tensor '7'")
+    assert "unexpected tensor '7'" in refusal(path, load_gpt2, directory)
     torch.save([1], path)
-    assert_refused(directory, PICKLE, "not a file of tensors")
+    assert "not a file of tensors" in refusal(path, load_gpt2, directory)
     for content in (b"", whole[:99], whole[: len(whole) // 2], b"<!DOCTYPE html>\n" * 99):
         path.write_bytes(content)
-        assert_refused(directory, PICKLE, "not a file of")
+        assert "not a file of" in refusal(path, load_gpt2, directory)
 
 
 @pytest.mark.parametrize("name", [SAFETENSORS, PICKLE])
@@ -142,13 +140,14 @@ def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
     directory, _ = tiny_gpt2_directory(tmp_path)
     (directory / SAFETENSORS).rename(directory / "model-00001-of-00001.safetensors")
     assert not has_weights(directory)
-    assert_refused(directory, "", "neither model.safetensors nor pytorch_model.bin")
-    (directory / f"{name}.index.json").write_text("{}")
+    assert "neither model.safetensors nor pytorch_model.bin" in refusal(directory, load_gpt2)
+    (index := directory / f"{name}.index.json").write_text("{}")
     assert has_weights(directory)
-    assert_refused(directory, f"{name}.index.json", "sharded weights are not read", "save")
+    reason = refusal(index, load_gpt2, directory)
+    assert "sharded weights are not read" in reason and "save" in reason
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @torch.no_grad()
 def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, caplog):
     directory, theirs = tiny_gpt2_directory(tmp_path / "in", n_inner=50, resid_pdrop=0.2)
@@ -202,8 +201,10 @@ def test_a_config_of_another_model_is_refused_by_field(tmp_path):
             ("layer_norm_epsilon", [1e-5]), ("activation_function", "relu"),
             ("add_cross_attention", True), ("tie_word_embeddings", False),
             ("n_head", math.nan), ("attn_pdrop", math.nan), ("layer_norm_epsilon", math.inf)]:
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", field: value}))
-        assert_refused(tmp_path, "config.json", field, str(value))
+        (path := tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "gpt2", field: value}))
+        reason = refusal(path, load_gpt2, tmp_path)
+        assert field in reason and str(value) in reason
 
 
 def test_a_config_too_large_for_the_weights_is_refused_within_seconds(tmp_path):
@@ -212,7 +213,8 @@ def test_a_config_too_large_for_the_weights_is_refused_within_seconds(tmp_path):
     load_gpt2(directory)  # the first use of the meta device imports half of torch
     edit_config(directory, n_layer=512, n_embd=2**20)
     start = time.process_time()
-    assert_refused(directory, SAFETENSORS, "h.10.attn.c_attn.bias is missing (6120 in all)")
+    reason = refusal(directory / SAFETENSORS, load_gpt2, directory)
+    assert "h.10.attn.c_attn.bias is missing (6120 in all)" in reason
     assert time.process_time() - start < 5
 
 
@@ -250,10 +252,3 @@ def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
         assert p.dtype == q.dtype and torch.equal(p, q), name
     assert {t.dtype for t in made if t.ndim == 2} == {dtype}  # nothing large in another precision
 
-
-@pytest.mark.parametrize("method, dtype", [("lora", torch.bfloat16), ("full", torch.float32)])
-def test_what_lora_freezes_is_read_in_the_compute_precision(base, monkeypatch, method, dtype):
-    monkeypatch.setattr(build, "load_gpt2", load := mock.Mock(side_effect=load_gpt2))
-    ours.make_trainer(ours.options(method, "--base", base, "--device", "cpu", "--precision", "bf16",
-                                   "--block-size", 16))
-    load.assert_called_once_with(base, dtype)

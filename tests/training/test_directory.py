@@ -6,6 +6,7 @@ import resource
 import pytest
 
 import train
+from tests.helpers import drawing
 from tests.runs import (
     Run,
     arguments,
@@ -81,6 +82,7 @@ def test_metrics_that_are_replaced_end_the_run(argv, tmp_path):
     assert contents(out) == before
 
 
+@drawing()
 def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, book, tmp_path):
     trained("lora", base, book, tmp_path, "--max-steps", 2)
     (tmp_path / "notes.txt").write_text("mine")
@@ -116,6 +118,7 @@ def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_pat
     assert contents(tmp_path / "run") == whole != {}
 
 
+@drawing()
 def test_links_in_the_directory_are_replaced_and_never_followed(argv, tmp_path):
     """The directory itself may be one."""
     out, outside = tmp_path / "run", tmp_path / "outside"

@@ -215,6 +215,7 @@ def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base,
     line = refused(tmp_path / "run", *argv, "--resume")
     assert f"--data {data}: its text changed since the run began" in line
     data.write_text(text)
+    argv[argv.index(str(data))] = data.rename(tmp_path / "moved.jsonl")  # it may be elsewhere
     assert "resuming after step 5 of 9" in run(main, *argv, "--resume").stdout
     assert result(tmp_path / "run") == result(whole.out)
 
