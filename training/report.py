@@ -61,11 +61,13 @@ def read_run(directory: Path) -> dict:
     """Read a finished run's `run.json`. Raises UserError if it is missing or of another make."""
     path = directory / RUN
     run = read_json(path)
-    texts, numbers = [run.get("base"), run.get("book_sha256")], [run.get(n) for n in NUMBERS]
+    texts = [run.get("base"), run.get("book_sha256")]
+    limits = {name: 1e305 if "perplexity" in name else 1e99 for name in NUMBERS}
     if (run.get("method") not in ("lora", "full")
             or not all(isinstance(text, str) and printable(text) for text in texts)
             or not all(isinstance(run.get(name), dict) for name in ("options", "base_sha256"))
-            or not all(isinstance(x, int | float) and 0 < x < 1e305 for x in numbers)):
+            or not all(isinstance(run.get(name), int | float) and 1e-99 < run[name] < limit
+                       for name, limit in limits.items())):
         raise UserError(f"{path}: is not what this version of train.py leaves at a run's end; "
                         "train again with --overwrite")
     return run

@@ -110,7 +110,8 @@ def changed(run: Run, tmp_path, **fields: object):
 
 def test_a_run_of_another_make_is_refused(runs, tmp_path):
     for field, value in (("base", 3), ("method", ["lora"]), ("options", None), ("seconds", "1"),
-                         ("tokens_per_second", 1e306), ("base_sha256", None)):
+                         ("tokens_per_second", 1e306), ("best_val_loss", 1e-200),
+                         ("base_sha256", None)):
         path = changed(runs["lora"], tmp_path / field, **{field: value})
         ending = run(evaluate.main, "--compare", path)
         assert (ending.status, ending.stdout) == (2, "")
