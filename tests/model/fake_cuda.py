@@ -58,6 +58,9 @@ def step(precision: str, gradients: bool) -> dict:
         hidden = model.hidden(ids).flatten(0, 1)
         loss = (ops.tied_cross_entropy if gradients else ops.score)(
             hidden, model.wte.weight, ids.flatten())
+        if gradients:  # of a trained head, too
+            head = nn.Parameter(torch.empty_like(model.wte.weight, dtype=torch.float32))
+            assert ops.tied_cross_entropy(hidden, head, ids.flatten()).requires_grad
     types["attention"] = {"in": str(attention.call_args.args[0].dtype)}
     types["loss"] = {"out": str((loss if gradients else loss[0]).dtype)}
     return types
