@@ -81,14 +81,16 @@ def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(tmp_path):
     code = """if True:
         import sys, torch
         from pathlib import Path
+        from model.hub import MINI
         from model.weights import load_gpt2
         def resident(name):
             lines = open("/proc/self/status").read().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+        load_gpt2(MINI, torch.bfloat16)  # libraries that are read at their first use
         before = resident("VmRSS")
         model = load_gpt2(Path(sys.argv[1]), torch.bfloat16)
         print(resident("VmHWM") - before)"""
     grown = int(subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True,
                                capture_output=True, text=True).stdout)
     stored = (tmp_path / MODEL_WEIGHTS).stat().st_size
-    assert stored < grown < 1.5 * stored  # 2: the file's pages beside the weights
+    assert 0.9 * stored < grown < 1.25 * stored  # 2: the file's pages beside the weights
