@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import (
-    atomic_path,
-    brief,
-    check_number,
-    file_sha256,
-    read_json,
-    write_json,
-)
+from common.files import atomic_path, brief, check_number, file_sha256, read_json, write_json
 from common.tensors import read_shapes, read_tensors, write_tensors
 from model.gpt2 import GPT2, GPT2Config
 

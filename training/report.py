@@ -142,10 +142,11 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:
     """Draw validation perplexity, trainable parameters and time of each run, base included."""
     if not can_draw():
         return
-    names = [f"{run['method']}\n({directory.name})" for directory, run in runs]
+    names = [f"{run['method']}\n({directory.name})".replace(",", ",\n") for directory, run in runs]
     colours = [COLOURS[run["method"]] for _, run in runs]
     first = runs[0][1]
-    figure, (quality, size, speed) = pyplot.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    figure, (quality, size, speed) = pyplot.subplots(
+        1, 3, figsize=(max(11, 3.5 * len(runs)), 4), layout="constrained")
     _bars(quality, [f"base\n({Path(first['base']).name})", *names],
           [perplexity(first["base_val_loss"]), *(run["best_val_perplexity"] for _, run in runs)],
           [COLOURS["base"], *colours], "validation perplexity (lower is better)", "{:.1f}")
