@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.figures import pyplot, save_figure
+from common.figures import can_draw, save_figure, subplots
 from common.files import write_json
 from training.report import COLOURS
 
@@ -49,12 +49,12 @@ class Report:
         write_json(out / "parity.json", {
             **self.facts, "machine": machine(), "versions": versions(),
             "holds": not self.broken(), "checks": self.checks, "curves": self.curves})
-        if pyplot:
+        if can_draw():
             self.draw(out / "parity.png")
 
     def draw(self, path: Path) -> None:
         """Draw both sides' curves of the exact run, and every pair's difference."""
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
+        figure, (left, right) = subplots(1, 2, figsize=(14, 4.5))
         exact = self.curves["exact"]
         steps = range(1, len(exact["here"]) + 1)
         left.plot(steps, exact["there"], color=COLOURS["train"], linewidth=5, label="PEFT")

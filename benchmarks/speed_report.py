@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from common.cli import print_table
-from common.figures import pyplot, save_figure
+from common.figures import can_draw, save_figure, subplots
 from training.report import COLOURS
 
 COLUMNS = {"seconds": ("seconds", "{:.4g}"), "peak_mb": ("peak MB", "{:,.0f}"),
@@ -87,7 +87,7 @@ def print_report(summary: dict) -> None:
 def draw(results: dict, path) -> None:
     contenders, ratios = results["summary"]["contenders"], results["summary"]["ratios"][::-1]
     along = any(figures["axis"] for figures in contenders.values())
-    if pyplot and (along or ratios):
+    if (along or ratios) and can_draw():
         figure = draw_axes(contenders) if along else draw_ratios(ratios)
         many = results["rounds"]
         how = "one round"
@@ -99,7 +99,7 @@ def draw(results: dict, path) -> None:
 
 def draw_ratios(ratios: list[dict]):
     """Draw each ratio's median, with a line from the least to the most of the rounds."""
-    figure, axes = pyplot.subplots(figsize=(11, 1.6 + 0.32 * len(ratios)), layout="constrained")
+    figure, axes = subplots(figsize=(11, 1.6 + 0.32 * len(ratios)))
     for i, time in enumerate(ratio["time"] for ratio in ratios):
         axes.plot([time["min"], time["max"]], [i, i], color=COLOURS["lora"], linewidth=3)
         axes.plot(time["median"], i, "o", color=COLOURS["lora"])
@@ -119,8 +119,7 @@ def draw_ratios(ratios: list[dict]):
 def draw_axes(contenders: dict[str, dict]):
     """Draw step time above, peak memory below; a column for each axis."""
     shown = list(dict.fromkeys(f["axis"] for f in contenders.values()))
-    figure, panels = pyplot.subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7),
-                                     layout="constrained", squeeze=False)
+    figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
     for (row, column), axes in np.ndenumerate(panels):
         key, label = (("seconds", "seconds a step"), ("peak_mb", "peak memory (MB)"))[row]
         of_axis = [f for f in contenders.values() if f["axis"] == shown[column]]

@@ -116,7 +116,6 @@ def measure(task: Task) -> dict:
     if task.kind in BASES:  # of random weights: speed does not depend on their values
         config, dtype = BASES[task.kind]
         model = GPT2(config)
-        model.init_weights()
         save_gpt2(model, Path(task.base), dtype)
         return {}
     if task.kind == "matmuls":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.device import Device
-from common.figures import BLUE, GREY, RED, YELLOW, pyplot, save_figure  # noqa: F401 (for all)
+from common.figures import BLUE, GREY, RED, YELLOW, save_figure, subplots  # noqa: F401 (for all)
 from model.hub import find_base
 from model.tokenizer_files import load_tokenizer
 from train import Trainer
@@ -69,8 +69,7 @@ def save(args: argparse.Namespace, name: str, data: dict, figure) -> dict:
 
 def panels(count: int, title: str):
     """Return a figure of `count` panels in a row."""
-    figure, (axes,) = pyplot.subplots(1, count, figsize=(max(7.2, 4.9 * count), 4.2),
-                                      layout="constrained", squeeze=False)
+    figure, (axes,) = subplots(1, count, figsize=(max(7.2, 4.9 * count), 4.2), squeeze=False)
     figure.suptitle(title, fontsize=12)
     for axis in axes:
         axis.set_axisbelow(True)

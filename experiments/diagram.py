@@ -1,9 +1,8 @@
 """Draw the LoRA layer for the README: `python -m experiments.diagram` -> docs/figures/lora.png."""
 
-from matplotlib import pyplot
 from matplotlib.patches import FancyArrowPatch, Polygon
 
-from common.figures import RED, save_figure
+from common.figures import RED, save_figure, subplots
 from training.options import ROOT
 
 BLUE, INK = "#c9d6df", "#30343f"
@@ -23,7 +22,7 @@ TEXTS = {"x  (768 numbers)": (7.6, 0.7, INK), "+": (7.6, 7.8, INK), "A  8 x 768"
 
 
 def main() -> None:
-    figure, axes = pyplot.subplots(figsize=(7.6, 4.6), layout="constrained")
+    figure, axes = subplots(figsize=(7.6, 4.6))
     axes.set(xlim=(0, 15.2), ylim=(0, 9.4))
     axes.axis("off")
     for corners, colour in SHAPES:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from common.figures import pyplot
+from common.figures import subplots
 from experiments.common import BLUE, GREY, RED, YELLOW, mean_loss, parse, save, trainer
 
 SMALLEST, NORMAL = -24, -14  # powers of two: fp16's subnormal numbers, and its normal ones
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> dict:
     mean_loss(made, next(made.batches())).backward()
     gradients = torch.cat([p.grad.flatten() for p in made.parameters.values()]).numpy()
     powers = np.log2(np.abs(gradients) + 2.0**-60)
-    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    figure, axes = subplots(figsize=(9, 4))
     bins = np.arange(-45, 20)
     axes.hist(powers, bins, color=RED, alpha=0.8, label="gradients of A and B, one step")
     axes.hist(powers + SCALE, bins, color=BLUE, alpha=0.5, label="the same, loss times $2^{16}$")

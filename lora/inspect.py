@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.cli import Parser, print_table
 from common.errors import run_command
-from common.figures import can_draw, pyplot, save_figure
+from common.figures import can_draw, save_figure, subplots
 from lora.factors import read_factors
 from lora.inject import lora_layers
 from lora.load import load_model
@@ -35,9 +35,9 @@ def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
     """Draw the singular values: a panel for each kind of layer, a line for each block."""
     kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in spectra))
     blocks = 1 + max(int(name.split(".")[1]) for name in spectra)
-    figure, (axes,) = pyplot.subplots(1, len(kinds), figsize=(2.5 + 3 * len(kinds), 4),
-                                      sharey=True, squeeze=False, layout="constrained")
-    colours = pyplot.cm.ScalarMappable(pyplot.Normalize(0, max(1, blocks - 1)), "viridis")
+    figure, (axes,) = subplots(1, len(kinds), figsize=(2.5 + 3 * len(kinds), 4), sharey=True,
+                               squeeze=False)
+    colours = axes[0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
     for name, s in spectra.items():
         _, block, kind = name.split(".", 2)
         axis = axes[kinds.index(kind)]

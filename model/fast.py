@@ -4,6 +4,7 @@
 - `dropout`: a quarter of the random numbers that `F.dropout` draws.
 - `causal_attention`: matmul, softmax, dropout, matmul; the fused kernel has no dropout on a CPU.
 - `tied_cross_entropy`, `score`: the logits are never whole, and the loss takes three matmuls.
+- `Embedding`: draws no weights; on the meta device PyTorch imports its compiler for that, 1 s.
 
 The first three are for the CPU; elsewhere they call what they replace. docs/speed.md has what
 each of them gains, and `python -m benchmarks.operations` measures it.
@@ -57,6 +58,11 @@ class _OneDNNLinear(torch.autograd.Function):
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Draw nothing: `GPT2.init_weights` does."""
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. Its head is `wte` itself, so tying cannot come undone.
+    """The language model, with random weights. Its head is `wte` itself: tying cannot come undone.
 
     Random draws of a training step, in order: the embedding's dropout; then in each block the
     attention weights', the attention output's, the MLP's; LoRA's, before each adapted layer.
@@ -129,11 +129,13 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # keep a block's input only, compute the rest again
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = ops.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = ops.Embedding(config.n_positions, config.n_embd)
         self.drop = ops.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        if not self.wte.weight.is_meta:
+            self.init_weights()
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues what it holds."""
@@ -177,7 +179,7 @@ class GPT2(nn.Module):
             block.attn.attn_pdrop = block.attn.resid_dropout.p = block.mlp.dropout.p = p
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self) -> None:
         """Draw weights by GPT-2's scheme as transformers has it: N(0, initializer_range), biases 0,
         and the projections that write to the residual stream scaled by 1 / sqrt(2 * n_layer), the
         number of such additions (paper, 2.3). OpenAI's own code draws `wpe` from N(0, 0.01).
@@ -186,9 +188,9 @@ class GPT2(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 scale = 1 / math.sqrt(2 * self.config.n_layer)
-                parameter.normal_(0.0, std * scale, generator=generator)
+                parameter.normal_(0.0, std * scale)
             elif parameter.ndim == 2:
-                parameter.normal_(0.0, std, generator=generator)
+                parameter.normal_(0.0, std)
             elif name.endswith("bias"):
                 parameter.zero_()
             else:

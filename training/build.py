@@ -25,7 +25,6 @@ def build_model(options: Options, directory: Path,
     if options.method == "full" and not has_weights(directory):
         print(f"{directory} holds no weights: starting from random initialisation")
         model = GPT2(load_config(directory))
-        model.init_weights()
     else:
         model = load_gpt2(directory, dtype if options.method == "lora" else torch.float32)
     if options.base_dropout is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.cli import print_table
 from common.errors import UserError
-from common.figures import BLUE, GREY, RED, can_draw, pyplot, save_figure
+from common.figures import BLUE, GREY, RED, can_draw, save_figure, subplots
 from common.files import read_json, write_json
 from lora.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from model.weights import WEIGHTS as MODEL_WEIGHTS
@@ -125,7 +125,7 @@ def draw_loss(options: Options, base_val_loss: float) -> None:
     lines = read_metrics(options.out)
     start = [] if options.init_adapter else [(0, base_val_loss)]
     validated = start + [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = subplots(figsize=(8, 4.5))
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines],
               color=COLOURS["train"], label="training")
     axes.plot(*zip(*validated, strict=True), color=COLOURS[options.method], marker="o",
@@ -145,8 +145,7 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:
     names = [f"{run['method']}\n({directory.name})".replace(",", ",\n") for directory, run in runs]
     colours = [COLOURS[run["method"]] for _, run in runs]
     first = runs[0][1]
-    figure, (quality, size, speed) = pyplot.subplots(
-        1, 3, figsize=(max(11, 3.5 * len(runs)), 4), layout="constrained")
+    figure, (quality, size, speed) = subplots(1, 3, figsize=(max(11, 3.5 * len(runs)), 4))
     _bars(quality, [f"base\n({Path(first['base']).name})", *names],
           [perplexity(first["base_val_loss"]), *(run["best_val_perplexity"] for _, run in runs)],
           [COLOURS["base"], *colours], "validation perplexity (lower is better)", "{:.1f}")

@@ -13,7 +13,7 @@ from statistics import mean
 
 from common.cli import Parser, print_table
 from common.errors import run_command
-from common.figures import can_draw, pyplot, save_figure
+from common.figures import can_draw, save_figure, subplots
 from common.files import atomic_path
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
@@ -42,7 +42,7 @@ def spread(values: list[float], digits: int) -> list[str]:
 
 def draw(perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> None:
     """Draw perplexity against learning rate: a line a rank, its bars from least to most."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = subplots(figsize=(7, 4.5))
     for rank in dict.fromkeys(rank for _, rank in perplexities):
         line = {lr: v for (lr, r), v in sorted(perplexities.items()) if r == rank}
         means, *bars = zip(*((mean(v), mean(v) - min(v), max(v) - mean(v))

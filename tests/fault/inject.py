@@ -62,7 +62,6 @@ class Injector:
         self.train, self.folder, self.arm = train, folder, ctypes.CDLL(library).arm
         model = GPT2(GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=16,
                                 n_layer=1, n_head=2))
-        model.init_weights()
         save_gpt2(model, folder / "base")
         write_small_tokenizer(folder / "base", VOCAB)
         (folder / "book.txt").write_text(BOOK[:3000])

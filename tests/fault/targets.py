@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import figures
 from common.errors import UserError
 from data.tokens import load_tokens
 from lora.adapter import WEIGHTS, load_adapter, save_adapter
@@ -121,7 +120,7 @@ def check_tokens(directory: Path, cache: str = "cache") -> None:
 
 def check_run(directory: Path, drawn: bool = False) -> None:
     """Check the table and, seldom (it takes half a second), the picture."""
-    with (mock.patch.object(figures, "pyplot", figures.pyplot if drawn else None),
+    with (mock.patch.object(report, "can_draw", lambda: drawn),
           contextlib.redirect_stdout(io.StringIO()) as printed):
         report.compare([directory / "run"])
     lines = printed.getvalue().encode(errors="backslashreplace").decode().split("\n")

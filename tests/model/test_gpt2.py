@@ -96,12 +96,11 @@ def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path):
 
 
 def initialised(config: GPT2Config, seed: int) -> GPT2:
-    model = GPT2(config)
-    model.init_weights(torch.Generator().manual_seed(seed))
-    return model
+    torch.manual_seed(seed)
+    return GPT2(config)
 
 
-def test_init_weights_draws_from_the_distributions_of_transformers():
+def test_a_new_model_is_drawn_from_the_distributions_of_transformers():
     fields = {"vocab_size": 300, "n_positions": 64, "n_embd": 64, "n_layer": 8, "n_head": 4,
               "initializer_range": 0.03}
     ours = initialised(GPT2Config(**fields), seed=0)
