@@ -101,7 +101,8 @@ def draw_ratios(ratios: list[dict]):
     """Draw each ratio's median, with a line from the least to the most of the rounds."""
     figure, axes = subplots(figsize=(11, 1.6 + 0.32 * len(ratios)))
     for i, time in enumerate(ratio["time"] for ratio in ratios):
-        axes.plot([time["min"], time["max"]], [i, i], color=COLOURS["lora"], linewidth=3)
+        axes.plot([time["min"], time["max"]], [i, i], color=COLOURS["lora"], linewidth=3,
+                  solid_capstyle="butt")
         axes.plot(time["median"], i, "o", color=COLOURS["lora"])
         axes.annotate(f"{time['median']:.2f}", (time["median"], i), xytext=(0, 5),
                       textcoords="offset points", ha="center", fontsize=8)
@@ -121,7 +122,7 @@ def draw_axes(contenders: dict[str, dict]):
     shown = list(dict.fromkeys(f["axis"] for f in contenders.values()))
     figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
     for (row, column), axes in np.ndenumerate(panels):
-        key, label = (("seconds", "seconds a step"), ("peak_mb", "peak memory (MB)"))[row]
+        key, label = (("seconds", "seconds a step"), ("peak_mb", "peak memory of a process (MB)"))[row]
         of_axis = [f for f in contenders.values() if f["axis"] == shown[column]]
         for name in dict.fromkeys(f["contender"] for f in of_axis):
             points = {f["size"]: f[key] for f in of_axis if f["contender"] == name}

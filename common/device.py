@@ -135,7 +135,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def tune_process() -> None:
-    """Set what our commands compute fastest with, for all of this process."""
+    """Apply the process-wide settings with which our commands run fastest."""
     # By default glibc gives large blocks back to the kernel, and a fresh one costs a page fault
     # every 4 KB (mallopt(3)): full fine-tuning, its gradients new at each step, waits longest.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):

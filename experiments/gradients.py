@@ -6,7 +6,7 @@ import torch
 from common.figures import subplots
 from experiments.common import BLUE, GREY, RED, YELLOW, mean_loss, parse, save, trainer
 
-SMALLEST, NORMAL = -24, -14  # powers of two: fp16's subnormal numbers, and its normal ones
+ZERO, NORMAL = -25, -14  # powers of two: below 2^-25 fp16 rounds to zero, from 2^-14 it is normal
 SCALE = 16  # GradScaler starts at 2^16
 
 
@@ -24,14 +24,14 @@ def main(argv: list[str] | None = None) -> dict:
     axes.hist(powers, bins, color=RED, alpha=0.8, label="gradients of A and B, one step")
     axes.hist(powers + SCALE, bins, color=BLUE, alpha=0.5, label="the same, loss times $2^{16}$")
     for *ends, colour, alpha, label in (
-            (SMALLEST, NORMAL, YELLOW, 0.3, "fp16 subnormal: fewer bits"),
-            (-45, SMALLEST, GREY, 0.3, "fp16: zero"), (16, 20, "#30343f", 0.4, "fp16: infinity")):
+            (ZERO, NORMAL, YELLOW, 0.3, "fp16 subnormal: fewer bits"),
+            (-45, ZERO, GREY, 0.3, "fp16: zero"), (16, 20, "#30343f", 0.4, "fp16: infinity")):
         axes.axvspan(*ends, color=colour, alpha=alpha, label=label)
     axes.set(xlabel="log2 of a gradient's size", ylabel="how many", xlim=(-45, 20),
-             title="bf16 reaches from $2^{-133}$ to $2^{128}$: this whole picture and more")
+             title="Gradients of one LoRA step, and fp16's range (bf16's is wider than this picture)")
     axes.legend(loc="upper left", fontsize=8)
-    shares = {"zero_in_fp16": powers < SMALLEST - 1,
-              "subnormal_in_fp16": (powers >= SMALLEST - 1) & (powers < NORMAL),
+    shares = {"zero_in_fp16": powers < ZERO,
+              "subnormal_in_fp16": (powers >= ZERO) & (powers < NORMAL),
               "below_normal_after_scaling": powers + SCALE < NORMAL}
     return save(args, "gradients", {
         "gradients": len(powers), "median_log2": float(np.median(powers)), "seed": 42,

@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> dict:
         band(left, [*runs], y[..., 0].T, colour, label)
         right.plot(*y.mean(1).T, ".-", color=colour, label=label)
         for lr, place in zip(runs, y.mean(1), strict=True):
-            right.annotate(f"{lr:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+            right.annotate(f"{lr:g}", place, xytext=(5, 5), textcoords="offset points", fontsize=8,
+                           bbox={"facecolor": "w", "edgecolor": "none", "alpha": 0.8, "pad": 0})
     untrained = made.evaluate().perplexity
     left.axhline(untrained, color=GREY, linestyle="--", label="the base")
     left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(20, 75))

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> dict:
     config = replace(CONFIG, n_layer=2) if args.short else CONFIG
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the children: freed memory goes back
     data, (figure, axes) = {}, panels(2, f"Bytes by hand (dark) and measured (light); fp32, "
-                                      f"{config.n_layer} layers, {BATCH * BLOCK:,} tokens")
+                                      f"{config.n_layer} layers of width {config.n_embd}, "
+                                      f"{BATCH * BLOCK:,} tokens")
     for axis, method in zip(axes, KEPT, strict=True):
         with ProcessPoolExecutor(1, get_context("spawn")) as child:
             child.submit(measured, method, replace(config, n_layer=1))  # what is allocated once

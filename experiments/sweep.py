@@ -37,7 +37,8 @@ def compare(argv: list[str] | None, name: str, title: str,
         found += finetune("lora", args.seeds, args.short, first=len(found), lr=best, **options)
         if len(data) == 1:
             axis.axvspan(min(found), max(found), color=GREY, alpha=0.2)
-        axis.plot([min(found), max(found)], [label, label], color=RED, linewidth=5)
+        axis.plot([min(found), max(found)], [label, label], color=RED, linewidth=5,
+                  solid_capstyle="butt")
         axis.annotate(f"{mean(found):.1f} at {best:g}", (mean(found), label), xytext=(0, 7),
                       textcoords="offset points", ha="center", fontsize=9)
         print(f"{label}: {spread(found)} at {best:g}")

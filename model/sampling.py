@@ -24,9 +24,10 @@ def generate_rows(model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
     """Draw one token after another for each of n prompts (T_i,), with the row's own generator.
     Tokens marked in `never`, bool (V,), are not drawn.
 
-    All rows begin at their first token, so that no padding is needed: the shortest prompt is read
-    at once, and of a longer one the tokens that are left come, one a step, in place of drawn ones.
-    Such a step gives -1 for the row. The longest prompt gets `max_new_tokens`, the others more.
+    All rows begin at their first token, so that no padding is needed: as many tokens as the
+    shortest prompt has are read at once, and the rest of a longer one is fed a token a step, in
+    place of a drawn one; the row then yields -1. The longest prompt gets `max_new_tokens`, the
+    others more.
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # LoRA from scratch
 #
-# The layer from nothing, put into a small GPT-2, trained for 30 steps, looked at, merged, and
+# The layer built from scratch, put into a small GPT-2, trained for 30 steps, inspected, merged, and
 # compared with PEFT. On a CPU it takes a minute. This notebook is made from `lora_from_scratch.py`
 # (`python -m notebooks.make`); the explanations are in `docs/lora.md`.
 

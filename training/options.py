@@ -12,7 +12,8 @@ from lora.targets import target_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
-# What differs between the methods. All defaults are the reference run's (docs/reference-run.md).
+# What differs between the methods. These defaults, and those of epochs, weight decay, warm-up and
+# the adapter, are the reference run's (docs/reference-run.md).
 DEFAULTS = {"lora": {"batch_size": 16, "lr": 3e-4, "out": ROOT / "runs" / "lora"},
             "full": {"batch_size": 64, "lr": 3e-5, "out": ROOT / "runs" / "full"}}
 

@@ -102,7 +102,6 @@ class Ranks:
         """Wait for every rank to come here."""
         self.agree(0)
 
-
     def check_same(self, identity: dict) -> None:
         """Raise UserError, in every rank, if one was given other options, base or book."""
         first, *others = self.gather(identity)

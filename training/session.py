@@ -1,4 +1,4 @@
-"""The outside of a run: `--out` and its lock, ranks, checkpoints, signals, metrics, the report.
+"""What surrounds the loop: `--out` and its lock, ranks, checkpoints, signals, metrics, the report.
 
 `train.py` owns the mathematics. What a checkpoint must hold, it names here with `watch`: any object
 with `state_dict()` and `load_state_dict()`, PyTorch's `Stateful` protocol.
