@@ -122,7 +122,8 @@ def draw_axes(contenders: dict[str, dict]):
     shown = list(dict.fromkeys(f["axis"] for f in contenders.values()))
     figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
     for (row, column), axes in np.ndenumerate(panels):
-        key, label = (("seconds", "seconds a step"), ("peak_mb", "peak memory of a process (MB)"))[row]
+        key, label = (("seconds", "seconds a step"),
+                      ("peak_mb", "peak memory of a process (MB)"))[row]
         of_axis = [f for f in contenders.values() if f["axis"] == shown[column]]
         for name in dict.fromkeys(f["contender"] for f in of_axis):
             points = {f["size"]: f[key] for f in of_axis if f["contender"] == name}
