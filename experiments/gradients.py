@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> dict:
             (-45, ZERO, GREY, 0.3, "fp16: zero"), (16, 20, "#30343f", 0.4, "fp16: infinity")):
         axes.axvspan(*ends, color=colour, alpha=alpha, label=label)
     axes.set(xlabel="log2 of a gradient's size", ylabel="how many", xlim=(-45, 20),
-             title="Gradients of one LoRA step, and fp16's range (bf16's is wider than the picture)")
+             title="Gradients of a LoRA step, and fp16's range (bf16's is wider than the picture)")
     axes.legend(loc="upper left", fontsize=8)
     shares = {"zero_in_fp16": powers < ZERO,
               "subnormal_in_fp16": (powers >= ZERO) & (powers < NORMAL),
