@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 
 from common.errors import UserError
-from common.files import NotWritable, atomic_path, file_sha256, read_json, write_json
+from common.files import NotWritable, atomic_path, file_sha256
 from model.tokenizer import PATTERN, Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
@@ -49,32 +49,20 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 def load_tokens(book: Path, tokenizer: Tokenizer, cache: Path = CACHE) -> np.ndarray:
     """Return the book's token ids (N,), uint16 or uint32, memory-mapped from the cache.
 
-    The cache entry is named by the hashes of the book's bytes and of the tokenizer, and holds the
-    hash of its own content: if anything differs it is built again. `<|endoftext|>` in the text
-    separates documents; a byte order mark before it is dropped, and line ends are read as `\\n`.
-    Raises UserError for a book that is missing, empty, not UTF-8 or not a text.
+    The cache entry is named by the hashes of the book's bytes and of the tokenizer; it appears
+    when whole. `<|endoftext|>` in the text separates documents; a byte order mark before it is
+    dropped, and line ends are read as `\\n`. Raises UserError for a book that is missing, empty,
+    not UTF-8 or not a text.
     """
-    described = {"book": file_sha256(book), "tokenizer": tokenizer.sha256, "line_ends": "\n"}
-    path = cache / f"{described['book'][:32]}-{tokenizer.sha256[:16]}.bin"
-    if not _is_whole(path, described):
+    path = cache / f"{file_sha256(book)[:32]}-{tokenizer.sha256[:32]}.bin"
+    if not path.exists():
         try:
-            with atomic_path(path) as temporary:
-                with open(temporary, "wb") as file:
-                    file.writelines(map(tokenizer.encode, _pieces(book, tokenizer)))
-                described["tokens_sha256"] = file_sha256(temporary)
-            write_json(path.with_suffix(".json"), described)
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                file.writelines(map(tokenizer.encode, _pieces(book, tokenizer)))
         except NotWritable as error:
             print(f"warning: {error}; keeping the tokens in memory", file=sys.stderr)
             return np.concatenate([tokenizer.encode(piece) for piece in _pieces(book, tokenizer)])
     return np.memmap(path, dtype=tokenizer.dtype, mode="r")
-
-
-def _is_whole(path: Path, described: dict) -> bool:
-    try:
-        stored = read_json(path.with_suffix(".json"))
-        return stored == described | {"tokens_sha256": file_sha256(path)}
-    except UserError:  # missing or damaged: it is built again
-        return False
 
 
 def _pieces(book: Path, tokenizer: Tokenizer) -> Iterator[str]:

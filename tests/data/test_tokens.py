@@ -108,41 +108,15 @@ for book in ("2.txt", "16.txt"):
     assert small > 10_000 and large - small < 8_000
 
 
-def entry(cache: Path) -> dict[str, tuple]:
-    """Content and identity of the cache's two files, by suffix."""
-    return {path.suffix: (path.read_bytes(), path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in cache.iterdir()}
-
-
 def test_a_second_run_reads_the_cache(tmp_path):
     book, cache = write(tmp_path, TEXT), tmp_path / "cache"
     load_tokens(book, SMALL, cache)
-    before = entry(cache)
-    assert before.keys() == {".bin", ".json"}
+    [path] = cache.iterdir()
+    before = path.stat()
     copy = book.rename(tmp_path / "same content, other name")
     assert load_tokens(copy, SMALL, cache).tolist() == whole(TEXT)
-    assert entry(cache) == before
-
-
-DAMAGES = {
-    "another token": (".bin", lambda path: path.write_bytes(b"\0\0" + path.read_bytes()[2:])),
-    "tokens gone": (".bin", Path.unlink),
-    "description cut": (".json", lambda path: os.truncate(path, path.stat().st_size // 2)),
-    "of another tokenizer": (".json", lambda path: path.write_text(
-        path.read_text().replace(SMALL.sha256, "0" * 64))),
-}
-
-
-@pytest.mark.parametrize("suffix, damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_cache_is_built_again(suffix, damage, tmp_path):
-    book, cache = write(tmp_path, TEXT), tmp_path / "cache"
-    load_tokens(book, SMALL, cache)
-    before = entry(cache)
-    damage(next(cache.glob(f"*{suffix}")))
-    assert load_tokens(book, SMALL, cache).tolist() == whole(TEXT)
-    after = entry(cache)
-    assert all(after[name][0] == before[name][0] for name in before)
-    assert after[".bin"] != before[".bin"]
+    assert [*cache.iterdir()] == [path]
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
@@ -153,7 +127,7 @@ def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
         for tokenizer in tokenizers:
             tokens = load_tokens(write(tmp_path, text), tokenizer, cache)
             assert tokens.tolist() == whole(text, tokenizer)
-    assert len(list(cache.iterdir())) == 2 * 3 * len(tokenizers)
+    assert len(list(cache.iterdir())) == 3 * len(tokenizers)
 
 
 def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
