@@ -24,29 +24,23 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def load_base(directory: Path, dropout: float | None = None) -> nn.Module:
-    """Load transformers' GPT-2 in fp32; `dropout` None keeps its config's. Of its several ways to
-    compute GELU and attention, equal up to rounding, take this project's.
+def load(directory: Path, adapter: Path | None = None, dropout: float | None = None,
+         trainable: bool = False) -> nn.Module:
+    """Load transformers' GPT-2 in fp32 and, if given, an adapter file on it; `dropout` None keeps
+    the config's. Of its ways to compute GELU and attention, equal up to rounding, take ours.
     """
     names = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
     dropouts = {} if dropout is None else dict.fromkeys(names, dropout)
-    return AutoModelForCausalLM.from_pretrained(
+    base = AutoModelForCausalLM.from_pretrained(
         directory, activation_function="gelu_pytorch_tanh", attn_implementation="sdpa", **dropouts,
     ).float()
-
-
-def load(directory: Path, adapter: Path | None = None, dropout: float | None = None,
-         trainable: bool = False) -> nn.Module:
-    """Load the base and, if given, an adapter file on it."""
-    base = load_base(directory, dropout)
     return PeftModel.from_pretrained(base, adapter, is_trainable=trainable) if adapter else base
 
 
 def build(args: Options) -> nn.Module:
     """Build what `args` trains: the base, for LoRA with a new adapter or `--init-adapter`."""
-    if args.method == "lora" and not args.init_adapter:
-        return add_lora(load_base(args.base, args.base_dropout), args)
-    return load(args.base, args.init_adapter, args.base_dropout, trainable=True)
+    model = load(args.base, args.init_adapter, args.base_dropout, trainable=True)
+    return add_lora(model, args) if args.method == "lora" and not args.init_adapter else model
 
 
 def add_lora(base: nn.Module, args: Options) -> nn.Module:

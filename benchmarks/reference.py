@@ -23,10 +23,10 @@ from benchmarks import ours
 from benchmarks.parity_report import machine
 from common.cli import BASE, Parser, number, print_table
 from common.device import Device
-from common.errors import UserError, run_command
+from common.errors import run_command
 from common.files import atomic_path, write_json
 from data.tokens import load_tokens
-from data.windows import Windows, split
+from data.windows import Windows, check_block_size, split
 from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import load_config
@@ -95,10 +95,7 @@ def parse_args() -> Namespace:
     opts.base, opts.directory = find_base(opts.base)
     chosen = ours.options(opts.only[0], *METHODS[opts.only[0]].split(), *opts.more)
     opts.device = Device.pick(chosen.device, chosen.precision, train=True)
-    positions = load_config(opts.directory).n_positions
-    if positions < BLOCK:
-        raise UserError(f"--base {opts.base}: sees {positions} tokens at most, and the protocol's "
-                        f"windows have {BLOCK}; use another base")
+    check_block_size(BLOCK, load_config(opts.directory))
     return opts
 
 

@@ -197,10 +197,8 @@ def run_apart(task: Task) -> dict:
     ended = subprocess.run(
         [sys.executable, "-m", *(torchrun if task.ranks else []), "benchmarks.speed_worker",
          json.dumps(asdict(task))], cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode < 0:
-        killer = signal.Signals(-ended.returncode)
-        memory = " (out of memory?)" if killer == signal.SIGKILL else ""
-        raise RunError(f"its process was ended by {killer.name}{memory}")
+    if ended.returncode == -signal.SIGKILL:
+        raise RunError("its process was killed (out of memory?)")
     if ended.returncode:
         lines = [f"exit status {ended.returncode}", *re.findall(r".*\w.*", ended.stderr)]
         said = next((line for line in lines if line.startswith("error: ")), lines[-1])

@@ -190,7 +190,7 @@ def test_the_share_seen_before_is_counted_right(repeated):
 def test_a_base_or_a_book_too_short_for_a_window_is_refused(base, wide_base, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Three words only.")
-    for directory, options, words in ((base, (), (f"--base {base}", str(TINY["n_positions"]))),
+    for directory, options, words in ((base, (), ("--block-size 128", str(TINY["n_positions"]))),
                                       (wide_base, ("--book", short), (str(short),))):
         ending = repeat(directory, tmp_path, *options)
         assert ending.status == 2 and len(ending.stderr.splitlines()) == 1

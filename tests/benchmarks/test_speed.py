@@ -229,7 +229,7 @@ def test_a_process_that_fails_is_one_line_and_status_1(base, tmp_path, monkeypat
     python = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(python))
     for script, reason in (
-            ("kill -9 $$", "its process was ended by SIGKILL (out of memory?)"),
+            ("kill -9 $$", "its process was killed (out of memory?)"),
             ("echo 'Traceback' >&2; echo 'KeyError: 1' >&2; exit 1", "KeyError: 1"),
             ("echo 'traceback : SIGABRT' >&2; echo ====== >&2; exit 1", "traceback : SIGABRT"),
             ("exit 3", "exit status 3")):
