@@ -61,7 +61,7 @@ def main() -> None:
         windows, validation = load_data(options, model.config, tokenizer)
         trainer = Trainer(options, device, model, tokenizer, windows, validation, ranks)
         identity = run_identity(options, directory, windows.tokens, validation.tokens)
-        with Session(options, device, ranks, directory, identity) as session:
+        with Session(options, device, ranks, identity) as session:
             if not session.finished:
                 train(trainer, session)
 

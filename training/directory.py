@@ -24,13 +24,13 @@ RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, *OLD_CHECKPOINTS, "loss.png", "adapter_c
              METRICS)
 
 
-def check_out(options: Options, base: Path | None = None) -> None:
+def check_out(options: Options) -> None:
     """Raise UserError for an output directory in which something would be lost."""
     out = options.out
     # os.path, because Path's own tests raise where a name is too long or may not be looked up
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out}: is a file; name a directory")
-    for name, source in (("base", base or options.base), ("init-adapter", options.init_adapter)):
+    for name, source in (("base", options.base), ("init-adapter", options.init_adapter)):
         if source and os.path.isdir(source) and os.path.realpath(out) == os.path.realpath(source):
             raise UserError(f"--out {out}: is what --{name} reads; name another")
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]

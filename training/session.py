@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +34,8 @@ YOUNG_SECONDS = 10.0
 class Session:
     """One run in `--out`. Inside the `with` it has the lock; only the first rank writes."""
 
-    def __init__(self, options: Options, device: Device, ranks: Ranks, base: Path,
-                 identity: dict):
+    def __init__(self, options: Options, device: Device, ranks: Ranks, identity: dict):
         self.options, self.device, self.ranks, self.identity = options, device, ranks, identity
-        self.base = base
         self.directory: RunDirectory | None = None
         self.watched: dict[str, Any] = {}
         self.finished, self.running = False, False
@@ -50,7 +47,6 @@ class Session:
         """Take the lock. Raises UserError if another run is in `--out`, or at work there."""
         self.ranks.check_same(self.identity)
         if self.ranks.first:
-            check_out(self.options, self.base)  # a name's base is found by now
             self.directory = RunDirectory(self.options.out)
             try:
                 check_out(self.options)  # again: another run may have ended there meanwhile
