@@ -5,7 +5,6 @@ import fcntl
 import json
 import math
 import os
-import stat
 import sys
 from pathlib import Path
 
@@ -55,15 +54,13 @@ class RunDirectory:
 
     def __init__(self, out: Path):
         self.out, self.metrics = out, out / METRICS
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         try:
             out.mkdir(parents=True, exist_ok=True)
             self.file = os.open(self.metrics, flags, 0o666)
         except OSError as error:
             reason = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
             raise UserError(f"{self.metrics}: cannot be written ({reason})") from error
-        if not stat.S_ISREG(os.fstat(self.file).st_mode):
-            raise UserError(f"{self.metrics}: is not a file; remove it")
         self._lock()
         remove_stale(out, RUN_FILES)
 
@@ -82,14 +79,10 @@ class RunDirectory:
         os.close(self.file)
 
     def clear(self) -> None:
-        """Remove an earlier run. Raises UserError if that is not allowed."""
+        """Remove an earlier run."""
         for name in RUN_FILES:
             if name != METRICS:
-                try:
-                    (self.out / name).unlink(missing_ok=True)
-                except OSError as error:
-                    raise UserError(f"{self.out / name}: cannot be removed "
-                                    f"({error.strerror})") from error
+                (self.out / name).unlink(missing_ok=True)
         os.ftruncate(self.file, 0)
 
     def check(self) -> None:

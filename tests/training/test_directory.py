@@ -146,7 +146,7 @@ def link(path, to="outside"):
 
 
 @pytest.mark.parametrize("options, make", [
-    ((), os.mkfifo), (("--overwrite",), os.mkdir), ((), link), (("--overwrite",), link),
+    (("--overwrite",), os.mkdir), ((), link), (("--overwrite",), link),
     (("--resume",), lambda path: link(path, "nowhere"))])
 def test_metrics_that_are_no_file_are_refused(argv, tmp_path, options, make):
     (tmp_path / "run").mkdir()
