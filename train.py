@@ -96,7 +96,7 @@ class Trainer:
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
         self.steps_per_epoch = math.ceil(len(windows) / options.batch_size)
         self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or math.inf)
-        self.progress, self.meter = Progress(), Meter(device.torch, fp16, self.describe_step)
+        self.progress, self.meter = Progress(), Meter(device.torch, fp16)
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """Yield every step's windows, from `step` to the last; each epoch has its own order."""
@@ -156,10 +156,6 @@ class Trainer:
     def evaluate(self) -> Scores:
         return evaluate(self.model, self.validation.evaluation_batches(), self.tokenizer,
                         self.device, self.ranks)
-
-    def describe_step(self, step: int) -> str:
-        epoch, windows = (step - 1) // self.steps_per_epoch, next(self.batches(step - 1))
-        return f"epoch {epoch + 1}, {self.windows.describe(windows)}"
 
 
 def train(trainer: Trainer, session: Session) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import brief, open_file
+from common.files import open_file
 from data.tokens import LONGEST_RUN, end_of_text
 from data.windows import NOT_SCORED, Windows, split
 from model.tokenizer import Tokenizer
@@ -65,9 +65,6 @@ class Instructions:
     def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
         cuts = range(batch_size, len(self), batch_size)
         return map(self.batch, np.split(np.arange(len(self)), cuts))
-
-    def describe(self, indices: np.ndarray) -> str:
-        return f"examples {brief(sorted(indices.tolist()))} of the data, counted from 0"
 
 
 def load_instructions(data: Path, val_data: Path | None, tokenizer: Tokenizer, block_size: int,

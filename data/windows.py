@@ -65,12 +65,6 @@ class Windows:
         """Return the epoch's order of the windows: a permutation that only these two decide."""
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
-    def describe(self, indices: np.ndarray) -> str:
-        """Say where in the book these windows begin."""
-        starts = sorted((indices * self.stride).tolist())
-        places = ", ".join(map(str, starts[:16])) + ", ..." * (len(starts) > 16)
-        return f"windows at tokens {places} of the book"
-
 
 def load_windows(books: Sequence[Path], tokenizer: Tokenizer, *, block_size: int, stride: int,
                  label_shift: int, val_fraction: float) -> tuple[Windows, Windows]:

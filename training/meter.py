@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -39,12 +38,11 @@ class Meter:
 
     A step is faulty if its loss or gradient is not finite. In fp16 such a gradient is normal: the
     scaler skips the step and halves its scale; `MOST_SKIPS` skips in a row are a fault.
-    `describe_step` names a step's place in the book for the error. Tokens are those that are
-    scored: all of a window, the completions of an example.
+    Tokens are those that are scored: all of a window, the completions of an example.
     """
 
-    def __init__(self, device: torch.device, fp16: bool, describe_step: Callable[[int], str]):
-        self.device, self.fp16, self.describe_step = device, fp16, describe_step
+    def __init__(self, device: torch.device, fp16: bool):
+        self.device, self.fp16 = device, fp16
         self.all_tokens, self.all_seconds = 0, 0.0  # of the training steps measured so far
         self.skipped, self.skips_in_a_row = self._number(0), self._number(0)
         self.faulty_step, self.faulty_loss = self._number(0), self._number(0)  # 0: none
@@ -79,8 +77,7 @@ class Meter:
             what = ("the loss is not a finite number" if self.faulty_loss.item()
                     else f"the gradient overflowed in {MOST_SKIPS} steps in a row" if self.fp16
                     else "the gradient is not finite")
-            raise RunError(f"step {step}: {what} ({self.describe_step(step)}); lower --lr or use "
-                           "--precision fp32")
+            raise RunError(f"step {step}: {what}; lower --lr or use --precision fp32")
 
     def measure(self) -> dict:
         """Return the metrics of the steps since `restart`, and start again."""

@@ -1,12 +1,11 @@
 """Numbers that are not finite, and a lack of memory: one line, and nothing of it is saved."""
 
 import math
-import re
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import BLOCK, arguments, die, finished, one_line, run_acting
+from tests.runs import arguments, die, finished, one_line, run_acting
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
@@ -31,17 +30,10 @@ def spoil_gradient(trainer):
 @pytest.mark.parametrize("act, what, precision", [
     (poison, "the loss is not a finite number", "bf16"),
     (spoil_gradient, "the gradient is not finite", "fp32")])
-def test_a_number_that_is_not_finite_stops_the_run_with_its_step_and_batch_named(
+def test_a_number_that_is_not_finite_stops_the_run_with_its_step_named(
         argv, tmp_path, act, what, precision):
-    seen = []
-
-    def act_and_look(trainer):
-        seen.extend(next(trainer.batches(7)) * BLOCK)
-        act(trainer)
-
-    line = one_line(run_acting({8: act_and_look}, *argv, "--precision", precision))
-    assert f"step 8: {what} (epoch 1, windows at tokens " in line
-    assert re.search(r"tokens ([\d, ]+) of the book", line)[1] == ", ".join(map(str, sorted(seen)))
+    line = one_line(run_acting({8: act}, *argv, "--precision", precision))
+    assert f"step 8: {what}; " in line
     assert "the last checkpoint is of step 6" in line and "--lr" in line
     assert (tmp_path / "run" / CHECKPOINT).exists()
     state = read_checkpoint(tmp_path / "run")
@@ -68,7 +60,7 @@ def test_a_faulty_step_that_ends_an_epoch_leaves_the_best_model_as_it_was(argv, 
     assert all(tensor.isfinite().all() for tensor in adapter.values())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     line = one_line(run_acting({2: spoil_gradient}, *argv, "--batch-size", 1000, "--overwrite"))
-    assert "step 2: the gradient is not finite (epoch 2, " in line  # one step an epoch
+    assert "step 2: the gradient is not finite; " in line  # one step an epoch
 
 
 def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_path):
