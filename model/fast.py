@@ -7,7 +7,7 @@
 - `Embedding`: draws no weights; on the meta device PyTorch imports its compiler for that, 1 s.
 
 The first three are for the CPU; elsewhere they call what they replace. docs/speed.md has what
-each of them gains, and `python -m benchmarks.steps operations` measures it.
+each of them gains, and `python -m benchmarks.operations` measures it.
 """
 
 import math

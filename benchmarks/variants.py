@@ -1,0 +1,62 @@
+"""Measure the variants' steps against plain LoRA's: `python -m benchmarks.variants`.
+
+On mini in fp32, in turn with plain LoRA on one core; and the bytes that autograd keeps for the
+backward pass of one step, without the parameters.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import ours
+from benchmarks.operations import seconds
+from benchmarks.speed_report import spread, text
+from common.cli import Parser, number, print_table
+from common.device import tune_process
+from common.errors import run_command
+from model.hub import MINI
+from train import Trainer
+
+VARIANTS = {"plain": (), "layers 3-5": ("--layers", "3-5"), "rsLoRA": ("--use-rslora",),
+            "DoRA": ("--use-dora",), "PiSSA": ("--init-lora-weights", "pissa"),
+            "LoRA-FA": ("--freeze-a",), "q and v": ("--target-modules", "c_attn.q", "c_attn.v")}
+
+
+def main() -> None:
+    parser = Parser(prog="benchmarks.variants", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=number(int, 1, 100), default=8)
+    args = parser.parse_args()
+    tune_process()
+    torch.set_num_threads(1)
+    trainers = {name: ours.make_trainer(ours.options(
+        "lora", "--base", MINI, "--device", "cpu", "--precision", "fp32", *options))
+        for name, options in VARIANTS.items()}
+    batch = next(trainers["plain"].batches())
+    kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # warms up
+    times = {name: [] for name in VARIANTS}
+    for _ in range(args.rounds):
+        for name, trainer in trainers.items():
+            times[name].append(seconds(trainer, batch))
+    print_table(("", "its step / plain's", "MB kept for the backward pass"), [
+        (name, text(spread([a / b for a, b in zip(taken, times["plain"], strict=True)])),
+         f"{kept[name] / 1e6:.1f}") for name, taken in times.items()])
+
+
+def kept_bytes(trainer: Trainer, batch: np.ndarray) -> int:
+    """Return the bytes of the tensors that autograd saves in a step, each storage counted once."""
+    found = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        ours.step(trainer, batch)
+    for parameter in trainer.model.parameters():
+        found.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(found.values())
+
+
+if __name__ == "__main__":
+    run_command(main)
