@@ -12,8 +12,6 @@ from lora.load import add_adapter
 from model.gpt2 import GPT2, GPT2Config
 from model.tokenizer import Tokenizer
 from model.weights import has_weights, load_config, load_gpt2
-from training.checkpoint import has_checkpoint
-from training.identity import saved_lora_config
 from training.options import Options
 
 Data = Windows | Instructions
@@ -32,10 +30,7 @@ def build_model(options: Options, directory: Path,
     model.gradient_checkpointing = options.gradient_checkpointing
     if options.method == "full":
         return model, None
-    config, start = options.lora_config, options.init_adapter
-    if start and options.resume and has_checkpoint(options.out):
-        config, start = saved_lora_config(options.out), None  # A and B come from there, too
-    config = add_adapter(model, directory, config, start)
+    config = add_adapter(model, directory, options.lora_config, options.init_adapter)
     if options.freeze_a:
         freeze_a(model)
     return model, config

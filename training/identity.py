@@ -1,19 +1,16 @@
 """Identify a run by content: its method and options, and hashes of its base and its book."""
 
 import hashlib
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import UserError
-from lora.layer import LoRAConfig
 from model.weights import base_hashes
-from training.checkpoint import read_checkpoint
 from training.options import Options
 
 # Options that may change when a run is resumed: they do not change its result, or they are paths,
-# whose contents are compared instead (an initial adapter's are in the checkpoint).
+# whose contents are compared instead (an initial adapter's A and B are in the checkpoint).
 HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpointing", "resume",
             "overwrite", "base", "book", "data", "val_data", "init_adapter"}
 
@@ -25,15 +22,6 @@ def run_identity(options: Options, base: Path, *tokens: np.ndarray) -> dict:
         book.update(np.ascontiguousarray(part))
     return {"method": options.method, "options": options.as_json(),
             "base_sha256": base_hashes(base), "book_sha256": book.hexdigest()}
-
-
-def saved_lora_config(out: Path) -> LoRAConfig:
-    """Return the adapter's shape in the run whose checkpoint lies in `out`; of a full fine-tuning,
-    which `refuse_another` will refuse, the default.
-    """
-    options = read_checkpoint(out)["run"]["options"]
-    values = {f.name: options[f.name] for f in fields(LoRAConfig) if f.name in options}
-    return LoRAConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def refuse_another(then: dict, now: dict) -> None:
