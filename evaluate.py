@@ -110,7 +110,7 @@ def parse_args():
     parser.add_argument("--batch-size", type=number(int, 1), default=16,
                         help="windows at a time; it changes no result (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
-    parser.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
+    source.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
                         help="table and picture of finished runs, their base included")
     add_device_options(parser)
     return parser.parse_args()
@@ -119,6 +119,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     if args.compare:
+        if args.adapter or args.json:
+            raise UserError("--compare reads finished runs; --adapter and --json are for a text")
         return compare(args.compare)
     if args.data and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")

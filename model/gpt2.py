@@ -10,7 +10,7 @@ has its one-line meaning in `model/plain.py`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class GPT2Config:
     activation_function: str = "gelu_new"  # GPT-2's tanh form; "gelu" is the erf form
     scale_attn_weights: bool = True  # by 1 / sqrt(D)
     scale_attn_by_inverse_layer_idx: bool = False  # and by 1 / (layer + 1), layers from 0
+    token_ids: dict = field(default_factory=dict)  # `bos_token_id` and the like: for other readers
 
 
 class KVCache:

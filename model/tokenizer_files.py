@@ -30,7 +30,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     directory = Path(directory)
     if (path := directory / FAST).exists():
         tokenizer = _from_tokenizer_json(path, vocab_size)
-    elif (path := directory / VOCAB).exists() and (directory / MERGES).exists():
+    elif (path := directory / VOCAB).exists() or (directory / MERGES).exists():
         tokenizer = _from_vocab_and_merges(directory, vocab_size)
     elif vocab_size == GPT2_SIZE:
         tokenizer = _from_tokenizer_json(path := GPT2 / FAST, vocab_size)

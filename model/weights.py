@@ -121,7 +121,8 @@ def load_config(directory: Path) -> GPT2Config:
     for field, value in fields.items():
         if field not in SUPPORTED and (field, value) != ("n_inner", None):
             check_number(path, field, value, *LIMITS.get(field, (int | float, 0, 1)))
-    config = GPT2Config(**fields)
+    config = GPT2Config(**fields, token_ids={name: value for name, value in stored.items()
+                                             if name.endswith("_token_id")})
     if config.n_embd % config.n_head:
         raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
     return config
@@ -138,13 +139,14 @@ def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
     tensors: dict[str, Tensor] = {
         f"transformer.{name}": p.detach().t() if CONV1D.search(name) else p.detach()
         for name, p in model.named_parameters()}
+    fields = dataclasses.asdict(model.config)
+    token_ids = fields.pop("token_ids")
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
-        **dataclasses.asdict(model.config),
+        **fields,
         "n_ctx": model.config.n_positions,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        **{"bos_token_id": end_of_text, **token_ids, "eos_token_id": end_of_text},
         "torch_dtype": str(dtype or model.wte.weight.dtype).removeprefix("torch."),
     }
     with atomic_path(directory / WEIGHTS) as temporary:

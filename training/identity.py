@@ -1,4 +1,4 @@
-"""Identify a run by content: its method and options, and hashes of its base and its book."""
+"""Identify a run by content: its method and options, and hashes of what it reads."""
 
 import hashlib
 from pathlib import Path
@@ -6,22 +6,25 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.files import file_sha256
+from lora.adapter import weights_path
 from model.weights import base_hashes
 from training.options import Options
 
 # Options that may change when a run is resumed: they do not change its result, or they are paths,
-# whose contents are compared instead (an initial adapter's A and B are in the checkpoint).
+# whose contents are compared instead.
 HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpointing", "resume",
             "overwrite", "base", "book", "data", "val_data", "init_adapter"}
 
 
 def run_identity(options: Options, base: Path, *tokens: np.ndarray) -> dict:
     """Return what makes this run this run: the book by its tokens, since its file may change."""
-    book = hashlib.sha256()
+    book, start = hashlib.sha256(), options.init_adapter
     for part in tokens:
         book.update(np.ascontiguousarray(part))
     return {"method": options.method, "options": options.as_json(),
-            "base_sha256": base_hashes(base), "book_sha256": book.hexdigest()}
+            "base_sha256": base_hashes(base), "book_sha256": book.hexdigest(),
+            "init_adapter_sha256": file_sha256(weights_path(start)) if start else None}
 
 
 def refuse_another(then: dict, now: dict) -> None:
@@ -36,6 +39,10 @@ def refuse_another(then: dict, now: dict) -> None:
     if then["book_sha256"] != now["book_sha256"]:
         source = f"data {new['data']}" if new["data"] else f"book {' '.join(new['book'])}"
         raise UserError(f"--resume: --{source}: its text changed since the run began")
+    start = now["init_adapter_sha256"]
+    if then.get("init_adapter_sha256", start) != start:
+        raise UserError(f"--resume: --init-adapter {new['init_adapter']}: is not what the run "
+                        f"began with, {old['init_adapter']}")
     before, after = then["base_sha256"], now["base_sha256"]
     for part in sorted(before.keys() | after.keys()):
         if before.get(part) != after.get(part):

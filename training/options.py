@@ -26,9 +26,9 @@ def option(default: object = None, type: object = None, help: str | None = None,
 
 def layers(text: str) -> range:
     """Parse a block's number, or the first and the last of several, A-B."""
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     low = number(int, 0, 511)(first)
-    return range(low, number(int, low, 511)(last or first) + 1)
+    return range(low, number(int, low, 511)(last if dash else first) + 1)
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,10 @@ def write_report(options: Options, report: dict) -> None:
           f"after {report['seconds']:.0f} s; saved in {options.out}")
 
 
-def printable(text: str) -> bool:
-    """Return whether a terminal can print it; a path need not be UTF-8."""
-    return text.encode(errors="replace").decode().isprintable()
-
-
+def printable(text: str) -> str:
+    """Return a path's text as a table can hold it; a path need not be UTF-8."""
+    text = text.encode(errors="backslashreplace").decode()
+    return "".join(c if c.isprintable() else " " for c in text)
 def read_run(directory: Path) -> dict:
     """Read a finished run's `run.json`. Raises UserError if it is missing or of another make."""
     path = directory / RUN
@@ -64,9 +63,10 @@ def read_run(directory: Path) -> dict:
     texts = [run.get("base"), run.get("book_sha256")]
     limits = {name: 1e305 if "perplexity" in name else 1e99 for name in NUMBERS}
     if (run.get("method") not in ("lora", "full")
-            or not all(isinstance(text, str) and printable(text) for text in texts)
+            or not all(isinstance(text, str) for text in texts)
             or not all(isinstance(run.get(name), dict) for name in ("options", "base_sha256"))
-            or not all(isinstance(run.get(name), int | float) and 1e-99 < run[name] < limit
+            or not all(isinstance(run.get(name), int | float)
+                       and (run[name] == 0 or 1e-99 < run[name] < limit)
                        for name, limit in limits.items())):
         raise UserError(f"{path}: is not what this version of train.py leaves at a run's end; "
                         "train again with --overwrite")
@@ -97,18 +97,19 @@ def compare(directories: list[Path]) -> None:
 
 def _base_cells(run: dict) -> list[str]:
     """Return the table's row of a run's base, over the same bytes as the run's own losses."""
-    loss = run["base_val_loss"]
-    bits = run["best_val_bits_per_byte"] * loss / run["best_val_loss"]
-    return [f"base {run['base']}", "0", "0 %", f"{loss:.4f}", f"{perplexity(loss):.2f}",
-            f"{bits:.4f}", *"----"]
+    loss, best = run["base_val_loss"], run["best_val_loss"]
+    bits = f"{run['best_val_bits_per_byte'] * loss / best:.4f}" if best else "-"
+    return [f"base {printable(run['base'])}", "0", "0 %", f"{loss:.4f}", f"{perplexity(loss):.2f}",
+            bits, *"----"]
 
 
 def _cells(directory: Path, run: dict) -> list[str]:
     weights = best_weights(directory, run["method"])
     if not weights.is_file():
         raise UserError(f"{weights}: is missing; the run is not whole")
-    return [run["method"], f"{run['trainable_parameters']:,}", f"{run['trainable_percent']:.4f} %",
-            f"{run['best_val_loss']:.4f}", f"{run['best_val_perplexity']:.2f}",
+    return [f"{run['method']} ({printable(directory.name)})", f"{run['trainable_parameters']:,}",
+            f"{run['trainable_percent']:.4f} %", f"{run['best_val_loss']:.4f}",
+            f"{run['best_val_perplexity']:.2f}",
             f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",
             f"{run['tokens_per_second']:,.0f}", f"{run['peak_memory_mb']:,.0f}",
             f"{weights.stat().st_size / 1e6:,.2f}"]

@@ -70,8 +70,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
     args, others = parser.parse_known_args()
     default = parse_options("-", [args.method])
-    values = (args.lr or [default.lr], args.r or [default.r if args.method == "lora" else None],
-              args.seed or [default.seed])
+    values = args.lr or [default.lr], args.r or [None], args.seed or [default.seed]
     plan, results, failed = [], {}, False
     for lr, r, seed in product(*map(dict.fromkeys, values)):  # a value given twice is one run
         options = [f"lr={lr}"] + [f"r={r}"] * bool(r) + [f"seed={seed}"]

@@ -64,7 +64,8 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     for name, weights in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
         r, megabytes = runs[name].report, (runs[name].out / weights).stat().st_size / 1e6
         expected.append([
-            name, f"{r['trainable_parameters']:,}", f"{r['trainable_percent']:.4f} %",
+            f"{name} ({runs[name].out.name})", f"{r['trainable_parameters']:,}",
+            f"{r['trainable_percent']:.4f} %",
             f"{r['best_val_loss']:.4f}", f"{r['best_val_perplexity']:.2f}",
             f"{r['best_val_bits_per_byte']:.4f}", f"{r['seconds']:,.0f}",
             f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mb']:,.0f}", f"{megabytes:,.2f}"])
@@ -88,7 +89,7 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     first, book_changed, base_changed = tmp_path / "first", tmp_path / "second", tmp_path / "third"
     trained("lora", "base", "book.txt", first, "--max-steps", 4)
     rows, printed = compare(first, runs["lora"].out)  # the same, spelled in two ways
-    assert [row[0] for row in rows[2:]] == ["base base", "lora", "lora"]
+    assert [row[0] for row in rows[2:]] == ["base base", "lora (first)", "lora (lora)"]
     assert "their losses do not compare" not in printed
     (tmp_path / "book.txt").write_text(story(seed=1))
     trained("lora", "base", "book.txt", book_changed, "--max-steps", 4)
@@ -97,7 +98,8 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     tiny_gpt2_directory(tmp_path / "base", seed=1)
     trained("lora", "base", "book.txt", base_changed, "--max-steps", 4)
     rows, printed = compare(book_changed, base_changed)
-    assert [row[0] for row in rows[2:]] == ["base base", "base base", "lora", "lora"]
+    assert [row[0] for row in rows[2:]] == ["base base", "base base", "lora (second)",
+                                            "lora (third)"]
     assert rows[2] != rows[3] and "their losses do not compare" in printed
 
 
@@ -122,13 +124,17 @@ def test_a_run_of_another_make_is_refused(runs, tmp_path):
 
 @drawing()
 def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
-    for name in (r"$\no$", "a|b", 300 * "x", "caf\udce9"):
+    for name in (r"$\no$", "a|b", 300 * "x", "caf\udce9", "ベース　一", "a\nb"):
         path = changed(runs["lora"], tmp_path / name[:5], base=name)
         compare(path)
         assert (path.parent / "compare.png").stat().st_size > 1000
 
 
-def test_a_run_that_diverged_is_shown(runs, tmp_path):
-    """Its perplexity is above 1e15, and finite."""
+def test_a_run_that_diverged_and_one_that_knows_all_are_shown(runs, tmp_path):
+    """One perplexity is above 1e15, and finite; the other loss is 0."""
     path = changed(runs["lora"], tmp_path / "far", best_val_loss=40.0, best_val_perplexity=2.4e17)
     assert "40.0000" in compare(path)[0][-1]
+    path = changed(runs["lora"], tmp_path / "known", best_val_loss=0.0, best_val_perplexity=1.0,
+                   best_val_bits_per_byte=0.0)
+    base, known = compare(path)[0][-2:]
+    assert base[5] == "-" and known[3:6] == ["0.0000", "1.00", "0.0000"]

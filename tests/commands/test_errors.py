@@ -25,6 +25,7 @@ COMMANDS = {  # each would succeed
     "lora": (train.main, f"lora {TRAIN}"),
     "full": (train.main, f"full {TRAIN}"),
     "evaluate": (evaluate.main, "--base base --text book.txt --block-size 16 --device cpu"),
+    "compare": (evaluate.main, "--compare run"),
     "generate": (generate.main, "--prompt You --base base --max-new-tokens 1 --device cpu"),
     "merge": (merge.main, "--base base --adapter run --out out"),
 
@@ -92,8 +93,10 @@ MISTAKES = [
     ("evaluate --text one.txt", "1 tokens; too short"), ("evaluate --json directory", "directory"),
     ("full --block-size 65", "--block-size 65"), ("evaluate --block-size 65", "--block-size 65"),
     ("evaluate --stride 17", "--stride 17"), ("evaluate --json book.txt/scores.json", "book.txt/s"),
-    *((f"evaluate --compare {run}", f"{run}/run.json")
+    *((f"compare {run}", f"{run}/run.json")
       for run in ("directory", "missing", "garbage", "list", "foreign")),
+    ("compare --text book.txt", "--text: not allowed with argument --compare"),
+    ("compare --json out", "--json are for a text"), ("compare --adapter run", "--adapter and --j"),
     ("generate --prompt ' \n\t'", "--prompt"), ("generate --prompt You '' again", "--prompt"),
     ("generate --prompt", "--prompt"), ("generate --with-base", "--adapter"),
     ("lora --out held", "--out held: holds a run (run.json); --resume goes on with it, --overwri"),
@@ -116,6 +119,7 @@ MISTAKES = [
         "--init-lora-weights pissa", "--use-dora", "--r 4", "--target-modules c_fc", "--layers 1")),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"), ("lora --layers 2-1", "--layers: '1' is not a whole number"),
+    ("lora --layers 1-", "--layers: '' is not a whole number"),
     ("full --init-adapter directory", "--init-adapter"), (f"lora --init-adapter {LONG}", LONG),
     ("evaluate --adapter missing", "missing/adapter_model.safetensors: cannot be read"),
     ("generate --adapter directory --base auto", "directory/adapter_config.json: cannot be read"),
@@ -199,7 +203,8 @@ def test_a_method_must_be_named():
 def test_each_command_would_succeed_without_its_mistake(tmp_path):
     shutil.copytree("base", "moved")  # the adapter's base is known by its content
     for name, (main, _) in COMMANDS.items():
-        more = ["--out", tmp_path / name] if "out" in arguments(name) else ["--adapter", "run"]
+        more = (["--out", tmp_path / name] if "out" in arguments(name) else
+                ["--adapter", "run"] if name != "compare" else [])
         more += ["--max-steps", "1"] if main is train.main else []
         ending = run(main, *arguments(name), *more, "--base", "moved")
         assert (ending.status, ending.stderr.count("error")) == (0, 0), ending
@@ -207,7 +212,7 @@ def test_each_command_would_succeed_without_its_mistake(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the module is imported already
 @pytest.mark.parametrize("line, word", [
-    ("lora --book missing.txt", "missing.txt"), ("evaluate --compare missing", "missing/run.json"),
+    ("lora --book missing.txt", "missing.txt"), ("compare missing", "missing/run.json"),
     ("generate --base nowhere", "nowhere"), ("merge --base other", "another base"),
     ("merge --out book.txt", "exists already")])
 def test_run_as_a_script_each_ends_so(line, word, monkeypatch, capsys):

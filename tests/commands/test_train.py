@@ -51,7 +51,7 @@ def test_run_json_tells_the_run(done, base, book):
         "method", "base", "options", "trainable_parameters", "total_parameters",
         "trainable_percent", "base_val_loss", "best_val_loss", "best_val_perplexity",
         "best_val_bits_per_byte", "steps", "seconds", "tokens_per_second", "peak_memory_mb",
-        "device", "precision", "torch", "base_sha256", "book_sha256"}
+        "device", "precision", "torch", "base_sha256", "book_sha256", "init_adapter_sha256"}
     assert report["options"].keys() == parse_options("-", [report["method"]]).as_json().keys()
     assert report["options"]["book"] == [str(book)] and report["options"]["lr"] == 3e-3
     assert done.stdout.startswith(f"trainable params: {report['trainable_parameters']:,} || ")

@@ -110,7 +110,9 @@ def test_patterns_of_rank_and_alpha_count_and_dora_is_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize("names", [
-    (), ("base_model.model.model.layers.0.self_attn.q_proj",)], ids=["nothing", "llama"])
+    (), ("base_model.model.model.layers.0.self_attn.q_proj",),
+    ("base_model.model.transformer.encoder.layers.0.self_attention.query_key_value",),
+], ids=["nothing", "llama", "chatglm"])
 def test_an_adapter_of_another_architecture_is_refused(adapter, tmp_path, names):
     file = adapter / "adapter_model.safetensors"
     save_file({f"{name}.lora_{part}.weight": torch.ones(4, 4) for name in names for part in "AB"},

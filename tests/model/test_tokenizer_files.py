@@ -149,7 +149,9 @@ def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it
     (tmp_path / "vocab.json").write_text("{}")
     (merges := tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab\n")
     assert "is not a list of pairs" in refusal(merges, load_tokenizer, tmp_path, 300)
-    merges.unlink()
+    merges.unlink()  # a vocabulary without it is not taken for GPT-2's
+    assert "cannot be read" in refusal(merges, load_tokenizer, tmp_path, 50257)
+    (tmp_path / "vocab.json").unlink()
     assert "300 is not GPT-2's 50257, " in refusal(tmp_path, load_tokenizer, tmp_path, 300)
     whole = load_tokenizer(tmp_path, 50257)
     assert whole.encode(f"Hello world{END_OF_TEXT}").tolist() == [15496, 995, 50256]

@@ -151,9 +151,12 @@ def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
 @torch.no_grad()
 def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, caplog):
     directory, theirs = tiny_gpt2_directory(tmp_path / "in", n_inner=50, resid_pdrop=0.2)
+    tokens = {"bos_token_id": 1, "eos_token_id": 316, "pad_token_id": 2}
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | tokens))
     out, stored_dtype = tmp_path / "out", dtype or torch.float32
-    save_gpt2(load_gpt2(directory), out, dtype)
-    save_gpt2(load_gpt2(directory), out, dtype)  # in place of what is there
+    save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)
+    save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)  # in place of what is there
     log = logging.getLogger("transformers")
     log.addHandler(caplog.handler)
     with warnings.catch_warnings():
@@ -164,6 +167,7 @@ def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, ca
     assert not any(info.values()) and not caplog.records
     assert again.dtype == stored_dtype
     assert (again.config.n_inner, again.config.resid_pdrop) == (50, 0.2)
+    assert tokens.items() <= again.config.to_dict().items()
     expected = theirs.to(stored_dtype).float()(IDS).logits
     assert relative_difference(again.float()(IDS).logits, expected) < 1e-5
 
@@ -228,7 +232,8 @@ def test_a_config_too_large_for_the_weights_is_refused_within_seconds(tmp_path):
 def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **fields}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    for field, value in asdict(load_config(tmp_path)).items():
+    ours = asdict(load_config(tmp_path))
+    for field, value in (ours.pop("token_ids") | ours).items():
         assert value == getattr(theirs, field), field
 
 

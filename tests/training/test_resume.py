@@ -276,11 +276,18 @@ def test_another_machine_is_warned_of(stopped, monkeypatch):
         assert line.startswith(f"warning: the run was under {change} ")
 
 
-def test_a_run_from_an_adapter_goes_on_to_the_same_bytes(base, book, adapter, tmp_path):
+def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, tmp_path):
     options = ("--init-adapter", adapter, *OPTIONS)
     whole = trained("lora", base, book, tmp_path / "whole", *options)
     argv = arguments("lora", base, book, tmp_path / "run", *options)
     assert stop_in_step(signal.SIGINT, 12, argv).status == 130
+    before = contents(tmp_path / "run")
+    adapter.rename(tmp_path / "moved")
+    assert str(adapter) in refused(tmp_path / "run", *argv, "--resume")
+    argv[argv.index(str(adapter))] = str(tmp_path / "moved")
+    line = refused(tmp_path / "run", *argv, "--resume", "--init-adapter", whole.out)
+    assert "is not what the run began with" in line
+    assert contents(tmp_path / "run") == before
     assert run(main, *argv, "--resume").status == 0
     assert contents(tmp_path / "run")[WEIGHTS["lora"]] == contents(whole.out)[WEIGHTS["lora"]]
     assert finished(tmp_path / "run").report["options"]["r"] == 4
