@@ -113,7 +113,7 @@ def _change_tensors(rng: Random, tensors: dict[str, Tensor]) -> dict[str, Tensor
         key = rng.choice(list(tensors))
         value = tensors.pop(key)
         flat = value.flatten().clone()
-        if len(flat):
+        if len(flat) and value.is_floating_point():  # the first change may have made it another
             flat[rng.randrange(len(flat))] = rng.choice((1e38, -1e-40, float("nan"), float("-inf")))
         changed = flat.view(value.shape)
         if rng.random() < 0.8:
