@@ -25,7 +25,8 @@ CURVES = ((0, "c_attn", ["LoRA"], RED, "-"), (0, "c_attn", ["full"], BLUE, "-"),
 def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
     """Train; return also the change of each matrix of the blocks that changed."""
     made = trainer(method.lower(), seed, lr=1e-4 if method == "full" and not short else 1e-3,
-                   batch_size=4 if short else 16, max_steps=8 if short else 60)
+                   batch_size=4 if short else 16, max_steps=8 if short else 60,
+                   val_fraction=0.03 if short else 0.1)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     for batch in made.batches():
         made.step(batch)

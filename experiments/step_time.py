@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
     tune_process()
     data = by_hand()
     for precision in dict.fromkeys(("fp32", Device.pick("cpu", train=True).precision)):
-        data |= measured(precision, 2 if args.short else 12)
+        data |= measured(precision, 1 if args.short else 12)
     figure, (axis,) = panels(1, "A training step by part (mini); full fine-tuning's is 100 %")
     left = [0.0] * len(data)
     for key, (colour, *_) in PARTS.items():

@@ -13,8 +13,8 @@ def finetune(method: str, seeds: int = 1, short: bool = False,
     """Train 60 steps of 8 windows of 64 tokens with each seed from `first`; measure each result."""
     result = []
     for seed in range(first, 1 if short else seeds):
-        made = trainer(method, seed, "auto", batch_size=2 if short else 8, block_size=64,
-                       stride=64, max_steps=8 if short else 60, **options)
+        made = trainer(method, seed, "auto", batch_size=8, block_size=64, stride=64,
+                       max_steps=8 if short else 60, **options)
         for batch in made.batches():
             made.step(batch)
         result.append(measure(made))
