@@ -85,10 +85,11 @@ def arguments(method: str, base: Path, book: Path, out: Path, *options: object) 
     """`train.py`'s arguments for a small run on the CPU; `options` come last and win. A `book` of
     JSON lines is its `--data`.
     """
-    source = "--data" if Path(book).suffix == ".jsonl" else "--book"
+    source = (("--data", book) if Path(book).suffix == ".jsonl" else
+              ("--book", book, "--stride", BLOCK))
     return list(map(str, (
-        method, "--base", base, source, book, "--out", out, "--device", "cpu", "--precision",
-        "fp32", "--block-size", BLOCK, "--stride", BLOCK, "--log-every", 1, *options)))
+        method, "--base", base, *source, "--out", out, "--device", "cpu", "--precision", "fp32",
+        "--block-size", BLOCK, "--log-every", 1, *options)))
 
 
 def trained(method: str, base: Path, book: Path, out: Path, *options: object) -> Run:

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds
@@ -123,6 +124,10 @@ class Options:
 LORA_ONLY = {"init_adapter", "loraplus_lr_ratio", "freeze_a", *(f.name for f in fields(LoRAConfig))}
 
 
+def flag(field: Field) -> str:
+    return f"--{field.name.replace('_', '-')}"
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # no "(default: None)", and none where the text says it
         if action.default in (None, False) or "default: " in (action.help or ""):
@@ -141,8 +146,8 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
         for f in fields(Options)[1:]:
             if f.metadata and (method == "lora" or f.name not in LORA_ONLY):
                 settings = f.metadata | {"default": defaults.get(f.name, f.default)}
-                flags = f"--{f.name.replace('_', '-')}", *settings.pop("also", ())
-                groups.get(f.name, sub).add_argument(*flags, **settings)
+                names = flag(f), *settings.pop("also", ())
+                groups.get(f.name, sub).add_argument(*names, **settings)
     values = vars(parser.parse_args(argv))
     if values["method"] == "lora":
         values["target_modules"] = target_modules([*values["target_modules"]])
@@ -154,14 +159,14 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
                          for name, value in values.items()})
     if options.val_data and not options.data:
         raise UserError("--val-data: goes with --data")
-    if options.data and (options.stride, options.label_shift) != (Options.stride,
-                                                                  Options.label_shift):
+    typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    if options.data and typed & {"--stride", "--label-shift"}:
         raise UserError("--stride and --label-shift are for books: an example is one row")
     pissa = options.init_lora_weights == "pissa"
     if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter or pissa):
         raise UserError("--freeze-a does not go with --loraplus-lr-ratio, --init-adapter or "
                         "--init-lora-weights pissa")
-    if options.init_adapter and options.lora_config != LoRAConfig():
+    if options.init_adapter and typed & {"--layers", *map(flag, fields(LoRAConfig))}:
         raise UserError("--init-adapter brings its own rank, alpha, dropout, targets and kind of "
                         "LoRA; leave those options out")
     return options

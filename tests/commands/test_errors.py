@@ -116,7 +116,7 @@ MISTAKES = [
     *((f"lora --freeze-a {option}", "--freeze-a does not go with") for option in (
         "--loraplus-lr-ratio 2", "--init-adapter run", "--init-lora-weights pissa")),
     *((f"lora --init-adapter run {option}", "--init-adapter brings its own") for option in (
-        "--init-lora-weights pissa", "--use-dora", "--r 4", "--target-modules c_fc", "--layers 1")),
+        "--init-lora-weights pissa", "--use-dora", "--r 8", "--lora-alpha=16", "--layers 1")),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"), ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("lora --layers 1-", "--layers: '' is not a whole number"),
