@@ -82,8 +82,9 @@ class Trainer:
 
     def __init__(self, options: Options, device: Device, model: GPT2, tokenizer: Tokenizer,
                  windows: Data, validation: Data, ranks: Ranks = ALONE):
-        self.options, self.device, self.tokenizer, self.ranks = options, device, tokenizer, ranks
-        self.model, self.windows, self.validation = device.hold(model), windows, validation
+        self.options, self.device, self.ranks = options, device, ranks
+        self.tokenizer, self.windows, self.validation = tokenizer, windows, validation
+        self.model = device.hold(model)  # moves it, and casts frozen weights to `precision`
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         ranks.start_alike(self.parameters.values())
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
@@ -149,9 +150,9 @@ class Trainer:
 
     def measure(self) -> dict:
         """Return the metrics of the steps since the last call."""
-        measured, step = self.meter.measure(), self.progress.step
-        return {"step": step, "epoch": step / self.steps_per_epoch, "loss": measured["loss"],
-                "lr": self.optimizer.param_groups[0]["lr"], **measured}
+        metrics, step = self.meter.measure(), self.progress.step
+        return {"step": step, "epoch": step / self.steps_per_epoch, "loss": metrics.pop("loss"),
+                "lr": self.optimizer.param_groups[0]["lr"], **metrics}
 
     def evaluate(self) -> Scores:
         return evaluate(self.model, self.validation.evaluation_batches(), self.tokenizer,
@@ -183,8 +184,8 @@ def train(trainer: Trainer, session: Session) -> None:
             if validates:
                 metrics |= validate(trainer, session)
             session.log(metrics)
-            meter.restart()  # validation is not training time,
-        meter.began += session.after_step(epoch_ends)  # nor is saving
+            meter.restart()  # validation is not training time
+        meter.began += session.after_step(epoch_ends)  # nor is saving a checkpoint
     session.finish(count_parameters(trainer.model) | progress.report() | meter.report())
 
 
@@ -194,10 +195,10 @@ def validate(trainer: Trainer, session: Session) -> dict:
     better = scores.loss < progress.best_val_loss
     if better:
         progress.best_val_loss, progress.best_val_bits_per_byte = scores.loss, scores.bits_per_byte
-        if session.directory and options.method == "lora":
+        if trainer.ranks.first and options.method == "lora":
             save_adapter(trainer.model, options.lora_config, options.out, options.base,
                          session.identity["base_sha256"]["weights"])
-        elif session.directory:
+        elif trainer.ranks.first:
             save_gpt2(trainer.model, options.out, end_of_text=trainer.tokenizer.end_of_text)
             save_tokenizer(trainer.tokenizer, options.out)
     tqdm.write(f"step {progress.step}/{trainer.total_steps}: val {scores}"

@@ -44,21 +44,21 @@ class Windows:
     label_shift: int = 1
 
     def __len__(self) -> int:
-        room = len(self.tokens) - self.block_size - self.label_shift
-        return max(0, room // self.stride + 1)
+        last = len(self.tokens) - self.block_size - self.label_shift  # where a window may start
+        return max(0, last // self.stride + 1)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, (B, T) int64 each, of the windows with these indices."""
-        span = np.arange(self.block_size)
-        start = (np.asarray(indices) * self.stride)[:, None] + span  # (B, T)
-        inputs, targets = self.tokens[start], self.tokens[start + self.label_shift]
+        starts = np.asarray(indices) * self.stride  # (B,)
+        positions = starts[:, None] + np.arange(self.block_size)  # (B, T), in the text
+        inputs, targets = self.tokens[positions], self.tokens[positions + self.label_shift]
         return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
 
     def scored_tokens(self, indices: np.ndarray) -> int:
         return len(indices) * self.block_size
 
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Score the tokens in consecutive windows, whatever the stride."""
+        """Yield consecutive windows, whatever the stride: they score each token once."""
         return evaluation_batches(self.tokens, self.block_size, self.block_size, self.label_shift)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
@@ -91,11 +91,12 @@ def evaluation_batches(tokens: np.ndarray, block_size: int, stride: int, label_s
     """
     last = max(0, len(tokens) - label_shift - block_size)  # a window from here on reaches the end
     starts = np.arange(0, last + stride, stride) if len(tokens) > label_shift else np.arange(0)
-    column = np.arange(block_size)
+    column, end = np.arange(block_size), len(tokens) - 1
     for i in range(0, len(starts), batch_size):
-        place = starts[i : i + batch_size, None] + column  # (B, T)
-        inputs, targets = (tokens[np.minimum(x, len(tokens) - 1)].astype(np.int64)
-                           for x in (place, place + label_shift))
-        new = (place == column) | (column >= block_size - stride)  # all of the first window
-        targets[~new | (place + label_shift >= len(tokens))] = NOT_SCORED
+        start = starts[i : i + batch_size, None]  # (B, 1)
+        positions = start + column  # (B, T), in the text
+        inputs = tokens[np.minimum(positions, end)].astype(np.int64)
+        targets = tokens[np.minimum(positions + label_shift, end)].astype(np.int64)
+        scored_before = (start > 0) & (column < block_size - stride)  # by the window before
+        targets[scored_before | (positions + label_shift > end)] = NOT_SCORED
         yield torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -15,8 +15,7 @@ from common.tensors import read_metadata, read_tensors, write_tensors
 from lora.adapter_config import CONFIG, base_name, load_adapter_config, peft_config
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
-from lora.targets import PREFIX as TRANSFORMER
-from lora.targets import layer_config
+from lora.targets import TRANSFORMER, layer_config
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6

@@ -28,11 +28,13 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 def _wrap(layer: nn.Linear, config: LoRAConfig, slices: set[str]) -> LoRALinear:
     pissa = config.init_lora_weights == "pissa"
-    if config.use_dora + pissa + bool(slices) > 1:
+    if sum((config.use_dora, pissa, bool(slices))) > 1:
         raise ValueError("DoRA, PiSSA and slices of a layer exclude each other")
     if slices:
         return SlicedLoRALinear(layer, config, slices)
-    return (DoRALinear if config.use_dora else PiSSALinear if pissa else LoRALinear)(layer, config)
+    if config.use_dora:
+        return DoRALinear(layer, config)
+    return PiSSALinear(layer, config) if pissa else LoRALinear(layer, config)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -11,7 +11,7 @@ from torch import nn
 from lora.layer import LoRAConfig
 from lora.slices import SLICES
 
-PREFIX, HEAD = "transformer.", "lm_head"
+TRANSFORMER, HEAD = "transformer.", "lm_head"
 REFUSED = {HEAD: "the head is tied to wte, and an update of one would change both",
            "wte": "it is tied to the head", "wpe": "it is an embedding, not a linear layer"}
 
@@ -29,7 +29,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     MLP's. `layers_to_transform` limits the suffixes to these blocks. Raises ValueError for a
     target, block or pattern that matches nothing, and for a target that is not a linear layer.
     """
-    modules = {PREFIX + name: m for name, m in model.named_modules()}
+    modules = {TRANSFORMER + name: m for name, m in model.named_modules()}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     targets, blocks = config.target_modules, config.layers_to_transform
     if isinstance(targets, str) and blocks:
@@ -45,17 +45,18 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
             if reason := REFUSED.get(_last(name)):
                 raise ValueError(f"target module {target!r} is refused: {reason}")
             if name not in linear:
-                raise ValueError(f"target module {target!r} matches {name.removeprefix(PREFIX)}, a "
+                raise ValueError(f"target module {target!r} matches "
+                                 f"{name.removeprefix(TRANSFORMER)}, a "
                                  f"{type(modules[name]).__name__}; only linear layers are adapted")
-            if bool(found.get(name, slices)) != bool(slices):
+            if name in found and bool(found[name]) != bool(slices):
                 raise ValueError(f"target module {target!r} is named whole and by a slice")
             found[name] = found.get(name, set()) | slices
     if missing := set(blocks or ()) - set(map(_block, found)):
         raise ValueError(f"layer {min(missing)} has no target module")
     for key in (*config.rank_pattern, *config.alpha_pattern):
-        if not any(_decides(key, name) for name in found):
+        if not any(_matches(key, name) for name in found):
             raise ValueError(f"pattern {key!r} matches no adapted layer")
-    return {name.removeprefix(PREFIX): found[name] for name in modules if name in found}
+    return {name.removeprefix(TRANSFORMER): found[name] for name in modules if name in found}
 
 
 def _match(target: str, config: LoRAConfig, names: list[str],
@@ -76,13 +77,14 @@ def _match(target: str, config: LoRAConfig, names: list[str],
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
     """Return `config` with one layer's rank and alpha: of the first key that matches its name."""
-    r, alpha = (next((value for key, value in pattern.items() if _decides(key, PREFIX + name)), old)
-                for pattern, old in ((config.rank_pattern, config.r),
-                                     (config.alpha_pattern, config.lora_alpha)))
+    full = TRANSFORMER + name
+    r = next((r for key, r in config.rank_pattern.items() if _matches(key, full)), config.r)
+    alpha = next((alpha for key, alpha in config.alpha_pattern.items() if _matches(key, full)),
+                 config.lora_alpha)
     return replace(config, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
 
-def _decides(key: str, name: str) -> bool:
+def _matches(key: str, name: str) -> bool:
     """Return whether a pattern's key, a regular expression, is the name or ends it after a dot."""
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 

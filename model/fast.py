@@ -184,11 +184,11 @@ class _TiedCrossEntropy(torch.autograd.Function):
         large = grad_w is not None
         for h_rows, y, z, p, loss in _head_chunks(h, w, targets, len(weight), large):
             total += loss.sum()
-            p.scatter_add_(1, y[:, None], -p.new_ones(len(y), 1))  # dL/dz
-            p = p if w.dtype == p.dtype else z.copy_(p)
-            grad_h.append(linear(p, w.T))
+            grad_z = p.scatter_add_(1, y[:, None], -p.new_ones(len(y), 1))  # p - onehot(target)
+            grad_z = grad_z if grad_z.dtype == w.dtype else z.copy_(grad_z)  # z is done with
+            grad_h.append(linear(grad_z, w.T))
             if grad_w is not None:
-                grad_w += linear(p.T, h_rows.T)[: len(weight)]
+                grad_w += linear(grad_z.T, h_rows.T)[: len(weight)]
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total
 

@@ -53,7 +53,8 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append one block's new keys and values; return all of that block's."""
         if layer in self.blocks:
-            k, v = (torch.cat(x, dim=2) for x in zip(self.blocks[layer], (k, v), strict=True))
+            past_k, past_v = self.blocks[layer]
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         self.blocks[layer] = k, v
         return k, v
 
@@ -66,7 +67,8 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
         # `causal_attention` itself scales the scores by 1 / sqrt(D).
         self.q_scale = 1.0 if config.scale_attn_weights else (config.n_embd / config.n_head) ** 0.5
-        self.q_scale /= layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
+        if config.scale_attn_by_inverse_layer_idx:
+            self.q_scale /= layer + 1
         self.c_attn = ops.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = ops.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = ops.Dropout(config.resid_pdrop)
@@ -99,11 +101,10 @@ class MLP(nn.Module):
         self.c_fc = ops.Linear(config.n_embd, inner)
         self.c_proj = ops.Linear(inner, config.n_embd)
         self.dropout = ops.Dropout(config.resid_pdrop)
-        # GPT-2 was trained with the tanh form of GELU; the erf form is close, but another function.
-        self.gelu = "none" if config.activation_function == "gelu" else "tanh"
+        self.approximate = "none" if config.activation_function == "gelu" else "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):
@@ -166,12 +167,11 @@ class GPT2(nn.Module):
         Autocast does not round embeddings, and `Device.hold` rounds frozen ones: an evaluation
         rounds them in any case, so that a model has one loss, whoever evaluates it.
         """
-        tokens, places = self.wte(idx), self.wpe(positions)
+        tok, pos = self.wte(idx), self.wpe(positions)  # (B, T, C), (T, C)
         if torch.is_autocast_enabled(idx.device.type) and not torch.is_grad_enabled():
-            dtype = torch.get_autocast_dtype(idx.device.type)
-            tokens, places = tokens.to(dtype), places.to(dtype)
-        dtype = self.ln_f.weight.dtype
-        return tokens.to(dtype) + places.to(dtype)
+            low = torch.get_autocast_dtype(idx.device.type)
+            tok, pos = tok.to(low), pos.to(low)
+        return tok.to(self.ln_f.weight.dtype) + pos.to(self.ln_f.weight.dtype)
 
     def set_dropout(self, p: float) -> None:
         """Give all of the base's dropouts (embedding, attention, residual) the probability `p`."""
