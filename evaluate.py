@@ -79,8 +79,8 @@ def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: T
             sums += torch.stack([x.sum(dtype=sums.dtype) for x in (losses, hits)])
     finally:
         model.train(was_training)
-    ranks.add_up([sums])
-    ranks.add_up([counts])
+    ranks.all_reduce([sums])
+    ranks.all_reduce([counts])
     (loss, hits), (tokens, text_bytes) = sums.tolist(), counts.tolist()
     if not text_bytes:
         raise UserError("the text to score is end-of-text tokens alone")

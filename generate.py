@@ -17,7 +17,7 @@ from common.device import Device, tune_process
 from common.errors import UserError, run_command
 from common.files import brief
 from data.instructions import encode
-from data.tokens import end_of_text
+from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
 from lora.load import add_model_options, load_model
 from lora.several import load_several
@@ -129,7 +129,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
     """Answer stdin line by line, each line after all that was said before it; the oldest turns are
     forgotten when the context has no room for them and an answer.
     """
-    end_of_text(tokenizer)  # refuses a base without one before the first answer
+    require_end_of_text(tokenizer)  # now, and not after the first answer
     sys.stdin.reconfigure(errors="replace")
     context, draw, turns = model.config.n_positions, sampling(model, args), []
     room = context - min(args.max_new_tokens, context // 2)

@@ -86,7 +86,7 @@ class Trainer:
         self.tokenizer, self.windows, self.validation = tokenizer, windows, validation
         self.model = device.hold(model)  # moves it, and casts frozen weights to `precision`
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        ranks.start_alike(self.parameters.values())
+        ranks.broadcast(self.parameters.values())
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr,
                                            weight_decay=options.weight_decay, fused=True)
@@ -122,7 +122,7 @@ class Trainer:
             # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
             self.scaler.scale(loss / tokens).backward()
             total += loss.detach()
-        self.ranks.add_up([total, *(p.grad for p in self.parameters.values())])
+        self.ranks.all_reduce([total, *(p.grad for p in self.parameters.values())])
         self.scaler.unscale_(self.optimizer)  # before clipping, which compares true norms
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.clip or math.inf)
         lr = learning_rate(self.progress.step, self.total_steps, options.lr, options.warmup_ratio)

@@ -177,7 +177,7 @@ def empty_share(opts: Namespace, report: Report) -> None:
     for precision in ("fp32", opts.low):
         made, sent = trainer(opts, "lora", "--precision", precision), []
         made.ranks = Ranks(rank=1, count=2)
-        with mock.patch.object(Ranks, "add_up", lambda _, tensors, sent=sent: sent.extend(tensors)):
+        with mock.patch.object(Ranks, "all_reduce", lambda _, ts, sent=sent: sent.extend(ts)):
             made.step(next(made.batches(0))[:1])  # which rank 0 has
         report.check(f"{precision}: what it adds", max(t.abs().max().item() for t in sent), 0)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import open_file
-from data.tokens import LONGEST_RUN, end_of_text
+from data.tokens import LONGEST_RUN, require_end_of_text
 from data.windows import NOT_SCORED, Windows, split
 from model.tokenizer import Tokenizer
 
@@ -115,7 +115,8 @@ def encode(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[np.ndarr
         answers = name == "Assistant"
         head = tokenizer.encode(f"{name}:").tolist()
         body = tokenizer.encode(f" {content}" if answers else f" {content}\n").tolist()
-        body += [end_of_text(tokenizer)] * answers
+        if answers:
+            body.append(require_end_of_text(tokenizer))
         ids += head + body
         scored += [False] * len(head) + [answers] * len(body)
     return np.array(ids, dtype=np.int32), np.array(scored)

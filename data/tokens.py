@@ -34,11 +34,11 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
     parts = [load_tokens(book, tokenizer) for book in books]
     if len(parts) == 1:
         return parts[0]
-    end = np.array([end_of_text(tokenizer)], tokenizer.dtype)
+    end = np.array([require_end_of_text(tokenizer)], tokenizer.dtype)
     return np.concatenate([ids for part in parts for ids in (end, part)][1:])
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
+def require_end_of_text(tokenizer: Tokenizer) -> int:
     """Return the end-of-text token's id. Raises UserError if the base has none."""
     if tokenizer.end_of_text is None:
         raise UserError(f"{tokenizer.source}: its tokenizer has no end-of-text token, which "

@@ -62,14 +62,14 @@ def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
                        if c.lora_alpha != first.lora_alpha})
 
 
-def weights_path(directory: Path) -> Path:
+def adapter_path(directory: Path) -> Path:
     path, pickled = (Path(directory) / name for name in (WEIGHTS, PICKLED_WEIGHTS))
     return pickled if os.path.exists(pickled) and not os.path.exists(path) else path
 
 
 def base_hash(directory: Path) -> str | None:
     """Return the hash of the base's weights that the adapter's file names, if it names one."""
-    path = weights_path(directory)
+    path = adapter_path(directory)
     return read_metadata(path).get(BASE_SHA256) if path.name == WEIGHTS else None
 
 
@@ -81,7 +81,7 @@ def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = No
     another base never loads in part.
     """
     if base_sha256 and (needed := base_hash(directory)) not in (None, base_sha256):
-        raise UserError(f"{weights_path(directory)}: was trained on another base (weights sha256 "
+        raise UserError(f"{adapter_path(directory)}: was trained on another base (weights sha256 "
                         f"{brief(needed)}, not {brief(base_sha256)}); give --base the one it was "
                         f"trained on, {brief(base_name(directory))}")
     config = load_adapter_config(directory)
@@ -92,7 +92,7 @@ def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = No
                         f"{error!s:.150}") from error
     wanted = adapter_tensors(model)
     shapes = {key: weight.shape for key, weight in wanted.items()}
-    tensors = dict(read_tensors(weights_path(directory), shapes))  # all checked before any is set
+    tensors = dict(read_tensors(adapter_path(directory), shapes))  # all checked before any is set
     with torch.no_grad():
         for key, tensor in tensors.items():
             wanted[key].copy_(tensor)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.tensors import read_shapes, read_tensors
-from lora.adapter import PREFIX, weights_path, write_adapter
+from lora.adapter import PREFIX, adapter_path, write_adapter
 from lora.adapter_config import load_adapter_config
 from lora.layer import LoRAConfig
 from lora.targets import layer_config
@@ -50,7 +50,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     """Read an adapter by layer. Raises UserError for DoRA, and unless the file holds exactly an A
     and a B of the configured rank for each layer.
     """
-    path, config = weights_path(directory), load_adapter_config(directory)
+    path, config = adapter_path(directory), load_adapter_config(directory)
     if config.use_dora:
         raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
     shapes = read_shapes(path)

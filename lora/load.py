@@ -40,12 +40,13 @@ def named_base(adapter: Path) -> str:
     return name
 
 
-def add_adapter(model: GPT2, base: Path, config: LoRAConfig, start: Path | None) -> LoRAConfig:
-    """Put a new adapter into the model or, if there is a `start`, the one in that directory; return
-    its config. Raises UserError if it does not fit the base.
+def add_adapter(model: GPT2, directory: Path, config: LoRAConfig,
+                init_adapter: Path | None) -> LoRAConfig:
+    """Inject a new adapter, or load the one in `init_adapter`, into the base read from `directory`;
+    return its config. Raises UserError if it does not fit.
     """
-    if start:
-        return load_adapter(model, start, file_sha256(weights_path(base)))
+    if init_adapter:
+        return load_adapter(model, init_adapter, file_sha256(weights_path(directory)))
     try:
         inject(model, config)
     except ValueError as error:

@@ -7,7 +7,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import file_sha256
-from lora.adapter import weights_path
+from lora.adapter import adapter_path
 from model.weights import base_hashes
 from training.options import Options
 
@@ -17,14 +17,16 @@ HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpoi
             "overwrite", "base", "book", "data", "val_data", "init_adapter"}
 
 
-def run_identity(options: Options, base: Path, *tokens: np.ndarray) -> dict:
-    """Return what makes this run this run: the book by its tokens, since its file may change."""
+def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> dict:
+    """Return what makes this run this run: its options, and hashes of its base (in `directory`), of
+    its tokens, since the book's file may change, and of its initial adapter.
+    """
     book, start = hashlib.sha256(), options.init_adapter
     for part in tokens:
         book.update(np.ascontiguousarray(part))
     return {"method": options.method, "options": options.as_json(),
-            "base_sha256": base_hashes(base), "book_sha256": book.hexdigest(),
-            "init_adapter_sha256": file_sha256(weights_path(start)) if start else None}
+            "base_sha256": base_hashes(directory), "book_sha256": book.hexdigest(),
+            "init_adapter_sha256": file_sha256(adapter_path(start)) if start else None}
 
 
 def refuse_another(then: dict, now: dict) -> None:

@@ -93,12 +93,12 @@ class Ranks:
     def first_goes_first(self) -> Iterator[None]:
         """Run the body on rank 0 first, so that the others find its downloads."""
         if not self.first:
-            self.wait()
+            self.barrier()
         yield
         if self.first:
-            self.wait()
+            self.barrier()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait for every rank to come here."""
         self.agree(0)
 
@@ -110,12 +110,12 @@ class Ranks:
                 raise UserError(f"rank {rank} and rank 0 differ in {', '.join(different)}; start "
                                 "every rank with the same options, base and book")
 
-    def start_alike(self, parameters: Iterable[Tensor]) -> None:
+    def broadcast(self, parameters: Iterable[Tensor]) -> None:
         """Give each rank the first's parameters: another machine may read or draw others."""
         for parameter in parameters if self.count > 1 else ():
             self._call(lambda p=parameter: dist.broadcast(p.detach(), 0))
 
-    def add_up(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, all in one message."""
         if self.count == 1:
             return

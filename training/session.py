@@ -120,7 +120,7 @@ class Session:
             if self.directory:
                 print(f"stopped after step {self.saved_step}; go on with: "
                       f"{resume_command(self.ranks.launcher())}", file=sys.stderr)
-            self.ranks.wait()  # torchrun ends the others as soon as one has ended
+            self.ranks.barrier()  # torchrun ends the others as soon as one has ended
             sys.exit(128 + stop)
         return time.perf_counter() - began
 

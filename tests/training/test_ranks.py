@@ -246,7 +246,7 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
     made, sent = trainer("lora", base, book, tmp_path, "--precision", precision), []
     monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
-    monkeypatch.setattr(Ranks, "add_up", lambda self, tensors: sent.extend(
+    monkeypatch.setattr(Ranks, "all_reduce", lambda self, tensors: sent.extend(
         t.clone() for t in tensors))
     made.ranks = Ranks(rank=1, count=2)
     made.step(np.array([3]))  # which rank 0 computes
