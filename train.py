@@ -55,7 +55,7 @@ def main() -> None:
         options = replace(options, base=name, precision=device.precision)
         torch.manual_seed(options.seed)
         model, config = build_model(options, directory, device.dtype)
-        options = replace(options, **asdict(config)) if config else options
+        options = replace(options, **asdict(config)) if config else options  # of --init-adapter
         print(describe_parameters(model))
         tokenizer = load_tokenizer(directory, model.config.vocab_size)
         windows, validation = load_data(options, model.config, tokenizer)
@@ -67,9 +67,9 @@ def main() -> None:
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """Rise linearly to `peak` over the first ceil(warmup_ratio * total) steps, then fall by half a
-    cosine to zero (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983). Steps count from 0,
-    and the first already moves.
+    """Rise linearly to `peak` over the first ceil(warmup_ratio * total) steps, then fall along half
+    a cosine towards zero (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983). Steps count
+    from 0; the rate of step 0 is not zero.
     """
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
@@ -90,17 +90,17 @@ class Trainer:
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr,
                                            weight_decay=options.weight_decay, fused=True)
-        # fp16's small gradients vanish: scale the loss up, and the gradients down before the step.
+        # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
         fp16 = device.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.torch.type, enabled=fp16)
-        # Without the loss, whose loop over chunks would be unrolled into a long program.
+        # The loss is not compiled: its loop over chunks would be unrolled into a long program.
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
         self.steps_per_epoch = math.ceil(len(windows) / options.batch_size)
         self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or math.inf)
         self.progress, self.meter = Progress(), Meter(device.torch, fp16)
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
-        """Yield every step's windows, from `step` to the last; each epoch has its own order."""
+        """Yield each step's window indices (B,), from `step` on; each epoch has its own order."""
         size = self.options.batch_size
         while step < self.total_steps:
             epoch, position = divmod(step, self.steps_per_epoch)
@@ -112,14 +112,14 @@ class Trainer:
                 step += 1
 
     def step(self, batch: np.ndarray) -> None:
-        """Take one optimizer step on these windows, computed in `--grad-accum` parts."""
+        """Take one optimizer step on the windows `batch` (B,), computed in `--grad-accum` parts."""
         options, tokens = self.options, self.windows.scored_tokens(batch)
         mine = np.array_split(batch, self.ranks.count)[self.ranks.rank]  # may be empty
         total = torch.zeros((), device=self.device.torch)
         for part in np.array_split(mine, max(1, min(options.grad_accum, len(mine)))):
             with self.device.autocast():
                 loss = self.summed_loss(*self.windows.batch(part))
-            # Over the whole batch's tokens: parts and ranks count by their tokens, not equally.
+            # Divide by the whole batch's tokens, so that the parts' and ranks' gradients add up.
             self.scaler.scale(loss / tokens).backward()
             total += loss.detach()
         self.ranks.all_reduce([total, *(p.grad for p in self.parameters.values())])
@@ -139,11 +139,11 @@ class Trainer:
 
         `inputs` and `targets` (B, T) are on the CPU.
         """
-        if not len(inputs):  # a rank without windows: flash attention refuses them (pytorch#133780)
-            return 0 * sum(p.sum() for p in self.parameters.values())
+        if not len(inputs):  # a rank without windows; attention may refuse these (pytorch#133780)
+            return 0 * sum(p.sum() for p in self.parameters.values())  # zero gradients to reduce
         hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
-        if self.options.data:  # of a window every token is scored, of an example few
+        if self.options.data:  # an example scores its completions, a window every token
             scored = scored_positions(targets)
             hidden, targets = hidden[self.device.copy(scored)], targets[scored]
         return ops.tied_cross_entropy(hidden, self.model.wte.weight, self.device.copy(targets))
@@ -160,7 +160,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, session: Session) -> None:
-    """Take every step to the last, and do what is due between them."""
+    """Take every step; validate, log and save when due."""
     options, progress, meter = trainer.options, trainer.progress, trainer.meter
     session.watch(parameters=Parameters(trainer.parameters), optimizer=trainer.optimizer,
                   scaler=trainer.scaler, progress=progress, meter=meter)
@@ -171,7 +171,7 @@ def train(trainer: Trainer, session: Session) -> None:
         progress.base_val_loss = scores.loss
         print(f"base: val {scores}", flush=True)
         if options.init_adapter:
-            validate(trainer, session)  # where training starts is the first best
+            validate(trainer, session)  # the initial adapter is the best so far
         meter.restart()
     trainer.model.train()
     for batch in session.steps(trainer.batches(progress.step)):

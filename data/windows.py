@@ -23,12 +23,12 @@ def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
 
 
 def scored_positions(targets: Tensor) -> Tensor:
-    """Return where the targets (N,) are scored, (n,); on the CPU, so that no GPU waits."""
+    """Return the positions (n,) of the scored ones of the targets (N,), which are on the CPU."""
     return (targets != NOT_SCORED).nonzero().squeeze(1)
 
 
 def check_block_size(block_size: int, config: GPT2Config) -> None:
-    """Raise UserError for a block that the base has no positions for."""
+    """Raise UserError if a block is longer than the base's context (`n_positions`)."""
     if block_size > config.n_positions:
         raise UserError(f"--block-size {block_size}: the base sees {config.n_positions} tokens "
                         "at most")
@@ -55,14 +55,14 @@ class Windows:
         return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
 
     def scored_tokens(self, indices: np.ndarray) -> int:
-        return len(indices) * self.block_size
+        return len(indices) * self.block_size  # every token of a window is scored
 
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield consecutive windows, whatever the stride: they score each token once."""
         return evaluation_batches(self.tokens, self.block_size, self.block_size, self.label_shift)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the epoch's order of the windows: a permutation that only these two decide."""
+        """Return the epoch's order of the windows, a permutation (N,) of their indices."""
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
 
@@ -85,11 +85,11 @@ def evaluation_batches(tokens: np.ndarray, block_size: int, stride: int, label_s
                        batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets (B, T) that score each token but the first `label_shift` once.
 
-    Windows start every `stride` tokens, at most the block size; below it, only tokens that no
-    earlier window scored count. A shorter last window is padded on the right, where a causal model
-    cannot see, and the padding is not scored.
+    Windows start every `stride` tokens, at most `block_size`; where they overlap, the first one
+    scores. A shorter last window is padded on the right, where a causal model cannot see, and the
+    padding is not scored.
     """
-    last = max(0, len(tokens) - label_shift - block_size)  # a window from here on reaches the end
+    last = max(0, len(tokens) - label_shift - block_size)  # a window from here reaches the end
     starts = np.arange(0, last + stride, stride) if len(tokens) > label_shift else np.arange(0)
     column, end = np.arange(block_size), len(tokens) - 1
     for i in range(0, len(starts), batch_size):

@@ -11,9 +11,9 @@ class DoRALinear(LoRALinear):
     """y = m / ||V|| * V x + b, with V = W + scaling * B A (Liu et al. 2024,
     https://arxiv.org/abs/2402.09353, equation 5).
 
-    ||V|| (out,) holds the norm of each row of V, and m = lora_magnitude_vector (out,) is trained
-    from ||W|| on, so a new adapter changes nothing. Gradients take ||V|| for a constant (4.3). As
-    in PEFT, what m / ||V|| - 1 scales goes through dropout as well:
+    ||V|| (out,) holds the norm of each row of V. m = lora_magnitude_vector (out,) starts as ||W||
+    and is trained, so a new adapter changes nothing. ||V|| counts as a constant in the gradients
+    (4.3). As in PEFT, dropout also applies to the x that m / ||V|| - 1 scales:
 
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
     """
@@ -29,11 +29,11 @@ class DoRALinear(LoRALinear):
             return y
         weight, bias = self.base_layer.weight, self.base_layer.bias
         if not torch.is_autocast_enabled(x.device.type):
-            x, weight = (t.to(self.lora_A.weight.dtype) for t in (x, weight))
+            x, weight = x.to(self.lora_A.weight.dtype), weight.to(self.lora_A.weight.dtype)
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
-            base = ops.linear(x, weight)
-        else:  # W x is known already
+            base = ops.linear(x, weight)  # W dropout(x)
+        else:  # W x, which is known already
             base = y if bias is None else y - bias
         factor = self.lora_magnitude_vector / self._norm()  # (out,)
         update = (factor - 1) * base + factor * self.lora_B(self.lora_A(x)) * self.scaling
@@ -41,15 +41,15 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return m / ||V|| * V - W, (out, in) in fp32; of a merged layer too, to rounding."""
-        delta = super().delta_weight()
+        """Return m / ||V|| * V - W, (out, in) in fp32; exact to rounding if the layer is merged."""
+        update = super().delta_weight()  # scaling * B A
         if not self.merged:
-            self.norm = self._norm()  # merging makes it another, and unmerging needs it
-        factor = (self.lora_magnitude_vector / self.norm)[:, None]
+            self.norm = self._norm()  # kept for unmerging: the merged weight has another norm
+        factor = (self.lora_magnitude_vector / self.norm)[:, None]  # (out, 1)
         weight = self.base_layer.weight.float()
-        if self.merged:
-            weight = weight / factor - delta
-        return factor * (weight + delta) - weight
+        if self.merged:  # weight is factor * (W + update)
+            weight = weight / factor - update
+        return factor * (weight + update) - weight
 
     def adapter(self) -> dict[str, Tensor]:
         return super().adapter() | {"lora_magnitude_vector": self.lora_magnitude_vector}

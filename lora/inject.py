@@ -15,7 +15,8 @@ from lora.targets import find_targets, layer_config
 def inject(model: nn.Module, config: LoRAConfig) -> None:
     """Wrap every `nn.Linear` that `find_targets` names in a `LoRALinear`; freeze the rest.
 
-    Raises ValueError, and leaves the model as it was, for what it refuses or for a second adapter.
+    Raises ValueError, and leaves the model as it was, for a target, a rank or a combination of
+    variants that does not fit, or if the model has an adapter already.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; merge it first")
@@ -44,7 +45,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Have the model compute what its base does, inside the `with`. Raises ValueError if merged."""
+    """Make the model compute what its base does inside the `with`. Raises ValueError if merged."""
     layers = lora_layers(model).values()
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged into the base; unmerge it first")

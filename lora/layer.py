@@ -1,4 +1,4 @@
-"""The LoRA layer: a frozen linear layer plus a trained update of low rank."""
+"""The LoRA layer: a frozen linear layer plus a trained low-rank update."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -18,34 +18,34 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] | str = ("c_attn",)
+    target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` says what names match
     use_rslora: bool = False
-    layers_to_transform: tuple[int, ...] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None  # only these blocks; None: all
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # r of layers that match a regex
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # and their lora_alpha
     use_dora: bool = False
-    init_lora_weights: bool | str = True  # or "pissa"
+    init_lora_weights: bool | str = True  # A uniform and B zero; or "pissa"
 
     @property
     def scaling(self) -> float:
-        """Return the factor of B A x: alpha / r (paper, 4.1), or alpha / sqrt(r) for rsLoRA
+        """Return what B A x is multiplied by: alpha / r (paper, 4.1), or alpha / sqrt(r) for rsLoRA
         (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         """
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def stacked(self, n: int) -> "LoRAConfig":
-        """Return the config of n such adapters stacked into one, of the same scaling."""
+        """Return the config of rank n * r with the same scaling: n adapters' A and B stacked."""
         alpha = self.lora_alpha * (math.sqrt(n) if self.use_rslora else n)
         return replace(self, r=n * self.r, lora_alpha=alpha)
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + scaling * B A dropout(x), with W and b frozen (paper, equation 3).
+    """y = W x + b + scaling * B A dropout(x) (paper, equation 3); `inject` freezes W and b.
 
     Shapes: x (..., in), A = lora_A.weight (r, in), B = lora_B.weight (out, r), y (..., out).
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zero, so a new adapter changes nothing.
-    What is trained stays in fp32 whatever the base is in: its steps are small, and fp16 gradients
-    could not be unscaled. Raises ValueError for a rank outside 1 .. min(in, out).
+    A and B are fp32 whatever the base's precision: their steps are small, and GradScaler refuses
+    fp16 gradients. Raises ValueError for a rank outside 1 .. min(in, out).
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
@@ -53,10 +53,10 @@ class LoRALinear(nn.Module):
         fan_in, fan_out = base_layer.in_features, base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
-        self.base_layer, self.config = base_layer, config  # the config of what `adapter` returns
+        self.base_layer, self.config = base_layer, config  # variants: that of `adapter`'s tensors
         self.scaling = config.scaling
         self.lora_dropout = Dropout(config.lora_dropout)
-        # Drawn on the CPU in PEFT's order (A, B, then A again), so one seed gives one adapter.
+        # Drawn on the CPU in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
         self.lora_A = nn.Linear(fan_in, config.r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(config.r, fan_out, bias=False, dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
@@ -70,13 +70,13 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)  # (..., out)
         if self.merged or not self.enabled:
             return y
-        if not torch.is_autocast_enabled(x.device.type):  # autocast casts for the matmuls itself
+        if not torch.is_autocast_enabled(x.device.type):  # autocast casts the matmuls' inputs
             x = x.to(self.lora_A.weight.dtype)
         update = self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling  # (..., out)
         return (y + update).to(y.dtype)
 
     def adapter(self) -> dict[str, Tensor]:
-        """Return what a file holds of this layer, under PEFT's names."""
+        """Return this layer's tensors in an adapter file, under PEFT's names."""
         return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
 
     @torch.no_grad()
@@ -86,5 +86,5 @@ class LoRALinear(nn.Module):
 
 
 def _refuse_merged(layer: LoRALinear, *_) -> None:
-    if layer.merged:  # a fresh model that loads it would add the update twice
+    if layer.merged:  # else a model that loads it would add the update twice
         raise ValueError("the adapter is merged; unmerge it before taking the state dict")

@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts from the largest singular vectors of W, and leaves W the rest."""
+"""PiSSA: LoRA that starts from W's largest singular vectors and freezes the remainder."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -15,9 +15,9 @@ class PiSSALinear(LoRALinear):
     https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
     With W = U S V^T: B0 = U[:, :r] sqrt(S[:r] / scaling) (out, r) and A0 = sqrt(S[:r] / scaling)
-    V[:, :r]^T (r, in). A new adapter changes nothing, but for rounding. A0, B0 and the remainder
-    are computed again at each start; the given layer is left as it was. Raises ValueError for a
-    rank outside 1 .. min(in, out) / 2: a file, which is for the untouched W, holds twice the rank.
+    V[:, :r]^T (r, in). A new adapter changes nothing, but for rounding. A resumed run computes A0,
+    B0 and the remainder again from W; the given layer is copied, not changed. Raises ValueError for
+    a rank outside 1 .. min(in, out) / 2: the saved adapter, of W itself, has twice the rank.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):

@@ -4,14 +4,14 @@ from torch import Tensor
 
 
 def parameter_groups(parameters: dict[str, Tensor], ratio: float | None) -> list[dict]:
-    """Return an optimizer's groups, each with the `scale` of its learning rate.
+    """Return an optimizer's groups, each with the `scale` that its learning rate is multiplied by.
 
-    LoRA+ gives B, and DoRA's vectors, `ratio` times the rate of A (Hayou et al. 2024,
+    LoRA+ gives B, and DoRA's vectors, `ratio` times A's learning rate (Hayou et al. 2024,
     https://arxiv.org/abs/2402.12354; the groups are those of PEFT's create_loraplus_optimizer).
     A `ratio` of None leaves one group.
     """
     if ratio is None:
         return [{"params": list(parameters.values()), "scale": 1.0}]
-    fast = {name for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
-    return [{"params": [p for name, p in parameters.items() if name not in fast], "scale": 1.0},
-            {"params": [parameters[name] for name in parameters if name in fast], "scale": ratio}]
+    faster = {name for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
+    return [{"params": [p for n, p in parameters.items() if n not in faster], "scale": 1.0},
+            {"params": [p for n, p in parameters.items() if n in faster], "scale": ratio}]

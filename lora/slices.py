@@ -21,16 +21,16 @@ class SlicedLoRALinear(LoRALinear):
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: set[str]):
-        # Other targets than the user's, so that a file is written with whole layers' names.
+        # Other targets than the user's tell `save_adapter` to write plain LoRA on whole layers.
         plain = replace(config.stacked(len(slices)), target_modules=("c_attn",))
         super().__init__(base_layer, plain)
         places = [i for i, name in enumerate(SLICES) if name in slices]
         width = base_layer.out_features // len(SLICES)
-        self.lora_B = _Blocks(places, width, config.r).to(base_layer.weight.device)
+        self.lora_B = _BlockSparseLinear(places, width, config.r).to(base_layer.weight.device)
 
 
-class _Blocks(nn.Module):
-    """A linear layer n r -> 3 d; of its weight, n blocks (d, r) are trained."""
+class _BlockSparseLinear(nn.Module):
+    """A linear layer n r -> 3 d whose weight is zero but for n trained blocks (d, r)."""
 
     def __init__(self, places: list[int], width: int, r: int):
         super().__init__()
@@ -40,7 +40,7 @@ class _Blocks(nn.Module):
     def weight(self) -> Tensor:
         n, d, r = self.blocks.shape
         whole = self.blocks.new_zeros(len(SLICES), d, n, r)
-        for i, place in enumerate(self.places):  # a list as an index would make a GPU wait for it
+        for i, place in enumerate(self.places):  # indexing with a list would synchronise a GPU
             whole[place, :, i] = self.blocks[i]
         return whole.view(len(SLICES) * d, n * r)
 

@@ -17,12 +17,12 @@ REFUSED = {HEAD: "the head is tied to wte, and an update of one would change bot
 
 
 def target_modules(names: list[str]) -> tuple[str, ...] | str:
-    """Return what a command line's names are in `LoRAConfig`: "all-linear" alone is no name."""
+    """Return a command line's names as `LoRAConfig` has them: "all-linear" alone is a string."""
     return "all-linear" if names == ["all-linear"] else tuple(names)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
-    """Return the linear layers to adapt, in module order, each with its slices (none: the whole).
+    """Return the linear layers to adapt, in module order, each with its slices (empty: all of it).
 
     `target_modules` is "all-linear" (all but the head), a regular expression of full names, or a
     list of full names and of suffixes of them after a dot: `c_proj` is the attention's and the
@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 def _match(target: str, config: LoRAConfig, names: list[str],
            linear: list[str]) -> tuple[list[str], set[str]]:
-    """Return the names that a target matches, and the slice of them that it means."""
+    """Return the names that a target matches, and its slice, {"q"}, {"k"}, {"v"} or none."""
     if config.target_modules == "all-linear":
         return linear, set()
     if isinstance(config.target_modules, str):
@@ -76,7 +76,7 @@ def _match(target: str, config: LoRAConfig, names: list[str],
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
-    """Return `config` with one layer's rank and alpha: of the first key that matches its name."""
+    """Return `config` with one layer's rank and alpha: those of the first key that matches it."""
     full = TRANSFORMER + name
     r = next((r for key, r in config.rank_pattern.items() if _matches(key, full)), config.r)
     alpha = next((alpha for key, alpha in config.alpha_pattern.items() if _matches(key, full)),
@@ -90,7 +90,7 @@ def _matches(key: str, name: str) -> bool:
 
 
 def _block(name: str) -> int | None:
-    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)  # as in PEFT: transformer.h.3.attn -> 3
     return int(match[1]) if match else None
 
 

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST_MATRIX = 256  # tokens, up to which low precision is faster with the (T, T) matrix
-FEW_LOGITS = 1 << 23  # at a time, to save memory
-MANY_LOGITS = 1 << 25  # where each chunk costs a kernel launch or a sum into the head's gradient
+LONGEST_MATRIX = 256  # tokens; up to here low precision is faster with the (T, T) matrix
+FEW_LOGITS = 1 << 23  # in one chunk, to save memory
+MANY_LOGITS = 1 << 25  # where a chunk costs a kernel launch or an addition to the head's gradient
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

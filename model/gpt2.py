@@ -1,12 +1,12 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
-Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...), so a state dict needs
-no map. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...); `model/weights.py` only
+transposes. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
-`ops` is PyTorch's linear, dropout, attention and cross-entropy, written for speed: each function
-has its one-line meaning in `model/plain.py`.
+`ops` has PyTorch's linear, dropout and attention, written for speed. Read each function as the
+one-line function of the same name in `model/plain.py`.
 """
 
 import math
@@ -37,12 +37,12 @@ class GPT2Config:
     initializer_range: float = 0.02
     activation_function: str = "gelu_new"  # GPT-2's tanh form; "gelu" is the erf form
     scale_attn_weights: bool = True  # by 1 / sqrt(D)
-    scale_attn_by_inverse_layer_idx: bool = False  # and by 1 / (layer + 1), layers from 0
-    token_ids: dict = field(default_factory=dict)  # `bos_token_id` and the like: for other readers
+    scale_attn_by_inverse_layer_idx: bool = False  # also by 1 / (layer + 1), layers from 0
+    token_ids: dict = field(default_factory=dict)  # `bos_token_id` etc.: unused, saved again
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one (B, H, T, D) pair a block."""
+    """Keys and values of the tokens seen so far, one (B, H, T, D) pair per block."""
 
     def __init__(self) -> None:
         self.blocks: dict[int, tuple[Tensor, Tensor]] = {}
@@ -65,7 +65,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
         self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
-        # `causal_attention` itself scales the scores by 1 / sqrt(D).
+        # Attention always scales scores by 1 / sqrt(D): q makes up for any other scale.
         self.q_scale = 1.0 if config.scale_attn_weights else (config.n_embd / config.n_head) ** 0.5
         if config.scale_attn_by_inverse_layer_idx:
             self.q_scale /= layer + 1
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             y = ops.causal_attention(q, k, v, self.attn_pdrop if self.training else 0.0)
         else:
             k, v = cache.extend(self.layer, k, v)
-            past = k.size(2) - T
+            past = k.size(2) - T  # no mask for a single token: it sees all
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=past == 0,
                 attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None)
@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
-    """Return (new, past + new) booleans: new token i sees every token up to past + i."""
+    """Return (new, past + new) booleans, True where new token i sees token j: j <= past + i."""
     return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)
 
 
@@ -121,16 +121,16 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model, with random weights. Its head is `wte` itself: tying cannot come undone.
+    """The language model, with random weights. Its head is `wte` itself, so they stay tied.
 
-    Random draws of a training step, in order: the embedding's dropout; then in each block the
-    attention weights', the attention output's, the MLP's; LoRA's, before each adapted layer.
+    Parity with PEFT relies on the order in which dropouts draw: embedding; in each block LoRA's on
+    c_attn, attention weights, LoRA's on c_proj, attention output, LoRA's on the MLP, MLP output.
     """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep a block's input only, compute the rest again
+        self.gradient_checkpointing = False  # keep only blocks' inputs, recompute the rest
         self.wte = ops.Embedding(config.vocab_size, config.n_embd)
         self.wpe = ops.Embedding(config.n_positions, config.n_embd)
         self.drop = ops.Dropout(config.embd_pdrop)
@@ -162,10 +162,10 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
-        """Return wte[idx] + wpe[positions], (B, T, C): the residual stream, in the norms' fp32.
+        """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        Autocast does not round embeddings, and `Device.hold` rounds frozen ones: an evaluation
-        rounds them in any case, so that a model has one loss, whoever evaluates it.
+        Autocast leaves embeddings in fp32, but `Device.hold` rounds frozen ones. Evaluation under
+        autocast rounds both kinds, so that a model's loss is the same during training and after.
         """
         tok, pos = self.wte(idx), self.wpe(positions)  # (B, T, C), (T, C)
         if torch.is_autocast_enabled(idx.device.type) and not torch.is_grad_enabled():
@@ -181,9 +181,9 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw weights by GPT-2's scheme as transformers has it: N(0, initializer_range), biases 0,
-        and the projections that write to the residual stream scaled by 1 / sqrt(2 * n_layer), the
-        number of such additions (paper, 2.3). OpenAI's own code draws `wpe` from N(0, 0.01).
+        """Draw weights as transformers does: std initializer_range, biases 0. The 2 * n_layer
+        projections that add to the residual stream are scaled by 1 / sqrt(2 * n_layer) (paper,
+        2.3). OpenAI's own code draws `wpe` with std 0.01.
         """
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():

@@ -1,8 +1,8 @@
-"""GPT-2's operations and its loss as PyTorch has them, one call each. Read this before `fast.py`.
+"""GPT-2's operations and its loss, one PyTorch call each. Read this before `fast.py`.
 
-`model/fast.py` has a faster twin of each function here, under the same name, and the model uses
-those; `tests/model/test_fast.py` holds each pair together. The parity check trains on these, which
-are bit for bit what transformers and PEFT run.
+`model/fast.py` has a faster twin of each function, under the same name, and the model calls that
+one; `tests/model/test_fast.py` compares the two. The parity check trains with the functions here,
+which compute bit for bit what transformers and PEFT do.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Return dropout(softmax(q k^T / sqrt(D) + mask), p) v; all (B, H, T, D). Each token sees
-    itself and what is before it.
+    """Return dropout(softmax(q k^T / sqrt(D) + mask), p) v, all (B, H, T, D). The mask is -inf
+    where a key comes after the query, else 0.
     """
     return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
 
@@ -34,7 +34,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum -log p(target) over the tokens, nats, with p = softmax(hidden W^T) in fp32.
 
-    hidden (N, C), W = wte (V, C), targets (N,).
+    hidden (N, C), W = wte.weight (V, C), targets (N,); returns a scalar.
     """
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
@@ -50,8 +50,8 @@ OPERATIONS = {f.__name__: f for f in (linear, dropout, causal_attention, tied_cr
 
 @contextmanager
 def plain_operations(*names: str) -> Iterator[None]:
-    """Run the model and the loss on these in place of `fast.py`'s, inside the `with`: on those of
-    these names, or without names on all.
+    """Replace `fast.py`'s functions by those of this file inside the `with`: all, or those named.
+    The model then calls these, because it looks each function up in `fast` when it calls it.
     """
     before = {name: getattr(fast, name) for name in names or OPERATIONS}
     vars(fast).update({name: OPERATIONS[name] for name in before})
