@@ -32,7 +32,7 @@ from training.report import compare, perplexity
 
 @dataclass(frozen=True)
 class Scores:
-    """Hold a model's scores on a text. `loss` is in nats, the mean over scored tokens."""
+    """Scores on `tokens` tokens, `bytes` bytes of UTF-8; `loss` is the tokens' mean, in nats."""
 
     tokens: int
     bytes: int
@@ -57,9 +57,9 @@ def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: T
              device: Device, ranks: Ranks = ALONE) -> Scores:
     """Score the targets that are not NOT_SCORED, of inputs and targets (B, T).
 
-    Raises RunError if the loss is not finite, and UserError for end-of-text tokens alone.
+    Raises RunError if the loss is not finite, and UserError if all of them are end-of-text tokens.
     """
-    # The loss and the greedy hits, both as sums over tokens.
+    # Sums over tokens of the loss and of the greedy hits. MPS has no fp64.
     sums = torch.zeros(2, device=device.torch,
                        dtype=torch.float32 if device.torch.type == "mps" else torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)  # tokens and bytes
@@ -70,8 +70,8 @@ def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: T
             targets = targets.flatten()
             scored = scored_positions(targets)
             targets = targets[scored]
-            length = tokenizer.byte_counts[targets.numpy()].sum(dtype=np.int64)
-            counts += torch.tensor([len(targets), int(length)])
+            text_bytes = tokenizer.byte_counts[targets.numpy()].sum(dtype=np.int64)
+            counts += torch.tensor([len(targets), int(text_bytes)])
             inputs, targets, scored = map(device.copy, (inputs, targets, scored))
             with device.autocast():
                 hidden = model.hidden(inputs).flatten(0, 1)[scored]  # (n, C)

@@ -72,14 +72,15 @@ def main() -> None:
             with adapter_disabled(model):
                 write_texts(model, tokenizer, args)
             print(f"=== {name} with {adapter}\n")
-        (chat if args.chat else write_texts)(model, tokenizer, args)
+        write = chat if args.chat else write_texts
+        write(model, tokenizer, args)
 
 
 def write_side_by_side(args, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
     (name, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
     device.hold(model)
-    names = [None] * args.with_base + [str(directory) for directory in args.adapter]
+    names = ([None] if args.with_base else []) + [str(directory) for directory in args.adapter]
     rows = [(prompt, adapter) for prompt in args.prompt for adapter in names]
     adapters.use([adapter for _, adapter in rows])
     with device.autocast():
@@ -105,14 +106,15 @@ def write_texts(model: GPT2, tokenizer: Tokenizer, args) -> None:
 
 def continue_rows(model: GPT2, tokenizer: Tokenizer, prompts: list[str], args) -> list[str]:
     """Return the continuations of the prompts, each as if it were the only one of its batch."""
-    draws = [sampling(model, args) for _ in prompts]
-    generators = [draw.pop("generator") for draw in draws]
+    settings = [sampling(model, args) for _ in prompts]  # a generator each, seeded alike
+    generators = [each.pop("generator") for each in settings]
     rows = [[] for _ in prompts]
     for tokens in generate_rows(model, [as_ids(model, tokenizer.encode(p)) for p in prompts],
                                 args.max_new_tokens, generators, never=padding(model, tokenizer),
-                                **draws[0]):
+                                **settings[0]):
         for row, token in zip(rows, tokens.tolist(), strict=True):
-            row += [token] * (token >= 0 and len(row) < args.max_new_tokens)
+            if token >= 0 and len(row) < args.max_new_tokens:
+                row.append(token)
         if all(tokenizer.end_of_text in row for row in rows):
             break
     return ["".join(decode(tokenizer, row)) for row in rows]
@@ -131,9 +133,9 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
     """
     require_end_of_text(tokenizer)  # now, and not after the first answer
     sys.stdin.reconfigure(errors="replace")
-    context, draw, turns = model.config.n_positions, sampling(model, args), []
+    context, settings, turns = model.config.n_positions, sampling(model, args), []
     room = context - min(args.max_new_tokens, context // 2)
-    ready = "> " * sys.stdin.isatty()
+    ready = "> " if sys.stdin.isatty() else ""
     print(ready, end="", flush=True)
     for line in sys.stdin:
         turns.append(("User", line.strip()))
@@ -142,7 +144,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
             if len(ids) <= room:
                 break
         answer = ""
-        for text in stream_text(model, tokenizer, ids, args.max_new_tokens, **draw):
+        for text in stream_text(model, tokenizer, ids, args.max_new_tokens, **settings):
             print(text if answer else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
@@ -162,10 +164,10 @@ def as_ids(model: GPT2, ids: np.ndarray) -> Tensor:
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
-    """Mark the ids of the model's vocabulary that are not tokens, bool (V,)."""
-    padding = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
-    padding[list(tokenizer.bytes_of)] = False
-    return padding
+    """Return where the model's vocabulary is padding and holds no token, bool (V,)."""
+    mask = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
+    mask[list(tokenizer.bytes_of)] = False
+    return mask
 
 
 def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -141,7 +141,7 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
         sub = methods.add_parser(method, formatter_class=_Formatter)
-        state, source = (sub.add_mutually_exclusive_group() for _ in range(2))
+        state, source = sub.add_mutually_exclusive_group(), sub.add_mutually_exclusive_group()
         groups = {"resume": state, "overwrite": state, "book": source, "data": source}
         for f in fields(Options)[1:]:
             if f.metadata and (method == "lora" or f.name not in LORA_ONLY):

@@ -56,8 +56,10 @@ def printable(text: str) -> str:
     """Return a path's text as a table can hold it; a path need not be UTF-8."""
     text = text.encode(errors="backslashreplace").decode()
     return "".join(c if c.isprintable() else " " for c in text)
+
+
 def read_run(directory: Path) -> dict:
-    """Read a finished run's `run.json`. Raises UserError if it is missing or of another make."""
+    """Read a finished run's `run.json`. Raises UserError if it is missing or malformed."""
     path = directory / RUN
     run = read_json(path)
     texts = [run.get("base"), run.get("book_sha256")]
@@ -96,11 +98,11 @@ def compare(directories: list[Path]) -> None:
 
 
 def _base_cells(run: dict) -> list[str]:
-    """Return the table's row of a run's base, over the same bytes as the run's own losses."""
+    """Return the table's row of a run's base. Both losses are over the same tokens and bytes."""
     loss, best = run["base_val_loss"], run["best_val_loss"]
     bits = f"{run['best_val_bits_per_byte'] * loss / best:.4f}" if best else "-"
     return [f"base {printable(run['base'])}", "0", "0 %", f"{loss:.4f}", f"{perplexity(loss):.2f}",
-            bits, *"----"]
+            bits, "-", "-", "-", "-"]
 
 
 def _cells(directory: Path, run: dict) -> list[str]:

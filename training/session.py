@@ -42,6 +42,8 @@ class Session:
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
         self.metrics_bytes, self.seconds, self.peak_memory_mb = 0, 0.0, 0.0
+        self.total_steps, self.started, self.saved_at = 0, 0.0, 0.0  # `resume` and `steps` set them
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> "Session":
         """Take the lock. Raises UserError if another run is in `--out`, or at work there."""
@@ -61,7 +63,7 @@ class Session:
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        """Turn what a run cannot go on from into one line that names the last checkpoint."""
+        """Release the lock; turn a known failure into a RunError that names the last checkpoint."""
         if self.directory:
             self.directory.close()
         if self.running and (failure := describe_failure(error)):
@@ -134,7 +136,7 @@ class Session:
                 "torch": torch.__version__})
 
     def _count(self) -> dict:
-        """Time and memory, those before a resume included."""
+        """Update and return time and peak memory, those before a resume included."""
         self.seconds = time.perf_counter() - self.started
         self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
         return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
@@ -165,12 +167,12 @@ class Session:
         self.saved_step, self.saved_at = self.watched["progress"].step, time.perf_counter()
 
     def _restore(self, state: dict) -> None:
-        """Take up the run. Raises UserError if the checkpoint is of another one."""
+        """Restore what `_save` saved. Raises UserError if the checkpoint is of another run."""
         try:
             refuse_another(state["run"], self.identity)
             for name, stateful in self.watched.items():
                 stateful.load_state_dict(state[name])
-            vars(self).update(state["session"])
+            vars(self).update(state["session"])  # metrics_bytes, seconds, peak_memory_mb
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if describe_failure(error):  # out of memory
                 raise

@@ -24,7 +24,7 @@ COLUMNS = ("", "runs", "val loss", "min .. max", "perplexity", "min .. max")
 
 def train(arguments: list[str], out: Path) -> int:
     """Return the exit status of train.py, once it has ended."""
-    resume = ["--resume"] * ((out / METRICS).exists() and "--overwrite" not in arguments)
+    resume = ["--resume"] if (out / METRICS).exists() and "--overwrite" not in arguments else []
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, *resume])
     # A terminal's SIGINT reaches the child as well, which saves and ends; SIGTERM does not.
     ours = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
@@ -41,7 +41,7 @@ def spread(values: list[float], digits: int) -> list[str]:
 
 
 def draw(perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> None:
-    """Draw perplexity against learning rate: a line a rank, its bars from least to most."""
+    """Draw perplexity against learning rate: one line per rank, its bars from least to most."""
     figure, axes = subplots(figsize=(7, 4.5))
     for rank in dict.fromkeys(rank for _, rank in perplexities):
         line = {lr: v for (lr, r), v in sorted(perplexities.items()) if r == rank}
@@ -73,7 +73,7 @@ def main() -> int:
     values = args.lr or [default.lr], args.r or [None], args.seed or [default.seed]
     plan, results, failed = [], {}, False
     for lr, r, seed in product(*map(dict.fromkeys, values)):  # a value given twice is one run
-        options = [f"lr={lr}"] + [f"r={r}"] * bool(r) + [f"seed={seed}"]
+        options = [f"lr={lr}"] + ([f"r={r}"] if r else []) + [f"seed={seed}"]
         out = args.out / ",".join(options)
         plan.append(((lr, r), out, [args.method, *others, *(f"--{x}" for x in options),
                                     f"--out={out}"]))
