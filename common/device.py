@@ -144,5 +144,3 @@ def tune_process() -> None:
     # On an H100 or later, torch 2.11 to 2.13 prefer cuDNN, which plans every new shape anew: in
     # generation one at each token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-

@@ -36,7 +36,7 @@ class Instructions:
     """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
 
     rows: list[np.ndarray]
-    epoch_order = Windows.epoch_order
+    epoch_order = Windows.epoch_order  # which needs len(self) alone
 
     def __len__(self) -> int:
         return len(self.rows)

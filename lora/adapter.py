@@ -41,7 +41,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path, base: st
 
 def write_adapter(tensors: Mapping[str, Tensor], config: LoRAConfig, directory: Path, base: str,
                   base_sha256: str = "") -> None:
-    """Do what `save_adapter` does, with every A and B under its key."""
+    """Write `tensors`, every A and B under its PEFT key, and `config`, as `save_adapter` does."""
     metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
     write_json(Path(directory) / CONFIG, peft_config(config, base))
     with atomic_path(Path(directory) / WEIGHTS) as temporary:
@@ -49,7 +49,7 @@ def write_adapter(tensors: Mapping[str, Tensor], config: LoRAConfig, directory: 
 
 
 def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Return `config`, or what PiSSA and slices are as plain LoRA: every layer by its name."""
+    """Return `config`, or for PiSSA and slices the plain LoRA's: each layer by its full name."""
     layers = {name: layer.config for name, layer in lora_layers(model).items()}
     if all(layer == layer_config(config, name) for name, layer in layers.items()):
         return config
@@ -63,6 +63,7 @@ def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def adapter_path(directory: Path) -> Path:
+    """Return the file of A and B: safetensors, unless there is only PEFT's older pickle."""
     path, pickled = (Path(directory) / name for name in (WEIGHTS, PICKLED_WEIGHTS))
     return pickled if os.path.exists(pickled) and not os.path.exists(path) else path
 

@@ -17,9 +17,9 @@ def combine(adapters: Sequence[dict[str, Factors]], weights: Sequence[float],
             rank: int | None = None) -> tuple[dict[str, Factors], float]:
     """Return sum_i w_i B_i A_i for each layer, and the share of its squared norm that is kept.
 
-    [w_1 B_1, w_2 B_2, ...] side by side and A_1, A_2, ... stacked are the sum itself. Above `rank`
-    or a layer's smaller side each is cut to the nearest matrix. A layer that an adapter lacks
-    counts as zero. Raises UserError if a layer's shapes differ.
+    [w_1 B_1, w_2 B_2, ...] side by side and A_1, A_2, ... stacked are the sum itself. If its rank
+    is above `rank`, or above a layer's smaller side, every layer is cut to its nearest matrix of
+    that rank. A layer that an adapter lacks counts as zero. Raises UserError if shapes differ.
     """
     total = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter):

@@ -59,6 +59,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
         raise UserError(f"{path}: is not an adapter of GPT-2's layers")
     names.sort(key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
     configs = {name: layer_config(config, name.removeprefix(PREFIX)) for name in names}
+    # A (r, in) and B (out, r): r is the config's; in and out are what the file has.
     wanted = {name + A_KEY: (c.r, *shapes[name + A_KEY][1:]) for name, c in configs.items()}
     wanted |= {name + B_KEY: (*shapes.get(name + B_KEY, ())[:1], c.r)
                for name, c in configs.items()}

@@ -80,7 +80,7 @@ class Dropout(nn.Dropout):
 
 
 class _Dropout(torch.autograd.Function):
-    """Draw 16 bits an element, four in a 64-bit word: on a CPU dropout waits for the generator."""
+    """Draw 16 bits per element, four in a 64-bit word: on a CPU dropout waits for the generator."""
 
     @staticmethod
     def forward(ctx, x, p):

@@ -21,13 +21,12 @@ def generate_rows(model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
                   generators: Sequence[torch.Generator | None], *, temperature: float = 1.0,
                   top_k: int = 0, top_p: float = 1.0,
                   never: Tensor | None = None) -> Iterator[Tensor]:
-    """Draw one token after another for each of n prompts (T_i,), with the row's own generator.
+    """Yield ids (n,): the next token of each of n prompts (T_i,), drawn with the row's generator.
     Tokens marked in `never`, bool (V,), are not drawn.
 
-    All rows begin at their first token, so that no padding is needed: as many tokens as the
-    shortest prompt has are read at once, and the rest of a longer one is fed a token a step, in
-    place of a drawn one; the row then yields -1. The longest prompt gets `max_new_tokens`, the
-    others more.
+    No row is padded: the first forward pass reads as many tokens as the shortest prompt has. The
+    rest of a longer prompt is fed one token per step, in place of a drawn one, and until its end
+    the row yields -1. The longest prompt gets `max_new_tokens`, the others more.
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.

@@ -62,8 +62,8 @@ def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
 
 
 def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters one by one, (out, in), of the shapes and types of `needed`, and
-    leave the masks unread.
+    """Yield a model's parameters one by one, in the shapes, (out, in), and dtypes of `needed`; skip
+    the file's causal masks. Raises UserError as `load_gpt2`.
     """
     keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
@@ -72,10 +72,10 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
         for name, p in needed.items()}
     tied = {HEAD} if f"{prefix}wte.weight" in keys else {f"{prefix}wte.weight"}
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
-    head = None  # a stored copy of the tied head, or the only one
+    head = None  # the tied head, if the file has it: `shapes`, and so the loop, begins with it
     for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
         name = "wte.weight" if key == HEAD else key.removeprefix(prefix)
-        value = torch.empty_like(needed[name], device="cpu")  # ours: the file may be replaced
+        value = torch.empty_like(needed[name], device="cpu")  # a copy: the file may be replaced
         value.copy_(tensor.t() if CONV1D.search(key) else tensor)
         if name != "wte.weight" or head is None:
             yield name, value
@@ -90,6 +90,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def weights_path(directory: Path) -> Path:
+    """Return the base's weights file. Raises UserError if there is none, or a sharded one only."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
         if (Path(directory) / name).exists():
             return Path(directory) / name
@@ -152,4 +153,3 @@ def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
     with atomic_path(directory / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, {"format": "pt"}, dtype)
         write_json(directory / CONFIG, config)
-

@@ -19,7 +19,7 @@ Data = Windows | Instructions
 
 def build_model(options: Options, directory: Path,
                 dtype: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
-    """Build the base, its dropouts set; for LoRA it is read in `dtype`, frozen, and adapted."""
+    """Return the base (for LoRA in `dtype`, frozen and adapted) and the adapter's config."""
     if options.method == "full" and not has_weights(directory):
         print(f"{directory} holds no weights: starting from random initialisation")
         model = GPT2(load_config(directory))

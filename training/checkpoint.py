@@ -96,7 +96,7 @@ def _read(path: Path) -> dict:
 
 
 def _sha256(path: Path) -> tuple[str, int]:
-    """Return the file's sha256 without the digest in its header, and the digest's place."""
+    """Return the file's sha256, with zeros for the digest in its header, and that one's offset."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         start = file.read(1 << 10)  # `write_tensors` puts the metadata first

@@ -18,9 +18,7 @@ HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpoi
 
 
 def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> dict:
-    """Return what makes this run this run: its options, and hashes of its base (in `directory`), of
-    its tokens, since the book's file may change, and of its initial adapter.
-    """
+    """Return what identifies a run: its options, and hashes of base, tokens and initial adapter."""
     book, start = hashlib.sha256(), options.init_adapter
     for part in tokens:
         book.update(np.ascontiguousarray(part))

@@ -68,7 +68,7 @@ class Meter:
             self.skips_in_a_row = (self.skips_in_a_row + 1) * bad_gradient
             bad_gradient = self.skips_in_a_row >= MOST_SKIPS
         first = (bad_loss | bad_gradient) & (self.faulty_step == 0)
-        self.faulty_step += first * step
+        self.faulty_step += first * step  # arithmetic: an `if` would wait for the GPU
         self.faulty_loss += first & bad_loss
 
     def check(self) -> None:
