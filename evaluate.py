@@ -20,7 +20,7 @@ from common.errors import RunError, UserError, run_command
 from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
-from data.windows import check_block_size, evaluation_batches, scored_positions, split
+from data.windows import check_block_size, scored_positions, split, text_batches
 from lora.load import add_model_options, load_model
 from model import fast as ops
 from model.gpt2 import GPT2
@@ -102,7 +102,7 @@ def parse_args():
     parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0),
                         help="score only this last part of the text or the data")
     parser.add_argument("--block-size", type=number(int, 1), default=128,
-                        help="tokens a window (default: %(default)s)")
+                        help="tokens per window (default: %(default)s)")
     parser.add_argument("--stride", type=number(int, 1),
                         help="a window starts every so many tokens (default: the block size)")
     parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, metavar="{1,2}",
@@ -126,8 +126,8 @@ def main() -> None:
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if args.stride and args.stride > args.block_size:
         raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
-    device = Device.pick(args.device, args.precision)
     tune_process()
+    device = Device.pick(args.device, args.precision)
     name, model, tokenizer = load_model(args.base, args.adapter, device.dtype)
     check_block_size(args.block_size, model.config)
     device.hold(model)
@@ -138,8 +138,8 @@ def main() -> None:
         batches = Instructions(chosen).evaluation_batches(args.batch_size)
     else:
         chosen = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
-        batches = evaluation_batches(chosen, args.block_size, args.stride or args.block_size,
-                                     args.label_shift, args.batch_size)
+        batches = text_batches(chosen, args.block_size, args.stride or args.block_size,
+                               args.label_shift, args.batch_size)
     if len(chosen) <= (0 if args.data else args.label_shift):
         unit = "examples" if args.data else "tokens"
         raise UserError(f"{text}: {len(chosen)} {unit}; too short to score")

@@ -59,8 +59,8 @@ def main() -> None:
         raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
     if args.chat and len(args.adapter or ()) > 1:
         raise UserError("--chat answers with one adapter: give one --adapter")
-    device = Device.pick(args.device, args.precision)
     tune_process()
+    device = Device.pick(args.device, args.precision)
     if args.adapter and len(args.adapter) > 1:
         return write_side_by_side(args, device)
     [adapter] = args.adapter or [None]

@@ -55,7 +55,8 @@ def main() -> None:
         options = replace(options, base=name, precision=device.precision)
         torch.manual_seed(options.seed)
         model, config = build_model(options, directory, device.dtype)
-        options = replace(options, **asdict(config)) if config else options  # of --init-adapter
+        if config:  # --init-adapter brings its own LoRA options
+            options = replace(options, **asdict(config))
         print(describe_parameters(model))
         tokenizer = load_tokenizer(directory, model.config.vocab_size)
         windows, validation = load_data(options, model.config, tokenizer)
@@ -140,7 +141,7 @@ class Trainer:
         `inputs` and `targets` (B, T) are on the CPU.
         """
         if not len(inputs):  # a rank without windows; attention may refuse these (pytorch#133780)
-            return 0 * sum(p.sum() for p in self.parameters.values())  # zero gradients to reduce
+            return 0 * sum(p.sum() for p in self.parameters.values())  # gradients of 0
         hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
         if self.options.data:  # an example scores its completions, a window every token

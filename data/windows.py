@@ -23,7 +23,7 @@ def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
 
 
 def scored_positions(targets: Tensor) -> Tensor:
-    """Return the positions (n,) of the scored ones of the targets (N,), which are on the CPU."""
+    """Return the indices (n,) of the scored targets among `targets` (N,), both on the CPU."""
     return (targets != NOT_SCORED).nonzero().squeeze(1)
 
 
@@ -59,7 +59,7 @@ class Windows:
 
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield consecutive windows, whatever the stride: they score each token once."""
-        return evaluation_batches(self.tokens, self.block_size, self.block_size, self.label_shift)
+        return text_batches(self.tokens, self.block_size, self.block_size, self.label_shift)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the epoch's order of the windows, a permutation (N,) of their indices."""
@@ -81,8 +81,8 @@ def load_windows(books: Sequence[Path], tokenizer: Tokenizer, *, block_size: int
     return tuple(Windows(part, block_size, stride, label_shift) for part in (train_part, val_part))
 
 
-def evaluation_batches(tokens: np.ndarray, block_size: int, stride: int, label_shift: int,
-                       batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+def text_batches(tokens: np.ndarray, block_size: int, stride: int, label_shift: int,
+                 batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets (B, T) that score each token but the first `label_shift` once.
 
     Windows start every `stride` tokens, at most `block_size`; where they overlap, the first one

@@ -21,8 +21,8 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` says what names match
     use_rslora: bool = False
     layers_to_transform: tuple[int, ...] | None = None  # only these blocks; None: all
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # r of layers that match a regex
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # and their lora_alpha
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> r of matching layers
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> their lora_alpha
     use_dora: bool = False
     init_lora_weights: bool | str = True  # A uniform and B zero; or "pissa"
 
@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
         fan_in, fan_out = base_layer.in_features, base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
-        self.base_layer, self.config = base_layer, config  # variants: that of `adapter`'s tensors
+        self.base_layer, self.config = base_layer, config  # the config of `adapter`'s tensors
         self.scaling = config.scaling
         self.lora_dropout = Dropout(config.lora_dropout)
         # Drawn on the CPU in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.

@@ -1,7 +1,7 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
-Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...); `model/weights.py` only
-transposes. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...); its projections are
+transposed. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
@@ -38,7 +38,7 @@ class GPT2Config:
     activation_function: str = "gelu_new"  # GPT-2's tanh form; "gelu" is the erf form
     scale_attn_weights: bool = True  # by 1 / sqrt(D)
     scale_attn_by_inverse_layer_idx: bool = False  # also by 1 / (layer + 1), layers from 0
-    token_ids: dict = field(default_factory=dict)  # `bos_token_id` etc.: unused, saved again
+    token_ids: dict = field(default_factory=dict)  # `bos_token_id` etc.: unused here, saved again
 
 
 class KVCache:
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             y = ops.causal_attention(q, k, v, self.attn_pdrop if self.training else 0.0)
         else:
             k, v = cache.extend(self.layer, k, v)
-            past = k.size(2) - T  # no mask for a single token: it sees all
+            past = k.size(2) - T  # a single new token sees all: no mask
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=past == 0,
                 attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None)
@@ -165,7 +165,7 @@ class GPT2(nn.Module):
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
         Autocast leaves embeddings in fp32, but `Device.hold` rounds frozen ones. Evaluation under
-        autocast rounds both kinds, so that a model's loss is the same during training and after.
+        autocast rounds trained ones too, so that the loss is the same during training and after.
         """
         tok, pos = self.wte(idx), self.wpe(positions)  # (B, T, C), (T, C)
         if torch.is_autocast_enabled(idx.device.type) and not torch.is_grad_enabled():

@@ -46,7 +46,7 @@ class Options:
                                "completions are scored (data/instructions.py)", metavar="FILE")
     val_data: Path | None = option(None, Path, "validate on these (default: on the last "
                                    "--val-fraction of --data)", metavar="FILE")
-    block_size: int = option(128, number(int, 1), "tokens a window")
+    block_size: int = option(128, number(int, 1), "tokens per window")
     stride: int = option(16, number(int, 1), "a training window starts every so many tokens")
     val_fraction: float = option(0.1, number(float, 0.001, 0.9),
                                  "share of the book or data, at its end, that is the "
@@ -57,7 +57,7 @@ class Options:
     epochs: int = option(3, number(int, 1), "times that every window is trained on")
     max_steps: int | None = option(None, number(int, 1), "end here if the epochs do not end "
                                    "sooner; the schedule ends here too")
-    batch_size: int = option(16, number(int, 1), "windows a step")
+    batch_size: int = option(16, number(int, 1), "windows per step")
     grad_accum: int = option(1, number(int, 1), "parts in which a step's batch is computed, to "
                              "save memory; the result is the same but for the dropouts' draws")
     lr: float = option(3e-4, number(float, 1e-12, 10.0), "peak of the learning rate")

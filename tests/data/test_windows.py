@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.windows import NOT_SCORED, Windows, evaluation_batches, split
+from data.windows import NOT_SCORED, Windows, split, text_batches
 
 
 def test_the_last_tokens_are_the_validation_part():
@@ -53,7 +53,7 @@ def test_evaluation_scores_each_token_once_from_what_comes_before(
         data, length, block, shift, batch_size):
     stride = data.draw(st.integers(1, block))
     tokens = np.arange(length, dtype=np.uint16)  # each token is its own position
-    batches = list(evaluation_batches(tokens, block, stride, shift, batch_size))
+    batches = list(text_batches(tokens, block, stride, shift, batch_size))
     assert all(len(inputs) == batch_size for inputs, _ in batches[:-1])
     scored = []
     for inputs, targets in batches:
