@@ -45,7 +45,9 @@ help:
 
 # A stamp per set of packages: what a target needs is installed once, and again when it changes.
 .venv/run: pyproject.toml
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"error: Python 3.10 or later is needed; name one: make ... PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --editable '.[plots]'
 	@touch $@
 

@@ -169,10 +169,13 @@ def train(trainer: Trainer, session: Session) -> None:
     if progress.step == 0:
         with adapter_disabled(trainer.model):
             scores = trainer.evaluate()
-        progress.base_val_loss = scores.loss
+        progress.base_val_loss = progress.start_val_loss = scores.loss
         print(f"base: val {scores}", flush=True)
+        if scores.loss > 1.01 * math.log(trainer.model.config.vocab_size):
+            print("warning: the base predicts this text worse than by guessing; is it plain text, "
+                  "in a language that the base has seen?")
         if options.init_adapter:
-            validate(trainer, session)  # the initial adapter is the best so far
+            progress.start_val_loss = validate(trainer, session)["val_loss"]  # the best so far
         meter.restart()
     trainer.model.train()
     for batch in session.steps(trainer.batches(progress.step)):

@@ -96,4 +96,4 @@ def _read(file: TextIO, size: int) -> str:
     except UnicodeDecodeError as error:
         offset = file.buffer.tell() - len(error.object) + error.start
         raise UserError(f"{file.name}: not UTF-8 text (byte {offset:,}: {error.reason}); "
-                        "convert it first") from error
+                        "save it as plain text") from error

@@ -81,11 +81,11 @@ def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = No
     one that names the tensor if one is missing, unexpected, misshapen or not finite: an adapter of
     another base never loads in part.
     """
+    config = load_adapter_config(directory)
     if base_sha256 and (needed := base_hash(directory)) not in (None, base_sha256):
         raise UserError(f"{adapter_path(directory)}: was trained on another base (weights sha256 "
                         f"{brief(needed)}, not {brief(base_sha256)}); give --base the one it was "
                         f"trained on, {brief(base_name(directory))}")
-    config = load_adapter_config(directory)
     try:
         inject(model, config)
     except (ValueError, re.error) as error:  # PEFT's targets may be regular expressions

@@ -1,5 +1,6 @@
 """adapter_config.json, PEFT's file of an adapter's hyper-parameters, read strictly."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
     Raises UserError that names the field for anything but LoRA and DoRA on linear layers.
     """
     path = Path(directory) / CONFIG
-    stored = {"peft_type": None, "lora_dropout": 0.0} | read_json(path)
+    stored = {"peft_type": None, "lora_dropout": 0.0} | _read(path)
     for field, value in stored.items():
         if field not in USED | IGNORED and value not in SUPPORTED.get(field, UNUSED):
             raise UserError(f"{path}: {brief(field)} {brief(value)} is not supported")
@@ -90,4 +91,10 @@ def _pattern(path: Path, stored: dict, field: str, *limits) -> dict:
 
 def base_name(directory: Path) -> object:
     """Return the base that the config names: for people, since a path may mean another model."""
-    return read_json(Path(directory) / CONFIG).get("base_model_name_or_path")
+    return _read(Path(directory) / CONFIG).get("base_model_name_or_path")
+
+
+def _read(path: Path) -> dict:
+    if os.path.exists(path.with_name("config.json")) and not os.path.exists(path):
+        raise UserError(f"{path.parent}: is a whole model, not an adapter; --base takes it")
+    return read_json(path)

@@ -6,6 +6,7 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -110,6 +111,8 @@ def base_hashes(directory: Path) -> dict[str, str]:
 def load_config(directory: Path) -> GPT2Config:
     """Read `config.json`. Raises UserError that names the field for anything but a GPT-2."""
     path = Path(directory) / CONFIG
+    if os.path.exists(path.with_name("adapter_config.json")) and not os.path.exists(path):
+        raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
     stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
     if "model_type" not in stored and not {"n_embd", "n_layer", "n_head"} <= stored.keys():
         raise UserError(f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is "

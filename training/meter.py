@@ -18,6 +18,7 @@ class Progress:
 
     step: int = 0
     base_val_loss: float = math.nan
+    start_val_loss: float = math.nan  # the base's, or the initial adapter's
     best_val_loss: float = math.inf
     best_val_bits_per_byte: float = math.inf
 

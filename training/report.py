@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 from torch import nn
@@ -19,8 +21,8 @@ COLOURS = {"train": "#9db4c0", "lora": RED, "full": BLUE, "base": GREY}
 NUMBERS = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
            "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
            "peak_memory_mb")
-COLUMNS = ("", "trainable", "share", "val loss", "perplexity", "bits/byte", "seconds", "tokens/s",
-           "peak MB", "MB on disk")
+COLUMNS = ("", "batch", "peak lr", "steps", "trained", "val loss", "perplexity", "bits/byte",
+           "seconds", "tokens/s", "peak MB", "MB on disk")
 
 
 def perplexity(loss: float) -> float:
@@ -47,9 +49,11 @@ def write_report(options: Options, report: dict) -> None:
     best, base = report["best_val_loss"], report["base_val_loss"]
     write_json(options.out / RUN, {"base": options.base, **report,
                                    "best_val_perplexity": perplexity(best)})
-    draw_loss(options, base)
+    draw_loss(options, base, report["start_val_loss"])
     print(f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
           f"after {report['seconds']:.0f} s; saved in {options.out}")
+    if best > base:
+        print("warning: that is worse than the base; try a lower --lr", file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -61,6 +65,8 @@ def printable(text: str) -> str:
 def read_run(directory: Path) -> dict:
     """Read a finished run's `run.json`. Raises UserError if it is missing or malformed."""
     path = directory / RUN
+    if os.path.exists(directory / METRICS) and not os.path.exists(path):
+        raise UserError(f"{directory}: the run is not finished; --resume goes on with it")
     run = read_json(path)
     texts = [run.get("base"), run.get("book_sha256")]
     limits = {name: 1e305 if "perplexity" in name else 1e99 for name in NUMBERS}
@@ -101,16 +107,18 @@ def _base_cells(run: dict) -> list[str]:
     """Return the table's row of a run's base. Both losses are over the same tokens and bytes."""
     loss, best = run["base_val_loss"], run["best_val_loss"]
     bits = f"{run['best_val_bits_per_byte'] * loss / best:.4f}" if best else "-"
-    return [f"base {printable(run['base'])}", "0", "0 %", f"{loss:.4f}", f"{perplexity(loss):.2f}",
-            bits, "-", "-", "-", "-"]
+    return [f"base {printable(run['base'])}", "-", "-", "-", "0", f"{loss:.4f}",
+            f"{perplexity(loss):.2f}", bits, "-", "-", "-", "-"]
 
 
 def _cells(directory: Path, run: dict) -> list[str]:
     weights = best_weights(directory, run["method"])
     if not weights.is_file():
         raise UserError(f"{weights}: is missing; the run is not whole")
-    return [f"{run['method']} ({printable(directory.name)})", f"{run['trainable_parameters']:,}",
-            f"{run['trainable_percent']:.4f} %", f"{run['best_val_loss']:.4f}",
+    options = run["options"]
+    how = options.get("batch_size"), options.get("lr"), run.get("steps")
+    return [f"{run['method']} ({printable(directory.name)})", *(printable(f"{x}")[:9] for x in how),
+            f"{run['trainable_parameters']:,}", f"{run['best_val_loss']:.4f}",
             f"{run['best_val_perplexity']:.2f}",
             f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",
             f"{run['tokens_per_second']:,.0f}", f"{run['peak_memory_mb']:,.0f}",
@@ -121,13 +129,13 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
-def draw_loss(options: Options, base_val_loss: float) -> None:
+def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> None:
     """Draw `loss.png`: training loss, validation loss, and the base's as a line."""
     if not can_draw():
         return
     lines = read_metrics(options.out)
-    start = [] if options.init_adapter else [(0, base_val_loss)]
-    validated = start + [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    validated = [(0, start_val_loss), *((line["step"], line["val_loss"]) for line in lines
+                                        if "val_loss" in line)]
     figure, axes = subplots(figsize=(8, 4.5))
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines],
               color=COLOURS["train"], label="training")
@@ -135,7 +143,8 @@ def draw_loss(options: Options, base_val_loss: float) -> None:
               label="validation")
     axes.axhline(base_val_loss, color=COLOURS["base"], linestyle="--", linewidth=1,
                  label="base, validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=f"{options.method}: loss")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{options.method}: loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, options.out / "loss.png")

@@ -19,7 +19,7 @@ from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
 from training.report import read_run
 
-COLUMNS = ("", "runs", "val loss", "min .. max", "perplexity", "min .. max")
+COLUMNS = ("runs", "val loss", "min .. max", "perplexity", "min .. max")
 
 
 def train(arguments: list[str], out: Path) -> int:
@@ -40,7 +40,7 @@ def spread(values: list[float], digits: int) -> list[str]:
     return [middle, f"{least} .. {most}"]
 
 
-def draw(perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> None:
+def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> None:
     """Draw perplexity against learning rate: one line per rank, its bars from least to most."""
     figure, axes = subplots(figsize=(7, 4.5))
     for rank in dict.fromkeys(rank for _, rank in perplexities):
@@ -48,10 +48,11 @@ def draw(perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> Non
         means, *bars = zip(*((mean(v), mean(v) - min(v), max(v) - mean(v))
                              for v in line.values()), strict=True)
         axes.errorbar([*line], means, bars, marker="o", capsize=4, label=rank and f"r = {rank}")
-    axes.plot(best[0], mean(perplexities[best]), "k*", markersize=16, zorder=9, label="best mean")
+    axes.plot(best[0], mean(perplexities[best]), "k*", markersize=18, zorder=9, label="best mean",
+              markerfacecolor="none")
     rates = sorted({lr for lr, _ in perplexities})
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="best validation perplexity",
-             title="mean over seeds, with the range from the least to the most")
+             title=f"{method}: mean over seeds, with the range from the least to the most")
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -92,14 +93,14 @@ def main() -> int:
     if results:
         losses, perplexities = ({key: [run[name] for run in runs] for key, runs in results.items()}
                                 for name in ("best_val_loss", "best_val_perplexity"))
-        text = print_table(COLUMNS, [
+        text = print_table((args.method, *COLUMNS), [
             (f"lr {lr:g}" + (f", r {r}" if r else ""), str(len(losses[lr, r])),
              *spread(losses[lr, r], 4), *spread(perplexities[lr, r], 2)) for lr, r in results])
         with atomic_path(args.out / "sweep.md") as temporary:
             temporary.write_text(text + "\n")
         if can_draw():
             best = min(perplexities, key=lambda key: mean(perplexities[key]))
-            draw(perplexities, best, args.out / "sweep.png")
+            draw(args.method, perplexities, best, args.out / "sweep.png")
     return int(failed)
 
 

@@ -55,17 +55,17 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     picture = runs["lora"].out.parent / "compare.png"
     picture.unlink(missing_ok=True)
     (head, _, *rows), printed = compare(runs["lora"].out, runs["full"].out)
-    assert head == ["", "trainable", "share", "val loss", "perplexity", "bits/byte", "seconds",
-                    "tokens/s", "peak MB", "MB on disk"]
+    assert head == ["", "batch", "peak lr", "steps", "trained", "val loss", "perplexity",
+                    "bits/byte", "seconds", "tokens/s", "peak MB", "MB on disk"]
     score(book, tmp_path, "--base", base, "--val-fraction", 0.004)
     s = score(book, tmp_path, "--base", base)
-    expected = [[f"base {base}", "0", "0 %", f"{s['loss']:.4f}", f"{s['perplexity']:.2f}",
+    expected = [[f"base {base}", *"---", "0", f"{s['loss']:.4f}", f"{s['perplexity']:.2f}",
                  f"{s['bits_per_byte']:.4f}", *"----"]]
     for name, weights in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
         r, megabytes = runs[name].report, (runs[name].out / weights).stat().st_size / 1e6
         expected.append([
-            f"{name} ({runs[name].out.name})", f"{r['trainable_parameters']:,}",
-            f"{r['trainable_percent']:.4f} %",
+            f"{name} ({runs[name].out.name})", str(r["options"]["batch_size"]),
+            str(r["options"]["lr"]), str(r["steps"]), f"{r['trainable_parameters']:,}",
             f"{r['best_val_loss']:.4f}", f"{r['best_val_perplexity']:.2f}",
             f"{r['best_val_bits_per_byte']:.4f}", f"{r['seconds']:,.0f}",
             f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mb']:,.0f}", f"{megabytes:,.2f}"])
@@ -137,4 +137,4 @@ def test_a_run_that_diverged_and_one_that_knows_all_are_shown(runs, tmp_path):
     path = changed(runs["lora"], tmp_path / "known", best_val_loss=0.0, best_val_perplexity=1.0,
                    best_val_bits_per_byte=0.0)
     base, known = compare(path)[0][-2:]
-    assert base[5] == "-" and known[3:6] == ["0.0000", "1.00", "0.0000"]
+    assert base[7] == "-" and known[5:8] == ["0.0000", "1.00", "0.0000"]

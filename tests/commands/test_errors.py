@@ -46,6 +46,7 @@ def workspace(base, tmp_path_factory):
         "book.txt": story(), "empty.txt": "", "short.txt": story(sentences=3), "one.txt": "x",
         "held/run.json": "{}", "garbage/run.json": "not JSON", "list/run.json": "[]",
         "foreign/run.json": '{"method": 1}', "directory/file": "", f"cut/{MODEL}": "cut",
+        "unfinished/metrics.jsonl": "",
         "llama/config.json": json.dumps(config | {"model_type": "llama"}),
     }.items():
         (place / name).parent.mkdir(exist_ok=True)
@@ -95,6 +96,7 @@ MISTAKES = [
     ("evaluate --stride 17", "--stride 17"), ("evaluate --json book.txt/scores.json", "book.txt/s"),
     *((f"compare {run}", f"{run}/run.json")
       for run in ("directory", "missing", "garbage", "list", "foreign")),
+    ("compare unfinished", "unfinished: the run is not finished; --resume goes on with it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("compare --json out", "--json are for a text"), ("compare --adapter run", "--adapter and --j"),
     ("generate --prompt ' \n\t'", "--prompt"), ("generate --prompt You '' again", "--prompt"),
@@ -110,6 +112,8 @@ MISTAKES = [
      "gpt2-medium"), ("lora --base 'a\nb'", r"--base 'a\nb': no such"),
     ("full --base ''", "--base ''"), (f"full --base {LONG}", LONG),
     ("evaluate --base book.txt", "book.txt"), ("full --base directory", "directory"),
+    ("evaluate --base run", "run: is an adapter"), ("evaluate --adapter other", "a whole model"),
+    ("generate --adapter other --base auto", "other: is a whole model, not an adapter"),
     ("evaluate --base llama", "llama/config.json"), ("generate --base cut", f"cut/{MODEL}"),
     ("lora --r 33", "--r"), ("lora --target-modules", "--target-modules"), ("full --r 8", "--r"),
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
@@ -121,7 +125,7 @@ MISTAKES = [
     ("full --use-dora", "--use-dora"), ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("lora --layers 1-", "--layers: '' is not a whole number"),
     ("full --init-adapter directory", "--init-adapter"), (f"lora --init-adapter {LONG}", LONG),
-    ("evaluate --adapter missing", "missing/adapter_model.safetensors: cannot be read"),
+    ("evaluate --adapter missing", "missing/adapter_config.json: cannot be read"),
     ("generate --adapter directory --base auto", "directory/adapter_config.json: cannot be read"),
     *((f"{command} run --base other", "run/adapter_model.safetensors: was trained on another base")
       for command in ("evaluate --adapter", "generate --adapter", "merge --adapter",

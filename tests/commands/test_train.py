@@ -26,7 +26,7 @@ from tests.runs import (
     windows,
 )
 from training import meter, session
-from training.options import parse_options
+from training.options import BOOK, parse_options
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -49,7 +49,8 @@ def test_run_json_tells_the_run(done, base, book):
     report = done.report
     assert set(report) == {
         "method", "base", "options", "trainable_parameters", "total_parameters",
-        "trainable_percent", "base_val_loss", "best_val_loss", "best_val_perplexity",
+        "trainable_percent", "base_val_loss", "start_val_loss", "best_val_loss",
+        "best_val_perplexity",
         "best_val_bits_per_byte", "steps", "seconds", "tokens_per_second", "peak_memory_mb",
         "device", "precision", "torch", "base_sha256", "book_sha256", "init_adapter_sha256"}
     assert report["options"].keys() == parse_options("-", [report["method"]]).as_json().keys()
@@ -132,6 +133,8 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     assert second.column("loss")[0] == pytest.approx(loss, rel=1e-6)
     assert second.column("loss")[0] < first.column("loss")[0] - 0.01
     assert second.report["base_val_loss"] == first.report["base_val_loss"]
+    assert first.report["start_val_loss"] == first.report["base_val_loss"]
+    assert second.report["start_val_loss"] == pytest.approx(first.report["best_val_loss"], rel=1e-6)
     assert [second.report["options"][name] for name in ("r", "lora_alpha")] == [4, 4]
     assert second.report["best_val_loss"] == pytest.approx(
         runs.validation_loss(stock_result(second), val_part), rel=1e-6)
@@ -219,3 +222,16 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
                   "--log-every", 1, "--checkpoint-every", 1, "--batch-size", 2)
     assert clock.later == 700
     assert min(run.column("tokens_per_second")) > 2 * BLOCK / 50
+
+
+def test_what_goes_badly_is_said(base, book, tmp_path):
+    """A text that the base cannot read, and a result that is worse than the base."""
+    (tmp_path / "blank.txt").write_text(" \n\t" * 1500)
+    options = ("--max-steps", 1, "--block-size", 64)
+    for text, said in ((tmp_path / "blank.txt", True), (BOOK, False)):
+        printed = trained("lora", "mini", text, tmp_path / text.stem, *options).stdout
+        assert ("worse than by guessing" in printed) == said
+    for rate, said in ((10, True), (1e-3, False)):
+        ending = run(train.main, *runs.arguments("full", base, book, tmp_path / str(rate),
+                                                 "--max-steps", 4, "--lr", rate))
+        assert ending.status == 0 and ("worse than the base" in ending.stderr) == said

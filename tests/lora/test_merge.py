@@ -83,7 +83,7 @@ def test_the_command_refuses_and_leaves_nothing(base, adapter, monkeypatch):
     for options, reason in (
             ("--out out", "--adapter is missing"),
             ("--adapter adapter", "--out"),
-            ("--adapter nowhere --out out", f"nowhere/{WEIGHTS}"),
+            ("--adapter nowhere --out out", "nowhere/adapter_config.json"),
             ("--base nowhere --adapter adapter --out out", "nowhere"),
             (f"--adapter adapter --out adapter/{WEIGHTS}", "exists already"),
             (f"--adapter adapter --out adapter/{WEIGHTS}/out", "cannot be written")):
