@@ -18,7 +18,7 @@ from training.directory import METRICS, RUN
 from training.options import Options
 
 COLOURS = {"train": "#9db4c0", "lora": RED, "full": BLUE, "base": GREY}
-NUMBERS = ("trainable_parameters", "trainable_percent", "base_val_loss", "best_val_loss",
+NUMBERS = ("batch_size", "lr", "steps", "trainable_parameters", "base_val_loss", "best_val_loss",
            "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
            "peak_memory_mb")
 COLUMNS = ("", "batch", "peak lr", "steps", "trained", "val loss", "perplexity", "bits/byte",
@@ -68,13 +68,13 @@ def read_run(directory: Path) -> dict:
     if os.path.exists(directory / METRICS) and not os.path.exists(path):
         raise UserError(f"{directory}: the run is not finished; --resume goes on with it")
     run = read_json(path)
-    texts = [run.get("base"), run.get("book_sha256")]
+    texts, options = [run.get("base"), run.get("book_sha256")], run.get("options")
     limits = {name: 1e305 if "perplexity" in name else 1e99 for name in NUMBERS}
     if (run.get("method") not in ("lora", "full")
             or not all(isinstance(text, str) for text in texts)
-            or not all(isinstance(run.get(name), dict) for name in ("options", "base_sha256"))
-            or not all(isinstance(run.get(name), int | float)
-                       and (run[name] == 0 or 1e-99 < run[name] < limit)
+            or not all(isinstance(x, dict) for x in (options, run.get("base_sha256")))
+            or not all(isinstance(value := (run | options).get(name), int | float)
+                       and (value == 0 or 1e-99 < value < limit)
                        for name, limit in limits.items())):
         raise UserError(f"{path}: is not what this version of train.py leaves at a run's end; "
                         "train again with --overwrite")
@@ -116,10 +116,9 @@ def _cells(directory: Path, run: dict) -> list[str]:
     if not weights.is_file():
         raise UserError(f"{weights}: is missing; the run is not whole")
     options = run["options"]
-    how = options.get("batch_size"), options.get("lr"), run.get("steps")
-    return [f"{run['method']} ({printable(directory.name)})", *(printable(f"{x}")[:9] for x in how),
-            f"{run['trainable_parameters']:,}", f"{run['best_val_loss']:.4f}",
-            f"{run['best_val_perplexity']:.2f}",
+    return [f"{run['method']} ({printable(directory.name)})", f"{options['batch_size']:,}",
+            f"{options['lr']:g}", f"{run['steps']:,}", f"{run['trainable_parameters']:,}",
+            f"{run['best_val_loss']:.4f}", f"{run['best_val_perplexity']:.2f}",
             f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",
             f"{run['tokens_per_second']:,.0f}", f"{run['peak_memory_mb']:,.0f}",
             f"{weights.stat().st_size / 1e6:,.2f}"]

@@ -65,7 +65,7 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
         r, megabytes = runs[name].report, (runs[name].out / weights).stat().st_size / 1e6
         expected.append([
             f"{name} ({runs[name].out.name})", str(r["options"]["batch_size"]),
-            str(r["options"]["lr"]), str(r["steps"]), f"{r['trainable_parameters']:,}",
+            f"{r['options']['lr']:g}", str(r["steps"]), f"{r['trainable_parameters']:,}",
             f"{r['best_val_loss']:.4f}", f"{r['best_val_perplexity']:.2f}",
             f"{r['best_val_bits_per_byte']:.4f}", f"{r['seconds']:,.0f}",
             f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mb']:,.0f}", f"{megabytes:,.2f}"])
@@ -112,7 +112,7 @@ def changed(run: Run, tmp_path, **fields: object):
 
 def test_a_run_of_another_make_is_refused(runs, tmp_path):
     for field, value in (("base", 3), ("method", ["lora"]), ("options", None), ("seconds", "1"),
-                         ("tokens_per_second", 1e306), ("best_val_loss", 1e-200),
+                         ("tokens_per_second", 1e306), ("best_val_loss", 1e-200), ("steps", None),
                          ("base_sha256", None)):
         path = changed(runs["lora"], tmp_path / field, **{field: value})
         ending = run(evaluate.main, "--compare", path)
