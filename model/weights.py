@@ -91,7 +91,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def weights_path(directory: Path) -> Path:
-    """Return the base's weights file. Raises UserError if there is none, or a sharded one only."""
+    """Return the base's weights file. Raises UserError if it is missing, or split into shards."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
         if (Path(directory) / name).exists():
             return Path(directory) / name

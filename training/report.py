@@ -69,12 +69,13 @@ def read_run(directory: Path) -> dict:
         raise UserError(f"{directory}: the run is not finished; --resume goes on with it")
     run = read_json(path)
     texts, options = [run.get("base"), run.get("book_sha256")], run.get("options")
+    values = run | options if isinstance(options, dict) else {}
     limits = {name: 1e305 if "perplexity" in name else 1e99 for name in NUMBERS}
     if (run.get("method") not in ("lora", "full")
             or not all(isinstance(text, str) for text in texts)
-            or not all(isinstance(x, dict) for x in (options, run.get("base_sha256")))
-            or not all(isinstance(value := (run | options).get(name), int | float)
-                       and (value == 0 or 1e-99 < value < limit)
+            or not isinstance(run.get("base_sha256"), dict)
+            or not all(isinstance(values.get(name), int | float)
+                       and (values[name] == 0 or 1e-99 < values[name] < limit)
                        for name, limit in limits.items())):
         raise UserError(f"{path}: is not what this version of train.py leaves at a run's end; "
                         "train again with --overwrite")
@@ -153,11 +154,12 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:
     """Draw validation perplexity, trainable parameters and time of each run, base included."""
     if not can_draw():
         return
-    names = [f"{run['method']}\n({directory.name})".replace(",", ",\n") for directory, run in runs]
+    names = [f"{run['method']}\n({printable(directory.name)})".replace(",", ",\n")
+             for directory, run in runs]
     colours = [COLOURS[run["method"]] for _, run in runs]
     first = runs[0][1]
     figure, (quality, size, speed) = subplots(1, 3, figsize=(max(11, 3.5 * len(runs)), 4))
-    _bars(quality, [f"base\n({Path(first['base']).name})", *names],
+    _bars(quality, [f"base\n({printable(Path(first['base']).name)})", *names],
           [perplexity(first["base_val_loss"]), *(run["best_val_perplexity"] for _, run in runs)],
           [COLOURS["base"], *colours], "validation perplexity (lower is better)", "{:.1f}")
     _bars(size, names, [run["trainable_parameters"] for _, run in runs], colours,
@@ -172,7 +174,6 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:
 def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,
           label: str) -> None:
     bars = axes.bar(range(len(names)), [*map(float, values)], color=colours, width=0.6)
-    names = [name.encode(errors="replace").decode() for name in names]  # it may not be UTF-8
     axes.set_xticks(range(len(names)), names, parse_math=False)  # a $ in a directory's name is a $
     axes.bar_label(bars, labels=[label.format(value) for value in values], padding=2)
     axes.set_title(title, fontsize=10)

@@ -1,4 +1,4 @@
-"""What surrounds the loop: `--out` and its lock, ranks, checkpoints, signals, metrics, the report.
+"""Run the training loop safely: lock `--out`, save and resume, handle signals, log and report.
 
 `train.py` owns the mathematics. What a checkpoint must hold, it names here with `watch`: any object
 with `state_dict()` and `load_state_dict()`, PyTorch's `Stateful` protocol.
