@@ -36,6 +36,7 @@ LOSS = {"fp32": 1e-4, "TF32": 5e-3, "bf16": 5e-2, "fp16": 1e-2}
 NEAR_TIE = 1e-3  # between the two likeliest logits: rounding may choose either
 NO_DROPOUT = ("--base-dropout", "0", "--lora-dropout", "0")
 LOW, COMPILE = ("--precision", "low"), ("--compile",)
+SMALL_PART = ("--val-fraction", "0.02")  # to validate on: it takes most of a short run
 CASES = {  # what changes a step's computation; each is compared with fp32 as it is
     "checkpointing": ("--gradient-checkpointing",), "3 parts": ("--grad-accum", "3"),
     "TF32": ("--allow-tf32",), "compiled": COMPILE, "low": LOW, "low, compiled": (*LOW, *COMPILE),
@@ -161,8 +162,8 @@ def resume(opts: Namespace, report: Report) -> None:
 
     torch.use_deterministic_algorithms(True)
     with TemporaryDirectory() as whole, TemporaryDirectory() as broken:
-        argv = arguments(opts, "lora", "mini", *LOW, "--max-steps", 10, "--log-every", 1,
-                         "--checkpoint-every", 5, "--out")
+        argv = arguments(opts, "lora", "mini", *LOW, *SMALL_PART, "--max-steps", 10,
+                         "--log-every", 1, "--checkpoint-every", 5, "--out")
         ours.run([*argv, whole])
         with suppress(KeyboardInterrupt), mock.patch.object(Trainer, "step", dying):
             ours.run([*argv, broken])
@@ -187,7 +188,7 @@ def two_ranks(opts: Namespace, report: Report) -> None:
     if opts.device.is_cuda and torch.cuda.device_count() < 2:
         raise Skip("one GPU")
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    argv = arguments(opts, "lora", "mini", *NO_DROPOUT, "--log-every", 1, "--out")
+    argv = arguments(opts, "lora", "mini", *NO_DROPOUT, *SMALL_PART, "--log-every", 1, "--out")
     with TemporaryDirectory() as both, TemporaryDirectory() as alone:
         subprocess.run([sys.executable, "-m", *torchrun, *argv, both], cwd=ROOT, check=True)
         ours.run([*argv, alone])

@@ -93,8 +93,8 @@ def check_5(answers: ModuleType) -> None:
 def check_6(answers: ModuleType) -> None:
     r = answers.RANK
     expect(r, "not answered yet")
-    (full,), (lora,), (half,) = (finetune("full", short=True, lr=1.5e-4), *(
-        finetune("lora", short=True, lr=3e-3, r=rank, lora_alpha=2 * rank,
+    (full,), (lora,), (half,) = (finetune("full", max_steps=8, lr=1.5e-4), *(
+        finetune("lora", max_steps=8, lr=3e-3, r=rank, lora_alpha=2 * rank,
                  target_modules=("c_attn", "c_proj", "c_fc")) for rank in (r, max(1, r // 2))))
     expect(lora <= full, f"full fine-tuning reaches {full:.1f}, and rank {r} only {lora:.1f}")
     expect(half > full or r == 1, f"rank {r // 2} meets it too, with {half:.1f}")

@@ -8,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from common.device import Device, tune_process
 from experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save, spread, trainer
+from model.hub import MINI
+from model.weights import load_config
 
 # name: colour, and what is in the name of an operator of this part, or of one that calls it
 PARTS = {"forward": (BLUE,), "input gradients": ("#66b2bd",), "weight gradients": (RED,),
@@ -19,7 +21,7 @@ R, BLOCK, BATCH = 8, 128, 15  # 1,920 tokens: no layer is as wide, so that shape
 
 def by_hand() -> dict[str, dict[str, list[float]]]:
     """Count operations a token, as docs/lora.md does: 2 a weight and matmul, and attention's."""
-    config = trainer().model.config
+    config = load_config(MINI)
     C, L, head = config.n_embd, config.n_layer, 2 * config.n_embd * config.vocab_size
     full = dict.fromkeys([*PARTS][:3], 2 * 12 * L * C * C)
     full |= {"head and loss": 3 * head, "attention": 12 * BLOCK * C * L}

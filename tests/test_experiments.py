@@ -121,7 +121,7 @@ def test_variants(tmp_path, monkeypatch):
     rates, runs = zip(*(next(iter(found.items())) for found in data.values()), strict=True)
     lora, rslora, dora, pissa, plus = (perplexity for perplexity, in runs)
     assert rates[:4] == (3e-3,) * 4 and rates[4] < 3e-3
-    assert max(rslora, plus) < lora - 0.5 and [dora, pissa] == pytest.approx([lora] * 2, abs=0.5)
+    assert max(rslora, plus) < lora - 1 and [dora, pissa] == pytest.approx([lora] * 2, abs=1)
     trained = {name: count_parameters(trainer(max_steps=1, **options).model)["trainable_parameters"]
                for name, (_, options) in variants.CHOICES.items()}
     assert trained.pop("LoRA-FA") == 36_864 and trained.pop("DoRA") == 49_152 + 4_608

@@ -184,16 +184,16 @@ def test_both_sides_compute_the_same(base, change):
 
 def test_without_a_base_it_makes_one_and_the_others_go_on_when_one_fails(tmp_path):
     def measure(task):
-        if task.name == "transformers, evaluate, bf16 weights":
+        if task.name == "transformers, generate, bf16 weights":
             raise RunError("out of memory")
         return speed_worker.measure(task)
 
     small = GPT2Config(**BASE), torch.float32
     with mock.patch.dict(speed_worker.BASES, {"base": small}):
-        ending = bench("", tmp_path, "--only", "evaluate", "--precision", "bf16", measure=measure)
-    result = read(tmp_path, "evaluate")
+        ending = bench("", tmp_path, "--only", "generate", "--precision", "bf16", measure=measure)
+    result = read(tmp_path, "generate")
     assert ending.status == 1 and len(ending.stderr.splitlines()) == 1
-    assert result["failed"] == {"transformers, evaluate, bf16 weights": "out of memory"}
+    assert result["failed"] == {"transformers, generate, bf16 weights": "out of memory"}
     assert result["base"] == "GPT-2 124M, random weights"
     assert len(result["measurements"]) == 2 * ROUNDS and len(result["summary"]["ratios"]) == 1
 
