@@ -92,13 +92,13 @@ def draw(results: dict, path) -> None:
         many = results["rounds"]
         how = "one round"
         if many > 1:
-            how = f"median of {many} rounds, and from the least to the most"
+            how = f"median of {many} rounds, and from the minimum to the maximum"
         figure.suptitle(f"{results['base']}, {results['machine']}\n{how}", fontsize=10)
         save_figure(figure, path)
 
 
 def draw_ratios(ratios: list[dict]):
-    """Draw each ratio's median, with a line from the least to the most of the rounds."""
+    """Draw each ratio's median, with a line from the minimum to the maximum of the rounds."""
     figure, axes = subplots(figsize=(11, 1.6 + 0.32 * len(ratios)))
     for i, time in enumerate(ratio["time"] for ratio in ratios):
         axes.plot([time["min"], time["max"]], [i, i], color=COLOURS["lora"], linewidth=3,

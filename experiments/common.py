@@ -50,7 +50,7 @@ def mean_loss(made: Trainer, batch) -> Tensor:
 
 
 def spread(values: Iterable[float], digits: int = 1) -> str:
-    """Return the mean (least .. most) as text, or one number where they are one."""
+    """Return the mean (min .. max) as text, or one number where they are one."""
     values = [float(value) for value in values]
     least, middle, most = (f"{f(values):.{digits}f}" for f in (min, mean, max))
     return middle + f" ({least} .. {most})" * (least != most)
@@ -79,6 +79,6 @@ def panels(count: int, title: str):
 
 
 def band(axis, x, y: Tensor, colour: str, label: str, line: str = ".-") -> None:
-    """Plot the mean of y (runs, points) over its runs, and a band from the least to the most."""
+    """Plot the mean of y (runs, points) over its runs, and a band from the minimum to the maximum."""
     axis.plot(x, y.mean(0), line, color=colour, label=label)
     axis.fill_between(x, y.amin(0), y.amax(0), color=colour, alpha=0.2)

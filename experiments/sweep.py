@@ -27,7 +27,7 @@ def finetune(method: str, seeds: int = 1, short: bool = False,
 def compare(argv: list[str] | None, name: str, title: str,
             choices: dict[str, tuple[tuple, dict]]) -> dict:
     """Train LoRA with each choice's options at each of its rates with seed 0; draw each choice at
-    its best rate, with all seeds, as a bar from the least to the most.
+    its best rate, with all seeds, as a bar from the minimum to the maximum.
     """
     args = parse(title, argv)
     data, (figure, (axis,)) = {}, panels(1, title)

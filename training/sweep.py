@@ -52,7 +52,7 @@ def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path:
               markerfacecolor="none")
     rates = sorted({lr for lr, _ in perplexities})
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="best validation perplexity",
-             title=f"{method}: mean over seeds, with the range from the least to the most")
+             title=f"{method}: mean over seeds, with the range from the minimum to the maximum")
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
