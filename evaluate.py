@@ -83,7 +83,7 @@ def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: T
     ranks.all_reduce([counts])
     (loss, hits), (tokens, text_bytes) = sums.tolist(), counts.tolist()
     if not text_bytes:
-        raise UserError("the text to score is end-of-text tokens alone")
+        raise UserError("the text holds only end-of-text tokens: nothing to score")
     if not math.isfinite(loss):
         raise RunError(f"the loss on the text is {loss}; try --precision fp32, or train "
                        "with a lower --lr")
@@ -109,7 +109,7 @@ def parse_args():
                         help="1: next token (default); 2: the reference run's measure")
     parser.add_argument("--batch-size", type=number(int, 1), default=16,
                         help="windows at a time; it changes no result (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
     source.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
                         help="table and picture of finished runs, their base included")
     add_device_options(parser)

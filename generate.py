@@ -1,4 +1,4 @@
-"""Text from a base, with or without an adapter; or, with --chat, answers to what you type."""
+"""Generate text from a base, with or without an adapter; with --chat, answer what you type."""
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals

@@ -55,8 +55,10 @@ def steps_or_seconds(text: str) -> int | float:
 BASE = {"default": "auto", "metavar": "B",
         "help": "directory, gpt2[-medium|-large|-xl], mini, or auto: gpt2 where it can be had, "
                 "else mini"}
-DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda", "mps")}
-PRECISION = {"default": "auto", "choices": ("auto", *PRECISIONS)}
+DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda", "mps"),
+          "help": "auto: CUDA, else MPS, else the CPU"}
+PRECISION = {"default": "auto", "choices": ("auto", *PRECISIONS),
+             "help": "of the matmuls; auto: bf16 where the device is fast in it"}
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

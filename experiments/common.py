@@ -79,6 +79,6 @@ def panels(count: int, title: str):
 
 
 def band(axis, x, y: Tensor, colour: str, label: str, line: str = ".-") -> None:
-    """Plot the mean of y (runs, points) over its runs, and a band from the minimum to the maximum."""
+    """Plot the mean of y (runs, points) over its runs, and a band from minimum to maximum."""
     axis.plot(x, y.mean(0), line, color=colour, label=label)
     axis.fill_between(x, y.amin(0), y.amax(0), color=colour, alpha=0.2)

@@ -55,7 +55,8 @@ def main() -> None:
     write_factors(factors, args.out, base, file_sha256(weights_path(directory)))
     print_table(("layer", "norm of the change", *(f"rank {k} explains" for k in ranks)), rows)
     print(f"{outside / (whole or 1.0):.2%} of the whole change's squared norm is outside these "
-          f"layers\n{base} + {args.out} has rank {args.rank} of what changed in them")
+          f"layers\n{base} + {args.out} approximates {args.full} in these layers at rank "
+          f"{args.rank}")
 
 
 if __name__ == "__main__":

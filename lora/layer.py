@@ -44,8 +44,8 @@ class LoRALinear(nn.Module):
 
     Shapes: x (..., in), A = lora_A.weight (r, in), B = lora_B.weight (out, r), y (..., out).
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zero, so a new adapter changes nothing.
-    A and B are fp32 whatever the base's precision: their steps are small, and GradScaler refuses
-    fp16 gradients. Raises ValueError for a rank outside 1 .. min(in, out).
+    Trained A and B are fp32 whatever the base's precision: their steps are small, and GradScaler
+    refuses fp16 gradients. Raises ValueError for a rank outside 1 .. min(in, out).
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):

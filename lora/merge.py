@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
                         help="the new Hugging Face GPT-2 directory")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32",
-                        help="of the file; below fp32 a part of the update is rounded away, and "
-                             "how much is printed; without --adapter, the base alone is written")
+                        help="of the file; below fp32, rounding loses a part of the update, and "
+                             "the share is printed; without --adapter, the base alone is written")
     args = parser.parse_args()
     if not args.adapter and args.precision == "fp32":
         raise UserError("--adapter is missing: there is nothing to merge")

@@ -1,6 +1,6 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
-Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...); its projections are
+Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...), which stores projections
 transposed. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.

@@ -79,7 +79,7 @@ windows, validation = load_windows([root / "data" / "book.txt"], tokenizer, bloc
 
 
 def loss_on(inputs, targets):
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())  # it skips -100
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())  # ignores -100
 
 
 @torch.no_grad()

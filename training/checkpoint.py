@@ -75,7 +75,7 @@ def read_checkpoint(out: Path) -> dict:
             damaged.append(str(error))
             continue
         if damaged:
-            print(f"warning: {damaged[0]}; going on from {path}", file=sys.stderr)
+            print(f"warning: {damaged[0]}; resuming from {path}", file=sys.stderr)
             os.replace(path, out / CHECKPOINT)
         return state
     raise UserError(f"{'; '.join(damaged)}; start again with --overwrite")

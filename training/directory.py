@@ -31,7 +31,7 @@ def check_out(options: Options) -> None:
         raise UserError(f"--out {out}: is a file; name a directory")
     for name, source in (("base", options.base), ("init-adapter", options.init_adapter)):
         if source and os.path.isdir(source) and os.path.realpath(out) == os.path.realpath(source):
-            raise UserError(f"--out {out}: is what --{name} reads; name another")
+            raise UserError(f"--out {out}: is what --{name} reads; name another directory")
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]
     if old := [name for name in OLD_CHECKPOINTS if name in present and not options.overwrite]:
         raise UserError(f"{out / old[0]}: an older version's checkpoint, which this one cannot "
@@ -40,8 +40,8 @@ def check_out(options: Options) -> None:
         raise UserError(f"--resume: {out} holds no checkpoint; start without --resume")
     held = [name for name in present if name != METRICS or os.lstat(out / name).st_size]
     if held and not (options.resume or options.overwrite):
-        raise UserError(f"--out {out}: holds a run ({held[0]}); --resume goes on with it, "
-                        "--overwrite replaces it, or name another")
+        raise UserError(f"--out {out}: holds a run ({held[0]}); --resume continues it, "
+                        "--overwrite replaces it, or name another directory")
 
 
 class RunDirectory:
@@ -69,11 +69,11 @@ class RunDirectory:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self.file)
-            raise UserError(f"--out {self.out}: another run is at work there; wait for its end, "
-                            "or name another") from error
+            raise UserError(f"--out {self.out}: another run is using it; wait until it ends, or "
+                            "name another directory") from error
         except OSError as error:  # some network file systems know no locks
             print(f"warning: {self.metrics}: cannot be locked ({error.strerror}); start no other "
-                  "run there", file=sys.stderr)
+                  "run in that directory", file=sys.stderr)
 
     def close(self) -> None:
         os.close(self.file)

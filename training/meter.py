@@ -99,7 +99,7 @@ class Meter:
             {"skipped_steps": int(self.skipped.item())} if self.fp16 else {})
 
     def state_dict(self) -> dict:
-        """Return all that is needed to go on. Raises RunError, as `check`."""
+        """Return all that a resumed run needs. Raises RunError, as `check`."""
         self.check()
         return {"loss": self.loss.item(), "tokens": self.tokens,
                 "seconds": time.perf_counter() - self.began,

@@ -47,14 +47,14 @@ class Options:
     val_data: Path | None = option(None, Path, "validate on these (default: on the last "
                                    "--val-fraction of --data)", metavar="FILE")
     block_size: int = option(128, number(int, 1), "tokens per window")
-    stride: int = option(16, number(int, 1), "a training window starts every so many tokens")
+    stride: int = option(16, number(int, 1), "tokens from one training window's start to the next")
     val_fraction: float = option(0.1, number(float, 0.001, 0.9),
                                  "share of the book or data, at its end, that is the "
                                  "validation part")
     label_shift: int = option(1, number(int, 1, 2), "1: next token; 2: the reference run's measure",
                               metavar="{1,2}")
     # training
-    epochs: int = option(3, number(int, 1), "times that every window is trained on")
+    epochs: int = option(3, number(int, 1), "passes over the training windows")
     max_steps: int | None = option(None, number(int, 1), "end here if the epochs do not end "
                                    "sooner; the schedule ends here too")
     batch_size: int = option(16, number(int, 1), "windows per step")
@@ -64,11 +64,11 @@ class Options:
     weight_decay: float = option(0.01, number(float, 0.0, 10.0), "AdamW's")
     warmup_ratio: float = option(0.06, number(float, 0.0, 1.0, below=True),
                                  "share of the steps in which the rate rises to its peak")
-    clip: float = option(1.0, number(float, 0.0), "largest gradient norm; 0 does not clip")
+    clip: float = option(1.0, number(float, 0.0), "clip gradients to this norm; 0: no clipping")
     base_dropout: float | None = option(None, number(float, 0.0, 1.0, below=True),
                                         "all of the base's dropouts; default: its config's")
     seed: int = option(42, number(int, 0, 2**63 - 1),
-                       "of the adapter, the order of the windows and the dropouts")
+                       "for the adapter's start, the order of windows and dropout")
     compile: bool = option(False, help="torch.compile the model")
     gradient_checkpointing: bool = option(False, help="compute activations twice instead of "
                                           "keeping them: saves memory")
@@ -77,19 +77,19 @@ class Options:
     allow_tf32: bool = option(False, help="fp32 matmuls in TF32 on CUDA: faster, less exact")
     # run
     out: Path = option(ROOT / "runs" / "lora", Path, "directory of what the run leaves")
-    eval_every: int | None = option(None, number(int, 1), "validate every so many steps, besides "
+    eval_every: int | None = option(None, number(int, 1), "validate every N steps, and not only "
                                     "after each epoch")
     log_every: int = option(10, number(int, 1), "write a line of metrics.jsonl every so many steps")
     checkpoint_every: int | float = option(600.0, steps_or_seconds, "save every N steps, or after "
                                            "a time such as 90s or 10m (default: 10m), besides "
                                            "after an epoch", metavar="N")
-    resume: bool = option(False, help="go on with the run in --out")
+    resume: bool = option(False, help="resume the run in --out")
     overwrite: bool = option(False, help="replace the run in --out")
     # LoRA only
     r: int = option(8, number(int, 1), "rank")
     lora_alpha: float = option(16, number(int, 1, 1e6), "the update is scaled by alpha / r")
     lora_dropout: float = option(0.05, number(float, 0.0, 1.0, below=True),
-                                 "dropout of what A reads")
+                                 "dropout of A's input")
     target_modules: tuple[str, ...] = option(("c_attn",), nargs="+", metavar="NAME",
                                              help="linear layers to adapt, slices of c_attn such "
                                              "as c_attn.q, or all-linear")
@@ -158,14 +158,14 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
     options = Options(**{name: tuple(value) if isinstance(value, list) else value
                          for name, value in values.items()})
     if options.val_data and not options.data:
-        raise UserError("--val-data: goes with --data")
+        raise UserError("--val-data: needs --data")
     typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
     if options.data and typed & {"--stride", "--label-shift"}:
         raise UserError("--stride and --label-shift are for books: an example is one row")
     pissa = options.init_lora_weights == "pissa"
     if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter or pissa):
-        raise UserError("--freeze-a does not go with --loraplus-lr-ratio, --init-adapter or "
-                        "--init-lora-weights pissa")
+        raise UserError("--freeze-a cannot be combined with --loraplus-lr-ratio, --init-adapter "
+                        "or --init-lora-weights pissa")
     if options.init_adapter and typed & {"--layers", *map(flag, fields(LoRAConfig))}:
         raise UserError("--init-adapter brings its own rank, alpha, dropout, targets and kind of "
                         "LoRA; leave those options out")

@@ -66,7 +66,7 @@ def read_run(directory: Path) -> dict:
     """Read a finished run's `run.json`. Raises UserError if it is missing or malformed."""
     path = directory / RUN
     if os.path.exists(directory / METRICS) and not os.path.exists(path):
-        raise UserError(f"{directory}: the run is not finished; --resume goes on with it")
+        raise UserError(f"{directory}: the run is not finished; --resume continues it")
     run = read_json(path)
     texts, options = [run.get("base"), run.get("book_sha256")], run.get("options")
     values = run | options if isinstance(options, dict) else {}

@@ -68,7 +68,7 @@ class Session:
             self.directory.close()
         if self.running and (failure := describe_failure(error)):
             saved = ("there is no checkpoint yet" if self.saved_step is None
-                     else f"the last checkpoint is of step {self.saved_step}")
+                     else f"the last checkpoint is from step {self.saved_step}")
             raise RunError(f"{failure}; {saved}") from error
 
     def watch(self, **stateful: Any) -> None:
@@ -120,7 +120,7 @@ class Session:
                 self._save()
             on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
             if self.directory:
-                print(f"stopped after step {self.saved_step}; go on with: "
+                print(f"stopped after step {self.saved_step}; resume with: "
                       f"{resume_command(self.ranks.launcher())}", file=sys.stderr)
             self.ranks.barrier()  # torchrun ends the others as soon as one has ended
             sys.exit(128 + stop)
@@ -185,9 +185,9 @@ class Session:
         then, now = state["machine"], self._machine()
         for name in now:
             if self.directory and then[name] != now[name]:
-                print(f"warning: the run was under {name} {then[name]} and goes on under "
-                      f"{now[name]}: its last bits may differ from those of a run that nobody "
-                      "stopped", file=sys.stderr)
+                print(f"warning: the run began with {name} {then[name]} and resumes with "
+                      f"{now[name]}: its last bits may differ from an uninterrupted run's",
+                      file=sys.stderr)
         if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
             mine = bytes.fromhex(state["random"][self.ranks.rank])
             self.device.set_random_state(torch.tensor(list(mine), dtype=torch.uint8))
@@ -203,7 +203,7 @@ class Session:
 
 
 def resume_command(launcher: list[str]) -> str:
-    """Return the command line that goes on with the run that this command began."""
+    """Return the command line that resumes the run that this command began."""
     again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
     python = os.path.relpath(sys.executable)
     return shlex.join([sys.executable if python.startswith("..") else python, *launcher, *again,

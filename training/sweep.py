@@ -1,7 +1,7 @@
 """Train once for each learning rate, rank and seed, and compare: `make sweep`.
 
-Each run is `train.py` in a process of its own, as it would be alone. A sweep that is started again
-goes on: train.py leaves a finished run as it is, and refuses it if its options were others.
+Each run is `train.py` in a process of its own, as it would be alone. The same command resumes a
+sweep: train.py leaves a finished run as it is, and refuses it if its options were others.
 """
 
 import signal
@@ -83,7 +83,7 @@ def main() -> int:
         print(f"--- {out.name}", flush=True)
         status = train(arguments, out)
         if status in (130, 143):
-            print("the same command goes on with the sweep", file=sys.stderr)
+            print("the same command resumes the sweep", file=sys.stderr)
             return status
         if status:
             print(f"error: {out.name}: exit status {status}", file=sys.stderr)

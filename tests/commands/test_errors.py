@@ -96,12 +96,12 @@ MISTAKES = [
     ("evaluate --stride 17", "--stride 17"), ("evaluate --json book.txt/scores.json", "book.txt/s"),
     *((f"compare {run}", f"{run}/run.json")
       for run in ("directory", "missing", "garbage", "list", "foreign")),
-    ("compare unfinished", "unfinished: the run is not finished; --resume goes on with it"),
+    ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("compare --json out", "--json are for a text"), ("compare --adapter run", "--adapter and --j"),
     ("generate --prompt ' \n\t'", "--prompt"), ("generate --prompt You '' again", "--prompt"),
     ("generate --prompt", "--prompt"), ("generate --with-base", "--adapter"),
-    ("lora --out held", "--out held: holds a run (run.json); --resume goes on with it, --overwri"),
+    ("lora --out held", "--out held: holds a run (run.json); --resume continues it, --overwri"),
     ("lora --out book.txt", "--out book.txt: is a file"), (f"full --out {LONG}", LONG),
     ("lora --out book.txt/out", "book.txt/out"), ("full --out base", "--out base: is what"),
     ("lora --out ./directory/../base --overwrite", "is what --base reads"),
@@ -117,7 +117,7 @@ MISTAKES = [
     ("evaluate --base llama", "llama/config.json"), ("generate --base cut", f"cut/{MODEL}"),
     ("lora --r 33", "--r"), ("lora --target-modules", "--target-modules"), ("full --r 8", "--r"),
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
-    *((f"lora --freeze-a {option}", "--freeze-a does not go with") for option in (
+    *((f"lora --freeze-a {option}", "--freeze-a cannot be combined with") for option in (
         "--loraplus-lr-ratio 2", "--init-adapter run", "--init-lora-weights pissa")),
     *((f"lora --init-adapter run {option}", "--init-adapter brings its own") for option in (
         "--init-lora-weights pissa", "--use-dora", "--r 8", "--lora-alpha=16", "--layers 1")),

@@ -111,5 +111,5 @@ def test_a_loss_that_is_not_a_number_is_an_error(models):
     broken.ln_f.bias.data[0] = math.nan
     with pytest.raises(RunError, match="the loss on the text is nan"):
         score(broken, models[2], 16)
-    with pytest.raises(UserError, match="end-of-text tokens alone"):
+    with pytest.raises(UserError, match="only end-of-text tokens"):
         score(models[0], np.array([0, TOKENIZER.end_of_text]), 16)

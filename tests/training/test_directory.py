@@ -97,7 +97,7 @@ def test_two_runs_do_not_share_a_directory(argv, tmp_path):
     held = RunDirectory(tmp_path / "run")
     for options in ((), ("--overwrite",), ("--resume",)):
         line = refused(tmp_path / "run", *argv, *options)
-        assert f"--out {tmp_path / 'run'}: another run is at work there" in line
+        assert f"--out {tmp_path / 'run'}: another run is using it" in line
     held.close()
     assert run(main, *argv, *SHORT).status == 0
 

@@ -34,7 +34,7 @@ def test_a_number_that_is_not_finite_stops_the_run_with_its_step_named(
         argv, tmp_path, act, what, precision):
     line = one_line(run_acting({8: act}, *argv, "--precision", precision))
     assert f"step 8: {what}; " in line
-    assert "the last checkpoint is of step 6" in line and "--lr" in line
+    assert "the last checkpoint is from step 6" in line and "--lr" in line
     assert (tmp_path / "run" / CHECKPOINT).exists()
     state = read_checkpoint(tmp_path / "run")
     assert state["progress"]["step"] == 6
@@ -49,7 +49,7 @@ def test_a_weight_poisoned_after_its_last_use_is_not_saved(argv, tmp_path):
 
     line = one_line(run_acting({9: act}, *argv))
     assert "parameters.h.0.attn.c_attn.lora_A.weight holds numbers that are not finite" in line
-    assert "the last checkpoint is of step 6" in line
+    assert "the last checkpoint is from step 6" in line
     assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 6
 
 

@@ -174,15 +174,15 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
                            during=mock.patch.object(train.Trainer, "step", kill_rank_1))
     assert statuses == [1, -signal.SIGKILL] and not (out / "run.json").exists()
     line, = (line for line in lines if line.startswith("error: "))
-    assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is of step 4")
+    assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is from step 4")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
     stopped = torchrun(folder / "stopped", "-m", "tests.ranks", *argv, "--resume")
     status, lines = stopped.end()
     assert status != 0 and not errors(lines)  # torchrun sends its SIGTERM on
     assert "resuming after step 4 of 16" in stopped.out_file.read_text()
-    told, = (line for line in lines if "go on with: " in line)
-    said, command = told.split("; go on with: ")
+    told, = (line for line in lines if "resume with: " in line)
+    said, command = told.split("; resume with: ")
     assert said == "stopped after step 12" and command.count("--resume") == 1
     assert "-m torch.distributed.run --standalone --nproc-per-node 2 train.py lora" in command
 
@@ -194,7 +194,7 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
 
     ending = run(main, *arguments("lora", base, book, as_killed, *DROPPING), "--resume")
     assert ending.status == 0 and "resuming after step 4" in ending.stdout
-    assert "warning: the run was under ranks 2 and goes on under 1" in ending.stderr
+    assert "warning: the run began with ranks 2 and resumes with 1" in ending.stderr
     assert finished(as_killed).column("step") == list(range(1, 17))
 
 

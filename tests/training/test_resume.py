@@ -82,7 +82,7 @@ def test_the_command_that_a_stopped_run_prints_ends_it_as_if_it_never_stopped(
         whole, base, book, tmp_path, method, number, step, status):
     ending = stop_in_step(number, step, arguments(method, base, book, tmp_path, *OPTIONS))
     assert ending.status == status and not (tmp_path / "run.json").exists()
-    told, command = ending.stderr.strip().split("; go on with: ")
+    told, command = ending.stderr.strip().split("; resume with: ")
     assert told == f"stopped after step {step}"
     python, script, *argv = shlex.split(command)
     assert Path(python).absolute() == Path(sys.executable) and script == "train.py"
@@ -273,7 +273,7 @@ def test_another_machine_is_warned_of(stopped, monkeypatch):
     ending = run(main, *stopped, "--resume")
     assert ending.status == 0
     for change, line in zip(("torch", "threads"), ending.stderr.splitlines(), strict=True):
-        assert line.startswith(f"warning: the run was under {change} ")
+        assert line.startswith(f"warning: the run began with {change} ")
 
 
 def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, tmp_path):
