@@ -13,8 +13,9 @@ from training.report import COLOURS
 COLUMNS = {"seconds": ("seconds", "{:.4g}"), "peak_mb": ("peak MB", "{:,.0f}"),
            "share_of_limit": ("matmuls' share", "{:.0%}"), "faster": ("times faster", "{:.2f}"),
            "bytes": ("bytes a step", "{:,.0f}"), "all_reduce": ("all-reduce alone, s", "{:.4f}")}
-AXES = {"batch_size": "windows a batch", "block_size": "tokens a window", "r": "rank",
-        "ranks": "data-parallel ranks"}
+AXES = {"batch_size": "windows of 128 tokens per batch",
+        "block_size": "tokens per window, 4 windows per batch",
+        "r": "rank, 16 windows of 128 tokens", "ranks": "data-parallel ranks on this machine"}
 Rounds = dict[int, dict]  # a contender's record of each round
 
 
@@ -93,7 +94,8 @@ def draw(results: dict, path) -> None:
         how = "one round"
         if many > 1:
             how = f"median of {many} rounds, and from the minimum to the maximum"
-        figure.suptitle(f"{results['base']}, {results['machine']}\n{how}", fontsize=10)
+        figure.suptitle(f"{results['base']}, {results['machine']}, {results['date'][:10]}\n{how}",
+                        fontsize=10)
         save_figure(figure, path)
 
 
@@ -122,7 +124,7 @@ def draw_axes(contenders: dict[str, dict]):
     shown = list(dict.fromkeys(f["axis"] for f in contenders.values()))
     figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
     for (row, column), axes in np.ndenumerate(panels):
-        key, label = (("seconds", "seconds a step"),
+        key, label = (("seconds", "seconds per step"),
                       ("peak_mb", "peak memory of a process (MB)"))[row]
         of_axis = [f for f in contenders.values() if f["axis"] == shown[column]]
         for name in dict.fromkeys(f["contender"] for f in of_axis):
@@ -133,10 +135,8 @@ def draw_axes(contenders: dict[str, dict]):
                                  for end in ("min", "median", "max"))
             axes.plot(sizes, middle, "o-", color=colour, label=name)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.2)
-        axes.set_xscale("log")
         axes.set_xticks(sizes, sizes)
-        axes.minorticks_off()
-        axes.set(xlabel=f"{AXES[shown[column]]} (log scale)", ylabel=label, ylim=(0, None))
+        axes.set(xlabel=AXES[shown[column]], ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=8)
     return figure

@@ -14,11 +14,12 @@ SHAPES = (([(5.6, 0.3), (9.6, 0.3), (9.6, 1.1), (5.6, 1.1)], "white"),
 ARROWS = ((10.9, 3.9, 10.9, 5.3), (6.6, 1.1, 3.5, 2.9), (8.6, 1.1, 10.9, 2.6), (3.5, 6.3, 6.8, 7.6),
           (10.9, 6.6, 8.4, 7.6), (7.6, 8.2, 7.6, 8.85))
 TEXTS = {"x  (768 numbers)": (7.6, 0.7, INK), "+": (7.6, 7.8, INK), "A  8 x 768": (10.9, 3.15, "w"),
-         "W  2304 x 768\n\nfrozen: the base's\n1,769,472 numbers": (3.5, 4.6, INK),
+         "W x + b\n\nW  2304 x 768, frozen:\n1,769,472 parameters": (3.5, 4.6, INK),
          "B  2304 x 8": (10.9, 6.1, "w"), "r = 8 numbers": (10.6, 4.6, INK, "right"),
-         "dropout": (10.3, 1.75, INK, "left"), r"times $\alpha / r$ = 2": (10.2, 7.25, INK, "left"),
+         "dropout": (10.3, 1.75, INK, "left"),
+         r"times $\alpha / r$ = 16 / 8 = 2": (10.2, 7.25, INK, "left"),
          "y  (2304 numbers: q, k and v)": (7.6, 9.1, INK),
-         "A and B: trained,\n24,576 numbers,\n1.4 % of W's": (12.1, 5.0, RED, "left")}
+         "A and B, trained:\n24,576 parameters,\n1.4 % of W's": (12.1, 5.0, RED, "left")}
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ STARTS = {"A random, B zero (LoRA)": (True, False, RED, "-"),
           "both random": (True, True, YELLOW, "-"),
           "both zero": (False, False, GREY, "--")}
 LR = 2e-3
-TITLES = {"loss": "loss less the base's, nats a token", "A": "norm of A's gradient",
-          "B": "norm of B's gradient"}
+TITLES = {"loss": "loss minus the base's, nats per token", "A": "norm of A's gradient (log)",
+          "B": "norm of B's gradient (log)"}
 
 
 def first_steps(name: str, seed: int, steps: int) -> dict[str, list[float]]:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
     seeds, steps = (1, 4) if args.short else (args.seeds, 12)
     runs = {name: [first_steps(name, seed, steps) for seed in range(seeds)] for name in STARTS}
-    figure, axes = panels(3, f"The first {steps} steps from four starts (mini; band: seeds)")
+    figure, axes = panels(3, f"Four starts, before each of {steps} steps (mini; bands: seeds)")
     for axis, (part, title) in zip(axes, TITLES.items(), strict=True):
         for name, (*_, colour, line) in STARTS.items():
             y = torch.tensor([run[part] for run in runs[name]])  # (seeds, steps)

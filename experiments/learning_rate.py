@@ -44,8 +44,8 @@ def main(argv: list[str] | None = None) -> dict:
     untrained = made.evaluate().perplexity
     left.axhline(untrained, color=GREY, linestyle="--", label="the base")
     left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(20, 75))
-    right.set(yscale="log", xlabel="perplexity on the book (to the left: more learnt)",
-              ylabel="KL from the base on its own texts, nats")
+    right.set(yscale="log", xlabel="perplexity on the book (labels: peak learning rate)",
+              ylabel="KL from the base on its texts, nats/token", xmargin=0.15)
     left.legend(loc="upper right")
     return save(args, "learning_rate", data | {"base": untrained}, figure)
 

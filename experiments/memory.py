@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> dict:
             bars = axis.bar([i + 0.4 * j - 0.2 for i in range(4)], [side[p] / 1e6 for p in PARTS],
                             0.38, color=PARTS.values(), alpha=1 - 0.45 * j)
             axis.bar_label(bars, [f"{side[p] / 1e6:,.1f}" for p in PARTS], fontsize=8)
-        axis.set(title="LoRA" if method == "lora" else "full fine-tuning", ylabel="MB")
+        axis.set(title="LoRA, c_attn, r = 8" if method == "lora" else "full fine-tuning",
+                 ylabel="MB")
         axis.set_xticks(range(4), PARTS, fontsize=9)
     axes[1].sharey(axes[0])
     return save(args, "memory", data, figure)

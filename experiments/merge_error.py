@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(0)
     ba = torch.randn(base.size(0), 8).double() @ torch.randn(8, base.size(1)).double()
     data = {"size": (10 ** torch.linspace(-6, 0, 7 if args.short else 25)).tolist()}
-    figure, axes = panels(2, "Merging: what is left of B A after W + B A is rounded (mini, c_attn)")
+    figure, axes = panels(2, "Merging: what rounding W + B A loses of B A (mini, c_attn)")
     for (name, dtype), colour in zip(PRECISIONS.items(), (GREY, RED, BLUE), strict=True):
         before, data[name] = base.to(dtype), {"error": [], "unmoved": []}
         for size in data["size"]:

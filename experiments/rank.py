@@ -19,10 +19,11 @@ def main(argv: list[str] | None = None) -> dict:
                    for r in ((1, 64) if args.short else (1, 2, 8, 32, 64))}
             for rule, (_, options) in RULES.items()}
     full = finetune("full", args.seeds, args.short, lr=FULL_LR)
-    figure, (axis,) = panels(1, "The rank, and the rule for the scaling s (mini, c_attn, 60 steps)")
+    figure, (axis,) = panels(1, f"The rank, and the rule for the scaling s (c_attn, lr {LR:g})")
     for rule, (colour, _) in RULES.items():
         band(axis, [*data[rule]], torch.tensor([*data[rule].values()]).T, colour, rule)
-    axis.axhline(sum(full) / len(full), color=GREY, linestyle="--", label="full fine-tuning")
+    axis.axhline(sum(full) / len(full), color=GREY, linestyle="--",
+                 label=f"full fine-tuning, lr {FULL_LR:g}")
     axis.set(xscale="log", xlabel="rank r", ylabel="validation perplexity")
     axis.set_xticks(ranks := list(data[rule]), ranks)
     axis.minorticks_off()

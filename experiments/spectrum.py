@@ -12,7 +12,7 @@ from train import Trainer
 
 RANKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1, 0)
 TITLES = {"share of the squared norm in\nthe first k singular values": "lower right",
-          "similarity of the first k input or\noutput directions of c_attn, two seeds": (0.41, 0.4),
+          "similarity of the first k input or\noutput directions of c_attn, two runs": (0.41, 0.4),
           "perplexity of full fine-tuning, its change\nof blocks' matrices cut to rank k": "right"}
 CURVES = ((0, "c_attn", ["LoRA"], RED, "-"), (0, "c_attn", ["full"], BLUE, "-"),
           (0, "mlp.c_proj", ["full"], YELLOW, "-"), (0, "c_attn", ["random"], BLUE, "--"),

@@ -74,10 +74,12 @@ def main(argv: list[str] | None = None) -> dict:
     for key, (colour, *_) in PARTS.items():
         widths = [100 * mean(parts.get(key, [0])) for parts in data.values()]
         bars = axis.barh([*data], widths, left=left, color=colour, label=key)
-        axis.bar_label(bars, [f"{w:.0f}" * (w > 3) for w in widths], label_type="center", color="w")
+        axis.bar_label(bars, [f"{w:.0f}" * (w > 3) for w in widths], label_type="center",
+                       color="k" if colour == YELLOW else "w")
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for end, (row, parts) in zip(left, data.items(), strict=True):
-        axis.text(end + 1, row, spread(map(sum, zip(*parts.values(), strict=True)), 2), va="center")
+        totals = [100 * sum(step) for step in zip(*parts.values(), strict=True)]
+        axis.text(end + 1, row, f"{spread(totals, 0)} %", va="center")
     axis.set(xlim=(0, 120), ylim=(len(data) - 0.5, -0.5), xlabel="% of full's operations, or time")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return save(args, "step_time", data, figure)

@@ -41,9 +41,10 @@ def compare(argv: list[str] | None, name: str, title: str,
             axis.axvspan(min(found), max(found), color=GREY, alpha=0.2)
         axis.plot([min(found), max(found)], [label, label], color=RED, linewidth=5,
                   solid_capstyle="butt")
-        axis.annotate(f"{mean(found):.1f} at {best:g}", (mean(found), label), xytext=(0, 7),
+        axis.plot(mean(found), label, "ko", markersize=4)
+        axis.annotate(f"{mean(found):.1f} (lr {best:g})", (mean(found), label), xytext=(0, 7),
                       textcoords="offset points", ha="center", fontsize=9)
         print(f"{label}: {spread(found)} at {best:g}")
-    axis.set(xlabel="perplexity, at the best peak rate (bar: seeds; grey: the first row's)",
+    axis.set(xlabel="perplexity at the best lr: mean, min and max of seeds (grey: first row's)",
              ylim=(len(data) - 0.5, -0.7), xmargin=0.12)
     return save(args, name, data, figure)

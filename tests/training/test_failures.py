@@ -106,8 +106,8 @@ def test_out_of_memory_says_what_helps(argv):
     line = one_line(run_acting({5: fail}, *argv))
     assert line == (
         "error: out of memory; try a smaller --batch-size, --block-size or --base, --precision "
-        "bf16 or, in training, --grad-accum or --gradient-checkpointing; the last checkpoint is of "
-        "step 3")
+        "bf16 or, in training, --grad-accum or --gradient-checkpointing; the last checkpoint is "
+        "from step 3")
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory(argv):
