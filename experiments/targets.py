@@ -10,7 +10,7 @@ RANKS = {("c_attn",): 20, ("attn.c_proj",): 40, ("c_fc",): 16, ("mlp.c_proj",): 
 def main(argv: list[str] | None = None) -> dict:
     choices = {f"{', '.join(names)}: r = {r}": ((3e-3, 1e-2, 3e-2), {
         "r": r, "lora_alpha": 2 * r, "target_modules": names}) for names, r in RANKS.items()}
-    return compare(argv, "targets", "Which layers? 122,880 parameters each (mini, 60 steps)", choices)
+    return compare(argv, "targets", "Which layers? 122,880 parameters each (mini)", choices)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GPT-2's operations and its loss, one PyTorch call each. Read this before `fast.py`.
+"""GPT-2's operations and its loss, in PyTorch's own calls. Read this before `fast.py`.
 
 `model/fast.py` has a faster twin of each function, under the same name, and the model calls that
 one; `tests/model/test_fast.py` compares the two. The parity check trains with the functions here,
