@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.cli import Parser, add_device_options, number
+from common.cli import Parser, add_device_options, number, typed_options
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
 from common.files import write_json
@@ -119,8 +119,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     if args.compare:
-        if args.adapter or args.json:
-            raise UserError("--compare reads finished runs; --adapter and --json are for a text")
+        if others := sorted(typed_options() - {"--compare"}):
+            raise UserError(f"--compare reads finished runs; {others[0]} is for a text")
         return compare(args.compare)
     if args.data and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")

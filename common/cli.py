@@ -3,7 +3,9 @@
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from common.device import PRECISIONS
@@ -15,6 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
+        self.register("type", Path, _path)
 
     def _parse_optional(self, arg_string: str):
         # All our options begin with "--", so that a value may begin with "-".
@@ -23,6 +26,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _path(text: str) -> Path:
+    if not text:  # an unset variable of a script; Path("") is the current directory
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def typed_options(argv: list[str] | None = None) -> set[str]:
+    """Return the names of the options that the command line gives a value."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.partition("=")[0] for word in words if word.startswith("--")}
 
 
 def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Callable:

@@ -13,6 +13,10 @@ if sys.platform == "win32":  # no fcntl, no fsync of a directory
     sys.stderr.write("error: Windows is supported under WSL only; start this command there\n")
     sys.exit(2)
 
+for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, _name) is None:  # closed by whoever started us, as with `>&-`
+        setattr(sys, _name, open(os.devnull, _mode))  # noqa: SIM115
+
 unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
 
 

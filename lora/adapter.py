@@ -43,9 +43,9 @@ def write_adapter(tensors: Mapping[str, Tensor], config: LoRAConfig, directory: 
                   base_sha256: str = "") -> None:
     """Write `tensors`, every A and B under its PEFT key, and `config`, as `save_adapter` does."""
     metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
-    write_json(Path(directory) / CONFIG, peft_config(config, base))
     with atomic_path(Path(directory) / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, metadata, torch.float32)
+        write_json(Path(directory) / CONFIG, peft_config(config, base))
 
 
 def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:

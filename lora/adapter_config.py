@@ -1,6 +1,7 @@
 """adapter_config.json, PEFT's file of an adapter's hyper-parameters, read strictly."""
 
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,7 +31,7 @@ SUPPORTED = {
     # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
-RANKS, ALPHAS = (1, 1 << 20), (0, 1e6)  # the least and the largest
+RANKS, ALPHAS = (1, 1 << 20), (0, 3e6)  # min and max; slices stack the command line's 1e6 by 3
 UNUSED = (None, False, [], {})  # the values that switch any other field of PEFT's off
 
 
@@ -86,6 +87,11 @@ def _pattern(path: Path, stored: dict, field: str, *limits) -> dict:
         raise UserError(f"{path}: {field} {brief(pattern)} is not an object of names and numbers")
     for key, value in pattern.items():
         check_number(path, f"{field} {brief(key)}", value, *limits)
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise UserError(f"{path}: {field} {brief(key)} is not a regular expression "
+                            f"({error})") from error
     return pattern
 
 

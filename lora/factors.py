@@ -3,6 +3,7 @@
 They are in fp64, so that what is computed from them is rounded once, when it is written.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
         raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
     shapes = read_shapes(path)
     names = [key.removesuffix(A_KEY) for key in shapes if key.endswith(A_KEY)]
-    if not names or not all(name.startswith(f"{PREFIX}h.") for name in names):
+    if not names or not all(re.match(re.escape(PREFIX) + r"h\.\d+\..", name) for name in names):
         raise UserError(f"{path}: is not an adapter of GPT-2's layers")
     names.sort(key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
     configs = {name: layer_config(config, name.removeprefix(PREFIX)) for name in names}

@@ -81,7 +81,7 @@ def _cached(name: str) -> Path | None:
     """Return the directory in the user's Hugging Face cache, else in the project's, else None."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{cache}/hub").expanduser()
+    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{cache}/hub"))
     for folder in (f"models--{OWNER}--{name}", f"models--{name}"):  # the second is the old name
         try:
             main = (cache / folder / "refs" / "main").read_text(encoding="utf-8").strip()

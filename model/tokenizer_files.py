@@ -5,6 +5,7 @@ Both spell bytes as printable characters (Radford et al. 2019; `bytes_to_unicode
 encoder.py) and list the merges in order, which is the order of tiktoken's ranks.
 """
 
+import re
 from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
@@ -19,6 +20,9 @@ FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 GPT2, GPT2_SIZE = Path(__file__).with_name("gpt2_tokenizer"), 50257
 FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED)
+# Parts of regular expressions that tiktoken reads otherwise than Hugging Face (Oniguruma).
+DIFFERENT, ANCHOR = re.compile(r"\\[wWbBhH1-9]|\[:|\(\?[a-z]*m"), re.compile(r"(?<!\\)[\^$]")
+CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")  # [^a] is no anchor
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
@@ -29,16 +33,23 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """
     directory = Path(directory)
     if (path := directory / FAST).exists():
-        tokenizer = _from_tokenizer_json(path, vocab_size)
+        read = _from_tokenizer_json
     elif (path := directory / VOCAB).exists() or (directory / MERGES).exists():
-        tokenizer = _from_vocab_and_merges(directory, vocab_size)
+        read = _from_vocab_and_merges
     elif vocab_size == GPT2_SIZE:
-        tokenizer = _from_tokenizer_json(path := GPT2 / FAST, vocab_size)
+        read, path = _from_tokenizer_json, GPT2 / FAST
     else:
         raise UserError(f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and "
                         f"the base has no tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}")
-    if (largest := max(tokenizer.bytes_of)) >= vocab_size:
-        raise UserError(f"{path}: has token {largest}; config.json's vocab_size is {vocab_size}")
+    try:
+        tokenizer = read(path, vocab_size)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}, or a file beside it, is not what Hugging Face writes: "
+                        f"{type(error).__name__} {error!s:.80}") from error
+    for token in (*tokenizer.ids, *tokenizer.special.values()):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise UserError(f"{path}: has token {brief(token)}; config.json's vocab_size is "
+                            f"{vocab_size}")
     for first, second in pairwise(sorted(tokenizer.special)):
         if second.startswith(first):  # tiktoken would take either
             raise UserError(f"{path}: special token {brief(second)} begins with another, "
@@ -72,7 +83,9 @@ def _added(path: Path, tokens: Iterable[dict]) -> dict[str, int]:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(f"{path}: token {brief(token['content'])} strips or needs white space "
                             "around it, which is not supported")
-        added[token["content"]] = token["id"]
+        if not token["content"]:
+            raise UserError(f"{path}: token {brief(token['id'])} is an empty text")
+        added[str(token["content"])] = token["id"]
     return added
 
 
@@ -85,16 +98,18 @@ def _pattern(path: Path, step: dict) -> str:
             pattern = PATTERN
         elif (len(steps) == 2 and not last.get("use_regex", True) and steps[0]["type"] == "Split"
               and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")):
-            pattern = steps[0]["pattern"].get("Regex")
-            # What lies between two matches is a word, too; tiktoken would drop it.
-            pattern = pattern and rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+            own = steps[0]["pattern"].get("Regex")
+            if own and not DIFFERENT.search(own) and not ANCHOR.search(CLASS.sub("", own)):
+                # What lies between two matches is a word, too; tiktoken would drop it.
+                pattern = rf"{own}|(?:(?!{own})[\s\S])+"
     if not pattern:
         raise UserError(f"{path}: pre_tokenizer {brief(step)} is not supported; only byte-level, "
                         "with GPT-2's pattern or one of its own")
     return pattern
 
 
-def _from_vocab_and_merges(directory: Path, vocab_size: int) -> Tokenizer:
+def _from_vocab_and_merges(path: Path, vocab_size: int) -> Tokenizer:
+    directory = path.parent
     vocab, added = read_json(directory / VOCAB), _read(directory, ADDED)
     added |= {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
     for value in _read(directory, SPECIAL).values():  # a token or several, each a text or a dict

@@ -87,16 +87,17 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
 
 def has_weights(directory: Path) -> bool:
     """Return whether there are weights, sharded ones included, which `weights_path` refuses."""
-    return any((Path(directory) / name).exists() for name in (WEIGHTS, PICKLED_WEIGHTS, *INDEXES))
+    return any(os.path.exists(f"{directory}/{name}")
+               for name in (WEIGHTS, PICKLED_WEIGHTS, *INDEXES))
 
 
 def weights_path(directory: Path) -> Path:
     """Return the base's weights file. Raises UserError if it is missing, or split into shards."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
-        if (Path(directory) / name).exists():
+        if os.path.exists(f"{directory}/{name}"):
             return Path(directory) / name
     for name in INDEXES:
-        if (Path(directory) / name).exists():
+        if os.path.exists(f"{directory}/{name}"):
             raise UserError(f"{directory}/{name}: sharded weights are not read; save one file with "
                             "transformers' save_pretrained(..., max_shard_size='100GB')")
     raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import sys
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
-from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds
+from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds, typed_options
 from common.errors import UserError
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
@@ -157,9 +156,9 @@ def parse_options(description: str, argv: list[str] | None = None) -> Options:
         values["book"] = None  # and not its default
     options = Options(**{name: tuple(value) if isinstance(value, list) else value
                          for name, value in values.items()})
-    if options.val_data and not options.data:
-        raise UserError("--val-data: needs --data")
-    typed = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    typed = typed_options(argv)
+    if options.val_data and (not options.data or "--val-fraction" in typed):
+        raise UserError("--val-data: needs --data, and no --val-fraction")
     if options.data and typed & {"--stride", "--label-shift"}:
         raise UserError("--stride and --label-shift are for books: an example is one row")
     pissa = options.init_lora_weights == "pissa"

@@ -89,19 +89,19 @@ def best_weights(out: Path, method: str) -> Path:
 
 def compare(directories: list[Path]) -> None:
     """Print the table of finished runs and their bases, and draw it beside the first run."""
-    runs = [(directory, read_run(directory)) for directory in directories]
-    measures = {str([run["base_sha256"], run["book_sha256"],
-                     *map(run["options"].get, ("val_fraction", "block_size", "label_shift"))])
-                for _, run in runs}
+    measures: dict[str, list] = {}  # runs whose losses compare
+    for directory in directories:
+        run = read_run(directory)
+        measure = [run["base_sha256"], run["book_sha256"],
+                   *map(run["options"].get, ("val_fraction", "block_size", "label_shift"))]
+        measures.setdefault(str(measure), []).append((directory, run))
     if len(measures) > 1:
-        print("note: these runs differ in base, book, split, block or label shift; "
-              "their losses do not compare")
-    bases = {}
-    for _, run in runs:
-        bases.setdefault(str(run["base_sha256"]), run)
-    rows = [_base_cells(run) for run in bases.values()]
-    print_table(COLUMNS, rows + [_cells(*run) for run in runs])
-    draw_comparison(runs, directories[0].resolve().parent / "compare.png")
+        print("note: these runs differ in base, book, split, block or label shift; losses compare "
+              "only within a base and the runs below it")
+    rows = [row for runs in measures.values()
+            for row in (_base_cells(runs[0][1]), *(_cells(*run) for run in runs))]
+    print_table(COLUMNS, rows)
+    draw_comparison(list(measures.values()), directories[0].resolve().parent / "compare.png")
 
 
 def _base_cells(run: dict) -> list[str]:
@@ -150,18 +150,24 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     save_figure(figure, options.out / "loss.png")
 
 
-def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:
-    """Draw validation perplexity, trainable parameters and time of each run, base included."""
+def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None:
+    """Draw validation perplexity, each base before its runs, and parameters and time of each run.
+
+    The losses of each list of runs compare.
+    """
     if not can_draw():
         return
-    names = [f"{run['method']}\n({printable(directory.name)})".replace(",", ",\n")
-             for directory, run in runs]
-    colours = [COLOURS[run["method"]] for _, run in runs]
-    first = runs[0][1]
-    figure, (quality, size, speed) = subplots(1, 3, figsize=(max(11, 3.5 * len(runs)), 4))
-    _bars(quality, [f"base\n({printable(Path(first['base']).name)})", *names],
-          [perplexity(first["base_val_loss"]), *(run["best_val_perplexity"] for _, run in runs)],
-          [COLOURS["base"], *colours], "validation perplexity (lower is better)", "{:.1f}")
+    bars, runs = [], [run for measure in measures for run in measure]
+    for measure in measures:
+        base = measure[0][1]
+        bars.append((f"base\n({printable(Path(base['base']).name)})",
+                     perplexity(base["base_val_loss"]), COLOURS["base"]))
+        bars += [(_label(*run), run[1]["best_val_perplexity"], COLOURS[run[1]["method"]])
+                 for run in measure]
+    names, colours = [_label(*run) for run in runs], [COLOURS[run["method"]] for _, run in runs]
+    figure, (quality, size, speed) = subplots(1, 3, figsize=(max(11, 3 * len(bars)), 4))
+    _bars(quality, *map(list, zip(*bars, strict=True)), "validation perplexity (lower is better)",
+          "{:.1f}")
     _bars(size, names, [run["trainable_parameters"] for _, run in runs], colours,
           "trainable parameters (log scale)", "{:,.0f}")
     size.set_yscale("log")
@@ -169,6 +175,10 @@ def draw_comparison(runs: list[tuple[Path, dict]], path: Path) -> None:
           "seconds, validation included", "{:,.0f}")
     save_figure(figure, path)
     print(f"drawn in {path}")
+
+
+def _label(directory: Path, run: dict) -> str:
+    return f"{run['method']}\n({printable(directory.name)})".replace(",", ",\n")
 
 
 def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,

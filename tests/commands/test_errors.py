@@ -5,6 +5,7 @@ import json
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from common.cli import number, steps_or_seconds
 from lora import merge
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
+from training.options import ROOT
 
 TRAIN = "--base base --book book.txt --out out --block-size 16 --device cpu"
 COMMANDS = {  # each would succeed
@@ -98,7 +100,10 @@ MISTAKES = [
       for run in ("directory", "missing", "garbage", "list", "foreign")),
     ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
-    ("compare --json out", "--json are for a text"), ("compare --adapter run", "--adapter and --j"),
+    ("compare --json out", "--json is for a text"), ("compare --stride=3", "--stride is for a te"),
+    *((f"{command} ''", f"{command.split()[1]}: the path is empty") for command in (
+        "lora --out", "full --book", "evaluate --adapter", "merge --out")),
+    ("lora --out caf\udce9", r"--out 'caf\udce9': is not UTF-8"),
     ("generate --prompt ' \n\t'", "--prompt"), ("generate --prompt You '' again", "--prompt"),
     ("generate --prompt", "--prompt"), ("generate --with-base", "--adapter"),
     ("lora --out held", "--out held: holds a run (run.json); --resume continues it, --overwri"),
@@ -207,10 +212,9 @@ def test_a_method_must_be_named():
 def test_each_command_would_succeed_without_its_mistake(tmp_path):
     shutil.copytree("base", "moved")  # the adapter's base is known by its content
     for name, (main, _) in COMMANDS.items():
-        more = (["--out", tmp_path / name] if "out" in arguments(name) else
-                ["--adapter", "run"] if name != "compare" else [])
-        more += ["--max-steps", "1"] if main is train.main else []
-        ending = run(main, *arguments(name), *more, "--base", "moved")
+        more = ["--out", tmp_path / name] if "out" in arguments(name) else ["--adapter", "run"]
+        more += ["--base", "moved", *(["--max-steps", "1"] if main is train.main else [])]
+        ending = run(main, *arguments(name), *([] if name == "compare" else more))
         assert (ending.status, ending.stderr.count("error")) == (0, 0), ending
 
 
@@ -229,3 +233,8 @@ def test_run_as_a_script_each_ends_so(line, word, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert ended.value.code == 2 and word in error
     assert error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+def test_closed_streams_change_no_exit_status():
+    command = f"{sys.executable} {ROOT / 'train.py'} lora --lr x <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command]).returncode == 2

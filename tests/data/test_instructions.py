@@ -218,8 +218,9 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(
         assert words in one_line(run(train.main, *argv), 2)
     line = one_line(run(evaluate.main, *command, "--val-fraction", 0.1), 2)
     assert line == f"error: {data}: 0 examples; too short to score"
-    line = one_line(run(train.main, "lora", "--base", base, "--val-data", data), 2)
-    assert "--val-data: needs --data" in line
+    for more in ((), ("--data", data, "--val-fraction", 0.5)):
+        line = one_line(run(train.main, "lora", "--base", base, "--val-data", data, *more), 2)
+        assert "--val-data: needs --data, and no --val-fraction" in line
     line = one_line(run(train.main, "lora", "--base", base, "--data", data, "--label-shift", 2), 2)
     assert "--label-shift are for books" in line
     for option in (("--label-shift", 2), ("--stride", 4)):

@@ -195,7 +195,7 @@ SPOILT = [
           ({"target_modules": ["c_attn", "wte"]}, "does not fit this base: target module 'w"),
           ({"target_modules": ["\x1b" * 99]}, r"does not fit this base: target module '\x1b"),
           ({"target_modules": "c_("}, "does not fit this base: missing )"),
-          ({"rank_pattern": {"[": 2}}, "does not fit this base: unterminated"),
+          ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression (untermin"),
           ({"x\ny" * 99: 1}, r"'x\nyx\ny"))),
 ]
 

@@ -111,8 +111,9 @@ def test_patterns_of_rank_and_alpha_count_and_dora_is_refused(base, tmp_path):
 
 @pytest.mark.parametrize("names", [
     (), ("base_model.model.model.layers.0.self_attn.q_proj",),
+    ("base_model.model.transformer.h.x",),
     ("base_model.model.transformer.encoder.layers.0.self_attention.query_key_value",),
-], ids=["nothing", "llama", "chatglm"])
+], ids=["nothing", "llama", "no number", "chatglm"])
 def test_an_adapter_of_another_architecture_is_refused(adapter, tmp_path, names):
     file = adapter / "adapter_model.safetensors"
     save_file({f"{name}.lora_{part}.weight": torch.ones(4, 4) for name in names for part in "AB"},
@@ -122,3 +123,16 @@ def test_an_adapter_of_another_architecture_is_refused(adapter, tmp_path, names)
         ending = run(command, *arguments)
         assert (ending.status, ending.stdout) == (2, "") and not (tmp_path / "out").exists()
         assert ending.stderr == f"error: {file}: is not an adapter of GPT-2's layers\n"
+
+
+def test_what_is_not_written_leaves_nothing(base, adapters, tmp_path):
+    """A sum that is not finite in fp32 fails, and the same command with other weights succeeds."""
+    huge = tmp_path / "huge"
+    model, config = adapted(base, ("c_attn",), r=2)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.weight.fill_(3e38)
+    save_adapter(model, config, huge, "gpt2")
+    assert run(main, huge, "--weights", 1e6, "--out", tmp_path / "out").status == 1
+    assert not list((tmp_path / "out").iterdir())
+    assert run(main, huge, "--weights", 0.01, "--out", tmp_path / "out").status == 0

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import unicodedata
 from base64 import b64encode
 from hashlib import sha256
@@ -139,6 +140,11 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     (DIGITS.to_str().replace(r"\\p{N}", "("), "pattern is not supported"),
     (write(models.BPE(), 300, "<s>x"), "'<s>x' begins with another"),
     (write(models.BPE(), 401), "has token 400; config.json's vocab_size is 400"),
+    (json.dumps({"model": [1]}), "is not what Hugging Face writes: AttributeError"),
+    (re.sub(r'("a":)(\d+)', r'\1"\2"', TINY), "has token '"),
+    (TINY.replace('"content":"<s>"', '"content":""'), "is an empty text"),
+    *((DIGITS.to_str().replace(r"\\p{N}", part), "pre_tokenizer") for part in (
+        r"\\w+", "[[:alpha:]]", "^a", r"(a)\\1")),
 ])
 def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
     (path := tmp_path / "tokenizer.json").write_text(content)
