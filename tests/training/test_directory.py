@@ -7,17 +7,7 @@ import pytest
 
 import train
 from tests.helpers import drawing
-from tests.runs import (
-    Run,
-    arguments,
-    contents,
-    finished,
-    one_line,
-    refused,
-    run,
-    run_acting,
-    trained,
-)
+from tests.runs import arguments, contents, finished, one_line, refused, run, run_acting, trained
 from train import main
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.directory import RunDirectory
@@ -32,7 +22,7 @@ def argv(base, book, tmp_path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(base, book, tmp_path_factory) -> Run:
+def whole(base, book, tmp_path_factory):
     """The run whose disk was never full."""
     return trained("lora", base, book, tmp_path_factory.mktemp("whole"), *OPTIONS, "--eval-every",
                    20)

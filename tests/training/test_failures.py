@@ -99,20 +99,15 @@ def test_a_row_of_skipped_steps_goes_on_after_a_resume(argv):
     assert "step 22: the gradient overflowed in 20 steps in a row" in one_line(ending)
 
 
-def test_out_of_memory_says_what_helps(argv):
+def test_out_of_memory_says_what_helps_and_another_error_is_not_taken_for_it(argv):
     def fail(trainer):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9.")
+        raise error
 
-    line = one_line(run_acting({5: fail}, *argv))
-    assert line == (
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9.")
+    assert one_line(run_acting({5: fail}, *argv)) == (
         "error: out of memory; try a smaller --batch-size, --block-size or --base, --precision "
         "bf16 or, in training, --grad-accum or --gradient-checkpointing; the last checkpoint is "
         "from step 3")
-
-
-def test_another_error_is_not_taken_for_a_lack_of_memory(argv):
-    def fail(trainer):
-        raise RuntimeError("a bug")
-
+    error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
-        run_acting({5: fail}, *argv)
+        run_acting({5: fail}, *argv, "--overwrite")

@@ -19,19 +19,11 @@ from safetensors.torch import load_file
 import train
 from common.errors import RunError
 from model import fast
+from tests import runs
 from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
 from tests.ranks import fork
-from tests.runs import (
-    NO_DROPOUT,
-    WEIGHTS,
-    arguments,
-    finished,
-    questions,
-    run,
-    trained,
-    trainer,
-)
+from tests.runs import arguments, finished, run, trained, trainer
 from train import main
 from training.ranks import Ranks
 
@@ -102,7 +94,7 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
         base, book, tmp_path, method, ranks):
     made = trainer(method, base, book, tmp_path / "unused", *SAME)
     assert len(made.windows) % made.options.batch_size == 1
-    options = (*SAME, *NO_DROPOUT[method])
+    options = (*SAME, *runs.NO_DROPOUT[method])
     alone = trained(method, base, book, tmp_path / "alone", *options)
     argv = arguments(method, base, book, tmp_path / "ranks", *options)
     statuses, lines = fork(tmp_path / "said", *[argv] * ranks)
@@ -111,7 +103,7 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
     assert len(ours.metrics) == 18 and len(ours.column("val_loss")) == 6
     for column in ("step", "epoch", "lr", "loss", "grad_norm", "val_loss", "val_bits_per_byte"):
         assert ours.column(column) == pytest.approx(alone.column(column), rel=1e-5), column
-    weights, others = (load_file(r.out / WEIGHTS[method]) for r in (ours, alone))
+    weights, others = (load_file(r.out / runs.WEIGHTS[method]) for r in (ours, alone))
     assert weights.keys() == others.keys()
     for key, tensor in weights.items():
         assert relative_difference(*map(moved(key), (tensor, others[key]))) < 1e-4, key
@@ -210,9 +202,9 @@ def another_start():
 
 
 def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):
-    data = questions(tmp_path / "x.jsonl")  # 18 to train on: the last batch is one rank's alone
+    data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: the last batch is one rank's
     options = ("--batch-size", 17, "--block-size", 64, "--max-steps", 6, "--lr", 3e-3,
-               *NO_DROPOUT["lora"])
+               *runs.NO_DROPOUT["lora"])
     together, alone = (arguments("lora", base, data, tmp_path / name, *options)
                        for name in ("together", "alone"))
     statuses, lines = fork(tmp_path / "said", together, together, during=another_start())

@@ -10,20 +10,9 @@ import pytest
 import torch
 
 from common.device import Device
+from tests import runs
 from tests.helpers import tiny_gpt2_directory
-from tests.runs import (
-    WEIGHTS,
-    Clock,
-    arguments,
-    contents,
-    die,
-    finished,
-    questions,
-    refused,
-    run,
-    run_acting,
-    trained,
-)
+from tests.runs import WEIGHTS, arguments, contents, finished, refused, run, run_acting, trained
 from train import main
 from training import session
 from training.checkpoint import CHECKPOINT, read_checkpoint
@@ -170,7 +159,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_any_options(
         whole, base, book, tmp_path, step, argv):
     """Before its first line of metrics, by the same command."""
     argv = [*arguments("lora", base, book, tmp_path, *OPTIONS), *argv]
-    killed = run_acting({step: die}, *arguments("lora", base, book, tmp_path, *OPTIONS, "--lr", 1))
+    killed = run_acting({step: runs.die}, *arguments("lora", base, book, tmp_path, *OPTIONS, "--lr",
+                                                     1))
     assert killed.status == 130 and bool((tmp_path / "metrics.jsonl").read_text()) == (step > 7)
     ending = run(main, *argv)
     assert ending.status == 0, ending
@@ -188,14 +178,6 @@ def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
     assert "the run is of `train.py lora`, not full" in line
 
 
-def test_full_fine_tuning_is_not_resumed_from_an_adapter(base, book, adapter, tmp_path):
-    out = tmp_path / "run"
-    run_acting({9: die}, *arguments("full", base, book, out, *OPTIONS, "--checkpoint-every", 1))
-    line = refused(out, *arguments("lora", base, book, out, *OPTIONS, "--resume",
-                                   "--init-adapter", adapter))
-    assert "the run is of `train.py full`, not lora" in line
-
-
 def test_a_run_is_not_resumed_on_a_book_that_changed_while_it_ran(base, book, tmp_path):
     copy = Path(shutil.copy(book, tmp_path / "book"))
     argv = arguments("lora", base, copy, tmp_path / "run", *OPTIONS)
@@ -205,7 +187,7 @@ def test_a_run_is_not_resumed_on_a_book_that_changed_while_it_ran(base, book, tm
 
 
 def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base, tmp_path):
-    data = questions(tmp_path / "data.jsonl")
+    data = runs.questions(tmp_path / "data.jsonl")
     options = ("--block-size", 64, "--batch-size", 4, "--grad-accum", 2, "--max-steps", 9)
     whole = trained("lora", base, data, tmp_path / "whole", *options)
     argv = arguments("lora", base, data, tmp_path / "run", *options)
@@ -259,7 +241,7 @@ def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
 
 
 def test_the_time_before_a_stop_counts(monkeypatch, base, book, tmp_path):
-    clock = Clock()
+    clock = runs.Clock()
     monkeypatch.setattr(session, "time", clock)
     argv = arguments("lora", base, book, tmp_path / "slow", *OPTIONS)
     assert stop_in_step(signal.SIGINT, 12, argv, lambda: vars(clock).update(later=999)).status > 0
