@@ -1,4 +1,4 @@
-"""Check README.md, CONTRIBUTING.md and docs/: links, anchors, files and symbols exist."""
+"""The pages: links, anchors, files and symbols exist; docs/bugs.md prints what it says."""
 
 import ast
 import re
@@ -13,6 +13,8 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(r"`([\w./-]*\w\.(?:py|md|toml)|Makefile)`")
 SYMBOL = re.compile(r"`([\w.]+)`\s+in\s+\[?`?([\w./-]+\.py)`?")
+TOYS = re.findall(r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```",
+                  (ROOT / "docs/bugs.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 @cache
@@ -85,3 +87,10 @@ def test_a_wrong_pointer_is_found(tmp_path):
 
 def test_no_page_is_over_250_lines():
     assert [page.name for page in PAGES if len(page.read_text().splitlines()) > 250] == []
+
+
+@pytest.mark.parametrize(("block", "printed"), TOYS, ids=["labels", "orig_mod", "transpose"])
+def test_a_toy_prints_what_the_page_says(block, printed, capsys):
+    exec(block, {})
+    assert capsys.readouterr().out == printed
+    assert "wrong:" in printed and "fixed:" in printed

@@ -152,8 +152,7 @@ def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
 def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, caplog):
     directory, theirs = tiny_gpt2_directory(tmp_path / "in", n_inner=50, resid_pdrop=0.2)
     tokens = {"bos_token_id": 1, "eos_token_id": 316, "pad_token_id": 2}
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | tokens))
+    edit_config(directory, **tokens)
     out, stored_dtype = tmp_path / "out", dtype or torch.float32
     save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)
     save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)  # in place of what is there
