@@ -1,4 +1,4 @@
-"""A small base on disk, a good adapter of it, and a book."""
+"""A small base on disk, a good adapter of it, a book, and a finished run of each method."""
 
 import os
 
@@ -11,8 +11,8 @@ import pytest
 
 from lora.adapter import save_adapter
 from tests.adapters import adapted
-from tests.helpers import tiny_gpt2_directory
-from tests.runs import story
+from tests.helpers import drawing, tiny_gpt2_directory
+from tests.runs import Run, story, trained
 from training import report
 
 
@@ -42,3 +42,13 @@ def book(tmp_path_factory):
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_text(story())
     return path
+
+
+@pytest.fixture(scope="session")
+@drawing()
+def runs(base, book, tmp_path_factory) -> dict[str, Run]:
+    """Two epochs by each method; not to be written to."""
+    out = tmp_path_factory.mktemp("runs")
+    return {method: trained(method, base, book, out / method, "--epochs", 2, "--eval-every", 3,
+                            "--lr", 3e-3, "--checkpoint-every", 4)
+            for method in ("lora", "full")}

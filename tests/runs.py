@@ -129,6 +129,13 @@ def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: objec
         return run(train.main, *argv)
 
 
+def printed(main: Callable[[], int | None], *argv: object) -> str:
+    """What the command prints; it must succeed, with nothing on stderr."""
+    ending = run(main, *argv)
+    assert (ending.status, ending.stderr) == (0, "")
+    return ending.stdout
+
+
 def one_line(ending: Ending, status: int = 1) -> str:
     lines = ending.stderr.splitlines()
     assert ending.status == status and len(lines) == 1 and lines[0].startswith("error: "), ending

@@ -9,18 +9,17 @@ import pytest
 
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import BLOCK, Run, run, story, trained
+from tests.runs import BLOCK, Run, printed, run, story, trained
 
 
 def score(book, tmp_path, *options: object) -> dict:
     """The scores of the book's last tenth, those that training validates on."""
     path = tmp_path / "scores.json"
-    ending = run(evaluate.main, "--text", book, "--val-fraction", 0.1, "--block-size", BLOCK,
-                 "--device", "cpu", "--json", path, *options)
-    assert (ending.status, ending.stderr) == (0, "")
+    said = printed(evaluate.main, "--text", book, "--val-fraction", 0.1, "--block-size", BLOCK,
+                   "--device", "cpu", "--json", path, *options)
     scores = json.loads(path.read_text())
-    assert f"{book}, the last {100 * scores['val_fraction']:.3g} %: " in ending.stdout
-    assert f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.3f}" in ending.stdout
+    assert f"{book}, the last {100 * scores['val_fraction']:.3g} %: " in said
+    assert f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.3f}" in said
     return scores
 
 
@@ -43,11 +42,10 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path,
 
 def compare(*directories: object) -> tuple[list[list[str]], str]:
     """The table's cells, row by row, and all that was printed."""
-    ending = run(evaluate.main, "--compare", *directories)
-    assert (ending.status, ending.stderr) == (0, "")
-    lines = [line for line in ending.stdout.splitlines() if line.startswith("|")]
+    said = printed(evaluate.main, "--compare", *directories)
+    lines = [line for line in said.splitlines() if line.startswith("|")]
     assert len(set(map(len, lines))) == 1  # the columns line up
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines], ending.stdout
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines], said
 
 
 @drawing()

@@ -16,7 +16,7 @@ from lora.load import load_model
 from model.weights import load_gpt2
 from tests.adapters import IDS, adapted, randomize
 from tests.helpers import relative_difference
-from tests.runs import run, stock_model
+from tests.runs import printed, run, stock_model
 
 
 @pytest.fixture
@@ -51,9 +51,8 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
     weights, out = (0.5, -2), tmp_path / "out"
     torch.save(load_file(adapters[1] / WEIGHTS), adapters[1] / PICKLED_WEIGHTS)
     (adapters[1] / WEIGHTS).unlink()  # as PEFT wrote them before 0.6
-    ending = run(main, *adapters, "--weights", *weights, "--out", out)
-    assert (ending.status, ending.stderr) == (0, "")
-    assert ending.stdout == f"{out}: rank 5, 100.00% of the sum's squared norm\n"
+    assert printed(main, *adapters, "--weights", *weights, "--out", out) == (
+        f"{out}: rank 5, 100.00% of the sum's squared norm\n")
     dense, total = dense_sum(base, adapters, weights)
     assert relative_difference(dense(IDS), load_gpt2(base)(IDS)) > 0.1
     combined = changes(base, out)
@@ -64,15 +63,14 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
 
 def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):
     """Eckart-Young, by the SVD of the dense sum."""
-    ending = run(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
-    assert (ending.status, ending.stderr) == (0, "")
+    said = printed(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
     kept, whole = 0.0, 0.0
     cut = changes(base, tmp_path / "out")
     for name, change in dense_sum(base, adapters, (1, 1))[1].items():
         s = torch.linalg.svdvals(change.double())
         assert (cut[name] - change).norm() == pytest.approx(s[2:].norm().item(), rel=1e-4, abs=1e-5)
         kept, whole = kept + s[:2].square().sum(), whole + s.square().sum()
-    assert f"rank 2, {kept / whole:.2%} of" in ending.stdout and kept / whole < 0.99
+    assert f"rank 2, {kept / whole:.2%} of" in said and kept / whole < 0.99
 
 
 def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_path):
