@@ -35,14 +35,16 @@ def adapted(base: Path, targets: tuple[str, ...] = ALL_FOUR,
     return model, lora_config
 
 
-def losses_of_steps(model: nn.Module, ids: Tensor, steps: int, autocast: bool) -> list[float]:
-    """Take AdamW steps on A and B, each step's dropouts drawn from its number."""
+def losses_of_steps(model: nn.Module, ids: Tensor, steps: int, seed: int = 0,
+                    autocast: bool = False) -> list[float]:
+    """Take AdamW steps on A and B, each step's dropouts drawn from the seed and its number."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(steps):
-        torch.manual_seed(step)
+        torch.manual_seed(seed + step)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = model(ids[:, :-1])
+            output = model(ids[:, :-1])
+        logits = getattr(output, "logits", output)  # transformers' models return more
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         losses.append(loss.item())
         optimizer.zero_grad()

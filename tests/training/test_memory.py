@@ -73,7 +73,7 @@ def test_freed_memory_is_kept_once_asked():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(tmp_path):
     with torch.device("meta"):
-        model = GPT2(GPT2Config(vocab_size=20_000, n_embd=512, n_layer=24, n_head=8))
+        model = GPT2(GPT2Config(vocab_size=5_000, n_embd=512, n_layer=12, n_head=8))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.zero_()
