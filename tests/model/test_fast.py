@@ -161,13 +161,15 @@ def test_loss_and_gradients_are_those_of_cross_entropy(
     assert loss.dtype == FP32
 
 
-def test_autocast_rules_the_precision_of_matmuls():
+def test_autocast_rules_the_precision_of_matmuls_and_not_of_the_softmax():
     hidden, weight, targets = normal(9, 16, seed=1), normal(33, 16, seed=2), torch.arange(9)
     low = [x.detach().bfloat16() for x in (hidden, weight)]
     with torch.autocast("cpu", dtype=BF16):
         y = ops.linear(hidden, weight)
         loss = ops.tied_cross_entropy(hidden, weight, targets)
         scores = ops.score(hidden, weight, targets)
+        assert_close(loss, plain.tied_cross_entropy(hidden, weight, targets), 1e-6)
+        assert_close(scores[0], plain.score(hidden, weight, targets)[0], 1e-6)
     assert torch.equal(y, ops.linear(*low)) and y.dtype == BF16
     assert torch.equal(loss, ops.tied_cross_entropy(*low, targets)) and loss.dtype == FP32
     assert torch.equal(scores[0], ops.score(*low, targets)[0])

@@ -45,6 +45,16 @@ def test_gradients_are_those_of_transformers(pair):
         assert relative_difference(parameter.grad, expected) < 1e-5, name
 
 
+def test_autocast_rounds_trained_embeddings_in_evaluation_alone(pair):
+    ids, positions = token_ids(pair[0].config.vocab_size, 2, 5), torch.arange(5)
+    exact = pair[0].embed(ids, positions)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pair[0].embed(ids, positions), exact)
+        with torch.no_grad():
+            rounded = pair[0].embed(ids, positions)
+    assert rounded.dtype == torch.float32 and 1e-4 < relative_difference(rounded, exact) < 1e-2
+
+
 @torch.no_grad()
 def test_cached_logits_are_those_without_a_cache(pair):
     model, theirs = pair
