@@ -65,7 +65,8 @@ def _from_tokenizer_json(path: Path, vocab_size: int) -> Tokenizer:
     stored = read_json(path)
     model = stored.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
-        raise UserError(f"{path}: is a {model.get('type')} tokenizer; only byte-level BPE is known")
+        raise UserError(f"{path}: is a {brief(model.get('type'))} tokenizer; only byte-level BPE "
+                        "is known")
     for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(field):
             raise UserError(f"{path}: {field} {brief(model[field])} is not supported")
@@ -136,7 +137,8 @@ def _byte_level(path: Path, pattern: str, vocab: dict[str, int], merges: list[tu
         ids = tuple(vocab[word] for word in words)
         texts = tuple(bytes(byte_of[character] for character in word) for word in words)
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks {error}") from error
+        raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks "
+                        f"{error!s:.80}") from error
     settings = _read(path.parent, SETTINGS)
     if settings.get("add_prefix_space"):
         raise UserError(f"{path.parent / SETTINGS}: add_prefix_space is not supported")

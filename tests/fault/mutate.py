@@ -41,17 +41,26 @@ def _place(rng: Random, data: bytes) -> int:
     return rng.choice((near, len(data) - near, rng.randrange(len(data) + 1)))
 
 
+def _nested(rng: Random, fields: dict) -> dict:
+    """Return this object or, as often, one somewhere inside it."""
+    inner = [child for value in fields.values()
+             for child in (value if isinstance(value, list) else [value])
+             if isinstance(child, dict)]
+    return _nested(rng, rng.choice(inner)) if inner and rng.random() < 0.5 else fields
+
+
 def mutate_json(rng: Random, data: bytes) -> bytes:
     """Change, drop, add or repeat a field; or change the bytes."""
     if rng.random() < 0.2:
         return mutate_bytes(rng, data)
     value = json.loads(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        key = rng.choice([*value, rng.choice(TEXTS)])
+        fields = _nested(rng, value)
+        key = rng.choice([*fields, rng.choice(TEXTS)])
         if rng.random() < 0.2:
-            value.pop(key, None)
+            fields.pop(key, None)
         else:
-            value[key] = _hostile(rng)
+            fields[key] = _hostile(rng)
     text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
     if rng.random() < 0.1:
         text = text[:-1] + f", {json.dumps(rng.choice(list(value) or ['x']))}: 1}}"

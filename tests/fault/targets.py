@@ -23,6 +23,7 @@ from lora.adapter_config import CONFIG
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config
+from model.tokenizer_files import FAST, load_tokenizer
 from model.weights import CONV1D, load_gpt2, save_gpt2
 from tests.fault.mutate import mutate_json, mutate_safetensors, mutate_text
 from tests.fault.runs import BOOK, finish, train_command
@@ -70,7 +71,7 @@ def check_adapter(directory: Path) -> None:
     model = GPT2(GPT2_CONFIG)
     config = load_adapter(model, directory / "adapter")
     layers, stored = lora_layers(model), _safetensors(directory / "adapter" / WEIGHTS)
-    assert layers and 0 <= config.lora_alpha <= 1e6 and 0 <= config.lora_dropout <= 1
+    assert layers and 0 <= config.lora_alpha <= 3e6 and 0 <= config.lora_dropout <= 1
     for name, layer in layers.items():
         assert layer.lora_A.weight.shape == (config.r, layer.base_layer.in_features)
         for part in ("lora_A", "lora_B"):
@@ -115,6 +116,14 @@ def check_tokens(directory: Path) -> None:
         shutil.rmtree(directory / "cache", ignore_errors=True)
 
 
+def check_tokenizer(directory: Path) -> None:
+    """Every id is one of the model's, and the ids of a text give the text back."""
+    tokenizer = load_tokenizer(directory / "base", VOCAB)
+    ids = tokenizer.encode(TEXT)
+    assert b"".join(tokenizer.bytes_of[i] for i in ids.tolist()) == TEXT.encode()
+    assert len(tokenizer.byte_counts) == VOCAB
+
+
 def check_run(directory: Path, drawn: bool = False) -> None:
     """Check the table and, seldom (it takes half a second), the picture."""
     with (mock.patch.object(report, "can_draw", lambda: drawn),
@@ -131,6 +140,7 @@ TARGETS = (
     Target("base config", "base/config.json", mutate_json, check_base),
     Target("base weights", "base/model.safetensors", mutate_safetensors, check_base),
     Target("run checkpoint", f"run/{CHECKPOINT}", mutate_safetensors, check_checkpoint),
+    Target("tokenizer", f"base/{FAST}", mutate_json, check_tokenizer),
     Target("book", "book.txt", mutate_text, check_tokens),
     Target("run report", "run/run.json", mutate_json, check_run),
     Target("run report, drawn", "run/run.json", mutate_json, partial(check_run, drawn=True)),

@@ -130,8 +130,8 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
 
 
 @pytest.mark.parametrize("content, reason", [
-    (Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).to_str(), "is a WordPiece tokenizer"),
-    (Tokenizer(models.Unigram([("a", 0.0)])).to_str(), "is a Unigram tokenizer"),
+    (Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).to_str(), "is a 'WordPiece' tokenizer"),
+    (Tokenizer(models.Unigram([("a", 0.0)])).to_str(), "is a 'Unigram' tokenizer"),
     (Tokenizer(CHARACTERS).to_str(), "pre_tokenizer"), (write(CHARACTERS), "is not byte-level BPE"),
     (TINY.replace('"normalizer":null', '"normalizer":{"type":"NFC"}'), "normalizer {'type': 'NFC"),
     (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
