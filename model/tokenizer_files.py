@@ -84,9 +84,9 @@ def _added(path: Path, tokens: Iterable[dict]) -> dict[str, int]:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(f"{path}: token {brief(token['content'])} strips or needs white space "
                             "around it, which is not supported")
-        if not token["content"]:
-            raise UserError(f"{path}: token {brief(token['id'])} is an empty text")
-        added[str(token["content"])] = token["id"]
+        if not isinstance(token["content"], str) or not token["content"]:
+            raise UserError(f"{path}: token {brief(token['id'])} has no text")
+        added[token["content"]] = token["id"]
     return added
 
 
