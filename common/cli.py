@@ -73,7 +73,7 @@ BASE = {"default": "auto", "metavar": "B",
 DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda", "mps"),
           "help": "auto: CUDA, else MPS, else the CPU"}
 PRECISION = {"default": "auto", "choices": ("auto", *PRECISIONS),
-             "help": "of the matmuls; auto: bf16 where the device is fast in it"}
+             "help": "of the matmuls; auto: by the device (README, Speed)"}
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
