@@ -52,10 +52,15 @@ CHARACTERS, TINY = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), write(mo
 DIGITS = Tokenizer.from_str(TINY)  # what lies between two digits is a word, too
 SPLIT = [Split(Regex(r"\p{N}"), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
 DIGITS.pre_tokenizer = Sequence(SPLIT)
+LLAMA_3 = Tokenizer.from_str(TINY)
+LLAMA_3.pre_tokenizer = Sequence([Split(Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"), SPLIT[1]])
 FORMS = {  # the model's vocabulary size, and tokenizer.json
     "GPT-2": (50257, ""), "mini": (8192, (MINI / "tokenizer.json").read_text()),
     "special tokens first": (1000, write(models.BPE(), 1000)), "tiny": (300, TINY),
     "padded": (8192, write(models.BPE(), 500, "<pad> <user>")), "digits": (300, DIGITS.to_str()),
+    "Llama 3's pattern": (300, LLAMA_3.to_str()),
     "uint32": (65793, write(models.BPE(WORDS, BOTH), added=END_OF_TEXT))}
 NAMES = [*FORMS, "vocab and merges"]
 
