@@ -35,7 +35,7 @@ export _CORPUS := $(value CORPUS)
 BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
 DATA_OPTION := $(if $(value DATA),--data "$$_DATA")
 TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT),--out "$$_OUT") $(ARGS)
-BASE_OPTION := $(if $(filter auto,$(value BASE)),,--base "$$_BASE")
+BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
 .PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \
 	sweep bench verify-gpu reference fault pretrain-mini clean
