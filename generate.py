@@ -15,7 +15,7 @@ from torch import Tensor
 from common.cli import Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
-from common.files import brief
+from common.files import brief, is_utf8
 from data.instructions import encode
 from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
@@ -53,7 +53,7 @@ def main() -> None:
     for prompt in args.prompt or ():
         if not prompt.strip():
             raise UserError("--prompt is empty: give the text to continue")
-        if prompt != prompt.encode(errors="replace").decode():
+        if not is_utf8(prompt):
             raise UserError(f"--prompt {brief(prompt)}: is not UTF-8 text")
     if args.with_base and not (args.adapter and args.prompt):
         raise UserError("--with-base compares with an adapter: give --adapter and --prompt")

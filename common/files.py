@@ -108,6 +108,11 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"--out {out}: exists already; name a new directory")
 
 
+def is_utf8(text: str) -> bool:
+    """Return whether a text of the command line was UTF-8: Python stands in for other bytes."""
+    return text == text.encode(errors="replace").decode()
+
+
 def brief(value: object) -> str:
     """Return a value from a file for a message: one printable line of bounded length."""
     return reprlib.repr(value)[:120]

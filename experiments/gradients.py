@@ -8,6 +8,7 @@ from experiments.common import BLUE, GREY, RED, YELLOW, mean_loss, parse, save, 
 
 ZERO, NORMAL = -25, -14  # powers of two: below 2^-25 fp16 rounds to zero, from 2^-14 it is normal
 SCALE = 16  # GradScaler starts at 2^16
+LEFT, RIGHT = -32, 20  # the powers that the picture shows
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -20,14 +21,14 @@ def main(argv: list[str] | None = None) -> dict:
     gradients = torch.cat([p.grad.flatten() for p in made.parameters.values()]).numpy()
     powers = np.log2(np.abs(gradients) + 2.0**-60)
     figure, axes = subplots(figsize=(9, 4))
-    bins = np.arange(-32, 20)
+    bins = np.arange(LEFT, RIGHT)
     axes.hist(powers, bins, color=RED, alpha=0.8, label="gradients of A and B, one step")
     axes.hist(powers + SCALE, bins, color=BLUE, alpha=0.5, label="the same, loss times $2^{16}$")
     for *ends, colour, alpha, label in (
             (ZERO, NORMAL, YELLOW, 0.3, "fp16 subnormal: fewer bits"),
-            (-32, ZERO, GREY, 0.3, "fp16: zero"), (16, 20, "#30343f", 0.7, "fp16: infinity")):
+            (LEFT, ZERO, GREY, 0.3, "fp16: zero"), (16, RIGHT, "#30343f", 0.7, "fp16: infinity")):
         axes.axvspan(*ends, color=colour, alpha=alpha, label=label)
-    axes.set(xlabel="log2 of a gradient's size", ylabel="how many", xlim=(-32, 20),
+    axes.set(xlabel="log2 of a gradient's size", ylabel="how many", xlim=(LEFT, RIGHT),
              title="Gradients of a LoRA step, and fp16's range (bf16's is wider than the picture)")
     axes.legend(loc="upper left", fontsize=8)
     shares = {"zero_in_fp16": powers < ZERO,

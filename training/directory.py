@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from common.errors import RunError, UserError
-from common.files import brief, remove_stale
+from common.files import brief, is_utf8, remove_stale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.options import Options
@@ -26,7 +26,7 @@ RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, *OLD_CHECKPOINTS, "loss.png", "adapter_c
 def check_out(options: Options) -> None:
     """Raise UserError for an output directory in which something would be lost."""
     out = options.out
-    if str(out) != str(out).encode(errors="replace").decode():
+    if not is_utf8(str(out)):
         raise UserError(f"--out {brief(str(out))}: is not UTF-8, which safetensors needs")
     # os.path, because Path's own tests raise where a name is too long or may not be looked up
     if os.path.exists(out) and not os.path.isdir(out):
