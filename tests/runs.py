@@ -129,8 +129,8 @@ def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: objec
         return run(train.main, *argv)
 
 
-def printed(main: Callable[[], int | None], *argv: object) -> str:
-    """What the command prints; it must succeed, with nothing on stderr."""
+def stdout_of(main: Callable[[], int | None], *argv: object) -> str:
+    """Return what the command prints. It must succeed and write nothing to stderr."""
     ending = run(main, *argv)
     assert (ending.status, ending.stderr) == (0, "")
     return ending.stdout

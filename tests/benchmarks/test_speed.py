@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -62,7 +63,7 @@ def read(out: Path, what: str = "speed") -> dict:
 def measured(base, tmp_path_factory):
     """A whole run: how it ended and where its files are."""
     out = tmp_path_factory.mktemp("results")
-    ending = bench(base, out, measure=speed_worker.measure)
+    ending = bench(base, out, "--only", *speed.KINDS, "growth", measure=speed_worker.measure)
     assert ending.status == 0, ending.stderr
     return ending, out
 
@@ -78,6 +79,7 @@ def test_every_contender_is_timed_in_every_round_and_every_figure_follows(measur
     result, text = read(out), ending.stdout
     seconds, memory = times(result), times(result, "peak_mb")
     assert result["summary"]["contenders"].keys() == CONTENDERS and result["failed"] == {}
+    assert {"date", "machine", "threads", "load_average", "versions", "how"} <= result.keys()
     assert str(base.parent) not in json.dumps(result)
     for record in result["measurements"]:
         assert record["kind"] == "matmuls" or record["median"] == statistics.median(
@@ -92,14 +94,32 @@ def test_every_contender_is_timed_in_every_round_and_every_figure_follows(measur
     for (theirs, ours), ratio in ratios.items():
         for what, over, under in (("time", seconds[theirs], seconds[ours]),
                                   ("memory", memory[ours], memory[theirs])):
-            assert ratio[what]["rounds"] == [a / b for a, b in zip(over, under, strict=True)]
+            expected = [a / b for a, b in zip(over, under, strict=True)]
+            assert ratio[what] == {"rounds": expected, "median": statistics.median(expected),
+                                   "min": min(expected), "max": max(expected)}
         assert f"{ratio['time']['median']:.2f} (" in text
     assert ("PEFT, LoRA, fp32", "this project, LoRA, bf16") not in ratios
-    limit = {r["round"]: r["lora"] for r in result["measurements"]
-             if (r["kind"], r["precision"]) == ("matmuls", "fp32")}
-    share = result["summary"]["contenders"]["this project, LoRA, fp32"]["share_of_limit"]
-    assert share["median"] == pytest.approx(statistics.median(
-        limit[i] / seconds["this project, LoRA, fp32"][i] for i in range(ROUNDS)))
+    limits = {(r["precision"], r["round"]): r for r in result["measurements"]
+              if r["kind"] == "matmuls"}
+    assert len(limits) == 2 * ROUNDS
+    for method, precision in product(("lora", "full"), ("fp32", "bf16")):
+        name = f"this project, {method.replace('lora', 'LoRA')}, {precision}"
+        shares = [limits[precision, i][method] / seconds[name][i] for i in range(ROUNDS)]
+        share = result["summary"]["contenders"][name]["share_of_limit"]
+        assert share["median"] == pytest.approx(statistics.median(shares)) and min(shares) > 0
+
+
+def test_growth_has_every_size_that_the_base_allows_and_ratios_at_each(measured):
+    summary = read(measured[1], "growth")["summary"]
+    ours, theirs = "this project, LoRA, bf16", "PEFT, LoRA, bf16 autocast"
+    sizes = [("batch_size", 2), ("batch_size", 16), ("block_size", 64), ("block_size", 128),
+             ("r", 1), ("r", 4)]
+    names = [[f"{who}, {axis} {size}" for axis, size in sizes] for who in (ours, theirs)]
+    assert list(summary["contenders"]) == [name for pair in zip(*names, strict=True)
+                                           for name in pair]
+    assert [(r["ours"], r["theirs"]) for r in summary["ratios"]] == list(zip(*names, strict=True))
+    small, large = (summary["contenders"][name]["seconds"]["median"] for name in names[0][:2])
+    assert large > small
 
 
 @pytest.mark.parametrize("method, n_inner", [("lora", None), ("full", 24)])
@@ -149,7 +169,9 @@ def test_without_a_base_it_makes_its_own_and_the_others_go_on_when_one_fails(tmp
     assert len(result["measurements"]) == 2 * ROUNDS and len(result["summary"]["ratios"]) == 1
     large = read(tmp_path, "gpt2-xl")  # one round of LoRA
     assert large["base"] == "gpt2-xl, random weights" and large["rounds"] == 1
-    assert {(r["method"], r["batch_size"]) for r in large["measurements"]} == {("lora", 4)}
+    assert [(r["name"], r["round"], r["batch_size"]) for r in large["measurements"]] == [
+        (name, 0, 4) for name in ("this project, LoRA, bf16", "PEFT, LoRA, bf16 autocast",
+                                  "PEFT, LoRA, bf16 weights")]
 
 
 def test_two_ranks_are_processes_of_their_own_and_what_a_step_sends_is_counted(
@@ -173,7 +195,7 @@ def test_two_ranks_are_processes_of_their_own_and_what_a_step_sends_is_counted(
     assert one["bytes"]["median"] == 0 and one["faster"]["median"] == 1
     assert two["faster"]["median"] == pytest.approx(
         one["seconds"]["median"] / two["seconds"]["median"])
-    assert two["all_reduce"]["median"] > 0
+    assert two["seconds"]["median"] > 0 and two["all_reduce"]["median"] > 0
     assert f"{two['bytes']['median']:,}" in ending.stdout
 
 
@@ -183,6 +205,7 @@ def test_a_process_that_fails_is_one_line_and_status_1(base, tmp_path, monkeypat
     for script, reason in (
             ("kill -9 $$", "its process was killed (out of memory?)"),
             ("printf 'Traceback\\nKeyError: 1\\n=====\\n' >&2; exit 1", "KeyError: 1"),
+            ("echo 'traceback : SIGABRT' >&2; echo ====== >&2; exit 1", "traceback : SIGABRT"),
             ("exit 3", "exit status 3")):
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
@@ -193,14 +216,10 @@ def test_a_process_that_fails_is_one_line_and_status_1(base, tmp_path, monkeypat
             for who in ("this project", "transformers")]
 
 
-def test_every_size_that_a_base_and_every_precision_that_a_gpu_can_have_is_planned(monkeypatch):
+def test_a_gpu_gets_the_ranks_the_precisions_and_the_compiled_runs_that_it_can_have(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     opts = mock.Mock(task=Task("train", "base"), device="cuda", precision=["bf16"],
-                     config=GPT2Config(**BASE), only=["train"])
-    assert [(t.side, t.axis, getattr(t, t.axis)) for t in speed.along(opts, "growth")] == [
-        (side, *size) for size in (("batch_size", 2), ("batch_size", 16), ("block_size", 64),
-                                   ("block_size", 128), ("r", 1), ("r", 4))
-        for side in ("ours", "theirs")]
+                     config=GPT2Config(), only=["train"])
     assert {task.ranks for task in speed.along(opts, "scaling")} == {1, 2}
     assert [task.name for task in speed.compare(opts) if task.compile] == [
         f"{name}, compiled" for name in (

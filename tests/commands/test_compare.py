@@ -9,13 +9,13 @@ import pytest
 
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import BLOCK, Run, one_line, printed, run, story, trained
+from tests.runs import BLOCK, Run, one_line, run, stdout_of, story, trained
 
 
 def score(book, tmp_path, *options: object) -> dict:
     """The scores of the book's last tenth, those that training validates on."""
     path = tmp_path / "scores.json"
-    said = printed(evaluate.main, "--text", book, "--val-fraction", 0.1, "--block-size", BLOCK,
+    said = stdout_of(evaluate.main, "--text", book, "--val-fraction", 0.1, "--block-size", BLOCK,
                    "--device", "cpu", "--json", path, *options)
     scores = json.loads(path.read_text())
     assert f"{book}, the last {100 * scores['val_fraction']:.3g} %: " in said
@@ -42,7 +42,7 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path,
 
 def compare(*directories: object) -> tuple[list[list[str]], str]:
     """The table's cells, row by row, and all that was printed."""
-    said = printed(evaluate.main, "--compare", *directories)
+    said = stdout_of(evaluate.main, "--compare", *directories)
     lines = [line for line in said.splitlines() if line.startswith("|")]
     assert len(set(map(len, lines))) == 1  # the columns line up
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines], said
@@ -114,7 +114,8 @@ def test_a_run_of_another_make_is_refused(runs, tmp_path):
                          ("tokens_per_second", 1e306), ("best_val_loss", 1e-200), ("steps", None),
                          ("base_sha256", None)):
         path = changed(runs["lora"], tmp_path / field, **{field: value})
-        assert one_line(run(evaluate.main, "--compare", path), 2) == (
+        ending = run(evaluate.main, "--compare", path)
+        assert ending.stdout == "" and one_line(ending, 2) == (
             f"error: {path / 'run.json'}: is not what this version of train.py leaves at a run's "
             "end; train again with --overwrite")
         assert not (path.parent / "compare.png").exists()

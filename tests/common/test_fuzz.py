@@ -37,6 +37,7 @@ def test_a_damaged_file_is_loaded_correctly_or_refused(directory, target, rng):
 
 def test_the_campaign_sees_what_is_wrong(tmp_path):
     for check, problem in (
+            (lambda directory: None, None),
             (lambda directory: 1 / 0, "ZeroDivisionError: division by zero"),
             (lambda directory: fail(f"{directory}: is damaged"), None),
             (lambda directory: fail("it is damaged"), "says 'it is damaged'"),

@@ -165,7 +165,8 @@ def test_fields_that_would_change_the_result_are_refused_by_name(adapter):
             (adapter / CONFIG).write_text(original)
             change_config(adapter, {field: value})
             reason = refusal(adapter / CONFIG, load_adapter_config, adapter)
-            assert reason.startswith((f"{field} ", f"{field!r} ")) and len(reason) < 200
+            assert reason.startswith((f"{field} ", f"{field!r} ")), (field, value)
+            assert len(reason) < 200
 
 
 @pytest.mark.parametrize(("shape", "reason"), [

@@ -16,7 +16,7 @@ from lora.load import load_model
 from model.weights import load_gpt2
 from tests.adapters import IDS, adapted, randomize
 from tests.helpers import relative_difference
-from tests.runs import one_line, printed, run, stock_model
+from tests.runs import one_line, run, stdout_of, stock_model
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
     weights, out = (0.5, -2), tmp_path / "out"
     torch.save(load_file(adapters[1] / WEIGHTS), adapters[1] / PICKLED_WEIGHTS)
     (adapters[1] / WEIGHTS).unlink()  # as PEFT wrote them before 0.6
-    assert printed(main, *adapters, "--weights", *weights, "--out", out) == (
+    assert stdout_of(main, *adapters, "--weights", *weights, "--out", out) == (
         f"{out}: rank 5, 100.00% of the sum's squared norm\n")
     dense, total = dense_sum(base, adapters, weights)
     assert relative_difference(dense(IDS), load_gpt2(base)(IDS)) > 0.1
@@ -63,7 +63,7 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
 
 def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):
     """Eckart-Young, by the SVD of the dense sum."""
-    said = printed(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
+    said = stdout_of(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
     kept, whole = 0.0, 0.0
     cut = changes(base, tmp_path / "out")
     for name, change in dense_sum(base, adapters, (1, 1))[1].items():
@@ -88,8 +88,9 @@ def test_adapters_of_different_bases_are_refused(base, adapters, tmp_path):
     for arguments, reason in (
             ((adapters[0], other), f"{adapters[0]} and {other}: are adapters of different bases"),
             ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters")):
-        line = one_line(run(main, *arguments, "--out", tmp_path / "out"), 2)
-        assert line == f"error: {reason}" and not (tmp_path / "out").exists()
+        ending = run(main, *arguments, "--out", tmp_path / "out")
+        assert ending.stdout == "" and not (tmp_path / "out").exists()
+        assert one_line(ending, 2) == f"error: {reason}"
     assert run(main, other, "--out", tmp_path / "out").status == 0
     with pytest.raises(UserError, match="another base"):  # the hash goes along
         load_model(str(base), tmp_path / "out")
@@ -117,9 +118,9 @@ def test_an_adapter_of_another_architecture_is_refused(adapter, tmp_path, names)
               file)
     for command, arguments in ((main, (adapter, "--out", tmp_path / "out")),
                                (inspect, (adapter,))):
-        line = one_line(run(command, *arguments), 2)
-        assert line == f"error: {file}: is not an adapter of GPT-2's layers"
-        assert not (tmp_path / "out").exists()
+        ending = run(command, *arguments)
+        assert ending.stdout == "" and not (tmp_path / "out").exists()
+        assert one_line(ending, 2) == f"error: {file}: is not an adapter of GPT-2's layers"
 
 
 def test_what_is_not_written_leaves_nothing(base, adapters, tmp_path):

@@ -8,7 +8,7 @@ from lora.inject import lora_layers
 from lora.load import load_model
 from model.weights import load_gpt2, save_gpt2
 from tests.helpers import perturb, relative_difference
-from tests.runs import one_line, printed, run, stock_model
+from tests.runs import one_line, run, stdout_of, stock_model
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def full(base, tmp_path):
 @pytest.mark.parametrize("rank", [5, 32])
 def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
     out = tmp_path / "out"
-    said = printed(main, "--base", base, "--full", full, "--rank", rank, "--target-modules",
+    said = stdout_of(main, "--base", base, "--full", full, "--rank", rank, "--target-modules",
                    "c_attn", "mlp.c_proj", "--out", out)
     before, after = (dict(load_gpt2(d).named_parameters()) for d in (base, full))
     model = load_model(str(base), out).model  # checks the hash
@@ -56,4 +56,5 @@ def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
                             (("--target-modules", "c_attn.q"), "a slice of c_attn is not"),
                             (("--full", "nowhere"), "nowhere: holds neither")):
         ending = run(main, "--base", base, "--full", full, "--out", tmp_path / "out", *options)
-        assert reason in one_line(ending, 2) and not (tmp_path / "out").exists()
+        assert ending.stdout == "" and not (tmp_path / "out").exists()
+        assert reason in one_line(ending, 2)

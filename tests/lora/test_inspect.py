@@ -7,7 +7,7 @@ from lora.adapter import save_adapter
 from lora.inject import lora_layers
 from lora.inspect import effective_rank, main
 from tests.adapters import adapted
-from tests.runs import printed
+from tests.runs import stdout_of
 
 
 def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
@@ -15,9 +15,9 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     zero = lora_layers(model)["h.1.mlp.c_fc"]
     zero.lora_B.weight.data.zero_()
     save_adapter(model, config, tmp_path, "gpt2")
-    assert "of the weight's" not in printed(main, tmp_path, "--out", tmp_path / "pictures")
+    assert "of the weight's" not in stdout_of(main, tmp_path, "--out", tmp_path / "pictures")
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["spectrum.png"]
-    table = printed(main, tmp_path, "--base", base)
+    table = stdout_of(main, tmp_path, "--base", base)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in table.splitlines() if line.startswith("|")]
     assert rows[0][1:3] == ["norm", "of the weight's"]

@@ -13,7 +13,7 @@ from lora.merge import main, merge, unmerge
 from model.weights import load_gpt2
 from tests.adapters import IDS, adapted
 from tests.helpers import relative_difference
-from tests.runs import one_line, printed, run
+from tests.runs import one_line, run, stdout_of
 
 
 def base_weights(model):
@@ -53,7 +53,7 @@ def test_only_an_enabled_adapter_is_merged_and_into_fp32(base, dtype, context):
 def test_the_command_writes_one_model(base, adapter, tmp_path):
     model, out = load_gpt2(base), tmp_path / "merged"
     load_adapter(model, adapter)
-    assert printed(main, "--base", base, "--adapter", adapter, "--out", out) == (
+    assert stdout_of(main, "--base", base, "--adapter", adapter, "--out", out) == (
         f"{base} + {adapter} -> {out}\n")
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files.keys() == {path.name for path in base.iterdir()} - {"generation_config.json"}
@@ -67,7 +67,8 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, adapter, t
     before = {name: x.bfloat16().float() for name, x in model.state_dict().items()}
     load_adapter(model, adapter)
     deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
-    said = printed(main, "--base", base, "--adapter", adapter, "--out", out, "--precision", "bf16")
+    said = stdout_of(main, "--base", base, "--adapter", adapter, "--out", out,
+                     "--precision", "bf16")
     assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     after = load_gpt2(out).state_dict()
     lost = [after[f"{n}.weight"].float() - before[f"{n}.weight"] - d for n, d in deltas.items()]

@@ -86,11 +86,13 @@ REFUSED = [
     ({"target_modules": r".*(c_fc|lm_head)"}, "the head is tied to wte"),
     ({"target_modules": ("lm_head",)}, "the head is tied to wte"),
     ({"target_modules": ("wte",)}, "tied to the head"),
+    ({"target_modules": ("transformer.wte",)}, "tied to the head"),
     ({"target_modules": ("wpe",)}, "embedding"),
     ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
     ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # after a dot
     *(({"target_modules": (target,)}, "only linear layers") for target in ("attn", "ln_f", "")),
     *(({"r": r}, rf"rank {r} is outside 1 \.\. 32") for r in (0, -1, 33)),
+    ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": "all-linear", "layers_to_transform": (0,)}, "needs a list"),
     ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
     ({"target_modules": ("h.1.attn.c_attn",), "layers_to_transform": (2,)}, "in these layers"),

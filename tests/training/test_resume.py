@@ -178,6 +178,15 @@ def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
     assert "the run is of `train.py lora`, not full" in line
 
 
+def test_full_fine_tuning_is_not_resumed_from_an_adapter(base, book, adapter, tmp_path):
+    out = tmp_path / "run"
+    run_acting({9: runs.die},
+               *arguments("full", base, book, out, *OPTIONS, "--checkpoint-every", 1))
+    line = refused(out, *arguments("lora", base, book, out, *OPTIONS, "--resume",
+                                   "--init-adapter", adapter))
+    assert "the run is of `train.py full`, not lora" in line
+
+
 def test_a_run_is_not_resumed_on_a_book_that_changed_while_it_ran(base, book, tmp_path):
     copy = Path(shutil.copy(book, tmp_path / "book"))
     argv = arguments("lora", base, copy, tmp_path / "run", *OPTIONS)
