@@ -53,10 +53,11 @@ class LoRALinear(nn.Module):
         fan_in, fan_out = base_layer.in_features, base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
-        self.base_layer, self.config = base_layer, config  # the config of `adapter`'s tensors
+        self.base_layer, self.config = base_layer, config  # config of the saved adapter
         self.scaling = config.scaling
         self.lora_dropout = Dropout(config.lora_dropout)
         # Drawn on the CPU in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
+        # With a = sqrt(5) Kaiming's bound, sqrt(6 / (1 + a^2) / in), is 1 / sqrt(in).
         self.lora_A = nn.Linear(fan_in, config.r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(config.r, fan_out, bias=False, dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
