@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,12 +22,10 @@ OWNER = "openai-community"
 MINI = Path(__file__).resolve().with_name("mini")
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "hub"
 REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # the others: main
-PINS = {  # size and sha256; what is not here, or None, the hub itself says
-    ("gpt2", WEIGHTS): (
-        548_105_171, "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
-    ("gpt2", CONFIG): (665, "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4"),
-    ("gpt2-medium", WEIGHTS): (
-        None, "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+SHA256 = {  # the hub itself says that of other weights
+    ("gpt2", WEIGHTS): "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    ("gpt2", CONFIG): "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
+    ("gpt2-medium", WEIGHTS): "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
 }
 WAITS = (1, 4)  # seconds before each further try of a download
 SOCKET_SECONDS, PROBE_SECONDS = 10, 3
@@ -37,7 +36,7 @@ class HubError(Exception):
 
     def __init__(self, url: str, reason: str, final: bool = True):
         super().__init__(" ".join(f"{url} {reason}".split()))  # one line, whatever a server says
-        self.reason, self.final = reason, final
+        self.final = final
 
 
 def find_base(base: str) -> tuple[str, Path]:
@@ -102,24 +101,18 @@ def _is_model(directory: Path) -> bool:
 
 
 def _probe() -> None:
-    """Raise HubError unless the hub answers in PROBE_SECONDS."""
-    answer: list[HubError | None] = []
+    """Raise HubError if the hub stays silent for PROBE_SECONDS."""
 
     def ask() -> None:
-        try:
-            _open(_url("gpt2", CONFIG), PROBE_SECONDS)[0].close()
-            answer.append(None)
-        except HubError as error:
-            answer.append(error)
+        with suppress(HubError):  # the download meets it again
+            _open(_url("gpt2", CONFIG))[0].close()
 
     # A socket's time-out bounds neither the look-up of a name nor the sum over a host's addresses.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    if not answer:
+    if thread.is_alive():
         raise HubError(_endpoint(), f"cannot be reached (no answer in {PROBE_SECONDS} s)")
-    if answer[0]:
-        raise HubError(_endpoint(), answer[0].reason)  # the long address would say no more
 
 
 def _download(name: str) -> Path:
@@ -139,13 +132,11 @@ def _download(name: str) -> Path:
 def _fetch(name: str, file: str) -> None:
     """Download one file into the project's cache; it appears there only when whole and verified."""
     url = _url(name, file)
-    response, linked = _open(url, SOCKET_SECONDS)
-    size, sha256 = PINS.get((name, file), (None, None))
-    said = re.fullmatch(r"\d+", linked.get("x-linked-size", ""))
-    size = size or (int(said[0]) if said else response.length)
+    response, etag = _open(url)
+    size = response.length  # None if the server does not say
     # 64 digits: a small file's tag is its 40-digit git hash, which is no sha256
-    tag = re.fullmatch(r'"?([0-9a-f]{64})"?', linked.get("x-linked-etag", ""))
-    sha256 = sha256 or (tag[1] if tag else None)
+    tag = re.fullmatch(r'"?([0-9a-f]{64})"?', etag or "")
+    sha256 = SHA256.get((name, file)) or (tag[1] if tag else None)
     if sha256 is None and file == WEIGHTS:
         raise HubError(url, "comes with no sha256 to check it by (no X-Linked-ETag)")
     digest = hashlib.sha256()
@@ -158,11 +149,9 @@ def _fetch(name: str, file: str) -> None:
                 bar.update(len(chunk))
             received = out.tell()
         if size and received != size:
-            raise HubError(url, f"ended after {received:,} of {size:,} bytes", received > size)
+            raise HubError(url, f"ended after {received:,} of {size:,} bytes", final=False)
         if sha256 and digest.hexdigest() != sha256:
             raise HubError(url, f"has sha256 {digest.hexdigest()} where {sha256} is expected")
-        if file == CONFIG and not temporary.read_bytes().lstrip().startswith(b"{"):
-            raise HubError(url, "is not a JSON object")  # a proxy's page, say
 
 
 def _read(url: str, response: http.client.HTTPResponse) -> bytes:
@@ -172,37 +161,31 @@ def _read(url: str, response: http.client.HTTPResponse) -> bytes:
         raise HubError(url, f"was cut ({error})", final=False) from error
 
 
-def _open(url: str, seconds: float) -> tuple[http.client.HTTPResponse, dict[str, str]]:
-    """Return the answer at the end of the redirects, and the X-Linked headers on the way."""
+def _open(url: str) -> tuple[http.client.HTTPResponse, str | None]:
+    """Return the answer at the end of the redirects, and X-Linked-ETag if it came on the way."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise HubError(url, "cannot be reached (HF_HUB_OFFLINE is set)")
-    if not url.startswith(("https://", "http://")):
-        raise HubError(url, "is not a web address (see HF_ENDPOINT)")
+        raise HubError(_endpoint(), "cannot be reached (HF_HUB_OFFLINE is set)")
     redirects = _Redirects()
     try:
-        response = urllib.request.build_opener(redirects).open(url, timeout=seconds)
+        response = urllib.request.build_opener(redirects).open(url, timeout=SOCKET_SECONDS)
     except urllib.error.HTTPError as error:
         raise HubError(url, f"answers {error.code} {error.reason}", error.code < 500) from error
     except (urllib.error.URLError, http.client.InvalidURL, ValueError) as error:
-        raise HubError(url, f"cannot be reached ({getattr(error, 'reason', error)})") from error
+        reason = getattr(error, "reason", error)
+        raise HubError(_endpoint(), f"cannot be reached ({reason})") from error
     except (OSError, http.client.HTTPException) as error:  # connected, but no whole answer came
         raise HubError(url, f"was cut ({error})", final=False) from error
-    return response, _lower(response.headers) | redirects.linked
+    return response, redirects.etag or response.headers.get("X-Linked-ETag")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects, and keep the hub's headers: its CDN does not repeat them."""
+    """Follow redirects, and keep the hub's sha256: its CDN does not repeat it."""
 
-    def __init__(self) -> None:
-        self.linked: dict[str, str] = {}
+    etag: str | None = None
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.linked = _lower(headers) | self.linked
+        self.etag = self.etag or headers.get("X-Linked-ETag")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _lower(headers: http.client.HTTPMessage) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items()}
 
 
 def _endpoint() -> str:
