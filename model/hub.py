@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import atomic_path
-from model.weights import CONFIG, PICKLED_WEIGHTS, WEIGHTS
+from model.weights import CONFIG, WEIGHTS, find_weights
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 OWNER = "openai-community"
@@ -95,9 +95,7 @@ def _cached(name: str) -> Path | None:
 
 def _is_model(directory: Path) -> bool:
     """Return whether config and weights are there; a link to a missing blob does not count."""
-    # os.path.isfile, because Path.is_file raises where a directory may not be entered
-    has_weights = any(os.path.isfile(directory / file) for file in (WEIGHTS, PICKLED_WEIGHTS))
-    return has_weights and os.path.isfile(directory / CONFIG)
+    return os.path.exists(directory / CONFIG) and find_weights(directory) is not None
 
 
 def _probe() -> None:

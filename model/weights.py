@@ -20,7 +20,6 @@ from common.tensors import read_shapes, read_tensors, write_tensors
 from model.gpt2 import GPT2, GPT2Config
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
-INDEXES = (f"{WEIGHTS}.index.json", f"{PICKLED_WEIGHTS}.index.json")
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
 HEAD = "lm_head.weight"
@@ -85,28 +84,29 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
         head = value if key == HEAD else None
 
 
-def has_weights(directory: Path) -> bool:
-    """Return whether there are weights, sharded ones included, which `weights_path` refuses."""
-    return any(os.path.exists(f"{directory}/{name}")
-               for name in (WEIGHTS, PICKLED_WEIGHTS, *INDEXES))
+def find_weights(directory: Path) -> Path | None:
+    """Return the base's weights file, if any. Raises UserError if they are split into shards."""
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        if os.path.exists(path := Path(directory) / name):
+            return path
+        if os.path.exists(index := f"{path}.index.json"):
+            raise UserError(f"{index}: sharded weights are not read; save one file with "
+                            "transformers' save_pretrained(..., max_shard_size='100GB')")
+    return None
 
 
 def weights_path(directory: Path) -> Path:
     """Return the base's weights file. Raises UserError if it is missing, or split into shards."""
-    for name in (WEIGHTS, PICKLED_WEIGHTS):
-        if os.path.exists(f"{directory}/{name}"):
-            return Path(directory) / name
-    for name in INDEXES:
-        if os.path.exists(f"{directory}/{name}"):
-            raise UserError(f"{directory}/{name}: sharded weights are not read; save one file with "
-                            "transformers' save_pretrained(..., max_shard_size='100GB')")
+    if path := find_weights(directory):
+        return path
     raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
 
 
 def base_hashes(directory: Path) -> dict[str, str]:
     """Return the sha256 of the two files that decide what a base computes: by these it is known."""
-    weights = {"weights": file_sha256(weights_path(directory))} if has_weights(directory) else {}
-    return {"config": file_sha256(directory / CONFIG), **weights}
+    weights = find_weights(directory)
+    return {"config": file_sha256(directory / CONFIG)} | (
+        {"weights": file_sha256(weights)} if weights else {})
 
 
 def load_config(directory: Path) -> GPT2Config:

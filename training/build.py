@@ -11,7 +11,7 @@ from lora.layer import LoRAConfig
 from lora.load import add_adapter
 from model.gpt2 import GPT2, GPT2Config
 from model.tokenizer import Tokenizer
-from model.weights import has_weights, load_config, load_gpt2
+from model.weights import find_weights, load_config, load_gpt2
 from training.options import Options
 
 Data = Windows | Instructions
@@ -20,7 +20,7 @@ Data = Windows | Instructions
 def build_model(options: Options, directory: Path,
                 dtype: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
     """Return the base (for LoRA in `dtype`, frozen and adapted) and the adapter's config."""
-    if options.method == "full" and not has_weights(directory):
+    if options.method == "full" and not find_weights(directory):
         print(f"{directory} holds no weights: starting from random initialisation")
         model = GPT2(load_config(directory))
     else:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from common.device import PRECISIONS, Device
 from common.errors import RunError
-from model.weights import has_weights, load_config, load_gpt2, save_gpt2
+from model.weights import find_weights, load_config, load_gpt2, save_gpt2
 from tests.helpers import refusal, relative_difference, tiny_gpt2_directory, token_ids
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -139,12 +139,12 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
 def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
     directory, _ = tiny_gpt2_directory(tmp_path)
     (directory / SAFETENSORS).rename(directory / "model-00001-of-00001.safetensors")
-    assert not has_weights(directory)
+    assert find_weights(directory) is None
     assert "neither model.safetensors nor pytorch_model.bin" in refusal(directory, load_gpt2)
     (index := directory / f"{name}.index.json").write_text("{}")
-    assert has_weights(directory)
-    reason = refusal(index, load_gpt2, directory)
-    assert "sharded weights are not read" in reason and "save" in reason
+    for read in (find_weights, load_gpt2):
+        reason = refusal(index, read, directory)
+        assert "sharded weights are not read" in reason and "save" in reason
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
