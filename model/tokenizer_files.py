@@ -6,13 +6,12 @@ encoder.py) and list the merges in order, which is the order of tiktoken's ranks
 """
 
 import re
-from collections.abc import Iterable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic_path, brief, read_json
+from common.files import atomic_path, brief, open_file, read_json
 from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
 
 FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
@@ -33,27 +32,65 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """
     directory = Path(directory)
     if (path := directory / FAST).exists():
-        read = _from_tokenizer_json
+        read = read_json
     elif (path := directory / VOCAB).exists() or (directory / MERGES).exists():
-        read = _from_vocab_and_merges
+        read = _read_vocab_and_merges
     elif vocab_size == GPT2_SIZE:
-        read, path = _from_tokenizer_json, GPT2 / FAST
+        read, path = read_json, GPT2 / FAST
     else:
         raise UserError(f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and "
                         f"the base has no tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}")
     try:
-        tokenizer = read(path, vocab_size)
+        return _byte_level(path, read(path), vocab_size)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}, or a file beside it, is not what Hugging Face writes: "
                         f"{type(error).__name__} {error!s:.80}") from error
-    for token in (*tokenizer.ids, *tokenizer.special.values()):
+
+
+def _read_vocab_and_merges(path: Path) -> dict:
+    """Return vocab.json and the files beside it in the form of `tokenizer.json`."""
+    vocab, directory = read_json(path), path.parent
+    with open_file(directory / MERGES) as file:
+        lines = file.read().decode().splitlines()
+    added = [{"content": text, "id": i} for text, i in _read(directory, ADDED).items()]
+    named: list = [END_OF_TEXT]
+    for value in _read(directory, SPECIAL).values():  # a token or several, each a text or a dict
+        named += value if isinstance(value, list) else [value]
+    for token in named:
+        token = token if isinstance(token, dict) else {"content": token}
+        if token["content"] in vocab:
+            added.append({**token, "id": vocab[token["content"]]})
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added,
+            "pre_tokenizer": {"type": "ByteLevel"}}
+
+
+def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
+    """Put bytes in place of the characters that spell them; bytes rank before merges."""
+    model = stored.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
+        raise UserError(f"{path}: is a {brief(model.get('type'))} tokenizer; only byte-level BPE "
+                        "is known")
+    for field in ("normalizer", "dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                  "byte_fallback"):
+        if value := (stored | model).get(field):
+            raise UserError(f"{path}: {field} {brief(value)} is not supported")
+    pattern, vocab = _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"]
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    byte_of = {character: byte for byte, character in enumerate(_characters())}
+    words = [*_characters(), *dict.fromkeys(first + second for first, second in merges)]
+    try:
+        ids = tuple(vocab[word] for word in words)
+        texts = tuple(bytes(byte_of[character] for character in word) for word in words)
+    except KeyError as error:
+        raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks "
+                        f"{error!s:.80}") from error
+    special, end = _special(path, stored.get("added_tokens") or [], vocab)
+    for token in (*ids, *special.values()):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(f"{path}: has token {brief(token)}; config.json's vocab_size is "
                             f"{vocab_size}")
-    for first, second in pairwise(sorted(tokenizer.special)):
-        if second.startswith(first):  # tiktoken would take either
-            raise UserError(f"{path}: special token {brief(second)} begins with another, "
-                            f"{brief(first)}, which is not supported")
+    tokenizer = Tokenizer(pattern, texts, ids, special, end, vocab_size, path.parent)
     try:
         tokenizer.encode("")
     except ValueError as error:
@@ -61,33 +98,35 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _from_tokenizer_json(path: Path, vocab_size: int) -> Tokenizer:
-    stored = read_json(path)
-    model = stored.get("model") or {}
-    if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
-        raise UserError(f"{path}: is a {brief(model.get('type'))} tokenizer; only byte-level BPE "
-                        "is known")
-    for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(field):
-            raise UserError(f"{path}: {field} {brief(model[field])} is not supported")
-    if stored.get("normalizer"):
-        raise UserError(f"{path}: normalizer {brief(stored['normalizer'])} is not supported")
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return _byte_level(path, _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"],
-                       merges, _added(path, stored.get("added_tokens") or ()), vocab_size)
-
-
-def _added(path: Path, tokens: Iterable[dict]) -> dict[str, int]:
-    """Return the ids of tokens that are never split."""
-    added = {}
-    for token in tokens:
+def _special(path: Path, added: list[dict],
+             vocab: dict[str, int]) -> tuple[dict[str, int], int | None]:
+    """Return the ids of tokens that are never split, and the end of text, by its own name too."""
+    settings = _read(path.parent, SETTINGS)
+    if settings.get("add_prefix_space"):
+        raise UserError(f"{path.parent / SETTINGS}: add_prefix_space is not supported")
+    decoder = settings.get("added_tokens_decoder") or {}
+    special = {}
+    for token in [*({**decoder[i], "id": int(i)} for i in decoder), *added]:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
             raise UserError(f"{path}: token {brief(token['content'])} strips or needs white space "
                             "around it, which is not supported")
-        if not isinstance(token["content"], str) or not token["content"]:
+        if not token["content"]:
             raise UserError(f"{path}: token {brief(token['id'])} has no text")
-        added[token["content"]] = token["id"]
-    return added
+        special[token["content"]] = token["id"]
+    name = settings.get("eos_token") or _read(path.parent, SPECIAL).get("eos_token")
+    name = name["content"] if isinstance(name, dict) else name
+    if name and name not in special:
+        if name not in vocab:
+            raise UserError(f"{path}: lacks the base's end-of-text token, {brief(name)}")
+        special[name] = vocab[name]
+    end = special.get(name or END_OF_TEXT)
+    if end is not None:
+        special = {END_OF_TEXT: end} | special
+    for first, second in pairwise(sorted(special)):
+        if second.startswith(first):  # tiktoken would take either
+            raise UserError(f"{path}: special token {brief(second)} begins with another, "
+                            f"{brief(first)}, which is not supported")
+    return special, end
 
 
 def _pattern(path: Path, step: dict) -> str:
@@ -107,58 +146,6 @@ def _pattern(path: Path, step: dict) -> str:
         raise UserError(f"{path}: pre_tokenizer {brief(step)} is not supported; only byte-level, "
                         "with GPT-2's pattern or one of its own")
     return pattern
-
-
-def _from_vocab_and_merges(path: Path, vocab_size: int) -> Tokenizer:
-    directory = path.parent
-    vocab, added = read_json(directory / VOCAB), _read(directory, ADDED)
-    added |= {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
-    for value in _read(directory, SPECIAL).values():  # a token or several, each a text or a dict
-        named = [token if isinstance(token, dict) else {"content": token}
-                 for token in (value if isinstance(value, list) else [value])]
-        added |= _added(directory / SPECIAL, [{**token, "id": vocab[token["content"]]}
-                                              for token in named if token["content"] in vocab])
-    try:
-        lines = (directory / MERGES).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{directory / MERGES}: cannot be read ({error})") from error
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    if any(len(merge) != 2 for merge in merges):
-        raise UserError(f"{directory / MERGES}: is not a list of pairs, one a line")
-    return _byte_level(directory / VOCAB, PATTERN, vocab, merges, added, vocab_size)
-
-
-def _byte_level(path: Path, pattern: str, vocab: dict[str, int], merges: list[tuple[str, str]],
-                added: dict[str, int], vocab_size: int) -> Tokenizer:
-    """Put bytes in place of the characters that spell them; bytes rank before merges."""
-    byte_of = {character: byte for byte, character in enumerate(_characters())}
-    try:
-        words = [*_characters(), *dict.fromkeys(first + second for first, second in merges)]
-        ids = tuple(vocab[word] for word in words)
-        texts = tuple(bytes(byte_of[character] for character in word) for word in words)
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks "
-                        f"{error!s:.80}") from error
-    settings = _read(path.parent, SETTINGS)
-    if settings.get("add_prefix_space"):
-        raise UserError(f"{path.parent / SETTINGS}: add_prefix_space is not supported")
-    decoder = settings.get("added_tokens_decoder") or {}
-    added = _added(path.parent / SETTINGS, [{**decoder[i], "id": int(i)} for i in decoder]) | added
-    name = _end_of_text(settings) or _end_of_text(_read(path.parent, SPECIAL))
-    if name and name not in added:
-        if name not in vocab:
-            raise UserError(f"{path}: lacks the base's end-of-text token, {brief(name)}")
-        added[name] = vocab[name]
-    end = added.get(name or END_OF_TEXT)
-    if end is not None:
-        added = {END_OF_TEXT: end} | added
-    return Tokenizer(pattern, texts, ids, added, end, vocab_size, path.parent)
-
-
-def _end_of_text(named: dict) -> str | None:
-    """Return the end-of-text token that one of the base's files names."""
-    token = named.get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read(directory: Path, file: str) -> dict:

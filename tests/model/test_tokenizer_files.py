@@ -159,7 +159,7 @@ def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
 def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     (merges := tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab\n")
-    assert "is not a list of pairs" in refusal(merges, load_tokenizer, tmp_path, 300)
+    assert "not what Hugging Face writes" in refusal(tmp_path, load_tokenizer, tmp_path, 300)
     merges.unlink()  # a vocabulary without it is not taken for GPT-2's
     assert "cannot be read" in refusal(merges, load_tokenizer, tmp_path, 50257)
     (tmp_path / "vocab.json").unlink()
