@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -208,17 +207,6 @@ def test_a_config_of_another_model_is_refused_by_field(tmp_path):
             json.dumps({"model_type": "gpt2", field: value}))
         reason = refusal(path, load_gpt2, tmp_path)
         assert field in reason and str(value) in reason
-
-
-def test_a_config_too_large_for_the_weights_is_refused_within_seconds(tmp_path):
-    """Its 27 PB are never allocated."""
-    directory, _ = tiny_gpt2_directory(tmp_path)
-    load_gpt2(directory)  # the first use of the meta device imports half of torch
-    edit_config(directory, n_layer=512, n_embd=2**20)
-    start = time.process_time()
-    reason = refusal(directory / SAFETENSORS, load_gpt2, directory)
-    assert "h.10.attn.c_attn.bias is missing (6120 in all)" in reason
-    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("fields", [
