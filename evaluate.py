@@ -20,7 +20,7 @@ from common.errors import RunError, UserError, run_command
 from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
-from data.windows import check_block_size, scored_positions, split, text_batches
+from data.windows import Windows, check_block_size, scored_positions, split
 from lora.load import add_model_options, load_model
 from model import fast as ops
 from model.gpt2 import GPT2
@@ -135,15 +135,14 @@ def main() -> None:
     fraction = args.val_fraction or (1.0 if args.text or args.data else 0.1)
     if args.data:
         chosen = split(read_examples(args.data, tokenizer, args.block_size), fraction)[1]
-        batches = Instructions(chosen).evaluation_batches(args.batch_size)
+        data = Instructions(chosen)
     else:
         chosen = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
-        batches = text_batches(chosen, args.block_size, args.stride or args.block_size,
-                               args.label_shift, args.batch_size)
+        data = Windows(chosen, args.block_size, args.stride or args.block_size, args.label_shift)
     if len(chosen) <= (0 if args.data else args.label_shift):
         unit = "examples" if args.data else "tokens"
         raise UserError(f"{text}: {len(chosen)} {unit}; too short to score")
-    scores = evaluate(model, batches, tokenizer, device)
+    scores = evaluate(model, data.evaluation_batches(args.batch_size), tokenizer, device)
     part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
     print(f"{text}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes\n"
           f"{scores}, accuracy {scores.accuracy:.2%}")

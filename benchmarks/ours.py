@@ -11,7 +11,7 @@ import torch
 
 import train
 from common.device import Device
-from data.windows import Windows, text_batches
+from data.windows import Windows
 from evaluate import Scores
 from evaluate import evaluate as score
 from lora.adapter import load_adapter
@@ -69,7 +69,7 @@ def step_among_ranks(trainer: train.Trainer, batch: np.ndarray) -> None:
 def evaluate(model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int,
              batch_size: int = 16) -> Scores:
     """Return `evaluate.py`'s scores of these tokens, in consecutive windows."""
-    batches = text_batches(tokens, block_size, block_size, 1, batch_size)
+    batches = Windows(tokens, block_size, block_size).evaluation_batches(batch_size)
     return score(model, batches, tokenizer(base), device)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import open_file
 from data.tokens import LONGEST_RUN, require_end_of_text
-from data.windows import NOT_SCORED, Windows, split
+from data.windows import NOT_SCORED, Windows
 from model.tokenizer import Tokenizer
 
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
@@ -65,21 +65,6 @@ class Instructions:
     def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
         cuts = range(batch_size, len(self), batch_size)
         return map(self.batch, np.split(np.arange(len(self)), cuts))
-
-
-def load_instructions(data: Path, val_data: Path | None, tokenizer: Tokenizer, block_size: int,
-                      val_fraction: float) -> tuple[Instructions, Instructions]:
-    """Return the training examples, and for validation those of `val_data` or, without it, the last
-    `val_fraction` of `data`. Raises UserError as `read_examples`, or if either part has none.
-    """
-    rows = read_examples(data, tokenizer, block_size)
-    train, val = split(rows, val_fraction)
-    if val_data:
-        train, val = rows, read_examples(val_data, tokenizer, block_size)
-    if not (train and val):
-        raise UserError(f"{data}: {len(train)} examples to train on and {len(val)} to validate on; "
-                        "both need one")
-    return Instructions(train), Instructions(val)
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:

@@ -17,7 +17,8 @@ from torch import nn
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "train.py").exists())
 sys.path.insert(0, str(root))  # the GPT-2, its tokenizer and the book are the project's
 
-from data.windows import load_windows
+from data.tokens import load_books
+from data.windows import Windows, split
 from model.hub import find_base
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2
@@ -74,8 +75,8 @@ print("a new adapter changes no logit:", torch.equal(model(ids), base_logits))
 
 # %%
 tokenizer = load_tokenizer(directory, model.config.vocab_size)
-windows, validation = load_windows([root / "data" / "book.txt"], tokenizer, block_size=64,
-                                   stride=64, label_shift=1, val_fraction=0.1)
+parts = split(load_books([root / "data" / "book.txt"], tokenizer), 0.1)
+windows, validation = (Windows(part, block_size=64, stride=64) for part in parts)
 
 
 def loss_on(inputs, targets):

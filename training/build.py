@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
-from data.instructions import Instructions, load_instructions
-from data.windows import Windows, check_block_size, load_windows
+from common.errors import UserError
+from data.instructions import Instructions, read_examples
+from data.tokens import load_books
+from data.windows import Windows, check_block_size, split
 from lora.fa import freeze_a
 from lora.layer import LoRAConfig
 from lora.load import add_adapter
@@ -38,11 +40,26 @@ def build_model(options: Options, directory: Path,
 
 def load_data(options: Options, config: GPT2Config,
               tokenizer: Tokenizer) -> tuple[Data, Data]:
-    """Load the training and the validation part of the book or, with --data, of the examples."""
-    check_block_size(options.block_size, config)
+    """Load the training and the validation part of the book or, with --data, of the examples.
+
+    Raises UserError as `load_books` and `read_examples`, and for a part that is too short.
+    """
+    block, shift = options.block_size, options.label_shift
+    check_block_size(block, config)
     if options.data:
-        return load_instructions(options.data, options.val_data, tokenizer, options.block_size,
-                                 options.val_fraction)
-    return load_windows(options.book, tokenizer, block_size=options.block_size,
-                        stride=options.stride, label_shift=options.label_shift,
-                        val_fraction=options.val_fraction)
+        examples = read_examples(options.data, tokenizer, block)
+        train, val = split(examples, options.val_fraction)
+        if options.val_data:
+            train, val = examples, read_examples(options.val_data, tokenizer, block)
+        if not (train and val):
+            raise UserError(f"{options.data}: {len(train)} examples to train on and {len(val)} to "
+                            "validate on; both need one")
+        return Instructions(train), Instructions(val)
+    train, val = split(load_books(options.book, tokenizer), options.val_fraction)
+    for name, part in (("training", train), ("validation", val)):
+        if len(part) < block + shift:
+            raise UserError(f"{', '.join(map(str, options.book))}: its {name} part is "
+                            f"{len(part):,} tokens, and a window needs {block + shift}; use a "
+                            "longer book or a smaller block")
+    # Validation scores each token once, whatever the training windows' stride.
+    return Windows(train, block, options.stride, shift), Windows(val, block, block, shift)

@@ -9,7 +9,7 @@ import torch
 
 from common.device import Device
 from common.errors import RunError, UserError
-from data.windows import text_batches
+from data.windows import Windows
 from evaluate import Scores, evaluate
 from model.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer
@@ -35,7 +35,7 @@ def models(base):
 
 def score(model, tokens, block: int, stride: int | None = None, shift: int = 1,
           batch_size: int = 16, precision: str = "fp32") -> Scores:
-    batches = text_batches(tokens, block, stride or block, shift, batch_size)
+    batches = Windows(tokens, block, stride or block, shift).evaluation_batches(batch_size)
     return evaluate(model, batches, TOKENIZER, Device.pick("cpu", precision))
 
 
