@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import codecs
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from lora.inject import adapter_disabled
 from lora.load import add_model_options, load_model
 from lora.several import load_several
 from model.gpt2 import GPT2
-from model.sampling import generate, generate_rows
+from model.sampling import generate_rows
 from model.tokenizer import Tokenizer
 
 
@@ -67,64 +67,48 @@ def main() -> None:
     name, model, tokenizer = load_model(args.base, adapter, device.dtype)
     device.hold(model)
     with device.autocast():
+        if args.chat:
+            return chat(model, tokenizer, args)
+        rows = [("", prompt) for prompt in args.prompt]
         if args.with_base:
             print(f"=== {name}\n")
             with adapter_disabled(model):
-                write_texts(model, tokenizer, args)
+                write_texts(model, tokenizer, args, rows)
             print(f"=== {name} with {adapter}\n")
-        write = chat if args.chat else write_texts
-        write(model, tokenizer, args)
+        write_texts(model, tokenizer, args, rows)
 
 
 def write_side_by_side(args, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
     (name, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
     device.hold(model)
-    names = ([None] if args.with_base else []) + [str(directory) for directory in args.adapter]
-    rows = [(prompt, adapter) for prompt in args.prompt for adapter in names]
-    adapters.use([adapter for _, adapter in rows])
+    headings = {str(adapter): f"=== {name} with {adapter}\n\n" for adapter in args.adapter}
+    if args.with_base:
+        headings = {None: f"=== {name}\n\n"} | headings
+    adapters.use([adapter for _ in args.prompt for adapter in headings])
     with device.autocast():
-        texts = continue_rows(model, tokenizer, [prompt for prompt, _ in rows], args)
-    for (prompt, adapter), text in zip(rows, texts, strict=True):
-        print(f"=== {name} with {adapter}\n" if adapter else f"=== {name}\n")
-        print(f"{prompt}{text}\n")
+        write_texts(model, tokenizer, args, [
+            (heading, prompt) for prompt in args.prompt for heading in headings.values()])
 
 
-def write_texts(model: GPT2, tokenizer: Tokenizer, args) -> None:
-    """Continue the prompts on stdout: one token by token, several in one batch."""
-    if len(args.prompt) > 1:
-        for prompt, text in zip(args.prompt, continue_rows(model, tokenizer, args.prompt, args),
-                                strict=True):
-            print(f"{prompt}{text}\n")
-        return
-    print(args.prompt[0], end="", flush=True)
-    for text in stream_text(model, tokenizer, args.prompt[0], args.max_new_tokens,
-                            **sampling(model, args)):
-        print(text, end="", flush=True)
-    print("\n")
+def write_texts(model: GPT2, tokenizer: Tokenizer, args, rows: list[tuple[str, str]]) -> None:
+    """Continue the prompts of `rows`, each after its heading, on stdout: one token by token,
+    several in one batch, each as if it were the only one.
+    """
+    texts = [heading + prompt for heading, prompt in rows]
+    prompts = [tokenizer.encode(prompt) for _, prompt in rows]
+    generators = [seeded(model, args) for _ in rows]
+    if len(rows) == 1:
+        print(texts[0], end="", flush=True)
+    for row, text in stream(model, tokenizer, prompts, args, generators):
+        if len(rows) == 1:
+            print(text, end="", flush=True)
+        texts[row] += text
+    print("\n" if len(rows) == 1 else "\n\n".join(texts) + "\n")
 
 
-def continue_rows(model: GPT2, tokenizer: Tokenizer, prompts: list[str], args) -> list[str]:
-    """Return the continuations of the prompts, each as if it were the only one of its batch."""
-    settings = [sampling(model, args) for _ in prompts]  # a generator each, seeded alike
-    generators = [each.pop("generator") for each in settings]
-    rows = [[] for _ in prompts]
-    for tokens in generate_rows(model, [as_ids(model, tokenizer.encode(p)) for p in prompts],
-                                args.max_new_tokens, generators, never=padding(model, tokenizer),
-                                **settings[0]):
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            if token >= 0 and len(row) < args.max_new_tokens:
-                row.append(token)
-        if all(tokenizer.end_of_text in row for row in rows):
-            break
-    return ["".join(decode(tokenizer, row)) for row in rows]
-
-
-def sampling(model: GPT2, args) -> dict:
-    """Return the sampling options, with a generator freshly seeded."""
-    generator = torch.Generator(model.wte.weight.device).manual_seed(args.seed)
-    return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-            "generator": generator}
+def seeded(model: GPT2, args) -> torch.Generator:
+    return torch.Generator(model.wte.weight.device).manual_seed(args.seed)
 
 
 def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
@@ -133,7 +117,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
     """
     require_end_of_text(tokenizer)  # now, and not after the first answer
     sys.stdin.reconfigure(errors="replace")
-    context, settings, turns = model.config.n_positions, sampling(model, args), []
+    context, generator, turns = model.config.n_positions, seeded(model, args), []
     room = context - min(args.max_new_tokens, context // 2)
     ready = "> " if sys.stdin.isatty() else ""
     print(ready, end="", flush=True)
@@ -144,23 +128,36 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
             if len(ids) <= room:
                 break
         answer = ""
-        for text in stream_text(model, tokenizer, ids, args.max_new_tokens, **settings):
+        for _, text in stream(model, tokenizer, [ids], args, [generator]):
             print(text if answer else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
         turns.append(("Assistant", answer.strip()))
 
 
-def stream_text(model: GPT2, tokenizer: Tokenizer, prompt: str | np.ndarray, max_new_tokens: int,
-                **sampling) -> Iterator[str]:
-    """Continue `prompt`, a text or ids; yield pieces as they become whole characters."""
-    ids = as_ids(model, tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-    return decode(tokenizer, generate(model, ids, max_new_tokens, never=padding(model, tokenizer),
-                                      **sampling))
-
-
-def as_ids(model: GPT2, ids: np.ndarray) -> Tensor:
-    return torch.from_numpy(ids.astype("int64")).to(model.wte.weight.device)
+def stream(model: GPT2, tokenizer: Tokenizer, prompts: list[np.ndarray], args,
+           generators: list[torch.Generator]) -> Iterator[tuple[int, str]]:
+    """Continue each prompt's ids up to its end of text; yield rows with pieces of their text, in
+    whole characters.
+    """
+    ids = [torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
+           for prompt in prompts]
+    left = [args.max_new_tokens] * len(prompts)  # tokens that a row may still get
+    # A token may end in the middle of a character.
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+    for tokens in generate_rows(model, ids, args.max_new_tokens, generators,
+                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                                never=padding(model, tokenizer)):
+        for row, token in enumerate(tokens.tolist()):
+            if token == tokenizer.end_of_text:
+                left[row] = 0
+            elif token >= 0 and left[row]:
+                left[row] -= 1
+                yield row, decoders[row].decode(tokenizer.bytes_of[token])
+        if not any(left):
+            break
+    for row, decoder in enumerate(decoders):
+        yield row, decoder.decode(b"", final=True)
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
@@ -168,17 +165,6 @@ def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
     mask = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
     mask[list(tokenizer.bytes_of)] = False
     return mask
-
-
-def decode(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Yield the text of the tokens up to the end of text, in pieces of whole characters."""
-    # A token may end in the middle of a character.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if token == tokenizer.end_of_text:
-            break
-        yield decoder.decode(tokenizer.bytes_of[token])
-    yield decoder.decode(b"", final=True)
 
 
 if __name__ == "__main__":

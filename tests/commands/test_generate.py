@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import generate as command
-from generate import stream_text
+from generate import stream
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, sample
 from model.tokenizer import END_OF_TEXT
@@ -84,24 +84,29 @@ class Scripted(torch.nn.Module):
 
 
 def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
+    def pieces(tokens, tokenizer):
+        args = Namespace(temperature=0, top_k=0, top_p=1.0, max_new_tokens=99)
+        return [text for _, text in stream(Scripted(model, tokens), tokenizer,
+                                           [tokenizer.encode("x")], args, [None])]
+
     tokenizer, text = small_tokenizer(VOCAB), "naïve ☂ 🕯 end"
-    tokens = [*tokenizer.encode(text), tokenizer.end_of_text, *tokenizer.encode("not this")]
-    pieces = list(stream_text(Scripted(model, tokens), tokenizer, "x", 99, temperature=0))
-    assert "".join(pieces) == text
-    assert len(pieces) > 3 and not any("\ufffd" in piece for piece in pieces)
+    found = pieces([*tokenizer.encode(text), tokenizer.end_of_text, *tokenizer.encode("not this")],
+                   tokenizer)
+    assert "".join(found) == text
+    assert len(found) > 3 and not any("\ufffd" in piece for piece in found)
     padded = replace(small_tokenizer(VOCAB - 9), vocab_size=VOCAB)
     tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
-    drawn = stream_text(Scripted(model, tokens), padded, "x", 99, temperature=0)
-    assert "".join(drawn) == "&a&"  # id 5 in place of what no token has
+    assert "".join(pieces(tokens, padded)) == "&a&"  # id 5 in place of what no token has
 
 
-def test_a_row_that_has_ended_leaves_the_others_going(model, monkeypatch):
+def test_a_row_that_has_ended_leaves_the_others_going(model, monkeypatch, capsys):
     tokenizer = small_tokenizer(VOCAB)
     a, b, end = tokenizer.encode(f"ab{END_OF_TEXT}").tolist()
     steps = iter(torch.tensor([[-1, a], [a, end], [b, a], [end, a], [a, a]]))  # -1: still reading
     monkeypatch.setattr(command, "generate_rows", lambda *_, **__: steps)
     args = Namespace(seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
-    assert command.continue_rows(model, tokenizer, ["x", "y"], args) == ["ab", "a"]
+    command.write_texts(model, tokenizer, args, [("", "x"), ("=", "y")])
+    assert capsys.readouterr().out == "xab\n\n=ya\n\n"
     assert next(steps).tolist() == [a, a]  # which nobody needed
 
 
@@ -114,12 +119,12 @@ def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
 def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, answer_tokens):
     seen, script = [], iter(["You.", "", "At dusk.", "No."])
 
-    def answer(model, tokenizer, ids, limit, **sampling):
-        seen.append("".join(tokenizer.bytes_of[i].decode() for i in ids.tolist()))
-        yield from (" ", next(script))
+    def answer(model, tokenizer, prompts, args, generators):
+        seen.append("".join(tokenizer.bytes_of[i].decode() for i in prompts[0].tolist()))
+        yield from ((0, " "), (0, next(script)))
 
     lines = ["Who lights it? ", "And then?", "When?", f"Does {60 * 'it '}"]
-    monkeypatch.setattr(command, "stream_text", answer)
+    monkeypatch.setattr(command, "stream", answer)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
     model, tokenizer = GPT2(GPT2Config(VOCAB, 100, 4, 1, 1)), small_tokenizer(VOCAB)
     monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, tokenizer))
