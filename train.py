@@ -30,7 +30,6 @@ from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer, save_tokenizer
 from model.weights import save_gpt2
 from training.build import Data, build_model, load_data
-from training.checkpoint import Parameters
 from training.directory import check_out
 from training.identity import run_identity
 from training.meter import Meter, Progress
@@ -163,8 +162,10 @@ class Trainer:
 def train(trainer: Trainer, session: Session) -> None:
     """Take every step; validate, log and save when due."""
     options, progress, meter = trainer.options, trainer.progress, trainer.meter
-    session.watch(parameters=Parameters(trainer.parameters), optimizer=trainer.optimizer,
-                  scaler=trainer.scaler, progress=progress, meter=meter)
+    trained = nn.ParameterDict({  # torch allows no dot in these names
+        name.replace(".", "/"): p for name, p in trainer.parameters.items()})
+    session.watch(parameters=trained, optimizer=trainer.optimizer, scaler=trainer.scaler,
+                  progress=progress, meter=meter)
     session.resume(trainer.total_steps)
     if progress.step == 0:
         with adapter_disabled(trainer.model):

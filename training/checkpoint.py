@@ -11,7 +11,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,25 +20,6 @@ from common.tensors import read_metadata, write_tensors
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 NO_DIGEST = b"0" * 64
-
-
-class Parameters:
-    """Trained parameters as a `Stateful`. Raises ValueError for other names or shapes."""
-
-    def __init__(self, parameters: dict[str, Tensor]):
-        self.parameters = parameters
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.parameters.items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        shapes, needed = ({name: t.shape for name, t in tensors.items()}
-                          for tensors in (state, self.parameters))
-        if shapes != needed:
-            raise ValueError("its parameters have other names or shapes")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state[name])
 
 
 def write_checkpoint(out: Path, state: dict) -> None:

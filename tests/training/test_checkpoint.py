@@ -13,7 +13,7 @@ from train import main
 from training.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, write_checkpoint
 
 OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2, "--lr", 1e-2)
-NAME = "h.0.attn.c_attn.lora_A.weight"
+NAME = "h/0/attn/c_attn/lora_A/weight"
 STATE = {"parameters": {NAME: torch.arange(12.0).view(3, 4), "b": torch.ones(2).bfloat16()},
          "optimizer": {"state": {0: {"step": torch.tensor(3.0)}},
                        "param_groups": [{"lr": 0.1, "betas": [0.9, 0.999], "params": [0]}]},

@@ -147,7 +147,7 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(base, book, t
 
 def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
     state = read_checkpoint(whole["lora"].out)
-    assert {name.split(".")[-2] for name in state["parameters"]} == {"lora_A", "lora_B"}
+    assert {name.split("/")[-2] for name in state["parameters"]} == {"lora_A", "lora_B"}
     numbers = sum(t.numel() for t in state["parameters"].values())
     assert numbers == whole["lora"].report["trainable_parameters"]
     lora, full = ((whole[method].out / CHECKPOINT).stat().st_size for method in WEIGHTS)
