@@ -43,7 +43,7 @@ def be_rank(rank: int, port: int, folder: Path, commands: tuple, during) -> None
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     count = str(len(commands))
     os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_WORLD_SIZE": "1",
+                   "WORLD_SIZE": count,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["train.py", *commands[rank]]
     torch.set_num_threads(1)  # a pool of more does not survive the fork

@@ -43,17 +43,6 @@ class Ranks:
         """Return whether this is the one rank that writes files and prints."""
         return self.rank == 0
 
-    def launcher(self) -> list[str]:
-        """Return the arguments between `python` and `train.py` that start as many ranks, as
-        torchrun does. With several machines the user fills in HOST:PORT.
-        """
-        if self.count == 1:
-            return []
-        machines, here = (os.environ[name] for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        meeting = ["--standalone"] if machines == "1" else [
-            "--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:PORT"]
-        return ["-m", "torch.distributed.run", *meeting, "--nproc-per-node", here]
-
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
         """Let ranks exchange tensors (the CPU's by gloo, CUDA's by NCCL) inside the `with`, where

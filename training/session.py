@@ -5,8 +5,6 @@ with `state_dict()` and `load_state_dict()`, PyTorch's `Stateful` protocol.
 """
 
 import math
-import os
-import shlex
 import signal
 import sys
 import time
@@ -120,8 +118,8 @@ class Session:
                 self._save()
             on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
             if self.directory:
-                print(f"stopped after step {self.saved_step}; resume with: "
-                      f"{resume_command(self.ranks.launcher())}", file=sys.stderr)
+                print(f"stopped after step {self.saved_step}; the same command with --resume, in "
+                      "place of --overwrite, goes on", file=sys.stderr)
             self.ranks.barrier()  # torchrun ends the others as soon as one has ended
             sys.exit(128 + stop)
         return time.perf_counter() - began
@@ -200,11 +198,3 @@ class Session:
         """Return what may change the last bits of a result."""
         return {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
                 "ranks": self.ranks.count, "device": self.device.torch.type}
-
-
-def resume_command(launcher: list[str]) -> str:
-    """Return the command line that resumes the run that this command began."""
-    again = [arg for arg in sys.argv if arg not in ("--overwrite", "--resume")]
-    python = os.path.relpath(sys.executable)
-    return shlex.join([sys.executable if python.startswith("..") else python, *launcher, *again,
-                       "--resume"])

@@ -40,9 +40,7 @@ def one_signal(folder: Path, out: Path, number: int, seconds: float, draw: rando
     failures = check_ending(status, 128 + number, lines, out)
     if (out / "run.json").exists():
         return failures + runs.differences(out, expected)
-    printed = " ".join(lines).partition("; resume with: ")[2]  # the stopped run's own command
-    again = shlex.split(printed) if printed else runs.resume_command(command, out)
-    return failures + runs.go_on(again, folder, out, expected)
+    return failures + runs.go_on(runs.resume_command(command, out), folder, out, expected)
 
 
 def make_command(folder: Path, out: Path) -> list[str]:

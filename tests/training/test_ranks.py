@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -173,12 +172,9 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     status, lines = stopped.end()
     assert status != 0 and not errors(lines)  # torchrun sends its SIGTERM on
     assert "resuming after step 4 of 16" in stopped.out_file.read_text()
-    told, = (line for line in lines if "resume with: " in line)
-    said, command = told.split("; resume with: ")
-    assert said == "stopped after step 12" and command.count("--resume") == 1
-    assert "-m torch.distributed.run --standalone --nproc-per-node 2 train.py lora" in command
+    assert any(line.startswith("stopped after step 12; the same command") for line in lines)
 
-    again = shlex.split(command.partition(" train.py ")[2])
+    again = [*argv, "--resume"]
     statuses, lines = fork(folder / "resumed", again, again)
     assert statuses == [0, 0] and "warning: the run" not in "".join(lines)
     assert "resuming after step 12 of 16" in (folder / "resumed" / "out").read_text()

@@ -57,7 +57,7 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     monkeypatch.setattr(module, where, interrupted)
     ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 9, "--eval-every",
                                   4, "--checkpoint-every", 3))
-    assert ending.status == 143 and f"stopped after step {step}; resume with" in ending.stderr
+    assert ending.status == 143 and f"stopped after step {step}; the same command" in ending.stderr
     assert read_checkpoint(tmp_path)["progress"]["step"] == step
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
     (tmp_path / CHECKPOINT).unlink()
