@@ -36,15 +36,8 @@ def refuse_another(then: dict, now: dict) -> None:
         if old.get(name) != new.get(name):
             raise UserError(f"--resume: --{name.replace('_', '-')} was {old.get(name)!s:.80} and "
                             f"is now {new.get(name)!s:.80}; repeat the run's own options")
-    if then["book_sha256"] != now["book_sha256"]:
-        source = f"data {new['data']}" if new["data"] else f"book {' '.join(new['book'])}"
-        raise UserError(f"--resume: --{source}: its text changed since the run began")
-    start = now["init_adapter_sha256"]
-    if then.get("init_adapter_sha256", start) != start:
-        raise UserError(f"--resume: --init-adapter {new['init_adapter']}: is not what the run "
-                        f"began with, {old['init_adapter']}")
-    before, after = then["base_sha256"], now["base_sha256"]
-    for part in sorted(before.keys() | after.keys()):
-        if before.get(part) != after.get(part):
-            raise UserError(f"--resume: --base {new['base']}: its {part} changed since the run "
-                            "began")
+    contents = {"base_sha256": "base", "book_sha256": "data" if new["data"] else "book",
+                "init_adapter_sha256": "init-adapter"}
+    for field, option in contents.items():
+        if then.get(field) != now[field]:
+            raise UserError(f"--resume: --{option}: its content is not what the run began with")
