@@ -1,8 +1,7 @@
 """checkpoint.safetensors and the one before it: written whole, verified before they are believed.
 
 The tensors of a nested state go into the file as tensors; the rest, with the tensors' names in
-their places, is JSON in the header. The header also holds the sha256 of the whole file, computed
-with zeros in the digest's own place.
+their places, is JSON in the header. The header also holds the sha256 of all this.
 """
 
 import hashlib
@@ -11,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from common.files import atomic_path
 from common.tensors import read_metadata, write_tensors
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-NO_DIGEST = b"0" * 64
 
 
 def write_checkpoint(out: Path, state: dict) -> None:
@@ -31,11 +30,7 @@ def write_checkpoint(out: Path, state: dict) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
     with atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary:
-        write_tensors(temporary, tensors, {"sha256": NO_DIGEST.decode(), "state": tree})
-        digest, place = _sha256(temporary)
-        with open(temporary, "r+b") as file:
-            file.seek(place)
-            file.write(digest.encode())
+        write_tensors(temporary, tensors, {"sha256": _digest(tree, tensors), "state": tree})
 
 
 def has_checkpoint(out: Path) -> bool:
@@ -62,29 +57,25 @@ def read_checkpoint(out: Path) -> dict:
 
 
 def _read(path: Path) -> dict:
-    metadata = read_metadata(path)
-    if metadata.get("sha256") != _sha256(path)[0]:
+    metadata, tensors = read_metadata(path), load_file(path)
+    tree = metadata.get("state", "")
+    if metadata.get("sha256") != _digest(tree, tensors):
         raise UserError(f"{path}: damaged (its sha256 is not that of its content)")
-    tensors = load_file(path)
 
     def put_tensors(node: dict) -> object:
         if "tensor" in node:
             return tensors[node["tensor"]]
         return {int(key) if key.isdigit() else key: value for key, value in node.items()}
 
-    return json.loads(metadata["state"], object_hook=put_tensors)
+    return json.loads(tree, object_hook=put_tensors)
 
 
-def _sha256(path: Path) -> tuple[str, int]:
-    """Return the file's sha256, with zeros for the digest in its header, and that one's offset."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        start = file.read(1 << 10)  # `write_tensors` puts the metadata first
-        place = start.find(b'"sha256": "') + len(b'"sha256": "')
-        digest.update(start[:place] + NO_DIGEST + start[place + len(NO_DIGEST):])
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest(), place
+def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(tree.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
