@@ -157,35 +157,27 @@ def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None
     """
     if not can_draw():
         return
-    bars, runs = [], [run for measure in measures for run in measure]
-    for measure in measures:
-        base = measure[0][1]
-        bars.append((f"base\n({printable(Path(base['base']).name)})",
-                     perplexity(base["base_val_loss"]), COLOURS["base"]))
-        bars += [(_label(*run), run[1]["best_val_perplexity"], COLOURS[run[1]["method"]])
-                 for run in measure]
-    names, colours = [_label(*run) for run in runs], [COLOURS[run["method"]] for _, run in runs]
-    figure, (quality, size, speed) = subplots(1, 3, figsize=(max(11, 3 * len(bars)), 4))
-    _bars(quality, *map(list, zip(*bars, strict=True)), "validation perplexity (lower is better)",
-          "{:.1f}")
-    _bars(size, names, [run["trainable_parameters"] for _, run in runs], colours,
-          "trainable parameters (log scale)", "{:,.0f}")
-    size.set_yscale("log")
-    _bars(speed, names, [run["seconds"] for _, run in runs], colours,
-          "seconds, validation included", "{:,.0f}")
+    bars = []  # label, colour, and a value in each panel; a base has only the first
+    for runs in measures:
+        base = runs[0][1]
+        bars.append((f"base\n({printable(Path(base['base']).name)})", COLOURS["base"],
+                     perplexity(base["base_val_loss"]), math.nan, math.nan))
+        bars += [(f"{run['method']}\n({printable(directory.name)})".replace(",", ",\n"),
+                  COLOURS[run["method"]], run["best_val_perplexity"],
+                  run["trainable_parameters"], run["seconds"]) for directory, run in runs]
+    names, colours, *values = zip(*bars, strict=True)
+    figure, panels = subplots(1, 3, figsize=(max(11, 3 * len(bars)), 4))
+    titles = {"validation perplexity (lower is better)": "{:.1f}",
+              "trainable parameters (log scale)": "{:,.0f}",
+              "seconds, validation included": "{:,.0f}"}
+    for axes, heights, (title, label) in zip(panels, values, titles.items(), strict=True):
+        drawn = axes.bar(range(len(names)), [*map(float, heights)], color=colours, width=0.6)
+        axes.bar_label(drawn, labels=[label.format(value) for value in heights], padding=2)
+        axes.set_xticks(range(len(names)), names, parse_math=False)  # a $ in a name is a $
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_title(title, fontsize=10)
+        axes.margins(y=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].set_yscale("log")
     save_figure(figure, path)
     print(f"drawn in {path}")
-
-
-def _label(directory: Path, run: dict) -> str:
-    return f"{run['method']}\n({printable(directory.name)})".replace(",", ",\n")
-
-
-def _bars(axes, names: list[str], values: list[float], colours: list[str], title: str,
-          label: str) -> None:
-    bars = axes.bar(range(len(names)), [*map(float, values)], color=colours, width=0.6)
-    axes.set_xticks(range(len(names)), names, parse_math=False)  # a $ in a directory's name is a $
-    axes.bar_label(bars, labels=[label.format(value) for value in values], padding=2)
-    axes.set_title(title, fontsize=10)
-    axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
