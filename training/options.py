@@ -1,6 +1,5 @@
 """The options of `train.py`, each declared once: its type, default and help."""
 
-import argparse
 import json
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -127,24 +126,19 @@ def flag(field: Field) -> str:
     return f"--{field.name.replace('_', '-')}"
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # no "(default: None)", and none where the text says it
-        if action.default in (None, False) or "default: " in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
-
-
 def parse_options(description: str, argv: list[str] | None = None) -> Options:
     """Read `train.py`'s command line. Raises UserError for what is not an option's value."""
     parser = Parser(prog="train.py", description=description.splitlines()[0])
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
-        sub = methods.add_parser(method, formatter_class=_Formatter)
+        sub = methods.add_parser(method)
         state, source = sub.add_mutually_exclusive_group(), sub.add_mutually_exclusive_group()
         groups = {"resume": state, "overwrite": state, "book": source, "data": source}
         for f in fields(Options)[1:]:
             if f.metadata and (method == "lora" or f.name not in LORA_ONLY):
                 settings = f.metadata | {"default": defaults.get(f.name, f.default)}
+                if settings["default"] not in (None, False) and "default: " not in settings["help"]:
+                    settings["help"] += " (default: %(default)s)"
                 names = flag(f), *settings.pop("also", ())
                 groups.get(f.name, sub).add_argument(*names, **settings)
     values = vars(parser.parse_args(argv))
