@@ -14,7 +14,6 @@ from common.errors import UserError
 from common.signals import unfinished
 
 UNFINISHED = ".tmp"
-MAX_JSON_BYTES = 1 << 25  # a large tokenizer.json has half of that
 
 
 class NotWritable(UserError):
@@ -62,9 +61,7 @@ def write_json(path: Path, value: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises UserError if the file cannot be read or holds something else."""
     with open_file(path) as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise UserError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes; not a file of settings")
+        text = file.read()
     try:
         value = json.loads(text.decode())
     except (ValueError, RecursionError) as error:

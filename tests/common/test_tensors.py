@@ -7,7 +7,6 @@ import time
 import torch
 from safetensors.torch import save_file
 
-from common import files
 from common.files import read_json
 from common.tensors import read_tensors
 from data.tokens import load_tokens
@@ -92,12 +91,3 @@ def test_a_file_that_is_not_a_json_object_is_refused(tmp_path):
             b'{"x": ' * 99_999, b" " * (2 << 20), b'{"r": ' + b"9" * 9999 + b"}"):
         path.write_bytes(content)
         assert "JSON" in refusal(path, read_json)
-
-
-def test_a_json_file_larger_than_any_of_settings_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_JSON_BYTES", 10)
-    path = tmp_path / "config.json"
-    path.write_text('{"x": 123}')
-    assert read_json(path) == {"x": 123}
-    path.write_text('{"x": 1234}')
-    assert "larger than 10 bytes" in refusal(path, read_json)
