@@ -101,15 +101,12 @@ class Trainer:
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """Yield each step's window indices (B,), from `step` on; each epoch has its own order."""
-        size = self.options.batch_size
-        while step < self.total_steps:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            order = self.windows.epoch_order(self.options.seed, epoch)
-            for start in range(position * size, len(order), size):
-                if step == self.total_steps:
-                    return
-                yield order[start : start + size]
-                step += 1
+        size, order = self.options.batch_size, None
+        for number in range(step, self.total_steps):
+            epoch, position = divmod(number, self.steps_per_epoch)
+            if order is None or position == 0:
+                order = self.windows.epoch_order(self.options.seed, epoch)
+            yield order[position * size : (position + 1) * size]
 
     def step(self, batch: np.ndarray) -> None:
         """Take one optimizer step on the windows `batch` (B,), computed in `--grad-accum` parts."""
