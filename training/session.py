@@ -118,8 +118,8 @@ class Session:
                 self._save()
             on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
             if self.directory:
-                print(f"stopped after step {self.saved_step}; the same command with --resume, in "
-                      "place of --overwrite, goes on", file=sys.stderr)
+                print(f"stopped after step {self.saved_step}; the same command with --resume "
+                      "continues", file=sys.stderr)
             self.ranks.barrier()  # torchrun ends the others as soon as one has ended
             sys.exit(128 + stop)
         return time.perf_counter() - began

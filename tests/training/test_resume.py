@@ -70,8 +70,8 @@ def test_a_stopped_run_says_how_to_resume_and_ends_as_if_it_never_stopped(
     argv = arguments(method, base, book, tmp_path, *OPTIONS)
     ending = stop_in_step(number, step, argv)
     assert ending.status == status and not (tmp_path / "run.json").exists()
-    assert ending.stderr == (f"stopped after step {step}; the same command with --resume, in place "
-                             "of --overwrite, goes on\n")
+    assert ending.stderr == (f"stopped after step {step}; the same command with --resume "
+                             "continues\n")
     ending = run(main, *argv, "--resume")
     assert ending.status == 0 and f"resuming after step {step} of 30" in ending.stdout
     assert result(tmp_path, method) == result(whole[method].out, method)
