@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.device import Device, tune_process
-from common.errors import run_command
+from common.errors import UserError, run_command
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.adapter import save_adapter
@@ -49,6 +49,9 @@ def main() -> None:
         device.set_tf32(options.allow_tf32)
         if options.compile:
             device.check_compiler()
+        if options.gradient_checkpointing and device.torch.type == "mps":  # pytorch#127676
+            raise UserError("--gradient-checkpointing: on MPS, dropouts would draw other masks the "
+                            "second time; use --grad-accum to save memory")
         with ranks.first_goes_first():
             name, directory = find_base(options.base)
         options = replace(options, base=name, precision=device.precision)

@@ -57,7 +57,7 @@ class Adapters:
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))
             rows = [self.factors[name].get(layer, nothing) for name in names]
             rank = max(len(row.A) for row in rows)
-            module.B, module.A = (torch.stack(x).to(weight.device, torch.float32) for x in
+            module.B, module.A = (torch.stack(x).to(weight.device, weight.dtype) for x in
                                   zip(*(row.pad(rank) for row in rows), strict=True))
 
 

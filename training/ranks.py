@@ -51,6 +51,8 @@ class Ranks:
         if self.count == 1:
             yield
             return
+        if device.type == "mps":  # pytorch#160732
+            raise UserError("torchrun: ranks cannot exchange MPS tensors; use --device cpu")
         if device.type == "cuda":
             local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= gpus:

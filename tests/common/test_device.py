@@ -14,6 +14,7 @@ from benchmarks.speed_worker import Task
 from common.device import Device
 from common.errors import UserError
 from tests.runs import arguments, one_line, run
+from training.ranks import Ranks
 
 TOO_OLD = "CUDA error: no kernel image is available for execution on the device"
 
@@ -48,8 +49,13 @@ def test_a_gpu_that_runs_no_kernel_is_left_or_refused_in_one_line(gpu, capsys):
     with pytest.raises(UserError, match=r"^--device cuda: .* \(CUDA out of memory\..*\)$"):
         Device.pick()  # and no hours on the CPU
 
-def test_fp16_is_not_for_training_on_mps_and_its_generator_is_saved(monkeypatch):
+def test_what_fails_on_mps_is_refused_and_its_generator_is_saved(base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    ending = run(train.main, "lora", "--base", base, "--out", tmp_path, "--gradient-checkpointing")
+    assert ending.status == 2 and "error: --gradient-checkpointing: on MPS" in ending.stderr
+    with (pytest.raises(UserError, match=r"^torchrun: .* --device cpu$"),
+          Ranks(0, 2).joined(torch.device("mps"))):
+        pass
     with pytest.raises(UserError, match="--precision fp16: on MPS"):
         Device.pick("mps", "fp16", train=True)
     assert Device.pick("mps", "fp16").precision == "fp16"  # to evaluate
