@@ -30,7 +30,7 @@ def write_checkpoint(out: Path, state: dict) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
     with atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary:
-        write_tensors(temporary, tensors, {"sha256": _digest(tree, tensors), "state": tree})
+        write_tensors(temporary, tensors, {"sha256": content_sha256(tree, tensors), "state": tree})
 
 
 def has_checkpoint(out: Path) -> bool:
@@ -59,7 +59,7 @@ def read_checkpoint(out: Path) -> dict:
 def _read(path: Path) -> dict:
     metadata, tensors = read_metadata(path), load_file(path)
     tree = metadata.get("state", "")
-    if metadata.get("sha256") != _digest(tree, tensors):
+    if metadata.get("sha256") != content_sha256(tree, tensors):
         raise UserError(f"{path}: damaged (its sha256 is not that of its content)")
 
     def put_tensors(node: dict) -> object:
@@ -70,7 +70,7 @@ def _read(path: Path) -> dict:
     return json.loads(tree, object_hook=put_tensors)
 
 
-def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
+def content_sha256(tree: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(tree.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
