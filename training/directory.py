@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import RunError, UserError
@@ -97,10 +98,9 @@ class RunDirectory:
             raise RunError(f"{self.metrics}: has vanished or was replaced while the run was "
                            "writing it")
 
-    def append(self, metrics: dict) -> int:
-        """Add a line to `metrics.jsonl`; return the file's length in bytes.
-
-        JSON has no infinity: the gradient norm of an fp16 step that overflowed is null.
+    def append(self, metrics: dict) -> None:
+        """Add a line to `metrics.jsonl`. JSON has no infinity: the gradient norm of an fp16 step
+        that overflowed is null.
         """
         self.check()
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -110,20 +110,18 @@ class RunDirectory:
                 line = line[os.write(self.file, line):]
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
-        return os.fstat(self.file).st_size
 
     def sync(self) -> None:
-        """Bring the metrics to the disk, before a checkpoint that counts on them."""
+        """Bring the metrics to the disk, before a checkpoint: its steps' lines come once."""
         self.check()
         os.fsync(self.file)
 
-    def cut(self, length: int) -> None:
-        """Drop the lines of steps after the checkpoint: they are run again.
-
-        Warn if there are fewer than the checkpoint counts on; then drop only a torn last line.
-        """
-        if os.fstat(self.file).st_size < length:
-            print(f"warning: {self.metrics}: lines from before the checkpoint are missing",
-                  file=sys.stderr)
-            length = self.metrics.read_bytes().rfind(b"\n") + 1
+    def cut(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which are run again, and what a crash tore."""
+        length = 0
+        with suppress(ValueError):
+            for line in self.metrics.read_bytes().splitlines(keepends=True):
+                if json.loads(line)["step"] > step:
+                    break
+                length += len(line)
         os.ftruncate(self.file, length)

@@ -39,7 +39,7 @@ class Session:
         self.finished, self.running = False, False
         self.saved_step: int | None = None
         self.stop_signal: int | None = None
-        self.metrics_bytes, self.seconds, self.peak_memory_mb = 0, 0.0, 0.0
+        self.seconds, self.peak_memory_mb = 0.0, 0.0
         self.total_steps, self.started, self.saved_at = 0, 0.0, 0.0  # `resume` and `steps` set them
         self.bar: tqdm | None = None
 
@@ -106,7 +106,7 @@ class Session:
         self.bar.set_postfix_str("loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s"
                                  .format(**metrics))
         if self.directory:
-            self.metrics_bytes = self.directory.append(metrics)
+            self.directory.append(metrics)
 
     def after_step(self, epoch_ends: bool) -> float:
         """Save if a checkpoint is due; stop, saved, after a signal. Returns the seconds it took."""
@@ -155,8 +155,7 @@ class Session:
             say("stopping once the step is done and saved; a second signal stops at once")
 
     def _save(self) -> None:
-        state = {"run": self.identity, "machine": self._machine(),
-                 "session": {"metrics_bytes": self.metrics_bytes, **self._count()},
+        state = {"run": self.identity, "machine": self._machine(), "session": self._count(),
                  "random": self.ranks.gather(bytes(self.device.random_state().tolist()).hex()),
                  **{name: stateful.state_dict() for name, stateful in self.watched.items()}}
         if self.directory:
@@ -170,7 +169,7 @@ class Session:
             refuse_another(state["run"], self.identity)
             for name, stateful in self.watched.items():
                 stateful.load_state_dict(state[name])
-            vars(self).update(state["session"])  # metrics_bytes, seconds, peak_memory_mb
+            vars(self).update(state["session"])  # seconds, peak_memory_mb
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if describe_failure(error):  # out of memory
                 raise
@@ -192,7 +191,7 @@ class Session:
         self.saved_step = self.watched["progress"].step
         print(f"resuming after step {self.saved_step} of {self.total_steps}")
         if self.directory:
-            self.directory.cut(self.metrics_bytes)
+            self.directory.cut(self.saved_step)
 
     def _machine(self) -> dict:
         """Return what may change the last bits of a result."""

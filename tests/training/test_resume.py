@@ -109,15 +109,6 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
     assert result(out) == result(whole["lora"].out)  # which saved less often
 
 
-def test_metrics_that_were_lost_are_missed_and_the_run_goes_on(stopped, tmp_path):
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    first, second = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text(first + second[:20])
-    ending = run(main, *stopped, "--resume")
-    assert ending.status == 0 and ending.stderr.startswith(f"warning: {metrics}")
-    assert finished(tmp_path / "run").column("step") == [7, 14, 20, 21, 23, 28, 30]
-
-
 @pytest.mark.parametrize("every, seconds, saved", [
     ("3", 0, [None, None, None, 3, 3, 3, 6]),
     ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
