@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -100,15 +101,9 @@ class Device:
             raise UserError("--compile: needs a C++ compiler and, on a GPU, Python's headers "
                             f"({first_line(getattr(error, 'inner_exception', error))})") from error
 
-    def random_state(self) -> Tensor:
-        """Return the state of the generator that the device's dropouts draw from."""
-        return self._generator.get_rng_state()
-
-    def set_random_state(self, state: Tensor) -> None:
-        self._generator.set_rng_state(state)
-
     @property
-    def _generator(self):
+    def random(self) -> ModuleType:
+        """Return what has get_rng_state and set_rng_state for the device's dropouts."""
         return {"cuda": torch.cuda, "mps": torch.mps}.get(self.torch.type, torch)
 
     def peak_memory_mb(self) -> float:

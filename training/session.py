@@ -155,8 +155,9 @@ class Session:
             say("stopping once the step is done and saved; a second signal stops at once")
 
     def _save(self) -> None:
+        mine = bytes(self.device.random.get_rng_state().tolist()).hex()
         state = {"run": self.identity, "machine": self._machine(), "session": self._count(),
-                 "random": self.ranks.gather(bytes(self.device.random_state().tolist()).hex()),
+                 "random": self.ranks.gather(mine),
                  **{name: stateful.state_dict() for name, stateful in self.watched.items()}}
         if self.directory:
             self.directory.sync()
@@ -187,7 +188,7 @@ class Session:
                       file=sys.stderr)
         if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
             mine = bytes.fromhex(state["random"][self.ranks.rank])
-            self.device.set_random_state(torch.tensor(list(mine), dtype=torch.uint8))
+            self.device.random.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
         self.saved_step = self.watched["progress"].step
         print(f"resuming after step {self.saved_step} of {self.total_steps}")
         if self.directory:
