@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,12 +25,10 @@ from lora.adapter import save_adapter
 from lora.inject import adapter_disabled
 from lora.plus import parameter_groups
 from model import fast as ops
-from model.gpt2 import GPT2
 from model.hub import find_base
-from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer, save_tokenizer
 from model.weights import save_gpt2
-from training.build import Data, build_model, load_data
+from training.build import build_model, load_data
 from training.directory import check_out
 from training.identity import run_identity
 from training.meter import Meter, Progress
@@ -55,16 +54,11 @@ def main() -> None:
         with ranks.first_goes_first():
             name, directory = find_base(options.base)
         options = replace(options, base=name, precision=device.precision)
-        torch.manual_seed(options.seed)
-        model, config = build_model(options, directory, device.dtype)
-        if config:  # --init-adapter brings its own LoRA options
-            options = replace(options, **asdict(config))
-        print(describe_parameters(model))
-        tokenizer = load_tokenizer(directory, model.config.vocab_size)
-        windows, validation = load_data(options, model.config, tokenizer)
-        trainer = Trainer(options, device, model, tokenizer, windows, validation, ranks)
-        identity = run_identity(options, directory, windows.tokens, validation.tokens)
-        with Session(options, device, ranks, identity) as session:
+        trainer = Trainer(options, directory, device, ranks)
+        print(describe_parameters(trainer.model))
+        identity = run_identity(trainer.options, directory, trainer.windows.tokens,
+                                trainer.validation.tokens)
+        with Session(trainer.options, device, ranks, identity) as session:
             if not session.finished:
                 train(trainer, session)
 
@@ -81,12 +75,18 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 class Trainer:
-    """A model and what its steps need: AMP, AdamW, warm-up and cosine, accumulation, clipping."""
+    """A model made from the base in `directory`, the data, and what the steps need: AMP, AdamW,
+    warm-up and cosine, accumulation, clipping.
+    """
 
-    def __init__(self, options: Options, device: Device, model: GPT2, tokenizer: Tokenizer,
-                 windows: Data, validation: Data, ranks: Ranks = ALONE):
+    def __init__(self, options: Options, directory: Path, device: Device, ranks: Ranks = ALONE):
+        torch.manual_seed(options.seed)
+        model, config = build_model(options, directory, device.dtype)
+        if config:  # --init-adapter brings its own LoRA options
+            options = replace(options, **asdict(config))
         self.options, self.device, self.ranks = options, device, ranks
-        self.tokenizer, self.windows, self.validation = tokenizer, windows, validation
+        self.tokenizer = load_tokenizer(directory, model.config.vocab_size)
+        self.windows, self.validation = load_data(options, model.config, self.tokenizer)
         self.model = device.hold(model)  # moves it, and casts frozen weights to `precision`
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         ranks.broadcast(self.parameters.values())
@@ -98,7 +98,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.torch.type, enabled=fp16)
         # The loss is not compiled: its loop over chunks would be unrolled into a long program.
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
-        self.steps_per_epoch = math.ceil(len(windows) / options.batch_size)
+        self.steps_per_epoch = math.ceil(len(self.windows) / options.batch_size)
         self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or math.inf)
         self.progress, self.meter = Progress(), Meter(device.torch, fp16)
 

@@ -2,12 +2,11 @@
 
 import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
 
 import train
 from common.device import Device
@@ -19,7 +18,7 @@ from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_config, load_gpt2
-from training.build import build_model, load_data
+from training.build import load_data
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import read_run
@@ -44,11 +43,9 @@ def make_trainer(made: Options, ranks: Ranks = ALONE) -> train.Trainer:
     """Build what `train.py` has before its first step; `--base` is a directory."""
     device = Device.pick(made.device, made.precision, train=True)
     device.set_tf32(made.allow_tf32)
-    torch.manual_seed(made.seed)
-    model, config = build_model(made, Path(made.base), device.dtype)
-    made = replace(made, precision=device.precision, **(asdict(config) if config else {}))
-    trainer = train.Trainer(made, device, model, tokenizer(Path(made.base)), *data(made), ranks)
-    model.train()
+    made = replace(made, precision=device.precision)
+    trainer = train.Trainer(made, Path(made.base), device, ranks)
+    trainer.model.train()
     return trainer
 
 

@@ -7,15 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-import torch
 from torch import Tensor
 
 from common.device import Device
 from common.figures import BLUE, GREY, RED, YELLOW, save_figure, subplots  # noqa: F401 (for all)
 from model.hub import find_base
-from model.tokenizer_files import load_tokenizer
 from train import Trainer
-from training.build import build_model, load_data
 from training.options import ROOT, parse_options
 
 
@@ -34,13 +31,9 @@ def trainer(method: str = "lora", seed: int = 0, precision: str = "fp32",
     """Make what `train.py` trains: mini on the default book, on the CPU, no dropout."""
     chosen = replace(parse_options("-", [method, "--base", "mini"]), lora_dropout=0.0, seed=seed,
                      **options)
-    directory = find_base("mini")[1]
-    torch.manual_seed(seed)
-    model, _ = build_model(chosen, directory)
-    model.train()
-    tokenizer = load_tokenizer(directory, model.config.vocab_size)
-    return Trainer(chosen, Device.pick("cpu", precision, train=True), model, tokenizer,
-                   *load_data(chosen, model.config, tokenizer))
+    made = Trainer(chosen, find_base("mini")[1], Device.pick("cpu", precision, train=True))
+    made.model.train()
+    return made
 
 
 def mean_loss(made: Trainer, batch) -> Tensor:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 import train
 from common.device import Device
 from common.errors import run_command
-from model.tokenizer_files import load_tokenizer
 from tests.helpers import TINY, small_tokenizer
 from training.options import parse_options
 
@@ -108,13 +107,7 @@ def finished(out: Path, stdout: str = "") -> Run:
 def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> train.Trainer:
     """Make the trainer that `train.main` has before its first step."""
     made = parse_options("-", arguments(method, base, book, out, *options))
-    torch.manual_seed(made.seed)
-    model, config = train.build_model(made, base)
-    made = replace(made, **asdict(config)) if config else made
-    device = Device.pick(made.device, made.precision)
-    tokenizer = load_tokenizer(base, model.config.vocab_size)
-    data = train.load_data(made, model.config, tokenizer)
-    return train.Trainer(made, device, model, tokenizer, *data)
+    return train.Trainer(made, base, Device.pick(made.device, made.precision))
 
 
 def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
