@@ -15,6 +15,9 @@ from model.hub import find_base
 from train import Trainer
 from training.options import ROOT, parse_options
 
+# What a short version trains on, and how long, whatever the whole one does.
+SHORT = {"batch_size": 4, "block_size": 64, "stride": 64, "max_steps": 4, "val_fraction": 0.03}
+
 
 def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
@@ -26,11 +29,11 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def trainer(method: str = "lora", seed: int = 0, precision: str = "fp32",
+def trainer(method: str = "lora", seed: int = 0, precision: str = "fp32", short: bool = False,
             **options: object) -> Trainer:
     """Make what `train.py` trains: mini on the default book, on the CPU, no dropout."""
     chosen = replace(parse_options("-", [method, "--base", "mini"]), lora_dropout=0.0, seed=seed,
-                     **options)
+                     **options | (SHORT if short else {}))
     made = Trainer(chosen, find_base("mini")[1], Device.pick("cpu", precision, train=True))
     made.model.train()
     return made

@@ -13,7 +13,7 @@ LEFT, RIGHT = -32, 20  # the powers that the picture shows
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
-    made = trainer(seed=42, batch_size=2 if args.short else 16)
+    made = trainer(seed=42, short=args.short)
     for name, parameter in made.parameters.items():
         if "lora_B" in name:  # else A's gradient is zero
             torch.nn.init.normal_(parameter, std=0.01)

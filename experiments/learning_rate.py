@@ -19,9 +19,10 @@ def log_probabilities(made: Trainer, texts: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
-    made = trainer(precision="auto", block_size=64)  # B is zero: the base
-    texts = torch.full((4 if args.short else 32, 1), made.tokenizer.end_of_text)
-    while texts.size(1) < 64:
+    made = trainer(precision="auto", short=args.short, block_size=64)  # B is zero: the base
+    count, tokens = (4, 16) if args.short else (32, 64)
+    texts = torch.full((count, 1), made.tokenizer.end_of_text)
+    while texts.size(1) < tokens:
         last = log_probabilities(made, texts)[:, -1]  # (texts, V)
         texts = torch.cat((texts, torch.multinomial(last.exp(), 1)), dim=1)
     base = log_probabilities(made, texts)

@@ -24,9 +24,8 @@ CURVES = ((0, "c_attn", ["LoRA"], RED, "-"), (0, "c_attn", ["full"], BLUE, "-"),
 
 def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
     """Train; return also the change of each matrix of the blocks that changed."""
-    made = trainer(method.lower(), seed, lr=1e-4 if method == "full" and not short else 1e-3,
-                   batch_size=4 if short else 16, max_steps=8 if short else 60,
-                   val_fraction=0.03 if short else 0.1)
+    made = trainer(method.lower(), seed, short=short, batch_size=16, max_steps=60,
+                   lr=1e-4 if method == "full" and not short else 1e-3)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     for batch in made.batches():
         made.step(batch)
@@ -35,23 +34,30 @@ def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tenso
                           made.model.named_parameters() if name.startswith("h.") and p.ndim == 2}
 
 
-def share(changes: Tensor) -> Tensor:
-    """Return the share of the squared norm in the k largest singular values, mean over blocks."""
-    squares = torch.linalg.svdvals(changes).square().cumsum(-1)  # (blocks, k)
+def decomposed(changes: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Return U (out, k), the singular values (k,) and V^T (k, in) of each change."""
+    return {name: torch.linalg.svd(p, full_matrices=False) for name, p in changes.items()}
+
+
+def share(values: Tensor) -> Tensor:
+    """Return the share of the squared norm in the k largest of the singular values (blocks, k),
+    mean over blocks.
+    """
+    squares = values.square().cumsum(-1)
     return (squares / squares[:, -1:]).mean(0)
 
 
-def similarity(some: Tensor, others: Tensor) -> Tensor:
-    """Return ||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) of the first k right singular vectors."""
-    v, w = (torch.linalg.svd(changes, full_matrices=False).Vh for changes in (some, others))
+def similarity(v: Tensor, w: Tensor) -> Tensor:
+    """Return ||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) of the first k singular vectors, which are
+    the rows of `v` and `w` (blocks, k, n), mean over blocks.
+    """
     squares = (v @ w.mT).square().mean(0).cumsum(0).cumsum(1).diagonal()  # (k,)
     return squares / torch.arange(1, len(squares) + 1)
 
 
 @torch.no_grad()
-def cut(made: Trainer, changes: dict[str, Tensor]) -> Iterator[float]:
+def cut(made: Trainer, svds: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Iterator[float]:
     """Return the perplexity with the change of each matrix of the blocks cut to each rank."""
-    svds = {name: torch.linalg.svd(p, full_matrices=False) for name, p in changes.items()}
     for above, k in pairwise((None, *RANKS)):
         for name, (u, s, vh) in svds.items():
             made.model.get_parameter(name).sub_((u[:, k:above] * s[k:above]) @ vh[k:above])
@@ -62,19 +68,21 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
     seeds = range(2 if args.short else max(2, args.seeds))
     runs = {kind: [tuned(kind, 42 + i, args.short) for i in seeds] for kind in ("full", "LoRA")}
-    changes = {kind: [change for _, change in pairs] for kind, pairs in runs.items()}
-    changes["random"] = [{n: torch.randn_like(p) for n, p in c.items()} for c in changes["full"]]
+    svds = {kind: [decomposed(c) for _, c in found] for kind, found in runs.items()}
+    svds["random"] = [decomposed({name: torch.randn_like(p) for name, p in c.items()})
+                      for _, c in runs["full"]]
     data, (figure, axes) = {}, panels(3, "Fine-tuning's change: its rank, and how alike seeds are")
     for i, target, kinds, colour, line in CURVES:
-        stacks = [[torch.stack([p.mT if i == 2 else p for n, p in c.items() if target in n])
-                   for c in changes[kind]] for kind in kinds]  # (blocks, out, in) each
+        stacks = [[torch.stack([(s, vh, u.mT)[i] for n, (u, s, vh) in found.items() if target in n])
+                   for found in svds[kind]] for kind in kinds]  # (blocks, k) or (blocks, k, n) each
         y = torch.stack([(share, similarity)[i > 0](*map(list.__getitem__, stacks, order))
                          for order in permutations(seeds, len(kinds))])  # (runs, k)
         y = y[:, :8] if i and "LoRA" in kinds else y  # LoRA's rank
         label = f"{target}: " * (i == 0) + " and ".join(kinds) + ", outputs" * (i == 2)
         data[label] = y.tolist()
         band(axes[min(i, 1)], range(1, y.size(1) + 1), y, colour, label, line)
-    y = torch.tensor([[*cut(*run)] for run in runs["full"][: 1 if args.short else None]])
+    full = list(zip(runs["full"], svds["full"], strict=True))[: 1 if args.short else None]
+    y = torch.tensor([[*cut(made, found)] for (made, _), found in full])
     data["cut"] = dict(zip(RANKS, y.T.tolist(), strict=True))
     band(axes[2], RANKS[1:-1], y[:, 1:-1], BLUE, "cut to rank k", "o-")
     axes[2].axhline(y[:, -1].mean(), color=GREY, linestyle=":", label="cut to rank 0")

@@ -12,11 +12,9 @@ def finetune(method: str, seeds: int = 1, short: bool = False,
              first: int = 0, **options: object) -> list:
     """Train 60 steps of 8 windows of 64 tokens with each seed from `first`; measure each result."""
     size = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60} | options
-    if short:
-        size |= {"batch_size": 4, "max_steps": 8, "val_fraction": 0.03}
     result = []
     for seed in range(first, 1 if short else seeds):
-        made = trainer(method, seed, "auto", **size)
+        made = trainer(method, seed, "auto", short, **size)
         for batch in made.batches():
             made.step(batch)
         result.append(measure(made))
