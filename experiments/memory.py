@@ -1,6 +1,7 @@
 """Predict by hand where the bytes of a step go, and measure it: `python -m experiments.memory`.
 
-Each method takes its first step in a process of its own. Temporary buffers are not counted.
+Both methods take their first step in a process apart, one after the other. Temporary buffers are
+not counted.
 """
 
 import os
@@ -59,15 +60,16 @@ def measured(method: str, config: GPT2Config) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
     config = replace(CONFIG, n_layer=2) if args.short else CONFIG
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the children: freed memory goes back
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the child: freed memory goes back
     data, (figure, axes) = {}, panels(2, f"Bytes by hand (dark) and measured (light); fp32, "
                                       f"{config.n_layer} layers of width {config.n_embd}, "
                                       f"{BATCH * BLOCK:,} tokens")
-    for axis, method in zip(axes, KEPT, strict=True):
-        with ProcessPoolExecutor(1, get_context("spawn")) as child:
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:
+        for method in KEPT:
             child.submit(measured, method, replace(config, n_layer=1))  # what is allocated once
             data[method] = {"predicted": predicted(method, config, BATCH * BLOCK),
                             "measured": child.submit(measured, method, config).result()}
+    for axis, method in zip(axes, data, strict=True):
         for j, side in enumerate(data[method].values()):
             bars = axis.bar([i + 0.4 * j - 0.2 for i in range(4)], [side[p] / 1e6 for p in PARTS],
                             0.38, color=PARTS.values(), alpha=1 - 0.45 * j)
