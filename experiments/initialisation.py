@@ -45,7 +45,7 @@ def first_steps(name: str, seed: int, steps: int) -> dict[str, list[float]]:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
-    seeds, steps = (1, 4) if args.short else (args.seeds, 12)
+    seeds, steps = (1, 3) if args.short else (args.seeds, 12)
     runs = {name: [first_steps(name, seed, steps) for seed in range(seeds)] for name in STARTS}
     figure, axes = panels(3, f"Four starts, before each of {steps} steps (mini; bands: seeds)")
     for axis, (part, title) in zip(axes, TITLES.items(), strict=True):

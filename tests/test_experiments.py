@@ -67,7 +67,7 @@ def test_alpha_is_the_learning_rate_of_b():
 def test_initialisation(tmp_path):
     data = {name: runs[0] for name, runs in run(initialisation, tmp_path).items()}
     lora, swapped, random, zero = (data[name] for name in initialisation.STARTS)
-    assert zero["loss"] == zero["A"] == zero["B"] == [0.0] * 4  # never moves
+    assert zero["loss"] == zero["A"] == zero["B"] == [0.0] * 3  # never moves
     assert lora["loss"][0] == lora["A"][0] == 0 < lora["B"][0]
     assert swapped["loss"][0] == swapped["B"][0] == 0 < swapped["A"][0]
     assert lora["A"][1] > 0 and swapped["B"][1] > 0

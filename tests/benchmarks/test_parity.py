@@ -145,17 +145,17 @@ def test_a_difference_that_is_not_a_number_breaks_parity():
 
 @pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 5 * GIB,
                     reason="needs 5 GiB of memory")
-def test_five_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
+def test_three_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
     torch.manual_seed(0)
     model = GPT2(GPT2Config())
     with TemporaryDirectory() as directory:
         save_gpt2(model, directory, torch.float16)
-        ending, result = check("--base", directory, "--exact-only", "--steps", 5,
+        ending, result = check("--base", directory, "--exact-only", "--steps", 3,
                                "--batch-size", 1)
     assert ending.status == 0, ending.stdout
     assert result["parameters"] == {"trainable": 294_912, "all": 124_734_720}
     losses = result["curves"]["exact"]
-    assert losses["here"] == losses["there"] and len(set(losses["here"])) == 5
+    assert losses["here"] == losses["there"] and len(set(losses["here"])) == 3
 
 
 def test_fp16_with_loss_scaling_reaches_pefts_loss_within_the_rounding_of_fp16(opts):

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import gpu_parts, speed_worker, verify_gpu
 from model import fast, plain
+from tests.helpers import tiny_gpt2_directory
 from tests.ranks import fork
 from tests.runs import one_line, run
 
@@ -24,7 +25,9 @@ def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
         statuses, lines = fork(tmp_path / "said", *[command[7:]] * 2)
         assert statuses == [0, 0], lines
 
-    # In this process and in forked ones, which saves six imports of torch.
+    # In this process and in forked ones, which saves six imports of torch; in place of mini a tiny
+    # base, with heads of 16 (tests/benchmarks/test_parity.py).
+    monkeypatch.setattr(gpu_parts, "MINI", tiny_gpt2_directory(tmp_path / "base", n_head=2)[0])
     monkeypatch.setattr(gpu_parts, "run_apart", speed_worker.measure)
     monkeypatch.setattr(gpu_parts.subprocess, "run", torchrun)
     ending, parts = verify(tmp_path)
