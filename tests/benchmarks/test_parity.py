@@ -46,11 +46,11 @@ def check(base, book, tmp_path):
 
 
 def test_every_section_holds_and_says_so_and_is_pefts_to_the_last_bit(check, base, tmp_path):
-    ending, result = check("--steps", 50, "--batch-size", 4, "--device", DEVICE)
+    ending, result = check("--steps", 30, "--batch-size", 4, "--device", DEVICE)
     assert ending.status == 0 and result["holds"], ending.stdout
     assert "parity holds" in ending.stdout and "FAILED" not in ending.stdout
     losses = result["curves"]["exact"]
-    assert losses["here"] == losses["there"] and len(set(losses["here"])) == 50
+    assert losses["here"] == losses["there"] and len(set(losses["here"])) == 30
     differences = {entry["name"]: entry["value"] for entry in result["checks"]}
     for what in ("adapter before the first step", "loss of every step",
                  "adapter after the last step"):
@@ -118,7 +118,7 @@ def test_a_fault_breaks_parity(check, fault):
 
 @pytest.fixture
 def opts(base, book):
-    return Namespace(directory=base, book=book, steps=50, batch_size=4, block_size=16, device="cpu")
+    return Namespace(directory=base, book=book, steps=30, batch_size=4, block_size=16, device="cpu")
 
 
 def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
