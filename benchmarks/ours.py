@@ -3,6 +3,7 @@
 import signal
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +30,7 @@ def options(method: str, *more: object) -> Options:
     return parse_options("-", [method, *map(str, more)])
 
 
+@cache  # so that what is timed does not load it
 def tokenizer(base: Path) -> Tokenizer:
     return load_tokenizer(base, load_config(base).vocab_size)
 
@@ -82,9 +84,9 @@ def run(argv: list[str]) -> dict:
     return read_run(parse_options("-", argv).out)
 
 
-def load(base: Path, adapter: Path | None = None) -> GPT2:
-    """Load a base and, if given, an adapter on it; in evaluation mode."""
-    model = load_gpt2(base)
+def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
+    """Load a base and, if given, an adapter on it, as `evaluate.py` and `generate.py` do."""
+    model = load_gpt2(base, device.dtype)
     if adapter:
         load_adapter(model, adapter)
-    return model
+    return device.hold(model)

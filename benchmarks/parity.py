@@ -190,7 +190,7 @@ def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Ru
     print("\nfiles exchanged: validation loss (perplexity), each file scored by both sides")
     save_adapter(here.model, here.config, folder / "ours", str(opts.directory))
     there.model.save_pretrained(folder / "peft")
-    model = ours.load(opts.directory, folder / "ours")
+    model = ours.load(opts.directory, folder / "ours", Device.pick("cpu", "fp32"))
     merge(model)
     unwrap(model)
     save_gpt2(model, folder / "ours merged")
@@ -214,7 +214,8 @@ def compare_readings(opts: Namespace, report: Report, what: str,
     tokens = ours.data(train_options(opts, "lora"))[1].tokens
     ids = torch.from_numpy(tokens[None, : opts.block_size].astype(np.int64)).to(device.torch)
     for name, (base, adapter) in sources.items():
-        here, there = (side.load(base, adapter).to(device.torch) for side in (ours, peft_loop))
+        here = ours.load(base, adapter, device)
+        there = peft_loop.load(base, adapter).to(device.torch)
         scores = {"here": ours.evaluate(here, tokens, opts.directory, device, opts.block_size).loss,
                   "there": peft_loop.evaluate(there, tokens, opts.block_size)}
         print(f"    {name:25}" + "".join(f" {side} {loss:.7f} ({math.exp(loss):.5f}) "

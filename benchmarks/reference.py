@@ -113,7 +113,7 @@ def score(opts: Namespace, method: str, tokens: np.ndarray) -> dict:
     """
     out = opts.out / method
     base = out if method == "full" else opts.directory
-    model = ours.load(base, out if method == "lora" else None).to(opts.device.torch)
+    model = ours.load(base, out if method == "lora" else None, opts.device)
     loss = reference_loss(opts, model, tokens, BATCH_SIZE[method])
     next_token = ours.evaluate(model, tokens, opts.directory, opts.device, BLOCK)
     return {"reference": {"loss": loss, "perplexity": perplexity(loss)},

@@ -32,7 +32,7 @@ from model import fast as ops
 from model.gpt2 import GPT2, GPT2Config
 from model.plain import plain_operations
 from model.sampling import generate
-from model.weights import load_config, load_gpt2, save_gpt2
+from model.weights import load_config, save_gpt2
 from training.options import Options
 from training.ranks import Ranks
 
@@ -166,11 +166,6 @@ def build_theirs(task: Task, device: Device) -> nn.Module:
     return torch.compile(model) if task.compile else model
 
 
-def load_ours(task: Task, device: Device) -> GPT2:
-    """Load the model as `evaluate.py` and `generate.py` do."""
-    return device.hold(load_gpt2(Path(task.base), device.dtype).requires_grad_(False))
-
-
 def train(task: Task, device: Device) -> Call:
     """Return either side's step; theirs is the loop that users write, its rate as it is."""
     args = task.args()
@@ -190,7 +185,7 @@ def train(task: Task, device: Device) -> Call:
 def evaluate(task: Task, device: Device) -> Call:
     tokens = task.tokens()
     if task.side == "ours":
-        model = load_ours(task, device)
+        model = ours.load(Path(task.base), None, device)
         return lambda: ours.evaluate(model, tokens, Path(task.base), device,
                                      task.block_size, task.batch_size).loss
     from benchmarks.peft_loop import mean_loss
@@ -205,8 +200,10 @@ def write_text(task: Task, device: Device) -> Call:
     """Continue a prompt by NEW_TOKENS, or as many as the base sees; warms up by itself."""
     ids = torch.from_numpy(task.tokens()[:PROMPT_TOKENS].astype(np.int64)).to(device.torch)
     most = min(NEW_TOKENS, load_config(Path(task.base)).n_positions - PROMPT_TOKENS)
-    model = (load_ours if task.side == "ours" else build_theirs)(task, device).eval()
-    if task.side == "theirs":
+    if task.side == "ours":
+        model = ours.load(Path(task.base), None, device)
+    else:
+        model = build_theirs(task, device).eval()
         model.generation_config.eos_token_id = None  # no end, and no processor that forbids it
 
     def write(count: int = most) -> list[int]:
