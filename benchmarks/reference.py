@@ -11,7 +11,6 @@ the last position on nothing. As no position sees a later one, that is to the le
 127 tokens with `--label-shift 2`.
 """
 
-import random
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +23,12 @@ from benchmarks.parity_report import machine
 from common.cli import BASE, Parser, number, print_table
 from common.device import Device
 from common.errors import run_command
-from common.files import atomic_path, write_json
+from common.files import write_json
 from data.tokens import load_tokens
 from data.windows import Windows, check_block_size, split
 from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import load_config
-from training.directory import CHECKPOINT, METRICS, PREVIOUS, RUN
 from training.options import ROOT
 from training.report import perplexity
 
@@ -47,27 +45,19 @@ PUBLISHED = {  # trainable parameters, share of all, best validation loss, its p
 }
 COLUMNS = ("", "trainable", "share", "best val loss", "perplexity", "next-token loss", "perplexity")
 RUN_LENGTH = 16  # tokens in a row, looked for in the training part
-WORDS, SEED, POOL = 5000, 42, 12  # of the pseudo-Latin; sentences to draw from
-ONSETS = ("b", "c", "d", "f", "gr", "l", "m", "n", "p", "pl", "qu", "r", "s", "st", "t", "tr", "v")
-VOWELS, CODAS = ("a", "e", "i", "o", "u", "ae"), ("", "", "", "l", "m", "n", "r", "s")
-ENDINGS = ("a", "ae", "am", "are", "ent", "em", "is", "it", "o", "or", "um", "us")
+TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences, drawn at random
 
 
 def main() -> None:
     opts = parse_args()
-    name = opts.book.name if opts.book else f"pseudo-Latin, {WORDS} words"
-    if not opts.book:
-        opts.book = opts.out / f"pseudo-latin-{WORDS}-{SEED}.txt"
-        with atomic_path(opts.book) as temporary:
-            temporary.write_text(pseudo_latin(WORDS, SEED), encoding="utf-8")
     tokens = load_tokens(opts.book, ours.tokenizer(opts.directory))
     training, validation = split(tokens, VAL_FRACTION)
     windows = {"scored": len(window_indices(validation, opts.val_windows)),
                "all": len(window_indices(validation, None))}
     seen = share_seen(training, validation)
-    print(f"base {Path(opts.base).name}, {name}: {len(tokens):,} tokens, {machine()}\n{seen:.1%} "
-          f"of the validation part's runs of {RUN_LENGTH} tokens are in the training part as well",
-          flush=True)
+    print(f"base {Path(opts.base).name}, {opts.book.name}: {len(tokens):,} tokens, {machine()}\n"
+          f"{seen:.1%} of the validation part's runs of {RUN_LENGTH} tokens are in the training "
+          "part as well", flush=True)
     runs = {method: ours.run(arguments(opts, method)) for method in opts.only}
     kept = ("trainable_parameters", "trainable_percent", "steps", "seconds")
     figures = {method: score(opts, method, validation)
@@ -75,16 +65,18 @@ def main() -> None:
                for method in ("base", *opts.only)}
     report(opts, figures, windows)
     write_json(opts.out / "reference.json", {
-        "base": Path(opts.base).name, "book": name, "tokens": len(tokens), "seen_before": seen,
-        "val_windows": windows, "options": " ".join(opts.more), "here": figures,
-        "device": opts.device.name, "machine": machine(), "torch": torch.__version__})
+        "base": Path(opts.base).name, "book": opts.book.name, "tokens": len(tokens),
+        "seen_before": seen, "val_windows": windows, "options": " ".join(opts.more),
+        "here": figures, "device": opts.device.name, "machine": machine(),
+        "torch": torch.__version__})
 
 
 def parse_args() -> Namespace:
     parser = Parser(prog="benchmarks.reference", description=__doc__.splitlines()[0],
                     epilog="Further options are those of train.py.")
     parser.add_argument("--base", **BASE)
-    parser.add_argument("--book", type=Path, help="UTF-8 text file (default: pseudo-Latin)")
+    parser.add_argument("--book", type=Path, default=TEXT,
+                        help="UTF-8 text file (default: pseudo-Latin)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "reference", metavar="DIR",
                         help="where the runs lora/ and full/ go, and the figures")
     parser.add_argument("--only", nargs="+", choices=tuple(METHODS), default=list(METHODS))
@@ -102,9 +94,8 @@ def parse_args() -> Namespace:
 def arguments(opts: Namespace, method: str) -> list[str]:
     """Return `train.py`'s, with `--resume` only for a run that has begun."""
     out = opts.out / method
-    begun = any((out / name).exists() for name in (RUN, CHECKPOINT, PREVIOUS, METRICS))
     return [method, "--base", opts.base, "--book", str(opts.book), "--out", str(out),
-            *METHODS[method].split(), *(x for x in opts.more if x != "--resume" or begun)]
+            *METHODS[method].split(), *(x for x in opts.more if x != "--resume" or out.exists())]
 
 
 def score(opts: Namespace, method: str, tokens: np.ndarray) -> dict:
@@ -162,29 +153,6 @@ def report(opts: Namespace, figures: dict, windows: dict) -> None:
           "windows at stride 1\nnext-token loss: each token of the validation part once, the mean")
     if opts.more:
         print(f"{' '.join(opts.more)}: not the whole protocol; do not compare with the published")
-
-
-def pseudo_latin(words: int, seed: int) -> str:
-    """Write `words` words or a few more: sentences drawn independently from a pool of POOL."""
-    rng = random.Random(seed)
-
-    def word() -> str:
-        stem = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
-                       for _ in range(rng.randint(0, 2)))
-        return stem + rng.choice(ONSETS) + rng.choice(ENDINGS)
-
-    def sentence() -> str:
-        chosen = [rng.choice(lexicon) for _ in range(rng.randint(6, 14))]
-        if rng.random() < 0.6:
-            chosen[len(chosen) // 2] += ","
-        return " ".join(chosen).capitalize() + "."
-
-    lexicon = [word() for _ in range(120)]
-    pool, drawn = [sentence() for _ in range(POOL)], []
-    while words > 0:
-        drawn.append(rng.choice(pool))
-        words -= len(drawn[-1].split())
-    return "".join(" ".join(drawn[i : i + 8]) + "\n" for i in range(0, len(drawn), 8))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import reference
-from benchmarks.reference import METHODS, pseudo_latin
+from benchmarks.reference import METHODS, TEXT
 from tests.helpers import TINY, tiny_gpt2_directory
 from tests.runs import Ending, finished, run, stock_model, stock_result, token_parts, trainer
 from training.options import BOOK
 
 BATCH_SIZE = {"base": 16, "lora": 16, "full": 64}
-WORDS, STEPS = 330, 3
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,17 @@ def wide_base(tmp_path_factory):
                                n_head=2, n_layer=1)[0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / TEXT.name
+    path.write_text(TEXT.read_text()[:2600])
+    with mock.patch.object(reference, "TEXT", path):
+        yield path
+
+
 def repeat(base: Path, folder: Path, *options: object) -> Ending:
-    with mock.patch.object(reference, "WORDS", WORDS):
-        return run(reference.main, "--base", base, "--out", folder / "runs", "--device", "cpu",
-                   "--max-steps", STEPS, *options)
+    return run(reference.main, "--base", base, "--out", folder / "runs", "--device", "cpu",
+               "--max-steps", STEPS, *options)
 
 
 def figures(folder: Path) -> dict:
@@ -52,12 +59,11 @@ class Repeated:
 
 
 @pytest.fixture(scope="module")
-def repeated(wide_base, tmp_path_factory):
+def repeated(wide_base, short_text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     ending = repeat(wide_base, folder)
     assert ending.status == 0, ending.stderr
-    return Repeated(wide_base, folder, ending.stdout, figures(folder),
-                    next((folder / "runs").glob("*.txt")))
+    return Repeated(wide_base, folder, ending.stdout, figures(folder), short_text)
 
 
 def reference_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,12 +204,9 @@ def test_a_base_or_a_book_too_short_for_a_window_is_refused(base, wide_base, tmp
         assert list(tmp_path.iterdir()) == [short]
 
 
-def test_the_made_text_is_the_seed_s_and_repeats_itself():
-    text, other = pseudo_latin(3000, 7), pseudo_latin(3000, 8)
-    assert text == pseudo_latin(3000, 7)
-    sentences, others = (set(re.split(r"\.\s", t)[:-1]) for t in (text, other))
-    assert len(sentences) < 30 and not sentences & others
-    assert 3000 <= len(text.split()) < 3015
+def test_the_text_repeats_a_dozen_sentences():
+    text = TEXT.read_text()
+    assert len(set(re.findall(r"[^.\s][^.]*", text))) == 12 and len(text.split()) == 5001
     latin, english = (len(zlib.compress(t.encode(), 9)) for t in (
         text, BOOK.read_text()[: len(text)]))
     assert 3 * latin < english
