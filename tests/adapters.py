@@ -35,6 +35,17 @@ def adapted(base: Path, targets: tuple[str, ...] = ALL_FOUR,
     return model, lora_config
 
 
+def output_and_gradients(layer: nn.Module, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
+    """Return a layer's output in training, of seeded dropouts, and its squares' gradients."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer.train()(x)
+    y.float().square().sum().backward()
+    return {"y": y, "x": x.grad, **{name.replace(".default", ""): p.grad
+                                    for name, p in layer.named_parameters() if p.requires_grad}}
+
+
 def losses_of_steps(model: nn.Module, ids: Tensor, steps: int, seed: int = 0,
                     autocast: bool = False) -> list[float]:
     """Take AdamW steps on A and B, each step's dropouts drawn from the seed and its number."""

@@ -11,7 +11,7 @@ from torch import nn
 from lora.layer import LoRAConfig, LoRALinear
 from lora.merge import merge
 from model.plain import plain_operations
-from tests.adapters import randomize
+from tests.adapters import output_and_gradients, randomize
 from tests.helpers import relative_difference
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -57,17 +57,9 @@ def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora)
     (FP16, False, SQUARE, RSLORA), (FP16, False, WIDE, DROPOUT),
 ])
 def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape, config):
-    results = []
-    for layer in pair_of_layers(*shape, dtype, **config):
-        x = torch.linspace(-1, 1, 7 * shape[0]).view(7, shape[0]).to(dtype).requires_grad_()
-        layer.train().requires_grad_(True)
-        torch.manual_seed(5)
-        with torch.autocast("cpu", BF16, enabled=autocast):
-            y = layer(x)
-        y.float().square().sum().backward()
-        grads = {name.replace(".default", ""): p.grad for name, p in layer.named_parameters()}
-        results.append({"y": y, "x": x.grad, **grads})
-    ours, theirs = results
+    x = torch.linspace(-1, 1, 7 * shape[0]).view(7, shape[0]).to(dtype)
+    ours, theirs = (output_and_gradients(layer.requires_grad_(True), x, autocast)
+                    for layer in pair_of_layers(*shape, dtype, **config))
     assert ours.keys() == theirs.keys() and "lora_A.weight" in ours
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
