@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
-from generate import padding
 from model.hub import MINI
-from model.sampling import generate
 from model.tokenizer import END_OF_TEXT
 from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2
@@ -108,14 +106,6 @@ def test_tokens_of_a_book_and_of_mixed_unicode_are_those_of_transformers(name, p
     assert last.dtype == (np.uint32 if wide else np.uint16) and (last > 65_535) == wide
     end = "<|im_end|>" if name == "vocab and merges" else END_OF_TEXT
     assert ours.encode(end).tolist() == [ours.end_of_text]
-
-
-def test_padding_of_the_vocabulary_is_never_drawn(pairs):
-    model, tokenizer = load_gpt2(MINI), pairs["padded"][0]
-    draw = {"temperature": 50.0, "generator": torch.Generator().manual_seed(0)}
-    assert max(tokenizer.bytes_of) == 501 < max(generate(model, torch.tensor([65]), 9, **draw))
-    never = padding(model, tokenizer)
-    assert max(generate(model, torch.tensor([65]), 9, never=never, **draw)) <= 501
 
 
 def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path):
