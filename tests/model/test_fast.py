@@ -10,14 +10,13 @@ from model import plain
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 2e-6, BF16: 2e-2, FP16: 3e-3}
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
 
 
-def normal(*shape: int, seed: int = 0, device="cpu", dtype=FP32, strided=False) -> Tensor:
+def normal(*shape: int, seed: int = 0, dtype=FP32, strided=False) -> Tensor:
     """N(0, 1) that requires a gradient; `strided`: the transpose of a tensor stored in reverse."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape[::-1] if strided else shape, generator=generator)
-    x = x.to(device, dtype).requires_grad_()
+    x = x.to(dtype).requires_grad_()
     return x.permute(*reversed(range(x.ndim))) if strided else x
 
 
@@ -31,7 +30,7 @@ def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     y, wanted, tolerance = fast(*inputs), plain(*exact), TOLERANCE[inputs[0].dtype]
     assert_close(y, wanted, tolerance)
-    grad = normal(*y.shape, seed=9, device=y.device, dtype=y.dtype, strided=strided).detach()
+    grad = normal(*y.shape, seed=9, dtype=y.dtype, strided=strided).detach()
     trained = [x for x in inputs if x.requires_grad]
     gradients = torch.autograd.grad(y, trained, grad)
     expected = torch.autograd.grad(wanted, [x for x in exact if x.requires_grad], grad.double())
@@ -41,15 +40,11 @@ def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(("shape", "dtype", "device", "strided"), [
-    ((2, 3, 5, 8), FP32, "cpu", True), ((1, 1, 1, 8), BF16, "cpu", False),
-    ((2, 3, 33, 16), BF16, "cpu", True), ((2, 1, 300, 4), BF16, "cpu", True),
-    ((1, 2, 8, 8), FP16, "cpu", False),
-    pytest.param((2, 3, 33, 16), FP32, "cuda", True, marks=CUDA),
-    pytest.param((2, 3, 33, 16), BF16, "cuda", False, marks=CUDA),
-])
-def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, device, strided):
-    inputs = (normal(*shape, seed=i, device=device, dtype=dtype, strided=strided) for i in range(3))
+@pytest.mark.parametrize(("shape", "dtype", "strided"), [
+    ((2, 3, 5, 8), FP32, True), ((1, 1, 1, 8), BF16, False), ((2, 3, 33, 16), BF16, True),
+    ((2, 1, 300, 4), BF16, True), ((1, 2, 8, 8), FP16, False)])
+def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, strided):
+    inputs = (normal(*shape, seed=i, dtype=dtype, strided=strided) for i in range(3))
     y = assert_same(lambda *qkv: ops.causal_attention(*qkv, p=0.0),
                     lambda *qkv: plain.causal_attention(*qkv, p=0.0), *inputs)
     assert y.dtype == dtype
@@ -140,21 +135,16 @@ def test_a_frozen_linear_keeps_no_input_for_its_gradient():
     assert any(tensor.numel() == x.numel() for tensor in saved)
 
 
-@pytest.mark.parametrize(("N", "C", "V", "chunk", "frozen", "dtype", "device"), [
-    (1, 4, 7, 7, True, FP32, "cpu"), (5, 8, 11, 11, False, FP32, "cpu"),
-    (16, 16, 16, 100, False, FP32, "cpu"), (33, 16, 101, 1000, True, FP32, "cpu"),
-    (33, 16, 101, 1000, True, BF16, "cpu"), (33, 16, 101, 1000, False, BF16, "cpu"),
-    (64, 16, 101, 1, True, FP16, "cpu"), (50, 8, 257, 10**9, False, FP16, "cpu"),
-    pytest.param(33, 16, 101, 1000, True, BF16, "cuda", marks=CUDA),
-    pytest.param(33, 16, 101, 1000, False, FP32, "cuda", marks=CUDA),
-])
-def test_loss_and_gradients_are_those_of_cross_entropy(
-        monkeypatch, N, C, V, chunk, frozen, dtype, device):
-    few = frozen and device == "cpu"
-    monkeypatch.setattr(ops, "FEW_LOGITS" if few else "MANY_LOGITS", chunk)
-    hidden = normal(N, C, seed=1, device=device, dtype=dtype)
-    weight = normal(V, C, seed=2, device=device, dtype=dtype).requires_grad_(not frozen)
-    targets = (torch.arange(N, device=device) * 7) % V
+@pytest.mark.parametrize(("N", "C", "V", "chunk", "frozen", "dtype"), [
+    (1, 4, 7, 7, True, FP32), (5, 8, 11, 11, False, FP32), (16, 16, 16, 100, False, FP32),
+    (33, 16, 101, 1000, True, FP32), (33, 16, 101, 1000, True, BF16),
+    (33, 16, 101, 1000, False, BF16), (64, 16, 101, 1, True, FP16),
+    (50, 8, 257, 10**9, False, FP16)])
+def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, N, C, V, chunk, frozen, dtype):
+    monkeypatch.setattr(ops, "FEW_LOGITS" if frozen else "MANY_LOGITS", chunk)
+    hidden = normal(N, C, seed=1, dtype=dtype)
+    weight = normal(V, C, seed=2, dtype=dtype).requires_grad_(not frozen)
+    targets = (torch.arange(N) * 7) % V
     loss = assert_same(lambda h, w: ops.tied_cross_entropy(h, w, targets),
                        lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
                        hidden, weight)
