@@ -13,7 +13,7 @@ from lora.adapter_config import CONFIG
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from model.weights import load_gpt2
-from tests.adapters import IDS, adapted, randomize
+from tests.adapters import IDS, adapted
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
 from tests.runs import trained
 from training.options import parse_options
@@ -39,8 +39,8 @@ def base(tmp_path_factory):
     (("c_attn", "c_proj"), PATTERNS, 9),
     (("c_attn", "c_proj"), PATTERNS | {"use_rslora": True, "layers_to_transform": (0, 2)}, 6),
 ])
-def test_layers_ranks_scalings_counts_and_files_are_pefts(
-        base, tmp_path, capsys, targets, fields, adapted_layers):
+def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
+        base, capsys, targets, fields, adapted_layers):
     fields = {"r": 4, "lora_alpha": 6} | fields
     config = LoRAConfig(target_modules=targets, **fields)
     ours = load_gpt2(base)
@@ -63,20 +63,6 @@ def test_layers_ranks_scalings_counts_and_files_are_pefts(
     tensors = adapter_tensors(ours)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
-
-    randomize(ours)
-    save_adapter(ours, config, tmp_path / "ours", str(base))
-    read = peft.PeftModel.from_pretrained(tiny_gpt2(n_layer=3), tmp_path / "ours")
-    assert relative_difference(ours(IDS), read(IDS).logits) < 1e-6
-    again = load_gpt2(base)
-    assert load_adapter(again, tmp_path / "ours") == config
-    assert torch.equal(again(IDS), ours(IDS))
-    randomize(theirs)
-    theirs.eval().save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    loaded = load_gpt2(base)
-    load_adapter(loaded, tmp_path / "theirs")
-    assert relative_difference(loaded(IDS), theirs(IDS).logits) < 1e-6
-    assert relative_difference(loaded(IDS), load_gpt2(base)(IDS)) > 0.05
 
 
 REFUSED = [
