@@ -52,24 +52,20 @@ def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
     assert finished(tmp_path / "run").column("loss") == whole.column("loss")
 
 
-def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(argv, tmp_path):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_directory_that_vanishes_or_is_another_ends_the_run_and_is_left_alone(
+        argv, tmp_path, again):
     out = tmp_path / "run"
-    line = one_line(run_acting({7: lambda trainer: out.rename(tmp_path / "away")}, *argv))
-    assert f"{out / 'metrics.jsonl'}: has vanished" in line and "step 6" in line
-    assert not out.exists()
-
-
-def test_metrics_that_are_replaced_end_the_run(argv, tmp_path):
-    out, before = tmp_path / "run", {}
 
     def replace(trainer):
-        (out / "metrics.jsonl").unlink()
-        (out / "metrics.jsonl").write_text("mine")
-        before.update(contents(out))
+        out.rename(tmp_path / "away")
+        if again:
+            out.mkdir()
+            (out / "metrics.jsonl").write_text("mine")
 
     line = one_line(run_acting({7: replace}, *argv))
     assert f"{out / 'metrics.jsonl'}: has vanished or was replaced" in line and "step 6" in line
-    assert contents(out) == before
+    assert contents(out) == {"metrics.jsonl": b"mine"} if again else not out.exists()
 
 
 @drawing()
