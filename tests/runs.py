@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+import evaluate
 import train
 from common.device import Device
 from common.errors import run_command
@@ -120,6 +121,12 @@ def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: objec
 
     with mock.patch.object(train.Trainer, "step", acting):
         return run(train.main, *argv)
+
+
+def scores(path: Path, *argv: object) -> tuple[dict, str]:
+    """Return what `evaluate.py --json path` writes and prints."""
+    said = stdout_of(evaluate.main, *argv, "--device", "cpu", "--json", path)
+    return json.loads(path.read_text()), said
 
 
 def stdout_of(main: Callable[[], int | None], *argv: object) -> str:

@@ -9,35 +9,33 @@ import pytest
 
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import BLOCK, Run, one_line, run, stdout_of, story, trained
+from tests.runs import BLOCK, Run, one_line, run, scores, stdout_of, story, trained
 
 
 def score(book, tmp_path, *options: object) -> dict:
     """The scores of the book's last tenth, those that training validates on."""
-    path = tmp_path / "scores.json"
-    said = stdout_of(evaluate.main, "--text", book, "--val-fraction", 0.1, "--block-size", BLOCK,
-                   "--device", "cpu", "--json", path, *options)
-    scores = json.loads(path.read_text())
-    assert f"{book}, the last {100 * scores['val_fraction']:.3g} %: " in said
-    assert f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.3f}" in said
-    return scores
+    found, said = scores(tmp_path / "scores.json", "--text", book, "--val-fraction", 0.1,
+                         "--block-size", BLOCK, *options)
+    assert f"{book}, the last {100 * found['val_fraction']:.3g} %: " in said
+    assert f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}" in said
+    return found
 
 
 @pytest.mark.parametrize("name", ["base", "lora", "full"])
 def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path, name):
     model, adapter = {"base": (base, None), "lora": (base, runs["lora"].out),
                       "full": (runs["full"].out, None)}[name]
-    scores = score(book, tmp_path, "--base", model, *(("--adapter", adapter) if adapter else ()))
-    assert set(scores) == {"base", "adapter", "text", "val_fraction", "tokens", "bytes", "loss",
+    found = score(book, tmp_path, "--base", model, *(("--adapter", adapter) if adapter else ()))
+    assert set(found) == {"base", "adapter", "text", "val_fraction", "tokens", "bytes", "loss",
                            "perplexity", "bits_per_byte", "accuracy"}
-    assert scores["base"] == str(model) and scores["text"] == str(book)
-    assert scores["adapter"] == (str(adapter) if adapter else None)
+    assert found["base"] == str(model) and found["text"] == str(book)
+    assert found["adapter"] == (str(adapter) if adapter else None)
     report = runs["full" if name == "base" else name].report
     which = "base" if name == "base" else "best"
-    assert scores["loss"] == pytest.approx(report[f"{which}_val_loss"], rel=1e-6)
-    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+    assert found["loss"] == pytest.approx(report[f"{which}_val_loss"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     if which == "best":
-        assert scores["bits_per_byte"] == pytest.approx(report["best_val_bits_per_byte"], rel=1e-6)
+        assert found["bits_per_byte"] == pytest.approx(report["best_val_bits_per_byte"], rel=1e-6)
 
 
 def compare(*directories: object) -> tuple[list[list[str]], str]:
@@ -74,12 +72,6 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     assert struct.unpack(">II", data[16:24]) > (1000, 400)
 
 
-def test_runs_that_measure_different_things_are_noted(runs, base, book, tmp_path):
-    other = trained("lora", base, book, tmp_path / "other", "--max-steps", 1, "--label-shift", 2)
-    rows, printed = compare(runs["lora"].out, other.out)
-    assert len(rows) == 2 + 2 + 2 and "losses compare only within a base" in printed
-
-
 def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "base")
     shutil.copy(book, tmp_path / "book.txt")
@@ -94,6 +86,9 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     rows, printed = compare(first, book_changed)
     assert "losses compare only within a base" in printed
     assert rows[2:4] == compare(first)[0][2:] and rows[4:] == compare(book_changed)[0][2:]
+    trained("lora", "base", "book.txt", tmp_path / "shift", "--max-steps", 1, "--label-shift", 2)
+    rows, printed = compare(book_changed, tmp_path / "shift")
+    assert len(rows) == 2 + 2 + 2 and "losses compare only within a base" in printed
     tiny_gpt2_directory(tmp_path / "base", seed=1)
     trained("lora", "base", "book.txt", base_changed, "--max-steps", 4)
     rows, printed = compare(book_changed, base_changed)

@@ -1,7 +1,6 @@
 """Check a run's files, and its numbers against stock transformers and PEFT."""
 
 import hashlib
-import json
 import math
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
 import train
 from tests import runs
 from tests.helpers import TINY, small_tokenizer
@@ -19,6 +17,7 @@ from tests.runs import (
     finished,
     mean_loss,
     run,
+    scores,
     stock_model,
     stock_result,
     token_parts,
@@ -162,11 +161,10 @@ def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_p
     again = run(train.main, *runs.arguments("lora", base, book, one.out, *options, "--resume",
                                             "--book", other, book))
     assert "--book: its content is not what the run" in runs.one_line(again, 2)
-    ending = run(evaluate.main, "--base", base, "--text", book, other, "--val-fraction", 0.1,
-                 "--adapter", one.out, "--block-size", BLOCK, "--json", tmp_path / "scores.json")
-    assert ending.stdout.startswith(f"{book}, {other}, the last 10 %: ")
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-6)
+    found, said = scores(tmp_path / "scores.json", "--base", base, "--text", book, other,
+                         "--val-fraction", 0.1, "--adapter", one.out, "--block-size", BLOCK)
+    assert said.startswith(f"{book}, {other}, the last 10 %: ")
+    assert found["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-6)
 
 
 def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(
@@ -197,11 +195,9 @@ def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path)
     for out, model in ((done["full"].out, ("--base", done["full"].out)),
                        *((done[name].out, ("--base", base, "--adapter", done[name].out))
                          for name in ("lora", "dora"))):
-        ending = run(evaluate.main, *model, "--text", book, "--val-fraction", 0.1, "--block-size",
-                     BLOCK, "--precision", "bf16", "--json", tmp_path / "scores.json")
-        assert ending.status == 0, ending.stderr
-        scores = json.loads((tmp_path / "scores.json").read_text())
-        assert scores["loss"] == pytest.approx(finished(out).report["best_val_loss"], rel=1e-9)
+        found, _ = scores(tmp_path / "scores.json", *model, "--text", book, "--val-fraction", 0.1,
+                          "--block-size", BLOCK, "--precision", "bf16")
+        assert found["loss"] == pytest.approx(finished(out).report["best_val_loss"], rel=1e-9)
 
 
 def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monkeypatch):

@@ -204,9 +204,8 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(
         assert done.report["options"]["book"] is None
         assert done.report["options"]["data"] == str(data)
     command = ("--base", base, "--data", data, *size, "--batch-size", 2)
-    ending = run(evaluate.main, *command, "--json", tmp_path / "scores.json")
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert ending.status == 0 and scores["loss"] == pytest.approx(losses(PAIRS), rel=1e-6)
+    scores, _ = runs.scores(tmp_path / "scores.json", *command)
+    assert scores["loss"] == pytest.approx(losses(PAIRS), rel=1e-6)
     assert scores["tokens"] == sum(len(encoded(f" {c.strip()}")) + 1 for _, c in PAIRS)
     assert scores["bytes"] == sum(len(f" {c.strip()}".encode()) for _, c in PAIRS)
     empty = write(tmp_path / "empty.jsonl")
