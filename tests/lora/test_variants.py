@@ -195,9 +195,8 @@ def raw_tensors(model):
 
 
 @pytest.mark.parametrize("options", [
-    TOGETHER, "--init-lora-weights pissa", "--precision bf16 --init-lora-weights pissa",
-    "--precision bf16 --use-dora", "--target-modules c_attn.k --freeze-a",
-    "--target-modules c_attn.q c_attn.v c_proj --use-rslora"])
+    TOGETHER, "--init-lora-weights pissa", "--precision bf16 --use-dora",
+    "--target-modules c_attn.q c_attn.v c_proj --use-rslora --freeze-a"])
 def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, options):
     options = ("--max-steps", 12, "--batch-size", 8, "--eval-every", 4, "--lr", 1e-2,
                *options.split())
