@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from model.hub import MINI
+from model.sampling import generate
 from model.tokenizer import END_OF_TEXT
 from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2
