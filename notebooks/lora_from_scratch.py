@@ -20,6 +20,7 @@ sys.path.insert(0, str(root))  # the GPT-2, its tokenizer and the book are the p
 from data.tokens import load_books
 from data.windows import Windows, split
 from model.hub import find_base
+from model.sampling import generate
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2
 
@@ -80,7 +81,7 @@ windows, validation = (Windows(part, block_size=64, stride=64) for part in parts
 
 
 def loss_on(inputs, targets):
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())  # ignores -100
+    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())  # ignores -100: padding
 
 
 @torch.no_grad()
@@ -136,6 +137,22 @@ update = (layers[0].scaling * layers[0].B @ layers[0].A).detach()
 spectrum = torch.linalg.svdvals(update)
 for i, value in enumerate(spectrum[:10], 1):
     print(f"{i:2} {value:8.4f} {'#' * round(60 * (value / spectrum[0]).item())}")
+
+# %% [markdown]
+# ## What it writes
+#
+# The base and the adapted model go on from the same words, with the same random numbers.
+
+
+# %%
+def write(gpt2, prompt="You climb the stair and"):
+    start = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
+    drawn = generate(gpt2, start, 40, generator=torch.Generator().manual_seed(1), top_k=50)
+    return prompt + b"".join(tokenizer.bytes_of[token] for token in drawn).decode(errors="replace")
+
+
+print("base:   ", write(load_gpt2(directory)))
+print("adapted:", write(model))
 
 # %% [markdown]
 # ## Merge

@@ -18,7 +18,10 @@ def test_the_notebook_shows_what_it_says(monkeypatch, capsys):
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), found)
     assert found["count"] == 49_152
-    assert "a new adapter changes no logit: True" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a new adapter changes no logit: True" in said
+    texts = [said.partition(name)[2].partition("\n")[0] for name in ("base:   ", "adapted:")]
+    assert all("You climb the stair and " in text for text in texts) and texts[0] != texts[1]
     assert found["first_gradients"]["A"] == 0 < found["first_gradients"]["B"]
     assert found["after"] < 0.9 * found["before"]
     assert found["spectrum"][7] > 1e-3 * found["spectrum"][0] > found["spectrum"][8]
