@@ -34,15 +34,8 @@ def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tenso
                           made.model.named_parameters() if name.startswith("h.") and p.ndim == 2}
 
 
-def decomposed(changes: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Return U (out, k), the singular values (k,) and V^T (k, in) of each change."""
-    return {name: torch.linalg.svd(p, full_matrices=False) for name, p in changes.items()}
-
-
 def share(values: Tensor) -> Tensor:
-    """Return the share of the squared norm in the k largest of the singular values (blocks, k),
-    mean over blocks.
-    """
+    """Return the share of the k largest singular values (blocks, k) in the squared norm, mean."""
     squares = values.square().cumsum(-1)
     return (squares / squares[:, -1:]).mean(0)
 
@@ -68,9 +61,11 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
     seeds = range(2 if args.short else max(2, args.seeds))
     runs = {kind: [tuned(kind, 42 + i, args.short) for i in seeds] for kind in ("full", "LoRA")}
-    svds = {kind: [decomposed(c) for _, c in found] for kind, found in runs.items()}
-    svds["random"] = [decomposed({name: torch.randn_like(p) for name, p in c.items()})
-                      for _, c in runs["full"]]
+    runs["random"] = [(made, {name: torch.randn_like(change) for name, change in changes.items()})
+                      for made, changes in runs["full"]]
+    svds = {kind: [{name: torch.linalg.svd(change, full_matrices=False)
+                    for name, change in changes.items()} for _, changes in found]
+            for kind, found in runs.items()}
     data, (figure, axes) = {}, panels(3, "Fine-tuning's change: its rank, and how alike seeds are")
     for i, target, kinds, colour, line in CURVES:
         stacks = [[torch.stack([(s, vh, u.mT)[i] for n, (u, s, vh) in found.items() if target in n])
