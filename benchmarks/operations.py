@@ -4,26 +4,25 @@ A training step with all of them, then one with each replaced by its plain twin,
 in one process; the ratio of two steps is taken within a round.
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import numpy as np
+from timeit import timeit
 
 from benchmarks import ours
 from benchmarks.speed import run_apart
 from benchmarks.speed_report import spread, text
-from benchmarks.speed_worker import Task, timed
+from benchmarks.speed_worker import Task
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
 from model.hub import find_base
 from model.plain import OPERATIONS, plain_operations
 from model.weights import load_config
-from train import Trainer
 
 TRAINED = [name for name in OPERATIONS if name != "score"]  # that one is evaluation's
-ALL = "all of them"
 
 
 def main() -> None:
@@ -47,19 +46,25 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
         method, "--base", base, "--device", "cpu", "--precision", precision, "--batch-size", 16,
         "--block-size", min(128, load_config(base).n_positions), "--base-dropout", 0.1,
         "--max-steps", 1000))  # the schedule, and not what is run
-    batch = next(trainer.batches())
-    ours.step(trainer, batch)
-    slower = {name: [] for name in (*TRAINED, ALL)}
+    fast = partial(ours.step, trainer, next(trainer.batches()))
+    fast()  # warms up
+    slower = {name: plain_operations(name)(fast) for name in TRAINED} | {
+        "all of them": plain_operations()(fast)}
+    ratios = in_turn({"none": fast, **slower}, rounds)
+    return [(name, method, precision, ratios[name]) for name in slower]
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, str]:
+    """Time each call once a round; return its time over the first call's in the same round, as
+    median (least..most).
+    """
+    times = {name: [] for name in calls}
     for _ in range(rounds):
-        fast = seconds(trainer, batch)
-        for name in slower:
-            with plain_operations(*[name] * (name != ALL)):
-                slower[name].append(seconds(trainer, batch) / fast)
-    return [(name, method, precision, text(spread(ratios))) for name, ratios in slower.items()]
-
-
-def seconds(trainer: Trainer, batch: np.ndarray) -> float:
-    return timed(lambda: ours.step(trainer, batch), 1, trainer.device)["median"]
+        for name, call in calls.items():
+            times[name].append(timeit(call, number=1))
+    first = next(iter(times.values()))
+    return {name: text(spread([a / b for a, b in zip(taken, first, strict=True)]))
+            for name, taken in times.items()}
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ On mini in fp32, in turn with plain LoRA on one core; and the bytes that autogra
 backward pass of one step, without the parameters.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.operations import seconds
-from benchmarks.speed_report import spread, text
+from benchmarks.operations import in_turn
 from common.cli import Parser, number, print_table
 from common.device import tune_process
 from common.errors import run_command
@@ -33,13 +34,10 @@ def main() -> None:
         for name, options in VARIANTS.items()}
     batch = next(trainers["plain"].batches())
     kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # warms up
-    times = {name: [] for name in VARIANTS}
-    for _ in range(args.rounds):
-        for name, trainer in trainers.items():
-            times[name].append(seconds(trainer, batch))
+    ratios = in_turn({name: partial(ours.step, trainer, batch)
+                      for name, trainer in trainers.items()}, args.rounds)
     print_table(("", "its step / plain's", "MB kept for the backward pass"), [
-        (name, text(spread([a / b for a, b in zip(taken, times["plain"], strict=True)])),
-         f"{kept[name] / 1e6:.1f}") for name, taken in times.items()])
+        (name, ratios[name], f"{kept[name] / 1e6:.1f}") for name in trainers])
 
 
 def kept_bytes(trainer: Trainer, batch: np.ndarray) -> int:
