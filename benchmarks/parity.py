@@ -26,7 +26,6 @@ from common.cli import DEVICE, Parser, number
 from common.device import Device
 from common.errors import UserError, run_command
 from lora.adapter import adapter_tensors, save_adapter
-from lora.layer import LoRAConfig
 from lora.merge import merge, unwrap
 from model.hub import find_base
 from model.plain import plain_operations
@@ -124,10 +123,9 @@ class Run:
     """Hold the results of one training run. `means`, on PEFT's side, is each step's mean loss."""
 
     losses: list[float]  # nats a token, a step each
-    initial: dict[str, Tensor]  # the trained parameters before the first step
-    parameters: dict[str, Tensor]  # and after the last
+    initial: dict[str, Tensor]  # the adapter before the first step
+    adapter: dict[str, Tensor]  # and after the last
     model: nn.Module
-    config: LoRAConfig | None
     means: list[float] | None = None
 
 
@@ -135,21 +133,20 @@ def train_here(args: Options, draws: int, as_conv1d: bool = False) -> tuple[Run,
     trainer = ours.make_trainer(args)
     if as_conv1d:
         store_as_conv1d(trainer.model)
-    model, config = trainer.model, trainer.options.lora_config if args.method == "lora" else None
-    parameters = adapter_tensors(model) if config else dict(model.named_parameters())
-    initial = snapshot(parameters)
+    adapter = adapter_tensors(trainer.model)
+    initial = snapshot(adapter)
     torch.manual_seed(draws)
     losses = [ours.step(trainer, batch) for batch in trainer.batches(0)]
-    return Run(losses, initial, snapshot(parameters), model, config), trainer
+    return Run(losses, initial, snapshot(adapter), trainer.model), trainer
 
 
 def train_there(args: Options, trainer: Trainer, draws: int) -> Run:
     """Run the plain loop on the batches of `trainer`."""
     model = peft_loop.build(args).to(Device.pick(args.device).torch)
-    initial = snapshot(peft_loop.trained_parameters(model))
+    initial = snapshot(peft_loop.adapter_tensors(model))
     torch.manual_seed(draws)
     losses, means = peft_loop.train(model, args, trainer.windows.tokens, list(trainer.batches(0)))
-    return Run(losses, initial, snapshot(peft_loop.trained_parameters(model)), model, None, means)
+    return Run(losses, initial, snapshot(peft_loop.adapter_tensors(model)), model, means)
 
 
 def train_both(args: Options, as_conv1d: bool = False) -> tuple[Run, Run]:
@@ -182,13 +179,14 @@ def compare_exactly(report: Report, name: str, here: Run, there: Run) -> None:
     report.check(f"{name}: adapter before the first step", largest(here.initial, there.initial), 0)
     report.check(f"{name}: loss of every step", relative(here.losses, there.losses), 0)
     report.check(f"{name}: adapter after the last step",
-                 largest(here.parameters, there.parameters), 0)
+                 largest(here.adapter, there.adapter), 0)
 
 
 def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Run) -> None:
     """Let each side read what the other wrote: adapters, and models with the adapter merged."""
     print("\nfiles exchanged: validation loss (perplexity), each file scored by both sides")
-    save_adapter(here.model, here.config, folder / "ours", str(opts.directory))
+    config = train_options(opts, "lora").lora_config
+    save_adapter(here.model, config, folder / "ours", str(opts.directory))
     there.model.save_pretrained(folder / "peft")
     model = ours.load(opts.directory, folder / "ours", Device.pick("cpu", "fp32"))
     merge(model)

@@ -15,7 +15,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from common.device import PRECISIONS
 from training.options import Options
@@ -115,13 +114,9 @@ def learning_rate(step: int, steps: int, args: Options) -> float:
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter's tensors by PEFT's names, or GPT-2's by its checkpoint's, (out, in)."""
-    if isinstance(model, PeftModel):
-        return get_peft_model_state_dict(model)
-    transposed = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, Conv1D)}
-    return {name.removeprefix("transformer."): p.t() if name in transposed else p
-            for name, p in model.named_parameters()}
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter's tensors by the names in PEFT's file, if there is an adapter."""
+    return get_peft_model_state_dict(model) if isinstance(model, PeftModel) else {}
 
 
 @torch.no_grad()

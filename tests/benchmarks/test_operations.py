@@ -14,5 +14,5 @@ def test_each_operation_is_replaced_in_turn_and_all_are_put_back(base, monkeypat
     assert (ending.status, ending.stderr) == (0, "")
     one_round = [set(), *({name} for name in operations.TRAINED), before.keys()]
     assert seen == 2 * [set(), *one_round, *one_round]  # two methods: a warm-up and two rounds
-    assert ending.stdout.count("1.00") == 2 * (len(operations.TRAINED) + 1)
+    assert ending.stdout.count("1.00") == 2 * (len(operations.TRAINED) + 2)
     assert all(getattr(fast, name) is operation for name, operation in before.items())
