@@ -4,7 +4,7 @@ import torch
 
 from common.device import PRECISIONS
 from experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
-from experiments.spectrum import tuned
+from experiments.sweep import tuned
 from model.hub import find_base
 from model.weights import load_gpt2
 

@@ -6,32 +6,20 @@ from itertools import pairwise, permutations
 import torch
 from torch import Tensor
 
-from experiments.common import BLUE, GREY, RED, YELLOW, band, panels, parse, save, trainer
-from lora.inject import lora_layers
+from experiments.common import BLUE, GREY, RED, YELLOW, band, panels, parse, save
+from experiments.sweep import tuned
 from train import Trainer
 
 RANKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1, 0)
-TITLES = {"share of the squared norm in\nthe first k singular values": "lower right",
-          "similarity of the first k input or\noutput directions of c_attn, two runs": (0.41, 0.4),
-          "perplexity of full fine-tuning, its change\nof blocks' matrices cut to rank k": "right"}
+TITLES = ("share of the squared norm in\nthe first k singular values",
+          "similarity of the first k input or\noutput directions of c_attn, two runs",
+          "perplexity of full fine-tuning,\nits change cut to rank k")
 CURVES = ((0, "c_attn", ["LoRA"], RED, "-"), (0, "c_attn", ["full"], BLUE, "-"),
           (0, "mlp.c_proj", ["full"], YELLOW, "-"), (0, "c_attn", ["random"], BLUE, "--"),
           (0, "mlp.c_proj", ["random"], YELLOW, "--"), (1, "c_attn", ["full"] * 2, BLUE, "-"),
           (1, "c_attn", ["LoRA", "full"], GREY, "-"), (1, "c_attn", ["LoRA"] * 2, RED, "-"),
           (2, "c_attn", ["LoRA", "full"], GREY, ":"), (2, "c_attn", ["LoRA"] * 2, RED, ":"),
           (1, "c_attn", ["random"] * 2, BLUE, "--"))
-
-
-def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
-    """Train; return also the change of each matrix of the blocks that changed."""
-    made = trainer(method.lower(), seed, short=short, batch_size=16, max_steps=60,
-                   lr=1e-4 if method == "full" and not short else 1e-3)
-    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    for batch in made.batches():
-        made.step(batch)
-    lora = {f"{n}.weight": layer.delta_weight() for n, layer in lora_layers(made.model).items()}
-    return made, lora or {name: p.detach() - before[name] for name, p in
-                          made.model.named_parameters() if name.startswith("h.") and p.ndim == 2}
 
 
 def share(values: Tensor) -> Tensor:
@@ -76,16 +64,17 @@ def main(argv: list[str] | None = None) -> dict:
         label = f"{target}: " * (i == 0) + " and ".join(kinds) + ", outputs" * (i == 2)
         data[label] = y.tolist()
         band(axes[min(i, 1)], range(1, y.size(1) + 1), y, colour, label, line)
-    full = list(zip(runs["full"], svds["full"], strict=True))[: 1 if args.short else None]
-    y = torch.tensor([[*cut(made, found)] for (made, _), found in full])
+    y = torch.tensor([[*cut(made, found)] for (made, _), found in
+                      zip(runs["full"], svds["full"], strict=True)])
     data["cut"] = dict(zip(RANKS, y.T.tolist(), strict=True))
     band(axes[2], RANKS[1:-1], y[:, 1:-1], BLUE, "cut to rank k", "o-")
     axes[2].axhline(y[:, -1].mean(), color=GREY, linestyle=":", label="cut to rank 0")
     axes[2].axhline(y[:, 0].mean(), color=GREY, linestyle="--", label="uncut")
-    for axis, (title, place) in zip(axes, TITLES.items(), strict=True):
+    figure.set_size_inches(11, 5)
+    for axis, title in zip(axes, TITLES, strict=True):
         axis.set(xscale="log", title=title, xlabel="k", xticks=(k := RANKS[1:-1]), xticklabels=k)
         axis.minorticks_off()
-        axis.legend(fontsize=7.5, loc=place)
+        axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     return save(args, "spectrum", data, figure)
 
 

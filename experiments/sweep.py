@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from statistics import mean
 
+from torch import Tensor
+
 from experiments.common import GREY, RED, panels, parse, save, spread, trainer
+from lora.inject import lora_layers
 from train import Trainer
 
 
@@ -20,6 +23,18 @@ def finetune(method: str, seeds: int = 1, short: bool = False,
         result.append(measure(made))
         print(method, options, f"seed {seed}:", result[-1], flush=True)
     return result
+
+
+def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
+    """Train; return also the change of each matrix of the blocks that changed."""
+    made = trainer(method.lower(), seed, short=short, batch_size=16, max_steps=60,
+                   lr=1e-4 if method == "full" and not short else 1e-3)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    for batch in made.batches():
+        made.step(batch)
+    lora = {f"{n}.weight": layer.delta_weight() for n, layer in lora_layers(made.model).items()}
+    return made, lora or {name: p.detach() - before[name] for name, p in
+                          made.model.named_parameters() if name.startswith("h.") and p.ndim == 2}
 
 
 def compare(argv: list[str] | None, name: str, title: str,
