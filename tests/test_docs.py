@@ -57,7 +57,13 @@ def wrong_symbols(page: Path) -> list[str]:
             if not (ROOT / path).is_file() or not defines(ROOT / path, symbol)]
 
 
-@pytest.mark.parametrize("check", [wrong_links, wrong_files, wrong_symbols])
+def wrong_tests(page: Path) -> list[str]:
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    return [name for name in re.findall(r"`(test_\w+)`", prose(page))
+            if f"def {name}(" not in tests]
+
+
+@pytest.mark.parametrize("check", [wrong_links, wrong_files, wrong_symbols, wrong_tests])
 def test_what_the_pages_point_at_exists(check):
     assert {page.name: wrong for page in PAGES if (wrong := check(page))} == {}
 
@@ -66,10 +72,12 @@ def test_a_wrong_pointer_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A heading: `x`\n[a](#a-heading-x) [b](#other) [c](none.md) `train.py` "
                     "`no.py` `Trainer.step` in `train.py`, `Trainer.stop` in `train.py`, "
-                    "`main` in\n[`train.py`](../train.py)\n```\n[d](fence.md) `fence.py`\n```\n")
+                    "`main` in\n[`train.py`](../train.py), `test_nothing`, "
+                    "`test_no_page_is_over_250_lines`\n```\n[d](fence.md) `fence.py`\n```\n")
     assert wrong_links(page) == ["#other", "none.md", "../train.py"]
     assert wrong_files(page) == ["no.py"]
     assert wrong_symbols(page) == ["Trainer.stop in train.py"]
+    assert wrong_tests(page) == ["test_nothing"]
 
 
 def test_no_page_is_over_250_lines():
