@@ -38,6 +38,13 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path,
         assert found["bits_per_byte"] == pytest.approx(report["best_val_bits_per_byte"], rel=1e-6)
 
 
+def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, tmp_path):
+    one = trained("lora", base, book, tmp_path / "run", "--stride", 4, "--label-shift", 2,
+                  "--max-steps", 1)
+    found = score(book, tmp_path, "--base", base, "--label-shift", 2)
+    assert found["loss"] == pytest.approx(one.report["base_val_loss"], rel=1e-6)
+
+
 def compare(*directories: object) -> tuple[list[list[str]], str]:
     """The table's cells, row by row, and all that was printed."""
     said = stdout_of(evaluate.main, "--compare", *directories)

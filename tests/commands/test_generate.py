@@ -94,6 +94,8 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
                    tokenizer)
     assert "".join(found) == text
     assert len(found) > 3 and not any("\ufffd" in piece for piece in found)
+    cut = [*tokenizer.encode("☂")[:1], tokenizer.end_of_text]
+    assert "".join(pieces(cut, tokenizer)) == "\ufffd"  # the end comes within a character
     padded = replace(small_tokenizer(VOCAB - 9), vocab_size=VOCAB)
     tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
     assert "".join(pieces(tokens, padded)) == "&a&"  # id 5 in place of what no token has

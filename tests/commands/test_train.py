@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from common.errors import UserError
+from data.tokens import load_tokens
+from model.tokenizer_files import load_tokenizer
+from model.weights import load_config
 from tests import runs
 from tests.helpers import TINY, small_tokenizer
 from tests.runs import (
@@ -165,6 +169,14 @@ def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_p
                          "--val-fraction", 0.1, "--adapter", one.out, "--block-size", BLOCK)
     assert said.startswith(f"{book}, {other}, the last 10 %: ")
     assert found["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-6)
+
+
+def test_a_part_has_room_for_a_window_and_its_last_target(base, book, tmp_path):
+    tokens = len(load_tokens(book, load_tokenizer(base, load_config(base).vocab_size)))
+    options = ["--val-fraction", 20.5 / tokens, "--block-size"]  # a validation part of 20 tokens
+    assert len(runs.trainer("full", base, book, tmp_path, *options, 19).validation) == 1
+    with pytest.raises(UserError, match="validation part is 20 tokens, and a window needs 21"):
+        runs.trainer("full", base, book, tmp_path, *options, 20)
 
 
 def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(

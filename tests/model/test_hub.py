@@ -24,7 +24,9 @@ def sha256(data: bytes) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Weights: the hub's 302 with the X-Linked headers, then a CDN without. Config: at once."""
+    """Weights: the hub's 302 with the X-Linked headers, then a CDN without, which sends on to
+    another place. Config: at once.
+    """
 
     def do_GET(self):
         fake = self.server
@@ -33,7 +35,9 @@ class Handler(BaseHTTPRequestHandler):
         cdn = self.path.startswith("/cdn/")
         linked = fake.linked if file == hub.WEIGHTS and not cdn else {}
         if linked and fake.redirects:
-            return self.answer(302, b"", {"Location": f"/cdn/{file}", **linked})
+            return self.answer(302, b"", {"Location": f"/cdn/old/{file}", **linked})
+        if "/old/" in self.path:
+            return self.answer(302, b"", {"Location": f"/cdn/{file}"})
         fault = next(fake.faults.get(file, iter(())), None)
         if isinstance(fault, int):
             return self.send_error(fault)
@@ -161,10 +165,11 @@ def test_a_download_is_whole_and_asked_for_once(fake, name, revision, capsys):
     assert (directory / hub.WEIGHTS).read_bytes() == WEIGHTS
     assert (directory / hub.CONFIG).read_bytes() == CONFIG
     weights, config = (f"/openai-community/{name}/resolve/{revision}/{file}" for file in fake.files)
-    assert fake.requests == [weights, "/cdn/model.safetensors", config]
+    cdn = ["/cdn/old/model.safetensors", "/cdn/model.safetensors"]
+    assert fake.requests == [weights, *cdn, config]
     output = capsys.readouterr()
     assert output.out == "" and f"{name}/{hub.WEIGHTS}: 100%" in output.err
-    assert find(name) == directory and len(fake.requests) == 3
+    assert find(name) == directory and len(fake.requests) == 4
 
 
 @pytest.mark.parametrize(("file", "fault"), [(hub.WEIGHTS, "cut"), (hub.CONFIG, 503)])

@@ -150,6 +150,18 @@ def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
     assert reason in refusal(path, load_tokenizer, tmp_path, 400)
 
 
+def test_vocab_and_merges_alone_are_enough(tmp_path):
+    """The hub's first GPT-2 had no other file: the end of text is known by its name."""
+    model, whole = json.loads((MINI / "tokenizer.json").read_text())["model"], load_tokenizer(
+        MINI, 8192)
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]))
+    alone, text = load_tokenizer(tmp_path, 8192), f"The sea.{END_OF_TEXT}It  turned."
+    assert alone.encode(text).tolist() == whole.encode(text).tolist()
+    assert alone.end_of_text == whole.end_of_text == 8191
+
+
 def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     (merges := tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab\n")
