@@ -1,4 +1,7 @@
-"""A small base on disk, a good adapter of it, a book, and a finished run of each method."""
+"""A small base on disk, a good adapter of it, a book, and a finished run of each method.
+
+Fixtures import what they need: pytest-xdist imports this file before it starts its workers.
+"""
 
 import os
 
@@ -9,16 +12,12 @@ from unittest import mock
 
 import pytest
 
-from lora.adapter import save_adapter
-from tests.adapters import adapted
-from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import Run, story, trained
-from training import report
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures():
     """None unless a test asks for it (`helpers.drawing`): each takes half a second."""
+    from training import report
+
     with mock.patch.object(report, "can_draw", lambda: False):
         yield
 
@@ -26,12 +25,17 @@ def _no_pictures():
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The directory of `helpers.tiny_gpt2()`; not to be written to."""
+    from tests.helpers import tiny_gpt2_directory
+
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"))[0]
 
 
 @pytest.fixture
 def adapter(base, tmp_path):
     """The directory of an adapter of `base` on c_attn, r 4, as we write it."""
+    from lora.adapter import save_adapter
+    from tests.adapters import adapted
+
     save_adapter(*adapted(base, ("c_attn",), r=4), tmp_path / "adapter", "gpt2")
     return tmp_path / "adapter"
 
@@ -39,16 +43,21 @@ def adapter(base, tmp_path):
 @pytest.fixture(scope="session")
 def book(tmp_path_factory):
     """`runs.story()` as a file; not to be written to."""
+    from tests.runs import story
+
     path = tmp_path_factory.mktemp("book") / "book.txt"
     path.write_text(story())
     return path
 
 
 @pytest.fixture(scope="session")
-@drawing()
-def runs(base, book, tmp_path_factory) -> dict[str, Run]:
-    """Two epochs by each method; not to be written to."""
+def runs(base, book, tmp_path_factory):
+    """Two epochs by each method (a `runs.Run` each), drawn; not to be written to."""
+    from tests.helpers import drawing
+    from tests.runs import trained
+
     out = tmp_path_factory.mktemp("runs")
-    return {method: trained(method, base, book, out / method, "--epochs", 2, "--eval-every", 3,
-                            "--lr", 3e-3, "--checkpoint-every", 4)
-            for method in ("lora", "full")}
+    with drawing():
+        return {method: trained(method, base, book, out / method, "--epochs", 2,
+                                "--eval-every", 3, "--lr", 3e-3, "--checkpoint-every", 4)
+                for method in ("lora", "full")}
