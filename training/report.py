@@ -171,7 +171,7 @@ def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None
               "trainable parameters (log scale)": "{:,.0f}",
               "seconds, validation included": "{:,.0f}"}
     for axes, heights, (title, label) in zip(panels, values, titles.items(), strict=True):
-        drawn = axes.bar(range(len(names)), [*map(float, heights)], color=colours, width=0.6)
+        drawn = axes.bar(range(len(names)), [*map(float, heights)], color=[*colours], width=0.6)
         axes.bar_label(drawn, labels=[label.format(value) for value in heights], padding=2)
         axes.set_xticks(range(len(names)), names, parse_math=False)  # a $ in a name is a $
         axes.set_xlim(-0.5, len(names) - 0.5)

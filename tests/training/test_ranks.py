@@ -110,10 +110,11 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
     assert {p.name for p in ours.out.iterdir()} == {p.name for p in alone.out.iterdir()}
     assert ours.report["device"] == f"{ranks} x cpu" and alone.report["device"] == "cpu"
     said = (tmp_path / "said" / "out").read_text()
-    # Torch 2.8 itself prints a line a rank when gloo connects, past Python's stdout.
-    told = [line for line in said.splitlines() if not line.startswith("[Gloo] ")]
-    assert [line.split()[:2] for line in told] == [
-        line.split()[:2] for line in alone.stdout.splitlines()]
+    expected = [line.split()[:2] for line in alone.stdout.splitlines()]
+    told = [line.split()[:2] for line in said.splitlines()]
+    # Torch 2.8 itself prints when gloo connects, past Python's stdout, each rank through another.
+    told = [words for words in told if words in expected or torch.__version__ >= "2.9"]
+    assert told == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
