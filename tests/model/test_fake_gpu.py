@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo  # now: it would take a mock of a function of torch for the function
 
 from lora.inject import inject
 from lora.layer import LoRAConfig
@@ -33,7 +34,7 @@ def test_on_cuda_the_residual_stream_is_fp32_and_the_matmuls_are_not(tmp_path):
     if not compiler or torch.cuda.is_available():
         pytest.skip("no g++" if not compiler else "a GPU has a guard of its own")
     (tmp_path / "guard.cpp").write_text(GUARD)
-    subprocess.run([compiler, "-shared", "-fPIC", "-std=c++17", f"-I{folder / 'include'}",
+    subprocess.run([compiler, "-shared", "-fPIC", "-std=c++20", f"-I{folder / 'include'}",
                     tmp_path / "guard.cpp", "-o", tmp_path / "guard.so", f"-L{folder / 'lib'}",
                     "-lc10"], check=True)
     ended = subprocess.run([sys.executable, "-m", "tests.model.fake_cuda", tmp_path / "guard.so"],
