@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, read and written strictly."""
+"""Read and write adapters in PEFT's format, strictly."""
 
 import os
 import re
@@ -18,9 +18,9 @@ from lora.layer import LoRAConfig
 from lora.targets import TRANSFORMER, layer_config
 
 WEIGHTS = "adapter_model.safetensors"
-PICKLED_WEIGHTS = "adapter_model.bin"  # of PEFT before 0.6
+PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.6
 PREFIX = f"base_model.model.{TRANSFORMER}"
-BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: the base's weights file; PEFT ignores it
+BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: of the base's weights file; PEFT ignores it
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path, base: st
                  base_sha256: str = "") -> None:
     """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
 
-    `base` names the base for people; `base_sha256`, of its weights file, decides whether it fits.
+    `base` names the base for people; a reader compares `base_sha256`, of its weights file.
     """
     write_adapter(adapter_tensors(model), _plain_config(model, config), directory, base,
                   base_sha256)
@@ -49,7 +49,7 @@ def write_adapter(tensors: Mapping[str, Tensor], config: LoRAConfig, directory: 
 
 
 def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Return `config`, or for PiSSA and slices the plain LoRA's: each layer by its full name."""
+    """Return `config` or, for PiSSA and slices, that of plain LoRA on each layer's full name."""
     layers = {name: layer.config for name, layer in lora_layers(model).items()}
     if all(layer == layer_config(config, name) for name, layer in layers.items()):
         return config
@@ -69,7 +69,7 @@ def adapter_path(directory: Path) -> Path:
 
 
 def base_hash(directory: Path) -> str | None:
-    """Return the hash of the base's weights that the adapter's file names, if it names one."""
+    """Return the hash of the base's weights in the adapter's header, or None."""
     path = adapter_path(directory)
     return read_metadata(path).get(BASE_SHA256) if path.name == WEIGHTS else None
 
@@ -77,9 +77,9 @@ def base_hash(directory: Path) -> str | None:
 def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = None) -> LoRAConfig:
     """Inject the adapter in `directory` into `model`, A and B as stored; return its config.
 
-    Raises UserError if the file says that it was trained on another base than `base_sha256`, and
-    one that names the tensor if one is missing, unexpected, misshapen or not finite: an adapter of
-    another base never loads in part.
+    Raises UserError if the file names another base than `base_sha256`, and if a tensor is missing,
+    unexpected, misshapen or not finite; the error names the tensor. Either all tensors are loaded
+    or none.
     """
     config = load_adapter_config(directory)
     if base_sha256 and (needed := base_hash(directory)) not in (None, base_sha256):

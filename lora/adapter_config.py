@@ -1,4 +1,4 @@
-"""adapter_config.json, PEFT's file of an adapter's hyper-parameters, read strictly."""
+"""Read, strictly, and fill adapter_config.json, PEFT's file of an adapter's hyper-parameters."""
 
 import os
 import re
@@ -20,7 +20,7 @@ IGNORED = {
     "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config",
 }
-# Fields that may change it, and the values that are plain LoRA.
+# Fields that may change it, and the values that are supported.
 SUPPORTED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
@@ -31,12 +31,12 @@ SUPPORTED = {
     # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
-RANKS, ALPHAS = (1, 1 << 20), (0, 3e6)  # min and max; slices stack the command line's 1e6 by 3
-UNUSED = (None, False, [], {})  # the values that switch any other field of PEFT's off
+RANKS, ALPHAS = (1, 1 << 20), (0, 3e6)  # min and max; three slices stack the command line's 1e6
+UNUSED = (None, False, [], {})  # the values that switch off any other field of PEFT's
 
 
 def peft_config(config: LoRAConfig, base: str) -> dict:
-    """Return what PEFT's file holds for `config`; `base` names the base for people."""
+    """Return the content of PEFT's file for `config`; `base` names the base for people."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -53,7 +53,7 @@ def peft_config(config: LoRAConfig, base: str) -> dict:
 def load_adapter_config(directory: Path) -> LoRAConfig:
     """Read the adapter's hyper-parameters.
 
-    Raises UserError that names the field for anything but LoRA and DoRA on linear layers.
+    Raises UserError, naming the field, for anything but LoRA and DoRA on linear layers.
     """
     path = Path(directory) / CONFIG
     stored = {"peft_type": None, "lora_dropout": 0.0} | _read(path)
@@ -96,7 +96,7 @@ def _pattern(path: Path, stored: dict, field: str, *limits) -> dict:
 
 
 def base_name(directory: Path) -> object:
-    """Return the base that the config names: for people, since a path may mean another model."""
+    """Return the base's name in the config: for people, since a path may mean another model."""
     return _read(Path(directory) / CONFIG).get("base_model_name_or_path")
 
 

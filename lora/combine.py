@@ -53,7 +53,7 @@ def main() -> None:
         raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")
     refuse_existing(args.out)
     bases = {base_hash(d): d for d in args.adapters}
-    bases.pop(None, None)  # an adapter from elsewhere does not say
+    bases.pop(None, None)  # an adapter from elsewhere names none
     if len(bases) > 1:
         raise UserError("{} and {}: are adapters of different bases".format(*bases.values()))
     total, kept = combine([read_factors(d) for d in args.adapters], weights, args.rank)

@@ -1,4 +1,4 @@
-"""DoRA: the weight's direction by LoRA, its magnitude by a vector of its own."""
+"""DoRA: train a weight's direction by LoRA, and its magnitude by a vector of its own."""
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return m / ||V|| * V - W, (out, in) in fp32; exact to rounding if the layer is merged."""
+        """Return m / ||V|| * V - W, (out, in) in fp32; up to rounding if the layer is merged."""
         update = super().delta_weight()  # scaling * B A
         if not self.merged:
             self.norm = self._norm()  # kept for unmerging: the merged weight has another norm

@@ -1,6 +1,6 @@
-"""An adapter without its base: for each layer B (out, r), scaling included, and A (r, in).
+"""Read and write an adapter without its base: per layer, scaling * B (out, r) and A (r, in).
 
-They are in fp64, so that what is computed from them is rounded once, when it is written.
+Both are in fp64, so that a result computed from them is rounded only once, when it is written.
 """
 
 import re
@@ -26,7 +26,7 @@ class Factors(NamedTuple):
     A: Tensor
 
     def pad(self, rank: int) -> "Factors":
-        """Return the same change with zeros added up to `rank`."""
+        """Return the same change as factors of `rank`, padded with zeros."""
         more = rank - len(self.A)
         return Factors(F.pad(self.B, (0, more)), F.pad(self.A, (0, 0, 0, more)))
 
@@ -60,7 +60,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
         raise UserError(f"{path}: is not an adapter of GPT-2's layers")
     names.sort(key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
     configs = {name: layer_config(config, name.removeprefix(PREFIX)) for name in names}
-    # A (r, in) and B (out, r): r is the config's; in and out are what the file has.
+    # A (r, in) and B (out, r): r is the config's; in and out are the file's.
     wanted = {name + A_KEY: (c.r, *shapes[name + A_KEY][1:]) for name, c in configs.items()}
     wanted |= {name + B_KEY: (*shapes.get(name + B_KEY, ())[:1], c.r)
                for name, c in configs.items()}

@@ -15,8 +15,8 @@ from lora.targets import find_targets, layer_config
 def inject(model: nn.Module, config: LoRAConfig) -> None:
     """Wrap every `nn.Linear` that `find_targets` names in a `LoRALinear`; freeze the rest.
 
-    Raises ValueError, and leaves the model as it was, for a target, a rank or a combination of
-    variants that does not fit, or if the model has an adapter already.
+    Raises ValueError, and leaves the model as it was, if a target, a rank or a combination of
+    variants does not fit, or if the model has an adapter already.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; merge it first")

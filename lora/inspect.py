@@ -23,7 +23,7 @@ def effective_rank(s: Tensor) -> float:
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return the cells of a change with these singular values."""
+    """Return the table cells of a change that has these singular values."""
     if not s.any():
         return 5 * ["B is zero"]
     shares = s.square().cumsum(0) / s.square().sum()

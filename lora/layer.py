@@ -28,7 +28,7 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """Return what B A x is multiplied by: alpha / r (paper, 4.1), or alpha / sqrt(r) for rsLoRA
+        """Return the factor of B A x: alpha / r (paper, 4.1), or alpha / sqrt(r) for rsLoRA
         (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         """
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
@@ -87,5 +87,5 @@ class LoRALinear(nn.Module):
 
 
 def _refuse_merged(layer: LoRALinear, *_) -> None:
-    if layer.merged:  # else a model that loads it would add the update twice
+    if layer.merged:  # else a model that loads the state would add the update twice
         raise ValueError("the adapter is merged; unmerge it before taking the state dict")

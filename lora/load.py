@@ -1,4 +1,4 @@
-"""A base and the adapter on it, as `--base` and `--adapter` name them."""
+"""Load the base and the adapter that `--base` and `--adapter` name."""
 
 import argparse
 from pathlib import Path
@@ -65,8 +65,8 @@ class Loaded(NamedTuple):
 def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Loaded:
     """Load a base in `dtype` (`load_gpt2`), and put an adapter on it if there is one.
 
-    `auto` means the base that the adapter names. Raises UserError if the adapter is of another
-    base, by the hash in its file.
+    `auto` means the base that the adapter names. Raises UserError if the hash in the adapter's file
+    is of another base.
     """
     name, directory = find_base(named_base(adapter) if adapter and base == "auto" else base)
     model = load_gpt2(directory, dtype)

@@ -16,7 +16,7 @@ from model.weights import save_gpt2
 
 
 def merge(model: nn.Module) -> None:
-    """Set W to W + scaling * B A in every LoRA layer, so that it costs what a plain one does.
+    """Set W to W + scaling * B A in every LoRA layer, which then costs what a plain one does.
 
     W must be in fp32: a sum in bf16 rounds a small update away. Raises ValueError for another
     precision or a disabled adapter.
@@ -30,7 +30,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, exact to rounding."""
+    """Undo `merge`, up to rounding."""
     for layer in lora_layers(model).values():
         if layer.merged:
             layer.base_layer.weight.data -= layer.delta_weight()
@@ -38,7 +38,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Put the plain linear layers back in place, with what was merged into them."""
+    """Put the plain linear layers, with what was merged into them, back in place."""
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.base_layer)
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> str:
-    """Say what writing merged weights in `dtype` does to the update, over all LoRA layers."""
+    """Return a line that says how much of all layers' updates a file in `dtype` rounds away."""
     error = size = 0.0
     for layer in lora_layers(model).values():
         merged, delta = layer.base_layer.weight.data, layer.delta_weight()

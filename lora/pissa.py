@@ -1,4 +1,4 @@
-"""PiSSA: LoRA that starts from W's largest singular vectors and freezes the remainder."""
+"""PiSSA: start LoRA from W's largest singular vectors, and freeze the remainder of W."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -15,9 +15,9 @@ class PiSSALinear(LoRALinear):
     https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
     With W = U S V^T: B0 = U[:, :r] sqrt(S[:r] / scaling) (out, r) and A0 = sqrt(S[:r] / scaling)
-    V[:, :r]^T (r, in). A new adapter changes nothing, but for rounding. A resumed run computes A0,
-    B0 and the remainder again from W; the given layer is copied, not changed. Raises ValueError for
-    a rank outside 1 .. min(in, out) / 2: the saved adapter, of W itself, has twice the rank.
+    V[:, :r]^T (r, in). A new adapter changes nothing, up to rounding. A resumed run computes A0, B0
+    and the remainder again from W; the given layer is copied, not changed. Raises ValueError for a
+    rank outside 1 .. min(in, out) / 2: the saved adapter, which fits W, has twice the rank.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
@@ -42,7 +42,7 @@ class PiSSALinear(LoRALinear):
         if self.enabled:
             return y
         start = F.linear(F.linear(x.to(self.initial_A.dtype), self.initial_A), self.initial_B)
-        return (y + start * self.scaling).to(y.dtype)  # W x + b, exact to rounding
+        return (y + start * self.scaling).to(y.dtype)  # W x + b, up to rounding
 
     def adapter(self) -> dict[str, Tensor]:
         """Return B A - B0 A0 = [B, -B0] [A; A0], an adapter of W itself, as PEFT converts it."""

@@ -1,10 +1,10 @@
-"""LoRA+: B learns at a higher rate than A."""
+"""LoRA+: train B at a higher learning rate than A."""
 
 from torch import Tensor
 
 
 def parameter_groups(parameters: dict[str, Tensor], ratio: float | None) -> list[dict]:
-    """Return an optimizer's groups, each with the `scale` that its learning rate is multiplied by.
+    """Return an optimizer's groups, each with `scale`, the factor of its learning rate.
 
     LoRA+ gives B, and DoRA's vectors, `ratio` times A's learning rate (Hayou et al. 2024,
     https://arxiv.org/abs/2402.12354; the groups are those of PEFT's create_loraplus_optimizer).

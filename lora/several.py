@@ -1,4 +1,4 @@
-"""Several adapters on one base, in one batch: each row has its own."""
+"""Run several adapters on one base in one batch: each row has its own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,8 @@ from model.weights import weights_path
 class BatchedLoRALinear(nn.Module):
     """y_i = W x_i + b + B_i A_i x_i: row i of the batch has its own A and B, scaling included.
 
-    Shapes: x (n, T, in), A (n, r, in), B (n, out, r), y (n, T, out). Two batched matmuls, however
-    many the adapters (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters` sets A, B.
+    Shapes: x (n, T, in), A (n, r, in), B (n, out, r), y (n, T, out). Any number of adapters takes
+    two batched matmuls (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters` sets A, B.
     """
 
     def __init__(self, base_layer: nn.Linear):
@@ -51,7 +51,7 @@ class Adapters:
             self.model.set_submodule(layer, self.layers[layer])
 
     def use(self, names: Sequence[str | None]) -> None:
-        """Give row i of the next batches the adapter names[i]; zeros make the ranks equal."""
+        """Give row i of the next batches the adapter names[i]; pad lower ranks with zeros."""
         for layer, module in self.layers.items():
             weight = module.base_layer.weight
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))
@@ -63,8 +63,8 @@ class Adapters:
 
 def load_several(base: str, directories: Sequence[Path],
                  dtype: torch.dtype = torch.float32) -> tuple[Loaded, Adapters]:
-    """Load a base in `dtype` (`auto`: the one that the first adapter names) and the adapters by
-    their path.
+    """Load a base in `dtype` (`auto`: the one that the first adapter names) and the adapters, each
+    under its path as its name.
     """
     loaded = load_model(named_base(directories[0]) if base == "auto" else base, None, dtype)
     adapters = Adapters(loaded.model, file_sha256(weights_path(find_base(loaded.base)[1])))

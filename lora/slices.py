@@ -1,4 +1,4 @@
-"""LoRA on single slices of the fused c_attn: q, k or v, each with an A and a B of its own."""
+"""Adapt single slices of the fused c_attn: q, k or v, each with an A and a B of its own."""
 
 from dataclasses import replace
 
@@ -15,9 +15,9 @@ class SlicedLoRALinear(LoRALinear):
     """y_i = W_i x + b_i + scaling * B_i A_i dropout(x) for each of n slices, d = out / 3 wide, as
     in the paper's experiments (Hu et al. 2021, 4.2) and in loralib's MergedLinear.
 
-    Shapes: A_i (r, in), B_i (d, r). Stacked, with each B_i in its slice's rows and its own columns
-    of a B (3 d, n r) that is zero elsewhere, they are plain LoRA of rank n r with the same scaling.
-    They are computed, and saved, in this form.
+    Shapes: A_i (r, in), B_i (d, r). The layer computes, and saves, plain LoRA of rank n r with the
+    same scaling: the A_i are stacked, and each B_i fills its slice's rows and its own columns of a
+    B (3 d, n r) that is zero elsewhere.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: set[str]):

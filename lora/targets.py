@@ -17,17 +17,17 @@ REFUSED = {HEAD: "the head is tied to wte, and an update of one would change bot
 
 
 def target_modules(names: list[str]) -> tuple[str, ...] | str:
-    """Return a command line's names as `LoRAConfig` has them: "all-linear" alone is a string."""
+    """Return a command line's names in `LoRAConfig`'s form: "all-linear" alone is a string."""
     return "all-linear" if names == ["all-linear"] else tuple(names)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     """Return the linear layers to adapt, in module order, each with its slices (empty: all of it).
 
-    `target_modules` is "all-linear" (all but the head), a regular expression of full names, or a
-    list of full names and of suffixes of them after a dot: `c_proj` is the attention's and the
-    MLP's. `layers_to_transform` limits the suffixes to these blocks. Raises ValueError for a
-    target, block or pattern that matches nothing, and for a target that is not a linear layer.
+    `target_modules` is "all-linear" (all but the head), a regular expression that matches full
+    names, or a list of full names and their endings after a dot: `c_proj` is the attention's and
+    the MLP's. `layers_to_transform` limits endings to these blocks. Raises ValueError if a target,
+    block or pattern matches nothing, or a target is not a linear layer.
     """
     modules = {TRANSFORMER + name: m for name, m in model.named_modules()}
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 def _match(target: str, config: LoRAConfig, names: list[str],
            linear: list[str]) -> tuple[list[str], set[str]]:
-    """Return the names that a target matches, and its slice, {"q"}, {"k"}, {"v"} or none."""
+    """Return the names that a target matches, and its slice: {"q"}, {"k"}, {"v"} or none."""
     if config.target_modules == "all-linear":
         return linear, set()
     if isinstance(config.target_modules, str):
@@ -76,7 +76,7 @@ def _match(target: str, config: LoRAConfig, names: list[str],
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
-    """Return `config` with one layer's rank and alpha: those of the first key that matches it."""
+    """Return `config` with one layer's rank and alpha: those of the first pattern that matches."""
     full = TRANSFORMER + name
     r = next((r for key, r in config.rank_pattern.items() if _matches(key, full)), config.r)
     alpha = next((alpha for key, alpha in config.alpha_pattern.items() if _matches(key, full)),
@@ -85,7 +85,7 @@ def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
 
 
 def _matches(key: str, name: str) -> bool:
-    """Return whether a pattern's key, a regular expression, is the name or ends it after a dot."""
+    """Return whether a pattern, a regular expression, matches the name or its end after a dot."""
     return re.fullmatch(rf"(.*\.)?({key})", name) is not None
 
 
