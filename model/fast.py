@@ -4,10 +4,10 @@
 - `dropout`: a quarter of the random numbers that `F.dropout` draws.
 - `causal_attention`: matmul, softmax, dropout, matmul; the fused kernel has no dropout on a CPU.
 - `tied_cross_entropy`, `score`: the logits are never whole, and the loss takes three matmuls.
-- `Embedding`: draws no weights; on the meta device PyTorch imports its compiler for that, 1 s.
+- `Embedding`: draws no weights; on the meta device that would import PyTorch's compiler, in 1 s.
 
-The first three are for the CPU; elsewhere they call what they replace. docs/speed.md has what
-each of them gains, and `python -m benchmarks.operations` measures it.
+The first three are for the CPU; elsewhere they call what they replace. `python -m
+benchmarks.operations` measures what each operation gains (docs/speed.md).
 """
 
 import math
@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONGEST_MATRIX = 256  # tokens; up to here low precision is faster with the (T, T) matrix
-FEW_LOGITS = 1 << 23  # in one chunk, to save memory
-MANY_LOGITS = 1 << 25  # where a chunk costs a kernel launch or an addition to the head's gradient
+LONGEST_MATRIX = 256  # tokens; in low precision, up to here the (T, T) matrix is faster
+FEW_LOGITS = 1 << 23  # per chunk, to save memory
+MANY_LOGITS = 1 << 25  # if each chunk costs kernel launches or an addition to the head's gradient
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear`, x of 2 or more dimensions; gains most where x is short and y is wide."""
+    """Compute `F.linear` for x of 2 or more dimensions."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if not (ONEDNN and fp32_on_cpu and x.numel()) or cast_or_compiled:
@@ -37,7 +37,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """`_onednn` with its gradients, which PyTorch does not define."""
+    """Give `_onednn` the gradients that PyTorch does not define."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -66,7 +66,7 @@ class Embedding(nn.Embedding):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Compute `F.dropout`, but for the numbers drawn."""
+    """Compute `F.dropout`, with other random numbers."""
     if not training or p == 0:
         return x
     if p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():  # one fused kernel there
@@ -84,7 +84,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, p):
-        kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values; rounds p
+        kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values: p is rounded
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         values = words.view(torch.int16)[: x.numel()].view(x.shape)
         keep = values.lt_(kept - 2**15).to(torch.int8)  # 1 or 0; a byte, for the backward pass
@@ -151,8 +151,8 @@ def _pad_on_cuda(w: Tensor) -> Tensor:
 
 def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
                  large: bool = False) -> Iterator[tuple]:
-    """Yield n tokens' h (n, C), targets (n,), logits z and fp32 softmax p (n, V), and loss (n,).
-    From `vocab_size` on, z is -inf and p is 0.
+    """Yield chunks of n tokens: h (n, C), targets (n,), logits z and fp32 softmax p (n, V), loss
+    (n,). In columns from `vocab_size` on, z is -inf and p is 0.
     """
     at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
     chunks = math.ceil(len(h) * len(w) / at_a_time) or 1

@@ -1,7 +1,7 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
-Parameter names are the checkpoint's own (`wte`, `h.0.attn.c_attn`, ...), which stores projections
-transposed. Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Parameter names are those of the released checkpoint (`wte`, `h.0.attn.c_attn`, ...), which has
+projections transposed. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
@@ -51,7 +51,7 @@ class KVCache:
         return self.blocks[0][0].size(2) if self.blocks else 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one block's new keys and values; return all of that block's."""
+        """Append a block's new keys and values; return all of the block's."""
         if layer in self.blocks:
             past_k, past_v = self.blocks[layer]
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             y = ops.causal_attention(q, k, v, self.attn_pdrop if self.training else 0.0)
         else:
             k, v = cache.extend(self.layer, k, v)
-            past = k.size(2) - T  # a single new token sees all: no mask
+            past = k.size(2) - T  # a single new token sees all tokens: no mask
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=past == 0,
                 attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None)
@@ -164,8 +164,8 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        Autocast leaves embeddings in fp32, but `Device.hold` rounds frozen ones. Evaluation under
-        autocast rounds trained ones too, so that the loss is the same during training and after.
+        Autocast leaves embeddings in fp32, but `Device.hold` rounds frozen ones. Under autocast,
+        evaluation rounds trained ones too, so that the loss is the same during training and after.
         """
         tok, pos = self.wte(idx), self.wpe(positions)  # (B, T, C), (T, C)
         if torch.is_autocast_enabled(idx.device.type) and not torch.is_grad_enabled():

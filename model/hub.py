@@ -22,7 +22,7 @@ OWNER = "openai-community"
 MINI = Path(__file__).resolve().with_name("mini")
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "hub"
 REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}  # the others: main
-SHA256 = {  # the hub itself says that of other weights
+SHA256 = {  # for other weights the hub sends it
     ("gpt2", WEIGHTS): "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
     ("gpt2", CONFIG): "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
     ("gpt2-medium", WEIGHTS): "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd",
@@ -32,7 +32,7 @@ SOCKET_SECONDS, PROBE_SECONDS = 10, 3
 
 
 class HubError(Exception):
-    """A request to the hub that failed; `final`: another try would fail too."""
+    """A failed request to the hub; `final` means that another try would fail too."""
 
     def __init__(self, url: str, reason: str, final: bool = True):
         super().__init__(" ".join(f"{url} {reason}".split()))  # one line, whatever a server says
@@ -42,8 +42,8 @@ class HubError(Exception):
 def find_base(base: str) -> tuple[str, Path]:
     """Return the name and directory of `base`: a directory, one of HUB_NAMES, `mini` or `auto`.
 
-    `auto` is gpt2 where it is cached or can be downloaded, else mini, and prints which and why. A
-    name wins over a directory of that name. Raises UserError for a base that cannot be had.
+    `auto` is gpt2 if it is cached or can be downloaded, else mini; it prints which and why. A name
+    wins over a directory of that name. Raises UserError for a base that cannot be had.
     """
     if base == "auto":
         return _gpt2_or_mini()
@@ -102,10 +102,10 @@ def _probe() -> None:
     """Raise HubError if the hub stays silent for PROBE_SECONDS."""
 
     def ask() -> None:
-        with suppress(HubError):  # the download meets it again
+        with suppress(HubError):  # the download will meet it again
             _open(_url("gpt2", CONFIG))[0].close()
 
-    # A socket's time-out bounds neither the look-up of a name nor the sum over a host's addresses.
+    # A socket's time-out covers neither the name look-up nor all of a host's addresses together.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
@@ -114,8 +114,8 @@ def _probe() -> None:
 
 
 def _download(name: str) -> Path:
-    """Download what the project's cache lacks of `name`."""
-    for file in (WEIGHTS, CONFIG):  # the config last: without it the directory is no model
+    """Download those files of `name` that the project's cache lacks."""
+    for file in (WEIGHTS, CONFIG):  # config last: without it the directory is not a model
         waits = list(WAITS)
         while not os.path.isfile(CACHE / name / file):
             try:

@@ -32,7 +32,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum -log p(target) over the tokens, nats, with p = softmax(hidden W^T) in fp32.
+    """Sum -log p(target) over the tokens, in nats, with p = softmax(hidden W^T) in fp32.
 
     hidden (N, C), W = wte.weight (V, C), targets (N,); returns a scalar.
     """
@@ -40,7 +40,7 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -log p(target), nats, (N,), and whether the target is the likeliest, bool (N,)."""
+    """Return -log p(target) in nats (N,), and whether the target is the likeliest, bool (N,)."""
     logits = F.linear(hidden, weight)
     return F.cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(-1) == targets
 

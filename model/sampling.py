@@ -1,4 +1,4 @@
-"""Draw tokens from GPT-2, one by one, for one text or for several at once."""
+"""Draw tokens from GPT-2, one after the other, for one text or for several at once."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,12 +21,12 @@ def generate_rows(model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
                   generators: Sequence[torch.Generator | None], *, temperature: float = 1.0,
                   top_k: int = 0, top_p: float = 1.0,
                   never: Tensor | None = None) -> Iterator[Tensor]:
-    """Yield ids (n,): the next token of each of n prompts (T_i,), drawn with the row's generator.
-    Tokens marked in `never`, bool (V,), are not drawn.
+    """Yield ids (n,) step by step: the next token of each of n prompts (T_i,), drawn with the row's
+    own generator. Tokens marked in `never`, bool (V,), are not drawn.
 
-    No row is padded: the first forward pass reads as many tokens as the shortest prompt has. The
+    No row is padded. The first forward pass reads as many tokens as the shortest prompt has; the
     rest of a longer prompt is fed one token per step, in place of a drawn one, and until its end
-    the row yields -1. The longest prompt gets `max_new_tokens`, the others more.
+    the row yields -1. The longest prompt gets `max_new_tokens` tokens, the others more.
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.
@@ -40,7 +40,7 @@ def generate_rows(model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
         if window.size(1) > context:
             window, cache = window[:, -max(1, context // 2) :], KVCache()
             new = window
-        hidden = model.hidden(new, cache)[:, -1]  # (n, C); no logits of a prompt's other tokens
+        hidden = model.hidden(new, cache)[:, -1]  # (n, C); the other tokens need no logits
         logits = ops.linear(hidden, model.wte.weight).float()  # (n, V)
         if never is not None:
             logits = logits.masked_fill(never, -torch.inf)
@@ -66,7 +66,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all that is likelier
+        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
         rare = torch.zeros_like(before, dtype=torch.bool).scatter(0, index, before >= top_p)
         logits = logits.masked_fill(rare, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

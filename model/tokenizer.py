@@ -1,7 +1,7 @@
-"""Text to token ids and back: byte-pair encoding on tiktoken's engine.
+"""Turn text into token ids and back, by byte-pair encoding on tiktoken's engine.
 
-tiktoken wants each token's bytes with a rank, and merges the pair of the lowest rank first. Which
-tokens and ids those are, a base's own files say (`tokenizer_files.py`).
+tiktoken needs each token's bytes and rank, and merges the pair of the lowest rank first. A base's
+own files say which tokens there are, and their ids (`tokenizer_files.py`).
 """
 
 import hashlib
@@ -18,11 +18,11 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back.
+    """Turn text into token ids and back.
 
-    `merges` are the single bytes and then the merged tokens, in rank order; `ids` has the id of
-    each. `special` tokens are never split; `<|endoftext|>` means `end_of_text`, unless the base has
-    a token of that name.
+    `merges` holds the single bytes and then the merged tokens, in rank order; `ids` the id of each.
+    `special` tokens are never split. In a text, `<|endoftext|>` means `end_of_text`, unless the
+    base has a token of that name.
     """
 
     pattern: str
@@ -31,7 +31,7 @@ class Tokenizer:
     special: dict[str, int]
     end_of_text: int | None
     vocab_size: int  # the model's: it may be padded beyond the tokenizer's
-    source: Path | None = None  # the directory of its files
+    source: Path | None = None  # the directory of the tokenizer's files
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
@@ -49,7 +49,7 @@ class Tokenizer:
 
     @cached_property
     def bytes_of(self) -> dict[int, bytes]:
-        """Map each token's id to its bytes. A padding id of the model has none."""
+        """Map each token's id to its bytes. An id that pads the vocabulary is missing."""
         return (dict(zip(self.ids, self.merges, strict=True))
                 | {i: text.encode() for text, i in reversed(self.special.items())})
 

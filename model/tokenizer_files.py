@@ -1,4 +1,4 @@
-"""A base's tokenizer files, in Hugging Face's two formats: `tokenizer.json`, or `vocab.json` with
+"""Read a base's tokenizer in Hugging Face's two formats: `tokenizer.json`, or `vocab.json` with
 `merges.txt`.
 
 Both spell bytes as printable characters (Radford et al. 2019; `bytes_to_unicode` in OpenAI's gpt-2
@@ -19,16 +19,16 @@ FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 GPT2, GPT2_SIZE = Path(__file__).with_name("gpt2_tokenizer"), 50257
 FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED)
-# Parts of regular expressions that tiktoken reads otherwise than Hugging Face (Oniguruma).
+# Parts of regular expressions that tiktoken and Hugging Face (Oniguruma) read differently.
 DIFFERENT, ANCHOR = re.compile(r"\\[wWbBhH1-9]|\[:|\(\?[a-z]*m"), re.compile(r"(?<!\\)[\^$]")
-CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")  # [^a] is no anchor
+CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")  # the ^ of [^a] is not an anchor
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """Load the tokenizer of the base in `directory`, whose config says `vocab_size`.
+    """Load the tokenizer of the base in `directory`, whose config has this `vocab_size`.
 
-    Without files it is GPT-2's, for GPT-2's own size. Raises UserError that names the file for
-    anything but byte-level BPE, and for tokens that the model does not have.
+    Without tokenizer files, a vocabulary of GPT-2's size gets GPT-2's. Raises UserError, naming the
+    file, for anything but byte-level BPE, and for tokens that the model does not have.
     """
     directory = Path(directory)
     if (path := directory / FAST).exists():
@@ -48,7 +48,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 
 
 def _read_vocab_and_merges(path: Path) -> dict:
-    """Return vocab.json and the files beside it in the form of `tokenizer.json`."""
+    """Return the content of vocab.json and the files beside it in `tokenizer.json`'s form."""
     vocab, directory = read_json(path), path.parent
     with open_file(directory / MERGES) as file:
         lines = file.read().decode().splitlines()
@@ -66,7 +66,7 @@ def _read_vocab_and_merges(path: Path) -> dict:
 
 
 def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
-    """Put bytes in place of the characters that spell them; bytes rank before merges."""
+    """Build the tokenizer, turning characters into the bytes they spell; bytes rank first."""
     model = stored.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
         raise UserError(f"{path}: is a {brief(model.get('type'))} tokenizer; only byte-level BPE "
@@ -100,7 +100,7 @@ def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
 
 def _special(path: Path, added: list[dict],
              vocab: dict[str, int]) -> tuple[dict[str, int], int | None]:
-    """Return the ids of tokens that are never split, and the end of text, by its own name too."""
+    """Return the ids of tokens that are never split, and that of the end of text (None: none)."""
     settings = _read(path.parent, SETTINGS)
     if settings.get("add_prefix_space"):
         raise UserError(f"{path.parent / SETTINGS}: add_prefix_space is not supported")
@@ -149,7 +149,7 @@ def _pattern(path: Path, step: dict) -> str:
 
 
 def _read(directory: Path, file: str) -> dict:
-    """Read a file that a base may lack."""
+    """Read a file, or {} if the base lacks it."""
     return read_json(directory / file) if (directory / file).exists() else {}
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face GPT-2 directories: read the forms they come in, write the one transformers loads.
+"""Read Hugging Face GPT-2 directories in all their forms; write transformers' own.
 
 Files on the hub name tensors `h.0.ln_1.weight` and carry the causal masks; transformers itself
 writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. In all of them
@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, PICKLED_WEIGHTS = "config.json", "model.safetensors", "pytorch_
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
 HEAD = "lm_head.weight"
-# Fields that would make another function of the same tensors, and the values computed here.
+# Fields that change what the same tensors compute, and the values that are supported here.
 SUPPORTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
@@ -45,10 +45,10 @@ LIMITS = {"n_layer": (int, 1, 512)} | dict.fromkeys(
 def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
-    Linear layers and embeddings are read in `dtype`, norms in fp32: as `Device.hold` keeps a frozen
-    model, but never all of it in fp32 first. Raises UserError that names a tensor which is missing,
-    unexpected, of another shape or type or not finite, and any config field that asks for another
-    architecture.
+    Linear layers and embeddings are read in `dtype`, norms in fp32, as `Device.hold` keeps a frozen
+    model; the whole is never held in fp32 first. Raises UserError, naming it, for a tensor that is
+    missing, unexpected, not finite or of another shape or type, and for a config field that asks
+    for another architecture.
     """
     directory = Path(directory)
     with torch.device("meta"):
@@ -62,8 +62,8 @@ def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
 
 
 def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters one by one, in the shapes, (out, in), and dtypes of `needed`; skip
-    the file's causal masks. Raises UserError as `load_gpt2`.
+    """Yield a model's parameters one by one, with the shapes, (out, in), and dtypes of `needed`;
+    skip the file's causal masks. Raises UserError as `load_gpt2` does.
     """
     keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
@@ -103,14 +103,14 @@ def weights_path(directory: Path) -> Path:
 
 
 def base_hashes(directory: Path) -> dict[str, str]:
-    """Return the sha256 of the two files that decide what a base computes: by these it is known."""
+    """Return the sha256 of the two files that decide what a base computes: its identity."""
     weights = find_weights(directory)
     return {"config": file_sha256(directory / CONFIG)} | (
         {"weights": file_sha256(weights)} if weights else {})
 
 
 def load_config(directory: Path) -> GPT2Config:
-    """Read `config.json`. Raises UserError that names the field for anything but a GPT-2."""
+    """Read `config.json`. Raises UserError, naming the field, for anything but a GPT-2."""
     path = Path(directory) / CONFIG
     if os.path.exists(path.with_name("adapter_config.json")) and not os.path.exists(path):
         raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
@@ -137,7 +137,7 @@ def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
               end_of_text: int | None = None) -> None:
     """Write `config.json` and `model.safetensors` in transformers' own layout, each atomically.
 
-    The tied head is written once, as `transformer.wte.weight`. `dtype` None keeps each tensor's.
+    The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each's own.
     Raises RunError, and leaves what was there, if a number is not finite in `dtype`.
     """
     directory = Path(directory)
