@@ -13,14 +13,14 @@ from common.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, as all of a user's mistakes are."""
+    """An ArgumentParser that reports a mistake in one line, as every command does."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
         self.register("type", Path, _path)
 
     def _parse_optional(self, arg_string: str):
-        # All our options begin with "--", so that a value may begin with "-".
+        # All options here begin with "--", so a value may begin with "-".
         is_option = arg_string.startswith("--") or arg_string == "-h"
         return super()._parse_optional(arg_string) if is_option else None
 
@@ -29,19 +29,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def _path(text: str) -> Path:
-    if not text:  # an unset variable of a script; Path("") is the current directory
+    if not text:  # a script's unset variable; Path("") would be the current directory
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
 
 
 def typed_options(argv: list[str] | None = None) -> set[str]:
-    """Return the names of the options that the command line gives a value."""
+    """Return the options that the command line names, such as {"--lr"}."""
     words = sys.argv[1:] if argv is None else argv
     return {word.partition("=")[0] for word in words if word.startswith("--")}
 
 
 def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Callable:
-    """Return an option's type: an int or float from `low` to `high`, or to just below it."""
+    """Return an option's type: an int or float from `low` to `high`, or to just below `high`."""
 
     def parse(text: str):
         try:
@@ -82,7 +82,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Print a Markdown table, the first column to the left, the others to the right; return it."""
+    """Print and return a Markdown table: first column aligned left, the others right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = []
     for first, *others in (columns, ["-" * width for width in widths], *rows):

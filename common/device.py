@@ -1,4 +1,4 @@
-"""The device and the precision on it: one object that knows its autocast, casts and copies."""
+"""Choose the device and its precision: one object that knows its autocast, casts and copies."""
 
 import ctypes
 import os
@@ -25,9 +25,9 @@ class Device:
 
     @classmethod
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
-        """Choose. `auto` is CUDA, then MPS, then the CPU; and on CUDA bf16, or fp16 without bf16;
-        on MPS fp32; on a CPU fp32 or, to train, bf16 if it has instructions for that. Raises
-        UserError for a device that is not there or runs no kernel, and for training in fp16 on MPS.
+        """Resolve `auto`: CUDA, then MPS, then the CPU; and bf16 on CUDA, or fp16 if it lacks bf16,
+        fp32 on MPS and on a CPU, but bf16 to train on a CPU that has instructions for it. Raises
+        UserError for a device that is missing or runs no kernel, and for training on MPS in fp16.
         """
         asked, present = device, {"cuda": torch.cuda.is_available(),
                                   "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -72,14 +72,14 @@ class Device:
         return torch.autocast(self.torch.type, self.dtype, enabled=self.precision != "fp32")
 
     def copy(self, x: Tensor) -> Tensor:
-        """Copy to the device; to a GPU from pinned memory, while the CPU goes on."""
+        """Copy to the device; to a CUDA GPU from pinned memory, while the CPU goes on."""
         if self.is_cuda:
             return x.pin_memory().to(self.torch, non_blocking=True)
         return x.to(self.torch)
 
     def hold(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device. Frozen weights of matmuls are held in `precision`, for
-        autocast would cast them again at every step.
+        """Move the model to the device. Cast its frozen matrices to `precision` once: autocast
+        would cast them again at every step.
         """
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -89,7 +89,7 @@ class Device:
         return model.to(self.torch)
 
     def set_tf32(self, allowed: bool) -> None:
-        """Let fp32 matmuls on CUDA round their factors to TF32's 10 bits of mantissa, or not."""
+        """Let fp32 matmuls on CUDA round their inputs to TF32's 10 bits of mantissa, or not."""
         if self.is_cuda:
             torch.set_float32_matmul_precision("high" if allowed else "highest")
 
@@ -103,11 +103,11 @@ class Device:
 
     @property
     def random(self) -> ModuleType:
-        """Return what has get_rng_state and set_rng_state for the device's dropouts."""
+        """Return the module whose get_rng_state and set_rng_state are for this device."""
         return {"cuda": torch.cuda, "mps": torch.mps}.get(self.torch.type, torch)
 
     def peak_memory_mb(self) -> float:
-        """Return the peak memory so far, MB (10^6 bytes): of CUDA's allocator, else the process."""
+        """Return the peak memory so far in 10^6 bytes, of CUDA's allocator or else the process."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch) / 1e6
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -115,7 +115,7 @@ class Device:
 
 
 def _first_kernel_fails() -> str:
-    """Return the reason, or "". A wheel has kernels for some GPUs only; trying one shows it."""
+    """Return why a first kernel fails, or "": a wheel of torch has kernels for some GPUs only."""
     gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # this rank's
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
@@ -132,10 +132,10 @@ def _cpu_has_bf16() -> bool:
 def tune_process() -> None:
     """Apply the process-wide settings with which our commands run fastest."""
     # By default glibc gives large blocks back to the kernel, and a fresh one costs a page fault
-    # every 4 KB (mallopt(3)): full fine-tuning, its gradients new at each step, waits longest.
+    # every 4 KB (mallopt(3)). Full fine-tuning, with new gradients at each step, waits longest.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_MAX, 0)  # large blocks from the heap as well,
+        mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap as well,
         mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
-    # On an H100 or later, torch 2.11 to 2.13 prefer cuDNN, which plans every new shape anew: in
-    # generation one at each token (transformers#48163).
+    # On an H100 or later, torch 2.11 to 2.13 prefer cuDNN, which plans for every new shape: in
+    # generation, at each token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)

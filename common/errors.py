@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what is wrong and what to do."""
+    """A mistake that the user can fix: one line that says what is wrong and what to do."""
 
 
 class RunError(Exception):
@@ -21,7 +21,7 @@ ADVICE = ("a smaller --batch-size, --block-size or --base, --precision bf16 or, 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run `main` and exit with its status; known failures end with one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may not know every character of a text
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a text's characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -30,7 +30,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(status)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+    except BrokenPipeError:  # whoever reads the output has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -41,7 +41,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def describe_failure(error: BaseException | None) -> str | None:
-    """Return the line for a known failure, or None for a fault of the program or no error."""
+    """Return the line for a known failure; None for a bug in the program, or no error."""
     if isinstance(error, UserError | RunError):
         return str(error)
     if isinstance(error, OSError):  # a full disk, a directory taken away

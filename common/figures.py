@@ -1,4 +1,4 @@
-"""Draw with matplotlib, an extra: no result needs it."""
+"""Draw with matplotlib, an optional dependency: no result needs it."""
 
 from importlib.util import find_spec
 from pathlib import Path

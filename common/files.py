@@ -17,12 +17,12 @@ UNFINISHED = ".tmp"
 
 
 class NotWritable(UserError):
-    """The system does not let us write there."""
+    """A path that cannot be written."""
 
 
 @contextmanager
 def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
-    """Give a temporary path; what is written there replaces `path` whole, or not at all.
+    """Give a temporary path. What is written there replaces `path` whole, or not at all.
 
     The data reaches the disk (fsync) before a rename makes it visible. What `path` held before is
     kept as `backup`. Raises NotWritable if the place cannot be written.
@@ -47,7 +47,7 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
 
 
 def remove_stale(directory: Path, names: Iterable[str]) -> None:
-    """Remove what a killed process left of an `atomic_path` of these names."""
+    """Remove the temporary files of these names that a killed process left behind."""
     for name in names:
         for path in directory.glob(f".{name}.*{UNFINISHED}"):
             path.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def file_sha256(path: Path) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read its bytes, but no pipe or device: it may never end. Raises UserError."""
+    """Open a file to read bytes. Raises UserError, also for a pipe or device, which may not end."""
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
             return open(path, "rb")
@@ -92,7 +92,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def check_number(path: Path, field: str, value: object, kind: type, low: float, high: float):
-    """Return a number from a file. Raises UserError unless it is one from `low` to `high`."""
+    """Return a number from a file. Raises UserError unless it is from `low` to `high`."""
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
         raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
@@ -106,7 +106,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Return whether a text of the command line was UTF-8: Python stands in for other bytes."""
+    """Return whether a command-line text was UTF-8: Python puts surrogates for other bytes."""
     return text == text.encode(errors="replace").decode()
 
 

@@ -1,6 +1,6 @@
 """End a command on SIGINT or SIGTERM with one line and exit status 130 or 143.
 
-A command imports this before torch, whose import takes seconds, so that no traceback shows there.
+A command imports this before torch, which takes seconds, so that a signal shows no traceback.
 """
 
 import os
@@ -14,14 +14,14 @@ if sys.platform == "win32":  # no fcntl, no fsync of a directory
     sys.exit(2)
 
 for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-    if getattr(sys, _name) is None:  # closed by whoever started us, as with `>&-`
+    if getattr(sys, _name) is None:  # closed by the caller, as with `>&-`
         setattr(sys, _name, open(os.devnull, _mode))  # noqa: SIM115
 
 unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
 
 
 def end_in_one_line() -> None:
-    """Have a signal end the process at once from here on."""
+    """From here on, let a signal end the process at once."""
     on_signals(end_at_once)
 
 

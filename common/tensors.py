@@ -1,4 +1,4 @@
-"""Files of tensors: one strict reader and one writer for models, adapters and checkpoints."""
+"""Read files of tensors, strictly, and write them: models, adapters and checkpoints."""
 
 import json
 import zipfile
@@ -19,11 +19,11 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Collection[str] = (),
                  unread: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of `shapes` one by one, each in the precision in which it is stored.
+    """Yield the tensors named in `shapes` one by one, each in the precision of the file.
 
-    The file is `.safetensors`, or else what torch.save wrote. Raises UserError that names the
-    tensor if one is missing (but for the `optional`), unexpected (but for the `unread`), of another
-    shape, not of floating point or not finite: a file of something else is never read in part.
+    The file is `.safetensors`, or else what torch.save wrote. Raises UserError, naming the tensor,
+    if one is missing (unless in `optional`), unexpected (unless in `unread`), of another shape, not
+    of floating point or not finite. Names are checked before the first tensor is read.
     """
     keys, get = _open(path)
     if missing := sorted(shapes.keys() - keys - set(optional)):
@@ -38,7 +38,7 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
         kind = getattr(tensor, "dtype", type(tensor).__name__)
         if kind not in DTYPES:
             raise UserError(f"{path}: {key} is not a tensor of fp32, fp16 or bf16 ({kind})")
-        if tensor.layout != torch.strided or tensor.is_meta:  # torch.load gives these too
+        if tensor.layout != torch.strided or tensor.is_meta:  # torch.load can return these
             raise UserError(f"{path}: {key} is sparse or holds no data; save it as a dense tensor")
         if tensor.shape != torch.Size(shapes[key]):
             raise UserError(f"{path}: {key} is {brief(tuple(tensor.shape))} where "
@@ -49,19 +49,19 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises UserError for a file of something else."""
+    """Return the shapes of a file's tensors. Raises UserError for any other file."""
     return _open(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the texts in a safetensors header. Raises UserError for a file of something else."""
+    """Return the metadata of a safetensors header. Raises UserError for any other file."""
     with _naming(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
                   dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file, one tensor in memory at a time; `dtype` None keeps each tensor's.
+    """Write a safetensors file, one tensor in memory at a time. `dtype` None keeps each tensor's.
 
     Format: 8 bytes of header length, the header in JSON, the tensors' bytes
     (https://github.com/huggingface/safetensors). Safetensors' own writer copies all tensors first.
@@ -92,22 +92,22 @@ def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], object]]:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-            # Open it anew for each: what was read of a mapped file stays in memory until it closes.
+            # Open it for each: what was read of a mapped file stays in memory until it is closed.
             return shapes, lambda key: safe_open(path, framework="pt").get_tensor(key)
         stored = torch.load(path, map_location="cpu", weights_only=True,
-                            mmap=zipfile.is_zipfile(path))  # in the file until they are used
+                            mmap=zipfile.is_zipfile(path))  # tensors stay in the file until used
         stored = {str(key): value for key, value in stored.items()}
         return {key: [*getattr(x, "shape", ())] for key, x in stored.items()}, stored.get
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The least and the largest number are not finite if any is not: no copy of the tensor.
+    # If any number is not finite, nor is the least or the largest. This copies no tensor.
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 @contextmanager
 def _naming(path: Path, tensor: str = "") -> Iterator[None]:
-    """Turn all that the readers raise on a damaged file into a UserError that names it."""
+    """Turn whatever a reader raises on a damaged file into a UserError that names the file."""
     open_file(path).close()
     try:
         yield

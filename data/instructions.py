@@ -1,16 +1,16 @@
-"""Conversations, a line each of a JSON lines file, of which the assistant's part alone is scored.
+"""Read conversations, one per line of a JSON lines file; only the assistant's part is scored.
 
     {"prompt": "Who keeps the light?", "completion": "You do."}
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
 
-are the same; the third role is `system`. The model reads (white space around a content is dropped)
+are the same. The third role is `system`. White space around a content is dropped; the model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
 
-and is scored on each assistant's content, the space before it and the end-of-text after it. That
-ends the assistant's line; the others end with a newline.
+and is scored on the assistant's content, the space before it and the end-of-text token after it.
+That token ends the assistant's line; the other lines end with a newline.
 """
 
 import json
@@ -36,14 +36,14 @@ class Instructions:
     """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
 
     rows: list[np.ndarray]
-    epoch_order = Windows.epoch_order  # which needs len(self) alone
+    epoch_order = Windows.epoch_order  # it needs only len(self)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def tokens(self) -> np.ndarray:
-        """All rows end to end, (2, N): what a run's identity hashes."""
+        """Return all rows end to end, (2, N): a run's identity has their hash."""
         return np.concatenate(self.rows, axis=1)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -70,9 +70,9 @@ class Instructions:
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    A longer example loses its beginning, and a line says how many do. Empty lines are skipped.
-    Raises UserError that names the line of what is not an example, or of a last completion that
-    alone is longer.
+    A longer example loses its beginning, and a printed line says how many do. Empty lines are
+    skipped. Raises UserError, naming the line, for what is not an example, and if the last
+    completion alone is longer.
     """
     rows = []
     with open_file(path) as file:
@@ -94,7 +94,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
 
 
 def encode(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token ids (N,) of turns such as ("User", "Who?"), and which count, bool (N,)."""
+    """Return the token ids (N,) of turns such as ("User", "Who?"), and a mask of those scored."""
     ids, scored = [], []
     for name, content in turns:
         answers = name == "Assistant"
@@ -108,7 +108,7 @@ def encode(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[np.ndarr
 
 
 def _turns(line: bytes) -> list[tuple[str, str]]:
-    """Return an example's turns. Raises ValueError for what is not an example."""
+    """Return an example's turns. Raises ValueError if the line is not an example."""
     try:
         example = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""A text file as a cached, memory-mapped file of token ids."""
+"""Turn a text file into a cached, memory-mapped file of token ids."""
 
 import os
 import re
@@ -14,16 +14,16 @@ from common.files import NotWritable, atomic_path, file_sha256
 from model.tokenizer import PATTERN, Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
-PIECE = 1 << 16  # characters read at a time: memory does not grow with the book
+PIECE = 1 << 16  # characters read at a time, so that memory does not grow with the book
 WORDS = re.compile(r"(.*\S(?=[ \n]))?", re.DOTALL)  # up to the last space that follows a word
 LONGEST_RUN = 1 << 16  # characters without a boundary; tiktoken slows down and fails on long runs
 
 
 def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
-    """Return the token ids (N,) of the books in this order, an end-of-text token between two.
+    """Return the token ids (N,) of the books in this order, with an end-of-text token between them.
 
-    A directory stands for its `.txt` files by name. One book is memory-mapped; several are joined
-    in memory. Raises UserError as `load_tokens`, and for a directory without such files.
+    A directory stands for its `.txt` files, sorted by name. One book is memory-mapped; several are
+    joined in memory. Raises UserError as `load_tokens` does, and if a directory has no such file.
     """
     books = []
     for path in paths:  # os.path, because Path's own test raises where a name is too long
@@ -49,9 +49,9 @@ def require_end_of_text(tokenizer: Tokenizer) -> int:
 def load_tokens(book: Path, tokenizer: Tokenizer, cache: Path = CACHE) -> np.ndarray:
     """Return the book's token ids (N,), uint16 or uint32, memory-mapped from the cache.
 
-    The cache entry is named by the hashes of the book's bytes and of the tokenizer; it appears
-    when whole. `<|endoftext|>` in the text separates documents; a byte order mark before it is
-    dropped, and line ends are read as `\\n`. Raises UserError for a book that is missing, empty,
+    The cached file is named by the hashes of the book's bytes and of the tokenizer; it appears
+    when whole. `<|endoftext|>` in the text separates documents; a byte order mark at the start
+    is dropped, and line ends are read as `\\n`. Raises UserError for a book that is missing, empty,
     not UTF-8 or not a text.
     """
     path = cache / f"{file_sha256(book)[:32]}-{tokenizer.sha256[:32]}.bin"

@@ -33,7 +33,7 @@ def check_block_size(block_size: int, config: GPT2Config) -> None:
 
 @dataclass(frozen=True)
 class Windows:
-    """`block_size` inputs every `stride` tokens; position t is scored on token t + label_shift."""
+    """Windows of `block_size` inputs every `stride` tokens; position t predicts t + label_shift."""
 
     tokens: np.ndarray
     block_size: int
@@ -59,7 +59,7 @@ class Windows:
         return np.random.default_rng((seed, epoch)).permutation(len(self))
 
     def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets (B, T) that score each token but the first `label_shift` once.
+        """Yield inputs and targets (B, T) that score every token but the first `label_shift` once.
 
         The stride must be at most the block size; where windows overlap, the first one scores. A
         shorter last window is padded on the right, where a causal model cannot see, and the padding
