@@ -21,7 +21,7 @@ Data = Windows | Instructions
 
 def build_model(options: Options, directory: Path,
                 dtype: torch.dtype = torch.float32) -> tuple[GPT2, LoRAConfig | None]:
-    """Return the base (for LoRA in `dtype`, frozen and adapted) and the adapter's config."""
+    """Return the base and None or, for LoRA, the adapted base in `dtype` and the config."""
     if options.method == "full" and not find_weights(directory):
         print(f"{directory} holds no weights: starting from random initialisation")
         model = GPT2(load_config(directory))
@@ -42,7 +42,7 @@ def load_data(options: Options, config: GPT2Config,
               tokenizer: Tokenizer) -> tuple[Data, Data]:
     """Load the training and the validation part of the book or, with --data, of the examples.
 
-    Raises UserError as `load_books` and `read_examples`, and for a part that is too short.
+    Raises UserError as `load_books` and `read_examples` do, and for a part that is too short.
     """
     block, shift = options.block_size, options.label_shift
     check_block_size(block, config)

@@ -1,7 +1,7 @@
-"""checkpoint.safetensors and the one before it: written whole, verified before they are believed.
+"""Write checkpoint.safetensors whole, keep the one before it, and verify what is read back.
 
-The tensors of a nested state go into the file as tensors; the rest, with the tensors' names in
-their places, is JSON in the header. The header also holds the sha256 of all this.
+The tensors of a nested state go into the file as tensors. The rest, with the tensors' names in
+their places, is JSON in the header, which also holds the sha256 of both.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensor
 
 
 def write_checkpoint(out: Path, state: dict) -> None:
-    """Save `state` as the newest checkpoint; the newest before it becomes the previous one.
+    """Save `state` as the newest checkpoint; the old one becomes the previous one.
 
-    At every instant one of the two is whole. `state` is a dict of numbers, strings, lists, tensors
-    and such dicts.
+    At every instant one of the two is whole. `state` is a nested dict of numbers, strings, lists
+    and tensors.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
@@ -38,9 +38,9 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def read_checkpoint(out: Path) -> dict:
-    """Return the newest whole state; if a newer one is damaged, warn and replace it.
+    """Return the newest undamaged state; if a newer one is damaged, warn and replace it.
 
-    Raises UserError if no file is whole.
+    Raises UserError if both are damaged.
     """
     damaged = []
     for path in filter(os.path.lexists, (out / CHECKPOINT, out / PREVIOUS)):

@@ -1,4 +1,4 @@
-"""`--out`: who may write there, its lock, and metrics.jsonl."""
+"""Guard `--out`: check that nothing is lost there, lock it, and write metrics.jsonl."""
 
 import errno
 import fcntl
@@ -17,8 +17,8 @@ from training.options import Options
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 OLD_CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # of versions before safetensors
-# Everything that a run writes; `--overwrite` removes these names and no others. In this order: at
-# any moment of it, what is left is an old run that can be resumed, or none.
+# Everything that a run writes; `--overwrite` removes these names and no others. With this order,
+# what is left at any moment is an old run that can be resumed, or none.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, *OLD_CHECKPOINTS, "loss.png", "adapter_config.json",
              "adapter_model.safetensors", "config.json", "model.safetensors", *TOKENIZER_FILES,
              METRICS)
@@ -29,7 +29,7 @@ def check_out(options: Options) -> None:
     out = options.out
     if not is_utf8(str(out)):
         raise UserError(f"--out {brief(str(out))}: is not UTF-8, which safetensors needs")
-    # os.path, because Path's own tests raise where a name is too long or may not be looked up
+    # os.path, because Path's own tests raise if a name is too long or may not be looked up
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out}: is a file; name a directory")
     for name, source in (("base", options.base), ("init-adapter", options.init_adapter)):
@@ -48,11 +48,11 @@ def check_out(options: Options) -> None:
 
 
 class RunDirectory:
-    """`--out`, locked for this process: metrics.jsonl stays open and carries the lock.
+    """Lock `--out` for this process: metrics.jsonl stays open and carries the lock.
 
     The system drops the lock when the process ends, however it ends. No symbolic link is followed:
-    this file is opened without, all others are replaced by renaming. Raises UserError if the
-    directory cannot be written or another run has it.
+    metrics.jsonl is opened without, and all other files are replaced by renaming. Raises UserError
+    if the directory cannot be written or another run has it.
     """
 
     def __init__(self, out: Path):
@@ -74,7 +74,7 @@ class RunDirectory:
             os.close(self.file)
             raise UserError(f"--out {self.out}: another run is using it; wait until it ends, or "
                             "name another directory") from error
-        except OSError as error:  # some network file systems know no locks
+        except OSError as error:  # some network file systems have no locks
             print(f"warning: {self.metrics}: cannot be locked ({error.strerror}); start no other "
                   "run in that directory", file=sys.stderr)
 
@@ -89,7 +89,7 @@ class RunDirectory:
         os.ftruncate(self.file, 0)
 
     def check(self) -> None:
-        """Raise RunError if the directory is no longer the one that the run began in."""
+        """Raise RunError if this is no longer the directory in which the run began."""
         try:
             same = os.path.samestat(os.fstat(self.file), os.lstat(self.metrics))
         except OSError:
@@ -106,18 +106,18 @@ class RunDirectory:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = (json.dumps(finite) + "\n").encode()
         try:
-            while line:  # a full disk may take a part of it
+            while line:  # a full disk may take only a part of it
                 line = line[os.write(self.file, line):]
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
 
     def sync(self) -> None:
-        """Bring the metrics to the disk, before a checkpoint: its steps' lines come once."""
+        """Bring the metrics to the disk, before a checkpoint whose steps are not run again."""
         self.check()
         os.fsync(self.file)
 
     def cut(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which are run again, and what a crash tore."""
+        """Drop the lines of steps after `step`, which are run again, and any half-written line."""
         length = 0
         with suppress(ValueError):
             for line in self.metrics.read_bytes().splitlines(keepends=True):

@@ -11,7 +11,7 @@ from lora.adapter import adapter_path
 from model.weights import base_hashes
 from training.options import Options
 
-# Options that may change when a run is resumed: they do not change its result, or they are paths,
+# Options that may change when a run is resumed: they do not affect its result, or they are paths,
 # whose contents are compared instead.
 HARMLESS = {"out", "device", "log_every", "checkpoint_every", "gradient_checkpointing", "resume",
             "overwrite", "base", "book", "data", "val_data", "init_adapter"}
@@ -28,7 +28,7 @@ def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> dict
 
 
 def refuse_another(then: dict, now: dict) -> None:
-    """Raise UserError that names what differs between a run in `--out` and the one asked for."""
+    """Raise UserError, naming what differs, if the run in `--out` is not the one asked for."""
     if then["method"] != now["method"]:
         raise UserError(f"--resume: the run is of `train.py {then['method']}`, not {now['method']}")
     old, new = then["options"], now["options"]

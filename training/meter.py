@@ -1,4 +1,4 @@
-"""Count on the device what the training loop reports, so that no step waits for it."""
+"""Count on the device what the training loop reports, so that no step waits for the GPU."""
 
 import math
 import time
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from common.errors import RunError
 
-MOST_SKIPS = 20  # fp16 steps in a row that the scaler may skip: it halves its scale at each
+MOST_SKIPS = 20  # fp16 steps skipped in a row that end the run; the scaler halves its scale at each
 
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """How far a run has come."""
 
     step: int = 0
     base_val_loss: float = math.nan
@@ -35,10 +35,10 @@ class Progress:
 
 
 class Meter:
-    """Loss, tokens and time of the steps since `restart`, and the first faulty step of the run.
+    """Sum loss, tokens and time since `restart`, and remember the run's first faulty step.
 
     A step is faulty if its loss or gradient is not finite. In fp16 such a gradient is normal: the
-    scaler skips the step and halves its scale; `MOST_SKIPS` skips in a row are a fault.
+    scaler skips the step and halves its scale; only `MOST_SKIPS` skips in a row are a fault.
     Tokens are those that are scored: all of a window, the completions of an example.
     """
 
@@ -59,7 +59,7 @@ class Meter:
         self.began = time.perf_counter() - seconds
 
     def end_step(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
-        """Count a step: `loss` is its sum over `tokens`, `grad_norm` its norm before clipping."""
+        """Count a step: `loss` is summed over `tokens`; `grad_norm` is from before clipping."""
         self.loss += loss
         self.tokens += tokens
         self.grad_norm = grad_norm
@@ -99,7 +99,7 @@ class Meter:
             {"skipped_steps": int(self.skipped.item())} if self.fp16 else {})
 
     def state_dict(self) -> dict:
-        """Return all that a resumed run needs. Raises RunError, as `check`."""
+        """Return all that a resumed run needs. Raises RunError as `check` does."""
         self.check()
         return {"loss": self.loss.item(), "tokens": self.tokens,
                 "seconds": time.perf_counter() - self.began,

@@ -1,4 +1,4 @@
-"""The options of `train.py`, each declared once: its type, default and help."""
+"""Declare each option of `train.py` once: its type, default and help; read the command line."""
 
 import json
 from dataclasses import Field, dataclass, field, fields
@@ -24,7 +24,7 @@ def option(default: object = None, type: object = None, help: str | None = None,
 
 
 def layers(text: str) -> range:
-    """Parse a block's number, or the first and the last of several, A-B."""
+    """Parse one block's number, or a range of blocks, A-B."""
     first, dash, last = text.partition("-")
     low = number(int, 0, 511)(first)
     return range(low, number(int, low, 511)(last if dash else first) + 1)
@@ -113,7 +113,7 @@ class Options:
         return LoRAConfig(**{f.name: getattr(self, f.name) for f in fields(LoRAConfig)})
 
     def as_json(self) -> dict:
-        """Return every option of the method with its value, as JSON holds it."""
+        """Return all of the method's options with their values, in JSON's types."""
         values = {f.name: getattr(self, f.name) for f in fields(self)[1:]
                   if self.method == "lora" or f.name not in LORA_ONLY}
         return json.loads(json.dumps(values, default=str))  # a path as a string
@@ -127,7 +127,7 @@ def flag(field: Field) -> str:
 
 
 def parse_options(description: str, argv: list[str] | None = None) -> Options:
-    """Read `train.py`'s command line. Raises UserError for what is not an option's value."""
+    """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
     parser = Parser(prog="train.py", description=description.splitlines()[0])
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():

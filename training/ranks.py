@@ -1,8 +1,8 @@
-"""Data parallel training: the processes that `torchrun` starts, each with its share of a batch.
+"""Train in parallel: `torchrun` starts processes, the ranks, each with its share of a batch.
 
 Every rank holds the whole model and computes the gradient of its own windows' summed loss. The sum
-over ranks is that of the whole batch, so the number of ranks changes the speed and not the result,
-but for the dropouts, which each rank draws by itself.
+over ranks is the whole batch's gradient, so the number of ranks changes the speed and not the
+result, except for the dropouts, which each rank draws by itself.
 """
 
 import os
@@ -26,15 +26,15 @@ PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wa
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank`, among `count`. Collectives raise RunError if another rank has gone."""
+    """This process, `rank` of `count`. Collectives raise RunError if another rank has gone."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def of_torchrun(cls) -> "Ranks":
-        """Read torchrun's environment; alone if this process was started otherwise."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for ends of its own
+        """Read torchrun's environment; return ALONE if it did not start this process."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for its own ends
             return ALONE
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
@@ -45,8 +45,8 @@ class Ranks:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Let ranks exchange tensors (the CPU's by gloo, CUDA's by NCCL) inside the `with`, where
-        only the first prints.
+        """Let the ranks exchange tensors inside the `with`, the CPU's by gloo and CUDA's by NCCL.
+        Only the first prints there.
         """
         if self.count == 1:
             yield
@@ -64,7 +64,7 @@ class Ranks:
               redirect_stdout(sys.stdout if self.first else nowhere)):
             try:
                 yield
-            except SystemExit:  # a signal, at which all ranks end together
+            except SystemExit:  # after a signal, all ranks end together
                 dist.destroy_process_group()
                 raise
         dist.destroy_process_group()
@@ -90,7 +90,7 @@ class Ranks:
             self.barrier()
 
     def barrier(self) -> None:
-        """Wait for every rank to come here."""
+        """Wait until every rank has come here."""
         self.agree(0)
 
     def check_same(self, identity: dict) -> None:
@@ -102,7 +102,7 @@ class Ranks:
                                 "every rank with the same options, base and book")
 
     def broadcast(self, parameters: Iterable[Tensor]) -> None:
-        """Give each rank the first's parameters: another machine may read or draw others."""
+        """Give each rank the first's parameters: another machine may read or draw other values."""
         for parameter in parameters if self.count > 1 else ():
             self._call(lambda p=parameter: dist.broadcast(p.detach(), 0))
 
@@ -116,7 +116,7 @@ class Ranks:
             tensor.copy_(total.view_as(tensor))
 
     def agree(self, value: int) -> int:
-        """Return the ranks' largest number; exchanged on the CPU, so that no GPU is waited for."""
+        """Return the ranks' largest number; the exchange is on the CPU and waits for no GPU."""
         if self.count == 1:
             return value
         shared = torch.tensor(value)

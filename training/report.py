@@ -39,7 +39,7 @@ def count_parameters(model: nn.Module) -> dict[str, float]:
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """Return the line that PEFT's `print_trainable_parameters` prints."""
+    """Return the line that PEFT's `print_trainable_parameters` would print."""
     return ("trainable params: {trainable_parameters:,d} || all params: {total_parameters:,d} || "
             "trainable%: {trainable_percent:.4f}".format(**count_parameters(model)))
 
@@ -57,7 +57,7 @@ def write_report(options: Options, report: dict) -> None:
 
 
 def printable(text: str) -> str:
-    """Return a path's text as a table can hold it; a path need not be UTF-8."""
+    """Return a path's text in a form that fits a table; a path need not be UTF-8."""
     text = text.encode(errors="backslashreplace").decode()
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -89,7 +89,7 @@ def best_weights(out: Path, method: str) -> Path:
 
 def compare(directories: list[Path]) -> None:
     """Print the table of finished runs and their bases, and draw it beside the first run."""
-    measures: dict[str, list] = {}  # runs whose losses compare
+    measures: dict[str, list] = {}  # runs whose losses are comparable, under one key
     for directory in directories:
         run = read_run(directory)
         measure = [run["base_sha256"], run["book_sha256"],
@@ -105,7 +105,7 @@ def compare(directories: list[Path]) -> None:
 
 
 def _base_cells(run: dict) -> list[str]:
-    """Return the table's row of a run's base. Both losses are over the same tokens and bytes."""
+    """Return the row of a run's base; its loss is over the tokens and bytes of the run's."""
     loss, best = run["base_val_loss"], run["best_val_loss"]
     bits = f"{run['best_val_bits_per_byte'] * loss / best:.4f}" if best else "-"
     return [f"base {printable(run['base'])}", "-", "-", "-", "0", f"{loss:.4f}",
@@ -153,7 +153,7 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
 def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None:
     """Draw validation perplexity, each base before its runs, and parameters and time of each run.
 
-    The losses of each list of runs compare.
+    Each list holds runs whose losses are comparable.
     """
     if not can_draw():
         return

@@ -1,7 +1,7 @@
 """Run the training loop safely: lock `--out`, save and resume, handle signals, log and report.
 
-`train.py` owns the mathematics. What a checkpoint must hold, it names here with `watch`: any object
-with `state_dict()` and `load_state_dict()`, PyTorch's `Stateful` protocol.
+`train.py` owns the mathematics. With `watch` it names what a checkpoint must hold: any objects with
+`state_dict()` and `load_state_dict()`, PyTorch's `Stateful` protocol.
 """
 
 import math
@@ -70,13 +70,13 @@ class Session:
             raise RunError(f"{failure}; {saved}") from error
 
     def watch(self, **stateful: Any) -> None:
-        """Name what a checkpoint holds besides the random generators. `progress`, with its
-        `step` and `best_val_loss`, must be among it.
+        """Name what a checkpoint holds besides the random generators' states. One of these must be
+        `progress`, with its `step` and `best_val_loss`.
         """
         self.watched = stateful
 
     def resume(self, total_steps: int) -> None:
-        """Start in an empty `--out` or, with --resume, where the checkpoint left the run."""
+        """Empty `--out` and start or, with --resume, continue from the checkpoint."""
         out, resume = self.options.out, self.options.resume
         self.total_steps = total_steps
         if not self.directory:
@@ -92,7 +92,7 @@ class Session:
         self.running = True
 
     def steps(self, batches: Iterable) -> Iterator:
-        """Yield the batches under a progress bar; from here on a signal lets the step end."""
+        """Yield the batches under a progress bar; from here on, a signal lets the step finish."""
         on_signals(self._on_signal)
         self.saved_at = time.perf_counter()
         with tqdm(total=self.total_steps, initial=self.watched["progress"].step, unit="step",
@@ -109,7 +109,7 @@ class Session:
             self.directory.append(metrics)
 
     def after_step(self, epoch_ends: bool) -> float:
-        """Save if a checkpoint is due; stop, saved, after a signal. Returns the seconds it took."""
+        """Save if a checkpoint is due; after a signal, save and stop. Return the seconds taken."""
         began = time.perf_counter()
         if self.ranks.agree(self._checkpoint_is_due(epoch_ends)):
             self._save()
@@ -125,7 +125,7 @@ class Session:
         return time.perf_counter() - began
 
     def finish(self, report: dict) -> None:
-        """Draw `loss.png` and write `run.json`, whose presence says that the run is complete."""
+        """Write `run.json`, whose presence says that the run is complete; draw `loss.png`."""
         if self.directory:
             self.directory.check()
             many = f"{self.ranks.count} x " if self.ranks.count > 1 else ""
@@ -134,7 +134,7 @@ class Session:
                 "torch": torch.__version__})
 
     def _count(self) -> dict:
-        """Update and return time and peak memory, those before a resume included."""
+        """Update and return time and peak memory, including those before a resume."""
         self.seconds = time.perf_counter() - self.started
         self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
         return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
@@ -147,7 +147,7 @@ class Session:
         return age >= every if isinstance(every, float) else step % every == 0
 
     def _on_signal(self, number: int, frame) -> None:
-        """Let the step end and save at the first signal; stop at once at a second."""
+        """At the first signal, let the step end and save; at a second, stop at once."""
         if self.stop_signal:
             end_at_once(number, frame)
         self.stop_signal = number
@@ -165,7 +165,7 @@ class Session:
         self.saved_step, self.saved_at = self.watched["progress"].step, time.perf_counter()
 
     def _restore(self, state: dict) -> None:
-        """Restore what `_save` saved. Raises UserError if the checkpoint is of another run."""
+        """Restore what `_save` saved. Raises UserError if the checkpoint is another run's."""
         try:
             refuse_another(state["run"], self.identity)
             for name, stateful in self.watched.items():

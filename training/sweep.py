@@ -1,7 +1,7 @@
 """Train once for each learning rate, rank and seed, and compare: `make sweep`.
 
-Each run is `train.py` in a process of its own, as it would be alone. The same command resumes a
-sweep: train.py leaves a finished run as it is, and refuses it if its options were others.
+Each run is a `train.py` in a process of its own. The same command resumes a sweep: train.py leaves
+a finished run as it is, and refuses it if its options differ.
 """
 
 import signal
@@ -23,10 +23,10 @@ COLUMNS = ("runs", "val loss", "min .. max", "perplexity", "min .. max")
 
 
 def train(arguments: list[str], out: Path) -> int:
-    """Return the exit status of train.py, once it has ended."""
+    """Run train.py and return its exit status."""
     resume = ["--resume"] if (out / METRICS).exists() and "--overwrite" not in arguments else []
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, *resume])
-    # A terminal's SIGINT reaches the child as well, which saves and ends; SIGTERM does not.
+    # A terminal's SIGINT also reaches the child, which saves and ends; SIGTERM does not.
     ours = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
     before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     status = child.wait()
@@ -41,7 +41,7 @@ def spread(values: list[float], digits: int) -> list[str]:
 
 
 def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> None:
-    """Draw perplexity against learning rate: one line per rank, its bars from least to most."""
+    """Draw perplexity against learning rate: a line per rank, with bars from least to most."""
     figure, axes = subplots(figsize=(7, 4.5))
     for rank in dict.fromkeys(rank for _, rank in perplexities):
         line = {lr: v for (lr, r), v in sorted(perplexities.items()) if r == rank}
