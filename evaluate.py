@@ -32,7 +32,7 @@ from training.report import compare, perplexity
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores on `tokens` tokens, `bytes` bytes of UTF-8; `loss` is the tokens' mean, in nats."""
+    """Scores on `tokens` tokens, `bytes` bytes of UTF-8; `loss` is the mean per token, in nats."""
 
     tokens: int
     bytes: int
@@ -55,9 +55,9 @@ class Scores:
 @torch.no_grad()
 def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer,
              device: Device, ranks: Ranks = ALONE) -> Scores:
-    """Score the targets that are not NOT_SCORED, of inputs and targets (B, T).
+    """Score batches of inputs and targets (B, T), leaving out targets that are NOT_SCORED.
 
-    Raises RunError if the loss is not finite, and UserError if all of them are end-of-text tokens.
+    Raises RunError if the loss is not finite, and UserError if every target is an end of text.
     """
     # Sums over tokens of the loss and of the greedy hits. MPS has no fp64.
     sums = torch.zeros(2, device=device.torch,

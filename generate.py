@@ -92,8 +92,8 @@ def write_side_by_side(args, device: Device) -> None:
 
 
 def write_texts(model: GPT2, tokenizer: Tokenizer, args, rows: list[tuple[str, str]]) -> None:
-    """Continue the prompts of `rows`, each after its heading, on stdout: one token by token,
-    several in one batch, each as if it were the only one.
+    """Print each row's heading, prompt and continuation: a single one token by token, several when
+    all are done. They share a batch, but each is continued as if it were the only one.
     """
     texts = [heading + prompt for heading, prompt in rows]
     prompts = [tokenizer.encode(prompt) for _, prompt in rows]
@@ -112,8 +112,8 @@ def seeded(model: GPT2, args) -> torch.Generator:
 
 
 def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
-    """Answer stdin line by line, each line after all that was said before it; the oldest turns are
-    forgotten when the context has no room for them and an answer.
+    """Answer stdin line by line, with all earlier turns as context. The oldest turns are dropped
+    when the context has no room for them and an answer.
     """
     require_end_of_text(tokenizer)  # now, and not after the first answer
     sys.stdin.reconfigure(errors="replace")
@@ -137,8 +137,8 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
 
 def stream(model: GPT2, tokenizer: Tokenizer, prompts: list[np.ndarray], args,
            generators: list[torch.Generator]) -> Iterator[tuple[int, str]]:
-    """Continue each prompt's ids up to its end of text; yield rows with pieces of their text, in
-    whole characters.
+    """Continue each prompt's ids up to an end of text; yield a row and the next piece of its text,
+    in whole characters.
     """
     ids = [torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
            for prompt in prompts]
@@ -161,7 +161,7 @@ def stream(model: GPT2, tokenizer: Tokenizer, prompts: list[np.ndarray], args,
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
-    """Return where the model's vocabulary is padding and holds no token, bool (V,)."""
+    """Return a mask, bool (V,), of the ids that only pad the model's vocabulary."""
     mask = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
     mask[list(tokenizer.bytes_of)] = False
     return mask

@@ -75,8 +75,8 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 class Trainer:
-    """A model made from the base in `directory`, the data, and what the steps need: AMP, AdamW,
-    warm-up and cosine, accumulation, clipping.
+    """Hold the model built from the base in `directory`, the data, and what a step needs: mixed
+    precision, AdamW, warm-up and cosine, accumulation, clipping.
     """
 
     def __init__(self, options: Options, directory: Path, device: Device, ranks: Ranks = ALONE):
@@ -135,15 +135,15 @@ class Trainer:
         self.meter.end_step(self.progress.step, total, tokens, grad_norm)
 
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum -log p(target) over the tokens, nats; a sum, so that parts of a batch add up.
+        """Return the sum of -log p(target) over the tokens, in nats; a batch's parts add up.
 
         `inputs` and `targets` (B, T) are on the CPU.
         """
-        if not len(inputs):  # a rank without windows; attention may refuse these (pytorch#133780)
+        if not len(inputs):  # a rank without windows, which attention may refuse (pytorch#133780)
             return 0 * sum(p.sum() for p in self.parameters.values())  # gradients of 0
         hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
-        if self.options.data:  # an example scores its completions, a window every token
+        if self.options.data:  # only completions are scored; of a window, every token is
             scored = scored_positions(targets)
             hidden, targets = hidden[self.device.copy(scored)], targets[scored]
         return ops.tied_cross_entropy(hidden, self.model.wte.weight, self.device.copy(targets))
