@@ -97,7 +97,7 @@ class Touch(str):
     """A path; unpickling it makes the file."""
 
     def __reduce__(self):
-        return Path.touch, (Path(self),)
+        return Path.touch, (Path(str(self)),)
 
 
 @pytest.mark.parametrize("file_format", ["zip", "legacy"])
