@@ -18,7 +18,7 @@ from lora.layer import LoRAConfig
 from lora.targets import TRANSFORMER, layer_config
 
 WEIGHTS = "adapter_model.safetensors"
-PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.6
+PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.7
 PREFIX = f"base_model.model.{TRANSFORMER}"
 BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: of the base's weights file; PEFT ignores it
 

@@ -50,7 +50,7 @@ def dense_sum(base, adapters, weights):
 def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters, tmp_path):
     weights, out = (0.5, -2), tmp_path / "out"
     torch.save(load_file(adapters[1] / WEIGHTS), adapters[1] / PICKLED_WEIGHTS)
-    (adapters[1] / WEIGHTS).unlink()  # as PEFT wrote them before 0.6
+    (adapters[1] / WEIGHTS).unlink()  # as PEFT wrote them before 0.7
     assert stdout_of(main, *adapters, "--weights", *weights, "--out", out) == (
         f"{out}: rank 5, 100.00% of the sum's squared norm\n")
     dense, total = dense_sum(base, adapters, weights)
