@@ -132,10 +132,10 @@ def _cpu_has_bf16() -> bool:
 def tune_process() -> None:
     """Apply the process-wide settings with which our commands run fastest."""
     # By default glibc gives large blocks back to the kernel, and a fresh one costs a page fault
-    # every 4 KB (mallopt(3)). Full fine-tuning, with new gradients at each step, waits longest.
+    # every 4 KiB (mallopt(3)). Full fine-tuning, with new gradients at each step, waits longest.
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap as well,
         mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
-    # On an H100 or later, torch 2.11 to 2.13 prefer cuDNN, which plans for every new shape: in
+    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN, which plans for every new shape: in
     # generation, at each token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -156,7 +156,7 @@ def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
     """
     at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
     chunks = math.ceil(len(h) * len(w) / at_a_time) or 1
-    # One buffer for every p: fresh memory of this size would cost a page fault every 4 KB.
+    # One buffer for every p: fresh memory of this size would cost a page fault every 4 KiB.
     p_buffer = torch.empty(math.ceil(len(h) / chunks), len(w), device=h.device)
     for h_rows, y in zip(h.chunk(chunks), targets.chunk(chunks), strict=True):
         z = linear(h_rows, w)

@@ -1,6 +1,6 @@
 """Damaged files by the thousand: each is loaded correctly, or refused with one line that names it.
 
-It may take four seconds of processor time and 1 GB. `run(range(N, N + 1), seed)` repeats case N.
+It may take four seconds of processor time and 1 GiB. `run(range(N, N + 1), seed)` repeats case N.
 """
 
 import multiprocessing
