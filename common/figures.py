@@ -16,7 +16,7 @@ def can_draw() -> bool:
 
 def subplots(*grid: int, figsize: tuple[float, float], **shared: bool):
     """Return a new figure and its axes, in `grid` rows and columns."""
-    from matplotlib.figure import Figure  # takes a third of a second, and few commands draw
+    from matplotlib.figure import Figure  # slow to import, and few commands draw
     figure = Figure(figsize, layout="constrained")
     return figure, figure.subplots(*grid, **shared)
 

@@ -3,8 +3,8 @@
 - `linear`: oneDNN's matmul in place of MKL's, in fp32.
 - `dropout`: a quarter of the random numbers that `F.dropout` draws.
 - `causal_attention`: matmul, softmax, dropout, matmul; the fused kernel has no dropout on a CPU.
-- `tied_cross_entropy`, `score`: the logits are never whole, and the loss takes three matmuls.
-- `Embedding`: draws no weights; on the meta device that would import PyTorch's compiler, in 1 s.
+- `tied_cross_entropy`, `score`: the logits are never whole, and no matmul is done twice.
+- `Embedding`: draws no weights; on the meta device that would import PyTorch's compiler.
 
 The first three are for the CPU; elsewhere they call what they replace. `python -m
 benchmarks.operations` measures what each operation gains (docs/speed.md).
