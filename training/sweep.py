@@ -74,7 +74,7 @@ def main() -> int:
     values = args.lr or [default.lr], args.r or [None], args.seed or [default.seed]
     plan, results, failed = [], {}, False
     for lr, r, seed in product(*map(dict.fromkeys, values)):  # a value given twice is one run
-        options = [f"lr={lr}"] + ([f"r={r}"] if r else []) + [f"seed={seed}"]
+        options = [f"lr={lr}"] + ([] if r is None else [f"r={r}"]) + [f"seed={seed}"]
         out = args.out / ",".join(options)
         plan.append(((lr, r), out, [args.method, *others, *(f"--{x}" for x in options),
                                     f"--out={out}"]))

@@ -75,5 +75,6 @@ def test_the_command_runs_train_py(base, book, tmp_path):
     ending = run(sweep.main, *command)
     assert ending.status == 0, ending.stderr
     assert (tmp_path / "sweep" / "lr=0.001,seed=42" / "model.safetensors").exists()
-    wrong = run(sweep.main, *command, "--r", 4)
-    assert (wrong.status, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    for mistake in (*command, "--r", 4), ("lora", *command[1:], "--r", 0):
+        wrong = run(sweep.main, *mistake)
+        assert (wrong.status, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
