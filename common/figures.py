@@ -1,5 +1,6 @@
 """Draw with matplotlib, an optional dependency: no result needs it."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def can_draw() -> bool:
 
 def subplots(*grid: int, figsize: tuple[float, float], **shared: bool):
     """Return a new figure and its axes, in `grid` rows and columns."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its `!` commands inherit, may be missing
     from matplotlib.figure import Figure  # slow to import, and few commands draw
     figure = Figure(figsize, layout="constrained")
     return figure, figure.subplots(*grid, **shared)
