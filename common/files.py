@@ -30,6 +30,8 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
     path = Path(path)
     temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # root would replace /dev/null
+            raise OSError("not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.add(temporary)
         try:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -51,6 +52,7 @@ def workspace(base, tmp_path_factory):
     }.items():
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(content)
+    os.mkfifo(place / "pipe")
     (place / "latin1.txt").write_text("café au lait", encoding="latin-1")
     tiny_gpt2_directory(place / "other", seed=1)  # of the same shapes
     trained("lora", place / "base", place / "book.txt", place / "run", "--max-steps", 2)
@@ -92,6 +94,7 @@ MISTAKES = [
     ("lora --val-fraction 0.001", "book.txt: its validation part"), (f"full --book {LONG}", LONG),
     ("evaluate --text directory", "directory"), ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
     ("evaluate --text one.txt", "1 tokens; too short"), ("evaluate --json directory", "directory"),
+    ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # or /dev/stdout
     ("full --block-size 65", "--block-size 65"), ("evaluate --block-size 65", "--block-size 65"),
     ("evaluate --stride 17", "--stride 17"), ("evaluate --json book.txt/scores.json", "book.txt/s"),
     *((f"compare {run}", f"{run}/run.json")
