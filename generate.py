@@ -123,10 +123,11 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
     print(ready, end="", flush=True)
     for line in sys.stdin:
         turns.append(("User", line.strip()))
-        for first in range(0, len(turns), 2):
-            ids = np.append(encode(turns[first:], tokenizer)[0], tokenizer.encode("Assistant:"))
-            if len(ids) <= room:
+        while True:
+            ids = np.append(encode(turns, tokenizer)[0], tokenizer.encode("Assistant:"))
+            if len(ids) <= room or len(turns) == 1:
                 break
+            del turns[:2]
         answer = ""
         for _, text in stream(model, tokenizer, [ids], args, [generator]):
             print(text if answer else text.lstrip(), end="", flush=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -127,6 +128,8 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, an
 
     lines = ["Who lights it? ", "And then?", "When?", f"Does {60 * 'it '}"]
     monkeypatch.setattr(command, "stream", answer)
+    encode = mock.Mock(wraps=command.encode)
+    monkeypatch.setattr(command, "encode", encode)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
     model, tokenizer = GPT2(GPT2Config(VOCAB, 100, 4, 1, 1)), small_tokenizer(VOCAB)
     monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, tokenizer))
@@ -142,6 +145,7 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, an
               for turn, row in enumerate(sizes)]  # with room for an answer, or the line alone
     assert seen == ["".join(said[first:turn]) + asks[turn] for turn, first in enumerate(starts)]
     assert starts == ([0, 0, 0, 3] if answer_tokens == 7 else [0, 0, 1, 3])
+    assert encode.call_count == 4 + 3  # a turn is forgotten once, and not read again at each line
     endless = replace(tokenizer, end_of_text=None)
     monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, endless))
     assert "--chat" in one_line(run(command.main, "--chat", "--device", "cpu"), 2)
