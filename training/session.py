@@ -147,12 +147,16 @@ class Session:
         return age >= every if isinstance(every, float) else step % every == 0
 
     def _on_signal(self, number: int, frame) -> None:
-        """At the first signal, let the step end and save; at a second, stop at once."""
+        """At the first signal, let the step end and save; at another, stop at once, but for SIGTERM
+        again: `timeout`, `make` and schedulers each pass on one and the same.
+        """
+        if self.stop_signal == number == signal.SIGTERM:
+            return
         if self.stop_signal:
             end_at_once(number, frame)
         self.stop_signal = number
         if self.directory:
-            say("stopping once the step is done and saved; a second signal stops at once")
+            say("stopping once the step is done and saved; Ctrl-C stops at once")
 
     def _save(self) -> None:
         mine = bytes(self.device.random.get_rng_state().tolist()).hex()
