@@ -83,7 +83,7 @@ def main() -> int:
         print(f"--- {out.name}", flush=True)
         status = train(arguments, out)
         if status in (130, 143):
-            print("the same command resumes the sweep", file=sys.stderr)
+            print("the same command, without --overwrite, resumes the sweep", file=sys.stderr)
             return status
         if status:
             print(f"error: {out.name}: exit status {status}", file=sys.stderr)

@@ -67,7 +67,7 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
     monkeypatch.setattr(sweep, "train", lambda arguments, out: 143)
     ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
     assert ending.status == 143 and ending.stdout.count("---") == 1
-    assert ending.stderr == "the same command resumes the sweep\n"
+    assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
 
 
 def test_the_command_runs_train_py(base, book, tmp_path):
