@@ -55,7 +55,7 @@ def load_tokens(book: Path, tokenizer: Tokenizer, cache: Path = CACHE) -> np.nda
     not UTF-8 or not a text.
     """
     path = cache / f"{file_sha256(book)[:32]}-{tokenizer.sha256[:32]}.bin"
-    if not path.exists():
+    if not os.path.exists(path):
         try:
             with atomic_path(path) as temporary, open(temporary, "wb") as file:
                 file.writelines(map(tokenizer.encode, _pieces(book, tokenizer)))

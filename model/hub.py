@@ -82,11 +82,10 @@ def _cached(name: str) -> Path | None:
     cache = os.environ.get("HF_HOME") or f"{cache}/huggingface"
     cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{cache}/hub"))
     for folder in (f"models--{OWNER}--{name}", f"models--{name}"):  # the second is the old name
-        try:
+        main, snapshots = "", []
+        with suppress(OSError, ValueError):
+            snapshots = [*(cache / folder / "snapshots").glob("*")]
             main = (cache / folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        except (OSError, ValueError):
-            main = ""
-        snapshots = (cache / folder / "snapshots").glob("*")
         for snapshot in sorted(snapshots, key=lambda path: (path.name != main, path.name)):
             if _is_model(snapshot):
                 return snapshot

@@ -172,12 +172,14 @@ def test_a_path_that_cannot_be_read_is_named(tmp_path):
         os.seteuid(user)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
-    cache = tmp_path / "cache"
-    cache.write_text("a file where the directory should be")
+@pytest.mark.parametrize("name", ["file", 300 * "x"])  # a file, or not to be looked up
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "file").write_text("where the directory should be")
+    cache = tmp_path / name
     monkeypatch.setattr(tokens_module, "PIECE", 20)
     tokens = load_tokens(write(tmp_path, TEXT), SMALL, cache)
     assert tokens.tolist() == whole(TEXT) and tokens.dtype == np.uint16
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {cache}{os.sep}") and len(warning.splitlines()) == 1
-    assert "No such file" in refused(tmp_path / "missing", cache)
+    missing = tmp_path / "missing"
+    assert "No such file" in refusal(missing, load_tokens, missing, SMALL, cache)

@@ -139,6 +139,11 @@ def test_found_in_a_cache(fake, tmp_path, monkeypatch, capsys, variable, value, 
     assert (fake.requests, capsys.readouterr().out) == ([], f"base: gpt2 (cached in {model})\n")
 
 
+def test_a_cache_that_cannot_be_read_is_done_without(fake, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", 300 * "x")  # as where it is another user's
+    assert find("gpt2") == hub.CACHE / "gpt2"
+
+
 def test_the_main_revision_comes_first_and_only_whole_snapshots_count(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--openai-community--gpt2"
