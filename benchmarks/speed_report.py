@@ -112,8 +112,11 @@ def draw_ratios(ratios: list[dict]):
     axes.set_yticks(range(len(ratios)), [f"{r['theirs']}  /  {r['ours']}" for r in ratios],
                     fontsize=8)
     axes.set_ylim(-0.6, len(ratios) - 0.2)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    ticks = [x for x in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4) if low < x < high]
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
     axes.set_xlabel("their time / our time, in the same round (right of 1: this project is faster)")
     axes.grid(alpha=0.3, axis="x")
     return figure
@@ -135,7 +138,7 @@ def draw_axes(contenders: dict[str, dict]):
                                  for end in ("min", "median", "max"))
             axes.plot(sizes, middle, "o-", color=colour, label=name)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.2)
-        axes.set_xticks(sizes, sizes)
+        axes.set_xticks(sizes, sizes, fontsize=8)
         axes.set(xlabel=AXES[shown[column]], ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=8)
