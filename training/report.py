@@ -90,8 +90,11 @@ def best_weights(out: Path, method: str) -> Path:
 def compare(directories: list[Path]) -> None:
     """Print the table of finished runs and their bases, and draw it beside the first run."""
     measures: dict[str, list] = {}  # runs whose losses are comparable, under one key
-    for directory in directories:
-        run = read_run(directory)
+    names = [directory.resolve().name for directory in directories]
+    if len(set(names)) < len(names):  # as with a/lora and b/lora
+        names = list(map(str, directories))
+    for directory, name in zip(directories, names, strict=True):
+        run = read_run(directory) | {"name": printable(name)}
         measure = [run["base_sha256"], run["book_sha256"],
                    *map(run["options"].get, ("val_fraction", "block_size", "label_shift"))]
         measures.setdefault(str(measure), []).append((directory, run))
@@ -117,7 +120,7 @@ def _cells(directory: Path, run: dict) -> list[str]:
     if not weights.is_file():
         raise UserError(f"{weights}: is missing; the run is not whole")
     options = run["options"]
-    return [f"{run['method']} ({printable(directory.name)})", f"{options['batch_size']:,}",
+    return [f"{run['method']} ({run['name']})", f"{options['batch_size']:,}",
             f"{options['lr']:g}", f"{run['steps']:,}", f"{run['trainable_parameters']:,}",
             f"{run['best_val_loss']:.4f}", f"{run['best_val_perplexity']:.2f}",
             f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",
@@ -162,9 +165,9 @@ def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None
         base = runs[0][1]
         bars.append((f"base\n({printable(Path(base['base']).name)})", COLOURS["base"],
                      perplexity(base["base_val_loss"]), math.nan, math.nan))
-        bars += [(f"{run['method']}\n({printable(directory.name)})".replace(",", ",\n"),
+        bars += [(f"{run['method']}\n({run['name']})".replace(",", ",\n"),
                   COLOURS[run["method"]], run["best_val_perplexity"],
-                  run["trainable_parameters"], run["seconds"]) for directory, run in runs]
+                  run["trainable_parameters"], run["seconds"]) for _, run in runs]
     names, colours, *values = zip(*bars, strict=True)
     figure, panels = subplots(1, 3, figsize=(max(11, 3 * len(bars)), 4))
     titles = {"validation perplexity (lower is better)": "{:.1f}",

@@ -88,6 +88,12 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     rows, printed = compare(first, runs["lora"].out)  # the same, spelled in two ways
     assert [row[0] for row in rows[2:]] == ["base base", "lora (first)", "lora (lora)"]
     assert "losses compare only within a base" not in printed
+    other = shutil.copytree(first, tmp_path / "other" / "first")
+    assert [row[0] for row in compare(first, other)[0][3:]] == [
+        f"lora ({first})", f"lora ({other})"]  # by their paths, if their names are one
+    monkeypatch.chdir(first)
+    assert compare(".")[0][3][0] == "lora (first)"
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text(story(seed=1))
     trained("lora", "base", "book.txt", book_changed, "--max-steps", 4)
     rows, printed = compare(first, book_changed)
