@@ -119,14 +119,11 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
     sys.stdin.reconfigure(errors="replace")
     context, generator, turns = model.config.n_positions, seeded(model, args), []
     room = context - min(args.max_new_tokens, context // 2)
-    ready = "> " if sys.stdin.isatty() else ""
+    ready, asks = "> " if sys.stdin.isatty() else "", tokenizer.encode("Assistant:")
     print(ready, end="", flush=True)
     for line in sys.stdin:
         turns.append(("User", line.strip()))
-        while True:
-            ids = np.append(encode(turns, tokenizer)[0], tokenizer.encode("Assistant:"))
-            if len(ids) <= room or len(turns) == 1:
-                break
+        while len(ids := np.append(encode(turns, tokenizer)[0], asks)) > room and len(turns) > 1:
             del turns[:2]
         answer = ""
         for _, text in stream(model, tokenizer, [ids], args, [generator]):

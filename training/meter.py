@@ -14,7 +14,7 @@ MOST_SKIPS = 20  # fp16 steps skipped in a row that end the run; the scaler halv
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Hold how far a run has come, and its losses so far."""
 
     step: int = 0
     base_val_loss: float = math.nan
