@@ -1,7 +1,5 @@
 """Draw the LoRA layer for the README: `python -m experiments.diagram` -> docs/figures/lora.png."""
 
-from matplotlib.patches import FancyArrowPatch, Polygon
-
 from common.figures import RED, save_figure, subplots
 from training.options import ROOT
 
@@ -24,6 +22,7 @@ TEXTS = {"x  (768 numbers)": (7.6, 0.7, INK), "+": (7.6, 7.8, INK), "A  8 x 768"
 
 def main() -> None:
     figure, axes = subplots(figsize=(7.6, 4.6))
+    from matplotlib.patches import FancyArrowPatch, Polygon  # once `subplots` has set the backend
     axes.set(xlim=(0, 15.2), ylim=(0, 9.4))
     axes.axis("off")
     for corners, colour in SHAPES:
