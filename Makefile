@@ -14,8 +14,8 @@
 #
 # Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file, or a directory of .txt
 # files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON lines, in place of
-# BOOK), OUT (a directory), ADAPTER (of generate; default: OUT, else runs/lora), ARGS (any further
-# options of the command).
+# BOOK), OUT (a directory), LR, R and SEEDS (of training: --lr, --r and --seed), ADAPTER (of
+# generate; default: OUT, else runs/lora), ARGS (any further options of the command).
 
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -34,7 +34,8 @@ export _PROMPT := $(value PROMPT)
 export _CORPUS := $(value CORPUS)
 BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
 DATA_OPTION := $(if $(value DATA),--data "$$_DATA")
-TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT),--out "$$_OUT") $(ARGS)
+TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT),--out "$$_OUT") \
+	$(if $(LR),--lr $(LR)) $(if $(R),--r $(R)) $(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
 .PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \
@@ -70,8 +71,7 @@ generate: .venv/run
 	$(PY) generate.py --base "$$_BASE" --adapter "$$_ADAPTER" --with-base --prompt "$$_PROMPT" $(ARGS)
 
 sweep: .venv/run
-	$(PY) -m training.sweep $(or $(METHOD),lora) $(TRAIN_OPTIONS) $(if $(LR),--lr $(LR)) \
-		$(if $(R),--r $(R)) $(if $(SEEDS),--seed $(SEEDS))
+	$(PY) -m training.sweep $(or $(METHOD),lora) $(TRAIN_OPTIONS)
 
 test: .venv/dev
 	$(PY) -m pytest -q -n logical --dist worksteal $(ARGS)

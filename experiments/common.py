@@ -26,6 +26,10 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="where there are some (%(default)s)")
     args = parser.parse_args(argv)
     args.out = args.out or ROOT / ("runs" if args.short else "docs") / "figures"
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)  # now, not after an hour's work
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     return args
 
 
@@ -54,7 +58,6 @@ def spread(values: Iterable[float], digits: int = 1) -> str:
 
 def save(args: argparse.Namespace, name: str, data: dict, figure) -> dict:
     """Write NAME.json, a line a key, with five digits a number, and NAME.png; return the data."""
-    args.out.mkdir(parents=True, exist_ok=True)
     short = json.loads(json.dumps(data), parse_float=lambda text: float(f"{float(text):.5g}"))
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in short.items())
     (args.out / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
