@@ -1,7 +1,6 @@
 """`evaluate.py`: a model's scores as JSON, and the table and picture of finished runs."""
 
 import json
-import math
 import shutil
 import struct
 
@@ -21,21 +20,17 @@ def score(book, tmp_path, *options: object) -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", ["base", "lora", "full"])
-def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path, name):
-    model, adapter = {"base": (base, None), "lora": (base, runs["lora"].out),
-                      "full": (runs["full"].out, None)}[name]
-    found = score(book, tmp_path, "--base", model, *(("--adapter", adapter) if adapter else ()))
-    assert set(found) == {"base", "adapter", "text", "val_fraction", "tokens", "bytes", "loss",
-                           "perplexity", "bits_per_byte", "accuracy"}
-    assert found["base"] == str(model) and found["text"] == str(book)
-    assert found["adapter"] == (str(adapter) if adapter else None)
-    report = runs["full" if name == "base" else name].report
-    which = "base" if name == "base" else "best"
-    assert found["loss"] == pytest.approx(report[f"{which}_val_loss"], rel=1e-6)
-    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-    if which == "best":
-        assert found["bits_per_byte"] == pytest.approx(report["best_val_bits_per_byte"], rel=1e-6)
+def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path):
+    lora, full = runs["lora"], runs["full"]
+    for model, adapter, report in ((base, lora.out, lora.report), (full.out, None, full.report)):
+        found = score(book, tmp_path, "--base", model, *(("--adapter", adapter) if adapter else ()))
+        assert set(found) == {"base", "adapter", "text", "val_fraction", "tokens", "bytes", "loss",
+                              "perplexity", "bits_per_byte", "accuracy"}
+        assert found["base"] == str(model) and found["text"] == str(book)
+        assert found["adapter"] == (str(adapter) if adapter else None)
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            assert found[name] == pytest.approx(report[f"best_val_{name}"], rel=1e-6)
+    score(book, tmp_path, "--base", base, "--val-fraction", 0.004)  # printed as 0.4 %
 
 
 def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, tmp_path):
@@ -60,7 +55,6 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     (head, _, *rows), printed = compare(runs["lora"].out, runs["full"].out)
     assert head == ["", "batch", "peak lr", "steps", "trained", "val loss", "perplexity",
                     "bits/byte", "seconds", "tokens/s", "peak MB", "MB on disk"]
-    score(book, tmp_path, "--base", base, "--val-fraction", 0.004)
     s = score(book, tmp_path, "--base", base)
     expected = [[f"base {base}", *"---", "0", f"{s['loss']:.4f}", f"{s['perplexity']:.2f}",
                  f"{s['bits_per_byte']:.4f}", *"----"]]
@@ -126,12 +120,11 @@ def test_a_run_of_another_make_is_refused(runs, tmp_path):
         assert ending.stdout == "" and one_line(ending, 2) == (
             f"error: {path / 'run.json'}: is not what this version of train.py leaves at a run's "
             "end; train again with --overwrite")
-        assert not (path.parent / "compare.png").exists()
 
 
 @drawing()
 def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
-    for name in (r"$\no$", "a|b", 300 * "x", "caf\udce9", "ベース　一", "a\nb"):
+    for name in (r"$\no$", "caf\udce9", "a\nb"):
         path = changed(runs["lora"], tmp_path / name[:5], base=name)
         compare(path)
         assert (path.parent / "compare.png").stat().st_size > 1000
