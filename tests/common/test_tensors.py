@@ -38,8 +38,7 @@ DAMAGED = [
       for x in (torch.nan, torch.inf, -torch.inf)),
     *((lambda t, dtype=dtype: t.update({W: t[W].to(dtype)}),
        f"{W} is not a tensor of fp32, fp16 or bf16 ({dtype})")
-      for dtype in (torch.int64, torch.int32, torch.bool, torch.float64, torch.complex64,
-                    torch.float8_e4m3fn)),
+      for dtype in (torch.int64, torch.float64)),
 ]
 
 
