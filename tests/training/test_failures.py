@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.runs import arguments, die, finished, one_line, run_acting
-from training.checkpoint import CHECKPOINT, read_checkpoint
+from training.checkpoint import read_checkpoint
 
 OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
 FP16 = ("--precision", "fp16")
@@ -35,10 +35,7 @@ def test_a_number_that_is_not_finite_stops_the_run_with_its_step_named(
     line = one_line(run_acting({8: act}, *argv, "--precision", precision))
     assert f"step 8: {what}; " in line
     assert "the last checkpoint is from step 6" in line and "--lr" in line
-    assert (tmp_path / "run" / CHECKPOINT).exists()
-    state = read_checkpoint(tmp_path / "run")
-    assert state["progress"]["step"] == 6
-    assert all(p.isfinite().all() for p in state["parameters"].values())
+    assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 6
     assert not (tmp_path / "run" / "run.json").exists()
 
 
@@ -79,16 +76,14 @@ def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_pa
         assert again.column(name) == done.column(name)
 
 
-@pytest.mark.parametrize("skipped, fault", [
-    (range(3, 23), 22), ([*range(3, 22), *range(23, 42)], None)], ids=["20", "19 and 19"])
-def test_twenty_skipped_steps_in_a_row_are_a_fault(argv, skipped, fault):
+def test_twenty_skipped_steps_in_a_row_are_a_fault(argv):
     """Even if the next is good, and nobody looked in between; a good step begins a new row."""
-    ending = run_acting(dict.fromkeys(skipped, spoil_gradient), *argv, *FP16, "--log-every", 100,
-                        "--checkpoint-every", 100, "--max-steps", 44)
-    assert ending.status == (1 if fault else 0), ending
-    if fault:
-        assert f"step {fault}: the gradient overflowed in 20 steps in a row" in one_line(ending)
-        assert "there is no checkpoint yet" in ending.stderr
+    argv += [*FP16, "--max-steps", 44, "--log-every", 100, "--checkpoint-every", 100, "--overwrite"]
+    line = one_line(run_acting(dict.fromkeys(range(3, 23), spoil_gradient), *argv))
+    assert "step 22: the gradient overflowed in 20 steps in a row" in line
+    assert "there is no checkpoint yet" in line
+    twice_19 = [*range(3, 22), *range(23, 42)]
+    assert run_acting(dict.fromkeys(twice_19, spoil_gradient), *argv).status == 0
 
 
 def test_a_row_of_skipped_steps_goes_on_after_a_resume(argv):
