@@ -34,13 +34,6 @@ DROPPING = ("--batch-size", 8, "--max-steps", 16, "--eval-every", 10, "--checkpo
 LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
 
 
-def torchrun(folder: Path, *command: object) -> Process:
-    """Start two ranks by torchrun itself; what they print goes to `folder`."""
-    folder.mkdir(exist_ok=True)
-    return Process([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", "2", *map(str, command)], folder)
-
-
 def name_threads() -> None:
     threads = sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
     print(f"threads: {', '.join(threads)}", file=sys.stderr)
@@ -169,13 +162,15 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is from step 4")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
-    stopped = torchrun(folder / "stopped", "-m", "tests.ranks", *argv, "--resume")
+    again = [*argv, "--resume"]
+    (folder / "stopped").mkdir()
+    stopped = Process([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       "--nproc-per-node", "2", "-m", "tests.ranks", *again], folder / "stopped")
     status, lines = stopped.end()
     assert status != 0 and not errors(lines)  # torchrun sends its SIGTERM on
     assert "resuming after step 4 of 16" in stopped.out_file.read_text()
     assert any(line.startswith("stopped after step 12; the same command") for line in lines)
 
-    again = [*argv, "--resume"]
     statuses, lines = fork(folder / "resumed", again, again)
     assert statuses == [0, 0] and "warning: the run" not in "".join(lines)
     assert "resuming after step 12 of 16" in (folder / "resumed" / "out").read_text()
@@ -187,24 +182,19 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert finished(as_killed).column("step") == list(range(1, 17))
 
 
-@contextmanager
-def another_start():
-    """Have rank 1 draw another A, as another machine might."""
-    def build(*args, build=train.build_model):
-        torch.manual_seed(int(os.environ["RANK"]) + args[0].seed)
-        return build(*args)
-
-    with mock.patch.object(train, "build_model", build):
-        yield
-
-
 def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):
     data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: the last batch is one rank's
     options = ("--batch-size", 17, "--block-size", 64, "--max-steps", 6, "--lr", 3e-3,
                *runs.NO_DROPOUT["lora"])
     together, alone = (arguments("lora", base, data, tmp_path / name, *options)
                        for name in ("together", "alone"))
-    statuses, lines = fork(tmp_path / "said", together, together, during=another_start())
+
+    def draw_another_start(*args, build=train.build_model):  # as another machine might
+        torch.manual_seed(int(os.environ["RANK"]) + args[0].seed)
+        return build(*args)
+
+    statuses, lines = fork(tmp_path / "said", together, together,
+                           during=mock.patch.object(train, "build_model", draw_another_start))
     assert statuses == [0, 0], lines
     assert run(main, *alone).status == 0
     ours, single = (finished(tmp_path / name) for name in ("together", "alone"))
