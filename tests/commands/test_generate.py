@@ -118,8 +118,12 @@ def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
     return run(command.main, "--chat", "--base", base, "--device", "cpu", *options)
 
 
-@pytest.mark.parametrize("answer_tokens", [7, 40])
-def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, answer_tokens):
+@pytest.mark.parametrize("answer_tokens, starts", [(29, [0, 0, 0, 3]), (70, [0, 1, 1, 3])])
+def test_a_chat_answers_every_line_after_what_was_said_before_it(
+        monkeypatch, answer_tokens, starts):
+    """`starts` says from which line on each is read. From the first, they have 26, 51, 71 and 217
+    tokens; from the second, 20, 40 and 186. The context of 100 keeps room for an answer, or half.
+    """
     seen, script = [], iter(["You.", "", "At dusk.", "No."])
 
     def answer(model, tokenizer, prompts, args, generators):
@@ -135,20 +139,16 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(monkeypatch, an
     monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, tokenizer))
     ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", answer_tokens)
     assert (ending.status, ending.stdout) == (0, "You.\n\nAt dusk.\nNo.\n")
-    end = "<|endoftext|>"
-    said = [f"User: Who lights it?\nAssistant: You.{end}", f"User: And then?\nAssistant: {end}",
-            f"User: When?\nAssistant: At dusk.{end}"]
+    said = [f"User: Who lights it?\nAssistant: You.{END_OF_TEXT}",
+            f"User: And then?\nAssistant: {END_OF_TEXT}",
+            f"User: When?\nAssistant: At dusk.{END_OF_TEXT}"]
     asks = [f"User: {line.strip()}\nAssistant:" for line in lines]
-    sizes = [[len(small_tokenizer(VOCAB).encode("".join(said[first:turn]) + asks[turn]))
-              for first in range(turn + 1)] for turn in range(4)]
-    starts = [next((first for first, size in enumerate(row) if size <= 100 - answer_tokens), turn)
-              for turn, row in enumerate(sizes)]  # with room for an answer, or the line alone
     assert seen == ["".join(said[first:turn]) + asks[turn] for turn, first in enumerate(starts)]
-    assert starts == ([0, 0, 0, 3] if answer_tokens == 7 else [0, 0, 1, 3])
     assert encode.call_count == 4 + 3  # a turn is forgotten once, and not read again at each line
     endless = replace(tokenizer, end_of_text=None)
     monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, endless))
     assert "--chat" in one_line(run(command.main, "--chat", "--device", "cpu"), 2)
+
 
 def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
     options = ("--max-new-tokens", 100, "--seed", 3)
