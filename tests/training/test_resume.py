@@ -13,7 +13,7 @@ from tests import runs
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import WEIGHTS, arguments, contents, finished, refused, run, run_acting, trained
 from train import main
-from training import session
+from training import meter, session
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 # Logging, validation and epochs (23 steps) all end at different steps; dropouts are on.
@@ -199,14 +199,16 @@ def test_a_resume_without_the_best_models_file_is_refused_at_the_start(stopped, 
 def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
         base, book, tmp_path, monkeypatch, peaks):
     clock = runs.Clock()
-    monkeypatch.setattr(session, "time", clock)
-    argv = arguments("lora", base, book, tmp_path, "--max-steps", 4)
+    for module in (meter, session):
+        monkeypatch.setattr(module, "time", clock)
+    argv = arguments("lora", base, book, tmp_path, "--max-steps", 4, "--log-every", 4)
     monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[0])
     assert stop_in_step(signal.SIGINT, 2, argv, lambda: vars(clock).update(later=999)).status > 0
     monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[1])
     assert run(main, *argv, "--resume").status == 0
     report = finished(tmp_path).report
     assert report["peak_memory_mb"] == 900 and 999 < report["seconds"] < 1300
+    assert report["tokens_per_second"] < 4 * 16 * runs.BLOCK / 999
 
 
 def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
