@@ -9,8 +9,6 @@ from safetensors.torch import save_file
 
 from common.files import read_json
 from common.tensors import read_tensors
-from data.tokens import load_tokens
-from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer
 from tests.helpers import refusal
 
 W, B = "h.0.c_fc.weight", "h.1.c_fc.bias"
@@ -75,9 +73,8 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     """A pipe would wait, so that none is tried, and a device may never end."""
     (tmp_path / "directory").mkdir()
     (tmp_path / "device").symlink_to(os.devnull)
-    tokenizer = load_tokenizer(GPT2, GPT2_SIZE)
     for path in tmp_path.iterdir():
-        for read in (read_all, read_json, lambda path: load_tokens(path, tokenizer)):
+        for read in (read_all, read_json):
             assert refusal(path, read) == "cannot be read (not a regular file)"
     assert refusal(tmp_path / "none", read_all) == "cannot be read (No such file or directory)"
 
