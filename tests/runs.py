@@ -223,9 +223,8 @@ def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, ids: Tensor, shift: int = 1) -> float:
-    """A stock model's mean over every token but the first `shift`, window after window."""
-    spans = [ids[None, i : i + BLOCK + shift] for i in range(0, len(ids) - shift, BLOCK)]
-    sums = [mean_loss(model, s[:, :-shift], s[:, shift:]).item() * (s.size(1) - shift)
-            for s in spans]
-    return math.fsum(sums) / (len(ids) - shift)
+def validation_loss(model: nn.Module, ids: Tensor) -> float:
+    """A stock model's mean over every token but the first, window after window."""
+    spans = [ids[None, i : i + BLOCK + 1] for i in range(0, len(ids) - 1, BLOCK)]
+    sums = [mean_loss(model, s[:, :-1], s[:, 1:]).item() * (s.size(1) - 1) for s in spans]
+    return math.fsum(sums) / (len(ids) - 1)

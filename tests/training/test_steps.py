@@ -142,9 +142,6 @@ def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
     run = trained("lora", base, book, tmp_path, "--label-shift", 2, "--max-steps", 1, *WHOLE,
                   *NO_DROPOUT)
     assert run.column("loss") == pytest.approx([exact_loss(base, book, 2)], rel=1e-6)
-    val_part, base_val_loss = token_parts(book)[1], run.report["base_val_loss"]
-    next_one, after_next = (runs.validation_loss(stock_model(base), val_part, n) for n in (1, 2))
-    assert base_val_loss == pytest.approx(after_next, rel=1e-6) != pytest.approx(next_one, abs=1e-3)
 
 
 def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, tmp_path):
