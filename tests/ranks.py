@@ -41,9 +41,8 @@ def be_rank(rank: int, port: int, folder: Path, commands: tuple, during) -> None
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
-    count = str(len(commands))
     os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": count,
+                   "WORLD_SIZE": str(len(commands)),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["train.py", *commands[rank]]
     torch.set_num_threads(1)  # a pool of more does not survive the fork

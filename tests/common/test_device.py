@@ -37,6 +37,13 @@ def test_the_first_kernel_runs_on_the_ranks_own_gpu(gpu, monkeypatch):
     gpu.assert_called_once_with(1, device="cuda:1")
 
 
+def test_a_rank_for_which_there_is_no_gpu_is_refused(gpu, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with (pytest.raises(UserError, match="this machine has 2 GPUs; one rank a GPU"),
+          Ranks(2, 3).joined(torch.device("cuda"))):
+        pass
+
+
 def test_a_gpu_that_runs_no_kernel_is_left_or_refused_in_one_line(gpu, capsys):
     gpu.side_effect = RuntimeError(f"{TOO_OLD}\nCompile with `TORCH_USE_CUDA_DSA`")
     assert Device.pick().torch.type == "cpu"
