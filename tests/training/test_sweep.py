@@ -3,13 +3,11 @@
 from statistics import mean
 
 import pytest
-from safetensors.torch import load_file
 
 import train
-from tests.runs import WEIGHTS, arguments, contents, die, run, run_acting, trained
+from tests.runs import arguments, contents, die, run, run_acting, trained
 from training import sweep
 
-A_KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 SHORT = ("--max-steps", 4, "--checkpoint-every", 1)
 
 
@@ -46,8 +44,6 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
         assert found == contents(expected.out)["adapter_model.safetensors"]
     losses = [r.report["best_val_loss"] for r in alone]
     assert losses[0] != losses[1]
-    drawn = [load_file(r.out / WEIGHTS["lora"])[A_KEY] for r in alone]
-    assert (drawn[0] - drawn[1]).abs().max() > 0.1  # the seed's own A: 4 steps move it by 0.04
     table = (out / "sweep.md").read_text()
     assert table in ending.stdout and len(table.splitlines()) == 3
     row = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
@@ -63,10 +59,11 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
     assert "resum" not in children[-1].stdout
 
 
-def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "train", lambda arguments, out: 143)
+@pytest.mark.parametrize("status", [130, 143])
+def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch, status):
+    monkeypatch.setattr(sweep, "train", lambda arguments, out: status)
     ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
-    assert ending.status == 143 and ending.stdout.count("---") == 1
+    assert ending.status == status and ending.stdout.count("---") == 1
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
 
 
