@@ -43,7 +43,7 @@ def workspace(base, tmp_path_factory):
         shutil.copytree(base, place / name)
     config = json.loads((base / "config.json").read_text())
     for name, content in {
-        "book.txt": story(), "empty.txt": "", "short.txt": story(sentences=3), "one.txt": "x",
+        "book.txt": story(), "short.txt": story(sentences=3), "one.txt": "x",
         "held/run.json": "{}", "directory/file": "", f"cut/{MODEL}": "cut",
         "unfinished/metrics.jsonl": "",
         "llama/config.json": json.dumps(config | {"model_type": "llama"}),
@@ -86,12 +86,11 @@ def refusal(line: str) -> str:
 # The full lists of what is wrong with bases, adapters, targets and texts stand in the tests of the
 # functions that read them; here, each kind of mistake at one command or two.
 MISTAKES = [
-    ("lora --book missing.txt", "missing.txt"), ("full --book empty.txt", "empty.txt: is empty"),
-    ("lora --book short.txt", "short.txt: its validation part"), ("lora --book 'a\nb'", "a b"),
+    ("lora --book missing.txt", "missing.txt"), ("full --book 'a\nb'", "a b"),
+    ("lora --book short.txt", "short.txt: its validation part"),
     ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
-    ("lora --val-fraction 0.001", "book.txt: its validation part"), (f"full --book {LONG}", LONG),
-    ("evaluate --text directory", "directory"), ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
-    ("evaluate --text one.txt", "1 tokens; too short"), ("evaluate --json directory", "directory"),
+    ("evaluate --text latin1.txt", "1.txt: not UTF-8"), ("evaluate --json directory", "directory"),
+    ("evaluate --text one.txt", "1 tokens; too short"),
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # or /dev/stdout
     ("full --block-size 65", "--block-size 65"), ("evaluate --block-size 65", "--block-size 65"),
     ("evaluate --stride 17", "--stride 17"), ("evaluate --json book.txt/scores.json", "book.txt/s"),
@@ -110,9 +109,7 @@ MISTAKES = [
     ("lora --resume", "--resume: out holds no checkpoint"), ("lora --resume --overwrite", "--over"),
     ("full --out directory --resume", "--resume: directory holds no checkpoint"),
     ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2, "
-     "gpt2-medium"), ("lora --base 'a\nb'", r"--base 'a\nb': no such"),
-    ("full --base ''", "--base ''"), (f"full --base {LONG}", LONG),
-    ("evaluate --base book.txt", "book.txt"), ("full --base directory", "directory"),
+     "gpt2-medium"), ("full --base ''", "--base ''"), ("full --base directory", "directory"),
     ("evaluate --base run", "run: is an adapter"), ("evaluate --adapter other", "a whole model"),
     ("generate --adapter other --base auto", "other: is a whole model, not an adapter"),
     ("evaluate --base llama", "llama/config.json"), ("generate --base cut", f"cut/{MODEL}"),
@@ -125,7 +122,7 @@ MISTAKES = [
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"), ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("lora --layers 1-", "--layers: '' is not a whole number"),
-    ("full --init-adapter directory", "--init-adapter"), (f"lora --init-adapter {LONG}", LONG),
+    ("full --init-adapter directory", "--init-adapter"),
     ("evaluate --adapter missing", "missing/adapter_config.json: cannot be read"),
     ("generate --adapter directory --base auto", "directory/adapter_config.json: cannot be read"),
     *((f"{command} run --base other", "run/adapter_model.safetensors: was trained on another base")
