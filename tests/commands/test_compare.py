@@ -122,6 +122,12 @@ def test_a_run_of_another_make_is_refused(runs, tmp_path):
             "end; train again with --overwrite")
 
 
+def test_a_run_whose_weights_are_gone_is_named(runs, tmp_path):
+    (weights := changed(runs["lora"], tmp_path) / "adapter_model.safetensors").unlink()
+    line = one_line(run(evaluate.main, "--compare", weights.parent), 2)
+    assert line == f"error: {weights}: is missing; the run is not whole"
+
+
 @drawing()
 def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
     for name in (r"$\no$", "caf\udce9", "a\nb"):
