@@ -1,6 +1,8 @@
 """`python -m training.sweep`: each run as it is alone, going on, the table, failures."""
 
+import signal
 from statistics import mean
+from unittest import mock
 
 import pytest
 
@@ -65,6 +67,15 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
     ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
     assert ending.status == status and ending.stdout.count("---") == 1
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
+
+
+def test_a_sigterm_reaches_the_run_and_the_sweep_is_its_old_self_again(tmp_path, monkeypatch):
+    child, before = mock.Mock(), signal.getsignal(signal.SIGTERM)
+    child.wait.side_effect = lambda: signal.raise_signal(signal.SIGTERM) or 143
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
+    assert sweep.train([], tmp_path) == 143
+    child.terminate.assert_called_once_with()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_runs_train_py(base, book, tmp_path):
