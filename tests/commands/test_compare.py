@@ -31,6 +31,10 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path)
         for name in ("loss", "perplexity", "bits_per_byte"):
             assert found[name] == pytest.approx(report[f"best_val_{name}"], rel=1e-6)
     score(book, tmp_path, "--base", base, "--val-fraction", 0.004)  # printed as 0.4 %
+    whole, said = scores(tmp_path / "scores.json", "--base", base, "--text", book, "--block-size",
+                         BLOCK)
+    assert said.startswith(f"{book}: ") and whole["val_fraction"] == 1
+    assert whole["bytes"] > 0.99 * book.stat().st_size
 
 
 def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, tmp_path):
