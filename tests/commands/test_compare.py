@@ -9,6 +9,7 @@ import pytest
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
 from tests.runs import BLOCK, Run, one_line, run, scores, stdout_of, story, trained
+from training.options import BOOK
 
 
 def score(book, tmp_path, *options: object) -> dict:
@@ -35,6 +36,8 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path)
                          BLOCK)
     assert said.startswith(f"{book}: ") and whole["val_fraction"] == 1
     assert whole["bytes"] > 0.99 * book.stat().st_size
+    default, _ = scores(tmp_path / "scores.json", "--base", base, "--block-size", BLOCK)
+    assert default["text"] == str(BOOK) and default["val_fraction"] == 0.1
 
 
 def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, tmp_path):
