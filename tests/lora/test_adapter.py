@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import struct
 
 import peft
@@ -90,23 +89,18 @@ def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
     assert torch.equal(load_model(str(base), adapter).model(ids), model(ids))
     theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), adapter)
     assert relative_difference(model(ids), theirs(ids).logits) < 1e-6
-    for written in (sha256, "\x1b[2J" * 999):
-        save_adapter(model, config, adapter, written, written)
-        reason = refusal(adapter / WEIGHTS, load_model, str(other), adapter)
-        assert reason.startswith("was trained on another base (weights sha256 ")
-        assert len(reason) < 300
+    save_adapter(model, config, adapter, "\x1b[2J" * 999, "\x1b[2J" * 999)
+    reason = refusal(adapter / WEIGHTS, load_model, str(other), adapter)
+    assert reason.startswith("was trained on another base (weights sha256 ") and len(reason) < 300
     save_adapter(model, config, adapter, str(base))  # as PEFT's own: without a hash, any base fits
     load_model(str(other), adapter)
 
 
 def test_only_a_known_name_is_taken_for_the_base(adapter):
-    known = {name: name for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "mini")}
-    known |= {"openai-community/gpt2": "gpt2", "openai-community/gpt2-xl": "gpt2-xl"}
-    unknown = ("/tmp", "../gpt2", "auto", "", "other/gpt2", "gpt2/", "http://localhost/gpt2", None)
-    for name, base in known.items():
+    for name, base in (("mini", "mini"), ("openai-community/gpt2-xl", "gpt2-xl")):
         change_config(adapter, {"base_model_name_or_path": name})
-        assert named_base(adapter) == base, name
-    for name in (*unknown, 3, ["gpt2"]):
+        assert named_base(adapter) == base
+    for name in ("auto", "../gpt2", "other/gpt2", None, ["gpt2"]):
         change_config(adapter, {"base_model_name_or_path": name})
         assert "give --base the base's directory" in refusal(adapter, named_base)
 
@@ -134,18 +128,15 @@ def test_fields_that_do_not_change_the_result_are_ignored(adapter):
 
 
 REFUSED = {
-    "peft_type": [ABSENT, None, "IA3", ["LORA"]], "task_type": ["SEQ_CLS"],
-    "r": [ABSENT, None, 0, -1, 4.0, "4", True, [4], 2**62, "9" * 999, math.nan],
-    "lora_alpha": [ABSENT, None, -1, "16", True, 1e300, math.nan, math.inf],
-    "lora_dropout": [None, -0.1, 1.5, True, "0", math.nan],
-    "target_modules": [ABSENT, None, [], {}, "", ["c_attn", 3], [["c_attn"]], {"c_attn": 1},
-                       ["c_attn.q"]],
-    "bias": ["all", "\x1b[2J" * 99], "fan_in_fan_out": ["true", None], "use_rslora": ["yes"],
-    "use_dora": ["yes", 2], "layers_to_transform": [-1, "h", True, [0, "1"], [1.5], {"x": 2}],
-    "rank_pattern": [3, ["x"], {"x": 0}, {"x": 2.5}, {"x": True}, {"\n" * 999: 1 << 21}],
-    "alpha_pattern": ["x", {"x": "2"}, {"x": -1}, {"x": math.inf}],
+    "peft_type": [ABSENT, "IA3", ["LORA"]], "task_type": ["SEQ_CLS"], "bias": ["all"],
+    "r": [ABSENT, 0, 4.0, 2**62], "lora_alpha": [ABSENT, -1, "16", 1e300],
+    "lora_dropout": [None, -0.1, 1.5], "fan_in_fan_out": ["true", None], "use_rslora": ["yes"],
+    "target_modules": [ABSENT, [], "", ["c_attn", 3], {"c_attn": 1}, ["c_attn.q"]],
+    "use_dora": ["yes", 2], "layers_to_transform": [-1, [0, "1"], {"x": 2}],
+    "rank_pattern": [["x"], {"x": 0}, {"x": 2.5}, {"\n" * 999: 1 << 21}],
+    "alpha_pattern": ["x", {"x": "2"}, {"x": -1}],
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new"],
-    "a_later_switch": ["\n" * 999, [[[[[1]]]]], list(range(9999))],
+    "a_later_switch": ["\n" * 999, list(range(9999))],
 }
 SWITCHES = peft.LoraConfig().to_dict().keys() - {*IGNORED, *REFUSED} | {"a_later_switch"}
 
@@ -168,29 +159,23 @@ def test_fields_that_would_change_the_result_are_refused_by_name(adapter):
             assert len(reason) < 200
 
 
-# What read_json and read_tensors refuse stands in tests/common/test_tensors.py.
-SPOILT = [
-    (CONFIG, lambda adapter: (adapter / CONFIG).write_text("{"), "not valid JSON"),
-    (WEIGHTS, lambda adapter: change_weights(adapter, lambda t: t[LAST][-1].fill_(math.nan)),
-     f"{LAST} holds numbers that are not finite"),
-    *((CONFIG, lambda adapter, fields=fields: change_config(adapter, fields), reason)
-      for fields, reason in (
-          ({"target_modules": ["c_attn", "wte"]}, "does not fit this base: target module 'w"),
-          ({"target_modules": ["\x1b" * 99]}, r"does not fit this base: target module '\x1b"),
-          ({"target_modules": "c_("}, "does not fit this base: missing )"),
-          ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression (untermin"),
-          ({"x\ny" * 99: 1}, r"'x\nyx\ny"))),
-]
-
-
-def test_spoilt_files_are_refused_and_the_model_left_alone(base, adapter, tmp_path):
-    for number, (file, spoil, reason) in enumerate(SPOILT):
-        spoilt = shutil.copytree(adapter, tmp_path / str(number))
-        spoil(spoilt)
-        assert refusal_of(spoilt, file, base).startswith(reason)
+def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tmp_path):
+    """What read_json and read_tensors refuse stands in tests/common/test_tensors.py."""
     for number, (shape, reason) in enumerate((
             ({"n_embd": 48}, f"{FIRST} is (4, 32) where (4, 48) is needed"),
             ({"n_layer": 1}, f"unexpected tensor '{PREFIX}.1.attn.c_attn.lora_A.weight'"),
             ({"n_layer": 3}, f"tensor {PREFIX}.2.attn.c_attn.lora_A.weight is missing"))):
         other, _ = tiny_gpt2_directory(tmp_path / f"base{number}", **shape)
         assert refusal_of(adapter, WEIGHTS, other).startswith(reason)
+    change_weights(adapter, lambda tensors: tensors[LAST][-1].fill_(math.nan))
+    assert refusal_of(adapter, WEIGHTS, base).startswith(f"{LAST} holds numbers that are not fin")
+    original = (adapter / CONFIG).read_text()
+    for fields, reason in (
+            ({"target_modules": ["c_attn", "wte"]}, "does not fit this base: target module 'w"),
+            ({"target_modules": ["\x1b" * 99]}, r"does not fit this base: target module '\x1b"),
+            ({"target_modules": "c_("}, "does not fit this base: missing )"),
+            ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression (untermin"),
+            ({"x\ny" * 99: 1}, r"'x\nyx\ny")):
+        (adapter / CONFIG).write_text(original)
+        change_config(adapter, fields)
+        assert refusal_of(adapter, CONFIG, base).startswith(reason)
