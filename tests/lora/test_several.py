@@ -83,13 +83,11 @@ def test_the_command_writes_each_text_under_its_heading(base, directories):
     assert ending.stdout == expected
 
 
-def test_what_does_not_fit_the_base_is_refused(base, directories, tmp_path):
+def test_an_adapter_of_another_base_and_a_dora_are_refused(base, directories, tmp_path):
     other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
     adapters = Adapters(load_gpt2(other), file_sha256(other / "model.safetensors"))
     with pytest.raises(UserError, match="was trained on another base"):
         adapters.add("a", directories["a"])
-    shallow, _ = tiny_gpt2_directory(tmp_path / "shallow", n_layer=1)
-    save_adapter(*adapted(shallow, ("c_attn",)), tmp_path / "half", "gpt2")  # no hash
-    adapters = Adapters(load_gpt2(base), file_sha256(base / "model.safetensors"))
-    with pytest.raises(UserError, match=r"h\.1\.attn\.c_attn\.lora_A\.weight is missing"):
-        adapters.add("half", tmp_path / "half")
+    save_adapter(*adapted(base, ("c_attn",), use_dora=True), tmp_path / "dora", "gpt2")
+    with pytest.raises(UserError, match="dora: is DoRA, whose change is not B A alone; merge"):
+        adapters.add("dora", tmp_path / "dora")

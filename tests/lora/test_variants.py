@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-import generate
 from lora.adapter import WEIGHTS, load_adapter, save_adapter
 from lora.adapter_config import CONFIG
 from lora.dora import DoRALinear
@@ -32,7 +31,7 @@ from model.weights import load_gpt2
 from tests import runs
 from tests.adapters import IDS, output_and_gradients, randomize
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
-from tests.runs import arguments, one_line, run, stock_model, trained
+from tests.runs import arguments, run, stock_model, trained
 from train import learning_rate, main
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -237,16 +236,6 @@ def test_a_dora_of_peft_loads_and_merges_to_its_logits(base, tmp_path):
     merge(ours)
     unwrap(ours)
     assert relative_difference(ours(IDS), expected) < 1e-5
-
-
-def test_a_dora_among_several_adapters_is_refused_in_one_line(base, adapter, tmp_path):
-    model = load_gpt2(base)
-    config = LoRAConfig(r=4, **DORA)
-    inject(model, config)
-    save_adapter(model, config, tmp_path / "dora", "gpt2")
-    ending = run(generate.main, "--base", base, "--device", "cpu", "--prompt", "the sea",
-                 "--adapter", adapter, tmp_path / "dora")
-    assert "dora: is DoRA, whose change is not B A alone; merge" in one_line(ending, 2)
 
 
 def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
