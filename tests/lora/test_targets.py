@@ -15,7 +15,7 @@ from lora.layer import LoRAConfig
 from model.weights import load_gpt2
 from tests.adapters import IDS, adapted
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
-from tests.runs import trained
+from tests.runs import trainer
 from training.options import parse_options
 from training.report import describe_parameters
 
@@ -69,15 +69,13 @@ REFUSED = [
     ({"target_modules": r".*\.c_attn\.x"}, "is not in the model; it has c_attn, c_fc, c_proj"),
     ({"target_modules": "c_attn"}, "'c_attn' is not in the model"),  # a whole name must match
     ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),
-    ({"target_modules": r".*(c_fc|lm_head)"}, "the head is tied to wte"),
     ({"target_modules": ("lm_head",)}, "the head is tied to wte"),
     ({"target_modules": ("wte",)}, "tied to the head"),
-    ({"target_modules": ("transformer.wte",)}, "tied to the head"),
     ({"target_modules": ("wpe",)}, "embedding"),
     ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
     ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # after a dot
-    *(({"target_modules": (target,)}, "only linear layers") for target in ("attn", "ln_f", "")),
-    *(({"r": r}, rf"rank {r} is outside 1 \.\. 32") for r in (0, -1, 33)),
+    ({"target_modules": ("",)}, "only linear layers"),
+    *(({"r": r}, rf"rank {r} is outside 1 \.\. 32") for r in (0, 33)),
     ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": "all-linear", "layers_to_transform": (0,)}, "needs a list"),
     ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
@@ -121,9 +119,8 @@ def test_below_the_lowest_adapted_block_no_gradient_is_computed(base, layers, be
 def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
     assert parse_options("-", ["lora", "--layers", "4-6", "0", "5"]).layers_to_transform == (
         0, 4, 5, 6)
-    done = trained("lora", base, book, tmp_path / "run", "--layers", "1-2", "--max-steps", 2)
-    assert {key.split(".")[4] for key in load_file(done.out / WEIGHTS)} == {"1", "2"}
-    assert json.loads((done.out / CONFIG).read_text())["layers_to_transform"] == [1, 2]
+    model = trainer("lora", base, book, tmp_path, "--layers", "1-2").model
+    assert list(lora_layers(model)) == ["h.1.attn.c_attn", "h.2.attn.c_attn"]
     assert parse_options("-", ["lora", "--target-modules", "all-linear"]).target_modules == (
         "all-linear")
 
