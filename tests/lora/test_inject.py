@@ -13,17 +13,12 @@ from tests.helpers import relative_difference
 from training.report import describe_parameters
 
 
-def test_counts_of_the_released_sizes():
-    for n_embd, n_layer, n_head, trainable, total, percent in (
-            (768, 12, 12, "294,912", "124,734,720", "0.2364"),
-            (1024, 24, 16, "786,432", "355,609,600", "0.2212"),
-            (1280, 36, 20, "1,474,560", "775,504,640", "0.1901"),
-            (1600, 48, 25, "2,457,600", "1,560,068,800", "0.1575")):
-        with torch.device("meta"):
-            model = GPT2(GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
-            inject(model, LoRAConfig())
-        assert describe_parameters(model) == (
-            f"trainable params: {trainable} || all params: {total} || trainable%: {percent}")
+def test_the_counts_of_gpt2_124m():
+    with torch.device("meta"):
+        model = GPT2(GPT2Config())
+        inject(model, LoRAConfig())
+    assert describe_parameters(model) == (
+        "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364")
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.float16, False)])
