@@ -20,7 +20,7 @@ from model.tokenizer_files import load_tokenizer
 from tests.helpers import refusal, small_tokenizer
 
 GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2, 50257), small_tokenizer(300)
-OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+ ?|\s|.")
+OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+(?= )|\s|.")
 WHITE_SPACE = [replace(SMALL, special={text: 299}) for text in ("a '", "1 ", "\n\n")]
 TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
 PARTS = [*" \n\r\t'sa1.é汉\u00a0\u3000\x1c\x85\u200d\ufeff😀", END_OF_TEXT, "'ll", "  ", "\n\n\n"]
@@ -36,19 +36,13 @@ def write(directory: Path, content: str | bytes) -> Path:
     return book
 
 
-def refused(book: Path, cache: Path) -> str:
-    """Say why this book is refused; nothing is left in the cache."""
-    reason = refusal(book, load_tokens, book, SMALL, cache)
-    assert not list(cache.glob("*"))
-    return reason
-
-
 @settings(deadline=None, max_examples=150)
 @given(parts=st.lists(st.sampled_from(PARTS)), piece=st.integers(1, 50),
        tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, *WHITE_SPACE]))
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[0])
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[1])
 @example(parts=["a", "\n", "\n", "a"], piece=2, tokenizer=WHITE_SPACE[2])
+@example(parts=["'ll", " ", "a"], piece=4, tokenizer=OTHER_PATTERN)
 def test_a_book_read_in_pieces_has_the_tokens_of_the_whole(parts, piece, tokenizer):
     text = "".join(parts) + "."
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
@@ -57,7 +51,7 @@ def test_a_book_read_in_pieces_has_the_tokens_of_the_whole(parts, piece, tokeniz
         assert tokens.tolist() == whole(text.removeprefix("\ufeff"), tokenizer)
 
 
-@pytest.mark.parametrize("tokenizer", [SMALL, GPT2, replace(GPT2, vocab_size=70_000)])
+@pytest.mark.parametrize("tokenizer", [SMALL, replace(SMALL, vocab_size=70_000)])
 def test_a_book_of_several_pieces_with_a_byte_order_mark_and_a_separator(tmp_path, tokenizer):
     text = f"a{END_OF_TEXT}\n" + TEXT * (3 * tokens_module.PIECE // len(TEXT) + 1) + "end"
     tokens = load_tokens(write(tmp_path, "\ufeff" + text), tokenizer, tmp_path / "cache")
@@ -122,7 +116,8 @@ def test_a_second_run_reads_the_cache(tmp_path):
 def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
     cache, swapped = tmp_path / "cache", (*range(297), 298, 297)
     tokenizers = (SMALL, small_tokenizer(301), replace(SMALL, ids=swapped), OTHER_PATTERN,
-                  replace(SMALL, special={END_OF_TEXT: 299, "naïve": 3}))
+                  replace(SMALL, special={END_OF_TEXT: 299, "naïve": 3}),
+                  replace(SMALL, vocab_size=70_000))
     for text in (TEXT, TEXT.replace("naïve", "naive"), TEXT + " "):
         for tokenizer in tokenizers:
             tokens = load_tokens(write(tmp_path, text), tokenizer, cache)
@@ -156,30 +151,15 @@ BAD_BOOKS = {
 
 @pytest.mark.parametrize("content, reason", BAD_BOOKS.values(), ids=BAD_BOOKS)
 def test_a_book_that_is_not_a_text_is_refused(content, reason, tmp_path):
-    assert reason in refused(write(tmp_path, content), tmp_path / "cache")
+    book, cache = write(tmp_path, content), tmp_path / "cache"
+    assert reason in refusal(book, load_tokens, book, SMALL, cache)
+    assert not list(cache.glob("*"))
 
 
-def test_a_path_that_cannot_be_read_is_named(tmp_path):
-    book, cache, user = tmp_path / "book.txt", tmp_path / "cache", os.geteuid()
-    assert refused(book, cache).startswith("cannot be read (No such file")
-    assert refused(tmp_path, cache).startswith("cannot be read (not a")
-    write(tmp_path, TEXT).chmod(0)
-    try:
-        os.seteuid(user or 65534)  # no permission stops root
-        reason = refusal(book, load_tokens, book, SMALL, cache)
-        assert reason == "cannot be read (Permission denied)"
-    finally:
-        os.seteuid(user)
-
-
-@pytest.mark.parametrize("name", ["file", 300 * "x"])  # a file, or not to be looked up
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys, name):
-    (tmp_path / "file").write_text("where the directory should be")
-    cache = tmp_path / name
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
+    (cache := tmp_path / "cache").write_text("a file where the directory should be")
     monkeypatch.setattr(tokens_module, "PIECE", 20)
     tokens = load_tokens(write(tmp_path, TEXT), SMALL, cache)
     assert tokens.tolist() == whole(TEXT) and tokens.dtype == np.uint16
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {cache}{os.sep}") and len(warning.splitlines()) == 1
-    missing = tmp_path / "missing"
-    assert "No such file" in refusal(missing, load_tokens, missing, SMALL, cache)
