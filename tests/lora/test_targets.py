@@ -12,6 +12,7 @@ from lora.adapter import WEIGHTS, adapter_tensors, load_adapter, save_adapter
 from lora.adapter_config import CONFIG
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
+from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
 from tests.adapters import IDS, adapted
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
@@ -67,7 +68,8 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
 
 REFUSED = [
     ({"target_modules": r".*\.c_attn\.x"}, "is not in the model; it has c_attn, c_fc, c_proj"),
-    ({"target_modules": "c_attn"}, "'c_attn' is not in the model"),  # a whole name must match
+    *(({"target_modules": part}, f"'{part}' is not in the model")  # a whole name must match
+      for part in ("c_attn", "transformer.h.0.attn.c_a")),
     ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),
     ({"target_modules": ("lm_head",)}, "the head is tied to wte"),
     ({"target_modules": ("wte",)}, "tied to the head"),
@@ -103,6 +105,13 @@ def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(base):
         assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
         assert all(p.requires_grad for p in after.values()) and not lora_layers(model)
     assert torch.equal(model(IDS), expected)
+
+
+def test_block_10_is_not_block_1():
+    with torch.device("meta"):
+        model = GPT2(GPT2Config())
+        inject(model, LoRAConfig(layers_to_transform=(10,)))
+    assert list(lora_layers(model)) == ["h.10.attn.c_attn"]
 
 
 @pytest.mark.parametrize(("layers", "below"), [((2,), 2), ((1, 2), 1), (None, 0)])
