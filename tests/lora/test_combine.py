@@ -82,13 +82,14 @@ def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_p
         assert torch.allclose(b @ a, 3 * factors[name].B @ factors[name].A)
 
 
-def test_adapters_of_different_bases_are_refused(base, adapters, tmp_path):
+def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapters, tmp_path):
     other = tmp_path / "other"
     save_adapter(*adapted(base, ("c_attn",), r=3), other, "gpt2", "b" * 64)
     for arguments, reason in (
             ((adapters[0], other), f"{adapters[0]} and {other}: are adapters of different bases"),
-            ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters")):
-        ending = run(main, *arguments, "--out", tmp_path / "out")
+            ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters"),
+            ((other, "--out", other), f"--out {other}: exists already; name a new directory")):
+        ending = run(main, "--out", tmp_path / "out", *arguments)
         assert ending.stdout == "" and not (tmp_path / "out").exists()
         assert one_line(ending, 2) == f"error: {reason}"
     assert run(main, other, "--out", tmp_path / "out").status == 0
