@@ -134,6 +134,8 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     (Tokenizer(CHARACTERS).to_str(), "pre_tokenizer"), (write(CHARACTERS), "is not byte-level BPE"),
     (TINY.replace('"normalizer":null', '"normalizer":{"type":"NFC"}'), "normalizer {'type': 'NFC"),
     (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
+    (TINY.replace('"use_regex":true', '"use_regex":false'), "pre_tokenizer"),
+    (DIGITS.to_str().replace('"Isolated"', '"Removed"'), "pre_tokenizer"),
     (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
     (TINY.replace('"lstrip":false', '"lstrip":true'), "'<s>' strips"), ("{", "not valid JSON"),
     (DIGITS.to_str().replace(r"\\p{N}", "("), "pattern is not supported"),
