@@ -71,26 +71,8 @@ def data(tmp_path):
     return write(tmp_path / "data.jsonl", *(example(*pair) for pair in PAIRS))
 
 
-@pytest.fixture
-def adapter(base, tmp_path):
-    """One without dropout."""
-    model, config = adapted(base, ("c_attn", "c_fc"), r=4, lora_dropout=0.0)
-    save_adapter(model, config, tmp_path / "adapter", "gpt2")
-    return tmp_path / "adapter"
-
-
-@pytest.fixture
-def made(base, adapter, data, tmp_path):
-    """Make a trainer by the method, all of `PAIRS` but the last in one batch, with no dropout."""
-    def make(method: str, *options: object) -> train.Trainer:
-        start = ("--init-adapter", adapter) if method == "lora" else ()
-        return runs.trainer(method, base, data, tmp_path / "out", "--block-size", LENGTH, "--clip",
-                            0, "--val-fraction", 0.15, "--base-dropout", 0, *start, *options)
-    return make
-
-
 def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
-    """The loss of a step on every example, and its gradients."""
+    """The loss of a step on all examples but the last, and its gradients."""
     trainer.model.train()
     trainer.optimizer.zero_grad = lambda set_to_none: None  # they are kept
     trainer.step(np.arange(len(PAIRS) - 1))
@@ -111,10 +93,15 @@ def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method, parts", [("lora", 3), ("full", 1)])
 def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
-        made, base, adapter, method, parts, capsys):
+        base, data, tmp_path, method, parts, capsys):
+    adapter = tmp_path / "adapter"
+    save_adapter(*adapted(base, ("c_attn", "c_fc"), r=4, lora_dropout=0.0), adapter, "gpt2")
+    argv = (method, base, data, tmp_path / "out", "--block-size", LENGTH, "--grad-accum", parts,
+            "--clip", 0, "--val-fraction", 0.15, "--base-dropout", 0,
+            *(("--init-adapter", adapter) if method == "lora" else ()))
     with plain_operations():
-        plain = stepped(made(method, "--grad-accum", parts))
-    fast = stepped(made(method, "--grad-accum", parts))
+        plain = stepped(runs.trainer(*argv))
+    fast = stepped(runs.trainer(*argv))
     assert "2 of 7 examples are longer than a block of 40" in capsys.readouterr().out
     model = stock_model(base, adapter if method == "lora" else None)
     wanted = model(**stock_batch(PAIRS[:-1])).loss
