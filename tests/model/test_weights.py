@@ -38,11 +38,6 @@ def rewrite(directory: Path, tensors: dict, file_format: str) -> Path:
     return path
 
 
-def edit_config(directory: Path, **fields: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def hub_layout(tensors):
     """No prefix, no head; the causal masks that the hub's and older files carry."""
     stripped = {key.removeprefix("transformer."): t for key, t in tensors.items()}
@@ -151,7 +146,8 @@ def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
 def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, caplog):
     directory, theirs = tiny_gpt2_directory(tmp_path / "in", n_inner=50, resid_pdrop=0.2)
     tokens = {"bos_token_id": 1, "eos_token_id": 316, "pad_token_id": 2}
-    edit_config(directory, **tokens)
+    config = directory / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | tokens))
     out, stored_dtype = tmp_path / "out", dtype or torch.float32
     save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)
     save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)  # in place of what is there
