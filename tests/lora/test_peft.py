@@ -13,12 +13,11 @@ from lora.adapter_config import CONFIG
 from lora.merge import merge, unwrap
 from model.plain import plain_operations
 from model.weights import load_gpt2, save_gpt2
-from tests.adapters import ALL_FOUR, losses_of_steps, randomize
-from tests.helpers import TINY, relative_difference, tiny_gpt2, token_ids
+from tests.adapters import ALL_FOUR, IDS, losses_of_steps, randomize
+from tests.helpers import relative_difference, tiny_gpt2
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-IDS = token_ids(TINY["vocab_size"], 2, 24)
 MATRIX = [
     (FP16, {"r": 8, "lora_alpha": 16}, list(ALL_FOUR)),
     (FP32, {"r": 64, "lora_alpha": 5}, ["c_attn", "mlp.c_proj"]),
