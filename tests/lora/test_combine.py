@@ -97,6 +97,13 @@ def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapter
         load_model(str(base), tmp_path / "out")
 
 
+def test_layers_of_two_shapes_are_refused(adapter):
+    factors = read_factors(adapter)
+    narrower = {name: Factors(f.B, f.A[:, 1:]) for name, f in factors.items()}
+    with pytest.raises(UserError, match="its shapes differ; these adapters are of different bases"):
+        combine([factors, narrower], [1, 1])
+
+
 def test_patterns_of_rank_and_alpha_count(base, tmp_path):
     patterns = {"rank_pattern": {"h.0.attn.c_attn": 2}, "alpha_pattern": {"c_fc": 5}}
     save_adapter(*adapted(base, ("c_attn", "c_fc"), r=3, **patterns), tmp_path / "plain", "gpt2")
