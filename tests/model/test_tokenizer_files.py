@@ -164,18 +164,20 @@ def test_vocab_and_merges_alone_are_enough(tmp_path):
     assert alone.end_of_text == whole.end_of_text == 8191
 
 
-def test_without_files_it_is_gpt2s_and_the_end_of_text_is_what_the_base_calls_it(tmp_path):
-    (tmp_path / "vocab.json").write_text("{}")
-    (merges := tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab\n")
-    assert "not what Hugging Face writes" in refusal(tmp_path, load_tokenizer, tmp_path, 300)
-    merges.unlink()  # a vocabulary without it is not taken for GPT-2's
-    assert "cannot be read" in refusal(merges, load_tokenizer, tmp_path, 50257)
-    (tmp_path / "vocab.json").unlink()
+def test_without_files_it_is_gpt2s(tmp_path):
     assert "300 is not GPT-2's 50257, " in refusal(tmp_path, load_tokenizer, tmp_path, 300)
     whole = load_tokenizer(tmp_path, 50257)
     assert whole.encode(f"Hello world{END_OF_TEXT}").tolist() == [15496, 995, 50256]
     ranks = (b64encode(whole.bytes_of[i]) + b" %d\n" % i for i in range(50256))
     assert sha256(b"".join(ranks)).hexdigest() == PUBLISHED
+    (tmp_path / "vocab.json").write_text("{}")  # alone it is not taken for GPT-2's
+    merges = tmp_path / "merges.txt"
+    assert "cannot be read" in refusal(merges, load_tokenizer, tmp_path, 50257)
+    merges.write_text("#version: 0.2\na b\nab\n")
+    assert "not what Hugging Face writes" in refusal(tmp_path, load_tokenizer, tmp_path, 300)
+
+
+def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text(TINY.replace(END_OF_TEXT, "<end>"))
     (config := tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 300).encode(f"</s>{END_OF_TEXT}").tolist() == [1, 1]
