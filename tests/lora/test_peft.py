@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora.adapter import WEIGHTS, load_adapter, save_adapter
-from lora.adapter_config import CONFIG
 from lora.merge import merge, unwrap
 from model.plain import plain_operations
 from model.weights import load_gpt2, save_gpt2
@@ -60,8 +59,6 @@ def assert_same_logits(ours, theirs, base):
 def test_each_loads_the_others_adapter_and_merges_to_the_same_weights(
         base, tmp_path, config, targets):
     theirs = peft_adapter(base, tmp_path, config, targets)
-    written = json.loads((tmp_path / CONFIG).read_text())
-    assert written.keys() == peft.LoraConfig().to_dict().keys()  # in full
     ours = load_gpt2(base)
     loaded = load_adapter(ours, tmp_path)
     assert_same_logits(ours, theirs, base)
@@ -75,7 +72,6 @@ def test_each_loads_the_others_adapter_and_merges_to_the_same_weights(
     theirs = theirs.merge_and_unload()
     merge(ours)
     unwrap(ours)
-    assert ours.state_dict().keys() == load_gpt2(base).state_dict().keys()
     save_gpt2(ours, tmp_path / "merged")
     loaded = stock(tmp_path / "merged")
     assert_same_logits(lambda ids: loaded(ids).logits, theirs, base)
