@@ -13,12 +13,16 @@ from tests.helpers import relative_difference
 from training.report import describe_parameters
 
 
-def test_the_counts_of_gpt2_124m():
-    with torch.device("meta"):
-        model = GPT2(GPT2Config())
-        inject(model, LoRAConfig())
-    assert describe_parameters(model) == (
-        "trainable params: 294,912 || all params: 124,734,720 || trainable%: 0.2364")
+def test_counts_of_the_released_sizes():
+    """Of the smallest and the largest."""
+    for size, trainable, total, percent in (
+            ({}, "294,912", "124,734,720", "0.2364"),
+            ({"n_embd": 1600, "n_layer": 48}, "2,457,600", "1,560,068,800", "0.1575")):
+        with torch.device("meta"):
+            model = GPT2(GPT2Config(n_head=1, **size))
+            inject(model, LoRAConfig())
+        assert describe_parameters(model) == (
+            f"trainable params: {trainable} || all params: {total} || trainable%: {percent}")
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.float16, False)])

@@ -66,7 +66,7 @@ def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape,
     assert ours["lora_A.weight"].dtype == FP32 and ours["lora_A.weight"].any()
 
 
-def test_a_wrapper_of_a_layer_in_evaluation_is_in_evaluation():
+def test_a_wrapper_takes_over_the_mode_of_its_layer():
     layer = LoRALinear(nn.Linear(64, 64).eval(), LoRAConfig(lora_dropout=0.5))
     randomize(layer)
     x = torch.randn(1, 64)
