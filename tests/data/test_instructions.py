@@ -219,4 +219,5 @@ def test_every_example_is_scored_whatever_the_batch_size():
         batches = list(Instructions(rows).evaluation_batches(size))
         seen = [t[t != NOT_SCORED].tolist() for _, targets in batches for t in targets]
         assert seen == [row[1].tolist() for row in rows]
+        assert len(batches) == -(-len(rows) // size)
         assert all(len(inputs) == size for inputs, _ in batches[:-1])

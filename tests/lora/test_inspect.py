@@ -1,11 +1,10 @@
 """`python -m lora.inspect`: its table against dense matrices, and its picture."""
 
-import pytest
 import torch
 
 from lora.adapter import save_adapter
 from lora.inject import lora_layers
-from lora.inspect import effective_rank, main
+from lora.inspect import describe, main
 from tests.adapters import adapted
 from tests.runs import stdout_of
 
@@ -36,6 +35,7 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     assert (tmp_path / "spectrum.png").stat().st_size > 10_000
 
 
-def test_the_effective_rank_counts_equal_singular_values():
-    assert effective_rank(torch.tensor([3.0, 3.0, 3.0, 0.0])) == pytest.approx(3)
-    assert 1 < effective_rank(torch.tensor([3.0, 1.0])) < 2
+def test_the_cells_of_known_singular_values():
+    assert describe(torch.tensor([3.0, 3.0, 3.0, 0.0])) == ["3", "3", "3", "3 of 4", "3.0"]
+    assert describe(torch.tensor([4.0, 1.0, 1.0]))[3] == "2 of 3"  # 16/18, 17/18
+    assert describe(torch.tensor([2.0])) == ["2", "0", "0", "1 of 1", "1.0"]

@@ -89,7 +89,7 @@ REFUSED = [
     ({"target_modules": ("c_attn.q", "c_attn")}, "is named whole and by a slice"),
     ({"target_modules": ("c_attn.q",), "init_lora_weights": "pissa"}, "exclude each other"),
     ({"use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
-    ({"r": 17, "init_lora_weights": "pissa"}, r"rank 17 is outside 1 \.\. 16"),
+    ({"rank_pattern": {"h.2.attn.c_attn": 17}, "init_lora_weights": "pissa"}, "outside 1 .. 16"),
     ({"r": 17, "target_modules": ("c_attn.q", "c_attn.v")}, r"rank 34 is outside 1 \.\. 32"),
 ]
 

@@ -264,6 +264,7 @@ NAMED = "transformer.h.1.attn.c_attn"
 
 @pytest.mark.parametrize(("targets", "enabled", "use_rslora", "file"), [
     (("c_attn.q", "attn.c_attn.v"), [True, False, True], True, (8, 6 * 2**0.5, {}, {})),
+    (("c_attn.v",), [False, False, True], False, (4, 6, {}, {})),
     (("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"), [False, False, True], False,
      (4, 6, {NAMED: 8}, {NAMED: 12})),
 ])

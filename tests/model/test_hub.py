@@ -39,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         if "/old/" in self.path:
             return self.answer(302, b"", {"Location": f"/cdn/{file}"})
         fault = next(fake.faults.get(file, iter(())), None)
+        if fault == "no answer":
+            return
         if isinstance(fault, int):
             return self.send_error(fault)
         self.answer(200, fake.files[file], linked, fault)
@@ -208,6 +210,7 @@ GPT2 = ("gpt2", hub.WEIGHTS)
 LOOP = {"Location": f"/openai-community/gpt2/resolve/main/{hub.WEIGHTS}"}
 FAILURES = {  # what is changed, how the message says so, and how often the hub is asked for weights
     "stalled": ({**broken("stall"), "SOCKET_SECONDS": 0.2}, "was cut (timed out)", 3),
+    "no answer": (broken("no answer"), "was cut (Remote end closed connection", 3),
     "503": (broken(503), "answers 503", 3),
     "404": (broken(404), "answers 404", 1),
     "bytes": ({"files": {**FILES, hub.WEIGHTS: WEIGHTS[::-1]}}, f"where {sha256(WEIGHTS)} is", 1),

@@ -136,6 +136,7 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
     (TINY.replace('"use_regex":true', '"use_regex":false'), "pre_tokenizer"),
     (DIGITS.to_str().replace('"Isolated"', '"Removed"'), "pre_tokenizer"),
+    (TINY.replace('"dropout":null', '"dropout":0.1'), "dropout 0.1 is not supported"),
     (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
     (TINY.replace('"lstrip":false', '"lstrip":true'), "'<s>' strips"), ("{", "not valid JSON"),
     (DIGITS.to_str().replace(r"\\p{N}", "("), "pattern is not supported"),

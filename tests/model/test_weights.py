@@ -199,6 +199,8 @@ def test_a_config_of_another_model_is_refused_by_field(tmp_path):
             json.dumps({"model_type": "gpt2", field: value}))
         reason = refusal(path, load_gpt2, tmp_path)
         assert field in reason and str(value) in reason
+    path.write_text("{}")
+    assert "has neither a model_type nor GPT-2's own fields" in refusal(path, load_gpt2, tmp_path)
 
 
 @pytest.mark.parametrize("fields", [
