@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora.adapter import load_adapter
+from lora.adapter import load_adapter, save_adapter
 from lora.inject import adapter_disabled, lora_layers
 from lora.merge import main, merge, unmerge
 from model.weights import load_gpt2
@@ -59,10 +59,11 @@ def test_the_command_writes_one_model(base, adapter, tmp_path):
     assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.float32}
 
 
-def test_a_lower_precision_is_written_and_what_it_costs_printed(base, adapter, tmp_path):
-    model, out = load_gpt2(base), tmp_path / "merged"
-    before = {name: x.bfloat16().float() for name, x in model.state_dict().items()}
-    load_adapter(model, adapter)
+def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    before = {name: x.bfloat16().float() for name, x in load_gpt2(base).state_dict().items()}
+    model, config = adapted(base, ("c_attn",), r=4, lora_alpha=0.1)
+    save_adapter(model, config, adapter, "gpt2")
     deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
     said = stdout_of(main, "--base", base, "--adapter", adapter, "--out", out,
                      "--precision", "bf16")
@@ -70,7 +71,7 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, adapter, t
     after = load_gpt2(out).state_dict()
     lost = [after[f"{n}.weight"].float() - before[f"{n}.weight"] - d for n, d in deltas.items()]
     share = torch.cat(lost).norm() / torch.cat(list(deltas.values())).norm()
-    assert 0.001 < share < 0.1 and f"changes the update by {share:.1%} of its norm" in said
+    assert 0.01 < share < 0.5 and f"changes the update by {share:.1%} of its norm" in said
 
 
 def test_without_an_adapter_there_is_nothing_to_merge_in_fp32(base, tmp_path):
