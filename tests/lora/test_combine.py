@@ -114,7 +114,8 @@ def test_patterns_of_rank_and_alpha_count(base, tmp_path):
 
 def test_an_adapter_of_another_architecture_is_refused(adapter):
     for names in ((), ("base_model.model.model.layers.0.self_attn.q_proj",),  # Llama's
-                  ("base_model.model.transformer.encoder.layers.0.self_attention.dense",)):
+                  ("base_model.model.transformer.encoder.layers.0.self_attention.dense",),
+                  ("base_model.model.transformer.h.attn.c_attn",)):
         save_file({f"{name}.lora_{part}.weight": torch.ones(4, 4)
                    for name in names for part in "AB"}, adapter / WEIGHTS)
         line = one_line(run(inspect, adapter), 2)
