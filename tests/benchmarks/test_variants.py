@@ -1,7 +1,7 @@
 """The benchmark of the variants: what each keeps for the backward pass."""
 
 from benchmarks import variants
-from tests.runs import run
+from tests.runs import stdout_of
 
 
 def test_each_variants_bytes_and_times_are_beside_plain_loras(base, monkeypatch):
@@ -10,10 +10,8 @@ def test_each_variants_bytes_and_times_are_beside_plain_loras(base, monkeypatch)
     monkeypatch.setattr(variants, "VARIANTS", chosen)
     monkeypatch.setattr(variants, "MINI", base)
     monkeypatch.setattr(variants.torch, "set_num_threads", lambda count: None)
-    ending = run(variants.main, "--rounds", 2)
-    assert (ending.status, ending.stderr) == (0, "")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in ending.stdout.splitlines()[-3:]]
+    lines = stdout_of(variants.main, "--rounds", 2).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[-3:]]
     assert [name for name, *_ in rows] == [*chosen] and rows[0][1] == "1.00"
     plain, dora, frozen = (float(mb) for *_, mb in rows)
     assert frozen < plain < dora
