@@ -18,19 +18,9 @@ from torch import Tensor, nn
 from benchmarks import reference
 from benchmarks.reference import METHODS, TEXT
 from tests.helpers import TINY, tiny_gpt2_directory
-from tests.runs import (
-    finished,
-    one_line,
-    run,
-    stdout_of,
-    stock_model,
-    stock_result,
-    token_parts,
-    trainer,
-)
+from tests.runs import finished, one_line, run, stdout_of, stock_model, token_parts, trainer
 from training.options import BOOK
 
-BATCH_SIZE = {"base": 16, "lora": 16, "full": 64}
 STEPS = 3
 
 
@@ -88,12 +78,12 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> float:
 
 
 def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
-    ids = token_parts(repeated.book)[1]
-    for method, batch_size in BATCH_SIZE.items():
+    ids, base, out = token_parts(repeated.book)[1], repeated.base, repeated.out
+    for method, batch_size, model in (("base", 16, stock_model(base)),
+                                      ("lora", 16, stock_model(base, out / "lora")),
+                                      ("full", 64, stock_model(out / "full"))):
         assert (len(ids) - 128) % batch_size  # the mean of batches is not that of windows
         here = repeated.figures["here"][method]
-        model = stock_model(repeated.base) if method == "base" else stock_result(
-            finished(repeated.out / method)).eval()
         expected = reference_validation(model, ids, batch_size)
         assert here["reference"]["loss"] == pytest.approx(expected, rel=1e-5)
         assert here["reference"]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
