@@ -17,8 +17,8 @@ from data.windows import Windows
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import save_gpt2
-from tests.helpers import tiny_gpt2_directory
-from tests.runs import run
+from tests.helpers import TINY, tiny_gpt2_directory
+from tests.runs import one_line, run
 
 GIB = 1 << 30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +90,12 @@ def test_a_fault_breaks_parity(check, monkeypatch, kind, name, wrong, found):
     assert ending.status == 1 and not result["holds"]
     assert f"exact: {found}" in [entry["name"] for entry in result["checks"] if not entry["ok"]]
     assert "parity is broken" in ending.stdout
+
+
+def test_a_block_as_long_as_the_context_is_refused(base, tmp_path):
+    block = TINY["n_positions"]
+    ending = run(parity.main, "--base", base, "--out", tmp_path, "--block-size", block)
+    assert f"--block-size {block}: must be below" in one_line(ending, 2)
 
 
 @pytest.fixture
