@@ -1,6 +1,5 @@
 """Check that what a user types to make reaches the commands unchanged."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,26 +7,25 @@ from pathlib import Path
 import pytest
 
 MAKEFILE = Path(__file__).resolve().parents[1] / "Makefile"
-SHOW = "#!/bin/sh\nfor a in \"$@\"; do printf '%s\\n' \"$a\"; done\n"
 
 
 @pytest.fixture
-def made(tmp_path):
+def made(tmp_path, monkeypatch):
     """Call make in a project whose python prints its arguments, a line each."""
     shutil.copy(MAKEFILE, tmp_path)
     (tmp_path / "pyproject.toml").touch()
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").write_text(SHOW)
-    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
     for stamp in ("run", "dev"):
         (tmp_path / ".venv" / stamp).touch()
-
-    ours = {name: value for name, value in os.environ.items()  # and not an outer make's variables
-            if name not in ("MAKEFLAGS", "MFLAGS", "ARGS")}
+    for name in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # an outer make's
+        monkeypatch.delenv(name, raising=False)
 
     def make(*arguments: str) -> list[str]:
         return subprocess.run(["make", "-s", *arguments], cwd=tmp_path, check=True, text=True,
-                              capture_output=True, env=ours).stdout.splitlines()
+                              capture_output=True).stdout.splitlines()
     return make
 
 
