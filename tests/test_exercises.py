@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from exercises import __main__ as exercises
 from exercises import answers
@@ -30,6 +31,31 @@ def test_a_check_refuses_the_start_and_accepts_the_solution(n, block):
     solved = vars(answers) | {"math": math}
     exec(block, solved)
     check(SimpleNamespace(**solved))
+
+
+def keep_a(layer):
+    torch.nn.init.uniform_(layer.lora_B.weight, -0.5, 0.5)
+
+
+def normalise(scaler, optimizer, parameters, loss, clip):
+    loss.backward()
+    for p in parameters:
+        p.grad *= clip / p.grad.norm()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(("n", "name", "wrong", "said"), [
+    (1, "swap_the_zero", keep_a, "A is not zero"),
+    (2, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
+    (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
+    (5, "count_lora", lambda n, c, r, targets: n * r * (4 * c if targets == ("c_attn",) else 2 * c),
+     "6 layers of width 256"),  # of the two c_proj, the attention's alone
+    (12, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
+])
+def test_a_check_refuses_a_wrong_answer(n, name, wrong, said):
+    torch.manual_seed(n)
+    with pytest.raises(exercises.Wrong, match=said):
+        exercises.CHECKS[n](SimpleNamespace(**{name: wrong}))
 
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):

@@ -31,6 +31,13 @@ def run(experiment, tmp_path, *options):
     return data
 
 
+def test_an_experiment_that_cannot_be_saved_does_not_begin(tmp_path, capsys):
+    (file := tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        rank.main(["--out", str(file)])
+    assert f"error: --out {file}: File exists" in capsys.readouterr().err
+
+
 def test_diagram(tmp_path, monkeypatch):
     """The numbers in the picture of a layer are those of GPT-2's c_attn at rank 8."""
     monkeypatch.setattr(diagram, "ROOT", tmp_path)

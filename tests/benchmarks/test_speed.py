@@ -5,6 +5,7 @@ import statistics
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.speed_worker import CALLS, Task
 from common.device import Device
 from common.errors import RunError
 from model.gpt2 import GPT2Config
+from model.weights import load_config
 from tests.helpers import tiny_gpt2, tiny_gpt2_directory, token_ids
 from tests.ranks import fork
 from tests.runs import run
@@ -145,6 +147,18 @@ def test_the_matmuls_are_those_of_a_stock_training_step(method, n_inner):
     assert flops == stock.get_total_flops()
     layouts = {tuple(torch.empty_strided(*t).is_contiguous() for t in pair) for pair in found}
     assert {(True, False), (True, True), (False, True)} <= layouts  # x W^T, g W, g^T x
+
+
+def test_the_limit_is_the_time_of_every_matmul_by_the_faster_way(base, monkeypatch):
+    def timer(way, **more):
+        seconds = 1.0 if way.startswith("ops") else 3.0
+        return SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(median=seconds))
+
+    monkeypatch.setattr(speed_worker, "Timer", timer)
+    task = Task("matmuls", str(base), batch_size=5, block_size=32, r=3)
+    found = speed_worker.matmuls(load_config(base), "lora", 5, 32, 3)
+    expected = sum(n * (1 if len(shape) == 2 else 3) for ((shape, _), _), n in found.items())
+    assert speed_worker.measure_matmuls(task, "lora", torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize("kind, method", [

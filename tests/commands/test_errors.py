@@ -86,7 +86,8 @@ def refusal(line: str) -> str:
 # The full lists of what is wrong with bases, adapters, targets and texts stand in the tests of the
 # functions that read them; here, each kind of mistake at one command or two.
 MISTAKES = [
-    ("lora --book missing.txt", "missing.txt"), ("full --book 'a\nb'", "a b"),
+    ("lora --book missing.txt", "missing.txt"), ("lora --book /dev/null", "(not a regular file)"),
+    ("full --book 'a\nb'", "a b"),
     ("lora --book short.txt", "short.txt: its validation part"),
     ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"), ("evaluate --json directory", "directory"),

@@ -102,14 +102,16 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     assert "".join(pieces(tokens, padded)) == "&a&"  # id 5 in place of what no token has
 
 
-def test_a_row_that_has_ended_leaves_the_others_going(model, monkeypatch, capsys):
+def test_rows_end_apart_and_share_no_character(model, monkeypatch, capsys):
     tokenizer = small_tokenizer(VOCAB)
-    a, b, end = tokenizer.encode(f"ab{END_OF_TEXT}").tolist()
-    steps = iter(torch.tensor([[-1, a], [a, end], [b, a], [end, a], [a, a]]))  # -1: still reading
+    a, *half, b, end = tokenizer.encode(f"aéb{END_OF_TEXT}").tolist()
+    assert len(half) == 2
+    steps = iter(torch.tensor([  # -1: still reading
+        [-1, a], [half[0], b], [half[1], end], [b, a], [end, a], [a, a]]))
     monkeypatch.setattr(command, "generate_rows", lambda *_, **__: steps)
     args = Namespace(seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
     command.write_texts(model, tokenizer, args, [("", "x"), ("=", "y")])
-    assert capsys.readouterr().out == "xab\n\n=ya\n\n"
+    assert capsys.readouterr().out == "xéb\n\n=yab\n\n"
     assert next(steps).tolist() == [a, a]  # which nobody needed
 
 

@@ -135,11 +135,18 @@ def test_both_forms_are_read_as_the_template_says(tmp_path):
     assert (inputs[1:] == targets[:-1])[targets[:-1] != NOT_SCORED].all()
 
 
+def test_an_example_as_long_as_the_block_loses_nothing(tmp_path, capsys):
+    path = write(tmp_path / "data.jsonl", example(*PAIRS[0]))
+    [row] = read_examples(path, TOKENIZER, 999)
+    [same] = read_examples(path, TOKENIZER, row.shape[1])
+    assert np.array_equal(same, row) and capsys.readouterr().out == ""
+
+
 BAD = [
     ("not json", "is not JSON"), ("[" * 9000, "is not JSON"),
     (r'{"prompt": "a\u0000", "completion": "b"}', "holds a NUL"),
     (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
-    (example("a", "b" * 70_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
+    (example("a", "b" * 10_000_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
     (example("a", "\ud800"), "surrogates not allowed"),
     ('{"prompt": "a"}', "needs the texts"), ("7", "needs the texts"),
     ('{"prompt": 1, "completion": "b"}', "needs the texts"), ('{"messages": {}}', "none at"),

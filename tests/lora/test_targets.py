@@ -152,3 +152,5 @@ def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):
     torch.save(tensors | {bias: torch.zeros(96)}, tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match=f"adapter_model.bin: unexpected tensor '{bias}'"):
         load_adapter(load_gpt2(base), tmp_path)
+    save_adapter(model, config, tmp_path, "gpt2")  # which is read in the pickle's place
+    load_adapter(load_gpt2(base), tmp_path)

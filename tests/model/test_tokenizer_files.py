@@ -182,6 +182,8 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text(TINY.replace(END_OF_TEXT, "<end>"))
     (config := tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 300).encode(f"</s>{END_OF_TEXT}").tolist() == [1, 1]
+    config.write_text('{"eos_token": "a"}')  # an entry of the vocabulary, and no added token
+    assert load_tokenizer(tmp_path, 300).end_of_text == json.loads(TINY)["model"]["vocab"]["a"]
     config.write_text('{"eos_token": "<|im_end|>"}')
     reason = refusal(tmp_path, load_tokenizer, tmp_path, 300)
     assert "lacks the base's end-of-text token, '<|im_end|>'" in reason

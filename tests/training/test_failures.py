@@ -1,5 +1,6 @@
 """Numbers that are not finite, and a lack of memory: one line, and nothing of it is saved."""
 
+import errno
 import math
 
 import pytest
@@ -102,6 +103,9 @@ def test_out_of_memory_says_what_helps_and_another_error_is_not_taken_for_it(arg
         "error: out of memory; try a smaller --batch-size, --block-size or --base, --precision "
         "bf16 or, in training, --grad-accum or --gradient-checkpointing; the last checkpoint is "
         "from step 3")
+    error = OSError(errno.ENOSPC, "No space left on device", "/disk")
+    assert one_line(run_acting({5: fail}, *argv, "--overwrite")) == (
+        "error: /disk: No space left on device; the last checkpoint is from step 3")
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         run_acting({5: fail}, *argv, "--overwrite")
