@@ -7,7 +7,7 @@ import torch
 
 from common.cli import Parser, number
 from common.errors import UserError, run_command
-from common.files import refuse_existing
+from common.files import brief, refuse_existing
 from lora.adapter import base_hash
 from lora.adapter_config import base_name
 from lora.factors import Factors, read_factors, truncate, write_factors
@@ -53,11 +53,16 @@ def main() -> None:
         raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")
     refuse_existing(args.out)
     bases = {base_hash(d): d for d in args.adapters}
-    bases.pop(None, None)  # an adapter from elsewhere names none
+    unknown = bases.pop(None, None)  # an adapter from elsewhere has no hash
     if len(bases) > 1:
         raise UserError("{} and {}: are adapters of different bases".format(*bases.values()))
+    names = dict.fromkeys(brief(base_name(d)) for d in args.adapters)
+    if unknown and len(names) > 1:
+        print(f"note: these adapters name their bases {' and '.join(names)}; the sum means "
+              "something only if these are one")
+    source = next(iter(bases.values()), args.adapters[0])
     total, kept = combine([read_factors(d) for d in args.adapters], weights, args.rank)
-    write_factors(total, args.out, str(base_name(args.adapters[0]) or ""), next(iter(bases), ""))
+    write_factors(total, args.out, str(base_name(source) or ""), next(iter(bases), ""))
     print(f"{args.out}: rank {len(next(iter(total.values())).A)}, {kept:.2%} of the sum's squared "
           "norm")
 

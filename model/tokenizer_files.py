@@ -6,6 +6,7 @@ encoder.py) and list the merges in order, which is the order of tiktoken's ranks
 """
 
 import re
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,12 @@ FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
                                  "tokenizer_config.json")
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
 GPT2, GPT2_SIZE = Path(__file__).with_name("gpt2_tokenizer"), 50257
+FOREIGN = ("tokenizer.model", "spiece.model", "vocab.txt")  # SentencePiece's and WordPiece's
 FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED)
 # Parts of regular expressions that tiktoken and Hugging Face (Oniguruma) read differently.
 DIFFERENT, ANCHOR = re.compile(r"\\[wWbBhH1-9]|\[:|\(\?[a-z]*m"), re.compile(r"(?<!\\)[\^$]")
 CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")  # the ^ of [^a] is not an anchor
+PROPERTY, PROBE = re.compile(r"\\[pP]\{\^?\w+\}"), "aAa1a .\n\n A1'A"
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
@@ -35,6 +38,8 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
         read = read_json
     elif (path := directory / VOCAB).exists() or (directory / MERGES).exists():
         read = _read_vocab_and_merges
+    elif foreign := next(filter(Path.exists, map(directory.joinpath, FOREIGN)), None):
+        raise UserError(f"{foreign}: is not byte-level BPE, and only that is known")
     elif vocab_size == GPT2_SIZE:
         read, path = read_json, GPT2 / FAST
     else:
@@ -54,8 +59,9 @@ def _read_vocab_and_merges(path: Path) -> dict:
         lines = file.read().decode().splitlines()
     added = [{"content": text, "id": i} for text, i in _read(directory, ADDED).items()]
     named: list = [END_OF_TEXT]
-    for value in _read(directory, SPECIAL).values():  # a token or several, each a text or a dict
-        named += value if isinstance(value, list) else [value]
+    for field, value in (_read(directory, SPECIAL) | _read(directory, SETTINGS)).items():
+        if field.endswith(("_token", "_tokens")):  # one or several, each a text or a dict
+            named += value if isinstance(value, list) else [value]
     for token in named:
         token = token if isinstance(token, dict) else {"content": token}
         if token["content"] in vocab:
@@ -86,6 +92,9 @@ def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
         raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks "
                         f"{error!s:.80}") from error
     special, end = _special(path, stored.get("added_tokens") or [], vocab)
+    if model.get("ignore_merges") and (unmade := vocab.keys() - {*words, *special}):
+        raise UserError(f"{path}: no merge makes token {brief(min(unmade))}, and ignore_merges is "
+                        "not supported for such tokens")
     for token in (*ids, *special.values()):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(f"{path}: has token {brief(token)}; config.json's vocab_size is "
@@ -120,6 +129,9 @@ def _special(path: Path, added: list[dict],
             raise UserError(f"{path}: lacks the base's end-of-text token, {brief(name)}")
         special[name] = vocab[name]
     end = special.get(name or END_OF_TEXT)
+    if end is None:  # AutoTokenizer knows of none then, but generation ends at this one
+        eos = _read(path.parent, "config.json").get("eos_token_id")
+        end = eos if eos in special.values() else None
     if end is not None:
         special = {END_OF_TEXT: end} | special
     for first, second in pairwise(sorted(special)):
@@ -139,13 +151,21 @@ def _pattern(path: Path, step: dict) -> str:
         elif (len(steps) == 2 and not last.get("use_regex", True) and steps[0]["type"] == "Split"
               and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")):
             own = steps[0]["pattern"].get("Regex")
-            if own and not DIFFERENT.search(own) and not ANCHOR.search(CLASS.sub("", own)):
+            if own and not (DIFFERENT.search(own) or ANCHOR.search(CLASS.sub("", own))
+                            or _matches_nothing(own)):
                 # What lies between two matches is a word, too; tiktoken would drop it.
                 pattern = rf"{own}|(?:(?!{own})[\s\S])+"
     if not pattern:
         raise UserError(f"{path}: pre_tokenizer {brief(step)} is not supported; only byte-level, "
                         "with GPT-2's pattern or one of its own")
     return pattern
+
+
+def _matches_nothing(pattern: str) -> bool:
+    """Return whether a pattern matches between two characters, where tiktoken would drop one."""
+    with suppress(re.error):  # Python has no \p{L}: any class will do, since only width counts
+        return not all(m[0] for m in re.finditer(PROPERTY.sub(r"\\w", pattern), PROBE))
+    return False
 
 
 def _read(directory: Path, file: str) -> dict:

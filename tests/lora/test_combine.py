@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import RunError, UserError
-from lora.adapter import PICKLED_WEIGHTS, WEIGHTS, load_adapter, save_adapter
+from lora.adapter import PICKLED_WEIGHTS, WEIGHTS, base_hash, load_adapter, save_adapter
+from lora.adapter_config import base_name
 from lora.combine import combine, main
 from lora.factors import Factors, read_factors, write_factors
 from lora.inject import lora_layers
@@ -95,6 +96,16 @@ def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapter
     assert run(main, other, "--out", tmp_path / "out").status == 0
     with pytest.raises(UserError, match="another base"):  # the hash goes along
         load_model(str(base), tmp_path / "out")
+
+
+def test_the_sum_names_the_base_whose_hash_it_has_and_two_names_are_noted(base, tmp_path):
+    for name, sha256 in (("mini", ""), ("gpt2", "a" * 64), ("other", "")):
+        save_adapter(*adapted(base, ("c_attn",), r=3), tmp_path / name, name, sha256)
+    said = stdout_of(main, tmp_path / "mini", tmp_path / "gpt2", "--out", tmp_path / "sum")
+    assert said.startswith("note: these adapters name their bases 'mini' and 'gpt2'; ")
+    assert (base_name(tmp_path / "sum"), base_hash(tmp_path / "sum")) == ("gpt2", "a" * 64)
+    assert "'mini' and 'other'" in stdout_of(
+        main, tmp_path / "mini", tmp_path / "other", "--out", tmp_path / "unhashed")
 
 
 def test_layers_of_two_shapes_are_refused(adapter):

@@ -48,6 +48,7 @@ def write(model: models.Model, train: int = 0, added: str = "") -> str:
 
 
 CHARACTERS, TINY = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), write(models.BPE(), 300)
+UNMERGED = TINY.replace('"ignore_merges":false', '"ignore_merges":true')
 DIGITS = Tokenizer.from_str(TINY)  # what lies between two digits is a word, too
 SPLIT = [Split(Regex(r"\p{N}"), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
 DIGITS.pre_tokenizer = Sequence(SPLIT)
@@ -136,6 +137,9 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
     (TINY.replace('"use_regex":true', '"use_regex":false'), "pre_tokenizer"),
     (DIGITS.to_str().replace('"Isolated"', '"Removed"'), "pre_tokenizer"),
+    (DIGITS.to_str().replace(r"\\p{N}", "(?<=[a-z])(?=[A-Z])"), "pre_tokenizer"),
+    (DIGITS.to_str().replace(r"\\p{N}", r"\\s*\\p{L}*"), "pre_tokenizer"),
+    (UNMERGED.replace('"vocab":{', '"vocab":{"zqzq":299,'), "makes token 'zqzq'"),
     (TINY.replace('"dropout":null', '"dropout":0.1'), "dropout 0.1 is not supported"),
     (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
     (TINY.replace('"lstrip":false', '"lstrip":true'), "'<s>' strips"), ("{", "not valid JSON"),
@@ -153,6 +157,13 @@ def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
     assert reason in refusal(path, load_tokenizer, tmp_path, 400)
 
 
+def test_ignored_merges_that_make_every_token_change_nothing(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(UNMERGED)
+    ours, theirs = load_tokenizer(tmp_path, 300), Tokenizer.from_file(
+        str(tmp_path / "tokenizer.json"))
+    assert ours.encode(BOOK.read_text()).tolist() == theirs.encode(BOOK.read_text()).ids
+
+
 def test_vocab_and_merges_alone_are_enough(tmp_path):
     """The hub's first GPT-2 had no other file: the end of text is known by its name."""
     model, whole = json.loads((MINI / "tokenizer.json").read_text())["model"], load_tokenizer(
@@ -163,6 +174,10 @@ def test_vocab_and_merges_alone_are_enough(tmp_path):
     alone, text = load_tokenizer(tmp_path, 8192), f"The sea.{END_OF_TEXT}It  turned."
     assert alone.encode(text).tolist() == whole.encode(text).tolist()
     assert alone.end_of_text == whole.end_of_text == 8191
+    [word] = whole.encode(" the").tolist()
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "Ġthe", "add_bos_token": true}')
+    named = load_tokenizer(tmp_path, 8192)
+    assert named.special == {END_OF_TEXT: 8191, "Ġthe": word}
 
 
 def test_without_files_it_is_gpt2s(tmp_path):
@@ -171,6 +186,10 @@ def test_without_files_it_is_gpt2s(tmp_path):
     assert whole.encode(f"Hello world{END_OF_TEXT}").tolist() == [15496, 995, 50256]
     ranks = (b64encode(whole.bytes_of[i]) + b" %d\n" % i for i in range(50256))
     assert sha256(b"".join(ranks)).hexdigest() == PUBLISHED
+    for name in ("vocab.txt", "spiece.model", "tokenizer.model"):
+        (other := tmp_path / name).touch()
+        assert "is not byte-level BPE" in refusal(other, load_tokenizer, tmp_path, 50257)
+        other.unlink()
     (tmp_path / "vocab.json").write_text("{}")  # alone it is not taken for GPT-2's
     merges = tmp_path / "merges.txt"
     assert "cannot be read" in refusal(merges, load_tokenizer, tmp_path, 50257)
@@ -182,6 +201,9 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / "tokenizer.json").write_text(TINY.replace(END_OF_TEXT, "<end>"))
     (config := tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 300).encode(f"</s>{END_OF_TEXT}").tolist() == [1, 1]
+    config.unlink()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    assert load_tokenizer(tmp_path, 300).encode(END_OF_TEXT).tolist() == [1]
     config.write_text('{"eos_token": "a"}')  # an entry of the vocabulary, and no added token
     assert load_tokenizer(tmp_path, 300).end_of_text == json.loads(TINY)["model"]["vocab"]["a"]
     config.write_text('{"eos_token": "<|im_end|>"}')

@@ -166,6 +166,8 @@ def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, ca
     assert relative_difference(again.float()(IDS).logits, expected) < 1e-5
 
     assert sorted(os.listdir(out)) == ["config.json", SAFETENSORS]
+    save_gpt2(load_gpt2(directory), tmp_path / "kept", end_of_text=None)  # the tokenizer has none
+    assert load_config(tmp_path / "kept").token_ids["eos_token_id"] == 3
     assert load_config(out) == replace(load_config(directory), token_ids=tokens)
     with safe_open(out / SAFETENSORS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
