@@ -14,6 +14,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import atomic_path, brief, open_file, read_json
 from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from model.weights import CONFIG
 
 FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
                                  "tokenizer_config.json")
@@ -24,7 +25,8 @@ FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED)
 # Parts of regular expressions that tiktoken and Hugging Face (Oniguruma) read differently.
 DIFFERENT, ANCHOR = re.compile(r"\\[wWbBhH1-9]|\[:|\(\?[a-z]*m"), re.compile(r"(?<!\\)[\^$]")
 CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")  # the ^ of [^a] is not an anchor
-PROPERTY, PROBE = re.compile(r"\\[pP]\{\^?\w+\}"), "aAa1a .\n\n A1'A"
+PROPERTY = re.compile(r"\\[pP]\{\^?\w+\}")
+PROBE = "aAa1a .\n\n A1'A"  # characters of several kinds side by side, to match between
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
@@ -130,7 +132,7 @@ def _special(path: Path, added: list[dict],
         special[name] = vocab[name]
     end = special.get(name or END_OF_TEXT)
     if end is None:  # AutoTokenizer knows of none then, but generation ends at this one
-        eos = _read(path.parent, "config.json").get("eos_token_id")
+        eos = _read(path.parent, CONFIG).get("eos_token_id")
         end = eos if eos in special.values() else None
     if end is not None:
         special = {END_OF_TEXT: end} | special
@@ -152,7 +154,7 @@ def _pattern(path: Path, step: dict) -> str:
               and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")):
             own = steps[0]["pattern"].get("Regex")
             if own and not (DIFFERENT.search(own) or ANCHOR.search(CLASS.sub("", own))
-                            or _matches_nothing(own)):
+                            or _matches_empty_text(own)):
                 # What lies between two matches is a word, too; tiktoken would drop it.
                 pattern = rf"{own}|(?:(?!{own})[\s\S])+"
     if not pattern:
@@ -161,8 +163,10 @@ def _pattern(path: Path, step: dict) -> str:
     return pattern
 
 
-def _matches_nothing(pattern: str) -> bool:
-    """Return whether a pattern matches between two characters, where tiktoken would drop one."""
+def _matches_empty_text(pattern: str) -> bool:
+    """Return whether a pattern matches the empty text between two characters; tiktoken would drop
+    the next one.
+    """
     with suppress(re.error):  # Python has no \p{L}: any class will do, since only width counts
         return not all(m[0] for m in re.finditer(PROPERTY.sub(r"\\w", pattern), PROBE))
     return False

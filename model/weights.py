@@ -146,14 +146,13 @@ def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
         for name, p in model.named_parameters()}
     fields = dataclasses.asdict(model.config)
     token_ids = fields.pop("token_ids")
-    end = {"eos_token_id": end_of_text}
+    eos = token_ids.get("eos_token_id") if end_of_text is None else end_of_text
     config = {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         **fields,
         "n_ctx": model.config.n_positions,
-        **{"bos_token_id": end_of_text, **end, **token_ids},
-        **(end if end_of_text is not None else {}),
+        **{"bos_token_id": end_of_text, **token_ids, "eos_token_id": eos},
         "torch_dtype": str(dtype or model.wte.weight.dtype).removeprefix("torch."),
     }
     with atomic_path(directory / WEIGHTS) as temporary:
