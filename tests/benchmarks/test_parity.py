@@ -47,9 +47,12 @@ def test_every_section_holds_and_says_so_and_is_pefts_to_the_last_bit(check, bas
     ending, result = check("--steps", 30, "--batch-size", 4, "--device", DEVICE)
     assert ending.status == 0 and result["holds"], ending.stdout
     assert "parity holds" in ending.stdout and "FAILED" not in ending.stdout
-    exact = [entry["value"] for entry in result["checks"] if entry["name"].startswith("exact: ")]
-    assert exact[:3] == [0, 0, 0]  # adapter before, losses, adapter after
-    assert len(set(result["curves"]["exact"]["here"])) == 30
+    losses = result["curves"]["exact"]
+    assert losses["here"] == losses["there"] and len(set(losses["here"])) == 30
+    differences = {entry["name"]: entry["value"] for entry in result["checks"]}
+    for what in ("adapter before the first step", "loss of every step",
+                 "adapter after the last step"):
+        assert differences[f"exact: {what}"] == 0.0
     assert result["curves"].keys() == {
         "exact", "resumed", "fp32, no dropout", "fp32, independent dropout",
         f"{LOW}, no dropout", f"{LOW}, independent dropout", "full"}

@@ -92,6 +92,7 @@ def test_every_contender_is_timed_in_every_round_and_every_figure_follows(measur
     memory = {name: [r["peak_mb"] for r in rounds] for name, rounds in records.items()}
     figures = result["summary"]["contenders"]
     assert figures.keys() == CONTENDERS and result["failed"] == {}
+    assert {"date", "machine", "threads", "load_average", "versions", "how"} <= result.keys()
     assert str(base.parent) not in json.dumps(result)
     order = [r["name"] for r in result["measurements"]]
     assert order == order[::-1]  # the second round is in reverse

@@ -143,6 +143,11 @@ def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
         assert (path.parent / "compare.png").stat().st_size > 1000
 
 
-def test_a_run_that_diverged_is_shown(runs, tmp_path):
-    path = changed(runs["lora"], tmp_path, best_val_loss=40.0, best_val_perplexity=2.4e17)
+def test_a_run_that_diverged_and_one_that_knows_all_are_shown(runs, tmp_path):
+    """One perplexity is above 1e15, and finite; the other loss is 0."""
+    path = changed(runs["lora"], tmp_path / "far", best_val_loss=40.0, best_val_perplexity=2.4e17)
     assert "40.0000" in compare(path)[0][-1]
+    path = changed(runs["lora"], tmp_path / "known", best_val_loss=0.0, best_val_perplexity=1.0,
+                   best_val_bits_per_byte=0.0)
+    base, known = compare(path)[0][-2:]
+    assert base[7] == "-" and known[5:8] == ["0.0000", "1.00", "0.0000"]

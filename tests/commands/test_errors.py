@@ -127,7 +127,8 @@ MISTAKES = [
     ("evaluate --adapter missing", "missing/adapter_config.json: cannot be read"),
     ("generate --adapter directory --base auto", "directory/adapter_config.json: cannot be read"),
     *((f"{command} run --base other", "run/adapter_model.safetensors: was trained on another base")
-      for command in ("evaluate --adapter", "lora --init-adapter")),
+      for command in ("evaluate --adapter", "generate --adapter", "merge --adapter",
+                      "lora --init-adapter")),
     ("evaluate --adapter run --base auto", "/base'; give --base the base's directory"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --device tpu", "--device"), ("full --precision fp64", "--precision"),
@@ -188,7 +189,7 @@ LIMITS = {  # by option: values on its two sides that it refuses
 @pytest.mark.parametrize("name", LIMITS)
 def test_every_number_has_its_limits(name):
     for option, values in LIMITS[name].items():
-        for value in values:
+        for value in ("nan", *values):
             assert f"argument {option}: " in refusal(f"{name} {option} {value}"), value
 
 

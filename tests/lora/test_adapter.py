@@ -151,8 +151,8 @@ def test_fields_that_would_change_the_result_are_refused_by_name(adapter):
             assert len(reason) < 200
 
 
+# tests/common/test_tensors.py lists the damaged files that read_json and read_tensors refuse.
 def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tmp_path):
-    """What read_json and read_tensors refuse stands in tests/common/test_tensors.py."""
     for number, (shape, reason) in enumerate((
             ({"n_embd": 48}, f"{FIRST} is (4, 32) where (4, 48) is needed"),
             ({"n_layer": 1}, f"unexpected tensor '{PREFIX}.1.attn.c_attn.lora_A.weight'"),

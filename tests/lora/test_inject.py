@@ -14,7 +14,7 @@ from training.report import describe_parameters
 
 
 def test_counts_of_the_released_sizes():
-    """Of the smallest and the largest."""
+    """Count GPT-2's parameters with the default adapter: the smallest model and the largest."""
     for size, trainable, total, percent in (
             ({}, "294,912", "124,734,720", "0.2364"),
             ({"n_embd": 1600, "n_layer": 48}, "2,457,600", "1,560,068,800", "0.1575")):
