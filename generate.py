@@ -34,14 +34,17 @@ def parse_args():
                       help="one text or several; each is continued by itself")
     what.add_argument("--chat", action="store_true",
                       help="answer every line of the input, in the form of data/instructions.py")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N",
+                        help="default: %(default)s")
     parser.add_argument("--temperature", type=number(float, 0.0, 100.0), default=0.8,
                         help="0 always takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-k", type=number(int, 0), default=50,
                         help="draw from the k likeliest tokens; 0: from all (default: %(default)s)")
     parser.add_argument("--top-p", type=number(float, 1e-9, 1.0), default=1.0,
-                        help="draw from the likeliest tokens that together reach this probability")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42)
+                        help="draw from the likeliest tokens that together reach this probability "
+                             "(default: all)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42,
+                        help="default: %(default)s")
     parser.add_argument("--with-base", action="store_true",
                         help="first show what the base alone writes, for comparison")
     add_device_options(parser)
@@ -127,7 +130,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
             del turns[:2]
         answer = ""
         for _, text in stream(model, tokenizer, [ids], args, [generator]):
-            print(text if answer else text.lstrip(), end="", flush=True)
+            print(text if answer.strip() else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
         turns.append(("Assistant", answer.strip()))

@@ -83,6 +83,11 @@ def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
                   "byte_fallback"):
         if value := (stored | model).get(field):
             raise UserError(f"{path}: {field} {brief(value)} is not supported")
+    after = stored.get("post_processor") or {}
+    for step in after.get("processors") or [after]:
+        if step.get("cls") or "SpecialToken" in str(step.get("single")):
+            raise UserError(f"{path}: post_processor {brief(step)} adds tokens to each text, which "
+                            "is not supported")
     pattern, vocab = _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     byte_of = {character: byte for byte, character in enumerate(_characters())}

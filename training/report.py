@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 from torch import nn
@@ -17,6 +18,7 @@ from model.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN
 from training.options import Options
 
+PICTURE = "compare.png"
 COLOURS = {"train": "#9db4c0", "lora": RED, "full": BLUE, "base": GREY}
 NUMBERS = ("batch_size", "lr", "steps", "trainable_parameters", "base_val_loss", "best_val_loss",
            "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
@@ -90,6 +92,7 @@ def best_weights(out: Path, method: str) -> Path:
 def compare(directories: list[Path]) -> None:
     """Print the table of finished runs and their bases, and draw it beside the first run."""
     measures: dict[str, list] = {}  # runs whose losses are comparable, under one key
+    directories = [d for d in directories if d.name != PICTURE] or directories  # as in runs/*
     names = [directory.resolve().name for directory in directories]
     if len(set(names)) < len(names):  # as with a/lora and b/lora
         names = list(map(str, directories))
@@ -104,7 +107,7 @@ def compare(directories: list[Path]) -> None:
     rows = [row for runs in measures.values()
             for row in (_base_cells(runs[0][1]), *(_cells(*run) for run in runs))]
     print_table(COLUMNS, rows)
-    draw_comparison(list(measures.values()), directories[0].resolve().parent / "compare.png")
+    draw_comparison(list(measures.values()), directories[0].resolve().parent / PICTURE)
 
 
 def _base_cells(run: dict) -> list[str]:
@@ -153,6 +156,12 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     save_figure(figure, options.out / "loss.png")
 
 
+def _label(kind: str, name: str) -> str:
+    """Return a bar's label, in lines that fit under the bar."""
+    parts = f"({name})".replace(",", ",\n").split("\n")
+    return "\n".join([kind, *(line for part in parts for line in textwrap.wrap(part, 12))])
+
+
 def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None:
     """Draw validation perplexity, each base before its runs, and parameters and time of each run.
 
@@ -163,11 +172,11 @@ def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None
     bars = []  # label, colour, and a value in each panel; a base has only the first
     for runs in measures:
         base = runs[0][1]
-        bars.append((f"base\n({printable(Path(base['base']).name)})", COLOURS["base"],
+        bars.append((_label("base", printable(Path(base["base"]).name)), COLOURS["base"],
                      perplexity(base["base_val_loss"]), math.nan, math.nan))
-        bars += [(f"{run['method']}\n({run['name']})".replace(",", ",\n"),
-                  COLOURS[run["method"]], run["best_val_perplexity"],
-                  run["trainable_parameters"], run["seconds"]) for _, run in runs]
+        bars += [(_label(run["method"], run["name"]), COLOURS[run["method"]],
+                  run["best_val_perplexity"], run["trainable_parameters"], run["seconds"])
+                 for _, run in runs]
     names, colours, *values = zip(*bars, strict=True)
     figure, panels = subplots(1, 3, figsize=(max(11, 3 * len(bars)), 4))
     titles = {"validation perplexity (lower is better)": "{:.1f}",

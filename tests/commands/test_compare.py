@@ -3,12 +3,14 @@
 import json
 import shutil
 import struct
+from itertools import pairwise
 
 import pytest
 
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
 from tests.runs import BLOCK, Run, one_line, run, scores, stdout_of, story, trained
+from training import report as reporting
 from training.options import BOOK
 
 
@@ -78,6 +80,20 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000
     assert struct.unpack(">II", data[16:24]) > (1000, 400)
+
+
+@drawing()
+def test_long_names_are_drawn_beside_each_other(runs, tmp_path, monkeypatch):
+    names, figures = ("lora-r8-all-layers-1e-3", "lora-r32,all-layers,1e-3", "full-2e-4"), []
+    paths = [shutil.copytree(runs["lora"].out, tmp_path / name) for name in names]
+    compare(*paths)
+    monkeypatch.setattr(reporting, "save_figure", lambda figure, path: figures.append(figure))
+    compare(*sorted(tmp_path.iterdir()))  # as runs/* would: the picture is there by now
+    [figure] = figures
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert len(boxes) == 4 and all(a.x1 < b.x0 for a, b in pairwise(boxes))
 
 
 def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_path, monkeypatch):

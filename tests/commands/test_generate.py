@@ -130,7 +130,7 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(
 
     def answer(model, tokenizer, prompts, args, generators):
         seen.append("".join(tokenizer.bytes_of[i].decode() for i in prompts[0].tolist()))
-        yield from ((0, " "), (0, next(script)))
+        yield from ((0, " "), (0, "\n"), (0, next(script)))
 
     lines = ["Who lights it? ", "And then?", "When?", f"Does {60 * 'it '}"]
     monkeypatch.setattr(command, "stream", answer)

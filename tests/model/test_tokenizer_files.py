@@ -49,6 +49,8 @@ def write(model: models.Model, train: int = 0, added: str = "") -> str:
 
 CHARACTERS, TINY = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), write(models.BPE(), 300)
 UNMERGED = TINY.replace('"ignore_merges":false', '"ignore_merges":true')
+PREFIXED = json.dumps({"type": "TemplateProcessing", "pair": [], "special_tokens": {}, "single": [
+    {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]})
 DIGITS = Tokenizer.from_str(TINY)  # what lies between two digits is a word, too
 SPLIT = [Split(Regex(r"\p{N}"), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
 DIGITS.pre_tokenizer = Sequence(SPLIT)
@@ -140,6 +142,7 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     (DIGITS.to_str().replace(r"\\p{N}", "(?<=[a-z])(?=[A-Z])"), "pre_tokenizer"),
     (DIGITS.to_str().replace(r"\\p{N}", r"\\s*\\p{L}*"), "pre_tokenizer"),
     (UNMERGED.replace('"vocab":{', '"vocab":{"zqzq":299,'), "makes token 'zqzq'"),
+    (TINY.replace('"post_processor":null', '"post_processor":' + PREFIXED), "adds tokens"),
     (TINY.replace('"dropout":null', '"dropout":0.1'), "dropout 0.1 is not supported"),
     (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
     (TINY.replace('"lstrip":false', '"lstrip":true'), "'<s>' strips"), ("{", "not valid JSON"),
