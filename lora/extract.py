@@ -22,8 +22,10 @@ def main() -> None:
     parser.add_argument("--base", **BASE)
     parser.add_argument("--full", type=Path, required=True, metavar="DIR",
                         help="the fine-tuned model, a Hugging Face GPT-2 directory")
-    parser.add_argument("--rank", type=number(int, 1), default=8, metavar="N")
-    parser.add_argument("--target-modules", nargs="+", default=["c_attn"], metavar="NAME")
+    parser.add_argument("--rank", type=number(int, 1), default=8, metavar="N",
+                        help="default: %(default)s")
+    parser.add_argument("--target-modules", nargs="+", default=["c_attn"], metavar="NAME",
+                        help="default: c_attn")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     refuse_existing(args.out)

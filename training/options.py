@@ -90,7 +90,7 @@ class Options:
                                  "dropout of A's input")
     target_modules: tuple[str, ...] = option(("c_attn",), nargs="+", metavar="NAME",
                                              help="linear layers to adapt, slices of c_attn such "
-                                             "as c_attn.q, or all-linear")
+                                             "as c_attn.q, or all-linear (default: c_attn)")
     use_rslora: bool = option(False, help="scale by alpha / sqrt(r) in place of alpha / r")
     layers_to_transform: tuple[int, ...] | None = option(
         None, layers, "adapt only these blocks, such as 6-11, or 0 2 4", nargs="+", metavar="A-B",
