@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import atomic_path, brief, open_file, read_json
-from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer
+from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer, rank_tokens
 from model.weights import CONFIG
 
 FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
@@ -91,7 +91,7 @@ def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
     pattern, vocab = _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     byte_of = {character: byte for byte, character in enumerate(_characters())}
-    words = [*_characters(), *dict.fromkeys(first + second for first, second in merges)]
+    words = [*_characters(), *rank_tokens(merges)]
     try:
         ids = tuple(vocab[word] for word in words)
         texts = tuple(bytes(byte_of[character] for character in word) for word in words)
@@ -99,9 +99,12 @@ def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
         raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks "
                         f"{error!s:.80}") from error
     special, end = _special(path, stored.get("added_tokens") or [], vocab)
-    if model.get("ignore_merges") and (unmade := vocab.keys() - {*words, *special}):
-        raise UserError(f"{path}: no merge makes token {brief(min(unmade))}, and ignore_merges is "
-                        "not supported for such tokens")
+    named = {first + second for first, second in merges}
+    if model.get("ignore_merges"):
+        named |= vocab.keys() - special.keys()
+    if unmade := named - {*words}:
+        raise UserError(f"{path}: no merge makes token {brief(min(unmade))} of its own characters, "
+                        "which is not supported")
     for token in (*ids, *special.values()):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise UserError(f"{path}: has token {brief(token)}; config.json's vocab_size is "

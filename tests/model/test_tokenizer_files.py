@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
+from common.errors import UserError
 from model.hub import MINI
 from model.sampling import generate
 from model.tokenizer import END_OF_TEXT
@@ -142,6 +143,8 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     (DIGITS.to_str().replace(r"\\p{N}", "(?<=[a-z])(?=[A-Z])"), "pre_tokenizer"),
     (DIGITS.to_str().replace(r"\\p{N}", r"\\s*\\p{L}*"), "pre_tokenizer"),
     (UNMERGED.replace('"vocab":{', '"vocab":{"zqzq":299,'), "makes token 'zqzq'"),
+    (write(models.BPE({w: i for i, w in enumerate([*LETTERS, "ab", "bc", "abc"])}, [
+        ("a", "b"), ("b", "c"), ("a", "bc")])), "no merge makes token 'abc'"),
     (TINY.replace('"post_processor":null', '"post_processor":' + PREFIXED), "adds tokens"),
     (TINY.replace('"dropout":null', '"dropout":0.1'), "dropout 0.1 is not supported"),
     (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
@@ -165,6 +168,28 @@ def test_ignored_merges_that_make_every_token_change_nothing(tmp_path):
     ours, theirs = load_tokenizer(tmp_path, 300), Tokenizer.from_file(
         str(tmp_path / "tokenizer.json"))
     assert ours.encode(BOOK.read_text()).tolist() == theirs.encode(BOOK.read_text()).ids
+
+
+def test_merges_that_another_order_breaks_are_refused_and_others_followed(tmp_path):
+    """tiktoken merges neighbours that spell a token; Hugging Face the listed pairs alone."""
+    draw, path, accepted = random.Random(0), tmp_path / "tokenizer.json", 0
+    for _ in range(200):
+        merges, words = [], [*"abc"]
+        for _ in range(draw.randint(2, 9)):
+            merges.append((draw.choice(words), draw.choice(words)))
+            words += ["".join(merges[-1])]
+        vocab = dict.fromkeys([*LETTERS, *words])
+        path.write_text(write(models.BPE({w: i for i, w in enumerate(vocab)}, merges)))
+        try:
+            ours = load_tokenizer(tmp_path, 300)
+        except UserError as error:
+            assert "no merge makes token" in str(error)
+            continue
+        accepted, theirs = accepted + 1, Tokenizer.from_file(str(path))
+        for _ in range(50):
+            text = "".join(draw.choices("abc", k=draw.randint(1, 15)))
+            assert ours.encode(text).tolist() == theirs.encode(text).ids, (merges, text)
+    assert 20 < accepted < 180
 
 
 def test_vocab_and_merges_alone_are_enough(tmp_path):
