@@ -53,6 +53,8 @@ def main() -> None:
                             "second time; use --grad-accum to save memory")
         with ranks.first_goes_first():
             name, directory = find_base(options.base)
+        if ranks.first:
+            check_out(replace(options, base=str(directory)))  # a name's directory, too
         options = replace(options, base=name, precision=device.precision)
         trainer = Trainer(options, directory, device, ranks)
         print(describe_parameters(trainer.model))

@@ -106,6 +106,7 @@ MISTAKES = [
     ("lora --out book.txt", "--out book.txt: is a file"), (f"full --out {LONG}", LONG),
     ("lora --out book.txt/out", "book.txt/out"), ("full --out base", "--out base: is what"),
     ("lora --out ./directory/../base --overwrite", "is what --base reads"),
+    (f"lora --base gpt2 --out {HUB} --overwrite", "is what --base reads"),
     ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
     ("lora --resume", "--resume: out holds no checkpoint"), ("lora --resume --overwrite", "--over"),
     ("full --out directory --resume", "--resume: directory holds no checkpoint"),
