@@ -4,6 +4,10 @@ Each run is a `train.py` in a process of its own. The same command resumes a swe
 a finished run as it is, and refuses it if its options differ.
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds
+    from common import signals
+    signals.end_in_one_line()
+
 import signal
 import subprocess
 import sys
@@ -23,16 +27,21 @@ COLUMNS = ("runs", "val loss", "min .. max", "perplexity", "min .. max")
 
 
 def train(arguments: list[str], out: Path) -> int:
-    """Run train.py and return its exit status."""
+    """Run train.py; return its exit status, or that of a signal which came meanwhile."""
     resume = ["--resume"] if (out / METRICS).exists() and "--overwrite" not in arguments else []
     child = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, *resume])
-    # A terminal's SIGINT also reaches the child, which saves and ends; SIGTERM does not.
-    ours = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: child.terminate()}
-    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    stops = []  # a child may still end with 0: its last step was done
+
+    def stop(number: int, frame) -> None:
+        stops.append(128 + number)
+        if number == signal.SIGTERM:  # a terminal's SIGINT also reaches the child
+            child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    return status
+    return stops[0] if stops else status
 
 
 def spread(values: list[float], digits: int) -> list[str]:
@@ -70,6 +79,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, nargs="+", metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
     args, others = parser.parse_known_args()
+    others = [word for word in others if word != "--resume"]  # `train` adds it where it is due
     default = parse_options("-", [args.method])
     values = args.lr or [default.lr], args.r or [None], args.seed or [default.seed]
     plan, results, failed = [], {}, False

@@ -36,7 +36,8 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
                      seed) for seed in (1, 2)]
     run_acting({3: die}, *arguments("lora", base, book, out / names[0], *SHORT, *rate, "--r", 2,
                                     "--seed", 1))
-    command = arguments("lora", base, book, out, *SHORT, *rate, "--r", 2, 99, "--seed", 1, 2, 1)
+    command = arguments("lora", base, book, out, *SHORT, "--resume", *rate, "--r", 2, 99, "--seed",
+                        1, 2, 1)
     ending = run(sweep.main, *command)
     assert [child.status for child in children] == [0, 0, 2, 2] and ending.status == 1
     assert "resuming after step 2 of 4" in children[0].stdout
@@ -69,13 +70,14 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
 
 
-def test_a_sigterm_reaches_the_run_and_the_sweep_is_its_old_self_again(tmp_path, monkeypatch):
-    child, before = mock.Mock(), signal.getsignal(signal.SIGTERM)
-    child.wait.side_effect = lambda: signal.raise_signal(signal.SIGTERM) or 143
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_sweep_even_if_the_run_was_done(number, tmp_path, monkeypatch):
+    child, before = mock.Mock(), signal.getsignal(number)
+    child.wait.side_effect = lambda: signal.raise_signal(number) or 0
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
-    assert sweep.train([], tmp_path) == 143
-    child.terminate.assert_called_once_with()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert sweep.train([], tmp_path) == 128 + number
+    assert child.terminate.call_count == (number == signal.SIGTERM)
+    assert signal.getsignal(number) is before
 
 
 def test_the_command_runs_train_py(base, book, tmp_path):
