@@ -118,6 +118,8 @@ def _turns(line: bytes) -> list[tuple[str, str]]:
         if "messages" not in example:
             example = {"messages": [{"role": "user", "content": example["prompt"]},
                                     {"role": "assistant", "content": example["completion"]}]}
+        if any(m.get("weight", 1) != 1 for m in example["messages"]):
+            raise ValueError("has a weight, which is not supported: every completion is scored")
         turns = [(NAMES[m["role"]], m["content"].strip()) for m in example["messages"]]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError('needs the texts "prompt" and "completion", or "messages", a list of '

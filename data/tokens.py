@@ -29,7 +29,7 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
     for path in paths:  # os.path, because Path's own test raises where a name is too long
         found = sorted(path.glob("*.txt")) if os.path.isdir(path) else [path]
         if not found:
-            raise UserError(f"{path}: holds no .txt files")
+            raise UserError(f"{path}: holds no .txt files, or may not be read")
         books += found
     parts = [load_tokens(book, tokenizer) for book in books]
     if len(parts) == 1:

@@ -1,7 +1,6 @@
 """Read and write adapters in PEFT's format, strictly."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import atomic_path, brief, write_json
 from common.tensors import read_metadata, read_tensors, write_tensors
-from lora.adapter_config import CONFIG, base_name, load_adapter_config, peft_config
+from lora.adapter_config import BAD_PATTERN, CONFIG, base_name, load_adapter_config, peft_config
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.targets import TRANSFORMER, layer_config
@@ -88,7 +87,7 @@ def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = No
                         f"trained on, {brief(base_name(directory))}")
     try:
         inject(model, config)
-    except (ValueError, re.error) as error:  # PEFT's targets may be regular expressions
+    except (ValueError, *BAD_PATTERN) as error:  # PEFT's targets may be regular expressions
         raise UserError(f"{Path(directory) / CONFIG}: does not fit this base: "
                         f"{error!s:.150}") from error
     wanted = adapter_tensors(model)

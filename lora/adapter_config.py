@@ -12,6 +12,7 @@ from lora.slices import SLICES
 
 CONFIG = "adapter_config.json"
 BLOCKS = "layers_to_transform"
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # what Python says of one
 USED = {"r", "lora_alpha", "lora_dropout", "target_modules", BLOCKS, "rank_pattern",
         "alpha_pattern"}
 # PEFT's fields that do not change what a trained adapter computes, whatever they say.
@@ -89,7 +90,7 @@ def _pattern(path: Path, stored: dict, field: str, *limits) -> dict:
         check_number(path, f"{field} {brief(key)}", value, *limits)
         try:
             re.compile(key)
-        except re.error as error:
+        except BAD_PATTERN as error:
             raise UserError(f"{path}: {field} {brief(key)} is not a regular expression "
                             f"({error})") from error
     return pattern

@@ -61,7 +61,7 @@ def main() -> None:
     spectra = {name: factors.svd()[1] for name, factors in read_factors(args.adapter).items()}
     columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
     rows = [[name, f"{s.norm():.4g}", *describe(s)] for name, s in spectra.items()]
-    if args.base:
+    if args.base is not None:
         layers = lora_layers(load_model(args.base, args.adapter).model)
         columns.insert(2, "of the weight's")
         for row in rows:

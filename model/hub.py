@@ -94,7 +94,7 @@ def _cached(name: str) -> Path | None:
 
 def _is_model(directory: Path) -> bool:
     """Return whether config and weights are there; a link to a missing blob does not count."""
-    return os.path.exists(directory / CONFIG) and find_weights(directory) is not None
+    return os.path.exists(directory / CONFIG) and os.path.exists(find_weights(directory) or "")
 
 
 def _probe() -> None:

@@ -87,7 +87,7 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
 def find_weights(directory: Path) -> Path | None:
     """Return the base's weights file, if any. Raises UserError if they are split into shards."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
-        if os.path.exists(path := Path(directory) / name):
+        if os.path.lexists(path := Path(directory) / name):  # a dangling link is no absence
             return path
         if os.path.exists(index := f"{path}.index.json"):
             raise UserError(f"{index}: sharded weights are not read; save one file with "

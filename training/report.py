@@ -93,7 +93,7 @@ def compare(directories: list[Path]) -> None:
     """Print the table of finished runs and their bases, and draw it beside the first run."""
     measures: dict[str, list] = {}  # runs whose losses are comparable, under one key
     directories = [d for d in directories if d.name != PICTURE] or directories  # as in runs/*
-    names = [directory.resolve().name for directory in directories]
+    names = [os.path.basename(os.path.realpath(directory)) for directory in directories]
     if len(set(names)) < len(names):  # as with a/lora and b/lora
         names = list(map(str, directories))
     for directory, name in zip(directories, names, strict=True):

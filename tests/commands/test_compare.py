@@ -146,6 +146,8 @@ def test_a_run_of_another_make_is_refused(runs, tmp_path):
 
 
 def test_a_run_whose_weights_are_gone_is_named(runs, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop/run.json: c" in one_line(run(evaluate.main, "--compare", tmp_path / "loop"), 2)
     (weights := changed(runs["lora"], tmp_path) / "adapter_model.safetensors").unlink()
     line = one_line(run(evaluate.main, "--compare", weights.parent), 2)
     assert line == f"error: {weights}: is missing; the run is not whole"

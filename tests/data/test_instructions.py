@@ -151,6 +151,7 @@ BAD = [
     ('{"prompt": "a"}', "needs the texts"), ("7", "needs the texts"),
     ('{"prompt": 1, "completion": "b"}', "needs the texts"), ('{"messages": {}}', "none at"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
+    (json.dumps({"messages": [turn("assistant", "b") | {"weight": 0}]}), "has a weight"),
     (example("a", " \n"), "an empty completion"),
     (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "none at its end"),
     (example("a", "word " * 40), "its completion is longer than a block of 40; shorten it"),

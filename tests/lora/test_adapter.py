@@ -166,7 +166,9 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tm
             ({"target_modules": ["c_attn", "wte"]}, "does not fit this base: target module 'w"),
             ({"target_modules": ["\x1b" * 99]}, r"does not fit this base: target module '\x1b"),
             ({"target_modules": "c_("}, "does not fit this base: missing )"),
+            ({"target_modules": "c{99999999999}"}, "does not fit this base: the repetition number"),
             ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression (untermin"),
+            ({"rank_pattern": {3000 * "(": 2}}, "rank_pattern '(((((((((((("),
             ({"x\ny" * 99: 1}, r"'x\nyx\ny")):
         (adapter / CONFIG).write_text(original)
         change_config(adapter, fields)

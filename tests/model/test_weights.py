@@ -135,6 +135,10 @@ def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
     (directory / SAFETENSORS).rename(directory / "model-00001-of-00001.safetensors")
     assert find_weights(directory) is None
     assert "neither model.safetensors nor pytorch_model.bin" in refusal(directory, load_gpt2)
+    (linked := directory / name).symlink_to("gone")
+    assert find_weights(directory) == linked
+    assert "cannot be read" in refusal(linked, load_gpt2, directory)
+    linked.unlink()
     (index := directory / f"{name}.index.json").write_text("{}")
     for read in (find_weights, load_gpt2):
         reason = refusal(index, read, directory)
