@@ -92,6 +92,7 @@ class Trainer:
         self.model = device.hold(model)  # moves it, and casts frozen weights to `precision`
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         ranks.broadcast(self.parameters.values())
+        # One group, or two under LoRA+; each has `scale`, the factor of its learning rate.
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr,
                                            weight_decay=options.weight_decay, fused=True)
@@ -116,7 +117,7 @@ class Trainer:
     def step(self, batch: np.ndarray) -> None:
         """Take one optimizer step on the windows `batch` (B,), computed in `--grad-accum` parts."""
         options, tokens = self.options, self.windows.scored_tokens(batch)
-        mine = np.array_split(batch, self.ranks.count)[self.ranks.rank]  # may be empty
+        mine = np.array_split(batch, self.ranks.count)[self.ranks.rank]  # all, but under torchrun
         total = torch.zeros((), device=self.device.torch)
         for part in np.array_split(mine, max(1, min(options.grad_accum, len(mine)))):
             with self.device.autocast():
@@ -169,7 +170,7 @@ def train(trainer: Trainer, session: Session) -> None:
     session.watch(parameters=trained, optimizer=trainer.optimizer, scaler=trainer.scaler,
                   progress=progress, meter=meter)
     session.resume(trainer.total_steps)
-    if progress.step == 0:
+    if progress.step == 0:  # else the checkpoint has the base's loss
         with adapter_disabled(trainer.model):
             scores = trainer.evaluate()
         progress.base_val_loss = progress.start_val_loss = scores.loss

@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -25,9 +26,10 @@ class Device:
 
     @classmethod
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
-        """Resolve `auto`: CUDA, then MPS, then the CPU; and bf16 on CUDA, or fp16 if it lacks bf16,
-        fp32 on MPS and on a CPU, but bf16 to train on a CPU that has instructions for it. Raises
-        UserError for a device that is missing or runs no kernel, and for training on MPS in fp16.
+        """Resolve `auto`. The device is CUDA, else MPS, else the CPU. The precision is bf16 on
+        CUDA, or fp16 where the GPU lacks bf16; bf16 to train on a CPU with bf16 instructions; else
+        fp32. Raises UserError for a device that is missing or runs no kernel, and for training on
+        MPS in fp16.
         """
         asked, present = device, {"cuda": torch.cuda.is_available(),
                                   "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -67,9 +69,11 @@ class Device:
     def name(self) -> str:
         return torch.cuda.get_device_name(self.torch) if self.is_cuda else self.torch.type
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager:
         """Return a context in which matmuls run in `precision`; parameters stay as they are."""
-        return torch.autocast(self.torch.type, self.dtype, enabled=self.precision != "fp32")
+        if self.precision == "fp32":  # on MPS, torch 2.8 and 2.9 warn of an autocast to fp32
+            return nullcontext()
+        return torch.autocast(self.torch.type, self.dtype)
 
     def copy(self, x: Tensor) -> Tensor:
         """Copy to the device; to a CUDA GPU from pinned memory, while the CPU goes on."""
@@ -82,10 +86,8 @@ class Device:
         would cast them again at every step.
         """
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                for parameter in module.parameters(recurse=False):
-                    if not parameter.requires_grad:
-                        parameter.data = parameter.data.to(self.dtype)
+            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
+                module.to(self.dtype)
         return model.to(self.torch)
 
     def set_tf32(self, allowed: bool) -> None:

@@ -64,8 +64,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file, one tensor in memory at a time. `dtype` None keeps each tensor's.
 
     Format: 8 bytes of header length, the header in JSON, the tensors' bytes
-    (https://github.com/huggingface/safetensors). Safetensors' own writer copies all tensors first.
-    Raises RunError for a number that is not finite.
+    (https://github.com/huggingface/safetensors). Safetensors' own writer orders the metadata at
+    random, so that equal files differ; before 0.8 it also copies all tensors first. Raises RunError
+    for a number that is not finite.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0

@@ -46,14 +46,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Make the model compute what its base does inside the `with`. Raises ValueError if merged."""
-    layers = lora_layers(model).values()
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged into the base; unmerge it first")
-    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
     try:
-        for layer in layers:
-            layer.enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for layer in layers:
+            layer.enabled = True

@@ -53,7 +53,8 @@ class LoRALinear(nn.Module):
         fan_in, fan_out = base_layer.in_features, base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
-        self.base_layer, self.config = base_layer, config  # config of the saved adapter
+        # `save_adapter` writes `config`: PiSSA and slices save another rank than they train.
+        self.base_layer, self.config = base_layer, config
         self.scaling = config.scaling
         self.lora_dropout = Dropout(config.lora_dropout)
         # Drawn on the CPU in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
@@ -69,9 +70,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
-        if self.merged or not self.enabled:
+        if self.merged or not self.enabled:  # merged: W holds the update already
             return y
-        if not torch.is_autocast_enabled(x.device.type):  # autocast casts the matmuls' inputs
+        if not torch.is_autocast_enabled(x.device.type):  # it would cast x for each matmul
             x = x.to(self.lora_A.weight.dtype)
         update = self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling  # (..., out)
         return (y + update).to(y.dtype)

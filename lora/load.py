@@ -11,8 +11,6 @@ from common.errors import UserError
 from common.files import brief, file_sha256
 from lora.adapter import load_adapter
 from lora.adapter_config import base_name
-from lora.inject import inject
-from lora.layer import LoRAConfig
 from model.gpt2 import GPT2
 from model.hub import HUB_NAMES, OWNER, find_base
 from model.tokenizer import Tokenizer
@@ -38,20 +36,6 @@ def named_base(adapter: Path) -> str:
         raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's "
                         "directory")
     return name
-
-
-def add_adapter(model: GPT2, directory: Path, config: LoRAConfig,
-                init_adapter: Path | None) -> LoRAConfig:
-    """Inject a new adapter, or load the one in `init_adapter`, into the base read from `directory`;
-    return its config. Raises UserError if it does not fit.
-    """
-    if init_adapter:
-        return load_adapter(model, init_adapter, file_sha256(weights_path(directory)))
-    try:
-        inject(model, config)
-    except ValueError as error:
-        raise UserError(f"--r, --layers, --target-modules: {error}") from error
-    return config
 
 
 class Loaded(NamedTuple):

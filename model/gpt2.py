@@ -1,7 +1,8 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
-Parameter names are those of the released checkpoint (`wte`, `h.0.attn.c_attn`, ...), which has
-projections transposed. Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ...). It stores the
+projections (in, out); here they are `nn.Linear`s, (out, in), and `weights.py` transposes them.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
@@ -65,7 +66,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
         self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
-        # Attention always scales scores by 1 / sqrt(D): q makes up for any other scale.
+        # `causal_attention` scales q k^T by 1 / sqrt(D). For any other scale, q is scaled first.
         self.q_scale = 1.0 if config.scale_attn_weights else (config.n_embd / config.n_head) ** 0.5
         if config.scale_attn_by_inverse_layer_idx:
             self.q_scale /= layer + 1
@@ -76,13 +77,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         q = q if self.q_scale == 1 else q * self.q_scale
         if cache is None:
             y = ops.causal_attention(q, k, v, self.attn_pdrop if self.training else 0.0)
         else:
             k, v = cache.extend(self.layer, k, v)
-            past = k.size(2) - T  # a single new token sees all tokens: no mask
+            past = k.size(2) - T  # k and v hold these tokens and the T new ones
+            # Without a past the mask is the usual one; a single new token sees all: no mask.
             y = F.scaled_dot_product_attention(
                 q, k, v, is_causal=past == 0,
                 attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None)
@@ -95,6 +97,8 @@ def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
 
 
 class MLP(nn.Module):
+    """c_proj(gelu(c_fc(x))): from C to 4 C and back, for each token by itself."""
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
@@ -108,6 +112,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Two residual steps on x (B, T, C), attention and then the MLP, each reading a norm of x."""
+
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)

@@ -69,7 +69,7 @@ class Tokenizer:
     special: dict[str, int]
     end_of_text: int | None
     vocab_size: int  # the model's: it may be padded beyond the tokenizer's
-    source: Path | None = None  # the directory of the tokenizer's files
+    source: Path  # the directory of the tokenizer's files
 
     @cached_property
     def _engine(self) -> tiktoken.Encoding:

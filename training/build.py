@@ -5,15 +5,17 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
+from common.files import file_sha256
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
 from data.windows import Windows, check_block_size, split
+from lora.adapter import load_adapter
 from lora.fa import freeze_a
+from lora.inject import inject
 from lora.layer import LoRAConfig
-from lora.load import add_adapter
 from model.gpt2 import GPT2, GPT2Config
 from model.tokenizer import Tokenizer
-from model.weights import find_weights, load_config, load_gpt2
+from model.weights import find_weights, load_config, load_gpt2, weights_path
 from training.options import Options
 
 Data = Windows | Instructions
@@ -32,7 +34,14 @@ def build_model(options: Options, directory: Path,
     model.gradient_checkpointing = options.gradient_checkpointing
     if options.method == "full":
         return model, None
-    config = add_adapter(model, directory, options.lora_config, options.init_adapter)
+    if options.init_adapter:
+        config = load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
+    else:
+        config = options.lora_config
+        try:
+            inject(model, config)
+        except ValueError as error:
+            raise UserError(f"--r, --layers, --target-modules: {error}") from error
     if options.freeze_a:
         freeze_a(model)
     return model, config

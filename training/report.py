@@ -21,8 +21,7 @@ from training.options import Options
 PICTURE = "compare.png"
 COLOURS = {"train": "#9db4c0", "lora": RED, "full": BLUE, "base": GREY}
 NUMBERS = ("batch_size", "lr", "steps", "trainable_parameters", "base_val_loss", "best_val_loss",
-           "best_val_perplexity", "best_val_bits_per_byte", "seconds", "tokens_per_second",
-           "peak_memory_mb")
+           "best_val_bits_per_byte", "seconds", "tokens_per_second", "peak_memory_mb")
 COLUMNS = ("", "batch", "peak lr", "steps", "trained", "val loss", "perplexity", "bits/byte",
            "seconds", "tokens/s", "peak MB", "MB on disk")
 
@@ -72,13 +71,11 @@ def read_run(directory: Path) -> dict:
     run = read_json(path)
     texts, options = [run.get("base"), run.get("book_sha256")], run.get("options")
     values = run | options if isinstance(options, dict) else {}
-    limits = {name: 1e305 if "perplexity" in name else 1e99 for name in NUMBERS}
     if (run.get("method") not in ("lora", "full")
             or not all(isinstance(text, str) for text in texts)
             or not isinstance(run.get("base_sha256"), dict)
             or not all(isinstance(values.get(name), int | float)
-                       and (values[name] == 0 or 1e-99 < values[name] < limit)
-                       for name, limit in limits.items())):
+                       and (values[name] == 0 or 1e-99 < values[name] < 1e99) for name in NUMBERS)):
         raise UserError(f"{path}: is not what this version of train.py leaves at a run's end; "
                         "train again with --overwrite")
     return run
@@ -125,7 +122,7 @@ def _cells(directory: Path, run: dict) -> list[str]:
     options = run["options"]
     return [f"{run['method']} ({run['name']})", f"{options['batch_size']:,}",
             f"{options['lr']:g}", f"{run['steps']:,}", f"{run['trainable_parameters']:,}",
-            f"{run['best_val_loss']:.4f}", f"{run['best_val_perplexity']:.2f}",
+            f"{run['best_val_loss']:.4f}", f"{perplexity(run['best_val_loss']):.2f}",
             f"{run['best_val_bits_per_byte']:.4f}", f"{run['seconds']:,.0f}",
             f"{run['tokens_per_second']:,.0f}", f"{run['peak_memory_mb']:,.0f}",
             f"{weights.stat().st_size / 1e6:,.2f}"]
@@ -175,7 +172,7 @@ def draw_comparison(measures: list[list[tuple[Path, dict]]], path: Path) -> None
         bars.append((_label("base", printable(Path(base["base"]).name)), COLOURS["base"],
                      perplexity(base["base_val_loss"]), math.nan, math.nan))
         bars += [(_label(run["method"], run["name"]), COLOURS[run["method"]],
-                  run["best_val_perplexity"], run["trainable_parameters"], run["seconds"])
+                  perplexity(run["best_val_loss"]), run["trainable_parameters"], run["seconds"])
                  for _, run in runs]
     names, colours, *values = zip(*bars, strict=True)
     figure, panels = subplots(1, 3, figsize=(max(11, 3 * len(bars)), 4))

@@ -21,7 +21,7 @@ from common.figures import can_draw, save_figure, subplots
 from common.files import atomic_path
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
-from training.report import read_run
+from training.report import perplexity, read_run
 
 COLUMNS = ("runs", "val loss", "min .. max", "perplexity", "min .. max")
 
@@ -101,8 +101,8 @@ def main() -> int:
         else:
             results.setdefault(key, []).append(read_run(out))
     if results:
-        losses, perplexities = ({key: [run[name] for run in runs] for key, runs in results.items()}
-                                for name in ("best_val_loss", "best_val_perplexity"))
+        losses = {key: [run["best_val_loss"] for run in runs] for key, runs in results.items()}
+        perplexities = {key: [*map(perplexity, values)] for key, values in losses.items()}
         text = print_table((args.method, *COLUMNS), [
             (f"lr {lr:g}" + (f", r {r}" if r else ""), str(len(losses[lr, r])),
              *spread(losses[lr, r], 4), *spread(perplexities[lr, r], 2)) for lr, r in results])
