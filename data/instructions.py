@@ -76,7 +76,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     """
     rows = []
     with open_file(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_RUN), b""), 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_RUN + 1), b""), 1):
             if not line.strip():
                 continue
             try:

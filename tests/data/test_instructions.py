@@ -163,6 +163,8 @@ def test_a_bad_line_is_named(tmp_path):
         path = write(tmp_path / "bad.jsonl", example("a", "b"), line, example("a", "b"))
         reason = refusal(f"{path}, line 2", read_examples, path, TOKENIZER, LENGTH)
         assert words in reason, line[:80]
+    path = write(tmp_path / "longest.jsonl", example("a", "b").ljust(65_536), "7")
+    refusal(f"{path}, line 2", read_examples, path, TOKENIZER, LENGTH)
 
 
 def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
