@@ -5,9 +5,9 @@ own files say which tokens there are, and their ids (`tokenizer_files.py`).
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,40 +18,26 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 
 def rank_tokens(merges: list[list[str]]) -> list[str]:
-    """Return the tokens that pairs of tokens, listed in order, make: in the order of tiktoken's
-    ranks, and without those for which tiktoken would split a text in another way.
+    """Return the tokens that merging the listed pairs makes, in the order of tiktoken's ranks.
 
     Hugging Face merges the listed pairs alone, tiktoken all neighbours that spell a token. Both do
-    the same if each token's own characters end in that token: if, while its two parts form, no pair
-    across the boundary between them comes first.
+    the same if each token's own characters end in its pair; other tokens are left out.
     """
     rank: dict[tuple[str, str], int] = {}
     for first, second in merges:
         rank.setdefault((first, second), len(rank))
-    parts_of: dict[str, tuple[str, str]] = {}
-
-    def edge(token: str, side: int, end: int) -> list[tuple[str, int]]:
-        """List what a token is at one of its edges, latest first, with the rank that ends it."""
-        states = [(token, end)]
-        while token in parts_of:
-            end, token = rank[parts_of[token]], parts_of[token][side]
-            states.append((token, end))
-        return states
-
-    for (first, second), last in rank.items():
-        token, known = first + second, all(len(t) == 1 or t in parts_of for t in (first, second))
-        if token in parts_of or not known:
-            continue
-        left, right = edge(first, 1, last), edge(second, 0, last)
-        while len(left) + len(right) > 2:
-            (a, a_end), (b, b_end) = left[-1], right[-1]
-            across = rank.get((a, b), math.inf)
-            if across < a_end and across <= b_end:  # among equal ranks the leftmost comes first
+    tokens: dict[str, None] = {}
+    for first, second in rank:
+        parts = [*(first + second)]
+        while len(parts) > 2:
+            ranks = [rank.get(pair, len(rank)) for pair in pairwise(parts)]
+            if (least := min(ranks)) == len(rank):  # no pair is left to merge
                 break
-            (left if a_end <= b_end else right).pop()
-        else:
-            parts_of[token] = first, second
-    return [*parts_of]
+            i = ranks.index(least)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if parts == [first, second]:
+            tokens[first + second] = None
+    return [*tokens]
 
 
 @dataclass(frozen=True)
