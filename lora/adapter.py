@@ -32,8 +32,12 @@ def save_adapter(model: nn.Module, config: LoRAConfig, directory: Path, base: st
                  base_sha256: str = "") -> None:
     """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
 
-    `base` names the base for people; a reader compares `base_sha256`, of its weights file.
+    `base` names the base for people; a reader compares `base_sha256`, of its weights file. Raises
+    ValueError for a model without an adapter.
     """
+    model = getattr(model, "_orig_mod", model)  # `torch.compile` would add this to each name
+    if not lora_layers(model):
+        raise ValueError("the model has no adapter to save")
     write_adapter(adapter_tensors(model), _plain_config(model, config), directory, base,
                   base_sha256)
 
@@ -92,7 +96,12 @@ def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = No
                         f"{error!s:.150}") from error
     wanted = adapter_tensors(model)
     shapes = {key: weight.shape for key, weight in wanted.items()}
-    tensors = dict(read_tensors(adapter_path(directory), shapes))  # all checked before any is set
+    try:
+        tensors = dict(read_tensors(adapter_path(directory), shapes))  # all, before any is set
+    except UserError:
+        for name, layer in lora_layers(model).items():
+            model.set_submodule(name, layer.base_layer)
+        raise
     with torch.no_grad():
         for key, tensor in tensors.items():
             wanted[key].copy_(tensor)

@@ -22,7 +22,7 @@ class DoRALinear(LoRALinear):
         super().__init__(base_layer, config)
         self.lora_magnitude_vector = nn.Parameter(
             torch.linalg.norm(base_layer.weight.detach().float(), dim=1))
-        self.norm: Tensor | None = None  # ||V|| of a merged layer
+        self.register_buffer("norm", None, persistent=False)  # ||V|| of a merged layer
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)

@@ -19,7 +19,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
     variants does not fit, or if the model has an adapter already.
     """
     if lora_layers(model):
-        raise ValueError("the model has an adapter already; merge it first")
+        raise ValueError("the model has an adapter already; `unwrap` it first")
     wrapped = {name: _wrap(model.get_submodule(name), layer_config(config, name), slices)
                for name, slices in find_targets(model, config).items()}
     model.requires_grad_(False)
@@ -29,13 +29,14 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 def _wrap(layer: nn.Linear, config: LoRAConfig, slices: set[str]) -> LoRALinear:
     pissa = config.init_lora_weights == "pissa"
+    if not (pissa or config.init_lora_weights is True):
+        raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is not True or 'pissa'")
     if sum((config.use_dora, pissa, bool(slices))) > 1:
         raise ValueError("DoRA, PiSSA and slices of a layer exclude each other")
     if slices:
         return SlicedLoRALinear(layer, config, slices)
-    if config.use_dora:
-        return DoRALinear(layer, config)
-    return PiSSALinear(layer, config) if pissa else LoRALinear(layer, config)
+    kind = DoRALinear if config.use_dora else PiSSALinear if pissa else LoRALinear
+    return kind(layer, config)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -43,7 +43,7 @@ def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
         axis = axes[kinds.index(kind)]
         axis.plot(range(1, len(s) + 1), s, "o-", markersize=3, color=colours.to_rgba(int(block)))
         axis.set(title=kind, xlabel="k")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes[0].set(ylabel="k-th singular value of scaling * B A", ylim=(0, None))
     figure.colorbar(colours, ax=axes, label="block", ticks=range(0, blocks, 1 + blocks // 12))
     figure.suptitle(title, parse_math=False)

@@ -53,8 +53,7 @@ class LoRALinear(nn.Module):
         fan_in, fan_out = base_layer.in_features, base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
-        # `save_adapter` writes `config`: PiSSA and slices save another rank than they train.
-        self.base_layer, self.config = base_layer, config
+        self.base_layer, self.config = base_layer, config  # `save_adapter` writes this config
         self.scaling = config.scaling
         self.lora_dropout = Dropout(config.lora_dropout)
         # Drawn on the CPU in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
@@ -65,8 +64,8 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
         self.enabled, self.merged = True, False
         self.register_state_dict_pre_hook(_refuse_merged)
-        self.to(base_layer.weight.device)
-        self.train(base_layer.training)
+        self.register_load_state_dict_pre_hook(_refuse_merged)
+        self.to(base_layer.weight.device).train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
@@ -88,5 +87,5 @@ class LoRALinear(nn.Module):
 
 
 def _refuse_merged(layer: LoRALinear, *_) -> None:
-    if layer.merged:  # else a model that loads the state would add the update twice
-        raise ValueError("the adapter is merged; unmerge it before taking the state dict")
+    if layer.merged:  # the update would be added twice, or subtracted from a W without it
+        raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")

@@ -11,6 +11,7 @@ from common.errors import UserError, run_command
 from common.files import refuse_existing
 from lora.inject import lora_layers
 from lora.load import add_model_options, load_model
+from lora.pissa import PiSSALinear
 from model.tokenizer_files import save_tokenizer
 from model.weights import save_gpt2
 
@@ -38,8 +39,12 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Put the plain linear layers, with what was merged into them, back in place."""
+    """Put the plain linear layers, with what was merged into them, back in place. Raises ValueError
+    for PiSSA's that are not merged: their W lacks its largest part.
+    """
     for name, layer in lora_layers(model).items():
+        if isinstance(layer, PiSSALinear) and not layer.merged:
+            raise ValueError(f"{name}: PiSSA took the largest part of W out; merge it first")
         model.set_submodule(name, layer.base_layer)
 
 

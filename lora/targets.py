@@ -39,7 +39,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
         names, slices = _match(target, config, [*modules, HEAD], linear)
         if not names:
             raise ValueError(f"target module {target!r} is not in the model"
-                             f"{' in these layers' if blocks else ''}; it has "
+                             f"{' in these layers' if blocks else ''}"
+                             f"{' by a full name' if isinstance(targets, str) else ''}; it has "
                              f"{', '.join(sorted(set(map(_last, linear))))}")
         for name in names:
             if reason := REFUSED.get(_last(name)):

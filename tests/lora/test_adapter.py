@@ -4,6 +4,7 @@ import json
 import math
 
 import peft
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from common.files import file_sha256
 from lora.adapter import BASE_SHA256, load_adapter, save_adapter
 from lora.adapter_config import load_adapter_config
+from lora.inject import lora_layers
 from lora.load import load_model, named_base
 from model.weights import load_gpt2
 from tests.adapters import adapted
@@ -39,14 +41,17 @@ def refusal_of(adapter, file, base):
     ids = token_ids(model.config.vocab_size, 1, 8)
     expected = model(ids)
     reason = refusal(adapter / file, load_adapter, model, adapter)
-    assert torch.equal(model(ids), expected) and len(reason) < 200
+    assert torch.equal(model(ids), expected) and not lora_layers(model) and len(reason) < 200
     return reason
 
 
 def test_the_files_are_pefts(base, tmp_path):
     model, config = adapted(base, ("c_proj", "c_fc"), r=2, lora_alpha=3, lora_dropout=0.25,
                             use_rslora=True)
-    save_adapter(model.to(torch.bfloat16), config, tmp_path, "gpt2-medium")
+    with pytest.raises(ValueError, match="no adapter to save"):
+        save_adapter(load_gpt2(base), config, tmp_path, "gpt2-medium")
+    assert not any(tmp_path.iterdir())
+    save_adapter(torch.compile(model.to(torch.bfloat16)), config, tmp_path, "gpt2-medium")
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
     stored = json.loads((tmp_path / CONFIG).read_text())
     assert stored == {

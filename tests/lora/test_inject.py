@@ -53,8 +53,10 @@ def test_a_disabled_adapter_leaves_the_base_and_a_second_one_is_refused(base):
         assert torch.equal(model(IDS), without)  # the inner block leaves the outer one be
         raise KeyError
     assert torch.equal(model(IDS), with_adapter)
-    with pytest.raises(ValueError, match="has an adapter already"):
+    with pytest.raises(ValueError, match="has an adapter already; `unwrap` it first"):
         inject(model, LoRAConfig(target_modules=("c_fc",)))
+    with pytest.raises(ValueError, match="init_lora_weights 'gaussian' is not True or"):
+        inject(load_gpt2(base), LoRAConfig(init_lora_weights="gaussian"))
     assert torch.equal(model(IDS), with_adapter)
     merge(model)
     with pytest.raises(ValueError, match="unmerge it first"), adapter_disabled(model):

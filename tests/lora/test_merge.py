@@ -19,13 +19,15 @@ def base_weights(model):
 
 def test_merging_changes_no_logit_and_unmerging_restores_the_base(base):
     model, _ = adapted(base, lora_alpha=5)
-    expected, original = model(IDS), base_weights(model)
+    expected, original, state = model(IDS), base_weights(model), model.state_dict()
     merge(model)
     merged = base_weights(model)
     assert all((merged[name] - original[name]).abs().max() > 0.1 for name in original)
     assert relative_difference(model(IDS), expected) < 1e-5
     with pytest.raises(ValueError, match="unmerge it before"):
         model.state_dict()
+    with pytest.raises(ValueError, match="unmerge it before"):
+        model.load_state_dict(state)
     merge(model)  # a second merge is none
     assert all(torch.equal(w, merged[name]) for name, w in base_weights(model).items())
     unmerge(model)

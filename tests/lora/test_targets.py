@@ -67,7 +67,8 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
 
 
 REFUSED = [
-    ({"target_modules": r".*\.c_attn\.x"}, "is not in the model; it has c_attn, c_fc, c_proj"),
+    ({"target_modules": r".*\.c_attn\.x"},
+     "is not in the model by a full name; it has c_attn, c_fc, c_proj"),
     *(({"target_modules": part}, f"'{part}' is not in the model")  # a whole name must match
       for part in ("c_attn", "transformer.h.0.attn.c_a")),
     ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),

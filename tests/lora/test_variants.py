@@ -105,8 +105,12 @@ def test_gradients_and_the_merge_are_pefts(kind, shape, fields):
     theirs.merge()
     assert relative_difference(ours.base_layer.weight, theirs.base_layer.weight) < 1e-6
     assert relative_difference(ours(x), expected) < 1e-5
+    assert kind != "dora" or "norm" in dict(ours.named_buffers())  # it moves with the layer
     unmerge(model)
     assert relative_difference(ours.base_layer.weight, before) < 1e-5
+    if kind == "pissa":
+        with pytest.raises(ValueError, match="merge it first"):
+            unwrap(model)
     with adapter_disabled(model):
         assert relative_difference(ours(x), linear(x)) < 1e-5
 
