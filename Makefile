@@ -17,6 +17,7 @@
 # BOOK), OUT (a directory), LR, R and SEEDS (of training: --lr, --r and --seed), ADAPTER (of
 # generate; default: OUT, else runs/lora), ARGS (any further options of the command).
 
+.NOTPARALLEL: # `make train-lora train-full compare` goes in this order, whatever -j says
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= auto
@@ -132,6 +133,7 @@ pretrain-mini: .venv/run
 		--warmup-ratio 0.03 --weight-decay 0.1 --val-fraction 0.005 \
 		--precision bf16 --eval-every 2000 --checkpoint-every 5m --log-every 50 \
 		--seed 1 $(ARGS)
+	@rm -rf $(MINI)/model
 	$(PY) -m lora.merge --base $(MINI)/run --precision fp16 --out $(MINI)/model
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done

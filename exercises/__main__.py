@@ -38,8 +38,9 @@ def check_1(answers: ModuleType) -> None:
     a, b = layer.lora_A.weight, layer.lora_B.weight
     expect(not a.any(), "A is not zero")
     expect(b.any(), "B is zero as well: then neither of them ever moves")
-    expect(0.45 < b.abs().max() <= 0.5, "B reads r numbers, so it is U(-1/sqrt(r), 1/sqrt(r)), "
-           f"within 0.5 for r = 4; yours reaches {b.abs().max():.2f}")
+    expect(-0.5 <= b.min() < -0.45 and 0.45 < b.max() <= 0.5, "B reads r numbers, so it is "
+           "U(-1/sqrt(r), 1/sqrt(r)), from -0.5 to 0.5 for r = 4; yours is from "
+           f"{b.min():.2f} to {b.max():.2f}")
     layer(torch.randn(5, 12)).square().sum().backward()
     expect(a.grad.any() and not b.grad.any(), "A's first gradient must not be zero, and B's must")
 
@@ -71,11 +72,11 @@ def check_3(answers: ModuleType) -> None:
 def check_4(answers: ModuleType) -> None:
     for fan_in, fan_out in ((16, 16), (12, 20)):
         layer, x = adapted(fan_in, fan_out), torch.randn(5, fan_in)
-        merged = answers.merge_into_file(layer.base_layer.weight.T, layer.lora_A.weight,
+        merged = answers.merge_into_file(layer.base_layer.weight.T.clone(), layer.lora_A.weight,
                                          layer.lora_B.weight, layer.scaling)
         y = x @ merged + layer.base_layer.bias
         expect(torch.allclose(y, layer(x), atol=1e-5), f"({fan_in}, {fan_out}): the shapes fit, "
-               "and the merged layer computes something else: B A is (out, in)")
+               "and the merged layer computes something else: W + scaling * B A is (out, in)")
 
 
 def check_5(answers: ModuleType) -> None:
@@ -93,6 +94,7 @@ def check_5(answers: ModuleType) -> None:
 def check_6(answers: ModuleType) -> None:
     r = answers.RANK
     expect(r, "not answered yet")
+    expect(r in [2**i for i in range(9)], f"{r} is not a power of two from 1 to 256")
     (full,), (lora,), (half,) = (finetune("full", max_steps=8, lr=1.5e-4), *(
         finetune("lora", max_steps=8, lr=3e-3, r=rank, lora_alpha=2 * rank,
                  target_modules=("c_attn", "c_proj", "c_fc")) for rank in (r, max(1, r // 2))))

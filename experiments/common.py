@@ -9,6 +9,7 @@ from statistics import mean
 
 from torch import Tensor
 
+from common.cli import number
 from common.device import Device
 from common.figures import BLUE, GREY, RED, YELLOW, save_figure, subplots  # noqa: F401 (for all)
 from model.hub import find_base
@@ -23,7 +24,8 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a small version, in seconds")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
-    parser.add_argument("--seeds", type=int, default=3, help="where there are some (%(default)s)")
+    parser.add_argument("--seeds", type=number(int, 1), default=3,
+                        help="where there are some (%(default)s)")
     args = parser.parse_args(argv)
     args.out = args.out or ROOT / ("runs" if args.short else "docs") / "figures"
     try:

@@ -1,7 +1,7 @@
 """Draw the LoRA layer for the README: `python -m experiments.diagram` -> docs/figures/lora.png."""
 
 from common.figures import RED, save_figure, subplots
-from training.options import ROOT
+from experiments.common import parse
 
 BLUE, INK = "#c9d6df", "#30343f"
 SHAPES = (([(5.6, 0.3), (9.6, 0.3), (9.6, 1.1), (5.6, 1.1)], "white"),
@@ -20,7 +20,8 @@ TEXTS = {"x  (768 numbers)": (7.6, 0.7, INK), "+": (7.6, 7.8, INK), "A  8 x 768"
          "A and B, trained:\n24,576 parameters,\n1.4 % of W's": (12.1, 5.0, RED, "left")}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    args = parse(__doc__, argv)
     figure, axes = subplots(figsize=(7.6, 4.6))
     from matplotlib.patches import FancyArrowPatch, Polygon  # once `subplots` has set the backend
     axes.set(xlim=(0, 15.2), ylim=(0, 9.4))
@@ -33,7 +34,7 @@ def main() -> None:
     for words, (x, y, colour, *side) in TEXTS.items():
         axes.text(x, y, words, ha=(side or ["center"])[0], va="center", color=colour,
                   fontsize=9 if colour == RED else 11)
-    save_figure(figure, ROOT / "docs" / "figures" / "lora.png")
+    save_figure(figure, args.out / "lora.png")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def _cached(name: str) -> Path | None:
     """Return the directory in the user's Hugging Face cache, else in the project's, else None."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = os.environ.get("HF_HOME") or f"{cache}/huggingface"
-    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{cache}/hub"))
+    cache = os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{cache}/hub"  # its older name
+    cache = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or cache)
+    cache = Path(os.path.expandvars(cache))
     for folder in (f"models--{OWNER}--{name}", f"models--{name}"):  # the second is the old name
         main, snapshots = "", []
         with suppress(OSError, ValueError):
@@ -179,9 +181,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follow redirects, and keep the hub's sha256: its CDN does not repeat it."""
 
     etag: str | None = None
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 has none
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         self.etag = self.etag or headers.get("X-Linked-ETag")
+        code = 301 if code == 308 else code
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -37,6 +37,11 @@ def keep_a(layer):
     torch.nn.init.uniform_(layer.lora_B.weight, -0.5, 0.5)
 
 
+def positive(layer):
+    torch.nn.init.zeros_(layer.lora_A.weight)
+    torch.nn.init.uniform_(layer.lora_B.weight, 0, 0.5)
+
+
 def normalise(scaler, optimizer, parameters, loss, clip):
     loss.backward()
     for p in parameters:
@@ -46,6 +51,8 @@ def normalise(scaler, optimizer, parameters, loss, clip):
 
 @pytest.mark.parametrize(("n", "name", "wrong", "said"), [
     (1, "swap_the_zero", keep_a, "A is not zero"),
+    (1, "swap_the_zero", positive, "yours is from 0.00 to 0.50"),
+    (6, "RANK", 12, "not a power of two"),
     (2, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
     (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
     (5, "count_lora", lambda n, c, r, targets: n * r * (4 * c if targets == ("c_attn",) else 2 * c),

@@ -37,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         if linked and fake.redirects:
             return self.answer(302, b"", {"Location": f"/cdn/old/{file}", **linked})
         if "/old/" in self.path:
-            return self.answer(302, b"", {"Location": f"/cdn/{file}"})
+            return self.answer(308, b"", {"Location": f"/cdn/{file}"})
         fault = next(fake.faults.get(file, iter(())), None)
         if fault == "no answer":
             return
@@ -77,7 +77,8 @@ class FakeHub(ThreadingHTTPServer):
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A hub on this machine, and nothing of the user's: no home, no cache, no proxy."""
-    for variable in [name for name in os.environ if name.startswith(("HF_", "XDG_CACHE_"))]:
+    theirs = ("HF_", "HUGGINGFACE_", "XDG_CACHE_")
+    for variable in [name for name in os.environ if name.startswith(theirs)]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("no_proxy", "*")
@@ -126,6 +127,7 @@ def test_a_directory_is_itself_and_shadows_no_base(fake, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(("variable", "value", "directory", "weights"), [
     ("HF_HUB_CACHE", "{}/hub", "hub/models--openai-community--gpt2/snapshots/a", hub.WEIGHTS),
+    ("HUGGINGFACE_HUB_CACHE", "{}/$HF_X/hub", "x/hub/models--gpt2/snapshots/a", hub.WEIGHTS),
     ("HF_HOME", "{}/hf", "hf/hub/models--gpt2/snapshots/a", "pytorch_model.bin"),
     ("HF_HOME", "", "home/.cache/huggingface/hub/models--gpt2/snapshots/a", hub.WEIGHTS),
     ("XDG_CACHE_HOME", "{}/xdg", "xdg/huggingface/hub/models--openai-community--gpt2/snapshots/a",
@@ -134,6 +136,7 @@ def test_a_directory_is_itself_and_shadows_no_base(fake, tmp_path, monkeypatch, 
 ])
 def test_found_in_a_cache(fake, tmp_path, monkeypatch, capsys, variable, value, directory, weights):
     monkeypatch.setenv(variable, value.format(tmp_path))
+    monkeypatch.setenv("HF_X", "x")
     model = make_model(tmp_path / directory, weights)
     assert find("gpt2") == model
     assert (fake.requests, *capsys.readouterr()) == ([], "", "")
