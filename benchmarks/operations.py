@@ -26,7 +26,7 @@ TRAINED = [name for name in OPERATIONS if name != "score"]  # that one is evalua
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.operations", description=__doc__.splitlines()[0])
+    parser = Parser(prog="benchmarks.operations", description=__doc__)
     parser.add_argument("--base", metavar="B", help="default: GPT-2 124M with random weights")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=number(int, 1, 30), default=5)

@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def parse_args() -> Namespace:
-    parser = Parser(prog="benchmarks.parity", description=__doc__.splitlines()[0])
+    parser = Parser(prog="benchmarks.parity", description=__doc__)
     parser.add_argument("--base", default="mini", metavar="B", help="as train.py's (default: mini)")
     parser.add_argument("--book", type=Path, default=BOOK, help="UTF-8 text file")
     parser.add_argument("--steps", type=number(int, 1), default=50,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.device import PRECISIONS
 from training.options import Options
@@ -26,13 +26,14 @@ transformers.logging.disable_progress_bar()
 def load(directory: Path, adapter: Path | None = None, dropout: float | None = None,
          trainable: bool = False) -> nn.Module:
     """Load transformers' GPT-2 in fp32 and, if given, an adapter file on it; `dropout` None keeps
-    the config's. Of its ways to compute GELU and attention, equal up to rounding, take ours.
+    the config's. Of its ways to compute gelu_new and attention, equal up to rounding, take ours.
     """
     names = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
     dropouts = {} if dropout is None else dict.fromkeys(names, dropout)
-    base = AutoModelForCausalLM.from_pretrained(
-        directory, activation_function="gelu_pytorch_tanh", attn_implementation="sdpa", **dropouts,
-    ).float()
+    config = AutoConfig.from_pretrained(directory, attn_implementation="sdpa", **dropouts)
+    if config.activation_function == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
+    base = AutoModelForCausalLM.from_pretrained(directory, config=config).float()
     return PeftModel.from_pretrained(base, adapter, is_trainable=trainable) if adapter else base
 
 

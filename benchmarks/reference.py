@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def parse_args() -> Namespace:
-    parser = Parser(prog="benchmarks.reference", description=__doc__.splitlines()[0],
+    parser = Parser(prog="benchmarks.reference", description=__doc__,
                     epilog="Further options are those of train.py.")
     parser.add_argument("--base", **BASE)
     parser.add_argument("--book", type=Path, default=TEXT,

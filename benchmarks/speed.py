@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def parse_args() -> Namespace:
-    parser = Parser(prog="benchmarks.speed", description=__doc__.splitlines()[0])
+    parser = Parser(prog="benchmarks.speed", description=__doc__)
     parser.add_argument("--base", metavar="B",
                         help="as train.py's (default: GPT-2 124M with random weights)")
     parser.add_argument("--quick", action="store_true",

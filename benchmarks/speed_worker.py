@@ -157,9 +157,8 @@ def build_theirs(task: Task, device: Device) -> nn.Module:
 
     from benchmarks.peft_loop import add_lora
 
-    model = AutoModelForCausalLM.from_pretrained(task.base).float()  # mini's file is in fp16
-    if task.weights == "low":
-        model.to(PRECISIONS[task.precision])
+    held = task.precision if task.weights == "low" else "fp32"
+    model = AutoModelForCausalLM.from_pretrained(task.base, dtype=PRECISIONS[held])
     if (task.kind, task.method) == ("train", "lora"):
         model = add_lora(model, task.args())
     model.to(device.torch)

@@ -24,7 +24,7 @@ VARIANTS = {"plain": (), "layers 3-5": ("--layers", "3-5"), "rsLoRA": ("--use-rs
 
 
 def main() -> None:
-    parser = Parser(prog="benchmarks.variants", description=__doc__.splitlines()[0])
+    parser = Parser(prog="benchmarks.variants", description=__doc__)
     parser.add_argument("--rounds", type=number(int, 1, 100), default=8)
     args = parser.parse_args()
     tune_process()

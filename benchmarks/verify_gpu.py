@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def parse_args() -> Namespace:
-    parser = Parser(prog="benchmarks.verify_gpu", description=__doc__.splitlines()[0])
+    parser = Parser(prog="benchmarks.verify_gpu", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="small, on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS),

@@ -15,8 +15,9 @@ from common.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake in one line, as every command does."""
 
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
+    def __init__(self, description: str | None = None, **settings):
+        first_line = (description or "").partition("\n")[0]  # None: `python -OO`
+        super().__init__(description=first_line, allow_abbrev=False, **settings)
         self.register("type", Path, _path)
 
     def _parse_optional(self, arg_string: str):

@@ -40,7 +40,7 @@ def combine(adapters: Sequence[dict[str, Factors]], weights: Sequence[float],
 
 
 def main() -> None:
-    parser = Parser(prog="lora.combine", description=__doc__.splitlines()[0])
+    parser = Parser(prog="lora.combine", description=__doc__)
     parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER")
     parser.add_argument("--weights", type=number(float, -1e6, 1e6), nargs="+", metavar="X",
                         help="a factor for each adapter; a negative one subtracts (default: 1)")

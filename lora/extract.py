@@ -18,7 +18,7 @@ from model.weights import load_config, read_parameters, weights_path
 
 
 def main() -> None:
-    parser = Parser(prog="lora.extract", description=__doc__.splitlines()[0])
+    parser = Parser(prog="lora.extract", description=__doc__)
     parser.add_argument("--base", **BASE)
     parser.add_argument("--full", type=Path, required=True, metavar="DIR",
                         help="the fine-tuned model, a Hugging Face GPT-2 directory")

@@ -52,7 +52,7 @@ def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="lora.inspect", description=__doc__.splitlines()[0])
+    parser = Parser(prog="lora.inspect", description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="DIR")
     parser.add_argument("--base", metavar="B", help="show the changes relative to its weights' "
                         "norms, too; auto: the base that the adapter names")

@@ -49,7 +49,7 @@ def unwrap(model: nn.Module) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="lora.merge", description=__doc__.splitlines()[0])
+    parser = Parser(prog="lora.merge", description=__doc__)
     add_model_options(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
                         help="the new Hugging Face GPT-2 directory")

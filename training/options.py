@@ -128,7 +128,7 @@ def flag(field: Field) -> str:
 
 def parse_options(description: str, argv: list[str] | None = None) -> Options:
     """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
-    parser = Parser(prog="train.py", description=description.splitlines()[0])
+    parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
         sub = methods.add_parser(method)

@@ -71,7 +71,7 @@ def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path:
 
 
 def main() -> int:
-    parser = Parser(prog="training.sweep", description=__doc__.splitlines()[0],
+    parser = Parser(prog="training.sweep", description=__doc__,
                     epilog="All other options are train.py's.")
     parser.add_argument("method", choices=DEFAULTS)
     parser.add_argument("--lr", type=float, nargs="+", metavar="X")

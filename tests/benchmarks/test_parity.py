@@ -142,6 +142,12 @@ def test_three_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
     assert losses["here"] == losses["there"] and len(set(losses["here"])) == 3
 
 
+def test_parity_holds_for_the_erf_gelu(check, tmp_path):
+    base, _ = tiny_gpt2_directory(tmp_path / "base", n_head=2, activation_function="gelu")
+    ending, _ = check("--base", base, "--exact-only", "--steps", 2)
+    assert ending.status == 0, ending.stdout
+
+
 def test_fp16_with_loss_scaling_reaches_pefts_loss_within_the_rounding_of_fp16(opts):
     opts.device = DEVICE
     here, there = parity.train_both(parity.train_options(

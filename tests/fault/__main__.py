@@ -14,7 +14,7 @@ PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz")
 
 
 def main() -> int:
-    parser = Parser(prog="tests.fault", description=__doc__.splitlines()[0])
+    parser = Parser(prog="tests.fault", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--short", action="store_true", help="the form that CI runs")
     parser.add_argument("--seed", type=number(int, 0), default=0)
