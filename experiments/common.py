@@ -9,7 +9,7 @@ from statistics import mean
 
 from torch import Tensor
 
-from common.cli import Parser, number
+from common.cli import number
 from common.device import Device
 from common.figures import BLUE, GREY, RED, YELLOW, save_figure, subplots  # noqa: F401 (for all)
 from model.hub import find_base
@@ -21,7 +21,7 @@ SHORT = {"batch_size": 4, "block_size": 64, "stride": 64, "max_steps": 4, "val_f
 
 
 def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=description)
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="a small version, in seconds")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
     parser.add_argument("--seeds", type=number(int, 1), default=3,

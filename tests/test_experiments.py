@@ -36,6 +36,8 @@ def test_an_experiment_that_cannot_be_saved_does_not_begin(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         rank.main(["--out", str(file)])
     assert f"error: --out {file}: File exists" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        rank.main(["--seeds", "0"])
 
 
 def test_diagram(tmp_path):
