@@ -1,9 +1,7 @@
 """The LoRA layer, against PEFT's and against the formula in fp64."""
 
 import math
-from copy import deepcopy
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from torch import nn
 from lora.layer import LoRAConfig, LoRALinear
 from lora.merge import merge
 from model.plain import plain_operations
-from tests.adapters import output_and_gradients, randomize
+from tests.adapters import output_and_gradients, pair, perturb_alike, randomize
 from tests.helpers import relative_difference
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -20,24 +18,13 @@ DROPOUT = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3}
 RSLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.0, "use_rslora": True}
 
 
-def pair_of_layers(fan_in, fan_out, dtype=FP32, **config):
-    """Wrap two copies of one linear layer, in our LoRA and in PEFT's, with the same A and B."""
-    linear = nn.Linear(fan_in, fan_out, dtype=dtype)
-    ours = LoRALinear(deepcopy(linear), LoRAConfig(**config))
-    randomize(ours)
-    theirs = peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(
-        target_modules=["0"], **config)).base_model.model[0]
-    theirs.lora_A.default.load_state_dict(ours.lora_A.state_dict())
-    theirs.lora_B.default.load_state_dict(ours.lora_B.state_dict())
-    return ours, theirs
-
-
 @pytest.mark.parametrize(("shape", "r", "use_rslora"), [
     (SQUARE, 4, False), (SQUARE, 32, True), (WIDE, 4, True), (WIDE, 32, False), (TALL, 1, False),
 ])
 def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora):
-    layers = pair_of_layers(*shape, r=r, lora_alpha=3, lora_dropout=0.5, use_rslora=use_rslora)
-    ours, theirs = (layer.eval() for layer in layers)
+    ours, theirs, _ = pair("lora", shape, r=r, lora_alpha=3, lora_dropout=0.5,
+                           use_rslora=use_rslora)
+    perturb_alike(ours.eval(), theirs.eval())
     x = torch.randn(5, shape[0])
     w, b, lora_a, lora_b = (p.double() for p in (
         ours.base_layer.weight, ours.base_layer.bias, ours.lora_A.weight, ours.lora_B.weight))
@@ -58,8 +45,10 @@ def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora)
 ])
 def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape, config):
     x = torch.linspace(-1, 1, 7 * shape[0]).view(7, shape[0]).to(dtype)
+    ours, theirs, _ = pair("lora", shape, dtype, **config)
+    perturb_alike(ours, theirs)
     ours, theirs = (output_and_gradients(layer.requires_grad_(True), x, autocast)
-                    for layer in pair_of_layers(*shape, dtype, **config))
+                    for layer in (ours, theirs))
     assert ours.keys() == theirs.keys() and "lora_A.weight" in ours
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
