@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import evaluate
@@ -64,6 +65,11 @@ class Run:
     def column(self, name: str) -> list[float]:
         """The metric's values, in the lines that have it."""
         return [line[name] for line in self.metrics if name in line]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the adapter or the model."""
+        return load_file(self.out / WEIGHTS[self.report["method"]])
 
 
 def run(main: Callable[[], int | None], *argv: object) -> Ending:
@@ -134,6 +140,13 @@ def stdout_of(main: Callable[[], int | None], *argv: object) -> str:
     ending = run(main, *argv)
     assert (ending.status, ending.stderr) == (0, "")
     return ending.stdout
+
+
+def table(said: str) -> list[list[str]]:
+    """The cells of a printed table, row by row; its columns line up."""
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(set(map(len, lines))) == 1
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 def one_line(ending: Ending, status: int = 1) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import BLOCK, Run, one_line, run, scores, stdout_of, story, trained
+from tests.runs import BLOCK, Run, one_line, run, scores, stdout_of, story, table, trained
 from training import report as reporting
 from training.options import BOOK
 
@@ -52,9 +52,7 @@ def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, t
 def compare(*directories: object) -> tuple[list[list[str]], str]:
     """The table's cells, row by row, and all that was printed."""
     said = stdout_of(evaluate.main, "--compare", *directories)
-    lines = [line for line in said.splitlines() if line.startswith("|")]
-    assert len(set(map(len, lines))) == 1  # the columns line up
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines], said
+    return table(said), said
 
 
 @drawing()

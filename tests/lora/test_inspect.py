@@ -6,7 +6,7 @@ from lora.adapter import save_adapter
 from lora.inject import lora_layers
 from lora.inspect import describe, main
 from tests.adapters import adapted
-from tests.runs import one_line, run, stdout_of
+from tests.runs import one_line, run, stdout_of, table
 
 
 def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
@@ -17,9 +17,7 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     assert "of the weight's" not in stdout_of(main, tmp_path, "--out", tmp_path / "pictures")
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["spectrum.png"]
     assert "no such directory" in one_line(run(main, tmp_path, "--base", ""), 2)
-    table = stdout_of(main, tmp_path, "--base", base)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-            for line in table.splitlines() if line.startswith("|")]
+    rows = table(stdout_of(main, tmp_path, "--base", base))
     assert rows[0][1:3] == ["norm", "of the weight's"]
     assert [row[0] for row in rows[2:]] == list(lora_layers(model))
     for (_, layer), row in zip(lora_layers(model).items(), rows[2:], strict=True):
