@@ -59,9 +59,9 @@ LLAMA_3 = Tokenizer.from_str(TINY)
 LLAMA_3.pre_tokenizer = Sequence([Split(Regex(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"), SPLIT[1]])
-FORMS = {  # the model's vocabulary size, and tokenizer.json
-    "GPT-2": (50257, ""), "mini": (8192, (MINI / "tokenizer.json").read_text()),
-    "special tokens first": (1000, write(models.BPE(), 1000)), "tiny": (300, TINY),
+FORMS = {  # the model's vocabulary size, and a directory or tokenizer.json
+    "GPT-2": (GPT2_SIZE, GPT2), "mini": (8192, MINI), "tiny": (300, TINY),
+    "special tokens first": (1000, write(models.BPE(), 1000)),
     "padded": (8192, write(models.BPE(), 500, "<pad> <user>")), "digits": (300, DIGITS.to_str()),
     "Llama 3's pattern": (300, LLAMA_3.to_str()),
     "uint32": (65793, write(models.BPE(WORDS, BOTH), added=END_OF_TEXT))}
@@ -71,23 +71,23 @@ NAMES = [*FORMS, "vocab and merges"]
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> dict:
     """Our tokenizer and transformers' of each form."""
-    place, fast = tmp_path_factory.mktemp("bases"), transformers.PreTrainedTokenizerFast
-    save_tokenizer(load_tokenizer(GPT2, GPT2_SIZE), place / "GPT-2")
-    for name in FORMS.keys() - {"GPT-2"}:
-        (place / name).mkdir()
-        (place / name / "tokenizer.json").write_text(FORMS[name][1])
-    both = {name: (load_tokenizer(place / name, size), fast.from_pretrained(place / name))
-            for name, (size, _) in FORMS.items()}
-    Tokenizer.from_file(str(place / "GPT-2" / "tokenizer.json")).model.save(str(place))
+    place, fast, both = tmp_path_factory.mktemp("bases"), transformers.PreTrainedTokenizerFast, {}
+    for name, (size, directory) in FORMS.items():
+        if isinstance(directory, str):
+            content, directory = directory, place / name
+            directory.mkdir()
+            (directory / "tokenizer.json").write_text(content)
+        both[name] = load_tokenizer(directory, size), fast.from_pretrained(directory)
+    Tokenizer.from_file(str(MINI / "tokenizer.json")).model.save(str(place))
     (place / "tokenizer_config.json").write_text(json.dumps({
-        "eos_token": "<|im_end|>", "added_tokens_decoder": {"50257": {
+        "eos_token": "<|im_end|>", "added_tokens_decoder": {"8192": {
             "content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False,
             "single_word": False, "special": True}}}))
     (place / "special_tokens_map.json").write_text(
         json.dumps({"additional_special_tokens": [END_OF_TEXT], "pad_token": None}))
     theirs = transformers.GPT2Tokenizer.from_pretrained(place)
-    ours = load_tokenizer(place, 50258)
-    assert ours.end_of_text == theirs.eos_token_id == 50257
+    ours = load_tokenizer(place, 8193)
+    assert ours.end_of_text == theirs.eos_token_id == 8192
     return both | {"vocab and merges": (ours, theirs)}
 
 
