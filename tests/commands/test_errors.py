@@ -209,12 +209,20 @@ def test_each_command_would_succeed_without_its_mistake(tmp_path):
         assert (ending.status, ending.stderr.count("error")) == (0, 0), ending
 
 
+START = """if __name__ == "__main__":  # before torch, whose import takes seconds
+    from common import signals
+    signals.end_in_one_line()
+
+"""
+
+
 def test_each_command_is_a_script():
-    """Others' tests start some (training/test_signals.py); all end alike."""
+    """Others' tests start train.py (training/test_signals.py); all begin and end alike."""
     codes = [path.read_text() for folder in (".", "lora", "training")
              for path in (ROOT / folder).glob("*.py")]
     commands = [code for code in codes if "\ndef main()" in code]
     assert len(commands) >= len(COMMANDS)
+    assert all(START in code for code in commands if "signals" in code)
     assert all(code.endswith('\n\nif __name__ == "__main__":\n    run_command(main)\n')
                for code in commands)
 

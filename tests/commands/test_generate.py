@@ -1,10 +1,9 @@
 """Generation: the cache changes nothing, sampling follows its options, text streams whole."""
 
 import io
-import os
-import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from dataclasses import replace
 from unittest import mock
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import generate as command
+from common.errors import run_command
 from generate import stream
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, sample
@@ -163,7 +163,7 @@ def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
         assert words in one_line(chat(base, monkeypatch, b"x", *options), 2)
 
 
-def test_the_command_continues_each_prompt_as_if_alone(base):
+def test_the_command_continues_each_prompt_as_if_alone(base, monkeypatch):
     options = ["--base", str(base), "--max-new-tokens", "5", "--seed", "3", "--device", "cpu",
                "--prompt"]
     prompts = ["You climb", "-naïve☂"]  # no option
@@ -172,8 +172,10 @@ def test_the_command_continues_each_prompt_as_if_alone(base):
     assert run(command.main, *options, prompts[0], "--seed", 4).stdout != alone[0].stdout
     expected = "".join(ending.stdout for ending in alone)
     assert run(command.main, *options, *prompts).stdout == expected
-    both = subprocess.run([sys.executable, command.__file__, *options, *prompts], check=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
-    assert both.stdout == expected.encode("ascii", "backslashreplace") and both.stderr == b""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *options, *prompts])
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with redirect_stdout(ascii_only), pytest.raises(SystemExit, match="0"):
+        run_command(command.main)
+    assert ascii_only.buffer.getvalue() == expected.encode("ascii", "backslashreplace")
     refused = one_line(run(command.main, *options, "caf\udce9"), 2)
     assert refused == r"error: --prompt 'caf\udce9': is not UTF-8 text"
