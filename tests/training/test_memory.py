@@ -51,36 +51,22 @@ def test_only_what_lora_freezes_is_read_and_held_in_the_compute_precision(base, 
         assert parameter.dtype == (torch.float32 if small else compute), name
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_once_asked():
-    """Page faults of a tensor that is freed and made again: all its 4 KB pages, or none."""
-    code = """if True:
-        import resource, torch
-        from common.device import tune_process
-        for prepare in (lambda: None, tune_process):
-            prepare()
-            torch.zeros(1 << 24)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(5):
-                torch.zeros(1 << 24)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    given_back, kept = map(int, subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split())
-    assert kept < 100 < given_back / 100
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(tmp_path):
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[int, int, int, int]:
+    """The bytes of a base's file and those that loading it takes at most; and the page faults of
+    tensors that are freed and made again, by default and as our commands run.
+    """
+    directory = tmp_path_factory.mktemp("large")
     with torch.device("meta"):
         model = GPT2(GPT2Config(vocab_size=5_000, n_embd=512, n_layer=12, n_head=8))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.zero_()
-    save_gpt2(model, tmp_path, torch.float16)
+    save_gpt2(model, directory, torch.float16)
     code = """if True:
-        import sys, torch
+        import resource, sys, torch
         from pathlib import Path
+        from common.device import tune_process
         from model.hub import MINI
         from model.weights import load_gpt2
         def resident(name):
@@ -89,8 +75,27 @@ def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(tmp_path):
         load_gpt2(MINI, torch.bfloat16)  # libraries that are read at their first use
         before = resident("VmRSS")
         model = load_gpt2(Path(sys.argv[1]), torch.bfloat16)
-        print(resident("VmHWM") - before)"""
-    grown = int(subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=True,
-                               capture_output=True, text=True).stdout)
-    stored = (tmp_path / MODEL_WEIGHTS).stat().st_size
+        print(resident("VmHWM") - before)
+        for prepare in (lambda: None, tune_process):
+            prepare()
+            torch.zeros(1 << 24)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                torch.zeros(1 << 24)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    said = subprocess.run([sys.executable, "-c", code, directory], cwd=ROOT, check=True, text=True,
+                          capture_output=True).stdout
+    return (directory / MODEL_WEIGHTS).stat().st_size, *map(int, said.split())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(measured):
+    stored, grown, *_ = measured
     assert 0.9 * stored < grown < 1.25 * stored  # 2: the file's pages beside the weights
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_once_asked(measured):
+    """All of a tensor's 4 KB pages are faults, or none."""
+    *_, given_back, kept = measured
+    assert kept < 100 < given_back / 100

@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: the first ends the step and saves, another ends at once; no traceback."""
 
+import os
 import sys
 from signal import SIGINT, SIGTERM, raise_signal
 
@@ -9,26 +10,35 @@ import train
 import training.session
 from tests.fault.runs import Process
 from tests.fault.signals import AT_ONCE, NOTICE, catches_sigterm
-from tests.runs import arguments, run
+from tests.runs import arguments, run, run_acting
 from train import main
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 
-@pytest.mark.parametrize("numbers, status", [([SIGINT], 130), ([SIGINT, SIGTERM], 143)])
-def test_a_process_in_its_steps(base, book, tmp_path, numbers, status):
+def test_a_process_in_its_steps(base, book, tmp_path):
     out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     argv = arguments("lora", base, book, out, "--epochs", 10_000)
     process = Process([sys.executable, "train.py", *argv], tmp_path)
     process.wait_until(lambda: metrics.exists() and metrics.stat().st_size)
-    for number in numbers:  # the lower number is handled first
-        process.send_signal(number)
+    process.send_signal(SIGINT)
     process.wait_until(lambda: "stopped after" in process.err_file.read_text())
     process.send_signal(SIGTERM)  # all is saved: it changes nothing
-    assert process.wait() == status
-    notice, told = process.err_file.read_text().splitlines()
-    assert notice == NOTICE and not (out / "run.json").exists() and not list(out.glob(".*"))
-    assert told.startswith("stopped after step" if len(numbers) == 1 else AT_ONCE)
-    assert (out / CHECKPOINT).exists() == (len(numbers) == 1)
+    status, (notice, told) = process.end()
+    assert status == 130 and notice == NOTICE and told.startswith("stopped after step")
+    assert (out / CHECKPOINT).exists()
+    assert not (out / "run.json").exists() and not list(out.glob(".*"))
+
+
+def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd):
+    def twice(trainer):
+        raise_signal(SIGINT)
+        raise_signal(SIGTERM)
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    ending = run_acting({3: twice}, *arguments("lora", base, book, tmp_path))
+    assert ending.status == 143
+    assert capfd.readouterr().err.splitlines() == [NOTICE, AT_ONCE]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
 def test_a_process_that_imports_torch(base, book, tmp_path):
@@ -36,8 +46,7 @@ def test_a_process_that_imports_torch(base, book, tmp_path):
     process = Process([sys.executable, "train.py", *argv], tmp_path)
     process.wait_until(lambda: catches_sigterm(process))
     process.send_signal(SIGTERM)
-    assert process.wait() == 143
-    assert process.err_file.read_text().splitlines() == [AT_ONCE]
+    assert process.end() == (143, [AT_ONCE])
     assert not (tmp_path / "run").exists()
 
 
