@@ -1,17 +1,17 @@
-"""Ranks of `train.py`: forked ones and, by `-m tests.ranks`, some under torchrun, to which rank 1
-sends a SIGTERM at the start of step 12.
+"""Ranks of `train.py` as torchrun starts them, but forked: this process has imported torch already.
+
+They print into the files `out` and `err` of a folder.
 """
 
 import multiprocessing
 import os
-import signal
 import socket
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 from common.errors import run_command
@@ -19,47 +19,47 @@ from tests.fault.runs import PATIENCE
 
 
 def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
-    """Start a rank for each of these arguments of `train.py`, as torchrun does, but in processes
-    that have imported torch already. Return how they end, and what they wrote on stderr; the file
-    `out` has what they printed.
+    """Start a rank for each of these arguments of `train.py`; `during` is around each of them.
+    Return how they end, and what they wrote on stderr.
     """
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    ranks = [multiprocessing.get_context("fork").Process(
-        target=be_rank, args=(rank, port, folder, commands, during or nullcontext()))
-        for rank in range(len(commands))]
-    for process in ranks:
+    environment = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": str(len(commands)),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = ({**environment, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(len(commands)))
+    statuses = _run(*((be_rank, folder, command, during, rank)
+                      for command, rank in zip(commands, ranks, strict=True)))
+    return statuses, (folder / "err").read_text().splitlines()
+
+
+def torchrun(folder: Path, command: list[str], during=None) -> tuple[int, list[str]]:
+    """Start two ranks by torchrun's agent, their parent; return how it ends, and their stderr."""
+    folder.mkdir()
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", start_method="fork")
+    [status] = _run((elastic_launch(config, be_rank), folder, command, during))
+    return status, (folder / "err").read_text().splitlines()
+
+
+def _run(*calls: tuple) -> list[int]:
+    """Make each call in a process of its own; return the exit statuses."""
+    processes = [multiprocessing.get_context("fork").Process(target=call, args=arguments)
+                 for call, *arguments in calls]
+    for process in processes:
         process.start()
-    for process in ranks:
+    for process in processes:
         process.join(PATIENCE)
-    return [process.exitcode for process in ranks], (folder / "err").read_text().splitlines()
+    return [process.exitcode for process in processes]
 
 
-def be_rank(rank: int, port: int, folder: Path, commands: tuple, during) -> None:
+def be_rank(folder: Path, command: list[str], during, environment: dict | None = None) -> None:
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
-    os.environ |= {"TORCHELASTIC_RUN_ID": "x", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                   "WORLD_SIZE": str(len(commands)),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.argv = ["train.py", *commands[rank]]
+    os.environ |= environment or {}
+    sys.argv = ["train.py", *command]
     torch.set_num_threads(1)  # a pool of more does not survive the fork
-    with during:
+    with during or nullcontext():
         run_command(train.main)
-
-
-def stop(trainer, batch, step=train.Trainer.step) -> None:
-    if trainer.progress.step == 11 and os.environ["RANK"] == "1":
-        session = signal.getsignal(signal.SIGTERM).__self__
-        os.kill(os.getppid(), signal.SIGTERM)
-        while session.stop_signal is None:  # torchrun passes it on
-            time.sleep(0.01)
-    step(trainer, batch)
-
-
-if __name__ == "__main__":
-    sys.argv[0] = "train.py"
-    train.Trainer.step = stop
-    run_command(train.main)

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -18,9 +19,9 @@ import train
 from common.errors import RunError
 from model import fast
 from tests import runs
-from tests.fault.runs import Process, differences, result
+from tests.fault.runs import differences, result
 from tests.helpers import relative_difference
-from tests.ranks import fork
+from tests.ranks import fork, torchrun
 from tests.runs import arguments, finished, run, trained, trainer
 from train import main
 from training.ranks import Ranks
@@ -155,13 +156,21 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is from step 4")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
+    def stop_torchrun(trainer, batch, step=train.Trainer.step):
+        if trainer.progress.step == 11 and os.environ["RANK"] == "0":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it hears of the signal from rank 1
+        elif trainer.progress.step == 11:
+            session = signal.getsignal(signal.SIGTERM).__self__
+            os.kill(os.getppid(), signal.SIGTERM)
+            while session.stop_signal is None:  # torchrun passes it on
+                time.sleep(0.01)
+        step(trainer, batch)
+
     again = [*argv, "--resume"]
-    (folder / "stopped").mkdir()
-    stopped = Process([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                       "--nproc-per-node", "2", "-m", "tests.ranks", *again], folder / "stopped")
-    status, lines = stopped.end()
-    assert status != 0 and not errors(lines)  # torchrun sends its SIGTERM on
-    assert "resuming after step 4 of 16" in stopped.out_file.read_text()
+    status, lines = torchrun(folder / "stopped", again,
+                             during=mock.patch.object(train.Trainer, "step", stop_torchrun))
+    assert status != 0 and not errors(lines)
+    assert "resuming after step 4 of 16" in (folder / "stopped" / "out").read_text()
     assert any(line.startswith("stopped after step 12; the same command") for line in lines)
 
     statuses, lines = fork(folder / "resumed", again, again)
