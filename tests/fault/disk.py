@@ -13,7 +13,7 @@ STEPS, SIZE = 20, 16 << 20
 
 
 def campaign(short: bool, seed: int) -> Iterator[Outcome]:
-    expected, _ = uninterrupted(STEPS)
+    expected = uninterrupted("lora", STEPS).result
     with scratch() as folder:
         place = folder / "small"
         place.mkdir()

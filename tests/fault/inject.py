@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from tests.fault.runs import BOOK, ROOT, Outcome, differences, left, result, scratch
+from tests.fault.runs import ROOT, Outcome, differences, left, result, scratch, train_command
 from training.checkpoint import content_sha256
 
 KINDS = ("no space", "I/O error", "short write", "short write, then no space", "crash before",
@@ -54,28 +54,19 @@ class Injector:
         import torch
 
         import train
-        from model.gpt2 import GPT2, GPT2Config
-        from model.weights import save_gpt2
-        from tests.fault.targets import VOCAB
-        from tests.helpers import write_small_tokenizer
+        from tests.helpers import tiny_gpt2_directory
         torch.set_num_threads(1)
         self.train, self.folder, self.arm = train, folder, ctypes.CDLL(library).arm
-        model = GPT2(GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=16,
-                                n_layer=1, n_head=2))
-        save_gpt2(model, folder / "base")
-        write_small_tokenizer(folder / "base", VOCAB)
-        (folder / "book.txt").write_text(BOOK[:3000])
+        tiny_gpt2_directory(folder / "base", n_positions=16, n_embd=16, n_layer=1, n_head=2)
         for method in ("lora", "full"):  # what is imported on the way, the children then have
             self.set_command(method, folder / f"{method}-first")
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                 train.main()
 
     def set_command(self, method: str, out: Path, *options: str) -> None:
-        sys.argv = ["train.py", *map(str, (
-            method, "--base", self.folder / "base", "--book", self.folder / "book.txt",
-            "--out", out, "--block-size", 16, "--stride", 16, "--batch-size", 8,
-            "--max-steps", 4, "--eval-every", 2, "--log-every", 1, "--checkpoint-every", 1,
-            "--lr", 0.01, "--device", "cpu", *options))]
+        sys.argv = train_command(
+            method, self.folder, out, 4, "--base", self.folder / "base", "--block-size", 16,
+            "--stride", 16, "--batch-size", 8, "--eval-every", 2, "--lr", 0.01, *options)[1:]
 
     def run(self, method: str, out: Path, *options: str, target: int = 0, kind: int = 0
             ) -> tuple[int, list[str], list[str]]:

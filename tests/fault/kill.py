@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.fault.runs import Outcome, Process, go_on, result, resume_command, scratch, train_command
+from tests.fault import runs
 
 PAIRS = (("lora", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("full", "fp32"))
 STEPS = {"lora": 20, "full": 6}
@@ -15,61 +15,41 @@ MOMENTS = ("in the steps", "in the steps", "while a checkpoint is written", "in 
            "right after resuming", "during start-up")
 
 
-def campaign(short: bool, seed: int) -> Iterator[Outcome]:
+def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
     for i, (method, precision) in enumerate(PAIRS[:2] if short else PAIRS):
-        with scratch() as folder:
-            killer = Killer(method, precision, folder, random.Random(seed + i))
-            killer.kill((3, 2)[i] if short else KILLS)
-        yield Outcome(f"SIGKILL, {method}, {precision} ({killer.in_writing} in the writing of a "
-                      "checkpoint)", killer.kills, killer.failures)
+        count = (3, 2)[i] if short else KILLS
+        outcome = runs.Outcome(f"SIGKILL, {method}, {precision}")
+        options = (STEPS[method], "--precision", precision)
+        whole, draw = runs.uninterrupted(method, *options), random.Random(seed + i)
+        run = in_writing = 0
+        with runs.scratch() as folder:
+            while outcome.tried < count and not outcome.failures:
+                out = folder / f"run{run}"
+                run += 1
+                command, status = runs.train_command(method, folder, out, *options), -9
+                while status == -9 and outcome.tried < count:
+                    moment = MOMENTS[outcome.tried % len(MOMENTS)]
+                    status, lines = kill(command, folder, out, moment, whole, draw)
+                    outcome.tried += status == -9
+                    in_writing += status == -9 and any(out.glob(UNFINISHED))
+                problems = [f"exit status {status}: {lines[-3:]}"] * (status not in (0, -9))
+                problems += runs.go_on(runs.resume_command(command, out), folder, out, whole.result)
+                outcome.failures += [f"after {outcome.tried} kills: {what}" for what in problems]
+        outcome.name += f" ({in_writing} in the writing of a checkpoint)"
+        yield outcome
 
 
-class Killer:
-    """One method and precision: its uninterrupted run, and runs killed again and again."""
-
-    def __init__(self, method: str, precision: str, folder: Path, draw: random.Random):
-        self.method, self.precision, self.folder, self.draw = method, precision, folder, draw
-        self.kills = self.in_writing = 0
-        self.failures: list[str] = []
-        out, began = folder / "whole", time.perf_counter()
-        process = Process(self.command(out), folder)
+def kill(command: list[str], folder: Path, out: Path, moment: str, whole: runs.Whole,
+         draw: random.Random) -> tuple[int, list[str]]:
+    """Return the exit status, 0 if the run was over before the kill, and the lines on stderr."""
+    process = runs.Process(runs.resume_command(command, out), folder)
+    if moment == "during start-up":
+        time.sleep(draw.uniform(0, whole.startup))
+    else:
         process.wait_until(process.has_begun)
-        self.startup = time.perf_counter() - began
-        process.end()
-        self.steps = time.perf_counter() - began - self.startup
-        self.expected = result(out)
-
-    def command(self, out: Path) -> list[str]:
-        return resume_command(train_command(self.method, self.folder, out, STEPS[self.method],
-                                            "--precision", self.precision), out)
-
-    def kill(self, count: int) -> None:
-        """Kill `count` times; whenever a run gets to its end all the same, begin another."""
-        run = 0
-        while self.kills < count and not self.failures:
-            out = self.folder / f"run{run}"
-            run += 1
-            while self.kills < count and self.kill_once(out, MOMENTS[self.kills % len(MOMENTS)]):
-                pass
-            self.failures += [f"after {self.kills} kills: {what}" for what in go_on(
-                self.command(out), self.folder, out, self.expected)]
-
-    def kill_once(self, out: Path, moment: str) -> bool:
-        """Return False when the run was over before the kill."""
-        process = Process(self.command(out), self.folder)
-        if moment == "during start-up":
-            time.sleep(self.draw.uniform(0, self.startup))
-        else:
-            process.wait_until(process.has_begun)
-            share = {"in the steps": 0.5, "while a checkpoint is written": 0.3}.get(moment, 0.01)
-            time.sleep(self.draw.uniform(0, share * self.steps))
-        if moment == "while a checkpoint is written":
-            process.wait_until(lambda: any(out.glob(UNFINISHED)), 0.3 * self.steps)
-        process.kill()
-        status, lines = process.end()
-        if status != -9:
-            self.failures += [f"exit status {status}: {lines[-3:]}"] * (status != 0)
-            return False
-        self.kills += 1
-        self.in_writing += any(out.glob(UNFINISHED))
-        return True
+        share = {"in the steps": 0.5, "while a checkpoint is written": 0.3}.get(moment, 0.01)
+        time.sleep(draw.uniform(0, share * whole.steps))
+    if moment == "while a checkpoint is written":
+        process.wait_until(lambda: any(out.glob(UNFINISHED)), 0.3 * whole.steps)
+    process.kill()
+    return process.end()

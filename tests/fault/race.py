@@ -10,7 +10,7 @@ KNOWN = ("another run is using it", "holds a run")  # what the refused one may s
 
 
 def campaign(short: bool, seed: int) -> Iterator[Outcome]:
-    outcome, (expected, _) = Outcome("two racing runs"), uninterrupted(STEPS)
+    outcome, expected = Outcome("two racing runs"), uninterrupted("lora", STEPS).result
     with scratch() as folder:
         for i in range(1 if short else 10):
             outcome.add(f"race {i}", race(folder, folder / str(i), expected))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = (ROOT / "data" / "book.txt").read_text(encoding="utf-8")
@@ -97,20 +98,25 @@ def result(out: Path) -> dict:
     return {"report": report, "metrics": lines, **{file.name: file.read_bytes() for file in model}}
 
 
+class Whole(NamedTuple):
+    """What a run leaves that nothing happens to, and the seconds before and in its steps."""
+
+    result: dict
+    startup: float
+    steps: float
+
+
 @cache
-def uninterrupted(steps: int) -> tuple[dict, float]:
-    """Return the result of a LoRA run that nothing happens to, and its seconds."""
+def uninterrupted(method: str, *arguments: object) -> Whole:
+    """Run `train_command` in a folder of its own; it must succeed."""
     began = time.perf_counter()
     with scratch() as folder:
-        out = folder / "whole"
-        finish(train_command("lora", folder, out, steps), folder)
-        return result(out), time.perf_counter() - began
-
-
-def finish(command: list[str], folder: Path) -> None:
-    """Run a command that nothing happens to, and that must succeed."""
-    status, lines = Process(command, folder).end()
-    assert status == 0, lines
+        process = Process(train_command(method, folder, folder / "whole", *arguments), folder)
+        process.wait_until(process.has_begun)
+        startup = time.perf_counter() - began
+        status, lines = process.end()
+        assert status == 0, lines
+        return Whole(result(folder / "whole"), startup, time.perf_counter() - began - startup)
 
 
 def go_on(command: list[str], folder: Path, out: Path, expected: dict) -> list[str]:

@@ -17,21 +17,21 @@ AT_ONCE = "error: interrupted"
 
 def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
     outcome, draw = runs.Outcome("SIGINT and SIGTERM"), random.Random(seed)
-    expected, seconds = runs.uninterrupted(STEPS)
+    whole = runs.uninterrupted("lora", STEPS)
     with runs.scratch() as folder:
         for i in range(2 if short else 20):
             number = (signal.SIGINT, signal.SIGTERM)[i % 2]
             outcome.add(f"run {i}, {number.name}", one_signal(
-                folder, folder / f"run{i}", number, seconds, draw, expected, twice=i % 4 == 2))
+                folder, folder / f"run{i}", number, whole, draw, twice=i % 4 == 2))
     yield outcome
 
 
-def one_signal(folder: Path, out: Path, number: int, seconds: float, draw: random.Random,
-               expected: dict, twice: bool) -> list[str]:
+def one_signal(folder: Path, out: Path, number: int, whole: runs.Whole, draw: random.Random,
+               twice: bool) -> list[str]:
     command = make_command(folder, out)
     process = runs.Process(command, folder)
     process.wait_until(lambda: catches_sigterm(process))
-    time.sleep(draw.uniform(0, 0.95 * seconds))
+    time.sleep(draw.uniform(0, 0.95 * (whole.startup + whole.steps)))
     process.send_signal(number)
     if twice:
         time.sleep(draw.uniform(0, 0.05))
@@ -39,8 +39,8 @@ def one_signal(folder: Path, out: Path, number: int, seconds: float, draw: rando
     status, lines = process.end()
     failures = check_ending(status, 128 + number, lines, out)
     if (out / "run.json").exists():
-        return failures + runs.differences(out, expected)
-    return failures + runs.go_on(runs.resume_command(command, out), folder, out, expected)
+        return failures + runs.differences(out, whole.result)
+    return failures + runs.go_on(runs.resume_command(command, out), folder, out, whole.result)
 
 
 def make_command(folder: Path, out: Path) -> list[str]:

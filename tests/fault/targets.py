@@ -20,20 +20,18 @@ from common.errors import UserError
 from data.tokens import load_tokens
 from lora.adapter import WEIGHTS, load_adapter, save_adapter
 from lora.adapter_config import CONFIG
-from lora.inject import inject, lora_layers
-from lora.layer import LoRAConfig
-from model.gpt2 import GPT2, GPT2Config
+from lora.inject import lora_layers
 from model.tokenizer_files import FAST, load_tokenizer
-from model.weights import CONV1D, load_gpt2, save_gpt2
+from model.weights import CONV1D, load_gpt2
+from tests.adapters import adapted
 from tests.fault.mutate import mutate_json, mutate_safetensors, mutate_text
-from tests.fault.runs import BOOK, finish, train_command
-from tests.helpers import small_tokenizer, write_small_tokenizer
+from tests.fault.runs import BOOK
+from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
+from tests.runs import trained
 from training import report
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 
-VOCAB = 317
-GPT2_CONFIG = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4)
-LORA_CONFIG = LoRAConfig(r=3, target_modules=("c_attn", "c_proj", "c_fc"))
+VOCAB = TINY["vocab_size"]
 TEXT = BOOK[:5000] + "“Naïve” 日本語\r\n\n  end"
 TOKENIZER = small_tokenizer(VOCAB)
 
@@ -48,27 +46,20 @@ class Target:
     check: Callable[[Path], None]
 
 
-@torch.no_grad()
 def prepare(directory: Path) -> None:
     """Write good files of every kind; the targets' names are relative to `directory`."""
-    torch.manual_seed(0)
-    model = GPT2(GPT2_CONFIG)
-    [parameter.normal_(std=0.1) for parameter in model.parameters()]
-    save_gpt2(model, directory / "base")
-    write_small_tokenizer(directory / "base", VOCAB)
-    inject(model, LORA_CONFIG)
-    [parameter.normal_(std=0.1) for parameter in model.parameters()]
-    save_adapter(model, LORA_CONFIG, directory / "adapter", "gpt2", "0" * 64)
+    torch.set_num_threads(1)  # a pool of more does not survive the reader's fork
+    base, _ = tiny_gpt2_directory(directory / "base")
+    save_adapter(*adapted(base, r=3), directory / "adapter", "gpt2", "0" * 64)
     (directory / "book.txt").write_bytes(TEXT.encode())
-    finish(train_command("lora", directory, directory / "run", 1, "--base", directory / "base"),
-           directory)
+    trained("lora", base, directory / "book.txt", directory / "run", "--max-steps", 1)
     shutil.copy(directory / "run" / CHECKPOINT, directory / "saved")
     for target in TARGETS:  # and what a first call imports is not the damaged file's cost
         target.check(directory)
 
 
 def check_adapter(directory: Path) -> None:
-    model = GPT2(GPT2_CONFIG)
+    model = load_gpt2(directory / "base")
     config = load_adapter(model, directory / "adapter")
     layers, stored = lora_layers(model), _safetensors(directory / "adapter" / WEIGHTS)
     assert layers and 0 <= config.lora_alpha <= 3e6 and 0 <= config.lora_dropout <= 1
