@@ -10,17 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.files import file_sha256
-from lora.adapter import BASE_SHA256, load_adapter, save_adapter
-from lora.adapter_config import load_adapter_config
+from lora.adapter import BASE_SHA256, WEIGHTS, load_adapter, save_adapter
+from lora.adapter_config import CONFIG, load_adapter_config
 from lora.inject import lora_layers
 from lora.load import load_model, named_base
 from model.weights import load_gpt2
 from tests.adapters import adapted
 from tests.helpers import refusal, relative_difference, tiny_gpt2, tiny_gpt2_directory, token_ids
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.transformer.h"
-FIRST, LAST = f"{PREFIX}.0.attn.c_attn.lora_A.weight", f"{PREFIX}.1.attn.c_attn.lora_B.weight"
+LAST = f"{PREFIX}.1.attn.c_attn.lora_B.weight"
 ABSENT = object()
 
 
@@ -52,7 +51,8 @@ def test_the_files_are_pefts(base, tmp_path):
         save_adapter(load_gpt2(base), config, tmp_path, "gpt2-medium")
     assert not any(tmp_path.iterdir())
     save_adapter(torch.compile(model.to(torch.bfloat16)), config, tmp_path, "gpt2-medium")
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors"}
     stored = json.loads((tmp_path / CONFIG).read_text())
     assert stored == {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "gpt2-medium",
@@ -158,11 +158,11 @@ def test_fields_that_would_change_the_result_are_refused_by_name(adapter):
 
 # tests/common/test_tensors.py lists the damaged files that read_json and read_tensors refuse.
 def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tmp_path):
-    for number, (shape, reason) in enumerate((
-            ({"n_embd": 48}, f"{FIRST} is (4, 32) where (4, 48) is needed"),
-            ({"n_layer": 1}, f"unexpected tensor '{PREFIX}.1.attn.c_attn.lora_A.weight'"),
-            ({"n_layer": 3}, f"tensor {PREFIX}.2.attn.c_attn.lora_A.weight is missing"))):
-        other, _ = tiny_gpt2_directory(tmp_path / f"base{number}", **shape)
+    first = f"{PREFIX}.0.attn.c_attn.lora_A.weight"
+    for field, value, reason in (
+            ("n_embd", 48, f"{first} is (4, 32) where (4, 48) is needed"),
+            ("n_layer", 3, f"tensor {PREFIX}.2.attn.c_attn.lora_A.weight is missing")):
+        other, _ = tiny_gpt2_directory(tmp_path / field, **{field: value})
         assert refusal_of(adapter, WEIGHTS, other).startswith(reason)
     change_weights(adapter, lambda tensors: tensors[LAST][-1].fill_(math.nan))
     assert refusal_of(adapter, WEIGHTS, base).startswith(f"{LAST} holds numbers that are not fin")
