@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import ours, parity, peft_loop
 from benchmarks.parity_report import Report, machine, relative, versions
-from benchmarks.speed import run_apart
+from benchmarks.speed import run_apart, sides
 from benchmarks.speed_worker import Task
 from common.device import PRECISIONS
 from common.errors import RunError, UserError
@@ -42,10 +42,6 @@ CASES = {  # what changes a step's computation; each is compared with fp32 as it
     "checkpointing": ("--gradient-checkpointing",), "3 parts": ("--grad-accum", "3"),
     "TF32": ("--allow-tf32",), "compiled": COMPILE, "low": LOW, "low, compiled": (*LOW, *COMPILE),
     "low, all": (*LOW, *COMPILE, "--gradient-checkpointing", "--grad-accum", "3")}
-CONTENDERS = {
-    "ours": {}, "ours, compiled": {"compile": True}, "PEFT, autocast": {"side": "theirs"},
-    "PEFT, low-precision weights": {"side": "theirs", "weights": "low"},
-    "PEFT, compiled": {"side": "theirs", "compile": True}}
 
 
 class Skip(Exception):
@@ -249,27 +245,27 @@ def speed(opts: Namespace, report: Report) -> None:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)  # as users have it
     torch.cuda.empty_cache()
     with TemporaryDirectory() as folder:
-        base = str(MINI) if opts.dry_run else folder
-        task = Task("train", base, opts.device.torch.type, precision=opts.low, warm_up=5,
-                    batch_size=opts.batch, block_size=opts.block, steps=opts.steps, profile=True)
-        limit = None
         if not opts.dry_run:
-            run_apart(replace(task, kind="base"))
-            limit = run_apart(replace(task, kind="matmuls"))["lora"]
-        for name in ("ours", "PEFT, autocast") if opts.dry_run else CONTENDERS:
+            run_apart(Task("base", folder))
+        task = Task("train", str(MINI) if opts.dry_run else folder, opts.device.torch.type,
+                    precision=opts.low, batch_size=opts.batch, block_size=opts.block, warm_up=5,
+                    steps=opts.steps, profile=True, matmuls=not opts.dry_run)
+        tasks = sides(task) if opts.dry_run else [*sides(task), *sides(replace(task, compile=True))]
+        for task in tasks:
             try:
-                found = run_apart(replace(task, **CONTENDERS[name]))
+                found = run_apart(task)
             except RunError as error:
-                if name.startswith("ours"):
+                if task.side == "ours":
                     raise
-                report.facts[f"{name}, failed"] = str(error)
+                report.facts[f"{task.contender}, failed"] = str(error)
                 continue
-            report.facts[name] = {
+            report.facts[task.contender] = {
                 "ms a step": round(1e3 * found["median"], 2),
                 "tokens/s": round(opts.batch * opts.block / found["median"]),
                 "GPU busy, ms": round(found["busy_ms"], 2), "launches": found["launches"],
                 "peak MB": round(found["peak_mb"]), "reserved MB": round(found["reserved_mb"]),
-                "matmuls' share": limit and round(limit / found["median"], 2)}
+                "matmuls' share": round(found["matmul_seconds"] / found["median"], 2)
+                if "matmul_seconds" in found else "-"}
 
 
 PARTS = {part.__name__.replace("_", "-"): part for part in (

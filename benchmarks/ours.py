@@ -58,13 +58,6 @@ def step(trainer: train.Trainer, batch: np.ndarray) -> float:
     return trainer.measure()["loss"]
 
 
-def step_among_ranks(trainer: train.Trainer, batch: np.ndarray) -> None:
-    """Train on one batch, and agree as `Session.after_step` does when nothing is due."""
-    trainer.step(batch)
-    trainer.ranks.agree(False)
-    trainer.ranks.agree(0)
-
-
 def evaluate(model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int,
              batch_size: int = 16) -> Scores:
     """Return `evaluate.py`'s scores of these tokens, in consecutive windows."""

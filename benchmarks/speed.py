@@ -22,6 +22,7 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,7 +52,7 @@ def main() -> int:
     with TemporaryDirectory() as folder:
         if not opts.base:
             run_apart(Task("base", folder))
-        base = find_base(opts.base)[1] if opts.base else Path(folder)
+        base = find_base(opts.base or folder)[1]
         opts.config = load_config(base)
         opts.task = Task("train", str(base), opts.device, warm_up=opts.warm_up, steps=opts.steps,
                          block_size=min(Task.block_size, opts.config.n_positions))
@@ -60,7 +61,8 @@ def main() -> int:
             plans["speed" if compared == list(KINDS) else "-".join(compared)] = compare(opts)
         failed = [measure_rounds(opts, name, tasks) for name, tasks in plans.items()]
         if LARGE in opts.only:
-            failed.append(measure_rounds(*large(opts, Path(folder) / f"{LARGE}, random weights")))
+            opts.base, opts.rounds = str(Path(folder, f"{LARGE}, random weights")), 1
+            failed.append(measure_rounds(opts, LARGE, large(opts)))
     return 1 if any(failed) else 0
 
 
@@ -111,21 +113,19 @@ def facts(opts: Namespace) -> dict:
 
 def compare(opts: Namespace) -> list[Task]:
     """Return the tasks of one round, all sides."""
-    tasks = []
+    tasks, cuda = [], opts.device == "cuda"
     for precision in opts.precision:
         task = replace(opts.task, precision=precision)
-        for method in ("lora", "full"):
-            for compiled in (False, True)[: 1 + (opts.device == "cuda")]:
-                tasks += sides(replace(task, method=method, compile=compiled))
-        tasks.append(replace(task, kind="matmuls"))
+        for method, compiled in product(("lora", "full"), (False, True)[: 1 + cuda]):
+            tasks += sides(replace(task, method=method, compile=compiled, matmuls=True))
         tasks += sides(replace(task, kind="evaluate"))
         tasks += sides(replace(task, kind="generate", steps=1, warm_up=0))  # it warms up itself
-    return [task for task in tasks if task.kind.replace("matmuls", "train") in opts.only]
+    return [task for task in tasks if task.kind in opts.only]
 
 
 def sides(task: Task) -> list[Task]:
     """Return ours and theirs; theirs also with frozen weights in low precision, where it is low."""
-    theirs = replace(task, side="theirs")
+    theirs = replace(task, side="theirs", matmuls=False)
     low = task.precision != "fp32" and task.method == "lora" and not task.compile
     return [task, theirs, *[replace(theirs, weights="low")] * low]
 
@@ -146,12 +146,11 @@ def along(opts: Namespace, part: str) -> list[Task]:
     return tasks
 
 
-def large(opts: Namespace, base: Path) -> tuple[Namespace, str, list[Task]]:
-    """Return one round of LoRA on a gpt2-xl of random weights, in fp16 on the disk."""
-    run_apart(Task(LARGE, str(base)))
+def large(opts: Namespace) -> list[Task]:
+    """Return tasks of LoRA on a gpt2-xl of random weights, in fp16 on the disk."""
+    run_apart(Task(LARGE, opts.base))
     low = next((p for p in opts.precision if p != "fp32"), "fp32")
-    task = replace(opts.task, base=str(base), precision=low, batch_size=SMALL_BATCH)
-    return Namespace(**vars(opts) | {"base": base, "rounds": 1}), LARGE, sides(task)
+    return sides(replace(opts.task, base=opts.base, precision=low, batch_size=SMALL_BATCH))
 
 
 def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
@@ -183,8 +182,7 @@ def measure(task: Task, i: int, results: dict) -> None:
     results["measurements"].append({
         "name": task.name, "contender": task.contender, "round": i, **asdict(task), **figures,
         "base": results["base"]})  # not its path
-    seconds = figures.get("median", figures.get("lora"))  # matmuls: of both methods
-    print(f"round {i + 1}: {task.name}: {seconds:.4g} s", flush=True)
+    print(f"round {i + 1}: {task.name}: {figures['median']:.4g} s", flush=True)
 
 
 def run_apart(task: Task) -> dict:

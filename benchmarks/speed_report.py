@@ -1,8 +1,9 @@
 """Turn the measurements of `speed.py` into ratios, tables and pictures."""
 
-import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 
@@ -26,33 +27,30 @@ def spread(values: list[float]) -> dict[str, float]:
 def summarise(measurements: list[dict]) -> dict:
     """Return each contender's figures over the rounds, and the ratios within each round."""
     rounds: dict[str, Rounds] = {}
-    limits = {(r["precision"], r["round"]): r for r in measurements if r["kind"] == "matmuls"}
     for record in measurements:
-        if record["kind"] != "matmuls":
-            rounds.setdefault(record["name"], {})[record["round"]] = record
-    return {"contenders": {name: figures(records, rounds, limits)
-                           for name, records in rounds.items()},
+        rounds.setdefault(record["name"], {})[record["round"]] = record
+    return {"contenders": {name: figures(records, rounds) for name, records in rounds.items()},
             "ratios": list(ratios(rounds))}
 
 
-def figures(records: Rounds, rounds: dict[str, Rounds], limits: dict) -> dict:
+def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
     first = next(iter(records.values()))
     found = {key: [r[key] for r in records.values()]
              for key in ("peak_mb", "bytes", "all_reduce") if key in first}
     found["seconds"] = [r["median"] for r in records.values()]
-    found["share_of_limit"] = [limits[r["precision"], i][r["method"]] / r["median"]
-                               for i, r in records.items()
-                               if r["kind"] == "train" and (r["precision"], i) in limits]
+    if "matmul_seconds" in first:
+        found["share_of_limit"] = [r["matmul_seconds"] / r["median"] for r in records.values()]
     if alone := rounds.get(f"{first['contender']}, ranks 1"):
         found["faster"] = quotient(alone, records, "median")["rounds"]
-    return {"contender": first["contender"], "axis": first["axis"], "size": first.get(first["axis"])
-            } | {key: spread(values) for key, values in found.items() if values}
+    return {"contender": first["contender"], "axis": first["axis"],
+            "size": first.get(first["axis"]),
+            **{key: spread(values) for key, values in found.items()}}
 
 
 def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
     """Yield, for the same work, their time over ours and our memory over theirs, by rounds."""
     same = ("kind", "method", "precision", "axis", "batch_size", "block_size", "r")
-    for (ours, here), (theirs, there) in itertools.product(rounds.items(), repeat=2):
+    for (ours, here), (theirs, there) in product(rounds.items(), repeat=2):
         a, b = next(iter(here.values())), next(iter(there.values()))
         if (a["side"], b["side"]) == ("ours", "theirs") and b["compile"] <= a["compile"] and all(
                 a[key] == b[key] for key in same):
@@ -85,61 +83,50 @@ def print_report(summary: dict) -> None:
             for r in summary["ratios"]])
 
 
-def draw(results: dict, path) -> None:
-    contenders, ratios = results["summary"]["contenders"], results["summary"]["ratios"][::-1]
-    along = any(figures["axis"] for figures in contenders.values())
+def draw(results: dict, path: Path) -> None:
+    contenders, ratios = results["summary"]["contenders"].values(), results["summary"]["ratios"]
+    along = any(figures["axis"] for figures in contenders)
     if (along or ratios) and can_draw():
         figure = draw_axes(contenders) if along else draw_ratios(ratios)
-        many = results["rounds"]
-        how = "one round"
-        if many > 1:
-            how = f"median of {many} rounds, and from the minimum to the maximum"
+        rounds = results["rounds"]
+        how = f"{rounds} rounds: median, minimum and maximum" if rounds > 1 else "one round"
         figure.suptitle(f"{results['base']}, {results['machine']}, {results['date'][:10]}\n{how}",
                         fontsize=10)
         save_figure(figure, path)
 
 
+def points(spreads: list[dict[str, float]]) -> tuple[list[float], np.ndarray]:
+    """Return medians, and how far below and above each the rounds reach: matplotlib's errors."""
+    low, middle, high = ([values[key] for values in spreads] for key in ("min", "median", "max"))
+    return middle, np.subtract([middle, high], [low, middle])
+
+
 def draw_ratios(ratios: list[dict]):
-    """Draw each ratio's median, with a line from the minimum to the maximum of the rounds."""
     figure, axes = subplots(figsize=(11, 1.6 + 0.32 * len(ratios)))
-    for i, time in enumerate(ratio["time"] for ratio in ratios):
-        axes.plot([time["min"], time["max"]], [i, i], color=COLOURS["lora"], linewidth=3,
-                  solid_capstyle="butt")
-        axes.plot(time["median"], i, "o", color=COLOURS["lora"])
-        axes.annotate(f"{time['median']:.2f}", (time["median"], i), xytext=(0, 5),
-                      textcoords="offset points", ha="center", fontsize=8)
+    medians, errors = points([ratio["time"] for ratio in ratios])
+    rows = range(len(ratios), 0, -1)  # the first on top
+    axes.errorbar(medians, rows, xerr=errors, fmt="o", color=COLOURS["lora"], elinewidth=3)
     axes.axvline(1, color=COLOURS["base"], linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(ratios)), [f"{r['theirs']}  /  {r['ours']}" for r in ratios],
-                    fontsize=8)
-    axes.set_ylim(-0.6, len(ratios) - 0.2)
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    ticks = [x for x in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4) if low < x < high]
-    axes.set_xticks(ticks, ticks)
-    axes.minorticks_off()
+    axes.set_yticks(rows, [f"{r['theirs']}  /  {r['ours']}:  {r['time']['median']:.2f}"
+                           for r in ratios], fontsize=8)
     axes.set_xlabel("their time / our time, in the same round (right of 1: this project is faster)")
     axes.grid(alpha=0.3, axis="x")
     return figure
 
 
-def draw_axes(contenders: dict[str, dict]):
+def draw_axes(contenders: Collection[dict]):
     """Draw step time above, peak memory below; a column for each axis."""
-    shown = list(dict.fromkeys(f["axis"] for f in contenders.values()))
+    shown, names = (list(dict.fromkeys(f[key] for f in contenders))
+                    for key in ("axis", "contender"))
     figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
-    for (row, column), axes in np.ndenumerate(panels):
-        key, label = (("seconds", "seconds per step"),
-                      ("peak_mb", "peak memory of a process (MB)"))[row]
-        of_axis = [f for f in contenders.values() if f["axis"] == shown[column]]
-        for name in dict.fromkeys(f["contender"] for f in of_axis):
-            points = {f["size"]: f[key] for f in of_axis if f["contender"] == name}
-            sizes = sorted(points)
-            colour = COLOURS["lora" if name.startswith("this project, LoRA") else "full"]
-            low, middle, high = ([points[size][end] for size in sizes]
-                                 for end in ("min", "median", "max"))
-            axes.plot(sizes, middle, "o-", color=colour, label=name)
-            axes.fill_between(sizes, low, high, color=colour, alpha=0.2)
+    measures = {"seconds": "seconds per step", "peak_mb": "peak memory of a process (MB)"}
+    for axes, (key, axis) in zip(panels.flat, product(measures, shown), strict=True):
+        for name, colour in zip(names, (COLOURS["lora"], COLOURS["full"]), strict=False):
+            mine = [f for f in contenders if (f["axis"], f["contender"]) == (axis, name)]
+            sizes, (medians, errors) = [f["size"] for f in mine], points([f[key] for f in mine])
+            axes.errorbar(sizes, medians, yerr=errors, fmt="o-", color=colour, label=name)
         axes.set_xticks(sizes, sizes, fontsize=8)
-        axes.set(xlabel=AXES[shown[column]], ylabel=label, xlim=(0, None), ylim=(0, None))
+        axes.set(xlabel=AXES[axis], ylabel=measures[key], xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=8)
     return figure

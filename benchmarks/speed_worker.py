@@ -47,7 +47,7 @@ Call = Callable[[], object]  # what is timed; its value shows that both sides co
 class Task:
     """Describe one measurement. `axis` is the field that differs from task to task."""
 
-    kind: str  # a key of BASES or CALLS, or matmuls
+    kind: str  # a key of BASES or CALLS
     base: str
     device: str = "cpu"
     side: str = "ours"  # or theirs
@@ -60,6 +60,7 @@ class Task:
     r: int = 8
     ranks: int = 0  # data-parallel processes, of which this is one
     axis: str = ""
+    matmuls: bool = False  # also the time that a step's matmuls take alone
     profile: bool = False  # one more step, for what a GPU's profiler and memory say of it
     warm_up: int = 1
     steps: int = 3
@@ -115,14 +116,16 @@ def measure(task: Task) -> dict:
         model = GPT2(config)
         save_gpt2(model, Path(task.base), dtype)
         return {}
-    if task.kind == "matmuls":
-        return {method: measure_matmuls(task, method, device.torch) for method in ("lora", "full")}
     if task.ranks:
         return measure_rank(task, device)
     call = CALLS[task.kind](task, device)
     timed(call, task.warm_up, device)
     found = timed(call, task.steps, device)
-    return found | profiled(call, device) if task.profile else found
+    if task.profile:
+        found |= profiled(call, device)
+    if task.matmuls:
+        found["matmul_seconds"] = measure_matmuls(task, device.torch)
+    return found
 
 
 def timed(call: Call, times: int, device: Device) -> dict:
@@ -166,19 +169,20 @@ def build_theirs(task: Task, device: Device) -> nn.Module:
 
 
 def train(task: Task, device: Device) -> Call:
-    """Return either side's step; theirs is the loop that users write, its rate as it is."""
+    """Return either side's step on the first batch; theirs is the loop that users write, its rate
+    as it is.
+    """
     args = task.args()
     if task.side == "ours":
         trainer = ours.make_trainer(args)
-        batches = trainer.batches(0)
-        return lambda: ours.step(trainer, next(batches))
+        batch = next(trainer.batches())
+        return lambda: ours.step(trainer, batch)
     from benchmarks.peft_loop import make_step
 
     windows, _ = ours.data(args)
-    order = windows.epoch_order(args.seed, 0)
-    batches = iter(np.split(order, range(task.batch_size, len(order), task.batch_size)))
+    batch = windows.epoch_order(args.seed, 0)[: task.batch_size]
     step = make_step(build_theirs(task, device), args, task.autocast)
-    return lambda: step(*(x.to(device.torch) for x in windows.batch(next(batches))), args.lr)
+    return lambda: step(*(x.to(device.torch) for x in windows.batch(batch)), args.lr)
 
 
 def evaluate(task: Task, device: Device) -> Call:
@@ -230,23 +234,29 @@ def measure_rank(task: Task, device: Device) -> dict:
         sent.append(torch.zeros_like(tensor))
         all_reduce(tensor, *options)
 
+    def step() -> None:
+        trainer.step(batch)
+        ranks.agree(False)  # as `Session.after_step` does when nothing is due
+        ranks.agree(0)
+
     with ranks.joined(device.torch):
         trainer = ours.make_trainer(task.args(), ranks)
-        batches = trainer.batches(0)
-        for _ in range(task.warm_up):
-            sent.clear()
-            with mock.patch.object(dist, "all_reduce", recorded):
-                ours.step_among_ranks(trainer, next(batches))
-        found = timed(lambda: ours.step_among_ranks(trainer, next(batches)), task.steps, device)
+        batch = next(trainer.batches())
+        timed(step, task.warm_up - 1, device)
+        with mock.patch.object(dist, "all_reduce", recorded):
+            step()
+        found = timed(step, task.steps, device)
         alone = timed(lambda: [all_reduce(t) for t in sent], task.steps + 2, device)
-    return {**found, "bytes": sum(t.nbytes for t in sent),
-            **({"all_reduce": alone["median"]} if sent else {})}
+    found["bytes"] = sum(t.nbytes for t in sent)
+    return found | ({"all_reduce": alone["median"]} if sent else {})
 
 
 class Matmuls(TorchDispatchMode):
     """Count the matmuls by their operands' shapes and strides."""
 
-    found: Counter
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
@@ -254,31 +264,28 @@ class Matmuls(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def matmuls(config: GPT2Config, method: str, batch_size: int, block_size: int, r: int) -> Counter:
-    """Count a training step's, with LoRA on c_attn, by a step without memory or arithmetic.
+def count_matmuls(task: Task, config: GPT2Config) -> Counter:
+    """Count those of a training step, with LoRA on c_attn, by a step without memory or arithmetic.
     Attention's are counted whole, the masked half included.
     """
-    seen = Matmuls()
-    seen.found = Counter()
     with (torch.device("meta"), plain_operations(), sdpa_kernel(SDPBackend.MATH),
           mock.patch.object(torch, "is_autocast_enabled", lambda device: False)):  # meta has none
         model = GPT2(config)
-        if method == "lora":
-            inject(model, LoRAConfig(r=r, lora_alpha=r, target_modules=("c_attn",)))
-        ids = torch.zeros(batch_size, block_size, dtype=torch.long)
-        with seen:
+        if task.method == "lora":
+            inject(model, LoRAConfig(r=task.r, target_modules=("c_attn",)))
+        ids = torch.zeros(task.batch_size, task.block_size, dtype=torch.long)
+        with Matmuls() as seen:
             hidden = model.hidden(ids).flatten(0, 1)
             ops.tied_cross_entropy(hidden, model.wte.weight, ids.flatten()).backward()
     return seen.found
 
 
-def measure_matmuls(task: Task, method: str, device: torch.device) -> float:
+def measure_matmuls(task: Task, device: torch.device) -> float:
     """Return the seconds that a step's matmuls take alone: no step can be shorter. Each is timed
     in its shape and layout, by the faster of `matmul` and model/fast.py's `linear`.
     """
-    found = matmuls(load_config(Path(task.base)), method, task.batch_size, task.block_size, task.r)
     total = 0.0
-    for shapes, count in found.items():
+    for shapes, count in count_matmuls(task, load_config(Path(task.base))).items():
         a, b = (torch.empty_strided(*shape, dtype=PRECISIONS[task.precision], device=device)
                 .normal_() for shape in shapes)
         names = {"torch": torch, "ops": ops, "a": a, "b": b, "out": a @ b}

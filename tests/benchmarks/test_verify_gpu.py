@@ -37,7 +37,7 @@ def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
     assert skipped == {"no-waiting": "on a CPU there is nothing to wait for"}
     assert len(parts["operations"]["checks"]) == 12 and len(parts["options"]["checks"]) == 10
     assert all(check["ok"] for part in parts.values() for check in part["checks"])
-    assert parts["speed"]["facts"]["ours"]["ms a step"] > 0
+    assert parts["speed"]["facts"]["this project, LoRA, bf16"]["ms a step"] > 0
     text = (tmp_path / "gpu-report.md").read_text()
     assert text.startswith("# GPU report: dry run on a CPU") and "| no-waiting  | skipped |" in text
     for part in parts:
