@@ -26,7 +26,6 @@ from common.errors import run_command
 from common.files import write_json
 from data.tokens import load_tokens
 from data.windows import Windows, check_block_size, split
-from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import load_config
 from training.options import ROOT
@@ -39,10 +38,8 @@ BATCH_SIZE = {"base": 16, "lora": 16, "full": 64}
 METHODS = {"lora": f"{COMMON} --batch-size 16 --lr 3e-4 --r 8 --lora-alpha 16 --lora-dropout 0.05 "
                    "--target-modules c_attn",
            "full": f"{COMMON} --batch-size 64 --lr 3e-5"}
-PUBLISHED = {  # trainable parameters, share of all, best validation loss, its perplexity
-    "lora": ("294,912", "0.2364 %", "0.2261", "1.2537"),
-    "full": ("about 124.7 million", "-", "-", "1.1211"),
-}
+PUBLISHED = {"lora": ("294,912", "0.2364 %", "0.2261", "1.2537", "-", "-"),
+             "full": ("about 124.7 million", "-", "-", "1.1211", "-", "-")}
 COLUMNS = ("", "trainable", "share", "best val loss", "perplexity", "next-token loss", "perplexity")
 RUN_LENGTH = 16  # tokens in a row, looked for in the training part
 TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences, drawn at random
@@ -52,23 +49,26 @@ def main() -> None:
     opts = parse_args()
     tokens = load_tokens(opts.book, ours.tokenizer(opts.directory))
     training, validation = split(tokens, VAL_FRACTION)
-    windows = {"scored": len(window_indices(validation, opts.val_windows)),
-               "all": len(window_indices(validation, None))}
+    windows = Windows(validation, SCORED, 1, SHIFT)
+    count = min(opts.val_windows or len(windows), len(windows))
+    scored = np.linspace(0, len(windows) - 1, count).astype(int)  # evenly spaced
     seen = share_seen(training, validation)
     print(f"base {Path(opts.base).name}, {opts.book.name}: {len(tokens):,} tokens, {machine()}\n"
           f"{seen:.1%} of the validation part's runs of {RUN_LENGTH} tokens are in the training "
           "part as well", flush=True)
-    runs = {method: ours.run(arguments(opts, method)) for method in opts.only}
-    kept = ("trainable_parameters", "trainable_percent", "steps", "seconds")
-    figures = {method: score(opts, method, validation)
-               | {key: runs[method][key] if method in runs else 0 for key in kept}
-               for method in ("base", *opts.only)}
-    report(opts, figures, windows)
+    runs = {"base": {}} | {method: ours.run(arguments(opts, method)) for method in opts.only}
+    figures = {method: score(opts, method, run, windows, scored) for method, run in runs.items()}
+    report(figures)
+    part = "all" if count == len(windows) else f"only {count:,} of the"
+    print(f"\nbest val loss: by the reference's measure, on {part} {len(windows):,} validation "
+          "windows at stride 1\nnext-token loss: each token of the validation part once, the mean")
+    if opts.more:
+        print(f"{' '.join(opts.more)}: not the whole protocol; do not compare with the published")
     write_json(opts.out / "reference.json", {
         "base": Path(opts.base).name, "book": opts.book.name, "tokens": len(tokens),
-        "seen_before": seen, "val_windows": windows, "options": " ".join(opts.more),
-        "here": figures, "device": opts.device.name, "machine": machine(),
-        "torch": torch.__version__})
+        "seen_before": seen, "val_windows": {"scored": count, "all": len(windows)},
+        "options": " ".join(opts.more), "here": figures, "device": opts.device.name,
+        "machine": machine(), "torch": torch.__version__})
 
 
 def parse_args() -> Namespace:
@@ -98,35 +98,22 @@ def arguments(opts: Namespace, method: str) -> list[str]:
             *METHODS[method].split(), *(x for x in opts.more if x != "--resume" or out.exists())]
 
 
-def score(opts: Namespace, method: str, tokens: np.ndarray) -> dict:
+def score(opts: Namespace, method: str, run: dict, windows: Windows, scored: np.ndarray) -> dict:
     """Score the base, or what a run kept of it, by the reference's measure and by this project's:
     each token once, in consecutive windows, the mean over tokens.
     """
     out = opts.out / method
     base = out if method == "full" else opts.directory
     model = ours.load(base, out if method == "lora" else None, opts.device)
-    loss = reference_loss(opts, model, tokens, BATCH_SIZE[method])
-    next_token = ours.evaluate(model, tokens, opts.directory, opts.device, BLOCK)
-    return {"reference": {"loss": loss, "perplexity": perplexity(loss)},
-            "next_token": asdict(next_token) | {"perplexity": next_token.perplexity}}
-
-
-def window_indices(tokens: np.ndarray, count: int | None) -> np.ndarray:
-    """Return all of the protocol's windows over `tokens`, or `count` of them, evenly spaced."""
-    total = len(Windows(tokens, SCORED, 1, SHIFT))
-    return np.linspace(0, total - 1, min(count or total, total)).astype(int)
-
-
-def reference_loss(opts: Namespace, model: GPT2, tokens: np.ndarray, batch_size: int) -> float:
-    """Return the reference's validation loss, nats: the mean over batches of each batch's mean.
-
-    The batches hold windows at stride 1, in order; a last, smaller batch counts like the others.
-    """
-    windows, indices = Windows(tokens, SCORED, 1, SHIFT), window_indices(tokens, opts.val_windows)
-    batches = np.split(indices, range(batch_size, len(indices), batch_size))
-    tokenizer = ours.tokenizer(opts.directory)
-    return float(np.mean([ours.score(model, [windows.batch(batch)], tokenizer, opts.device).loss
-                          for batch in batches]))
+    # The mean over batches of each batch's mean; a last, smaller batch counts like the others.
+    batches = np.split(scored, range(BATCH_SIZE[method], len(scored), BATCH_SIZE[method]))
+    loss = np.mean([ours.score(model, [windows.batch(batch)], ours.tokenizer(opts.directory),
+                               opts.device).loss for batch in batches])
+    next_token = ours.evaluate(model, windows.tokens, opts.directory, opts.device, BLOCK)
+    return {"reference": {"loss": float(loss), "perplexity": perplexity(loss)},
+            "next_token": asdict(next_token) | {"perplexity": next_token.perplexity},
+            **{key: run.get(key, 0) for key in (
+                "trainable_parameters", "trainable_percent", "steps", "seconds")}}
 
 
 def share_seen(training: np.ndarray, validation: np.ndarray) -> float:
@@ -137,22 +124,17 @@ def share_seen(training: np.ndarray, validation: np.ndarray) -> float:
     return sum(map(set(known).__contains__, runs)) / max(1, len(runs))
 
 
-def report(opts: Namespace, figures: dict, windows: dict) -> None:
+def report(figures: dict[str, dict]) -> None:
     rows = []
     for method, here in figures.items():
         if method in PUBLISHED:
-            rows.append((f"{method}, published", *PUBLISHED[method], "-", "-"))
+            rows.append((f"{method}, published", *PUBLISHED[method]))
         losses = [here[key][what] for key in ("reference", "next_token")
                   for what in ("loss", "perplexity")]
         rows.append((f"{method}, here", f"{here['trainable_parameters']:,}",
                      f"{here['trainable_percent']:.4f} %", *(f"{x:.4f}" for x in losses)))
     print()
     print_table(COLUMNS, rows)
-    part = "all" if windows["scored"] == windows["all"] else f"only {windows['scored']:,} of the"
-    print(f"\nbest val loss: by the reference's measure, on {part} {windows['all']:,} validation "
-          "windows at stride 1\nnext-token loss: each token of the validation part once, the mean")
-    if opts.more:
-        print(f"{' '.join(opts.more)}: not the whole protocol; do not compare with the published")
 
 
 if __name__ == "__main__":
