@@ -58,10 +58,10 @@ def step(trainer: train.Trainer, batch: np.ndarray) -> float:
     return trainer.measure()["loss"]
 
 
-def evaluate(model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int,
-             batch_size: int = 16) -> Scores:
+def evaluate(model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int
+             ) -> Scores:
     """Return `evaluate.py`'s scores of these tokens, in consecutive windows."""
-    batches = Windows(tokens, block_size, block_size).evaluation_batches(batch_size)
+    batches = Windows(tokens, block_size, block_size).evaluation_batches()
     return score(model, batches, tokenizer(base), device)
 
 

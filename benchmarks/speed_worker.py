@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -92,9 +91,11 @@ class Task:
     def autocast(self) -> str:
         return "fp32" if self.weights == "low" else self.precision
 
-    def tokens(self) -> np.ndarray:
-        """Return the tokens of one batch of consecutive windows, and the last window's target."""
-        return ours.data(self.args())[0].tokens[: self.batch_size * self.block_size + 1]
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets (B, T) of training's first batch, which every call has."""
+        args = self.args()
+        windows, _ = ours.data(args)
+        return windows.batch(windows.epoch_order(args.seed, 0)[: self.batch_size])
 
 
 def main() -> None:
@@ -169,9 +170,7 @@ def build_theirs(task: Task, device: Device) -> nn.Module:
 
 
 def train(task: Task, device: Device) -> Call:
-    """Return either side's step on the first batch; theirs is the loop that users write, its rate
-    as it is.
-    """
+    """Return either side's step; theirs is the loop that users write, its rate as it is."""
     args = task.args()
     if task.side == "ours":
         trainer = ours.make_trainer(args)
@@ -179,29 +178,27 @@ def train(task: Task, device: Device) -> Call:
         return lambda: ours.step(trainer, batch)
     from benchmarks.peft_loop import make_step
 
-    windows, _ = ours.data(args)
-    batch = windows.epoch_order(args.seed, 0)[: task.batch_size]
+    batch = task.batch()
     step = make_step(build_theirs(task, device), args, task.autocast)
-    return lambda: step(*(x.to(device.torch) for x in windows.batch(batch)), args.lr)
+    return lambda: step(*(x.to(device.torch) for x in batch), args.lr)
 
 
 def evaluate(task: Task, device: Device) -> Call:
-    tokens = task.tokens()
+    inputs, targets = task.batch()
     if task.side == "ours":
-        model = ours.load(Path(task.base), None, device)
-        return lambda: ours.evaluate(model, tokens, Path(task.base), device,
-                                     task.block_size, task.batch_size).loss
+        base = Path(task.base)
+        model, tokenizer = ours.load(base, None, device), ours.tokenizer(base)
+        return lambda: ours.score(model, [(inputs, targets)], tokenizer, device).loss
     from benchmarks.peft_loop import mean_loss
 
     model = build_theirs(task, device).eval()
-    tokens = torch.from_numpy(tokens.astype(np.int64)).to(device.torch)
-    inputs, targets = tokens[:-1].view(task.batch_size, -1), tokens[1:]
+    inputs, targets = inputs.to(device.torch), targets.to(device.torch)
     return torch.no_grad()(lambda: mean_loss(model, inputs, targets, task.autocast).item())
 
 
 def write_text(task: Task, device: Device) -> Call:
     """Continue a prompt by NEW_TOKENS, or as many as the base sees; warms up by itself."""
-    ids = torch.from_numpy(task.tokens()[:PROMPT_TOKENS].astype(np.int64)).to(device.torch)
+    ids = task.batch()[0][0, :PROMPT_TOKENS].to(device.torch)
     most = min(NEW_TOKENS, load_config(Path(task.base)).n_positions - PROMPT_TOKENS)
     if task.side == "ours":
         model = ours.load(Path(task.base), None, device)
