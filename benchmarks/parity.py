@@ -44,18 +44,11 @@ RESUMED_STEPS = 10
 
 def main() -> int:
     opts = parse_args()
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers', about each other
     torch.set_float32_matmul_precision("highest")  # an image may switch TF32 on
     began, report = time.perf_counter(), Report()
     print(f"base {opts.name}, {opts.steps} steps of {opts.batch_size} x {opts.block_size} tokens, "
           f"{machine()}; here: this project, there: PEFT and transformers")
-    here, there = exact(opts, report)
-    if not opts.exact_only:
-        with TemporaryDirectory() as folder:
-            exchange(opts, report, Path(folder), here, there)
-            resume(opts, report, Path(folder))
-        trained_path(opts, report)
-        full(opts, report)
+    compare(opts, report)
     report.facts |= {
         "base": opts.name, "book": opts.book.name, "steps": opts.steps,
         "batch_size": opts.batch_size, "block_size": opts.block_size,
@@ -68,7 +61,19 @@ def main() -> int:
     return 1 if broken else 0
 
 
-def parse_args() -> Namespace:
+def compare(opts: Namespace, report: Report) -> None:
+    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers', about each other
+    here, there = exact(opts, report)
+    if opts.exact_only:
+        return
+    with TemporaryDirectory() as folder:
+        exchange(opts, report, Path(folder), here, there)
+        resume(opts, report, Path(folder))
+    trained_path(opts, report)
+    full(opts, report)
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser(prog="benchmarks.parity", description=__doc__)
     parser.add_argument("--base", default="mini", metavar="B", help="as train.py's (default: mini)")
     parser.add_argument("--book", type=Path, default=BOOK, help="UTF-8 text file")
@@ -80,7 +85,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--exact-only", action="store_true", help="only the bit-exact part")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR",
                         help="where parity.json and parity.png go")
-    opts = parser.parse_args()
+    opts = parser.parse_args(argv)
     base, opts.directory = find_base(opts.base)
     opts.name = Path(base).name
     if opts.block_size >= load_config(opts.directory).n_positions:
