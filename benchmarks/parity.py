@@ -193,12 +193,10 @@ def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Ru
     config = train_options(opts, "lora").lora_config
     save_adapter(here.model, config, folder / "ours", str(opts.directory))
     there.model.save_pretrained(folder / "peft")
-    model = ours.load(opts.directory, folder / "ours", Device.pick("cpu", "fp32"))
-    merge(model)
-    unwrap(model)
-    save_gpt2(model, folder / "ours merged")
-    model = peft_loop.load(opts.directory, folder / "peft")
-    model.merge_and_unload().save_pretrained(folder / "peft merged")
+    merge(here.model)
+    unwrap(here.model)
+    save_gpt2(here.model, folder / "ours merged")
+    there.model.merge_and_unload().save_pretrained(folder / "peft merged")
     compare_readings(opts, report, "base", {"base": (opts.directory, None)})
     compare_readings(opts, report, "adapter", {
         "trained there": (opts.directory, folder / "peft"),

@@ -2,14 +2,14 @@
 
 `python -m benchmarks.speed` runs every contender in a process of its own, one after the other,
 round after round, so that a machine that slows down slows all of them; ratios are taken within a
-round. The base is a GPT-2 124M of random weights, made on the spot. All sides have the same
-batches, dropouts, optimizer (fused AdamW) and clipping. The others run as they come: stock
-activation and attention, cross-entropy over their logits, mixed precision by autocast, and for
-LoRA, evaluation and generation also with the frozen weights themselves in low precision; our side
-keeps freed memory as its commands do (`tune_process`). `--only gpt2-xl` is
-one round of LoRA on a random gpt2-xl, 4 windows a step; `--only growth` is LoRA against batch,
-block and rank; `--only scaling` is one batch shared by the ranks that torchrun
-starts, all on this machine; its bytes are those that a rank's step hands to all_reduce.
+round. The base is a GPT-2 124M of random weights, made on the spot. All sides have the same batch,
+at every step, and the same dropouts, optimizer (fused AdamW) and clipping. The others run as they
+come: stock activation and attention, cross-entropy over their logits, mixed precision by autocast,
+and for LoRA, evaluation and generation also with the frozen weights themselves in low precision;
+our side keeps freed memory as its commands do (`tune_process`). `--only gpt2-xl` is one round of
+LoRA on a random gpt2-xl, 4 windows a step; `--only growth` is LoRA against batch, block and rank;
+`--only scaling` is one batch shared by the ranks that torchrun starts, all on this machine; its
+bytes are those that a rank's step hands to all_reduce.
 """
 
 import json
