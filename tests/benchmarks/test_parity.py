@@ -4,6 +4,7 @@ import json
 import math
 import os
 from argparse import Namespace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -17,7 +18,7 @@ from data.windows import Windows
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import save_gpt2
-from tests.helpers import TINY, tiny_gpt2_directory
+from tests.helpers import TINY, tiny_gpt2_directory, write_small_tokenizer
 from tests.runs import one_line, run
 
 GIB = 1 << 30
@@ -134,6 +135,7 @@ def test_three_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
     model = GPT2(GPT2Config())
     with TemporaryDirectory() as directory:
         save_gpt2(model, directory, torch.float16)
+        write_small_tokenizer(Path(directory), TINY["vocab_size"])  # GPT-2's takes seconds to load
         ending, result = check("--base", directory, "--exact-only", "--steps", 3,
                                "--batch-size", 1)
     assert ending.status == 0, ending.stdout
