@@ -71,13 +71,13 @@ def parse_args() -> Namespace:
     parser.add_argument("--base", metavar="B",
                         help="as train.py's (default: GPT-2 124M with random weights)")
     parser.add_argument("--quick", action="store_true",
-                        help="one round of bf16 on mini, in less than two minutes")
+                        help="one round on mini in training's default precision, in two minutes")
     parser.add_argument("--rounds", type=number(int, 1), help="default: 5")
     parser.add_argument("--steps", type=number(int, 1),
                         help="timed after the warm-up (default: 3; --quick: 1; on CUDA 20)")
     parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), metavar="P",
                         help="default: fp32, bf16 unless the GPU emulates it, and on CUDA fp16; "
-                             "--quick: bf16")
+                             "--quick: train.py's default")
     parser.add_argument("--only", nargs="+", choices=(*KINDS, *AXES, LARGE), default=list(KINDS),
                         metavar="PART",
                         help=f"default: {' '.join(KINDS)}; also {' '.join((*AXES, LARGE))}")
@@ -85,15 +85,15 @@ def parse_args() -> Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results",
                         metavar="DIR", help="where the figures and pictures go")
     opts = parser.parse_args()
-    device = Device.pick(opts.device)
+    device = Device.pick(opts.device, train=True)
     opts.device, cuda = device.torch.type, device.is_cuda
     native = device.precision if cuda else "bf16"  # fp16 where bf16 would be emulated
     opts.base = opts.base or ("mini" if opts.quick else None)
     opts.rounds = opts.rounds or (1 if opts.quick else 5)
     opts.steps = opts.steps or (20 if cuda else 1 if opts.quick else 3)
     opts.warm_up = 3 if cuda else 2
-    opts.precision = opts.precision or (
-        [native] if opts.quick else list(dict.fromkeys(("fp32", native, *["fp16"] * cuda))))
+    every = list(dict.fromkeys(("fp32", native, *["fp16"] * cuda)))
+    opts.precision = opts.precision or ([device.precision] if opts.quick else every)
     return opts
 
 

@@ -265,5 +265,5 @@ def test_a_gpu_gets_the_ranks_the_precisions_and_the_compiled_runs_that_it_can_h
     monkeypatch.setattr(sys, "argv", ["speed"])
     for native, expected in (("bf16", ["fp32", "bf16", "fp16"]), ("fp16", ["fp32", "fp16"])):
         device = Device(torch.device("cuda"), native)
-        monkeypatch.setattr(Device, "pick", lambda _, found=device: found)
+        monkeypatch.setattr(Device, "pick", lambda *_, found=device, **__: found)
         assert speed.parse_args().precision == expected
