@@ -1,13 +1,13 @@
-"""A training step on a GPU that is not there: `python -m tests.model.fake_cuda GUARD.so`.
+"""A training step on a GPU that is not there.
 
 Fake tensors have a shape, a type and the device `cuda`, and no data; PyTorch runs its real rules of
-autocast on them. They need a device guard, which a build for the CPU lacks: GUARD.so brings
-an empty one. Backward does not work so. Prints the cases that hold.
+autocast on them. They need a device guard, which a build for the CPU lacks: a library brings
+an empty one. Backward does not work so.
 """
 
 import ctypes
-import sys
 from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -73,11 +73,13 @@ def check(precision: str, gradients: bool) -> None:
     assert loss.dtype == fp32
 
 
-if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+def cases_that_hold(guard: Path) -> list[tuple[str, bool]]:
+    """Load the library with the guard, which this process keeps, and check every case."""
+    ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
     torch.cuda.is_bf16_supported = lambda: True
+    cases = list(product(PRECISIONS, (True, False)))
     with FakeTensorMode():
-        for precision, gradients in product(PRECISIONS, (True, False)):
+        for precision, gradients in cases:
             check(precision, gradients)
-            print(precision, "trained" if gradients else "scored")
+    return cases
