@@ -1,8 +1,7 @@
-"""Provide what experiments share: options, a trainer on mini, data saved beside a picture."""
+"""What the experiments share: options, a trainer on mini, data saved beside its picture."""
 
 import argparse
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -20,13 +19,13 @@ from training.options import ROOT, parse_options
 SHORT = {"batch_size": 4, "block_size": 64, "stride": 64, "max_steps": 4, "val_fraction": 0.03}
 
 
-def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+def parse(description: str | None, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--short", action="store_true", help="a small version, in seconds")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
-    parser.add_argument("--seeds", type=number(int, 1), default=3,
-                        help="where there are some (%(default)s)")
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="how many (%(default)s)")
     args = parser.parse_args(argv)
+    args.seeds = range(1 if args.short else args.seeds)  # a short version takes the first
     args.out = args.out or ROOT / ("runs" if args.short else "docs") / "figures"
     try:
         args.out.mkdir(parents=True, exist_ok=True)  # now, not after an hour's work
@@ -40,20 +39,16 @@ def trainer(method: str = "lora", seed: int = 0, precision: str = "fp32", short:
     """Make what `train.py` trains: mini on the default book, on the CPU, no dropout."""
     chosen = replace(parse_options("-", [method, "--base", "mini"]), lora_dropout=0.0, seed=seed,
                      **options | (SHORT if short else {}))
-    made = Trainer(chosen, find_base("mini")[1], Device.pick("cpu", precision, train=True))
-    made.model.train()
-    return made
+    return Trainer(chosen, find_base("mini")[1], Device.pick("cpu", precision, train=True))
 
 
 def mean_loss(made: Trainer, batch) -> Tensor:
     """Return the mean loss over the tokens of these windows, nats."""
-    inputs, targets = made.windows.batch(batch)  # (B, T) each
-    return made.summed_loss(inputs, targets) / targets.numel()
+    return made.summed_loss(*made.windows.batch(batch)) / made.windows.scored_tokens(batch)
 
 
-def spread(values: Iterable[float], digits: int = 1) -> str:
+def spread(values: list[float], digits: int = 1) -> str:
     """Return the mean (min .. max) as text, or one number where they are one."""
-    values = [float(value) for value in values]
     least, middle, most = (f"{f(values):.{digits}f}" for f in (min, mean, max))
     return middle + f" ({least} .. {most})" * (least != most)
 
@@ -68,12 +63,14 @@ def save(args: argparse.Namespace, name: str, data: dict, figure) -> dict:
     return data
 
 
-def panels(count: int, title: str):
-    """Return a figure of `count` panels in a row."""
-    figure, (axes,) = subplots(1, count, figsize=(max(7.2, 4.9 * count), 4.2), squeeze=False)
-    figure.suptitle(title, fontsize=12)
-    for axis in axes:
-        axis.set_axisbelow(True)
+def panels(whole: str, *titles: str):
+    """Return a figure and its panels in a row, one for each of `titles`; none: a single one."""
+    titles = titles or ("",)
+    width = max(7.2, 4.9 * len(titles))
+    figure, (axes,) = subplots(1, len(titles), figsize=(width, 4.2), squeeze=False)
+    figure.suptitle(whole, fontsize=12)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(title=title, axisbelow=True)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -3,8 +3,7 @@
 import numpy as np
 import torch
 
-from common.figures import subplots
-from experiments.common import BLUE, GREY, RED, YELLOW, mean_loss, parse, save, trainer
+from experiments.common import BLUE, GREY, RED, YELLOW, mean_loss, parse, save, subplots, trainer
 
 ZERO, NORMAL = -25, -14  # powers of two: below 2^-25 fp16 rounds to zero, from 2^-14 it is normal
 SCALE = 16  # GradScaler starts at 2^16
@@ -31,12 +30,11 @@ def main(argv: list[str] | None = None) -> dict:
     axes.set(xlabel="log2 of a gradient's size", ylabel="how many", xlim=(LEFT, RIGHT),
              title="Gradients of a LoRA step, and fp16's range (bf16's is wider than the picture)")
     axes.legend(loc="upper left", fontsize=8)
-    shares = {"zero_in_fp16": powers < ZERO,
-              "subnormal_in_fp16": (powers >= ZERO) & (powers < NORMAL),
-              "below_normal_after_scaling": powers + SCALE < NORMAL}
-    return save(args, "gradients", {
-        "gradients": len(powers), "median_log2": float(np.median(powers)), "seed": 42,
-        **{name: float(share.mean()) for name, share in shares.items()}}, figure)
+    data = {"gradients": len(powers), "median_log2": np.median(powers).item(), "seed": 42,
+            "zero_in_fp16": (powers < ZERO).mean().item(),
+            "subnormal_in_fp16": ((powers >= ZERO) & (powers < NORMAL)).mean().item(),
+            "below_normal_after_scaling": (powers + SCALE < NORMAL).mean().item()}
+    return save(args, "gradients", data, figure)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from experiments.common import BLUE, GREY, RED, band, panels, parse, save, trainer
+from experiments.common import BLUE, GREY, RED, Trainer, band, panels, parse, save, trainer
 from experiments.sweep import finetune
-from train import Trainer
 
 METHODS = {"lora": ("LoRA, c_attn, rank 8", RED, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
            "full": ("full fine-tuning", BLUE, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3))}
@@ -32,7 +31,8 @@ def main(argv: list[str] | None = None) -> dict:
         gap = base - log_probabilities(made, texts)
         return made.evaluate().perplexity, (base.exp() * gap).sum(-1).mean().item()
 
-    data, (figure, (left, right)) = {}, panels(2, "Learning and forgetting, by peak rate (mini)")
+    figure, (left, right) = panels("Learning and forgetting, by peak rate (mini)", "", "")
+    data = {}
     for method, (label, colour, rates) in METHODS.items():
         runs = data[method] = {lr: finetune(method, args.seeds, args.short, measure, lr=lr)
                                for lr in (rates[::3] if args.short else rates)}

@@ -1,8 +1,4 @@
-"""Predict by hand where the bytes of a step go, and measure it: `python -m experiments.memory`.
-
-Both methods take their first step in a process apart, one after the other. Temporary buffers are
-not counted.
-"""
+"""Predict by hand where the bytes of a step go, and measure it: `python -m experiments.memory`."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +14,11 @@ from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config
 
 PARTS = {"weights": GREY, "activations": BLUE, "gradients": YELLOW, "AdamW moments": RED}
+KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lora.md counts them
 CONFIG = GPT2Config(vocab_size=8192, n_positions=256, n_embd=512, n_layer=6, n_head=8,
                     embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
 BATCH, BLOCK = 8, 128
 STATM = Path("/proc/self/statm")  # Linux: pages, the second number is resident
-KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lora.md counts them
 
 
 def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[str, int]:
@@ -40,7 +36,7 @@ def resident() -> int:
 
 
 def measured(method: str, config: GPT2Config) -> dict[str, int]:
-    """Return the bytes that each stage of a first step adds to this process."""
+    """Return the bytes, but for temporary buffers, that each stage of a first step adds here."""
     before = resident()
     model = GPT2(config)
     if method == "lora":
@@ -62,23 +58,22 @@ def main(argv: list[str] | None = None) -> dict:
     if not STATM.exists():
         print("left out: resident memory is read from Linux's /proc")
         return {}
-    config = replace(CONFIG, n_layer=2) if args.short else CONFIG
+    data, config = {}, replace(CONFIG, n_layer=2) if args.short else CONFIG
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the child: freed memory goes back
-    data, (figure, axes) = {}, panels(2, f"Bytes by hand (dark) and measured (light); fp32, "
-                                      f"{config.n_layer} layers of width {config.n_embd}, "
-                                      f"{BATCH * BLOCK:,} tokens")
-    with ProcessPoolExecutor(1, get_context("spawn")) as child:
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:  # one for both
         for method in KEPT:
             child.submit(measured, method, replace(config, n_layer=1))  # what is allocated once
             data[method] = {"predicted": predicted(method, config, BATCH * BLOCK),
                             "measured": child.submit(measured, method, config).result()}
-    for axis, method in zip(axes, data, strict=True):
-        for j, side in enumerate(data[method].values()):
-            bars = axis.bar([i + 0.4 * j - 0.2 for i in range(4)], [side[p] / 1e6 for p in PARTS],
-                            0.38, color=PARTS.values(), alpha=1 - 0.45 * j)
-            axis.bar_label(bars, [f"{side[p] / 1e6:,.1f}" for p in PARTS], fontsize=8)
-        axis.set(title="LoRA, c_attn, r = 8" if method == "lora" else "full fine-tuning",
-                 ylabel="MB")
+    figure, axes = panels(f"Bytes by hand (dark) and measured (light); fp32, {config.n_layer} "
+                          f"layers of width {config.n_embd}, {BATCH * BLOCK:,} tokens",
+                          "full fine-tuning", "LoRA, c_attn, r = 8")
+    for axis, sides in zip(axes, data.values(), strict=True):
+        for side, x, alpha in (("predicted", -0.2, 1), ("measured", 0.2, 0.55)):
+            megabytes = [sides[side][part] / 1e6 for part in PARTS]
+            bars = axis.bar(torch.arange(4) + x, megabytes, 0.38, color=PARTS.values(), alpha=alpha)
+            axis.bar_label(bars, fmt="{:,.1f}", fontsize=8)
+        axis.set_ylabel("MB")
         axis.set_xticks(range(4), PARTS, fontsize=9)
     axes[1].sharey(axes[0])
     return save(args, "memory", data, figure)

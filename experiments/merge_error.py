@@ -5,18 +5,18 @@ import torch
 from common.device import PRECISIONS
 from experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
 from experiments.sweep import tuned
-from model.hub import find_base
-from model.weights import load_gpt2
+from lora.inject import lora_layers
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(__doc__, argv)
-    weights = {n: p.detach() for n, p in load_gpt2(find_base("mini")[1]).named_parameters()}
-    base = weights["h.0.attn.c_attn.weight"].double()  # (out, in)
+    layers = [*lora_layers(tuned("LoRA", 42, args.short)[0].model).values()]
+    base = layers[0].base_layer.weight.double()  # (out, in)
     torch.manual_seed(0)
     ba = torch.randn(base.size(0), 8).double() @ torch.randn(8, base.size(1)).double()
     data = {"size": (10 ** torch.linspace(-6, 0, 7 if args.short else 25)).tolist()}
-    figure, axes = panels(2, "Merging: what rounding W + B A loses of B A (mini, c_attn)")
+    figure, axes = panels("Merging: what rounding W + B A loses of B A (mini, c_attn)",
+                          "error, % of the update's norm", "weights that do not move, %")
     for (name, dtype), colour in zip(PRECISIONS.items(), (GREY, RED, BLUE), strict=True):
         before, data[name] = base.to(dtype), {"error": [], "unmoved": []}
         for size in data["size"]:
@@ -27,17 +27,15 @@ def main(argv: list[str] | None = None) -> dict:
             data[name]["unmoved"].append((before == after).double().mean().item())
         for axis, values in zip(axes, data[name].values(), strict=True):
             axis.plot(data["size"], [100 * x for x in values], ".-", color=colour, label=name)
-    sizes = data["adapter"] = [(change.norm() / weights[name].norm()).item() for name, change in
-                               tuned("LoRA", 42, args.short)[1].items()]
-    for axis, title in zip(axes, ("error, % of the update's norm", "weights that do not move, %"),
-                           strict=True):
+    sizes = [(x.delta_weight().norm() / x.base_layer.weight.norm()).item() for x in layers]
+    for axis in axes:
         axis.axvspan(min(sizes), max(sizes), color=YELLOW, alpha=0.35, label="a trained adapter's")
-        axis.set(xscale="log", xlabel="size of the update: rms(B A) / rms(W)", title=title)
+        axis.set(xscale="log", xlabel="size of the update: rms(B A) / rms(W)")
     axes[0].set_yscale("log")
     axes[0].axhline(100, color="black", linewidth=0.8)
     axes[0].text(1, 120, "nothing left", ha="right", va="bottom", fontsize=8)
     axes[0].legend()
-    return save(args, "merge_error", data, figure)
+    return save(args, "merge_error", data | {"adapter": sizes}, figure)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from common.device import Device, tune_process
 from experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save, spread, trainer
-from model.hub import MINI
-from model.weights import load_config
 
 # name: colour, and what is in the name of an operator of this part, or of one that calls it
 PARTS = {"forward": (BLUE,), "input gradients": ("#66b2bd",), "weight gradients": (RED,),
@@ -21,7 +19,7 @@ R, BLOCK, BATCH = 8, 128, 15  # 1,920 tokens: no layer is as wide, so that shape
 
 def by_hand() -> dict[str, dict[str, list[float]]]:
     """Count operations a token, as docs/lora.md does: 2 a weight and matmul, and attention's."""
-    config = load_config(MINI)
+    config = trainer().model.config
     C, L, head = config.n_embd, config.n_layer, 2 * config.n_embd * config.vocab_size
     full = dict.fromkeys([*PARTS][:3], 2 * 12 * L * C * C)
     full |= {"head and loss": 3 * head, "attention": 12 * BLOCK * C * L}
@@ -69,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     data = by_hand()
     for precision in dict.fromkeys(("fp32", Device.pick("cpu", train=True).precision)):
         data |= measured(precision, 1 if args.short else 12)
-    figure, (axis,) = panels(1, "A training step by part (mini); full fine-tuning's is 100 %")
+    figure, (axis,) = panels("A training step by part (mini); full fine-tuning's is 100 %")
     left = [0.0] * len(data)
     for key, (colour, *_) in PARTS.items():
         widths = [100 * mean(parts.get(key, [0])) for parts in data.values()]
@@ -77,9 +75,9 @@ def main(argv: list[str] | None = None) -> dict:
         axis.bar_label(bars, [f"{w:.0f}" * (w > 3) for w in widths], label_type="center",
                        color="k" if colour == YELLOW else "w")
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for end, (row, parts) in zip(left, data.items(), strict=True):
+    for row, parts in data.items():
         totals = [100 * sum(step) for step in zip(*parts.values(), strict=True)]
-        axis.text(end + 1, row, f"{spread(totals, 0)} %", va="center")
+        axis.text(mean(totals) + 1, row, f"{spread(totals, 0)} %", va="center")
     axis.set(xlim=(0, 120), ylim=(len(data) - 0.5, -0.5), xlabel="% of full's operations, or time")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     return save(args, "step_time", data, figure)

@@ -1,22 +1,20 @@
 """Fine-tune mini over and over with other options, and draw what comes out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import mean
 
 from torch import Tensor
 
-from experiments.common import GREY, RED, panels, parse, save, spread, trainer
+from experiments.common import GREY, RED, Trainer, panels, parse, save, spread, trainer
 from lora.inject import lora_layers
-from train import Trainer
 
 
-def finetune(method: str, seeds: int = 1, short: bool = False,
-             measure: Callable[[Trainer], object] = lambda made: made.evaluate().perplexity,
-             first: int = 0, **options: object) -> list:
-    """Train 60 steps of 8 windows of 64 tokens with each seed from `first`; measure each result."""
+def finetune(method: str, seeds: Iterable[int] = (0,), short: bool = False,
+             measure: Callable = lambda made: made.evaluate().perplexity, **options) -> list:
+    """Train 60 steps of 8 windows of 64 tokens with each seed; measure each result."""
     size = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60} | options
     result = []
-    for seed in range(first, 1 if short else seeds):
+    for seed in seeds:
         made = trainer(method, seed, "auto", short, **size)
         for batch in made.batches():
             made.step(batch)
@@ -37,25 +35,22 @@ def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tenso
                           made.model.named_parameters() if name.startswith("h.") and p.ndim == 2}
 
 
-def compare(argv: list[str] | None, name: str, title: str,
-            choices: dict[str, tuple[tuple, dict]]) -> dict:
-    """Train LoRA with each choice's options at each of its rates with seed 0; draw each choice at
-    its best rate, with all seeds, as a bar from the minimum to the maximum.
-    """
+def compare(argv: list[str] | None, name: str, title: str, choices: dict[str, tuple]) -> dict:
+    """Train LoRA with each choice's options at its rates; draw the best rate's seeds as a bar."""
     args = parse(title, argv)
-    data, (figure, (axis,)) = {}, panels(1, title)
+    data, (figure, (axis,)) = {}, panels(title)
     for label, (rates, options) in choices.items():
-        runs = data[label] = {lr: finetune("lora", 1, args.short, lr=lr, **options)
+        runs = data[label] = {lr: finetune("lora", args.seeds[:1], args.short, lr=lr, **options)
                               for lr in (rates[1:2] if args.short else rates)}
-        best = min(runs, key=lambda lr: mean(runs[lr]))
+        best = min(runs, key=runs.get)
         found = runs[best]
-        found += finetune("lora", args.seeds, args.short, first=len(found), lr=best, **options)
+        found += finetune("lora", args.seeds[1:], args.short, lr=best, **options)
+        ends, middle = (min(found), max(found)), mean(found)
         if len(data) == 1:
-            axis.axvspan(min(found), max(found), color=GREY, alpha=0.2)
-        axis.plot([min(found), max(found)], [label, label], color=RED, linewidth=5,
-                  solid_capstyle="butt")
-        axis.plot(mean(found), label, "ko", markersize=4)
-        axis.annotate(f"{mean(found):.1f} (lr {best:g})", (mean(found), label), xytext=(0, 7),
+            axis.axvspan(*ends, color=GREY, alpha=0.2)
+        axis.plot(ends, (label, label), color=RED, linewidth=5, solid_capstyle="butt")
+        axis.plot(middle, label, "ko", markersize=4)
+        axis.annotate(f"{middle:.1f} (lr {best:g})", (middle, label), xytext=(0, 7),
                       textcoords="offset points", ha="center", fontsize=9)
         print(f"{label}: {spread(found)} at {best:g}")
     axis.set(xlabel="perplexity at the best lr: mean, min and max of seeds (grey: first row's)",
