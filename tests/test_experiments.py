@@ -1,9 +1,12 @@
 """The lesson's experiments in their short form, and its formulas against autograd."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
 
+import train
 from experiments import (
     diagram,
     gradients,
@@ -17,16 +20,25 @@ from experiments import (
     targets,
     variants,
 )
-from experiments.common import trainer
+from experiments.common import SHORT, trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
-from model.hub import find_base
-from model.weights import load_gpt2
+from model.gpt2 import GPT2
+from model.hub import MINI
+from model.weights import load_config
 from training.report import count_parameters
 
+load_tokenizer = cache(train.load_tokenizer)
 
-def run(experiment, tmp_path, *options):
-    data = experiment.main(["--short", "--out", str(tmp_path), *map(str, options)])
+
+@pytest.fixture(autouse=True)
+def _one_tokenizer(monkeypatch):
+    """Every run here has mini's, which takes as long to load as a step."""
+    monkeypatch.setattr(train, "load_tokenizer", load_tokenizer)
+
+
+def run(experiment, tmp_path):
+    data = experiment.main(["--short", "--out", str(tmp_path)])
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
     return data
 
@@ -110,8 +122,9 @@ def test_rank(tmp_path):
 
 def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
     for names, r in targets.RANKS.items():
-        model = load_gpt2(find_base("mini")[1])
-        inject(model, LoRAConfig(r=r, target_modules=names))
+        with torch.device("meta"):  # shapes without numbers
+            model = GPT2(load_config(MINI))
+            inject(model, LoRAConfig(r=r, target_modules=names))
         assert count_parameters(model)["trainable_parameters"] == 122_880
     compared = (("c_attn",), ("c_fc", "mlp.c_proj"))
     monkeypatch.setattr(targets, "RANKS", {names: targets.RANKS[names] for names in compared})
@@ -151,6 +164,7 @@ def test_similarity_is_that_of_hu_et_al():
 
 def test_spectrum(tmp_path, monkeypatch):
     monkeypatch.setattr(spectrum, "RANKS", (512, 256, 32, 0))
+    monkeypatch.setitem(SHORT, "stride", 128)  # little text, so none of it twice
     data = run(spectrum, tmp_path)
     lora, full, random = (data[f"c_attn: {kind}"][0] for kind in ("LoRA", "full", "random"))
     assert lora[7] == pytest.approx(1) and lora[6] < 0.9999  # the rank is 8, not less
