@@ -89,7 +89,7 @@ class Trainer:
         self.options, self.device, self.ranks = options, device, ranks
         self.tokenizer = load_tokenizer(directory, model.config.vocab_size)
         self.windows, self.validation = load_data(options, model.config, self.tokenizer)
-        self.model = device.hold(model)  # moves it, and casts frozen weights to `precision`
+        self.model = device.hold(model).train()  # on the device; frozen weights in `precision`
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         ranks.broadcast(self.parameters.values())
         # One group, or two under LoRA+; each has `scale`, the factor of its learning rate.
@@ -181,7 +181,6 @@ def train(trainer: Trainer, session: Session) -> None:
         if options.init_adapter:
             progress.start_val_loss = validate(trainer, session)["val_loss"]  # the best so far
         meter.restart()
-    trainer.model.train()
     for batch in session.steps(trainer.batches(progress.step)):
         trainer.step(batch)
         step = progress.step

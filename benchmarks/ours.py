@@ -46,9 +46,7 @@ def make_trainer(made: Options, ranks: Ranks = ALONE) -> train.Trainer:
     device = Device.pick(made.device, made.precision, train=True)
     device.set_tf32(made.allow_tf32)
     made = replace(made, precision=device.precision)
-    trainer = train.Trainer(made, Path(made.base), device, ranks)
-    trainer.model.train()
-    return trainer
+    return train.Trainer(made, Path(made.base), device, ranks)
 
 
 def step(trainer: train.Trainer, batch: np.ndarray) -> float:

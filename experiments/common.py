@@ -1,4 +1,4 @@
-"""What the experiments share: options, a trainer on mini, data saved beside its picture."""
+"""Provide what experiments share: options, a trainer on mini, data saved beside its picture."""
 
 import argparse
 import json

@@ -6,8 +6,7 @@ import torch
 from experiments.common import BLUE, GREY, RED, YELLOW, mean_loss, parse, save, subplots, trainer
 
 ZERO, NORMAL = -25, -14  # powers of two: below 2^-25 fp16 rounds to zero, from 2^-14 it is normal
-SCALE = 16  # GradScaler starts at 2^16
-LEFT, RIGHT = -32, 20  # the powers that the picture shows
+SCALE, LEFT, RIGHT = 16, -32, 20  # GradScaler's first power; those that the picture shows
 
 
 def main(argv: list[str] | None = None) -> dict:

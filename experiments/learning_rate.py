@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> dict:
         gap = base - log_probabilities(made, texts)
         return made.evaluate().perplexity, (base.exp() * gap).sum(-1).mean().item()
 
+    data = {"base": made.evaluate().perplexity}
     figure, (left, right) = panels("Learning and forgetting, by peak rate (mini)", "", "")
-    data = {}
     for method, (label, colour, rates) in METHODS.items():
         runs = data[method] = {lr: finetune(method, args.seeds, args.short, measure, lr=lr)
                                for lr in (rates[::3] if args.short else rates)}
@@ -42,13 +42,12 @@ def main(argv: list[str] | None = None) -> dict:
         for lr, place in zip(runs, y.mean(1), strict=True):
             right.annotate(f"{lr:g}", place, xytext=(5, 5), textcoords="offset points", fontsize=8,
                            bbox={"facecolor": "w", "edgecolor": "none", "alpha": 0.8, "pad": 0})
-    untrained = made.evaluate().perplexity
-    left.axhline(untrained, color=GREY, linestyle="--", label="the base")
+    left.axhline(data["base"], color=GREY, linestyle="--", label="the base")
     left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(20, 75))
     right.set(yscale="log", xlabel="perplexity on the book (labels: peak learning rate)",
               ylabel="KL from the base on its texts, nats/token", xmargin=0.15)
     left.legend(loc="upper right")
-    return save(args, "learning_rate", data | {"base": untrained}, figure)
+    return save(args, "learning_rate", data, figure)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ PAIRS = (("full", "full", "Vh", BLUE, "-"), ("LoRA", "full", "Vh", GREY, "-"),
 
 
 def similarity(v: Tensor, w: Tensor) -> Tensor:
-    """Return ||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2), mean of rows v and w (blocks, k, n)."""
+    """Return ||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) of the first k singular vectors, which are
+    the rows of `v` and `w` (blocks, k, n), mean over blocks.
+    """
     squares = (v @ w.mT).square().mean(0).cumsum(0).cumsum(1).diagonal()  # (k,)
     return squares / torch.arange(1, len(squares) + 1)
 

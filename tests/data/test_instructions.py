@@ -73,7 +73,6 @@ def data(tmp_path):
 
 def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
     """The loss of a step on all examples but the last, and its gradients."""
-    trainer.model.train()
     trainer.optimizer.zero_grad = lambda set_to_none: None  # they are kept
     trainer.step(np.arange(len(PAIRS) - 1))
     return (trainer.measure()["loss"],

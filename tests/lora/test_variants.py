@@ -141,7 +141,6 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
 
     initial = {key: x.detach().clone() for key, x in raw_tensors(ours.model).items()}
     assert_equal(initial, peft.get_peft_model_state_dict(theirs))
-    ours.model.train()
     batches = list(ours.batches())
     ours.meter.restart()
     torch.manual_seed(0)

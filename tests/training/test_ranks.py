@@ -128,7 +128,6 @@ def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
     """The first step's loss is that of two halves of its batch under two ranks' seeds, not one."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
     first, second = np.split(next(made.batches()), 2)
-    made.model.train()
 
     def loss(windows: np.ndarray) -> float:
         return made.summed_loss(*made.windows.batch(windows)).item()
