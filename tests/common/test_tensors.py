@@ -60,7 +60,9 @@ def test_files_that_are_cut_or_of_something_else_are_refused(tmp_path):
             struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 14) + b'{"x\n": "\x1b"}',
             struct.pack("<Q", 100_000) + b'{"a":' * 20_000):
         path.write_bytes(content)
-        assert "damaged, or not a file of tensors" in refusal(path, read_all)
+        assert "damaged, or not a file of tensors (" in refusal(path, read_all)
+    path.write_bytes(b"")
+    assert "header" in refusal(path, read_all)  # the reader's own reason
 
 
 def test_what_is_no_regular_file_is_not_opened(tmp_path):

@@ -72,12 +72,12 @@ def test_each_rows_tokens_are_those_of_its_adapter_alone(base, directories, seve
 
 def test_the_command_writes_each_text_under_its_heading(base, directories):
     options = ["--base", base, "--max-new-tokens", 12, "--device", "cpu", "--prompt"]
-    ending = run(command.main, *options, "You", "A", "--with-base", "--adapter",
-                 *directories.values())
+    paths = [*directories.values()][:2]
+    ending = run(command.main, *options, "You", "A", "--with-base", "--adapter", *paths)
     assert (ending.status, ending.stderr) == (0, "")
     expected = ""
     for prompt in ("You", "A"):
-        for path in (None, *directories.values()):
+        for path in (None, *paths):
             single = run(command.main, *options, prompt, *(("--adapter", path) if path else ()))
             expected += f"=== {base}{f' with {path}' if path else ''}\n\n{single.stdout}"
     assert ending.stdout == expected
