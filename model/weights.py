@@ -75,7 +75,8 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
     head = None  # the tied head, if the file has it: `shapes`, and so the loop, begins with it
     for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
         name = "wte.weight" if key == HEAD else key.removeprefix(prefix)
-        value = torch.empty_like(needed[name], device="cpu")  # a copy: the file may be replaced
+        # A copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
+        value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
         value.copy_(tensor.t() if CONV1D.search(key) else tensor)
         if name != "wte.weight" or head is None:
             yield name, value
