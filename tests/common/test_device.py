@@ -12,7 +12,7 @@ import train
 from benchmarks import speed_worker
 from benchmarks.speed_worker import Task
 from common.device import Device
-from common.errors import UserError, describe_failure
+from common.errors import UserError
 from tests.runs import arguments, one_line, run
 from training.ranks import Ranks
 
@@ -91,12 +91,13 @@ def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
     assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
 
 
-def test_a_lack_of_memory_is_known_by_its_words():
-    """A run says what helps (tests/training/test_failures.py)."""
-    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
-                  MemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling "
-                                              "`cublasCreate(handle)`")):
-        assert describe_failure(error).startswith("out of memory; try a smaller --batch")
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_out_of_memory_while_the_model_is_moved_is_one_line(error, base, monkeypatch):
+    monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=error))
+    ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
+    assert one_line(ending).startswith("error: out of memory; try a smaller --batch")
 
 
 def test_tf32_is_for_cuda_and_only_if_asked():
