@@ -17,31 +17,35 @@ MOMENTS = ("in the steps", "in the steps", "while a checkpoint is written", "in 
 
 def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
     for i, (method, precision) in enumerate(PAIRS[:2] if short else PAIRS):
-        count = (3, 2)[i] if short else KILLS
-        outcome = runs.Outcome(f"SIGKILL, {method}, {precision}")
-        options = (STEPS[method], "--precision", precision)
-        whole, draw = runs.uninterrupted(method, *options), random.Random(seed + i)
-        run = in_writing = 0
-        with runs.scratch() as folder:
-            while outcome.tried < count and not outcome.failures:
-                out = folder / f"run{run}"
-                run += 1
-                command, status = runs.train_command(method, folder, out, *options), -9
-                while status == -9 and outcome.tried < count:
-                    moment = MOMENTS[outcome.tried % len(MOMENTS)]
-                    status, lines = kill(command, folder, out, moment, whole, draw)
-                    outcome.tried += status == -9
-                    in_writing += status == -9 and any(out.glob(UNFINISHED))
-                problems = [f"exit status {status}: {lines[-3:]}"] * (status not in (0, -9))
-                problems += runs.go_on(runs.resume_command(command, out), folder, out, whole.result)
-                outcome.failures += [f"after {outcome.tried} kills: {what}" for what in problems]
-        outcome.name += f" ({in_writing} in the writing of a checkpoint)"
-        yield outcome
+        yield kill_often(method, precision, (3, 2)[i] if short else KILLS, random.Random(seed + i))
+
+
+def kill_often(method: str, precision: str, count: int, draw: random.Random) -> runs.Outcome:
+    """Kill `count` times; whenever a run gets to its end all the same, begin another."""
+    outcome = runs.Outcome(f"SIGKILL, {method}, {precision}")
+    options = (STEPS[method], "--precision", precision)
+    whole = runs.uninterrupted(method, *options)
+    run = in_writing = 0
+    with runs.scratch() as folder:
+        while outcome.tried < count and not outcome.failures:
+            out = folder / f"run{run}"
+            run += 1
+            command, status = runs.train_command(method, folder, out, *options), -9
+            while status == -9 and outcome.tried < count:
+                moment = MOMENTS[outcome.tried % len(MOMENTS)]
+                status, lines = kill(command, folder, out, moment, whole, draw)
+                outcome.tried += status == -9
+                in_writing += status == -9 and any(out.glob(UNFINISHED))
+            problems = [f"exit status {status}: {lines[-3:]}"] * (status not in (0, -9))
+            problems += runs.go_on(runs.resume_command(command, out), folder, out, whole.result)
+            outcome.failures += [f"after {outcome.tried} kills: {what}" for what in problems]
+    outcome.name += f" ({in_writing} in the writing of a checkpoint)"
+    return outcome
 
 
 def kill(command: list[str], folder: Path, out: Path, moment: str, whole: runs.Whole,
          draw: random.Random) -> tuple[int, list[str]]:
-    """Return the exit status, 0 if the run was over before the kill, and the lines on stderr."""
+    """Start or resume the run, and kill it. Return its status, 0 if it was over, and its stderr."""
     process = runs.Process(runs.resume_command(command, out), folder)
     if moment == "during start-up":
         time.sleep(draw.uniform(0, whole.startup))
