@@ -36,7 +36,7 @@ def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tenso
 
 
 def compare(argv: list[str] | None, name: str, title: str, choices: dict[str, tuple]) -> dict:
-    """Train LoRA with each choice's options at its rates; draw the best rate's seeds as a bar."""
+    """Train each choice at its rates with the first seed, and at the best with all; draw a bar."""
     args = parse(title, argv)
     data, (figure, (axis,)) = {}, panels(title)
     for label, (rates, options) in choices.items():

@@ -99,7 +99,7 @@ def result(out: Path) -> dict:
 
 
 class Whole(NamedTuple):
-    """What a run leaves that nothing happens to, and the seconds before and in its steps."""
+    """Hold the result of an uninterrupted run, and the seconds of its start-up and of its steps."""
 
     result: dict
     startup: float

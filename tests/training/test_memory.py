@@ -53,8 +53,8 @@ def test_only_what_lora_freezes_is_read_and_held_in_the_compute_precision(base, 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> tuple[int, int, int, int]:
-    """The bytes of a base's file and those that loading it takes at most; and the page faults of
-    tensors that are freed and made again, by default and as our commands run.
+    """Return the size of a base's file and the peak memory of loading it, in bytes; then the page
+    faults of tensors that are freed and made again, before and after `tune_process`.
     """
     directory = tmp_path_factory.mktemp("large")
     with torch.device("meta"):
