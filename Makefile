@@ -90,14 +90,15 @@ test-lowest: .venv-lowest/dev
 
 lint: .venv/dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 # On mini; ARGS: one experiment's name and its options.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate rank targets \
 	spectrum step_time variants
 
 figures: .venv/run
-	$(if $(ARGS),$(PY) -m experiments.$(ARGS),\
-	for name in $(EXPERIMENTS); do $(PY) -m experiments.$$name || exit; done)
+	$(if $(ARGS),$(PY) -m lesson.experiments.$(ARGS),\
+	for name in $(EXPERIMENTS); do $(PY) -m lesson.experiments.$$name || exit; done)
 
 # Our LoRA against PEFT's, number by number; on mini unless BASE names another.
 parity: .venv/dev
@@ -134,7 +135,7 @@ pretrain-mini: .venv/run
 		--precision bf16 --eval-every 2000 --checkpoint-every 5m --log-every 50 \
 		--seed 1 $(ARGS)
 	@rm -rf $(MINI)/model
-	$(PY) -m lora.merge --base $(MINI)/run --precision fp16 --out $(MINI)/model
+	$(PY) -m adapters.merge --base $(MINI)/run --precision fp16 --out $(MINI)/model
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 

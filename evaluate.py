@@ -2,7 +2,8 @@
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals
-    signals.end_in_one_line()
+
+    signals.install_exit_handlers()
 
 import math
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.load import add_model_options, load_model
 from common.cli import Parser, add_device_options, number, typed_options
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
@@ -21,7 +23,6 @@ from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
 from data.windows import Windows, check_block_size, scored_positions, split
-from lora.load import add_model_options, load_model
 from model import fast as ops
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
@@ -48,20 +49,30 @@ class Scores:
         return self.loss * self.tokens / math.log(2) / self.bytes
 
     def __str__(self) -> str:
-        return (f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, "
-                f"{self.bits_per_byte:.4f} bits per byte")
+        return (
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, "
+            f"{self.bits_per_byte:.4f} bits per byte"
+        )
 
 
 @torch.no_grad()
-def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: Tokenizer,
-             device: Device, ranks: Ranks = ALONE) -> Scores:
+def evaluate(
+    model: GPT2,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    tokenizer: Tokenizer,
+    device: Device,
+    ranks: Ranks = ALONE,
+) -> Scores:
     """Score batches of inputs and targets (B, T), leaving out targets that are NOT_SCORED.
 
     Raises RunError if the loss is not finite, and UserError if every target is an end of text.
     """
     # Sums over tokens of the loss and of the greedy hits. MPS has no fp64.
-    sums = torch.zeros(2, device=device.torch,
-                       dtype=torch.float32 if device.torch.type == "mps" else torch.float64)
+    sums = torch.zeros(
+        2,
+        device=device.torch_device,
+        dtype=torch.float32 if device.torch_device.type == "mps" else torch.float64,
+    )
     counts = torch.zeros(2, dtype=torch.int64)  # tokens and bytes
     was_training = model.training
     model.eval()
@@ -85,8 +96,9 @@ def evaluate(model: GPT2, batches: Iterable[tuple[Tensor, Tensor]], tokenizer: T
     if not text_bytes:
         raise UserError("the text holds only end-of-text tokens: nothing to score")
     if not math.isfinite(loss):
-        raise RunError(f"the loss on the text is {loss}; try --precision fp32, or train "
-                       "with a lower --lr")
+        raise RunError(
+            f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
+        )
     return Scores(tokens, text_bytes, loss / tokens, hits / tokens)
 
 
@@ -94,24 +106,57 @@ def parse_args():
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--text", type=Path, nargs="+", metavar="FILE",
-                        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
-                             "data/book.txt's validation part)")
-    source.add_argument("--data", type=Path, metavar="FILE",
-                        help="conversations in JSON lines, whose completions are scored")
-    parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0),
-                        help="score only this last part of the text or the data")
-    parser.add_argument("--block-size", type=number(int, 1), default=128,
-                        help="tokens per window (default: %(default)s)")
-    parser.add_argument("--stride", type=number(int, 1),
-                        help="a window starts every so many tokens (default: the block size)")
-    parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, metavar="{1,2}",
-                        help="1: next token (default); 2: the reference run's measure")
-    parser.add_argument("--batch-size", type=number(int, 1), default=16,
-                        help="windows at a time; it changes no result (default: %(default)s)")
+    source.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
+        "data/book.txt's validation part)",
+    )
+    source.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="conversations in JSON lines, whose completions are scored",
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=number(float, 0.001, 1.0),
+        help="score only this last part of the text or the data",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=number(int, 1),
+        default=128,
+        help="tokens per window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=number(int, 1),
+        help="a window starts every so many tokens (default: the block size)",
+    )
+    parser.add_argument(
+        "--label-shift",
+        type=number(int, 1, 2),
+        default=1,
+        metavar="{1,2}",
+        help="1: next token (default); 2: the reference run's measure",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        default=16,
+        help="windows at a time; it changes no result (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
-    source.add_argument("--compare", type=Path, nargs="+", metavar="RUN",
-                        help="table and picture of finished runs, their base included")
+    source.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="table and picture of finished runs, their base included",
+    )
     add_device_options(parser)
     return parser.parse_args()
 
@@ -130,7 +175,7 @@ def main() -> None:
     device = Device.pick(args.device, args.precision)
     name, model, tokenizer = load_model(args.base, args.adapter, device.dtype)
     check_block_size(args.block_size, model.config)
-    device.hold(model)
+    device.place(model)
     text = str(args.data or ", ".join(map(str, args.text or [BOOK])))
     fraction = args.val_fraction or (1.0 if args.text or args.data else 0.1)
     if args.data:
@@ -144,13 +189,23 @@ def main() -> None:
         raise UserError(f"{text}: {len(chosen)} {unit}; too short to score")
     scores = evaluate(model, data.evaluation_batches(args.batch_size), tokenizer, device)
     part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
-    print(f"{text}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes\n"
-          f"{scores}, accuracy {scores.accuracy:.2%}")
+    print(
+        f"{text}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes\n"
+        f"{scores}, accuracy {scores.accuracy:.2%}"
+    )
     if args.json:
-        write_json(args.json, {
-            "base": name, "adapter": str(args.adapter) if args.adapter else None,
-            "text": text, "val_fraction": fraction, **asdict(scores),
-            "perplexity": scores.perplexity, "bits_per_byte": scores.bits_per_byte})
+        write_json(
+            args.json,
+            {
+                "base": name,
+                "adapter": str(args.adapter) if args.adapter else None,
+                "text": text,
+                "val_fraction": fraction,
+                **asdict(scores),
+                "perplexity": scores.perplexity,
+                "bits_per_byte": scores.bits_per_byte,
+            },
+        )
 
 
 if __name__ == "__main__":

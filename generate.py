@@ -2,7 +2,8 @@
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals
-    signals.end_in_one_line()
+
+    signals.install_exit_handlers()
 
 import codecs
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.load import add_model_options, load_model
+from adapters.several import load_several
 from common.cli import Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
@@ -19,8 +22,6 @@ from common.files import brief, is_utf8
 from data.instructions import encode
 from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
-from lora.load import add_model_options, load_model
-from lora.several import load_several
 from model.gpt2 import GPT2
 from model.sampling import generate_rows
 from model.tokenizer import Tokenizer
@@ -30,23 +31,50 @@ def parse_args():
     parser = Parser(prog="generate.py", description=__doc__)
     add_model_options(parser, nargs="+")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", metavar="TEXT",
-                      help="one text or several; each is continued by itself")
-    what.add_argument("--chat", action="store_true",
-                      help="answer every line of the input, in the form of data/instructions.py")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N",
-                        help="default: %(default)s")
-    parser.add_argument("--temperature", type=number(float, 0.0, 100.0), default=0.8,
-                        help="0 always takes the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-k", type=number(int, 0), default=50,
-                        help="draw from the k likeliest tokens; 0: from all (default: %(default)s)")
-    parser.add_argument("--top-p", type=number(float, 1e-9, 1.0), default=1.0,
-                        help="draw from the likeliest tokens that together reach this probability "
-                             "(default: all)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42,
-                        help="default: %(default)s")
-    parser.add_argument("--with-base", action="store_true",
-                        help="first show what the base alone writes, for comparison")
+    what.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="one text or several; each is continued by itself",
+    )
+    what.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer every line of the input, in the form of data/instructions.py",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number(int, 1),
+        default=200,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(float, 0.0, 100.0),
+        default=0.8,
+        help="0 always takes the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=number(int, 0),
+        default=50,
+        help="draw from the k likeliest tokens; 0: from all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, 1e-9, 1.0),
+        default=1.0,
+        help="draw from the likeliest tokens that together reach this probability (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=42, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--with-base",
+        action="store_true",
+        help="first show what the base alone writes, for comparison",
+    )
     add_device_options(parser)
     return parser.parse_args()
 
@@ -68,7 +96,7 @@ def main() -> None:
         return write_side_by_side(args, device)
     [adapter] = args.adapter or [None]
     name, model, tokenizer = load_model(args.base, adapter, device.dtype)
-    device.hold(model)
+    device.place(model)
     with device.autocast():
         if args.chat:
             return chat(model, tokenizer, args)
@@ -84,14 +112,18 @@ def main() -> None:
 def write_side_by_side(args, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
     (name, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
-    device.hold(model)
+    device.place(model)
     headings = {str(adapter): f"=== {name} with {adapter}\n\n" for adapter in args.adapter}
     if args.with_base:
         headings = {None: f"=== {name}\n\n"} | headings
     adapters.use([adapter for _ in args.prompt for adapter in headings])
     with device.autocast():
-        write_texts(model, tokenizer, args, [
-            (heading, prompt) for prompt in args.prompt for heading in headings.values()])
+        write_texts(
+            model,
+            tokenizer,
+            args,
+            [(heading, prompt) for prompt in args.prompt for heading in headings.values()],
+        )
 
 
 def write_texts(model: GPT2, tokenizer: Tokenizer, args, rows: list[tuple[str, str]]) -> None:
@@ -136,19 +168,32 @@ def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
         turns.append(("Assistant", answer.strip()))
 
 
-def stream(model: GPT2, tokenizer: Tokenizer, prompts: list[np.ndarray], args,
-           generators: list[torch.Generator]) -> Iterator[tuple[int, str]]:
+def stream(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    prompts: list[np.ndarray],
+    args,
+    generators: list[torch.Generator],
+) -> Iterator[tuple[int, str]]:
     """Continue each prompt's ids up to an end of text; yield a row and the next piece of its text,
     in whole characters.
     """
-    ids = [torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
-           for prompt in prompts]
+    ids = [
+        torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device) for prompt in prompts
+    ]
     left = [args.max_new_tokens] * len(prompts)  # tokens that a row may still get
     # A token may end in the middle of a character.
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
-    for tokens in generate_rows(model, ids, args.max_new_tokens, generators,
-                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                                never=padding(model, tokenizer)):
+    for tokens in generate_rows(
+        model,
+        ids,
+        args.max_new_tokens,
+        generators,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        never=padding(model, tokenizer),
+    ):
         for row, token in enumerate(tokens.tolist()):
             if token == tokenizer.end_of_text:
                 left[row] = 0

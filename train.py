@@ -5,7 +5,8 @@ One loop serves both methods; they differ in which parameters are trained and in
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals
-    signals.end_in_one_line()
+
+    signals.install_exit_handlers()
 
 import math
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from adapters.files import save_adapter
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
-from lora.adapter import save_adapter
 from lora.inject import adapter_disabled
 from lora.plus import parameter_groups
 from model import fast as ops
@@ -29,7 +30,7 @@ from model.hub import find_base
 from model.tokenizer_files import load_tokenizer, save_tokenizer
 from model.weights import save_gpt2
 from training.build import build_model, load_data
-from training.directory import check_out
+from training.directory import refuse_used_directory
 from training.identity import run_identity
 from training.meter import Meter, Progress
 from training.options import Options, parse_options
@@ -42,24 +43,27 @@ def main() -> None:
     tune_process()
     options, ranks = parse_options(__doc__), Ranks.of_torchrun()
     device = Device.pick(options.device, options.precision, train=True)
-    with ranks.joined(device.torch):
+    with ranks.joined(device.torch_device):
         if ranks.first:
-            check_out(options)
+            refuse_used_directory(options)
         device.set_tf32(options.allow_tf32)
         if options.compile:
             device.check_compiler()
-        if options.gradient_checkpointing and device.torch.type == "mps":  # pytorch#127676
-            raise UserError("--gradient-checkpointing: on MPS, dropouts would draw other masks the "
-                            "second time; use --grad-accum to save memory")
+        if options.gradient_checkpointing and device.torch_device.type == "mps":  # pytorch#127676
+            raise UserError(
+                "--gradient-checkpointing: on MPS, dropouts would draw other masks the "
+                "second time; use --grad-accum to save memory"
+            )
         with ranks.first_goes_first():
             name, directory = find_base(options.base)
         if ranks.first:
-            check_out(replace(options, base=str(directory)))  # a name's directory, too
+            refuse_used_directory(replace(options, base=str(directory)))  # a name's directory, too
         options = replace(options, base=name, precision=device.precision)
         trainer = Trainer(options, directory, device, ranks)
         print(describe_parameters(trainer.model))
-        identity = run_identity(trainer.options, directory, trainer.windows.tokens,
-                                trainer.validation.tokens)
+        identity = run_identity(
+            trainer.options, directory, trainer.windows.tokens, trainer.validation.tokens
+        )
         with Session(trainer.options, device, ranks, identity) as session:
             if not session.finished:
                 train(trainer, session)
@@ -89,21 +93,22 @@ class Trainer:
         self.options, self.device, self.ranks = options, device, ranks
         self.tokenizer = load_tokenizer(directory, model.config.vocab_size)
         self.windows, self.validation = load_data(options, model.config, self.tokenizer)
-        self.model = device.hold(model).train()  # on the device; frozen weights in `precision`
+        self.model = device.place(model).train()  # on the device; frozen weights in `precision`
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         ranks.broadcast(self.parameters.values())
         # One group, or two under LoRA+; each has `scale`, the factor of its learning rate.
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr,
-                                           weight_decay=options.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=options.lr, weight_decay=options.weight_decay, fused=True
+        )
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
         fp16 = device.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(device.torch.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=fp16)
         # The loss is not compiled: its loop over chunks would be unrolled into a long program.
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
         self.steps_per_epoch = math.ceil(len(self.windows) / options.batch_size)
         self.total_steps = min(options.epochs * self.steps_per_epoch, options.max_steps or math.inf)
-        self.progress, self.meter = Progress(), Meter(device.torch, fp16)
+        self.progress, self.meter = Progress(), Meter(device.torch_device, fp16)
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """Yield each step's window indices (B,), from `step` on; each epoch has its own order."""
@@ -118,7 +123,7 @@ class Trainer:
         """Take one optimizer step on the windows `batch` (B,), computed in `--grad-accum` parts."""
         options, tokens = self.options, self.windows.scored_tokens(batch)
         mine = np.array_split(batch, self.ranks.count)[self.ranks.rank]  # all, but under torchrun
-        total = torch.zeros((), device=self.device.torch)
+        total = torch.zeros((), device=self.device.torch_device)
         for part in np.array_split(mine, max(1, min(options.grad_accum, len(mine)))):
             with self.device.autocast():
                 loss = self.summed_loss(*self.windows.batch(part))
@@ -154,21 +159,39 @@ class Trainer:
     def measure(self) -> dict:
         """Return the metrics of the steps since the last call."""
         metrics, step = self.meter.measure(), self.progress.step
-        return {"step": step, "epoch": step / self.steps_per_epoch, "loss": metrics.pop("loss"),
-                "lr": self.optimizer.param_groups[0]["lr"], **metrics}
+        return {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "loss": metrics.pop("loss"),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **metrics,
+        }
 
     def evaluate(self) -> Scores:
-        return evaluate(self.model, self.validation.evaluation_batches(), self.tokenizer,
-                        self.device, self.ranks)
+        return evaluate(
+            self.model,
+            self.validation.evaluation_batches(),
+            self.tokenizer,
+            self.device,
+            self.ranks,
+        )
 
 
 def train(trainer: Trainer, session: Session) -> None:
     """Take every step; validate, log and save when due."""
     options, progress, meter = trainer.options, trainer.progress, trainer.meter
-    trained = nn.ParameterDict({  # torch allows no dot in these names
-        name.replace(".", "/"): p for name, p in trainer.parameters.items()})
-    session.watch(parameters=trained, optimizer=trainer.optimizer, scaler=trainer.scaler,
-                  progress=progress, meter=meter)
+    trained = nn.ParameterDict(
+        {  # torch allows no dot in these names
+            name.replace(".", "/"): p for name, p in trainer.parameters.items()
+        }
+    )
+    session.watch(
+        parameters=trained,
+        optimizer=trainer.optimizer,
+        scaler=trainer.scaler,
+        progress=progress,
+        meter=meter,
+    )
     session.resume(trainer.total_steps)
     if progress.step == 0:  # else the checkpoint has the base's loss
         with adapter_disabled(trainer.model):
@@ -176,8 +199,10 @@ def train(trainer: Trainer, session: Session) -> None:
         progress.base_val_loss = progress.start_val_loss = scores.loss
         print(f"base: val {scores}", flush=True)
         if scores.loss > 1.01 * math.log(trainer.model.config.vocab_size):
-            print("warning: the base predicts this text worse than by guessing; is it plain text, "
-                  "in a language that the base has seen?")
+            print(
+                "warning: the base predicts this text worse than by guessing; is it plain text, "
+                "in a language that the base has seen?"
+            )
         if options.init_adapter:
             progress.start_val_loss = validate(trainer, session)["val_loss"]  # the best so far
         meter.restart()
@@ -203,15 +228,25 @@ def validate(trainer: Trainer, session: Session) -> dict:
     if better:
         progress.best_val_loss, progress.best_val_bits_per_byte = scores.loss, scores.bits_per_byte
         if trainer.ranks.first and options.method == "lora":
-            save_adapter(trainer.model, options.lora_config, options.out, options.base,
-                         session.identity["base_sha256"]["weights"])
+            save_adapter(
+                trainer.model,
+                options.lora_config,
+                options.out,
+                options.base,
+                session.identity["base_sha256"]["weights"],
+            )
         elif trainer.ranks.first:
             save_gpt2(trainer.model, options.out, end_of_text=trainer.tokenizer.end_of_text)
             save_tokenizer(trainer.tokenizer, options.out)
-    tqdm.write(f"step {progress.step}/{trainer.total_steps}: val {scores}"
-               + (", best so far" if better else ""))
-    return {"val_loss": scores.loss, "val_perplexity": scores.perplexity,
-            "val_bits_per_byte": scores.bits_per_byte}
+    tqdm.write(
+        f"step {progress.step}/{trainer.total_steps}: val {scores}"
+        + (", best so far" if better else "")
+    )
+    return {
+        "val_loss": scores.loss,
+        "val_perplexity": scores.perplexity,
+        "val_bits_per_byte": scores.bits_per_byte,
+    }
 
 
 if __name__ == "__main__":

@@ -38,9 +38,14 @@ NO_DROPOUT = ("--base-dropout", "0", "--lora-dropout", "0")
 LOW, COMPILE = ("--precision", "low"), ("--compile",)
 SMALL_PART = ("--val-fraction", "0.02")  # to validate on: it takes most of a short run
 CASES = {  # what changes a step's computation; each is compared with fp32 as it is
-    "checkpointing": ("--gradient-checkpointing",), "3 parts": ("--grad-accum", "3"),
-    "TF32": ("--allow-tf32",), "compiled": COMPILE, "low": LOW, "low, compiled": (*LOW, *COMPILE),
-    "low, all": (*LOW, *COMPILE, "--gradient-checkpointing", "--grad-accum", "3")}
+    "checkpointing": ("--gradient-checkpointing",),
+    "3 parts": ("--grad-accum", "3"),
+    "TF32": ("--allow-tf32",),
+    "compiled": COMPILE,
+    "low": LOW,
+    "low, compiled": (*LOW, *COMPILE),
+    "low, all": (*LOW, *COMPILE, "--gradient-checkpointing", "--grad-accum", "3"),
+}
 
 
 class Skip(Exception):
@@ -54,13 +59,27 @@ def describe(opts: Namespace, report: Report) -> None:
         card = torch.cuda.get_device_properties(0)
         driver = subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
         report.facts |= {
-            "GPUs": torch.cuda.device_count(), "compute capability": f"{card.major}.{card.minor}",
-            "memory MB": card.total_memory // 10**6, "driver": driver.partition("\n")[0],
-            "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version(),
-            "torch's kernels": " ".join(torch.cuda.get_arch_list())}
+            "GPUs": torch.cuda.device_count(),
+            "compute capability": f"{card.major}.{card.minor}",
+            "memory MB": card.total_memory // 10**6,
+            "driver": driver.partition("\n")[0],
+            "CUDA": torch.version.cuda,
+            "cuDNN": torch.backends.cudnn.version(),
+            "torch's kernels": " ".join(torch.cuda.get_arch_list()),
+        }
     for precision in ("fp32", opts.low):
-        q, k, v = (torch.randn(2, 4, 128, 64, device=opts.device.torch, requires_grad=True,
-                               dtype=PRECISIONS[precision]) for _ in range(3))
+        q, k, v = (
+            torch.randn(
+                2,
+                4,
+                128,
+                64,
+                device=opts.device.torch_device,
+                requires_grad=True,
+                dtype=PRECISIONS[precision],
+            )
+            for _ in range(3)
+        )
         with torch.profiler.profile() as profile:
             fast.causal_attention(q, k, v, 0.1)
         kernels = [e.key for e in profile.key_averages() if "::_scaled_dot_product" in e.key]
@@ -70,19 +89,36 @@ def describe(opts: Namespace, report: Report) -> None:
 def operations(opts: Namespace, report: Report) -> None:
     """Check values and gradients of model/fast.py against its plain twins in double."""
     torch.manual_seed(0)
-    targets = torch.randint(1001, (77,), device=opts.device.torch)
+    targets = torch.randint(1001, (77,), device=opts.device.torch_device)
     for precision, dtype in ((p, PRECISIONS[p]) for p in ("fp32", opts.low)):
+
         def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape).to(opts.device.torch, dtype).requires_grad_()
+            return torch.randn(shape).to(opts.device.torch_device, dtype).requires_grad_()
 
         for name, twins, inputs, more in (
-                ("linear", "linear", (normal(2, 5, 64), normal(96, 64), normal(96)), ()),
-                *((f"attention, {T} tokens", "causal_attention",
-                   [normal(2, 3, T, 64) for _ in range(3)], (0.0,)) for T in (33, 300)),
-                ("loss, head frozen", "tied_cross_entropy",
-                 (normal(77, 64), normal(1001, 64).detach()), (targets,)),
-                ("loss, head trained", "tied_cross_entropy",
-                 (normal(77, 64), normal(1001, 64)), (targets,))):
+            ("linear", "linear", (normal(2, 5, 64), normal(96, 64), normal(96)), ()),
+            *(
+                (
+                    f"attention, {T} tokens",
+                    "causal_attention",
+                    [normal(2, 3, T, 64) for _ in range(3)],
+                    (0.0,),
+                )
+                for T in (33, 300)
+            ),
+            (
+                "loss, head frozen",
+                "tied_cross_entropy",
+                (normal(77, 64), normal(1001, 64).detach()),
+                (targets,),
+            ),
+            (
+                "loss, head trained",
+                "tied_cross_entropy",
+                (normal(77, 64), normal(1001, 64)),
+                (targets,),
+            ),
+        ):
             error = error_of(getattr(fast, twins), getattr(plain, twins), inputs, more)
             report.check(f"{precision}: {name}", error, OPERATION[precision])
         hidden, weight = normal(77, 64), normal(1001, 64)
@@ -103,9 +139,25 @@ def error_of(fast_twin: Callable, plain_twin: Callable, inputs: tuple, more: tup
 
 def arguments(opts: Namespace, method: str, *more: object) -> list[str]:
     """Return `train.py`'s for a short run on mini; of an option given twice, the last wins."""
-    return [opts.low if option == "low" else str(option) for option in (
-        method, "--base", MINI, "--device", opts.device.torch.type, "--precision", "fp32",
-        "--max-steps", opts.steps, "--batch-size", opts.batch, "--block-size", opts.block, *more)]
+    return [
+        opts.low if option == "low" else str(option)
+        for option in (
+            method,
+            "--base",
+            MINI,
+            "--device",
+            opts.device.torch_device.type,
+            "--precision",
+            "fp32",
+            "--max-steps",
+            opts.steps,
+            "--batch-size",
+            opts.batch,
+            "--block-size",
+            opts.block,
+            *more,
+        )
+    ]
 
 
 def trainer(opts: Namespace, method: str, *more: object) -> Trainer:
@@ -129,17 +181,24 @@ def options(opts: Namespace, report: Report) -> None:
                 report.facts["compiled"] = "left out of a dry run: minutes of compilation"
                 continue
             allowed = LOSS.get(opts.low if "low" in more else name, LOSS["fp32"])
-            report.check(f"{method}, {name.replace('low', opts.low)}: loss of every step",
-                         relative(losses(opts, method, *more), reference), allowed)
+            report.check(
+                f"{method}, {name.replace('low', opts.low)}: loss of every step",
+                relative(losses(opts, method, *more), reference),
+                allowed,
+            )
 
 
 def no_waiting(opts: Namespace, report: Report) -> None:
     """Check that a step never waits for the GPU: PyTorch raises where one would."""
     if not opts.device.is_cuda:
         raise Skip("on a CPU there is nothing to wait for")
-    for precision, *more in (("fp32",), (opts.low,), (opts.low, "--use-dora"),
-                             (opts.low, "--target-modules", "c_attn.q", "c_attn.v"),
-                             (opts.low, "--data", ROOT / "data" / "instructions.jsonl")):
+    for precision, *more in (
+        ("fp32",),
+        (opts.low,),
+        (opts.low, "--use-dora"),
+        (opts.low, "--target-modules", "c_attn.q", "c_attn.v"),
+        (opts.low, "--data", ROOT / "data" / "instructions.jsonl"),
+    ):
         made = trainer(opts, "lora", "--precision", precision, *more)
         batches = made.batches(0)
         for mode in ("default", "default", "error"):  # the first steps make what later ones keep
@@ -151,6 +210,7 @@ def no_waiting(opts: Namespace, report: Report) -> None:
 
 def resume(opts: Namespace, report: Report) -> None:
     """Check that a run which died goes on to the same bytes, with deterministic kernels."""
+
     def dying(made: Trainer, batch, step: Callable = Trainer.step) -> None:
         if made.progress.step == 7:
             raise KeyboardInterrupt
@@ -158,14 +218,30 @@ def resume(opts: Namespace, report: Report) -> None:
 
     torch.use_deterministic_algorithms(True)
     with TemporaryDirectory() as whole, TemporaryDirectory() as broken:
-        argv = arguments(opts, "lora", *LOW, *SMALL_PART, "--max-steps", 10,
-                         "--log-every", 1, "--checkpoint-every", 5, "--out")
+        argv = arguments(
+            opts,
+            "lora",
+            *LOW,
+            *SMALL_PART,
+            "--max-steps",
+            10,
+            "--log-every",
+            1,
+            "--checkpoint-every",
+            5,
+            "--out",
+        )
         ours.run([*argv, whole])
         with suppress(KeyboardInterrupt), mock.patch.object(Trainer, "step", dying):
             ours.run([*argv, broken])
         ours.run([*argv, broken, "--resume"])
-        ends = [(Path(out, "adapter_model.safetensors").read_bytes(),
-                 [line["loss"] for line in read_metrics(Path(out))]) for out in (whole, broken)]
+        ends = [
+            (
+                Path(out, "adapter_model.safetensors").read_bytes(),
+                [line["loss"] for line in read_metrics(Path(out))],
+            )
+            for out in (whole, broken)
+        ]
     report.check("files or losses differ", ends[0] != ends[1], 0)
 
 
@@ -196,9 +272,11 @@ def two_ranks(opts: Namespace, report: Report) -> None:
 def text(opts: Namespace, report: Report) -> None:
     """Check that greedy text on the device is the CPU's, in fp32, unless two tokens nearly tie."""
     ids = torch.arange(100, 116)
-    cpu, model = load_gpt2(MINI), opts.device.hold(load_gpt2(MINI))
-    here, there = (list(generate(m, ids.to(m.wte.weight.device), 10 * opts.steps, temperature=0))
-                   for m in (model, cpu))
+    cpu, model = load_gpt2(MINI), opts.device.place(load_gpt2(MINI))
+    here, there = (
+        list(generate(m, ids.to(m.wte.weight.device), 10 * opts.steps, temperature=0))
+        for m in (model, cpu)
+    )
     same = next((i for i, token in enumerate(there) if here[i] != token), len(there))
     report.facts["tokens alike"] = f"{same} of {len(there)}"
     if same < len(there):
@@ -210,7 +288,9 @@ def text(opts: Namespace, report: Report) -> None:
 def peft_parity(opts: Namespace, report: Report) -> None:
     """Run benchmarks.parity on the device, in fp32 and in the native low precision."""
     small = ["--exact-only", "--steps", "2", "--block-size", "32"] if opts.dry_run else []
-    chosen = parity.parse_args(["--base", str(MINI), "--device", opts.device.torch.type, *small])
+    chosen = parity.parse_args(
+        ["--base", str(MINI), "--device", opts.device.torch_device.type, *small]
+    )
     found = Report()  # of its own: parity's facts are not for this report
     parity.compare(chosen, found)
     report.checks += found.checks
@@ -222,14 +302,18 @@ def validation(opts: Namespace, report: Report) -> None:
         base = MINI if opts.dry_run else find_base("gpt2")[1]
     except UserError as error:
         raise Skip(str(error)) from error
-    args = ours.options(*arguments(  # all of the three epochs
-        opts, "lora", "--base", base, *([] if opts.dry_run else ["--max-steps", 10**6])))
+    args = ours.options(
+        *arguments(  # all of the three epochs
+            opts, "lora", "--base", base, *([] if opts.dry_run else ["--max-steps", 10**6])
+        )
+    )
     tokens, found = ours.data(args)[1].tokens[: 1000 if opts.dry_run else None], {}
     for precision in ("fp32", opts.low):
         device, args = (replace(x, precision=precision) for x in (opts.device, args))
         trainer = parity.train_here(args, draws=0)[1]
         found[f"ours, {precision}"] = ours.evaluate(
-            trainer.model, tokens, base, device, args.block_size).loss
+            trainer.model, tokens, base, device, args.block_size
+        ).loss
     there = parity.train_there(args, trainer, draws=0).model
     with device.autocast():
         found["PEFT, autocast"] = peft_loop.evaluate(there, tokens, args.block_size)
@@ -245,9 +329,18 @@ def speed(opts: Namespace, report: Report) -> None:
     with TemporaryDirectory() as folder:
         if not opts.dry_run:
             run_apart(Task("base", folder))
-        task = Task("train", str(MINI) if opts.dry_run else folder, opts.device.torch.type,
-                    precision=opts.low, batch_size=opts.batch, block_size=opts.block, warm_up=5,
-                    steps=opts.steps, profile=True, matmuls=not opts.dry_run)
+        task = Task(
+            "train",
+            str(MINI) if opts.dry_run else folder,
+            opts.device.torch_device.type,
+            precision=opts.low,
+            batch_size=opts.batch,
+            block_size=opts.block,
+            warm_up=5,
+            steps=opts.steps,
+            profile=True,
+            matmuls=not opts.dry_run,
+        )
         tasks = sides(task) if opts.dry_run else [*sides(task), *sides(replace(task, compile=True))]
         for task in tasks:
             try:
@@ -260,12 +353,29 @@ def speed(opts: Namespace, report: Report) -> None:
             report.facts[task.contender] = {
                 "ms a step": round(1e3 * found["median"], 2),
                 "tokens/s": round(opts.batch * opts.block / found["median"]),
-                "GPU busy, ms": round(found["busy_ms"], 2), "launches": found["launches"],
-                "peak MB": round(found["peak_mb"]), "reserved MB": round(found["reserved_mb"]),
+                "GPU busy, ms": round(found["busy_ms"], 2),
+                "launches": found["launches"],
+                "peak MB": round(found["peak_mb"]),
+                "reserved MB": round(found["reserved_mb"]),
                 "matmuls' share": round(found["matmul_seconds"] / found["median"], 2)
-                if "matmul_seconds" in found else "-"}
+                if "matmul_seconds" in found
+                else "-",
+            }
 
 
-PARTS = {part.__name__.replace("_", "-"): part for part in (
-    describe, operations, options, no_waiting, resume, empty_share, two_ranks, text, peft_parity,
-    validation, speed)}
+PARTS = {
+    part.__name__.replace("_", "-"): part
+    for part in (
+        describe,
+        operations,
+        options,
+        no_waiting,
+        resume,
+        empty_share,
+        two_ranks,
+        text,
+        peft_parity,
+        validation,
+        speed,
+    )
+}

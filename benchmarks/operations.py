@@ -36,16 +36,34 @@ def main() -> None:
         if not args.base:
             run_apart(Task("base", folder))
         base = find_base(args.base or folder)[1]
-        rows = [row for method, precision in product(("lora", "full"), args.precision)
-                for row in measure(base, method, precision, args.rounds)]
+        rows = [
+            row
+            for method, precision in product(("lora", "full"), args.precision)
+            for row in measure(base, method, precision, args.rounds)
+        ]
     print_table(("plain", "method", "precision", "its step / the fast step"), rows)
 
 
 def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[str, ...]]:
-    trainer = ours.make_trainer(ours.options(
-        method, "--base", base, "--device", "cpu", "--precision", precision, "--batch-size", 16,
-        "--block-size", min(128, load_config(base).n_positions), "--base-dropout", 0.1,
-        "--max-steps", 1000))  # the schedule, and not what is run
+    trainer = ours.make_trainer(
+        ours.options(
+            method,
+            "--base",
+            base,
+            "--device",
+            "cpu",
+            "--precision",
+            precision,
+            "--batch-size",
+            16,
+            "--block-size",
+            min(128, load_config(base).n_positions),
+            "--base-dropout",
+            0.1,
+            "--max-steps",
+            1000,
+        )
+    )  # the schedule, and not what is run
     fast = partial(ours.step, trainer, next(trainer.batches()))
     fast()  # warms up
     slower = {name: plain_operations(name)(fast) for name in TRAINED}
@@ -62,8 +80,10 @@ def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, st
         for name, call in calls.items():
             times[name].append(timeit(call, number=1))
     first = next(iter(times.values()))
-    return {name: text(spread([a / b for a, b in zip(taken, first, strict=True)]))
-            for name, taken in times.items()}
+    return {
+        name: text(spread([a / b for a, b in zip(taken, first, strict=True)]))
+        for name, taken in times.items()
+    }
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from unittest import mock
 import numpy as np
 
 import train
+from adapters.files import load_adapter
 from common.device import Device
 from data.windows import Windows
 from evaluate import Scores
 from evaluate import evaluate as score
-from lora.adapter import load_adapter
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
@@ -56,8 +56,9 @@ def step(trainer: train.Trainer, batch: np.ndarray) -> float:
     return trainer.measure()["loss"]
 
 
-def evaluate(model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int
-             ) -> Scores:
+def evaluate(
+    model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int
+) -> Scores:
     """Return `evaluate.py`'s scores of these tokens, in consecutive windows."""
     batches = Windows(tokens, block_size, block_size).evaluation_batches()
     return score(model, batches, tokenizer(base), device)
@@ -80,4 +81,4 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     model = load_gpt2(base, device.dtype)
     if adapter:
         load_adapter(model, adapter)
-    return device.hold(model)
+    return device.place(model)

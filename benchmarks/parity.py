@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapters.files import adapter_tensors, save_adapter
+from adapters.merge import merge, unwrap
 from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report, largest, machine, relative, root_mean_square, snapshot
 from common.cli import DEVICE, Parser, number
 from common.device import Device
 from common.errors import UserError, run_command
-from lora.adapter import adapter_tensors, save_adapter
-from lora.merge import merge, unwrap
 from model.hub import find_base
 from model.plain import plain_operations
 from model.weights import load_config, save_gpt2
@@ -46,18 +46,28 @@ def main() -> int:
     opts = parse_args()
     torch.set_float32_matmul_precision("highest")  # an image may switch TF32 on
     began, report = time.perf_counter(), Report()
-    print(f"base {opts.name}, {opts.steps} steps of {opts.batch_size} x {opts.block_size} tokens, "
-          f"{machine()}; here: this project, there: PEFT and transformers")
+    print(
+        f"base {opts.name}, {opts.steps} steps of {opts.batch_size} x {opts.block_size} tokens, "
+        f"{machine()}; here: this project, there: PEFT and transformers"
+    )
     compare(opts, report)
     report.facts |= {
-        "base": opts.name, "book": opts.book.name, "steps": opts.steps,
-        "batch_size": opts.batch_size, "block_size": opts.block_size,
-        "device": Device.pick(opts.device).name, "threads": torch.get_num_threads(),
-        "seconds": round(time.perf_counter() - began, 1)}
+        "base": opts.name,
+        "book": opts.book.name,
+        "steps": opts.steps,
+        "batch_size": opts.batch_size,
+        "block_size": opts.block_size,
+        "device": Device.pick(opts.device).name,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
     report.write(opts.out)
     broken = report.broken()
-    print(f"\nparity is broken: {'; '.join(broken)}" if broken
-          else f"\nparity holds: {len(report.checks)} checks in {report.facts['seconds']:.0f} s")
+    print(
+        f"\nparity is broken: {'; '.join(broken)}"
+        if broken
+        else f"\nparity holds: {len(report.checks)} checks in {report.facts['seconds']:.0f} s"
+    )
     return 1 if broken else 0
 
 
@@ -77,20 +87,31 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = Parser(prog="benchmarks.parity", description=__doc__)
     parser.add_argument("--base", default="mini", metavar="B", help="as train.py's (default: mini)")
     parser.add_argument("--book", type=Path, default=BOOK, help="UTF-8 text file")
-    parser.add_argument("--steps", type=number(int, 1), default=50,
-                        help="far fewer leave the spread of PEFT's seeds to chance")
+    parser.add_argument(
+        "--steps",
+        type=number(int, 1),
+        default=50,
+        help="far fewer leave the spread of PEFT's seeds to chance",
+    )
     parser.add_argument("--batch-size", type=number(int, 1), default=2)
     parser.add_argument("--block-size", type=number(int, 1), default=128)
     parser.add_argument("--device", **DEVICE | {"help": "of all but the bit-exact part (CPU)"})
     parser.add_argument("--exact-only", action="store_true", help="only the bit-exact part")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="DIR",
-                        help="where parity.json and parity.png go")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="DIR",
+        help="where parity.json and parity.png go",
+    )
     opts = parser.parse_args(argv)
     base, opts.directory = find_base(opts.base)
     opts.name = Path(base).name
     if opts.block_size >= load_config(opts.directory).n_positions:
-        raise UserError(f"--block-size {opts.block_size}: must be below the base's n_positions, "
-                        "for transformers' own loss needs one token more")
+        raise UserError(
+            f"--block-size {opts.block_size}: must be below the base's n_positions, "
+            "for transformers' own loss needs one token more"
+        )
     return opts
 
 
@@ -118,9 +139,26 @@ def store_as_conv1d(model: nn.Module) -> None:
 def train_options(opts: Namespace, method: str, *more: str) -> Options:
     """Return the options of one run: with all dropouts; `train.py`'s defaults for all the rest."""
     return ours.options(
-        method, "--base", opts.directory, "--book", opts.book, "--precision", "fp32",
-        "--max-steps", opts.steps, "--epochs", opts.steps, "--device", opts.device,
-        "--batch-size", opts.batch_size, "--block-size", opts.block_size, *DROPOUT, *more)
+        method,
+        "--base",
+        opts.directory,
+        "--book",
+        opts.book,
+        "--precision",
+        "fp32",
+        "--max-steps",
+        opts.steps,
+        "--epochs",
+        opts.steps,
+        "--device",
+        opts.device,
+        "--batch-size",
+        opts.batch_size,
+        "--block-size",
+        opts.block_size,
+        *DROPOUT,
+        *more,
+    )
 
 
 @dataclass
@@ -147,7 +185,7 @@ def train_here(args: Options, draws: int, as_conv1d: bool = False) -> tuple[Run,
 
 def train_there(args: Options, trainer: Trainer, draws: int) -> Run:
     """Run the plain loop on the batches of `trainer`."""
-    model = peft_loop.build(args).to(Device.pick(args.device).torch)
+    model = peft_loop.build(args).to(Device.pick(args.device).torch_device)
     initial = snapshot(peft_loop.adapter_tensors(model))
     torch.manual_seed(draws)
     losses, means = peft_loop.train(model, args, trainer.windows.tokens, list(trainer.batches(0)))
@@ -163,19 +201,26 @@ def train_both(args: Options, as_conv1d: bool = False) -> tuple[Run, Run]:
 def exact(opts: Namespace, report: Report) -> tuple[Run, Run]:
     """Check that in fp32, on one thread, no bit differs from the seeded adapter to the trained."""
     args = train_options(opts, "lora", "--device", "cpu")
-    print(f"\nexact: fp32, CPU, one thread, dropout {args.base_dropout} in the base and "
-          f"{args.lora_dropout} in LoRA")
+    print(
+        f"\nexact: fp32, CPU, one thread, dropout {args.base_dropout} in the base and "
+        f"{args.lora_dropout} in LoRA"
+    )
     here, there = train_both(args, as_conv1d=True)
     counted = count_parameters(here.model)
-    counts = ((counted["trainable_parameters"], counted["total_parameters"]),
-              there.model.get_nb_trainable_parameters())
+    counts = (
+        (counted["trainable_parameters"], counted["total_parameters"]),
+        there.model.get_nb_trainable_parameters(),
+    )
     report.facts["parameters"] = dict(zip(("trainable", "all"), counts[0], strict=True))
     for what, n, m in zip(("trainable", "all"), *counts, strict=True):
         report.check(f"{what} parameters, {n:,} here and {m:,} there", abs(n - m), 0)
     compare_exactly(report, "exact", here, there)
     # What PEFT's side minimises is the mean; dividing a sum may round it otherwise.
-    report.check("exact: loss of every step, by cross_entropy's mean there, relative",
-                 relative(here.losses, there.means), LAST_BIT)
+    report.check(
+        "exact: loss of every step, by cross_entropy's mean there, relative",
+        relative(here.losses, there.means),
+        LAST_BIT,
+    )
     return here, there
 
 
@@ -183,8 +228,7 @@ def compare_exactly(report: Report, name: str, here: Run, there: Run) -> None:
     report.curve(name, here.losses, there.losses)
     report.check(f"{name}: adapter before the first step", largest(here.initial, there.initial), 0)
     report.check(f"{name}: loss of every step", relative(here.losses, there.losses), 0)
-    report.check(f"{name}: adapter after the last step",
-                 largest(here.adapter, there.adapter), 0)
+    report.check(f"{name}: adapter after the last step", largest(here.adapter, there.adapter), 0)
 
 
 def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Run) -> None:
@@ -198,44 +242,71 @@ def exchange(opts: Namespace, report: Report, folder: Path, here: Run, there: Ru
     save_gpt2(here.model, folder / "ours merged")
     there.model.merge_and_unload().save_pretrained(folder / "peft merged")
     compare_readings(opts, report, "base", {"base": (opts.directory, None)})
-    compare_readings(opts, report, "adapter", {
-        "trained there": (opts.directory, folder / "peft"),
-        "trained here": (opts.directory, folder / "ours"),
-        "trained and merged there": (folder / "peft merged", None),
-        "trained and merged here": (folder / "ours merged", None)})
+    compare_readings(
+        opts,
+        report,
+        "adapter",
+        {
+            "trained there": (opts.directory, folder / "peft"),
+            "trained here": (opts.directory, folder / "ours"),
+            "trained and merged there": (folder / "peft merged", None),
+            "trained and merged here": (folder / "ours merged", None),
+        },
+    )
 
 
 @torch.no_grad()
-def compare_readings(opts: Namespace, report: Report, what: str,
-                     sources: dict[str, tuple[Path, Path | None]]) -> None:
+def compare_readings(
+    opts: Namespace, report: Report, what: str, sources: dict[str, tuple[Path, Path | None]]
+) -> None:
     """Check that these files hold one model, by both evaluators' losses on the validation part and
     both sides' logits on its first window.
     """
     device, losses, logits = Device.pick(opts.device, "fp32"), [], []
     tokens = ours.data(train_options(opts, "lora"))[1].tokens
-    ids = torch.from_numpy(tokens[None, : opts.block_size].astype(np.int64)).to(device.torch)
+    ids = torch.from_numpy(tokens[None, : opts.block_size].astype(np.int64)).to(device.torch_device)
     for name, (base, adapter) in sources.items():
         here = ours.load(base, adapter, device)
-        there = peft_loop.load(base, adapter).to(device.torch)
-        scores = {"here": ours.evaluate(here, tokens, opts.directory, device, opts.block_size).loss,
-                  "there": peft_loop.evaluate(there, tokens, opts.block_size)}
-        print(f"    {name:25}" + "".join(f" {side} {loss:.7f} ({math.exp(loss):.5f}) "
-                                         for side, loss in scores.items()))
+        there = peft_loop.load(base, adapter).to(device.torch_device)
+        scores = {
+            "here": ours.evaluate(here, tokens, opts.directory, device, opts.block_size).loss,
+            "there": peft_loop.evaluate(there, tokens, opts.block_size),
+        }
+        print(
+            f"    {name:25}"
+            + "".join(
+                f" {side} {loss:.7f} ({math.exp(loss):.5f}) " for side, loss in scores.items()
+            )
+        )
         report.facts.setdefault("validation_losses", {})[name] = scores
         losses += scores.values()
         logits += [here(ids).cpu(), there(input_ids=ids).logits.cpu()]  # (1, T, V) each
     report.check(f"{what}: validation losses, relative", np.ptp(losses) / min(losses), CLOSE)
     logits, reference = torch.stack(logits), logits[1]  # the first source as read there
-    report.check(f"{what}: logits, relative to the largest",
-                 ((logits - reference).abs().max() / reference.abs().max()).item(), CLOSE)
+    report.check(
+        f"{what}: logits, relative to the largest",
+        ((logits - reference).abs().max() / reference.abs().max()).item(),
+        CLOSE,
+    )
 
 
 @to_the_bit()
 def resume(opts: Namespace, report: Report, folder: Path) -> None:
     """Go on here from the adapter that PEFT saved, and there from the one saved here."""
     print(f"\nresumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")
-    args = {name: train_options(opts, "lora", "--device", "cpu", "--max-steps", str(RESUMED_STEPS),
-                                "--init-adapter", str(folder / name)) for name in ("peft", "ours")}
+    args = {
+        name: train_options(
+            opts,
+            "lora",
+            "--device",
+            "cpu",
+            "--max-steps",
+            str(RESUMED_STEPS),
+            "--init-adapter",
+            str(folder / name),
+        )
+        for name in ("peft", "ours")
+    }
     here, trainer = train_here(args["peft"], 0, as_conv1d=True)
     compare_exactly(report, "resumed", here, train_there(args["ours"], trainer, draws=0))
 
@@ -251,8 +322,9 @@ def trained_path(opts: Namespace, report: Report) -> None:
         report.curve(name, here.losses, there.losses)
         # Both sides round; what one rounding does is measured on PEFT itself.
         allowed = CLOSE if precision == "fp32" else 2 * relative(there.losses, fp32)
-        report.check(f"{name}: loss of every step, relative",
-                     relative(here.losses, there.losses), allowed)
+        report.check(
+            f"{name}: loss of every step, relative", relative(here.losses, there.losses), allowed
+        )
         compare_independent_draws(report, train_options(opts, *options))
 
 
@@ -265,8 +337,11 @@ def compare_independent_draws(report: Report, args: Options) -> None:
     mean, spread = curves.mean(axis=0), np.ptp(curves, axis=0)
     name = f"{args.precision}, independent dropout"
     report.curve(name, here.losses, mean.tolist(), spread=spread.tolist())
-    report.check(f"{name}: loss, from PEFT's mean", root_mean_square(here.losses - mean),
-                 root_mean_square(spread))
+    report.check(
+        f"{name}: loss, from PEFT's mean",
+        root_mean_square(here.losses - mean),
+        root_mean_square(spread),
+    )
 
 
 def full(opts: Namespace, report: Report) -> None:

@@ -31,14 +31,17 @@ class Report:
         self.curves[name] = {"here": here, "there": there, **more}
         print(f"    {name}\n      step     loss here    loss there    difference")
         for step in sorted({*range(0, len(here), -(-len(here) // ROWS)), len(here) - 1}):
-            print(f"    {step + 1:6d}  {here[step]:12.8f}  {there[step]:12.8f}"
-                  f"  {abs(here[step] - there[step]):12.2g}")
+            print(
+                f"    {step + 1:6d}  {here[step]:12.8f}  {there[step]:12.8f}"
+                f"  {abs(here[step] - there[step]):12.2g}"
+            )
 
     def check(self, name: str, value: float, allowed: float) -> None:
         """Give a verdict: `value` may be at most `allowed`, and must be a number."""
         ok = bool(value <= allowed)
         self.checks.append(
-            {"name": name, "value": float(value), "allowed": float(allowed), "ok": ok})
+            {"name": name, "value": float(value), "allowed": float(allowed), "ok": ok}
+        )
         print(f"{'ok' if ok else 'FAILED':6}  {name}: {value:.2g} (allowed: {allowed:.2g})")
 
     def broken(self) -> list[str]:
@@ -46,9 +49,17 @@ class Report:
 
     def write(self, out: Path) -> None:
         """Write `parity.json` and `parity.png`."""
-        write_json(out / "parity.json", {
-            **self.facts, "machine": machine(), "versions": versions(),
-            "holds": not self.broken(), "checks": self.checks, "curves": self.curves})
+        write_json(
+            out / "parity.json",
+            {
+                **self.facts,
+                "machine": machine(),
+                "versions": versions(),
+                "holds": not self.broken(),
+                "checks": self.checks,
+                "curves": self.curves,
+            },
+        )
         if can_draw():
             self.draw(out / "parity.png")
 
@@ -59,19 +70,34 @@ class Report:
         steps = range(1, len(exact["here"]) + 1)
         left.plot(steps, exact["there"], color=COLOURS["train"], linewidth=5, label="PEFT")
         left.plot(steps, exact["here"], color=COLOURS["lora"], linewidth=1, label="this project")
-        left.set(xlabel="step", ylabel="training loss (nats a token)",
-                 title="fp32, one thread, all dropouts on")
+        left.set(
+            xlabel="step",
+            ylabel="training loss (nats a token)",
+            title="fp32, one thread, all dropouts on",
+        )
         for name, pair in self.curves.items():
             here, there = np.array(pair["here"]), np.array(pair["there"])
             difference, steps = np.abs(here - there) / there, range(1, len(here) + 1)
-            drawn, = right.plot(steps, np.maximum(difference, FLOOR),
-                                "--" if name.startswith(("bf16", "fp16")) else "-",
-                                label=f"{name} (at most {difference.max():.1g})")
+            (drawn,) = right.plot(
+                steps,
+                np.maximum(difference, FLOOR),
+                "--" if name.startswith(("bf16", "fp16")) else "-",
+                label=f"{name} (at most {difference.max():.1g})",
+            )
             if "spread" in pair:
-                right.plot(steps, np.array(pair["spread"]) / there, ":", color=drawn.get_color(),
-                           label="    PEFT's own, seed to seed")
-        right.set(xlabel="step", ylabel=f"difference / loss (0 is drawn at {FLOOR:.0e})",
-                  yscale="log", title="difference from PEFT, every comparison")
+                right.plot(
+                    steps,
+                    np.array(pair["spread"]) / there,
+                    ":",
+                    color=drawn.get_color(),
+                    label="    PEFT's own, seed to seed",
+                )
+        right.set(
+            xlabel="step",
+            ylabel=f"difference / loss (0 is drawn at {FLOOR:.0e})",
+            yscale="log",
+            title="difference from PEFT, every comparison",
+        )
         right.yaxis.set_major_formatter("{x:.0e}")  # the default needs math text, which is off
         left.legend()
         right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

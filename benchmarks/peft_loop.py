@@ -23,8 +23,12 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-def load(directory: Path, adapter: Path | None = None, dropout: float | None = None,
-         trainable: bool = False) -> nn.Module:
+def load(
+    directory: Path,
+    adapter: Path | None = None,
+    dropout: float | None = None,
+    trainable: bool = False,
+) -> nn.Module:
     """Load transformers' GPT-2 in fp32 and, if given, an adapter file on it; `dropout` None keeps
     the config's. Of its ways to compute gelu_new and attention, equal up to rounding, take ours.
     """
@@ -46,13 +50,26 @@ def build(args: Options) -> nn.Module:
 def add_lora(base: nn.Module, args: Options) -> nn.Module:
     """Put PEFT's new adapter, seeded, into the base."""
     torch.manual_seed(args.seed)
-    return get_peft_model(base, LoraConfig(
-        task_type="CAUSAL_LM", r=args.r, lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout, target_modules=args.target_modules, fan_in_fan_out=True))
+    return get_peft_model(
+        base,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=args.target_modules,
+            fan_in_fan_out=True,
+        ),
+    )
 
 
-def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, precision: str,
-              sums: list[float] | None = None) -> Tensor:
+def mean_loss(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    precision: str,
+    sums: list[float] | None = None,
+) -> Tensor:
     """Return `cross_entropy`'s mean under autocast; append its sum / number of tokens to `sums`."""
     with torch.autocast(inputs.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
         logits = model(input_ids=inputs).logits
@@ -66,8 +83,9 @@ def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, precision: str,
 def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., float]:
     """Return a function that trains on one batch and returns its mean loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.precision == "fp16")
     model.train()
 
@@ -86,8 +104,9 @@ def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., 
     return step
 
 
-def train(model: nn.Module, args: Options, tokens: np.ndarray,
-          batches: list[np.ndarray]) -> tuple[list[float], list[float]]:
+def train(
+    model: nn.Module, args: Options, tokens: np.ndarray, batches: list[np.ndarray]
+) -> tuple[list[float], list[float]]:
     """Train on windows of `tokens`. Returns each step's loss twice: the sum over its tokens
     divided by their number, and `cross_entropy`'s own mean, which is what is minimised.
     """
@@ -99,8 +118,9 @@ def train(model: nn.Module, args: Options, tokens: np.ndarray,
     return losses, means
 
 
-def windows(tokens: np.ndarray, starts: np.ndarray, block_size: int,
-            device: torch.device) -> tuple[Tensor, Tensor]:
+def windows(
+    tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return `block_size` tokens from each start, and the token after each of them: (B, T) both."""
     rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
     rows = torch.from_numpy(rows).to(device)

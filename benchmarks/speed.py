@@ -40,9 +40,14 @@ from model.weights import load_config
 from training.options import ROOT
 
 KINDS, LARGE = ("train", "evaluate", "generate"), "gpt2-xl"
-AXES = {"growth": {"batch_size": (4, 8, 16, 32, 64), "block_size": (64, 128, 256, 512, 1024),
-                   "r": (1, 4, 16, 64)},
-        "scaling": {"ranks": (1, 2, 4)}}
+AXES = {
+    "growth": {
+        "batch_size": (4, 8, 16, 32, 64),
+        "block_size": (64, 128, 256, 512, 1024),
+        "r": (1, 4, 16, 64),
+    },
+    "scaling": {"ranks": (1, 2, 4)},
+}
 SMALL_BATCH = 4  # while the block grows
 
 
@@ -54,8 +59,14 @@ def main() -> int:
             run_apart(Task("base", folder))
         base = find_base(opts.base or folder)[1]
         opts.config = load_config(base)
-        opts.task = Task("train", str(base), opts.device, warm_up=opts.warm_up, steps=opts.steps,
-                         block_size=min(Task.block_size, opts.config.n_positions))
+        opts.task = Task(
+            "train",
+            str(base),
+            opts.device,
+            warm_up=opts.warm_up,
+            steps=opts.steps,
+            block_size=min(Task.block_size, opts.config.n_positions),
+        )
         plans = {part: along(opts, part) for part in AXES if part in opts.only}
         if compared := [kind for kind in KINDS if kind in opts.only]:
             plans["speed" if compared == list(KINDS) else "-".join(compared)] = compare(opts)
@@ -68,25 +79,47 @@ def main() -> int:
 
 def parse_args() -> Namespace:
     parser = Parser(prog="benchmarks.speed", description=__doc__)
-    parser.add_argument("--base", metavar="B",
-                        help="as train.py's (default: GPT-2 124M with random weights)")
-    parser.add_argument("--quick", action="store_true",
-                        help="one round on mini in training's default precision, in two minutes")
+    parser.add_argument(
+        "--base", metavar="B", help="as train.py's (default: GPT-2 124M with random weights)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one round on mini in training's default precision, in two minutes",
+    )
     parser.add_argument("--rounds", type=number(int, 1), help="default: 5")
-    parser.add_argument("--steps", type=number(int, 1),
-                        help="timed after the warm-up (default: 3; --quick: 1; on CUDA 20)")
-    parser.add_argument("--precision", nargs="+", choices=tuple(PRECISIONS), metavar="P",
-                        help="default: fp32, bf16 unless the GPU emulates it, and on CUDA fp16; "
-                             "--quick: train.py's default")
-    parser.add_argument("--only", nargs="+", choices=(*KINDS, *AXES, LARGE), default=list(KINDS),
-                        metavar="PART",
-                        help=f"default: {' '.join(KINDS)}; also {' '.join((*AXES, LARGE))}")
+    parser.add_argument(
+        "--steps",
+        type=number(int, 1),
+        help="timed after the warm-up (default: 3; --quick: 1; on CUDA 20)",
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=tuple(PRECISIONS),
+        metavar="P",
+        help="default: fp32, bf16 unless the GPU emulates it, and on CUDA fp16; "
+        "--quick: train.py's default",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=(*KINDS, *AXES, LARGE),
+        default=list(KINDS),
+        metavar="PART",
+        help=f"default: {' '.join(KINDS)}; also {' '.join((*AXES, LARGE))}",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results",
-                        metavar="DIR", help="where the figures and pictures go")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="DIR",
+        help="where the figures and pictures go",
+    )
     opts = parser.parse_args()
     device = Device.pick(opts.device, train=True)
-    opts.device, cuda = device.torch.type, device.is_cuda
+    opts.device, cuda = device.torch_device.type, device.is_cuda
     native = device.precision if cuda else "bf16"  # fp16 where bf16 would be emulated
     opts.base = opts.base or ("mini" if opts.quick else None)
     opts.rounds = opts.rounds or (1 if opts.quick else 5)
@@ -101,14 +134,24 @@ def facts(opts: Namespace) -> dict:
     """Return what the figures depend on, and nothing that names a machine."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    kind = torch.cuda.get_device_name() if opts.device == "cuda" else (
-        f"{os.cpu_count()}-{model[1] if model else platform.machine()}")
-    return {"base": Path(opts.base).name if opts.base else "GPT-2 124M, random weights",
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "machine": re.sub(r"[^A-Za-z0-9.]+", "-", f"{opts.device}-{kind}").strip("-"),
-            "threads": torch.get_num_threads(), "load_average": os.getloadavg(),
-            "versions": versions(), "rounds": opts.rounds, "steps": opts.steps,
-            "how": " ".join(__doc__.split()), "measurements": [], "failed": {}}
+    kind = (
+        torch.cuda.get_device_name()
+        if opts.device == "cuda"
+        else (f"{os.cpu_count()}-{model[1] if model else platform.machine()}")
+    )
+    return {
+        "base": Path(opts.base).name if opts.base else "GPT-2 124M, random weights",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": re.sub(r"[^A-Za-z0-9.]+", "-", f"{opts.device}-{kind}").strip("-"),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "versions": versions(),
+        "rounds": opts.rounds,
+        "steps": opts.steps,
+        "how": " ".join(__doc__.split()),
+        "measurements": [],
+        "failed": {},
+    }
 
 
 def compare(opts: Namespace) -> list[Task]:
@@ -139,8 +182,12 @@ def along(opts: Namespace, part: str) -> list[Task]:
     bf16 = part == "growth" and "bf16" in opts.precision
     others = {"side": "theirs"} if part == "growth" else {"method": "full"}
     for axis, sizes in AXES[part].items():
-        task = replace(opts.task, axis=axis, precision="bf16" if bf16 else opts.precision[0],
-                       batch_size=SMALL_BATCH if axis == "block_size" else Task.batch_size)
+        task = replace(
+            opts.task,
+            axis=axis,
+            precision="bf16" if bf16 else opts.precision[0],
+            batch_size=SMALL_BATCH if axis == "block_size" else Task.batch_size,
+        )
         for size in (size for size in sizes if size <= most.get(axis, size)):
             tasks += [replace(task, **{axis: size}), replace(task, **{axis: size}, **others)]
     return tasks
@@ -179,9 +226,16 @@ def measure(task: Task, i: int, results: dict) -> None:
         results["failed"][task.name] = str(error)
         print(f"error: {task.name}: {error}; left out from here on", file=sys.stderr, flush=True)
         return
-    results["measurements"].append({
-        "name": task.name, "contender": task.contender, "round": i, **asdict(task), **figures,
-        "base": results["base"]})  # not its path
+    results["measurements"].append(
+        {
+            "name": task.name,
+            "contender": task.contender,
+            "round": i,
+            **asdict(task),
+            **figures,
+            "base": results["base"],
+        }
+    )  # not its path
     print(f"round {i + 1}: {task.name}: {figures['median']:.4g} s", flush=True)
 
 
@@ -193,8 +247,17 @@ def run_apart(task: Task) -> dict:
     """
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(task.ranks), "-m"]
     ended = subprocess.run(
-        [sys.executable, "-m", *(torchrun if task.ranks else []), "benchmarks.speed_worker",
-         json.dumps(asdict(task))], cwd=ROOT, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            *(torchrun if task.ranks else []),
+            "benchmarks.speed_worker",
+            json.dumps(asdict(task)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if ended.returncode == -signal.SIGKILL:
         raise RunError("its process was killed (out of memory?)")
     if ended.returncode:

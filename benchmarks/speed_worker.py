@@ -35,8 +35,10 @@ from model.weights import load_config, save_gpt2
 from training.options import Options
 from training.ranks import Ranks
 
-BASES = {"base": (GPT2Config(), torch.float32),
-         "gpt2-xl": (GPT2Config(n_embd=1600, n_layer=48, n_head=25), torch.float16)}
+BASES = {
+    "base": (GPT2Config(), torch.float32),
+    "gpt2-xl": (GPT2Config(n_embd=1600, n_layer=48, n_head=25), torch.float16),
+}
 PROMPT_TOKENS, NEW_TOKENS, WARM_UP_TOKENS = 16, 256, 8
 ENOUGH_SECONDS = 0.2  # of one matmul
 Call = Callable[[], object]  # what is timed; its value shows that both sides computed the same
@@ -82,10 +84,22 @@ class Task:
     def args(self) -> Options:
         """Return `train.py`'s options, for one step more than is timed, which may be profiled."""
         return ours.options(
-            self.method, "--base", self.base, "--device", self.device, "--precision",
-            self.precision, "--batch-size", self.batch_size, "--block-size", self.block_size,
-            "--max-steps", self.warm_up + self.steps + 1, *["--compile"] * self.compile,
-            *(["--r", self.r] if self.method == "lora" else []))
+            self.method,
+            "--base",
+            self.base,
+            "--device",
+            self.device,
+            "--precision",
+            self.precision,
+            "--batch-size",
+            self.batch_size,
+            "--block-size",
+            self.block_size,
+            "--max-steps",
+            self.warm_up + self.steps + 1,
+            *["--compile"] * self.compile,
+            *(["--r", self.r] if self.method == "lora" else []),
+        )
 
     @property
     def autocast(self) -> str:
@@ -125,13 +139,13 @@ def measure(task: Task) -> dict:
     if task.profile:
         found |= profiled(call, device)
     if task.matmuls:
-        found["matmul_seconds"] = measure_matmuls(task, device.torch)
+        found["matmul_seconds"] = measure_matmuls(task, device.torch_device)
     return found
 
 
 def timed(call: Call, times: int, device: Device) -> dict:
     """Return the seconds of each call, from an idle device until it is idle again."""
-    wait = torch.accelerator.synchronize if device.torch.type != "cpu" else lambda: None
+    wait = torch.accelerator.synchronize if device.torch_device.type != "cpu" else lambda: None
     seconds = []
     for _ in range(times):
         wait()
@@ -139,8 +153,11 @@ def timed(call: Call, times: int, device: Device) -> dict:
         call()
         wait()
         seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "median": statistics.median(seconds or [0]),
-            "peak_mb": device.peak_memory_mb()}
+    return {
+        "seconds": seconds,
+        "median": statistics.median(seconds or [0]),
+        "peak_mb": device.peak_memory_mb(),
+    }
 
 
 def profiled(call: Call, device: Device) -> dict:
@@ -149,8 +166,11 @@ def profiled(call: Call, device: Device) -> dict:
     with torch.profiler.profile() as profile:
         timed(call, 1, device)
     events = profile.key_averages()
-    busy = sum(e.self_device_time_total for e in events
-               if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)
+    busy = sum(
+        e.self_device_time_total
+        for e in events
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    )
     launches = sum(e.count for e in events if e.key.startswith("cu") and "Launch" in e.key)
     return {"reserved_mb": reserved, "busy_ms": busy / 1e3, "launches": launches}
 
@@ -165,7 +185,7 @@ def build_theirs(task: Task, device: Device) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(task.base, dtype=PRECISIONS[held])
     if (task.kind, task.method) == ("train", "lora"):
         model = add_lora(model, task.args())
-    model.to(device.torch)
+    model.to(device.torch_device)
     return torch.compile(model) if task.compile else model
 
 
@@ -180,7 +200,7 @@ def train(task: Task, device: Device) -> Call:
 
     batch = task.batch()
     step = make_step(build_theirs(task, device), args, task.autocast)
-    return lambda: step(*(x.to(device.torch) for x in batch), args.lr)
+    return lambda: step(*(x.to(device.torch_device) for x in batch), args.lr)
 
 
 def evaluate(task: Task, device: Device) -> Call:
@@ -192,13 +212,13 @@ def evaluate(task: Task, device: Device) -> Call:
     from benchmarks.peft_loop import mean_loss
 
     model = build_theirs(task, device).eval()
-    inputs, targets = inputs.to(device.torch), targets.to(device.torch)
+    inputs, targets = inputs.to(device.torch_device), targets.to(device.torch_device)
     return torch.no_grad()(lambda: mean_loss(model, inputs, targets, task.autocast).item())
 
 
 def write_text(task: Task, device: Device) -> Call:
     """Continue a prompt by NEW_TOKENS, or as many as the base sees; warms up by itself."""
-    ids = task.batch()[0][0, :PROMPT_TOKENS].to(device.torch)
+    ids = task.batch()[0][0, :PROMPT_TOKENS].to(device.torch_device)
     most = min(NEW_TOKENS, load_config(Path(task.base)).n_positions - PROMPT_TOKENS)
     if task.side == "ours":
         model = ours.load(Path(task.base), None, device)
@@ -211,8 +231,11 @@ def write_text(task: Task, device: Device) -> Call:
             if task.side == "ours":
                 return list(generate(model, ids, count, temperature=0))
             return model.generate(
-                ids[None], attention_mask=torch.ones_like(ids)[None], do_sample=False,
-                max_new_tokens=count, pad_token_id=model.config.vocab_size - 1,
+                ids[None],
+                attention_mask=torch.ones_like(ids)[None],
+                do_sample=False,
+                max_new_tokens=count,
+                pad_token_id=model.config.vocab_size - 1,
             )[0, PROMPT_TOKENS:].tolist()
 
     write(WARM_UP_TOKENS)
@@ -233,10 +256,10 @@ def measure_rank(task: Task, device: Device) -> dict:
 
     def step() -> None:
         trainer.step(batch)
-        ranks.agree(False)  # as `Session.after_step` does when nothing is due
-        ranks.agree(0)
+        ranks.max_over_ranks(False)  # as `Session.after_step` does when nothing is due
+        ranks.max_over_ranks(0)
 
-    with ranks.joined(device.torch):
+    with ranks.joined(device.torch_device):
         trainer = ours.make_trainer(task.args(), ranks)
         batch = next(trainer.batches())
         timed(step, task.warm_up - 1, device)
@@ -265,8 +288,12 @@ def count_matmuls(task: Task, config: GPT2Config) -> Counter:
     """Count those of a training step, with LoRA on c_attn, by a step without memory or arithmetic.
     Attention's are counted whole, the masked half included.
     """
-    with (torch.device("meta"), plain_operations(), sdpa_kernel(SDPBackend.MATH),
-          mock.patch.object(torch, "is_autocast_enabled", lambda device: False)):  # meta has none
+    with (
+        torch.device("meta"),
+        plain_operations(),
+        sdpa_kernel(SDPBackend.MATH),
+        mock.patch.object(torch, "is_autocast_enabled", lambda device: False),
+    ):  # meta has none
         model = GPT2(config)
         if task.method == "lora":
             inject(model, LoRAConfig(r=task.r, target_modules=("c_attn",)))
@@ -283,13 +310,18 @@ def measure_matmuls(task: Task, device: torch.device) -> float:
     """
     total = 0.0
     for shapes, count in count_matmuls(task, load_config(Path(task.base))).items():
-        a, b = (torch.empty_strided(*shape, dtype=PRECISIONS[task.precision], device=device)
-                .normal_() for shape in shapes)
+        a, b = (
+            torch.empty_strided(*shape, dtype=PRECISIONS[task.precision], device=device).normal_()
+            for shape in shapes
+        )
         names = {"torch": torch, "ops": ops, "a": a, "b": b, "out": a @ b}
         ways = ["torch.matmul(a, b, out=out)", "ops.linear(a, b.mT)"][: 4 - a.dim()]
         total += count * min(
-            Timer(way, globals=names, num_threads=torch.get_num_threads()).blocked_autorange(
-                min_run_time=ENOUGH_SECONDS).median for way in ways)
+            Timer(way, globals=names, num_threads=torch.get_num_threads())
+            .blocked_autorange(min_run_time=ENOUGH_SECONDS)
+            .median
+            for way in ways
+        )
     return total
 
 

@@ -18,9 +18,15 @@ from common.errors import run_command
 from model.hub import MINI
 from train import Trainer
 
-VARIANTS = {"plain": (), "layers 3-5": ("--layers", "3-5"), "rsLoRA": ("--use-rslora",),
-            "DoRA": ("--use-dora",), "PiSSA": ("--init-lora-weights", "pissa"),
-            "LoRA-FA": ("--freeze-a",), "q and v": ("--target-modules", "c_attn.q", "c_attn.v")}
+VARIANTS = {
+    "plain": (),
+    "layers 3-5": ("--layers", "3-5"),
+    "rsLoRA": ("--use-rslora",),
+    "DoRA": ("--use-dora",),
+    "PiSSA": ("--init-lora-weights", "pissa"),
+    "LoRA-FA": ("--freeze-a",),
+    "q and v": ("--target-modules", "c_attn.q", "c_attn.v"),
+}
 
 
 def main() -> None:
@@ -29,15 +35,22 @@ def main() -> None:
     args = parser.parse_args()
     tune_process()
     torch.set_num_threads(1)
-    trainers = {name: ours.make_trainer(ours.options(
-        "lora", "--base", MINI, "--device", "cpu", "--precision", "fp32", *options))
-        for name, options in VARIANTS.items()}
+    trainers = {
+        name: ours.make_trainer(
+            ours.options("lora", "--base", MINI, "--device", "cpu", "--precision", "fp32", *options)
+        )
+        for name, options in VARIANTS.items()
+    }
     batch = next(trainers["plain"].batches())
     kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # warms up
-    ratios = in_turn({name: partial(ours.step, trainer, batch)
-                      for name, trainer in trainers.items()}, args.rounds)
-    print_table(("", "its step / plain's", "MB kept for the backward pass"), [
-        (name, ratios[name], f"{kept[name] / 1e6:.1f}") for name in trainers])
+    ratios = in_turn(
+        {name: partial(ours.step, trainer, batch) for name, trainer in trainers.items()},
+        args.rounds,
+    )
+    print_table(
+        ("", "its step / plain's", "MB kept for the backward pass"),
+        [(name, ratios[name], f"{kept[name] / 1e6:.1f}") for name in trainers],
+    )
 
 
 def kept_bytes(trainer: Trainer, batch: np.ndarray) -> int:

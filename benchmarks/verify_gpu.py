@@ -40,8 +40,14 @@ def parse_args() -> Namespace:
     parser = Parser(prog="benchmarks.verify_gpu", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="small, on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", metavar="DIR")
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS),
-                        metavar="PART", help=f"default: {' '.join(PARTS)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(PARTS),
+        default=list(PARTS),
+        metavar="PART",
+        help=f"default: {' '.join(PARTS)}",
+    )
     opts = parser.parse_args()
     if not opts.dry_run and not torch.cuda.is_available():
         raise UserError("torch finds no GPU; --dry-run tries the script on a CPU")
@@ -68,29 +74,46 @@ def run_part(name: str, opts: Namespace) -> dict:
         result, reasons = "failed", [f"{type(error).__name__}: {first_line(error)}"]
     result, reasons = "failed" if report.broken() else result, [*report.broken(), *reasons]
     print(f"{name}: {result} {'; '.join(reasons)}", flush=True)
-    return {"name": name, "result": result, "why": "; ".join(reasons), "facts": report.facts,
-            "seconds": f"{time.perf_counter() - began:.1f}", "checks": report.checks}
+    return {
+        "name": name,
+        "result": result,
+        "why": "; ".join(reasons),
+        "facts": report.facts,
+        "seconds": f"{time.perf_counter() - began:.1f}",
+        "checks": report.checks,
+    }
 
 
 def write(parts: list[dict], opts: Namespace) -> None:
     title = "dry run on a CPU" if opts.dry_run else opts.device.name
     write_json(opts.out / "gpu-report.json", {"title": title, "parts": parts})
-    with (atomic_path(opts.out / "gpu-report.md") as temporary,
-          temporary.open("w", encoding="utf-8") as file, redirect_stdout(file)):
+    with (
+        atomic_path(opts.out / "gpu-report.md") as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+        redirect_stdout(file),
+    ):
         print(f"# GPU report: {title}\n")
-        print_table(("name", "result", "why", "seconds"), [
-            [part[key] for key in ("name", "result", "why", "seconds")] for part in parts])
+        print_table(
+            ("name", "result", "why", "seconds"),
+            [[part[key] for key in ("name", "result", "why", "seconds")] for part in parts],
+        )
         for part in parts:
             measured = {k: v for k, v in part["facts"].items() if isinstance(v, dict)}
             print(f"\n## {part['name']}\n")
             print("".join(f"- {k}: {v}\n" for k, v in part["facts"].items() if k not in measured))
             if part["checks"]:
-                print_table(("check", "value", "allowed", "ok"), [
-                    (c["name"], f"{c['value']:.2g}", f"{c['allowed']:.2g}", str(c["ok"]))
-                    for c in part["checks"]])
+                print_table(
+                    ("check", "value", "allowed", "ok"),
+                    [
+                        (c["name"], f"{c['value']:.2g}", f"{c['allowed']:.2g}", str(c["ok"]))
+                        for c in part["checks"]
+                    ],
+                )
             if measured:
-                print_table(("", *next(iter(measured.values()))), [
-                    (name, *map(str, figures.values())) for name, figures in measured.items()])
+                print_table(
+                    ("", *next(iter(measured.values()))),
+                    [(name, *map(str, figures.values())) for name, figures in measured.items()],
+                )
 
 
 if __name__ == "__main__":

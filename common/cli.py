@@ -51,8 +51,9 @@ def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Ca
             value = math.nan
         if not low <= value <= high or (below and value == high):
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is not {what} from {low:g} to "
-                                             f"{'below ' if below else ''}{high:g}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r:.40} is not {what} from {low:g} to {'below ' if below else ''}{high:g}"
+            )
         return value
 
     return parse
@@ -68,13 +69,22 @@ def steps_or_seconds(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{error}, nor a time such as 90s or 10m") from error
 
 
-BASE = {"default": "auto", "metavar": "B",
-        "help": "directory, gpt2[-medium|-large|-xl], mini, or auto: gpt2 where it can be had, "
-                "else mini"}
-DEVICE = {"default": "auto", "choices": ("auto", "cpu", "cuda", "mps"),
-          "help": "auto: CUDA, else MPS, else the CPU"}
-PRECISION = {"default": "auto", "choices": ("auto", *PRECISIONS),
-             "help": "of the matmuls; auto: by the device (README, Speed)"}
+BASE = {
+    "default": "auto",
+    "metavar": "B",
+    "help": "directory, gpt2[-medium|-large|-xl], mini, or auto: gpt2 where it can be had, "
+    "else mini",
+}
+DEVICE = {
+    "default": "auto",
+    "choices": ("auto", "cpu", "cuda", "mps"),
+    "help": "auto: CUDA, else MPS, else the CPU",
+}
+PRECISION = {
+    "default": "auto",
+    "choices": ("auto", *PRECISIONS),
+    "help": "of the matmuls; auto: by the device (README, Speed)",
+}
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

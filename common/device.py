@@ -21,7 +21,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 class Device:
     """Where a command computes, and in which precision its matmuls run."""
 
-    torch: torch.device
+    torch_device: torch.device
     precision: str
 
     @classmethod
@@ -31,13 +31,20 @@ class Device:
         fp32. Raises UserError for a device that is missing or runs no kernel, and for training on
         MPS in fp16.
         """
-        asked, present = device, {"cuda": torch.cuda.is_available(),
-                                  "mps": torch.backends.mps.is_available(), "cpu": True}
+        asked, present = (
+            device,
+            {
+                "cuda": torch.cuda.is_available(),
+                "mps": torch.backends.mps.is_available(),
+                "cpu": True,
+            },
+        )
         if device == "auto":
             device = next(name for name, there in present.items() if there)
         if not present[device]:
-            raise UserError(f"--device {device}: this machine or this build of torch has none; "
-                            "use cpu")
+            raise UserError(
+                f"--device {device}: this machine or this build of torch has none; use cpu"
+            )
         if device == "cuda" and (failure := _first_kernel_fails()):
             old = "no kernel image" in failure
             reason = f"the GPU's first kernel fails ({failure})"
@@ -48,8 +55,10 @@ class Device:
             print(f"warning: the CPU is used: {reason}", file=sys.stderr)
             device = "cpu"
         if train and (device, precision) == ("mps", "fp16"):  # pytorch#186360
-            raise UserError("--precision fp16: on MPS, AdamW also takes the steps whose gradients "
-                            "overflowed; use bf16 or fp32")
+            raise UserError(
+                "--precision fp16: on MPS, AdamW also takes the steps whose gradients "
+                "overflowed; use bf16 or fp32"
+            )
         if precision == "auto" and device == "cuda":
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16" if bf16 else "fp16"
@@ -59,7 +68,7 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        return self.torch.type == "cuda"
+        return self.torch_device.type == "cuda"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,28 +76,32 @@ class Device:
 
     @property
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.torch) if self.is_cuda else self.torch.type
+        return (
+            torch.cuda.get_device_name(self.torch_device)
+            if self.is_cuda
+            else self.torch_device.type
+        )
 
     def autocast(self) -> AbstractContextManager:
         """Return a context in which matmuls run in `precision`; parameters stay as they are."""
         if self.precision == "fp32":  # on MPS, torch 2.8 and 2.9 warn of an autocast to fp32
             return nullcontext()
-        return torch.autocast(self.torch.type, self.dtype)
+        return torch.autocast(self.torch_device.type, self.dtype)
 
     def copy(self, x: Tensor) -> Tensor:
         """Copy to the device; to a CUDA GPU from pinned memory, while the CPU goes on."""
         if self.is_cuda:
-            return x.pin_memory().to(self.torch, non_blocking=True)
-        return x.to(self.torch)
+            return x.pin_memory().to(self.torch_device, non_blocking=True)
+        return x.to(self.torch_device)
 
-    def hold(self, model: nn.Module) -> nn.Module:
+    def place(self, model: nn.Module) -> nn.Module:
         """Move the model to the device. Cast its frozen matrices to `precision` once: autocast
         would cast them again at every step.
         """
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
                 module.to(self.dtype)
-        return model.to(self.torch)
+        return model.to(self.torch_device)
 
     def set_tf32(self, allowed: bool) -> None:
         """Let fp32 matmuls on CUDA round their inputs to TF32's 10 bits of mantissa, or not."""
@@ -98,20 +111,22 @@ class Device:
     def check_compiler(self) -> None:
         """Raise UserError if torch.compile does not work here."""
         try:
-            torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.torch))
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.torch_device))
         except Exception as error:  # each backend has exceptions of its own
-            raise UserError("--compile: needs a C++ compiler and, on a GPU, Python's headers "
-                            f"({first_line(getattr(error, 'inner_exception', error))})") from error
+            raise UserError(
+                "--compile: needs a C++ compiler and, on a GPU, Python's headers "
+                f"({first_line(getattr(error, 'inner_exception', error))})"
+            ) from error
 
     @property
     def random(self) -> ModuleType:
         """Return the module whose get_rng_state and set_rng_state are for this device."""
-        return {"cuda": torch.cuda, "mps": torch.mps}.get(self.torch.type, torch)
+        return {"cuda": torch.cuda, "mps": torch.mps}.get(self.torch_device.type, torch)
 
     def peak_memory_mb(self) -> float:
         """Return the peak memory so far in 10^6 bytes, of CUDA's allocator or else the process."""
         if self.is_cuda:
-            return torch.cuda.max_memory_allocated(self.torch) / 1e6
+            return torch.cuda.max_memory_allocated(self.torch_device) / 1e6
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 

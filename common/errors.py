@@ -15,8 +15,10 @@ class RunError(Exception):
 
 # torch's CPU allocator and cuBLAS have no exception of their own.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
-ADVICE = ("a smaller --batch-size, --block-size or --base, --precision bf16 or, in training, "
-          "--grad-accum or --gradient-checkpointing")
+ADVICE = (
+    "a smaller --batch-size, --block-size or --base, --precision bf16 or, in training, "
+    "--grad-accum or --gradient-checkpointing"
+)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -48,7 +50,8 @@ def describe_failure(error: BaseException | None) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
     if isinstance(error, MemoryError) or (
-            isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)):
+        isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    ):
         return f"out of memory; try {ADVICE}"
     return None
 

@@ -19,6 +19,7 @@ def subplots(*grid: int, figsize: tuple[float, float], **shared: bool):
     """Return a new figure and its axes, in `grid` rows and columns."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its `!` commands inherit, may be missing
     from matplotlib.figure import Figure  # slow to import, and few commands draw
+
     figure = Figure(figsize, layout="constrained")
     return figure, figure.subplots(*grid, **shared)
 

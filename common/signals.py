@@ -20,7 +20,7 @@ for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
 unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
 
 
-def end_in_one_line() -> None:
+def install_exit_handlers() -> None:
     """From here on, let a signal end the process at once."""
     on_signals(end_at_once)
 

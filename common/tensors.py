@@ -17,8 +17,12 @@ from common.files import brief, open_file
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Collection[str] = (),
-                 unread: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(
+    path: Path,
+    shapes: Mapping[str, Collection[int]],
+    optional: Collection[str] = (),
+    unread: Collection[str] = (),
+) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors named in `shapes` one by one, each in the precision of the file.
 
     The file is `.safetensors`, or else what torch.save wrote. Raises UserError, naming the tensor,
@@ -27,11 +31,14 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
     """
     keys, get = _open(path)
     if missing := sorted(shapes.keys() - keys - set(optional)):
-        raise UserError(f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); "
-                        "the file is of another model")
+        raise UserError(
+            f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); "
+            "the file is of another model"
+        )
     if extra := sorted(keys.keys() - shapes.keys() - set(unread)):
-        raise UserError(f"{path}: unexpected tensor {extra[0]!r:.120}; the file is of "
-                        "another model")
+        raise UserError(
+            f"{path}: unexpected tensor {extra[0]!r:.120}; the file is of another model"
+        )
     for key in filter(keys.__contains__, shapes):
         with _naming(path, f"{key}: "):
             tensor = get(key)
@@ -41,8 +48,10 @@ def read_tensors(path: Path, shapes: Mapping[str, Collection[int]], optional: Co
         if tensor.layout != torch.strided or tensor.is_meta:  # torch.load can return these
             raise UserError(f"{path}: {key} is sparse or holds no data; save it as a dense tensor")
         if tensor.shape != torch.Size(shapes[key]):
-            raise UserError(f"{path}: {key} is {brief(tuple(tensor.shape))} where "
-                            f"{tuple(shapes[key])} is needed")
+            raise UserError(
+                f"{path}: {key} is {brief(tuple(tensor.shape))} where "
+                f"{tuple(shapes[key])} is needed"
+            )
         if not _is_finite(tensor):
             raise UserError(f"{path}: {key} holds numbers that are not finite; the file is damaged")
         yield key, tensor
@@ -59,8 +68,12 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
-                  dtype: torch.dtype | None = None) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a safetensors file, one tensor in memory at a time. `dtype` None keeps each tensor's.
 
     Format: 8 bytes of header length, the header in JSON, the tensors' bytes
@@ -73,8 +86,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for key, tensor in tensors.items():
         stored = dtype or tensor.dtype
         begin, end = end, end + tensor.numel() * stored.itemsize
-        header[key] = {"dtype": DTYPES[stored], "shape": list(tensor.shape),
-                       "data_offsets": [begin, end]}
+        header[key] = {
+            "dtype": DTYPES[stored],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     with open(path, "wb") as file:
@@ -82,8 +98,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         for key, tensor in tensors.items():
             value = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
             if not _is_finite(value):
-                raise RunError(f"{key} holds numbers that are not finite in {value.dtype}; "
-                               "not written")
+                raise RunError(
+                    f"{key} holds numbers that are not finite in {value.dtype}; not written"
+                )
             file.write(value.flatten().view(torch.uint8).numpy())
 
 
@@ -95,8 +112,9 @@ def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], object]]:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
             # Open it for each: what was read of a mapped file stays in memory until it is closed.
             return shapes, lambda key: safe_open(path, framework="pt").get_tensor(key)
-        stored = torch.load(path, map_location="cpu", weights_only=True,
-                            mmap=zipfile.is_zipfile(path))  # tensors stay in the file until used
+        stored = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )  # tensors stay in the file until used
         stored = {str(key): value for key, value in stored.items()}
         return {key: [*getattr(x, "shape", ())] for key, x in stored.items()}, stored.get
 
@@ -113,8 +131,9 @@ def _naming(path: Path, tensor: str = "") -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        raise UserError(f"{path}: not a file of plain tensors; not read, since such a pickle can "
-                        "run code") from error
+        raise UserError(
+            f"{path}: not a file of plain tensors; not read, since such a pickle can run code"
+        ) from error
     except Exception as error:  # each reader has exceptions of its own
         reason = str(error).partition("\n")[0][:120] or type(error).__name__
         reason = reason if reason.isprintable() else ascii(reason)  # it may quote the file

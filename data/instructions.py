@@ -82,14 +82,18 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
             try:
                 ids, scored = encode(_turns(line), tokenizer)
                 if scored[-block_size - 1 :].all():
-                    raise ValueError(f"its completion is longer than a block of {block_size}; "
-                                     "shorten it, or use a larger --block-size")
+                    raise ValueError(
+                        f"its completion is longer than a block of {block_size}; "
+                        "shorten it, or use a larger --block-size"
+                    )
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
             rows.append(np.stack((ids[:-1], np.where(scored, ids, NOT_SCORED)[1:])))
     if longer := sum(row.shape[1] > block_size for row in rows):
-        print(f"{path}: {longer:,} of {len(rows):,} examples are longer than a block of "
-              f"{block_size} and lose their beginning")
+        print(
+            f"{path}: {longer:,} of {len(rows):,} examples are longer than a block of "
+            f"{block_size} and lose their beginning"
+        )
     return [row[:, -block_size:] for row in rows]
 
 
@@ -112,18 +116,25 @@ def _turns(line: bytes) -> list[tuple[str, str]]:
     try:
         example = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes "
-                         f"({error})") from error
+        raise ValueError(
+            f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes ({error})"
+        ) from error
     try:
         if "messages" not in example:
-            example = {"messages": [{"role": "user", "content": example["prompt"]},
-                                    {"role": "assistant", "content": example["completion"]}]}
+            example = {
+                "messages": [
+                    {"role": "user", "content": example["prompt"]},
+                    {"role": "assistant", "content": example["completion"]},
+                ]
+            }
         if any(m.get("weight", 1) != 1 for m in example["messages"]):
             raise ValueError("has a weight, which is not supported: every completion is scored")
         turns = [(NAMES[m["role"]], m["content"].strip()) for m in example["messages"]]
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError('needs the texts "prompt" and "completion", or "messages", a list of '
-                         '{"role": "user", "assistant" or "system", "content": text}') from error
+        raise ValueError(
+            'needs the texts "prompt" and "completion", or "messages", a list of '
+            '{"role": "user", "assistant" or "system", "content": text}'
+        ) from error
     if not turns or turns[-1][0] != "Assistant" or ("Assistant", "") in turns:
         raise ValueError("has an empty completion, or none at its end")
     if any("\0" in content for _, content in turns):

@@ -41,8 +41,10 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
 def require_end_of_text(tokenizer: Tokenizer) -> int:
     """Return the end-of-text token's id. Raises UserError if the base has none."""
     if tokenizer.end_of_text is None:
-        raise UserError(f"{tokenizer.source}: its tokenizer has no end-of-text token, which "
-                        "--data, --chat and several books need")
+        raise UserError(
+            f"{tokenizer.source}: its tokenizer has no end-of-text token, which "
+            "--data, --chat and several books need"
+        )
     return tokenizer.end_of_text
 
 
@@ -82,8 +84,10 @@ def _pieces(book: Path, tokenizer: Tokenizer) -> Iterator[str]:
                 yield text[:cut]
             rest = text[cut:]
             if len(rest) > LONGEST_RUN:
-                raise UserError(f"{book}: {len(rest):,} characters without a space or a new line "
-                                "between words; not a text")
+                raise UserError(
+                    f"{book}: {len(rest):,} characters without a space or a new line "
+                    "between words; not a text"
+                )
     if empty:
         raise UserError(f"{book}: is empty; give a text")
     if rest:
@@ -95,5 +99,6 @@ def _read(file: TextIO, size: int) -> str:
         return file.read(size)
     except UnicodeDecodeError as error:
         offset = file.buffer.tell() - len(error.object) + error.start
-        raise UserError(f"{file.name}: not UTF-8 text (byte {offset:,}: {error.reason}); "
-                        "save it as plain text") from error
+        raise UserError(
+            f"{file.name}: not UTF-8 text (byte {offset:,}: {error.reason}); save it as plain text"
+        ) from error

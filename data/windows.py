@@ -27,8 +27,9 @@ def scored_positions(targets: Tensor) -> Tensor:
 def check_block_size(block_size: int, config: GPT2Config) -> None:
     """Raise UserError if a block is longer than the base's context (`n_positions`)."""
     if block_size > config.n_positions:
-        raise UserError(f"--block-size {block_size}: the base sees {config.n_positions} tokens "
-                        "at most")
+        raise UserError(
+            f"--block-size {block_size}: the base sees {config.n_positions} tokens at most"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ class DoRALinear(LoRALinear):
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         super().__init__(base_layer, config)
         self.lora_magnitude_vector = nn.Parameter(
-            torch.linalg.norm(base_layer.weight.detach().float(), dim=1))
+            torch.linalg.norm(base_layer.weight.detach().float(), dim=1)
+        )
         self.register_buffer("norm", None, persistent=False)  # ||V|| of a merged layer
 
     def forward(self, x: Tensor) -> Tensor:

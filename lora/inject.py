@@ -20,8 +20,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; `unwrap` it first")
-    wrapped = {name: _wrap(model.get_submodule(name), layer_config(config, name), slices)
-               for name, slices in find_targets(model, config).items()}
+    wrapped = {
+        name: _wrap(model.get_submodule(name), layer_config(config, name), slices)
+        for name, slices in find_targets(model, config).items()
+    }
     model.requires_grad_(False)
     for name, layer in wrapped.items():
         model.set_submodule(name, layer)

@@ -46,5 +46,7 @@ class PiSSALinear(LoRALinear):
 
     def adapter(self) -> dict[str, Tensor]:
         """Return B A - B0 A0 = [B, -B0] [A; A0], an adapter of W itself, as PEFT converts it."""
-        return {"lora_A.weight": torch.cat([self.lora_A.weight, self.initial_A]),
-                "lora_B.weight": torch.cat([self.lora_B.weight, -self.initial_B], dim=1)}
+        return {
+            "lora_A.weight": torch.cat([self.lora_A.weight, self.initial_A]),
+            "lora_B.weight": torch.cat([self.lora_B.weight, -self.initial_B], dim=1),
+        }

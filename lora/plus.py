@@ -13,5 +13,7 @@ def parameter_groups(parameters: dict[str, Tensor], ratio: float | None) -> list
     if ratio is None:
         return [{"params": list(parameters.values()), "scale": 1.0}]
     faster = {name for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
-    return [{"params": [p for n, p in parameters.items() if n not in faster], "scale": 1.0},
-            {"params": [p for n, p in parameters.items() if n in faster], "scale": ratio}]
+    return [
+        {"params": [p for n, p in parameters.items() if n not in faster], "scale": 1.0},
+        {"params": [p for n, p in parameters.items() if n in faster], "scale": ratio},
+    ]

@@ -12,8 +12,11 @@ from lora.layer import LoRAConfig
 from lora.slices import SLICES
 
 TRANSFORMER, HEAD = "transformer.", "lm_head"
-REFUSED = {HEAD: "the head is tied to wte, and an update of one would change both",
-           "wte": "it is tied to the head", "wpe": "it is an embedding, not a linear layer"}
+REFUSED = {
+    HEAD: "the head is tied to wte, and an update of one would change both",
+    "wte": "it is tied to the head",
+    "wpe": "it is an embedding, not a linear layer",
+}
 
 
 def target_modules(names: list[str]) -> tuple[str, ...] | str:
@@ -38,17 +41,21 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     for target in [targets] if isinstance(targets, str) else targets:
         names, slices = _match(target, config, [*modules, HEAD], linear)
         if not names:
-            raise ValueError(f"target module {target!r} is not in the model"
-                             f"{' in these layers' if blocks else ''}"
-                             f"{' by a full name' if isinstance(targets, str) else ''}; it has "
-                             f"{', '.join(sorted(set(map(_last, linear))))}")
+            raise ValueError(
+                f"target module {target!r} is not in the model"
+                f"{' in these layers' if blocks else ''}"
+                f"{' by a full name' if isinstance(targets, str) else ''}; it has "
+                f"{', '.join(sorted(set(map(_last, linear))))}"
+            )
         for name in names:
             if reason := REFUSED.get(_last(name)):
                 raise ValueError(f"target module {target!r} is refused: {reason}")
             if name not in linear:
-                raise ValueError(f"target module {target!r} matches "
-                                 f"{name.removeprefix(TRANSFORMER)}, a "
-                                 f"{type(modules[name]).__name__}; only linear layers are adapted")
+                raise ValueError(
+                    f"target module {target!r} matches "
+                    f"{name.removeprefix(TRANSFORMER)}, a "
+                    f"{type(modules[name]).__name__}; only linear layers are adapted"
+                )
             if name in found and bool(found[name]) != bool(slices):
                 raise ValueError(f"target module {target!r} is named whole and by a slice")
             found[name] = found.get(name, set()) | slices
@@ -60,8 +67,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     return {name.removeprefix(TRANSFORMER): found[name] for name in modules if name in found}
 
 
-def _match(target: str, config: LoRAConfig, names: list[str],
-           linear: list[str]) -> tuple[list[str], set[str]]:
+def _match(
+    target: str, config: LoRAConfig, names: list[str], linear: list[str]
+) -> tuple[list[str], set[str]]:
     """Return the names that a target matches, and its slice: {"q"}, {"k"}, {"v"} or none."""
     if config.target_modules == "all-linear":
         return linear, set()
@@ -72,16 +80,22 @@ def _match(target: str, config: LoRAConfig, names: list[str],
     if slices and _last(suffix) != "c_attn":
         raise ValueError(f"target module {target!r}: only c_attn has slices")
     blocks = config.layers_to_transform
-    return [name for name in names if name == suffix or (
-        f".{name}".endswith(f".{suffix}") and (not blocks or _block(name) in blocks))], slices
+    return [
+        name
+        for name in names
+        if name == suffix
+        or (f".{name}".endswith(f".{suffix}") and (not blocks or _block(name) in blocks))
+    ], slices
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
     """Return `config` with one layer's rank and alpha: those of the first pattern that matches."""
     full = TRANSFORMER + name
     r = next((r for key, r in config.rank_pattern.items() if _matches(key, full)), config.r)
-    alpha = next((alpha for key, alpha in config.alpha_pattern.items() if _matches(key, full)),
-                 config.lora_alpha)
+    alpha = next(
+        (alpha for key, alpha in config.alpha_pattern.items() if _matches(key, full)),
+        config.lora_alpha,
+    )
     return replace(config, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
 

@@ -50,9 +50,11 @@ class _OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)  # g = dL/dy
-        return (_onednn(grad, weight.T) if for_x else None,  # dL/dx = g W
-                _onednn(rows.T, x.flatten(0, -2).T) if for_weight else None,  # dL/dW = g^T x
-                rows.sum(0) if for_bias else None)
+        return (
+            _onednn(grad, weight.T) if for_x else None,  # dL/dx = g W
+            _onednn(rows.T, x.flatten(0, -2).T) if for_weight else None,  # dL/dW = g^T x
+            rows.sum(0) if for_bias else None,
+        )
 
 
 class Linear(nn.Linear):
@@ -95,7 +97,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        keep, = ctx.saved_tensors
+        (keep,) = ctx.saved_tensors
         return grad * keep.to(grad.dtype).mul_(ctx.scale), None
 
 
@@ -149,8 +151,9 @@ def _pad_on_cuda(w: Tensor) -> Tensor:
     return F.pad(w, (0, 0, 0, -len(w) % 64)) if w.is_cuda else w
 
 
-def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, vocab_size: int,
-                 large: bool = False) -> Iterator[tuple]:
+def _head_chunks(
+    h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, large: bool = False
+) -> Iterator[tuple]:
     """Yield chunks of n tokens: h (n, C), targets (n,), logits z and fp32 softmax p (n, V), loss
     (n,). In columns from `vocab_size` on, z is -inf and p is 0.
     """

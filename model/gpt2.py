@@ -86,8 +86,12 @@ class Attention(nn.Module):
             past = k.size(2) - T  # k and v hold these tokens and the T new ones
             # Without a past the mask is the usual one; a single new token sees all: no mask.
             y = F.scaled_dot_product_attention(
-                q, k, v, is_causal=past == 0,
-                attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None)
+                q,
+                k,
+                v,
+                is_causal=past == 0,
+                attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None,
+            )
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -170,7 +174,7 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        Autocast leaves embeddings in fp32, but `Device.hold` rounds frozen ones. Under autocast,
+        Autocast leaves embeddings in fp32, but `Device.place` rounds frozen ones. Under autocast,
         evaluation rounds trained ones too, so that the loss is the same during training and after.
         """
         tok, pos = self.wte(idx), self.wpe(positions)  # (B, T, C), (T, C)

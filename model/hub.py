@@ -55,7 +55,8 @@ def find_base(base: str) -> tuple[str, Path]:
         except HubError as error:
             raise UserError(
                 f"{error}; place {CONFIG} and {WEIGHTS} by hand in {CACHE / base}, "
-                "set HF_ENDPOINT to a mirror, or use --base mini") from error
+                "set HF_ENDPOINT to a mirror, or use --base mini"
+            ) from error
     if os.path.isdir(base):
         return base, Path(base)
     names = ", ".join(("auto", "mini", *HUB_NAMES))

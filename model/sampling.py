@@ -9,18 +9,31 @@ from model import fast as ops
 from model.gpt2 import GPT2, KVCache
 
 
-def generate(model: GPT2, ids: Tensor, max_new_tokens: int, *,
-             generator: torch.Generator | None = None, **sampling) -> Iterator[int]:
+def generate(
+    model: GPT2,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    generator: torch.Generator | None = None,
+    **sampling,
+) -> Iterator[int]:
     """Draw tokens one by one after `ids` (T,), T >= 1; the caller decides when to stop."""
     for tokens in generate_rows(model, [ids], max_new_tokens, [generator], **sampling):
         yield tokens.item()
 
 
 @torch.inference_mode()
-def generate_rows(model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
-                  generators: Sequence[torch.Generator | None], *, temperature: float = 1.0,
-                  top_k: int = 0, top_p: float = 1.0,
-                  never: Tensor | None = None) -> Iterator[Tensor]:
+def generate_rows(
+    model: GPT2,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    generators: Sequence[torch.Generator | None],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    never: Tensor | None = None,
+) -> Iterator[Tensor]:
     """Yield ids (n,) step by step: the next token of each of n prompts (T_i,), drawn with the row's
     own generator. Tokens marked in `never`, bool (V,), are not drawn.
 
@@ -44,16 +57,21 @@ def generate_rows(model: GPT2, prompts: Sequence[Tensor], max_new_tokens: int,
         logits = ops.linear(hidden, model.wte.weight).float()  # (n, V)
         if never is not None:
             logits = logits.masked_fill(never, -torch.inf)
-        new = torch.stack([
-            prompt[position : position + 1] if position < len(prompt) else
-            sample(row, temperature, top_k, top_p, generator)
-            for prompt, row, generator in zip(prompts, logits, generators, strict=True)])  # (n, 1)
+        new = torch.stack(
+            [
+                prompt[position : position + 1]
+                if position < len(prompt)
+                else sample(row, temperature, top_k, top_p, generator)
+                for prompt, row, generator in zip(prompts, logits, generators, strict=True)
+            ]
+        )  # (n, 1)
         window = torch.cat((window, new), 1)
         yield new[:, 0].masked_fill(position < ends, -1)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator | None) -> Tensor:
+def sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> Tensor:
     """Draw one token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
 
     Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always

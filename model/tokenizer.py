@@ -60,8 +60,12 @@ class Tokenizer:
     @cached_property
     def _engine(self) -> tiktoken.Encoding:
         special = {text: len(self.merges) + i for i, text in enumerate(self.special)}
-        return tiktoken.Encoding("base", pat_str=self.pattern, special_tokens=special,
-                                 mergeable_ranks={b: rank for rank, b in enumerate(self.merges)})
+        return tiktoken.Encoding(
+            "base",
+            pat_str=self.pattern,
+            special_tokens=special,
+            mergeable_ranks={b: rank for rank, b in enumerate(self.merges)},
+        )
 
     @property
     def dtype(self) -> type:
@@ -74,8 +78,9 @@ class Tokenizer:
     @cached_property
     def bytes_of(self) -> dict[int, bytes]:
         """Map each token's id to its bytes. An id that pads the vocabulary is missing."""
-        return (dict(zip(self.ids, self.merges, strict=True))
-                | {i: text.encode() for text, i in reversed(self.special.items())})
+        return dict(zip(self.ids, self.merges, strict=True)) | {
+            i: text.encode() for text, i in reversed(self.special.items())
+        }
 
     @cached_property
     def byte_counts(self) -> np.ndarray:

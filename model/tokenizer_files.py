@@ -16,10 +16,14 @@ from common.files import atomic_path, brief, open_file, read_json
 from model.tokenizer import END_OF_TEXT, PATTERN, Tokenizer, rank_tokens
 from model.weights import CONFIG
 
-FAST, VOCAB, MERGES, SETTINGS = ("tokenizer.json", "vocab.json", "merges.txt",
-                                 "tokenizer_config.json")
+FAST, VOCAB, MERGES, SETTINGS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+)
 SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
-GPT2, GPT2_SIZE = Path(__file__).with_name("gpt2_tokenizer"), 50257
+GPT2_FILES, GPT2_SIZE = Path(__file__).with_name("gpt2_tokenizer"), 50257
 FOREIGN = ("tokenizer.model", "spiece.model", "vocab.txt")  # SentencePiece's and WordPiece's
 FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED)
 # Parts of regular expressions that tiktoken and Hugging Face (Oniguruma) read differently.
@@ -43,15 +47,19 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     elif foreign := next(filter(Path.exists, map(directory.joinpath, FOREIGN)), None):
         raise UserError(f"{foreign}: is not byte-level BPE, and only that is known")
     elif vocab_size == GPT2_SIZE:
-        read, path = read_json, GPT2 / FAST
+        read, path = read_json, GPT2_FILES / FAST
     else:
-        raise UserError(f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and "
-                        f"the base has no tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}")
+        raise UserError(
+            f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and "
+            f"the base has no tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}"
+        )
     try:
         return _byte_level(path, read(path), vocab_size)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}, or a file beside it, is not what Hugging Face writes: "
-                        f"{type(error).__name__} {error!s:.80}") from error
+        raise UserError(
+            f"{path}, or a file beside it, is not what Hugging Face writes: "
+            f"{type(error).__name__} {error!s:.80}"
+        ) from error
 
 
 def _read_vocab_and_merges(path: Path) -> dict:
@@ -69,25 +77,36 @@ def _read_vocab_and_merges(path: Path) -> dict:
         if token["content"] in vocab:
             added.append({**token, "id": vocab[token["content"]]})
     merges = [line for line in lines if line and not line.startswith("#version")]
-    return {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added,
-            "pre_tokenizer": {"type": "ByteLevel"}}
+    return {
+        "model": {"vocab": vocab, "merges": merges},
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "ByteLevel"},
+    }
 
 
 def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
     """Build the tokenizer, turning characters into the bytes they spell; bytes rank first."""
     model = stored.get("model") or {}
     if model.get("type", "BPE") != "BPE" or not {"vocab", "merges"} <= model.keys():
-        raise UserError(f"{path}: is a {brief(model.get('type'))} tokenizer; only byte-level BPE "
-                        "is known")
-    for field in ("normalizer", "dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                  "byte_fallback"):
+        raise UserError(
+            f"{path}: is a {brief(model.get('type'))} tokenizer; only byte-level BPE is known"
+        )
+    for field in (
+        "normalizer",
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+    ):
         if value := (stored | model).get(field):
             raise UserError(f"{path}: {field} {brief(value)} is not supported")
     after = stored.get("post_processor") or {}
     for step in after.get("processors") or [after]:
         if step.get("cls") or "SpecialToken" in str(step.get("single")):
-            raise UserError(f"{path}: post_processor {brief(step)} adds tokens to each text, which "
-                            "is not supported")
+            raise UserError(
+                f"{path}: post_processor {brief(step)} adds tokens to each text, which "
+                "is not supported"
+            )
     pattern, vocab = _pattern(path, stored.get("pre_tokenizer") or {}), model["vocab"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     byte_of = {character: byte for byte, character in enumerate(_characters())}
@@ -96,19 +115,23 @@ def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
         ids = tuple(vocab[word] for word in words)
         texts = tuple(bytes(byte_of[character] for character in word) for word in words)
     except KeyError as error:
-        raise UserError(f"{path}: is not byte-level BPE: its vocabulary lacks "
-                        f"{error!s:.80}") from error
+        raise UserError(
+            f"{path}: is not byte-level BPE: its vocabulary lacks {error!s:.80}"
+        ) from error
     special, end = _special(path, stored.get("added_tokens") or [], vocab)
     named = {first + second for first, second in merges}
     if model.get("ignore_merges"):
         named |= vocab.keys() - special.keys()
     if unmade := named - {*words}:
-        raise UserError(f"{path}: no merge makes token {brief(min(unmade))} of its own characters, "
-                        "which is not supported")
+        raise UserError(
+            f"{path}: no merge makes token {brief(min(unmade))} of its own characters, "
+            "which is not supported"
+        )
     for token in (*ids, *special.values()):
         if type(token) is not int or not 0 <= token < vocab_size:
-            raise UserError(f"{path}: has token {brief(token)}; config.json's vocab_size is "
-                            f"{vocab_size}")
+            raise UserError(
+                f"{path}: has token {brief(token)}; config.json's vocab_size is {vocab_size}"
+            )
     tokenizer = Tokenizer(pattern, texts, ids, special, end, vocab_size, path.parent)
     try:
         tokenizer.encode("")
@@ -117,8 +140,9 @@ def _byte_level(path: Path, stored: dict, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _special(path: Path, added: list[dict],
-             vocab: dict[str, int]) -> tuple[dict[str, int], int | None]:
+def _special(
+    path: Path, added: list[dict], vocab: dict[str, int]
+) -> tuple[dict[str, int], int | None]:
     """Return the ids of tokens that are never split, and that of the end of text (None: none)."""
     settings = _read(path.parent, SETTINGS)
     if settings.get("add_prefix_space"):
@@ -127,8 +151,10 @@ def _special(path: Path, added: list[dict],
     special = {}
     for token in [*({**decoder[i], "id": int(i)} for i in decoder), *added]:
         if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise UserError(f"{path}: token {brief(token['content'])} strips or needs white space "
-                            "around it, which is not supported")
+            raise UserError(
+                f"{path}: token {brief(token['content'])} strips or needs white space "
+                "around it, which is not supported"
+            )
         if not token["content"]:
             raise UserError(f"{path}: token {brief(token['id'])} has no text")
         special[token["content"]] = token["id"]
@@ -146,8 +172,10 @@ def _special(path: Path, added: list[dict],
         special = {END_OF_TEXT: end} | special
     for first, second in pairwise(sorted(special)):
         if second.startswith(first):  # tiktoken would take either
-            raise UserError(f"{path}: special token {brief(second)} begins with another, "
-                            f"{brief(first)}, which is not supported")
+            raise UserError(
+                f"{path}: special token {brief(second)} begins with another, "
+                f"{brief(first)}, which is not supported"
+            )
     return special, end
 
 
@@ -158,16 +186,26 @@ def _pattern(path: Path, step: dict) -> str:
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
         if len(steps) == 1 and last.get("use_regex", True):
             pattern = PATTERN
-        elif (len(steps) == 2 and not last.get("use_regex", True) and steps[0]["type"] == "Split"
-              and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert")):
+        elif (
+            len(steps) == 2
+            and not last.get("use_regex", True)
+            and steps[0]["type"] == "Split"
+            and steps[0]["behavior"] == "Isolated"
+            and not steps[0].get("invert")
+        ):
             own = steps[0]["pattern"].get("Regex")
-            if own and not (DIFFERENT.search(own) or ANCHOR.search(CLASS.sub("", own))
-                            or _matches_empty_text(own)):
+            if own and not (
+                DIFFERENT.search(own)
+                or ANCHOR.search(CLASS.sub("", own))
+                or _matches_empty_text(own)
+            ):
                 # What lies between two matches is a word, too; tiktoken would drop it.
                 pattern = rf"{own}|(?:(?!{own})[\s\S])+"
     if not pattern:
-        raise UserError(f"{path}: pre_tokenizer {brief(step)} is not supported; only byte-level, "
-                        "with GPT-2's pattern or one of its own")
+        raise UserError(
+            f"{path}: pre_tokenizer {brief(step)} is not supported; only byte-level, "
+            "with GPT-2's pattern or one of its own"
+        )
     return pattern
 
 

@@ -39,16 +39,18 @@ ALIASES = {  # transformers takes either name
     "num_attention_heads": "n_head",
 }
 LIMITS = {"n_layer": (int, 1, 512)} | dict.fromkeys(
-    ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), (int, 1, 1 << 20))
+    ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), (int, 1, 1 << 20)
+)
 
 
 def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
-    Linear layers and embeddings are read in `dtype`, norms in fp32, as `Device.hold` keeps a frozen
-    model; the whole is never held in fp32 first. Raises UserError, naming it, for a tensor that is
-    missing, unexpected, not finite or of another shape or type, and for a config field that asks
-    for another architecture.
+    Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.place` keeps a
+    frozen model; the whole is never held in fp32 first.
+
+    Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
+    type, and for a config field that asks for another architecture.
     """
     directory = Path(directory)
     with torch.device("meta"):
@@ -69,7 +71,8 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
     shapes = {HEAD: needed["wte.weight"].shape} | {
         prefix + name: p.shape[::-1] if CONV1D.search(name) else p.shape
-        for name, p in needed.items()}
+        for name, p in needed.items()
+    }
     tied = {HEAD} if f"{prefix}wte.weight" in keys else {f"{prefix}wte.weight"}
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
     head = None  # the tied head, if the file has it: `shapes`, and so the loop, begins with it
@@ -91,8 +94,10 @@ def find_weights(directory: Path) -> Path | None:
         if os.path.lexists(path := Path(directory) / name):  # a dangling link is no absence
             return path
         if os.path.exists(index := f"{path}.index.json"):
-            raise UserError(f"{index}: sharded weights are not read; save one file with "
-                            "transformers' save_pretrained(..., max_shard_size='100GB')")
+            raise UserError(
+                f"{index}: sharded weights are not read; save one file with "
+                "transformers' save_pretrained(..., max_shard_size='100GB')"
+            )
     return None
 
 
@@ -107,7 +112,8 @@ def base_hashes(directory: Path) -> dict[str, str]:
     """Return the sha256 of the two files that decide what a base computes: its identity."""
     weights = find_weights(directory)
     return {"config": file_sha256(directory / CONFIG)} | (
-        {"weights": file_sha256(weights)} if weights else {})
+        {"weights": file_sha256(weights)} if weights else {}
+    )
 
 
 def load_config(directory: Path) -> GPT2Config:
@@ -117,25 +123,31 @@ def load_config(directory: Path) -> GPT2Config:
         raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
     stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
     if "model_type" not in stored and not {"n_embd", "n_layer", "n_head"} <= stored.keys():
-        raise UserError(f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is "
-                        "known")
+        raise UserError(
+            f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is known"
+        )
     for field, known in SUPPORTED.items():
         if field in stored and stored[field] not in known:
-            raise UserError(f"{path}: {field} {brief(stored[field])} is not supported, only "
-                            f"{' or '.join(map(repr, known))}")
+            raise UserError(
+                f"{path}: {field} {brief(stored[field])} is not supported, only "
+                f"{' or '.join(map(repr, known))}"
+            )
     fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
     for field, value in fields.items():
         if field not in SUPPORTED and (field, value) != ("n_inner", None):
             check_number(path, field, value, *LIMITS.get(field, (int | float, 0, 1)))
-    config = GPT2Config(**fields, token_ids={name: value for name, value in stored.items()
-                                             if name.endswith("_token_id")})
+    config = GPT2Config(
+        **fields,
+        token_ids={name: value for name, value in stored.items() if name.endswith("_token_id")},
+    )
     if config.n_embd % config.n_head:
         raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
     return config
 
 
-def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
-              end_of_text: int | None = None) -> None:
+def save_gpt2(
+    model: GPT2, directory: Path, dtype: torch.dtype | None = None, end_of_text: int | None = None
+) -> None:
     """Write `config.json` and `model.safetensors` in transformers' own layout, each atomically.
 
     The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each's own.
@@ -144,7 +156,8 @@ def save_gpt2(model: GPT2, directory: Path, dtype: torch.dtype | None = None,
     directory = Path(directory)
     tensors: dict[str, Tensor] = {
         f"transformer.{name}": p.detach().t() if CONV1D.search(name) else p.detach()
-        for name, p in model.named_parameters()}
+        for name, p in model.named_parameters()
+    }
     fields = dataclasses.asdict(model.config)
     token_ids = fields.pop("token_ids")
     eos = token_ids.get("eos_token_id") if end_of_text is None else end_of_text

@@ -33,8 +33,8 @@ def base(tmp_path_factory):
 @pytest.fixture
 def adapter(base, tmp_path):
     """The directory of an adapter of `base` on c_attn, r 4, as we write it."""
-    from lora.adapter import save_adapter
-    from tests.adapters import adapted
+    from adapters.files import save_adapter
+    from tests.pairs import adapted
 
     save_adapter(*adapted(base, ("c_attn",), r=4), tmp_path / "adapter", "gpt2")
     return tmp_path / "adapter"
@@ -58,6 +58,20 @@ def runs(base, book, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("runs")
     with drawing():
-        return {method: trained(method, base, book, out / method, "--epochs", 2,
-                                "--eval-every", 3, "--lr", 3e-3, "--checkpoint-every", 4)
-                for method in ("lora", "full")}
+        return {
+            method: trained(
+                method,
+                base,
+                book,
+                out / method,
+                "--epochs",
+                2,
+                "--eval-every",
+                3,
+                "--lr",
+                3e-3,
+                "--checkpoint-every",
+                4,
+            )
+            for method in ("lora", "full")
+        }

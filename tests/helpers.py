@@ -16,7 +16,7 @@ from torch import nn
 from common.errors import UserError
 from common.figures import can_draw
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from model.tokenizer_files import FAST, GPT2, SETTINGS, load_tokenizer
+from model.tokenizer_files import FAST, GPT2_FILES, SETTINGS, load_tokenizer
 from training import report
 
 transformers.logging.disable_progress_bar()
@@ -41,7 +41,8 @@ def tiny_gpt2(seed: int = 0, **config: object) -> transformers.GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(**fields, bos_token_id=end, eos_token_id=end))
+            transformers.GPT2Config(**fields, bos_token_id=end, eos_token_id=end)
+        )
         perturb(model)
     return model.eval()
 
@@ -74,16 +75,18 @@ def small_tokenizer(vocab_size: int) -> Tokenizer:
 def write_small_tokenizer(directory: Path, vocab_size: int) -> None:
     """Write `small_tokenizer`'s files."""
     (directory / FAST).write_text(_small_tokenizer_json(vocab_size))
-    shutil.copy(GPT2 / SETTINGS, directory)
+    shutil.copy(GPT2_FILES / SETTINGS, directory)
 
 
 @cache
 def _small_tokenizer_json(vocab_size: int) -> str:
     """Return GPT-2's `tokenizer.json` cut: each rank is a merge of two lower ones."""
-    stored, end = json.loads((GPT2 / FAST).read_text()), vocab_size - 1
+    stored, end = json.loads((GPT2_FILES / FAST).read_text()), vocab_size - 1
     words = {word: i for word, i in stored["model"]["vocab"].items() if i < end}
-    stored["model"] |= {"vocab": words | {END_OF_TEXT: end},
-                        "merges": stored["model"]["merges"][: end - 256]}
+    stored["model"] |= {
+        "vocab": words | {END_OF_TEXT: end},
+        "merges": stored["model"]["merges"][: end - 256],
+    }
     stored["added_tokens"][0]["id"] = end
     return json.dumps(stored)
 

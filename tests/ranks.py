@@ -25,27 +25,43 @@ def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], li
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": str(len(commands)),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {
+        "TORCHELASTIC_RUN_ID": "x",
+        "WORLD_SIZE": str(len(commands)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     ranks = ({**environment, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(len(commands)))
-    statuses = _run(*((be_rank, folder, command, during, rank)
-                      for command, rank in zip(commands, ranks, strict=True)))
+    statuses = _run(
+        *(
+            (be_rank, folder, command, during, rank)
+            for command, rank in zip(commands, ranks, strict=True)
+        )
+    )
     return statuses, (folder / "err").read_text().splitlines()
 
 
 def torchrun(folder: Path, command: list[str], during=None) -> tuple[int, list[str]]:
     """Start two ranks by torchrun's agent, their parent; return how it ends, and their stderr."""
     folder.mkdir()
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
-                          rdzv_endpoint="localhost:0", start_method="fork")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+    )
     [status] = _run((elastic_launch(config, be_rank), folder, command, during))
     return status, (folder / "err").read_text().splitlines()
 
 
 def _run(*calls: tuple) -> list[int]:
     """Make each call in a process of its own; return the exit statuses."""
-    processes = [multiprocessing.get_context("fork").Process(target=call, args=arguments)
-                 for call, *arguments in calls]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=call, args=arguments)
+        for call, *arguments in calls
+    ]
     for process in processes:
         process.start()
     for process in processes:

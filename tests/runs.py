@@ -77,9 +77,12 @@ def run(main: Callable[[], int | None], *argv: object) -> Ending:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     out, err = io.StringIO(), io.StringIO()
     try:
-        with (mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, argv)]),
-              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-              pytest.raises(SystemExit) as ended):
+        with (
+            mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, argv)]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
             run_command(main)
     finally:
         for number, handler in handlers.items():
@@ -91,11 +94,31 @@ def arguments(method: str, base: Path, book: Path, out: Path, *options: object) 
     """`train.py`'s arguments for a small run on the CPU; `options` come last and win. A `book` of
     JSON lines is its `--data`.
     """
-    source = (("--data", book) if Path(book).suffix == ".jsonl" else
-              ("--book", book, "--stride", BLOCK))
-    return list(map(str, (
-        method, "--base", base, *source, "--out", out, "--device", "cpu", "--precision", "fp32",
-        "--block-size", BLOCK, "--log-every", 1, *options)))
+    source = (
+        ("--data", book) if Path(book).suffix == ".jsonl" else ("--book", book, "--stride", BLOCK)
+    )
+    return list(
+        map(
+            str,
+            (
+                method,
+                "--base",
+                base,
+                *source,
+                "--out",
+                out,
+                "--device",
+                "cpu",
+                "--precision",
+                "fp32",
+                "--block-size",
+                BLOCK,
+                "--log-every",
+                1,
+                *options,
+            ),
+        )
+    )
 
 
 def trained(method: str, base: Path, book: Path, out: Path, *options: object) -> Run:

@@ -12,8 +12,11 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(r"`([\w./-]*\w\.(?:py|md|toml)|Makefile)`")
 SYMBOL = re.compile(r"`([\w.]+)`\s+in\s+\[?`?([\w./-]+\.py)`?")
-TOYS = re.findall(r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```",
-                  (ROOT / "docs/bugs.md").read_text(), re.MULTILINE | re.DOTALL)
+TOYS = re.findall(
+    r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```",
+    (ROOT / "docs/bugs.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
 
 
 @cache
@@ -25,15 +28,18 @@ def prose(page: Path) -> str:
 def anchors(page: Path) -> set[str]:
     """The anchors that a code host gives the page's headings."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
-            for heading in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def defines(path: Path, symbol: str) -> bool:
     """Say whether the file defines each part of `symbol`: a function, a class, a name or field."""
     code = path.read_text()
-    return all(re.search(rf"(def|class) {part}\b|^ *{part}\b.*[:=]", code, re.MULTILINE)
-               for part in symbol.split("."))
+    return all(
+        re.search(rf"(def|class) {part}\b|^ *{part}\b.*[:=]", code, re.MULTILINE)
+        for part in symbol.split(".")
+    )
 
 
 def wrong_links(page: Path) -> list[str]:
@@ -48,19 +54,26 @@ def wrong_links(page: Path) -> list[str]:
 
 
 def wrong_files(page: Path) -> list[str]:
-    return [name for name in NAMED_FILE.findall(prose(page))
-            if not (ROOT / name).exists() and not (page.parent / name).exists()]
+    return [
+        name
+        for name in NAMED_FILE.findall(prose(page))
+        if not (ROOT / name).exists() and not (page.parent / name).exists()
+    ]
 
 
 def wrong_symbols(page: Path) -> list[str]:
-    return [f"{symbol} in {path}" for symbol, path in SYMBOL.findall(prose(page))
-            if not (ROOT / path).is_file() or not defines(ROOT / path, symbol)]
+    return [
+        f"{symbol} in {path}"
+        for symbol, path in SYMBOL.findall(prose(page))
+        if not (ROOT / path).is_file() or not defines(ROOT / path, symbol)
+    ]
 
 
 def wrong_tests(page: Path) -> list[str]:
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    return [name for name in re.findall(r"`(test_\w+)`", prose(page))
-            if f"def {name}(" not in tests]
+    return [
+        name for name in re.findall(r"`(test_\w+)`", prose(page)) if f"def {name}(" not in tests
+    ]
 
 
 @pytest.mark.parametrize("check", [wrong_links, wrong_files, wrong_symbols, wrong_tests])
@@ -70,10 +83,12 @@ def test_what_the_pages_point_at_exists(check):
 
 def test_a_wrong_pointer_is_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# A heading: `x`\n[a](#a-heading-x) [b](#other) [c](none.md) `train.py` "
-                    "`no.py` `Trainer.step` in `train.py`, `Trainer.stop` in `train.py`, "
-                    "`main` in\n[`train.py`](../train.py), `test_nothing`, "
-                    "`test_no_page_is_over_250_lines`\n```\n[d](fence.md) `fence.py`\n```\n")
+    page.write_text(
+        "# A heading: `x`\n[a](#a-heading-x) [b](#other) [c](none.md) `train.py` "
+        "`no.py` `Trainer.step` in `train.py`, `Trainer.stop` in `train.py`, "
+        "`main` in\n[`train.py`](../train.py), `test_nothing`, "
+        "`test_no_page_is_over_250_lines`\n```\n[d](fence.md) `fence.py`\n```\n"
+    )
     assert wrong_links(page) == ["#other", "none.md", "../train.py"]
     assert wrong_files(page) == ["no.py"]
     assert wrong_symbols(page) == ["Trainer.stop in train.py"]

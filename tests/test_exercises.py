@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from exercises import __main__ as exercises
-from exercises import answers
+from lesson.exercises import __main__ as exercises
+from lesson.exercises import answers
 from training.options import ROOT
 
-SOLUTIONS = re.findall(r"^## (\d+)\..*?^```python\n(.*?)^```",
-                       (ROOT / "docs/solutions.md").read_text(), re.MULTILINE | re.DOTALL)
+SOLUTIONS = re.findall(
+    r"^## (\d+)\..*?^```python\n(.*?)^```",
+    (ROOT / "docs/solutions.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def test_every_exercise_has_a_page_a_check_and_a_solution():
@@ -20,7 +23,7 @@ def test_every_exercise_has_a_page_a_check_and_a_solution():
     page = (ROOT / "docs/exercises.md").read_text()
     assert [int(n) for n in numbers] == list(exercises.CHECKS) == list(range(1, 13))
     assert re.findall(r"^## (\d+)\.", page, re.MULTILINE) == numbers
-    assert re.findall(r"`python -m exercises (\d+)`", page) == numbers
+    assert re.findall(r"`python -m lesson.exercises (\d+)`", page) == numbers
 
 
 @pytest.mark.parametrize(("n", "block"), SOLUTIONS)
@@ -49,16 +52,23 @@ def normalise(scaler, optimizer, parameters, loss, clip):
     optimizer.step()
 
 
-@pytest.mark.parametrize(("n", "name", "wrong", "said"), [
-    (1, "swap_the_zero", keep_a, "A is not zero"),
-    (1, "swap_the_zero", positive, "yours is from 0.00 to 0.50"),
-    (6, "RANK", 12, "not a power of two"),
-    (2, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
-    (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
-    (5, "count_lora", lambda n, c, r, targets: n * r * (4 * c if targets == ("c_attn",) else 2 * c),
-     "6 layers of width 256"),  # of the two c_proj, the attention's alone
-    (12, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
-])
+@pytest.mark.parametrize(
+    ("n", "name", "wrong", "said"),
+    [
+        (1, "swap_the_zero", keep_a, "A is not zero"),
+        (1, "swap_the_zero", positive, "yours is from 0.00 to 0.50"),
+        (6, "RANK", 12, "not a power of two"),
+        (2, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
+        (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
+        (
+            5,
+            "count_lora",
+            lambda n, c, r, targets: n * r * (4 * c if targets == ("c_attn",) else 2 * c),
+            "6 layers of width 256",
+        ),  # of the two c_proj, the attention's alone
+        (12, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
+    ],
+)
 def test_a_check_refuses_a_wrong_answer(n, name, wrong, said):
     torch.manual_seed(n)
     with pytest.raises(exercises.Wrong, match=said):
@@ -70,9 +80,11 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch):
     exec(dict(SOLUTIONS)["11"], solved)
     monkeypatch.setattr(answers, "accumulate", solved["accumulate"])
     monkeypatch.setattr(answers, "alpha_for", lambda scaling, r, use_rslora: None)  # no return
-    monkeypatch.setattr("sys.argv", ["exercises", "1", "3", "12", "11"])
+    monkeypatch.setattr("sys.argv", ["lesson.exercises", "1", "3", "12", "11"])
     assert exercises.main() == 1
     assert re.fullmatch(
         "1: not answered yet\n"
         "3: a gradient of norm 0.5, clipped to 1, moved the weights by 1.5e-05 at rate 1, and "
-        "should by 0.5\n12: TypeError: .+\n11: passed\n", capsys.readouterr().out)
+        "should by 0.5\n12: TypeError: .+\n11: passed\n",
+        capsys.readouterr().out,
+    )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import train
-from experiments import (
+from lesson.experiments import (
     diagram,
     gradients,
     initialisation,
@@ -20,7 +20,7 @@ from experiments import (
     targets,
     variants,
 )
-from experiments.common import SHORT, trainer
+from lesson.experiments.common import SHORT, trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2
@@ -72,9 +72,14 @@ def test_alpha_is_the_learning_rate_of_b():
         torch.manual_seed(1)
         layer = LoRALinear(nn.Linear(12, 20), LoRAConfig(r=3, lora_alpha=alpha, lora_dropout=0))
         layer.double()
-        optimizer = torch.optim.AdamW([{"params": layer.lora_A.parameters(), "lr": 0.01},
-                                       {"params": layer.lora_B.parameters(), "lr": rate_of_b}],
-                                      eps=1e-30, weight_decay=0)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": layer.lora_A.parameters(), "lr": 0.01},
+                {"params": layer.lora_B.parameters(), "lr": rate_of_b},
+            ],
+            eps=1e-30,
+            weight_decay=0,
+        )
         for x in batches:
             optimizer.zero_grad()
             (layer(x) - target).square().sum().backward()
@@ -134,15 +139,17 @@ def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
 
 def test_variants(tmp_path, monkeypatch):
     """At LoRA's rate rsLoRA learns more, DoRA as much, PiSSA no less; LoRA+ more at a lower one."""
-    trained = {name: count_parameters(trainer(max_steps=1, **options).model)["trainable_parameters"]
-               for name, (_, options) in variants.CHOICES.items()}
+    trained = {
+        name: count_parameters(trainer(max_steps=1, **options).model)["trainable_parameters"]
+        for name, (_, options) in variants.CHOICES.items()
+    }
     assert trained.pop("LoRA-FA") == 36_864 and trained.pop("DoRA") == 49_152 + 4_608
     assert set(trained.values()) == {49_152}
     for slow in ("LoRA-FA", "q and v apart"):
         monkeypatch.delitem(variants.CHOICES, slow)
     data = run(variants, tmp_path)
     rates, runs = zip(*(next(iter(found.items())) for found in data.values()), strict=True)
-    lora, rslora, dora, pissa, plus = (perplexity for perplexity, in runs)
+    lora, rslora, dora, pissa, plus = (perplexity for (perplexity,) in runs)
     assert rates[:4] == (3e-3,) * 4 and rates[4] < 3e-3
     assert max(rslora, plus) < lora - 1 and dora == pytest.approx(lora, abs=1) and pissa < lora + 1
 
@@ -152,8 +159,12 @@ def test_similarity_is_that_of_hu_et_al():
     torch.manual_seed(0)
     some, others = torch.randn(2, 3, 20, 12)  # 3 blocks each
     u, v = (torch.linalg.svd(changes).Vh for changes in (some, others))
-    by_hand = [torch.stack([torch.linalg.matrix_norm(a[:k] @ b[:k].T) ** 2 / k
-                            for a, b in zip(u, v, strict=True)]).mean() for k in range(1, 13)]
+    by_hand = [
+        torch.stack(
+            [torch.linalg.matrix_norm(a[:k] @ b[:k].T) ** 2 / k for a, b in zip(u, v, strict=True)]
+        ).mean()
+        for k in range(1, 13)
+    ]
     torch.testing.assert_close(spectrum.similarity(u, v), torch.stack(by_hand))
     torch.testing.assert_close(spectrum.similarity(u, -u), torch.ones(12))
     left, right = some.clone(), some.clone()
@@ -170,8 +181,10 @@ def test_spectrum(tmp_path, monkeypatch):
     assert lora[7] == pytest.approx(1) and lora[6] < 0.9999  # the rank is 8, not less
     assert full[7] > 2 * random[7] and full[31] < 0.99  # far from random, and not of rank 32
     assert data["mlp.c_proj: full"][0][7] < full[7]
-    same, lora, both, floor = (torch.tensor(data[pair]).mean(0) for pair in (
-        "full and full", "LoRA and LoRA", "LoRA and full", "random and random"))
+    same, lora, both, floor = (
+        torch.tensor(data[pair]).mean(0)
+        for pair in ("full and full", "LoRA and LoRA", "LoRA and full", "random and random")
+    )
     torch.testing.assert_close(floor, torch.arange(1, 257) / 256, atol=0.05, rtol=0)
     assert len(lora) == len(both) == 8 and same[-1] == pytest.approx(1)
     assert (same[:8] > 0.15).all() and (lora < 0.1).all() and (both < same[:8] / 4).all()
@@ -187,7 +200,8 @@ def test_step_time(tmp_path, monkeypatch):
     for rows in zip(*[iter(data.items())] * 2, strict=True):  # full and LoRA, side by side
         (_, full), (name, lora) = rows
         assert [sum(step) for step in zip(*full.values(), strict=True)] == pytest.approx(
-            [1] * len(full["forward"]))
+            [1] * len(full["forward"])
+        )
         assert sum(lora["weight gradients"]) == 0 < min(full["weight gradients"]), name
         assert min(lora["input gradients"]) > 0 and min(lora["forward"]) > 0, name
         assert min(lora["A and B"]) > 0 == sum(full.get("A and B", [0])), name

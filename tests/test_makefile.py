@@ -24,28 +24,60 @@ def made(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def make(*arguments: str) -> list[str]:
-        return subprocess.run(["make", "-s", *arguments], cwd=tmp_path, check=True, text=True,
-                              capture_output=True).stdout.splitlines()
+        return subprocess.run(
+            ["make", "-s", *arguments], cwd=tmp_path, check=True, text=True, capture_output=True
+        ).stdout.splitlines()
+
     return make
 
 
 def test_quotes_and_dollars_are_left_alone(made, tmp_path):
     prompt = 'costs $5, "it\'s" $(shell touch ran) `touch ran` $HOME #'
     said = made("generate", f"PROMPT={prompt}", "OUT=a b$c", "BASE=it's")
-    assert said == ["generate.py", "--base", "it's", "--adapter", "a b$c", "--with-base",
-                    "--prompt", prompt]
+    assert said == [
+        "generate.py",
+        "--base",
+        "it's",
+        "--adapter",
+        "a b$c",
+        "--with-base",
+        "--prompt",
+        prompt,
+    ]
     assert not (tmp_path / "ran").exists()
     said = made("train-lora", "BOOK=it's $(X).txt", "ARGS=--lr 1e-3 --r 4")
-    assert said == ["train.py", "lora", "--base", "auto", "--book", "it's $(X).txt", "--lr",
-                    "1e-3", "--r", "4"]
+    assert said == [
+        "train.py",
+        "lora",
+        "--base",
+        "auto",
+        "--book",
+        "it's $(X).txt",
+        "--lr",
+        "1e-3",
+        "--r",
+        "4",
+    ]
 
 
 def test_what_is_not_given_is_the_commands_default(made):
     assert made("train-lora", "LR=1e-3", "R=4", "SEEDS=2")[2:] == [
-        "--base", "auto", "--lr", "1e-3", "--r", "4", "--seed", "2"]
+        "--base",
+        "auto",
+        "--lr",
+        "1e-3",
+        "--r",
+        "4",
+        "--seed",
+        "2",
+    ]
     assert made("train-full") == ["train.py", "full", "--base", "auto"]
     assert made("train-lora", "ARGS=--book 'a b.txt' c.txt")[4:] == ["--book", "a b.txt", "c.txt"]
     assert made("train-full", "DATA=it's $(X).jsonl")[2:] == [
-        "--base", "auto", "--data", "it's $(X).jsonl"]
+        "--base",
+        "auto",
+        "--data",
+        "it's $(X).jsonl",
+    ]
     assert made("parity") == ["-m", "benchmarks.parity"]
     assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]

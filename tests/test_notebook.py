@@ -4,11 +4,13 @@ import json
 
 import torch
 
-from notebooks.make import NOTEBOOK, SCRIPT, notebook
+from lesson.notebook.make import NOTEBOOK, SCRIPT, notebook
 
 
 def test_the_notebook_is_what_the_script_gives():
-    assert NOTEBOOK.read_text() == notebook(SCRIPT.read_text()), "run python -m notebooks.make"
+    assert NOTEBOOK.read_text() == notebook(SCRIPT.read_text()), (
+        "run python -m lesson.notebook.make"
+    )
 
 
 def test_the_notebook_shows_what_it_says(monkeypatch, capsys):

@@ -84,6 +84,8 @@ def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> objec
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {key: _take_tensors(item, f"{name}.{key}".lstrip("."), tensors)
-                for key, item in value.items()}
+        return {
+            key: _take_tensors(item, f"{name}.{key}".lstrip("."), tensors)
+            for key, item in value.items()
+        }
     return value

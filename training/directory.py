@@ -19,12 +19,22 @@ RUN, METRICS = "run.json", "metrics.jsonl"
 OLD_CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # of versions before safetensors
 # Everything that a run writes; `--overwrite` removes these names and no others. With this order,
 # what is left at any moment is an old run that can be resumed, or none.
-RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, *OLD_CHECKPOINTS, "loss.png", "adapter_config.json",
-             "adapter_model.safetensors", "config.json", "model.safetensors", *TOKENIZER_FILES,
-             METRICS)
+RUN_FILES = (
+    RUN,
+    CHECKPOINT,
+    PREVIOUS,
+    *OLD_CHECKPOINTS,
+    "loss.png",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "model.safetensors",
+    *TOKENIZER_FILES,
+    METRICS,
+)
 
 
-def check_out(options: Options) -> None:
+def refuse_used_directory(options: Options) -> None:
     """Raise UserError for an output directory in which something would be lost."""
     out = options.out
     if not is_utf8(str(out)):
@@ -37,14 +47,18 @@ def check_out(options: Options) -> None:
             raise UserError(f"--out {out}: is what --{name} reads; name another directory")
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]
     if old := [name for name in OLD_CHECKPOINTS if name in present and not options.overwrite]:
-        raise UserError(f"{out / old[0]}: an older version's checkpoint, which this one cannot "
-                        "read; --overwrite replaces the run, or name another directory")
+        raise UserError(
+            f"{out / old[0]}: an older version's checkpoint, which this one cannot "
+            "read; --overwrite replaces the run, or name another directory"
+        )
     if options.resume and not {RUN, CHECKPOINT, PREVIOUS, METRICS} & set(present):
         raise UserError(f"--resume: {out} holds no checkpoint; start without --resume")
     held = [name for name in present if name != METRICS or os.lstat(out / name).st_size]
     if held and not (options.resume or options.overwrite):
-        raise UserError(f"--out {out}: holds a run ({held[0]}); --resume continues it, "
-                        "--overwrite replaces it, or name another directory")
+        raise UserError(
+            f"--out {out}: holds a run ({held[0]}); --resume continues it, "
+            "--overwrite replaces it, or name another directory"
+        )
 
 
 class RunDirectory:
@@ -72,11 +86,16 @@ class RunDirectory:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self.file)
-            raise UserError(f"--out {self.out}: another run is using it; wait until it ends, or "
-                            "name another directory") from error
+            raise UserError(
+                f"--out {self.out}: another run is using it; wait until it ends, or "
+                "name another directory"
+            ) from error
         except OSError as error:  # some network file systems have no locks
-            print(f"warning: {self.metrics}: cannot be locked ({error.strerror}); start no other "
-                  "run in that directory", file=sys.stderr)
+            print(
+                f"warning: {self.metrics}: cannot be locked ({error.strerror}); start no other "
+                "run in that directory",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         os.close(self.file)
@@ -95,8 +114,9 @@ class RunDirectory:
         except OSError:
             same = False
         if not same:
-            raise RunError(f"{self.metrics}: has vanished or was replaced while the run was "
-                           "writing it")
+            raise RunError(
+                f"{self.metrics}: has vanished or was replaced while the run was writing it"
+            )
 
     def append(self, metrics: dict) -> None:
         """Add a line to `metrics.jsonl`. JSON has no infinity: the gradient norm of an fp16 step
@@ -107,7 +127,7 @@ class RunDirectory:
         line = (json.dumps(finite) + "\n").encode()
         try:
             while line:  # a full disk may take only a part of it
-                line = line[os.write(self.file, line):]
+                line = line[os.write(self.file, line) :]
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
 

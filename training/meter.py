@@ -75,17 +75,24 @@ class Meter:
     def check(self) -> None:
         """Raise RunError that names the first faulty step, if there was one."""
         if step := int(self.faulty_step.item()):
-            what = ("the loss is not a finite number" if self.faulty_loss.item()
-                    else f"the gradient overflowed in {MOST_SKIPS} steps in a row" if self.fp16
-                    else "the gradient is not finite")
+            what = (
+                "the loss is not a finite number"
+                if self.faulty_loss.item()
+                else f"the gradient overflowed in {MOST_SKIPS} steps in a row"
+                if self.fp16
+                else "the gradient is not finite"
+            )
             raise RunError(f"step {step}: {what}; lower --lr or use --precision fp32")
 
     def measure(self) -> dict:
         """Return the metrics of the steps since `restart`, and start again."""
         self.check()
         seconds = time.perf_counter() - self.began
-        metrics = {"loss": self.loss.item() / self.tokens, "grad_norm": self.grad_norm.item(),
-                   "tokens_per_second": self.tokens / seconds}
+        metrics = {
+            "loss": self.loss.item() / self.tokens,
+            "grad_norm": self.grad_norm.item(),
+            "tokens_per_second": self.tokens / seconds,
+        }
         if self.fp16:
             metrics["skipped_steps"] = int(self.skipped.item())
         self.all_tokens += self.tokens
@@ -96,16 +103,21 @@ class Meter:
     def report(self) -> dict:
         """Return the whole run's fields for `run.json`."""
         return {"tokens_per_second": self.all_tokens / self.all_seconds} | (
-            {"skipped_steps": int(self.skipped.item())} if self.fp16 else {})
+            {"skipped_steps": int(self.skipped.item())} if self.fp16 else {}
+        )
 
     def state_dict(self) -> dict:
         """Return all that a resumed run needs. Raises RunError as `check` does."""
         self.check()
-        return {"loss": self.loss.item(), "tokens": self.tokens,
-                "seconds": time.perf_counter() - self.began,
-                "all_tokens": self.all_tokens, "all_seconds": self.all_seconds,
-                "skipped": int(self.skipped.item()),
-                "skips_in_a_row": int(self.skips_in_a_row.item())}
+        return {
+            "loss": self.loss.item(),
+            "tokens": self.tokens,
+            "seconds": time.perf_counter() - self.began,
+            "all_tokens": self.all_tokens,
+            "all_seconds": self.all_seconds,
+            "skipped": int(self.skipped.item()),
+            "skips_in_a_row": int(self.skips_in_a_row.item()),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.restart(state["loss"], state["tokens"], state["seconds"])

@@ -60,8 +60,10 @@ class Ranks:
             torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         self._call(lambda: dist.init_process_group(backend, timeout=PATIENCE))
-        with (open(os.devnull, "w") as nowhere,
-              redirect_stdout(sys.stdout if self.first else nowhere)):
+        with (
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(sys.stdout if self.first else nowhere),
+        ):
             try:
                 yield
             except SystemExit:  # after a signal, all ranks end together
@@ -77,8 +79,10 @@ class Ranks:
                 if "nccl" in dist.get_backend():
                     dist.group.WORLD.abort()  # it would wait for the rank that has gone
                 dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
-            raise RunError(f"rank {self.rank} of {self.count}: the connection to another rank is "
-                           f"lost ({first_line(error)}); its own message says why") from error
+            raise RunError(
+                f"rank {self.rank} of {self.count}: the connection to another rank is "
+                f"lost ({first_line(error)}); its own message says why"
+            ) from error
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
@@ -91,15 +95,17 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
-        self.agree(0)
+        self.max_over_ranks(0)
 
     def check_same(self, identity: dict) -> None:
         """Raise UserError, in every rank, if one was given other options, base or book."""
         first, *others = self.gather(identity)
         for rank, other in enumerate(others, 1):
             if different := [name for name in first if other[name] != first[name]]:
-                raise UserError(f"rank {rank} and rank 0 differ in {', '.join(different)}; start "
-                                "every rank with the same options, base and book")
+                raise UserError(
+                    f"rank {rank} and rank 0 differ in {', '.join(different)}; start "
+                    "every rank with the same options, base and book"
+                )
 
     def broadcast(self, parameters: Iterable[Tensor]) -> None:
         """Give each rank the first's parameters: another machine may read or draw other values."""
@@ -115,7 +121,7 @@ class Ranks:
         for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def agree(self, value: int) -> int:
+    def max_over_ranks(self, value: int) -> int:
         """Return the ranks' largest number; the exchange is on the CPU and waits for no GPU."""
         if self.count == 1:
             return value

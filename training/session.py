@@ -18,7 +18,7 @@ from common.device import Device
 from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, on_signals, say
 from training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
-from training.directory import RUN, RunDirectory, check_out
+from training.directory import RUN, RunDirectory, refuse_used_directory
 from training.identity import refuse_another
 from training.options import Options
 from training.ranks import Ranks
@@ -49,7 +49,9 @@ class Session:
         if self.ranks.first:
             self.directory = RunDirectory(self.options.out)
             try:
-                check_out(self.options)  # again: another run may have ended there meanwhile
+                refuse_used_directory(
+                    self.options
+                )  # again: another run may have ended there meanwhile
                 if self.options.resume and (self.options.out / RUN).exists():
                     refuse_another(read_run(self.options.out), self.identity)
                     print(f"{self.options.out}: this run is finished; nothing to resume")
@@ -65,8 +67,11 @@ class Session:
         if self.directory:
             self.directory.close()
         if self.running and (failure := describe_failure(error)):
-            saved = ("there is no checkpoint yet" if self.saved_step is None
-                     else f"the last checkpoint is from step {self.saved_step}")
+            saved = (
+                "there is no checkpoint yet"
+                if self.saved_step is None
+                else f"the last checkpoint is from step {self.saved_step}"
+            )
             raise RunError(f"{failure}; {saved}") from error
 
     def watch(self, **stateful: Any) -> None:
@@ -95,31 +100,41 @@ class Session:
         """Yield the batches under a progress bar; from here on, a signal lets the step finish."""
         on_signals(self._on_signal)
         self.saved_at = time.perf_counter()
-        with tqdm(total=self.total_steps, initial=self.watched["progress"].step, unit="step",
-                  disable=None if self.directory else True) as self.bar:
+        with tqdm(
+            total=self.total_steps,
+            initial=self.watched["progress"].step,
+            unit="step",
+            disable=None if self.directory else True,
+        ) as self.bar:
             for batch in batches:
                 yield batch
                 self.bar.update()
 
     def log(self, metrics: dict) -> None:
         """Add a line to metrics.jsonl."""
-        self.bar.set_postfix_str("loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s"
-                                 .format(**metrics))
+        self.bar.set_postfix_str(
+            "loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s".format(**metrics)
+        )
         if self.directory:
             self.directory.append(metrics)
 
     def after_step(self, epoch_ends: bool) -> float:
         """Save if a checkpoint is due; after a signal, save and stop. Return the seconds taken."""
         began = time.perf_counter()
-        if self.ranks.agree(self._checkpoint_is_due(epoch_ends)):
+        if self.ranks.max_over_ranks(self._checkpoint_is_due(epoch_ends)):
             self._save()
-        if stop := self.ranks.agree(self.stop_signal or 0):  # it may have come during the save
+        if stop := self.ranks.max_over_ranks(
+            self.stop_signal or 0
+        ):  # it may have come during the save
             if self.saved_step != self.watched["progress"].step:
                 self._save()
             on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
             if self.directory:
-                print(f"stopped after step {self.saved_step}; the same command with --resume "
-                      "continues", file=sys.stderr)
+                print(
+                    f"stopped after step {self.saved_step}; the same command with --resume "
+                    "continues",
+                    file=sys.stderr,
+                )
             self.ranks.barrier()  # torchrun ends the others as soon as one has ended
             sys.exit(128 + stop)
         return time.perf_counter() - began
@@ -129,9 +144,17 @@ class Session:
         if self.directory:
             self.directory.check()
             many = f"{self.ranks.count} x " if self.ranks.count > 1 else ""
-            write_report(self.options, self.identity | report | self._count() | {
-                "device": many + self.device.name, "precision": self.device.precision,
-                "torch": torch.__version__})
+            write_report(
+                self.options,
+                self.identity
+                | report
+                | self._count()
+                | {
+                    "device": many + self.device.name,
+                    "precision": self.device.precision,
+                    "torch": torch.__version__,
+                },
+            )
 
     def _count(self) -> dict:
         """Update and return time and peak memory, including those before a resume."""
@@ -160,9 +183,13 @@ class Session:
 
     def _save(self) -> None:
         mine = bytes(self.device.random.get_rng_state().tolist()).hex()
-        state = {"run": self.identity, "machine": self._machine(), "session": self._count(),
-                 "random": self.ranks.gather(mine),
-                 **{name: stateful.state_dict() for name, stateful in self.watched.items()}}
+        state = {
+            "run": self.identity,
+            "machine": self._machine(),
+            "session": self._count(),
+            "random": self.ranks.gather(mine),
+            **{name: stateful.state_dict() for name, stateful in self.watched.items()},
+        }
         if self.directory:
             self.directory.sync()
             write_checkpoint(self.options.out, state)
@@ -180,16 +207,23 @@ class Session:
                 raise
             raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
         best = best_weights(self.options.out, self.options.method)
-        if self.directory and self.watched["progress"].best_val_loss < math.inf and (
-                not best.is_file()):
-            raise UserError(f"--resume: {best}: is missing, the best model so far; put it back, or "
-                            "start again with --overwrite")
+        if (
+            self.directory
+            and self.watched["progress"].best_val_loss < math.inf
+            and (not best.is_file())
+        ):
+            raise UserError(
+                f"--resume: {best}: is missing, the best model so far; put it back, or "
+                "start again with --overwrite"
+            )
         then, now = state["machine"], self._machine()
         for name in now:
             if self.directory and then[name] != now[name]:
-                print(f"warning: the run began with {name} {then[name]} and resumes with "
-                      f"{now[name]}: its last bits may differ from an uninterrupted run's",
-                      file=sys.stderr)
+                print(
+                    f"warning: the run began with {name} {then[name]} and resumes with "
+                    f"{now[name]}: its last bits may differ from an uninterrupted run's",
+                    file=sys.stderr,
+                )
         if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
             mine = bytes.fromhex(state["random"][self.ranks.rank])
             self.device.random.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
@@ -200,5 +234,9 @@ class Session:
 
     def _machine(self) -> dict:
         """Return what may change the last bits of a result."""
-        return {"torch": str(torch.__version__), "threads": torch.get_num_threads(),
-                "ranks": self.ranks.count, "device": self.device.torch.type}
+        return {
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.count,
+            "device": self.device.torch_device.type,
+        }

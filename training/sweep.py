@@ -6,7 +6,8 @@ a finished run as it is, and refuses it if its options differ.
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals
-    signals.end_in_one_line()
+
+    signals.install_exit_handlers()
 
 import signal
 import subprocess
@@ -54,14 +55,26 @@ def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path:
     figure, axes = subplots(figsize=(7, 4.5))
     for rank in dict.fromkeys(rank for _, rank in perplexities):
         line = {lr: v for (lr, r), v in sorted(perplexities.items()) if r == rank}
-        means, *bars = zip(*((mean(v), mean(v) - min(v), max(v) - mean(v))
-                             for v in line.values()), strict=True)
+        means, *bars = zip(
+            *((mean(v), mean(v) - min(v), max(v) - mean(v)) for v in line.values()), strict=True
+        )
         axes.errorbar([*line], means, bars, marker="o", capsize=4, label=rank and f"r = {rank}")
-    axes.plot(best[0], mean(perplexities[best]), "k*", markersize=18, zorder=9, label="best mean",
-              markerfacecolor="none")
+    axes.plot(
+        best[0],
+        mean(perplexities[best]),
+        "k*",
+        markersize=18,
+        zorder=9,
+        label="best mean",
+        markerfacecolor="none",
+    )
     rates = sorted({lr for lr, _ in perplexities})
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="best validation perplexity",
-             title=f"{method}: mean over seeds, with the range from the minimum to the maximum")
+    axes.set(
+        xscale="log",
+        xlabel="peak learning rate",
+        ylabel="best validation perplexity",
+        title=f"{method}: mean over seeds, with the range from the minimum to the maximum",
+    )
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -71,8 +84,9 @@ def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path:
 
 
 def main() -> int:
-    parser = Parser(prog="training.sweep", description=__doc__,
-                    epilog="All other options are train.py's.")
+    parser = Parser(
+        prog="training.sweep", description=__doc__, epilog="All other options are train.py's."
+    )
     parser.add_argument("method", choices=DEFAULTS)
     parser.add_argument("--lr", type=float, nargs="+", metavar="X")
     parser.add_argument("--r", type=int, nargs="+", metavar="N", help="ranks (LoRA only)")
@@ -86,8 +100,9 @@ def main() -> int:
     for lr, r, seed in product(*map(dict.fromkeys, values)):  # a value given twice is one run
         options = [f"lr={lr}"] + ([] if r is None else [f"r={r}"]) + [f"seed={seed}"]
         out = args.out / ",".join(options)
-        plan.append(((lr, r), out, [args.method, *others, *(f"--{x}" for x in options),
-                                    f"--out={out}"]))
+        plan.append(
+            ((lr, r), out, [args.method, *others, *(f"--{x}" for x in options), f"--out={out}"])
+        )
         parse_options("-", plan[-1][2])  # a mistake ends the sweep before its first run
     for key, out, arguments in plan:
         print(f"--- {out.name}", flush=True)
@@ -103,9 +118,18 @@ def main() -> int:
     if results:
         losses = {key: [run["best_val_loss"] for run in runs] for key, runs in results.items()}
         perplexities = {key: [*map(perplexity, values)] for key, values in losses.items()}
-        text = print_table((args.method, *COLUMNS), [
-            (f"lr {lr:g}" + (f", r {r}" if r else ""), str(len(losses[lr, r])),
-             *spread(losses[lr, r], 4), *spread(perplexities[lr, r], 2)) for lr, r in results])
+        text = print_table(
+            (args.method, *COLUMNS),
+            [
+                (
+                    f"lr {lr:g}" + (f", r {r}" if r else ""),
+                    str(len(losses[lr, r])),
+                    *spread(losses[lr, r], 4),
+                    *spread(perplexities[lr, r], 2),
+                )
+                for lr, r in results
+            ],
+        )
         with atomic_path(args.out / "sweep.md") as temporary:
             temporary.write_text(text + "\n")
         if can_draw():

@@ -37,8 +37,20 @@ def check(base, book, tmp_path):
     """Run the parity check with these options; how it ends, and its `parity.json`."""
 
     def check(*options):
-        ending = run(parity.main, "--base", base, "--book", book, "--out", tmp_path,
-                     "--block-size", 16, "--device", "cpu", *options)
+        ending = run(
+            parity.main,
+            "--base",
+            base,
+            "--book",
+            book,
+            "--out",
+            tmp_path,
+            "--block-size",
+            16,
+            "--device",
+            "cpu",
+            *options,
+        )
         return ending, json.loads((tmp_path / "parity.json").read_text())
 
     return check
@@ -51,12 +63,21 @@ def test_every_section_holds_and_says_so_and_is_pefts_to_the_last_bit(check, bas
     losses = result["curves"]["exact"]
     assert losses["here"] == losses["there"] and len(set(losses["here"])) == 30
     differences = {entry["name"]: entry["value"] for entry in result["checks"]}
-    for what in ("adapter before the first step", "loss of every step",
-                 "adapter after the last step"):
+    for what in (
+        "adapter before the first step",
+        "loss of every step",
+        "adapter after the last step",
+    ):
         assert differences[f"exact: {what}"] == 0.0
     assert result["curves"].keys() == {
-        "exact", "resumed", "fp32, no dropout", "fp32, independent dropout",
-        f"{LOW}, no dropout", f"{LOW}, independent dropout", "full"}
+        "exact",
+        "resumed",
+        "fp32, no dropout",
+        "fp32, independent dropout",
+        f"{LOW}, no dropout",
+        f"{LOW}, independent dropout",
+        "full",
+    }
     losses = result["validation_losses"]
     assert losses["trained here"]["there"] < losses["base"]["there"] - 0.01  # it did train
     assert str(base.parent) not in json.dumps(result)
@@ -82,12 +103,20 @@ def labels_not_shifted(windows, indices, batch=Windows.batch):
     return (batch(windows, indices)[0],) * 2
 
 
-@pytest.mark.parametrize(("kind", "name", "wrong", "found"), [
-    (LoRAConfig, "scaling", property(scaled_by_one_percent_more), "adapter after the last step"),
-    (LoRALinear, "forward", dropout_after_a, "adapter after the last step"),
-    (LoRALinear, "__init__", a_by_the_wrong_fan_in, "adapter before the first step"),
-    (Windows, "batch", labels_not_shifted, "loss of every step"),
-])
+@pytest.mark.parametrize(
+    ("kind", "name", "wrong", "found"),
+    [
+        (
+            LoRAConfig,
+            "scaling",
+            property(scaled_by_one_percent_more),
+            "adapter after the last step",
+        ),
+        (LoRALinear, "forward", dropout_after_a, "adapter after the last step"),
+        (LoRALinear, "__init__", a_by_the_wrong_fan_in, "adapter before the first step"),
+        (Windows, "batch", labels_not_shifted, "loss of every step"),
+    ],
+)
 def test_a_fault_breaks_parity(check, monkeypatch, kind, name, wrong, found):
     monkeypatch.setattr(kind, name, wrong)
     ending, result = check("--exact-only", "--steps", 5)
@@ -123,21 +152,25 @@ def test_a_difference_that_is_not_a_number_breaks_parity():
     report = Report()
     report.check("loss", parity.relative([1.0, math.nan, 1.0], [1.0, 1.0, 1.0]), 1.0)
     report.check("names", parity.largest({"a": torch.ones(1)}, {"b": torch.ones(1)}), 1.0)
-    report.check("parameters", parity.largest({"a": torch.tensor([math.nan, 0.0])},
-                                              {"a": torch.zeros(2)}), 1.0)
+    report.check(
+        "parameters",
+        parity.largest({"a": torch.tensor([math.nan, 0.0])}, {"a": torch.zeros(2)}),
+        1.0,
+    )
     assert report.broken() == ["loss", "names", "parameters"]
 
 
-@pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 5 * GIB,
-                    reason="needs 5 GiB of memory")
+@pytest.mark.skipif(
+    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 5 * GIB,
+    reason="needs 5 GiB of memory",
+)
 def test_three_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
     torch.manual_seed(0)
     model = GPT2(GPT2Config())
     with TemporaryDirectory() as directory:
         save_gpt2(model, directory, torch.float16)
         write_small_tokenizer(Path(directory), TINY["vocab_size"])  # GPT-2's takes seconds to load
-        ending, result = check("--base", directory, "--exact-only", "--steps", 3,
-                               "--batch-size", 1)
+        ending, result = check("--base", directory, "--exact-only", "--steps", 3, "--batch-size", 1)
     assert ending.status == 0, ending.stdout
     assert result["parameters"] == {"trainable": 294_912, "all": 124_734_720}
     losses = result["curves"]["exact"]
@@ -152,8 +185,9 @@ def test_parity_holds_for_the_erf_gelu(check, tmp_path):
 
 def test_fp16_with_loss_scaling_reaches_pefts_loss_within_the_rounding_of_fp16(opts):
     opts.device = DEVICE
-    here, there = parity.train_both(parity.train_options(
-        opts, "lora", "--precision", "fp16", *parity.NO_DROPOUT))
+    here, there = parity.train_both(
+        parity.train_options(opts, "lora", "--precision", "fp16", *parity.NO_DROPOUT)
+    )
     _, fp32 = parity.train_both(parity.train_options(opts, "lora", *parity.NO_DROPOUT))
     rounding = parity.relative(there.losses, fp32.losses)
     assert 0 < rounding < 1e-2

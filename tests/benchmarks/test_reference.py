@@ -27,8 +27,9 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def wide_base(tmp_path_factory):
     """A tiny base that sees the protocol's 128 tokens."""
-    return tiny_gpt2_directory(tmp_path_factory.mktemp("wide"), n_positions=128, n_embd=16,
-                               n_head=2, n_layer=1)[0]
+    return tiny_gpt2_directory(
+        tmp_path_factory.mktemp("wide"), n_positions=128, n_embd=16, n_head=2, n_layer=1
+    )[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,17 +72,24 @@ def reference_validation(model: nn.Module, ids: Tensor, batch_size: int) -> floa
 @torch.no_grad()
 def next_token_loss(model: nn.Module, ids: Tensor) -> float:
     """Each token but the first once, in windows of 128."""
-    total = sum(F.cross_entropy(model(ids[None, i : i + 128][:, : len(ids) - i - 1]).logits[0],
-                                ids[i + 1 : i + 129], reduction="sum").item()
-                for i in range(0, len(ids) - 1, 128))
+    total = sum(
+        F.cross_entropy(
+            model(ids[None, i : i + 128][:, : len(ids) - i - 1]).logits[0],
+            ids[i + 1 : i + 129],
+            reduction="sum",
+        ).item()
+        for i in range(0, len(ids) - 1, 128)
+    )
     return total / (len(ids) - 1)
 
 
 def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
     ids, base, out = token_parts(repeated.book)[1], repeated.base, repeated.out
-    for method, batch_size, model in (("base", 16, stock_model(base)),
-                                      ("lora", 16, stock_model(base, out / "lora")),
-                                      ("full", 64, stock_model(out / "full"))):
+    for method, batch_size, model in (
+        ("base", 16, stock_model(base)),
+        ("lora", 16, stock_model(base, out / "lora")),
+        ("full", 64, stock_model(out / "full")),
+    ):
         assert (len(ids) - 128) % batch_size  # the mean of batches is not that of windows
         here = repeated.figures["here"][method]
         expected = reference_validation(model, ids, batch_size)
@@ -93,8 +101,15 @@ def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
 
 
 def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repeated):
-    made = trainer("lora", repeated.base, repeated.book, repeated.out / "unused",
-                   "--block-size", 128, *METHODS["lora"].split())
+    made = trainer(
+        "lora",
+        repeated.base,
+        repeated.book,
+        repeated.out / "unused",
+        "--block-size",
+        128,
+        *METHODS["lora"].split(),
+    )
     made.model.eval()
     x, y = reference_windows(token_parts(repeated.book)[0])
     assert len(made.windows) == len(x)
@@ -106,10 +121,21 @@ def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repe
 
 def test_the_runs_have_the_reference_s_options(repeated):
     lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
-    common = {"epochs": 3, "stride": 1, "label_shift": 2, "val_fraction": 0.1, "clip": 0,
-              "weight_decay": 0.01, "warmup_ratio": 0.06, "precision": "fp32", "base_dropout": None}
-    for method, more in (("lora", {"batch_size": 16, "lr": 3e-4, **lora}),
-                         ("full", {"batch_size": 64, "lr": 3e-5})):
+    common = {
+        "epochs": 3,
+        "stride": 1,
+        "label_shift": 2,
+        "val_fraction": 0.1,
+        "clip": 0,
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.06,
+        "precision": "fp32",
+        "base_dropout": None,
+    }
+    for method, more in (
+        ("lora", {"batch_size": 16, "lr": 3e-4, **lora}),
+        ("full", {"batch_size": 64, "lr": 3e-5}),
+    ):
         options = finished(repeated.out / method).report["options"]
         assert {**options, **common, **more} == options
 
@@ -120,7 +146,8 @@ def test_the_table_has_the_published_figures_and_ours(repeated):
     assert "| full, published | about 124.7 million | - | - | 1.1211 |" in table
     config = peft.LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True)
     trainable, total = peft.get_peft_model(
-        stock_model(repeated.base), config).get_nb_trainable_parameters()
+        stock_model(repeated.base), config
+    ).get_nb_trainable_parameters()
     assert f"| lora, here | {trainable:,} | {100 * trainable / total:.4f} % |" in table
     assert f"| full, here | {total - trainable:,} | 100.0000 % |" in table
     assert f"--max-steps {STEPS}: not the whole protocol" in repeated.stdout
@@ -147,22 +174,41 @@ def test_finished_runs_are_scored_again_on_fewer_windows_and_it_says_so(repeated
 
 def test_runs_are_not_lost(repeated):
     assert "--overwrite" in one_line(
-        run(reference.main, *arguments(repeated.base, repeated.out)), 2)
+        run(reference.main, *arguments(repeated.base, repeated.out)), 2
+    )
 
 
 def test_train_py_s_options_change_the_protocol_and_what_each_label_learns(wide_base, tmp_path):
     """Each label makes its own measure better, and the other worse."""
     losses = {}
     for shift in (2, 1):
-        said, figures = repeat(wide_base, tmp_path, "--only", "lora", "--max-steps", 30,
-                               "--lr", 5e-3, "--batch-size", 4, "--target-modules", "c_attn",
-                               "c_fc", "c_proj", "--label-shift", shift, "--overwrite")
+        said, figures = repeat(
+            wide_base,
+            tmp_path,
+            "--only",
+            "lora",
+            "--max-steps",
+            30,
+            "--lr",
+            5e-3,
+            "--batch-size",
+            4,
+            "--target-modules",
+            "c_attn",
+            "c_fc",
+            "c_proj",
+            "--label-shift",
+            shift,
+            "--overwrite",
+        )
         assert f"--label-shift {shift} --overwrite: not the whole protocol" in said
         losses[shift] = figures["here"]
         assert losses[shift].keys() == {"base", "lora"} and losses[shift]["lora"]["steps"] == 30
     base, after_next, next_token = losses[1]["base"], losses[2]["lora"], losses[1]["lora"]
-    for measure, better, worse in (("reference", after_next, next_token),
-                                   ("next_token", next_token, after_next)):
+    for measure, better, worse in (
+        ("reference", after_next, next_token),
+        ("next_token", next_token, after_next),
+    ):
         assert better[measure]["loss"] < base[measure]["loss"]
         assert better[measure]["loss"] < worse[measure]["loss"]
 
@@ -179,8 +225,10 @@ def test_the_share_seen_before_is_counted_right(repeated):
 def test_a_base_or_a_book_too_short_for_a_window_is_refused(base, wide_base, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Three words only.")
-    for directory, options, words in ((base, (), ("--block-size 128", str(TINY["n_positions"]))),
-                                      (wide_base, ("--book", short), (str(short),))):
+    for directory, options, words in (
+        (base, (), ("--block-size 128", str(TINY["n_positions"]))),
+        (wide_base, ("--book", short), (str(short),)),
+    ):
         line = one_line(run(reference.main, *arguments(directory, tmp_path / "out", *options)), 2)
         assert all(word in line for word in words)
         assert list(tmp_path.iterdir()) == [short]

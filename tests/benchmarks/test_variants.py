@@ -5,8 +5,10 @@ from tests.runs import stdout_of
 
 
 def test_each_variants_bytes_and_times_are_beside_plain_loras(base, monkeypatch):
-    chosen = {name: ("--block-size", "32", *variants.VARIANTS[name])
-              for name in ("plain", "DoRA", "LoRA-FA")}
+    chosen = {
+        name: ("--block-size", "32", *variants.VARIANTS[name])
+        for name in ("plain", "DoRA", "LoRA-FA")
+    }
     monkeypatch.setattr(variants, "VARIANTS", chosen)
     monkeypatch.setattr(variants, "MINI", base)
     monkeypatch.setattr(variants.torch, "set_num_threads", lambda count: None)

@@ -20,8 +20,13 @@ def verify(out, *argv):
 
 def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
     def torchrun(command, **options):
-        assert command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                                "2"]
+        assert command[1:6] == [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+        ]
         statuses, lines = fork(tmp_path / "said", *[command[7:]] * 2)
         assert statuses == [0, 0], lines
 

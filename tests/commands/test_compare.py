@@ -16,8 +16,16 @@ from training.options import BOOK
 
 def score(book, tmp_path, *options: object) -> dict:
     """The scores of the book's last tenth, those that training validates on."""
-    found, said = scores(tmp_path / "scores.json", "--text", book, "--val-fraction", 0.1,
-                         "--block-size", BLOCK, *options)
+    found, said = scores(
+        tmp_path / "scores.json",
+        "--text",
+        book,
+        "--val-fraction",
+        0.1,
+        "--block-size",
+        BLOCK,
+        *options,
+    )
     assert f"{book}, the last {100 * found['val_fraction']:.3g} %: " in said
     assert f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}" in said
     return found
@@ -27,15 +35,26 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path)
     lora, full = runs["lora"], runs["full"]
     for model, adapter, report in ((base, lora.out, lora.report), (full.out, None, full.report)):
         found = score(book, tmp_path, "--base", model, *(("--adapter", adapter) if adapter else ()))
-        assert set(found) == {"base", "adapter", "text", "val_fraction", "tokens", "bytes", "loss",
-                              "perplexity", "bits_per_byte", "accuracy"}
+        assert set(found) == {
+            "base",
+            "adapter",
+            "text",
+            "val_fraction",
+            "tokens",
+            "bytes",
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+            "accuracy",
+        }
         assert found["base"] == str(model) and found["text"] == str(book)
         assert found["adapter"] == (str(adapter) if adapter else None)
         for name in ("loss", "perplexity", "bits_per_byte"):
             assert found[name] == pytest.approx(report[f"best_val_{name}"], rel=1e-6)
     score(book, tmp_path, "--base", base, "--val-fraction", 0.004)  # printed as 0.4 %
-    whole, said = scores(tmp_path / "scores.json", "--base", base, "--text", book, "--block-size",
-                         BLOCK)
+    whole, said = scores(
+        tmp_path / "scores.json", "--base", base, "--text", book, "--block-size", BLOCK
+    )
     assert said.startswith(f"{book}: ") and whole["val_fraction"] == 1
     assert whole["bytes"] > 0.99 * book.stat().st_size
     default, _ = scores(tmp_path / "scores.json", "--base", base, "--block-size", BLOCK)
@@ -43,8 +62,9 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path)
 
 
 def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, tmp_path):
-    one = trained("lora", base, book, tmp_path / "run", "--stride", 4, "--label-shift", 2,
-                  "--max-steps", 1)
+    one = trained(
+        "lora", base, book, tmp_path / "run", "--stride", 4, "--label-shift", 2, "--max-steps", 1
+    )
     found = score(book, tmp_path, "--base", base, "--label-shift", 2)
     assert found["loss"] == pytest.approx(one.report["base_val_loss"], rel=1e-6)
 
@@ -60,19 +80,50 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     picture = runs["lora"].out.parent / "compare.png"
     picture.unlink(missing_ok=True)
     (head, _, *rows), printed = compare(runs["lora"].out, runs["full"].out)
-    assert head == ["", "batch", "peak lr", "steps", "trained", "val loss", "perplexity",
-                    "bits/byte", "seconds", "tokens/s", "peak MB", "MB on disk"]
+    assert head == [
+        "",
+        "batch",
+        "peak lr",
+        "steps",
+        "trained",
+        "val loss",
+        "perplexity",
+        "bits/byte",
+        "seconds",
+        "tokens/s",
+        "peak MB",
+        "MB on disk",
+    ]
     s = score(book, tmp_path, "--base", base)
-    expected = [[f"base {base}", *"---", "0", f"{s['loss']:.4f}", f"{s['perplexity']:.2f}",
-                 f"{s['bits_per_byte']:.4f}", *"----"]]
+    expected = [
+        [
+            f"base {base}",
+            *"---",
+            "0",
+            f"{s['loss']:.4f}",
+            f"{s['perplexity']:.2f}",
+            f"{s['bits_per_byte']:.4f}",
+            *"----",
+        ]
+    ]
     for name, weights in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
         r, megabytes = runs[name].report, (runs[name].out / weights).stat().st_size / 1e6
-        expected.append([
-            f"{name} ({runs[name].out.name})", str(r["options"]["batch_size"]),
-            f"{r['options']['lr']:g}", str(r["steps"]), f"{r['trainable_parameters']:,}",
-            f"{r['best_val_loss']:.4f}", f"{r['best_val_perplexity']:.2f}",
-            f"{r['best_val_bits_per_byte']:.4f}", f"{r['seconds']:,.0f}",
-            f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mb']:,.0f}", f"{megabytes:,.2f}"])
+        expected.append(
+            [
+                f"{name} ({runs[name].out.name})",
+                str(r["options"]["batch_size"]),
+                f"{r['options']['lr']:g}",
+                str(r["steps"]),
+                f"{r['trainable_parameters']:,}",
+                f"{r['best_val_loss']:.4f}",
+                f"{r['best_val_perplexity']:.2f}",
+                f"{r['best_val_bits_per_byte']:.4f}",
+                f"{r['seconds']:,.0f}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{r['peak_memory_mb']:,.0f}",
+                f"{megabytes:,.2f}",
+            ]
+        )
     assert rows == expected
     assert str(picture) in printed
     data = picture.read_bytes()
@@ -105,7 +156,9 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     assert "losses compare only within a base" not in printed
     other = shutil.copytree(first, tmp_path / "other" / "first")
     assert [row[0] for row in compare(first, other)[0][3:]] == [
-        f"lora ({first})", f"lora ({other})"]  # by their paths, if their names are one
+        f"lora ({first})",
+        f"lora ({other})",
+    ]  # by their paths, if their names are one
     monkeypatch.chdir(first)
     assert compare(".")[0][3][0] == "lora (first)"
     monkeypatch.chdir(tmp_path)
@@ -120,8 +173,12 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     tiny_gpt2_directory(tmp_path / "base", seed=1)
     trained("lora", "base", "book.txt", base_changed, "--max-steps", 4)
     rows, printed = compare(book_changed, base_changed)
-    assert [row[0] for row in rows[2:]] == ["base base", "lora (second)", "base base",
-                                            "lora (third)"]
+    assert [row[0] for row in rows[2:]] == [
+        "base base",
+        "lora (second)",
+        "base base",
+        "lora (third)",
+    ]
     assert rows[2] != rows[4] and "losses compare only within a base" in printed
 
 
@@ -133,14 +190,22 @@ def changed(run: Run, tmp_path, **fields: object):
 
 
 def test_a_run_of_another_make_is_refused(runs, tmp_path):
-    for field, value in (("base", 3), ("method", ["lora"]), ("options", None), ("seconds", "1"),
-                         ("tokens_per_second", 1e306), ("best_val_loss", 1e-200), ("steps", None),
-                         ("base_sha256", None)):
+    for field, value in (
+        ("base", 3),
+        ("method", ["lora"]),
+        ("options", None),
+        ("seconds", "1"),
+        ("tokens_per_second", 1e306),
+        ("best_val_loss", 1e-200),
+        ("steps", None),
+        ("base_sha256", None),
+    ):
         path = changed(runs["lora"], tmp_path / field, **{field: value})
         ending = run(evaluate.main, "--compare", path)
         assert ending.stdout == "" and one_line(ending, 2) == (
             f"error: {path / 'run.json'}: is not what this version of train.py leaves at a run's "
-            "end; train again with --overwrite")
+            "end; train again with --overwrite"
+        )
 
 
 def test_a_run_whose_weights_are_gone_is_named(runs, tmp_path):
@@ -163,7 +228,12 @@ def test_a_run_that_diverged_and_one_that_knows_all_are_shown(runs, tmp_path):
     """One perplexity is above 1e15, and finite; the other loss is 0."""
     path = changed(runs["lora"], tmp_path / "far", best_val_loss=40.0, best_val_perplexity=2.4e17)
     assert "40.0000" in compare(path)[0][-1]
-    path = changed(runs["lora"], tmp_path / "known", best_val_loss=0.0, best_val_perplexity=1.0,
-                   best_val_bits_per_byte=0.0)
+    path = changed(
+        runs["lora"],
+        tmp_path / "known",
+        best_val_loss=0.0,
+        best_val_perplexity=1.0,
+        best_val_bits_per_byte=0.0,
+    )
     base, known = compare(path)[0][-2:]
     assert base[7] == "-" and known[5:8] == ["0.0000", "1.00", "0.0000"]

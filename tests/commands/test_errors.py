@@ -43,8 +43,12 @@ def workspace(base, tmp_path_factory):
         shutil.copytree(base, place / name)
     config = json.loads((base / "config.json").read_text())
     for name, content in {
-        "book.txt": story(), "short.txt": story(sentences=3), "one.txt": "x",
-        "held/run.json": "{}", "directory/file": "", f"cut/{MODEL}": "cut",
+        "book.txt": story(),
+        "short.txt": story(sentences=3),
+        "one.txt": "x",
+        "held/run.json": "{}",
+        "directory/file": "",
+        f"cut/{MODEL}": "cut",
         "unfinished/metrics.jsonl": "",
         "llama/config.json": json.dumps(config | {"model_type": "llama"}),
     }.items():
@@ -86,55 +90,91 @@ def refusal(line: str) -> str:
 # The full lists of what is wrong with bases, adapters, targets and texts stand in the tests of the
 # functions that read them; here, each kind of mistake at one command or two.
 MISTAKES = [
-    ("lora --book missing.txt", "missing.txt"), ("lora --book /dev/null", "(not a regular file)"),
+    ("lora --book missing.txt", "missing.txt"),
+    ("lora --book /dev/null", "(not a regular file)"),
     ("full --book 'a\nb'", "a b"),
     ("lora --book short.txt", "short.txt: its validation part"),
     ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
-    ("evaluate --text latin1.txt", "1.txt: not UTF-8"), ("evaluate --json directory", "directory"),
+    ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
+    ("evaluate --json directory", "directory"),
     ("evaluate --text one.txt", "1 tokens; too short"),
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # or /dev/stdout
-    ("full --block-size 65", "--block-size 65"), ("evaluate --block-size 65", "--block-size 65"),
-    ("evaluate --stride 17", "--stride 17"), ("evaluate --json book.txt/scores.json", "book.txt/s"),
-    ("compare missing", "missing/run.json: cannot be read"), ("compare held", "run.json: is not"),
+    ("full --block-size 65", "--block-size 65"),
+    ("evaluate --block-size 65", "--block-size 65"),
+    ("evaluate --stride 17", "--stride 17"),
+    ("evaluate --json book.txt/scores.json", "book.txt/s"),
+    ("compare missing", "missing/run.json: cannot be read"),
+    ("compare held", "run.json: is not"),
     ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
-    ("compare --json out", "--json is for a text"), ("compare --stride=3", "--stride is for a te"),
-    ("lora --out ''", "--out: the path is empty"), ("full --book ''", "--book: the path is empty"),
+    ("compare --json out", "--json is for a text"),
+    ("compare --stride=3", "--stride is for a te"),
+    ("lora --out ''", "--out: the path is empty"),
+    ("full --book ''", "--book: the path is empty"),
     ("lora --out caf\udce9", r"--out 'caf\udce9': is not UTF-8"),
-    ("generate --prompt You ' \n' on", "--prompt is empty"), ("generate --with-base", "--adapter"),
+    ("generate --prompt You ' \n' on", "--prompt is empty"),
+    ("generate --with-base", "--adapter"),
     ("lora --out held", "--out held: holds a run (run.json); --resume continues it, --overwri"),
-    ("lora --out book.txt", "--out book.txt: is a file"), (f"full --out {LONG}", LONG),
-    ("lora --out book.txt/out", "book.txt/out"), ("full --out base", "--out base: is what"),
+    ("lora --out book.txt", "--out book.txt: is a file"),
+    (f"full --out {LONG}", LONG),
+    ("lora --out book.txt/out", "book.txt/out"),
+    ("full --out base", "--out base: is what"),
     ("lora --out ./directory/../base --overwrite", "is what --base reads"),
     (f"lora --base gpt2 --out {HUB} --overwrite", "is what --base reads"),
     ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
-    ("lora --resume", "--resume: out holds no checkpoint"), ("lora --resume --overwrite", "--over"),
+    ("lora --resume", "--resume: out holds no checkpoint"),
+    ("lora --resume --overwrite", "--over"),
     ("full --out directory --resume", "--resume: directory holds no checkpoint"),
-    ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2, "
-     "gpt2-medium"), ("full --base ''", "--base ''"), ("full --base directory", "directory"),
-    ("evaluate --base run", "run: is an adapter"), ("evaluate --adapter other", "a whole model"),
+    (
+        "lora --base nowhere",
+        "'nowhere': no such directory, and none of the names auto, mini, gpt2, gpt2-medium",
+    ),
+    ("full --base ''", "--base ''"),
+    ("full --base directory", "directory"),
+    ("evaluate --base run", "run: is an adapter"),
+    ("evaluate --adapter other", "a whole model"),
     ("generate --adapter other --base auto", "other: is a whole model, not an adapter"),
-    ("evaluate --base llama", "llama/config.json"), ("generate --base cut", f"cut/{MODEL}"),
-    ("lora --r 33", "--r"), ("lora --target-modules", "--target-modules"), ("full --r 8", "--r"),
+    ("evaluate --base llama", "llama/config.json"),
+    ("generate --base cut", f"cut/{MODEL}"),
+    ("lora --r 33", "--r"),
+    ("lora --target-modules", "--target-modules"),
+    ("full --r 8", "--r"),
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
-    *((f"lora --freeze-a {option}", "--freeze-a cannot be combined with") for option in (
-        "--loraplus-lr-ratio 2", "--init-adapter run", "--init-lora-weights pissa")),
-    *((f"lora --init-adapter run {option}", "--init-adapter brings its own")
-      for option in ("--lora-alpha=16", "--layers 1")),
+    *(
+        (f"lora --freeze-a {option}", "--freeze-a cannot be combined with")
+        for option in ("--loraplus-lr-ratio 2", "--init-adapter run", "--init-lora-weights pissa")
+    ),
+    *(
+        (f"lora --init-adapter run {option}", "--init-adapter brings its own")
+        for option in ("--lora-alpha=16", "--layers 1")
+    ),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
-    ("full --use-dora", "--use-dora"), ("lora --layers 2-1", "--layers: '1' is not a whole number"),
+    ("full --use-dora", "--use-dora"),
+    ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("lora --layers 1-", "--layers: '' is not a whole number"),
     ("full --init-adapter directory", "--init-adapter"),
     ("evaluate --adapter missing", "missing/adapter_config.json: cannot be read"),
     ("generate --adapter directory --base auto", "directory/adapter_config.json: cannot be read"),
-    *((f"{command} run --base other", "run/adapter_model.safetensors: was trained on another base")
-      for command in ("evaluate --adapter", "generate --adapter", "merge --adapter",
-                      "lora --init-adapter")),
+    *(
+        (
+            f"{command} run --base other",
+            "run/adapter_model.safetensors: was trained on another base",
+        )
+        for command in (
+            "evaluate --adapter",
+            "generate --adapter",
+            "merge --adapter",
+            "lora --init-adapter",
+        )
+    ),
     ("evaluate --adapter run --base auto", "/base'; give --base the base's directory"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
-    ("lora --device tpu", "--device"), ("full --precision fp64", "--precision"),
-    ("generate --nonsense 1", "--nonsense"), ("evaluate stray", "stray"),
-    ("lora --devic cpu", "--devic"), ("evaluate --device mps", "--device mps: this machine"),
+    ("lora --device tpu", "--device"),
+    ("full --precision fp64", "--precision"),
+    ("generate --nonsense 1", "--nonsense"),
+    ("evaluate stray", "stray"),
+    ("lora --devic cpu", "--devic"),
+    ("evaluate --device mps", "--device mps: this machine"),
 ]
 
 
@@ -151,14 +191,20 @@ def test_mistakes_are_named_in_one_line(name, monkeypatch):
 NO_NUMBERS = ("nan", "inf", "-inf", "-1", "1e999", "many", "", 400 * "9")
 
 
-@pytest.mark.parametrize("parse, taken, refused", [
-    (number(int, 1), {"1": 1, "1000000000": 10**9}, ("0", "1.5", "1000000001")),
-    (number(int, 0, 2**63 - 1), {"0": 0, str(2**63 - 1): 2**63 - 1}, ("1.5", str(2**63))),
-    (number(float, 0.5, 1.0), {"0.5": 0.5, "1": 1.0}, ("0.4", "1.1")),
-    (number(float, 0.0, 1.0, below=True), {"0": 0.0, "0.99": 0.99}, ("1",)),
-    (steps_or_seconds, {"5": 5, "90s": 90.0, "10m": 600.0},
-     ("0", "1.5", "0s", "1.5m", "-1s", "10h", "m", "99999999s", "1000000000000")),
-])
+@pytest.mark.parametrize(
+    "parse, taken, refused",
+    [
+        (number(int, 1), {"1": 1, "1000000000": 10**9}, ("0", "1.5", "1000000001")),
+        (number(int, 0, 2**63 - 1), {"0": 0, str(2**63 - 1): 2**63 - 1}, ("1.5", str(2**63))),
+        (number(float, 0.5, 1.0), {"0.5": 0.5, "1": 1.0}, ("0.4", "1.1")),
+        (number(float, 0.0, 1.0, below=True), {"0": 0.0, "0.99": 0.99}, ("1",)),
+        (
+            steps_or_seconds,
+            {"5": 5, "90s": 90.0, "10m": 600.0},
+            ("0", "1.5", "0s", "1.5m", "-1s", "10h", "m", "99999999s", "1000000000000"),
+        ),
+    ],
+)
 def test_numbers(parse, taken, refused):
     for text, value in taken.items():
         assert repr(parse(text)) == repr(value)
@@ -171,19 +217,45 @@ def test_numbers(parse, taken, refused):
 WHOLE = ("0", "1.5", "1000000000000")
 LIMITS = {  # by option: values on its two sides that it refuses
     "lora": {
-        **dict.fromkeys(("--block-size", "--stride", "--epochs", "--max-steps", "--batch-size",
-                         "--grad-accum", "--eval-every", "--log-every", "--r", "--lora-alpha"),
-                        WHOLE),
-        "--checkpoint-every": ("0", "0s", "10h"), "--seed": ("-1", "1.5", 2**63),
-        "--label-shift": ("0", "3"), "--lr": ("0", "11"), "--val-fraction": ("0", "1"),
-        "--warmup-ratio": ("-1", "1"), "--weight-decay": ("-1", "11"), "--clip": ("-1", "1e30"),
-        "--base-dropout": ("-1", "1"), "--lora-dropout": ("-1", "1"),
+        **dict.fromkeys(
+            (
+                "--block-size",
+                "--stride",
+                "--epochs",
+                "--max-steps",
+                "--batch-size",
+                "--grad-accum",
+                "--eval-every",
+                "--log-every",
+                "--r",
+                "--lora-alpha",
+            ),
+            WHOLE,
+        ),
+        "--checkpoint-every": ("0", "0s", "10h"),
+        "--seed": ("-1", "1.5", 2**63),
+        "--label-shift": ("0", "3"),
+        "--lr": ("0", "11"),
+        "--val-fraction": ("0", "1"),
+        "--warmup-ratio": ("-1", "1"),
+        "--weight-decay": ("-1", "11"),
+        "--clip": ("-1", "1e30"),
+        "--base-dropout": ("-1", "1"),
+        "--lora-dropout": ("-1", "1"),
         "--loraplus-lr-ratio": ("0.9", "1e5"),
     },
-    "evaluate": {**dict.fromkeys(("--block-size", "--stride", "--batch-size"), WHOLE),
-                 "--val-fraction": ("0", "1.1"), "--label-shift": ("0", "3")},
-    "generate": {"--max-new-tokens": WHOLE, "--top-k": ("-1", "1.5"), "--top-p": ("0", "1.1"),
-                 "--temperature": ("-1", "1e30"), "--seed": ("-1", "1.5", 2**63)},
+    "evaluate": {
+        **dict.fromkeys(("--block-size", "--stride", "--batch-size"), WHOLE),
+        "--val-fraction": ("0", "1.1"),
+        "--label-shift": ("0", "3"),
+    },
+    "generate": {
+        "--max-new-tokens": WHOLE,
+        "--top-k": ("-1", "1.5"),
+        "--top-p": ("0", "1.1"),
+        "--temperature": ("-1", "1e30"),
+        "--seed": ("-1", "1.5", 2**63),
+    },
 }
 
 
@@ -211,20 +283,25 @@ def test_each_command_would_succeed_without_its_mistake(tmp_path):
 
 START = """if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals
-    signals.end_in_one_line()
+    signals.install_exit_handlers()
 
 """
 
 
 def test_each_command_is_a_script():
     """Others' tests start train.py (training/test_signals.py); all begin and end alike."""
-    codes = [path.read_text() for folder in (".", "lora", "training")
-             for path in (ROOT / folder).glob("*.py")]
+    codes = [
+        path.read_text()
+        for folder in (".", "lora", "training")
+        for path in (ROOT / folder).glob("*.py")
+    ]
     commands = [code for code in codes if "\ndef main()" in code]
     assert len(commands) >= len(COMMANDS)
     assert all(START in code for code in commands if "signals" in code)
-    assert all(code.endswith('\n\nif __name__ == "__main__":\n    run_command(main)\n')
-               for code in commands)
+    assert all(
+        code.endswith('\n\nif __name__ == "__main__":\n    run_command(main)\n')
+        for code in commands
+    )
 
 
 def test_closed_streams_change_no_exit_status():

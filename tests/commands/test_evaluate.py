@@ -33,8 +33,15 @@ def models(base):
     return load_gpt2(base), theirs, tokens
 
 
-def score(model, tokens, block: int, stride: int | None = None, shift: int = 1,
-          batch_size: int = 16, precision: str = "fp32") -> Scores:
+def score(
+    model,
+    tokens,
+    block: int,
+    stride: int | None = None,
+    shift: int = 1,
+    batch_size: int = 16,
+    precision: str = "fp32",
+) -> Scores:
     batches = Windows(tokens, block, stride or block, shift).evaluation_batches(batch_size)
     return evaluate(model, batches, TOKENIZER, Device.pick("cpu", precision))
 
@@ -54,8 +61,10 @@ def reference(model, tokens, block: int, stride: int, shift: int) -> tuple[float
     return loss, right
 
 
-@pytest.mark.parametrize("block, stride, shift, batch_size", [
-    (16, 7, 2, 1), (16, 1, 1, 3), (1, 1, 2, 16), (64, 50, 2, 3)])
+@pytest.mark.parametrize(
+    "block, stride, shift, batch_size",
+    [(16, 7, 2, 1), (16, 1, 1, 3), (1, 1, 2, 16), (64, 50, 2, 3)],
+)
 def test_scores_are_those_of_a_plain_loop(models, block, stride, shift, batch_size):
     ours, theirs, tokens = models
     scores = score(ours, tokens, block, stride, shift, batch_size)

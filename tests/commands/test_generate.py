@@ -50,21 +50,36 @@ def test_the_cache_changes_no_token_even_past_the_context(model, prompt_length):
 LOGITS = torch.tensor([0.5, 0.4, 0.06, 0.04]).log()
 
 
-@pytest.mark.parametrize("choices, expected", [
-    ([{}, {"top_k": 99}], [0.5, 0.4, 0.06, 0.04]),
-    ([{"temperature": 0}, {"temperature": 1e-40}, {"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.49}],
-     [1, 0, 0, 0]),
-    ([{"top_k": 2}, {"top_p": 0.51}], [5 / 9, 4 / 9, 0, 0]),
-    ([{"top_p": 0.95}], [0.5 / 0.96, 0.4 / 0.96, 0.06 / 0.96, 0]),
-    ([{"temperature": 0.5}], [p * p / 0.4152 for p in (0.5, 0.4, 0.06, 0.04)]),
-])
+@pytest.mark.parametrize(
+    "choices, expected",
+    [
+        ([{}, {"top_k": 99}], [0.5, 0.4, 0.06, 0.04]),
+        (
+            [
+                {"temperature": 0},
+                {"temperature": 1e-40},
+                {"top_k": 1},
+                {"top_p": 1e-9},
+                {"top_p": 0.49},
+            ],
+            [1, 0, 0, 0],
+        ),
+        ([{"top_k": 2}, {"top_p": 0.51}], [5 / 9, 4 / 9, 0, 0]),
+        ([{"top_p": 0.95}], [0.5 / 0.96, 0.4 / 0.96, 0.06 / 0.96, 0]),
+        ([{"temperature": 0.5}], [p * p / 0.4152 for p in (0.5, 0.4, 0.06, 0.04)]),
+    ],
+)
 def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices, expected):
     expected, draws = torch.tensor(expected, dtype=torch.float32), 4000
     # Five standard deviations of a binomial share; what is excluded must never be drawn.
     allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3 * (expected > 0)
     for choice in choices:
-        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0,
-                   "generator": torch.Generator().manual_seed(0)} | choice
+        options = {
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "generator": torch.Generator().manual_seed(0),
+        } | choice
         drawn = torch.cat([sample(LOGITS, **options) for _ in range(draws)])
         counted = torch.bincount(drawn, minlength=4) / draws
         assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
@@ -87,12 +102,17 @@ class Scripted(torch.nn.Module):
 def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     def pieces(tokens, tokenizer):
         args = Namespace(temperature=0, top_k=0, top_p=1.0, max_new_tokens=99)
-        return [text for _, text in stream(Scripted(model, tokens), tokenizer,
-                                           [tokenizer.encode("x")], args, [None])]
+        return [
+            text
+            for _, text in stream(
+                Scripted(model, tokens), tokenizer, [tokenizer.encode("x")], args, [None]
+            )
+        ]
 
     tokenizer, text = small_tokenizer(VOCAB), "naïve ☂ 🕯 end"
-    found = pieces([*tokenizer.encode(text), tokenizer.end_of_text, *tokenizer.encode("not this")],
-                   tokenizer)
+    found = pieces(
+        [*tokenizer.encode(text), tokenizer.end_of_text, *tokenizer.encode("not this")], tokenizer
+    )
     assert "".join(found) == text
     assert len(found) > 3 and not any("\ufffd" in piece for piece in found)
     cut = [*tokenizer.encode("☂")[:1], tokenizer.end_of_text]
@@ -106,8 +126,18 @@ def test_rows_end_apart_and_share_no_character(model, monkeypatch, capsys):
     tokenizer = small_tokenizer(VOCAB)
     a, *half, b, end = tokenizer.encode(f"aéb{END_OF_TEXT}").tolist()
     assert len(half) == 2
-    steps = iter(torch.tensor([  # -1: still reading
-        [-1, a], [half[0], b], [half[1], end], [b, a], [end, a], [a, a]]))
+    steps = iter(
+        torch.tensor(
+            [  # -1: still reading
+                [-1, a],
+                [half[0], b],
+                [half[1], end],
+                [b, a],
+                [end, a],
+                [a, a],
+            ]
+        )
+    )
     monkeypatch.setattr(command, "generate_rows", lambda *_, **__: steps)
     args = Namespace(seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
     command.write_texts(model, tokenizer, args, [("", "x"), ("=", "y")])
@@ -122,7 +152,8 @@ def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
 
 @pytest.mark.parametrize("answer_tokens, starts", [(29, [0, 0, 0, 3]), (70, [0, 1, 1, 3])])
 def test_a_chat_answers_every_line_after_what_was_said_before_it(
-        monkeypatch, answer_tokens, starts):
+    monkeypatch, answer_tokens, starts
+):
     """`starts` says from which line on each is read. From the first, they have 26, 51, 71 and 217
     tokens; from the second, 20, 40 and 186. The context of 100 keeps room for an answer, or half.
     """
@@ -141,9 +172,11 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(
     monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, tokenizer))
     ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", answer_tokens)
     assert (ending.status, ending.stdout) == (0, "You.\n\nAt dusk.\nNo.\n")
-    said = [f"User: Who lights it?\nAssistant: You.{END_OF_TEXT}",
-            f"User: And then?\nAssistant: {END_OF_TEXT}",
-            f"User: When?\nAssistant: At dusk.{END_OF_TEXT}"]
+    said = [
+        f"User: Who lights it?\nAssistant: You.{END_OF_TEXT}",
+        f"User: And then?\nAssistant: {END_OF_TEXT}",
+        f"User: When?\nAssistant: At dusk.{END_OF_TEXT}",
+    ]
     asks = [f"User: {line.strip()}\nAssistant:" for line in lines]
     assert seen == ["".join(said[first:turn]) + asks[turn] for turn, first in enumerate(starts)]
     assert encode.call_count == 4 + 3  # a turn is forgotten once, and not read again at each line
@@ -158,14 +191,25 @@ def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
     assert (said.status, said.stderr) == (0, "") and said.stdout.count("\n") >= 2
     assert said.stdout == chat(base, monkeypatch, b"Who lights it?\nAnd caf\xe9?", *options).stdout
     assert chat(base, monkeypatch, b"").stdout == ""
-    for options, words in ((("--prompt", "x"), "not allowed with"),
-                           (("--adapter", "x", "--with-base"), "give --adapter and --prompt")):
+    for options, words in (
+        (("--prompt", "x"), "not allowed with"),
+        (("--adapter", "x", "--with-base"), "give --adapter and --prompt"),
+    ):
         assert words in one_line(chat(base, monkeypatch, b"x", *options), 2)
 
 
 def test_the_command_continues_each_prompt_as_if_alone(base, monkeypatch):
-    options = ["--base", str(base), "--max-new-tokens", "5", "--seed", "3", "--device", "cpu",
-               "--prompt"]
+    options = [
+        "--base",
+        str(base),
+        "--max-new-tokens",
+        "5",
+        "--seed",
+        "3",
+        "--device",
+        "cpu",
+        "--prompt",
+    ]
     prompts = ["You climb", "-naïve☂"]  # no option
     alone = [run(command.main, *options, prompt) for prompt in prompts]
     assert [ending.status for ending in alone] == [0, 0]

@@ -25,12 +25,17 @@ def done(request, runs) -> Run:
 
 
 def test_a_run_leaves_its_files_and_no_others(done):
-    weights = {"lora": {"adapter_config.json", "adapter_model.safetensors"},
-               "full": {"config.json", "model.safetensors", "tokenizer.json",
-                        "tokenizer_config.json"}}[done.report["method"]]
+    weights = {
+        "lora": {"adapter_config.json", "adapter_model.safetensors"},
+        "full": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"},
+    }[done.report["method"]]
     assert {path.name for path in done.out.iterdir()} == weights | {
-        "run.json", "metrics.jsonl", "loss.png", "checkpoint.safetensors",
-        "checkpoint.previous.safetensors"}
+        "run.json",
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoint.safetensors",
+        "checkpoint.previous.safetensors",
+    }
     picture = (done.out / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
 
@@ -38,11 +43,28 @@ def test_a_run_leaves_its_files_and_no_others(done):
 def test_run_json_tells_the_run(done, base, book):
     report = done.report
     assert set(report) == {
-        "method", "base", "options", "trainable_parameters", "total_parameters",
-        "trainable_percent", "base_val_loss", "start_val_loss", "best_val_loss",
-        "best_val_perplexity", "best_val_bits_per_byte", "steps", "seconds", "tokens_per_second",
-        "peak_memory_mb", "device", "precision", "torch", "base_sha256", "book_sha256",
-        "init_adapter_sha256"}
+        "method",
+        "base",
+        "options",
+        "trainable_parameters",
+        "total_parameters",
+        "trainable_percent",
+        "base_val_loss",
+        "start_val_loss",
+        "best_val_loss",
+        "best_val_perplexity",
+        "best_val_bits_per_byte",
+        "steps",
+        "seconds",
+        "tokens_per_second",
+        "peak_memory_mb",
+        "device",
+        "precision",
+        "torch",
+        "base_sha256",
+        "book_sha256",
+        "init_adapter_sha256",
+    }
     assert ("r" in report["options"]) == (report["method"] == "lora")
     assert report["options"]["book"] == [str(book)] and report["options"]["lr"] == 3e-3
     assert done.stdout.startswith(f"trainable params: {report['trainable_parameters']:,} || ")
@@ -51,7 +73,8 @@ def test_run_json_tells_the_run(done, base, book):
     assert report["torch"] == torch.__version__
     assert report["base_sha256"] == {
         name: hashlib.sha256((base / file).read_bytes()).hexdigest()
-        for name, file in (("config", "config.json"), ("weights", "model.safetensors"))}
+        for name, file in (("config", "config.json"), ("weights", "model.safetensors"))
+    }
     tokens = torch.cat(token_parts(book)).numpy().astype(np.uint16)
     assert report["book_sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
     assert report["best_val_loss"] == min(done.column("val_loss")) < report["base_val_loss"]
@@ -81,21 +104,38 @@ def test_the_saved_model_has_the_reported_loss_in_stock_libraries(done, base, bo
         assert done.report[f"{name}_val_loss"] == pytest.approx(loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("options, logged, validated", [
-    (("--epochs", 2), {10, 12, 20, 24}, {12, 24}),
-    (("--max-steps", 9, "--log-every", 99, "--eval-every", 4), {4, 8, 9}, {4, 8, 9}),
-    (("--epochs", 1, "--max-steps", 99), {10, 12}, {12}),
-])
-def test_options_say_when_to_log_to_validate_and_to_end(base, book, tmp_path, options, logged,
-                                                        validated):
+@pytest.mark.parametrize(
+    "options, logged, validated",
+    [
+        (("--epochs", 2), {10, 12, 20, 24}, {12, 24}),
+        (("--max-steps", 9, "--log-every", 99, "--eval-every", 4), {4, 8, 9}, {4, 8, 9}),
+        (("--epochs", 1, "--max-steps", 99), {10, 12}, {12}),
+    ],
+)
+def test_options_say_when_to_log_to_validate_and_to_end(
+    base, book, tmp_path, options, logged, validated
+):
     done = trained("lora", base, book, tmp_path, "--batch-size", 15, "--log-every", 10, *options)
     assert set(done.column("step")) == logged
     assert {line["step"] for line in done.metrics if "val_loss" in line} == validated
 
 
 def test_the_best_model_is_kept_when_validation_gets_worse(base, book, tmp_path):
-    done = trained("lora", base, book, tmp_path, "--max-steps", 2, "--eval-every", 1, "--lr", 1,
-                   "--warmup-ratio", 0.9, *runs.NO_DROPOUT["lora"])
+    done = trained(
+        "lora",
+        base,
+        book,
+        tmp_path,
+        "--max-steps",
+        2,
+        "--eval-every",
+        1,
+        "--lr",
+        1,
+        "--warmup-ratio",
+        0.9,
+        *runs.NO_DROPOUT["lora"],
+    )
     losses = done.column("val_loss")
     assert losses[-1] > min(losses) + 0.1
     kept = runs.validation_loss(stock_result(done), token_parts(book)[1])
@@ -106,10 +146,24 @@ def test_the_best_model_is_kept_when_validation_gets_worse(base, book, tmp_path)
 def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(base, book, tmp_path):
     train_part, val_part = token_parts(book)
     whole = ("--batch-size", 1000, "--base-dropout", 0)  # LoRA's own dropout is the first run's
-    first = trained("lora", base, book, tmp_path / "first", "--epochs", 3, "--r", 4,
-                    "--lora-alpha", 4, "--lr", 1e-2, *runs.NO_DROPOUT["lora"])
-    second = trained("lora", base, book, tmp_path / "second", "--init-adapter", first.out,
-                     "--epochs", 1, *whole)
+    first = trained(
+        "lora",
+        base,
+        book,
+        tmp_path / "first",
+        "--epochs",
+        3,
+        "--r",
+        4,
+        "--lora-alpha",
+        4,
+        "--lr",
+        1e-2,
+        *runs.NO_DROPOUT["lora"],
+    )
+    second = trained(
+        "lora", base, book, tmp_path / "second", "--init-adapter", first.out, "--epochs", 1, *whole
+    )
     loss = runs.mean_loss(stock_result(first), *windows(train_part)).item()
     assert second.column("loss")[0] == pytest.approx(loss, rel=1e-6)
     assert second.column("loss")[0] < first.column("loss")[0] - 0.01
@@ -118,11 +172,27 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     assert second.report["start_val_loss"] == pytest.approx(first.report["best_val_loss"], rel=1e-6)
     assert [second.report["options"][name] for name in ("r", "lora_alpha")] == [4, 4]
     assert second.report["best_val_loss"] == pytest.approx(
-        runs.validation_loss(stock_result(second), val_part), rel=1e-6)
+        runs.validation_loss(stock_result(second), val_part), rel=1e-6
+    )
 
     # It is scored before it is trained, and kept if training makes it worse.
-    worse = trained("lora", base, book, tmp_path / "worse", "--init-adapter", first.out,
-                    "--epochs", 1, *whole, "--lr", 10, "--warmup-ratio", 0, "--clip", 0)
+    worse = trained(
+        "lora",
+        base,
+        book,
+        tmp_path / "worse",
+        "--init-adapter",
+        first.out,
+        "--epochs",
+        1,
+        *whole,
+        "--lr",
+        10,
+        "--warmup-ratio",
+        0,
+        "--clip",
+        0,
+    )
     torch.testing.assert_close(worse.weights, first.weights, rtol=0, atol=0)
     assert worse.report["best_val_loss"] == pytest.approx(first.report["best_val_loss"], rel=1e-6)
     assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
@@ -138,11 +208,25 @@ def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_p
     same = trained("lora", base, joined, tmp_path / "same", *options)
     assert one.column("val_loss") == same.column("val_loss")
     assert one.report["book_sha256"] == same.report["book_sha256"]
-    again = run(train.main, *runs.arguments("lora", base, book, one.out, *options, "--resume",
-                                            "--book", other, book))
+    again = run(
+        train.main,
+        *runs.arguments("lora", base, book, one.out, *options, "--resume", "--book", other, book),
+    )
     assert "--book: its content is not what the run" in runs.one_line(again, 2)
-    found, said = runs.scores(tmp_path / "scores.json", "--base", base, "--text", book, other,
-                              "--val-fraction", 0.1, "--adapter", one.out, "--block-size", BLOCK)
+    found, said = runs.scores(
+        tmp_path / "scores.json",
+        "--base",
+        base,
+        "--text",
+        book,
+        other,
+        "--val-fraction",
+        0.1,
+        "--adapter",
+        one.out,
+        "--block-size",
+        BLOCK,
+    )
     assert said.startswith(f"{book}, {other}, the last 10 %: ")
     assert found["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-6)
 
@@ -156,7 +240,8 @@ def test_a_part_has_room_for_a_window_and_its_last_target(base, book, tmp_path):
 
 
 def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(
-        base, book, tmp_path):
+    base, book, tmp_path
+):
     (tmp_path / "base").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "base" / name).write_bytes((base / name).read_bytes())
@@ -175,18 +260,44 @@ def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path)
     """Frozen tables are held in bf16 and trained ones in fp32; an evaluation rounds both. DoRA's
     norms are of fp32 A and B.
     """
-    done = {name: trained(method, base, book, tmp_path / name, "--max-steps", 3, "--precision",
-                          "bf16", "--lr", 1e-2, *options)
-            for name, method, *options in (("lora", "lora"), ("full", "full"),
-                                           ("dora", "lora", "--use-dora", "--weight-decay", 0))}
+    done = {
+        name: trained(
+            method,
+            base,
+            book,
+            tmp_path / name,
+            "--max-steps",
+            3,
+            "--precision",
+            "bf16",
+            "--lr",
+            1e-2,
+            *options,
+        )
+        for name, method, *options in (
+            ("lora", "lora"),
+            ("full", "full"),
+            ("dora", "lora", "--use-dora", "--weight-decay", 0),
+        )
+    }
     exact = trained("lora", base, book, tmp_path / "fp32", "--max-steps", 1)
     lora, full = (done[method].report for method in ("lora", "full"))
     assert lora["base_val_loss"] == full["base_val_loss"] != exact.report["base_val_loss"]
     assert full["best_val_loss"] < full["base_val_loss"]
     for name, one in done.items():
         model = ("--base", one.out) if name == "full" else ("--base", base, "--adapter", one.out)
-        found, _ = runs.scores(tmp_path / "scores.json", *model, "--text", book, "--val-fraction",
-                               0.1, "--block-size", BLOCK, "--precision", "bf16")
+        found, _ = runs.scores(
+            tmp_path / "scores.json",
+            *model,
+            "--text",
+            book,
+            "--val-fraction",
+            0.1,
+            "--block-size",
+            BLOCK,
+            "--precision",
+            "bf16",
+        )
         assert found["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-9)
 
 
@@ -198,14 +309,29 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
         def slow(*args):
             clock.later += 100
             return function(*args)
+
         return slow
 
     for module in (meter, session):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(train.Trainer, "evaluate", slowly(train.Trainer.evaluate))
     monkeypatch.setattr(session, "write_checkpoint", slowly(session.write_checkpoint))
-    run = trained("lora", base, book, tmp_path / "run", "--max-steps", 4, "--eval-every", 2,
-                  "--log-every", 1, "--checkpoint-every", 1, "--batch-size", 2)
+    run = trained(
+        "lora",
+        base,
+        book,
+        tmp_path / "run",
+        "--max-steps",
+        4,
+        "--eval-every",
+        2,
+        "--log-every",
+        1,
+        "--checkpoint-every",
+        1,
+        "--batch-size",
+        2,
+    )
     assert clock.later == 700
     assert min(run.column("tokens_per_second")) > 2 * BLOCK / 50
 
@@ -219,6 +345,10 @@ def test_what_goes_badly_is_said(base, book, tmp_path):
         printed = trained("lora", "mini", text, tmp_path / text.stem, *options).stdout
         assert ("worse than by guessing" in printed) == said
     for rate, said in ((10, True), (1e-3, False)):
-        ending = run(train.main, *runs.arguments("full", base, book, tmp_path / str(rate),
-                                                 "--max-steps", 4, "--lr", rate))
+        ending = run(
+            train.main,
+            *runs.arguments(
+                "full", base, book, tmp_path / str(rate), "--max-steps", 4, "--lr", rate
+            ),
+        )
         assert ending.status == 0 and ("worse than the base" in ending.stderr) == said

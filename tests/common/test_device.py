@@ -39,19 +39,21 @@ def test_the_first_kernel_runs_on_the_ranks_own_gpu(gpu, monkeypatch):
 
 def test_a_rank_for_which_there_is_no_gpu_is_refused(gpu, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with (pytest.raises(UserError, match="this machine has 2 GPUs; one rank a GPU"),
-          Ranks(2, 3).joined(torch.device("cuda"))):
+    with (
+        pytest.raises(UserError, match="this machine has 2 GPUs; one rank a GPU"),
+        Ranks(2, 3).joined(torch.device("cuda")),
+    ):
         pass
 
 
 def test_a_gpu_that_runs_no_kernel_is_left_or_refused_in_one_line(gpu, capsys):
     gpu.side_effect = RuntimeError(f"{TOO_OLD}\nCompile with `TORCH_USE_CUDA_DSA`")
-    assert Device.pick().torch.type == "cpu"
-    warning, = capsys.readouterr().err.splitlines()
+    assert Device.pick().torch_device.type == "cpu"
+    (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: the CPU is used") and TOO_OLD in warning
     with pytest.raises(UserError, match=r"^--device cuda: .*no kernel image.*cu126[^\n]*$"):
         Device.pick("cuda")
-    assert Device.pick("cpu").torch.type == "cpu" and not capsys.readouterr().err
+    assert Device.pick("cpu").torch_device.type == "cpu" and not capsys.readouterr().err
     gpu.side_effect = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
     with pytest.raises(UserError, match=r"^--device cuda: .* \(CUDA out of memory\..*\)$"):
         Device.pick()  # and no hours on the CPU
@@ -61,8 +63,10 @@ def test_what_fails_on_mps_is_refused_and_its_generator_is_saved(base, tmp_path,
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     ending = run(train.main, "lora", "--base", base, "--out", tmp_path, "--gradient-checkpointing")
     assert ending.status == 2 and "error: --gradient-checkpointing: on MPS" in ending.stderr
-    with (pytest.raises(UserError, match=r"^torchrun: .* --device cpu$"),
-          Ranks(0, 2).joined(torch.device("mps"))):
+    with (
+        pytest.raises(UserError, match=r"^torchrun: .* --device cpu$"),
+        Ranks(0, 2).joined(torch.device("mps")),
+    ):
         pass
     with pytest.raises(UserError, match="--precision fp16: on MPS"):
         Device.pick("mps", "fp16", train=True)
@@ -81,19 +85,26 @@ def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeyp
 
 
 def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
-        base, book, tmp_path, monkeypatch):
+    base, book, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.compiler.reset()
     with inductor.patch({"cpp.cxx": ("/nowhere/c++",)}):
-        line = one_line(run(train.main, *arguments(
-            "lora", base, book, tmp_path / "run", "--compile")), 2)
+        line = one_line(
+            run(train.main, *arguments("lora", base, book, tmp_path / "run", "--compile")), 2
+        )
     assert not (tmp_path / "run").exists()
     assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory_while_the_model_is_moved_is_one_line(error, base, monkeypatch):
     monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=error))
     ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
@@ -104,8 +115,11 @@ def test_tf32_is_for_cuda_and_only_if_asked():
     try:
         torch.set_float32_matmul_precision("high")  # as an image may have it
         for device, allowed, expected in (
-                ("cpu", False, "high"), ("cuda", False, "highest"), ("cpu", True, "highest"),
-                ("cuda", True, "high")):
+            ("cpu", False, "high"),
+            ("cuda", False, "highest"),
+            ("cpu", True, "highest"),
+            ("cuda", True, "high"),
+        ):
             Device(torch.device(device), "fp32").set_tf32(allowed)
             assert torch.get_float32_matmul_precision() == expected
     finally:

@@ -40,8 +40,13 @@ CHECKS = (
 
 
 def test_what_a_reader_must_not_do_is_counted(monkeypatch):
-    monkeypatch.setattr(fuzz, "TARGETS", tuple(
-        Target(str(i), "file", lambda *_: b"bad", check) for i, (check, _) in enumerate(CHECKS)))
+    monkeypatch.setattr(
+        fuzz,
+        "TARGETS",
+        tuple(
+            Target(str(i), "file", lambda *_: b"bad", check) for i, (check, _) in enumerate(CHECKS)
+        ),
+    )
     monkeypatch.setattr(fuzz, "target_of", lambda case: fuzz.TARGETS[case])
     monkeypatch.setattr(fuzz, "prepare", lambda directory: (directory / "file").write_bytes(b"x"))
     monkeypatch.setattr(fuzz, "HANG", 1)

@@ -31,11 +31,17 @@ DAMAGED = [
     (lambda t: t.update({W: t[W].t()}), f"{W} is (4, 3) where (3, 4) is needed"),
     (lambda t: t.update({W: t[W].flatten()}), f"{W} is (12,) where"),
     (lambda t: t.update({W: t[W][None]}), f"{W} is (1, 3, 4) where"),
-    *((lambda t, x=x: t[W][2].fill_(x), f"{W} holds numbers that are not finite")
-      for x in (torch.nan, torch.inf, -torch.inf)),
-    *((lambda t, dtype=dtype: t.update({W: t[W].to(dtype)}),
-       f"{W} is not a tensor of fp32, fp16 or bf16 ({dtype})")
-      for dtype in (torch.int64, torch.float64)),
+    *(
+        (lambda t, x=x: t[W][2].fill_(x), f"{W} holds numbers that are not finite")
+        for x in (torch.nan, torch.inf, -torch.inf)
+    ),
+    *(
+        (
+            lambda t, dtype=dtype: t.update({W: t[W].to(dtype)}),
+            f"{W} is not a tensor of fp32, fp16 or bf16 ({dtype})",
+        )
+        for dtype in (torch.int64, torch.float64)
+    ),
 ]
 
 
@@ -55,10 +61,14 @@ def test_files_that_are_cut_or_of_something_else_are_refused(tmp_path):
     save_file(good_tensors(), path)
     whole = path.read_bytes()
     for content in (
-            *(whole[: int(share * len(whole))] for share in (0, 0.01, 0.1, 0.5, 0.999)),
-            b"<!DOCTYPE html>\n" * 99, b"\xff" * 999, b"PK\x03\x04" * 99,
-            struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 14) + b'{"x\n": "\x1b"}',
-            struct.pack("<Q", 100_000) + b'{"a":' * 20_000):
+        *(whole[: int(share * len(whole))] for share in (0, 0.01, 0.1, 0.5, 0.999)),
+        b"<!DOCTYPE html>\n" * 99,
+        b"\xff" * 999,
+        b"PK\x03\x04" * 99,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 14) + b'{"x\n": "\x1b"}',
+        struct.pack("<Q", 100_000) + b'{"a":' * 20_000,
+    ):
         path.write_bytes(content)
         assert "damaged, or not a file of tensors (" in refusal(path, read_all)
     path.write_bytes(b"")
@@ -79,7 +89,17 @@ def test_a_file_that_is_not_a_json_object_is_refused(tmp_path):
     path = tmp_path / "config.json"
     assert "cannot be read" in refusal(path, read_json)
     for content in (
-            b"", b"{", b"[]", b"3", b"null", b"{}\0", b"\xff\xfe", b"[" * 500_000,
-            b'{"x": ' * 99_999, b" " * (2 << 20), b'{"r": ' + b"9" * 9999 + b"}"):
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b"{}\0",
+        b"\xff\xfe",
+        b"[" * 500_000,
+        b'{"x": ' * 99_999,
+        b" " * (2 << 20),
+        b'{"r": ' + b"9" * 9999 + b"}",
+    ):
         path.write_bytes(content)
         assert "JSON" in refusal(path, read_json)

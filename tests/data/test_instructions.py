@@ -9,23 +9,28 @@ from torch import Tensor, nn
 
 import evaluate
 import train
+from adapters.files import save_adapter
 from data.instructions import Instructions, read_examples
 from data.windows import NOT_SCORED
-from lora.adapter import save_adapter
 from model.plain import plain_operations
 from model.weights import CONV1D
 from tests import runs
-from tests.adapters import adapted
 from tests.helpers import TINY, refusal, relative_difference, small_tokenizer
+from tests.pairs import adapted
 from tests.runs import one_line, run, stock_model
 
 TOKENIZER = small_tokenizer(TINY["vocab_size"])
 END = TOKENIZER.end_of_text
 LENGTH = 40  # the block: the longest example below is cut
-PAIRS = [("Who lights it?", "You."), ("And then?", "Nobody. The gull does, in fact."),
-         ("A long question, that no block of forty tokens will hold whole?", "It is so."),
-         ("Why?", "…"), ("  Is it\n spelled so? ", " Yes. "), ("", "An answer to nothing."),
-         ("Seven?", "Seven.")]
+PAIRS = [
+    ("Who lights it?", "You."),
+    ("And then?", "Nobody. The gull does, in fact."),
+    ("A long question, that no block of forty tokens will hold whole?", "It is so."),
+    ("Why?", "…"),
+    ("  Is it\n spelled so? ", " Yes. "),
+    ("", "An answer to nothing."),
+    ("Seven?", "Seven."),
+]
 
 
 def example(prompt: str, completion: str) -> str:
@@ -61,9 +66,11 @@ def stock_batch(pairs) -> dict[str, Tensor]:
     def pad(lists, value):
         return torch.tensor([x + [value] * (longest - len(x)) for x in lists])
 
-    return {"input_ids": pad([ids for ids, _ in rows], END),
-            "labels": pad([labels for _, labels in rows], NOT_SCORED),
-            "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0)}
+    return {
+        "input_ids": pad([ids for ids, _ in rows], END),
+        "labels": pad([labels for _, labels in rows], NOT_SCORED),
+        "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0),
+    }
 
 
 @pytest.fixture
@@ -75,8 +82,7 @@ def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
     """The loss of a step on all examples but the last, and its gradients."""
     trainer.optimizer.zero_grad = lambda set_to_none: None  # they are kept
     trainer.step(np.arange(len(PAIRS) - 1))
-    return (trainer.measure()["loss"],
-            {name: p.grad for name, p in trainer.parameters.items()})
+    return (trainer.measure()["loss"], {name: p.grad for name, p in trainer.parameters.items()})
 
 
 def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -92,12 +98,27 @@ def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method, parts", [("lora", 3), ("full", 1)])
 def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
-        base, data, tmp_path, method, parts, capsys):
+    base, data, tmp_path, method, parts, capsys
+):
     adapter = tmp_path / "adapter"
     save_adapter(*adapted(base, ("c_attn", "c_fc"), r=4, lora_dropout=0.0), adapter, "gpt2")
-    argv = (method, base, data, tmp_path / "out", "--block-size", LENGTH, "--grad-accum", parts,
-            "--clip", 0, "--val-fraction", 0.15, "--base-dropout", 0,
-            *(("--init-adapter", adapter) if method == "lora" else ()))
+    argv = (
+        method,
+        base,
+        data,
+        tmp_path / "out",
+        "--block-size",
+        LENGTH,
+        "--grad-accum",
+        parts,
+        "--clip",
+        0,
+        "--val-fraction",
+        0.15,
+        "--base-dropout",
+        0,
+        *(("--init-adapter", adapter) if method == "lora" else ()),
+    )
     with plain_operations():
         plain = stepped(runs.trainer(*argv))
     fast = stepped(runs.trainer(*argv))
@@ -118,16 +139,31 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
 
 
 def test_both_forms_are_read_as_the_template_says(tmp_path):
-    talk = [turn("system", "Be brief."), *(turn(*t) for t in (
-        ("user", "Who?"), ("assistant", "You."), ("user", "When?"), ("assistant", "At dusk.")))]
-    path = write(tmp_path / "x.jsonl", example(" Who?", "You.\n"), "",
-                 json.dumps({"messages": [turn("user", "Who?"), turn("assistant", "You.")]}),
-                 b"\xef\xbb\xbf" + json.dumps({"messages": talk}).encode())
+    talk = [
+        turn("system", "Be brief."),
+        *(
+            turn(*t)
+            for t in (
+                ("user", "Who?"),
+                ("assistant", "You."),
+                ("user", "When?"),
+                ("assistant", "At dusk."),
+            )
+        ),
+    ]
+    path = write(
+        tmp_path / "x.jsonl",
+        example(" Who?", "You.\n"),
+        "",
+        json.dumps({"messages": [turn("user", "Who?"), turn("assistant", "You.")]}),
+        b"\xef\xbb\xbf" + json.dumps({"messages": talk}).encode(),
+    )
     short, same, long = read_examples(path, TOKENIZER, 200)
     assert np.array_equal(short, same)
     end = "<|endoftext|>"
-    text = (f"System: Be brief.\nUser: Who?\nAssistant: You.{end}"
-            f"User: When?\nAssistant: At dusk.{end}")
+    text = (
+        f"System: Be brief.\nUser: Who?\nAssistant: You.{end}User: When?\nAssistant: At dusk.{end}"
+    )
     inputs, targets = long
     assert [*inputs.tolist(), END] == encoded(text)
     assert [t for t in targets.tolist() if t != NOT_SCORED] == encoded(f" You.{end} At dusk.{end}")
@@ -142,13 +178,16 @@ def test_an_example_as_long_as_the_block_loses_nothing(tmp_path, capsys):
 
 
 BAD = [
-    ("not json", "is not JSON"), ("[" * 9000, "is not JSON"),
+    ("not json", "is not JSON"),
+    ("[" * 9000, "is not JSON"),
     (r'{"prompt": "a\u0000", "completion": "b"}', "holds a NUL"),
     (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
     (example("a", "b" * 10_000_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
     (example("a", "\ud800"), "surrogates not allowed"),
-    ('{"prompt": "a"}', "needs the texts"), ("7", "needs the texts"),
-    ('{"prompt": 1, "completion": "b"}', "needs the texts"), ('{"messages": {}}', "none at"),
+    ('{"prompt": "a"}', "needs the texts"),
+    ("7", "needs the texts"),
+    ('{"prompt": 1, "completion": "b"}', "needs the texts"),
+    ('{"messages": {}}', "none at"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
     (json.dumps({"messages": [turn("assistant", "b") | {"weight": 0}]}), "has a weight"),
     (example("a", " \n"), "an empty completion"),
@@ -170,7 +209,7 @@ def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
     completion = "x" * (LENGTH - len(encoded(" ")))
     ids = [*encoded(f" {completion}"), END]
     path = write(tmp_path / "x.jsonl", example("Long?", completion[: LENGTH - len(ids)]))
-    (inputs, targets), = read_examples(path, TOKENIZER, LENGTH)
+    ((inputs, targets),) = read_examples(path, TOKENIZER, LENGTH)
     assert len(inputs) == LENGTH and (targets != NOT_SCORED).all() and targets[-1] == END
 
 
@@ -182,22 +221,42 @@ def test_padding_leaves_every_token_as_it_is():
     assert inputs[0, 0] == 7 and targets[0].tolist() == [END, NOT_SCORED, NOT_SCORED]
 
 
-def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(
-        base, data, tmp_path):
+def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(base, data, tmp_path):
     others = write(tmp_path / "val.jsonl", *(example(*pair) for pair in PAIRS[1::2]))
 
     def losses(pairs) -> float:
         return stock_model(base)(**stock_batch(pairs)).loss.item()
 
-    for option, value, pairs in (("--val-fraction", 0.5, PAIRS[-3:]),
-                                 ("--val-data", others, PAIRS[1::2])):
-        done = runs.trained("lora", base, data, tmp_path / option, "--block-size", LENGTH,
-                            "--max-steps", 1, option, value)
+    for option, value, pairs in (
+        ("--val-fraction", 0.5, PAIRS[-3:]),
+        ("--val-data", others, PAIRS[1::2]),
+    ):
+        done = runs.trained(
+            "lora",
+            base,
+            data,
+            tmp_path / option,
+            "--block-size",
+            LENGTH,
+            "--max-steps",
+            1,
+            option,
+            value,
+        )
         assert done.report["base_val_loss"] == pytest.approx(losses(pairs), rel=1e-6)
         assert done.report["options"]["book"] is None
         assert done.report["options"]["data"] == str(data)
-    scores, _ = runs.scores(tmp_path / "scores.json", "--base", base, "--data", data,
-                            "--block-size", LENGTH, "--batch-size", 2)
+    scores, _ = runs.scores(
+        tmp_path / "scores.json",
+        "--base",
+        base,
+        "--data",
+        data,
+        "--block-size",
+        LENGTH,
+        "--batch-size",
+        2,
+    )
     assert scores["loss"] == pytest.approx(losses(PAIRS), rel=1e-6)
     assert scores["tokens"] == sum(len(encoded(f" {c.strip()}")) + 1 for _, c in PAIRS)
     assert scores["bytes"] == sum(len(f" {c.strip()}".encode()) for _, c in PAIRS)
@@ -207,17 +266,23 @@ def test_too_few_examples_and_options_for_books_are_refused(base, book, data, tm
     empty, too_few = write(tmp_path / "empty.jsonl"), "7 examples to train on and 0 to validate on"
     alone = "--val-data: needs --data, and no --val-fraction"
     for source, options, words in (
-            (data, ("--val-data", empty), too_few), (data, ("--val-fraction", 0.1), too_few),
-            (empty, (), "0 examples to train on"), (data, ("--book", book), "not allowed with"),
-            (book, ("--val-data", data), alone),
-            (data, ("--val-data", data, "--val-fraction", 0.5), alone),
-            (data, ("--label-shift", 2), "--label-shift are for books")):
-        argv = runs.arguments("lora", base, source, tmp_path / "no", "--block-size", LENGTH,
-                              *options)
+        (data, ("--val-data", empty), too_few),
+        (data, ("--val-fraction", 0.1), too_few),
+        (empty, (), "0 examples to train on"),
+        (data, ("--book", book), "not allowed with"),
+        (book, ("--val-data", data), alone),
+        (data, ("--val-data", data, "--val-fraction", 0.5), alone),
+        (data, ("--label-shift", 2), "--label-shift are for books"),
+    ):
+        argv = runs.arguments(
+            "lora", base, source, tmp_path / "no", "--block-size", LENGTH, *options
+        )
         assert words in one_line(run(train.main, *argv), 2)
-    for options, words in ((("--val-fraction", 0.1), f"{data}: 0 examples; too short to score"),
-                           (("--label-shift", 2), "--label-shift are for texts"),
-                           (("--stride", 4), "--label-shift are for texts")):
+    for options, words in (
+        (("--val-fraction", 0.1), f"{data}: 0 examples; too short to score"),
+        (("--label-shift", 2), "--label-shift are for texts"),
+        (("--stride", 4), "--label-shift are for texts"),
+    ):
         argv = ("--base", base, "--data", data, "--block-size", LENGTH, *options)
         assert words in one_line(run(evaluate.main, *argv), 2)
 

@@ -37,8 +37,11 @@ def write(directory: Path, content: str | bytes) -> Path:
 
 
 @settings(deadline=None, max_examples=150)
-@given(parts=st.lists(st.sampled_from(PARTS)), piece=st.integers(1, 50),
-       tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, *WHITE_SPACE]))
+@given(
+    parts=st.lists(st.sampled_from(PARTS)),
+    piece=st.integers(1, 50),
+    tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, *WHITE_SPACE]),
+)
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[0])
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[1])
 @example(parts=["a", "\n", "\n", "a"], piece=2, tokenizer=WHITE_SPACE[2])
@@ -69,9 +72,12 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
         (texts / name).write_text(f"The text of {name}.\n")
     a, b = (GPT2.encode(f"The text of {name}.\n").tolist() for name in ("a.txt", "b.txt"))
     end = [GPT2.end_of_text]
-    for paths, ids in (([texts / "b.txt"], b), ([texts], a + end + b),
-                       ([texts / "b.txt", texts / "a.txt"], b + end + a),
-                       ([texts, texts / "a.txt"], a + end + b + end + a)):
+    for paths, ids in (
+        ([texts / "b.txt"], b),
+        ([texts], a + end + b),
+        ([texts / "b.txt", texts / "a.txt"], b + end + a),
+        ([texts, texts / "a.txt"], a + end + b + end + a),
+    ):
         tokens = load_books(paths, GPT2)
         assert tokens.tolist() == ids and tokens.dtype == np.uint16
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2  # an entry a book
@@ -98,8 +104,9 @@ for book in ("1.txt", "8.txt"):
     print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
 """
     root = Path(tokens_module.__file__).parents[1]
-    output = subprocess.run([sys.executable, "-c", script], cwd=root, text=True, check=True,
-                            stdout=subprocess.PIPE).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, text=True, check=True, stdout=subprocess.PIPE
+    ).stdout
     small, large = map(int, output.split())  # peak resident memory in KB
     assert small > 10_000 and large - small < 4_000
 
@@ -117,9 +124,14 @@ def test_a_second_run_reads_the_cache(tmp_path):
 
 def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
     cache, swapped = tmp_path / "cache", (*range(297), 298, 297)
-    tokenizers = (SMALL, small_tokenizer(301), replace(SMALL, ids=swapped), OTHER_PATTERN,
-                  replace(SMALL, special={END_OF_TEXT: 299, "naïve": 3}),
-                  replace(SMALL, vocab_size=70_000))
+    tokenizers = (
+        SMALL,
+        small_tokenizer(301),
+        replace(SMALL, ids=swapped),
+        OTHER_PATTERN,
+        replace(SMALL, special={END_OF_TEXT: 299, "naïve": 3}),
+        replace(SMALL, vocab_size=70_000),
+    )
     for text in (TEXT, TEXT.replace("naïve", "naive"), TEXT + " "):
         for tokenizer in tokenizers:
             tokens = load_tokens(write(tmp_path, text), tokenizer, cache)

@@ -10,22 +10,32 @@ from data.windows import NOT_SCORED, Windows, split
 
 def test_the_last_tokens_are_the_validation_part():
     for length, fraction, validation in (
-            (1000, 0.1, 100), (1009, 0.1, 100), (7, 0.5, 3), (10, 1.0, 10), (5, 0.001, 0)):
+        (1000, 0.1, 100),
+        (1009, 0.1, 100),
+        (7, 0.5, 3),
+        (10, 1.0, 10),
+        (5, 0.001, 0),
+    ):
         train_part, val_part = split(np.arange(length), fraction)
         assert train_part.tolist() == list(range(length - validation))
         assert val_part.tolist() == list(range(length - validation, length))
 
 
 @settings(deadline=None)
-@given(length=st.integers(0, 40), block=st.integers(1, 12), stride=st.integers(1, 15),
-       shift=st.sampled_from([1, 2]))
+@given(
+    length=st.integers(0, 40),
+    block=st.integers(1, 12),
+    stride=st.integers(1, 15),
+    shift=st.sampled_from([1, 2]),
+)
 def test_windows_are_those_of_a_plain_loop(length, block, stride, shift):
     tokens = list(range(100, 100 + length))
     expected = []
     for start in range(0, length, stride):
         if start + block + shift <= length:  # the last, shorter one is dropped
-            expected.append((tokens[start : start + block],
-                             tokens[start + shift : start + shift + block]))
+            expected.append(
+                (tokens[start : start + block], tokens[start + shift : start + shift + block])
+            )
     windows = Windows(np.array(tokens, dtype=np.uint16), block, stride, shift)
     assert len(windows) == len(expected)
     inputs, targets = windows.batch(np.arange(len(windows))[::-1])
@@ -47,10 +57,16 @@ def test_each_epoch_has_its_own_order_and_repeats_it():
 
 
 @settings(deadline=None, max_examples=300)
-@given(data=st.data(), length=st.integers(3, 60), block=st.integers(1, 20),
-       shift=st.sampled_from([1, 2]), batch_size=st.integers(1, 5))
+@given(
+    data=st.data(),
+    length=st.integers(3, 60),
+    block=st.integers(1, 20),
+    shift=st.sampled_from([1, 2]),
+    batch_size=st.integers(1, 5),
+)
 def test_evaluation_scores_each_token_once_from_what_comes_before(
-        data, length, block, shift, batch_size):
+    data, length, block, shift, batch_size
+):
     stride = data.draw(st.integers(1, block))
     tokens = np.arange(length, dtype=np.uint16)  # each token is its own position
     batches = list(Windows(tokens, block, stride, shift).evaluation_batches(batch_size))

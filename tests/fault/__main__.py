@@ -29,9 +29,13 @@ def main() -> int:
             outcome.seconds = outcome.seconds or time.perf_counter() - began
             outcomes.append((part, outcome))
             began = time.perf_counter()
-    print_table(("part", "tried", "failures", "seconds"),
-                [(f"{part}: {o.name}", f"{o.tried:,}", str(len(o.failures)), f"{o.seconds:.0f}")
-                 for part, o in outcomes])
+    print_table(
+        ("part", "tried", "failures", "seconds"),
+        [
+            (f"{part}: {o.name}", f"{o.tried:,}", str(len(o.failures)), f"{o.seconds:.0f}")
+            for part, o in outcomes
+        ],
+    )
     failures = [f"{part}: {failure}" for part, o in outcomes for failure in o.failures]
     for failure in failures:
         print(f"FAILED {failure}")

@@ -24,8 +24,9 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
             outcome = Outcome("a full and a read-only tmpfs")
             outcome.add("it fills up", fills_up(folder, place, expected))
             with filled(place):
-                outcome.add("full from the start", refused(folder, place / "later", 1,
-                                                           "cannot be written"))
+                outcome.add(
+                    "full from the start", refused(folder, place / "later", 1, "cannot be written")
+                )
             mount(place, "-o remount,ro")
             outcome.add("read-only", refused(folder, place / "last", 2, os.strerror(EROFS)))
         finally:

@@ -22,8 +22,14 @@ from safetensors import safe_open
 from tests.fault.runs import ROOT, Outcome, differences, left, result, scratch, train_command
 from training.checkpoint import content_sha256
 
-KINDS = ("no space", "I/O error", "short write", "short write, then no space", "crash before",
-         "crash after")  # numbered from 1 as in faulty.c
+KINDS = (
+    "no space",
+    "I/O error",
+    "short write",
+    "short write, then no space",
+    "crash before",
+    "crash after",
+)  # numbered from 1 as in faulty.c
 CRASHES, CRASHED = (5, 6), 99
 LOG = 100  # a descriptor that nothing else has
 
@@ -32,18 +38,34 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
     """Run in a process of its own, for the library must be there from the start."""
     with scratch() as folder:
         library = folder / "faulty.so"
-        build = ["cc", "-O1", "-shared", "-fPIC", "-o", library,
-                 Path(__file__).with_name("faulty.c"), "-ldl"]
+        build = [
+            "cc",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-o",
+            library,
+            Path(__file__).with_name("faulty.c"),
+            "-ldl",
+        ]
         try:
             subprocess.run(build, check=True, capture_output=True)
         except FileNotFoundError:
             yield Outcome("not run: no C compiler")
             return
         environment = os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.fault.inject", folder, library, str(seed),
-                   "short" * short]
-        printed = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                                 check=True).stdout
+        command = [
+            sys.executable,
+            "-m",
+            "tests.fault.inject",
+            folder,
+            library,
+            str(seed),
+            "short" * short,
+        ]
+        printed = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
+        ).stdout
     yield from (Outcome(**outcome) for outcome in json.loads(printed))
 
 
@@ -55,6 +77,7 @@ class Injector:
 
         import train
         from tests.helpers import tiny_gpt2_directory
+
         torch.set_num_threads(1)
         self.train, self.folder, self.arm = train, folder, ctypes.CDLL(library).arm
         tiny_gpt2_directory(folder / "base", n_positions=16, n_embd=16, n_layer=1, n_head=2)
@@ -65,11 +88,28 @@ class Injector:
 
     def set_command(self, method: str, out: Path, *options: str) -> None:
         sys.argv = train_command(
-            method, self.folder, out, 4, "--base", self.folder / "base", "--block-size", 16,
-            "--stride", 16, "--batch-size", 8, "--eval-every", 2, "--lr", 0.01, *options)[1:]
+            method,
+            self.folder,
+            out,
+            4,
+            "--base",
+            self.folder / "base",
+            "--block-size",
+            16,
+            "--stride",
+            16,
+            "--batch-size",
+            8,
+            "--eval-every",
+            2,
+            "--lr",
+            0.01,
+            *options,
+        )[1:]
 
-    def run(self, method: str, out: Path, *options: str, target: int = 0, kind: int = 0
-            ) -> tuple[int, list[str], list[str]]:
+    def run(
+        self, method: str, out: Path, *options: str, target: int = 0, kind: int = 0
+    ) -> tuple[int, list[str], list[str]]:
         """Return the exit status, the lines on stderr, and the calls that were counted."""
         self.set_command(method, out, *options)
         files = [self.folder / name for name in ("stdout", "stderr", "calls")]
@@ -102,8 +142,9 @@ class Injector:
             wrong.append(f"exit status {status}, not a crash")
         begun = (out / "metrics.jsonl").exists()
         status, lines, _ = self.run(method, out, *["--resume"] * begun)
-        return wrong + ([f"going on ends with {status}: {lines[-1:]}"] if status
-                        else differences(out, expected))
+        return wrong + (
+            [f"going on ends with {status}: {lines[-1:]}"] if status else differences(out, expected)
+        )
 
 
 def half_files(out: Path) -> list[str]:
@@ -131,19 +172,31 @@ def main(folder: Path, library: Path, seed: int, short: bool) -> Iterator[Outcom
         began, out = time.perf_counter(), folder / method
         _, lines, calls = injector.run(method, out / "whole")
         assert not lines, lines
-        trials = [(i, kind, call) for i, call in enumerate(calls, start=1)
-                  for kind in range(1, len(KINDS) + 1) if call == "write" or kind not in (3, 4)]
+        trials = [
+            (i, kind, call)
+            for i, call in enumerate(calls, start=1)
+            for kind in range(1, len(KINDS) + 1)
+            if call == "write" or kind not in (3, 4)
+        ]
         if short:
             trials = random.Random(seed).sample(trials, 20)
         outcome = Outcome(f"faults at {len(calls)} system calls, {method}")
         for i, (target, kind, call) in enumerate(trials):
-            outcome.add(f"{method}, call {target} ({call}), {KINDS[kind - 1]}", injector.problems(
-                method, out / str(i), target, kind, result(out / "whole")))
+            outcome.add(
+                f"{method}, call {target} ({call}), {KINDS[kind - 1]}",
+                injector.problems(method, out / str(i), target, kind, result(out / "whole")),
+            )
         outcome.seconds = time.perf_counter() - began
         yield outcome
 
 
 if __name__ == "__main__":
     place, library, seed, short = sys.argv[1:]
-    print(json.dumps([asdict(outcome) for outcome in main(
-        Path(place), Path(library), int(seed), bool(short))]))
+    print(
+        json.dumps(
+            [
+                asdict(outcome)
+                for outcome in main(Path(place), Path(library), int(seed), bool(short))
+            ]
+        )
+    )

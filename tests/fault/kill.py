@@ -11,8 +11,14 @@ PAIRS = (("lora", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("full", "fp32"))
 STEPS = {"lora": 20, "full": 6}
 KILLS = 50
 UNFINISHED = ".checkpoint.safetensors.*"
-MOMENTS = ("in the steps", "in the steps", "while a checkpoint is written", "in the steps",
-           "right after resuming", "during start-up")
+MOMENTS = (
+    "in the steps",
+    "in the steps",
+    "while a checkpoint is written",
+    "in the steps",
+    "right after resuming",
+    "during start-up",
+)
 
 
 def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
@@ -43,8 +49,9 @@ def kill_often(method: str, precision: str, count: int, draw: random.Random) -> 
     return outcome
 
 
-def kill(command: list[str], folder: Path, out: Path, moment: str, whole: runs.Whole,
-         draw: random.Random) -> tuple[int, list[str]]:
+def kill(
+    command: list[str], folder: Path, out: Path, moment: str, whole: runs.Whole, draw: random.Random
+) -> tuple[int, list[str]]:
     """Start or resume the run, and kill it. Return its status, 0 if it was over, and its stderr."""
     process = runs.Process(runs.resume_command(command, out), folder)
     if moment == "during start-up":

@@ -10,10 +10,52 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-NUMBERS = (0, 1, -1, 2, 7, 255, 65535, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64,
-           10**30, 10**400, -(2**63), 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"))
-TEXTS = ("", "gpt2", "LORA", "c_attn", "wte", "../../etc/passwd", "/dev/zero", "a\nb", "\x1b[2J",
-         "\0", "\ud800", "\u202e", "x" * 7_000, "$x_{", "{}", "%s", "é" * 40, "true", "9" * 5000)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    255,
+    65535,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    -(2**63),
+    0.5,
+    -0.0,
+    1e-320,
+    1e308,
+    float("nan"),
+    float("inf"),
+)
+TEXTS = (
+    "",
+    "gpt2",
+    "LORA",
+    "c_attn",
+    "wte",
+    "../../etc/passwd",
+    "/dev/zero",
+    "a\nb",
+    "\x1b[2J",
+    "\0",
+    "\ud800",
+    "\u202e",
+    "x" * 7_000,
+    "$x_{",
+    "{}",
+    "%s",
+    "é" * 40,
+    "true",
+    "9" * 5000,
+)
 DTYPES = ("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X", "", None)
 
 
@@ -28,10 +70,18 @@ def mutate_bytes(rng: Random, data: bytes) -> bytes:
         flipped = bytearray(data)
         for _ in range(rng.choice((1, 1, 1, 8, 64)) if data else 0):
             flipped[_place(rng, data) % len(data)] ^= 1 << rng.randrange(8)
-        data = rng.choice((
-            bytes(flipped), bytes(flipped), data[:b], data[:a] + fill + data[a + len(fill):],
-            data[:b] + data[b + span:], data[:b] + rng.randbytes(span) + data[b:],
-            data[: b + span] + data[b:], data[:a] + data[b:c] + data[a:b] + data[c:]))
+        data = rng.choice(
+            (
+                bytes(flipped),
+                bytes(flipped),
+                data[:b],
+                data[:a] + fill + data[a + len(fill) :],
+                data[:b] + data[b + span :],
+                data[:b] + rng.randbytes(span) + data[b:],
+                data[: b + span] + data[b:],
+                data[:a] + data[b:c] + data[a:b] + data[c:],
+            )
+        )
     return data
 
 
@@ -43,9 +93,12 @@ def _place(rng: Random, data: bytes) -> int:
 
 def _nested(rng: Random, fields: dict) -> dict:
     """Return this object or, as often, one somewhere inside it."""
-    inner = [child for value in fields.values()
-             for child in (value if isinstance(value, list) else [value])
-             if isinstance(child, dict)]
+    inner = [
+        child
+        for value in fields.values()
+        for child in (value if isinstance(value, list) else [value])
+        if isinstance(child, dict)
+    ]
     return _nested(rng, rng.choice(inner)) if inner and rng.random() < 0.5 else fields
 
 
@@ -83,8 +136,28 @@ def mutate_text(rng: Random, data: bytes) -> bytes:
     """Insert white space, controls, separators, other scripts, long runs; or change the bytes."""
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(data) + 1)
-        piece = rng.choice((" ", "\n", "\r", "\t", "\0", "\ufeff", "\u3000", "<|endoftext|>", "汉",
-                            "😀", "'ll", "é", "\x1c", "\x85", "\u2028", "a", "7", "!"))
+        piece = rng.choice(
+            (
+                " ",
+                "\n",
+                "\r",
+                "\t",
+                "\0",
+                "\ufeff",
+                "\u3000",
+                "<|endoftext|>",
+                "汉",
+                "😀",
+                "'ll",
+                "é",
+                "\x1c",
+                "\x85",
+                "\u2028",
+                "a",
+                "7",
+                "!",
+            )
+        )
         times = rng.choice((1, 2, 50, 70_000))
         data = data[:start] + (piece * times).encode() + data[start:]
     return mutate_bytes(rng, data) if rng.random() < 0.5 else data
@@ -126,10 +199,25 @@ def _change_tensors(rng: Random, tensors: dict[str, Tensor]) -> dict[str, Tensor
             flat[rng.randrange(len(flat))] = rng.choice((1e38, -1e-40, float("nan"), float("-inf")))
         changed = flat.view(value.shape)
         if rng.random() < 0.8:
-            tensors[key] = rng.choice((
-                changed, changed, value.half(), value.bfloat16(), value.double(), value.int(),
-                value > 0, value.t() if value.ndim == 2 else value[None], flat, flat[:1], flat[:0],
-                torch.zeros(value.shape), torch.zeros(()), value + 1, torch.zeros(2))).contiguous()
+            tensors[key] = rng.choice(
+                (
+                    changed,
+                    changed,
+                    value.half(),
+                    value.bfloat16(),
+                    value.double(),
+                    value.int(),
+                    value > 0,
+                    value.t() if value.ndim == 2 else value[None],
+                    flat,
+                    flat[:1],
+                    flat[:0],
+                    torch.zeros(value.shape),
+                    torch.zeros(()),
+                    value + 1,
+                    torch.zeros(2),
+                )
+            ).contiguous()
         elif rng.random() < 0.8:
             name = rng.choice((*TEXTS[:-1], f"_orig_mod.{key}", f"transformer.{key}"))
             tensors[name.encode("utf-8", "replace").decode()] = value
@@ -148,8 +236,20 @@ def _change_header(rng: Random, header: dict) -> None:
             shift = rng.choice((-8, -4, 1, 4, 2**40))
             entry["data_offsets"] = [x + shift * rng.randrange(2) for x in entry["data_offsets"]]
         case 3:
-            entry["shape"] = rng.choice((shape[::-1], [], [-1], [*shape, 1], [2**62, 4], shape * 99,
-                                         [0, 2**63], [2**32, 2**32], [1.5], [True]))
+            entry["shape"] = rng.choice(
+                (
+                    shape[::-1],
+                    [],
+                    [-1],
+                    [*shape, 1],
+                    [2**62, 4],
+                    shape * 99,
+                    [0, 2**63],
+                    [2**32, 2**32],
+                    [1.5],
+                    [True],
+                )
+            )
         case 4:
             entry["dtype"] = rng.choice(DTYPES)
         case 5:

@@ -49,8 +49,9 @@ class Process(subprocess.Popen):
         self.out_file, self.err_file = folder / "stdout", folder / "stderr"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         with open(self.out_file, "w") as out, open(self.err_file, "w") as err:
-            super().__init__(command, cwd=ROOT, stdout=out, stderr=err, env=environment,
-                             start_new_session=True)  # Ctrl-C here does not reach it
+            super().__init__(
+                command, cwd=ROOT, stdout=out, stderr=err, env=environment, start_new_session=True
+            )  # Ctrl-C here does not reach it
 
     def has_begun(self) -> bool:
         return any(mark in self.out_file.read_text() for mark in BEGUN)
@@ -71,10 +72,38 @@ def options(folder: Path, out: Path, steps: int, *more: object) -> list[str]:
     book = folder / "book.txt"
     if not book.exists():
         book.write_text(BOOK[:12_000])
-    return list(map(str, (
-        "--base", "mini", "--book", book, "--out", out, "--block-size", 32, "--stride", 32,
-        "--batch-size", 4, "--max-steps", steps, "--eval-every", 4, "--log-every", 1,
-        "--checkpoint-every", 1, "--val-fraction", 0.05, "--device", "cpu", *more)))
+    return list(
+        map(
+            str,
+            (
+                "--base",
+                "mini",
+                "--book",
+                book,
+                "--out",
+                out,
+                "--block-size",
+                32,
+                "--stride",
+                32,
+                "--batch-size",
+                4,
+                "--max-steps",
+                steps,
+                "--eval-every",
+                4,
+                "--log-every",
+                1,
+                "--checkpoint-every",
+                1,
+                "--val-fraction",
+                0.05,
+                "--device",
+                "cpu",
+                *more,
+            ),
+        )
+    )
 
 
 def train_command(method: str, *arguments: object) -> list[str]:

@@ -21,13 +21,16 @@ def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
     with runs.scratch() as folder:
         for i in range(2 if short else 20):
             number = (signal.SIGINT, signal.SIGTERM)[i % 2]
-            outcome.add(f"run {i}, {number.name}", one_signal(
-                folder, folder / f"run{i}", number, whole, draw, twice=i % 4 == 2))
+            outcome.add(
+                f"run {i}, {number.name}",
+                one_signal(folder, folder / f"run{i}", number, whole, draw, twice=i % 4 == 2),
+            )
     yield outcome
 
 
-def one_signal(folder: Path, out: Path, number: int, whole: runs.Whole, draw: random.Random,
-               twice: bool) -> list[str]:
+def one_signal(
+    folder: Path, out: Path, number: int, whole: runs.Whole, draw: random.Random, twice: bool
+) -> list[str]:
     command = make_command(folder, out)
     process = runs.Process(command, folder)
     process.wait_until(lambda: catches_sigterm(process))
@@ -46,8 +49,13 @@ def one_signal(folder: Path, out: Path, number: int, whole: runs.Whole, draw: ra
 def make_command(folder: Path, out: Path) -> list[str]:
     """Return what `make train-lora` would run with small ARGS."""
     arguments = shlex.join(runs.options(folder, out, STEPS))
-    said = subprocess.run(["make", "--no-print-directory", "-n", "train-lora", f"ARGS={arguments}"],
-                          cwd=runs.ROOT, capture_output=True, text=True, check=True)
+    said = subprocess.run(
+        ["make", "--no-print-directory", "-n", "train-lora", f"ARGS={arguments}"],
+        cwd=runs.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return shlex.split(said.stdout.splitlines()[-1])
 
 

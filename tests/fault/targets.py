@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.config import CONFIG
+from adapters.files import WEIGHTS, load_adapter, save_adapter
 from common.errors import UserError
 from data.tokens import load_tokens
-from lora.adapter import WEIGHTS, load_adapter, save_adapter
-from lora.adapter_config import CONFIG
 from lora.inject import lora_layers
 from model.tokenizer_files import FAST, load_tokenizer
 from model.weights import CONV1D, load_gpt2
-from tests.adapters import adapted
 from tests.fault.mutate import mutate_json, mutate_safetensors, mutate_text
 from tests.fault.runs import BOOK
 from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
+from tests.pairs import adapted
 from tests.runs import trained
 from training import report
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -72,8 +72,10 @@ def check_adapter(directory: Path) -> None:
 
 def check_base(directory: Path) -> None:
     model = load_gpt2(directory / "base")
-    stored = {key.removeprefix("transformer."): value
-              for key, value in _safetensors(directory / "base" / "model.safetensors").items()}
+    stored = {
+        key.removeprefix("transformer."): value
+        for key, value in _safetensors(directory / "base" / "model.safetensors").items()
+    }
     for name, ours in model.named_parameters():
         value = stored["lm_head.weight" if name == "wte.weight" not in stored else name].float()
         assert value.isfinite().all() and ours.dtype == torch.float32
@@ -87,9 +89,13 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     header.pop("__metadata__", None)
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return {key: torch.frombuffer(bytearray(body[slice(*entry["data_offsets"])]),
-                                  dtype=types[entry["dtype"]]).view(entry["shape"])
-            for key, entry in header.items() if entry["dtype"] in types}
+    return {
+        key: torch.frombuffer(
+            bytearray(body[slice(*entry["data_offsets"])]), dtype=types[entry["dtype"]]
+        ).view(entry["shape"])
+        for key, entry in header.items()
+        if entry["dtype"] in types
+    }
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -118,8 +124,10 @@ def check_tokenizer(directory: Path) -> None:
 
 def check_run(directory: Path, drawn: bool = False) -> None:
     """Check the table and, seldom (it takes half a second), the picture."""
-    with (mock.patch.object(report, "can_draw", lambda: drawn),
-          contextlib.redirect_stdout(io.StringIO()) as printed):
+    with (
+        mock.patch.object(report, "can_draw", lambda: drawn),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
         report.compare([directory / "run"])
     lines = printed.getvalue().encode(errors="backslashreplace").decode().split("\n")
     assert all(line.isprintable() for line in lines), "prints what no terminal should get"

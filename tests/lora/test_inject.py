@@ -3,26 +3,28 @@
 import pytest
 import torch
 
+from adapters.merge import merge
 from lora.inject import adapter_disabled, inject
 from lora.layer import LoRAConfig
-from lora.merge import merge
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
-from tests.adapters import ALL_FOUR, IDS, adapted, losses_of_steps
 from tests.helpers import relative_difference
+from tests.pairs import ALL_FOUR, IDS, adapted, losses_of_steps
 from training.report import describe_parameters
 
 
 def test_counts_of_the_released_sizes():
     """Count GPT-2's parameters with the default adapter: the smallest model and the largest."""
     for size, trainable, total, percent in (
-            ({}, "294,912", "124,734,720", "0.2364"),
-            ({"n_embd": 1600, "n_layer": 48}, "2,457,600", "1,560,068,800", "0.1575")):
+        ({}, "294,912", "124,734,720", "0.2364"),
+        ({"n_embd": 1600, "n_layer": 48}, "2,457,600", "1,560,068,800", "0.1575"),
+    ):
         with torch.device("meta"):
             model = GPT2(GPT2Config(n_head=1, **size))
             inject(model, LoRAConfig())
         assert describe_parameters(model) == (
-            f"trainable params: {trainable} || all params: {total} || trainable%: {percent}")
+            f"trainable params: {trainable} || all params: {total} || trainable%: {percent}"
+        )
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.float16, False)])

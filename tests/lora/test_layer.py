@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from adapters.merge import merge
 from lora.layer import LoRAConfig, LoRALinear
-from lora.merge import merge
 from model.plain import plain_operations
-from tests.adapters import output_and_gradients, pair, perturb_alike, randomize
 from tests.helpers import relative_difference
+from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
@@ -18,16 +18,31 @@ DROPOUT = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3}
 RSLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.0, "use_rslora": True}
 
 
-@pytest.mark.parametrize(("shape", "r", "use_rslora"), [
-    (SQUARE, 4, False), (SQUARE, 32, True), (WIDE, 4, True), (WIDE, 32, False), (TALL, 1, False),
-])
+@pytest.mark.parametrize(
+    ("shape", "r", "use_rslora"),
+    [
+        (SQUARE, 4, False),
+        (SQUARE, 32, True),
+        (WIDE, 4, True),
+        (WIDE, 32, False),
+        (TALL, 1, False),
+    ],
+)
 def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora):
-    ours, theirs, _ = pair("lora", shape, r=r, lora_alpha=3, lora_dropout=0.5,
-                           use_rslora=use_rslora)
+    ours, theirs, _ = pair(
+        "lora", shape, r=r, lora_alpha=3, lora_dropout=0.5, use_rslora=use_rslora
+    )
     perturb_alike(ours.eval(), theirs.eval())
     x = torch.randn(5, shape[0])
-    w, b, lora_a, lora_b = (p.double() for p in (
-        ours.base_layer.weight, ours.base_layer.bias, ours.lora_A.weight, ours.lora_B.weight))
+    w, b, lora_a, lora_b = (
+        p.double()
+        for p in (
+            ours.base_layer.weight,
+            ours.base_layer.bias,
+            ours.lora_A.weight,
+            ours.lora_B.weight,
+        )
+    )
     weight = w + (3 / math.sqrt(r) if use_rslora else 3 / r) * lora_b @ lora_a
     assert relative_difference(ours(x), x.double() @ weight.T + b) < 1e-6
     merge(ours)
@@ -37,18 +52,27 @@ def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora)
 
 
 @plain_operations()
-@pytest.mark.parametrize(("dtype", "autocast", "shape", "config"), [
-    (FP32, False, SQUARE, DROPOUT), (FP32, False, WIDE, RSLORA), (FP32, False, TALL, DROPOUT),
-    (FP32, True, SQUARE, RSLORA), (FP32, True, WIDE, DROPOUT),
-    (BF16, False, SQUARE, DROPOUT), (BF16, False, WIDE, RSLORA),
-    (FP16, False, SQUARE, RSLORA), (FP16, False, WIDE, DROPOUT),
-])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "shape", "config"),
+    [
+        (FP32, False, SQUARE, DROPOUT),
+        (FP32, False, WIDE, RSLORA),
+        (FP32, False, TALL, DROPOUT),
+        (FP32, True, SQUARE, RSLORA),
+        (FP32, True, WIDE, DROPOUT),
+        (BF16, False, SQUARE, DROPOUT),
+        (BF16, False, WIDE, RSLORA),
+        (FP16, False, SQUARE, RSLORA),
+        (FP16, False, WIDE, DROPOUT),
+    ],
+)
 def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape, config):
     x = torch.linspace(-1, 1, 7 * shape[0]).view(7, shape[0]).to(dtype)
     ours, theirs, _ = pair("lora", shape, dtype, **config)
     perturb_alike(ours, theirs)
-    ours, theirs = (output_and_gradients(layer.requires_grad_(True), x, autocast)
-                    for layer in (ours, theirs))
+    ours, theirs = (
+        output_and_gradients(layer.requires_grad_(True), x, autocast) for layer in (ours, theirs)
+    )
     assert ours.keys() == theirs.keys() and "lora_A.weight" in ours
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name

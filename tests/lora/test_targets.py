@@ -7,21 +7,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adapters.config import CONFIG
+from adapters.files import WEIGHTS, adapter_tensors, load_adapter, save_adapter
 from common.errors import UserError
-from lora.adapter import WEIGHTS, adapter_tensors, load_adapter, save_adapter
-from lora.adapter_config import CONFIG
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
-from tests.adapters import IDS, adapted
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
+from tests.pairs import IDS, adapted
 from tests.runs import trainer
 from training.options import parse_options
 from training.report import describe_parameters
 
-PATTERNS = {"rank_pattern": {"c_attn": 2, r"h\.2\..*": 3, "transformer.h.0.mlp.c_proj": 5},
-            "alpha_pattern": {r"[01].attn.c_(attn|proj)": 7, "c_proj": 2.5}}
+PATTERNS = {
+    "rank_pattern": {"c_attn": 2, r"h\.2\..*": 3, "transformer.h.0.mlp.c_proj": 5},
+    "alpha_pattern": {r"[01].attn.c_(attn|proj)": 7, "c_proj": 2.5},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,34 +33,48 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
-@pytest.mark.parametrize(("targets", "fields", "adapted_layers"), [
-    ("all-linear", {}, 12),
-    (("mlp.c_proj", "1.attn.c_attn", "transformer.h.0.mlp.c_fc"), {}, 5),
-    (r"transformer\.h\.[02]\..*c_(attn|fc)", {}, 4),
-    (("c_attn", "mlp.c_proj"), {"layers_to_transform": (1, 2)}, 4),
-    (("c_attn", "transformer.h.0.mlp.c_fc"), {"layers_to_transform": (1,)}, 2),  # whole names count
-    (("c_attn", "c_proj"), PATTERNS, 9),
-    (("c_attn", "c_proj"), PATTERNS | {"use_rslora": True, "layers_to_transform": (0, 2)}, 6),
-])
+@pytest.mark.parametrize(
+    ("targets", "fields", "adapted_layers"),
+    [
+        ("all-linear", {}, 12),
+        (("mlp.c_proj", "1.attn.c_attn", "transformer.h.0.mlp.c_fc"), {}, 5),
+        (r"transformer\.h\.[02]\..*c_(attn|fc)", {}, 4),
+        (("c_attn", "mlp.c_proj"), {"layers_to_transform": (1, 2)}, 4),
+        (
+            ("c_attn", "transformer.h.0.mlp.c_fc"),
+            {"layers_to_transform": (1,)},
+            2,
+        ),  # whole names count
+        (("c_attn", "c_proj"), PATTERNS, 9),
+        (("c_attn", "c_proj"), PATTERNS | {"use_rslora": True, "layers_to_transform": (0, 2)}, 6),
+    ],
+)
 def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
-        base, capsys, targets, fields, adapted_layers):
+    base, capsys, targets, fields, adapted_layers
+):
     fields = {"r": 4, "lora_alpha": 6} | fields
     config = LoRAConfig(target_modules=targets, **fields)
     ours = load_gpt2(base)
     torch.manual_seed(3)
     inject(ours, config)
     torch.manual_seed(3)
-    theirs = peft.get_peft_model(tiny_gpt2(n_layer=3), peft.LoraConfig(
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        fan_in_fan_out=True, **{k: list(v) if k == "layers_to_transform" else v
-                                for k, v in fields.items()}))
+    theirs = peft.get_peft_model(
+        tiny_gpt2(n_layer=3),
+        peft.LoraConfig(
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            fan_in_fan_out=True,
+            **{k: list(v) if k == "layers_to_transform" else v for k, v in fields.items()},
+        ),
+    )
     theirs.print_trainable_parameters()
     assert describe_parameters(ours) == capsys.readouterr().out.strip()
     names = [f"transformer.{name}" for name in lora_layers(ours)]
     assert names == theirs.base_model.targeted_module_names and len(names) == adapted_layers
     for name, layer in lora_layers(ours).items():
-        assert layer.scaling == theirs.base_model.model.transformer.get_submodule(
-            name).scaling["default"]
+        assert (
+            layer.scaling
+            == theirs.base_model.model.transformer.get_submodule(name).scaling["default"]
+        )
     # PEFT 0.17 would look for the base's config on the hub, to see whether its vocabulary grew.
     expected = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     tensors = adapter_tensors(ours)
@@ -67,10 +83,14 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
 
 
 REFUSED = [
-    ({"target_modules": r".*\.c_attn\.x"},
-     "is not in the model by a full name; it has c_attn, c_fc, c_proj"),
-    *(({"target_modules": part}, f"'{part}' is not in the model")  # a whole name must match
-      for part in ("c_attn", "transformer.h.0.attn.c_a")),
+    (
+        {"target_modules": r".*\.c_attn\.x"},
+        "is not in the model by a full name; it has c_attn, c_fc, c_proj",
+    ),
+    *(
+        ({"target_modules": part}, f"'{part}' is not in the model")  # a whole name must match
+        for part in ("c_attn", "transformer.h.0.attn.c_a")
+    ),
     ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),
     ({"target_modules": ("lm_head",)}, "the head is tied to wte"),
     ({"target_modules": ("wte",)}, "tied to the head"),
@@ -128,11 +148,16 @@ def test_below_the_lowest_adapted_block_no_gradient_is_computed(base, layers, be
 
 def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
     assert parse_options("-", ["lora", "--layers", "4-6", "0", "5"]).layers_to_transform == (
-        0, 4, 5, 6)
+        0,
+        4,
+        5,
+        6,
+    )
     model = trainer("lora", base, book, tmp_path, "--layers", "1-2").model
     assert list(lora_layers(model)) == ["h.1.attn.c_attn", "h.2.attn.c_attn"]
     assert parse_options("-", ["lora", "--target-modules", "all-linear"]).target_modules == (
-        "all-linear")
+        "all-linear"
+    )
 
 
 def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):

@@ -17,16 +17,17 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from lora.adapter import WEIGHTS, load_adapter, save_adapter
-from lora.adapter_config import CONFIG
+from adapters.config import CONFIG
+from adapters.files import WEIGHTS, load_adapter, save_adapter
+from adapters.merge import merge, unmerge, unwrap
 from lora.fa import freeze_a
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig, LoRALinear
-from lora.merge import merge, unmerge, unwrap
 from model.plain import plain_operations
 from model.weights import load_gpt2
 from tests import runs
-from tests.adapters import (
+from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
+from tests.pairs import (
     IDS,
     output_and_gradients,
     pair,
@@ -34,7 +35,6 @@ from tests.adapters import (
     perturb_alike,
     randomize,
 )
-from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.runs import arguments, run, stock_model, trained
 from train import learning_rate, main
 
@@ -57,8 +57,10 @@ def assert_equal(ours, theirs):
 
 @plain_operations()
 @pytest.mark.parametrize("kind", ["dora", "pissa"])
-@pytest.mark.parametrize(("shape", "fields"), [
-    (SQUARE, {"lora_dropout": 0.3}), (WIDE, {"use_rslora": True}), (TALL, {"lora_dropout": 0.3})])
+@pytest.mark.parametrize(
+    ("shape", "fields"),
+    [(SQUARE, {"lora_dropout": 0.3}), (WIDE, {"use_rslora": True}), (TALL, {"lora_dropout": 0.3})],
+)
 def test_gradients_and_the_merge_are_pefts(kind, shape, fields):
     """The steps of a whole run follow below."""
     ours, theirs, linear = pair(kind, shape, **fields)
@@ -112,8 +114,19 @@ RUNS = {
 @pytest.mark.parametrize("options", RUNS)
 def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     """Dropouts on, from the seeded adapter to the trained one, through train.py's own step."""
-    ours = runs.trainer("lora", base, book, tmp_path, "--max-steps", 20, "--batch-size", 4,
-                        "--lr", 3e-3, *options.split())
+    ours = runs.trainer(
+        "lora",
+        base,
+        book,
+        tmp_path,
+        "--max-steps",
+        20,
+        "--batch-size",
+        4,
+        "--lr",
+        3e-3,
+        *options.split(),
+    )
     args = ours.options
     stock = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
     for name, module in list(stock.named_modules()):
@@ -122,21 +135,33 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
             linear.load_state_dict({"weight": module.weight.t(), "bias": module.bias})
             stock.set_submodule(name, linear)
     torch.manual_seed(args.seed)
-    theirs = peft.get_peft_model(stock, peft.LoraConfig(
-        **{"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
-        | RUNS[options])).train()
+    theirs = peft.get_peft_model(
+        stock,
+        peft.LoraConfig(
+            **{"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
+            | RUNS[options]
+        ),
+    ).train()
     for name, parameter in theirs.named_parameters():
         if args.freeze_a and "lora_A" in name:
             parameter.requires_grad_(False)
-    named = {n.removeprefix("transformer."): p
-             for n, p in parameters(theirs.base_model.model).items() if p.requires_grad}
+    named = {
+        n.removeprefix("transformer."): p
+        for n, p in parameters(theirs.base_model.model).items()
+        if p.requires_grad
+    }
     assert named.keys() == ours.parameters.keys()
     mine = [named[name] for name in ours.parameters]  # in one order: the gradient norm is a sum
     optimizer = torch.optim.AdamW(mine, lr=args.lr, weight_decay=0.01, fused=True)
     if args.loraplus_lr_ratio:
         optimizer = create_loraplus_optimizer(
-            theirs, torch.optim.AdamW, lr=args.lr, loraplus_lr_ratio=args.loraplus_lr_ratio,
-            loraplus_weight_decay=0.01, fused=True)
+            theirs,
+            torch.optim.AdamW,
+            lr=args.lr,
+            loraplus_lr_ratio=args.loraplus_lr_ratio,
+            loraplus_weight_decay=0.01,
+            fused=True,
+        )
     scales = [group["lr"] / args.lr for group in optimizer.param_groups]
 
     initial = {key: x.detach().clone() for key, x in raw_tensors(ours.model).items()}
@@ -166,12 +191,27 @@ def raw_tensors(model):
     return {f"base_model.model.transformer.{n}": p for n, p in parameters(model).items()}
 
 
-@pytest.mark.parametrize("options", [
-    TOGETHER, "--init-lora-weights pissa", "--precision bf16 --use-dora",
-    "--target-modules c_attn.q c_attn.v c_proj --use-rslora --freeze-a"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        TOGETHER,
+        "--init-lora-weights pissa",
+        "--precision bf16 --use-dora",
+        "--target-modules c_attn.q c_attn.v c_proj --use-rslora --freeze-a",
+    ],
+)
 def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, options):
-    options = ("--max-steps", 12, "--batch-size", 8, "--eval-every", 4, "--lr", 1e-2,
-               *options.split())
+    options = (
+        "--max-steps",
+        12,
+        "--batch-size",
+        8,
+        "--eval-every",
+        4,
+        "--lr",
+        1e-2,
+        *options.split(),
+    )
     whole = trained("lora", base, book, tmp_path / "whole", *options)
     argv = arguments("lora", base, book, tmp_path / "run", *options)
     stop = {7: lambda trainer: signal.raise_signal(signal.SIGINT)}
@@ -185,7 +225,8 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
     report, ids, bf16 = done.report, runs.token_parts(book)[1], "bf16" in options
     close = 2e-2 if bf16 else 1e-5
     assert report["base_val_loss"] == pytest.approx(
-        runs.validation_loss(stock_model(base), ids), rel=close)
+        runs.validation_loss(stock_model(base), ids), rel=close
+    )
     theirs = stock_model(base, done.out)
     assert report["best_val_loss"] == pytest.approx(runs.validation_loss(theirs, ids), rel=close)
     assert report["best_val_loss"] < report["base_val_loss"] - 0.01
@@ -195,9 +236,17 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
 
 
 def test_a_dora_of_peft_loads_and_merges_to_its_logits(base, tmp_path):
-    theirs = peft.get_peft_model(stock_model(base), peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["c_attn", "c_proj"],
-        fan_in_fan_out=True, **DORA)).eval()
+    theirs = peft.get_peft_model(
+        stock_model(base),
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=6,
+            target_modules=["c_attn", "c_proj"],
+            fan_in_fan_out=True,
+            **DORA,
+        ),
+    ).eval()
     with torch.no_grad():
         for parameter in parameters(theirs).values():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -236,17 +285,26 @@ def merged_linear(x, linear, a, b, enabled, scaling):
 NAMED = "transformer.h.1.attn.c_attn"
 
 
-@pytest.mark.parametrize(("targets", "enabled", "use_rslora", "file"), [
-    (("c_attn.q", "attn.c_attn.v"), [True, False, True], True, (8, 6 * 2**0.5, {}, {})),
-    (("c_attn.v",), [False, False, True], False, (4, 6, {}, {})),
-    (("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"), [False, False, True], False,
-     (4, 6, {NAMED: 8}, {NAMED: 12})),
-])
+@pytest.mark.parametrize(
+    ("targets", "enabled", "use_rslora", "file"),
+    [
+        (("c_attn.q", "attn.c_attn.v"), [True, False, True], True, (8, 6 * 2**0.5, {}, {})),
+        (("c_attn.v",), [False, False, True], False, (4, 6, {}, {})),
+        (
+            ("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"),
+            [False, False, True],
+            False,
+            (4, 6, {NAMED: 8}, {NAMED: 12}),
+        ),
+    ],
+)
 def test_slices_are_loralibs_and_written_as_a_plain_adapter(
-        base, tmp_path, targets, enabled, use_rslora, file):
+    base, tmp_path, targets, enabled, use_rslora, file
+):
     model = load_gpt2(base)
-    config = LoRAConfig(r=4, lora_alpha=6, lora_dropout=0, target_modules=targets,
-                        use_rslora=use_rslora)
+    config = LoRAConfig(
+        r=4, lora_alpha=6, lora_dropout=0, target_modules=targets, use_rslora=use_rslora
+    )
     inject(model, config)
     layer, n = model.h[0].attn.c_attn, sum(enabled)
     assert 0.8 < 32**0.5 * layer.lora_A.weight.abs().max() < 1 and not layer.lora_B.blocks.any()
@@ -258,14 +316,18 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     y = layer(x)
     expected = merged_linear(x, layer.base_layer, *twins, enabled, 6 / (2 if use_rslora else 4))
     assert relative_difference(y, expected) < 1e-6
-    for mine, theirs in zip(torch.autograd.grad(y.square().sum(), (a, b)),
-                            torch.autograd.grad(expected.square().sum(), twins), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(y.square().sum(), (a, b)),
+        torch.autograd.grad(expected.square().sum(), twins),
+        strict=True,
+    ):
         assert relative_difference(mine.flatten(0, -2), theirs) < 1e-5
 
     save_adapter(model, config, tmp_path, "gpt2")
     stored, expected = json.loads((tmp_path / CONFIG).read_text()), model(IDS)
-    assert file == tuple(stored[name] for name in (
-        "r", "lora_alpha", "rank_pattern", "alpha_pattern"))
+    assert file == tuple(
+        stored[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    )
     assert relative_difference(stock_model(base, tmp_path)(IDS).logits, expected) < 1e-6
     again = load_gpt2(base)
     assert relative_difference(again(IDS), expected) > 0.05
@@ -276,11 +338,19 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     assert relative_difference(model(IDS), expected) < 1e-5
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"use_dora": True}, {"init_lora_weights": "pissa"},
-    {"target_modules": ("c_attn.q", "c_attn.v")}], ids=["plain", "dora", "pissa", "slices"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"target_modules": ("c_attn.q", "c_attn.v")},
+    ],
+    ids=["plain", "dora", "pissa", "slices"],
+)
 def test_no_python_number_becomes_a_tensor_in_a_step(base, fields):
     """On a GPU each would be a copy that the step waits for."""
+
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             assert operation is not torch.ops.aten.lift_fresh.default

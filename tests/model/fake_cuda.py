@@ -24,15 +24,21 @@ CONFIG = GPT2Config(vocab_size=331, n_positions=32, n_embd=32, n_layer=2, n_head
 
 
 def model_on_cuda(precision: str) -> GPT2:
-    """Return a model as `Device.hold` casts it, each parameter replaced by a fake one on CUDA."""
+    """Return a model as `Device.place` casts it, each parameter replaced by a fake one on CUDA."""
     with unset_fake_temporarily():
         model = GPT2(CONFIG)
         inject(model, LoRAConfig(r=4))
-        Device.pick("cpu", precision).hold(model)
+        Device.pick("cpu", precision).place(model)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cuda"),
-                                               requires_grad=p.requires_grad))
+            setattr(
+                module,
+                name,
+                nn.Parameter(
+                    torch.empty(p.shape, dtype=p.dtype, device="cuda"),
+                    requires_grad=p.requires_grad,
+                ),
+            )
     return model
 
 
@@ -46,6 +52,7 @@ def check(precision: str, gradients: bool) -> None:
         def hook(module, inputs, output):
             assert inputs[0].is_cuda and output.is_cuda, name
             types[name] = inputs[0].dtype, output.dtype
+
         return hook
 
     model = model_on_cuda(precision).train(gradients)
@@ -54,8 +61,11 @@ def check(precision: str, gradients: bool) -> None:
             module.register_forward_hook(look(name))
     ids = torch.zeros(3, 32, dtype=torch.int64, device="cuda")
     attention = mock.Mock(side_effect=ops.causal_attention)
-    with (torch.set_grad_enabled(gradients), device.autocast(),
-          mock.patch.object(ops, "causal_attention", attention)):
+    with (
+        torch.set_grad_enabled(gradients),
+        device.autocast(),
+        mock.patch.object(ops, "causal_attention", attention),
+    ):
         hidden = model.hidden(ids).flatten(0, 1)
         if gradients:
             loss = ops.tied_cross_entropy(hidden, model.wte.weight, ids.flatten())
@@ -64,8 +74,15 @@ def check(precision: str, gradients: bool) -> None:
         else:
             loss, _ = ops.score(hidden, model.wte.weight, ids.flatten())
     low, fp32 = PRECISIONS[precision], torch.float32
-    for name in ("attn.c_attn", "attn.c_attn.base_layer", "attn.c_attn.lora_A",
-                 "attn.c_attn.lora_B", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+    for name in (
+        "attn.c_attn",
+        "attn.c_attn.base_layer",
+        "attn.c_attn.lora_A",
+        "attn.c_attn.lora_B",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+    ):
         assert types[f"h.1.{name}"][1] == low, name
     assert attention.call_args.args[0].dtype == low
     for name in ("h.1", "h.1.ln_1", "h.1.ln_2", "ln_f"):

@@ -35,9 +35,21 @@ def test_on_cuda_the_residual_stream_is_fp32_and_the_matmuls_are_not(tmp_path):
     if not compiler or torch.cuda.is_available():
         pytest.skip("no g++" if not compiler else "a GPU has a guard of its own")
     (tmp_path / "guard.cpp").write_text(GUARD)
-    subprocess.run([compiler, "-shared", "-fPIC", "-std=c++20", f"-I{folder / 'include'}",
-                    tmp_path / "guard.cpp", "-o", tmp_path / "guard.so", f"-L{folder / 'lib'}",
-                    "-lc10"], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-shared",
+            "-fPIC",
+            "-std=c++20",
+            f"-I{folder / 'include'}",
+            tmp_path / "guard.cpp",
+            "-o",
+            tmp_path / "guard.so",
+            f"-L{folder / 'lib'}",
+            "-lc10",
+        ],
+        check=True,
+    )
     start = "fork" if sys.platform == "linux" else "spawn"  # a fork need not import torch again
     with ProcessPoolExecutor(1, get_context(start)) as child:
         assert len(child.submit(cases_that_hold, tmp_path / "guard.so").result()) == 6
@@ -46,24 +58,30 @@ def test_on_cuda_the_residual_stream_is_fp32_and_the_matmuls_are_not(tmp_path):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_step_without_data_takes_the_branches_of_a_gpu_and_leaves_gradients(method):
     """`meta` is not the CPU: fused attention, `F.dropout`, `F.linear`. It has no autocast."""
-    with torch.device("meta"), mock.patch.object(
-            torch, "is_autocast_enabled", lambda device: False), mock.patch.object(
-            ops, "_OneDNNLinear", None), mock.patch.object(ops, "_Dropout", None):
+    with (
+        torch.device("meta"),
+        mock.patch.object(torch, "is_autocast_enabled", lambda device: False),
+        mock.patch.object(ops, "_OneDNNLinear", None),
+        mock.patch.object(ops, "_Dropout", None),
+    ):
         model = GPT2(CONFIG).train()
         if method == "lora":
             inject(model, LoRAConfig(r=4))
         ids = torch.zeros(3, 32, dtype=torch.int64)
-        ops.tied_cross_entropy(model.hidden(ids).flatten(0, 1), model.wte.weight,
-                               ids.flatten()).backward()
+        ops.tied_cross_entropy(
+            model.hidden(ids).flatten(0, 1), model.wte.weight, ids.flatten()
+        ).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == (4 if method == "lora" else 28)
     for name, parameter in trained.items():
         assert parameter.grad.shape == parameter.shape and parameter.grad.is_meta, name
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"use_dora": True}, {"target_modules": ("c_attn.q", "c_attn.v")}],
-    ids=["", "dora", "slices"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_dora": True}, {"target_modules": ("c_attn.q", "c_attn.v")}],
+    ids=["", "dora", "slices"],
+)
 def test_dynamo_makes_one_whole_graph_of_the_model_and_few_of_changing_batches(fields):
     """The variants with checkpointing, and one batch: what would break the graph is in it."""
     graphs = []

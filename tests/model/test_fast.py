@@ -40,18 +40,34 @@ def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize(("shape", "dtype", "strided"), [
-    ((2, 3, 5, 8), FP32, True), ((1, 1, 1, 8), BF16, False), ((2, 3, 33, 16), BF16, True),
-    ((2, 1, 300, 4), BF16, True), ((1, 2, 8, 8), FP16, False)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "strided"),
+    [
+        ((2, 3, 5, 8), FP32, True),
+        ((1, 1, 1, 8), BF16, False),
+        ((2, 3, 33, 16), BF16, True),
+        ((2, 1, 300, 4), BF16, True),
+        ((1, 2, 8, 8), FP16, False),
+    ],
+)
 def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, strided):
     inputs = (normal(*shape, seed=i, dtype=dtype, strided=strided) for i in range(3))
-    y = assert_same(lambda *qkv: ops.causal_attention(*qkv, p=0.0),
-                    lambda *qkv: plain.causal_attention(*qkv, p=0.0), *inputs)
+    y = assert_same(
+        lambda *qkv: ops.causal_attention(*qkv, p=0.0),
+        lambda *qkv: plain.causal_attention(*qkv, p=0.0),
+        *inputs,
+    )
     assert y.dtype == dtype
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [  # T = D, for `unit`
-    ((2, 3, 8, 8), FP32), ((1, 2, 33, 33), BF16), ((1, 2, 33, 33), FP16)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [  # T = D, for `unit`
+        ((2, 3, 8, 8), FP32),
+        ((1, 2, 33, 33), BF16),
+        ((1, 2, 33, 33), FP16),
+    ],
+)
 def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shape, dtype):
     q, k, v = (normal(*shape, seed=i, dtype=dtype) for i in range(3))
     unit = torch.eye(shape[2], dtype=dtype).expand(*shape[:2], -1, -1)  # the result: the matrix
@@ -62,12 +78,16 @@ def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shap
 
     kept = drawn(q, k, unit) != 0
     assert len(kept.flatten(0, 1).unique(dim=0)) == shape[0] * shape[1]  # each head has its own
-    assert_same(drawn, lambda q, k, v: (
-        plain.causal_attention(q, k, unit.double(), p=0.0) * kept / 0.75) @ v, q, k, v)
+    assert_same(
+        drawn,
+        lambda q, k, v: (plain.causal_attention(q, k, unit.double(), p=0.0) * kept / 0.75) @ v,
+        q,
+        k,
+        v,
+    )
 
 
-@pytest.mark.parametrize(("p", "dtype"), [
-    (0.05, FP32), (0.9, FP16), (1e-9, FP32), (0.99, BF16)])
+@pytest.mark.parametrize(("p", "dtype"), [(0.05, FP32), (0.9, FP16), (1e-9, FP32), (0.99, BF16)])
 def test_dropout_keeps_as_many_as_it_should_and_scales_them(p, dtype):
     torch.manual_seed(0)
     n = 1_000_003  # not a multiple of the four that one random word decides
@@ -109,16 +129,25 @@ def test_dropout_is_off_in_evaluation_and_at_zero_and_drops_all_at_one():
     assert not y.any() and not x.grad.any()
 
 
-@pytest.mark.parametrize(("shape", "out", "bias", "frozen", "dtype", "strided"), [
-    ((1, 1, 24), 7, True, True, FP32, False), ((3, 24), 24, False, False, FP32, True),
-    ((2, 5, 24), 7, True, False, FP32, False), ((2, 5, 24), 24, True, True, FP32, True),
-    ((0, 24), 7, True, False, FP32, False), ((1, 24), 7, True, True, BF16, True),
-    ((2, 5, 24), 7, False, False, BF16, False), ((2, 5, 24), 7, True, False, FP16, True),
-])
+@pytest.mark.parametrize(
+    ("shape", "out", "bias", "frozen", "dtype", "strided"),
+    [
+        ((1, 1, 24), 7, True, True, FP32, False),
+        ((3, 24), 24, False, False, FP32, True),
+        ((2, 5, 24), 7, True, False, FP32, False),
+        ((2, 5, 24), 24, True, True, FP32, True),
+        ((0, 24), 7, True, False, FP32, False),
+        ((1, 24), 7, True, True, BF16, True),
+        ((2, 5, 24), 7, False, False, BF16, False),
+        ((2, 5, 24), 7, True, False, FP16, True),
+    ],
+)
 def test_linear_and_its_gradients_are_those_of_pytorch(shape, out, bias, frozen, dtype, strided):
     x = normal(*shape, dtype=dtype, strided=strided)
-    parameters = [normal(*s, seed=1, dtype=dtype).requires_grad_(not frozen)
-                  for s in ((out, 24), (out,))[: 1 + bias]]
+    parameters = [
+        normal(*s, seed=1, dtype=dtype).requires_grad_(not frozen)
+        for s in ((out, 24), (out,))[: 1 + bias]
+    ]
     y = assert_same(ops.linear, F.linear, x, *parameters, strided=strided)
     with torch.no_grad():
         z = ops.linear(x, *parameters)
@@ -126,19 +155,30 @@ def test_linear_and_its_gradients_are_those_of_pytorch(shape, out, bias, frozen,
     assert_close(z, y.double(), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("N", "C", "V", "chunk", "frozen", "dtype"), [
-    (1, 4, 7, 7, True, FP32), (5, 8, 11, 11, False, FP32), (16, 16, 16, 100, False, FP32),
-    (33, 16, 101, 1000, True, FP32), (33, 16, 101, 1000, True, BF16),
-    (33, 16, 101, 1000, False, BF16), (64, 16, 101, 1, True, FP16),
-    (50, 8, 257, 10**9, False, FP16)])
+@pytest.mark.parametrize(
+    ("N", "C", "V", "chunk", "frozen", "dtype"),
+    [
+        (1, 4, 7, 7, True, FP32),
+        (5, 8, 11, 11, False, FP32),
+        (16, 16, 16, 100, False, FP32),
+        (33, 16, 101, 1000, True, FP32),
+        (33, 16, 101, 1000, True, BF16),
+        (33, 16, 101, 1000, False, BF16),
+        (64, 16, 101, 1, True, FP16),
+        (50, 8, 257, 10**9, False, FP16),
+    ],
+)
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, N, C, V, chunk, frozen, dtype):
     monkeypatch.setattr(ops, "FEW_LOGITS" if frozen else "MANY_LOGITS", chunk)
     hidden = normal(N, C, seed=1, dtype=dtype)
     weight = normal(V, C, seed=2, dtype=dtype).requires_grad_(not frozen)
     targets = (torch.arange(N) * 7) % V
-    loss = assert_same(lambda h, w: ops.tied_cross_entropy(h, w, targets),
-                       lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
-                       hidden, weight)
+    loss = assert_same(
+        lambda h, w: ops.tied_cross_entropy(h, w, targets),
+        lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
+        hidden,
+        weight,
+    )
     assert loss.dtype == FP32
 
 
@@ -201,8 +241,12 @@ def test_a_padded_head_gives_the_same_loss_gradients_and_scores(monkeypatch, V, 
     widths, linear = [], ops.linear
     monkeypatch.setattr(ops, "_pad_on_cuda", lambda w: F.pad(w, (0, 0, 0, -len(w) % 64)))
     monkeypatch.setattr(ops, "linear", lambda x, w: widths.append(w.shape) or linear(x, w))
-    assert_same(lambda h, w: ops.tied_cross_entropy(h, w, targets),
-                lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"), hidden, weight)
+    assert_same(
+        lambda h, w: ops.tied_cross_entropy(h, w, targets),
+        lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
+        hidden,
+        weight,
+    )
     for padded, plain_score in zip(ops.score(hidden, weight, targets), scores, strict=True):
         assert_close(padded.double(), plain_score.double(), TOLERANCE[dtype])
     assert {(128, 16), (16, 128)} == {w for w in widths if max(w) > len(hidden)}

@@ -11,8 +11,16 @@ from tests.helpers import relative_difference, tiny_gpt2_directory, token_ids
 
 CONFIGS = [
     {},
-    {"activation_function": "gelu_new", "n_embd": 24, "n_head": 3, "n_layer": 5, "n_inner": 7,
-     "n_positions": 17, "vocab_size": 499, "layer_norm_epsilon": 1e-3},
+    {
+        "activation_function": "gelu_new",
+        "n_embd": 24,
+        "n_head": 3,
+        "n_layer": 5,
+        "n_inner": 7,
+        "n_positions": 17,
+        "vocab_size": 499,
+        "layer_norm_epsilon": 1e-3,
+    },
     {"n_embd": 40, "n_head": 1, "n_layer": 1, "n_positions": 33, "vocab_size": 512},
     # transformers 4.56 heeds these two in its eager attention alone
     {"activation_function": "gelu", "scale_attn_weights": False, "attn_implementation": "eager"},
@@ -68,8 +76,9 @@ def logits_in_training(model, ids):
 
 @plain_operations()
 def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path):
-    directory, theirs = tiny_gpt2_directory(tmp_path, embd_pdrop=0.1, attn_pdrop=0.2,
-                                            resid_pdrop=0.3)
+    directory, theirs = tiny_gpt2_directory(
+        tmp_path, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3
+    )
     ours = load_gpt2(directory)
     ids = token_ids(theirs.config.vocab_size, 2, 64)
     without = ours(ids)
@@ -90,8 +99,14 @@ def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path):
 
 
 def test_a_new_model_is_drawn_from_the_distributions_of_transformers():
-    fields = {"vocab_size": 300, "n_positions": 64, "n_embd": 64, "n_layer": 8, "n_head": 4,
-              "initializer_range": 0.03}
+    fields = {
+        "vocab_size": 300,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": 8,
+        "n_head": 4,
+        "initializer_range": 0.03,
+    }
     torch.manual_seed(0)
     ours = GPT2(GPT2Config(**fields))
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).transformer

@@ -125,15 +125,22 @@ def test_a_directory_is_itself_and_shadows_no_base(fake, tmp_path, monkeypatch, 
     assert find("gpt2") == hub.CACHE / "gpt2"
 
 
-@pytest.mark.parametrize(("variable", "value", "directory", "weights"), [
-    ("HF_HUB_CACHE", "{}/hub", "hub/models--openai-community--gpt2/snapshots/a", hub.WEIGHTS),
-    ("HUGGINGFACE_HUB_CACHE", "{}/$HF_X/hub", "x/hub/models--gpt2/snapshots/a", hub.WEIGHTS),
-    ("HF_HOME", "{}/hf", "hf/hub/models--gpt2/snapshots/a", "pytorch_model.bin"),
-    ("HF_HOME", "", "home/.cache/huggingface/hub/models--gpt2/snapshots/a", hub.WEIGHTS),
-    ("XDG_CACHE_HOME", "{}/xdg", "xdg/huggingface/hub/models--openai-community--gpt2/snapshots/a",
-     "pytorch_model.bin"),
-    ("HF_HUB_OFFLINE", "1", "project/hub/gpt2", hub.WEIGHTS),  # the project's own
-])
+@pytest.mark.parametrize(
+    ("variable", "value", "directory", "weights"),
+    [
+        ("HF_HUB_CACHE", "{}/hub", "hub/models--openai-community--gpt2/snapshots/a", hub.WEIGHTS),
+        ("HUGGINGFACE_HUB_CACHE", "{}/$HF_X/hub", "x/hub/models--gpt2/snapshots/a", hub.WEIGHTS),
+        ("HF_HOME", "{}/hf", "hf/hub/models--gpt2/snapshots/a", "pytorch_model.bin"),
+        ("HF_HOME", "", "home/.cache/huggingface/hub/models--gpt2/snapshots/a", hub.WEIGHTS),
+        (
+            "XDG_CACHE_HOME",
+            "{}/xdg",
+            "xdg/huggingface/hub/models--openai-community--gpt2/snapshots/a",
+            "pytorch_model.bin",
+        ),
+        ("HF_HUB_OFFLINE", "1", "project/hub/gpt2", hub.WEIGHTS),  # the project's own
+    ],
+)
 def test_found_in_a_cache(fake, tmp_path, monkeypatch, capsys, variable, value, directory, weights):
     monkeypatch.setenv(variable, value.format(tmp_path))
     monkeypatch.setenv("HF_X", "x")
@@ -167,8 +174,10 @@ def test_the_main_revision_comes_first_and_only_whole_snapshots_count(fake, tmp_
     assert find("gpt2") == b
 
 
-@pytest.mark.parametrize(("name", "revision"), [
-    ("gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"), ("gpt2-xl", "main")])
+@pytest.mark.parametrize(
+    ("name", "revision"),
+    [("gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"), ("gpt2-xl", "main")],
+)
 def test_a_download_is_whole_and_asked_for_once(fake, name, revision, capsys):
     directory = find(name)
     assert directory == hub.CACHE / name and found(name) == [hub.CONFIG, hub.WEIGHTS]

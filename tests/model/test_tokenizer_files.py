@@ -20,15 +20,24 @@ from common.errors import UserError
 from model.hub import MINI
 from model.sampling import generate
 from model.tokenizer import END_OF_TEXT
-from model.tokenizer_files import GPT2, GPT2_SIZE, load_tokenizer, save_tokenizer
+from model.tokenizer_files import GPT2_FILES, GPT2_SIZE, load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2
 from tests.helpers import refusal
 from training.options import BOOK
 
 ASSIGNED = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs")]
 MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a", "1"], k=65_000))
-PARTS = [*" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>", "<user>",
-         "<|im_end|>"]
+PARTS = [
+    *" \n\t1é汉😀\x1c\x85\u200d",
+    "  ",
+    "'s",
+    " The",
+    END_OF_TEXT,
+    "<|endof",
+    "</s>",
+    "<user>",
+    "<|im_end|>",
+]
 TEXTS = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
 LETTERS = sorted(ByteLevel.alphabet())
 # Of OpenAI's r50k_base.tiktoken, which has a token's bytes and its rank on each line.
@@ -50,21 +59,44 @@ def write(model: models.Model, train: int = 0, added: str = "") -> str:
 
 CHARACTERS, TINY = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]), write(models.BPE(), 300)
 UNMERGED = TINY.replace('"ignore_merges":false', '"ignore_merges":true')
-PREFIXED = json.dumps({"type": "TemplateProcessing", "pair": [], "special_tokens": {}, "single": [
-    {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]})
+PREFIXED = json.dumps(
+    {
+        "type": "TemplateProcessing",
+        "pair": [],
+        "special_tokens": {},
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+    }
+)
 DIGITS = Tokenizer.from_str(TINY)  # what lies between two digits is a word, too
 SPLIT = [Split(Regex(r"\p{N}"), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
 DIGITS.pre_tokenizer = Sequence(SPLIT)
 LLAMA_3 = Tokenizer.from_str(TINY)
-LLAMA_3.pre_tokenizer = Sequence([Split(Regex(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"), SPLIT[1]])
+LLAMA_3.pre_tokenizer = Sequence(
+    [
+        Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+                r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        SPLIT[1],
+    ]
+)
 FORMS = {  # the model's vocabulary size, and a directory or tokenizer.json
-    "GPT-2": (GPT2_SIZE, GPT2), "mini": (8192, MINI), "tiny": (300, TINY),
+    "GPT-2": (GPT2_SIZE, GPT2_FILES),
+    "mini": (8192, MINI),
+    "tiny": (300, TINY),
     "special tokens first": (1000, write(models.BPE(), 1000)),
-    "padded": (8192, write(models.BPE(), 500, "<pad> <user>")), "digits": (300, DIGITS.to_str()),
+    "padded": (8192, write(models.BPE(), 500, "<pad> <user>")),
+    "digits": (300, DIGITS.to_str()),
     "Llama 3's pattern": (300, LLAMA_3.to_str()),
-    "uint32": (65793, write(models.BPE(WORDS, BOTH), added=END_OF_TEXT))}
+    "uint32": (65793, write(models.BPE(WORDS, BOTH), added=END_OF_TEXT)),
+}
 NAMES = [*FORMS, "vocab and merges"]
 
 
@@ -79,12 +111,26 @@ def pairs(tmp_path_factory) -> dict:
             (directory / "tokenizer.json").write_text(content)
         both[name] = load_tokenizer(directory, size), fast.from_pretrained(directory)
     Tokenizer.from_file(str(MINI / "tokenizer.json")).model.save(str(place))
-    (place / "tokenizer_config.json").write_text(json.dumps({
-        "eos_token": "<|im_end|>", "added_tokens_decoder": {"8192": {
-            "content": "<|im_end|>", "lstrip": False, "normalized": False, "rstrip": False,
-            "single_word": False, "special": True}}}))
+    (place / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "eos_token": "<|im_end|>",
+                "added_tokens_decoder": {
+                    "8192": {
+                        "content": "<|im_end|>",
+                        "lstrip": False,
+                        "normalized": False,
+                        "rstrip": False,
+                        "single_word": False,
+                        "special": True,
+                    }
+                },
+            }
+        )
+    )
     (place / "special_tokens_map.json").write_text(
-        json.dumps({"additional_special_tokens": [END_OF_TEXT], "pad_token": None}))
+        json.dumps({"additional_special_tokens": [END_OF_TEXT], "pad_token": None})
+    )
     theirs = transformers.GPT2Tokenizer.from_pretrained(place)
     ours = load_tokenizer(place, 8193)
     assert ours.end_of_text == theirs.eos_token_id == 8192
@@ -118,7 +164,8 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     save_tokenizer(load_tokenizer(base, 317), tmp_path)
     for directory in (tmp_path, MINI):
         stock = transformers.pipeline(  # it has what AutoModelForCausalLM and AutoTokenizer load
-            "text-generation", str(directory), device="cpu", dtype=torch.float32)
+            "text-generation", str(directory), device="cpu", dtype=torch.float32
+        )
         ours = load_gpt2(directory)
         tokenizer = load_tokenizer(directory, ours.config.vocab_size)
         ids = tokenizer.encode(BOOK.read_text())
@@ -132,32 +179,52 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
         assert text[7:] == drawn.decode(errors="replace")
 
 
-@pytest.mark.parametrize("content, reason", [
-    (Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).to_str(), "is a 'WordPiece' tokenizer"),
-    (Tokenizer(models.Unigram([("a", 0.0)])).to_str(), "is a 'Unigram' tokenizer"),
-    (Tokenizer(CHARACTERS).to_str(), "pre_tokenizer"), (write(CHARACTERS), "is not byte-level BPE"),
-    (TINY.replace('"normalizer":null', '"normalizer":{"type":"NFC"}'), "normalizer {'type': 'NFC"),
-    (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
-    (TINY.replace('"use_regex":true', '"use_regex":false'), "pre_tokenizer"),
-    (DIGITS.to_str().replace('"Isolated"', '"Removed"'), "pre_tokenizer"),
-    (DIGITS.to_str().replace(r"\\p{N}", "(?<=[a-z])(?=[A-Z])"), "pre_tokenizer"),
-    (DIGITS.to_str().replace(r"\\p{N}", r"\\s*\\p{L}*"), "pre_tokenizer"),
-    (UNMERGED.replace('"vocab":{', '"vocab":{"zqzq":299,'), "makes token 'zqzq'"),
-    (write(models.BPE({w: i for i, w in enumerate([*LETTERS, "ab", "bc", "abc"])}, [
-        ("a", "b"), ("b", "c"), ("a", "bc")])), "no merge makes token 'abc'"),
-    (TINY.replace('"post_processor":null', '"post_processor":' + PREFIXED), "adds tokens"),
-    (TINY.replace('"dropout":null', '"dropout":0.1'), "dropout 0.1 is not supported"),
-    (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
-    (TINY.replace('"lstrip":false', '"lstrip":true'), "'<s>' strips"), ("{", "not valid JSON"),
-    (DIGITS.to_str().replace(r"\\p{N}", "("), "pattern is not supported"),
-    (write(models.BPE(), 300, "<s>x"), "'<s>x' begins with another"),
-    (write(models.BPE(), 401), "has token 400; config.json's vocab_size is 400"),
-    (json.dumps({"model": [1]}), "is not what Hugging Face writes: AttributeError"),
-    (re.sub(r'("a":)(\d+)', r'\1"\2"', TINY), "has token '"),
-    (TINY.replace('"content":"<s>"', '"content":""'), "has no text"),
-    *((DIGITS.to_str().replace(r"\\p{N}", part), "pre_tokenizer") for part in (
-        r"\\w+", "[[:alpha:]]", "^a", r"(a)\\1")),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (
+            Tokenizer(models.WordPiece({"a": 0}, unk_token="a")).to_str(),
+            "is a 'WordPiece' tokenizer",
+        ),
+        (Tokenizer(models.Unigram([("a", 0.0)])).to_str(), "is a 'Unigram' tokenizer"),
+        (Tokenizer(CHARACTERS).to_str(), "pre_tokenizer"),
+        (write(CHARACTERS), "is not byte-level BPE"),
+        (
+            TINY.replace('"normalizer":null', '"normalizer":{"type":"NFC"}'),
+            "normalizer {'type': 'NFC",
+        ),
+        (TINY.replace('"add_prefix_space":false', '"add_prefix_space":true'), "pre_tokenizer"),
+        (TINY.replace('"use_regex":true', '"use_regex":false'), "pre_tokenizer"),
+        (DIGITS.to_str().replace('"Isolated"', '"Removed"'), "pre_tokenizer"),
+        (DIGITS.to_str().replace(r"\\p{N}", "(?<=[a-z])(?=[A-Z])"), "pre_tokenizer"),
+        (DIGITS.to_str().replace(r"\\p{N}", r"\\s*\\p{L}*"), "pre_tokenizer"),
+        (UNMERGED.replace('"vocab":{', '"vocab":{"zqzq":299,'), "makes token 'zqzq'"),
+        (
+            write(
+                models.BPE(
+                    {w: i for i, w in enumerate([*LETTERS, "ab", "bc", "abc"])},
+                    [("a", "b"), ("b", "c"), ("a", "bc")],
+                )
+            ),
+            "no merge makes token 'abc'",
+        ),
+        (TINY.replace('"post_processor":null', '"post_processor":' + PREFIXED), "adds tokens"),
+        (TINY.replace('"dropout":null', '"dropout":0.1'), "dropout 0.1 is not supported"),
+        (TINY.replace('"byte_fallback":false', '"byte_fallback":true'), "byte_fallback True"),
+        (TINY.replace('"lstrip":false', '"lstrip":true'), "'<s>' strips"),
+        ("{", "not valid JSON"),
+        (DIGITS.to_str().replace(r"\\p{N}", "("), "pattern is not supported"),
+        (write(models.BPE(), 300, "<s>x"), "'<s>x' begins with another"),
+        (write(models.BPE(), 401), "has token 400; config.json's vocab_size is 400"),
+        (json.dumps({"model": [1]}), "is not what Hugging Face writes: AttributeError"),
+        (re.sub(r'("a":)(\d+)', r'\1"\2"', TINY), "has token '"),
+        (TINY.replace('"content":"<s>"', '"content":""'), "has no text"),
+        *(
+            (DIGITS.to_str().replace(r"\\p{N}", part), "pre_tokenizer")
+            for part in (r"\\w+", "[[:alpha:]]", "^a", r"(a)\\1")
+        ),
+    ],
+)
 def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
     (path := tmp_path / "tokenizer.json").write_text(content)
     assert reason in refusal(path, load_tokenizer, tmp_path, 400)
@@ -165,8 +232,10 @@ def test_other_tokenizers_are_refused_in_one_line(content, reason, tmp_path):
 
 def test_ignored_merges_that_make_every_token_change_nothing(tmp_path):
     (tmp_path / "tokenizer.json").write_text(UNMERGED)
-    ours, theirs = load_tokenizer(tmp_path, 300), Tokenizer.from_file(
-        str(tmp_path / "tokenizer.json"))
+    ours, theirs = (
+        load_tokenizer(tmp_path, 300),
+        Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+    )
     assert ours.encode(BOOK.read_text()).tolist() == theirs.encode(BOOK.read_text()).ids
 
 
@@ -194,8 +263,10 @@ def test_merges_that_another_order_breaks_are_refused_and_others_followed(tmp_pa
 
 def test_vocab_and_merges_alone_are_enough(tmp_path):
     """The hub's first GPT-2 had no other file: the end of text is known by its name."""
-    model, whole = json.loads((MINI / "tokenizer.json").read_text())["model"], load_tokenizer(
-        MINI, 8192)
+    model, whole = (
+        json.loads((MINI / "tokenizer.json").read_text())["model"],
+        load_tokenizer(MINI, 8192),
+    )
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]))

@@ -57,11 +57,17 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(("layout", "file_format", "dtype"), [
-    ("hub", "safetensors", torch.float32), ("hub", "zip", torch.float32),
-    ("transformers", "zip", torch.bfloat16), ("with head", "safetensors", torch.float16),
-    ("old transformers", "legacy", torch.float32), ("head alone", "legacy", torch.float16),
-])
+@pytest.mark.parametrize(
+    ("layout", "file_format", "dtype"),
+    [
+        ("hub", "safetensors", torch.float32),
+        ("hub", "zip", torch.float32),
+        ("transformers", "zip", torch.bfloat16),
+        ("with head", "safetensors", torch.float16),
+        ("old transformers", "legacy", torch.float32),
+        ("head alone", "legacy", torch.float16),
+    ],
+)
 @torch.no_grad()
 def test_every_file_layout_gives_the_logits_of_transformers(tmp_path, layout, file_format, dtype):
     directory, theirs = tiny_gpt2_directory(tmp_path)
@@ -80,10 +86,11 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path):
     directory, _ = tiny_gpt2_directory(tmp_path)
     good = load_file(directory / SAFETENSORS)
     for tensors, message in (
-            ({k: t for k, t in good.items() if ".h.1." not in k}, "missing (12 in all)"),
-            (good | {"wte.weight": good[WTE].clone()}, "unexpected tensor 'wte.w"),
-            (good | {"lm_head.weight": good[WTE] + 1e-3}, "differs from wte.w"),
-            (good | {FC: good[FC].t()}, f"{FC} is (128, 32)")):
+        ({k: t for k, t in good.items() if ".h.1." not in k}, "missing (12 in all)"),
+        (good | {"wte.weight": good[WTE].clone()}, "unexpected tensor 'wte.w"),
+        (good | {"lm_head.weight": good[WTE] + 1e-3}, "differs from wte.w"),
+        (good | {FC: good[FC].t()}, f"{FC} is (128, 32)"),
+    ):
         path = rewrite(directory, tensors, "safetensors")
         assert message in refusal(path, load_gpt2, directory)
 
@@ -114,8 +121,11 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
     path = rewrite(directory, tensors, "zip")
     whole = path.read_bytes()
     load_gpt2(directory)
-    odd = {"not a tensor": [1.0, 2.0], "sparse": tensors[FC].to_sparse(),
-           "no data": tensors[FC].to("meta")}
+    odd = {
+        "not a tensor": [1.0, 2.0],
+        "sparse": tensors[FC].to_sparse(),
+        "no data": tensors[FC].to("meta"),
+    }
     for words, value in odd.items():
         torch.save({**tensors, FC: value}, path)
         reason = refusal(path, load_gpt2, directory)
@@ -160,7 +170,8 @@ def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, ca
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again, info = transformers.AutoModelForCausalLM.from_pretrained(
-            out, dtype="auto", output_loading_info=True)
+            out, dtype="auto", output_loading_info=True
+        )
     log.removeHandler(caplog.handler)
     assert not any(info.values()) and not caplog.records
     assert again.dtype == stored_dtype
@@ -194,28 +205,60 @@ def test_values_out_of_reach_of_fp16_are_not_saved(tmp_path):
 
 def test_a_config_of_another_model_is_refused_by_field(tmp_path):
     for field, value in [
-            ("model_type", "gpt_neo"), ("model_type", None),
-            ("n_head", 0), ("n_head", 5), ("n_head", True), ("n_head", 4.0), ("n_layer", 513),
-            ("n_embd", "32"), ("n_inner", 0), ("vocab_size", None), ("n_positions", 2**20 + 1),
-            ("attn_pdrop", 2), ("embd_pdrop", "0.1"), ("resid_pdrop", -0.1), ("attn_pdrop", False),
-            ("layer_norm_epsilon", [1e-5]), ("activation_function", "relu"),
-            ("add_cross_attention", True), ("tie_word_embeddings", False),
-            ("n_head", math.nan), ("attn_pdrop", math.nan), ("layer_norm_epsilon", math.inf)]:
+        ("model_type", "gpt_neo"),
+        ("model_type", None),
+        ("n_head", 0),
+        ("n_head", 5),
+        ("n_head", True),
+        ("n_head", 4.0),
+        ("n_layer", 513),
+        ("n_embd", "32"),
+        ("n_inner", 0),
+        ("vocab_size", None),
+        ("n_positions", 2**20 + 1),
+        ("attn_pdrop", 2),
+        ("embd_pdrop", "0.1"),
+        ("resid_pdrop", -0.1),
+        ("attn_pdrop", False),
+        ("layer_norm_epsilon", [1e-5]),
+        ("activation_function", "relu"),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+        ("n_head", math.nan),
+        ("attn_pdrop", math.nan),
+        ("layer_norm_epsilon", math.inf),
+    ]:
         (path := tmp_path / "config.json").write_text(
-            json.dumps({"model_type": "gpt2", field: value}))
+            json.dumps({"model_type": "gpt2", field: value})
+        )
         reason = refusal(path, load_gpt2, tmp_path)
         assert field in reason and str(value) in reason
     path.write_text("{}")
     assert "has neither a model_type nor GPT-2's own fields" in refusal(path, load_gpt2, tmp_path)
 
 
-@pytest.mark.parametrize("fields", [
-    {},
-    {"n_ctx": 16, "n_positions": 32, "dtype": "float16", "a_field_of_tomorrow": [1],
-     "n_inner": 50, "embd_pdrop": 0, "layer_norm_epsilon": 1e-3, "initializer_range": 0.1},
-    {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6,
-     "max_position_embeddings": 99},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "n_ctx": 16,
+            "n_positions": 32,
+            "dtype": "float16",
+            "a_field_of_tomorrow": [1],
+            "n_inner": 50,
+            "embd_pdrop": 0,
+            "layer_norm_epsilon": 1e-3,
+            "initializer_range": 0.1,
+        },
+        {
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "max_position_embeddings": 99,
+        },
+    ],
+)
 def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **fields}))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -224,17 +267,24 @@ def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
         assert value == getattr(theirs, field), field
 
 
-@pytest.mark.parametrize(("layout", "stored", "dtype"), [
-    ("transformers", torch.float32, torch.bfloat16), ("head alone", torch.float32, torch.float16),
-    ("transformers", torch.bfloat16, torch.float16), ("transformers", torch.float16, torch.float32),
-    ("head alone", torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("layout", "stored", "dtype"),
+    [
+        ("transformers", torch.float32, torch.bfloat16),
+        ("head alone", torch.float32, torch.float16),
+        ("transformers", torch.bfloat16, torch.float16),
+        ("transformers", torch.float16, torch.float32),
+        ("head alone", torch.bfloat16, torch.bfloat16),
+    ],
+)
 def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
-        tmp_path, monkeypatch, layout, stored, dtype):
+    tmp_path, monkeypatch, layout, stored, dtype
+):
     directory, theirs = tiny_gpt2_directory(tmp_path)
     tensors = {name: p.detach().to(stored) for name, p in theirs.named_parameters()}
     rewrite(directory, LAYOUTS[layout](tensors), "safetensors")
     precision = {value: name for name, value in PRECISIONS.items()}[dtype]
-    wanted = Device.pick("cpu", precision).hold(load_gpt2(directory).requires_grad_(False))
+    wanted = Device.pick("cpu", precision).place(load_gpt2(directory).requires_grad_(False))
 
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
@@ -243,4 +293,3 @@ def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
         assert p.dtype == q.dtype and torch.equal(p, q), name
     large = {t.dtype for t in made if t.ndim == 2 and not t.is_meta}
     assert large == {dtype}  # and in no other precision
-

@@ -15,10 +15,16 @@ from training.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, write_che
 
 OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2, "--lr", 1e-2)
 NAME = "h/0/attn/c_attn/lora_A/weight"
-STATE = {"parameters": {NAME: torch.arange(12.0).view(3, 4), "b": torch.ones(2).bfloat16()},
-         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}},
-                       "param_groups": [{"lr": 0.1, "betas": [0.9, 0.999], "params": [0]}]},
-         "progress": {"step": 4, "best": float("inf")}, "scaler": {}, "random": ["00ff", "é"]}
+STATE = {
+    "parameters": {NAME: torch.arange(12.0).view(3, 4), "b": torch.ones(2).bfloat16()},
+    "optimizer": {
+        "state": {0: {"step": torch.tensor(3.0)}},
+        "param_groups": [{"lr": 0.1, "betas": [0.9, 0.999], "params": [0]}],
+    },
+    "progress": {"step": 4, "best": float("inf")},
+    "scaler": {},
+    "random": ["00ff", "é"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +54,15 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
     assert repr(read_checkpoint(tmp_path)) == repr(STATE | {"step": 2})
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:-1], lambda data: bytes([2, *[0] * 7]) + b"{}",
-    lambda data: pickle.dumps(STATE)], ids=["cut", "no checksum", "a pickle"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: bytes([2, *[0] * 7]) + b"{}",
+        lambda data: pickle.dumps(STATE),
+    ],
+    ids=["cut", "no checksum", "a pickle"],
+)
 def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, damage):
     newest, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
     for step in (1, 2):
@@ -75,7 +87,7 @@ def test_a_flipped_bit_anywhere_is_seen(tmp_path):
     write_checkpoint(tmp_path, STATE)
     data = (tmp_path / CHECKPOINT).read_bytes()
     for i in range(len(data)):
-        (tmp_path / CHECKPOINT).write_bytes(data[:i] + bytes([data[i] ^ 16]) + data[i + 1:])
+        (tmp_path / CHECKPOINT).write_bytes(data[:i] + bytes([data[i] ^ 16]) + data[i + 1 :])
         with pytest.raises(UserError, match="damaged"):
             read_checkpoint(tmp_path)
 

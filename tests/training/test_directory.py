@@ -36,10 +36,13 @@ def size_limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("size, step, file", [
-    (12_000, 7, CHECKPOINT), (250, 7, "metrics.jsonl"), (3_000, 20, "adapter_model")])
+@pytest.mark.parametrize(
+    "size, step, file",
+    [(12_000, 7, CHECKPOINT), (250, 7, "metrics.jsonl"), (3_000, 20, "adapter_model")],
+)
 def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
-        whole, tmp_path, argv, size_limit, size, step, file):
+    whole, tmp_path, argv, size_limit, size, step, file
+):
     every = (*EVERY_20, "--checkpoint-every", 3 if file == CHECKPOINT else 100)
     line = one_line(run_acting({step: lambda trainer: size_limit(size)}, *argv, *every))
     assert f"{tmp_path / 'run' / file}" in line and "File too large" in line
@@ -52,7 +55,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_directory_that_vanishes_or_is_another_ends_the_run_and_is_left_alone(
-        argv, tmp_path, again):
+    argv, tmp_path, again
+):
     out = tmp_path / "run"
 
     def replace(trainer):
@@ -71,9 +75,17 @@ def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, bo
     trained("lora", base, book, tmp_path, "--max-steps", 2)
     (tmp_path / "notes.txt").write_text("mine")
     done = trained("full", base, book, tmp_path, "--max-steps", 1, "--overwrite")
-    assert set(contents(tmp_path)) == {"notes.txt", "config.json", "model.safetensors", "run.json",
-                                       "metrics.jsonl", "loss.png", CHECKPOINT, "tokenizer.json",
-                                       "tokenizer_config.json"}
+    assert set(contents(tmp_path)) == {
+        "notes.txt",
+        "config.json",
+        "model.safetensors",
+        "run.json",
+        "metrics.jsonl",
+        "loss.png",
+        CHECKPOINT,
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert done.report["method"] == "full" and done.column("step") == [1]
 
 
@@ -109,8 +121,14 @@ def test_links_in_the_directory_are_replaced_and_never_followed(argv, tmp_path):
     (tmp_path / "real").mkdir()
     out.symlink_to(tmp_path / "real")
     outside.write_text("mine")
-    names = (CHECKPOINT, PREVIOUS, "adapter_config.json", "run.json", "adapter_model.safetensors",
-             "loss.png")
+    names = (
+        CHECKPOINT,
+        PREVIOUS,
+        "adapter_config.json",
+        "run.json",
+        "adapter_model.safetensors",
+        "loss.png",
+    )
     for name in names:
         (out / name).symlink_to(outside)
     assert run(main, *argv, *SHORT, "--overwrite").status == 0

@@ -29,11 +29,16 @@ def spoil_gradient(trainer):
     hook = parameter.register_hook(lambda gradient: hook.remove() or gradient * math.inf)
 
 
-@pytest.mark.parametrize("act, what, precision", [
-    (poison, "the loss is not a finite number", "bf16"),
-    (spoil_gradient, "the gradient is not finite", "fp32")])
+@pytest.mark.parametrize(
+    "act, what, precision",
+    [
+        (poison, "the loss is not a finite number", "bf16"),
+        (spoil_gradient, "the gradient is not finite", "fp32"),
+    ],
+)
 def test_a_number_that_is_not_finite_stops_the_run_with_its_step_named(
-        argv, tmp_path, act, what, precision):
+    argv, tmp_path, act, what, precision
+):
     line = one_line(run_acting({8: act}, *argv, "--precision", precision))
     assert f"step 8: {what}; " in line
     assert "the last checkpoint is from step 6" in line and "--lr" in line
@@ -44,7 +49,8 @@ def test_a_number_that_is_not_finite_stops_the_run_with_its_step_named(
 def test_a_weight_poisoned_after_its_last_use_is_not_saved(argv, tmp_path):
     def act(trainer):
         trainer.optimizer.register_step_post_hook(
-            lambda *_: next(iter(trainer.parameters.values())).data.fill_(math.nan))
+            lambda *_: next(iter(trainer.parameters.values())).data.fill_(math.nan)
+        )
 
     line = one_line(run_acting({9: act}, *argv))
     assert "parameters.h/0/attn/c_attn/lora_A/weight holds numbers that are not finite" in line
@@ -63,8 +69,12 @@ def test_a_faulty_step_that_ends_an_epoch_leaves_the_best_model_as_it_was(argv, 
 
 
 def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_path):
-    whole, parts = (arguments("lora", base, book, tmp_path / name, *FP16, "--max-steps", 6,
-                              "--checkpoint-every", 1) for name in ("whole", "parts"))
+    whole, parts = (
+        arguments(
+            "lora", base, book, tmp_path / name, *FP16, "--max-steps", 6, "--checkpoint-every", 1
+        )
+        for name in ("whole", "parts")
+    )
     skip = {2: spoil_gradient, 5: spoil_gradient}
     assert run_acting(skip, *whole).status == 0
     done = finished(tmp_path / "whole")
@@ -102,10 +112,12 @@ def test_out_of_memory_says_what_helps_and_another_error_is_not_taken_for_it(arg
     assert one_line(run_acting({5: fail}, *argv)) == (
         "error: out of memory; try a smaller --batch-size, --block-size or --base, --precision "
         "bf16 or, in training, --grad-accum or --gradient-checkpointing; the last checkpoint is "
-        "from step 3")
+        "from step 3"
+    )
     error = OSError(errno.ENOSPC, "No space left on device", "/disk")
     assert one_line(run_acting({5: fail}, *argv, "--overwrite")) == (
-        "error: /disk: No space left on device; the last checkpoint is from step 3")
+        "error: /disk: No space left on device; the last checkpoint is from step 3"
+    )
     error = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         run_acting({5: fail}, *argv, "--overwrite")

@@ -22,29 +22,33 @@ from training.options import ROOT
 def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_path, method):
     plain, checkpointed = (
         trained(method, base, book, tmp_path / name, "--max-steps", 4, "--lr", 1e-2, *option)
-        for name, option in (("plain", ()), ("checkpointed", ("--gradient-checkpointing",))))
+        for name, option in (("plain", ()), ("checkpointed", ("--gradient-checkpointing",)))
+    )
     assert plain.column("loss") == checkpointed.column("loss")
     name = WEIGHTS[method]
     assert (plain.out / name).read_bytes() == (checkpointed.out / name).read_bytes()
     assert plain.column("val_loss")[-1] < plain.report["base_val_loss"]  # gradients did arrive
 
-    made = [trainer(method, base, book, tmp_path, *option)
-            for option in ((), ("--gradient-checkpointing",))]
+    made = [
+        trainer(method, base, book, tmp_path, *option)
+        for option in ((), ("--gradient-checkpointing",))
+    ]
     inputs, _ = made[0].windows.batch(next(made[0].batches()))
     kept = [kept_bytes(one.model, inputs) for one in made]
     assert 0 < kept[1] < kept[0] / 4
 
 
 @pytest.mark.parametrize("method, compute", [("lora", torch.bfloat16), ("full", torch.float32)])
-def test_only_what_lora_freezes_is_read_and_held_in_the_compute_precision(base, book, tmp_path,
-                                                                          method, compute):
+def test_only_what_lora_freezes_is_read_and_held_in_the_compute_precision(
+    base, book, tmp_path, method, compute
+):
     argv = arguments(method, base, book, tmp_path, "--precision", "bf16", "--max-steps", 1)
     trainers = []
     with mock.patch.object(build, "load_gpt2", mock.Mock(side_effect=load_gpt2)) as load:
         assert run_acting({1: trainers.append}, *argv).status == 0
         ours.make_trainer(ours.options(*argv))  # as the benchmarks do
     assert load.call_args_list == [mock.call(base, compute)] * 2
-    made, = trainers
+    (made,) = trainers
     norms = {f"{name}." for name, m in made.model.named_modules() if isinstance(m, nn.LayerNorm)}
     for name, parameter in made.model.named_parameters():
         small = ".lora_" in name or name.startswith(tuple(norms))
@@ -83,8 +87,13 @@ def measured(tmp_path_factory) -> tuple[int, int, int, int]:
             for _ in range(5):
                 torch.zeros(1 << 24)
             print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    said = subprocess.run([sys.executable, "-c", code, directory], cwd=ROOT, check=True, text=True,
-                          capture_output=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code, directory],
+        cwd=ROOT,
+        check=True,
+        text=True,
+        capture_output=True,
+    ).stdout
     return (directory / MODEL_WEIGHTS).stat().st_size, *map(int, said.split())
 
 

@@ -27,10 +27,32 @@ from train import main
 from training.ranks import Ranks
 
 # 37 divides by no number of ranks, and an epoch's last batch is one window: others' share is none.
-SAME = ("--batch-size", 37, "--stride", 11, "--grad-accum", 2, "--max-steps", 18, "--eval-every", 5,
-        "--lr", 3e-3)
-DROPPING = ("--batch-size", 8, "--max-steps", 16, "--eval-every", 10, "--checkpoint-every", 4,
-            "--lr", 3e-3)  # the dropouts are on
+SAME = (
+    "--batch-size",
+    37,
+    "--stride",
+    11,
+    "--grad-accum",
+    2,
+    "--max-steps",
+    18,
+    "--eval-every",
+    5,
+    "--lr",
+    3e-3,
+)
+DROPPING = (
+    "--batch-size",
+    8,
+    "--max-steps",
+    16,
+    "--eval-every",
+    10,
+    "--checkpoint-every",
+    4,
+    "--lr",
+    3e-3,
+)  # the dropouts are on
 LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
 
 
@@ -62,6 +84,7 @@ def whole(base, book, folder) -> list[str]:
     """Return what two undisturbed ranks write on stderr: their threads in step 2 and at the end.
     Their run is in `folder / "whole"`.
     """
+
     def acting(trainer, batch, step=train.Trainer.step):
         if trainer.progress.step == 1:
             name_threads()
@@ -83,7 +106,8 @@ def whole(base, book, folder) -> list[str]:
 
 @pytest.mark.parametrize("method, ranks", [("lora", 4), ("full", 2)])
 def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
-        base, book, tmp_path, method, ranks):
+    base, book, tmp_path, method, ranks
+):
     made = trainer(method, base, book, tmp_path / "unused", *SAME)
     assert len(made.windows) % made.options.batch_size == 1
     options = (*SAME, *runs.NO_DROPOUT[method])
@@ -115,8 +139,9 @@ def test_the_connections_threads_end_with_it(whole):
     """One that is still busy when Python ends would abort it, and torchrun would report a failure
     of a run that is complete.
     """
-    named = [line.removeprefix("threads: ").split(", ") for line in whole
-             if line.startswith("threads: ")]
+    named = [
+        line.removeprefix("threads: ").split(", ") for line in whole if line.startswith("threads: ")
+    ]
     *in_a_step, first, second = sorted(named, key=len)[::-1]
     # Two run collectives and one listens; torch 2.8 gives them no names of their own. Rank 0 has
     # one more, for the ranks to meet.
@@ -139,7 +164,8 @@ def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
 
 
 def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had_happened(
-        whole, base, book, folder):
+    whole, base, book, folder
+):
     out = folder / "broken"
     argv = arguments("lora", base, book, out, *DROPPING)
 
@@ -148,10 +174,11 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
             os.kill(os.getpid(), signal.SIGKILL)
         step(trainer, batch)
 
-    statuses, lines = fork(folder / "killed", argv, argv,
-                           during=mock.patch.object(train.Trainer, "step", kill_rank_1))
+    statuses, lines = fork(
+        folder / "killed", argv, argv, during=mock.patch.object(train.Trainer, "step", kill_rank_1)
+    )
     assert statuses == [1, -signal.SIGKILL] and not (out / "run.json").exists()
-    line, = (line for line in lines if line.startswith("error: "))
+    (line,) = (line for line in lines if line.startswith("error: "))
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is from step 4")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
@@ -166,8 +193,9 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
         step(trainer, batch)
 
     again = [*argv, "--resume"]
-    status, lines = torchrun(folder / "stopped", again,
-                             during=mock.patch.object(train.Trainer, "step", stop_torchrun))
+    status, lines = torchrun(
+        folder / "stopped", again, during=mock.patch.object(train.Trainer, "step", stop_torchrun)
+    )
     assert status != 0 and not errors(lines)
     assert "resuming after step 4 of 16" in (folder / "stopped" / "out").read_text()
     assert any(line.startswith("stopped after step 12; the same command") for line in lines)
@@ -185,16 +213,29 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
 
 def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):
     data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: the last batch is one rank's
-    options = ("--batch-size", 17, "--block-size", 64, "--max-steps", 6, "--lr", 3e-3,
-               *runs.NO_DROPOUT["lora"])
+    options = (
+        "--batch-size",
+        17,
+        "--block-size",
+        64,
+        "--max-steps",
+        6,
+        "--lr",
+        3e-3,
+        *runs.NO_DROPOUT["lora"],
+    )
     argv = arguments("lora", base, data, tmp_path / "ranks", *options)
 
     def draw_another_start(*args, build=train.build_model):  # as another machine might
         torch.manual_seed(int(os.environ["RANK"]) + args[0].seed)
         return build(*args)
 
-    statuses, lines = fork(tmp_path / "said", argv, argv,
-                           during=mock.patch.object(train, "build_model", draw_another_start))
+    statuses, lines = fork(
+        tmp_path / "said",
+        argv,
+        argv,
+        during=mock.patch.object(train, "build_model", draw_another_start),
+    )
     assert statuses == [0, 0], lines
     ours = finished(tmp_path / "ranks")
     alone = trained("lora", base, data, tmp_path / "alone", *options)
@@ -209,24 +250,30 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path
     (taken / "run.json").touch()
     argv = arguments("lora", base, book, free)
     for words, *commands in (
-            ("--base 'gpt9': no such directory", *[[*argv, "--base", "gpt9"]] * 2),
-            ("holds a run (run.json)", *[arguments("lora", base, book, taken)] * 2),
-            ("rank 1 and rank 0 differ in options; start every rank with the same options",
-             argv, [*argv, "--seed", "7", "--lr", "0.1"])):
+        ("--base 'gpt9': no such directory", *[[*argv, "--base", "gpt9"]] * 2),
+        ("holds a run (run.json)", *[arguments("lora", base, book, taken)] * 2),
+        (
+            "rank 1 and rank 0 differ in options; start every rank with the same options",
+            argv,
+            [*argv, "--seed", "7", "--lr", "0.1"],
+        ),
+    ):
         statuses, lines = fork(tmp_path / words[:4], *commands)
-        line, = errors(lines)
+        (line,) = errors(lines)
         assert words in line and set(statuses) <= {1, 2} and "Traceback" not in "".join(lines)
     assert not free.exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
-        base, book, tmp_path, monkeypatch, precision):
+    base, book, tmp_path, monkeypatch, precision
+):
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
     made, sent = trainer("lora", base, book, tmp_path, "--precision", precision), []
     monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
-    monkeypatch.setattr(Ranks, "all_reduce", lambda self, tensors: sent.extend(
-        t.clone() for t in tensors))
+    monkeypatch.setattr(
+        Ranks, "all_reduce", lambda self, tensors: sent.extend(t.clone() for t in tensors)
+    )
     made.ranks = Ranks(rank=1, count=2)
     made.step(np.array([3]))  # which rank 0 computes
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]
@@ -239,11 +286,19 @@ def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(dist, "group", mock.Mock())
     monkeypatch.setattr(dist, "destroy_process_group", mock.Mock())
-    monkeypatch.setattr(dist, "all_reduce", mock.Mock(
-        side_effect=RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nLast error:")))
+    monkeypatch.setattr(
+        dist,
+        "all_reduce",
+        mock.Mock(
+            side_effect=RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nLast error:")
+        ),
+    )
     with pytest.raises(RunError) as failure:
         Ranks(rank=1, count=2).agree(0)
-    assert LOST.fullmatch(f"error: {failure.value}") and "(NCCL error in: X.cpp:1, " in str(
-        failure.value) and "Last error" not in str(failure.value)
+    assert (
+        LOST.fullmatch(f"error: {failure.value}")
+        and "(NCCL error in: X.cpp:1, " in str(failure.value)
+        and "Last error" not in str(failure.value)
+    )
     dist.destroy_process_group.assert_called_once_with()
     assert dist.group.WORLD.abort.called == ("nccl" in backend)

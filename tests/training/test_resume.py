@@ -24,12 +24,15 @@ OPTIONS = ("--batch-size", 8, "--max-steps", 30, "--log-every", 7, "--eval-every
 @pytest.fixture(scope="module")
 def whole(base, book, tmp_path_factory):
     """Return the run that nobody stopped, by method."""
-    return {method: trained(method, base, book, tmp_path_factory.mktemp(method), *OPTIONS)
-            for method in WEIGHTS}
+    return {
+        method: trained(method, base, book, tmp_path_factory.mktemp(method), *OPTIONS)
+        for method in WEIGHTS
+    }
 
 
 def stop_in_step(number: int, last_step: int, argv: list[str], change=lambda: None):
     """Send the signal in that step, just after `change`; return how the command ends."""
+
     def act(trainer):
         change()
         signal.raise_signal(number)
@@ -53,16 +56,23 @@ def stopped(stopped_run, base, book, tmp_path) -> list[str]:
     return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
 
 
-@pytest.mark.parametrize("method, number, step, status", [
-    ("lora", signal.SIGINT, 3, 130), ("lora", signal.SIGTERM, 30, 143),
-    ("full", signal.SIGTERM, 26, 143)])
+@pytest.mark.parametrize(
+    "method, number, step, status",
+    [
+        ("lora", signal.SIGINT, 3, 130),
+        ("lora", signal.SIGTERM, 30, 143),
+        ("full", signal.SIGTERM, 26, 143),
+    ],
+)
 def test_a_stopped_run_says_how_to_resume_and_ends_as_if_it_never_stopped(
-        whole, base, book, tmp_path, method, number, step, status):
+    whole, base, book, tmp_path, method, number, step, status
+):
     argv = arguments(method, base, book, tmp_path, *OPTIONS)
     ending = stop_in_step(number, step, argv)
     assert ending.status == status and not (tmp_path / "run.json").exists()
-    assert ending.stderr == (f"stopped after step {step}; the same command with --resume "
-                             "continues\n")
+    assert ending.stderr == (
+        f"stopped after step {step}; the same command with --resume continues\n"
+    )
     ending = run(main, *argv, "--resume")
     assert ending.status == 0 and f"resuming after step {step} of 30" in ending.stdout
     assert differences(tmp_path, result(whole[method].out)) == []
@@ -71,13 +81,16 @@ def test_a_stopped_run_says_how_to_resume_and_ends_as_if_it_never_stopped(
 
 
 def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
-        whole, base, book, tmp_path):
+    whole, base, book, tmp_path
+):
     """And is stopped twice."""
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(base, old / "base")
     shutil.copy(book, old / "book")
-    before, after = (arguments("lora", place / "base", place / "book", place / "run", *OPTIONS)
-                     for place in (old, new))
+    before, after = (
+        arguments("lora", place / "base", place / "book", place / "run", *OPTIONS)
+        for place in (old, new)
+    )
     assert stop_in_step(signal.SIGINT, 3, before).status == 130
     old.rename(new)
     assert stop_in_step(signal.SIGTERM, 12, [*after, "--resume"]).status == 143
@@ -101,13 +114,18 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
     assert differences(out, result(whole["lora"].out)) == []  # which saved less often
 
 
-@pytest.mark.parametrize("every, seconds, saved", [
-    ("3", 0, [None, None, None, 3, 3, 3, 6]),
-    ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
-    ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
-    ("10m", 3, [None, None, None, None, None, None, 6])])  # the first ends too soon to save
-def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(base, book, tmp_path, every,
-                                                                   seconds, saved):
+@pytest.mark.parametrize(
+    "every, seconds, saved",
+    [
+        ("3", 0, [None, None, None, 3, 3, 3, 6]),
+        ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
+        ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
+        ("10m", 3, [None, None, None, None, None, None, 6]),
+    ],
+)  # the first ends too soon to save
+def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
+    base, book, tmp_path, every, seconds, saved
+):
     seen = []
 
     def look(trainer):
@@ -117,9 +135,21 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(base, book, t
         session = signal.getsignal(signal.SIGTERM).__self__
         session.saved_at -= seconds  # as if the step before had taken so long
 
-    ending = run_acting(dict.fromkeys(range(1, 8), look), *arguments(
-        "lora", base, book, tmp_path, "--batch-size", 64, "--max-steps", 7, "--checkpoint-every",
-        every))
+    ending = run_acting(
+        dict.fromkeys(range(1, 8), look),
+        *arguments(
+            "lora",
+            base,
+            book,
+            tmp_path,
+            "--batch-size",
+            64,
+            "--max-steps",
+            7,
+            "--checkpoint-every",
+            every,
+        ),
+    )
     assert ending.status == 0 and seen == saved
     assert read_checkpoint(tmp_path)["progress"]["step"] == 7
 
@@ -135,11 +165,13 @@ def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
 
 @pytest.mark.parametrize("step, argv", [(9, ["--resume"]), (1, [])])
 def test_a_run_killed_before_its_first_checkpoint_starts_again_with_any_options(
-        whole, base, book, tmp_path, step, argv):
+    whole, base, book, tmp_path, step, argv
+):
     """Before its first line of metrics, by the same command."""
     argv = [*arguments("lora", base, book, tmp_path, *OPTIONS), *argv]
-    killed = run_acting({step: runs.die}, *arguments("lora", base, book, tmp_path, *OPTIONS, "--lr",
-                                                     1))
+    killed = run_acting(
+        {step: runs.die}, *arguments("lora", base, book, tmp_path, *OPTIONS, "--lr", 1)
+    )
     assert killed.status == 130 and bool((tmp_path / "metrics.jsonl").read_text()) == (step > 7)
     ending = run(main, *argv)
     assert ending.status == 0, ending
@@ -148,8 +180,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again_with_any_options(
 
 
 def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
-    for option, value in (("--eval-every", "5"), ("--target-modules", "c_fc"),
-                          ("--precision", "bf16")):
+    for option, value in (
+        ("--eval-every", "5"),
+        ("--target-modules", "c_fc"),
+        ("--precision", "bf16"),
+    ):
         line = refused(tmp_path / "run", *stopped, option, value, "--resume")
         assert f"{option} was" in line and value in line
     argv = arguments("full", base, book, tmp_path / "run", *OPTIONS, "--resume")
@@ -162,7 +197,7 @@ def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base,
     whole = trained("lora", base, data, tmp_path / "whole", *options)
     argv = arguments("lora", base, data, tmp_path / "run", *options)
     text = data.read_text()
-    other = text.replace("completion\": \"", "completion\": \"The ", 1)
+    other = text.replace('completion": "', 'completion": "The ', 1)
     assert stop_in_step(signal.SIGINT, 5, argv, lambda: data.write_text(other)).status == 130
     line = refused(tmp_path / "run", *argv, "--resume")
     assert "--data: its content is not what the run began with" in line
@@ -189,7 +224,8 @@ def test_a_resume_without_the_best_models_file_is_refused_at_the_start(stopped, 
 
 @pytest.mark.parametrize("peaks", [(900.0, 500.0), (500.0, 900.0)])
 def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
-        base, book, tmp_path, monkeypatch, peaks):
+    base, book, tmp_path, monkeypatch, peaks
+):
     clock = runs.Clock()
     for module in (meter, session):
         monkeypatch.setattr(module, "time", clock)

@@ -50,10 +50,12 @@ def test_a_process_that_imports_torch(base, book, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("module, where, step", [
-    (train, "evaluate", 4), (training.session, "write_checkpoint", 6)])
+@pytest.mark.parametrize(
+    "module, where, step", [(train, "evaluate", 4), (training.session, "write_checkpoint", 6)]
+)
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
-        base, book, tmp_path, monkeypatch, module, where, step):
+    base, book, tmp_path, monkeypatch, module, where, step
+):
     """It is saved once, not twice; SIGTERM comes twice, as from `timeout` through `make`."""
     real, calls = getattr(module, where), []
 
@@ -65,8 +67,21 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
         return real(*arguments, **options)
 
     monkeypatch.setattr(module, where, interrupted)
-    ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 9, "--eval-every",
-                                  4, "--checkpoint-every", 3))
+    ending = run(
+        main,
+        *arguments(
+            "lora",
+            base,
+            book,
+            tmp_path,
+            "--max-steps",
+            9,
+            "--eval-every",
+            4,
+            "--checkpoint-every",
+            3,
+        ),
+    )
     assert ending.status == 143 and f"stopped after step {step}; the same command" in ending.stderr
     assert read_checkpoint(tmp_path)["progress"]["step"] == step
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from tests import runs
-from tests.adapters import randomize
 from tests.helpers import tiny_gpt2_directory
+from tests.pairs import randomize
 from tests.runs import BLOCK, mean_loss, stock_model, token_parts, trained, windows
 from train import learning_rate
 
@@ -29,16 +29,26 @@ def start(tmp_path_factory):
     """A base all of whose positions are trained, and an adapter of it that stock PEFT made."""
     base, _ = tiny_gpt2_directory(tmp_path_factory.mktemp("short"), n_positions=BLOCK)
     adapter = tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["c_attn", "c_fc"],
-                             fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=["c_attn", "c_fc"],
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
     model = peft.get_peft_model(stock_model(base), config)
     randomize(model)
     model.save_pretrained(adapter)
     return base, adapter
 
 
-def adamw_steps(model: nn.Module, batch: tuple[Tensor, Tensor], rates: list[float],
-                weight_decay: float, clip: float) -> tuple[list[float], list[float], list[Tensor]]:
+def adamw_steps(
+    model: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    rates: list[float],
+    weight_decay: float,
+    clip: float,
+) -> tuple[list[float], list[float], list[Tensor]]:
     """Train `model` by PyTorch's plain AdamW.
 
     Returns losses, gradient norms, and where every gradient was clear of rounding.
@@ -78,11 +88,29 @@ def test_steps_are_those_of_adamw_on_stock_models(start, book, tmp_path, method,
     before = [p.detach().clone() for p in hand]
     peak = 1e-3
     rates = cosine_rates(4, 2, peak)
-    losses, norms, clear = adamw_steps(model, windows(token_parts(book)[0]), rates, weight_decay,
-                                       clip)
-    run = trained(method, base, book, tmp_path, *WHOLE, "--epochs", 4, "--base-dropout", 0,
-                  "--clip", clip, "--weight-decay", weight_decay, "--warmup-ratio", 0.3, "--lr",
-                  peak, *(("--init-adapter", adapter) if method == "lora" else ()))
+    losses, norms, clear = adamw_steps(
+        model, windows(token_parts(book)[0]), rates, weight_decay, clip
+    )
+    run = trained(
+        method,
+        base,
+        book,
+        tmp_path,
+        *WHOLE,
+        "--epochs",
+        4,
+        "--base-dropout",
+        0,
+        "--clip",
+        clip,
+        "--weight-decay",
+        weight_decay,
+        "--warmup-ratio",
+        0.3,
+        "--lr",
+        peak,
+        *(("--init-adapter", adapter) if method == "lora" else ()),
+    )
     assert run.column("lr") == pytest.approx(rates)
     assert run.column("loss") == pytest.approx(losses, rel=1e-6)
     assert run.column("grad_norm") == pytest.approx(norms, rel=1e-4)  # before clipping
@@ -119,8 +147,24 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tm
 
 
 def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
-    runs = [trained("lora", base, book, tmp_path / str(parts), "--batch-size", 7, "--max-steps", 4,
-                    "--grad-accum", parts, "--lr", 1e-3, *NO_DROPOUT) for parts in (1, 3, 99)]
+    runs = [
+        trained(
+            "lora",
+            base,
+            book,
+            tmp_path / str(parts),
+            "--batch-size",
+            7,
+            "--max-steps",
+            4,
+            "--grad-accum",
+            parts,
+            "--lr",
+            1e-3,
+            *NO_DROPOUT,
+        )
+        for parts in (1, 3, 99)
+    ]
     for run in runs[1:]:
         assert run.column("loss") == pytest.approx(runs[0].column("loss"), rel=1e-6)
         assert run.column("grad_norm") == pytest.approx(runs[0].column("grad_norm"), rel=1e-4)
@@ -128,22 +172,41 @@ def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
 
 
 def test_the_logged_loss_is_the_mean_over_tokens_though_the_last_batch_is_smaller(
-        base, book, tmp_path):
-    run = trained("lora", base, book, tmp_path, "--batch-size", 89, "--epochs", 1, "--log-every",
-                  99, "--lr", 1e-12, *NO_DROPOUT)
+    base, book, tmp_path
+):
+    run = trained(
+        "lora",
+        base,
+        book,
+        tmp_path,
+        "--batch-size",
+        89,
+        "--epochs",
+        1,
+        "--log-every",
+        99,
+        "--lr",
+        1e-12,
+        *NO_DROPOUT,
+    )
     assert len(windows(token_parts(book)[0])[0]) % 89 == 1 and run.report["steps"] == 3
     assert run.column("loss") == pytest.approx([exact_loss(base, book)], rel=1e-6)
 
 
 def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
-    run = trained("lora", base, book, tmp_path, "--label-shift", 2, "--max-steps", 1, *WHOLE,
-                  *NO_DROPOUT)
+    run = trained(
+        "lora", base, book, tmp_path, "--label-shift", 2, "--max-steps", 1, *WHOLE, *NO_DROPOUT
+    )
     assert run.column("loss") == pytest.approx([exact_loss(base, book, 2)], rel=1e-6)
 
 
 def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, tmp_path):
-    exact, *halves = (trained("lora", base, book, tmp_path / name, "--max-steps", 4, "--precision",
-                              name, *NO_DROPOUT) for name in ("fp32", "bf16", "fp16"))
+    exact, *halves = (
+        trained(
+            "lora", base, book, tmp_path / name, "--max-steps", 4, "--precision", name, *NO_DROPOUT
+        )
+        for name in ("fp32", "bf16", "fp16")
+    )
     for half, precision in zip(halves, ("bf16", "fp16"), strict=True):
         assert half.report["precision"] == precision
         assert half.column("loss") == pytest.approx(exact.column("loss"), rel=0.01)
@@ -158,8 +221,12 @@ def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, t
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_training_is_the_same(book, tmp_path):
     base, _ = tiny_gpt2_directory(tmp_path / "base", n_layer=1)
-    plain, compiled = (trained("lora", base, book, tmp_path / str(len(flags)), "--max-steps", 2,
-                               *NO_DROPOUT, *flags) for flags in ((), ("--compile",)))
+    plain, compiled = (
+        trained(
+            "lora", base, book, tmp_path / str(len(flags)), "--max-steps", 2, *NO_DROPOUT, *flags
+        )
+        for flags in ((), ("--compile",))
+    )
     assert compiled.column("loss") == pytest.approx(plain.column("loss"), rel=1e-5)
     assert compiled.column("grad_norm") == pytest.approx(plain.column("grad_norm"), rel=1e-4)
     torch.testing.assert_close(plain.weights, compiled.weights, rtol=0, atol=1e-5)

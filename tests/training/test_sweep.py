@@ -32,12 +32,17 @@ def children(monkeypatch) -> list:
 def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, children):
     out, rate = tmp_path / "sweep", ("--lr", 0.01)
     names = [f"lr=0.01,r=2,seed={seed}" for seed in (1, 2)]
-    alone = [trained("lora", base, book, tmp_path / str(seed), *SHORT, *rate, "--r", 2, "--seed",
-                     seed) for seed in (1, 2)]
-    run_acting({3: die}, *arguments("lora", base, book, out / names[0], *SHORT, *rate, "--r", 2,
-                                    "--seed", 1))
-    command = arguments("lora", base, book, out, *SHORT, "--resume", *rate, "--r", 2, 99, "--seed",
-                        1, 2, 1)
+    alone = [
+        trained("lora", base, book, tmp_path / str(seed), *SHORT, *rate, "--r", 2, "--seed", seed)
+        for seed in (1, 2)
+    ]
+    run_acting(
+        {3: die},
+        *arguments("lora", base, book, out / names[0], *SHORT, *rate, "--r", 2, "--seed", 1),
+    )
+    command = arguments(
+        "lora", base, book, out, *SHORT, "--resume", *rate, "--r", 2, 99, "--seed", 1, 2, 1
+    )
     ending = run(sweep.main, *command)
     assert [child.status for child in children] == [0, 0, 2, 2] and ending.status == 1
     assert "resuming after step 2 of 4" in children[0].stdout
@@ -50,8 +55,12 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
     table = (out / "sweep.md").read_text()
     assert table in ending.stdout and len(table.splitlines()) == 3
     row = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
-    assert row[:4] == ["lr 0.01, r 2", "2", f"{mean(losses):.4f}",
-                       f"{min(losses):.4f} .. {max(losses):.4f}"]
+    assert row[:4] == [
+        "lr 0.01, r 2",
+        "2",
+        f"{mean(losses):.4f}",
+        f"{min(losses):.4f} .. {max(losses):.4f}",
+    ]
     assert (out / "sweep.png").stat().st_size > 10_000
     before = contents(out / names[0])
     assert run(sweep.main, *command[:-5], "--seed", 1, 2).status == 0

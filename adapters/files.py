@@ -1,0 +1,125 @@
+"""Read and write adapters in PEFT's format, strictly."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from adapters.config import BAD_PATTERN, CONFIG, base_name, load_adapter_config, peft_config
+from common.errors import UserError
+from common.files import atomic_path, brief, write_json
+from common.tensors import read_metadata, read_tensors, write_tensors
+from lora.inject import inject, lora_layers
+from lora.layer import LoRAConfig
+from lora.targets import TRANSFORMER, layer_config
+
+WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.7
+PREFIX = f"base_model.model.{TRANSFORMER}"
+BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: of the base's weights file; PEFT ignores it
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every layer's A and B, and DoRA's vector, under the key that PEFT gives it."""
+    return {
+        f"{PREFIX}{name}.{part}": tensor
+        for name, layer in lora_layers(model).items()
+        for part, tensor in layer.adapter().items()
+    }
+
+
+def save_adapter(
+    model: nn.Module, config: LoRAConfig, directory: Path, base: str, base_sha256: str = ""
+) -> None:
+    """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
+
+    `base` names the base for people; a reader compares `base_sha256`, of its weights file. Raises
+    ValueError for a model without an adapter.
+    """
+    model = getattr(model, "_orig_mod", model)  # `torch.compile` would add this to each name
+    if not lora_layers(model):
+        raise ValueError("the model has no adapter to save")
+    write_adapter(
+        adapter_tensors(model), _plain_config(model, config), directory, base, base_sha256
+    )
+
+
+def write_adapter(
+    tensors: Mapping[str, Tensor],
+    config: LoRAConfig,
+    directory: Path,
+    base: str,
+    base_sha256: str = "",
+) -> None:
+    """Write `tensors`, every A and B under its PEFT key, and `config`, as `save_adapter` does."""
+    metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
+    with atomic_path(Path(directory) / WEIGHTS) as temporary:
+        write_tensors(temporary, tensors, metadata, torch.float32)
+        write_json(Path(directory) / CONFIG, peft_config(config, base))
+
+
+def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Return `config` or, for PiSSA and slices, that of plain LoRA on each layer's full name."""
+    layers = {name: layer.config for name, layer in lora_layers(model).items()}
+    if all(layer == layer_config(config, name) for name, layer in layers.items()):
+        return config
+    layers = {TRANSFORMER + name: layer for name, layer in layers.items()}
+    first = next(iter(layers.values()))
+    return replace(
+        first,
+        target_modules=tuple(layers),
+        layers_to_transform=None,
+        rank_pattern={n: c.r for n, c in layers.items() if c.r != first.r},
+        alpha_pattern={
+            n: c.lora_alpha for n, c in layers.items() if c.lora_alpha != first.lora_alpha
+        },
+    )
+
+
+def adapter_path(directory: Path) -> Path:
+    """Return the file of A and B: safetensors, unless there is only PEFT's older pickle."""
+    path, pickled = (Path(directory) / name for name in (WEIGHTS, PICKLED_WEIGHTS))
+    return pickled if os.path.exists(pickled) and not os.path.exists(path) else path
+
+
+def base_hash(directory: Path) -> str | None:
+    """Return the hash of the base's weights in the adapter's header, or None."""
+    path = adapter_path(directory)
+    return read_metadata(path).get(BASE_SHA256) if path.name == WEIGHTS else None
+
+
+def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = None) -> LoRAConfig:
+    """Inject the adapter in `directory` into `model`, A and B as stored; return its config.
+
+    Raises UserError if the file names another base than `base_sha256`, and if a tensor is missing,
+    unexpected, misshapen or not finite; the error names the tensor. Either all tensors are loaded
+    or none.
+    """
+    config = load_adapter_config(directory)
+    if base_sha256 and (needed := base_hash(directory)) not in (None, base_sha256):
+        raise UserError(
+            f"{adapter_path(directory)}: was trained on another base (weights sha256 "
+            f"{brief(needed)}, not {brief(base_sha256)}); give --base the one it was "
+            f"trained on, {brief(base_name(directory))}"
+        )
+    try:
+        inject(model, config)
+    except (ValueError, *BAD_PATTERN) as error:  # PEFT's targets may be regular expressions
+        raise UserError(
+            f"{Path(directory) / CONFIG}: does not fit this base: {error!s:.150}"
+        ) from error
+    wanted = adapter_tensors(model)
+    shapes = {key: weight.shape for key, weight in wanted.items()}
+    try:
+        tensors = dict(read_tensors(adapter_path(directory), shapes))  # all, before any is set
+    except UserError:
+        for name, layer in lora_layers(model).items():
+            model.set_submodule(name, layer.base_layer)
+        raise
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            wanted[key].copy_(tensor)
+    return config

@@ -1,0 +1,64 @@
+"""Load the base and the adapter that `--base` and `--adapter` name."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from adapters.config import base_name
+from adapters.files import load_adapter
+from common.cli import BASE
+from common.errors import UserError
+from common.files import brief, file_sha256
+from model.gpt2 import GPT2
+from model.hub import HUB_NAMES, OWNER, find_base
+from model.tokenizer import Tokenizer
+from model.tokenizer_files import load_tokenizer
+from model.weights import load_gpt2, weights_path
+
+
+def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("--base", **BASE)
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        nargs=nargs,
+        metavar="DIR",
+        help="an adapter in PEFT's format; with --base auto, the base that it names is loaded",
+    )
+
+
+def named_base(adapter: Path) -> str:
+    """Return the base that the adapter names, if `--base` knows it by name.
+
+    Raises UserError otherwise: a path in a file from elsewhere is not followed.
+    """
+    named = base_name(adapter)
+    name = named.removeprefix(f"{OWNER}/") if isinstance(named, str) else None
+    if name not in (*HUB_NAMES, "mini"):
+        raise UserError(
+            f"{adapter}: names its base {brief(named)}; give --base the base's directory"
+        )
+    return name
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode, with the name and the tokenizer of its base."""
+
+    base: str
+    model: GPT2
+    tokenizer: Tokenizer
+
+
+def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Loaded:
+    """Load a base in `dtype` (`load_gpt2`), and put an adapter on it if there is one.
+
+    `auto` means the base that the adapter names. Raises UserError if the hash in the adapter's file
+    is of another base.
+    """
+    name, directory = find_base(named_base(adapter) if adapter and base == "auto" else base)
+    model = load_gpt2(directory, dtype)
+    if adapter:
+        load_adapter(model, adapter, file_sha256(weights_path(directory)))
+    return Loaded(name, model, load_tokenizer(directory, model.config.vocab_size))

@@ -1,0 +1,104 @@
+"""Predict where the bytes of a step go; measure them: `python -m lesson.experiments.memory`."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from lesson.experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
+from lora.inject import inject
+from lora.layer import LoRAConfig
+from model.gpt2 import GPT2, GPT2Config
+
+PARTS = {"weights": GREY, "activations": BLUE, "gradients": YELLOW, "AdamW moments": RED}
+KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lora.md counts them
+CONFIG = GPT2Config(
+    vocab_size=8192,
+    n_positions=256,
+    n_embd=512,
+    n_layer=6,
+    n_head=8,
+    embd_pdrop=0,
+    attn_pdrop=0,
+    resid_pdrop=0,
+)
+BATCH, BLOCK = 8, 128
+STATM = Path("/proc/self/statm")  # Linux: pages, the second number is resident
+
+
+def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[str, int]:
+    """Count bytes by hand; of the activations, the terms above one part in a hundred."""
+    C, L = config.n_embd, config.n_layer
+    base = L * (12 * C * C + 13 * C) + (config.vocab_size + config.n_positions + 2) * C
+    adapter = L * r * (C + 3 * C) if method == "lora" else 0
+    trained = adapter or base
+    return {
+        "weights": 4 * (base + adapter),
+        "activations": 4 * tokens * C * KEPT[method] * L,
+        "gradients": 4 * trained,
+        "AdamW moments": 8 * trained,
+    }
+
+
+def resident() -> int:
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measured(method: str, config: GPT2Config) -> dict[str, int]:
+    """Return the bytes, but for temporary buffers, that each stage of a first step adds here."""
+    before = resident()
+    model = GPT2(config)
+    if method == "lora":
+        inject(model, LoRAConfig(lora_dropout=0.0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    made = resident()
+    hidden = model.hidden(torch.randint(CONFIG.vocab_size, (BATCH, BLOCK)))
+    forward = resident()
+    hidden.square().mean().backward()
+    del hidden
+    backward = resident()
+    optimizer.step()
+    return {
+        "weights": made - before,
+        "activations": forward - made,
+        "gradients": backward - made,
+        "AdamW moments": resident() - backward,
+    }
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(__doc__, argv)
+    if not STATM.exists():
+        print("left out: resident memory is read from Linux's /proc")
+        return {}
+    data, config = {}, replace(CONFIG, n_layer=2) if args.short else CONFIG
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the child: freed memory goes back
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:  # one for both
+        for method in KEPT:
+            child.submit(measured, method, replace(config, n_layer=1))  # what is allocated once
+            data[method] = {
+                "predicted": predicted(method, config, BATCH * BLOCK),
+                "measured": child.submit(measured, method, config).result(),
+            }
+    figure, axes = panels(
+        f"Bytes by hand (dark) and measured (light); fp32, {config.n_layer} "
+        f"layers of width {config.n_embd}, {BATCH * BLOCK:,} tokens",
+        "full fine-tuning",
+        "LoRA, c_attn, r = 8",
+    )
+    for axis, sides in zip(axes, data.values(), strict=True):
+        for side, x, alpha in (("predicted", -0.2, 1), ("measured", 0.2, 0.55)):
+            megabytes = [sides[side][part] / 1e6 for part in PARTS]
+            bars = axis.bar(torch.arange(4) + x, megabytes, 0.38, color=PARTS.values(), alpha=alpha)
+            axis.bar_label(bars, fmt="{:,.1f}", fontsize=8)
+        axis.set_ylabel("MB")
+        axis.set_xticks(range(4), PARTS, fontsize=9)
+    axes[1].sharey(axes[0])
+    return save(args, "memory", data, figure)
+
+
+if __name__ == "__main__":
+    main()

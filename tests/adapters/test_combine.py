@@ -1,0 +1,148 @@
+"""`python -m adapters.combine`: exact sums, truncation, and stock PEFT on what comes out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters.combine import combine, main
+from adapters.config import base_name
+from adapters.factors import Factors, read_factors, write_factors
+from adapters.files import PICKLED_WEIGHTS, WEIGHTS, base_hash, load_adapter, save_adapter
+from adapters.inspect import main as inspect
+from adapters.load import load_model
+from common.errors import RunError, UserError
+from lora.inject import lora_layers
+from model.weights import load_gpt2
+from tests.helpers import relative_difference
+from tests.pairs import IDS, adapted, randomize
+from tests.runs import one_line, run, stdout_of, stock_model
+
+
+@pytest.fixture
+def adapters(base, tmp_path) -> list[Path]:
+    """Two adapters of other ranks, scalings and layers; c_attn is in both."""
+    one = adapted(base, ("c_attn",), r=3, lora_alpha=5)
+    other = adapted(base, ("c_attn", "c_fc"), r=2, use_rslora=True)
+    randomize(other[0], seed=9)
+    for name, (model, config) in (("0", one), ("1", other)):
+        save_adapter(model, config, tmp_path / name, "gpt2", "a" * 64)
+    return [tmp_path / "0", tmp_path / "1"]
+
+
+def changes(base, directory) -> dict[str, torch.Tensor]:
+    model = load_gpt2(base)
+    load_adapter(model, directory)
+    return {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
+
+
+def dense_sum(base, adapters, weights):
+    """Return the base with the weighted sum of changes in its weights, and the sum."""
+    model, total = load_gpt2(base), {}
+    for directory, weight in zip(adapters, weights, strict=True):
+        for name, change in changes(base, directory).items():
+            total[name] = total.get(name, 0) + weight * change
+    for name, change in total.items():
+        model.get_submodule(name).weight.data += change
+    return model, total
+
+
+def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters, tmp_path):
+    weights, out = (0.5, -2), tmp_path / "out"
+    torch.save(load_file(adapters[1] / WEIGHTS), adapters[1] / PICKLED_WEIGHTS)
+    (adapters[1] / WEIGHTS).unlink()  # as PEFT wrote them before 0.7
+    assert stdout_of(main, *adapters, "--weights", *weights, "--out", out) == (
+        f"{out}: rank 5, 100.00% of the sum's squared norm\n"
+    )
+    dense, total = dense_sum(base, adapters, weights)
+    assert relative_difference(dense(IDS), load_gpt2(base)(IDS)) > 0.1
+    combined = changes(base, out)
+    assert combined.keys() == total.keys() and len(total) == 4
+    assert all(relative_difference(combined[name], total[name]) < 1e-6 for name in total)
+    assert relative_difference(stock_model(base, out)(IDS).logits, dense(IDS)) < 1e-5
+
+
+def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):
+    """Eckart-Young, by the SVD of the dense sum."""
+    said = stdout_of(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
+    kept, whole = 0.0, 0.0
+    cut = changes(base, tmp_path / "out")
+    for name, change in dense_sum(base, adapters, (1, 1))[1].items():
+        s = torch.linalg.svdvals(change.double())
+        assert (cut[name] - change).norm() == pytest.approx(s[2:].norm().item(), rel=1e-4, abs=1e-5)
+        kept, whole = kept + s[:2].square().sum(), whole + s.square().sum()
+    assert f"rank 2, {kept / whole:.2%} of" in said and kept / whole < 0.99
+
+
+def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_path):
+    save_adapter(*adapted(base, ("c_proj",), r=20), tmp_path / "a", "gpt2")
+    factors = read_factors(tmp_path / "a")
+    combined, kept = combine([factors, factors], [1, 2])
+    assert kept == pytest.approx(1) and {len(f.A) for f in combined.values()} == {32}
+    for name, (b, a) in combined.items():
+        assert torch.allclose(b @ a, 3 * factors[name].B @ factors[name].A)
+
+
+def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapters, tmp_path):
+    other = tmp_path / "other"
+    save_adapter(*adapted(base, ("c_attn",), r=3), other, "gpt2", "b" * 64)
+    for arguments, reason in (
+        ((adapters[0], other), f"{adapters[0]} and {other}: are adapters of different bases"),
+        ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters"),
+        ((other, "--out", other), f"--out {other}: exists already; name a new directory"),
+    ):
+        ending = run(main, "--out", tmp_path / "out", *arguments)
+        assert ending.stdout == "" and not (tmp_path / "out").exists()
+        assert one_line(ending, 2) == f"error: {reason}"
+    assert run(main, other, "--out", tmp_path / "out").status == 0
+    with pytest.raises(UserError, match="another base"):  # the hash goes along
+        load_model(str(base), tmp_path / "out")
+
+
+def test_the_sum_names_the_base_whose_hash_it_has_and_two_names_are_noted(base, tmp_path):
+    for name, sha256 in (("mini", ""), ("gpt2", "a" * 64), ("other", "")):
+        save_adapter(*adapted(base, ("c_attn",), r=3), tmp_path / name, name, sha256)
+    said = stdout_of(main, tmp_path / "mini", tmp_path / "gpt2", "--out", tmp_path / "sum")
+    assert said.startswith("note: these adapters name their bases 'mini' and 'gpt2'; ")
+    assert (base_name(tmp_path / "sum"), base_hash(tmp_path / "sum")) == ("gpt2", "a" * 64)
+    assert "'mini' and 'other'" in stdout_of(
+        main, tmp_path / "mini", tmp_path / "other", "--out", tmp_path / "unhashed"
+    )
+
+
+def test_layers_of_two_shapes_are_refused(adapter):
+    factors = read_factors(adapter)
+    narrower = {name: Factors(f.B, f.A[:, 1:]) for name, f in factors.items()}
+    with pytest.raises(UserError, match="its shapes differ; these adapters are of different bases"):
+        combine([factors, narrower], [1, 1])
+
+
+def test_patterns_of_rank_and_alpha_count(base, tmp_path):
+    patterns = {"rank_pattern": {"h.0.attn.c_attn": 2}, "alpha_pattern": {"c_fc": 5}}
+    save_adapter(*adapted(base, ("c_attn", "c_fc"), r=3, **patterns), tmp_path / "plain", "gpt2")
+    for name, factors in read_factors(tmp_path / "plain").items():
+        expected = changes(base, tmp_path / "plain")[name]
+        assert relative_difference((factors.B @ factors.A).float(), expected) < 1e-6
+
+
+def test_an_adapter_of_another_architecture_is_refused(adapter):
+    for names in (
+        (),
+        ("base_model.model.model.layers.0.self_attn.q_proj",),  # Llama's
+        ("base_model.model.transformer.encoder.layers.0.self_attention.dense",),
+        ("base_model.model.transformer.h.attn.c_attn",),
+    ):
+        save_file(
+            {f"{name}.lora_{part}.weight": torch.ones(4, 4) for name in names for part in "AB"},
+            adapter / WEIGHTS,
+        )
+        line = one_line(run(inspect, adapter), 2)
+        assert line == f"error: {adapter / WEIGHTS}: is not an adapter of GPT-2's layers"
+
+
+def test_factors_out_of_the_reach_of_fp32_are_not_written(adapter, tmp_path):
+    huge = {name: Factors(1e39 * f.B, f.A) for name, f in read_factors(adapter).items()}
+    with pytest.raises(RunError, match="not written"):
+        write_factors(huge, tmp_path / "out", "gpt2", "")
+    assert not list((tmp_path / "out").iterdir())

@@ -1,0 +1,78 @@
+"""`python -m adapters.extract`: the best adapter of a full fine-tuning."""
+
+import pytest
+import torch
+
+from adapters.extract import main
+from adapters.load import load_model
+from lora.inject import lora_layers
+from model.weights import load_gpt2, save_gpt2
+from tests.helpers import perturb, relative_difference
+from tests.runs import one_line, run, stdout_of, stock_model
+
+
+@pytest.fixture
+def full(base, tmp_path):
+    """A model that differs from the base in every parameter, the biases included."""
+    model = load_gpt2(base)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        perturb(model, std=0.02)
+    save_gpt2(model, tmp_path / "full")
+    return tmp_path / "full"
+
+
+@pytest.mark.parametrize("rank", [5, 32])
+def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
+    out = tmp_path / "out"
+    said = stdout_of(
+        main,
+        "--base",
+        base,
+        "--full",
+        full,
+        "--rank",
+        rank,
+        "--target-modules",
+        "c_attn",
+        "mlp.c_proj",
+        "--out",
+        out,
+    )
+    before, after = (dict(load_gpt2(d).named_parameters()) for d in (base, full))
+    model = load_model(str(base), out).model  # checks the hash
+    theirs = stock_model(base, out).merge_and_unload()
+    inside = 0.0
+    for name, layer in lora_layers(model).items():
+        change = (after[f"{name}.weight"] - before[f"{name}.weight"]).detach().double()
+        s = torch.linalg.svdvals(change)
+        error = (layer.delta_weight() - change).norm()
+        assert error == pytest.approx(s[rank:].norm().item(), rel=1e-4, abs=1e-5)
+        a, b = layer.lora_A.weight, layer.lora_B.weight
+        assert torch.allclose(a.norm(dim=1), b.norm(dim=0), rtol=1e-4)  # split evenly
+        shares = [
+            f"{s[:k].square().sum() / s.square().sum():.2%}"
+            for k in (1, 2, 4, 8, 16, rank)
+            if k <= rank
+        ]
+        line = next(line for line in said.splitlines() if name in line)
+        assert line.split()[1:-1:2] == [name, f"{change.norm():.4g}", *shares]
+        inside += change.square().sum()
+        if rank == 32:
+            merged = theirs.transformer.get_submodule(name).weight.T  # Conv1D's
+            assert relative_difference(merged, after[f"{name}.weight"]) < 1e-6
+    whole = sum((after[name] - before[name]).double().square().sum() for name in before)
+    assert f"{1 - inside / whole:.2%} of the whole change's squared norm is out" in said
+
+
+def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
+    for options, reason in (
+        (("--rank", 33), "--rank, --target-modules: rank 33 is out"),
+        (("--target-modules", "wte"), "'wte' is refused"),
+        (("--target-modules", "c_attn.q"), "a slice of c_attn is not"),
+        (("--full", "nowhere"), "nowhere: holds neither"),
+        (("--out", base), "exists already"),
+    ):
+        ending = run(main, "--base", base, "--full", full, "--out", tmp_path / "out", *options)
+        assert ending.stdout == "" and not (tmp_path / "out").exists()
+        assert reason in one_line(ending, 2)

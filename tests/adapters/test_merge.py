@@ -1,0 +1,83 @@
+"""Merging an adapter into fp32 weights, unmerging it, and `python -m adapters.merge`."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from adapters.files import load_adapter, save_adapter
+from adapters.merge import main, merge, unmerge
+from lora.inject import adapter_disabled, lora_layers
+from model.weights import load_gpt2
+from tests.helpers import relative_difference
+from tests.pairs import IDS, adapted
+from tests.runs import one_line, run, stdout_of
+
+
+def base_weights(model):
+    return {name: m.base_layer.weight.clone() for name, m in lora_layers(model).items()}
+
+
+def test_merging_changes_no_logit_and_unmerging_restores_the_base(base):
+    model, _ = adapted(base, lora_alpha=5)
+    expected, original, state = model(IDS), base_weights(model), model.state_dict()
+    merge(model)
+    merged = base_weights(model)
+    assert all((merged[name] - original[name]).abs().max() > 0.1 for name in original)
+    assert relative_difference(model(IDS), expected) < 1e-5
+    with pytest.raises(ValueError, match="unmerge it before"):
+        model.state_dict()
+    with pytest.raises(ValueError, match="unmerge it before"):
+        model.load_state_dict(state)
+    merge(model)  # a second merge is none
+    assert all(torch.equal(w, merged[name]) for name, w in base_weights(model).items())
+    unmerge(model)
+    unmerge(model)
+    model.state_dict()
+    for name, weight in base_weights(model).items():
+        rounding = 2**-24 * (merged[name].abs() + original[name].abs())
+        assert ((weight - original[name]).abs() <= rounding).all()
+    assert relative_difference(model(IDS), expected) < 1e-6
+
+
+def test_only_an_enabled_adapter_is_merged_and_into_fp32(base):
+    model, _ = adapted(base)
+    original = base_weights(model)
+    with pytest.raises(ValueError, match="only an enabled adapter"), adapter_disabled(model):
+        merge(model)
+    assert all(torch.equal(w, original[name]) for name, w in base_weights(model).items())
+    with pytest.raises(ValueError, match="into fp32 weights"):
+        merge(model.bfloat16())
+
+
+def test_the_command_writes_one_model(base, adapter, tmp_path):
+    model, out = load_gpt2(base), tmp_path / "merged"
+    load_adapter(model, adapter)
+    assert stdout_of(main, "--base", base, "--adapter", adapter, "--out", out) == (
+        f"{base} + {adapter} -> {out}\n"
+    )
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert files.keys() == {path.name for path in base.iterdir()} - {"generation_config.json"}
+    assert files["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
+    assert relative_difference(load_gpt2(out)(IDS), model(IDS)) < 1e-5
+    assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
+    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    before = {name: x.bfloat16().float() for name, x in load_gpt2(base).state_dict().items()}
+    model, config = adapted(base, ("c_attn",), r=4, lora_alpha=0.1)
+    save_adapter(model, config, adapter, "gpt2")
+    deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
+    said = stdout_of(
+        main, "--base", base, "--adapter", adapter, "--out", out, "--precision", "bf16"
+    )
+    assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    after = load_gpt2(out).state_dict()
+    lost = [after[f"{n}.weight"].float() - before[f"{n}.weight"] - d for n, d in deltas.items()]
+    share = torch.cat(lost).norm() / torch.cat(list(deltas.values())).norm()
+    assert 0.01 < share < 0.5 and f"changes the update by {share:.1%} of its norm" in said
+
+
+def test_without_an_adapter_there_is_nothing_to_merge_in_fp32(base, tmp_path):
+    ending = run(main, "--base", base, "--out", tmp_path / "out")
+    assert "--adapter is missing" in one_line(ending, 2) and not (tmp_path / "out").exists()
