@@ -12,8 +12,12 @@ def parameter_groups(parameters: dict[str, Tensor], ratio: float | None) -> list
     """
     if ratio is None:
         return [{"params": list(parameters.values()), "scale": 1.0}]
-    faster = {name for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
-    return [
-        {"params": [p for n, p in parameters.items() if n not in faster], "scale": 1.0},
-        {"params": [p for n, p in parameters.items() if n in faster], "scale": ratio},
-    ]
+
+    slower = []
+    faster = []
+    for name, parameter in parameters.items():
+        if "lora_B" in name or parameter.ndim == 1:
+            faster.append(parameter)
+        else:
+            slower.append(parameter)
+    return [{"params": slower, "scale": 1.0}, {"params": faster, "scale": ratio}]
