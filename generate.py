@@ -82,8 +82,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.prompt and not all(prompt.strip() for prompt in args.prompt):
-        raise UserError("--prompt is empty: give the text to continue")
+    for prompt in args.prompt or ():
+        check_prompt(prompt)
     if args.with_base and not (args.adapter and args.prompt):
         raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
     several = args.adapter is not None and len(args.adapter) > 1
@@ -111,6 +111,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_texts(model, tokenizer, args, rows)
             print(f"=== {base} with {adapter}\n")
         write_texts(model, tokenizer, args, rows)
+
+
+def check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError("--prompt is empty: give the text to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt: is not UTF-8 text") from error
 
 
 def write_side_by_side(args: argparse.Namespace, device: Device) -> None:

@@ -51,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_device(asked, device)
         with ranks.first_goes_first():
             base, directory = find_base(asked.base)
-        options = resolve(asked, base, device)
         if ranks.first:
-            refuse_inputs_as_output(options, directory)
+            refuse_inputs_as_output(asked, directory)
 
+        options = resolve(asked, base, device)
         trainer = make_trainer(options, directory, device, ranks)
         print(describe_parameters(trainer.model))
         tokens = trainer.data.training.tokens, trainer.data.validation.tokens
@@ -110,6 +110,7 @@ class Trainer:
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
         fp16 = device.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=fp16)
+        self.scaler.scale(torch.zeros((), device=device.torch_device))  # a rank may have no windows
         # The loss is not compiled: its loop over chunks would be unrolled into a long program.
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
 
@@ -260,6 +261,7 @@ def validate(trainer: Trainer, session: Session) -> dict[str, float]:
         progress.best_val_loss = scores.loss
         progress.best_val_bits_per_byte = scores.bits_per_byte
         if trainer.ranks.first:
+            session.write_identity()  # so that --resume of another run does not delete this model
             save_model(trainer, session.identity.base_weights_sha256)
         line += ", best so far"
     tqdm.write(line)

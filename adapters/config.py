@@ -1,5 +1,6 @@
 """Read, strictly, and fill adapter_config.json, PEFT's file of an adapter's hyper-parameters."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,6 @@ def base_name(directory: Path) -> object:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if path.with_name("config.json").exists() and not path.exists():
+    if os.path.exists(path.with_name("config.json")) and not os.path.exists(path):
         raise UserError(f"{path.parent}: is a whole model, not an adapter; --base takes it")
     return read_json(path)

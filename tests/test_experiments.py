@@ -57,7 +57,7 @@ def test_diagram(tmp_path):
     diagram.main(["--out", str(tmp_path)])
     assert (tmp_path / "lora.png").stat().st_size > 10_000
     layer = LoRALinear(nn.Linear(768, 2304), LoRAConfig(r=8, lora_alpha=16))
-    trained = sum(p.numel() for p in layer.adapter().values())
+    trained = sum(p.numel() for p in layer.saved_tensors().values())
     frozen = layer.base_layer.weight.numel()
     for number in (f"{trained:,}", f"{frozen:,}", f"{trained / frozen:.1%}".replace("%", " %")):
         assert any(number in words for words in diagram.TEXTS)

@@ -40,7 +40,7 @@ RUN_FILES = (
 def refuse_used_directory(options: Options) -> None:
     """Raise UserError if `--out` holds a run, and nothing was said of it; or none to resume."""
     out = options.out
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):  # Path's own tests raise for a long name
         raise UserError(f"--out {out}: is a file; name a directory")
 
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]
@@ -50,11 +50,14 @@ def refuse_used_directory(options: Options) -> None:
     held = [name for name in present if name not in (METRICS, IDENTITY)]
     if METRICS in present and os.lstat(out / METRICS).st_size:
         held.append(METRICS)
-    if held and not options.resume and not options.overwrite:
-        raise UserError(
-            f"--out {out}: holds a run ({held[0]}); --resume continues it, "
-            "--overwrite replaces it, or name another directory"
-        )
+    if not held or options.resume or options.overwrite:
+        return
+    if {RUN, CHECKPOINT, PREVIOUS, METRICS}.isdisjoint(held):
+        raise UserError(f"--out {out}: holds {held[0]}, but no run; name another directory")
+    raise UserError(
+        f"--out {out}: holds a run ({held[0]}); --resume continues it, "
+        "--overwrite replaces it, or name another directory"
+    )
 
 
 def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
@@ -62,11 +65,11 @@ def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
     out = options.out
     written = {}
     for name in RUN_FILES:
-        if (out / name).exists():
+        if os.path.exists(out / name):
             written[_inode(out / name)] = name
 
     for flag, path in _inputs(options, base_directory):
-        if path.is_dir() and out.is_dir() and os.path.samefile(path, out):
+        if path.is_dir() and os.path.isdir(out) and os.path.samefile(path, out):
             raise UserError(f"--out {out}: is what {flag} reads; name another directory")
         files = path.iterdir() if path.is_dir() else [path]
         for file in files:

@@ -38,9 +38,9 @@ def option(default: Any = None, type: Any = None, help: str = "", **settings: An
 
 def blocks(text: str) -> range:
     """Parse one block's number, or a range of blocks, A-B."""
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     low = number(int, 0, 511)(first)
-    high = number(int, low, 511)(last) if last else low
+    high = number(int, low, 511)(last) if dash else low
     return range(low, high + 1)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -125,11 +126,18 @@ class Session:
     def _start_anew(self) -> None:
         """Empty `--out`. Raises UserError if --resume finds another run's best model there."""
         assert self.directory
-        path = self.options.out / IDENTITY
-        if self.options.resume and path.exists():
-            refuse_another(read_json(path), self.identity)
+        if self.options.resume and self.identity_path.exists():
+            refuse_another(read_json(self.identity_path), self.identity)
         self.directory.clear()
-        write_json(path, asdict(self.identity))
+
+    @property
+    def identity_path(self) -> Path:
+        return self.options.out / IDENTITY
+
+    def write_identity(self) -> None:
+        """Say in `--out` whose the best model is, until a checkpoint and `run.json` do."""
+        if not self.identity_path.exists():
+            write_json(self.identity_path, asdict(self.identity))
 
     def handle_signals(self) -> None:
         """From here on, let SIGINT and SIGTERM end the run after the step, once it is saved."""
@@ -189,7 +197,7 @@ class Session:
             "torch": torch.__version__,
         }
         write_report(self.options, asdict(self.identity) | report | self._count() | machine)
-        (self.options.out / IDENTITY).unlink(missing_ok=True)
+        self.identity_path.unlink(missing_ok=True)
 
     def _count(self) -> dict[str, float]:
         """Update and return time and peak memory, including those before a resume."""

@@ -12,7 +12,6 @@ import train
 from adapters.files import save_adapter
 from data.instructions import Instructions, read_examples
 from data.windows import NOT_SCORED
-from model.plain import plain_operations
 from model.weights import CONV1D
 from tests import runs
 from tests.helpers import TINY, refusal, relative_difference, small_tokenizer
@@ -119,8 +118,7 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
         0,
         *(("--init-adapter", adapter) if method == "lora" else ()),
     )
-    with plain_operations():
-        plain = stepped(runs.trainer(*argv))
+    plain = stepped(runs.trainer(*argv, fast=False))
     fast = stepped(runs.trainer(*argv))
     assert "2 of 7 examples are longer than a block of 40" in capsys.readouterr().out
     model = stock_model(base, adapter if method == "lora" else None)
