@@ -91,7 +91,6 @@ def refusal(line: str) -> str:
 # functions that read them; here, each kind of mistake at one command or two.
 MISTAKES = [
     ("lora --book missing.txt", "missing.txt"),
-    ("lora --book /dev/null", "(not a regular file)"),
     ("full --book 'a\nb'", "a b"),
     ("lora --book short.txt", "short.txt: its validation part"),
     ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
