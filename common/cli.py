@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -62,17 +63,33 @@ def number(
     return parse
 
 
-SECONDS = {"s": 1, "m": 60}
+@dataclass(frozen=True)
+class Interval:
+    """A number of steps or of seconds, whichever is not None; `text` is what the user typed."""
+
+    text: str
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Return whether to act after `step`, so many seconds after the last time."""
+        if self.steps is not None:
+            return step % self.steps == 0
+        return self.seconds is not None and seconds >= self.seconds
 
 
-def steps_or_seconds(text: str) -> int | float:
-    """Parse a number of steps (int), or seconds (float) from `90s` or `10m`."""
+def steps_or_seconds(text: str) -> Interval:
+    """Parse a number of steps, such as 50, or a time, such as 90s or 10m."""
     time = re.fullmatch(r"([1-9]\d{0,6})([sm])", text)
     if time:
         amount, unit = time.groups()
-        return float(amount) * SECONDS[unit]
+        seconds_per_unit = 60.0 if unit == "m" else 1.0
+        return Interval(text, seconds=int(amount) * seconds_per_unit)
     try:
-        return number(int, 1)(text)
+        return Interval(text, steps=number(int, 1)(text))
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, nor a time such as 90s or 10m") from error
 
