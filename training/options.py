@@ -4,7 +4,16 @@ import json
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
-from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds, typed_options
+from common.cli import (
+    BASE,
+    DEVICE,
+    PRECISION,
+    Interval,
+    Parser,
+    number,
+    steps_or_seconds,
+    typed_options,
+)
 from common.errors import UserError
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
@@ -110,8 +119,8 @@ class Options:
         None, number(int, 1), "validate every N steps, and not only after each epoch"
     )
     log_every: int = option(10, number(int, 1), "write a line of metrics.jsonl every so many steps")
-    checkpoint_every: int | float = option(
-        600.0,
+    checkpoint_every: Interval = option(
+        steps_or_seconds("10m"),
         steps_or_seconds,
         "save every N steps, or after "
         "a time such as 90s or 10m (default: 10m), besides "
@@ -173,7 +182,7 @@ class Options:
             for f in fields(self)[1:]
             if self.method == "lora" or f.name not in LORA_ONLY
         }
-        return json.loads(json.dumps(values, default=str))  # a path as a string
+        return json.loads(json.dumps(values, default=str))  # a path or an interval as a string
 
 
 LORA_ONLY = {"init_adapter", "loraplus_lr_ratio", "freeze_a", *(f.name for f in fields(LoRAConfig))}

@@ -163,11 +163,11 @@ class Session:
         return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
     def _checkpoint_is_due(self, epoch_ends: bool) -> bool:
-        age, every = time.perf_counter() - self.saved_at, self.options.checkpoint_every
+        age = time.perf_counter() - self.saved_at
         step = self.watched["progress"].step
         if step == self.total_steps or (epoch_ends and age >= YOUNG_SECONDS):
             return True
-        return age >= every if isinstance(every, float) else step % every == 0
+        return self.options.checkpoint_every.is_due(step, age)
 
     def _on_signal(self, number: int, frame) -> None:
         """At the first signal, let the step end and save; at another, stop at once, but for SIGTERM
