@@ -4,7 +4,7 @@
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
 
-are the same. The third role is `system`. White space around a content is dropped; the model reads
+are the same. The third role is `system`. Any other key is refused. White space around a content is dropped; the model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
@@ -23,12 +23,16 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import open_file
+from common.files import brief, open_file
 from data.tokens import LONGEST_RUN, require_end_of_text
 from data.windows import NOT_SCORED, shuffled
 from model.tokenizer import Tokenizer
 
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
+FORMS = (
+    'the texts "prompt" and "completion", or "messages", a list of '
+    '{"role": "user", "assistant" or "system", "content": text}'
+)
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,7 @@ def _turns(line: bytes) -> list[tuple[str, str]]:
     try:
         turns = [_turn(message) for message in _messages(example)]
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            'needs the texts "prompt" and "completion", or "messages", a list of '
-            '{"role": "user", "assistant" or "system", "content": text}'
-        ) from error
+        raise ValueError(f"needs {FORMS}") from error
     if not turns or turns[-1][0] != "Assistant" or ("Assistant", "") in turns:
         raise ValueError("has an empty completion, or none at its end")
     if any("\0" in content for _, content in turns):
@@ -150,7 +151,9 @@ def _turns(line: bytes) -> list[tuple[str, str]]:
 def _messages(example: dict) -> list[dict]:
     """Return an example's messages, whichever of the two forms it has."""
     if "messages" in example:
+        _refuse_unknown(example, {"messages"})
         return example["messages"]
+    _refuse_unknown(example, {"prompt", "completion"})
     return [
         {"role": "user", "content": example["prompt"]},
         {"role": "assistant", "content": example["completion"]},
@@ -160,4 +163,12 @@ def _messages(example: dict) -> list[dict]:
 def _turn(message: dict) -> tuple[str, str]:
     if message.get("weight", 1) != 1:
         raise ValueError("has a weight, which is not supported: every completion is scored")
+    _refuse_unknown(message, {"role", "content", "weight"})
     return NAMES[message["role"]], message["content"].strip()
+
+
+def _refuse_unknown(fields: dict, known: set[str]) -> None:
+    """Raise ValueError for a key that would be ignored."""
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise ValueError(f"has the unknown key {brief(unknown[0])}; an example has {FORMS}")
