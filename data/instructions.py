@@ -4,7 +4,8 @@
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
 
-are the same. The third role is `system`. Any other key is refused. White space around a content is dropped; the model reads
+are the same. The third role is `system`. Any other key is refused. White space around a content is
+dropped; the model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
@@ -113,10 +114,15 @@ def _row(line: bytes, tokenizer: Tokenizer, block_size: int) -> np.ndarray:
 
 
 def encode(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token ids (N,) of turns such as ("User", "Who?"), and a mask of those scored."""
+    """Return the token ids (N,) of turns such as ("User", "Who?"), and a mask of those scored.
+
+    Only the last `LONGEST_RUN` characters of a content are read: they fill any context, and
+    tiktoken's regex overflows on a million spaces.
+    """
     ids: list[int] = []
     scored: list[bool] = []
-    for name, content in turns:
+    for name, whole in turns:
+        content = whole[-LONGEST_RUN:]
         head = tokenizer.encode(f"{name}:").tolist()
         is_scored = name == "Assistant"
         if is_scored:

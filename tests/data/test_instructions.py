@@ -1,6 +1,8 @@
 """Instructions: rows, masks and refusals; a step's loss and gradients against stock libraries'."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import evaluate
+import generate
 import train
 from adapters.files import save_adapter
 from data.instructions import Instructions, read_examples
@@ -197,6 +200,13 @@ BAD = [
     (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "none at its end"),
     (example("a", "word " * 40), "its completion is longer than a block of 40; shorten it"),
 ]
+
+
+def test_a_chat_line_of_a_million_spaces_is_answered(base, monkeypatch):
+    line = "Who" + 1_000_000 * " " + "lights it?"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
+    argv = ("--chat", "--base", base, "--device", "cpu", "--max-new-tokens", 1)
+    assert run(generate.main, *argv).status == 0
 
 
 def test_a_bad_line_is_named(tmp_path):
