@@ -152,7 +152,7 @@ def _is_finite(tensor: Tensor) -> bool:
 @contextmanager
 def _naming(path: Path, tensor: str | None = None) -> Iterator[None]:
     """Turn what a reader raises on a damaged file into a UserError that names the file."""
-    open_file(path).close()
+    _check_path(path)
     try:
         yield
     except UnpicklingError as error:
@@ -165,3 +165,12 @@ def _naming(path: Path, tensor: str | None = None) -> Iterator[None]:
         if not reason.isprintable():  # it may quote the file
             reason = ascii(reason)
         raise UserError(f"{name}: damaged, or not a file of tensors ({reason})") from error
+
+
+def _check_path(path: Path) -> None:
+    """Raise UserError for a path that cannot be opened, or that the readers cannot take."""
+    open_file(path).close()
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: cannot be read (the path is not UTF-8)") from error
