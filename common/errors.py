@@ -1,9 +1,11 @@
-"""End a command: status 0 done, 1 the run failed, 2 a user's mistake, 130 or 143 a signal."""
+"""End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
 
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from common.signals import replace_default_handlers
 
 
 class UserError(Exception):
@@ -24,6 +26,7 @@ ADVICE = (
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its status; known failures end with one line on stderr."""
+    replace_default_handlers()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters

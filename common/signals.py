@@ -1,4 +1,4 @@
-"""End a command on SIGINT or SIGTERM, with one line and exit status 130 or 143.
+"""End a command on SIGINT, SIGTERM or SIGHUP, with one line and exit status 130, 143 or 129.
 
 A command imports this before torch, which takes seconds, so that a signal shows no traceback.
 """
@@ -24,15 +24,55 @@ for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
 unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
 
 
+# What a handler is set for. `nohup` ignores SIGHUP, so that a run outlives its terminal.
+HANDLED = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    HANDLED.append(signal.SIGHUP)
+
+TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+
 def install_exit_handlers() -> None:
-    """On SIGINT or SIGTERM, print one line and exit."""
+    """On SIGINT, SIGTERM or SIGHUP, print one line and exit."""
     on_signals(end_at_once)
 
 
+def replace_default_handlers() -> None:
+    """Exit as `install_exit_handlers` says on those signals that would kill the process.
+
+    By default SIGTERM and SIGHUP do, and leave unfinished files. SIGINT raises KeyboardInterrupt.
+    """
+    for number in HANDLED:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            _handle(number, end_at_once)
+
+
 def on_signals(handler: Handler) -> None:
-    """Handle SIGINT and SIGTERM with `handler`."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+    """Handle SIGINT, SIGTERM and SIGHUP with `handler`."""
+    for number in HANDLED:
+        _handle(number, handler)
+
+
+def _handle(number: int, handler: Handler) -> None:
+    if number == signal.SIGHUP and not isinstance(handler, signal.Handlers):  # such as SIG_IGN
+        handler = _after_hangup(handler)
+    signal.signal(number, handler)
+
+
+def _after_hangup(handler: Callable[[int, FrameType | None], object]) -> Handler:
+    def handle(number: int, frame: FrameType | None) -> None:
+        _leave_closed_terminals()
+        handler(number, frame)
+
+    return handle
+
+
+def _leave_closed_terminals() -> None:
+    """Discard further output to a terminal that was closed: writing there raises OSError."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in TERMINALS:
+        if not os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
@@ -47,4 +87,5 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 def say(line: str) -> None:
     """Write to stderr past Python's buffers: the signal may have interrupted a buffered write."""
-    os.write(2, f"{line}\n".encode())
+    with suppress(OSError):  # as in `2>&1 | tee`, which Ctrl-C ends, too
+        os.write(2, f"{line}\n".encode())
