@@ -170,10 +170,12 @@ class Session:
         return self.options.checkpoint_every.is_due(step, age)
 
     def _on_signal(self, number: int, frame) -> None:
-        """At the first signal, let the step end and save; at another, stop at once, but for SIGTERM
-        again: `timeout`, `make` and schedulers each pass on one and the same.
+        """At the first signal, let the step end and save; at another, stop at once.
+
+        Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
+        closed terminal and its shell both send it.
         """
-        if self.stop_signal == number == signal.SIGTERM:
+        if number == self.stop_signal != signal.SIGINT:
             return
         if self.stop_signal:
             end_at_once(number, frame)
