@@ -48,7 +48,8 @@ def test_a_command_under_nohup_outlives_its_terminal(tmp_path):
 
 
 def test_a_run_whose_terminal_is_closed_saves(base, book, tmp_path):
-    out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    out = tmp_path / "run"
+    metrics = out / "metrics.jsonl"
     # Validation after each step prints, which fails once the terminal is gone.
     argv = arguments("lora", base, book, out, "--epochs", 10_000, "--eval-every", 1)
     terminal, theirs = os.openpty()
