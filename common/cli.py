@@ -39,8 +39,9 @@ def _path(text: str) -> Path:
 
 def typed_options(argv: Sequence[str] | None = None) -> set[str]:
     """Return the options that the command line names, such as {"--lr"}."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word.partition("=")[0] for word in words if word.startswith("--")}
+    if argv is None:
+        argv = sys.argv[1:]
+    return {word.partition("=")[0] for word in argv if word.startswith("--")}
 
 
 def number(
@@ -55,8 +56,8 @@ def number(
             value = kind(text)
         except ValueError:
             value = math.nan
-        in_range = low <= value < high if below else low <= value <= high
-        if not in_range:
+        too_high = value >= high if below else value > high
+        if value < low or too_high or math.isnan(value):
             raise argparse.ArgumentTypeError(f"{text!r:.40} is not {what} from {low:g} to {limit}")
         return value
 
@@ -86,8 +87,10 @@ def steps_or_seconds(text: str) -> Interval:
     time = re.fullmatch(r"([1-9]\d{0,6})([sm])", text)
     if time:
         amount, unit = time.groups()
-        seconds_per_unit = 60.0 if unit == "m" else 1.0
-        return Interval(text, seconds=int(amount) * seconds_per_unit)
+        seconds = float(amount)
+        if unit == "m":
+            seconds *= 60
+        return Interval(text, seconds=seconds)
     try:
         return Interval(text, steps=number(int, 1)(text))
     except argparse.ArgumentTypeError as error:
