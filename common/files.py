@@ -107,13 +107,12 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def check_number(
-    path: Path, field: str, value: object, kind: type | UnionType, low: float, high: float
+    path: Path, field: str, value: Any, kind: type | UnionType, low: float, high: float
 ) -> Any:
     """Return a number from a file. Raises UserError unless it is from `low` to `high`."""
     is_number = isinstance(value, kind) and not isinstance(value, bool)
-    number: Any = value
-    if is_number and low <= number <= high:
-        return number
+    if is_number and low <= value <= high:
+        return value
     what = "a whole number" if kind is int else "a number"
     raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
 

@@ -23,13 +23,12 @@ for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
 
 unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
 
-
-# What a handler is set for. `nohup` ignores SIGHUP, so that a run outlives its terminal.
+# Leave SIGHUP alone where `nohup` ignores it: the run is to outlive its terminal.
 HANDLED = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
 
-TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at the start
 
 
 def install_exit_handlers() -> None:
@@ -38,9 +37,10 @@ def install_exit_handlers() -> None:
 
 
 def replace_default_handlers() -> None:
-    """Exit as `install_exit_handlers` says on those signals that would kill the process.
+    """On SIGTERM or SIGHUP, if nothing handles it yet, print one line and exit.
 
-    By default SIGTERM and SIGHUP do, and leave unfinished files. SIGINT raises KeyboardInterrupt.
+    By default either kills the process and leaves its unfinished files. SIGINT needs no handler: it
+    raises KeyboardInterrupt.
     """
     for number in HANDLED:
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -54,7 +54,8 @@ def on_signals(handler: Handler) -> None:
 
 
 def _handle(number: int, handler: Handler) -> None:
-    if number == signal.SIGHUP and not isinstance(handler, signal.Handlers):  # such as SIG_IGN
+    """Set the handler. After SIGHUP, leave a closed terminal before it is called."""
+    if number == signal.SIGHUP and not isinstance(handler, signal.Handlers):  # not SIG_IGN
         handler = _after_hangup(handler)
     signal.signal(number, handler)
 
@@ -87,5 +88,5 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 def say(line: str) -> None:
     """Write to stderr past Python's buffers: the signal may have interrupted a buffered write."""
-    with suppress(OSError):  # as in `2>&1 | tee`, which Ctrl-C ends, too
+    with suppress(OSError):  # Ctrl-C also ends the reader in `train.py 2>&1 | tee log`
         os.write(2, f"{line}\n".encode())

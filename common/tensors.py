@@ -103,8 +103,7 @@ def write_tensors(
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
 
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for key, tensor in tensors.items():
             value = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
             if not _is_finite(value):
