@@ -25,6 +25,7 @@ import evaluate
 import train
 from common.device import Device
 from common.errors import run_command
+from common.signals import HANDLED
 from tests.helpers import TINY, small_tokenizer
 from training.build import build_model, load_data, resolve
 from training.options import parse_options
@@ -75,7 +76,7 @@ class Run:
 
 def run(main: Callable[[], int | None], *argv: object) -> Ending:
     """Run the command with this `main` and these arguments; return how it ends."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     out, err = io.StringIO(), io.StringIO()
     try:
         with (

@@ -7,7 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds
+from common.cli import BASE, DEVICE, PRECISION, Interval, Parser, number, steps_or_seconds
 from common.errors import UserError
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
@@ -130,8 +130,8 @@ class Options:
         None, number(int, 1), "validate every N steps, and not only after each epoch"
     )
     log_every: int = option(10, number(int, 1), "write a line of metrics.jsonl every so many steps")
-    checkpoint_every: int | float = option(
-        600.0,
+    checkpoint_every: Interval = option(
+        steps_or_seconds("10m"),
         steps_or_seconds,
         "save every N steps, or after a time such as 90s or 10m, besides after an epoch "
         "(default: 10m)",
@@ -161,7 +161,7 @@ class Options:
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
         if self.lora:
             values |= config_fields(self.lora)
-        return json.loads(json.dumps(values, default=str))  # a path as a string
+        return json.loads(json.dumps(values, default=str))  # paths and intervals as strings
 
 
 # The options of an adapter's hyper-parameters: argparse's settings by field. `LoRAConfig`, or the

@@ -140,7 +140,7 @@ class Session:
             write_json(self.identity_path, asdict(self.identity))
 
     def handle_signals(self) -> None:
-        """From here on, let SIGINT and SIGTERM end the run after the step, once it is saved."""
+        """From here on, let a signal end the run after the step, once it is saved."""
         on_signals(self._on_signal)
 
     def steps(self, batches: Iterable[T]) -> Iterator[T]:
@@ -210,17 +210,15 @@ class Session:
         age = time.perf_counter() - self.saved_at
         if self.step == self.total_steps or (epoch_ends and age >= YOUNG_SECONDS):
             return True
-        every = self.options.checkpoint_every
-        if isinstance(every, float):
-            return age >= every
-        return self.step % every == 0
+        return self.options.checkpoint_every.is_due(self.step, age)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """At the first signal, let the step end and save; at another, stop at once.
 
-        Ignore repeated SIGTERM: `timeout` and `make` both forward it.
+        Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
+        closed terminal and its shell both send it.
         """
-        if self.stop_signal == number == signal.SIGTERM:
+        if number == self.stop_signal != signal.SIGINT:
             return
         if self.stop_signal:
             end_at_once(number, frame)

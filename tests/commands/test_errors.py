@@ -16,7 +16,7 @@ import evaluate
 import generate
 import train
 from adapters import merge
-from common.cli import number, steps_or_seconds
+from common.cli import Interval, number, steps_or_seconds
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
 from training.options import ROOT
@@ -199,7 +199,11 @@ NO_NUMBERS = ("nan", "inf", "-inf", "-1", "1e999", "many", "", 400 * "9")
         (number(float, 0.0, 1.0, below=True), {"0": 0.0, "0.99": 0.99}, ("1",)),
         (
             steps_or_seconds,
-            {"5": 5, "90s": 90.0, "10m": 600.0},
+            {
+                "5": Interval("5", steps=5),
+                "90s": Interval("90s", seconds=90.0),
+                "10m": Interval("10m", seconds=600.0),
+            },
             ("0", "1.5", "0s", "1.5m", "-1s", "10h", "m", "99999999s", "1000000000000"),
         ),
     ],
