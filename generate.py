@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import argparse
 import codecs
+import io
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -174,7 +175,8 @@ def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     when the context has no room for them and an answer.
     """
     require_end_of_text(tokenizer)  # now, and not after the first answer
-    sys.stdin.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     ready = "> " if sys.stdin.isatty() else ""
     context = model.config.n_positions
     room = context - min(args.max_new_tokens, context // 2)

@@ -178,10 +178,12 @@ class Trainer:
 
     def gradients(self) -> list[Tensor]:
         """Return every gradient; zeros if this rank had no windows."""
+        gradients = []
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self.parameters.values()]
+            gradients.append(parameter.grad)
+        return gradients
 
     def measure(self) -> dict[str, Any]:
         """Return the metrics of the steps since the last call."""

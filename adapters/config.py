@@ -50,7 +50,7 @@ SUPPORTED: dict[str, tuple] = {
     # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
-UNUSED = (None, False, [], {})  # the values that switch off any other field of PEFT's
+UNUSED: tuple = (None, False, [], {})  # the values that switch off any other field of PEFT's
 RANKS = (1, 1 << 20)  # minimum and maximum
 ALPHAS = (0, 3e6)  # three slices stack the command line's 1e6
 

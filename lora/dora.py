@@ -27,11 +27,13 @@ class DoRALinear(LoRALinear):
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
     """
 
+    merged_norm: Tensor  # ||V|| of a merged layer
+
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         super().__init__(base_layer, config)
         norms = torch.linalg.norm(base_layer.weight.detach().float(), dim=1)
         self.lora_magnitude_vector = nn.Parameter(norms)
-        self.register_buffer("merged_norm", None, persistent=False)  # ||V|| of a merged layer
+        self.register_buffer("merged_norm", None, persistent=False)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the last two terms of y above, (..., out)."""

@@ -31,6 +31,7 @@ def inject(model: nn.Module, config: LoRAConfig, make: Make = whole_layer) -> No
     wrapped = {}
     for name, slices in find_targets(model, config).items():
         layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
         wrapped[name] = make(layer, layer_config(config, name), slices)
 
     model.requires_grad_(False)

@@ -27,6 +27,9 @@ class PiSSALinear(LoRALinear):
     rank outside 1 .. min(in, out) / 2: the saved adapter, which fits W, has twice the rank.
     """
 
+    initial_A: Tensor
+    initial_B: Tensor
+
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         limit = min(base_layer.weight.shape) // 2
         if config.r > limit:

@@ -1,9 +1,11 @@
 """LoRA+: train B at a higher learning rate than A."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 
-def parameter_groups(parameters: dict[str, Tensor], ratio: float | None) -> list[dict]:
+def parameter_groups(parameters: Mapping[str, Tensor], ratio: float | None) -> list[dict]:
     """Return an optimizer's groups, each with `scale`, the factor of its learning rate.
 
     LoRA+ gives B, and DoRA's vectors, `ratio` times A's learning rate (Hayou et al. 2024,

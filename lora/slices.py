@@ -24,7 +24,8 @@ class SlicedLoRALinear(LoRALinear):
         super().__init__(base_layer, stacked(config, len(slices)))
         places = [i for i, name in enumerate(SLICES) if name in slices]
         width = base_layer.out_features // len(SLICES)
-        self.lora_B = _BlockSparseLinear(places, width, config.r).to(base_layer.weight.device)
+        blocks = _BlockSparseLinear(places, width, config.r).to(base_layer.weight.device)
+        self.lora_B = blocks  # type: ignore[assignment]  # it has a weight and a forward, too
 
     def saved_config(self) -> LoRAConfig:
         return replace(self.config, target_modules=(FUSED,))

@@ -231,6 +231,7 @@ class GPT2(nn.Module):
         """Give all of the base's dropouts (embedding, attention, residual) the probability `p`."""
         self.drop.p = p
         for block in self.h:
+            assert isinstance(block, Block)
             block.attn.attn_pdrop = p
             block.attn.resid_dropout.p = p
             block.mlp.dropout.p = p

@@ -95,7 +95,7 @@ def load_data(options: Options, directory: Path, config: GPT2Config) -> Data:
     check_block_size(options.block_size, config)
     tokenizer = load_tokenizer(directory, config.vocab_size)
     if options.data:
-        training, validation = split_examples(options, tokenizer)
+        training, validation = split_examples(options, options.data, tokenizer)
         return Data(Instructions(training), Instructions(validation), tokenizer)
 
     block = options.block_size
@@ -115,16 +115,16 @@ def load_data(options: Options, directory: Path, config: GPT2Config) -> Data:
     )
 
 
-def split_examples(options: Options, tokenizer: Tokenizer) -> tuple[list, list]:
-    """Return the examples to train on and those to validate on."""
-    training = read_examples(options.data, tokenizer, options.block_size)
+def split_examples(options: Options, path: Path, tokenizer: Tokenizer) -> tuple[list, list]:
+    """Return the examples of `path` to train on, and those to validate on."""
+    training = read_examples(path, tokenizer, options.block_size)
     if options.val_data:
         validation = read_examples(options.val_data, tokenizer, options.block_size)
     else:
         training, validation = split(training, options.val_fraction)
     if not training or not validation:
         raise UserError(
-            f"{options.data}: {len(training)} examples to train on and {len(validation)} to "
+            f"{path}: {len(training)} examples to train on and {len(validation)} to "
             "validate on; both need one"
         )
     return training, validation

@@ -83,7 +83,7 @@ def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
 def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]]:
     """Yield each file or directory that the run reads, after the option that names it."""
     yield "--base", base_directory
-    for book in options.book or ():
+    for book in options.book:
         yield "--book", book
     if options.data:
         yield "--data", options.data

@@ -53,7 +53,7 @@ class Options:
     base: str = option(**BASE)
 
     # data
-    book: tuple[Path, ...] | None = option(
+    book: tuple[Path, ...] = option(
         (BOOK,),
         Path,
         "UTF-8 text files, or directories of .txt files (default: data/book.txt)",
@@ -250,7 +250,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
         if isinstance(value, list):
             typed[name] = tuple(value)
     if "data" in typed:
-        typed["book"] = None
+        typed["book"] = ()
 
     method = typed["method"]
     lora_fields = {name: typed.pop(name) for name in LORA_OPTIONS if name in typed}

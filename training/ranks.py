@@ -79,6 +79,7 @@ class Ranks:
         except RuntimeError as error:  # gloo has no exception of its own
             if dist.is_initialized():  # "gloo", or "cpu:gloo,cuda:nccl"
                 if "nccl" in dist.get_backend():
+                    assert dist.group.WORLD
                     dist.group.WORLD.abort()  # it would wait for the rank that has gone
                 dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
             raise RunError(
