@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # The GPT-2, its tokenizer and the book are the project's, whose root is here or above.
-root = Path.cwd()
-while not (root / "train.py").exists():
-    root = root.parent
+here_and_above = (Path.cwd(), *Path.cwd().parents)
+root = next(path for path in here_and_above if (path / "train.py").exists())
 sys.path.insert(0, str(root))
 
 from data.tokens import load_books
@@ -97,7 +96,7 @@ def loss_on(inputs, targets):  # (B, T) each
 
 @torch.no_grad()
 def perplexity():
-    """Return it nearly: all batches count the same, but the last one is smaller."""
+    """Return the validation part's, nearly: the last batch is smaller, and counts the same."""
     losses = [loss_on(*batch).item() for batch in validation.evaluation_batches()]
     return math.exp(sum(losses) / len(losses))
 
