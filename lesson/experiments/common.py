@@ -73,16 +73,16 @@ def train_options(method: str, choices: dict[str, Any]) -> Options:
     """Return `train.py`'s options for mini, with these choices in place of its defaults."""
     words = [method, "--base", "mini"]
     for name, value in choices.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, tuple):
-            words += [flag, *map(str, value)]
-        elif value is not False and name != "lora_alpha":
-            words += [flag, str(value)]
+        if name == "lora_alpha" or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, tuple):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
 
     options = parse_options("-", words)
-    if "lora_alpha" in choices:  # the command line takes whole numbers only
+    if "lora_alpha" in choices:  # rsLoRA's is no whole number, as the command line asks
         options = replace(options, lora_alpha=choices["lora_alpha"])
     return options
 

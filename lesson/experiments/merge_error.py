@@ -22,7 +22,7 @@ COLOURS = {"fp32": GREY, "bf16": RED, "fp16": BLUE}
 
 
 def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> dict[str, list]:
-    """Merge an update of each size into the base in this precision; say what is lost of it.
+    """Return what an update of each size loses when it is merged into the base in this precision.
 
     `base` and `ba`, W and B A, are (out, in) in fp64; a size is the ratio of their norms.
     """

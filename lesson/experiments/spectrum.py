@@ -7,7 +7,7 @@ Measured: the singular values of the change of each matrix; how alike the direct
 runs changed; the validation perplexity with full fine-tuning's change cut to rank k.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -28,24 +28,24 @@ TITLES = (
     "perplexity of full fine-tuning,\nits change cut to rank k",
 )
 
-# The left panel: which matrices, whose change, and how its curve is drawn.
-SHARES = (
-    ("c_attn", "LoRA", RED, "-"),
-    ("c_attn", "full", BLUE, "-"),
-    ("mlp.c_proj", "full", YELLOW, "-"),
-    ("c_attn", "random", BLUE, "--"),
-    ("mlp.c_proj", "random", YELLOW, "--"),
-)
+# The left panel's curves: which matrices, whose change, and how it is drawn.
+SHARES = {
+    "c_attn: LoRA": ("c_attn", "LoRA", RED, "-"),
+    "c_attn: full": ("c_attn", "full", BLUE, "-"),
+    "mlp.c_proj: full": ("mlp.c_proj", "full", YELLOW, "-"),
+    "c_attn: random": ("c_attn", "random", BLUE, "--"),
+    "mlp.c_proj: random": ("mlp.c_proj", "random", YELLOW, "--"),
+}
 
-# The middle panel: the two runs' methods, the directions compared, and how the curve is drawn.
-PAIRS = (
-    ("full", "full", "inputs", BLUE, "-"),
-    ("LoRA", "full", "inputs", GREY, "-"),
-    ("LoRA", "LoRA", "inputs", RED, "-"),
-    ("LoRA", "full", "outputs", GREY, ":"),
-    ("LoRA", "LoRA", "outputs", RED, ":"),
-    ("random", "random", "inputs", BLUE, "--"),
-)
+# The middle panel's curves: whose two changes, which of their directions, and how it is drawn.
+PAIRS = {
+    "full and full": ("full", "full", "inputs", BLUE, "-"),
+    "LoRA and full": ("LoRA", "full", "inputs", GREY, "-"),
+    "LoRA and LoRA": ("LoRA", "LoRA", "inputs", RED, "-"),
+    "LoRA and full, outputs": ("LoRA", "full", "outputs", GREY, ":"),
+    "LoRA and LoRA, outputs": ("LoRA", "LoRA", "outputs", RED, ":"),
+    "random and random": ("random", "random", "inputs", BLUE, "--"),
+}
 
 
 def decomposed(changes: dict[str, Tensor]) -> SVDs:
@@ -105,43 +105,56 @@ def cut(made: Trainer, svds: SVDs) -> list[float]:
     return perplexities
 
 
-def draw_shares(axis: Any, svds: dict[str, list[SVDs]]) -> dict[str, list]:
-    """Draw the share of the squared norm in the first k singular values; return each run's."""
+def shares_of_the_norm(svds: dict[str, list[SVDs]]) -> dict[str, list]:
+    """Return each run's share of the squared norm in the first k singular values, mean over blocks,
+    for each curve of the left panel.
+    """
     data = {}
-    for target, kind, colour, line in SHARES:
+    for label, (target, kind, _, _) in SHARES.items():
         values = torch.stack([singular_values(run, target) for run in svds[kind]])
         squares = values.square().cumsum(-1)  # (runs, blocks, k)
-        y = (squares / squares[..., -1:]).mean(1)  # (runs, k)
-        label = f"{target}: {kind}"
-        band(axis, range(1, y.size(1) + 1), y, colour, label, line)
-        data[label] = y.tolist()
+        shares = squares / squares[..., -1:]
+        data[label] = shares.mean(1).tolist()
     return data
 
 
-def draw_similarities(axis: Any, svds: dict[str, list[SVDs]]) -> dict[str, list]:
-    """Draw how alike the first k directions of two runs are; return each pair's similarities."""
+def similar_directions(svds: dict[str, list[SVDs]]) -> dict[str, list]:
+    """Return how alike the first k directions are of each two runs, for each curve of the middle
+    panel.
+    """
     data = {}
-    for one, other, side, colour, line in PAIRS:
+    for label, (one, other, side, _, _) in PAIRS.items():
         v = [directions(run, side) for run in svds[one]]
         w = [directions(run, side) for run in svds[other]]
-        y = similarities(v, w)
+        found = similarities(v, w)
         if one == "LoRA":
-            y = y[:, :LORA_RANK]
-        label = f"{one} and {other}"
-        if side == "outputs":
-            label += ", outputs"
-        band(axis, range(1, y.size(1) + 1), y, colour, label, line)
-        data[label] = y.tolist()
+            found = found[:, :LORA_RANK]
+        data[label] = found.tolist()
     return data
 
 
-def draw_cuts(axis: Any, perplexities: Iterable[list[float]]) -> dict[int, list[float]]:
-    """Draw the perplexity by the rank that was left; return each run's by rank."""
-    y = torch.tensor(list(perplexities))  # (runs, ranks); the first rank cuts nothing, the last all
-    band(axis, RANKS[1:-1], y[:, 1:-1], BLUE, "cut to rank k", "o-")
-    axis.axhline(y[:, -1].mean(), color=GREY, linestyle=":", label="cut to rank 0")
-    axis.axhline(y[:, 0].mean(), color=GREY, linestyle="--", label="uncut")
-    return dict(zip(RANKS, y.T.tolist(), strict=True))
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the shares, the similarities and the cuts."""
+    figure, (left, middle, right) = panels(*TITLES)
+    for label, (_, _, colour, line) in SHARES.items():
+        y = torch.tensor(data[label])  # (runs, k)
+        band(left, range(1, y.size(1) + 1), y, colour, label, line)
+    for label, (_, _, _, colour, line) in PAIRS.items():
+        y = torch.tensor(data[label])  # (pairs of runs, k)
+        band(middle, range(1, y.size(1) + 1), y, colour, label, line)
+
+    shown = RANKS[1:-1]  # the first cuts nothing, the last leaves nothing
+    y = torch.tensor(list(data["cut"].values())).T  # (runs, ranks)
+    band(right, shown, y[:, 1:-1], BLUE, "cut to rank k", "o-")
+    right.axhline(y[:, -1].mean(), color=GREY, linestyle=":", label="cut to rank 0")
+    right.axhline(y[:, 0].mean(), color=GREY, linestyle="--", label="uncut")
+
+    figure.set_size_inches(11, 5)
+    for axis in (left, middle, right):
+        axis.set(xscale="log", xlabel="k", xticks=shown, xticklabels=shown)
+        axis.minorticks_off()
+        axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -156,18 +169,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
         "random": [decomposed(changes) for changes in random],
     }
 
-    figure, axes = panels(*TITLES)
-    data: dict[str, Any] = draw_shares(axes[0], svds)
-    data |= draw_similarities(axes[1], svds)
-    runs = zip(full, svds["full"], strict=True)
-    data["cut"] = draw_cuts(axes[2], [cut(made, run) for (made, _), run in runs])
-
-    figure.set_size_inches(11, 5)
-    for axis in axes:
-        axis.set(xscale="log", xlabel="k", xticks=RANKS[1:-1], xticklabels=RANKS[1:-1])
-        axis.minorticks_off()
-        axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-    return save(args, "spectrum", data, figure)
+    data: dict[str, Any] = shares_of_the_norm(svds) | similar_directions(svds)
+    models = [made for made, _ in full]
+    cuts = [cut(made, run) for made, run in zip(models, svds["full"], strict=True)]
+    data["cut"] = {k: list(runs) for k, *runs in zip(RANKS, *cuts, strict=True)}
+    return save(args, "spectrum", data, draw(data))
 
 
 if __name__ == "__main__":
