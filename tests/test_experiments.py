@@ -17,15 +17,16 @@ from lesson.experiments import (
     rank,
     spectrum,
     step_time,
+    sweep,
     targets,
     variants,
 )
-from lesson.experiments.common import SHORT, trainer
+from lesson.experiments.common import SHORT, parse, trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2
 from model.hub import MINI
-from model.weights import load_config
+from model.weights import load_config, load_gpt2
 from training.report import count_parameters
 
 load_tokenizer = cache(train.load_tokenizer)
@@ -162,6 +163,16 @@ def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
     assert mlp < c_attn - 1
 
 
+def test_the_best_rate_alone_is_tried_with_every_seed(tmp_path, monkeypatch):
+    def finetune(method, seeds, short, lr):
+        return [abs(lr - 0.25) + seed for seed in seeds]
+
+    monkeypatch.setattr(sweep, "finetune", finetune)
+    args = parse("", ["--out", str(tmp_path), "--seeds", "3"])
+    data = sweep.compare(args, "any", "A title", {"a choice": ((0.5, 0.25, 1.0), {})})
+    assert data == {"a choice": {0.5: [0.25], 0.25: [0.0, 1.0, 2.0], 1.0: [0.75]}}
+
+
 def test_variants(tmp_path, monkeypatch):
     """At LoRA's rate rsLoRA learns more, DoRA as much, PiSSA no less; LoRA+ more at a lower one."""
     trained = {}
@@ -219,6 +230,17 @@ def test_spectrum(tmp_path, monkeypatch):
     perplexity = {k: runs[0] for k, runs in data["cut"].items()}
     assert perplexity[512] == pytest.approx(perplexity[256], rel=1e-4)
     assert perplexity[256] < perplexity[32] < perplexity[0]
+
+
+def test_cut_to_rank_0_the_matrices_are_the_bases(monkeypatch):
+    monkeypatch.setattr(spectrum, "RANKS", (512, 4, 0))
+    made, changes = sweep.tuned("full", 0, short=True)
+    spectrum.cut(made, spectrum.decomposed(changes))
+    base = load_gpt2(MINI)
+    for name, change in changes.items():
+        assert change.abs().max() > 1e-3
+        cut = made.model.get_parameter(name).detach()
+        torch.testing.assert_close(cut, base.get_parameter(name).detach(), atol=1e-5, rtol=0)
 
 
 def assert_shares_of_the_norm(data):

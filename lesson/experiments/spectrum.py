@@ -2,7 +2,8 @@
 
 Varied: the method (full fine-tuning, LoRA on c_attn at rank 8) and the seed, which decides the draw
 of A and the order of the windows; for comparison, random matrices of the same shapes.
-Fixed: mini, the default book, 60 steps of 16 windows of 128 tokens, fp32.
+Fixed: mini, the default book, 60 steps of 16 windows of 128 tokens, fp32, lr 1e-3 for LoRA and 1e-4
+for full fine-tuning.
 Measured: the singular values of the change of each matrix; how alike the directions are that two
 runs changed; the validation perplexity with full fine-tuning's change cut to rank k.
 """
