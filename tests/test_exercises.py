@@ -66,6 +66,7 @@ def normalise(scaler, optimizer, parameters, loss, clip):
         (1, "swap_the_zero", keep_a, "A is not zero"),
         (1, "swap_the_zero", positive, "yours is from 0.00 to 0.50"),
         (6, "RANK", 12, "not a power of two"),
+        (6, "RANK", 32, "rank 16 meets it too"),
         (2, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
         (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
         (5, "count_lora", count_one_c_proj, "6 layers of width 256"),
