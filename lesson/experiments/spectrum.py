@@ -71,7 +71,7 @@ def directions(svds: SVDs, side: str) -> Tensor:
     """
     found = [svd for name, svd in svds.items() if "c_attn" in name]
     if side == "outputs":
-        return torch.stack([svd.U.mT for svd in found])
+        return torch.stack([svd.U for svd in found]).mT
     return torch.stack([svd.Vh for svd in found])
 
 
