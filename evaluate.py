@@ -6,7 +6,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     signals.install_exit_handlers()
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,7 +102,7 @@ def evaluate(
     return Scores(tokens, text_bytes, loss / tokens, hits / tokens)
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None = None):
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
@@ -158,13 +158,13 @@ def parse_args():
         help="table and picture of finished runs, their base included",
     )
     add_device_options(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.compare:
-        if others := sorted(typed_options() - {"--compare"}):
+        if others := sorted(typed_options(argv) - {"--compare"}):
             raise UserError(f"--compare reads finished runs; {others[0]} is for a text")
         return compare(args.compare)
     if args.data and (args.stride or args.label_shift > 1):

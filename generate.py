@@ -7,7 +7,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import codecs
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from model.sampling import generate_rows
 from model.tokenizer import Tokenizer
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None = None):
     parser = Parser(prog="generate.py", description=__doc__)
     add_model_options(parser, nargs="+")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -76,11 +76,11 @@ def parse_args():
         help="first show what the base alone writes, for comparison",
     )
     add_device_options(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     for prompt in args.prompt or ():
         if not prompt.strip():
             raise UserError("--prompt is empty: give the text to continue")

@@ -9,7 +9,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     signals.install_exit_handlers()
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -39,9 +39,9 @@ from training.report import count_parameters, describe_parameters
 from training.session import Session
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     tune_process()
-    options, ranks = parse_options(__doc__), Ranks.of_torchrun()
+    options, ranks = parse_options(__doc__, argv), Ranks.of_torchrun()
     device = Device.pick(options.device, options.precision, train=True)
     with ranks.joined(device.torch_device):
         if ranks.first:

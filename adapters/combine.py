@@ -44,7 +44,7 @@ def combine(
     return {name: truncate(*part, rank) for name, part in parts.items()}, kept / (whole or 1.0)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="adapters.combine", description=__doc__)
     parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER")
     parser.add_argument(
@@ -61,7 +61,7 @@ def main() -> None:
         help="cut the sum to its best approximation of this rank (default: exact)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     weights = args.weights or [1.0] * len(args.adapters)
     if len(weights) != len(args.adapters):
         raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")

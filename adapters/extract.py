@@ -1,5 +1,6 @@
 """Turn full fine-tuning into an adapter: `python -m adapters.extract --full DIR --out DIR`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from model.hub import find_base
 from model.weights import load_config, read_parameters, weights_path
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="adapters.extract", description=__doc__)
     parser.add_argument("--base", **BASE)
     parser.add_argument(
@@ -34,7 +35,7 @@ def main() -> None:
         "--target-modules", nargs="+", default=["c_attn"], metavar="NAME", help="default: c_attn"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     refuse_existing(args.out)
     base, directory = find_base(args.base)
     with torch.device("meta"):

@@ -1,5 +1,6 @@
 """Show what an adapter changes, layer by layer: `python -m adapters.inspect runs/lora`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
     print(f"drawn in {path}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="adapters.inspect", description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="DIR")
     parser.add_argument(
@@ -65,7 +66,7 @@ def main() -> None:
         "norms, too; auto: the base that the adapter names",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="of spectrum.png (default: DIR)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     spectra = {name: factors.svd()[1] for name, factors in read_factors(args.adapter).items()}
     columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
     rows = [[name, f"{s.norm():.4g}", *describe(s)] for name, s in spectra.items()]

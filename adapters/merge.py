@@ -1,5 +1,6 @@
 """Fold an adapter into its base: `python -m adapters.merge --adapter DIR --out DIR`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def unwrap(model: nn.Module) -> None:
         model.set_submodule(name, layer.base_layer)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="adapters.merge", description=__doc__)
     add_model_options(parser)
     parser.add_argument(
@@ -65,7 +66,7 @@ def main() -> None:
         help="of the file; below fp32, rounding loses a part of the update, and "
         "the share is printed; without --adapter, the base alone is written",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.adapter and args.precision == "fp32":
         raise UserError("--adapter is missing: there is nothing to merge")
     refuse_existing(args.out)

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -112,9 +112,9 @@ class Task:
         return windows.batch(windows.epoch_order(args.seed, 0)[: self.batch_size])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")  # the libraries', about each other
-    task = Task(**json.loads(sys.argv[1]))
+    task = Task(**json.loads((argv or sys.argv[1:])[0]))
     figures = json.dumps(measure(task))
     if os.environ.get("RANK", "0") == "0":
         print(figures)

@@ -35,7 +35,7 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def typed_options(argv: list[str] | None = None) -> set[str]:
+def typed_options(argv: Sequence[str] | None = None) -> set[str]:
     """Return the options that the command line names, such as {"--lr"}."""
     words = sys.argv[1:] if argv is None else argv
     return {word.partition("=")[0] for word in words if word.startswith("--")}

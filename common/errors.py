@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
@@ -21,13 +21,18 @@ ADVICE = (
 )
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its status; known failures end with one line on stderr."""
+def run_command(
+    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> None:
+    """Run `main` and exit with its status; known failures end with one line on stderr.
+
+    `argv` is the command's arguments (default: the command line's).
+    """
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack a text's characters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = main() or 0
+        status = main(argv) or 0
         sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:

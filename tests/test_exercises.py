@@ -80,8 +80,7 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch):
     exec(dict(SOLUTIONS)["11"], solved)
     monkeypatch.setattr(answers, "accumulate", solved["accumulate"])
     monkeypatch.setattr(answers, "alpha_for", lambda scaling, r, use_rslora: None)  # no return
-    monkeypatch.setattr("sys.argv", ["lesson.exercises", "1", "3", "12", "11"])
-    assert exercises.main() == 1
+    assert exercises.main(["1", "3", "12", "11"]) == 1
     assert re.fullmatch(
         "1: not answered yet\n"
         "3: a gradient of norm 0.5, clipped to 1, moved the weights by 1.5e-05 at rate 1, and "

@@ -1,6 +1,7 @@
 """Declare each option of `train.py` once: its type, default and help; read the command line."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
@@ -183,7 +184,7 @@ def flag(field: Field) -> str:
     return f"--{field.name.replace('_', '-')}"
 
 
-def parse_options(description: str, argv: list[str] | None = None) -> Options:
+def parse_options(description: str, argv: Sequence[str] | None = None) -> Options:
     """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
     parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -83,7 +84,7 @@ def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path:
     print(f"drawn in {path}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="training.sweep", description=__doc__, epilog="All other options are train.py's."
     )
@@ -92,7 +93,7 @@ def main() -> int:
     parser.add_argument("--r", type=int, nargs="+", metavar="N", help="ranks (LoRA only)")
     parser.add_argument("--seed", type=int, nargs="+", metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
-    args, others = parser.parse_known_args()
+    args, others = parser.parse_known_args(argv)
     others = [word for word in others if word != "--resume"]  # `train` adds it where it is due
     default = parse_options("-", [args.method])
     values = args.lr or [default.lr], args.r or [None], args.seed or [default.seed]

@@ -1,5 +1,6 @@
 """Check the answers to docs/exercises.md: `python -m lesson.exercises 3`; without a number, all."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -224,11 +225,11 @@ CHECKS = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="lesson.exercises", description=__doc__)
     parser.add_argument("numbers", nargs="*", type=number(int, 1, len(CHECKS)), metavar="N")
     failed = 0
-    for n in parser.parse_args().numbers or CHECKS:
+    for n in parser.parse_args(argv).numbers or CHECKS:
         torch.manual_seed(n)
         try:
             CHECKS[n](own_answers)
