@@ -10,7 +10,7 @@ import pytest
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
 from tests.runs import BLOCK, Run, one_line, run, scores, stdout_of, story, table, trained
-from training import report as reporting
+from training import compare as comparison
 from training.options import BOOK
 
 
@@ -136,7 +136,7 @@ def test_long_names_are_drawn_beside_each_other(runs, tmp_path, monkeypatch):
     names, figures = ("lora-r8-all-layers-1e-3", "lora-r32,all-layers,1e-3", "full-2e-4"), []
     paths = [shutil.copytree(runs["lora"].out, tmp_path / name) for name in names]
     compare(*paths)
-    monkeypatch.setattr(reporting, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(comparison, "save_figure", lambda figure, path: figures.append(figure))
     compare(*sorted(tmp_path.iterdir()))  # as runs/* would: the picture is there by now
     [figure] = figures
     figure.draw_without_rendering()
@@ -214,14 +214,6 @@ def test_a_run_whose_weights_are_gone_is_named(runs, tmp_path):
     (weights := changed(runs["lora"], tmp_path) / "adapter_model.safetensors").unlink()
     line = one_line(run(evaluate.main, "--compare", weights.parent), 2)
     assert line == f"error: {weights}: is missing; the run is not whole"
-
-
-@drawing()
-def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
-    for name in (r"$\no$", "caf\udce9", "a\nb"):
-        path = changed(runs["lora"], tmp_path / name[:5], base=name)
-        compare(path)
-        assert (path.parent / "compare.png").stat().st_size > 1000
 
 
 def test_a_run_that_diverged_and_one_that_knows_all_are_shown(runs, tmp_path):

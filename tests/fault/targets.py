@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from unittest import mock
 
 import numpy as np
 import torch
@@ -25,11 +24,11 @@ from model.tokenizer_files import FAST, load_tokenizer
 from model.weights import CONV1D, load_gpt2
 from tests.fault.mutate import mutate_json, mutate_safetensors, mutate_text
 from tests.fault.runs import BOOK
-from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
+from tests.helpers import TINY, drawing, small_tokenizer, tiny_gpt2_directory
 from tests.pairs import adapted
 from tests.runs import trained
-from training import report
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from training.compare import compare
 
 VOCAB = TINY["vocab_size"]
 TEXT = BOOK[:5000] + "“Naïve” 日本語\r\n\n  end"
@@ -125,10 +124,10 @@ def check_tokenizer(directory: Path) -> None:
 def check_run(directory: Path, drawn: bool = False) -> None:
     """Check the table and, seldom (it takes half a second), the picture."""
     with (
-        mock.patch.object(report, "can_draw", lambda: drawn),
+        drawing(lambda: drawn),
         contextlib.redirect_stdout(io.StringIO()) as printed,
     ):
-        report.compare([directory / "run"])
+        compare([directory / "run"])
     lines = printed.getvalue().encode(errors="backslashreplace").decode().split("\n")
     assert all(line.isprintable() for line in lines), "prints what no terminal should get"
     assert not any(re.search(r"\| +(nan|inf) ", line) for line in lines)
