@@ -18,9 +18,13 @@ from training.directory import METRICS, RUN
 from training.options import Options
 
 COLOURS = {"train": "#9db4c0", "lora": RED, "full": BLUE, "base": GREY}
-NUMBERS = (
-    "batch_size",
-    "lr",
+# What a comparison and a sweep read of `run.json`, and of the options in it.
+FIELDS = (
+    "method",
+    "base",
+    "base_sha256",
+    "book_sha256",
+    "options",
     "steps",
     "trainable_parameters",
     "base_val_loss",
@@ -30,6 +34,7 @@ NUMBERS = (
     "tokens_per_second",
     "peak_memory_mb",
 )
+OPTIONS = ("batch_size", "lr")
 
 
 def perplexity(loss: float) -> float:
@@ -73,26 +78,21 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """Read a finished run's `run.json`. Raises UserError if it is missing or malformed."""
+    """Read a finished run's `run.json`.
+
+    Raises UserError if it is missing or no JSON object, or if another version wrote other fields.
+    """
     path = directory / RUN
     if os.path.exists(directory / METRICS) and not os.path.exists(path):
         raise UserError(f"{directory}: the run is not finished; --resume continues it")
 
     run = read_json(path)
-    texts, options = [run.get("base"), run.get("book_sha256")], run.get("options")
-    values = run | options if isinstance(options, dict) else {}
-    if (
-        run.get("method") not in ("lora", "full")
-        or not all(isinstance(text, str) for text in texts)
-        or not isinstance(run.get("base_sha256"), dict)
-        or not all(
-            isinstance(values.get(name), int | float)
-            and (values[name] == 0 or 1e-99 < values[name] < 1e99)
-            for name in NUMBERS
-        )
-    ):
+    options = run.get("options", {})
+    missing = [name for name in FIELDS if name not in run]
+    missing += [name for name in OPTIONS if name not in options]
+    if missing:
         raise UserError(
-            f"{path}: is not what this version of train.py leaves at a run's end; "
+            f"{path}: has no {missing[0]}, which this version of train.py writes at a run's end; "
             "train again with --overwrite"
         )
     return run

@@ -189,23 +189,28 @@ def changed(run: Run, tmp_path, **fields: object):
     return copy
 
 
-def test_a_run_of_another_make_is_refused(runs, tmp_path):
-    for field, value in (
-        ("base", 3),
-        ("method", ["lora"]),
-        ("options", None),
-        ("seconds", "1"),
-        ("tokens_per_second", 1e306),
-        ("best_val_loss", 1e-200),
-        ("steps", None),
-        ("base_sha256", None),
-    ):
-        path = changed(runs["lora"], tmp_path / field, **{field: value})
-        ending = run(evaluate.main, "--compare", path)
-        assert ending.stdout == "" and one_line(ending, 2) == (
-            f"error: {path / 'run.json'}: is not what this version of train.py leaves at a run's "
+def test_a_report_that_is_missing_unfinished_damaged_or_of_another_version_is_refused(
+    runs, tmp_path
+):
+    def refusal_of(directory) -> str:
+        ending = run(evaluate.main, "--compare", directory)
+        assert ending.stdout == ""
+        return one_line(ending, 2)
+
+    path = tmp_path / "run.json"
+    assert f"error: {path}: cannot be read" in refusal_of(tmp_path)
+    whole = json.dumps(runs["lora"].report)
+    path.write_text(whole[:-9])
+    assert f"error: {path}: not valid JSON" in refusal_of(tmp_path)
+    for field in ("steps", "batch_size"):
+        path.write_text(whole.replace(f'"{field}"', '"renamed"'))
+        assert refusal_of(tmp_path) == (
+            f"error: {path}: has no {field}, which this version of train.py writes at a run's "
             "end; train again with --overwrite"
         )
+    path.rename(tmp_path / "metrics.jsonl")
+    line = refusal_of(tmp_path)
+    assert line == f"error: {tmp_path}: the run is not finished; --resume continues it"
 
 
 def test_a_run_whose_weights_are_gone_is_named(runs, tmp_path):
