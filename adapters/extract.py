@@ -1,6 +1,7 @@
 """Turn full fine-tuning into an adapter: `python -m adapters.extract --full DIR --out DIR`."""
 
 import argparse
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 from adapters.factors import Factors, truncate, write_factors
 from common.cli import BASE, Parser, number, print_table
 from common.errors import UserError, run_command
-from common.files import file_sha256, refuse_existing
+from common.files import brief, file_sha256, read_json, refuse_existing
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.slices import SlicedLoRALinear
@@ -19,6 +20,21 @@ from lora.targets import target_modules
 from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import load_config, read_parameters, weights_path
+
+RUN = "run.json"  # what train.py leaves beside a model
+
+
+def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
+    """Raise UserError if `full` is a run of train.py that began from other weights."""
+    report = full / RUN
+    if not os.path.exists(report):  # a model from elsewhere
+        return
+    recorded = read_json(report).get("base_sha256", {}).get("weights")
+    if recorded not in (None, base_sha256):
+        raise UserError(
+            f"{report}: the run began from another base than {base} (weights sha256 "
+            f"{brief(recorded)}, not {brief(base_sha256)}); give --base the one it began from"
+        )
 
 
 def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
@@ -107,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_existing(args.out)
     base, directory = find_base(args.base)
     base_weights = weights_path(directory)
+    base_sha256 = file_sha256(base_weights)
+    refuse_another_base(args.full, base, base_sha256)
     with torch.device("meta"):
         model = GPT2(load_config(directory))
     needed = dict(model.named_parameters())
@@ -114,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     changes = read_changes(base_weights, weights_path(args.full), needed)
     found = extract(changes, layers, args.rank)
-    write_factors(found.factors, args.out, base, file_sha256(base_weights))
+    write_factors(found.factors, args.out, base, base_sha256)
 
     explains = [f"rank {k} explains" for k in shown_ranks(args.rank)]
     print_table(["layer", "norm of the change", *explains], found.rows)

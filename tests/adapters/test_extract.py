@@ -1,5 +1,7 @@
 """`python -m adapters.extract`: the best adapter of a full fine-tuning."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from adapters.extract import main
 from adapters.load import load_model
 from lora.inject import lora_layers
 from model.weights import load_gpt2, save_gpt2
-from tests.helpers import perturb, relative_difference
+from tests.helpers import perturb, relative_difference, tiny_gpt2_directory
 from tests.runs import one_line, run, stdout_of, stock_model
 
 
@@ -76,3 +78,17 @@ def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
         ending = run(main, "--base", base, "--full", full, "--out", tmp_path / "out", *options)
         assert ending.stdout == "" and not (tmp_path / "out").exists()
         assert reason in one_line(ending, 2)
+
+
+def test_another_base_than_the_run_records_is_refused(runs, base, tmp_path):
+    """A run is known by what its run.json says; a directory without one is taken as it is."""
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
+    full = shutil.copytree(runs["full"].out, tmp_path / "full")
+    out = tmp_path / "out"
+    line = one_line(run(main, "--base", other, "--full", full, "--out", out), 2)
+    assert line.startswith(f"error: {full / 'run.json'}: the run began from another base than")
+    assert not out.exists()
+    assert run(main, "--base", base, "--full", full, "--out", out).status == 0
+
+    (full / "run.json").unlink()
+    assert run(main, "--base", other, "--full", full, "--out", tmp_path / "any").status == 0
