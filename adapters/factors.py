@@ -56,14 +56,18 @@ def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
     return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
 
 
+def refuse_dora(config: LoRAConfig, directory: Path) -> None:
+    if config.use_dora:
+        raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
+
+
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Read an adapter by layer. Raises UserError for DoRA, and unless the file holds exactly an A
     and a B of the configured rank for each layer.
     """
     path = adapter_path(directory)
     config = load_adapter_config(directory)
-    if config.use_dora:
-        raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
+    refuse_dora(config, directory)
     shapes = read_shapes(path)
     layers = _layer_names(path, shapes)
     configs = {layer: layer_config(config, layer) for layer in layers}
