@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import atomic_path
+from common.files import atomic_path, open_file
 from common.tensors import read_metadata, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -43,12 +43,13 @@ def has_checkpoint(out: Path) -> bool:
 def read_checkpoint(out: Path) -> dict[str, Any]:
     """Return the newest undamaged state; if a newer one is damaged, warn and replace it.
 
-    Raises UserError if both are damaged.
+    Raises UserError if both are damaged, or if one that is needed cannot be read.
     """
     damaged = []
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
+        open_file(path).close()  # what cannot be read may be whole: it is not replaced
         try:
             state = _read(path)
         except UserError as error:

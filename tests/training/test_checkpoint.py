@@ -1,5 +1,6 @@
 """A checkpoint is believed only when it is whole and fits; a broken one costs steps, no run."""
 
+import os
 import pickle
 import shutil
 
@@ -81,6 +82,26 @@ def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, da
             read_checkpoint(tmp_path)
         assert all(f"{path}: damaged" in str(refusal.value) for path in files)
         assert contents(tmp_path) == {path.name: damaged for path in files}
+
+
+@pytest.mark.parametrize("reason", ["Permission denied", "No such file or directory"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged_nor_replaced(tmp_path, reason):
+    if reason == "Permission denied" and os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    for step in (1, 2):
+        write_checkpoint(tmp_path, STATE | {"step": step})
+    newest = tmp_path / CHECKPOINT
+    whole = newest.rename(tmp_path / "whole")
+    newest.symlink_to(whole)
+    if reason == "Permission denied":
+        whole.chmod(0)
+    else:  # as on a disk that is not mounted
+        whole.rename(tmp_path / "elsewhere")
+    previous = (tmp_path / PREVIOUS).read_bytes()
+    with pytest.raises(UserError) as refusal:
+        read_checkpoint(tmp_path)
+    assert str(refusal.value) == f"{newest}: cannot be read ({reason})"
+    assert newest.is_symlink() and (tmp_path / PREVIOUS).read_bytes() == previous
 
 
 def test_a_flipped_bit_anywhere_is_seen(tmp_path):
