@@ -13,6 +13,8 @@ from common.figures import can_draw, save_figure, subplots
 from training.report import COLOURS, best_weights, perplexity, read_run
 
 PICTURE = "compare.png"
+SWEEP_TABLE = "sweep.md"
+SWEEP_PICTURE = "sweep.png"
 COLUMNS = (
     "",
     "batch",
@@ -42,7 +44,7 @@ def compare(directories: Sequence[Path]) -> None:
 
     Raises UserError for a directory without a finished run.
     """
-    directories = [d for d in directories if d.name != PICTURE] or directories  # as in runs/*
+    directories = [d for d in directories if not is_our_file(d)] or directories
     groups = comparable_groups(read_runs(directories))
     if len(groups) > 1:
         print(
@@ -55,6 +57,11 @@ def compare(directories: Sequence[Path]) -> None:
         rows += [_run_cells(run) for run in runs]
     print_table(COLUMNS, rows)
     draw_comparison(groups, directories[0].resolve().parent / PICTURE)
+
+
+def is_our_file(path: Path) -> bool:
+    """Return whether a comparison or a sweep wrote this file, which `runs/*` also names."""
+    return path.name in (PICTURE, SWEEP_TABLE, SWEEP_PICTURE) and path.is_file()
 
 
 def read_runs(directories: Sequence[Path]) -> list[FinishedRun]:

@@ -182,6 +182,23 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     assert rows[2] != rows[4] and "losses compare only within a base" in printed
 
 
+def test_what_a_sweep_and_a_comparison_write_is_no_run_among_others(runs, tmp_path):
+    one = shutil.copytree(runs["lora"].out, tmp_path / "one")
+    expected, _ = compare(one)
+    for name in ("sweep.md", "sweep.png", "compare.png"):
+        (tmp_path / name).touch()
+    found, _ = compare(*sorted(tmp_path.iterdir()))  # as sweep/*
+    assert found == expected
+
+    def refusal_of(*paths) -> str:
+        return one_line(run(evaluate.main, "--compare", *paths), 2)
+
+    alone = tmp_path / "sweep.md"
+    assert f"error: {alone}/run.json: cannot be read" in refusal_of(alone)
+    for wrong in (tmp_path / "other.md", tmp_path / "gone" / "sweep.md"):
+        assert f"error: {wrong}/run.json: cannot be read" in refusal_of(one, wrong)
+
+
 def changed(run: Run, tmp_path, **fields: object):
     """A copy of the run whose `run.json` says something else."""
     copy = shutil.copytree(run.out, tmp_path / "run")
