@@ -63,8 +63,8 @@ def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
     """Draw the singular values: a panel for each kind of layer, a line for each block."""
     lines = []
     for name, s in spectra.items():
-        _, block, kind = name.split(".", 2)
-        lines.append((int(block), kind, s))
+        _, number, kind = name.split(".", 2)
+        lines.append((int(number), kind, s))
     kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
     blocks = 1 + max(block for block, _, _ in lines)
 

@@ -51,6 +51,7 @@ class Adapters:
         self.layers: dict[str, BatchedLoRALinear] = {}
         for layer in dict.fromkeys(layer for factors in self.factors.values() for layer in factors):
             base_layer = model.get_submodule(layer)
+            assert isinstance(base_layer, nn.Linear)  # LoRA wraps nothing else
             self.layers[layer] = BatchedLoRALinear(base_layer)
             model.set_submodule(layer, self.layers[layer])
 

@@ -56,7 +56,7 @@ def count_parameters(model: nn.Module) -> dict[str, float]:
 def describe_parameters(model: nn.Module) -> str:
     """Return the line that PEFT's `print_trainable_parameters` would print."""
     return (
-        "trainable params: {trainable_parameters:,d} || all params: {total_parameters:,d} || "
+        "trainable params: {trainable_parameters:,} || all params: {total_parameters:,} || "
         "trainable%: {trainable_percent:.4f}".format(**count_parameters(model))
     )
 
