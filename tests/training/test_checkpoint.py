@@ -65,10 +65,12 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
     ids=["cut", "no checksum", "a pickle"],
 )
 def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, damage):
-    newest, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
+    newest = tmp_path / CHECKPOINT
+    previous = tmp_path / PREVIOUS
     for step in (1, 2):
         write_checkpoint(tmp_path, STATE | {"step": step})
-    good, damaged = previous.read_bytes(), damage(newest.read_bytes())
+    good = previous.read_bytes()
+    damaged = damage(newest.read_bytes())
     newest.write_bytes(damaged)
     assert read_checkpoint(tmp_path)["step"] == 1
     warning = capsys.readouterr().err
@@ -136,7 +138,8 @@ def test_a_lack_of_memory_is_not_blamed_on_the_checkpoint(argv, tmp_path, monkey
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
 
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
-    before, ending = contents(tmp_path / "run"), run(main, *argv)
+    before = contents(tmp_path / "run")
+    ending = run(main, *argv)
     assert ending.status == 1 and ending.stderr.startswith("error: out of memory; try a smaller")
     assert contents(tmp_path / "run") == before
 
