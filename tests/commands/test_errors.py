@@ -15,8 +15,8 @@ import torch
 import evaluate
 import generate
 import train
+from adapters import merge
 from common.cli import number, steps_or_seconds
-from lora import merge
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
 from training.options import ROOT
@@ -104,7 +104,7 @@ MISTAKES = [
     ("evaluate --stride 17", "--stride 17"),
     ("evaluate --json book.txt/scores.json", "book.txt/s"),
     ("compare missing", "missing/run.json: cannot be read"),
-    ("compare held", "run.json: is not"),
+    ("compare held", "run.json: has no method"),
     ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("compare --json out", "--json is for a text"),
@@ -283,6 +283,7 @@ def test_each_command_would_succeed_without_its_mistake(tmp_path):
 
 START = """if __name__ == "__main__":  # before torch, whose import takes seconds
     from common import signals
+
     signals.install_exit_handlers()
 
 """
@@ -292,10 +293,10 @@ def test_each_command_is_a_script():
     """Others' tests start train.py (training/test_signals.py); all begin and end alike."""
     codes = [
         path.read_text()
-        for folder in (".", "lora", "training")
+        for folder in (".", "adapters", "training")
         for path in (ROOT / folder).glob("*.py")
     ]
-    commands = [code for code in codes if "\ndef main()" in code]
+    commands = [code for code in codes if "\ndef main(" in code]
     assert len(commands) >= len(COMMANDS)
     assert all(START in code for code in commands if "signals" in code)
     assert all(
