@@ -4,12 +4,14 @@ A training step with all of them, then one with each replaced by its plain twin,
 in one process; the ratio of two steps is taken within a round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
+
+from model.plain import OPERATIONS, plain_operations
 
 from benchmarks import ours
 from benchmarks.speed import run_apart
@@ -19,18 +21,17 @@ from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
 from model.hub import find_base
-from model.plain import OPERATIONS, plain_operations
 from model.weights import load_config
 
 TRAINED = [name for name in OPERATIONS if name != "score"]  # that one is evaluation's
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.operations", description=__doc__)
     parser.add_argument("--base", metavar="B", help="default: GPT-2 124M with random weights")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=number(int, 1, 30), default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tune_process()
     with TemporaryDirectory() as folder:
         if not args.base:

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from model.plain import plain_operations
 from torch import Tensor, nn
 
 from adapters.files import adapter_tensors, save_adapter
@@ -28,7 +29,6 @@ from common.cli import DEVICE, Parser, number
 from common.device import Device
 from common.errors import UserError, run_command
 from model.hub import find_base
-from model.plain import plain_operations
 from model.weights import load_config, save_gpt2
 from train import Trainer
 from training.options import BOOK, Options
@@ -42,8 +42,8 @@ DRAWS = (1, 2, 3)  # of the PEFT runs whose spread is measured; ours have 0
 RESUMED_STEPS = 10
 
 
-def main() -> int:
-    opts = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    opts = parse_args(argv)
     torch.set_float32_matmul_precision("highest")  # an image may switch TF32 on
     began, report = time.perf_counter(), Report()
     print(
@@ -83,7 +83,7 @@ def compare(opts: Namespace, report: Report) -> None:
     full(opts, report)
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(prog="benchmarks.parity", description=__doc__)
     parser.add_argument("--base", default="mini", metavar="B", help="as train.py's (default: mini)")
     parser.add_argument("--book", type=Path, default=BOOK, help="UTF-8 text file")

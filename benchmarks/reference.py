@@ -12,6 +12,7 @@ the last position on nothing. As no position sees a later one, that is to the le
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,8 +52,8 @@ RUN_LENGTH = 16  # tokens in a row, looked for in the training part
 TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences, drawn at random
 
 
-def main() -> None:
-    opts = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    opts = parse_args(argv)
     tokens = load_tokens(opts.book, ours.tokenizer(opts.directory))
     training, validation = split(tokens, VAL_FRACTION)
     windows = Windows(validation, SCORED, 1, SHIFT)
@@ -92,7 +93,7 @@ def main() -> None:
     )
 
 
-def parse_args() -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(
         prog="benchmarks.reference",
         description=__doc__,
@@ -117,7 +118,7 @@ def parse_args() -> Namespace:
         help="score only so many validation windows by the reference's measure, "
         "evenly spaced (default: all)",
     )
-    opts, opts.more = parser.parse_known_args()
+    opts, opts.more = parser.parse_known_args(argv)
     opts.base, opts.directory = find_base(opts.base)
     chosen = ours.options(opts.only[0], *METHODS[opts.only[0]].split(), *opts.more)
     opts.device = Device.pick(chosen.device, chosen.precision, train=True)

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from itertools import product
@@ -51,8 +52,8 @@ AXES = {
 SMALL_BATCH = 4  # while the block grows
 
 
-def main() -> int:
-    opts = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    opts = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the process measured as well
     with TemporaryDirectory() as folder:
         if not opts.base:
@@ -77,7 +78,7 @@ def main() -> int:
     return 1 if any(failed) else 0
 
 
-def parse_args() -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(prog="benchmarks.speed", description=__doc__)
     parser.add_argument(
         "--base", metavar="B", help="as train.py's (default: GPT-2 124M with random weights)"
@@ -117,7 +118,7 @@ def parse_args() -> Namespace:
         metavar="DIR",
         help="where the figures and pictures go",
     )
-    opts = parser.parse_args()
+    opts = parser.parse_args(argv)
     device = Device.pick(opts.device, train=True)
     opts.device, cuda = device.torch_device.type, device.is_cuda
     native = device.precision if cuda else "bf16"  # fp16 where bf16 would be emulated

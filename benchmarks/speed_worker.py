@@ -10,13 +10,14 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from model.plain import plain_operations
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,6 @@ from lora.inject import inject
 from lora.layer import LoRAConfig
 from model import fast as ops
 from model.gpt2 import GPT2, GPT2Config
-from model.plain import plain_operations
 from model.sampling import generate
 from model.weights import load_config, save_gpt2
 from training.options import Options
@@ -112,9 +112,9 @@ class Task:
         return windows.batch(windows.epoch_order(args.seed, 0)[: self.batch_size])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")  # the libraries', about each other
-    task = Task(**json.loads(sys.argv[1]))
+    task = Task(**json.loads((argv or sys.argv[1:])[0]))
     figures = json.dumps(measure(task))
     if os.environ.get("RANK", "0") == "0":
         print(figures)

@@ -4,6 +4,7 @@ On mini in fp32, in turn with plain LoRA on one core; and the bytes that autogra
 backward pass of one step, without the parameters.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -29,10 +30,10 @@ VARIANTS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.variants", description=__doc__)
     parser.add_argument("--rounds", type=number(int, 1, 100), default=8)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tune_process()
     torch.set_num_threads(1)
     trainers = {

@@ -9,6 +9,7 @@ import os
 import time
 import traceback
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from common.files import atomic_path, write_json
 from training.options import ROOT
 
 
-def main() -> int:
-    opts = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    opts = parse_args(argv)
     tune_process()
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic matmuls need
     parts = []
@@ -36,7 +37,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def parse_args() -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(prog="benchmarks.verify_gpu", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="small, on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", metavar="DIR")
@@ -48,7 +49,7 @@ def parse_args() -> Namespace:
         metavar="PART",
         help=f"default: {' '.join(PARTS)}",
     )
-    opts = parser.parse_args()
+    opts = parser.parse_args(argv)
     if not opts.dry_run and not torch.cuda.is_available():
         raise UserError("torch finds no GPU; --dry-run tries the script on a CPU")
     opts.only = [part for part in PARTS if part in opts.only]  # speed undoes what resume needs
