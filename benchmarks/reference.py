@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scored = np.linspace(0, len(windows) - 1, count).astype(int)  # evenly spaced
     figures = {}
     for method, run in runs.items():
-        figures[method] = score(opts, method, windows, scored) | told_by(run)
+        figures[method] = score(opts, method, windows, scored) | facts_of(run)
 
     report(opts, figures, count, len(windows))
     write_json(
@@ -170,7 +170,7 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
     }
 
 
-def told_by(run: dict) -> dict:
+def facts_of(run: dict) -> dict:
     """Return what the table and the figures take from `run.json`; 0 for the base, not trained."""
     keys = ("trainable_parameters", "trainable_percent", "steps", "seconds")
     return {key: run.get(key, 0) for key in keys}

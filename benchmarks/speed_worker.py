@@ -149,9 +149,9 @@ def evaluate(task: Task, device: Device) -> Call:
     inputs, targets = task.batch()
     if task.side == "ours":
         base = Path(task.base)
-        ours_model = ours.load(base, None, device)
+        model = ours.load(base, None, device)
         tokenizer = ours.tokenizer(base)
-        return lambda: ours.score(ours_model, [(inputs, targets)], tokenizer, device).loss
+        return lambda: ours.score(model, [(inputs, targets)], tokenizer, device).loss
 
     from benchmarks.peft_loop import mean_loss
 
@@ -170,24 +170,24 @@ def write_text(task: Task, device: Device) -> Call:
     """Continue a prompt by NEW_TOKENS, or as many as the base sees; warms up by itself."""
     inputs, _ = task.batch()
     prompt = inputs[0, :PROMPT_TOKENS].to(device.torch_device)
-    write = ours_writing if task.side == "ours" else their_writing
-    continue_by = write(task, device, prompt)
+    make_writer = our_writer if task.side == "ours" else their_writer
+    write = make_writer(task, device, prompt)
     most = min(NEW_TOKENS, load_config(Path(task.base)).n_positions - PROMPT_TOKENS)
 
     def in_precision(count: int = most) -> list[int]:
         with replace(device, precision=task.autocast).autocast():
-            return continue_by(count)
+            return write(count)
 
     in_precision(WARM_UP_TOKENS)
     return in_precision
 
 
-def ours_writing(task: Task, device: Device, prompt: Tensor) -> Callable[[int], list[int]]:
+def our_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], list[int]]:
     model = ours.load(Path(task.base), None, device)
     return lambda count: list(generate(model, prompt, count, temperature=0))
 
 
-def their_writing(task: Task, device: Device, prompt: Tensor) -> Callable[[int], list[int]]:
+def their_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], list[int]]:
     model = build_theirs(task, device).eval()
     model.generation_config.eos_token_id = None  # no end, and no processor that forbids it
 
