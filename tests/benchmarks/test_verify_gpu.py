@@ -64,6 +64,18 @@ def test_a_fault_and_an_exception_fail_and_the_next_part_runs(tmp_path, monkeypa
     assert "failed: operations, resume" in ending.stdout
 
 
+def test_a_fault_in_a_gradient_alone_is_found(tmp_path, monkeypatch):
+    def wrong_gradient(*args):
+        y = plain.causal_attention(*args)
+        return 1.01 * y - (0.01 * y).detach()
+
+    monkeypatch.setattr(fast, "causal_attention", wrong_gradient)
+    ending, parts = verify(tmp_path, "--only", "operations")
+    broken = [check["name"] for check in parts["operations"]["checks"] if not check["ok"]]
+    assert ending.status == 1
+    assert broken == ["fp32: attention, 33 tokens", "fp32: attention, 300 tokens"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_without_a_gpu_it_refuses_in_one_line(tmp_path):
     line = one_line(run(verify_gpu.main, "--out", tmp_path / "out"), 2)
