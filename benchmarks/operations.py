@@ -4,26 +4,23 @@ A training step with all of them, then one with each replaced by its plain twin,
 in one process; the ratio of two steps is taken within a round.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
 
-from model.plain import OPERATIONS, plain_operations
-
 from benchmarks import ours
 from benchmarks.speed import run_apart
 from benchmarks.speed_report import spread, text
-from benchmarks.speed_worker import Task
+from benchmarks.speed_tasks import Task
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
 from model.hub import find_base
 from model.weights import load_config
 
-TRAINED = [name for name in OPERATIONS if name != "score"]  # that one is evaluation's
+TRAINED = [name for name in ours.OPERATIONS if name != "score"]  # that one is evaluation's
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,58 +30,57 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=number(int, 1, 30), default=5)
     args = parser.parse_args(argv)
     tune_process()
+
+    rows = []
     with TemporaryDirectory() as folder:
         if not args.base:
             run_apart(Task("base", folder))
-        base = find_base(args.base or folder)[1]
-        rows = [
-            row
-            for method, precision in product(("lora", "full"), args.precision)
-            for row in measure(base, method, precision, args.rounds)
-        ]
+        _, base = find_base(args.base or folder)
+        for method in ("lora", "full"):
+            for precision in args.precision:
+                rows += measure(base, method, precision, args.rounds)
     print_table(("plain", "method", "precision", "its step / the fast step"), rows)
 
 
 def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[str, ...]]:
-    trainer = ours.make_trainer(
-        ours.options(
-            method,
-            "--base",
-            base,
-            "--device",
-            "cpu",
-            "--precision",
-            precision,
-            "--batch-size",
-            16,
-            "--block-size",
-            min(128, load_config(base).n_positions),
-            "--base-dropout",
-            0.1,
-            "--max-steps",
-            1000,
-        )
-    )  # the schedule, and not what is run
+    """Return a row for each operation that is replaced, with the ratio of its step."""
+    options = ours.options(
+        method,
+        base=base,
+        device="cpu",
+        precision=precision,
+        batch_size=16,
+        block_size=min(128, load_config(base).n_positions),
+        base_dropout=0.1,
+        max_steps=1000,  # the schedule, and not what is run
+    )
+    trainer = ours.make_trainer(options)
     fast = partial(ours.step, trainer, next(trainer.batches()))
     fast()  # warms up
-    slower = {name: plain_operations(name)(fast) for name in TRAINED}
-    ratios = in_turn({"none": fast, **slower, "all of them": plain_operations()(fast)}, rounds)
+
+    steps = {"none": fast}
+    for name in TRAINED:
+        steps[name] = ours.plain_operations(name)(fast)
+    steps["all of them"] = ours.plain_operations()(fast)
+    ratios = in_turn(steps, rounds)
     return [(name, method, precision, ratio) for name, ratio in ratios.items()]
 
 
-def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, str]:
+def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, str]:
     """Time each call once a round; return its time over the first call's in the same round, as
     median (least..most).
     """
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(timeit(call, number=1))
+
     first = next(iter(times.values()))
-    return {
-        name: text(spread([a / b for a, b in zip(taken, first, strict=True)]))
-        for name, taken in times.items()
-    }
+    ratios = {}
+    for name, taken in times.items():
+        quotients = [mine / base for mine, base in zip(taken, first, strict=True)]
+        ratios[name] = text(spread(quotients))
+    return ratios
 
 
 if __name__ == "__main__":

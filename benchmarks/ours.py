@@ -2,33 +2,57 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from torch import Tensor, nn
 
 import train
-from adapters.files import load_adapter
+from adapters import files
+from adapters.merge import merge, unwrap
 from common.device import Device
 from common.signals import HANDLED
 from data.windows import Windows
 from evaluate import Scores
 from evaluate import evaluate as score
-from model.gpt2 import GPT2
+from lora.inject import inject
+from lora.layer import LoRAConfig
+from model.gpt2 import GPT2, GPT2Config
+from model.plain import OPERATIONS, plain_operations
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
-from model.weights import load_config, load_gpt2
+from model.weights import load_config, load_gpt2, save_gpt2
 from training.build import load_data
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import read_run
 
+# `score` is evaluate.py's. `plain_operations` makes a model compute with PyTorch's own calls: with
+# all of OPERATIONS, or with those named.
+__all__ = ["OPERATIONS", "plain_operations", "score"]
 
-def options(method: str, *more: object) -> Options:
-    """Return `train.py`'s options, defaults included."""
-    return parse_options("-", [method, *map(str, more)])
+
+def command_line(method: str, *more: object, **values: object) -> list[str]:
+    """Return arguments of `train.py`. A keyword is an option: `max_steps=3` is `--max-steps 3`, and
+    True or False a switch that is on or off. `more` comes last, so it wins.
+    """
+    argv = [method]
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            argv.append(flag)
+        elif value is not False:
+            argv += [flag, str(value)]
+    return [*argv, *map(str, more)]
+
+
+def options(method: str, *more: object, **values: object) -> Options:
+    """Return `train.py`'s options by `command_line`, defaults included."""
+    return parse_options("-", command_line(method, *more, **values))
 
 
 @cache  # so that what is timed does not load it
@@ -39,7 +63,10 @@ def tokenizer(base: Path) -> Tokenizer:
 def data(made: Options) -> tuple[Windows, Windows]:
     """Return the windows of the book's two parts; `--base` is a directory."""
     base = Path(made.base)
-    return load_data(made, load_config(base), tokenizer(base))
+    training, validation = load_data(made, load_config(base), tokenizer(base))
+    assert isinstance(training, Windows)
+    assert isinstance(validation, Windows)
+    return training, validation
 
 
 def make_trainer(made: Options, ranks: Ranks = ALONE) -> train.Trainer:
@@ -65,21 +92,47 @@ def evaluate(
     return score(model, batches, tokenizer(base), device)
 
 
-def run(argv: list[str]) -> dict:
+def run(argv: Sequence[str]) -> dict:
     """Run `train.py ARGV` in this process; return its `run.json`."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     try:
-        with mock.patch.object(sys, "argv", ["train.py", *argv]):
+        with mock.patch.object(sys, "argv", ["train.py", *argv]):  # until train.main takes argv
             train.main()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return read_run(parse_options("-", argv).out)
+    return read_run(parse_options("-", list(argv)).out)
 
 
 def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     """Load a base and, if given, an adapter on it, as `evaluate.py` and `generate.py` do."""
     model = load_gpt2(base, device.dtype)
     if adapter:
-        load_adapter(model, adapter)
-    return device.place(model)
+        files.load_adapter(model, adapter)
+    device.place(model)
+    return model
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter's own tensors, not copies, by the names in PEFT's file."""
+    return files.adapter_tensors(model)
+
+
+def save_adapter(model: GPT2, made: Options, directory: Path) -> None:
+    """Save the model's adapter in PEFT's format, as `train.py` does."""
+    files.save_adapter(model, made.lora_config, directory, made.base)
+
+
+def save_merged(model: GPT2, directory: Path) -> None:
+    """Merge the model's adapter into it and save the whole; the adapter is gone."""
+    merge(model)
+    unwrap(model)
+    save_gpt2(model, directory)
+
+
+def random_model(config: GPT2Config, rank: int | None) -> GPT2:
+    """Make a model with random weights and, with a rank, LoRA on c_attn."""
+    model = GPT2(config)
+    if rank:
+        inject(model, LoRAConfig(r=rank, target_modules=("c_attn",)))
+    return model
