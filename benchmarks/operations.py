@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
 
+from torch import nn
+
 from benchmarks import ours
 from benchmarks.speed import run_apart
 from benchmarks.speed_report import spread, text
@@ -17,10 +19,17 @@ from benchmarks.speed_tasks import Task
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
+from model.fast import FAST, accelerate
+from model.gpt2 import GPT2, Attention
 from model.hub import find_base
 from model.weights import load_config
 
-TRAINED = [name for name in ours.OPERATIONS if name != "score"]  # that one is evaluation's
+OPERATIONS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "dropout": nn.Dropout,
+    "attention": Attention,
+    "loss": GPT2,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,12 +67,23 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
     fast = partial(ours.step, trainer, next(trainer.batches()))
     fast()  # warms up
 
-    steps = {"none": fast}
-    for name in TRAINED:
-        steps[name] = ours.plain_operations(name)(fast)
-    steps["all of them"] = ours.plain_operations()(fast)
+    steps: dict[str, Callable[[], object]] = {"none": fast}
+    for name, kind in OPERATIONS.items():
+        steps[name] = partial(run_plain, trainer.model, [kind], fast)
+    steps["all of them"] = partial(run_plain, trainer.model, list(FAST), fast)
     ratios = in_turn(steps, rounds)
     return [(name, method, precision, ratio) for name, ratio in ratios.items()]
+
+
+def run_plain(
+    model: nn.Module, kinds: Sequence[type[nn.Module]], step: Callable[[], object]
+) -> None:
+    """Run a step with these plain classes in place of their fast ones; put those back."""
+    accelerate(model, {FAST[kind]: kind for kind in kinds})
+    try:
+        step()
+    finally:
+        accelerate(model)
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, str]:

@@ -1,12 +1,9 @@
 """This project's side of every benchmark: the only file here that calls the training code."""
 
 import signal
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,19 +18,17 @@ from evaluate import Scores
 from evaluate import evaluate as score
 from lora.inject import inject
 from lora.layer import LoRAConfig
+from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
-from model.plain import OPERATIONS, plain_operations
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_config, load_gpt2, save_gpt2
-from training.build import load_data
+from training.build import build_model, load_data, resolve
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import read_run
 
-# `score` is evaluate.py's. `plain_operations` makes a model compute with PyTorch's own calls: with
-# all of OPERATIONS, or with those named.
-__all__ = ["OPERATIONS", "plain_operations", "score"]
+__all__ = ["score"]  # `evaluate` of evaluate.py
 
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:
@@ -63,18 +58,25 @@ def tokenizer(base: Path) -> Tokenizer:
 def data(made: Options) -> tuple[Windows, Windows]:
     """Return the windows of the book's two parts; `--base` is a directory."""
     base = Path(made.base)
-    training, validation = load_data(made, load_config(base), tokenizer(base))
-    assert isinstance(training, Windows)
-    assert isinstance(validation, Windows)
-    return training, validation
+    loaded = load_data(made, base, load_config(base))
+    assert isinstance(loaded.training, Windows)
+    assert isinstance(loaded.validation, Windows)
+    return loaded.training, loaded.validation
 
 
-def make_trainer(made: Options, ranks: Ranks = ALONE) -> train.Trainer:
-    """Build what `train.py` has before its first step; `--base` is a directory."""
-    device = Device.pick(made.device, made.precision, train=True)
-    device.set_tf32(made.allow_tf32)
-    made = replace(made, precision=device.precision)
-    return train.Trainer(made, Path(made.base), device, ranks)
+def make_trainer(asked: Options, ranks: Ranks = ALONE, fast: bool = True) -> train.Trainer:
+    """Build what `train.py` has before its first step; `--base` is a directory.
+
+    `fast`: with the model as `train.py` makes it, or as plain as `model/gpt2.py`.
+    """
+    base = Path(asked.base)
+    device = Device.pick(asked.device, asked.precision, train=True)
+    device.set_tf32(asked.allow_tf32)
+    made = resolve(asked, asked.base, device)
+    if fast:
+        return train.make_trainer(made, base, device, ranks)
+    model = build_model(made, base, device.dtype)
+    return train.Trainer(made, model, load_data(made, base, model.config), device, ranks)
 
 
 def step(trainer: train.Trainer, batch: np.ndarray) -> float:
@@ -96,8 +98,7 @@ def run(argv: Sequence[str]) -> dict:
     """Run `train.py ARGV` in this process; return its `run.json`."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     try:
-        with mock.patch.object(sys, "argv", ["train.py", *argv]):  # until train.main takes argv
-            train.main()
+        train.main(argv)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -110,6 +111,7 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     if adapter:
         files.load_adapter(model, adapter)
     device.place(model)
+    accelerate(model)
     return model
 
 
@@ -120,7 +122,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(model: GPT2, made: Options, directory: Path) -> None:
     """Save the model's adapter in PEFT's format, as `train.py` does."""
-    files.save_adapter(model, made.lora_config, directory, made.base)
+    assert made.lora
+    files.save_adapter(model, made.lora, directory, made.base)
 
 
 def save_merged(model: GPT2, directory: Path) -> None:

@@ -129,11 +129,12 @@ def compare(opts: Namespace, report: Report) -> None:
 def exact(opts: Namespace, report: Report) -> tuple[Run, Run]:
     """Check that in fp32, on one thread, no bit differs from the seeded adapter to the trained."""
     args = train_options(opts, "lora", "--device", "cpu")
+    assert args.lora
     print(
         f"\nexact: fp32, CPU, one thread, dropout {args.base_dropout} in the base and "
-        f"{args.lora_config.lora_dropout} in LoRA"
+        f"{args.lora.lora_dropout} in LoRA"
     )
-    here, there = train_both(args, as_conv1d=True)
+    here, there = train_both(args, exact=True)
 
     compare_counts(report, here, there)
     compare_exactly(report, "exact", here, there)
@@ -231,7 +232,7 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
     from_theirs = train_options(opts, "lora", *more, str(folder / "peft"))
     from_ours = train_options(opts, "lora", *more, str(folder / "ours"))
 
-    here, trainer = train_here(from_theirs, 0, as_conv1d=True)
+    here, trainer = train_here(from_theirs, 0, exact=True)
     there = train_there(from_ours, trainer, draws=0)
     compare_exactly(report, "resumed", here, there)
 

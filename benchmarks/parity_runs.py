@@ -53,12 +53,11 @@ def train_options(opts: Namespace, method: str, *more: str) -> Options:
 
 @contextmanager
 def to_the_bit() -> Iterator[None]:
-    """Use PyTorch's own operations on one thread: more split sums, and not every time alike."""
+    """Use one thread: more split sums, and not every time alike."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ours.plain_operations():
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -72,9 +71,10 @@ def store_as_conv1d(model: nn.Module) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def train_here(args: Options, draws: int, as_conv1d: bool = False) -> tuple[Run, Trainer]:
-    trainer = ours.make_trainer(args)
-    if as_conv1d:
+def train_here(args: Options, draws: int, exact: bool = False) -> tuple[Run, Trainer]:
+    """Run `train.py`'s steps; `exact`: by PyTorch's own operations, as transformers calls them."""
+    trainer = ours.make_trainer(args, fast=not exact)
+    if exact:
         store_as_conv1d(trainer.model)
     adapter = ours.adapter_tensors(trainer.model)
     initial = snapshot(adapter)
@@ -91,10 +91,10 @@ def train_there(args: Options, trainer: Trainer, draws: int) -> Run:
 
     torch.manual_seed(draws)
     batches = list(trainer.batches(0))
-    losses, means = peft_loop.train(model, args, trainer.windows.tokens, batches)
+    losses, means = peft_loop.train(model, args, trainer.data.training.tokens, batches)
     return Run(losses, initial, snapshot(peft_loop.adapter_tensors(model)), model, means)
 
 
-def train_both(args: Options, as_conv1d: bool = False) -> tuple[Run, Run]:
-    here, trainer = train_here(args, 0, as_conv1d)
+def train_both(args: Options, exact: bool = False) -> tuple[Run, Run]:
+    here, trainer = train_here(args, 0, exact)
     return here, train_there(args, trainer, draws=0)

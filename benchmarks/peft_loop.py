@@ -60,7 +60,8 @@ def build(args: Options) -> StockModel:
 
 def add_lora(base: StockModel, args: Options) -> PeftModel:
     """Put PEFT's new adapter, seeded, into the base."""
-    lora = args.lora_config
+    lora = args.lora
+    assert lora
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,

@@ -108,8 +108,8 @@ def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repe
     made.model.eval()
     train_ids, _ = token_parts(repeated.book)
     x, y = reference_windows(train_ids)
-    assert len(made.windows) == len(x)
-    inputs, targets = made.windows.batch(np.arange(len(x)))
+    assert len(made.data.training) == len(x)
+    inputs, targets = made.data.training.batch(np.arange(len(x)))
     ours = made.summed_loss(inputs, targets) / targets.numel()
     theirs = stock_model(repeated.base)(input_ids=x, labels=y).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_peft, gpu_training, speed_worker, verify_gpu
-from model import fast, plain
+from benchmarks.gpu_operations import PLAIN
+from model import fast
 from tests.helpers import tiny_gpt2_directory
 from tests.ranks import fork
 from tests.runs import one_line, run
@@ -48,7 +49,7 @@ def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
 
 def test_a_fault_and_an_exception_fail_and_the_next_part_runs(tmp_path, monkeypatch):
     def wrong(*args):
-        return 1.01 * plain.linear(*args)
+        return 1.01 * PLAIN["linear"](*args)
 
     def raises(opts, report):
         raise RuntimeError("CUDA error: an illegal memory access\nmore")
@@ -66,7 +67,7 @@ def test_a_fault_and_an_exception_fail_and_the_next_part_runs(tmp_path, monkeypa
 
 def test_a_fault_in_a_gradient_alone_is_found(tmp_path, monkeypatch):
     def wrong_gradient(*args):
-        y = plain.causal_attention(*args)
+        y = PLAIN["causal_attention"](*args)
         return 1.01 * y - (0.01 * y).detach()
 
     monkeypatch.setattr(fast, "causal_attention", wrong_gradient)
