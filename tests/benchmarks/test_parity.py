@@ -130,8 +130,8 @@ def opts(base, book):
 
 
 def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
-    def make_trainer(args, make=ours.make_trainer):
-        trainer = make(args)
+    def make_trainer(args, make=ours.make_trainer, **fast):
+        trainer = make(args, **fast)
         trainer.model.set_dropout(0.5)  # on our side alone, in place of 0.1
         return trainer
 
