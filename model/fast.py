@@ -8,11 +8,11 @@ of one model these classes; parameters, buffers and names stay as they are.
 | `nn.Linear` on a CPU, fp32 | oneDNN's matmul | it is faster than MKL's |
 | `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
 | attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
-| the loss and the scores | logits in chunks | they are never whole |
+| the loss and the scores | logits in chunks | whole, they would be the largest tensor |
 
-Elsewhere, and under torch.compile, they call what they replace. `python -m benchmarks.operations`
-measures what each of them gains (docs/speed.md), and tests/model/test_fast.py holds each to its
-parent.
+On other devices they call what they replace, the loss excepted; so do, under torch.compile, linear
+layers and dropout. `python -m benchmarks.operations` measures what each of them gains
+(docs/speed.md), and tests/model/test_fast.py holds each to its parent.
 """
 
 import math
@@ -54,7 +54,7 @@ class FastAttention(Attention):
 
 
 class FastGPT2(GPT2):
-    """GPT-2 whose logits, in training and scoring, exist in chunks alone."""
+    """GPT-2 that computes its logits, in training and scoring, only chunk by chunk."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.wte.weight)
