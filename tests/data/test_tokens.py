@@ -19,7 +19,7 @@ from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.tokenizer_files import load_tokenizer
 from tests.helpers import refusal, small_tokenizer
 
-GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2, 50257), small_tokenizer(300)
+GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2_FILES, 50257), small_tokenizer(300)
 OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+(?= )|\s|.")
 WHITE_SPACE = [replace(SMALL, special={text: 299}) for text in ("a '", "1 ", "\n\n")]
 TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
@@ -68,15 +68,15 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
     monkeypatch.setattr(load_tokens, "__defaults__", (tmp_path / "cache",))
     texts = tmp_path / "some texts"
     texts.mkdir()
-    for name in ("b.txt", "a.txt", "notes.md"):
+    for name in ("b.txt", "A.TXT", "notes.md"):
         (texts / name).write_text(f"The text of {name}.\n")
-    a, b = (GPT2.encode(f"The text of {name}.\n").tolist() for name in ("a.txt", "b.txt"))
+    a, b = (GPT2.encode(f"The text of {name}.\n").tolist() for name in ("A.TXT", "b.txt"))
     end = [GPT2.end_of_text]
     for paths, ids in (
         ([texts / "b.txt"], b),
         ([texts], a + end + b),
-        ([texts / "b.txt", texts / "a.txt"], b + end + a),
-        ([texts, texts / "a.txt"], a + end + b + end + a),
+        ([texts / "b.txt", texts / "A.TXT"], b + end + a),
+        ([texts, texts / "A.TXT"], a + end + b + end + a),
     ):
         tokens = load_books(paths, GPT2)
         assert tokens.tolist() == ids and tokens.dtype == np.uint16
@@ -122,6 +122,45 @@ def test_a_second_run_reads_the_cache(tmp_path):
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+DAMAGES = {
+    "cut": lambda data: data[:1000],
+    "cut to an odd length": lambda data: data[:-1],
+    "cut in the hash": lambda data: data[:7],
+    "empty": lambda data: b"",
+    "zeroed": lambda data: bytes(len(data)),
+    "zeroed at the end": lambda data: data[:-512] + bytes(512),
+    "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:],
+    "one bit of the hash": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "longer": lambda data: data + b"ab",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again_with_one_line(damage, tmp_path, capsys):
+    book, cache = write(tmp_path, 20 * TEXT), tmp_path / "cache"
+    load_tokens(book, SMALL, cache)
+    [path] = cache.iterdir()
+    whole_file = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole_file))
+    assert capsys.readouterr().err == ""
+    assert load_tokens(book, SMALL, cache).tolist() == whole(20 * TEXT)
+    assert capsys.readouterr().err == f"warning: {path}: is damaged; making it again\n"
+    assert path.read_bytes() == whole_file
+    assert load_tokens(book, SMALL, cache).tolist() == whole(20 * TEXT)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_cache_of_another_book_is_not_believed(tmp_path, capsys):
+    cache = tmp_path / "cache"
+    load_tokens(write(tmp_path, TEXT), SMALL, cache)
+    [first] = cache.iterdir()
+    load_tokens(write(tmp_path, TEXT + "More."), SMALL, cache)
+    [second] = {*cache.iterdir()} - {first}
+    second.write_bytes(first.read_bytes())
+    assert load_tokens(tmp_path / "book.txt", SMALL, cache).tolist() == whole(TEXT + "More.")
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
     cache, swapped = tmp_path / "cache", (*range(297), 298, 297)
     tokenizers = (
@@ -158,6 +197,8 @@ BAD_BOOKS = {
     "after a byte order mark": (b"\xef\xbb\xbfabc\xffdef", "byte 6: invalid start byte"),
     "cut in a character": ("日本".encode()[:-1], "byte 3: unexpected end of data"),
     "far into it": ("日本 ".encode() * 50_000 + b"\xe6 ", "byte 350,000: invalid continuation"),
+    "NULs": (bytes(3000), "holds a NUL"),
+    "a NUL": (b"a b" * 50_000 + b"\0", "holds a NUL"),
     "no spaces": (b"a b" + b"x" * 300_000 + b" c", "characters without a space or a new line"),
     "only blanks": (b"a" + b" " * 3_000_000, "characters without a space or a new line"),
 }
