@@ -12,14 +12,13 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import NotWritable, atomic_path, file_sha256, open_file
-from model.tokenizer import PATTERN, Tokenizer
+from model.tokenizer import LONGEST_RUN, Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
 HEADER = hashlib.sha256().digest_size  # bytes before the ids in a cached file
 BLOCK = 1 << 20  # bytes hashed at a time
 PIECE = 1 << 16  # characters read at a time, so that memory does not grow with the book
 WORDS = re.compile(r"(.*\S(?=[ \n]))?", re.DOTALL)  # up to the last space that follows a word
-LONGEST_RUN = 1 << 16  # characters without a boundary; tiktoken slows down and fails on long runs
 
 
 def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
@@ -36,7 +35,7 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
     if len(parts) == 1:
         return parts[0]
 
-    end = np.array([require_end_of_text(tokenizer)], tokenizer.dtype)
+    end: np.ndarray = np.array([require_end_of_text(tokenizer)], tokenizer.dtype)
     joined = [parts[0]]
     for part in parts[1:]:
         joined += [end, part]
@@ -132,20 +131,19 @@ def _encoded(book: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
 def _pieces(book: Path, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield the text in pieces that tokenize as the whole does.
 
-    GPT-2's pattern never joins a visible character to white space that follows it, so each
-    piece ends before the last white space that follows a visible character. With another pattern,
-    or a special token in which white space follows a visible character, the whole is one piece.
+    Each piece ends before the last white space that follows a visible character. With a tokenizer
+    that may join the two, the whole is one piece.
     """
-    whole = tokenizer.pattern != PATTERN or any(len(f"{t}.".split()) > 1 for t in tokenizer.special)
+    size = PIECE if tokenizer.splits_at_spaces else -1
     rest = ""
     empty = True
     with open(book, encoding="utf-8-sig") as file:
-        while new := _read(file, -1 if whole else PIECE):
+        while new := _read(file, size):
             if "\0" in new:
                 raise UserError(f"{book}: holds a NUL character; not a text")
             empty = False
             text = rest + new
-            cut = len(text) if whole else WORDS.match(text).end()
+            cut = _last_boundary(text) if tokenizer.splits_at_spaces else len(text)
             if cut:
                 yield text[:cut]
             rest = text[cut:]
@@ -158,6 +156,12 @@ def _pieces(book: Path, tokenizer: Tokenizer) -> Iterator[str]:
         raise UserError(f"{book}: is empty; give a text")
     if rest:
         yield rest
+
+
+def _last_boundary(text: str) -> int:
+    """Return where the last space or new line after a visible character is, or 0."""
+    match = WORDS.match(text)
+    return match.end() if match else 0
 
 
 def _read(file: TextIO, size: int) -> str:

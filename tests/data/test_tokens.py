@@ -9,18 +9,43 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from data import tokens as tokens_module
 from data.tokens import load_books, load_tokens
 from model import tokenizer_files
-from model.tokenizer import END_OF_TEXT, Tokenizer
+from model.tokenizer import END_OF_TEXT, TiktokenTokenizer, Tokenizer
 from model.tokenizer_files import load_tokenizer
-from tests.helpers import refusal, small_tokenizer
+from tests.helpers import refusal, small_tokenizer, write_small_tokenizer
+
+
+def other_pattern() -> Tokenizer:
+    """SMALL, where the word before a space is another than the one at the end of a piece."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_small_tokenizer(Path(directory), 300)
+        path = Path(directory, "tokenizer.json")
+        engine = tokenizers.Tokenizer.from_file(str(path))
+        split = pre_tokenizers.Split(Regex(r"\p{L}+(?= )|\s|."), "isolated")
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        engine.pre_tokenizer = pre_tokenizers.Sequence([split, last])
+        engine.save(str(path))
+        return load_tokenizer(Path(directory), 300)
+
+
+def bert() -> Tokenizer:
+    """A WordPiece tokenizer of the characters in PARTS."""
+    with tempfile.TemporaryDirectory() as directory:
+        characters = [*"sa1.é汉😀'", *(f"##{c}" for c in "sa1é汉😀l"), "##ll"]
+        words = ["[UNK]", "[SEP]", "[MASK]", *characters]
+        Path(directory, "vocab.txt").write_text("\n".join(words))
+        return load_tokenizer(Path(directory), 300)
+
 
 GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2_FILES, 50257), small_tokenizer(300)
-OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+(?= )|\s|.")
+OTHER_PATTERN, BERT = other_pattern(), bert()
 WHITE_SPACE = [replace(SMALL, special={text: 299}) for text in ("a '", "1 ", "\n\n")]
 TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
 PARTS = [*" \n\r\t'sa1.é汉\u00a0\u3000\x1c\x85\u200d\ufeff😀", END_OF_TEXT, "'ll", "  ", "\n\n\n"]
@@ -40,7 +65,7 @@ def write(directory: Path, content: str | bytes) -> Path:
 @given(
     parts=st.lists(st.sampled_from(PARTS)),
     piece=st.integers(1, 50),
-    tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, *WHITE_SPACE]),
+    tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, BERT, *WHITE_SPACE]),
 )
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[0])
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[1])
@@ -96,9 +121,9 @@ def test_memory_does_not_grow_with_the_book(tmp_path):
     script = f"""
 from pathlib import Path
 from data.tokens import load_tokens
-from model.tokenizer import PATTERN, Tokenizer
+from model.tokenizer import TiktokenTokenizer
 letters = tuple(bytes([i]) for i in range(256))
-tokenizer = Tokenizer(PATTERN, letters, tuple(range(256)), {{}}, None, 256, Path())
+tokenizer = TiktokenTokenizer({{}}, None, 256, Path(), {{}}, letters, tuple(range(256)))
 for book in ("1.txt", "8.txt"):
     load_tokens(Path({str(tmp_path)!r}, book), tokenizer, Path({str(tmp_path / "cache")!r}))
     print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
@@ -183,8 +208,8 @@ def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tokens_module, "PIECE", 20)
-    calls = iter([Tokenizer.encode] * 2)
-    monkeypatch.setattr(Tokenizer, "encode", lambda *args: next(calls, interrupt)(*args))
+    calls = iter([TiktokenTokenizer.encode] * 2)
+    monkeypatch.setattr(TiktokenTokenizer, "encode", lambda *args: next(calls, interrupt)(*args))
     with pytest.raises(KeyboardInterrupt):
         load_tokens(write(tmp_path, TEXT), SMALL, tmp_path / "cache")
     assert next(calls, None) is None and list((tmp_path / "cache").iterdir()) == []
