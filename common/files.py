@@ -93,7 +93,9 @@ def open_file(path: Path) -> BinaryIO:
     raise UserError(f"{path}: cannot be read ({reason})")
 
 
-def check_number(path: Path, field: str, value: object, kind: type, low: float, high: float):
+def check_number(
+    path: Path, field: str, value: object, kind: type | tuple[type, ...], low: float, high: float
+):
     """Return a number from a file. Raises UserError unless it is from `low` to `high`."""
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
