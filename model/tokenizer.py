@@ -228,8 +228,8 @@ class LibraryTokenizer(Tokenizer):
             text = text.replace(END_OF_TEXT, self.end_text)
         try:
             ids = self.engine.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
-            raise
+        except TypeError as error:  # half a character, as JSON's "\ud800" is
+            raise ValueError("the text is not Unicode") from error
         except Exception as error:  # the library has no class of its own
             raise UserError(
                 f"{self.source}: its tokenizer cannot read the text ({first_line(error):.200})"

@@ -274,7 +274,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_vocab_txt_is_read_as_transformers_reads_it(name, tmp_path):
     directory = wordpiece(tmp_path, SETTINGS[name])
-    theirs = transformers.BertTokenizer.from_pretrained(directory)
+    theirs = transformers.BertTokenizerFast.from_pretrained(directory)
     ours = load_tokenizer(directory, 300)
     for text in (
         CHINESE,
@@ -371,6 +371,15 @@ def test_the_files_are_saved_though_the_base_has_gone(tmp_path):
         shutil.rmtree(out)
 
 
+def test_a_full_run_writes_the_tokenizer_though_its_base_has_gone(base, book, tmp_path):
+    copy = shutil.copytree(base, tmp_path / "base")
+    gone = {1: lambda trainer: shutil.rmtree(copy)}
+    argv = arguments("full", copy, book, tmp_path / "out", "--max-steps", 2)
+    assert run_acting(gone, *argv).status == 0 and not copy.exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+
+
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     path = wordpiece(tmp_path / "base", {}) / "vocab.txt"
     with monkeypatch.context() as patched:
@@ -382,6 +391,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
 def test_a_million_blanks_are_refused_in_one_line():
     gpt2 = load_tokenizer(GPT2_FILES, GPT2_SIZE)
+    assert gpt2.encode(f"a{' ' * 131_000}b").size > 1000  # the longest piece of a book
     for blank in " \n":
         message = refusal("a text with 1,000,000 blanks", gpt2.encode, f"a{blank * 1_000_000}b")
         assert "in a row is not read" in message
