@@ -1,12 +1,13 @@
 """Score a text: loss, perplexity, bits per byte and greedy accuracy; compare finished runs."""
 
-if __name__ == "__main__":  # before torch, whose import takes seconds
-    from common import signals
+if __name__ == "__main__":
+    from common.signals import install_exit_handlers
 
-    signals.install_exit_handlers()
+    install_exit_handlers()  # before torch, whose import takes seconds
 
+import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
 from data.windows import Windows, check_block_size, scored_positions, split
-from model import fast as ops
+from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
 from training.options import BOOK
@@ -67,42 +68,43 @@ def evaluate(
 
     Raises RunError if the loss is not finite, and UserError if every target is an end of text.
     """
-    # Sums over tokens of the loss and of the greedy hits. MPS has no fp64.
-    sums = torch.zeros(
-        2,
-        device=device.torch_device,
-        dtype=torch.float32 if device.torch_device.type == "mps" else torch.float64,
-    )
-    counts = torch.zeros(2, dtype=torch.int64)  # tokens and bytes
+    dtype = torch.float64
+    if device.torch_device.type == "mps":  # it has no fp64
+        dtype = torch.float32
+    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # of losses, and greedy hits
+    counts = torch.zeros(2, dtype=torch.int64)  # of tokens and bytes
+
     was_training = model.training
     model.eval()
     try:
         for inputs, targets in islice(batches, ranks.rank, None, ranks.count):
             targets = targets.flatten()
             scored = scored_positions(targets)
-            targets = targets[scored]
+            targets = targets[scored]  # (n,)
             text_bytes = tokenizer.byte_counts[targets.numpy()].sum(dtype=np.int64)
             counts += torch.tensor([len(targets), int(text_bytes)])
-            inputs, targets, scored = map(device.copy, (inputs, targets, scored))
             with device.autocast():
-                hidden = model.hidden(inputs).flatten(0, 1)[scored]  # (n, C)
-                losses, hits = ops.score(hidden, model.wte.weight, targets)
-            sums += torch.stack([x.sum(dtype=sums.dtype) for x in (losses, hits)])
+                hidden = model.hidden(device.copy(inputs)).flatten(0, 1)  # (B * T, C)
+                hidden = hidden[device.copy(scored)]  # (n, C)
+                losses, hits = model.score(hidden, device.copy(targets))
+            sums += torch.stack([losses.sum(dtype=dtype), hits.sum(dtype=dtype)])
     finally:
         model.train(was_training)
     ranks.all_reduce([sums])
     ranks.all_reduce([counts])
-    (loss, hits), (tokens, text_bytes) = sums.tolist(), counts.tolist()
-    if not text_bytes:
+
+    loss, hit_count = sums.tolist()
+    tokens, byte_count = counts.tolist()
+    if not byte_count:
         raise UserError("the text holds only end-of-text tokens: nothing to score")
     if not math.isfinite(loss):
         raise RunError(
             f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
         )
-    return Scores(tokens, text_bytes, loss / tokens, hits / tokens)
+    return Scores(tokens, byte_count, loss / tokens, hit_count / tokens)
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_model_options(parser)
     source = parser.add_mutually_exclusive_group()
@@ -158,54 +160,75 @@ def parse_args():
         help="table and picture of finished runs, their base included",
     )
     add_device_options(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.compare:
-        if others := sorted(typed_options() - {"--compare"}):
+        others = sorted(typed_options(argv) - {"--compare"})
+        if others:
             raise UserError(f"--compare reads finished runs; {others[0]} is for a text")
-        return compare(args.compare)
+        compare(args.compare)
+        return
     if args.data and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if args.stride and args.stride > args.block_size:
         raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
+
     tune_process()
     device = Device.pick(args.device, args.precision)
-    name, model, tokenizer = load_model(args.base, args.adapter, device.dtype)
+    base, model, tokenizer = load_model(args.base, args.adapter, device.dtype)
     check_block_size(args.block_size, model.config)
     device.place(model)
-    text = str(args.data or ", ".join(map(str, args.text or [BOOK])))
-    fraction = args.val_fraction or (1.0 if args.text or args.data else 0.1)
-    if args.data:
-        chosen = split(read_examples(args.data, tokenizer, args.block_size), fraction)[1]
-        data = Instructions(chosen)
-    else:
-        chosen = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
-        data = Windows(chosen, args.block_size, args.stride or args.block_size, args.label_shift)
-    if len(chosen) <= (0 if args.data else args.label_shift):
-        unit = "examples" if args.data else "tokens"
-        raise UserError(f"{text}: {len(chosen)} {unit}; too short to score")
+    accelerate(model)
+    source, fraction = what_to_score(args)
+    data = load_data(args, tokenizer, source, fraction)
     scores = evaluate(model, data.evaluation_batches(args.batch_size), tokenizer, device)
+
     part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
-    print(
-        f"{text}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes\n"
-        f"{scores}, accuracy {scores.accuracy:.2%}"
-    )
+    print(f"{source}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
+    print(f"{scores}, accuracy {scores.accuracy:.2%}")
     if args.json:
-        write_json(
-            args.json,
-            {
-                "base": name,
-                "adapter": str(args.adapter) if args.adapter else None,
-                "text": text,
-                "val_fraction": fraction,
-                **asdict(scores),
-                "perplexity": scores.perplexity,
-                "bits_per_byte": scores.bits_per_byte,
-            },
-        )
+        report = {
+            "base": base,
+            "adapter": str(args.adapter) if args.adapter else None,
+            "text": source,
+            "val_fraction": fraction,
+            **asdict(scores),
+            "perplexity": scores.perplexity,
+            "bits_per_byte": scores.bits_per_byte,
+        }
+        write_json(args.json, report)
+
+
+def what_to_score(args: argparse.Namespace) -> tuple[str, float]:
+    """Return the name of the text or data, and which share of it, at its end, is scored."""
+    if args.data:
+        source = str(args.data)
+    elif args.text:
+        source = ", ".join(map(str, args.text))
+    else:  # the book's validation part
+        return str(BOOK), args.val_fraction or 0.1
+    return source, args.val_fraction or 1.0
+
+
+def load_data(
+    args: argparse.Namespace, tokenizer: Tokenizer, source: str, fraction: float
+) -> Windows | Instructions:
+    """Load what is scored. Raises UserError if it is too short."""
+    if args.data:
+        examples = read_examples(args.data, tokenizer, args.block_size)
+        chosen = split(examples, fraction)[1]
+        if not chosen:
+            raise UserError(f"{source}: 0 examples; too short to score")
+        return Instructions(chosen)
+
+    tokens = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
+    if len(tokens) <= args.label_shift:
+        raise UserError(f"{source}: {len(tokens)} tokens; too short to score")
+    stride = args.stride or args.block_size
+    return Windows(tokens, args.block_size, stride, args.label_shift)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Generate text from a base, with or without an adapter; with --chat, answer what you type."""
 
-if __name__ == "__main__":  # before torch, whose import takes seconds
-    from common import signals
+if __name__ == "__main__":
+    from common.signals import install_exit_handlers
 
-    signals.install_exit_handlers()
+    install_exit_handlers()  # before torch, whose import takes seconds
 
+import argparse
 import codecs
+import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,16 +20,16 @@ from adapters.several import load_several
 from common.cli import Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
-from common.files import brief, is_utf8
 from data.instructions import encode
 from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
+from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.sampling import generate_rows
 from model.tokenizer import Tokenizer
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="generate.py", description=__doc__)
     add_model_options(parser, nargs="+")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -76,96 +78,130 @@ def parse_args():
         help="first show what the base alone writes, for comparison",
     )
     add_device_options(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     for prompt in args.prompt or ():
-        if not prompt.strip():
-            raise UserError("--prompt is empty: give the text to continue")
-        if not is_utf8(prompt):
-            raise UserError(f"--prompt {brief(prompt)}: is not UTF-8 text")
+        check_prompt(prompt)
     if args.with_base and not (args.adapter and args.prompt):
         raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
-    if args.chat and len(args.adapter or ()) > 1:
+    several = args.adapter is not None and len(args.adapter) > 1
+    if args.chat and several:
         raise UserError("--chat answers with one adapter: give one --adapter")
+
     tune_process()
     device = Device.pick(args.device, args.precision)
-    if args.adapter and len(args.adapter) > 1:
-        return write_side_by_side(args, device)
-    [adapter] = args.adapter or [None]
-    name, model, tokenizer = load_model(args.base, adapter, device.dtype)
+    if several:
+        write_side_by_side(args, device)
+        return
+
+    adapter = args.adapter[0] if args.adapter else None
+    base, model, tokenizer = load_model(args.base, adapter, device.dtype)
     device.place(model)
+    accelerate(model)
     with device.autocast():
         if args.chat:
-            return chat(model, tokenizer, args)
+            chat(model, tokenizer, args)
+            return
         rows = [("", prompt) for prompt in args.prompt]
         if args.with_base:
-            print(f"=== {name}\n")
+            print(f"=== {base}\n")
             with adapter_disabled(model):
                 write_texts(model, tokenizer, args, rows)
-            print(f"=== {name} with {adapter}\n")
+            print(f"=== {base} with {adapter}\n")
         write_texts(model, tokenizer, args, rows)
 
 
-def write_side_by_side(args, device: Device) -> None:
+def check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError("--prompt is empty: give the text to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt: is not UTF-8 text") from error
+
+
+def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
-    (name, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
+    (base, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
     device.place(model)
-    headings = {str(adapter): f"=== {name} with {adapter}\n\n" for adapter in args.adapter}
+    accelerate(model)
+
+    names: list[str | None] = [str(adapter) for adapter in args.adapter]
     if args.with_base:
-        headings = {None: f"=== {name}\n\n"} | headings
-    adapters.use([adapter for _ in args.prompt for adapter in headings])
+        names.insert(0, None)
+    rows = []
+    for prompt in args.prompt:
+        for name in names:
+            heading = f"{base} with {name}" if name else base
+            rows.append((f"=== {heading}\n\n", prompt))
+    adapters.use(names * len(args.prompt))
     with device.autocast():
-        write_texts(
-            model,
-            tokenizer,
-            args,
-            [(heading, prompt) for prompt in args.prompt for heading in headings.values()],
-        )
+        write_texts(model, tokenizer, args, rows)
 
 
-def write_texts(model: GPT2, tokenizer: Tokenizer, args, rows: list[tuple[str, str]]) -> None:
-    """Print each row's heading, prompt and continuation: a single one token by token, several when
-    all are done. They share a batch, but each is continued as if it were the only one.
+def write_texts(
+    model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, rows: list[tuple[str, str]]
+) -> None:
+    """Print each row's heading, prompt and continuation.
+
+    A single row is printed token by token; several, when all are done. They share a batch, but each
+    is continued as if it were the only one.
     """
+    alone = len(rows) == 1
     texts = [heading + prompt for heading, prompt in rows]
     prompts = [tokenizer.encode(prompt) for _, prompt in rows]
     generators = [seeded(model, args) for _ in rows]
-    if len(rows) == 1:
+    if alone:
         print(texts[0], end="", flush=True)
     for row, text in stream(model, tokenizer, prompts, args, generators):
-        if len(rows) == 1:
-            print(text, end="", flush=True)
         texts[row] += text
-    print("\n" if len(rows) == 1 else "\n\n".join(texts) + "\n")
+        if alone:
+            print(text, end="", flush=True)
+    if alone:
+        print("\n")
+    else:
+        print("\n\n".join(texts) + "\n")
 
 
-def seeded(model: GPT2, args) -> torch.Generator:
+def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
     return torch.Generator(model.wte.weight.device).manual_seed(args.seed)
 
 
-def chat(model: GPT2, tokenizer: Tokenizer, args) -> None:
+def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Answer stdin line by line, with all earlier turns as context. The oldest turns are dropped
     when the context has no room for them and an answer.
     """
     require_end_of_text(tokenizer)  # now, and not after the first answer
-    sys.stdin.reconfigure(errors="replace")
-    context, generator, turns = model.config.n_positions, seeded(model, args), []
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    ready = "> " if sys.stdin.isatty() else ""
+    context = model.config.n_positions
     room = context - min(args.max_new_tokens, context // 2)
-    ready, asks = "> " if sys.stdin.isatty() else "", tokenizer.encode("Assistant:")
+    generator = seeded(model, args)
+    turns: list[tuple[str, str]] = []
+
     print(ready, end="", flush=True)
     for line in sys.stdin:
         turns.append(("User", line.strip()))
-        while len(ids := np.append(encode(turns, tokenizer)[0], asks)) > room and len(turns) > 1:
+        ids = ask(turns, tokenizer)
+        while len(ids) > room and len(turns) > 1:
             del turns[:2]
+            ids = ask(turns, tokenizer)
         answer = ""
         for _, text in stream(model, tokenizer, [ids], args, [generator]):
             print(text if answer.strip() else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
         turns.append(("Assistant", answer.strip()))
+
+
+def ask(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> np.ndarray:
+    """Return the ids (T,) of the conversation so far and of the assistant's name."""
+    ids, _ = encode(turns, tokenizer)
+    return np.append(ids, tokenizer.encode("Assistant:"))
 
 
 def stream(

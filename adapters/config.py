@@ -2,17 +2,18 @@
 
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from common.errors import UserError
 from common.files import brief, check_number, read_json
 from lora.layer import LoRAConfig
-from lora.slices import SLICES
+from lora.targets import FUSED, SLICES
+from lora.variants import config_fields, make_config
 
 CONFIG = "adapter_config.json"
 BLOCKS = "layers_to_transform"
-BAD_PATTERN = (re.error, OverflowError, RecursionError)  # what Python says of one
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # the errors that `re.compile` raises
 USED = {
     "r",
     "lora_alpha",
@@ -39,7 +40,7 @@ IGNORED = {
     "runtime_config",
 }
 # Fields that may change it, and the values that are supported.
-SUPPORTED = {
+SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", None),
     "bias": ("none", "lora_only"),  # the tensors decide: PEFT long wrote "lora_only" without any
@@ -49,17 +50,18 @@ SUPPORTED = {
     # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
-RANKS, ALPHAS = (1, 1 << 20), (0, 3e6)  # min and max; three slices stack the command line's 1e6
-UNUSED = (None, False, [], {})  # the values that switch off any other field of PEFT's
+UNUSED: tuple = (None, False, [], {})  # the values that switch off any other field of PEFT's
+RANKS = (1, 1 << 20)  # minimum and maximum
+ALPHAS = (0, 3e6)  # three slices stack the command line's 1e6
 
 
-def peft_config(config: LoRAConfig, base: str) -> dict:
-    """Return the content of PEFT's file for `config`; `base` names the base for people."""
+def peft_config(config: LoRAConfig, base: str) -> dict[str, Any]:
+    """Return the content of PEFT's file for `config`; `base`, the base's name, is informational."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        **asdict(config),
+        **config_fields(config),
         "init_lora_weights": True,  # a reader takes A and B as they are
         "fan_in_fan_out": True,  # stock GPT-2 holds Conv1D weights, (in, out)
         "bias": "none",
@@ -76,44 +78,58 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
     path = Path(directory) / CONFIG
     stored = {"peft_type": None, "lora_dropout": 0.0} | _read(path)
     for field, value in stored.items():
-        if field not in USED | IGNORED and value not in SUPPORTED.get(field, UNUSED):
+        known = field in USED or field in IGNORED
+        if not known and value not in SUPPORTED.get(field, UNUSED):
             raise UserError(f"{path}: {brief(field)} {brief(value)} is not supported")
-    targets, blocks = stored.get("target_modules"), stored.get(BLOCKS)
+
+    return make_config(
+        use_dora=bool(stored.get("use_dora")),
+        r=check_number(path, "r", stored.get("r"), int, *RANKS),
+        lora_alpha=check_number(path, "lora_alpha", stored.get("lora_alpha"), int | float, *ALPHAS),
+        lora_dropout=check_number(path, "lora_dropout", stored["lora_dropout"], int | float, 0, 1),
+        target_modules=_targets(path, stored.get("target_modules")),
+        use_rslora=bool(stored.get("use_rslora")),
+        layers_to_transform=_blocks(path, stored.get(BLOCKS)),
+        rank_pattern=_pattern(path, stored, "rank_pattern", int, *RANKS),
+        alpha_pattern=_pattern(path, stored, "alpha_pattern", int | float, *ALPHAS),
+    )
+
+
+def _targets(path: Path, targets: Any) -> tuple[str, ...] | str:
     names = [targets] if isinstance(targets, str) else targets
-    if (
-        not targets
-        or not isinstance(names, list)
-        or not all(
-            isinstance(name, str) and name.rpartition(".")[2] not in SLICES for name in names
-        )
-    ):
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not targets or not are_names or any(_is_slice(name) for name in names):
         raise UserError(
             f"{path}: target_modules {brief(targets)} is not a list of module names, "
             "nor a regular expression"
         )
-    blocks = blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
-    return LoRAConfig(
-        r=check_number(path, "r", stored.get("r"), int, *RANKS),
-        lora_alpha=check_number(path, "lora_alpha", stored.get("lora_alpha"), int | float, *ALPHAS),
-        lora_dropout=check_number(path, "lora_dropout", stored["lora_dropout"], int | float, 0, 1),
-        target_modules=targets if isinstance(targets, str) else tuple(dict.fromkeys(targets)),
-        use_rslora=bool(stored.get("use_rslora")),
-        layers_to_transform=tuple(
-            check_number(path, BLOCKS, block, int, 0, 1 << 20) for block in blocks
-        )
-        or None,
-        rank_pattern=_pattern(path, stored, "rank_pattern", int, *RANKS),
-        alpha_pattern=_pattern(path, stored, "alpha_pattern", int | float, *ALPHAS),
-        use_dora=bool(stored.get("use_dora")),
-    )
+    if isinstance(targets, str):
+        return targets
+    return tuple(dict.fromkeys(targets))
 
 
-def _pattern(path: Path, stored: dict, field: str, *limits) -> dict:
+def _is_slice(name: str) -> bool:
+    """Return whether a name is one of ours for a slice of c_attn, which PEFT does not know."""
+    layer, _, last = name.rpartition(".")
+    return last in SLICES and layer.endswith(FUSED)
+
+
+def _blocks(path: Path, stored: Any) -> tuple[int, ...] | None:
+    """Read `layers_to_transform`: one number, a list of them, or nothing."""
+    if stored is None:
+        return None
+    blocks = stored if isinstance(stored, list) else [stored]
+    numbers = [check_number(path, BLOCKS, block, int, 0, 1 << 20) for block in blocks]
+    return tuple(numbers) or None
+
+
+def _pattern(path: Path, stored: dict, field: str, kind: Any, low: float, high: float) -> dict:
+    """Read a dict from regular expressions to numbers from `low` to `high`."""
     pattern = stored.get(field) or {}
     if not isinstance(pattern, dict):
         raise UserError(f"{path}: {field} {brief(pattern)} is not an object of names and numbers")
     for key, value in pattern.items():
-        check_number(path, f"{field} {brief(key)}", value, *limits)
+        check_number(path, f"{field} {brief(key)}", value, kind, low, high)
         try:
             re.compile(key)
         except BAD_PATTERN as error:
@@ -128,7 +144,7 @@ def base_name(directory: Path) -> object:
     return _read(Path(directory) / CONFIG).get("base_model_name_or_path")
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     if os.path.exists(path.with_name("config.json")) and not os.path.exists(path):
         raise UserError(f"{path.parent}: is a whole model, not an adapter; --base takes it")
     return read_json(path)

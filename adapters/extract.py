@@ -12,6 +12,7 @@ from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.slices import SlicedLoRALinear
 from lora.targets import target_modules
+from lora.variants import make_layer
 from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import load_config, read_parameters, weights_path
@@ -41,7 +42,11 @@ def main() -> None:
         model = GPT2(load_config(directory))
     needed = dict(model.named_parameters())
     try:
-        inject(model, LoRAConfig(args.rank, target_modules=target_modules(args.target_modules)))
+        inject(
+            model,
+            LoRAConfig(args.rank, target_modules=target_modules(args.target_modules)),
+            make_layer,
+        )
     except ValueError as error:
         raise UserError(f"--rank, --target-modules: {error}") from error
     targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0

@@ -15,6 +15,7 @@ from adapters.config import load_adapter_config
 from adapters.files import PREFIX, adapter_path, write_adapter
 from common.errors import UserError
 from common.tensors import read_shapes, read_tensors
+from lora.dora import DoRAConfig
 from lora.layer import LoRAConfig
 from lora.targets import layer_config
 
@@ -52,7 +53,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     and a B of the configured rank for each layer.
     """
     path, config = adapter_path(directory), load_adapter_config(directory)
-    if config.use_dora:
+    if isinstance(config, DoRAConfig):
         raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
     shapes = read_shapes(path)
     names = [key.removesuffix(A_KEY) for key in shapes if key.endswith(A_KEY)]

@@ -1,6 +1,5 @@
 """Read and write adapters in PEFT's format, strictly."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from common.tensors import read_metadata, read_tensors, write_tensors
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.targets import TRANSFORMER, layer_config
+from lora.variants import make_layer
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.7
@@ -24,11 +24,11 @@ BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: of the base's weights f
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every layer's A and B, and DoRA's vector, under the key that PEFT gives it."""
-    return {
-        f"{PREFIX}{name}.{part}": tensor
-        for name, layer in lora_layers(model).items()
-        for part, tensor in layer.adapter().items()
-    }
+    tensors = {}
+    for name, layer in lora_layers(model).items():
+        for part, tensor in layer.saved_tensors().items():
+            tensors[f"{PREFIX}{name}.{part}"] = tensor
+    return tensors
 
 
 def save_adapter(
@@ -36,15 +36,14 @@ def save_adapter(
 ) -> None:
     """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
 
-    `base` names the base for people; a reader compares `base_sha256`, of its weights file. Raises
-    ValueError for a model without an adapter.
+    `base`, the base's name, is informational; a reader compares `base_sha256`, of its weights
+    file. Raises ValueError for a model without an adapter.
     """
     model = getattr(model, "_orig_mod", model)  # `torch.compile` would add this to each name
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save")
-    write_adapter(
-        adapter_tensors(model), _plain_config(model, config), directory, base, base_sha256
-    )
+    config = saved_config(model, config)
+    write_adapter(adapter_tensors(model), config, directory, base, base_sha256)
 
 
 def write_adapter(
@@ -55,40 +54,57 @@ def write_adapter(
     base_sha256: str = "",
 ) -> None:
     """Write `tensors`, every A and B under its PEFT key, and `config`, as `save_adapter` does."""
-    metadata = {"format": "pt"} | ({BASE_SHA256: base_sha256} if base_sha256 else {})
-    with atomic_path(Path(directory) / WEIGHTS) as temporary:
+    directory = Path(directory)
+    metadata = {"format": "pt"}
+    if base_sha256:
+        metadata[BASE_SHA256] = base_sha256
+    with atomic_path(directory / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, metadata, torch.float32)
-        write_json(Path(directory) / CONFIG, peft_config(config, base))
+        write_json(directory / CONFIG, peft_config(config, base))
 
 
-def _plain_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Return `config` or, for PiSSA and slices, that of plain LoRA on each layer's full name."""
-    layers = {name: layer.config for name, layer in lora_layers(model).items()}
-    if all(layer == layer_config(config, name) for name, layer in layers.items()):
+def saved_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Return the config with which the model's adapter file is to be read.
+
+    That is `config`, unless a layer saves other tensors than those it trains, as PiSSA and slices
+    do: then each layer stands in the config by its full name, rank and alpha.
+    """
+    saved = {name: layer.saved_config() for name, layer in lora_layers(model).items()}
+    if all(own == layer_config(config, name) for name, own in saved.items()):
         return config
-    layers = {TRANSFORMER + name: layer for name, layer in layers.items()}
-    first = next(iter(layers.values()))
+
+    first = next(iter(saved.values()))
+    rank_pattern = {}
+    alpha_pattern = {}
+    for name, own in saved.items():
+        if own.r != first.r:
+            rank_pattern[TRANSFORMER + name] = own.r
+        if own.lora_alpha != first.lora_alpha:
+            alpha_pattern[TRANSFORMER + name] = own.lora_alpha
     return replace(
         first,
-        target_modules=tuple(layers),
+        target_modules=tuple(TRANSFORMER + name for name in saved),
         layers_to_transform=None,
-        rank_pattern={n: c.r for n, c in layers.items() if c.r != first.r},
-        alpha_pattern={
-            n: c.lora_alpha for n, c in layers.items() if c.lora_alpha != first.lora_alpha
-        },
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
     )
 
 
 def adapter_path(directory: Path) -> Path:
     """Return the file of A and B: safetensors, unless there is only PEFT's older pickle."""
-    path, pickled = (Path(directory) / name for name in (WEIGHTS, PICKLED_WEIGHTS))
-    return pickled if os.path.exists(pickled) and not os.path.exists(path) else path
+    path = Path(directory) / WEIGHTS
+    pickled = Path(directory) / PICKLED_WEIGHTS
+    if pickled.exists() and not path.exists():
+        return pickled
+    return path
 
 
 def base_hash(directory: Path) -> str | None:
     """Return the hash of the base's weights in the adapter's header, or None."""
     path = adapter_path(directory)
-    return read_metadata(path).get(BASE_SHA256) if path.name == WEIGHTS else None
+    if path.name == PICKLED_WEIGHTS:
+        return None
+    return read_metadata(path).get(BASE_SHA256)
 
 
 def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = None) -> LoRAConfig:
@@ -99,18 +115,15 @@ def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = No
     or none.
     """
     config = load_adapter_config(directory)
-    if base_sha256 and (needed := base_hash(directory)) not in (None, base_sha256):
-        raise UserError(
-            f"{adapter_path(directory)}: was trained on another base (weights sha256 "
-            f"{brief(needed)}, not {brief(base_sha256)}); give --base the one it was "
-            f"trained on, {brief(base_name(directory))}"
-        )
+    if base_sha256:
+        _refuse_another_base(directory, base_sha256)
     try:
-        inject(model, config)
+        inject(model, config, make_layer)
     except (ValueError, *BAD_PATTERN) as error:  # PEFT's targets may be regular expressions
         raise UserError(
             f"{Path(directory) / CONFIG}: does not fit this base: {error!s:.150}"
         ) from error
+
     wanted = adapter_tensors(model)
     shapes = {key: weight.shape for key, weight in wanted.items()}
     try:
@@ -123,3 +136,14 @@ def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = No
         for key, tensor in tensors.items():
             wanted[key].copy_(tensor)
     return config
+
+
+def _refuse_another_base(directory: Path, base_sha256: str) -> None:
+    """Raise UserError if the adapter's header names another base."""
+    needed = base_hash(directory)
+    if needed not in (None, base_sha256):
+        raise UserError(
+            f"{adapter_path(directory)}: was trained on another base (weights sha256 "
+            f"{brief(needed)}, not {brief(base_sha256)}); give --base the one it was trained on, "
+            f"{brief(base_name(directory))}"
+        )

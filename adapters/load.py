@@ -18,6 +18,14 @@ from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2, weights_path
 
 
+class Loaded(NamedTuple):
+    """A model in evaluation mode, with the name and the tokenizer of its base."""
+
+    base: str
+    model: GPT2
+    tokenizer: Tokenizer
+
+
 def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("--base", **BASE)
     parser.add_argument(
@@ -30,25 +38,16 @@ def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None)
 
 
 def named_base(adapter: Path) -> str:
-    """Return the base that the adapter names, if `--base` knows it by name.
+    """Return the base that the adapter names, if it is a hub name or `mini`.
 
     Raises UserError otherwise: a path in a file from elsewhere is not followed.
     """
     named = base_name(adapter)
-    name = named.removeprefix(f"{OWNER}/") if isinstance(named, str) else None
-    if name not in (*HUB_NAMES, "mini"):
-        raise UserError(
-            f"{adapter}: names its base {brief(named)}; give --base the base's directory"
-        )
-    return name
-
-
-class Loaded(NamedTuple):
-    """A model in evaluation mode, with the name and the tokenizer of its base."""
-
-    base: str
-    model: GPT2
-    tokenizer: Tokenizer
+    if isinstance(named, str):
+        name = named.removeprefix(f"{OWNER}/")
+        if name in (*HUB_NAMES, "mini"):
+            return name
+    raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's directory")
 
 
 def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Loaded:
@@ -57,7 +56,9 @@ def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float
     `auto` means the base that the adapter names. Raises UserError if the hash in the adapter's file
     is of another base.
     """
-    name, directory = find_base(named_base(adapter) if adapter and base == "auto" else base)
+    if adapter and base == "auto":
+        base = named_base(adapter)
+    name, directory = find_base(base)
     model = load_gpt2(directory, dtype)
     if adapter:
         load_adapter(model, adapter, file_sha256(weights_path(directory)))

@@ -12,6 +12,7 @@ import numpy as np
 import train
 from adapters.files import load_adapter
 from common.device import Device
+from common.signals import HANDLED
 from data.windows import Windows
 from evaluate import Scores
 from evaluate import evaluate as score
@@ -66,7 +67,7 @@ def evaluate(
 
 def run(argv: list[str]) -> dict:
     """Run `train.py ARGV` in this process; return its `run.json`."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     try:
         with mock.patch.object(sys, "argv", ["train.py", *argv]):
             train.main()

@@ -5,8 +5,9 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.device import PRECISIONS
 from common.errors import UserError
@@ -15,15 +16,16 @@ from common.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake in one line, as every command does."""
 
-    def __init__(self, description: str | None = None, **settings):
+    def __init__(self, description: str | None = None, **settings: Any):
         first_line = (description or "").partition("\n")[0]  # None: `python -OO`
         super().__init__(description=first_line, allow_abbrev=False, **settings)
         self.register("type", Path, _path)
 
     def _parse_optional(self, arg_string: str):
-        # All options here begin with "--", so a value may begin with "-".
-        is_option = arg_string.startswith("--") or arg_string == "-h"
-        return super()._parse_optional(arg_string) if is_option else None
+        """Take a word as a value, even one such as -1, unless it begins with "--" or is -h."""
+        if arg_string.startswith("--") or arg_string == "-h":
+            return super()._parse_optional(arg_string)
+        return None
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -35,52 +37,78 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def typed_options(argv: list[str] | None = None) -> set[str]:
+def typed_options(argv: Sequence[str] | None = None) -> set[str]:
     """Return the options that the command line names, such as {"--lr"}."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word.partition("=")[0] for word in words if word.startswith("--")}
+    if argv is None:
+        argv = sys.argv[1:]
+    return {word.partition("=")[0] for word in argv if word.startswith("--")}
 
 
-def number(kind: type, low: float, high: float = 1e9, below: bool = False) -> Callable:
+def number(
+    kind: type[int] | type[float], low: float, high: float = 1e9, below: bool = False
+) -> Callable[[str], Any]:
     """Return an option's type: an int or float from `low` to `high`, or to just below `high`."""
+    what = "a whole number" if kind is int else "a number"
+    limit = f"below {high:g}" if below else f"{high:g}"
 
-    def parse(text: str):
+    def parse(text: str) -> int | float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or (below and value == high):
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"{text!r:.40} is not {what} from {low:g} to {'below ' if below else ''}{high:g}"
-            )
+        too_high = value >= high if below else value > high
+        if value < low or too_high or math.isnan(value):
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not {what} from {low:g} to {limit}")
         return value
 
     return parse
 
 
-def steps_or_seconds(text: str) -> int | float:
-    """Parse a number of steps (int), or seconds (float) from `90s` or `10m`."""
-    if match := re.fullmatch(r"([1-9]\d{0,6})([sm])", text):
-        return float(match[1]) * {"s": 1, "m": 60}[match[2]]
+@dataclass(frozen=True)
+class Interval:
+    """A number of steps or of seconds, whichever is not None; `text` is what the user typed."""
+
+    text: str
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    def is_due(self, step: int, seconds: float) -> bool:
+        """Return whether to act after `step`, so many seconds after the last time."""
+        if self.steps is not None:
+            return step % self.steps == 0
+        return self.seconds is not None and seconds >= self.seconds
+
+
+def steps_or_seconds(text: str) -> Interval:
+    """Parse a number of steps, such as 50, or a time, such as 90s or 10m."""
+    time = re.fullmatch(r"([1-9]\d{0,6})([sm])", text)
+    if time:
+        amount, unit = time.groups()
+        seconds = float(amount)
+        if unit == "m":
+            seconds *= 60
+        return Interval(text, seconds=seconds)
     try:
-        return number(int, 1)(text)
+        return Interval(text, steps=number(int, 1)(text))
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, nor a time such as 90s or 10m") from error
 
 
-BASE = {
+BASE: dict[str, Any] = {
     "default": "auto",
     "metavar": "B",
     "help": "directory, gpt2[-medium|-large|-xl], distilgpt2, mini, OWNER/NAME[@REVISION] on the "
     "Hugging Face hub, or auto: gpt2 where it can be had, else mini",
 }
-DEVICE = {
+DEVICE: dict[str, Any] = {
     "default": "auto",
     "choices": ("auto", "cpu", "cuda", "mps"),
     "help": "auto: CUDA, else MPS, else the CPU",
 }
-PRECISION = {
+PRECISION: dict[str, Any] = {
     "default": "auto",
     "choices": ("auto", *PRECISIONS),
     "help": "of the matmuls; auto: by the device (README, Speed)",
@@ -95,10 +123,13 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Print and return a Markdown table: first column aligned left, the others right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
     lines = []
-    for first, *others in (columns, ["-" * width for width in widths], *rows):
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+    for first, *others in (columns, rule, *rows):
+        cells = [first.ljust(widths[0])]
+        for text, width in zip(others, widths[1:], strict=True):
+            cells.append(text.rjust(width))
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines)
-    print(text)
-    return text
+    table = "\n".join(lines)
+    print(table)
+    return table

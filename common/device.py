@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from common.errors import UserError, first_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+# From glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
 
 
 @dataclass(frozen=True)
@@ -26,44 +28,20 @@ class Device:
 
     @classmethod
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
-        """Resolve `auto`. The device is CUDA, else MPS, else the CPU. The precision is bf16 on
-        CUDA, or fp16 where the GPU lacks bf16; bf16 to train on a CPU with bf16 instructions; else
-        fp32. Raises UserError for a device that is missing or runs no kernel, and for training on
-        MPS in fp16.
+        """Resolve `auto`, and check that the device works.
+
+        The device is CUDA, else MPS, else the CPU. The precision is bf16 on CUDA, or fp16 where the
+        GPU lacks bf16; bf16 to train on a CPU with bf16 instructions; else fp32. Raises UserError
+        for a device that is missing or runs no kernel, and for training on MPS in fp16.
         """
-        asked, present = (
-            device,
-            {
-                "cuda": torch.cuda.is_available(),
-                "mps": torch.backends.mps.is_available(),
-                "cpu": True,
-            },
-        )
-        if device == "auto":
-            device = next(name for name, there in present.items() if there)
-        if not present[device]:
-            raise UserError(
-                f"--device {device}: this machine or this build of torch has none; use cpu"
-            )
-        if device == "cuda" and (failure := _first_kernel_fails()):
-            old = "no kernel image" in failure
-            reason = f"the GPU's first kernel fails ({failure})"
-            if old:
-                reason += "; a GPU older than Turing needs torch from PyTorch's cu126 index"
-            if asked == "cuda" or not old:  # a full or busy GPU is no reason to train for hours
-                raise UserError(f"--device cuda: {reason}")
-            print(f"warning: the CPU is used: {reason}", file=sys.stderr)
-            device = "cpu"
-        if train and (device, precision) == ("mps", "fp16"):  # pytorch#186360
+        device = _pick_device(device)
+        if train and device == "mps" and precision == "fp16":  # pytorch#186360
             raise UserError(
                 "--precision fp16: on MPS, AdamW also takes the steps whose gradients "
                 "overflowed; use bf16 or fp32"
             )
-        if precision == "auto" and device == "cuda":
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            precision = "bf16" if bf16 else "fp16"
-        elif precision == "auto":
-            precision = "bf16" if train and device == "cpu" and _cpu_has_bf16() else "fp32"
+        if precision == "auto":
+            precision = _pick_precision(device, train)
         return cls(torch.device(device), precision)
 
     @property
@@ -76,11 +54,9 @@ class Device:
 
     @property
     def name(self) -> str:
-        return (
-            torch.cuda.get_device_name(self.torch_device)
-            if self.is_cuda
-            else self.torch_device.type
-        )
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.torch_device)
+        return self.torch_device.type
 
     def autocast(self) -> AbstractContextManager:
         """Return a context in which matmuls run in `precision`; parameters stay as they are."""
@@ -89,14 +65,15 @@ class Device:
         return torch.autocast(self.torch_device.type, self.dtype)
 
     def copy(self, x: Tensor) -> Tensor:
-        """Copy to the device; to a CUDA GPU from pinned memory, while the CPU goes on."""
+        """Copy to the device. To a CUDA GPU, copy from pinned memory without waiting for it."""
         if self.is_cuda:
             return x.pin_memory().to(self.torch_device, non_blocking=True)
         return x.to(self.torch_device)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device. Cast its frozen matrices to `precision` once: autocast
-        would cast them again at every step.
+        """Move the model to the device and cast its frozen matrices to `precision`.
+
+        Autocast would cast them again at every step.
         """
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
@@ -104,7 +81,7 @@ class Device:
         return model.to(self.torch_device)
 
     def set_tf32(self, allowed: bool) -> None:
-        """Let fp32 matmuls on CUDA round their inputs to TF32's 10 bits of mantissa, or not."""
+        """Say whether fp32 matmuls on CUDA may round their inputs to TF32's 10-bit mantissa."""
         if self.is_cuda:
             torch.set_float32_matmul_precision("high" if allowed else "highest")
 
@@ -113,36 +90,77 @@ class Device:
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.torch_device))
         except Exception as error:  # each backend has exceptions of its own
+            reason = first_line(getattr(error, "inner_exception", error))
             raise UserError(
-                "--compile: needs a C++ compiler and, on a GPU, Python's headers "
-                f"({first_line(getattr(error, 'inner_exception', error))})"
+                f"--compile: needs a C++ compiler and, on a GPU, Python's headers ({reason})"
             ) from error
 
     @property
     def random(self) -> ModuleType:
         """Return the module whose get_rng_state and set_rng_state are for this device."""
-        return {"cuda": torch.cuda, "mps": torch.mps}.get(self.torch_device.type, torch)
+        modules = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
+        return modules[self.torch_device.type]
 
     def peak_memory_mb(self) -> float:
-        """Return the peak memory so far in 10^6 bytes, of CUDA's allocator or else the process."""
+        """Return the peak memory so far, of CUDA's allocator or the process, in 10^6 bytes."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch_device) / 1e6
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
+        return peak * unit / 1e6
 
 
-def _first_kernel_fails() -> str:
-    """Return why a first kernel fails, or "": a wheel of torch has kernels for some GPUs only."""
+def _pick_device(asked: str) -> str:
+    """Resolve `auto` to "cuda", "mps" or "cpu". Raises UserError if the device does not work."""
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    device = asked
+    if asked == "auto":
+        device = next(name for name, there in present.items() if there)
+    if not present[device]:
+        raise UserError(f"--device {device}: this machine or this build of torch has none; use cpu")
+    if device == "cuda" and not _cuda_works(asked):
+        return "cpu"
+    return device
+
+
+def _cuda_works(asked: str) -> bool:
+    """Return whether the GPU runs a kernel: a wheel of torch has kernels for some GPUs only.
+
+    `auto` may fall back to the CPU (False, after a warning) if the GPU is too old. Raises UserError
+    if CUDA was asked for, or if the failure may pass, as with a full or busy GPU: training would
+    take hours on the CPU.
+    """
     gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # this rank's
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
     except RuntimeError as error:
-        return first_line(error)
-    return ""
+        reason = f"the GPU's first kernel fails ({first_line(error)})"
+        too_old = "no kernel image" in reason
+        if too_old:
+            reason += "; a GPU older than Turing needs torch from PyTorch's cu126 index"
+        if asked == "cuda" or not too_old:
+            raise UserError(f"--device cuda: {reason}") from error
+        print(f"warning: the CPU is used: {reason}", file=sys.stderr)
+        return False
+    return True
+
+
+def _pick_precision(device: str, train: bool) -> str:
+    """Resolve `auto`, as `Device.pick` says."""
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp16"
+    if device == "cpu" and train and _cpu_has_bf16():
+        return "bf16"
+    return "fp32"
 
 
 def _cpu_has_bf16() -> bool:
-    """Return whether the CPU multiplies in bf16 (AMX or AVX-512 bf16); else it is emulated."""
+    """Return whether the CPU multiplies in bf16 (AMX or AVX-512 bf16) without emulating it."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -150,9 +168,10 @@ def tune_process() -> None:
     """Apply the process-wide settings with which our commands run fastest."""
     # By default glibc gives large blocks back to the kernel, and a fresh one costs a page fault
     # every 4 KiB (mallopt(3)). Full fine-tuning, with new gradients at each step, waits longest.
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+    if sys.platform == "linux":
+        mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap as well,
         mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
-    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN, which plans for every new shape: in
-    # generation, at each token (transformers#48163).
+    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
+    # new shape: in generation, at each token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)

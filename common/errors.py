@@ -1,8 +1,11 @@
-"""End a command: status 0 done, 1 the run failed, 2 a user's mistake, 130 or 143 a signal."""
+"""End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
 
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+from common.signals import replace_default_handlers
 
 
 class UserError(Exception):
@@ -21,19 +24,21 @@ ADVICE = (
 )
 
 
-def run_command(main: Callable[[], int | None]) -> None:
+def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its status; known failures end with one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a text's characters
+    replace_default_handlers()
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
         status = main() or 0
         sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except BrokenPipeError:  # whoever reads the output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read the output has gone, as in `| head`
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         line = describe_failure(error)
@@ -46,21 +51,25 @@ def describe_failure(error: BaseException | None) -> str | None:
     """Return the line for a known failure; None for a bug in the program, or no error."""
     if isinstance(error, UserError | RunError):
         return str(error)
-    if isinstance(error, OSError):  # a full disk, a directory taken away
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
-    ):
+    if isinstance(error, OSError):  # such as a full disk, or a directory that was removed
+        reason = str(error.strerror or error)
+        return f"{error.filename}: {reason}" if error.filename else reason
+    if _is_out_of_memory(error):
         return f"out of memory; try {ADVICE}"
     return None
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    if isinstance(error, RuntimeError):
+        return any(text in str(error) for text in NO_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def fail(message: object, status: int) -> None:
+def fail(message: object, status: int) -> NoReturn:
     line = " ".join(str(message).splitlines())  # a path can hold a new line
-    sys.stderr.write(f"error: {line}\n")  # print's several writes would mix with other ranks'
+    sys.stderr.write(f"error: {line}\n")  # in one write: other ranks print too
     sys.exit(status)

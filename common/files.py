@@ -4,16 +4,17 @@ import hashlib
 import json
 import os
 import reprlib
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from types import UnionType
+from typing import Any, BinaryIO
 
 from common.errors import UserError
 from common.signals import unfinished
 
 UNFINISHED = ".tmp"
+BLOCK = 1 << 20  # bytes read at a time
 
 
 class NotWritable(UserError):
@@ -22,30 +23,45 @@ class NotWritable(UserError):
 
 @contextmanager
 def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
-    """Give a temporary path. What is written there replaces `path` whole, or not at all.
+    """Yield a temporary path; on success, rename it over `path`.
 
-    The data reaches the disk (fsync) before a rename makes it visible. What `path` held before is
-    kept as `backup`. Raises NotWritable if the place cannot be written.
+    fsync brings the data to the disk before the rename makes it visible. If `backup` is given, the
+    old `path` is kept under that name. Raises NotWritable if the place cannot be written.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # root would replace /dev/null
             raise OSError("not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.add(temporary)
-        try:
+        with _temporary_beside(path) as temporary:
             yield temporary
             _sync(temporary)
             if backup and os.path.lexists(path):
                 os.replace(path, backup)
             os.replace(temporary, path)
             _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-            unfinished.discard(temporary)
     except OSError as error:
         raise NotWritable(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield an unused path in the same directory; remove what is still there at the end."""
+    temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
+    unfinished.add(temporary)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+        unfinished.discard(temporary)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_stale(directory: Path, names: Iterable[str]) -> None:
@@ -77,51 +93,39 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     with open_file(path) as file:
-        while block := file.read(1 << 20):
+        for block in iter(lambda: file.read(BLOCK), b""):
             digest.update(block)
     return digest.hexdigest()
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read bytes. Raises UserError, also for a pipe or device, which may not end."""
+    """Open a file to read bytes. Raises UserError if it cannot be opened."""
     try:
-        if stat.S_ISREG(os.stat(path).st_mode):
-            return open(path, "rb")
-        reason = "not a regular file"
+        return open(path, "rb")
     except OSError as error:
-        reason = error.strerror
-    raise UserError(f"{path}: cannot be read ({reason})")
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def check_number(
-    path: Path, field: str, value: object, kind: type | tuple[type, ...], low: float, high: float
-):
+    path: Path, field: str, value: Any, kind: type | UnionType, low: float, high: float
+) -> Any:
     """Return a number from a file. Raises UserError unless it is from `low` to `high`."""
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
-    return value
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if is_number and low <= value <= high:
+        return value
+    what = "a whole number" if kind is int else "a number"
+    raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError unless `out` is a new or empty directory, so that nothing is overwritten."""
-    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        raise UserError(f"--out {out}: exists already; name a new directory")
-
-
-def is_utf8(text: str) -> bool:
-    """Return whether a command-line text was UTF-8: Python puts surrogates for other bytes."""
-    return text == text.encode(errors="replace").decode()
+    """Raise UserError unless `out` is a new or empty directory."""
+    if not os.path.lexists(out):
+        return
+    if os.path.isdir(out) and not os.listdir(out):
+        return
+    raise UserError(f"--out {out}: exists already; name a new directory")
 
 
 def brief(value: object) -> str:
     """Return a value from a file for a message: one printable line of bounded length."""
     return reprlib.repr(value)[:120]
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,4 @@
-"""End a command on SIGINT or SIGTERM with one line and exit status 130 or 143.
+"""End a command on SIGINT, SIGTERM or SIGHUP, with one line and exit status 130, 143 or 129.
 
 A command imports this before torch, which takes seconds, so that a signal shows no traceback.
 """
@@ -6,8 +6,12 @@ A command imports this before torch, which takes seconds, so that a signal shows
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 if sys.platform == "win32":  # no fcntl, no fsync of a directory
     sys.stderr.write("error: Windows is supported under WSL only; start this command there\n")
@@ -19,19 +23,61 @@ for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
 
 unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
 
+# Leave SIGHUP alone where `nohup` ignores it: the run is to outlive its terminal.
+HANDLED = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    HANDLED.append(signal.SIGHUP)
+
+TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at the start
+
 
 def install_exit_handlers() -> None:
-    """From here on, let a signal end the process at once."""
+    """On SIGINT, SIGTERM or SIGHUP, print one line and exit."""
     on_signals(end_at_once)
 
 
-def on_signals(handler) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
+def replace_default_handlers() -> None:
+    """On SIGTERM or SIGHUP, if nothing handles it yet, print one line and exit.
+
+    By default either kills the process and leaves its unfinished files. SIGINT needs no handler: it
+    raises KeyboardInterrupt.
+    """
+    for number in HANDLED:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            _handle(number, end_at_once)
 
 
-def end_at_once(number: int, frame) -> None:
-    """End without an exception, which an import or a destructor may swallow or print."""
+def on_signals(handler: Handler) -> None:
+    """Handle SIGINT, SIGTERM and SIGHUP with `handler`."""
+    for number in HANDLED:
+        _handle(number, handler)
+
+
+def _handle(number: int, handler: Handler) -> None:
+    """Set the handler. After SIGHUP, leave a closed terminal before it is called."""
+    if number == signal.SIGHUP and not isinstance(handler, signal.Handlers):  # not SIG_IGN
+        handler = _after_hangup(handler)
+    signal.signal(number, handler)
+
+
+def _after_hangup(handler: Callable[[int, FrameType | None], object]) -> Handler:
+    def handle(number: int, frame: FrameType | None) -> None:
+        _leave_closed_terminals()
+        handler(number, frame)
+
+    return handle
+
+
+def _leave_closed_terminals() -> None:
+    """Discard further output to a terminal that was closed: writing there raises OSError."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in TERMINALS:
+        if not os.isatty(descriptor):
+            os.dup2(nowhere, descriptor)
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """Exit without an exception, which an import or a destructor could swallow or print."""
     for path in list(unfinished):
         path.unlink(missing_ok=True)
     with suppress(Exception):
@@ -41,5 +87,6 @@ def end_at_once(number: int, frame) -> None:
 
 
 def say(line: str) -> None:
-    """Write to stderr past Python's buffers, in which a handler may have interrupted a write."""
-    os.write(2, f"{line}\n".encode())
+    """Write to stderr past Python's buffers: the signal may have interrupted a buffered write."""
+    with suppress(OSError):  # Ctrl-C also ends the reader in `train.py 2>&1 | tee log`
+        os.write(2, f"{line}\n".encode())

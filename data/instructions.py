@@ -4,7 +4,8 @@
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
 
-are the same. The third role is `system`. White space around a content is dropped; the model reads
+are the same. The third role is `system`. Any other key is refused. White space around a content is
+dropped; the model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
@@ -23,12 +24,16 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import open_file
+from common.files import brief, open_file
 from data.tokens import LONGEST_RUN, require_end_of_text
-from data.windows import NOT_SCORED, Windows
+from data.windows import NOT_SCORED, shuffled
 from model.tokenizer import Tokenizer
 
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
+FORMS = (
+    'the texts "prompt" and "completion", or "messages", a list of '
+    '{"role": "user", "assistant" or "system", "content": text}'
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,13 @@ class Instructions:
     """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
 
     rows: list[np.ndarray]
-    epoch_order = Windows.epoch_order  # it needs only len(self)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all rows end to end, (2, N): a run's identity has their hash."""
+        """Return all rows end to end, (2, N). A run's identity holds their hash."""
         return np.concatenate(self.rows, axis=1)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -62,34 +66,34 @@ class Instructions:
     def scored_tokens(self, indices: np.ndarray) -> int:
         return sum(int((self.rows[i][1] != NOT_SCORED).sum()) for i in indices)
 
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        return shuffled(len(self), seed, epoch)
+
     def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-        cuts = range(batch_size, len(self), batch_size)
-        return map(self.batch, np.split(np.arange(len(self)), cuts))
+        for start in range(0, len(self), batch_size):
+            yield self.batch(np.arange(start, min(start + batch_size, len(self))))
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
     A longer example loses its beginning, and a printed line says how many do. Empty lines are
-    skipped. Raises UserError, naming the line, for what is not an example, and if the last
-    completion alone is longer.
+    skipped. Raises UserError, naming the line, if it is not an example, or if its last completion
+    alone is longer than a block.
     """
     rows = []
     with open_file(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_RUN + 1), b""), 1):
+        lines = iter(lambda: file.readline(LONGEST_RUN + 1), b"")
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                ids, scored = encode(_turns(line), tokenizer)
-                if scored[-block_size - 1 :].all():
-                    raise ValueError(
-                        f"its completion is longer than a block of {block_size}; "
-                        "shorten it, or use a larger --block-size"
-                    )
+                rows.append(_row(line, tokenizer, block_size))
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
-            rows.append(np.stack((ids[:-1], np.where(scored, ids, NOT_SCORED)[1:])))
-    if longer := sum(row.shape[1] > block_size for row in rows):
+
+    longer = sum(row.shape[1] > block_size for row in rows)
+    if longer:
         print(
             f"{path}: {longer:,} of {len(rows):,} examples are longer than a block of "
             f"{block_size} and lose their beginning"
@@ -97,17 +101,37 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     return [row[:, -block_size:] for row in rows]
 
 
+def _row(line: bytes, tokenizer: Tokenizer, block_size: int) -> np.ndarray:
+    """Return an example's inputs over its targets, (2, T). Raises ValueError for a bad line."""
+    ids, scored = encode(_turns(line), tokenizer)
+    if scored[-block_size - 1 :].all():
+        raise ValueError(
+            f"its completion is longer than a block of {block_size}; "
+            "shorten it, or use a larger --block-size"
+        )
+    labels = np.where(scored, ids, NOT_SCORED)
+    return np.stack((ids[:-1], labels[1:]))
+
+
 def encode(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token ids (N,) of turns such as ("User", "Who?"), and a mask of those scored."""
-    ids, scored = [], []
-    for name, content in turns:
-        answers = name == "Assistant"
+    """Return the token ids (N,) of turns such as ("User", "Who?"), and a mask of those scored.
+
+    Only the last `LONGEST_RUN` characters of a content are read: they fill any context, and
+    tiktoken's regex overflows on a million spaces.
+    """
+    ids: list[int] = []
+    scored: list[bool] = []
+    for name, whole in turns:
+        content = whole[-LONGEST_RUN:]
         head = tokenizer.encode(f"{name}:").tolist()
-        body = tokenizer.encode(f" {content}" if answers else f" {content}\n").tolist()
-        if answers:
+        is_scored = name == "Assistant"
+        if is_scored:
+            body = tokenizer.encode(f" {content}").tolist()
             body.append(require_end_of_text(tokenizer))
+        else:
+            body = tokenizer.encode(f" {content}\n").tolist()
         ids += head + body
-        scored += [False] * len(head) + [answers] * len(body)
+        scored += [False] * len(head) + [is_scored] * len(body)
     return np.array(ids, dtype=np.int32), np.array(scored)
 
 
@@ -120,23 +144,37 @@ def _turns(line: bytes) -> list[tuple[str, str]]:
             f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes ({error})"
         ) from error
     try:
-        if "messages" not in example:
-            example = {
-                "messages": [
-                    {"role": "user", "content": example["prompt"]},
-                    {"role": "assistant", "content": example["completion"]},
-                ]
-            }
-        if any(m.get("weight", 1) != 1 for m in example["messages"]):
-            raise ValueError("has a weight, which is not supported: every completion is scored")
-        turns = [(NAMES[m["role"]], m["content"].strip()) for m in example["messages"]]
+        turns = [_turn(message) for message in _messages(example)]
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            'needs the texts "prompt" and "completion", or "messages", a list of '
-            '{"role": "user", "assistant" or "system", "content": text}'
-        ) from error
+        raise ValueError(f"needs {FORMS}") from error
     if not turns or turns[-1][0] != "Assistant" or ("Assistant", "") in turns:
         raise ValueError("has an empty completion, or none at its end")
     if any("\0" in content for _, content in turns):
         raise ValueError("holds a NUL, which is not text")
     return turns
+
+
+def _messages(example: dict) -> list[dict]:
+    """Return an example's messages, whichever of the two forms it has."""
+    if "messages" in example:
+        _refuse_unknown(example, {"messages"})
+        return example["messages"]
+    _refuse_unknown(example, {"prompt", "completion"})
+    return [
+        {"role": "user", "content": example["prompt"]},
+        {"role": "assistant", "content": example["completion"]},
+    ]
+
+
+def _turn(message: dict) -> tuple[str, str]:
+    if message.get("weight", 1) != 1:
+        raise ValueError("has a weight, which is not supported: every completion is scored")
+    _refuse_unknown(message, {"role", "content", "weight"})
+    return NAMES[message["role"]], message["content"].strip()
+
+
+def _refuse_unknown(fields: dict, known: set[str]) -> None:
+    """Raise ValueError for a key that would be ignored."""
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise ValueError(f"has the unknown key {brief(unknown[0])}; an example has {FORMS}")

@@ -24,6 +24,11 @@ def scored_positions(targets: Tensor) -> Tensor:
     return (targets != NOT_SCORED).nonzero().squeeze(1)
 
 
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the epoch's order of `count` windows, a permutation (N,) of their indices."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
 def check_block_size(block_size: int, config: GPT2Config) -> None:
     """Raise UserError if a block is longer than the base's context (`n_positions`)."""
     if block_size > config.n_positions:
@@ -42,39 +47,43 @@ class Windows:
     label_shift: int = 1
 
     def __len__(self) -> int:
-        last = len(self.tokens) - self.block_size - self.label_shift  # where a window may start
-        return max(0, last // self.stride + 1)
+        last_start = len(self.tokens) - self.block_size - self.label_shift
+        return max(0, last_start // self.stride + 1)
 
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, (B, T) int64 each, of the windows with these indices."""
         starts = np.asarray(indices) * self.stride  # (B,)
         positions = starts[:, None] + np.arange(self.block_size)  # (B, T), in the text
-        inputs, targets = self.tokens[positions], self.tokens[positions + self.label_shift]
-        return torch.from_numpy(inputs.astype(np.int64)), torch.from_numpy(targets.astype(np.int64))
+        inputs = self.tokens[positions].astype(np.int64)
+        targets = self.tokens[positions + self.label_shift].astype(np.int64)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def scored_tokens(self, indices: np.ndarray) -> int:
         return len(indices) * self.block_size  # every token of a window is scored
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the epoch's order of the windows, a permutation (N,) of their indices."""
-        return np.random.default_rng((seed, epoch)).permutation(len(self))
+        return shuffled(len(self), seed, epoch)
 
     def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and targets (B, T) that score every token but the first `label_shift` once.
 
-        The stride must be at most the block size; where windows overlap, the first one scores. A
+        The stride must be at most the block size. Where windows overlap, the first one scores. A
         shorter last window is padded on the right, where a causal model cannot see, and the padding
         is not scored.
         """
-        length, shift = len(self.tokens), self.label_shift
-        last = max(0, length - shift - self.block_size)  # a window from here reaches the end
-        starts = np.arange(0, last + self.stride, self.stride)
-        column = np.arange(self.block_size)
+        length = len(self.tokens)
+        last_start = max(0, length - self.label_shift - self.block_size)  # its window ends the text
+        starts = np.arange(0, last_start + self.stride, self.stride)
+        columns = np.arange(self.block_size)
+        in_overlap = columns < self.block_size - self.stride  # with the window before
+
         for i in range(0, len(starts), batch_size):
             start = starts[i : i + batch_size, None]  # (B, 1)
-            positions = start + column  # (B, T), in the text
+            positions = start + columns  # (B, T), in the text
+            predicted = positions + self.label_shift
+
             inputs = self.tokens[np.minimum(positions, length - 1)].astype(np.int64)
-            targets = self.tokens[np.minimum(positions + shift, length - 1)].astype(np.int64)
-            scored_before = (start > 0) & (column < self.block_size - self.stride)
-            targets[scored_before | (positions + shift >= length)] = NOT_SCORED
+            targets = self.tokens[np.minimum(predicted, length - 1)].astype(np.int64)
+            scored_before = (start > 0) & in_overlap
+            targets[scored_before | (predicted >= length)] = NOT_SCORED
             yield torch.from_numpy(inputs), torch.from_numpy(targets)

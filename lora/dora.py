@@ -1,10 +1,19 @@
 """DoRA: train a weight's direction by LoRA, and its magnitude by a vector of its own."""
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRAConfig, LoRALinear
-from model import fast as ops
+
+
+@dataclass(frozen=True)
+class DoRAConfig(LoRAConfig):
+    """LoRA's hyper-parameters, and the field by which PEFT knows DoRA."""
+
+    use_dora: bool = True
 
 
 class DoRALinear(LoRALinear):
@@ -18,46 +27,49 @@ class DoRALinear(LoRALinear):
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
     """
 
+    merged_norm: Tensor  # ||V|| of a merged layer
+
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         super().__init__(base_layer, config)
-        self.lora_magnitude_vector = nn.Parameter(
-            torch.linalg.norm(base_layer.weight.detach().float(), dim=1)
-        )
-        self.register_buffer("norm", None, persistent=False)  # ||V|| of a merged layer
+        norms = torch.linalg.norm(base_layer.weight.detach().float(), dim=1)
+        self.lora_magnitude_vector = nn.Parameter(norms)
+        self.register_buffer("merged_norm", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)  # (..., out)
-        if self.merged or not self.enabled:
-            return y
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        if not torch.is_autocast_enabled(x.device.type):
-            x, weight = x.to(self.lora_A.weight.dtype), weight.to(self.lora_A.weight.dtype)
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the last two terms of y above, (..., out)."""
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
-            base = ops.linear(x, weight)  # W dropout(x)
-        else:  # W x, which is known already
-            base = y if bias is None else y - bias
-        factor = self.lora_magnitude_vector / self._norm()  # (out,)
-        update = (factor - 1) * base + factor * self.lora_B(self.lora_A(x)) * self.scaling
-        return (y + update).to(y.dtype)
+            weight = self.in_adapter_precision(self.base_layer.weight)
+            base = F.linear(x, weight)  # W dropout(x)
+        elif self.base_layer.bias is not None:
+            base = y - self.base_layer.bias  # W x is known already
+        else:
+            base = y
+        factor = self.lora_magnitude_vector / self.norm()  # (out,)
+        return (factor - 1) * base + factor * self.lora_B(self.lora_A(x)) * self.scaling
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """Return ||V||, (out,), in fp32."""
+        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+            return torch.linalg.norm(self.base_layer.weight.float() + super().delta_weight(), dim=1)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return m / ||V|| * V - W, (out, in) in fp32; up to rounding if the layer is merged."""
         update = super().delta_weight()  # scaling * B A
-        if not self.merged:
-            self.norm = self._norm()  # kept for unmerging: the merged weight has another norm
-        factor = (self.lora_magnitude_vector / self.norm)[:, None]  # (out, 1)
         weight = self.base_layer.weight.float()
         if self.merged:  # weight is factor * (W + update)
+            factor = (self.lora_magnitude_vector / self.merged_norm)[:, None]  # (out, 1)
             weight = weight / factor - update
+        else:
+            factor = (self.lora_magnitude_vector / self.norm())[:, None]
         return factor * (weight + update) - weight
 
-    def adapter(self) -> dict[str, Tensor]:
-        return super().adapter() | {"lora_magnitude_vector": self.lora_magnitude_vector}
+    def merge(self) -> None:
+        if not self.merged:
+            self.merged_norm = self.norm()  # for unmerging: the merged weight has another norm
+        super().merge()
 
-    @torch.no_grad()
-    def _norm(self) -> Tensor:
-        """Return ||V||, (out,), in fp32."""
-        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
-            return torch.linalg.norm(self.base_layer.weight.float() + super().delta_weight(), dim=1)
+    def saved_tensors(self) -> dict[str, Tensor]:
+        return super().saved_tensors() | {"lora_magnitude_vector": self.lora_magnitude_vector}

@@ -1,44 +1,42 @@
 """Put LoRA layers into a model and freeze the rest."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-from lora.dora import DoRALinear
 from lora.layer import LoRAConfig, LoRALinear
-from lora.pissa import PiSSALinear
-from lora.slices import SlicedLoRALinear
 from lora.targets import find_targets, layer_config
 
+Make = Callable[[nn.Linear, LoRAConfig, Collection[str]], LoRALinear]
 
-def inject(model: nn.Module, config: LoRAConfig) -> None:
-    """Wrap every `nn.Linear` that `find_targets` names in a `LoRALinear`; freeze the rest.
 
-    Raises ValueError, and leaves the model as it was, if a target, a rank or a combination of
-    variants does not fit, or if the model has an adapter already.
+def whole_layer(layer: nn.Linear, config: LoRAConfig, slices: Collection[str]) -> LoRALinear:
+    """Wrap a layer in plain LoRA. Raises ValueError for slices of it."""
+    if slices:
+        raise ValueError("slices of a layer need inject(..., make=lora.variants.make_layer)")
+    return LoRALinear(layer, config)
+
+
+def inject(model: nn.Module, config: LoRAConfig, make: Make = whole_layer) -> None:
+    """Wrap every `nn.Linear` that `find_targets` names in a LoRA layer; freeze the rest.
+
+    `make` chooses the layer's class; `make_layer` in `lora/variants.py` knows them all. Raises
+    ValueError if a target, a rank or a combination of variants does not fit, or if the model has
+    an adapter already; no layer is wrapped then.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; `unwrap` it first")
-    wrapped = {
-        name: _wrap(model.get_submodule(name), layer_config(config, name), slices)
-        for name, slices in find_targets(model, config).items()
-    }
+
+    wrapped = {}
+    for name, slices in find_targets(model, config).items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        wrapped[name] = make(layer, layer_config(config, name), slices)
+
     model.requires_grad_(False)
-    for name, layer in wrapped.items():
-        model.set_submodule(name, layer)
-
-
-def _wrap(layer: nn.Linear, config: LoRAConfig, slices: set[str]) -> LoRALinear:
-    pissa = config.init_lora_weights == "pissa"
-    if not (pissa or config.init_lora_weights is True):
-        raise ValueError(f"init_lora_weights {config.init_lora_weights!r} is not True or 'pissa'")
-    if sum((config.use_dora, pissa, bool(slices))) > 1:
-        raise ValueError("DoRA, PiSSA and slices of a layer exclude each other")
-    if slices:
-        return SlicedLoRALinear(layer, config, slices)
-    kind = DoRALinear if config.use_dora else PiSSALinear if pissa else LoRALinear
-    return kind(layer, config)
+    for name, lora_layer in wrapped.items():
+        model.set_submodule(name, lora_layer)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

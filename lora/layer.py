@@ -1,18 +1,20 @@
-"""The LoRA layer: a frozen linear layer plus a trained low-rank update."""
+"""The LoRA layer: a frozen linear layer plus a trained low-rank update.
+
+This file needs PyTorch alone: copy it anywhere, and it adapts any `nn.Linear`.
+"""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from model.fast import Dropout
-
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Hyper-parameters of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685), named as in
-    PEFT's `adapter_config.json`.
+    """Hyper-parameters of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+
+    They are named as in PEFT's `adapter_config.json`. A variant adds its own field in a subclass.
     """
 
     r: int = 8
@@ -23,20 +25,15 @@ class LoRAConfig:
     layers_to_transform: tuple[int, ...] | None = None  # only these blocks; None: all
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> r of matching layers
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> their lora_alpha
-    use_dora: bool = False
-    init_lora_weights: bool | str = True  # A uniform and B zero; or "pissa"
 
     @property
     def scaling(self) -> float:
         """Return the factor of B A x: alpha / r (paper, 4.1), or alpha / sqrt(r) for rsLoRA
         (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         """
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def stacked(self, n: int) -> "LoRAConfig":
-        """Return the config of rank n * r with the same scaling: n adapters' A and B stacked."""
-        alpha = self.lora_alpha * (math.sqrt(n) if self.use_rslora else n)
-        return replace(self, r=n * self.r, lora_alpha=alpha)
+        if self.use_rslora:
+            return self.lora_alpha / math.sqrt(self.r)
+        return self.lora_alpha / self.r
 
 
 class LoRALinear(nn.Module):
@@ -50,42 +47,93 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         super().__init__()
-        fan_in, fan_out = base_layer.in_features, base_layer.out_features
+        fan_in = base_layer.in_features
+        fan_out = base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
-        self.base_layer, self.config = base_layer, config  # `save_adapter` writes this config
+
+        self.base_layer = base_layer
+        self.config = config
         self.scaling = config.scaling
-        self.lora_dropout = Dropout(config.lora_dropout)
+        self.enabled = True
+        self.merged = False
+        self.lora_dropout = nn.Dropout(config.lora_dropout)
         # Drawn on the CPU in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
-        # With a = sqrt(5) Kaiming's bound, sqrt(6 / (1 + a^2) / in), is 1 / sqrt(in).
         self.lora_A = nn.Linear(fan_in, config.r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(config.r, fan_out, bias=False, dtype=torch.float32)
+        # With a = sqrt(5), Kaiming's bound sqrt(6 / (1 + a^2) / in) is 1 / sqrt(in).
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self.enabled, self.merged = True, False
         self.register_state_dict_pre_hook(_refuse_merged)
         self.register_load_state_dict_pre_hook(_refuse_merged)
-        self.to(base_layer.weight.device).train(base_layer.training)
+        self.to(base_layer.weight.device)
+        self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
         if self.merged or not self.enabled:  # merged: W holds the update already
             return y
-        if not torch.is_autocast_enabled(x.device.type):  # it would cast x for each matmul
-            x = x.to(self.lora_A.weight.dtype)
-        update = self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling  # (..., out)
+        update = self.update(self.in_adapter_precision(x), y)
         return (y + update).to(y.dtype)
 
-    def adapter(self) -> dict[str, Tensor]:
-        """Return this layer's tensors in an adapter file, under PEFT's names."""
-        return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the adapter adds to y = W x + b: scaling * B A dropout(x), (..., out)."""
+        return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+
+    def in_adapter_precision(self, x: Tensor) -> Tensor:
+        """Return x in the precision of A and B; under autocast, x itself: each matmul casts it."""
+        if torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.lora_A.weight.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return scaling * B A, (out, in) in fp32: what merging adds to W."""
         return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
 
+    def merge(self) -> None:
+        """Set W to W + scaling * B A. The layer then runs as fast as a plain linear layer.
 
-def _refuse_merged(layer: LoRALinear, *_) -> None:
+        Does nothing if the layer is merged. Raises ValueError for a disabled adapter, and unless W
+        is in fp32: a sum in bf16 rounds a small update away.
+        """
+        if not self.enabled or self.base_layer.weight.dtype != torch.float32:
+            raise ValueError("only an enabled adapter is merged, and into fp32 weights")
+        if not self.merged:
+            self.base_layer.weight.data += self.delta_weight()
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo `merge`, up to rounding."""
+        if self.merged:
+            self.base_layer.weight.data -= self.delta_weight()
+            self.merged = False
+
+    def unwrapped(self) -> nn.Linear:
+        """Return the linear layer inside, with what was merged into it."""
+        return self.base_layer
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return the layer's tensors in an adapter file, under PEFT's names."""
+        return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+
+    def saved_config(self) -> LoRAConfig:
+        """Return the config with which `saved_tensors` are to be read."""
+        return self.config
+
+
+def stacked(config: LoRAConfig, n: int) -> LoRAConfig:
+    """Return the config of plain LoRA of rank n * r: n adapters' A and B stacked, scaled alike."""
+    alpha_factor = math.sqrt(n) if config.use_rslora else n
+    return LoRAConfig(
+        r=n * config.r,
+        lora_alpha=alpha_factor * config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        use_rslora=config.use_rslora,
+    )
+
+
+def _refuse_merged(layer: LoRALinear, *_: object) -> None:
     if layer.merged:  # the update would be added twice, or subtracted from a W without it
         raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")

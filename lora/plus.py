@@ -1,9 +1,11 @@
 """LoRA+: train B at a higher learning rate than A."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 
-def parameter_groups(parameters: dict[str, Tensor], ratio: float | None) -> list[dict]:
+def parameter_groups(parameters: Mapping[str, Tensor], ratio: float | None) -> list[dict]:
     """Return an optimizer's groups, each with `scale`, the factor of its learning rate.
 
     LoRA+ gives B, and DoRA's vectors, `ratio` times A's learning rate (Hayou et al. 2024,
@@ -12,8 +14,12 @@ def parameter_groups(parameters: dict[str, Tensor], ratio: float | None) -> list
     """
     if ratio is None:
         return [{"params": list(parameters.values()), "scale": 1.0}]
-    faster = {name for name, p in parameters.items() if "lora_B" in name or p.ndim == 1}
-    return [
-        {"params": [p for n, p in parameters.items() if n not in faster], "scale": 1.0},
-        {"params": [p for n, p in parameters.items() if n in faster], "scale": ratio},
-    ]
+
+    slower = []
+    faster = []
+    for name, parameter in parameters.items():
+        if "lora_B" in name or parameter.ndim == 1:
+            faster.append(parameter)
+        else:
+            slower.append(parameter)
+    return [{"params": slower, "scale": 1.0}, {"params": faster, "scale": ratio}]

@@ -1,14 +1,14 @@
 """Adapt single slices of the fused c_attn: q, k or v, each with an A and a B of its own."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear
-
-SLICES = ("q", "k", "v")  # of c_attn's output, in this order
+from lora.layer import LoRAConfig, LoRALinear, stacked
+from lora.targets import FUSED, SLICES
 
 
 class SlicedLoRALinear(LoRALinear):
@@ -20,13 +20,15 @@ class SlicedLoRALinear(LoRALinear):
     B (3 d, n r) that is zero elsewhere.
     """
 
-    def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: set[str]):
-        # Other targets than the user's tell `save_adapter` to write plain LoRA on whole layers.
-        plain = replace(config.stacked(len(slices)), target_modules=("c_attn",))
-        super().__init__(base_layer, plain)
+    def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: Collection[str]):
+        super().__init__(base_layer, stacked(config, len(slices)))
         places = [i for i, name in enumerate(SLICES) if name in slices]
         width = base_layer.out_features // len(SLICES)
-        self.lora_B = _BlockSparseLinear(places, width, config.r).to(base_layer.weight.device)
+        blocks = _BlockSparseLinear(places, width, config.r).to(base_layer.weight.device)
+        self.lora_B = blocks  # type: ignore[assignment]  # it has a weight and a forward, too
+
+    def saved_config(self) -> LoRAConfig:
+        return replace(self.config, target_modules=(FUSED,))
 
 
 class _BlockSparseLinear(nn.Module):
@@ -34,7 +36,8 @@ class _BlockSparseLinear(nn.Module):
 
     def __init__(self, places: list[int], width: int, r: int):
         super().__init__()
-        self.places, self.blocks = places, nn.Parameter(torch.zeros(len(places), width, r))
+        self.places = places
+        self.blocks = nn.Parameter(torch.zeros(len(places), width, r))
 
     @property
     def weight(self) -> Tensor:

@@ -1,21 +1,29 @@
-"""Faster twins of the operations in `model/plain.py`, which says what each of them computes.
+"""Make a GPT-2 faster: `accelerate(model)`.
 
-- `linear`: oneDNN's matmul in place of MKL's, in fp32.
-- `dropout`: a quarter of the random numbers that `F.dropout` draws.
-- `causal_attention`: matmul, softmax, dropout, matmul; the fused kernel has no dropout on a CPU.
-- `tied_cross_entropy`, `score`: the logits are never whole, and no matmul is done twice.
-- `Embedding`: draws no weights; on the meta device that would import PyTorch's compiler.
+Each class here computes what its plain parent does, in another way. `accelerate` gives the modules
+of one model these classes; parameters, buffers and names stay as they are.
 
-The first three are for the CPU; elsewhere they call what they replace. `python -m
-benchmarks.operations` measures what each operation gains (docs/speed.md).
+| replaced | by | why |
+|---|---|---|
+| `nn.Linear` on a CPU, fp32 | oneDNN's matmul | it is faster than MKL's |
+| `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
+| attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
+| the loss and the scores | logits in chunks | they are never whole |
+
+Elsewhere, and under torch.compile, they call what they replace. `python -m benchmarks.operations`
+measures what each of them gains (docs/speed.md), and tests/model/test_fast.py holds each to its
+parent.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.gpt2 import GPT2, Attention
 
 LONGEST_MATRIX = 256  # tokens; in low precision, up to here the (T, T) matrix is faster
 FEW_LOGITS = 1 << 23  # per chunk, to save memory
@@ -23,13 +31,66 @@ MANY_LOGITS = 1 << 25  # if each chunk costs kernel launches or an addition to t
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+class FastLinear(nn.Linear):
+    """y = x W^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class FastDropout(nn.Dropout):
+    """Set each element to 0 with probability p, and scale the others by 1 / (1 - p)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
+
+
+class FastAttention(Attention):
+    """Causal self-attention; `attend` is `causal_attention`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = self.attn_pdrop if self.training else 0.0
+        return causal_attention(q, k, v, p)
+
+
+class FastGPT2(GPT2):
+    """GPT-2 whose logits, in training and scoring, exist in chunks alone."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.wte.weight)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return tied_cross_entropy(hidden, self.wte.weight, targets)
+
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return score(hidden, self.wte.weight, targets)
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FastLinear,
+    nn.Dropout: FastDropout,
+    Attention: FastAttention,
+    GPT2: FastGPT2,
+}
+
+
+def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = FAST) -> None:
+    """Replace, in this model, each module's class by its fast one. Call it after `inject`."""
+    for module in model.modules():
+        kind = type(module)
+        if kind in classes:
+            module.__class__ = classes[kind]
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear` for x of 2 or more dimensions."""
+    """Compute `F.linear` for x of 2 or more dimensions: by oneDNN in fp32 on a CPU."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if not (ONEDNN and fp32_on_cpu and x.numel()) or cast_or_compiled:
+    if not ONEDNN or not fp32_on_cpu or not x.numel() or cast_or_compiled:
         return F.linear(x, weight, bias)
-    return (_OneDNNLinear.apply if torch.is_grad_enabled() else _onednn)(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _OneDNNLinear.apply(x, weight, bias)
+    return _onednn(x, weight, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +98,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """Give `_onednn` the gradients that PyTorch does not define."""
+    """Give `_onednn` the gradients that PyTorch does not define, with g = dL/dy."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -46,29 +107,23 @@ class _OneDNNLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, g):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)  # g = dL/dy
-        return (
-            _onednn(grad, weight.T) if for_x else None,  # dL/dx = g W
-            _onednn(rows.T, x.flatten(0, -2).T) if for_weight else None,  # dL/dW = g^T x
-            rows.sum(0) if for_bias else None,
-        )
+        rows = g.flatten(0, -2)
 
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        """Draw nothing: `GPT2.init_weights` does."""
+        dx = dweight = dbias = None
+        if for_x:
+            dx = _onednn(g, weight.T)  # dL/dx = g W
+        if for_weight:
+            dweight = _onednn(rows.T, x.flatten(0, -2).T)  # dL/dW = g^T x
+        if for_bias:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Compute `F.dropout`, with other random numbers."""
+    """Compute `F.dropout`, with other random numbers on a CPU."""
     if not training or p == 0:
         return x
     if p == 1 or x.device.type != "cpu" or torch.compiler.is_compiling():  # one fused kernel there
@@ -76,17 +131,16 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return _Dropout.apply(x, p)
 
 
-class Dropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p, self.training)
-
-
 class _Dropout(torch.autograd.Function):
-    """Draw 16 bits per element, four in a 64-bit word: on a CPU dropout waits for the generator."""
+    """Draw 16 bits per element, four elements' in a 64-bit word: a quarter of the draws.
+
+    An element is kept for `kept` of the 2^16 values, so that p is rounded to a multiple of 2^-16.
+    """
 
     @staticmethod
     def forward(ctx, x, p):
-        kept = min(max(1, round((1 - p) * 2**16)), 2**16 - 1)  # of 2^16 values: p is rounded
+        kept = round((1 - p) * 2**16)
+        kept = min(max(1, kept), 2**16 - 1)
         words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         values = words.view(torch.int16)[: x.numel()].view(x.shape)
         keep = values.lt_(kept - 2**15).to(torch.int8)  # 1 or 0; a byte, for the backward pass
@@ -96,20 +150,22 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, g):
         (keep,) = ctx.saved_tensors
-        return grad * keep.to(grad.dtype).mul_(ctx.scale), None
+        return g * keep.to(g.dtype).mul_(ctx.scale), None
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Compute `F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`; all are
-    (B, H, T, D).
+    """Compute `F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`.
+
+    All are (B, H, T, D).
     """
     B, H, T, D = q.shape
     # On a CPU the fused kernel has no dropout, and is slow in low precision while T is small.
     fused_is_faster = p == 0 and (q.dtype == torch.float32 or T > LONGEST_MATRIX)
     if q.device.type != "cpu" or fused_is_faster:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+
     q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)  # (T, T)
     scores = torch.baddbmm(mask.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
@@ -124,11 +180,13 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     hidden (N, C), weight (V, C), targets (N,). The logits (N, V) are computed in chunks.
     """
     dtype = _compute_dtype(hidden)
-    losses, hits = [], []
+    h = hidden.to(dtype)
     w = _pad_on_cuda(weight.to(dtype))
-    for _, y, z, _, loss in _head_chunks(hidden.to(dtype), w, targets, len(weight)):
-        losses.append(loss)
-        hits.append(z.argmax(-1) == y)
+    losses = []
+    hits = []
+    for chunk in _head_chunks(h, w, targets, vocab_size=len(weight)):
+        losses.append(chunk.losses)
+        hits.append(chunk.z.argmax(-1) == chunk.targets)
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -143,7 +201,9 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _pad_on_cuda(w: Tensor) -> Tensor:
@@ -151,24 +211,33 @@ def _pad_on_cuda(w: Tensor) -> Tensor:
     return F.pad(w, (0, 0, 0, -len(w) % 64)) if w.is_cuda else w
 
 
+class HeadChunk(NamedTuple):
+    """The head's results for n of the tokens."""
+
+    h: Tensor  # hidden states (n, C)
+    targets: Tensor  # (n,)
+    z: Tensor  # logits (n, V)
+    p: Tensor  # softmax(z), fp32 (n, V)
+    losses: Tensor  # -log p(target), fp32 (n,)
+
+
 def _head_chunks(
     h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, large: bool = False
-) -> Iterator[tuple]:
-    """Yield chunks of n tokens: h (n, C), targets (n,), logits z and fp32 softmax p (n, V), loss
-    (n,). In columns from `vocab_size` on, z is -inf and p is 0.
-    """
-    at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
-    chunks = math.ceil(len(h) * len(w) / at_a_time) or 1
+) -> Iterator[HeadChunk]:
+    """Compute the head chunk by chunk. In columns from `vocab_size` on, z is -inf and p is 0."""
+    logits_at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
+    chunks = max(1, math.ceil(len(h) * len(w) / logits_at_a_time))
     # One buffer for every p: fresh memory of this size would cost a page fault every 4 KiB.
     p_buffer = torch.empty(math.ceil(len(h) / chunks), len(w), device=h.device)
+
     for h_rows, y in zip(h.chunk(chunks), targets.chunk(chunks), strict=True):
         z = linear(h_rows, w)
         if len(w) > vocab_size:
             z[:, vocab_size:].fill_(-math.inf)
         p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
-        at_target = z.gather(1, y[:, None]).squeeze(1)
         log_sum_exp = z.amax(-1).float() - p.amax(-1).log()  # since max p = exp(max z) / sum exp(z)
-        yield h_rows, y, z, p, log_sum_exp - at_target
+        z_at_target = z.gather(1, y[:, None]).squeeze(1)
+        yield HeadChunk(h_rows, y, z, p, log_sum_exp - z_at_target)
 
 
 class _TiedCrossEntropy(torch.autograd.Function):
@@ -180,18 +249,22 @@ class _TiedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
-        h, w = hidden.to(dtype), _pad_on_cuda(weight.to(dtype))
+        h = hidden.to(dtype)
+        w = _pad_on_cuda(weight.to(dtype))
+        total = torch.zeros((), device=h.device)
         grad_h = []
         grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), device=h.device)
-        large = grad_w is not None
-        for h_rows, y, z, p, loss in _head_chunks(h, w, targets, len(weight), large):
-            total += loss.sum()
-            grad_z = p.scatter_add_(1, y[:, None], -p.new_ones(len(y), 1))  # p - onehot(target)
-            grad_z = grad_z if grad_z.dtype == w.dtype else z.copy_(grad_z)  # z is done with
+
+        for chunk in _head_chunks(h, w, targets, len(weight), large=grad_w is not None):
+            total += chunk.losses.sum()
+            minus_ones = -chunk.p.new_ones(len(chunk.targets), 1)
+            grad_z = chunk.p.scatter_add_(1, chunk.targets[:, None], minus_ones)  # p - onehot
+            if grad_z.dtype != w.dtype:
+                grad_z = chunk.z.copy_(grad_z)  # reuse z's memory
             grad_h.append(linear(grad_z, w.T))
             if grad_w is not None:
-                grad_w += linear(grad_z.T, h_rows.T)[: len(weight)]
+                grad_w += linear(grad_z.T, chunk.h.T)[: len(weight)]
+
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total
 
@@ -199,4 +272,5 @@ class _TiedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, None if grad_w is None else grad_w * grad, None, None
+        dweight = None if grad_w is None else grad_w * grad
+        return grad_h * grad, dweight, None, None

@@ -4,10 +4,9 @@ Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ..
 projections (in, out); here they are `nn.Linear`s, (out, in), and `weights.py` transposes them.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
-Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+This file needs PyTorch alone. `accelerate` in `model/fast.py` makes a model built here faster.
 
-`ops` has PyTorch's linear, dropout and attention, written for speed. Read each function as the
-one-line function of the same name in `model/plain.py`.
+Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import math
@@ -17,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from model import fast as ops
 
 
 @dataclass
@@ -65,34 +62,58 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
-        self.layer, self.n_head, self.attn_pdrop = layer, config.n_head, config.attn_pdrop
-        # `causal_attention` scales q k^T by 1 / sqrt(D). For any other scale, q is scaled first.
-        self.q_scale = 1.0 if config.scale_attn_weights else (config.n_embd / config.n_head) ** 0.5
-        if config.scale_attn_by_inverse_layer_idx:
-            self.q_scale /= layer + 1
-        self.c_attn = ops.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = ops.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = ops.Dropout(config.resid_pdrop)
+        self.layer = layer
+        self.n_head = config.n_head
+        self.attn_pdrop = config.attn_pdrop
+        self.q_scale = extra_scale_of_q(config, layer)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        q = q if self.q_scale == 1 else q * self.q_scale
+        if self.q_scale != 1:
+            q = q * self.q_scale
+
         if cache is None:
-            y = ops.causal_attention(q, k, v, self.attn_pdrop if self.training else 0.0)
+            y = self.attend(q, k, v)
         else:
             k, v = cache.extend(self.layer, k, v)
-            past = k.size(2) - T  # k and v hold these tokens and the T new ones
-            # Without a past the mask is the usual one; a single new token sees all: no mask.
-            y = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=past == 0,
-                attn_mask=causal_mask(T, past, x.device) if past and T > 1 else None,
-            )
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            y = attend_to_past(q, k, v)
+
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return dropout(softmax(q k^T / sqrt(D) + mask)) v, all (B, H, T, D).
+
+        The mask is -inf where a key comes after the query, else 0.
+        """
+        p = self.attn_pdrop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+
+
+def extra_scale_of_q(config: GPT2Config, layer: int) -> float:
+    """Return the factor of q beside attention's own 1 / sqrt(D): 1, unless the config differs."""
+    scale = 1.0
+    if not config.scale_attn_weights:
+        scale *= math.sqrt(config.n_embd / config.n_head)
+    if config.scale_attn_by_inverse_layer_idx:
+        scale /= layer + 1
+    return scale
+
+
+def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention of the last T tokens, q (B, H, T, D), to all tokens, k and v."""
+    T = q.size(2)
+    past = k.size(2) - T
+    if past == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if T == 1:  # it sees every token: no mask
+        return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, past, q.device))
 
 
 def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
@@ -106,9 +127,9 @@ class MLP(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         inner = config.n_inner or 4 * config.n_embd
-        self.c_fc = ops.Linear(config.n_embd, inner)
-        self.c_proj = ops.Linear(inner, config.n_embd)
-        self.dropout = ops.Dropout(config.resid_pdrop)
+        self.c_fc = nn.Linear(config.n_embd, inner)
+        self.c_proj = nn.Linear(inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
         self.approximate = "none" if config.activation_function == "gelu" else "tanh"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,9 +162,9 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False  # keep only blocks' inputs, recompute the rest
-        self.wte = ops.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = ops.Embedding(config.n_positions, config.n_embd)
-        self.drop = ops.Dropout(config.embd_pdrop)
+        self.wte = new_embedding(config.vocab_size, config.n_embd)
+        self.wpe = new_embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         if not self.wte.weight.is_meta:
@@ -151,7 +172,7 @@ class GPT2(nn.Module):
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues what it holds."""
-        return ops.linear(self.hidden(idx, cache), self.wte.weight)  # (B, T, V)
+        return self.logits(self.hidden(idx, cache))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
@@ -162,6 +183,7 @@ class GPT2(nn.Module):
         total = past + idx.size(1)
         if total > self.config.n_positions:
             raise ValueError(f"{total} tokens are more than n_positions {self.config.n_positions}")
+
         positions = torch.arange(past, total, device=idx.device)  # (T,)
         x = self.drop(self.embed(idx, positions))  # (B, T, C)
         for block in self.h:
@@ -174,35 +196,69 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        Autocast leaves embeddings in fp32, but `Device.place` rounds frozen ones. Under autocast,
-        evaluation rounds trained ones too, so that the loss is the same during training and after.
+        Autocast leaves embeddings in fp32, but a frozen model may hold rounded ones. Under autocast
+        evaluation rounds trained ones, too, so that the loss is the same in training and after.
         """
-        tok, pos = self.wte(idx), self.wpe(positions)  # (B, T, C), (T, C)
+        tok = self.wte(idx)  # (B, T, C)
+        pos = self.wpe(positions)  # (T, C)
         if torch.is_autocast_enabled(idx.device.type) and not torch.is_grad_enabled():
             low = torch.get_autocast_dtype(idx.device.type)
-            tok, pos = tok.to(low), pos.to(low)
+            tok = tok.to(low)
+            pos = pos.to(low)
         return tok.to(self.ln_f.weight.dtype) + pos.to(self.ln_f.weight.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., C) to logits (..., V)."""
+        return F.linear(hidden, self.wte.weight)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of -log p(target) over n tokens, in nats: the losses of parts add up.
+
+        hidden (n, C), targets (n,); p = softmax(hidden W^T) with W = wte.weight (V, C), in fp32.
+        """
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+
+    @torch.no_grad()
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each target's -log p in nats, fp32 (n,), and whether it is the likeliest token,
+        bool (n,). The arguments are those of `loss`.
+        """
+        logits = self.logits(hidden)  # (n, V)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        return losses, logits.argmax(-1) == targets
 
     def set_dropout(self, p: float) -> None:
         """Give all of the base's dropouts (embedding, attention, residual) the probability `p`."""
         self.drop.p = p
         for block in self.h:
-            block.attn.attn_pdrop = block.attn.resid_dropout.p = block.mlp.dropout.p = p
+            assert isinstance(block, Block)
+            block.attn.attn_pdrop = p
+            block.attn.resid_dropout.p = p
+            block.mlp.dropout.p = p
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw weights as transformers does: std initializer_range, biases 0. The 2 * n_layer
-        projections that add to the residual stream are scaled by 1 / sqrt(2 * n_layer) (paper,
-        2.3). OpenAI's own code draws `wpe` with std 0.01.
+        """Draw weights as transformers does: std initializer_range, biases 0.
+
+        The 2 * n_layer projections that add to the residual stream are scaled by
+        1 / sqrt(2 * n_layer) (paper, 2.3). OpenAI's own code draws `wpe` with std 0.01.
         """
         std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                scale = 1 / math.sqrt(2 * self.config.n_layer)
-                parameter.normal_(0.0, std * scale)
+                parameter.normal_(0.0, residual_std)
             elif parameter.ndim == 2:
                 parameter.normal_(0.0, std)
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
                 parameter.fill_(1.0)  # LayerNorm weights
+
+
+def new_embedding(rows: int, width: int) -> nn.Embedding:
+    """Return an embedding of which no weight is drawn yet: `init_weights` does, or a file has it.
+
+    `nn.Embedding(rows, width)` would draw, and on the meta device import PyTorch's compiler.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

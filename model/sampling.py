@@ -1,11 +1,12 @@
 """Draw tokens from GPT-2, one after the other, for one text or for several at once."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import fast as ops
+from common.errors import RunError
 from model.gpt2 import GPT2, KVCache
 
 
@@ -15,11 +16,11 @@ def generate(
     max_new_tokens: int,
     *,
     generator: torch.Generator | None = None,
-    **sampling,
+    **sampling: Any,
 ) -> Iterator[int]:
     """Draw tokens one by one after `ids` (T,), T >= 1; the caller decides when to stop."""
     for tokens in generate_rows(model, [ids], max_new_tokens, [generator], **sampling):
-        yield tokens.item()
+        yield int(tokens.item())
 
 
 @torch.inference_mode()
@@ -43,28 +44,39 @@ def generate_rows(
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.
+
+    Raises RunError for logits that are not finite.
     """
     context = model.config.n_positions
     prompts = [prompt[-context:] for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
-    window, cache = torch.stack([prompt[: min(lengths)] for prompt in prompts]), KVCache()
-    new, ends = window, torch.tensor(lengths, device=window.device)
+    ends = torch.tensor(lengths, device=prompts[0].device)  # (n,)
+    window = torch.stack([prompt[: min(lengths)] for prompt in prompts])  # (n, tokens so far)
+    new = window  # the tokens that the cache lacks
+    cache = KVCache()
+
     for position in range(min(lengths), max(lengths) + max_new_tokens):
         if window.size(1) > context:
-            window, cache = window[:, -max(1, context // 2) :], KVCache()
+            window = window[:, -max(1, context // 2) :]
             new = window
+            cache = KVCache()
         hidden = model.hidden(new, cache)[:, -1]  # (n, C); the other tokens need no logits
-        logits = ops.linear(hidden, model.wte.weight).float()  # (n, V)
+        logits = model.logits(hidden).float()  # (n, V)
+        if not torch.isfinite(logits).all():
+            raise RunError(
+                "the model's logits are not finite numbers; try --precision fp32, or train with "
+                "a lower --lr"
+            )
         if never is not None:
             logits = logits.masked_fill(never, -torch.inf)
-        new = torch.stack(
-            [
-                prompt[position : position + 1]
-                if position < len(prompt)
-                else sample(row, temperature, top_k, top_p, generator)
-                for prompt, row, generator in zip(prompts, logits, generators, strict=True)
-            ]
-        )  # (n, 1)
+
+        tokens = []
+        for prompt, row, generator in zip(prompts, logits, generators, strict=True):
+            if position < len(prompt):
+                tokens.append(prompt[position : position + 1])
+            else:
+                tokens.append(sample(row, temperature, top_k, top_p, generator))
+        new = torch.stack(tokens)  # (n, 1)
         window = torch.cat((window, new), 1)
         yield new[:, 0].masked_fill(position < ends, -1)
 

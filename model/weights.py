@@ -172,7 +172,7 @@ def _check_field(path: Path, field: str, value: object) -> None:
     if field in WHOLE_NUMBERS:
         check_number(path, field, value, int, 1, WHOLE_NUMBERS[field])
     else:  # dropouts and the LayerNorm's epsilon
-        check_number(path, field, value, (int, float), 0, 1)
+        check_number(path, field, value, int | float, 0, 1)
 
 
 def save_gpt2(

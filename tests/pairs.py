@@ -12,6 +12,7 @@ from lora.dora import DoRALinear
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from lora.pissa import PiSSALinear
+from lora.variants import make_config, make_layer
 from model.gpt2 import GPT2
 from model.weights import load_gpt2
 from tests.helpers import TINY, token_ids
@@ -39,8 +40,8 @@ def adapted(
 ) -> tuple[GPT2, LoRAConfig]:
     """Load `base` and add a random adapter; return the model and the adapter's config."""
     model = load_gpt2(base)
-    lora_config = LoRAConfig(target_modules=targets, **config)
-    inject(model, lora_config)
+    lora_config = make_config(target_modules=targets, **config)
+    inject(model, lora_config, make_layer)
     randomize(model)
     return model, lora_config
 
@@ -53,7 +54,7 @@ def pair(
     made, fields = KINDS[kind]
     linear = nn.Linear(*shape, dtype=dtype)
     config = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0} | config | fields
-    ours = made(deepcopy(linear), LoRAConfig(**config))
+    ours = made(deepcopy(linear), make_config(**config))
     ours.base_layer.requires_grad_(False)
     theirs = peft.get_peft_model(
         nn.Sequential(deepcopy(linear)), peft.LoraConfig(target_modules=["0"], **config)

@@ -25,7 +25,9 @@ import evaluate
 import train
 from common.device import Device
 from common.errors import run_command
+from common.signals import HANDLED
 from tests.helpers import TINY, small_tokenizer
+from training.build import build_model, load_data, resolve
 from training.options import parse_options
 
 BLOCK = 16  # the runs' block size and stride
@@ -74,7 +76,7 @@ class Run:
 
 def run(main: Callable[[], int | None], *argv: object) -> Ending:
     """Run the command with this `main` and these arguments; return how it ends."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
     out, err = io.StringIO(), io.StringIO()
     try:
         with (
@@ -134,10 +136,17 @@ def finished(out: Path, stdout: str = "") -> Run:
     return Run(out, json.loads((out / "run.json").read_text()), list(metrics), stdout)
 
 
-def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> train.Trainer:
-    """Make the trainer that `train.main` has before its first step."""
-    made = parse_options("-", arguments(method, base, book, out, *options))
-    return train.Trainer(made, base, Device.pick(made.device, made.precision))
+def trainer(
+    method: str, base: Path, book: Path, out: Path, *options: object, fast: bool = True
+) -> train.Trainer:
+    """Make the trainer that `train.main` has before its first step, fast as there or plain."""
+    asked = parse_options("-", arguments(method, base, book, out, *options))
+    device = Device.pick(asked.device, asked.precision, train=True)
+    made = resolve(asked, str(base), device)
+    if fast:
+        return train.make_trainer(made, base, device)
+    model = build_model(made, base, device.dtype)
+    return train.Trainer(made, model, load_data(made, base, model.config), device)
 
 
 def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:

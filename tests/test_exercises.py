@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.errors import UserError
 from lesson.exercises import __main__ as exercises
 from lesson.exercises import answers
 from training.options import ROOT
@@ -45,6 +46,13 @@ def positive(layer):
     torch.nn.init.uniform_(layer.lora_B.weight, 0, 0.5)
 
 
+def count_one_c_proj(n_layer, n_embd, r, target_modules):
+    """Count the attention's c_proj, and not the MLP's."""
+    if target_modules == ("c_attn",):
+        return n_layer * r * 4 * n_embd
+    return n_layer * r * 2 * n_embd
+
+
 def normalise(scaler, optimizer, parameters, loss, clip):
     loss.backward()
     for p in parameters:
@@ -58,14 +66,10 @@ def normalise(scaler, optimizer, parameters, loss, clip):
         (1, "swap_the_zero", keep_a, "A is not zero"),
         (1, "swap_the_zero", positive, "yours is from 0.00 to 0.50"),
         (6, "RANK", 12, "not a power of two"),
+        (6, "RANK", 32, "rank 16 meets it too"),
         (2, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
         (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
-        (
-            5,
-            "count_lora",
-            lambda n, c, r, targets: n * r * (4 * c if targets == ("c_attn",) else 2 * c),
-            "6 layers of width 256",
-        ),  # of the two c_proj, the attention's alone
+        (5, "count_lora", count_one_c_proj, "6 layers of width 256"),
         (12, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
     ],
 )
@@ -76,15 +80,27 @@ def test_a_check_refuses_a_wrong_answer(n, name, wrong, said):
 
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):
+    """An answer not given, a wrong one, one that fails, and a right one."""
     solved = dict(vars(answers))
     exec(dict(SOLUTIONS)["11"], solved)
     monkeypatch.setattr(answers, "accumulate", solved["accumulate"])
     monkeypatch.setattr(answers, "alpha_for", lambda scaling, r, use_rslora: None)  # no return
-    monkeypatch.setattr("sys.argv", ["lesson.exercises", "1", "3", "12", "11"])
-    assert exercises.main() == 1
-    assert re.fullmatch(
-        "1: not answered yet\n"
-        "3: a gradient of norm 0.5, clipped to 1, moved the weights by 1.5e-05 at rate 1, and "
-        "should by 0.5\n12: TypeError: .+\n11: passed\n",
-        capsys.readouterr().out,
+    assert exercises.main(["1", "3", "12", "11"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "1: not answered yet"
+    assert lines[1] == (
+        "3: a gradient of norm 0.5, clipped to 1, moved the weights by 1.5e-05 at rate 1, "
+        "and should by 0.5"
     )
+    assert lines[2].startswith("12: TypeError: ")
+    assert lines[3] == "11: passed"
+
+
+def test_the_command_succeeds_where_all_is_right(capsys, monkeypatch):
+    solved = dict(vars(answers))
+    exec(dict(SOLUTIONS)["11"], solved)
+    monkeypatch.setattr(answers, "accumulate", solved["accumulate"])
+    assert exercises.main(["11"]) == 0
+    with pytest.raises(UserError, match="'13' is not a whole number from 1 to 12"):
+        exercises.main(["13"])

@@ -1,10 +1,13 @@
 """Build the model and load the data that a run's options name."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from adapters.config import load_adapter_config
 from adapters.files import load_adapter
+from common.device import Device
 from common.errors import UserError
 from common.files import file_sha256
 from data.instructions import Instructions, read_examples
@@ -12,67 +15,116 @@ from data.tokens import load_books
 from data.windows import Windows, check_block_size, split
 from lora.fa import freeze_a
 from lora.inject import inject
-from lora.layer import LoRAConfig
+from lora.variants import make_layer
 from model.gpt2 import GPT2, GPT2Config
 from model.tokenizer import Tokenizer
+from model.tokenizer_files import load_tokenizer
 from model.weights import find_weights, load_config, load_gpt2, weights_path
 from training.options import Options
 
-Data = Windows | Instructions
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, what it validates on, and the tokenizer of both."""
+
+    training: Windows | Instructions
+    validation: Windows | Instructions
+    tokenizer: Tokenizer
 
 
-def build_model(
-    options: Options, directory: Path, dtype: torch.dtype = torch.float32
-) -> tuple[GPT2, LoRAConfig | None]:
-    """Return the base and None or, for LoRA, the adapted base in `dtype` and the config."""
-    if options.method == "full" and not find_weights(directory):
-        print(f"{directory} holds no weights: starting from random initialisation")
-        model = GPT2(load_config(directory))
-    else:
-        model = load_gpt2(directory, dtype if options.method == "lora" else torch.float32)
+def resolve(asked: Options, base: str, device: Device) -> Options:
+    """Return the options with what was left open: base, precision, an initial adapter's config."""
+    lora = asked.lora
+    if asked.init_adapter:
+        lora = load_adapter_config(asked.init_adapter)
+    return replace(asked, base=base, precision=device.precision, lora=lora)
+
+
+def prepare_device(options: Options, device: Device) -> None:
+    """Set the device up for a run. Raises UserError for what it cannot do."""
+    device.set_tf32(options.allow_tf32)
+    if options.compile:
+        device.check_compiler()
+    if options.gradient_checkpointing and device.torch_device.type == "mps":  # pytorch#127676
+        raise UserError(
+            "--gradient-checkpointing: on MPS, dropouts would draw other masks the "
+            "second time; use --grad-accum to save memory"
+        )
+
+
+def build_model(options: Options, directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
+    """Return the base in `directory`; for LoRA, adapted and with its matrices in `dtype`.
+
+    Seeds torch with `options.seed`, which so decides how A starts.
+    """
+    torch.manual_seed(options.seed)
+    model = load_base(options, directory, dtype)
     if options.base_dropout is not None:
         model.set_dropout(options.base_dropout)
     model.gradient_checkpointing = options.gradient_checkpointing
-    if options.method == "full":
-        return model, None
+    if options.lora is None:
+        return model
+
     if options.init_adapter:
-        config = load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
+        load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
     else:
-        config = options.lora_config
         try:
-            inject(model, config)
+            inject(model, options.lora, make_layer)
         except ValueError as error:
             raise UserError(f"--r, --layers, --target-modules: {error}") from error
     if options.freeze_a:
         freeze_a(model)
-    return model, config
+    return model
 
 
-def load_data(options: Options, config: GPT2Config, tokenizer: Tokenizer) -> tuple[Data, Data]:
-    """Load the training and the validation part of the book or, with --data, of the examples.
+def load_base(options: Options, directory: Path, dtype: torch.dtype) -> GPT2:
+    """Load the base; for full fine-tuning in fp32, and with random weights if it holds none."""
+    if options.method == "lora":
+        return load_gpt2(directory, dtype)
+    if find_weights(directory):
+        return load_gpt2(directory)
+    print(f"{directory} holds no weights: starting from random initialisation")
+    return GPT2(load_config(directory))
+
+
+def load_data(options: Options, directory: Path, config: GPT2Config) -> Data:
+    """Load the two parts of the book or, with --data, of the examples.
 
     Raises UserError as `load_books` and `read_examples` do, and for a part that is too short.
     """
-    block, shift = options.block_size, options.label_shift
-    check_block_size(block, config)
+    check_block_size(options.block_size, config)
+    tokenizer = load_tokenizer(directory, config.vocab_size)
     if options.data:
-        examples = read_examples(options.data, tokenizer, block)
-        train, val = split(examples, options.val_fraction)
-        if options.val_data:
-            train, val = examples, read_examples(options.val_data, tokenizer, block)
-        if not (train and val):
-            raise UserError(
-                f"{options.data}: {len(train)} examples to train on and {len(val)} to "
-                "validate on; both need one"
-            )
-        return Instructions(train), Instructions(val)
-    train, val = split(load_books(options.book, tokenizer), options.val_fraction)
-    for name, part in (("training", train), ("validation", val)):
+        training, validation = split_examples(options, options.data, tokenizer)
+        return Data(Instructions(training), Instructions(validation), tokenizer)
+
+    block = options.block_size
+    shift = options.label_shift
+    training, validation = split(load_books(options.book, tokenizer), options.val_fraction)
+    for name, part in (("training", training), ("validation", validation)):
         if len(part) < block + shift:
             raise UserError(
-                f"{', '.join(map(str, options.book))}: its {name} part is "
-                f"{len(part):,} tokens, and a window needs {block + shift}; use a "
-                "longer book or a smaller block"
+                f"{', '.join(map(str, options.book))}: its {name} part is {len(part):,} tokens, "
+                f"and a window needs {block + shift}; use a longer book or a smaller block"
             )
-    # Validation scores each token once, whatever the training windows' stride.
-    return Windows(train, block, options.stride, shift), Windows(val, block, block, shift)
+    return Data(
+        Windows(training, block, options.stride, shift),
+        # Validation scores each token once, whatever the training windows' stride.
+        Windows(validation, block, block, shift),
+        tokenizer,
+    )
+
+
+def split_examples(options: Options, path: Path, tokenizer: Tokenizer) -> tuple[list, list]:
+    """Return the examples of `path` to train on, and those to validate on."""
+    training = read_examples(path, tokenizer, options.block_size)
+    if options.val_data:
+        validation = read_examples(options.val_data, tokenizer, options.block_size)
+    else:
+        training, validation = split(training, options.val_fraction)
+    if not training or not validation:
+        raise UserError(
+            f"{path}: {len(training)} examples to train on and {len(validation)} to "
+            "validate on; both need one"
+        )
+    return training, validation

@@ -1,4 +1,4 @@
-"""Guard `--out`: check that nothing is lost there, lock it, and write metrics.jsonl."""
+"""Guard `--out`: refuse what would lose something, lock the directory, write metrics.jsonl."""
 
 import errno
 import fcntl
@@ -6,71 +6,110 @@ import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from common.errors import RunError, UserError
-from common.files import brief, is_utf8, remove_stale
+from common.files import remove_stale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.options import Options
 
-RUN, METRICS = "run.json", "metrics.jsonl"
-OLD_CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # of versions before safetensors
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+IDENTITY = "identity.json"  # of a run that is not finished
 # Everything that a run writes; `--overwrite` removes these names and no others. With this order,
 # what is left at any moment is an old run that can be resumed, or none.
 RUN_FILES = (
     RUN,
     CHECKPOINT,
     PREVIOUS,
-    *OLD_CHECKPOINTS,
     "loss.png",
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",
     "model.safetensors",
     *TOKENIZER_FILES,
+    IDENTITY,
     METRICS,
 )
 
 
 def refuse_used_directory(options: Options) -> None:
-    """Raise UserError for an output directory in which something would be lost."""
+    """Raise UserError if `--out` holds a run, and nothing was said of it; or none to resume."""
     out = options.out
-    if not is_utf8(str(out)):
-        raise UserError(f"--out {brief(str(out))}: is not UTF-8, which safetensors needs")
-    # os.path, because Path's own tests raise if a name is too long or may not be looked up
-    if os.path.exists(out) and not os.path.isdir(out):
+    if os.path.exists(out) and not os.path.isdir(out):  # Path's own tests raise for a long name
         raise UserError(f"--out {out}: is a file; name a directory")
-    for name, source in (("base", options.base), ("init-adapter", options.init_adapter)):
-        if source and os.path.isdir(source) and os.path.realpath(out) == os.path.realpath(source):
-            raise UserError(f"--out {out}: is what --{name} reads; name another directory")
+
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]
-    if old := [name for name in OLD_CHECKPOINTS if name in present and not options.overwrite]:
-        raise UserError(
-            f"{out / old[0]}: an older version's checkpoint, which this one cannot "
-            "read; --overwrite replaces the run, or name another directory"
-        )
     if options.resume and not {RUN, CHECKPOINT, PREVIOUS, METRICS} & set(present):
         raise UserError(f"--resume: {out} holds no checkpoint; start without --resume")
-    held = [name for name in present if name != METRICS or os.lstat(out / name).st_size]
-    if held and not (options.resume or options.overwrite):
-        raise UserError(
-            f"--out {out}: holds a run ({held[0]}); --resume continues it, "
-            "--overwrite replaces it, or name another directory"
-        )
+
+    held = [name for name in present if name not in (METRICS, IDENTITY)]
+    if METRICS in present and os.lstat(out / METRICS).st_size:
+        held.append(METRICS)
+    if not held or options.resume or options.overwrite:
+        return
+    if {RUN, CHECKPOINT, PREVIOUS, METRICS}.isdisjoint(held):
+        raise UserError(f"--out {out}: holds {held[0]}, but no run; name another directory")
+    raise UserError(
+        f"--out {out}: holds a run ({held[0]}); --resume continues it, "
+        "--overwrite replaces it, or name another directory"
+    )
+
+
+def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
+    """Raise UserError if the run would overwrite what it reads, by whatever name or link."""
+    out = options.out
+    written = {}
+    for name in RUN_FILES:
+        if os.path.exists(out / name):
+            written[_inode(out / name)] = name
+
+    for flag, path in _inputs(options, base_directory):
+        if path.is_dir() and os.path.isdir(out) and os.path.samefile(path, out):
+            raise UserError(f"--out {out}: is what {flag} reads; name another directory")
+        files = path.iterdir() if path.is_dir() else [path]
+        for file in files:
+            if file.exists() and _inode(file) in written:
+                raise UserError(
+                    f"--out {out}: its {written[_inode(file)]} is what {flag} reads ({file}); "
+                    "name another directory"
+                )
+
+
+def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]]:
+    """Yield each file or directory that the run reads, after the option that names it."""
+    yield "--base", base_directory
+    for book in options.book:
+        yield "--book", book
+    if options.data:
+        yield "--data", options.data
+    if options.val_data:
+        yield "--val-data", options.val_data
+    if options.init_adapter:
+        yield "--init-adapter", options.init_adapter
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    """Return what is the same for two names of one file: links, bind mounts, other cases."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 class RunDirectory:
     """Lock `--out` for this process: metrics.jsonl stays open and carries the lock.
 
     The system drops the lock when the process ends, however it ends. No symbolic link is followed:
-    metrics.jsonl is opened without, and all other files are replaced by renaming. Raises UserError
-    if the directory cannot be written or another run has it.
+    metrics.jsonl is opened with O_NOFOLLOW, and all other files are replaced by renaming. Raises
+    UserError if the directory cannot be written or another run has it.
     """
 
     def __init__(self, out: Path):
-        self.out, self.metrics = out, out / METRICS
+        self.out = out
+        self.metrics = out / METRICS
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -118,12 +157,15 @@ class RunDirectory:
                 f"{self.metrics}: has vanished or was replaced while the run was writing it"
             )
 
-    def append(self, metrics: dict) -> None:
+    def append(self, metrics: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`. JSON has no infinity: the gradient norm of an fp16 step
         that overflowed is null.
         """
         self.check()
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        finite = dict(metrics)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                finite[name] = None
         line = (json.dumps(finite) + "\n").encode()
         try:
             while line:  # a full disk may take only a part of it

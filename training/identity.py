@@ -1,7 +1,9 @@
 """Identify a run by content: its method and options, and hashes of what it reads."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,10 +11,9 @@ from adapters.files import adapter_path
 from common.errors import UserError
 from common.files import file_sha256
 from model.weights import base_hashes
-from training.options import Options
+from training.options import Options, flag
 
-# Options that may change when a run is resumed: they do not affect its result, or they are paths,
-# whose contents are compared instead.
+# Options that do not affect a run's result, or are paths, whose contents are compared instead.
 MAY_CHANGE_ON_RESUME = {
     "out",
     "device",
@@ -29,36 +30,59 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> dict:
-    """Return what identifies a run: its options, and hashes of base, tokens and initial adapter."""
-    book, start = hashlib.sha256(), options.init_adapter
+@dataclass(frozen=True)
+class RunIdentity:
+    """What makes a run this run. `run.json` and the checkpoints hold it."""
+
+    method: str
+    options: dict[str, Any]
+    base_sha256: dict[str, str]  # of its config and, if it has some, its weights
+    book_sha256: str  # of the token ids
+    init_adapter_sha256: str | None
+
+    @property
+    def base_weights_sha256(self) -> str:
+        return self.base_sha256.get("weights", "")
+
+
+def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunIdentity:
+    """Identify a run on the base in `directory` and these token ids."""
+    book = hashlib.sha256()
     for part in tokens:
         book.update(np.ascontiguousarray(part))
-    return {
-        "method": options.method,
-        "options": options.as_json(),
-        "base_sha256": base_hashes(directory),
-        "book_sha256": book.hexdigest(),
-        "init_adapter_sha256": file_sha256(adapter_path(start)) if start else None,
-    }
+    init_adapter_sha256 = None
+    if options.init_adapter:
+        init_adapter_sha256 = file_sha256(adapter_path(options.init_adapter))
+    return RunIdentity(
+        method=options.method,
+        options=options.as_json(),
+        base_sha256=base_hashes(directory),
+        book_sha256=book.hexdigest(),
+        init_adapter_sha256=init_adapter_sha256,
+    )
 
 
-def refuse_another(then: dict, now: dict) -> None:
+def refuse_another(then: dict[str, Any], now: RunIdentity) -> None:
     """Raise UserError, naming what differs, if the run in `--out` is not the one asked for."""
-    if then["method"] != now["method"]:
-        raise UserError(f"--resume: the run is of `train.py {then['method']}`, not {now['method']}")
-    old, new = then["options"], now["options"]
-    for name in sorted((old.keys() | new.keys()) - MAY_CHANGE_ON_RESUME):
-        if old.get(name) != new.get(name):
+    if then["method"] != now.method:
+        raise UserError(f"--resume: the run is of `train.py {then['method']}`, not {now.method}")
+
+    old = then["options"]
+    for name in sorted((old.keys() | now.options.keys()) - MAY_CHANGE_ON_RESUME):
+        before = old.get(name)
+        asked = now.options.get(name)
+        if before != asked:
             raise UserError(
-                f"--resume: --{name.replace('_', '-')} was {old.get(name)!s:.80} and "
-                f"is now {new.get(name)!s:.80}; repeat the run's own options"
+                f"--resume: {flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
+                "repeat the run's own options"
             )
+
+    text_option = "data" if now.options["data"] else "book"
     contents = {
-        "base_sha256": "base",
-        "book_sha256": "data" if new["data"] else "book",
-        "init_adapter_sha256": "init-adapter",
+        "base": (then.get("base_sha256"), now.base_sha256),
+        text_option: (then.get("book_sha256"), now.book_sha256),
+        "init-adapter": (then.get("init_adapter_sha256"), now.init_adapter_sha256),
     }
-    for field, option in contents.items():
-        if then.get(field) != now[field]:
-            raise UserError(f"--resume: --{option}: its content is not what the run began with")
+    for name, (before, asked) in contents.items():
+        if before != asked:
+            raise UserError(f"--resume: --{name}: its content is not what the run began with")

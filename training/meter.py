@@ -2,7 +2,10 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +25,15 @@ class Progress:
     best_val_loss: float = math.inf
     best_val_bits_per_byte: float = math.inf
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """Return the fields for `run.json`."""
         report = asdict(self)
         return {"steps": report.pop("step"), **report}
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
@@ -43,10 +46,16 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, fp16: bool):
-        self.device, self.fp16 = device, fp16
-        self.all_tokens, self.all_seconds = 0, 0.0  # of the training steps measured so far
-        self.skipped, self.skips_in_a_row = self._number(0), self._number(0)
-        self.faulty_step, self.faulty_loss = self._number(0), self._number(0)  # 0: none
+        self.device = device
+        self.fp16 = fp16
+        # Of the training steps measured so far:
+        self.all_tokens = 0
+        self.all_seconds = 0.0
+        self.skipped = self._number(0)
+        self.skips_in_a_row = self._number(0)
+        # 0: none.
+        self.faulty_step = self._number(0)
+        self.faulty_loss = self._number(0)
         self.restart()
 
     def _number(self, value: float) -> Tensor:
@@ -58,12 +67,20 @@ class Meter:
         self.tokens = tokens
         self.began = time.perf_counter() - seconds
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time that is spent inside the `with`: it is not training time."""
+        paused_at = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused_at
+
     def end_step(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
         """Count a step: `loss` is summed over `tokens`; `grad_norm` is from before clipping."""
         self.loss += loss
         self.tokens += tokens
         self.grad_norm = grad_norm
-        bad_loss, bad_gradient = ~torch.isfinite(self.loss), ~torch.isfinite(grad_norm)
+        bad_loss = ~torch.isfinite(self.loss)
+        bad_gradient = ~torch.isfinite(grad_norm)
         if self.fp16:
             self.skipped += bad_gradient
             self.skips_in_a_row = (self.skips_in_a_row + 1) * bad_gradient
@@ -74,21 +91,22 @@ class Meter:
 
     def check(self) -> None:
         """Raise RunError that names the first faulty step, if there was one."""
-        if step := int(self.faulty_step.item()):
-            what = (
-                "the loss is not a finite number"
-                if self.faulty_loss.item()
-                else f"the gradient overflowed in {MOST_SKIPS} steps in a row"
-                if self.fp16
-                else "the gradient is not finite"
-            )
-            raise RunError(f"step {step}: {what}; lower --lr or use --precision fp32")
+        step = int(self.faulty_step.item())
+        if not step:
+            return
+        if self.faulty_loss.item():
+            what = "the loss is not a finite number"
+        elif self.fp16:
+            what = f"the gradient overflowed in {MOST_SKIPS} steps in a row"
+        else:
+            what = "the gradient is not finite"
+        raise RunError(f"step {step}: {what}; lower --lr or use --precision fp32")
 
-    def measure(self) -> dict:
+    def measure(self) -> dict[str, Any]:
         """Return the metrics of the steps since `restart`, and start again."""
         self.check()
         seconds = time.perf_counter() - self.began
-        metrics = {
+        metrics: dict[str, Any] = {
             "loss": self.loss.item() / self.tokens,
             "grad_norm": self.grad_norm.item(),
             "tokens_per_second": self.tokens / seconds,
@@ -100,13 +118,14 @@ class Meter:
         self.restart()
         return metrics
 
-    def report(self) -> dict:
+    def report(self) -> dict[str, Any]:
         """Return the whole run's fields for `run.json`."""
-        return {"tokens_per_second": self.all_tokens / self.all_seconds} | (
-            {"skipped_steps": int(self.skipped.item())} if self.fp16 else {}
-        )
+        report: dict[str, Any] = {"tokens_per_second": self.all_tokens / self.all_seconds}
+        if self.fp16:
+            report["skipped_steps"] = int(self.skipped.item())
+        return report
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs. Raises RunError as `check` does."""
         self.check()
         return {
@@ -119,8 +138,9 @@ class Meter:
             "skips_in_a_row": int(self.skips_in_a_row.item()),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.restart(state["loss"], state["tokens"], state["seconds"])
-        self.all_tokens, self.all_seconds = state["all_tokens"], state["all_seconds"]
+        self.all_tokens = state["all_tokens"]
+        self.all_seconds = state["all_seconds"]
         self.skipped = self._number(state["skipped"])
         self.skips_in_a_row = self._number(state["skips_in_a_row"])

@@ -1,57 +1,73 @@
 """Declare each option of `train.py` once: its type, default and help; read the command line."""
 
+import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from common.cli import BASE, DEVICE, PRECISION, Parser, number, steps_or_seconds, typed_options
+from common.cli import BASE, DEVICE, PRECISION, Interval, Parser, number, steps_or_seconds
 from common.errors import UserError
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
+from lora.variants import config_fields, make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
 # What differs between the methods. These defaults, and those of epochs, weight decay, warm-up and
 # the adapter, are the reference run's (docs/reference-run.md).
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"batch_size": 16, "lr": 3e-4, "out": ROOT / "runs" / "lora"},
     "full": {"batch_size": 64, "lr": 3e-5, "out": ROOT / "runs" / "full"},
 }
 
 
-def option(default: object = None, type: object = None, help: str | None = None, **more: object):
-    """Declare a field that argparse reads as an option; a default of False makes a switch."""
-    kind = {"action": "store_true"} if default is False else {"type": type}
-    return field(default=default, metadata=kind | {"help": help} | more)
+def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
+    """Declare a field that argparse reads as an option; a default of False makes a switch.
+
+    `settings` are argparse's, and `names` (other names), `method` (the only one that has the
+    option) and `excludes` (a group of options, of which one can be given).
+    """
+    if default is False:
+        settings["action"] = "store_true"
+    else:
+        settings["type"] = type
+    return field(default=default, metadata={"help": help, **settings})
 
 
-def layers(text: str) -> range:
+def blocks(text: str) -> range:
     """Parse one block's number, or a range of blocks, A-B."""
     first, dash, last = text.partition("-")
     low = number(int, 0, 511)(first)
-    return range(low, number(int, low, 511)(last if dash else first) + 1)
+    high = number(int, low, 511)(last) if dash else low
+    return range(low, high + 1)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Hold what a run was asked for. Frozen: `dataclasses.replace` makes another."""
+    """Hold what a run was asked for."""
 
     method: str
+    lora: LoRAConfig | None = None  # of `train.py lora`; LORA_OPTIONS declares its options
     base: str = option(**BASE)
+
     # data
-    book: tuple[Path, ...] | None = option(
+    book: tuple[Path, ...] = option(
         (BOOK,),
         Path,
         "UTF-8 text files, or directories of .txt files (default: data/book.txt)",
         nargs="+",
         metavar="FILE",
+        excludes="source",
     )
     data: Path | None = option(
         None,
         Path,
-        "conversations in JSON lines, in place of a book; their "
-        "completions are scored (data/instructions.py)",
+        "conversations in JSON lines, in place of a book; their completions are scored "
+        "(data/instructions.py)",
         metavar="FILE",
+        excludes="source",
     )
     val_data: Path | None = option(
         None,
@@ -69,17 +85,20 @@ class Options:
     label_shift: int = option(
         1, number(int, 1, 2), "1: next token; 2: the reference run's measure", metavar="{1,2}"
     )
+
     # training
     epochs: int = option(3, number(int, 1), "passes over the training windows")
     max_steps: int | None = option(
-        None, number(int, 1), "end here if the epochs do not end sooner; the schedule ends here too"
+        None,
+        number(int, 1),
+        "end here if the epochs do not end sooner; the schedule ends here too",
     )
     batch_size: int = option(16, number(int, 1), "windows per step")
     grad_accum: int = option(
         1,
         number(int, 1),
-        "parts in which a step's batch is computed, to "
-        "save memory; the result is the same but for the dropouts' draws",
+        "parts in which a step's batch is computed, to save memory; the result is the same but "
+        "for the dropouts' draws",
     )
     lr: float = option(3e-4, number(float, 1e-12, 10.0), "peak of the learning rate")
     weight_decay: float = option(0.01, number(float, 0.0, 10.0), "AdamW's")
@@ -92,7 +111,7 @@ class Options:
     base_dropout: float | None = option(
         None,
         number(float, 0.0, 1.0, below=True),
-        "all of the base's dropouts; default: its config's",
+        "all of the base's dropouts (default: its config's)",
     )
     seed: int = option(
         42, number(int, 0, 2**63 - 1), "for the adapter's start, the order of windows and dropout"
@@ -104,127 +123,169 @@ class Options:
     device: str = option(**DEVICE)
     precision: str = option(**PRECISION)
     allow_tf32: bool = option(False, help="fp32 matmuls in TF32 on CUDA: faster, less exact")
-    # run
+
+    # the run
     out: Path = option(ROOT / "runs" / "lora", Path, "directory of what the run leaves")
     eval_every: int | None = option(
         None, number(int, 1), "validate every N steps, and not only after each epoch"
     )
     log_every: int = option(10, number(int, 1), "write a line of metrics.jsonl every so many steps")
-    checkpoint_every: int | float = option(
-        600.0,
+    checkpoint_every: Interval = option(
+        steps_or_seconds("10m"),
         steps_or_seconds,
-        "save every N steps, or after "
-        "a time such as 90s or 10m (default: 10m), besides "
-        "after an epoch",
+        "save every N steps, or after a time such as 90s or 10m, besides after an epoch "
+        "(default: 10m)",
         metavar="N",
     )
-    resume: bool = option(False, help="resume the run in --out")
-    overwrite: bool = option(False, help="replace the run in --out")
-    # LoRA only
-    r: int = option(8, number(int, 1), "rank")
-    lora_alpha: float = option(16, number(int, 1, 1e6), "the update is scaled by alpha / r")
-    lora_dropout: float = option(0.05, number(float, 0.0, 1.0, below=True), "dropout of A's input")
-    target_modules: tuple[str, ...] = option(
-        ("c_attn",),
-        nargs="+",
-        metavar="NAME",
-        help="linear layers to adapt, slices of c_attn such "
-        "as c_attn.q, or all-linear (default: c_attn)",
-    )
-    use_rslora: bool = option(False, help="scale by alpha / sqrt(r) in place of alpha / r")
-    layers_to_transform: tuple[int, ...] | None = option(
-        None,
-        layers,
-        "adapt only these blocks, such as 6-11, or 0 2 4",
-        nargs="+",
-        metavar="A-B",
-        also=["--layers"],
-    )
-    rank_pattern: dict = field(default_factory=dict)  # these two come with --init-adapter alone
-    alpha_pattern: dict = field(default_factory=dict)
-    use_dora: bool = option(
-        False, help="DoRA: train each weight's magnitude apart from its direction"
-    )
-    init_lora_weights: bool | str = option(
-        True,
-        str,
-        "PiSSA: start from W's largest singular vectors (default: LoRA's own start)",
-        choices=("pissa",),
-    )
+    resume: bool = option(False, help="resume the run in --out", excludes="state")
+    overwrite: bool = option(False, help="replace the run in --out", excludes="state")
+
+    # how an adapter is trained
     loraplus_lr_ratio: float | None = option(
-        None, number(float, 1.0, 1e4), "LoRA+: ratio of B's learning rate to A's"
+        None,
+        number(float, 1.0, 1e4),
+        "LoRA+: ratio of B's learning rate to A's",
+        method="lora",
     )
-    freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory")
+    freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory", method="lora")
     init_adapter: Path | None = option(
         None,
         Path,
         "start from this adapter; it brings its own rank, alpha, dropout, targets and kind",
         metavar="DIR",
+        method="lora",
     )
 
-    @property
-    def lora_config(self) -> LoRAConfig:
-        return LoRAConfig(**{f.name: getattr(self, f.name) for f in fields(LoRAConfig)})
-
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         """Return all of the method's options with their values, in JSON's types."""
-        values = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)[1:]
-            if self.method == "lora" or f.name not in LORA_ONLY
-        }
-        return json.loads(json.dumps(values, default=str))  # a path as a string
+        values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
+        if self.lora:
+            values |= config_fields(self.lora)
+        return json.loads(json.dumps(values, default=str))  # paths and intervals as strings
 
 
-LORA_ONLY = {"init_adapter", "loraplus_lr_ratio", "freeze_a", *(f.name for f in fields(LoRAConfig))}
+# The options of an adapter's hyper-parameters: argparse's settings by field. `LoRAConfig`, or the
+# config of a variant, has the defaults.
+LORA_OPTIONS: dict[str, dict[str, Any]] = {
+    "r": {"type": number(int, 1), "help": "rank", "names": ["--rank"]},
+    "lora_alpha": {"type": number(int, 1, 1e6), "help": "the update is scaled by alpha / r"},
+    "lora_dropout": {
+        "type": number(float, 0.0, 1.0, below=True),
+        "help": "dropout of A's input",
+    },
+    "target_modules": {
+        "nargs": "+",
+        "metavar": "NAME",
+        "help": "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear "
+        "(default: c_attn)",
+    },
+    "use_rslora": {
+        "action": "store_true",
+        "help": "scale by alpha / sqrt(r) in place of alpha / r",
+    },
+    "layers_to_transform": {
+        "type": blocks,
+        "nargs": "+",
+        "metavar": "A-B",
+        "names": ["--layers"],
+        "help": "adapt only these blocks, such as 6-11, or 0 2 4",
+    },
+    "use_dora": {
+        "action": "store_true",
+        "help": "DoRA: train each weight's magnitude apart from its direction",
+    },
+    "init_lora_weights": {
+        "choices": ("pissa",),
+        "help": "PiSSA: start from W's largest singular vectors (default: LoRA's own start)",
+    },
+}
 
 
-def flag(field: Field) -> str:
-    return f"--{field.name.replace('_', '-')}"
+def options_of(method: str) -> list[Field]:
+    """Return the fields of `Options` that are options of the method."""
+    declared = [f for f in fields(Options) if f.metadata]
+    return [f for f in declared if f.metadata.get("method", method) == method]
 
 
-def parse_options(description: str, argv: list[str] | None = None) -> Options:
-    """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def make_parser(description: str | None) -> Parser:
+    """Return the parser of `train.py`'s command line; it sets only what is typed."""
     parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
-        sub = methods.add_parser(method)
-        state, source = sub.add_mutually_exclusive_group(), sub.add_mutually_exclusive_group()
-        groups = {"resume": state, "overwrite": state, "book": source, "data": source}
-        for f in fields(Options)[1:]:
-            if f.metadata and (method == "lora" or f.name not in LORA_ONLY):
-                settings = f.metadata | {"default": defaults.get(f.name, f.default)}
-                if settings["default"] not in (None, False) and "default: " not in settings["help"]:
-                    settings["help"] += " (default: %(default)s)"
-                names = flag(f), *settings.pop("also", ())
-                groups.get(f.name, sub).add_argument(*names, **settings)
-    values = vars(parser.parse_args(argv))
-    if values["method"] == "lora":
-        values["target_modules"] = target_modules([*values["target_modules"]])
-    if values.get("layers_to_transform"):
-        values["layers_to_transform"] = sorted(set().union(*values["layers_to_transform"]))
-    if values["data"]:
-        values["book"] = None  # and not its default
-    options = Options(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
+        command = methods.add_parser(method)
+        groups: dict[str, Any] = {
+            "source": command.add_mutually_exclusive_group(),
+            "state": command.add_mutually_exclusive_group(),
         }
-    )
-    typed = typed_options(argv)
-    if options.val_data and (not options.data or "--val-fraction" in typed):
+        for f in options_of(method):
+            place = groups.get(f.metadata.get("excludes", ""), command)
+            _add(place, f.name, f.metadata, defaults.get(f.name, f.default))
+        if method == "lora":
+            plain = config_fields(LoRAConfig())
+            for name, settings in LORA_OPTIONS.items():
+                _add(command, name, settings, plain[name])
+    return parser
+
+
+def _add(place: Any, name: str, settings: Mapping[str, Any], default: object) -> None:
+    """Add an option to a parser or a group of it; its help ends with its default."""
+    ours = ("names", "method", "excludes", "default")
+    known = {key: value for key, value in settings.items() if key not in ours}
+    has_value = default is not None and not isinstance(default, bool)
+    if has_value and "default: " not in known["help"]:
+        known["help"] += f" (default: {default})"
+    names = [flag(name), *settings.get("names", ())]
+    place.add_argument(*names, dest=name, default=argparse.SUPPRESS, **known)
+
+
+def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
+    """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
+    typed = vars(make_parser(description).parse_args(argv))
+    _refuse_clashes(typed)
+    for name, value in typed.items():
+        if isinstance(value, list):
+            typed[name] = tuple(value)
+    if "data" in typed:
+        typed["book"] = ()
+
+    method = typed["method"]
+    lora_fields = {name: typed.pop(name) for name in LORA_OPTIONS if name in typed}
+    lora = _lora_config(lora_fields) if method == "lora" else None
+    return Options(lora=lora, **DEFAULTS[method] | typed)
+
+
+def _lora_config(typed: dict[str, Any]) -> LoRAConfig:
+    """Return the config that these options ask for."""
+    if "target_modules" in typed:
+        typed["target_modules"] = target_modules(typed["target_modules"])
+    if "layers_to_transform" in typed:
+        numbers = set().union(*typed["layers_to_transform"])
+        typed["layers_to_transform"] = tuple(sorted(numbers))
+    try:
+        return make_config(**typed)
+    except ValueError as error:
+        raise UserError(f"--use-dora, --init-lora-weights: {error}") from error
+
+
+def _refuse_clashes(typed: Mapping[str, Any]) -> None:
+    """Raise UserError for options that cannot be given together."""
+    if "val_data" in typed and ("data" not in typed or "val_fraction" in typed):
         raise UserError("--val-data: needs --data, and no --val-fraction")
-    if options.data and typed & {"--stride", "--label-shift"}:
+    if "data" in typed and ("stride" in typed or "label_shift" in typed):
         raise UserError("--stride and --label-shift are for books: an example is one row")
-    pissa = options.init_lora_weights == "pissa"
-    if options.freeze_a and (options.loraplus_lr_ratio or options.init_adapter or pissa):
+
+    other_starts = {"loraplus_lr_ratio", "init_adapter", "init_lora_weights"}
+    if "freeze_a" in typed and not other_starts.isdisjoint(typed):
         raise UserError(
             "--freeze-a cannot be combined with --loraplus-lr-ratio, --init-adapter "
             "or --init-lora-weights pissa"
         )
-    if options.init_adapter and typed & {"--layers", *map(flag, fields(LoRAConfig))}:
+    if "init_adapter" in typed and not LORA_OPTIONS.keys().isdisjoint(typed):
         raise UserError(
-            "--init-adapter brings its own rank, alpha, dropout, targets and kind of "
-            "LoRA; leave those options out"
+            "--init-adapter brings its own rank, alpha, dropout, targets and kind of LoRA; "
+            "leave those options out"
         )
-    return options

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,8 @@ class Ranks:
         if device.type == "mps":  # pytorch#160732
             raise UserError("torchrun: ranks cannot exchange MPS tensors; use --device cpu")
         if device.type == "cuda":
-            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            local = int(os.environ["LOCAL_RANK"])
+            gpus = torch.cuda.device_count()
             if local >= gpus:
                 raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; one rank a GPU")
             torch.cuda.set_device(local)
@@ -77,6 +79,7 @@ class Ranks:
         except RuntimeError as error:  # gloo has no exception of its own
             if dist.is_initialized():  # "gloo", or "cpu:gloo,cuda:nccl"
                 if "nccl" in dist.get_backend():
+                    assert dist.group.WORLD
                     dist.group.WORLD.abort()  # it would wait for the rank that has gone
                 dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
             raise RunError(
@@ -97,20 +100,23 @@ class Ranks:
         """Wait until every rank has come here."""
         self.max_over_ranks(0)
 
-    def check_same(self, identity: dict) -> None:
+    def check_same(self, identity: dict[str, Any]) -> None:
         """Raise UserError, in every rank, if one was given other options, base or book."""
         first, *others = self.gather(identity)
         for rank, other in enumerate(others, 1):
-            if different := [name for name in first if other[name] != first[name]]:
+            different = [name for name in first if other[name] != first[name]]
+            if different:
                 raise UserError(
                     f"rank {rank} and rank 0 differ in {', '.join(different)}; start "
                     "every rank with the same options, base and book"
                 )
 
     def broadcast(self, parameters: Iterable[Tensor]) -> None:
-        """Give each rank the first's parameters: another machine may read or draw other values."""
-        for parameter in parameters if self.count > 1 else ():
-            self._call(lambda p=parameter: dist.broadcast(p.detach(), 0))
+        """Broadcast rank 0's parameters; other machines may initialise differently."""
+        if self.count == 1:
+            return
+        for parameter in parameters:
+            self._call(partial(dist.broadcast, parameter.detach(), 0))
 
     def all_reduce(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, all in one message."""
@@ -118,7 +124,8 @@ class Ranks:
             return
         flat = torch.cat([t.flatten() for t in tensors])
         self._call(lambda: dist.all_reduce(flat))
-        for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        totals = flat.split([t.numel() for t in tensors])
+        for tensor, total in zip(tensors, totals, strict=True):
             tensor.copy_(total.view_as(tensor))
 
     def max_over_ranks(self, value: int) -> int:

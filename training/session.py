@@ -8,172 +8,217 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from common.device import Device
 from common.errors import RunError, UserError, describe_failure
+from common.files import read_json, write_json
 from common.signals import end_at_once, on_signals, say
 from training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
-from training.directory import RUN, RunDirectory, refuse_used_directory
-from training.identity import refuse_another
+from training.directory import IDENTITY, RUN, RunDirectory, refuse_used_directory
+from training.identity import RunIdentity, refuse_another
 from training.options import Options
 from training.ranks import Ranks
 from training.report import best_weights, read_run, write_report
 
-# An epoch's end saves unless the last checkpoint is younger: on a GPU, saving can take longer than
-# the epoch.
+T = TypeVar("T")
+# Save at an epoch's end if the last checkpoint is this old or older: on a GPU, saving can take
+# longer than the epoch.
 YOUNG_SECONDS = 10.0
 
 
 class Session:
     """One run in `--out`. Inside the `with` it has the lock; only the first rank writes."""
 
-    def __init__(self, options: Options, device: Device, ranks: Ranks, identity: dict):
-        self.options, self.device, self.ranks, self.identity = options, device, ranks, identity
-        self.directory: RunDirectory | None = None
-        self.watched: dict[str, Any] = {}
-        self.finished, self.running = False, False
-        self.saved_step: int | None = None
-        self.stop_signal: int | None = None
-        self.seconds, self.peak_memory_mb = 0.0, 0.0
-        self.total_steps, self.started, self.saved_at = 0, 0.0, 0.0  # `resume` and `steps` set them
+    def __init__(self, options: Options, device: Device, ranks: Ranks, identity: RunIdentity):
+        self.options = options
+        self.device = device
+        self.ranks = ranks
+        self.identity = identity
+        self.directory: RunDirectory | None = None  # of the first rank
+        self.finished = False
+        self.stateful: dict[str, Any] = {}
         self.bar: tqdm | None = None
+        # Of the run, with what went before a resume:
+        self.total_steps = 0
+        self.seconds = 0.0
+        self.peak_memory_mb = 0.0
+        # Of this process:
+        self.running = False
+        self.stop_signal: int | None = None
+        self.started_at = 0.0
+        self.saved_at = 0.0
+        self.saved_step: int | None = None
 
     def __enter__(self) -> "Session":
         """Take the lock. Raises UserError if another run is in `--out`, or at work there."""
-        self.ranks.check_same(self.identity)
+        self.ranks.check_same(asdict(self.identity))
         if self.ranks.first:
             self.directory = RunDirectory(self.options.out)
             try:
-                refuse_used_directory(
-                    self.options
-                )  # again: another run may have ended there meanwhile
-                if self.options.resume and (self.options.out / RUN).exists():
-                    refuse_another(read_run(self.options.out), self.identity)
-                    print(f"{self.options.out}: this run is finished; nothing to resume")
-                    self.finished = True
+                refuse_used_directory(self.options)  # another run may have ended there meanwhile
+                self.finished = self._is_finished()
             except UserError:
                 self.directory.close()
                 raise
         self.finished = self.ranks.from_first(self.finished)
         return self
 
-    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         """Release the lock; turn a known failure into a RunError that names the last checkpoint."""
         if self.directory:
             self.directory.close()
-        if self.running and (failure := describe_failure(error)):
-            saved = (
-                "there is no checkpoint yet"
-                if self.saved_step is None
-                else f"the last checkpoint is from step {self.saved_step}"
-            )
+        failure = describe_failure(error)
+        if self.running and failure:
+            if self.saved_step is None:
+                saved = "there is no checkpoint yet"
+            else:
+                saved = f"the last checkpoint is from step {self.saved_step}"
             raise RunError(f"{failure}; {saved}") from error
 
-    def watch(self, **stateful: Any) -> None:
+    def _is_finished(self) -> bool:
+        """Return whether the run to resume is finished. Raises UserError if it is another run."""
+        out = self.options.out
+        if not self.options.resume or not (out / RUN).exists():
+            return False
+        refuse_another(read_run(out), self.identity)
+        print(f"{out}: this run is finished; nothing to resume")
+        return True
+
+    def watch(self, parameters: Mapping[str, nn.Parameter], **stateful: Any) -> None:
         """Name what a checkpoint holds besides the random generators' states. One of these must be
         `progress`, with its `step` and `best_val_loss`.
         """
-        self.watched = stateful
+        # torch allows no dot in these names
+        named = {name.replace(".", "/"): parameter for name, parameter in parameters.items()}
+        self.stateful = {"parameters": nn.ParameterDict(named), **stateful}
 
-    def resume(self, total_steps: int) -> None:
-        """Empty `--out` and start or, with --resume, continue from the checkpoint."""
-        out, resume = self.options.out, self.options.resume
+    @property
+    def step(self) -> int:
+        return self.stateful["progress"].step
+
+    def start_or_resume(self, total_steps: int) -> None:
+        """With --resume, continue from the checkpoint if there is one; else empty `--out`."""
+        out = self.options.out
+        resume = self.options.resume
         self.total_steps = total_steps
-        if not self.directory:
+        if not self.ranks.first:
             torch.manual_seed(self.options.seed + self.ranks.rank)  # dropouts of its own
+
         if self.ranks.from_first(resume and has_checkpoint(out)):
-            self._restore(self.ranks.from_first(read_checkpoint(out) if self.directory else {}))
+            state = read_checkpoint(out) if self.ranks.first else {}
+            self._restore(self.ranks.from_first(state))
         else:
             if resume:
                 print(f"{out}: the run has no checkpoint yet; starting from the beginning")
             if self.directory:
-                self.directory.clear()
-        self.started = time.perf_counter() - self.seconds
+                self._start_anew()
+        self.started_at = time.perf_counter() - self.seconds
         self.running = True
 
-    def steps(self, batches: Iterable) -> Iterator:
-        """Yield the batches under a progress bar; from here on, a signal lets the step finish."""
+    def _start_anew(self) -> None:
+        """Empty `--out`. Raises UserError if --resume finds another run's best model there."""
+        assert self.directory
+        if self.options.resume and self.identity_path.exists():
+            refuse_another(read_json(self.identity_path), self.identity)
+        self.directory.clear()
+
+    @property
+    def identity_path(self) -> Path:
+        return self.options.out / IDENTITY
+
+    def write_identity(self) -> None:
+        """Say in `--out` whose the best model is, until a checkpoint and `run.json` do."""
+        if not self.identity_path.exists():
+            write_json(self.identity_path, asdict(self.identity))
+
+    def handle_signals(self) -> None:
+        """From here on, let a signal end the run after the step, once it is saved."""
         on_signals(self._on_signal)
+
+    def steps(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the batches under a progress bar."""
         self.saved_at = time.perf_counter()
+        hidden = None if self.directory else True  # None: if stderr is no terminal
         with tqdm(
-            total=self.total_steps,
-            initial=self.watched["progress"].step,
-            unit="step",
-            disable=None if self.directory else True,
+            total=self.total_steps, initial=self.step, unit="step", disable=hidden
         ) as self.bar:
             for batch in batches:
                 yield batch
                 self.bar.update()
 
-    def log(self, metrics: dict) -> None:
+    def log(self, metrics: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        self.bar.set_postfix_str(
-            "loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s".format(**metrics)
-        )
+        line = "loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(line.format(**metrics))
         if self.directory:
             self.directory.append(metrics)
 
-    def after_step(self, epoch_ends: bool) -> float:
-        """Save if a checkpoint is due; after a signal, save and stop. Return the seconds taken."""
-        began = time.perf_counter()
-        if self.ranks.max_over_ranks(self._checkpoint_is_due(epoch_ends)):
+    def save_if_due(self, epoch_ends: bool) -> None:
+        """Save a checkpoint if `--checkpoint-every` asks for one, or at an epoch's end."""
+        if self.ranks.max_over_ranks(self._is_due(epoch_ends)):
             self._save()
-        if stop := self.ranks.max_over_ranks(
-            self.stop_signal or 0
-        ):  # it may have come during the save
-            if self.saved_step != self.watched["progress"].step:
-                self._save()
-            on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
-            if self.directory:
-                print(
-                    f"stopped after step {self.saved_step}; the same command with --resume "
-                    "continues",
-                    file=sys.stderr,
-                )
-            self.ranks.barrier()  # torchrun ends the others as soon as one has ended
-            sys.exit(128 + stop)
-        return time.perf_counter() - began
 
-    def finish(self, report: dict) -> None:
-        """Write `run.json`, whose presence says that the run is complete; draw `loss.png`."""
+    def stop_if_asked(self) -> None:
+        """After a signal, in any rank, save and end the process."""
+        number = self.ranks.max_over_ranks(self.stop_signal or 0)
+        if not number:
+            return
+        if self.saved_step != self.step:
+            self._save()
+        on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
         if self.directory:
-            self.directory.check()
-            many = f"{self.ranks.count} x " if self.ranks.count > 1 else ""
-            write_report(
-                self.options,
-                self.identity
-                | report
-                | self._count()
-                | {
-                    "device": many + self.device.name,
-                    "precision": self.device.precision,
-                    "torch": torch.__version__,
-                },
+            print(
+                f"stopped after step {self.saved_step}; the same command with --resume continues",
+                file=sys.stderr,
             )
+        self.ranks.barrier()  # torchrun ends the others as soon as one has ended
+        sys.exit(128 + number)
 
-    def _count(self) -> dict:
+    def finish(self, report: dict[str, Any]) -> None:
+        """Write `run.json`, whose presence says that the run is complete; draw `loss.png`."""
+        if not self.directory:
+            return
+        self.directory.check()
+        device = self.device.name
+        if self.ranks.count > 1:
+            device = f"{self.ranks.count} x {device}"
+        machine = {
+            "device": device,
+            "precision": self.device.precision,
+            "torch": torch.__version__,
+        }
+        write_report(self.options, asdict(self.identity) | report | self._count() | machine)
+        self.identity_path.unlink(missing_ok=True)
+
+    def _count(self) -> dict[str, float]:
         """Update and return time and peak memory, including those before a resume."""
-        self.seconds = time.perf_counter() - self.started
+        self.seconds = time.perf_counter() - self.started_at
         self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
         return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
 
-    def _checkpoint_is_due(self, epoch_ends: bool) -> bool:
-        age, every = time.perf_counter() - self.saved_at, self.options.checkpoint_every
-        step = self.watched["progress"].step
-        if step == self.total_steps or (epoch_ends and age >= YOUNG_SECONDS):
+    def _is_due(self, epoch_ends: bool) -> bool:
+        """Return whether a checkpoint is due."""
+        age = time.perf_counter() - self.saved_at
+        if self.step == self.total_steps or (epoch_ends and age >= YOUNG_SECONDS):
             return True
-        return age >= every if isinstance(every, float) else step % every == 0
+        return self.options.checkpoint_every.is_due(self.step, age)
 
-    def _on_signal(self, number: int, frame) -> None:
-        """At the first signal, let the step end and save; at another, stop at once, but for SIGTERM
-        again: `timeout`, `make` and schedulers each pass on one and the same.
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """At the first signal, let the step end and save; at another, stop at once.
+
+        Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
+        closed terminal and its shell both send it.
         """
-        if self.stop_signal == number == signal.SIGTERM:
+        if number == self.stop_signal != signal.SIGINT:
             return
         if self.stop_signal:
             end_at_once(number, frame)
@@ -182,57 +227,67 @@ class Session:
             say("stopping once the step is done and saved; Ctrl-C stops at once")
 
     def _save(self) -> None:
-        mine = bytes(self.device.random.get_rng_state().tolist()).hex()
+        generator_state = bytes(self.device.random.get_rng_state().tolist()).hex()
         state = {
-            "run": self.identity,
+            "run": asdict(self.identity),
             "machine": self._machine(),
             "session": self._count(),
-            "random": self.ranks.gather(mine),
-            **{name: stateful.state_dict() for name, stateful in self.watched.items()},
+            "random": self.ranks.gather(generator_state),
         }
+        for name, stateful in self.stateful.items():
+            state[name] = stateful.state_dict()
         if self.directory:
             self.directory.sync()
             write_checkpoint(self.options.out, state)
-        self.saved_step, self.saved_at = self.watched["progress"].step, time.perf_counter()
+        self.saved_step = self.step
+        self.saved_at = time.perf_counter()
 
-    def _restore(self, state: dict) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         """Restore what `_save` saved. Raises UserError if the checkpoint is another run's."""
         try:
             refuse_another(state["run"], self.identity)
-            for name, stateful in self.watched.items():
+            for name, stateful in self.stateful.items():
                 stateful.load_state_dict(state[name])
-            vars(self).update(state["session"])  # seconds, peak_memory_mb
+            self.seconds = state["session"]["seconds"]
+            self.peak_memory_mb = state["session"]["peak_memory_mb"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if describe_failure(error):  # out of memory
                 raise
             raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
+        self._restore_random(state["machine"], state["random"])
+        self.saved_step = self.step
+        print(f"resuming after step {self.saved_step} of {self.total_steps}")
+        if self.directory:
+            self._require_best_model()
+            self.directory.cut(self.saved_step)
+
+    def _require_best_model(self) -> None:
+        """Raise UserError if the best model so far, which no checkpoint holds, has gone."""
         best = best_weights(self.options.out, self.options.method)
-        if (
-            self.directory
-            and self.watched["progress"].best_val_loss < math.inf
-            and (not best.is_file())
-        ):
+        has_one = self.stateful["progress"].best_val_loss < math.inf
+        if has_one and not best.is_file():
             raise UserError(
                 f"--resume: {best}: is missing, the best model so far; put it back, or "
                 "start again with --overwrite"
             )
-        then, now = state["machine"], self._machine()
-        for name in now:
-            if self.directory and then[name] != now[name]:
+
+    def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
+        """Restore this rank's random generator, if the run has the same ranks and device as then;
+        warn of a difference that may change the last bits of the result.
+        """
+        now = self._machine()
+        for name, value in now.items():
+            if self.directory and then[name] != value:
                 print(
-                    f"warning: the run began with {name} {then[name]} and resumes with "
-                    f"{now[name]}: its last bits may differ from an uninterrupted run's",
+                    f"warning: the run began with {name} {then[name]} and resumes with {value}: "
+                    "its last bits may differ from an uninterrupted run's",
                     file=sys.stderr,
                 )
         if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
-            mine = bytes.fromhex(state["random"][self.ranks.rank])
+            mine = bytes.fromhex(states[self.ranks.rank])
             self.device.random.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
-        self.saved_step = self.watched["progress"].step
-        print(f"resuming after step {self.saved_step} of {self.total_steps}")
-        if self.directory:
-            self.directory.cut(self.saved_step)
 
-    def _machine(self) -> dict:
+    def _machine(self) -> dict[str, Any]:
         """Return what may change the last bits of a result."""
         return {
             "torch": str(torch.__version__),

@@ -50,7 +50,8 @@ class LoRAEmbedding(nn.Module):
 
     def __init__(self, table: nn.Embedding, config: LoRAConfig):
         super().__init__()
-        self.table, self.scaling = table, config.scaling
+        self.table = table
+        self.scaling = config.scaling
         self.lora_A = nn.Parameter(torch.zeros(config.r, table.num_embeddings))
         self.lora_B = nn.Parameter(torch.zeros(table.embedding_dim, config.r))
 

@@ -1,13 +1,24 @@
-"""Show where gradients lie in fp16's and bf16's range: `python -m lesson.experiments.gradients`."""
+"""Which gradients does fp16 lose? `python -m lesson.experiments.gradients`
+
+Varied: whether the loss is scaled up before its gradients are taken, as GradScaler does.
+Fixed: mini, LoRA on c_attn at rank 8, one batch of the default book, seed 42. B is drawn at
+random: if it were zero, as at the start, so would be A's gradient.
+Measured: the sizes of all gradients of A and B, and the shares of them that fp16 would round to
+zero or store with fewer bits.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from lesson.experiments.common import (
     BLUE,
     GREY,
     RED,
     YELLOW,
+    gradient,
     mean_loss,
     parse,
     save,
@@ -15,29 +26,50 @@ from lesson.experiments.common import (
     trainer,
 )
 
-ZERO, NORMAL = -25, -14  # powers of two: below 2^-25 fp16 rounds to zero, from 2^-14 it is normal
-SCALE, LEFT, RIGHT = 16, -32, 20  # GradScaler's first power; those that the picture shows
+# Powers of two: fp16 rounds to zero what is below ZERO, and stores what is below NORMAL with fewer
+# bits; from INFINITY on it overflows.
+ZERO = -25
+NORMAL = -14
+INFINITY = 16
+SCALE = 16  # GradScaler's first scale is 2^16
+
+# The picture's ends.
+LEFT = -32
+RIGHT = 20
+
+SEED = 42
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
-    made = trainer(seed=42, short=args.short)
+def gradient_powers(short: bool) -> np.ndarray:
+    """Return log2 of the size of each gradient of A and B."""
+    made = trainer(seed=SEED, short=short)
     for name, parameter in made.parameters.items():
-        if "lora_B" in name:  # else A's gradient is zero
-            torch.nn.init.normal_(parameter, std=0.01)
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
     mean_loss(made, next(made.batches())).backward()
-    gradients = torch.cat([p.grad.flatten() for p in made.parameters.values()]).numpy()
-    powers = np.log2(np.abs(gradients) + 2.0**-60)
+    gradients = torch.cat([gradient(p).flatten() for p in made.parameters.values()]).numpy()
+    return np.log2(np.abs(gradients) + 2.0**-60)  # a gradient of 0 is far to the left
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    args = parse(__doc__, argv)
+    powers = gradient_powers(args.short)
+    data = {
+        "gradients": len(powers),
+        "median_log2": np.median(powers).item(),
+        "seed": SEED,
+        "zero_in_fp16": (powers < ZERO).mean().item(),
+        "subnormal_in_fp16": ((powers >= ZERO) & (powers < NORMAL)).mean().item(),
+        "below_normal_after_scaling": (powers + SCALE < NORMAL).mean().item(),
+    }
+
     figure, axes = subplots(figsize=(9, 4))
     bins = np.arange(LEFT, RIGHT)
     axes.hist(powers, bins, color=RED, alpha=0.8, label="gradients of A and B, one step")
     axes.hist(powers + SCALE, bins, color=BLUE, alpha=0.5, label="the same, loss times $2^{16}$")
-    for *ends, colour, alpha, label in (
-        (ZERO, NORMAL, YELLOW, 0.3, "fp16 subnormal: fewer bits"),
-        (LEFT, ZERO, GREY, 0.3, "fp16: zero"),
-        (16, RIGHT, "#30343f", 0.7, "fp16: infinity"),
-    ):
-        axes.axvspan(*ends, color=colour, alpha=alpha, label=label)
+    axes.axvspan(ZERO, NORMAL, color=YELLOW, alpha=0.3, label="fp16 subnormal: fewer bits")
+    axes.axvspan(LEFT, ZERO, color=GREY, alpha=0.3, label="fp16: zero")
+    axes.axvspan(INFINITY, RIGHT, color="#30343f", alpha=0.7, label="fp16: infinity")
     axes.set(
         xlabel="log2 of a gradient's size",
         ylabel="how many",
@@ -45,14 +77,6 @@ def main(argv: list[str] | None = None) -> dict:
         title="Gradients of a LoRA step, and fp16's range (bf16's is wider than the picture)",
     )
     axes.legend(loc="upper left", fontsize=8)
-    data = {
-        "gradients": len(powers),
-        "median_log2": np.median(powers).item(),
-        "seed": 42,
-        "zero_in_fp16": (powers < ZERO).mean().item(),
-        "subnormal_in_fp16": ((powers >= ZERO) & (powers < NORMAL)).mean().item(),
-        "below_normal_after_scaling": (powers + SCALE < NORMAL).mean().item(),
-    }
     return save(args, "gradients", data, figure)
 
 

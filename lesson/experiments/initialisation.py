@@ -1,12 +1,30 @@
-"""Start A and B in four ways and train: `python -m lesson.experiments.initialisation`."""
+"""How should A and B start? `python -m lesson.experiments.initialisation`
+
+Varied: which of A and B are random at the start, and which are zero.
+Fixed: mini, LoRA on c_attn at rank 8, AdamW at lr 2e-3, 12 steps of 4 windows of 64 tokens.
+Measured before each step, with three seeds: the loss minus the base's on the same windows, and the
+norms of A's and of B's gradient.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from common.figures import BLUE, GREY, RED, YELLOW
-from lesson.experiments.common import band, mean_loss, panels, parse, save, trainer
+from lesson.experiments.common import (
+    BLUE,
+    GREY,
+    RED,
+    YELLOW,
+    band,
+    gradient,
+    mean_loss,
+    panels,
+    parse,
+    save,
+    trainer,
+)
 from lora.inject import adapter_disabled
 
 # name: which of A and B are random, and how it is drawn
@@ -24,37 +42,55 @@ TITLES = {
 }
 
 
+def start(parameters: dict[str, nn.Parameter], random: str) -> dict[str, list[nn.Parameter]]:
+    """Draw those of A and B that `random` names, set the others to zero; return both by name."""
+    weights: dict[str, list[nn.Parameter]] = {"A": [], "B": []}
+    for name, parameter in parameters.items():
+        part = "A" if "lora_A" in name else "B"
+        weights[part].append(parameter)
+        if part in random:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(parameter)
+    return weights
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> float:
+    """Return the norm of all their gradients together."""
+    return math.hypot(*[gradient(parameter).norm().item() for parameter in parameters])
+
+
 def first_steps(random: str, seed: int, steps: int) -> dict[str, list[float]]:
-    """Return the loss less the base's, and the two gradients' norms, before each step."""
+    """Train; return the loss minus the base's, and the two gradients' norms, before each step."""
     made = trainer(seed=seed, batch_size=4, block_size=64, stride=64, max_steps=steps)
-    weights = {"A": [], "B": []}
-    for name, p in made.parameters.items():
-        weights[part := "A" if "lora_A" in name else "B"].append(p)
-        nn.init.kaiming_uniform_(p, a=math.sqrt(5)) if part in random else nn.init.zeros_(p)
+    weights = start(made.parameters, random)
     optimizer = torch.optim.AdamW(made.parameters.values(), lr=LR)
-    rows = []
+
+    measured: dict[str, list[float]] = {"loss": [], "A": [], "B": []}
     for batch in made.batches():
         with torch.no_grad(), adapter_disabled(made.model):
             base = mean_loss(made, batch).item()
         loss = mean_loss(made, batch)
         loss.backward()
-        norms = [math.hypot(*(p.grad.norm().item() for p in weights[part])) for part in "AB"]
-        rows.append((loss.item() - base, *norms))
+
+        measured["loss"].append(loss.item() - base)
+        for part, parameters in weights.items():
+            measured[part].append(gradient_norm(parameters))
+
         optimizer.step()
         optimizer.zero_grad()
-    return dict(zip(TITLES, map(list, zip(*rows, strict=True)), strict=True))
+    return measured
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: Sequence[str] | None = None) -> dict:
     args = parse(__doc__, argv)
     steps = 3 if args.short else 12
-    runs = {
-        name: [first_steps(random, seed, steps) for seed in args.seeds]
-        for name, (random, *_) in STARTS.items()
-    }
-    figure, axes = panels(
-        f"Four starts, before each of {steps} steps (mini; bands: seeds)", *TITLES.values()
-    )
+    runs = {}
+    for name, (random, _, _) in STARTS.items():
+        runs[name] = [first_steps(random, seed, steps) for seed in args.seeds]
+
+    title = f"Four starts, before each of {steps} steps (mini; bands: seeds)"
+    figure, axes = panels(title, *TITLES.values())
     for axis, part in zip(axes, TITLES, strict=True):
         for name, (_, colour, line) in STARTS.items():
             y = torch.tensor([run[part] for run in runs[name]])  # (seeds, steps)
@@ -64,8 +100,10 @@ def main(argv: list[str] | None = None) -> dict:
             axis.set_yscale("symlog", linthresh=0.01)
             axis.set_ylim(bottom=-0.001)
     axes[0].legend(fontsize=9, loc="upper right")
+
     data = {"lr": LR, "steps": steps, "seeds": len(args.seeds), "runs": runs}
-    return save(args, "initialisation", data, figure)["runs"]
+    save(args, "initialisation", data, figure)
+    return runs
 
 
 if __name__ == "__main__":

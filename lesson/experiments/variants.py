@@ -1,21 +1,32 @@
-"""Variants of LoRA side by side, each at its best rate: `python -m lesson.experiments.variants`."""
+"""Which variant of LoRA? `python -m lesson.experiments.variants`
 
-from lesson.experiments.sweep import compare
+Varied: the variant, each at four learning rates.
+Fixed: mini, the default book, c_attn at rank 8, alpha 16, 60 steps of 8 windows of 64 tokens.
+Measured: the validation perplexity at each variant's best rate, with three seeds.
+"""
+
+from collections.abc import Sequence
+
+from lesson.experiments.common import parse
+from lesson.experiments.sweep import Choice, compare
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-CHOICES = {
+
+# A variant that takes larger steps at one rate is tried at lower ones, and the other way round.
+CHOICES: dict[str, Choice] = {
     "LoRA": (RATES, {}),
     "rsLoRA": (RATES, {"use_rslora": True}),
     "DoRA": (RATES, {"use_dora": True}),
     "PiSSA": (RATES, {"init_lora_weights": "pissa"}),
-    "LoRA+, ratio 16": ((3e-4, *RATES[:-1]), {"loraplus_lr_ratio": 16.0}),
+    "LoRA+, ratio 16": ((3e-4, 1e-3, 3e-3, 1e-2), {"loraplus_lr_ratio": 16.0}),
     "LoRA-FA": ((1e-2, 3e-2, 1e-1, 3e-1), {"freeze_a": True}),
-    "q and v apart": ((*RATES[1:], 1e-1), {"target_modules": ("c_attn.q", "c_attn.v")}),
+    "q and v apart": ((3e-3, 1e-2, 3e-2, 1e-1), {"target_modules": ("c_attn.q", "c_attn.v")}),
 }
 
 
-def main(argv: list[str] | None = None) -> dict:
-    return compare(argv, "variants", "Variants of LoRA (mini, c_attn, r = 8, 60 steps)", CHOICES)
+def main(argv: Sequence[str] | None = None) -> dict:
+    args = parse(__doc__, argv)
+    return compare(args, "variants", "Variants of LoRA (mini, c_attn, r = 8, 60 steps)", CHOICES)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "train.py").exists())
-sys.path.insert(0, str(root))  # the GPT-2, its tokenizer and the book are the project's
+# The GPT-2, its tokenizer and the book are the project's, whose root is here or above.
+here_and_above = (Path.cwd(), *Path.cwd().parents)
+root = next(path for path in here_and_above if (path / "train.py").exists())
+sys.path.insert(0, str(root))
 
 from data.tokens import load_books
 from data.windows import Windows, split
@@ -37,7 +40,8 @@ torch.manual_seed(0)
 class LoRA(nn.Module):
     def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16):
         super().__init__()
-        self.base, self.scaling = base.requires_grad_(False), alpha / r
+        self.base = base.requires_grad_(False)
+        self.scaling = alpha / r
         bound = 1 / math.sqrt(base.in_features)
         self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(base.out_features, r))
@@ -59,13 +63,16 @@ ids = torch.randint(model.config.vocab_size, (2, 64))
 base_logits = model(ids).detach()
 
 model.requires_grad_(False)
-for block in model.h:
-    block.attn.c_attn = LoRA(block.attn.c_attn)
-layers = [block.attn.c_attn for block in model.h]
-trained = [p for p in model.parameters() if p.requires_grad]
+layers = {}
+for name, module in list(model.named_modules()):
+    if isinstance(module, nn.Linear) and name.endswith(".c_attn"):
+        layers[name] = LoRA(module)
+        model.set_submodule(name, layers[name])
 
+trained = [p for p in model.parameters() if p.requires_grad]
 count = sum(p.numel() for p in trained)
-print(f"trained: {count:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+total = sum(p.numel() for p in model.parameters())
+print(f"trained: {count:,} of {total:,} parameters")
 print("a new adapter changes no logit:", torch.equal(model(ids), base_logits))
 
 # %% [markdown]
@@ -76,25 +83,32 @@ print("a new adapter changes no logit:", torch.equal(model(ids), base_logits))
 
 # %%
 tokenizer = load_tokenizer(directory, model.config.vocab_size)
-parts = split(load_books([root / "data" / "book.txt"], tokenizer), 0.1)
-windows, validation = (Windows(part, block_size=64, stride=64) for part in parts)
+book = load_books([root / "data" / "book.txt"], tokenizer)
+training_part, validation_part = split(book, 0.1)
+windows = Windows(training_part, block_size=64, stride=64)
+validation = Windows(validation_part, block_size=64, stride=64)
 
 
-def loss_on(inputs, targets):
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())  # ignores -100: padding
+def loss_on(inputs, targets):  # (B, T) each
+    logits = model(inputs)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ignores -100: padding
 
 
 @torch.no_grad()
 def perplexity():
-    """Approximate: the mean of the batches' means, of which the last is smaller."""
-    batches = list(validation.evaluation_batches())
-    return math.exp(sum(loss_on(*batch).item() for batch in batches) / len(batches))
+    """Return the validation part's, nearly: the last batch is smaller, and counts the same."""
+    losses = [loss_on(*batch).item() for batch in validation.evaluation_batches()]
+    return math.exp(sum(losses) / len(losses))
+
+
+def words(tokens):
+    return [tokenizer.bytes_of[token].decode() for token in tokens.tolist()]
 
 
 before = perplexity()
-inputs, targets = windows.batch(range(2))
-for name, tokens in (("inputs", inputs), ("targets", targets)):
-    print(f"{name:8}", [tokenizer.bytes_of[token].decode() for token in tokens[0, :10].tolist()])
+inputs, targets = windows.batch(np.arange(2))
+print("inputs: ", words(inputs[0, :10]))
+print("targets:", words(targets[0, :10]))
 print(f"the base's perplexity: {before:.1f}")
 
 # %% [markdown]
@@ -105,10 +119,10 @@ print(f"the base's perplexity: {before:.1f}")
 
 # %%
 loss_on(inputs, targets).backward()
-first_gradients = {
-    name: math.hypot(*(getattr(layer, name).grad.norm().item() for layer in layers))
-    for name in "AB"
-}
+first_gradients = {}
+for matrix in ("A", "B"):
+    norms = [getattr(layer, matrix).grad.norm().item() for layer in layers.values()]
+    first_gradients[matrix] = math.hypot(*norms)
 print("norms of the first gradients:", first_gradients)
 
 # %% [markdown]
@@ -118,7 +132,8 @@ print("norms of the first gradients:", first_gradients)
 
 # %%
 optimizer = torch.optim.AdamW(trained, lr=1e-2)
-for step, batch in enumerate(windows.epoch_order(seed=0, epoch=0)[: 30 * 8].reshape(30, 8)):
+batches = windows.epoch_order(seed=0, epoch=0)[: 30 * 8].reshape(30, 8)
+for step, batch in enumerate(batches):
     loss = loss_on(*windows.batch(batch))
     optimizer.zero_grad()
     loss.backward()
@@ -135,10 +150,12 @@ print(f"perplexity: {before:.1f} -> {after:.1f}")
 # zero, but for rounding.
 
 # %%
-update = (layers[0].scaling * layers[0].B @ layers[0].A).detach()
+first = layers["h.0.attn.c_attn"]
+update = (first.scaling * first.B @ first.A).detach()
 spectrum = torch.linalg.svdvals(update)
-for i, value in enumerate(spectrum[:10], 1):
-    print(f"{i:2} {value:8.4f} {'#' * round(60 * (value / spectrum[0]).item())}")
+for i, value in enumerate(spectrum[:10].tolist(), 1):
+    bar = "#" * round(60 * value / spectrum[0].item())
+    print(f"{i:2} {value:8.4f} {bar}")
 
 # %% [markdown]
 # ## What it writes
@@ -164,9 +181,9 @@ print("adapted:", write(model))
 # %%
 with torch.no_grad():
     adapted_logits = model(ids)
-    for block, layer in zip(model.h, layers, strict=True):
+    for name, layer in layers.items():
         layer.base.weight += layer.scaling * layer.B @ layer.A
-        block.attn.c_attn = layer.base
+        model.set_submodule(name, layer.base)
     merged_logits = model(ids)
 print("the adapter changed the logits by up to", (adapted_logits - base_logits).abs().max().item())
 print("merging changed them by up to", (merged_logits - adapted_logits).abs().max().item())
@@ -183,13 +200,13 @@ try:
 except ImportError:
     print("not installed: make setup")
 else:
-    theirs = peft.get_peft_model(
-        transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32),
-        peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True),
-    ).eval()
+    base = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True)
+    theirs = peft.get_peft_model(base, config).eval()
     with torch.no_grad():
-        for block, layer in zip(theirs.base_model.model.transformer.h, layers, strict=True):
-            block.attn.c_attn.lora_A.default.weight.copy_(layer.A)
-            block.attn.c_attn.lora_B.default.weight.copy_(layer.B)
+        for name, layer in layers.items():
+            full_name = f"base_model.model.transformer.{name}"
+            theirs.get_parameter(f"{full_name}.lora_A.default.weight").copy_(layer.A)
+            theirs.get_parameter(f"{full_name}.lora_B.default.weight").copy_(layer.B)
         peft_difference = (theirs(ids).logits - adapted_logits).abs().max().item()
     print("PEFT's logits differ from ours by up to", peft_difference)

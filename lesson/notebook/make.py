@@ -4,56 +4,52 @@ A cell begins at `# %%`; at `# %% [markdown]` a text, whose lines begin with `# 
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from common.cli import Parser
+from common.errors import run_command
 
 SCRIPT = Path(__file__).with_name("lora_from_scratch.py")
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
-def cells(script: str) -> list[tuple[str, str]]:
-    """Return each cell's kind, code or markdown, and its source."""
-    result = []
-    for part in script.split("# %%")[1:]:
-        head, _, body = part.partition("\n")
-        body = body.strip("\n")
-        if head == " [markdown]":
-            result.append(("markdown", "\n".join(line[2:] for line in body.split("\n"))))
-        else:
-            result.append(("code", body))
-    return result
+def cell(part: str) -> dict[str, object]:
+    """Return the cell whose script, after its `# %%`, is `part`."""
+    head, _, body = part.partition("\n")
+    body = body.strip("\n")
+    if head == " [markdown]":
+        text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.splitlines())
+        return {
+            "cell_type": "markdown",
+            "metadata": {},
+            "source": text.splitlines(keepends=True),
+        }
+    return {
+        "cell_type": "code",
+        "metadata": {},
+        "source": body.splitlines(keepends=True),
+        "execution_count": None,
+        "outputs": [],
+    }
 
 
 def notebook(script: str) -> str:
     """Return the script as a notebook file, nbformat 4.4, without outputs."""
-    code = {"execution_count": None, "outputs": []}
-    return (
-        json.dumps(
-            {
-                "cells": [
-                    {
-                        "cell_type": kind,
-                        "metadata": {},
-                        "source": source.splitlines(keepends=True),
-                        **(code if kind == "code" else {}),
-                    }
-                    for kind, source in cells(script)
-                ],
-                "metadata": {
-                    "kernelspec": {
-                        "display_name": "Python 3",
-                        "language": "python",
-                        "name": "python3",
-                    }
-                },
-                "nbformat": 4,
-                "nbformat_minor": 4,
-            },
-            indent=1,
-            ensure_ascii=False,
-        )
-        + "\n"
-    )
+    stored = {
+        "cells": [cell(part) for part in script.split("# %%")[1:]],
+        "metadata": {"kernelspec": KERNEL},
+        "nbformat": 4,
+        "nbformat_minor": 4,
+    }
+    return json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    Parser(prog="lesson.notebook.make", description=__doc__).parse_args(argv)
+    NOTEBOOK.write_text(notebook(SCRIPT.read_text()))
 
 
 if __name__ == "__main__":
-    NOTEBOOK.write_text(notebook(SCRIPT.read_text()))
+    run_command(main)

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from adapters.files import WEIGHTS, load_adapter, save_adapter
 from adapters.merge import merge, unwrap
-from model.plain import plain_operations
 from model.weights import load_gpt2, save_gpt2
 from tests.helpers import relative_difference, tiny_gpt2
 from tests.pairs import ALL_FOUR, IDS, losses_of_steps, randomize
@@ -88,7 +87,6 @@ def test_each_loads_the_others_adapter_and_merges_to_the_same_weights(
     assert all(torch.equal(merged[name], theirs[name]) for name in merged)
 
 
-@plain_operations()
 @pytest.mark.parametrize("dtype", [FP32])
 def test_each_continues_the_others_training(base, tmp_path):
     start, half, end = (tmp_path / name for name in ("start", "half", "end"))

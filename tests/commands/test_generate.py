@@ -98,6 +98,9 @@ class Scripted(torch.nn.Module):
         logits[..., next(self.tokens)], logits[..., 5] = 99.0, 9.0
         return logits
 
+    def logits(self, hidden):
+        return hidden
+
 
 def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     def pieces(tokens, tokenizer):
@@ -222,4 +225,4 @@ def test_the_command_continues_each_prompt_as_if_alone(base, monkeypatch):
         run_command(command.main)
     assert ascii_only.buffer.getvalue() == expected.encode("ascii", "backslashreplace")
     refused = one_line(run(command.main, *options, "caf\udce9"), 2)
-    assert refused == r"error: --prompt 'caf\udce9': is not UTF-8 text"
+    assert refused == "error: --prompt: is not UTF-8 text"

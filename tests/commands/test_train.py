@@ -234,7 +234,7 @@ def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_p
 def test_a_part_has_room_for_a_window_and_its_last_target(base, book, tmp_path):
     tokens = len(load_tokens(book, load_tokenizer(base, load_config(base).vocab_size)))
     options = ["--val-fraction", 20.5 / tokens, "--block-size"]  # a validation part of 20 tokens
-    assert len(runs.trainer("full", base, book, tmp_path, *options, 19).validation) == 1
+    assert len(runs.trainer("full", base, book, tmp_path, *options, 19).data.validation) == 1
     with pytest.raises(UserError, match="validation part is 20 tokens, and a window needs 21"):
         runs.trainer("full", base, book, tmp_path, *options, 20)
 

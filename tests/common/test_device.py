@@ -106,7 +106,7 @@ def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
     ],
 )
 def test_out_of_memory_while_the_model_is_moved_is_one_line(error, base, monkeypatch):
-    monkeypatch.setattr(Device, "hold", mock.Mock(side_effect=error))
+    monkeypatch.setattr(Device, "place", mock.Mock(side_effect=error))
     ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
     assert one_line(ending).startswith("error: out of memory; try a smaller --batch")
 

@@ -1,6 +1,8 @@
 """Instructions: rows, masks and refusals; a step's loss and gradients against stock libraries'."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import evaluate
+import generate
 import train
 from adapters.files import save_adapter
 from data.instructions import Instructions, read_examples
 from data.windows import NOT_SCORED
-from model.plain import plain_operations
 from model.weights import CONV1D
 from tests import runs
 from tests.helpers import TINY, refusal, relative_difference, small_tokenizer
@@ -42,7 +44,10 @@ def turn(role: str, content: str) -> dict:
 
 
 def write(path, *lines: str | bytes):
-    path.write_bytes(b"".join(x.encode() + b"\n" if isinstance(x, str) else x for x in lines))
+    """Write these lines; return the path. Bytes are written as they are, with no new line."""
+    with open(path, "wb") as file:
+        for line in lines:
+            file.write(f"{line}\n".encode() if isinstance(line, str) else line)
     return path
 
 
@@ -51,10 +56,11 @@ def encoded(text: str) -> list[int]:
 
 
 def labelled(prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Ids and labels of an example, label t that of id t, as transformers wants them."""
+    """Return an example's ids and labels, aligned (label t is for id t) as in transformers."""
     before = encoded(f"User: {prompt.strip()}\nAssistant:")
     after = [*encoded(f" {completion.strip()}"), END]
-    ids, labels = before + after, [NOT_SCORED] * len(before) + after
+    ids = before + after
+    labels = [NOT_SCORED] * len(before) + after
     return ids[-LENGTH - 1 :], labels[-LENGTH - 1 :]
 
 
@@ -79,20 +85,23 @@ def data(tmp_path):
 
 
 def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
-    """The loss of a step on all examples but the last, and its gradients."""
-    trainer.optimizer.zero_grad = lambda set_to_none: None  # they are kept
+    """Return the loss of a step on all examples but the last, and its gradients."""
+    trainer.optimizer.zero_grad = lambda set_to_none: None  # keep them
     trainer.step(np.arange(len(PAIRS) - 1))
-    return (trainer.measure()["loss"], {name: p.grad for name, p in trainer.parameters.items()})
+    gradients = {name: p.grad for name, p in trainer.parameters.items()}
+    return trainer.measure()["loss"], gradients
 
 
 def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients by our names and in our shapes."""
     found = {}
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            ours = name.removeprefix("base_model.model.").removeprefix("transformer.")
-            transposed = CONV1D.search(ours) and "lora_" not in ours
-            found[ours.replace(".default", "")] = p.grad.t() if transposed else p.grad
+        if not p.requires_grad:
+            continue
+        ours = name.removeprefix("base_model.model.").removeprefix("transformer.")
+        ours = ours.replace(".default", "")
+        is_conv1d = CONV1D.search(ours) and "lora_" not in ours
+        found[ours] = p.grad.t() if is_conv1d else p.grad
     return found
 
 
@@ -102,25 +111,11 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
 ):
     adapter = tmp_path / "adapter"
     save_adapter(*adapted(base, ("c_attn", "c_fc"), r=4, lora_dropout=0.0), adapter, "gpt2")
-    argv = (
-        method,
-        base,
-        data,
-        tmp_path / "out",
-        "--block-size",
-        LENGTH,
-        "--grad-accum",
-        parts,
-        "--clip",
-        0,
-        "--val-fraction",
-        0.15,
-        "--base-dropout",
-        0,
-        *(("--init-adapter", adapter) if method == "lora" else ()),
-    )
-    with plain_operations():
-        plain = stepped(runs.trainer(*argv))
+    argv = [method, base, data, tmp_path / "out", "--block-size", LENGTH, "--grad-accum", parts]
+    argv += ["--clip", 0, "--val-fraction", 0.15, "--base-dropout", 0]
+    if method == "lora":
+        argv += ["--init-adapter", adapter]
+    plain = stepped(runs.trainer(*argv, fast=False))
     fast = stepped(runs.trainer(*argv))
     assert "2 of 7 examples are longer than a block of 40" in capsys.readouterr().out
     model = stock_model(base, adapter if method == "lora" else None)
@@ -141,15 +136,10 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
 def test_both_forms_are_read_as_the_template_says(tmp_path):
     talk = [
         turn("system", "Be brief."),
-        *(
-            turn(*t)
-            for t in (
-                ("user", "Who?"),
-                ("assistant", "You."),
-                ("user", "When?"),
-                ("assistant", "At dusk."),
-            )
-        ),
+        turn("user", "Who?"),
+        turn("assistant", "You."),
+        turn("user", "When?"),
+        turn("assistant", "At dusk."),
     ]
     path = write(
         tmp_path / "x.jsonl",
@@ -190,10 +180,20 @@ BAD = [
     ('{"messages": {}}', "none at"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
     (json.dumps({"messages": [turn("assistant", "b") | {"weight": 0}]}), "has a weight"),
+    ('{"prompt": "a", "completion": "b", "system": "c"}', "has the unknown key 'system'"),
+    ('{"messages": [], "prompt": "a"}', "has the unknown key 'prompt'"),
+    (json.dumps({"messages": [turn("assistant", "b") | {"name": "c"}]}), "unknown key 'name'"),
     (example("a", " \n"), "an empty completion"),
     (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "none at its end"),
     (example("a", "word " * 40), "its completion is longer than a block of 40; shorten it"),
 ]
+
+
+def test_a_chat_line_of_a_million_spaces_is_answered(base, monkeypatch):
+    line = "Who" + 1_000_000 * " " + "lights it?"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line.encode())))
+    argv = ("--chat", "--base", base, "--device", "cpu", "--max-new-tokens", 1)
+    assert run(generate.main, *argv).status == 0
 
 
 def test_a_bad_line_is_named(tmp_path):
@@ -231,39 +231,21 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(ba
         ("--val-fraction", 0.5, PAIRS[-3:]),
         ("--val-data", others, PAIRS[1::2]),
     ):
-        done = runs.trained(
-            "lora",
-            base,
-            data,
-            tmp_path / option,
-            "--block-size",
-            LENGTH,
-            "--max-steps",
-            1,
-            option,
-            value,
-        )
+        options = ("--block-size", LENGTH, "--max-steps", 1, option, value)
+        done = runs.trained("lora", base, data, tmp_path / option, *options)
         assert done.report["base_val_loss"] == pytest.approx(losses(pairs), rel=1e-6)
         assert done.report["options"]["book"] is None
         assert done.report["options"]["data"] == str(data)
-    scores, _ = runs.scores(
-        tmp_path / "scores.json",
-        "--base",
-        base,
-        "--data",
-        data,
-        "--block-size",
-        LENGTH,
-        "--batch-size",
-        2,
-    )
+    argv = ("--base", base, "--data", data, "--block-size", LENGTH, "--batch-size", 2)
+    scores, _ = runs.scores(tmp_path / "scores.json", *argv)
     assert scores["loss"] == pytest.approx(losses(PAIRS), rel=1e-6)
     assert scores["tokens"] == sum(len(encoded(f" {c.strip()}")) + 1 for _, c in PAIRS)
     assert scores["bytes"] == sum(len(f" {c.strip()}".encode()) for _, c in PAIRS)
 
 
 def test_too_few_examples_and_options_for_books_are_refused(base, book, data, tmp_path):
-    empty, too_few = write(tmp_path / "empty.jsonl"), "7 examples to train on and 0 to validate on"
+    empty = write(tmp_path / "empty.jsonl")
+    too_few = "7 examples to train on and 0 to validate on"
     alone = "--val-data: needs --data, and no --val-fraction"
     for source, options, words in (
         (data, ("--val-data", empty), too_few),
@@ -291,7 +273,9 @@ def test_every_example_is_scored_whatever_the_batch_size():
     rows = [np.array([[i] * n, [i] * n]) for i, n in enumerate((3, 1, 4, 1, 5))]
     for size in (1, 2, 5, 9):
         batches = list(Instructions(rows).evaluation_batches(size))
-        seen = [t[t != NOT_SCORED].tolist() for _, targets in batches for t in targets]
+        seen = []
+        for _, targets in batches:
+            seen += [row[row != NOT_SCORED].tolist() for row in targets]
         assert seen == [row[1].tolist() for row in rows]
         assert len(batches) == -(-len(rows) // size)
         assert all(len(inputs) == size for inputs, _ in batches[:-1])

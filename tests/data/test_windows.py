@@ -1,5 +1,7 @@
 """The split, the training windows and the evaluation windows."""
 
+import itertools
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -48,7 +50,7 @@ def test_each_epoch_has_its_own_order_and_repeats_it():
     def order(seed: int, epoch: int) -> tuple[int, ...]:
         return tuple(Windows(np.arange(500), 10, 3).epoch_order(seed, epoch).tolist())
 
-    orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1, 42) for epoch in range(4)}
+    orders = {key: order(*key) for key in itertools.product((0, 1, 42), range(4))}
     assert len(set(orders.values())) == len(orders)
     for (seed, epoch), windows in orders.items():
         assert sorted(windows) == list(range(164)) != list(windows)

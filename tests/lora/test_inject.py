@@ -6,6 +6,7 @@ import torch
 from adapters.merge import merge
 from lora.inject import adapter_disabled, inject
 from lora.layer import LoRAConfig
+from lora.variants import make_config
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
 from tests.helpers import relative_difference
@@ -58,7 +59,9 @@ def test_a_disabled_adapter_leaves_the_base_and_a_second_one_is_refused(base):
     with pytest.raises(ValueError, match="has an adapter already; `unwrap` it first"):
         inject(model, LoRAConfig(target_modules=("c_fc",)))
     with pytest.raises(ValueError, match="init_lora_weights 'gaussian' is not True or"):
-        inject(load_gpt2(base), LoRAConfig(init_lora_weights="gaussian"))
+        make_config(init_lora_weights="gaussian")
+    with pytest.raises(ValueError, match="slices of a layer need"):
+        inject(load_gpt2(base), LoRAConfig(target_modules=("c_attn.q",)))
     assert torch.equal(model(IDS), with_adapter)
     merge(model)
     with pytest.raises(ValueError, match="unmerge it first"), adapter_disabled(model):

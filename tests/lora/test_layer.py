@@ -8,7 +8,6 @@ from torch import nn
 
 from adapters.merge import merge
 from lora.layer import LoRAConfig, LoRALinear
-from model.plain import plain_operations
 from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 
@@ -51,7 +50,6 @@ def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora)
     assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)
 
 
-@plain_operations()
 @pytest.mark.parametrize(
     ("dtype", "autocast", "shape", "config"),
     [

@@ -12,6 +12,7 @@ from adapters.files import WEIGHTS, adapter_tensors, load_adapter, save_adapter
 from common.errors import UserError
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
+from lora.variants import make_config, make_layer
 from model.gpt2 import GPT2, GPT2Config
 from model.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
@@ -120,7 +121,7 @@ def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(base):
     before, expected = dict(model.named_parameters()), model(IDS)
     for fields, reason in REFUSED:
         with pytest.raises(ValueError, match=reason):
-            inject(model, LoRAConfig(**fields))
+            inject(model, make_config(**fields), make_layer)
             pytest.fail(f"{fields} is taken")
         after = dict(model.named_parameters())
         assert after.keys() == before.keys() and all(after[n] is before[n] for n in before)
@@ -147,17 +148,12 @@ def test_below_the_lowest_adapted_block_no_gradient_is_computed(base, layers, be
 
 
 def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
-    assert parse_options("-", ["lora", "--layers", "4-6", "0", "5"]).layers_to_transform == (
-        0,
-        4,
-        5,
-        6,
-    )
+    asked = parse_options("-", ["lora", "--layers", "4-6", "0", "5"])
+    assert asked.lora.layers_to_transform == (0, 4, 5, 6)
     model = trainer("lora", base, book, tmp_path, "--layers", "1-2").model
     assert list(lora_layers(model)) == ["h.1.attn.c_attn", "h.2.attn.c_attn"]
-    assert parse_options("-", ["lora", "--target-modules", "all-linear"]).target_modules == (
-        "all-linear"
-    )
+    asked = parse_options("-", ["lora", "--target-modules", "all-linear"])
+    assert asked.lora.target_modules == "all-linear"
 
 
 def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):

@@ -18,6 +18,7 @@ from common.device import PRECISIONS, Device
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from model import fast as ops
+from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
 
 CONFIG = GPT2Config(vocab_size=331, n_positions=32, n_embd=32, n_layer=2, n_head=2)
@@ -28,6 +29,7 @@ def model_on_cuda(precision: str) -> GPT2:
     with unset_fake_temporarily():
         model = GPT2(CONFIG)
         inject(model, LoRAConfig(r=4))
+        accelerate(model)
         Device.pick("cpu", precision).place(model)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
@@ -68,11 +70,11 @@ def check(precision: str, gradients: bool) -> None:
     ):
         hidden = model.hidden(ids).flatten(0, 1)
         if gradients:
-            loss = ops.tied_cross_entropy(hidden, model.wte.weight, ids.flatten())
+            loss = model.loss(hidden, ids.flatten())
             head = nn.Parameter(torch.empty_like(model.wte.weight, dtype=torch.float32))
             assert ops.tied_cross_entropy(hidden, head, ids.flatten()).requires_grad
         else:
-            loss, _ = ops.score(hidden, model.wte.weight, ids.flatten())
+            loss, _ = model.score(hidden, ids.flatten())
     low, fp32 = PRECISIONS[precision], torch.float32
     for name in (
         "attn.c_attn",

@@ -16,7 +16,9 @@ import torch._dynamo  # now: it would take a mock of a function of torch for the
 
 from lora.inject import inject
 from lora.layer import LoRAConfig
+from lora.variants import make_config, make_layer
 from model import fast as ops
+from model.fast import accelerate
 from model.gpt2 import GPT2
 from tests.model.fake_cuda import CONFIG, cases_that_hold
 
@@ -67,10 +69,9 @@ def test_a_step_without_data_takes_the_branches_of_a_gpu_and_leaves_gradients(me
         model = GPT2(CONFIG).train()
         if method == "lora":
             inject(model, LoRAConfig(r=4))
+        accelerate(model)
         ids = torch.zeros(3, 32, dtype=torch.int64)
-        ops.tied_cross_entropy(
-            model.hidden(ids).flatten(0, 1), model.wte.weight, ids.flatten()
-        ).backward()
+        model.loss(model.hidden(ids).flatten(0, 1), ids.flatten()).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == (4 if method == "lora" else 28)
     for name, parameter in trained.items():
@@ -92,7 +93,8 @@ def test_dynamo_makes_one_whole_graph_of_the_model_and_few_of_changing_batches(f
 
     torch.compiler.reset()
     model = GPT2(CONFIG).train()
-    inject(model, LoRAConfig(r=4, **fields))
+    inject(model, make_config(r=4, **fields), make_layer)
+    accelerate(model)
     model.gradient_checkpointing = bool(fields)
     hidden = torch.compile(model.hidden, backend=count, fullgraph=True)  # a break would raise
     made = []

@@ -1,15 +1,24 @@
 """Compares the fast operations with PyTorch's own: values, gradients, statistics, memory."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora.inject import inject
+from lora.layer import LoRAConfig
 from model import fast as ops
-from model import plain
+from model.fast import FAST, accelerate
+from model.gpt2 import GPT2, GPT2Config
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 2e-6, BF16: 2e-2, FP16: 3e-3}
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def normal(*shape: int, seed: int = 0, dtype=FP32, strided=False) -> Tensor:
@@ -54,7 +63,7 @@ def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, strided)
     inputs = (normal(*shape, seed=i, dtype=dtype, strided=strided) for i in range(3))
     y = assert_same(
         lambda *qkv: ops.causal_attention(*qkv, p=0.0),
-        lambda *qkv: plain.causal_attention(*qkv, p=0.0),
+        plain_attention,
         *inputs,
     )
     assert y.dtype == dtype
@@ -80,7 +89,7 @@ def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shap
     assert len(kept.flatten(0, 1).unique(dim=0)) == shape[0] * shape[1]  # each head has its own
     assert_same(
         drawn,
-        lambda q, k, v: (plain.causal_attention(q, k, unit.double(), p=0.0) * kept / 0.75) @ v,
+        lambda q, k, v: (plain_attention(q, k, unit.double()) * kept / 0.75) @ v,
         q,
         k,
         v,
@@ -189,8 +198,9 @@ def test_autocast_rules_the_precision_of_matmuls_and_not_of_the_softmax():
         y = ops.linear(hidden, weight)
         loss = ops.tied_cross_entropy(hidden, weight, targets)
         scores = ops.score(hidden, weight, targets)
-        assert_close(loss, plain.tied_cross_entropy(hidden, weight, targets), 1e-6)
-        assert_close(scores[0], plain.score(hidden, weight, targets)[0], 1e-6)
+        losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+        assert_close(loss, losses.sum(), 1e-6)
+        assert_close(scores[0], losses, 1e-6)
     assert torch.equal(y, ops.linear(*low)) and y.dtype == BF16
     assert torch.equal(loss, ops.tied_cross_entropy(*low, targets)) and loss.dtype == FP32
     assert torch.equal(scores[0], ops.score(*low, targets)[0])
@@ -250,3 +260,40 @@ def test_a_padded_head_gives_the_same_loss_gradients_and_scores(monkeypatch, V, 
     for padded, plain_score in zip(ops.score(hidden, weight, targets), scores, strict=True):
         assert_close(padded.double(), plain_score.double(), TOLERANCE[dtype])
     assert {(128, 16), (16, 128)} == {w for w in widths if max(w) > len(hidden)}
+
+
+@pytest.mark.parametrize("attn_pdrop", [0.0, 0.25])
+def test_accelerate_replaces_what_one_model_computes_and_nothing_else(attn_pdrop):
+    """Values and gradients are the plain model's; dropouts draw other numbers."""
+    config = GPT2Config(
+        vocab_size=101, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=attn_pdrop
+    )
+    torch.manual_seed(0)
+    model = GPT2(config)
+    inject(model, LoRAConfig(r=4))
+    nn.init.normal_(model.h[0].attn.c_attn.lora_B.weight)
+    fast = deepcopy(model)
+    accelerate(fast)
+    assert not any(type(m) in FAST for m in fast.modules())
+    assert any(type(m) in FAST for m in model.modules())  # the other model is as it was
+    assert fast.state_dict().keys() == model.state_dict().keys()
+
+    ids = torch.arange(32).view(2, 16)
+    for each in (model.eval(), fast.eval()):
+        hidden = each.hidden(ids).flatten(0, 1)
+        each.loss(hidden, ids.flatten()).backward()
+    for (name, p), (_, q) in zip(model.named_parameters(), fast.named_parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None and p.grad.any():
+            assert_close(q.grad, p.grad.double(), 1e-5)
+    assert_close(fast(ids), model(ids).double(), 1e-5)
+    for ours, theirs in zip(
+        fast.score(hidden, ids.flatten()), model.score(hidden, ids.flatten()), strict=True
+    ):
+        assert_close(ours.double(), theirs.double(), 1e-5)
+
+    drawn = []
+    for each in (model.train(), fast.train()):
+        torch.manual_seed(3)
+        drawn.append(each(ids))
+    assert not torch.equal(*drawn)

@@ -5,7 +5,6 @@ import torch
 import transformers
 
 from model.gpt2 import GPT2, GPT2Config, KVCache
-from model.plain import plain_operations
 from model.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory, token_ids
 
@@ -74,7 +73,6 @@ def logits_in_training(model, ids):
         return model.train()(ids)
 
 
-@plain_operations()
 def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path):
     directory, theirs = tiny_gpt2_directory(
         tmp_path, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3

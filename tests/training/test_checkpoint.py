@@ -118,15 +118,3 @@ def test_a_lack_of_memory_is_not_blamed_on_the_checkpoint(argv, tmp_path, monkey
     before, ending = contents(tmp_path / "run"), run(main, *argv)
     assert ending.status == 1 and ending.stderr.startswith("error: out of memory; try a smaller")
     assert contents(tmp_path / "run") == before
-
-
-def test_an_older_versions_checkpoint_is_refused_by_name(base, book, tmp_path):
-    """Only `--overwrite` takes it away, unread: it is a pickle."""
-    for name in ("checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl"):
-        (tmp_path / name).write_text("{}")
-    argv = arguments("lora", base, book, tmp_path, *OPTIONS)
-    line = refused(tmp_path, *argv, "--resume")
-    assert f"{tmp_path / 'checkpoint.pt'}: an older version's checkpoint" in line
-    assert "--overwrite" in line
-    assert run(main, *argv, "--overwrite").status == 0
-    assert not {"checkpoint.pt", "checkpoint.previous.pt"} & contents(tmp_path).keys()

@@ -109,7 +109,7 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
     base, book, tmp_path, method, ranks
 ):
     made = trainer(method, base, book, tmp_path / "unused", *SAME)
-    assert len(made.windows) % made.options.batch_size == 1
+    assert len(made.data.training) % made.options.batch_size == 1
     options = (*SAME, *runs.NO_DROPOUT[method])
     alone = trained(method, base, book, tmp_path / "alone", *options)
     argv = arguments(method, base, book, tmp_path / "ranks", *options)
@@ -155,7 +155,7 @@ def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
     first, second = np.split(next(made.batches()), 2)
 
     def loss(windows: np.ndarray) -> float:
-        return made.summed_loss(*made.windows.batch(windows)).item()
+        return made.summed_loss(*made.data.training.batch(windows)).item()
 
     of_first = loss(first)
     torch.manual_seed(made.options.seed + 1)
@@ -294,7 +294,7 @@ def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
         ),
     )
     with pytest.raises(RunError) as failure:
-        Ranks(rank=1, count=2).agree(0)
+        Ranks(rank=1, count=2).max_over_ranks(0)
     assert (
         LOST.fullmatch(f"error: {failure.value}")
         and "(NCCL error in: X.cpp:1, " in str(failure.value)

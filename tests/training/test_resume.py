@@ -163,20 +163,26 @@ def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
     assert lora < 3 * 4 * numbers + 40_000 < full
 
 
-@pytest.mark.parametrize("step, argv", [(9, ["--resume"]), (1, [])])
-def test_a_run_killed_before_its_first_checkpoint_starts_again_with_any_options(
-    whole, base, book, tmp_path, step, argv
+@pytest.mark.parametrize("step, more", [(9, ["--resume"]), (1, [])])
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    whole, base, book, tmp_path, step, more
 ):
     """Before its first line of metrics, by the same command."""
-    argv = [*arguments("lora", base, book, tmp_path, *OPTIONS), *argv]
-    killed = run_acting(
-        {step: runs.die}, *arguments("lora", base, book, tmp_path, *OPTIONS, "--lr", 1)
-    )
+    argv = arguments("lora", base, book, tmp_path, *OPTIONS)
+    killed = run_acting({step: runs.die}, *argv)
     assert killed.status == 130 and bool((tmp_path / "metrics.jsonl").read_text()) == (step > 7)
+    argv += more
     ending = run(main, *argv)
     assert ending.status == 0, ending
     assert ("has no checkpoint yet; starting from the beginning" in ending.stdout) == (step > 7)
     assert differences(tmp_path, result(whole["lora"].out)) == []
+
+
+def test_a_best_model_without_a_checkpoint_is_no_other_runs_to_delete(base, book, tmp_path):
+    argv = arguments("lora", base, book, tmp_path, *OPTIONS, "--eval-every", 3)
+    assert run_acting({5: runs.die}, *argv).status == 130
+    assert "adapter_model.safetensors" in runs.contents(tmp_path)
+    assert "--lr was" in refused(tmp_path, *argv, "--resume", "--lr", "1")
 
 
 def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
