@@ -12,12 +12,13 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import NotWritable, atomic_path, file_sha256, open_file
-from model.tokenizer import LONGEST_RUN, Tokenizer
+from model.tokenizer import Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
 HEADER = hashlib.sha256().digest_size  # bytes before the ids in a cached file
 BLOCK = 1 << 20  # bytes hashed at a time
 PIECE = 1 << 16  # characters read at a time, so that memory does not grow with the book
+LONGEST_RUN = 1 << 16  # characters without a boundary; tiktoken slows down and fails on long runs
 WORDS = re.compile(r"(.*\S(?=[ \n]))?", re.DOTALL)  # up to the last space that follows a word
 
 

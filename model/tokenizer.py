@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-LONGEST_RUN = 1 << 16  # characters of white space in a row; tiktoken fails on longer runs
-ANY_RUN = 2 * LONGEST_RUN  # length of a text up to which its runs are not looked at
+LONGEST_BLANK = 1 << 17  # characters of white space in a row; tiktoken fails on much longer runs
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that stands for one byte in a SentencePiece model
 SPACE = "▁"  # the space in a SentencePiece model
 
@@ -124,9 +123,9 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids (N,). Raises UserError for a text with a very long run of blanks."""
-        if len(text) > ANY_RUN:
+        if len(text) > LONGEST_BLANK:
             for run in re.finditer(r"\s+", text):
-                if len(run[0]) > LONGEST_RUN:
+                if len(run[0]) > LONGEST_BLANK:
                     raise UserError(f"a text with {len(run[0]):,} blanks in a row is not read")
         return self._id_of_rank[self._engine.encode_to_numpy(text, allowed_special="all")]
 

@@ -281,6 +281,14 @@ def test_what_is_not_there_is_refused_in_one_line(fake):
         assert refusal(base=name).startswith(f"--base {name!r}: no such directory, and none of")
 
 
+def test_a_base_that_is_asked_for_is_refused_at_once_without_a_network(fake, monkeypatch):
+    set_environment(monkeypatch, HF_ENDPOINT="http://127.0.0.1:1")
+    for name in ("someone/tiny", "gpt2-large"):
+        began = time.monotonic()
+        assert "cannot be had from http://127.0.0.1:1 (Conn" in refusal(base=name)
+        assert time.monotonic() - began < 5  # huggingface_hub would try six times, in 23 s
+
+
 def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "mini", "auto", "mine", "someone/tiny"):
@@ -365,7 +373,13 @@ def test_without_the_library_mini_and_what_is_placed_by_hand_work(fake, monkeypa
         assert hub.find_base("gpt2-large") == ("gpt2-large", directory)
 
 
-def test_the_library_is_imported_only_where_it_is_needed():
-    script = "import sys, train, generate; sys.exit('huggingface_hub' in sys.modules)"
+def test_mini_needs_neither_library():
+    script = """
+import sys, train, generate
+from model.hub import find_base
+from model.tokenizer_files import load_tokenizer
+load_tokenizer(find_base("mini")[1], 8192).encode("The sea")
+sys.exit(bool({"huggingface_hub", "tokenizers"} & {*sys.modules}))
+"""
     root = Path(hub.__file__).parents[1]
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
