@@ -139,7 +139,7 @@ pretrain-mini: .venv/run
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 
-# What was trained (runs) and downloaded (.cache/hub) stays.
+# What was trained (runs) and placed by hand (.cache/hub) stays.
 clean:
 	rm -rf .venv .venv-lowest .cache/tokens .pytest_cache .hypothesis .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -68,9 +68,11 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
 
 def _main_file(directory: Path, vocab_size: int) -> Path:
     """Return the file that holds the vocabulary. Raises UserError if there is none."""
-    for name in (FAST, VOCAB, MERGES, WORDS):
+    if (directory / MERGES).exists() and not (directory / FAST).exists():
+        return directory / VOCAB
+    for name in (FAST, VOCAB, WORDS):
         if (directory / name).exists():
-            return directory / (VOCAB if name == MERGES else name)
+            return directory / name
     for name in FOREIGN:
         if (directory / name).exists():
             raise UserError(
@@ -224,14 +226,19 @@ def _load_with_library(path: Path, vocab_size: int) -> LibraryTokenizer:
     vocab = engine.get_vocab(with_added_tokens=True)
     special = {added.content: i for i, added in engine.get_added_tokens_decoder().items()}
     name = _end_name(path.parent)
-    end = _known_end(path, name, vocab) if name else special.get(END_OF_TEXT)
-    if end is None:
+    if name:
+        end: int | None = _known_end(path, name, vocab)
+    elif END_OF_TEXT in special:
+        end = special[END_OF_TEXT]
+    else:
         end = _end_by_config(path.parent, special)
-    if end is None and path.name == WORDS:
-        end = special.get("[SEP]")  # which ends a document in GPT2-Chinese
-    end_text = engine.id_to_token(end) if end is not None else None
-    if end_text is not None:
-        special.setdefault(END_OF_TEXT, special[end_text])
+        if end is None and path.name == WORDS:
+            end = special.get("[SEP]")  # which ends a document in GPT2-Chinese
+
+    end_text = None
+    if end is not None:
+        end_text = engine.id_to_token(end)
+        special.setdefault(END_OF_TEXT, end)
 
     _check_ids(path, list(vocab.values()), vocab_size)
     contents = _contents(path.parent)
@@ -307,12 +314,16 @@ def _add_tokens(path: Path, engine: "tokenizers.Tokenizer") -> None:
 
 def _read(directory: Path, file: str) -> dict:
     """Read a file, or {} if the base lacks it."""
-    return read_json(directory / file) if (directory / file).exists() else {}
+    if not (directory / file).exists():
+        return {}
+    return read_json(directory / file)
 
 
 def _content(token: str | dict) -> str:
     """Return a token's text, which may be a field of a dict."""
-    return token["content"] if isinstance(token, dict) else token
+    if isinstance(token, dict):
+        return token["content"]
+    return token
 
 
 def _added_tokens(directory: Path, added: list[dict]) -> list[dict]:
@@ -323,22 +334,26 @@ def _added_tokens(directory: Path, added: list[dict]) -> list[dict]:
 
 def _named_tokens(directory: Path, usual: list[str]) -> list[dict]:
     """Return the `usual` tokens, and those to which the base's settings give a role."""
-    named: list = [*usual]
+    tokens = [{"content": text} for text in usual]
     settings = _read(directory, SPECIAL) | _read(directory, SETTINGS)
     for field, value in settings.items():
-        if field.endswith(("_token", "_tokens")):  # one or several, or a flag
-            named += value if isinstance(value, list) else [value]
-    return [
-        token if isinstance(token, dict) else {"content": token}
-        for token in named
-        if isinstance(token, dict | str)
-    ]
+        if not field.endswith(("_token", "_tokens")):
+            continue
+        values = value if isinstance(value, list) else [value]
+        for token in values:
+            if isinstance(token, str):
+                tokens.append({"content": token})
+            elif isinstance(token, dict):  # not a flag, as `add_bos_token` is, nor null
+                tokens.append(token)
+    return tokens
 
 
 def _end_name(directory: Path) -> str | None:
     """Return the text of the end-of-text token, if the base's settings name one."""
     name = _read(directory, SETTINGS).get("eos_token") or _read(directory, SPECIAL).get("eos_token")
-    return _content(name) if name else None
+    if not name:
+        return None
+    return _content(name)
 
 
 def _known_end(path: Path, name: str, vocab: dict[str, int]) -> int:

@@ -84,14 +84,20 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
     shapes = {HEAD: needed["wte.weight"].shape}
     for name, parameter in needed.items():
         shape = parameter.shape
-        shapes[prefix + name] = shape[::-1] if CONV1D.search(name) else shape
+        if CONV1D.search(name):
+            shape = shape[::-1]
+        shapes[prefix + name] = shape
 
     head = None  # `shapes`, and so the loop, begins with it
     for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
-        name = "wte.weight" if key == HEAD else key.removeprefix(prefix)
+        name = key.removeprefix(prefix)
+        if key == HEAD:
+            name = "wte.weight"
         # A copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
-        value.copy_(tensor.t() if CONV1D.search(key) else tensor)
+        if CONV1D.search(key):
+            tensor = tensor.t()
+        value.copy_(tensor)
         if name != "wte.weight" or head is None:
             yield name, value
         elif not torch.equal(head, value):
@@ -186,7 +192,9 @@ def save_gpt2(
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         value = parameter.detach()
-        tensors[f"transformer.{name}"] = value.t() if CONV1D.search(name) else value
+        if CONV1D.search(name):
+            value = value.t()
+        tensors[f"transformer.{name}"] = value
 
     with atomic_path(Path(directory) / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, {"format": "pt"}, dtype)
