@@ -27,9 +27,10 @@ from data.windows import Windows, check_block_size, scored_positions, split
 from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
+from training.compare import compare
 from training.options import BOOK
 from training.ranks import ALONE, Ranks
-from training.report import compare, perplexity
+from training.report import perplexity
 
 
 @dataclass(frozen=True)

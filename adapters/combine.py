@@ -1,7 +1,9 @@
 """Add adapters of one base: `python -m adapters.combine A B --weights 1 -1 --out DIR`."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,33 +20,76 @@ def combine(
 ) -> tuple[dict[str, Factors], float]:
     """Return sum_i w_i B_i A_i for each layer, and the share of its squared norm that is kept.
 
-    [w_1 B_1, w_2 B_2, ...] side by side and A_1, A_2, ... stacked are the sum itself. If its rank
-    is above `rank`, or above a layer's smaller side, every layer is cut to its nearest matrix of
-    that rank. A layer that an adapter lacks counts as zero. Raises UserError if shapes differ.
+    If the sum's rank is above `rank`, or above a layer's smaller side, every layer is cut to its
+    nearest matrix of that rank. A layer that an adapter lacks counts as zero. Raises UserError if
+    shapes differ.
     """
-    total = {}
-    for name in dict.fromkeys(name for adapter in adapters for name in adapter):
-        parts = [
-            (weight * adapter[name].B, adapter[name].A)
-            for weight, adapter in zip(weights, adapters, strict=True)
-            if name in adapter
-        ]
-        if len({(len(b), a.size(1)) for b, a in parts}) > 1:
-            raise UserError(f"{name}: its shapes differ; these adapters are of different bases")
-        b, a = zip(*parts, strict=True)
-        total[name] = Factors(torch.cat(b, 1), torch.cat(a))
-    exact = max(len(f.A) for f in total.values())
-    rank = min(rank or exact, exact, *(min(len(f.B), f.A.size(1)) for f in total.values()))
+    layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
+    total = {layer: _sum_of(layer, adapters, weights) for layer in layers}
+    exact = max(factors.rank for factors in total.values())
+    smallest_side = min(min(len(f.B), f.A.size(1)) for f in total.values())
+    rank = min(rank or exact, exact, smallest_side)
     if rank == exact:
-        return {name: factors.pad(rank) for name, factors in total.items()}, 1.0
-    parts = {name: factors.pad(exact).svd() for name, factors in total.items()}
-    kept, whole = (
-        sum(s[:k].square().sum().item() for _, s, _ in parts.values()) for k in (rank, exact)
-    )
-    return {name: truncate(*part, rank) for name, part in parts.items()}, kept / (whole or 1.0)
+        return {layer: factors.pad(rank) for layer, factors in total.items()}, 1.0
+
+    cut = {}
+    kept = 0.0
+    whole = 0.0
+    for layer, factors in total.items():
+        u, s, vh = factors.pad(exact).svd()
+        cut[layer] = truncate(u, s, vh, rank)
+        kept += s[:rank].square().sum().item()
+        whole += s.square().sum().item()
+    return cut, kept / (whole or 1.0)
 
 
-def main() -> None:
+def _sum_of(
+    layer: str, adapters: Sequence[dict[str, Factors]], weights: Sequence[float]
+) -> Factors:
+    """Return one layer's sum: B = [w_1 B_1, w_2 B_2, ...] side by side, and A_1, A_2, ... stacked.
+
+    Raises UserError if shapes differ.
+    """
+    parts_b = []
+    parts_a = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if layer in adapter:
+            parts_b.append(weight * adapter[layer].B)
+            parts_a.append(adapter[layer].A)
+    if len({len(b) for b in parts_b}) > 1 or len({a.size(1) for a in parts_a}) > 1:
+        raise UserError(f"{layer}: its shapes differ; these adapters are of different bases")
+    return Factors(torch.cat(parts_b, dim=1), torch.cat(parts_a))
+
+
+class Base(NamedTuple):
+    """What an adapter says of its base: the name, and the weights' hash or "" if it has none."""
+
+    name: str
+    sha256: str
+
+
+def common_base(directories: Sequence[Path]) -> Base:
+    """Return the base of all these adapters; note what could not be checked.
+
+    Raises UserError if the hashes of two differ. An adapter from elsewhere has none.
+    """
+    hashes = {directory: base_hash(directory) for directory in directories}
+    hashed = [directory for directory in directories if hashes[directory]]
+    for directory in hashed:
+        if hashes[directory] != hashes[hashed[0]]:
+            raise UserError(f"{hashed[0]} and {directory}: are adapters of different bases")
+
+    names = dict.fromkeys(brief(base_name(directory)) for directory in directories)
+    if len(hashed) < len(directories) and len(names) > 1:
+        print(
+            f"note: these adapters name their bases {' and '.join(names)}; the sum means "
+            "something only if these are one"
+        )
+    source = hashed[0] if hashed else directories[0]
+    return Base(str(base_name(source) or ""), hashes[source] or "")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="adapters.combine", description=__doc__)
     parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER")
     parser.add_argument(
@@ -61,28 +106,22 @@ def main() -> None:
         help="cut the sum to its best approximation of this rank (default: exact)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     weights = args.weights or [1.0] * len(args.adapters)
     if len(weights) != len(args.adapters):
         raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")
     refuse_existing(args.out)
-    bases = {base_hash(d): d for d in args.adapters}
-    unknown = bases.pop(None, None)  # an adapter from elsewhere has no hash
-    if len(bases) > 1:
-        raise UserError("{} and {}: are adapters of different bases".format(*bases.values()))
-    names = dict.fromkeys(brief(base_name(d)) for d in args.adapters)
-    if unknown and len(names) > 1:
-        print(
-            f"note: these adapters name their bases {' and '.join(names)}; the sum means "
-            "something only if these are one"
-        )
-    source = next(iter(bases.values()), args.adapters[0])
-    total, kept = combine([read_factors(d) for d in args.adapters], weights, args.rank)
-    write_factors(total, args.out, str(base_name(source) or ""), next(iter(bases), ""))
-    print(
-        f"{args.out}: rank {len(next(iter(total.values())).A)}, {kept:.2%} of the sum's squared "
-        "norm"
-    )
+    base = common_base(args.adapters)
+
+    adapters = [read_factors(directory) for directory in args.adapters]
+    total, kept = combine(adapters, weights, args.rank)
+    write_factors(total, args.out, base.name, base.sha256)
+    rank = next(iter(total.values())).rank
+    print(f"{args.out}: rank {rank}, {kept:.2%} of the sum's squared norm")
 
 
 if __name__ == "__main__":

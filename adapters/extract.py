@@ -1,13 +1,18 @@
 """Turn full fine-tuning into an adapter: `python -m adapters.extract --full DIR --out DIR`."""
 
+import argparse
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from adapters.factors import truncate, write_factors
+from adapters.factors import Factors, truncate, write_factors
 from common.cli import BASE, Parser, number, print_table
 from common.errors import UserError, run_command
-from common.files import file_sha256, refuse_existing
+from common.files import brief, file_sha256, read_json, refuse_existing
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.slices import SlicedLoRALinear
@@ -17,8 +22,84 @@ from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import load_config, read_parameters, weights_path
 
+RUN = "run.json"  # what train.py leaves beside a model
 
-def main() -> None:
+
+def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
+    """Raise UserError if `full` is a run of train.py that began from other weights."""
+    report = full / RUN
+    if not os.path.exists(report):  # a model from elsewhere
+        return
+    recorded = read_json(report).get("base_sha256", {}).get("weights")
+    if recorded not in (None, base_sha256):
+        raise UserError(
+            f"{report}: the run began from another base than {base} (weights sha256 "
+            f"{brief(recorded)}, not {brief(base_sha256)}); give --base the one it began from"
+        )
+
+
+def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
+    """Inject LoRA into a model without data; return the names of the layers it has then.
+
+    Raises UserError for a rank or targets that do not fit the model.
+    """
+    try:
+        inject(model, LoRAConfig(rank, target_modules=target_modules(targets)), make_layer)
+    except ValueError as error:
+        raise UserError(f"--rank, --target-modules: {error}") from error
+    layers = lora_layers(model)
+    if any(isinstance(layer, SlicedLoRALinear) for layer in layers.values()):
+        raise UserError("--target-modules: a slice of c_attn is not extracted; name c_attn")
+    return set(layers)
+
+
+def read_changes(
+    before: Path, after: Path, needed: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter's name and its change between two weights files, in fp64."""
+    pairs = zip(read_parameters(before, needed), read_parameters(after, needed), strict=True)
+    for (name, old), (_, new) in pairs:
+        yield name, new.double() - old
+
+
+class Extraction(NamedTuple):
+    """Each layer's factors and its row of the table, and the share of the whole change's squared
+    norm that is outside these layers.
+    """
+
+    factors: dict[str, Factors]
+    rows: list[list[str]]
+    outside: float
+
+
+def extract(
+    changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
+) -> Extraction:
+    """Return the best approximation of that rank of each layer's change."""
+    factors = {}
+    rows = []
+    whole = 0.0
+    outside = 0.0
+    for name, change in changes:
+        squares = change.square().sum().item()
+        whole += squares
+        layer = name.removesuffix(".weight")
+        if layer not in layers:
+            outside += squares
+            continue
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+        factors[layer] = truncate(u, s, vh, rank)
+        explained = [s[:k].square().sum().item() / (squares or 1.0) for k in shown_ranks(rank)]
+        rows.append([layer, f"{squares**0.5:.4g}", *(f"{share:.2%}" for share in explained)])
+    return Extraction(factors, rows, outside / (whole or 1.0))
+
+
+def shown_ranks(rank: int) -> list[int]:
+    """Return the ranks for which the table says how much of a change they explain."""
+    return [k for k in (1, 2, 4, 8, 16, 32, 64) if k < rank] + [rank]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="adapters.extract", description=__doc__)
     parser.add_argument("--base", **BASE)
     parser.add_argument(
@@ -35,45 +116,30 @@ def main() -> None:
         "--target-modules", nargs="+", default=["c_attn"], metavar="NAME", help="default: c_attn"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     refuse_existing(args.out)
     base, directory = find_base(args.base)
+    base_weights = weights_path(directory)
+    base_sha256 = file_sha256(base_weights)
+    refuse_another_base(args.full, base, base_sha256)
     with torch.device("meta"):
         model = GPT2(load_config(directory))
     needed = dict(model.named_parameters())
-    try:
-        inject(
-            model,
-            LoRAConfig(args.rank, target_modules=target_modules(args.target_modules)),
-            make_layer,
-        )
-    except ValueError as error:
-        raise UserError(f"--rank, --target-modules: {error}") from error
-    targets, factors, rows, whole, outside = lora_layers(model), {}, [], 0.0, 0.0
-    ranks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < args.rank] + [args.rank]
-    if any(isinstance(layer, SlicedLoRALinear) for layer in targets.values()):
-        raise UserError("--target-modules: a slice of c_attn is not extracted; name c_attn")
-    for (name, before), (_, after) in zip(
-        read_parameters(weights_path(directory), needed),
-        read_parameters(weights_path(args.full), needed),
-        strict=True,
-    ):
-        change, layer = after.double() - before, name.removesuffix(".weight")
-        squares = change.square().sum().item()
-        whole += squares
-        if layer not in targets:
-            outside += squares
-            continue
-        u, s, vh = torch.linalg.svd(change, full_matrices=False)
-        factors[layer] = truncate(u, s, vh, args.rank)
-        explained = (s[:k].square().sum().item() / (squares or 1.0) for k in ranks)
-        rows.append((layer, f"{squares**0.5:.4g}", *(f"{share:.2%}" for share in explained)))
-    write_factors(factors, args.out, base, file_sha256(weights_path(directory)))
-    print_table(("layer", "norm of the change", *(f"rank {k} explains" for k in ranks)), rows)
+    layers = find_layers(model, args.rank, args.target_modules)
+
+    changes = read_changes(base_weights, weights_path(args.full), needed)
+    found = extract(changes, layers, args.rank)
+    write_factors(found.factors, args.out, base, base_sha256)
+
+    explains = [f"rank {k} explains" for k in shown_ranks(args.rank)]
+    print_table(["layer", "norm of the change", *explains], found.rows)
     print(
-        f"{outside / (whole or 1.0):.2%} of the whole change's squared norm is outside these "
-        f"layers\n{base} + {args.out} approximates {args.full} in these layers at rank "
-        f"{args.rank}"
+        f"{found.outside:.2%} of the whole change's squared norm is outside these layers\n"
+        f"{base} + {args.out} approximates {args.full} in these layers at rank {args.rank}"
     )
 
 

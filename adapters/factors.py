@@ -19,23 +19,32 @@ from lora.dora import DoRAConfig
 from lora.layer import LoRAConfig
 from lora.targets import layer_config
 
-A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+A_KEY = ".lora_A.weight"
+B_KEY = ".lora_B.weight"
+LAYER = re.compile(r"h\.\d+\..")  # a name within GPT-2's block
 
 
 class Factors(NamedTuple):
+    """A change B A of one layer's weight: B (out, r), scaling included, and A (r, in)."""
+
     B: Tensor
     A: Tensor
 
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
     def pad(self, rank: int) -> "Factors":
         """Return the same change as factors of `rank`, padded with zeros."""
-        more = rank - len(self.A)
+        more = rank - self.rank
         return Factors(F.pad(self.B, (0, more)), F.pad(self.A, (0, 0, 0, more)))
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return U (out, k), S (k,) and V^T (k, in) of B A. With B = Q1 R1 and A^T = Q2 R2, only
         R1 R2^T, at most (r, r), is decomposed.
         """
-        (q1, r1), (q2, r2) = torch.linalg.qr(self.B), torch.linalg.qr(self.A.T)
+        q1, r1 = torch.linalg.qr(self.B)
+        q2, r2 = torch.linalg.qr(self.A.T)
         u, s, vh = torch.linalg.svd(r1 @ r2.T)
         return q1 @ u, s, vh @ q2.T
 
@@ -48,41 +57,67 @@ def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
     return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
 
 
+def refuse_dora(config: LoRAConfig, directory: Path) -> None:
+    if isinstance(config, DoRAConfig):
+        raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
+
+
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Read an adapter by layer. Raises UserError for DoRA, and unless the file holds exactly an A
     and a B of the configured rank for each layer.
     """
-    path, config = adapter_path(directory), load_adapter_config(directory)
-    if isinstance(config, DoRAConfig):
-        raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
+    path = adapter_path(directory)
+    config = load_adapter_config(directory)
+    refuse_dora(config, directory)
     shapes = read_shapes(path)
-    names = [key.removesuffix(A_KEY) for key in shapes if key.endswith(A_KEY)]
-    if not names or not all(re.match(re.escape(PREFIX) + r"h\.\d+\..", name) for name in names):
-        raise UserError(f"{path}: is not an adapter of GPT-2's layers")
-    names.sort(key=lambda name: [int(p) if p.isdigit() else p for p in name.split(".")])
-    configs = {name: layer_config(config, name.removeprefix(PREFIX)) for name in names}
-    # A (r, in) and B (out, r): r is the config's; in and out are the file's.
-    wanted = {name + A_KEY: (c.r, *shapes[name + A_KEY][1:]) for name, c in configs.items()}
-    wanted |= {
-        name + B_KEY: (*shapes.get(name + B_KEY, ())[:1], c.r) for name, c in configs.items()
-    }
+    layers = _layer_names(path, shapes)
+    configs = {layer: layer_config(config, layer) for layer in layers}
+
+    wanted = {}  # the config's rank, and the file's in and out features
+    for layer in layers:
+        rank = configs[layer].r
+        a_key, b_key = _keys(layer)
+        wanted[a_key] = [rank, *shapes[a_key][1:]]
+        wanted[b_key] = [*shapes.get(b_key, [])[:1], rank]
     tensors = {key: tensor.double() for key, tensor in read_tensors(path, wanted)}
-    return {
-        name.removeprefix(PREFIX): Factors(tensors[name + B_KEY] * c.scaling, tensors[name + A_KEY])
-        for name, c in configs.items()
-    }
+
+    factors = {}
+    for layer in layers:
+        a_key, b_key = _keys(layer)
+        factors[layer] = Factors(configs[layer].scaling * tensors[b_key], tensors[a_key])
+    return factors
+
+
+def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
+    """Return the layers that have an A, block by block. Raises UserError for other models'."""
+    keys = [key for key in shapes if key.endswith(A_KEY)]
+    names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
+    are_gpt2s = all(key.startswith(PREFIX) for key in keys) and all(map(LAYER.match, names))
+    if not names or not are_gpt2s:
+        raise UserError(f"{path}: is not an adapter of GPT-2's layers")
+    return sorted(names, key=_by_block)
+
+
+def _by_block(name: str) -> tuple[int, str]:
+    """Sort h.10 after h.9."""
+    _, block, layer = name.split(".", 2)
+    return int(block), layer
+
+
+def _keys(layer: str) -> tuple[str, str]:
+    """Return the keys of the layer's A and B in PEFT's file."""
+    return PREFIX + layer + A_KEY, PREFIX + layer + B_KEY
 
 
 def write_factors(
     factors: dict[str, Factors], directory: Path, base: str, base_sha256: str
 ) -> None:
     """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r."""
-    rank = len(next(iter(factors.values())).A)
-    tensors = {
-        PREFIX + name + key: tensor
-        for name, (b, a) in factors.items()
-        for key, tensor in ((A_KEY, a), (B_KEY, b))
-    }
-    write_adapter(
-        tensors, LoRAConfig(rank, rank, 0.0, tuple(factors)), directory, base, base_sha256
-    )
+    rank = next(iter(factors.values())).rank
+    tensors = {}
+    for layer, (b, a) in factors.items():
+        a_key, b_key = _keys(layer)
+        tensors[a_key] = a
+        tensors[b_key] = b
+    config = LoRAConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=tuple(factors))
+    write_adapter(tensors, config, directory, base, base_sha256)

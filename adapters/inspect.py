@@ -1,5 +1,7 @@
 """Show what an adapter changes, layer by layer: `python -m adapters.inspect runs/lora`."""
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,69 +21,99 @@ def effective_rank(s: Tensor) -> float:
     After Roy & Vetterli 2007 (https://ieeexplore.ieee.org/document/7098875), whose p_i are shares
     of sum s; these are shares of the squared norm.
     """
-    return torch.special.entr(s.square() / s.square().sum()).sum().exp().item()
+    shares = s.square() / s.square().sum()
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return the table cells of a change that has these singular values."""
+    """Return the table cells of a change that has these singular values: the three largest, how
+    many hold 90 % of the squared norm, and the effective rank.
+    """
     if not s.any():
-        return 5 * ["B is zero"]
+        return ["B is zero"] * 5
+    largest = [f"{value:.3g}" for value in s[:3]]
+    largest += ["0"] * (3 - len(largest))
     shares = s.square().cumsum(0) / s.square().sum()
-    return [
-        *(f"{x:.3g}" for x in torch.cat((s, s.new_zeros(2)))[:3]),
-        f"{(shares < 0.9).sum() + 1} of {len(s)}",
-        f"{effective_rank(s):.1f}",
-    ]
+    holding = 1 + int((shares < 0.9).sum())
+    return [*largest, f"{holding} of {len(s)}", f"{effective_rank(s):.1f}"]
+
+
+def weight_norms(base: str, adapter: Path) -> dict[str, float]:
+    """Return the norm of the base's own weight in each layer that the adapter changes."""
+    layers = lora_layers(load_model(base, adapter).model)
+    return {name: layer.base_layer.weight.norm().item() for name, layer in layers.items()}
+
+
+def print_changes(spectra: dict[str, Tensor], norms: dict[str, float] | None) -> None:
+    """Print a row for each layer; with the weights' norms, also how large the change is to them."""
+    columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
+    if norms:
+        columns.insert(2, "of the weight's")
+    rows = []
+    for name, s in spectra.items():
+        norm = s.norm().item()
+        row = [name, f"{norm:.4g}"]
+        if norms:
+            row.append(f"{norm / norms[name]:.2%}")
+        rows.append(row + describe(s))
+    print_table(columns, rows)
 
 
 def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
     """Draw the singular values: a panel for each kind of layer, a line for each block."""
-    kinds = list(dict.fromkeys(name.split(".", 2)[2] for name in spectra))
-    blocks = 1 + max(int(name.split(".")[1]) for name in spectra)
-    figure, (axes,) = subplots(
-        1, len(kinds), figsize=(2.5 + 3 * len(kinds), 4), sharey=True, squeeze=False
-    )
-    colours = axes[0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
+    lines = []
     for name, s in spectra.items():
-        _, block, kind = name.split(".", 2)
-        axis = axes[kinds.index(kind)]
-        axis.plot(range(1, len(s) + 1), s, "o-", markersize=3, color=colours.to_rgba(int(block)))
-        axis.set(title=kind, xlabel="k")
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes[0].set(ylabel="k-th singular value of scaling * B A", ylim=(0, None))
-    figure.colorbar(colours, ax=axes, label="block", ticks=range(0, blocks, 1 + blocks // 12))
-    figure.suptitle(title, parse_math=False)
+        _, number, kind = name.split(".", 2)
+        lines.append((int(number), kind, s))
+    kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
+    blocks = 1 + max(block for block, _, _ in lines)
+
+    size = (2.5 + 3 * len(kinds), 4)
+    figure, grid = subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False)
+    panels = dict(zip(kinds, grid[0], strict=True))
+    colours = grid[0][0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
+    for block, kind, s in lines:
+        colour = colours.to_rgba(block)
+        panels[kind].plot(range(1, len(s) + 1), s, "o-", markersize=3, color=colour)
+    for kind, axes in panels.items():
+        axes.set(title=kind, xlabel="k")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+    grid[0][0].set(ylabel="k-th singular value of scaling * B A", ylim=(0, None))
+    ticks = range(0, blocks, 1 + blocks // 12)
+    figure.colorbar(colours, ax=grid[0], label="block", ticks=ticks)
+    figure.suptitle(title, parse_math=False)  # a $ in a path is a $
     save_figure(figure, path)
     print(f"drawn in {path}")
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="adapters.inspect", description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="DIR")
     parser.add_argument(
         "--base",
         metavar="B",
-        help="show the changes relative to its weights' "
-        "norms, too; auto: the base that the adapter names",
+        help="show the changes relative to its weights' norms, too; auto: the base that the "
+        "adapter names",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="of spectrum.png (default: DIR)")
-    args = parser.parse_args()
-    spectra = {name: factors.svd()[1] for name, factors in read_factors(args.adapter).items()}
-    columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
-    rows = [[name, f"{s.norm():.4g}", *describe(s)] for name, s in spectra.items()]
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    spectra = {}
+    for name, factors in read_factors(args.adapter).items():
+        _, spectra[name], _ = factors.svd()
+    norms = None
     if args.base is not None:
-        layers = lora_layers(load_model(args.base, args.adapter).model)
-        columns.insert(2, "of the weight's")
-        for row in rows:
-            norm = layers[row[0]].base_layer.weight.norm()
-            row.insert(2, f"{spectra[row[0]].norm() / norm:.2%}")
-    print_table(columns, rows)
+        norms = weight_norms(args.base, args.adapter)
+
+    print_changes(spectra, norms)
     if can_draw():
-        draw(
-            spectra,
-            f"The change that {args.adapter} makes",
-            (args.out or args.adapter) / "spectrum.png",
-        )
+        directory = args.out or args.adapter
+        title = f"The change that {args.adapter} makes"
+        draw(spectra, title, directory / "spectrum.png")
 
 
 if __name__ == "__main__":

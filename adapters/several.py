@@ -1,15 +1,17 @@
 """Run several adapters on one base in one batch: each row has its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from adapters.factors import Factors, read_factors
+from adapters.factors import Factors, refuse_dora
 from adapters.files import load_adapter
 from adapters.load import Loaded, load_model, named_base
+from adapters.merge import unwrap
 from common.files import file_sha256
+from lora.inject import lora_layers
 from model.gpt2 import GPT2
 from model.hub import find_base
 from model.weights import weights_path
@@ -22,6 +24,9 @@ class BatchedLoRALinear(nn.Module):
     two batched matmuls (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters` sets A, B.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(self, base_layer: nn.Linear):
         super().__init__()
         self.base_layer = base_layer
@@ -31,36 +36,52 @@ class BatchedLoRALinear(nn.Module):
 
 
 class Adapters:
-    """The adapters of one base, and which row of a batch has which: after `add("poet", directory)`
-    and `use(["poet", None])`, model(ids) with ids (2, T) gives the poet's logits and the base's.
+    """The adapters of one base, and which row of a batch has which: after
+    `Adapters(model, base_sha256, {"poet": directory}).use(["poet", None])`, model(ids) with ids
+    (2, T) gives the poet's logits and the base's.
+
+    Raises UserError for an adapter that does not fit the base, or is DoRA.
     """
 
-    def __init__(self, model: GPT2, base_sha256: str):
-        self.model, self.base_sha256 = model, base_sha256
+    def __init__(self, model: GPT2, base_sha256: str, directories: Mapping[str, Path]):
         self.factors: dict[str | None, dict[str, Factors]] = {None: {}}
-        self.layers: dict[str, BatchedLoRALinear] = {}
+        for name, directory in directories.items():
+            self.factors[name] = read_fitting_factors(model, directory, base_sha256)
 
-    def add(self, name: str, directory: Path) -> None:
-        """Read an adapter. Raises UserError if it does not fit the base."""
-        with torch.device("meta"):
-            skeleton = GPT2(self.model.config)
-        load_adapter(skeleton, directory, self.base_sha256)  # refuses other layers and shapes
-        self.factors[name] = read_factors(directory)
-        for layer in self.factors[name].keys() - self.layers.keys():
-            self.layers[layer] = BatchedLoRALinear(self.model.get_submodule(layer))
-            self.model.set_submodule(layer, self.layers[layer])
+        self.layers: dict[str, BatchedLoRALinear] = {}
+        for layer in dict.fromkeys(layer for factors in self.factors.values() for layer in factors):
+            base_layer = model.get_submodule(layer)
+            assert isinstance(base_layer, nn.Linear)  # LoRA wraps nothing else
+            self.layers[layer] = BatchedLoRALinear(base_layer)
+            model.set_submodule(layer, self.layers[layer])
 
     def use(self, names: Sequence[str | None]) -> None:
         """Give row i of the next batches the adapter names[i]; pad lower ranks with zeros."""
         for layer, module in self.layers.items():
-            weight = module.base_layer.weight
+            weight = module.base_layer.weight  # (out, in)
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))
             rows = [self.factors[name].get(layer, nothing) for name in names]
-            rank = max(len(row.A) for row in rows)
-            module.B, module.A = (
-                torch.stack(x).to(weight.device, weight.dtype)
-                for x in zip(*(row.pad(rank) for row in rows), strict=True)
-            )
+            rank = max(row.rank for row in rows)
+            padded = [row.pad(rank) for row in rows]
+            module.A = torch.stack([row.A for row in padded]).to(weight.device, weight.dtype)
+            module.B = torch.stack([row.B for row in padded]).to(weight.device, weight.dtype)
+
+
+def read_fitting_factors(model: GPT2, directory: Path, base_sha256: str) -> dict[str, Factors]:
+    """Put the adapter on the model, which refuses it if it does not fit, and take it off again.
+
+    Return its factors by layer, in fp64, scaling included.
+    """
+    config = load_adapter(model, directory, base_sha256)
+    layers = lora_layers(model)
+    unwrap(model)
+    refuse_dora(config, directory)
+    factors = {}
+    for name, layer in layers.items():
+        a = layer.lora_A.weight.detach().double()
+        b = layer.lora_B.weight.detach().double()
+        factors[name] = Factors(layer.config.scaling * b, a)
+    return factors
 
 
 def load_several(
@@ -69,8 +90,10 @@ def load_several(
     """Load a base in `dtype` (`auto`: the one that the first adapter names) and the adapters, each
     under its path as its name.
     """
-    loaded = load_model(named_base(directories[0]) if base == "auto" else base, None, dtype)
-    adapters = Adapters(loaded.model, file_sha256(weights_path(find_base(loaded.base)[1])))
-    for directory in directories:
-        adapters.add(str(directory), directory)
+    if base == "auto":
+        base = named_base(directories[0])
+    loaded = load_model(base, None, dtype)
+    _, base_directory = find_base(loaded.base)
+    named = {str(directory): directory for directory in directories}
+    adapters = Adapters(loaded.model, file_sha256(weights_path(base_directory)), named)
     return loaded, adapters

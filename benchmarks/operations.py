@@ -4,86 +4,103 @@ A training step with all of them, then one with each replaced by its plain twin,
 in one process; the ratio of two steps is taken within a round.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from timeit import timeit
 
+from torch import nn
+
 from benchmarks import ours
 from benchmarks.speed import run_apart
 from benchmarks.speed_report import spread, text
-from benchmarks.speed_worker import Task
+from benchmarks.speed_tasks import Task
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
+from model.fast import FAST, accelerate
+from model.gpt2 import GPT2, Attention
 from model.hub import find_base
-from model.plain import OPERATIONS, plain_operations
 from model.weights import load_config
 
-TRAINED = [name for name in OPERATIONS if name != "score"]  # that one is evaluation's
+OPERATIONS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "dropout": nn.Dropout,
+    "attention": Attention,
+    "loss": GPT2,
+}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.operations", description=__doc__)
     parser.add_argument("--base", metavar="B", help="default: GPT-2 124M with random weights")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=number(int, 1, 30), default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tune_process()
+
+    rows = []
     with TemporaryDirectory() as folder:
         if not args.base:
             run_apart(Task("base", folder))
-        base = find_base(args.base or folder)[1]
-        rows = [
-            row
-            for method, precision in product(("lora", "full"), args.precision)
-            for row in measure(base, method, precision, args.rounds)
-        ]
+        _, base = find_base(args.base or folder)
+        for method in ("lora", "full"):
+            for precision in args.precision:
+                rows += measure(base, method, precision, args.rounds)
     print_table(("plain", "method", "precision", "its step / the fast step"), rows)
 
 
 def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[str, ...]]:
-    trainer = ours.make_trainer(
-        ours.options(
-            method,
-            "--base",
-            base,
-            "--device",
-            "cpu",
-            "--precision",
-            precision,
-            "--batch-size",
-            16,
-            "--block-size",
-            min(128, load_config(base).n_positions),
-            "--base-dropout",
-            0.1,
-            "--max-steps",
-            1000,
-        )
-    )  # the schedule, and not what is run
+    """Return a row for each operation that is replaced, with the ratio of its step."""
+    options = ours.options(
+        method,
+        base=base,
+        device="cpu",
+        precision=precision,
+        batch_size=16,
+        block_size=min(128, load_config(base).n_positions),
+        base_dropout=0.1,
+        max_steps=1000,  # the schedule, and not what is run
+    )
+    trainer = ours.make_trainer(options)
     fast = partial(ours.step, trainer, next(trainer.batches()))
     fast()  # warms up
-    slower = {name: plain_operations(name)(fast) for name in TRAINED}
-    ratios = in_turn({"none": fast, **slower, "all of them": plain_operations()(fast)}, rounds)
+
+    steps: dict[str, Callable[[], object]] = {"none": fast}
+    for name, kind in OPERATIONS.items():
+        steps[name] = partial(run_plain, trainer.model, [kind], fast)
+    steps["all of them"] = partial(run_plain, trainer.model, list(FAST), fast)
+    ratios = in_turn(steps, rounds)
     return [(name, method, precision, ratio) for name, ratio in ratios.items()]
 
 
-def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, str]:
+def run_plain(
+    model: nn.Module, kinds: Sequence[type[nn.Module]], step: Callable[[], object]
+) -> None:
+    """Run a step with these plain classes in place of their fast ones; put those back."""
+    accelerate(model, {FAST[kind]: kind for kind in kinds})
+    try:
+        step()
+    finally:
+        accelerate(model)
+
+
+def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, str]:
     """Time each call once a round; return its time over the first call's in the same round, as
     median (least..most).
     """
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(timeit(call, number=1))
+
     first = next(iter(times.values()))
-    return {
-        name: text(spread([a / b for a, b in zip(taken, first, strict=True)]))
-        for name, taken in times.items()
-    }
+    ratios = {}
+    for name, taken in times.items():
+        quotients = [mine / base for mine, base in zip(taken, first, strict=True)]
+        ratios[name] = text(spread(quotients))
+    return ratios
 
 
 if __name__ == "__main__":

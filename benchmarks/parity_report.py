@@ -5,6 +5,7 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,10 @@ class Report:
         """Keep the losses of each step on both sides, and print some."""
         self.curves[name] = {"here": here, "there": there, **more}
         print(f"    {name}\n      step     loss here    loss there    difference")
-        for step in sorted({*range(0, len(here), -(-len(here) // ROWS)), len(here) - 1}):
+
+        last = len(here) - 1
+        every = math.ceil(len(here) / ROWS)
+        for step in sorted({*range(0, len(here), every), last}):
             print(
                 f"    {step + 1:6d}  {here[step]:12.8f}  {there[step]:12.8f}"
                 f"  {abs(here[step] - there[step]):12.2g}"
@@ -42,7 +46,8 @@ class Report:
         self.checks.append(
             {"name": name, "value": float(value), "allowed": float(allowed), "ok": ok}
         )
-        print(f"{'ok' if ok else 'FAILED':6}  {name}: {value:.2g} (allowed: {allowed:.2g})")
+        verdict = "ok" if ok else "FAILED"
+        print(f"{verdict:6}  {name}: {value:.2g} (allowed: {allowed:.2g})")
 
     def broken(self) -> list[str]:
         return [check["name"] for check in self.checks if not check["ok"]]
@@ -66,45 +71,51 @@ class Report:
     def draw(self, path: Path) -> None:
         """Draw both sides' curves of the exact run, and every pair's difference."""
         figure, (left, right) = subplots(1, 2, figsize=(14, 4.5))
-        exact = self.curves["exact"]
-        steps = range(1, len(exact["here"]) + 1)
-        left.plot(steps, exact["there"], color=COLOURS["train"], linewidth=5, label="PEFT")
-        left.plot(steps, exact["here"], color=COLOURS["lora"], linewidth=1, label="this project")
-        left.set(
-            xlabel="step",
-            ylabel="training loss (nats a token)",
-            title="fp32, one thread, all dropouts on",
-        )
-        for name, pair in self.curves.items():
-            here, there = np.array(pair["here"]), np.array(pair["there"])
-            difference, steps = np.abs(here - there) / there, range(1, len(here) + 1)
-            (drawn,) = right.plot(
-                steps,
-                np.maximum(difference, FLOOR),
-                "--" if name.startswith(("bf16", "fp16")) else "-",
-                label=f"{name} (at most {difference.max():.1g})",
-            )
-            if "spread" in pair:
-                right.plot(
-                    steps,
-                    np.array(pair["spread"]) / there,
-                    ":",
-                    color=drawn.get_color(),
-                    label="    PEFT's own, seed to seed",
-                )
-        right.set(
-            xlabel="step",
-            ylabel=f"difference / loss (0 is drawn at {FLOOR:.0e})",
-            yscale="log",
-            title="difference from PEFT, every comparison",
-        )
-        right.yaxis.set_major_formatter("{x:.0e}")  # the default needs math text, which is off
+        draw_exact(left, self.curves["exact"])
+        draw_differences(right, self.curves)
+
         left.legend()
         right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         for axes in (left, right):
             axes.grid(alpha=0.3)
             axes.xaxis.get_major_locator().set_params(integer=True)
         save_figure(figure, path)
+
+
+def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
+    steps = range(1, len(exact["here"]) + 1)
+    axes.plot(steps, exact["there"], color=COLOURS["train"], linewidth=5, label="PEFT")
+    axes.plot(steps, exact["here"], color=COLOURS["lora"], linewidth=1, label="this project")
+    axes.set(
+        xlabel="step",
+        ylabel="training loss (nats a token)",
+        title="fp32, one thread, all dropouts on",
+    )
+
+
+def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> None:
+    """Draw each pair's difference and, where PEFT's seeds were compared, how far those differ."""
+    for name, pair in curves.items():
+        here = np.array(pair["here"])
+        there = np.array(pair["there"])
+        difference = np.abs(here - there) / there
+        steps = range(1, len(here) + 1)
+        style = "--" if name.startswith(("bf16", "fp16")) else "-"
+        label = f"{name} (at most {difference.max():.1g})"
+        (drawn,) = axes.plot(steps, np.maximum(difference, FLOOR), style, label=label)
+
+        if "spread" in pair:
+            spread = np.array(pair["spread"]) / there
+            label = "    PEFT's own, seed to seed"
+            axes.plot(steps, spread, ":", color=drawn.get_color(), label=label)
+
+    axes.set(
+        xlabel="step",
+        ylabel=f"difference / loss (0 is drawn at {FLOOR:.0e})",
+        yscale="log",
+        title="difference from PEFT, every comparison",
+    )
+    axes.yaxis.set_major_formatter("{x:.0e}")  # the default needs math text, which is off
 
 
 def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,7 +126,8 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Return the largest difference of two sets of parameters; infinite if their names differ."""
     if a.keys() != b.keys():
         return math.inf
-    return torch.stack([(a[name] - b[name]).abs().max() for name in a]).max().item()
+    differences = [(a[name] - b[name]).abs().max() for name in a]
+    return torch.stack(differences).max().item()
 
 
 def relative(here: list[float], there: list[float]) -> float:
@@ -130,7 +142,9 @@ def root_mean_square(values: np.ndarray) -> float:
 def machine() -> str:
     """Describe the kind of machine, such as "2-core x86-64 CPU", without naming it."""
     cpu = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
-    return f"{cpu}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu
+    if torch.cuda.is_available():
+        return f"{cpu}, {torch.cuda.get_device_name()}"
+    return cpu
 
 
 def versions() -> dict[str, str]:

@@ -1,12 +1,13 @@
 """The reference implementation: GPT-2 by transformers, LoRA by PEFT, a plain loop that trains them.
 
 It takes the options (`args`, those of `train.py`), the token ids and the order of the windows from
-this project; the model, the adapter, the windows, the loss and the schedule are not ours.
+this project. The model, the adapter, the windows, the loss and the schedule are not ours.
 """
 
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,45 +23,55 @@ from training.options import Options
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+StockModel = Any  # transformers' GPT-2, or PEFT's model around it: no class has all we call
+
 
 def load(
     directory: Path,
     adapter: Path | None = None,
     dropout: float | None = None,
     trainable: bool = False,
-) -> nn.Module:
-    """Load transformers' GPT-2 in fp32 and, if given, an adapter file on it; `dropout` None keeps
-    the config's. Of its ways to compute gelu_new and attention, equal up to rounding, take ours.
+) -> StockModel:
+    """Load transformers' GPT-2 in fp32 and, if given, an adapter file on it. `dropout` None keeps
+    the config's. Where transformers computes gelu_new or attention in several ways, equal up to
+    rounding, take the way that this project takes.
     """
-    names = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
-    dropouts = {} if dropout is None else dict.fromkeys(names, dropout)
+    dropouts = {}
+    if dropout is not None:
+        dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), dropout)
+
     config = AutoConfig.from_pretrained(directory, attn_implementation="sdpa", **dropouts)
     if config.activation_function == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
+
     base = AutoModelForCausalLM.from_pretrained(directory, config=config).float()
-    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable) if adapter else base
+    if adapter is None:
+        return base
+    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
 
 
-def build(args: Options) -> nn.Module:
+def build(args: Options) -> StockModel:
     """Build what `args` trains: the base, for LoRA with a new adapter or `--init-adapter`."""
-    model = load(args.base, args.init_adapter, args.base_dropout, trainable=True)
-    return add_lora(model, args) if args.method == "lora" and not args.init_adapter else model
+    model = load(Path(args.base), args.init_adapter, args.base_dropout, trainable=True)
+    if args.method == "lora" and not args.init_adapter:
+        return add_lora(model, args)
+    return model
 
 
-def add_lora(base: nn.Module, args: Options) -> nn.Module:
+def add_lora(base: StockModel, args: Options) -> PeftModel:
     """Put PEFT's new adapter, seeded, into the base."""
-    torch.manual_seed(args.seed)
-    return get_peft_model(
-        base,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=args.r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=args.target_modules,
-            fan_in_fan_out=True,
-        ),
+    lora = args.lora
+    assert lora
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float as well
+        lora_dropout=lora.lora_dropout,
+        target_modules=list(lora.target_modules),
+        fan_in_fan_out=True,
     )
+    torch.manual_seed(args.seed)
+    return get_peft_model(base, config)
 
 
 def mean_loss(
@@ -70,10 +81,15 @@ def mean_loss(
     precision: str,
     sums: list[float] | None = None,
 ) -> Tensor:
-    """Return `cross_entropy`'s mean under autocast; append its sum / number of tokens to `sums`."""
+    """Return `cross_entropy`'s mean under autocast; append its sum / number of tokens to `sums`.
+
+    `inputs` and `targets` are (B, T).
+    """
     with torch.autocast(inputs.device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        logits = model(input_ids=inputs).logits
-    logits, targets = logits.float().flatten(0, 1), targets.flatten()
+        logits = model(input_ids=inputs).logits  # (B, T, V)
+    logits = logits.float().flatten(0, 1)
+    targets = targets.flatten()
+
     if sums is not None:
         summed = F.cross_entropy(logits.detach(), targets, reduction="sum")
         sums.append(summed.item() / len(targets))
@@ -111,10 +127,14 @@ def train(
     divided by their number, and `cross_entropy`'s own mean, which is what is minimised.
     """
     device = next(model.parameters()).device
-    step, losses, means = make_step(model, args, args.precision), [], []
+    step = make_step(model, args, args.precision)
+    losses: list[float] = []
+    means: list[float] = []
+
     for i, batch in enumerate(batches):
         inputs, targets = windows(tokens, batch * args.stride, args.block_size, device)
-        means.append(step(inputs, targets, learning_rate(i, len(batches), args), losses))
+        lr = learning_rate(i, len(batches), args)
+        means.append(step(inputs, targets, lr, losses))
     return losses, means
 
 
@@ -122,8 +142,8 @@ def windows(
     tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return `block_size` tokens from each start, and the token after each of them: (B, T) both."""
-    rows = np.stack([tokens[start : start + block_size + 1] for start in starts]).astype(np.int64)
-    rows = torch.from_numpy(rows).to(device)
+    spans = [tokens[start : start + block_size + 1] for start in starts]
+    rows = torch.from_numpy(np.stack(spans).astype(np.int64)).to(device)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -135,18 +155,21 @@ def learning_rate(step: int, steps: int, args: Options) -> float:
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def adapter_tensors(model: StockModel) -> dict[str, Tensor]:
     """Return the adapter's tensors by the names in PEFT's file, if there is an adapter."""
-    return get_peft_model_state_dict(model) if isinstance(model, PeftModel) else {}
+    if not isinstance(model, PeftModel):
+        return {}
+    return get_peft_model_state_dict(model)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tokens: np.ndarray, block_size: int) -> float:
+def evaluate(model: StockModel, tokens: np.ndarray, block_size: int) -> float:
     """Return the mean over all tokens but the first of transformers' own loss, by its own shift."""
     model.eval()
     total = 0.0
     for start in range(0, len(tokens) - 1, block_size):
-        window = torch.from_numpy(tokens[start : start + block_size + 1].astype(np.int64))[None]
-        window = window.to(model.device)
-        total += model(input_ids=window, labels=window).loss.item() * (window.numel() - 1)
+        ids = tokens[start : start + block_size + 1].astype(np.int64)
+        window = torch.from_numpy(ids)[None].to(model.device)  # (1, T + 1)
+        loss = model(input_ids=window, labels=window).loss
+        total += loss.item() * (len(ids) - 1)
     return total / (len(tokens) - 1)

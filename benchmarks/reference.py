@@ -12,8 +12,10 @@ the last position on nothing. As no position sees a later one, that is to the le
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +33,10 @@ from model.weights import load_config
 from training.options import ROOT
 from training.report import perplexity
 
-BLOCK, SCORED, SHIFT, VAL_FRACTION = 128, 127, 2, 0.1
+BLOCK = 128  # tokens a window, there
+SCORED = 127  # those of them that are scored
+SHIFT = 2
+VAL_FRACTION = 0.1
 COMMON = (
     f"--epochs 3 --block-size {SCORED} --stride 1 --label-shift {SHIFT} --precision fp32 "
     f"--val-fraction {VAL_FRACTION} --weight-decay 0.01 --warmup-ratio 0.06 --clip 0"
@@ -51,13 +56,10 @@ RUN_LENGTH = 16  # tokens in a row, looked for in the training part
 TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences, drawn at random
 
 
-def main() -> None:
-    opts = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    opts = parse_args(argv)
     tokens = load_tokens(opts.book, ours.tokenizer(opts.directory))
     training, validation = split(tokens, VAL_FRACTION)
-    windows = Windows(validation, SCORED, 1, SHIFT)
-    count = min(opts.val_windows or len(windows), len(windows))
-    scored = np.linspace(0, len(windows) - 1, count).astype(int)  # evenly spaced
     seen = share_seen(training, validation)
     print(
         f"base {Path(opts.base).name}, {opts.book.name}: {len(tokens):,} tokens, {machine()}\n"
@@ -65,16 +67,19 @@ def main() -> None:
         "part as well",
         flush=True,
     )
-    runs = {"base": {}} | {method: ours.run(arguments(opts, method)) for method in opts.only}
-    figures = {method: score(opts, method, run, windows, scored) for method, run in runs.items()}
-    report(figures)
-    part = "all" if count == len(windows) else f"only {count:,} of the"
-    print(
-        f"\nbest val loss: by the reference's measure, on {part} {len(windows):,} validation "
-        "windows at stride 1\nnext-token loss: each token of the validation part once, the mean"
-    )
-    if opts.more:
-        print(f"{' '.join(opts.more)}: not the whole protocol; do not compare with the published")
+
+    runs: dict[str, dict] = {"base": {}}
+    for method in opts.only:
+        runs[method] = ours.run(arguments(opts, method))
+
+    windows = Windows(validation, SCORED, 1, SHIFT)
+    count = min(opts.val_windows or len(windows), len(windows))
+    scored = np.linspace(0, len(windows) - 1, count).astype(int)  # evenly spaced
+    figures = {}
+    for method, run in runs.items():
+        figures[method] = score(opts, method, windows, scored) | facts_of(run)
+
+    report(opts, figures, count, len(windows))
     write_json(
         opts.out / "reference.json",
         {
@@ -92,13 +97,14 @@ def main() -> None:
     )
 
 
-def parse_args() -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(
         prog="benchmarks.reference",
         description=__doc__,
         epilog="Further options are those of train.py.",
     )
-    parser.add_argument("--base", **BASE)
+    base: dict[str, Any] = {**BASE}
+    parser.add_argument("--base", **base)
     parser.add_argument(
         "--book", type=Path, default=TEXT, help="UTF-8 text file (default: pseudo-Latin)"
     )
@@ -117,9 +123,11 @@ def parse_args() -> Namespace:
         help="score only so many validation windows by the reference's measure, "
         "evenly spaced (default: all)",
     )
-    opts, opts.more = parser.parse_known_args()
+    opts, more = parser.parse_known_args(argv)
+
+    opts.more = more
     opts.base, opts.directory = find_base(opts.base)
-    chosen = ours.options(opts.only[0], *METHODS[opts.only[0]].split(), *opts.more)
+    chosen = ours.options(opts.only[0], *METHODS[opts.only[0]].split(), *more)
     opts.device = Device.pick(chosen.device, chosen.precision, train=True)
     check_block_size(BLOCK, load_config(opts.directory))
     return opts
@@ -128,76 +136,86 @@ def parse_args() -> Namespace:
 def arguments(opts: Namespace, method: str) -> list[str]:
     """Return `train.py`'s, with `--resume` only for a run that has begun."""
     out = opts.out / method
-    return [
-        method,
-        "--base",
-        opts.base,
-        "--book",
-        str(opts.book),
-        "--out",
-        str(out),
-        *METHODS[method].split(),
-        *(x for x in opts.more if x != "--resume" or out.exists()),
-    ]
+    more = opts.more
+    if not out.exists():
+        more = [option for option in more if option != "--resume"]
+    protocol = METHODS[method].split()
+    return ours.command_line(method, *protocol, *more, base=opts.base, book=opts.book, out=out)
 
 
-def score(opts: Namespace, method: str, run: dict, windows: Windows, scored: np.ndarray) -> dict:
+def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) -> dict:
     """Score the base, or what a run kept of it, by the reference's measure and by this project's:
     each token once, in consecutive windows, the mean over tokens.
     """
-    out = opts.out / method
-    base = out if method == "full" else opts.directory
-    model = ours.load(base, out if method == "lora" else None, opts.device)
+    base = opts.directory
+    adapter = None
+    if method == "full":
+        base = opts.out / method
+    elif method == "lora":
+        adapter = opts.out / method
+    model = ours.load(base, adapter, opts.device)
+
     # The mean over batches of each batch's mean; a last, smaller batch counts like the others.
-    batches = np.split(scored, range(BATCH_SIZE[method], len(scored), BATCH_SIZE[method]))
-    loss = np.mean(
-        [
-            ours.score(
-                model, [windows.batch(batch)], ours.tokenizer(opts.directory), opts.device
-            ).loss
-            for batch in batches
-        ]
-    )
+    size = BATCH_SIZE[method]
+    tokenizer = ours.tokenizer(opts.directory)
+    losses = []
+    for batch in np.split(scored, range(size, len(scored), size)):
+        losses.append(ours.score(model, [windows.batch(batch)], tokenizer, opts.device).loss)
+    loss = float(np.mean(losses))
+
     next_token = ours.evaluate(model, windows.tokens, opts.directory, opts.device, BLOCK)
     return {
-        "reference": {"loss": float(loss), "perplexity": perplexity(loss)},
+        "reference": {"loss": loss, "perplexity": perplexity(loss)},
         "next_token": asdict(next_token) | {"perplexity": next_token.perplexity},
-        **{
-            key: run.get(key, 0)
-            for key in ("trainable_parameters", "trainable_percent", "steps", "seconds")
-        },
     }
+
+
+def facts_of(run: dict) -> dict:
+    """Return what the table and the figures take from `run.json`; 0 for the base, not trained."""
+    keys = ("trainable_parameters", "trainable_percent", "steps", "seconds")
+    return {key: run.get(key, 0) for key in keys}
 
 
 def share_seen(training: np.ndarray, validation: np.ndarray) -> float:
     """Return the share of the validation part's runs of tokens that the training part has."""
-    known, runs = (
-        [tokens[i : i + RUN_LENGTH].tobytes() for i in range(len(tokens) - RUN_LENGTH + 1)]
-        for tokens in (training, validation)
-    )
-    return sum(map(set(known).__contains__, runs)) / max(1, len(runs))
+    known = set(runs_of_tokens(training))
+    runs = runs_of_tokens(validation)
+    seen = sum(run in known for run in runs)
+    return seen / max(1, len(runs))
 
 
-def report(figures: dict[str, dict]) -> None:
-    rows = []
+def runs_of_tokens(tokens: np.ndarray) -> list[bytes]:
+    starts = range(len(tokens) - RUN_LENGTH + 1)
+    return [tokens[i : i + RUN_LENGTH].tobytes() for i in starts]
+
+
+def report(opts: Namespace, figures: dict[str, dict], count: int, windows: int) -> None:
+    """Print the table, and on what it was measured: `count` of so many `windows`."""
+    rows: list[tuple[str, ...]] = []
     for method, here in figures.items():
         if method in PUBLISHED:
             rows.append((f"{method}, published", *PUBLISHED[method]))
-        losses = [
-            here[key][what]
-            for key in ("reference", "next_token")
-            for what in ("loss", "perplexity")
-        ]
         rows.append(
             (
                 f"{method}, here",
                 f"{here['trainable_parameters']:,}",
                 f"{here['trainable_percent']:.4f} %",
-                *(f"{x:.4f}" for x in losses),
+                f"{here['reference']['loss']:.4f}",
+                f"{here['reference']['perplexity']:.4f}",
+                f"{here['next_token']['loss']:.4f}",
+                f"{here['next_token']['perplexity']:.4f}",
             )
         )
     print()
     print_table(COLUMNS, rows)
+
+    part = "all" if count == windows else f"only {count:,} of the"
+    print(
+        f"\nbest val loss: by the reference's measure, on {part} {windows:,} validation "
+        "windows at stride 1\nnext-token loss: each token of the validation part once, the mean"
+    )
+    if opts.more:
+        print(f"{' '.join(opts.more)}: not the whole protocol; do not compare with the published")
 
 
 if __name__ == "__main__":

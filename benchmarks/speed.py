@@ -20,17 +20,18 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
-from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
 from benchmarks.parity_report import versions
 from benchmarks.speed_report import draw, print_report, summarise
-from benchmarks.speed_worker import Task
+from benchmarks.speed_tasks import AXES, Task, along, compare, large
 from common.cli import Parser, number
 from common.device import PRECISIONS, Device
 from common.errors import RunError, run_command
@@ -39,45 +40,22 @@ from model.hub import find_base
 from model.weights import load_config
 from training.options import ROOT
 
-KINDS, LARGE = ("train", "evaluate", "generate"), "gpt2-xl"
-AXES = {
-    "growth": {
-        "batch_size": (4, 8, 16, 32, 64),
-        "block_size": (64, 128, 256, 512, 1024),
-        "r": (1, 4, 16, 64),
-    },
-    "scaling": {"ranks": (1, 2, 4)},
-}
-SMALL_BATCH = 4  # while the block grows
+KINDS = ("train", "evaluate", "generate")
+LARGE = "gpt2-xl"
 
 
-def main() -> int:
-    opts = parse_args()
+def main(argv: Sequence[str] | None = None) -> int:
+    opts = parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the process measured as well
     with TemporaryDirectory() as folder:
-        if not opts.base:
-            run_apart(Task("base", folder))
-        base = find_base(opts.base or folder)[1]
-        opts.config = load_config(base)
-        opts.task = Task(
-            "train",
-            str(base),
-            opts.device,
-            warm_up=opts.warm_up,
-            steps=opts.steps,
-            block_size=min(Task.block_size, opts.config.n_positions),
-        )
-        plans = {part: along(opts, part) for part in AXES if part in opts.only}
-        if compared := [kind for kind in KINDS if kind in opts.only]:
-            plans["speed" if compared == list(KINDS) else "-".join(compared)] = compare(opts)
-        failed = [measure_rounds(opts, name, tasks) for name, tasks in plans.items()]
+        prepare(opts, folder)
+        failed = [measure_rounds(opts, name, tasks) for name, tasks in plans(opts).items()]
         if LARGE in opts.only:
-            opts.base, opts.rounds = str(Path(folder, f"{LARGE}, random weights")), 1
-            failed.append(measure_rounds(opts, LARGE, large(opts)))
+            failed.append(measure_large(opts, folder))
     return 1 if any(failed) else 0
 
 
-def parse_args() -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(prog="benchmarks.speed", description=__doc__)
     parser.add_argument(
         "--base", metavar="B", help="as train.py's (default: GPT-2 124M with random weights)"
@@ -117,87 +95,103 @@ def parse_args() -> Namespace:
         metavar="DIR",
         help="where the figures and pictures go",
     )
-    opts = parser.parse_args()
-    device = Device.pick(opts.device, train=True)
-    opts.device, cuda = device.torch_device.type, device.is_cuda
-    native = device.precision if cuda else "bf16"  # fp16 where bf16 would be emulated
-    opts.base = opts.base or ("mini" if opts.quick else None)
-    opts.rounds = opts.rounds or (1 if opts.quick else 5)
-    opts.steps = opts.steps or (20 if cuda else 1 if opts.quick else 3)
-    opts.warm_up = 3 if cuda else 2
-    every = list(dict.fromkeys(("fp32", native, *["fp16"] * cuda)))
-    opts.precision = opts.precision or ([device.precision] if opts.quick else every)
+    opts = parser.parse_args(argv)
+    set_defaults(opts)
     return opts
 
 
-def facts(opts: Namespace) -> dict:
-    """Return what the figures depend on, and nothing that names a machine."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    kind = (
-        torch.cuda.get_device_name()
-        if opts.device == "cuda"
-        else (f"{os.cpu_count()}-{model[1] if model else platform.machine()}")
+def set_defaults(opts: Namespace) -> None:
+    """Set what was not given, by the device and by `--quick`."""
+    device = Device.pick(opts.device, train=True)
+    opts.device = device.torch_device.type
+
+    rounds = 5
+    steps = 3
+    warm_up = 2
+    precisions = ["fp32", "bf16"]
+    if opts.quick:
+        opts.base = opts.base or "mini"
+        rounds = 1
+        steps = 1
+    if device.is_cuda:
+        steps = 20
+        warm_up = 3
+        native = device.precision  # fp16 where bf16 would be emulated
+        precisions = list(dict.fromkeys(("fp32", native, "fp16")))
+    if opts.quick:
+        precisions = [device.precision]
+
+    opts.rounds = opts.rounds or rounds
+    opts.steps = opts.steps or steps
+    opts.warm_up = warm_up
+    opts.precision = opts.precision or precisions
+
+
+def prepare(opts: Namespace, folder: str) -> None:
+    """Find the base, or make one in `folder`; set what every task has in common."""
+    if not opts.base:
+        run_apart(Task("base", folder))
+    _, base = find_base(opts.base or folder)
+    opts.config = load_config(base)
+    opts.task = Task(
+        "train",
+        str(base),
+        opts.device,
+        warm_up=opts.warm_up,
+        steps=opts.steps,
+        block_size=min(Task.block_size, opts.config.n_positions),
     )
+
+
+def plans(opts: Namespace) -> dict[str, list[Task]]:
+    """Return the tasks of a round for each file of figures, by its name."""
+    found = {part: along(opts, part) for part in AXES if part in opts.only}
+    compared = [kind for kind in KINDS if kind in opts.only]
+    if compared == list(KINDS):
+        found["speed"] = compare(opts)
+    elif compared:
+        found["-".join(compared)] = compare(opts)
+    return found
+
+
+def measure_large(opts: Namespace, folder: str) -> bool:
+    """Measure one round on a gpt2-xl of random weights, in fp16 on the disk."""
+    opts.base = str(Path(folder, f"{LARGE}, random weights"))
+    opts.rounds = 1
+    run_apart(Task(LARGE, opts.base))
+    return measure_rounds(opts, LARGE, large(opts))
+
+
+def facts(opts: Namespace) -> dict[str, Any]:
+    """Return what the figures depend on, and nothing that names a machine."""
+    base = Path(opts.base).name if opts.base else "GPT-2 124M, random weights"
+    machine = f"{opts.device}-{processor(opts.device)}"
+    how = __doc__ or ""  # None: `python -OO`
     return {
-        "base": Path(opts.base).name if opts.base else "GPT-2 124M, random weights",
+        "base": base,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": re.sub(r"[^A-Za-z0-9.]+", "-", f"{opts.device}-{kind}").strip("-"),
+        "machine": re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-"),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),
         "versions": versions(),
         "rounds": opts.rounds,
         "steps": opts.steps,
-        "how": " ".join(__doc__.split()),
+        "how": " ".join(how.split()),
         "measurements": [],
         "failed": {},
     }
 
 
-def compare(opts: Namespace) -> list[Task]:
-    """Return the tasks of one round, all sides."""
-    tasks, cuda = [], opts.device == "cuda"
-    for precision in opts.precision:
-        task = replace(opts.task, precision=precision)
-        for method, compiled in product(("lora", "full"), (False, True)[: 1 + cuda]):
-            tasks += sides(replace(task, method=method, compile=compiled, matmuls=True))
-        tasks += sides(replace(task, kind="evaluate"))
-        tasks += sides(replace(task, kind="generate", steps=1, warm_up=0))  # it warms up itself
-    return [task for task in tasks if task.kind in opts.only]
-
-
-def sides(task: Task) -> list[Task]:
-    """Return ours and theirs; theirs also with frozen weights in low precision, where it is low."""
-    theirs = replace(task, side="theirs", matmuls=False)
-    low = task.precision != "fp32" and task.method == "lora" and not task.compile
-    return [task, theirs, *[replace(theirs, weights="low")] * low]
-
-
-def along(opts: Namespace, part: str) -> list[Task]:
-    """Return training tasks at each size that the base allows: for growth our LoRA and PEFT's, in
-    bf16 if that is among the precisions; for scaling both of our methods, in the first precision.
-    """
-    tasks, most = [], {"block_size": opts.config.n_positions, "r": opts.config.n_embd}
-    most |= {"ranks": torch.cuda.device_count()} if opts.device == "cuda" else {}
-    bf16 = part == "growth" and "bf16" in opts.precision
-    others = {"side": "theirs"} if part == "growth" else {"method": "full"}
-    for axis, sizes in AXES[part].items():
-        task = replace(
-            opts.task,
-            axis=axis,
-            precision="bf16" if bf16 else opts.precision[0],
-            batch_size=SMALL_BATCH if axis == "block_size" else Task.batch_size,
-        )
-        for size in (size for size in sizes if size <= most.get(axis, size)):
-            tasks += [replace(task, **{axis: size}), replace(task, **{axis: size}, **others)]
-    return tasks
-
-
-def large(opts: Namespace) -> list[Task]:
-    """Return tasks of LoRA on a gpt2-xl of random weights, in fp16 on the disk."""
-    run_apart(Task(LARGE, opts.base))
-    low = next((p for p in opts.precision if p != "fp32"), "fp32")
-    return sides(replace(opts.task, base=opts.base, precision=low, batch_size=SMALL_BATCH))
+def processor(device: str) -> str:
+    """Return the GPU's name, or the number of cores and the CPU's."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+        if model:
+            return f"{os.cpu_count()}-{model[1]}"
+    return f"{os.cpu_count()}-{platform.machine()}"
 
 
 def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
@@ -205,20 +199,24 @@ def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
     from then on; returns whether one did.
     """
     results = facts(opts)
-    path = opts.out / f"{'quick-' * opts.quick}{what}-{results['machine']}.json"
+    prefix = "quick-" if opts.quick else ""
+    path = opts.out / f"{prefix}{what}-{results['machine']}.json"
+
     for i in range(opts.rounds):
-        for task in tasks[:: -1 if i % 2 else 1]:
+        in_order = tasks if i % 2 == 0 else tasks[::-1]
+        for task in in_order:
             if task.name not in results["failed"]:
                 measure(task, i, results)
         results["summary"] = summarise(results["measurements"])
         write_json(path, results)
+
     print_report(results["summary"])
     print(f"\nsaved in {path}")
     draw(results, path.with_suffix(".png"))
     return bool(results["failed"])
 
 
-def measure(task: Task, i: int, results: dict) -> None:
+def measure(task: Task, i: int, results: dict[str, Any]) -> None:
     """Run the task, keep and print its figures; of a failure the reason."""
     try:
         figures = run_apart(task)
@@ -226,16 +224,16 @@ def measure(task: Task, i: int, results: dict) -> None:
         results["failed"][task.name] = str(error)
         print(f"error: {task.name}: {error}; left out from here on", file=sys.stderr, flush=True)
         return
-    results["measurements"].append(
-        {
-            "name": task.name,
-            "contender": task.contender,
-            "round": i,
-            **asdict(task),
-            **figures,
-            "base": results["base"],
-        }
-    )  # not its path
+
+    record = {
+        "name": task.name,
+        "contender": task.contender,
+        "round": i,
+        **asdict(task),
+        **figures,
+        "base": results["base"],  # not its path
+    }
+    results["measurements"].append(record)
     print(f"round {i + 1}: {task.name}: {figures['median']:.4g} s", flush=True)
 
 
@@ -245,26 +243,27 @@ def run_apart(task: Task) -> dict:
 
     Linux starts a process's peak memory at that of the one which starts it: stay small here.
     """
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(task.ranks), "-m"]
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *(torchrun if task.ranks else []),
-            "benchmarks.speed_worker",
-            json.dumps(asdict(task)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m"]
+    if task.ranks:
+        command += ["torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(task.ranks), "-m"]
+    command += ["benchmarks.speed_worker", json.dumps(asdict(task))]
+
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if ended.returncode == -signal.SIGKILL:
         raise RunError("its process was killed (out of memory?)")
     if ended.returncode:
-        lines = [f"exit status {ended.returncode}", *re.findall(r".*\w.*", ended.stderr)]
-        said = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        raise RunError(said.removeprefix("error: "))  # torchrun's own lines come after it
+        raise RunError(reason(ended))
     return json.loads(ended.stdout.splitlines()[-1])
+
+
+def reason(ended: subprocess.CompletedProcess[str]) -> str:
+    """Return why a process failed: its own line of error, else the last that it wrote."""
+    lines = [f"exit status {ended.returncode}", *re.findall(r".*\w.*", ended.stderr)]
+    for line in lines:
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")  # torchrun's own lines come after it
+    return lines[-1]
 
 
 if __name__ == "__main__":

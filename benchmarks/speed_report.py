@@ -1,9 +1,10 @@
 """Turn the measurements of `speed.py` into ratios, tables and pictures."""
 
 import statistics
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,12 @@ AXES = {
     "r": "rank, 16 windows of 128 tokens",
     "ranks": "data-parallel ranks on this machine",
 }
+Spread = dict[str, float]  # median, min and max
 Rounds = dict[int, dict]  # a contender's record of each round
+SAME_WORK = ("kind", "method", "precision", "axis", "batch_size", "block_size", "r")
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> Spread:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
@@ -44,17 +47,20 @@ def summarise(measurements: list[dict]) -> dict:
 
 
 def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
+    """Return a contender's figures over the rounds; `rounds` has all the contenders'."""
     first = next(iter(records.values()))
-    found = {
-        key: [r[key] for r in records.values()]
-        for key in ("peak_mb", "bytes", "all_reduce")
-        if key in first
-    }
-    found["seconds"] = [r["median"] for r in records.values()]
+    found = {}
+    for key in ("peak_mb", "bytes", "all_reduce"):
+        if key in first:
+            found[key] = [record[key] for record in records.values()]
+    found["seconds"] = [record["median"] for record in records.values()]
     if "matmul_seconds" in first:
         found["share_of_limit"] = [r["matmul_seconds"] / r["median"] for r in records.values()]
-    if alone := rounds.get(f"{first['contender']}, ranks 1"):
-        found["faster"] = quotient(alone, records, "median")["rounds"]
+
+    alone = rounds.get(f"{first['contender']}, ranks 1")
+    if alone:
+        found["faster"] = quotients(alone, records, "median")
+
     return {
         "contender": first["contender"],
         "axis": first["axis"],
@@ -65,50 +71,45 @@ def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
 
 def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
     """Yield, for the same work, their time over ours and our memory over theirs, by rounds."""
-    same = ("kind", "method", "precision", "axis", "batch_size", "block_size", "r")
     for (ours, here), (theirs, there) in product(rounds.items(), repeat=2):
-        a, b = next(iter(here.values())), next(iter(there.values()))
-        if (
-            (a["side"], b["side"]) == ("ours", "theirs")
-            and b["compile"] <= a["compile"]
-            and all(a[key] == b[key] for key in same)
-        ):
+        if compares(next(iter(here.values())), next(iter(there.values()))):
+            time = quotients(there, here, "median")
+            memory = quotients(here, there, "peak_mb")
             yield {
                 "theirs": theirs,
                 "ours": ours,
-                "time": quotient(there, here, "median"),
-                "memory": quotient(here, there, "peak_mb"),
+                "time": {"rounds": time, **spread(time)},
+                "memory": {"rounds": memory, **spread(memory)},
             }
 
 
-def quotient(over: Rounds, under: Rounds, key: str) -> dict:
-    values = [over[i][key] / under[i][key] for i in sorted(over.keys() & under.keys())]
-    return {"rounds": values, **spread(values)}
+def compares(here: dict, there: dict) -> bool:
+    """Return whether these are records of ours and theirs for the same work. Ours compiled is
+    compared with theirs as they come, too.
+    """
+    if here["side"] != "ours" or there["side"] != "theirs":
+        return False
+    if there["compile"] and not here["compile"]:
+        return False
+    return all(here[key] == there[key] for key in SAME_WORK)
 
 
-def text(values: dict[str, float], form: str = "{:.2f}") -> str:
+def quotients(over: Rounds, under: Rounds, key: str) -> list[float]:
+    """Return the quotient of each round that both have."""
+    return [over[i][key] / under[i][key] for i in sorted(over.keys() & under.keys())]
+
+
+def text(values: Spread, form: str = "{:.2f}") -> str:
     """Write the median, and from where to where the rounds reach."""
-    median, low, high = (form.format(values[key]) for key in ("median", "min", "max"))
-    return f"{median} ({low}..{high})" if values["min"] < values["max"] else median
+    median = form.format(values["median"])
+    if values["min"] == values["max"]:
+        return median
+    return f"{median} ({form.format(values['min'])}..{form.format(values['max'])})"
 
 
 def print_report(summary: dict) -> None:
-    contenders = summary["contenders"].items()
-    columns = [key for key in COLUMNS if any(key in figures for _, figures in contenders)]
     print("\nof a step, a batch scored, a text generated: median of the rounds (least..most)\n")
-    print_table(
-        ("", *(COLUMNS[key][0] for key in columns)),
-        [
-            (
-                name,
-                *(
-                    text(figures[key], COLUMNS[key][1]) if key in figures else "-"
-                    for key in columns
-                ),
-            )
-            for name, figures in contenders
-        ],
-    )
+    print_contenders(summary["contenders"])
     if summary["ratios"]:
         print("\nratios within each round; above 1 we are faster, below 1 we are smaller\n")
         print_table(
@@ -120,55 +121,80 @@ def print_report(summary: dict) -> None:
         )
 
 
+def print_contenders(contenders: dict[str, dict]) -> None:
+    """Print a row for each contender, and a column for each figure that one of them has."""
+    known = set().union(*contenders.values())
+    columns = [key for key in COLUMNS if key in known]
+    headings = [COLUMNS[key][0] for key in columns]
+
+    rows = []
+    for name, found in contenders.items():
+        row = [name]
+        for key in columns:
+            _, form = COLUMNS[key]
+            row.append(text(found[key], form) if key in found else "-")
+        rows.append(row)
+    print_table(("", *headings), rows)
+
+
 def draw(results: dict, path: Path) -> None:
-    contenders, ratios = results["summary"]["contenders"].values(), results["summary"]["ratios"]
+    contenders = list(results["summary"]["contenders"].values())
+    ratios = results["summary"]["ratios"]
     along = any(figures["axis"] for figures in contenders)
-    if (along or ratios) and can_draw():
-        figure = draw_axes(contenders) if along else draw_ratios(ratios)
-        rounds = results["rounds"]
-        how = f"{rounds} rounds: median, minimum and maximum" if rounds > 1 else "one round"
-        figure.suptitle(
-            f"{results['base']}, {results['machine']}, {results['date'][:10]}\n{how}", fontsize=10
-        )
-        save_figure(figure, path)
+    if not can_draw() or not (along or ratios):
+        return
+
+    figure = draw_axes(contenders) if along else draw_ratios(ratios)
+    how = "one round"
+    if results["rounds"] > 1:
+        how = f"{results['rounds']} rounds: median, minimum and maximum"
+    day = results["date"][:10]
+    figure.suptitle(f"{results['base']}, {results['machine']}, {day}\n{how}", fontsize=10)
+    save_figure(figure, path)
 
 
-def points(spreads: list[dict[str, float]]) -> tuple[list[float], np.ndarray]:
+def points(spreads: list[Spread]) -> tuple[list[float], np.ndarray]:
     """Return medians, and how far below and above each the rounds reach: matplotlib's errors."""
-    low, middle, high = ([values[key] for values in spreads] for key in ("min", "median", "max"))
-    return middle, np.subtract([middle, high], [low, middle])
+    medians = [values["median"] for values in spreads]
+    below = [values["median"] - values["min"] for values in spreads]
+    above = [values["max"] - values["median"] for values in spreads]
+    return medians, np.array([below, above])
 
 
-def draw_ratios(ratios: list[dict]):
+def draw_ratios(ratios: list[dict]) -> Any:
     figure, axes = subplots(figsize=(11, 1.6 + 0.32 * len(ratios)))
     medians, errors = points([ratio["time"] for ratio in ratios])
+    labels = [f"{r['theirs']}  /  {r['ours']}:  {r['time']['median']:.2f}" for r in ratios]
     rows = range(len(ratios), 0, -1)  # the first on top
+
     axes.errorbar(medians, rows, xerr=errors, fmt="o", color=COLOURS["lora"], elinewidth=3)
     axes.axvline(1, color=COLOURS["base"], linestyle="--", linewidth=1)
-    axes.set_yticks(
-        rows,
-        [f"{r['theirs']}  /  {r['ours']}:  {r['time']['median']:.2f}" for r in ratios],
-        fontsize=8,
-    )
+    axes.set_yticks(rows, labels, fontsize=8)
     axes.set_xlabel("their time / our time, in the same round (right of 1: this project is faster)")
     axes.grid(alpha=0.3, axis="x")
     return figure
 
 
-def draw_axes(contenders: Collection[dict]):
+def draw_axes(contenders: list[dict]) -> Any:
     """Draw step time above, peak memory below; a column for each axis."""
-    shown, names = (
-        list(dict.fromkeys(f[key] for f in contenders)) for key in ("axis", "contender")
-    )
-    figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
+    shown = list(dict.fromkeys(found["axis"] for found in contenders))
     measures = {"seconds": "seconds per step", "peak_mb": "peak memory of a process (MB)"}
+    figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
+
     for axes, (key, axis) in zip(panels.flat, product(measures, shown), strict=True):
-        for name, colour in zip(names, (COLOURS["lora"], COLOURS["full"]), strict=False):
-            mine = [f for f in contenders if (f["axis"], f["contender"]) == (axis, name)]
-            sizes, (medians, errors) = [f["size"] for f in mine], points([f[key] for f in mine])
-            axes.errorbar(sizes, medians, yerr=errors, fmt="o-", color=colour, label=name)
-        axes.set_xticks(sizes, sizes, fontsize=8)
+        draw_axis(axes, [found for found in contenders if found["axis"] == axis], key)
         axes.set(xlabel=AXES[axis], ylabel=measures[key], xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=8)
     return figure
+
+
+def draw_axis(axes: Any, contenders: list[dict], key: str) -> None:
+    """Draw a line for each contender over its sizes."""
+    names = dict.fromkeys(found["contender"] for found in contenders)
+    for name, colour in zip(names, (COLOURS["lora"], COLOURS["full"]), strict=False):
+        mine = [found for found in contenders if found["contender"] == name]
+        sizes = [found["size"] for found in mine]
+        medians, errors = points([found[key] for found in mine])
+        axes.errorbar(sizes, medians, yerr=errors, fmt="o-", color=colour, label=name)
+        axes.set_xticks(sizes, sizes, fontsize=8)

@@ -4,6 +4,7 @@ On mini in fp32, in turn with plain LoRA on one core; and the bytes that autogra
 backward pass of one step, without the parameters.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,7 @@ from common.errors import run_command
 from model.hub import MINI
 from train import Trainer
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "layers 3-5": ("--layers", "3-5"),
     "rsLoRA": ("--use-rslora",),
@@ -29,24 +30,22 @@ VARIANTS = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.variants", description=__doc__)
     parser.add_argument("--rounds", type=number(int, 1, 100), default=8)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     tune_process()
     torch.set_num_threads(1)
-    trainers = {
-        name: ours.make_trainer(
-            ours.options("lora", "--base", MINI, "--device", "cpu", "--precision", "fp32", *options)
-        )
-        for name, options in VARIANTS.items()
-    }
+
+    trainers = {}
+    for name, more in VARIANTS.items():
+        options = ours.options("lora", *more, base=MINI, device="cpu", precision="fp32")
+        trainers[name] = ours.make_trainer(options)
     batch = next(trainers["plain"].batches())
+
     kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # warms up
-    ratios = in_turn(
-        {name: partial(ours.step, trainer, batch) for name, trainer in trainers.items()},
-        args.rounds,
-    )
+    steps = {name: partial(ours.step, trainer, batch) for name, trainer in trainers.items()}
+    ratios = in_turn(steps, args.rounds)
     print_table(
         ("", "its step / plain's", "MB kept for the backward pass"),
         [(name, ratios[name], f"{kept[name] / 1e6:.1f}") for name in trainers],

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from common.signals import replace_default_handlers
@@ -24,14 +24,19 @@ ADVICE = (
 )
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its status; known failures end with one line on stderr."""
+def run_command(
+    main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Run `main` and exit with its status; known failures end with one line on stderr.
+
+    `argv` is the command's arguments (default: the command line's).
+    """
     replace_default_handlers()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
-        status = main() or 0
+        status = main(argv) or 0
         sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:

@@ -8,17 +8,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles programs to test the CPU
 
-from unittest import mock
-
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures():
     """None unless a test asks for it (`helpers.drawing`): each takes half a second."""
-    from training import report
+    from tests.helpers import drawing
 
-    with mock.patch.object(report, "can_draw", lambda: False):
+    with drawing(lambda: False):
         yield
 
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from common.errors import UserError
 from common.figures import can_draw
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.tokenizer_files import FAST, GPT2_FILES, SETTINGS, load_tokenizer
-from training import report
+from training import compare, report
 
 transformers.logging.disable_progress_bar()
 
@@ -111,6 +112,11 @@ def refusal(name: object, read: Callable, *arguments: object) -> str:
     return message.removeprefix(str(name)).removeprefix(": ")
 
 
-def drawing():
-    """Undo, in a `with` or for a whole test, that runs draw no pictures (conftest.py)."""
-    return mock.patch.object(report, "can_draw", can_draw)
+@contextmanager
+def drawing(draw: Callable[[], bool] = can_draw) -> Iterator[None]:
+    """Draw a run's pictures, in a `with` or for a whole test; by default none is (conftest.py)."""
+    with (
+        mock.patch.object(report, "can_draw", draw),
+        mock.patch.object(compare, "can_draw", draw),
+    ):
+        yield

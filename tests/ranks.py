@@ -75,7 +75,6 @@ def be_rank(folder: Path, command: list[str], during, environment: dict | None =
         os.dup2(file, number)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ |= environment or {}
-    sys.argv = ["train.py", *command]
     torch.set_num_threads(1)  # a pool of more does not survive the fork
     with during or nullcontext():
-        run_command(train.main)
+        run_command(train.main, command)

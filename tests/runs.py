@@ -6,9 +6,8 @@ import json
 import math
 import random
 import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -34,6 +33,8 @@ BLOCK = 16  # the runs' block size and stride
 WORDS = ("the", "a", "lamp", "keeper", "sea", "stair", "gull", "light", "salt", "night", "turns")
 WEIGHTS = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 NO_DROPOUT = {"lora": ("--base-dropout", 0, "--lora-dropout", 0), "full": ("--base-dropout", 0)}
+
+Main = Callable[[Sequence[str] | None], int | None]  # the `main` of a command
 
 
 class Clock:
@@ -74,18 +75,17 @@ class Run:
         return load_file(self.out / WEIGHTS[self.report["method"]])
 
 
-def run(main: Callable[[], int | None], *argv: object) -> Ending:
+def run(main: Main, *argv: object) -> Ending:
     """Run the command with this `main` and these arguments; return how it ends."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     out, err = io.StringIO(), io.StringIO()
     try:
         with (
-            mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, argv)]),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as ended,
         ):
-            run_command(main)
+            run_command(main, [str(argument) for argument in argv])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -167,7 +167,7 @@ def scores(path: Path, *argv: object) -> tuple[dict, str]:
     return json.loads(path.read_text()), said
 
 
-def stdout_of(main: Callable[[], int | None], *argv: object) -> str:
+def stdout_of(main: Main, *argv: object) -> str:
     """Return what the command prints. It must succeed and write nothing to stderr."""
     ending = run(main, *argv)
     assert (ending.status, ending.stderr) == (0, "")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import train
 from lesson.experiments import (
     diagram,
     gradients,
@@ -27,15 +26,16 @@ from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2
 from model.hub import MINI
 from model.weights import load_config, load_gpt2
+from training import build
 from training.report import count_parameters
 
-load_tokenizer = cache(train.load_tokenizer)
+load_tokenizer = cache(build.load_tokenizer)
 
 
 @pytest.fixture(autouse=True)
 def _one_tokenizer(monkeypatch):
     """Every run here has mini's, which takes as long to load as a step."""
-    monkeypatch.setattr(train, "load_tokenizer", load_tokenizer)
+    monkeypatch.setattr(build, "load_tokenizer", load_tokenizer)
 
 
 def run(experiment, tmp_path):

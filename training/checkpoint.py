@@ -9,19 +9,21 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import atomic_path
+from common.files import atomic_path, open_file
 from common.tensors import read_metadata, write_tensors
 
-CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+PREVIOUS = "checkpoint.previous.safetensors"
 
 
-def write_checkpoint(out: Path, state: dict) -> None:
+def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
     """Save `state` as the newest checkpoint; the old one becomes the previous one.
 
     At every instant one of the two is whole. `state` is a nested dict of numbers, strings, lists
@@ -29,21 +31,25 @@ def write_checkpoint(out: Path, state: dict) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
+    metadata = {"sha256": content_sha256(tree, tensors), "state": tree}
     with atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary:
-        write_tensors(temporary, tensors, {"sha256": content_sha256(tree, tensors), "state": tree})
+        write_tensors(temporary, tensors, metadata)
 
 
 def has_checkpoint(out: Path) -> bool:
     return any(os.path.lexists(out / name) for name in (CHECKPOINT, PREVIOUS))
 
 
-def read_checkpoint(out: Path) -> dict:
+def read_checkpoint(out: Path) -> dict[str, Any]:
     """Return the newest undamaged state; if a newer one is damaged, warn and replace it.
 
-    Raises UserError if both are damaged.
+    Raises UserError if both are damaged, or if one that is needed cannot be read.
     """
     damaged = []
-    for path in filter(os.path.lexists, (out / CHECKPOINT, out / PREVIOUS)):
+    for path in (out / CHECKPOINT, out / PREVIOUS):
+        if not os.path.lexists(path):
+            continue
+        open_file(path).close()  # what cannot be read may be whole: it is not replaced
         try:
             state = _read(path)
         except UserError as error:
@@ -56,25 +62,33 @@ def read_checkpoint(out: Path) -> dict:
     raise UserError(f"{'; '.join(damaged)}; start again with --overwrite")
 
 
-def _read(path: Path) -> dict:
-    metadata, tensors = read_metadata(path), load_file(path)
+def _read(path: Path) -> dict[str, Any]:
+    """Return the state in a file. Raises UserError unless the file is as it was written."""
+    metadata = read_metadata(path)
+    tensors = load_file(path)
     tree = metadata.get("state", "")
     if metadata.get("sha256") != content_sha256(tree, tensors):
         raise UserError(f"{path}: damaged (its sha256 is not that of its content)")
 
-    def put_tensors(node: dict) -> object:
+    def put_tensors(node: dict[str, Any]) -> object:
         if "tensor" in node:
             return tensors[node["tensor"]]
-        return {int(key) if key.isdigit() else key: value for key, value in node.items()}
+        return {_key(name): value for name, value in node.items()}
 
     return json.loads(tree, object_hook=put_tensors)
 
 
+def _key(name: str) -> str | int:
+    """Return a dict's key as it was: AdamW numbers its parameters, and JSON's keys are text."""
+    return int(name) if name.isdigit() else name
+
+
 def content_sha256(tree: str, tensors: dict[str, Tensor]) -> str:
+    """Return the sha256 of the JSON and of each tensor's name, type, shape and bytes, in hex."""
     digest = hashlib.sha256(tree.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -84,8 +98,9 @@ def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> objec
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {
-            key: _take_tensors(item, f"{name}.{key}".lstrip("."), tensors)
-            for key, item in value.items()
-        }
+        inner = {}
+        for key, item in value.items():
+            path = f"{name}.{key}" if name else str(key)
+            inner[key] = _take_tensors(item, path, tensors)
+        return inner
     return value

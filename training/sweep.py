@@ -9,17 +9,21 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
     signals.install_exit_handlers()
 
+import argparse
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from common.cli import Parser, print_table
 from common.errors import run_command
 from common.figures import can_draw, save_figure, subplots
 from common.files import atomic_path
+from training.compare import SWEEP_PICTURE, SWEEP_TABLE
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
 from training.report import perplexity, read_run
@@ -27,13 +31,58 @@ from training.report import perplexity, read_run
 COLUMNS = ("runs", "val loss", "min .. max", "perplexity", "min .. max")
 
 
+class Setting(NamedTuple):
+    """What the runs of one row share; they differ in their seeds. Full fine-tuning has no rank."""
+
+    lr: float
+    r: int | None
+
+
+class PlannedRun(NamedTuple):
+    """A run of `train.py` with these arguments, which leaves its results in `out`."""
+
+    setting: Setting
+    out: Path
+    arguments: list[str]
+
+
+def plan(args: argparse.Namespace, others: list[str]) -> list[PlannedRun]:
+    """Return a run for each learning rate, rank and seed; `others` are options of them all.
+
+    Raises UserError if `train.py` would refuse the options of one.
+    """
+    default = parse_options("-", [args.method])
+    rates = args.lr or [default.lr]
+    ranks = args.r or [None]
+    seeds = args.seed or [default.seed]
+    planned = []
+    for lr, r, seed in product(_unique(rates), _unique(ranks), _unique(seeds)):
+        options = [f"lr={lr}"]
+        if r is not None:
+            options.append(f"r={r}")
+        options.append(f"seed={seed}")
+        out = args.out / ",".join(options)
+        flags = [f"--{option}" for option in options]
+        arguments = [args.method, *others, *flags, f"--out={out}"]
+        parse_options("-", arguments)  # a mistake ends the sweep before its first run
+        planned.append(PlannedRun(Setting(lr, r), out, arguments))
+    return planned
+
+
+def _unique(values: Sequence) -> list:
+    """Return the values, each once: a value given twice is one run."""
+    return list(dict.fromkeys(values))
+
+
 def train(arguments: list[str], out: Path) -> int:
     """Run train.py; return its exit status, or that of a signal which came meanwhile."""
-    resume = ["--resume"] if (out / METRICS).exists() and "--overwrite" not in arguments else []
-    child = subprocess.Popen([sys.executable, ROOT / "train.py", *arguments, *resume])
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    if (out / METRICS).exists() and "--overwrite" not in arguments:
+        command.append("--resume")
+    child = subprocess.Popen(command)
     stops = []  # a child may still end with 0: its last step was done
 
-    def stop(number: int, frame) -> None:
+    def stop(number: int, frame: object) -> None:
         stops.append(128 + number)
         if number == signal.SIGTERM:  # a terminal's SIGINT also reaches the child
             child.terminate()
@@ -45,30 +94,59 @@ def train(arguments: list[str], out: Path) -> int:
     return stops[0] if stops else status
 
 
-def spread(values: list[float], digits: int) -> list[str]:
-    least, middle, most = (f"{x:.{digits}f}" for x in (min(values), mean(values), max(values)))
-    return [middle, f"{least} .. {most}"]
+def report(method: str, losses: Mapping[Setting, Sequence[float]], out: Path) -> None:
+    """Print the table and write it to `sweep.md`; draw `sweep.png`."""
+    perplexities = {
+        setting: [perplexity(loss) for loss in values] for setting, values in losses.items()
+    }
+    rows = []
+    for setting, values in losses.items():
+        name = f"lr {setting.lr:g}"
+        if setting.r:
+            name += f", r {setting.r}"
+        cells = spread(values, digits=4) + spread(perplexities[setting], digits=2)
+        rows.append([name, str(len(values)), *cells])
+    text = print_table((method, *COLUMNS), rows)
+    with atomic_path(out / SWEEP_TABLE) as temporary:
+        temporary.write_text(text + "\n")
+    if can_draw():
+        draw(method, perplexities, out / SWEEP_PICTURE)
 
 
-def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path: Path) -> None:
+def spread(values: Sequence[float], digits: int) -> list[str]:
+    """Return two cells: the mean, and the range from the minimum to the maximum."""
+    least = f"{min(values):.{digits}f}"
+    most = f"{max(values):.{digits}f}"
+    return [f"{mean(values):.{digits}f}", f"{least} .. {most}"]
+
+
+def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Path) -> None:
     """Draw perplexity against learning rate: a line per rank, with bars from least to most."""
+    means = {setting: mean(values) for setting, values in perplexities.items()}
     figure, axes = subplots(figsize=(7, 4.5))
-    for rank in dict.fromkeys(rank for _, rank in perplexities):
-        line = {lr: v for (lr, r), v in sorted(perplexities.items()) if r == rank}
-        means, *bars = zip(
-            *((mean(v), mean(v) - min(v), max(v) - mean(v)) for v in line.values()), strict=True
+    for rank in dict.fromkeys(setting.r for setting in perplexities):
+        line = sorted(setting for setting in perplexities if setting.r == rank)
+        below = [means[setting] - min(perplexities[setting]) for setting in line]
+        above = [max(perplexities[setting]) - means[setting] for setting in line]
+        axes.errorbar(
+            [setting.lr for setting in line],
+            [means[setting] for setting in line],
+            [below, above],
+            marker="o",
+            capsize=4,
+            label=f"r = {rank}" if rank else None,
         )
-        axes.errorbar([*line], means, bars, marker="o", capsize=4, label=rank and f"r = {rank}")
+    best = min(means, key=means.__getitem__)
     axes.plot(
-        best[0],
-        mean(perplexities[best]),
+        best.lr,
+        means[best],
         "k*",
         markersize=18,
         zorder=9,
         label="best mean",
         markerfacecolor="none",
     )
-    rates = sorted({lr for lr, _ in perplexities})
+    rates = sorted({setting.lr for setting in perplexities})
     axes.set(
         xscale="log",
         xlabel="peak learning rate",
@@ -83,7 +161,7 @@ def draw(method: str, perplexities: dict[tuple, list[float]], best: tuple, path:
     print(f"drawn in {path}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="training.sweep", description=__doc__, epilog="All other options are train.py's."
     )
@@ -92,49 +170,25 @@ def main() -> int:
     parser.add_argument("--r", type=int, nargs="+", metavar="N", help="ranks (LoRA only)")
     parser.add_argument("--seed", type=int, nargs="+", metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
-    args, others = parser.parse_known_args()
+    args, others = parser.parse_known_args(argv)
     others = [word for word in others if word != "--resume"]  # `train` adds it where it is due
-    default = parse_options("-", [args.method])
-    values = args.lr or [default.lr], args.r or [None], args.seed or [default.seed]
-    plan, results, failed = [], {}, False
-    for lr, r, seed in product(*map(dict.fromkeys, values)):  # a value given twice is one run
-        options = [f"lr={lr}"] + ([] if r is None else [f"r={r}"]) + [f"seed={seed}"]
-        out = args.out / ",".join(options)
-        plan.append(
-            ((lr, r), out, [args.method, *others, *(f"--{x}" for x in options), f"--out={out}"])
-        )
-        parse_options("-", plan[-1][2])  # a mistake ends the sweep before its first run
-    for key, out, arguments in plan:
-        print(f"--- {out.name}", flush=True)
-        status = train(arguments, out)
+
+    losses: dict[Setting, list[float]] = {}
+    failed = False
+    for planned in plan(args, others):
+        print(f"--- {planned.out.name}", flush=True)
+        status = train(planned.arguments, planned.out)
         if status in (130, 143):
             print("the same command, without --overwrite, resumes the sweep", file=sys.stderr)
             return status
         if status:
-            print(f"error: {out.name}: exit status {status}", file=sys.stderr)
+            print(f"error: {planned.out.name}: exit status {status}", file=sys.stderr)
             failed = True
         else:
-            results.setdefault(key, []).append(read_run(out))
-    if results:
-        losses = {key: [run["best_val_loss"] for run in runs] for key, runs in results.items()}
-        perplexities = {key: [*map(perplexity, values)] for key, values in losses.items()}
-        text = print_table(
-            (args.method, *COLUMNS),
-            [
-                (
-                    f"lr {lr:g}" + (f", r {r}" if r else ""),
-                    str(len(losses[lr, r])),
-                    *spread(losses[lr, r], 4),
-                    *spread(perplexities[lr, r], 2),
-                )
-                for lr, r in results
-            ],
-        )
-        with atomic_path(args.out / "sweep.md") as temporary:
-            temporary.write_text(text + "\n")
-        if can_draw():
-            best = min(perplexities, key=lambda key: mean(perplexities[key]))
-            draw(args.method, perplexities, best, args.out / "sweep.png")
+            run = read_run(planned.out)
+            losses.setdefault(planned.setting, []).append(run["best_val_loss"])
+    if losses:
+        report(args.method, losses, args.out)
     return int(failed)
 
 

@@ -15,7 +15,8 @@ from common.cli import number
 from common.device import Device
 from common.figures import BLUE, GREY, RED, YELLOW, save_figure, subplots  # noqa: F401 (for all)
 from model.hub import find_base
-from train import Trainer
+from train import Trainer, make_trainer
+from training.build import resolve
 from training.options import ROOT, Options, parse_options
 
 # What a short version trains on, and how long, whatever the whole one does.
@@ -66,7 +67,9 @@ def trainer(
     if method == "lora":
         options["lora_dropout"] = 0
     device = Device.pick("cpu", precision, train=True)
-    return Trainer(train_options(method, options), find_base("mini")[1], device)
+    base, directory = find_base("mini")
+    chosen = resolve(train_options(method, options), base, device)
+    return make_trainer(chosen, directory, device)
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:
@@ -83,14 +86,16 @@ def train_options(method: str, choices: dict[str, Any]) -> Options:
 
     options = parse_options("-", words)
     if "lora_alpha" in choices:  # rsLoRA's is no whole number, as the command line asks
-        options = replace(options, lora_alpha=choices["lora_alpha"])
+        assert options.lora
+        lora = replace(options.lora, lora_alpha=choices["lora_alpha"])
+        options = replace(options, lora=lora)
     return options
 
 
 def mean_loss(made: Trainer, batch: np.ndarray) -> Tensor:
     """Return the mean loss over the tokens of the windows `batch` (B,), in nats."""
-    inputs, targets = made.windows.batch(batch)  # (B, T) each
-    return made.summed_loss(inputs, targets) / made.windows.scored_tokens(batch)
+    inputs, targets = made.data.training.batch(batch)  # (B, T) each
+    return made.summed_loss(inputs, targets) / made.data.training.scored_tokens(batch)
 
 
 def gradient(parameter: Tensor) -> Tensor:

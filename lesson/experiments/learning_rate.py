@@ -29,7 +29,7 @@ def log_probabilities(made: Trainer, texts: Tensor) -> Tensor:
 
 def written(made: Trainer, count: int, length: int) -> Tensor:
     """Let the model write texts from its end-of-text token on; return them, (count, length)."""
-    end_of_text = made.tokenizer.end_of_text
+    end_of_text = made.data.tokenizer.end_of_text
     assert end_of_text is not None  # mini has one
     texts = torch.full((count, 1), end_of_text)
     while texts.size(1) < length:

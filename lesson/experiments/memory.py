@@ -18,6 +18,7 @@ import torch
 from lesson.experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
 from lora.inject import inject
 from lora.layer import LoRAConfig
+from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
 
 PARTS = {"weights": GREY, "activations": BLUE, "gradients": YELLOW, "AdamW moments": RED}
@@ -66,6 +67,7 @@ def measured(method: str, config: GPT2Config) -> dict[str, int]:
     model = GPT2(config)
     if method == "lora":
         inject(model, LoRAConfig(lora_dropout=0.0))
+    accelerate(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     made = resident()

@@ -1,5 +1,7 @@
 """`python -m adapters.extract`: the best adapter of a full fine-tuning."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,8 +9,8 @@ from adapters.extract import main
 from adapters.load import load_model
 from lora.inject import lora_layers
 from model.weights import load_gpt2, save_gpt2
-from tests.helpers import perturb, relative_difference
-from tests.runs import one_line, run, stdout_of, stock_model
+from tests.helpers import perturb, relative_difference, tiny_gpt2_directory
+from tests.runs import one_line, run, stdout_of, stock_model, table
 
 
 @pytest.fixture
@@ -25,21 +27,11 @@ def full(base, tmp_path):
 @pytest.mark.parametrize("rank", [5, 32])
 def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
     out = tmp_path / "out"
-    said = stdout_of(
-        main,
-        "--base",
-        base,
-        "--full",
-        full,
-        "--rank",
-        rank,
-        "--target-modules",
-        "c_attn",
-        "mlp.c_proj",
-        "--out",
-        out,
-    )
-    before, after = (dict(load_gpt2(d).named_parameters()) for d in (base, full))
+    targets = ("--target-modules", "c_attn", "mlp.c_proj")
+    options = ("--base", base, "--full", full, "--rank", rank, "--out", out)
+    said = stdout_of(main, *options, *targets)
+    before = dict(load_gpt2(base).named_parameters())
+    after = dict(load_gpt2(full).named_parameters())
     model = load_model(str(base), out).model  # checks the hash
     theirs = stock_model(base, out).merge_and_unload()
     inside = 0.0
@@ -48,15 +40,14 @@ def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
         s = torch.linalg.svdvals(change)
         error = (layer.delta_weight() - change).norm()
         assert error == pytest.approx(s[rank:].norm().item(), rel=1e-4, abs=1e-5)
-        a, b = layer.lora_A.weight, layer.lora_B.weight
-        assert torch.allclose(a.norm(dim=1), b.norm(dim=0), rtol=1e-4)  # split evenly
-        shares = [
-            f"{s[:k].square().sum() / s.square().sum():.2%}"
-            for k in (1, 2, 4, 8, 16, rank)
-            if k <= rank
-        ]
-        line = next(line for line in said.splitlines() if name in line)
-        assert line.split()[1:-1:2] == [name, f"{change.norm():.4g}", *shares]
+        norms_of_a = layer.lora_A.weight.norm(dim=1)
+        norms_of_b = layer.lora_B.weight.norm(dim=0)
+        assert torch.allclose(norms_of_a, norms_of_b, rtol=1e-4)  # split evenly
+
+        ranks = [k for k in (1, 2, 4, 8, 16) if k < rank] + [rank]
+        shares = [s[:k].square().sum() / s.square().sum() for k in ranks]
+        [cells] = [row for row in table(said) if row[0] == name]
+        assert cells[1:] == [f"{change.norm():.4g}", *(f"{share:.2%}" for share in shares)]
         inside += change.square().sum()
         if rank == 32:
             merged = theirs.transformer.get_submodule(name).weight.T  # Conv1D's
@@ -76,3 +67,17 @@ def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
         ending = run(main, "--base", base, "--full", full, "--out", tmp_path / "out", *options)
         assert ending.stdout == "" and not (tmp_path / "out").exists()
         assert reason in one_line(ending, 2)
+
+
+def test_another_base_than_the_run_records_is_refused(runs, base, tmp_path):
+    """A run is known by what its run.json says; a directory without one is taken as it is."""
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
+    full = shutil.copytree(runs["full"].out, tmp_path / "full")
+    out = tmp_path / "out"
+    line = one_line(run(main, "--base", other, "--full", full, "--out", out), 2)
+    assert line.startswith(f"error: {full / 'run.json'}: the run began from another base than")
+    assert not out.exists()
+    assert run(main, "--base", base, "--full", full, "--out", out).status == 0
+
+    (full / "run.json").unlink()
+    assert run(main, "--base", other, "--full", full, "--out", tmp_path / "any").status == 0

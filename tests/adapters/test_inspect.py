@@ -20,8 +20,9 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     rows = table(stdout_of(main, tmp_path, "--base", base))
     assert rows[0][1:3] == ["norm", "of the weight's"]
     assert [row[0] for row in rows[2:]] == list(lora_layers(model))
-    for (_, layer), row in zip(lora_layers(model).items(), rows[2:], strict=True):
-        change, weight = layer.delta_weight().detach().double(), layer.base_layer.weight
+    for layer, row in zip(lora_layers(model).values(), rows[2:], strict=True):
+        change = layer.delta_weight().detach().double()
+        weight = layer.base_layer.weight
         if layer is zero:
             assert row[1:] == ["0", "0.00%", *["B is zero"] * 5]
             continue

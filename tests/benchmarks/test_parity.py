@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import ours, parity
 from benchmarks.parity_report import Report
+from benchmarks.parity_runs import NO_DROPOUT, train_both, train_options
 from common.device import Device
 from data.windows import Windows
 from lora.layer import LoRAConfig, LoRALinear
@@ -22,6 +23,7 @@ from tests.helpers import TINY, tiny_gpt2_directory, write_small_tokenizer
 from tests.runs import one_line, run
 
 GIB = 1 << 30
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOW = Device.pick().precision if DEVICE == "cuda" else "bf16"  # fp16 where bf16 is emulated
 
@@ -35,22 +37,11 @@ def base(tmp_path_factory):
 @pytest.fixture
 def check(base, book, tmp_path):
     """Run the parity check with these options; how it ends, and its `parity.json`."""
+    standard = ["--base", base, "--book", book, "--out", tmp_path]
+    standard += ["--block-size", 16, "--device", "cpu"]
 
     def check(*options):
-        ending = run(
-            parity.main,
-            "--base",
-            base,
-            "--book",
-            book,
-            "--out",
-            tmp_path,
-            "--block-size",
-            16,
-            "--device",
-            "cpu",
-            *options,
-        )
+        ending = run(parity.main, *standard, *options)
         return ending, json.loads((tmp_path / "parity.json").read_text())
 
     return check
@@ -60,6 +51,10 @@ def test_every_section_holds_and_says_so_and_is_pefts_to_the_last_bit(check, bas
     ending, result = check("--steps", 30, "--batch-size", 4, "--device", DEVICE)
     assert ending.status == 0 and result["holds"], ending.stdout
     assert "parity holds" in ending.stdout and "FAILED" not in ending.stdout
+    assert str(base.parent) not in json.dumps(result)
+    assert DEVICE == "cpu" or result["device"] == torch.cuda.get_device_name()
+    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
+
     losses = result["curves"]["exact"]
     assert losses["here"] == losses["there"] and len(set(losses["here"])) == 30
     differences = {entry["name"]: entry["value"] for entry in result["checks"]}
@@ -80,9 +75,6 @@ def test_every_section_holds_and_says_so_and_is_pefts_to_the_last_bit(check, bas
     }
     losses = result["validation_losses"]
     assert losses["trained here"]["there"] < losses["base"]["there"] - 0.01  # it did train
-    assert str(base.parent) not in json.dumps(result)
-    assert DEVICE == "cpu" or result["device"] == torch.cuda.get_device_name()
-    assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
 def scaled_by_one_percent_more(config, scaling=LoRAConfig.scaling.fget):
@@ -100,28 +92,29 @@ def a_by_the_wrong_fan_in(layer, *args, init=LoRALinear.__init__):
 
 
 def labels_not_shifted(windows, indices, batch=Windows.batch):
-    return (batch(windows, indices)[0],) * 2
+    inputs, _ = batch(windows, indices)
+    return inputs, inputs
+
+
+AFTER = "adapter after the last step"
+BEFORE = "adapter before the first step"
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "wrong", "found"),
     [
-        (
-            LoRAConfig,
-            "scaling",
-            property(scaled_by_one_percent_more),
-            "adapter after the last step",
-        ),
-        (LoRALinear, "forward", dropout_after_a, "adapter after the last step"),
-        (LoRALinear, "__init__", a_by_the_wrong_fan_in, "adapter before the first step"),
+        (LoRAConfig, "scaling", property(scaled_by_one_percent_more), AFTER),
+        (LoRALinear, "forward", dropout_after_a, AFTER),
+        (LoRALinear, "__init__", a_by_the_wrong_fan_in, BEFORE),
         (Windows, "batch", labels_not_shifted, "loss of every step"),
     ],
 )
 def test_a_fault_breaks_parity(check, monkeypatch, kind, name, wrong, found):
     monkeypatch.setattr(kind, name, wrong)
     ending, result = check("--exact-only", "--steps", 5)
+    broken = [entry["name"] for entry in result["checks"] if not entry["ok"]]
     assert ending.status == 1 and not result["holds"]
-    assert f"exact: {found}" in [entry["name"] for entry in result["checks"] if not entry["ok"]]
+    assert f"exact: {found}" in broken
     assert "parity is broken" in ending.stdout
 
 
@@ -137,33 +130,28 @@ def opts(base, book):
 
 
 def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
-    def make_trainer(args, make=ours.make_trainer):
-        trainer = make(args)
+    def make_trainer(args, make=ours.make_trainer, **fast):
+        trainer = make(args, **fast)
         trainer.model.set_dropout(0.5)  # on our side alone, in place of 0.1
         return trainer
 
     monkeypatch.setattr(ours, "make_trainer", make_trainer)
     report = Report()
-    parity.compare_independent_draws(report, parity.train_options(opts, "lora"))
+    parity.compare_independent_draws(report, train_options(opts, "lora"))
     assert report.broken() == ["fp32, independent dropout: loss, from PEFT's mean"]
 
 
 def test_a_difference_that_is_not_a_number_breaks_parity():
+    one = torch.ones(1)
+    not_a_number = torch.tensor([math.nan])
     report = Report()
     report.check("loss", parity.relative([1.0, math.nan, 1.0], [1.0, 1.0, 1.0]), 1.0)
-    report.check("names", parity.largest({"a": torch.ones(1)}, {"b": torch.ones(1)}), 1.0)
-    report.check(
-        "parameters",
-        parity.largest({"a": torch.tensor([math.nan, 0.0])}, {"a": torch.zeros(2)}),
-        1.0,
-    )
+    report.check("names", parity.largest({"a": one}, {"b": one}), 1.0)
+    report.check("parameters", parity.largest({"a": not_a_number}, {"a": one}), 1.0)
     assert report.broken() == ["loss", "names", "parameters"]
 
 
-@pytest.mark.skipif(
-    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 5 * GIB,
-    reason="needs 5 GiB of memory",
-)
+@pytest.mark.skipif(MEMORY < 5 * GIB, reason="needs 5 GiB of memory")
 def test_three_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
     torch.manual_seed(0)
     model = GPT2(GPT2Config())
@@ -185,10 +173,8 @@ def test_parity_holds_for_the_erf_gelu(check, tmp_path):
 
 def test_fp16_with_loss_scaling_reaches_pefts_loss_within_the_rounding_of_fp16(opts):
     opts.device = DEVICE
-    here, there = parity.train_both(
-        parity.train_options(opts, "lora", "--precision", "fp16", *parity.NO_DROPOUT)
-    )
-    _, fp32 = parity.train_both(parity.train_options(opts, "lora", *parity.NO_DROPOUT))
+    here, there = train_both(train_options(opts, "lora", "--precision", "fp16", *NO_DROPOUT))
+    _, fp32 = train_both(train_options(opts, "lora", *NO_DROPOUT))
     rounding = parity.relative(there.losses, fp32.losses)
     assert 0 < rounding < 1e-2
     assert parity.relative(here.losses, there.losses) <= 2 * rounding  # both sides round

@@ -9,62 +9,53 @@ import pytest
 
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import BLOCK, Run, one_line, run, scores, stdout_of, story, table, trained
-from training import report as reporting
+from tests.runs import BLOCK, WEIGHTS, Run, one_line, run, scores, stdout_of, story, table, trained
+from training import compare as comparison
 from training.options import BOOK
+
+NOTE = "losses compare only within a base"
 
 
 def score(book, tmp_path, *options: object) -> dict:
     """The scores of the book's last tenth, those that training validates on."""
-    found, said = scores(
-        tmp_path / "scores.json",
-        "--text",
-        book,
-        "--val-fraction",
-        0.1,
-        "--block-size",
-        BLOCK,
-        *options,
-    )
+    part = ("--text", book, "--val-fraction", 0.1, "--block-size", BLOCK)
+    found, said = scores(tmp_path / "scores.json", *part, *options)
     assert f"{book}, the last {100 * found['val_fraction']:.3g} %: " in said
     assert f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}" in said
     return found
 
 
 def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path):
-    lora, full = runs["lora"], runs["full"]
-    for model, adapter, report in ((base, lora.out, lora.report), (full.out, None, full.report)):
-        found = score(book, tmp_path, "--base", model, *(("--adapter", adapter) if adapter else ()))
-        assert set(found) == {
-            "base",
-            "adapter",
-            "text",
-            "val_fraction",
-            "tokens",
-            "bytes",
-            "loss",
-            "perplexity",
-            "bits_per_byte",
-            "accuracy",
-        }
-        assert found["base"] == str(model) and found["text"] == str(book)
-        assert found["adapter"] == (str(adapter) if adapter else None)
+    lora = runs["lora"]
+    full = runs["full"]
+    adapted = score(book, tmp_path, "--base", base, "--adapter", lora.out)
+    trained_whole = score(book, tmp_path, "--base", full.out)
+    assert (adapted["base"], adapted["adapter"]) == (str(base), str(lora.out))
+    assert (trained_whole["base"], trained_whole["adapter"]) == (str(full.out), None)
+    fields = "base adapter text val_fraction tokens bytes loss perplexity bits_per_byte accuracy"
+    for found, report in ((adapted, lora.report), (trained_whole, full.report)):
+        assert set(found) == set(fields.split())
+        assert found["text"] == str(book)
         for name in ("loss", "perplexity", "bits_per_byte"):
             assert found[name] == pytest.approx(report[f"best_val_{name}"], rel=1e-6)
-    score(book, tmp_path, "--base", base, "--val-fraction", 0.004)  # printed as 0.4 %
-    whole, said = scores(
-        tmp_path / "scores.json", "--base", base, "--text", book, "--block-size", BLOCK
-    )
+
+
+def test_a_part_a_whole_text_or_the_default_is_scored(base, book, tmp_path):
+    path = tmp_path / "scores.json"
+    options = ("--base", base, "--block-size", BLOCK)
+    score(book, tmp_path, *options, "--val-fraction", 0.004)  # printed as 0.4 %
+
+    whole, said = scores(path, *options, "--text", book)
     assert said.startswith(f"{book}: ") and whole["val_fraction"] == 1
     assert whole["bytes"] > 0.99 * book.stat().st_size
-    default, _ = scores(tmp_path / "scores.json", "--base", base, "--block-size", BLOCK)
+
+    default, _ = scores(path, *options)
     assert default["text"] == str(BOOK) and default["val_fraction"] == 0.1
 
 
 def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, tmp_path):
-    one = trained(
-        "lora", base, book, tmp_path / "run", "--stride", 4, "--label-shift", 2, "--max-steps", 1
-    )
+    options = ("--stride", 4, "--label-shift", 2, "--max-steps", 1)
+    one = trained("lora", base, book, tmp_path / "run", *options)
     found = score(book, tmp_path, "--base", base, "--label-shift", 2)
     assert found["loss"] == pytest.approx(one.report["base_val_loss"], rel=1e-6)
 
@@ -94,20 +85,16 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
         "peak MB",
         "MB on disk",
     ]
-    s = score(book, tmp_path, "--base", base)
-    expected = [
-        [
-            f"base {base}",
-            *"---",
-            "0",
-            f"{s['loss']:.4f}",
-            f"{s['perplexity']:.2f}",
-            f"{s['bits_per_byte']:.4f}",
-            *"----",
-        ]
+    found = score(book, tmp_path, "--base", base)
+    scored = [
+        f"{found['loss']:.4f}",
+        f"{found['perplexity']:.2f}",
+        f"{found['bits_per_byte']:.4f}",
     ]
-    for name, weights in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
-        r, megabytes = runs[name].report, (runs[name].out / weights).stat().st_size / 1e6
+    expected = [[f"base {base}", "-", "-", "-", "0", *scored, "-", "-", "-", "-"]]
+    for name, weights in WEIGHTS.items():
+        r = runs[name].report
+        megabytes = (runs[name].out / weights).stat().st_size / 1e6
         expected.append(
             [
                 f"{name} ({runs[name].out.name})",
@@ -133,11 +120,11 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
 
 @drawing()
 def test_long_names_are_drawn_beside_each_other(runs, tmp_path, monkeypatch):
-    names, figures = ("lora-r8-all-layers-1e-3", "lora-r32,all-layers,1e-3", "full-2e-4"), []
-    paths = [shutil.copytree(runs["lora"].out, tmp_path / name) for name in names]
-    compare(*paths)
-    monkeypatch.setattr(reporting, "save_figure", lambda figure, path: figures.append(figure))
-    compare(*sorted(tmp_path.iterdir()))  # as runs/* would: the picture is there by now
+    for name in ("lora-r8-all-layers-1e-3", "lora-r32,all-layers,1e-3", "full-2e-4"):
+        shutil.copytree(runs["lora"].out, tmp_path / name)
+    figures = []
+    monkeypatch.setattr(comparison, "save_figure", lambda figure, path: figures.append(figure))
+    compare(*sorted(tmp_path.iterdir()))
     [figure] = figures
     figure.draw_without_rendering()
     for axes in figure.axes:
@@ -145,41 +132,68 @@ def test_long_names_are_drawn_beside_each_other(runs, tmp_path, monkeypatch):
         assert len(boxes) == 4 and all(a.x1 < b.x0 for a, b in pairwise(boxes))
 
 
+def first_cells(*directories: object) -> list[str]:
+    """The names in the table of these runs."""
+    (_, _, *rows), _ = compare(*directories)
+    return [row[0] for row in rows]
+
+
+def test_runs_are_named_after_their_directories_or_their_paths(runs, tmp_path, monkeypatch):
+    one = shutil.copytree(runs["lora"].out, tmp_path / "one")
+    other = shutil.copytree(one, tmp_path / "other" / "one")
+    assert first_cells(one, runs["full"].out)[1:] == ["lora (one)", "full (full)"]
+    assert first_cells(one, other)[1:] == [f"lora ({one})", f"lora ({other})"]
+    monkeypatch.chdir(one)
+    assert first_cells(".")[1:] == ["lora (one)"]
+
+
 def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "base")
     shutil.copy(book, tmp_path / "book.txt")
     monkeypatch.chdir(tmp_path)
-    first, book_changed, base_changed = tmp_path / "first", tmp_path / "second", tmp_path / "third"
-    trained("lora", "base", "book.txt", first, "--max-steps", 4)
-    rows, printed = compare(first, runs["lora"].out)  # the same, spelled in two ways
-    assert [row[0] for row in rows[2:]] == ["base base", "lora (first)", "lora (lora)"]
-    assert "losses compare only within a base" not in printed
-    other = shutil.copytree(first, tmp_path / "other" / "first")
-    assert [row[0] for row in compare(first, other)[0][3:]] == [
-        f"lora ({first})",
-        f"lora ({other})",
-    ]  # by their paths, if their names are one
-    monkeypatch.chdir(first)
-    assert compare(".")[0][3][0] == "lora (first)"
-    monkeypatch.chdir(tmp_path)
+
+    def train(name: str, *options: object):
+        """Train on the base and the book that now stand at the same two paths."""
+        return trained("lora", "base", "book.txt", tmp_path / name, "--max-steps", 1, *options).out
+
+    first = train("first")
+    rows, printed = compare(first, runs["lora"].out)  # one base, at two paths
+    assert len(rows) == 2 + 3 and NOTE not in printed
+
     (tmp_path / "book.txt").write_text(story(seed=1))
-    trained("lora", "base", "book.txt", book_changed, "--max-steps", 4)
-    rows, printed = compare(first, book_changed)
-    assert "losses compare only within a base" in printed
-    assert rows[2:4] == compare(first)[0][2:] and rows[4:] == compare(book_changed)[0][2:]
-    trained("lora", "base", "book.txt", tmp_path / "shift", "--max-steps", 1, "--label-shift", 2)
-    rows, printed = compare(book_changed, tmp_path / "shift")
-    assert len(rows) == 2 + 2 + 2 and "losses compare only within a base" in printed
+    book_changed = train("second")
+    (_, _, *rows), printed = compare(first, book_changed)
+    (_, _, *rows_of_first), _ = compare(first)
+    (_, _, *rows_of_second), _ = compare(book_changed)
+    assert rows == rows_of_first + rows_of_second and NOTE in printed
+
+    shifted = train("shift", "--label-shift", 2)
+    rows, printed = compare(book_changed, shifted)
+    assert len(rows) == 2 + 2 + 2 and NOTE in printed
+
     tiny_gpt2_directory(tmp_path / "base", seed=1)
-    trained("lora", "base", "book.txt", base_changed, "--max-steps", 4)
-    rows, printed = compare(book_changed, base_changed)
-    assert [row[0] for row in rows[2:]] == [
-        "base base",
-        "lora (second)",
-        "base base",
-        "lora (third)",
-    ]
-    assert rows[2] != rows[4] and "losses compare only within a base" in printed
+    base_changed = train("third")
+    (_, _, *rows), printed = compare(book_changed, base_changed)
+    names = [row[0] for row in rows]
+    assert names == ["base base", "lora (second)", "base base", "lora (third)"]
+    assert rows[0] != rows[2] and NOTE in printed
+
+
+def test_what_a_sweep_and_a_comparison_write_is_no_run_among_others(runs, tmp_path):
+    one = shutil.copytree(runs["lora"].out, tmp_path / "one")
+    expected, _ = compare(one)
+    for name in ("sweep.md", "sweep.png", "compare.png"):
+        (tmp_path / name).touch()
+    found, _ = compare(*sorted(tmp_path.iterdir()))  # as sweep/*
+    assert found == expected
+
+    def refusal_of(*paths) -> str:
+        return one_line(run(evaluate.main, "--compare", *paths), 2)
+
+    alone = tmp_path / "sweep.md"
+    assert f"error: {alone}/run.json: cannot be read" in refusal_of(alone)
+    for wrong in (tmp_path / "other.md", tmp_path / "gone" / "sweep.md"):
+        assert f"error: {wrong}/run.json: cannot be read" in refusal_of(one, wrong)
 
 
 def changed(run: Run, tmp_path, **fields: object):
@@ -189,51 +203,44 @@ def changed(run: Run, tmp_path, **fields: object):
     return copy
 
 
-def test_a_run_of_another_make_is_refused(runs, tmp_path):
-    for field, value in (
-        ("base", 3),
-        ("method", ["lora"]),
-        ("options", None),
-        ("seconds", "1"),
-        ("tokens_per_second", 1e306),
-        ("best_val_loss", 1e-200),
-        ("steps", None),
-        ("base_sha256", None),
-    ):
-        path = changed(runs["lora"], tmp_path / field, **{field: value})
-        ending = run(evaluate.main, "--compare", path)
-        assert ending.stdout == "" and one_line(ending, 2) == (
-            f"error: {path / 'run.json'}: is not what this version of train.py leaves at a run's "
+def test_a_report_that_is_missing_unfinished_damaged_or_of_another_version_is_refused(
+    runs, tmp_path
+):
+    def refusal_of(directory) -> str:
+        ending = run(evaluate.main, "--compare", directory)
+        assert ending.stdout == ""
+        return one_line(ending, 2)
+
+    path = tmp_path / "run.json"
+    assert f"error: {path}: cannot be read" in refusal_of(tmp_path)
+    whole = json.dumps(runs["lora"].report)
+    path.write_text(whole[:-9])
+    assert f"error: {path}: not valid JSON" in refusal_of(tmp_path)
+    for field in ("steps", "batch_size"):
+        path.write_text(whole.replace(f'"{field}"', '"renamed"'))
+        assert refusal_of(tmp_path) == (
+            f"error: {path}: has no {field}, which this version of train.py writes at a run's "
             "end; train again with --overwrite"
         )
+    path.rename(tmp_path / "metrics.jsonl")
+    line = refusal_of(tmp_path)
+    assert line == f"error: {tmp_path}: the run is not finished; --resume continues it"
 
 
 def test_a_run_whose_weights_are_gone_is_named(runs, tmp_path):
-    (tmp_path / "loop").symlink_to("loop")
-    assert "loop/run.json: c" in one_line(run(evaluate.main, "--compare", tmp_path / "loop"), 2)
-    (weights := changed(runs["lora"], tmp_path) / "adapter_model.safetensors").unlink()
-    line = one_line(run(evaluate.main, "--compare", weights.parent), 2)
+    copy = shutil.copytree(runs["lora"].out, tmp_path / "run")
+    weights = copy / WEIGHTS["lora"]
+    weights.unlink()
+    line = one_line(run(evaluate.main, "--compare", copy), 2)
     assert line == f"error: {weights}: is missing; the run is not whole"
-
-
-@drawing()
-def test_a_strange_name_of_a_base_is_drawn_and_printed_as_it_is(runs, tmp_path):
-    for name in (r"$\no$", "caf\udce9", "a\nb"):
-        path = changed(runs["lora"], tmp_path / name[:5], base=name)
-        compare(path)
-        assert (path.parent / "compare.png").stat().st_size > 1000
 
 
 def test_a_run_that_diverged_and_one_that_knows_all_are_shown(runs, tmp_path):
     """One perplexity is above 1e15, and finite; the other loss is 0."""
-    path = changed(runs["lora"], tmp_path / "far", best_val_loss=40.0, best_val_perplexity=2.4e17)
-    assert "40.0000" in compare(path)[0][-1]
-    path = changed(
-        runs["lora"],
-        tmp_path / "known",
-        best_val_loss=0.0,
-        best_val_perplexity=1.0,
-        best_val_bits_per_byte=0.0,
-    )
-    base, known = compare(path)[0][-2:]
-    assert base[7] == "-" and known[5:8] == ["0.0000", "1.00", "0.0000"]
+    far = changed(runs["lora"], tmp_path / "far", best_val_loss=40.0)
+    rows, _ = compare(far)
+    assert "40.0000" in rows[-1]
+
+    known = changed(runs["lora"], tmp_path / "known", best_val_loss=0.0, best_val_bits_per_byte=0.0)
+    (*_, base, best), _ = compare(known)
+    assert base[7] == "-" and best[5:8] == ["0.0000", "1.00", "0.0000"]

@@ -105,7 +105,7 @@ MISTAKES = [
     ("evaluate --stride 17", "--stride 17"),
     ("evaluate --json book.txt/scores.json", "book.txt/s"),
     ("compare missing", "missing/run.json: cannot be read"),
-    ("compare held", "run.json: is not"),
+    ("compare held", "run.json: has no method"),
     ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("compare --json out", "--json is for a text"),

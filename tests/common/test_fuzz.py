@@ -9,12 +9,10 @@ import pytest
 from common.errors import UserError
 from tests.fault import fuzz
 from tests.fault.targets import Target
-from tests.helpers import drawing
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 
 
-@drawing()
 def test_a_damaged_file_is_loaded_correctly_or_refused():
     outcomes = fuzz.run(range(128), seed=int(time.time()))
     assert sum(outcome.tried for outcome in outcomes) == 128

@@ -23,7 +23,7 @@ from pathlib import Path
 from common.errors import run_command
 from common.files import atomic_path
 
-def main():
+def main(argv=None):
     with atomic_path(Path(sys.argv[1]) / "out" / "model.safetensors") as temporary:
         temporary.write_text("half a model")
         os.kill(os.getpid(), int(sys.argv[2]))

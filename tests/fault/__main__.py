@@ -5,6 +5,7 @@ Prints a Markdown table of what was tried; ends with 1 if anything failed.
 
 import importlib
 import time
+from collections.abc import Sequence
 
 from common.cli import Parser, number, print_table
 from common.errors import UserError, run_command
@@ -13,12 +14,12 @@ from tests.fault.runs import Outcome
 PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="tests.fault", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--short", action="store_true", help="the form that CI runs")
     parser.add_argument("--seed", type=number(int, 0), default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if unknown := sorted(set(args.parts) - set(PARTS)):
         raise UserError(f"PART {unknown[0]}: is none of {', '.join(PARTS)}")
     outcomes: list[tuple[str, Outcome]] = []

@@ -1,16 +1,11 @@
 """List the files that the campaign damages, each with its reader and the check of its result."""
 
-import contextlib
-import io
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,7 +24,6 @@ from tests.fault.runs import BOOK
 from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
 from tests.pairs import adapted
 from tests.runs import trained
-from training import report
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 
 VOCAB = TINY["vocab_size"]
@@ -139,18 +133,6 @@ def check_tokenizer(directory: Path) -> None:
     assert len(tokenizer.byte_counts) == VOCAB
 
 
-def check_run(directory: Path, drawn: bool = False) -> None:
-    """Check the table and, seldom (it takes half a second), the picture."""
-    with (
-        mock.patch.object(report, "can_draw", lambda: drawn),
-        contextlib.redirect_stdout(io.StringIO()) as printed,
-    ):
-        report.compare([directory / "run"])
-    lines = printed.getvalue().encode(errors="backslashreplace").decode().split("\n")
-    assert all(line.isprintable() for line in lines), "prints what no terminal should get"
-    assert not any(re.search(r"\| +(nan|inf) ", line) for line in lines)
-
-
 TARGETS = (
     Target("adapter weights", f"adapter/{WEIGHTS}", mutate_safetensors, check_adapter),
     Target("adapter config", f"adapter/{CONFIG}", mutate_json, check_adapter),
@@ -160,8 +142,6 @@ TARGETS = (
     Target("tokenizer", f"base/{FAST}", mutate_json, check_tokenizer),
     Target("book", "book.txt", mutate_text, check_tokens),
     Target("token cache", "tokens.bin", mutate_bytes, check_cache),
-    Target("run report", "run/run.json", mutate_json, check_run),
-    Target("run report, drawn", "run/run.json", mutate_json, partial(check_run, drawn=True)),
 )
 
 

@@ -1,5 +1,6 @@
 """A checkpoint is believed only when it is whole and fits; a broken one costs steps, no run."""
 
+import os
 import pickle
 import shutil
 
@@ -64,10 +65,12 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
     ids=["cut", "no checksum", "a pickle"],
 )
 def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, damage):
-    newest, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
+    newest = tmp_path / CHECKPOINT
+    previous = tmp_path / PREVIOUS
     for step in (1, 2):
         write_checkpoint(tmp_path, STATE | {"step": step})
-    good, damaged = previous.read_bytes(), damage(newest.read_bytes())
+    good = previous.read_bytes()
+    damaged = damage(newest.read_bytes())
     newest.write_bytes(damaged)
     assert read_checkpoint(tmp_path)["step"] == 1
     warning = capsys.readouterr().err
@@ -81,6 +84,26 @@ def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, da
             read_checkpoint(tmp_path)
         assert all(f"{path}: damaged" in str(refusal.value) for path in files)
         assert contents(tmp_path) == {path.name: damaged for path in files}
+
+
+@pytest.mark.parametrize("reason", ["Permission denied", "No such file or directory"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged_nor_replaced(tmp_path, reason):
+    if reason == "Permission denied" and os.geteuid() == 0:
+        pytest.skip("root may read every file")
+    for step in (1, 2):
+        write_checkpoint(tmp_path, STATE | {"step": step})
+    newest = tmp_path / CHECKPOINT
+    whole = newest.rename(tmp_path / "whole")
+    newest.symlink_to(whole)
+    if reason == "Permission denied":
+        whole.chmod(0)
+    else:  # as on a disk that is not mounted
+        whole.rename(tmp_path / "elsewhere")
+    previous = (tmp_path / PREVIOUS).read_bytes()
+    with pytest.raises(UserError) as refusal:
+        read_checkpoint(tmp_path)
+    assert str(refusal.value) == f"{newest}: cannot be read ({reason})"
+    assert newest.is_symlink() and (tmp_path / PREVIOUS).read_bytes() == previous
 
 
 def test_a_flipped_bit_anywhere_is_seen(tmp_path):
@@ -115,6 +138,7 @@ def test_a_lack_of_memory_is_not_blamed_on_the_checkpoint(argv, tmp_path, monkey
         raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
 
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
-    before, ending = contents(tmp_path / "run"), run(main, *argv)
+    before = contents(tmp_path / "run")
+    ending = run(main, *argv)
     assert ending.status == 1 and ending.stderr.startswith("error: out of memory; try a smaller")
     assert contents(tmp_path / "run") == before

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 import train
-from tests.runs import arguments, contents, die, run, run_acting, trained
+from tests.runs import arguments, contents, die, run, run_acting, table, trained
 from training import sweep
 
 SHORT = ("--max-steps", 4, "--checkpoint-every", 1)
@@ -30,31 +30,30 @@ def children(monkeypatch) -> list:
 
 
 def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, children):
-    out, rate = tmp_path / "sweep", ("--lr", 0.01)
-    names = [f"lr=0.01,r=2,seed={seed}" for seed in (1, 2)]
+    out = tmp_path / "sweep"
+    options = (*SHORT, "--lr", 0.01, "--r", 2)
+    first, second = "lr=0.01,r=2,seed=1", "lr=0.01,r=2,seed=2"
     alone = [
-        trained("lora", base, book, tmp_path / str(seed), *SHORT, *rate, "--r", 2, "--seed", seed)
-        for seed in (1, 2)
+        trained("lora", base, book, tmp_path / "1", *options, "--seed", 1),
+        trained("lora", base, book, tmp_path / "2", *options, "--seed", 2),
     ]
-    run_acting(
-        {3: die},
-        *arguments("lora", base, book, out / names[0], *SHORT, *rate, "--r", 2, "--seed", 1),
-    )
-    command = arguments(
-        "lora", base, book, out, *SHORT, "--resume", *rate, "--r", 2, 99, "--seed", 1, 2, 1
-    )
-    ending = run(sweep.main, *command)
+    killed = arguments("lora", base, book, out / first, *options, "--seed", 1)
+    run_acting({3: die}, *killed)
+
+    sweep_both = arguments("lora", base, book, out, "--resume", *options, 99, "--seed", 1, 2, 1)
+    ending = run(sweep.main, *sweep_both)
     assert [child.status for child in children] == [0, 0, 2, 2] and ending.status == 1
     assert "resuming after step 2 of 4" in children[0].stdout
     assert "error: lr=0.01,r=99,seed=2: exit status 2\n" in ending.stderr
-    for name, expected in zip(names, alone, strict=True):
+    for name, expected in ((first, alone[0]), (second, alone[1])):
         found = contents(out / name)["adapter_model.safetensors"]
         assert found == contents(expected.out)["adapter_model.safetensors"]
+
     losses = [r.report["best_val_loss"] for r in alone]
     assert losses[0] != losses[1]
-    table = (out / "sweep.md").read_text()
-    assert table in ending.stdout and len(table.splitlines()) == 3
-    row = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    written = (out / "sweep.md").read_text()
+    assert written in ending.stdout
+    [_, _, row] = table(written)
     assert row[:4] == [
         "lr 0.01, r 2",
         "2",
@@ -62,12 +61,22 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
         f"{min(losses):.4f} .. {max(losses):.4f}",
     ]
     assert (out / "sweep.png").stat().st_size > 10_000
-    before = contents(out / names[0])
-    assert run(sweep.main, *command[:-5], "--seed", 1, 2).status == 0
-    assert all("nothing to resume" in child.stdout for child in children[-2:])
-    assert run(sweep.main, *command[:-5], "--seed", 1, "--epochs", 7).status == 1
-    assert contents(out / names[0]) == before and (out / "sweep.md").read_text() == table
-    assert run(sweep.main, *command[:-5], "--seed", 1, "--overwrite").status == 0
+
+
+def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, children):
+    out = tmp_path / "sweep"
+    command = arguments("lora", base, book, out, *SHORT, "--lr", 0.01, "--seed", 1)
+    assert run(sweep.main, *command).status == 0
+    before = contents(out / "lr=0.01,seed=1")
+    written = (out / "sweep.md").read_text()
+
+    assert run(sweep.main, *command).status == 0
+    assert "nothing to resume" in children[-1].stdout
+    assert run(sweep.main, *command, "--epochs", 7).status == 1  # another run's options
+    assert contents(out / "lr=0.01,seed=1") == before
+    assert (out / "sweep.md").read_text() == written
+
+    assert run(sweep.main, *command, "--overwrite").status == 0
     assert "resum" not in children[-1].stdout
 
 
@@ -81,7 +90,8 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_sweep_even_if_the_run_was_done(number, tmp_path, monkeypatch):
-    child, before = mock.Mock(), signal.getsignal(number)
+    before = signal.getsignal(number)
+    child = mock.Mock()
     child.wait.side_effect = lambda: signal.raise_signal(number) or 0
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
     assert sweep.train([], tmp_path) == 128 + number
@@ -94,6 +104,8 @@ def test_the_command_runs_train_py(base, book, tmp_path):
     ending = run(sweep.main, *command)
     assert ending.status == 0, ending.stderr
     assert (tmp_path / "sweep" / "lr=0.001,seed=42" / "model.safetensors").exists()
-    for mistake in (*command, "--r", 4), ("lora", *command[1:], "--r", 0):
+    rank_of_full = (*command, "--r", 4)
+    rank_zero = ("lora", *command[1:], "--r", 0)
+    for mistake in (rank_of_full, rank_zero):
         wrong = run(sweep.main, *mistake)
         assert (wrong.status, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
