@@ -1,5 +1,7 @@
 """List the files that the campaign damages, each with its reader and the check of its result."""
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Callable
