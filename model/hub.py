@@ -85,6 +85,14 @@ def find_adapter(adapter: str) -> Path:
     return config.parent
 
 
+def split_revision(base: str) -> tuple[str, str | None]:
+    """Return a base's name and, of OWNER/NAME@REVISION, the revision."""
+    match = REPOSITORY.fullmatch(base)
+    if match is None or os.path.isdir(base):
+        return base, None
+    return match[1], match[2]
+
+
 def _gpt2_or_mini() -> tuple[str, Path]:
     try:
         directory = _cached("gpt2")
