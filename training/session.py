@@ -135,7 +135,7 @@ class Session:
         return self.options.out / IDENTITY
 
     def write_identity(self) -> None:
-        """Record which run the best model in `--out` belongs to, until `run.json` says so."""
+        """Say in `--out` whose the best model is, until a checkpoint and `run.json` do."""
         if not self.identity_path.exists():
             write_json(self.identity_path, asdict(self.identity))
 
