@@ -53,7 +53,7 @@ SUPPORTED: dict[str, tuple] = {
 }
 UNUSED: tuple = (None, False, [], {})  # the values that switch off any other field of PEFT's
 RANKS = (1, 1 << 20)  # minimum and maximum
-ALPHAS = (0, 3e6)  # the command line's limit is 1e6, and three slices stack to 3e6
+ALPHAS = (0, 3e6)  # three slices stack the command line's 1e6
 
 
 def peft_config(config: LoRAConfig, base: str) -> dict[str, Any]:
