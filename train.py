@@ -110,7 +110,8 @@ class Trainer:
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
         fp16 = device.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=fp16)
-        self.scaler.scale(torch.zeros((), device=device.torch_device))  # a rank may have no loss
+        # The scaler makes its scale at its first loss, and a rank may have none.
+        self.scaler.scale(torch.zeros((), device=device.torch_device))
         # The loss is not compiled: its loop over chunks would be unrolled into a long program.
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
 
