@@ -4,6 +4,7 @@ Fixtures import what they need: pytest-xdist imports this file before it starts 
 """
 
 import os
+from shlex import split
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles programs to test the CPU
@@ -55,21 +56,9 @@ def runs(base, book, tmp_path_factory):
     from tests.runs import trained
 
     out = tmp_path_factory.mktemp("runs")
+    options = split("--epochs 2 --eval-every 3 --lr 3e-3 --checkpoint-every 4")
     with drawing():
         return {
-            method: trained(
-                method,
-                base,
-                book,
-                out / method,
-                "--epochs",
-                2,
-                "--eval-every",
-                3,
-                "--lr",
-                3e-3,
-                "--checkpoint-every",
-                4,
-            )
+            method: trained(method, base, book, out / method, *options)
             for method in ("lora", "full")
         }
