@@ -6,7 +6,6 @@ from argparse import Namespace
 from contextlib import redirect_stdout
 from dataclasses import replace
 from shlex import split
-from unittest import mock
 
 import pytest
 import torch
@@ -80,13 +79,15 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
 class Scripted(torch.nn.Module):
     """A model that says these tokens one after another, whatever it reads; id 5 comes second."""
 
-    def __init__(self, model: GPT2, tokens: list[int]):
+    def __init__(self, config: GPT2Config, tokens: list[int]):
         super().__init__()
-        self.wte = torch.nn.Embedding.from_pretrained(torch.eye(model.config.vocab_size))
-        self.config = model.config
+        self.wte = torch.nn.Embedding.from_pretrained(torch.eye(config.vocab_size))
+        self.config = config
         self.tokens = iter(tokens)
+        self.read: list[list[int]] = []  # the token ids of each call
 
     def hidden(self, idx, cache=None):
+        self.read += idx.tolist()
         logits = torch.zeros(1, idx.size(1), self.config.vocab_size)
         logits[..., next(self.tokens)] = 99.0
         logits[..., 5] = 9.0
@@ -99,7 +100,7 @@ class Scripted(torch.nn.Module):
 def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     def pieces(tokens, tokenizer):
         args = Namespace(temperature=0, top_k=0, top_p=1.0, max_new_tokens=99)
-        scripted = Scripted(model, tokens)
+        scripted = Scripted(model.config, tokens)
         prompts = [tokenizer.encode("x")]
         return [text for _, text in stream(scripted, tokenizer, prompts, args, [None])]
 
@@ -146,36 +147,34 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(
 ):
     """`starts` has, for each line, the number of the first line that is read with it.
 
-    Read from the first line on, the four have 26, 51, 71 and 217 tokens; from the second, 20, 40
-    and 186. The context of 100 keeps room for an answer, but for no more than half of it.
+    Read from the first line on, they have 26, 51, 71 and 157 tokens; from the second, 20, 40 and
+    126. The context of 100 keeps room for an answer, but no more than half of it.
     """
-    seen = []
-    script = iter(["You.", "", "At dusk.", "No."])
-
-    def answer(model, tokenizer, prompts, args, generators):
-        seen.append("".join(tokenizer.bytes_of[i].decode() for i in prompts[0].tolist()))
-        yield from ((0, " "), (0, "\n"), (0, next(script)))
-
-    lines = ["Who lights it? ", "And then?", "When?", f"Does {60 * 'it '}"]
-    monkeypatch.setattr(command, "stream", answer)
-    encode = mock.Mock(wraps=command.encode)
-    monkeypatch.setattr(command, "encode", encode)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
-    model = GPT2(GPT2Config(VOCAB, 100, 4, 1, 1))
+    lines = ["Who lights it? ", "And then?", "When?", f"Does {30 * 'it '}"]
     tokenizer = small_tokenizer(VOCAB)
-    monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, tokenizer))
-    ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", answer_tokens)
+    script = []
+    for answer in ("You.", "", "At dusk.", "No."):
+        script += [*tokenizer.encode(f" \n{answer}"), tokenizer.end_of_text]
+    model = Scripted(GPT2Config(VOCAB, n_positions=100), script)
+    monkeypatch.setattr(command, "load_model", lambda *_: ("scripted", model, tokenizer))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    options = split(f"--chat --device cpu --temperature 0 --max-new-tokens {answer_tokens}")
+    ending = run(command.main, *options)
     assert (ending.status, ending.stdout) == (0, "You.\n\nAt dusk.\nNo.\n")
+
     said = [
         f"User: Who lights it?\nAssistant: You.{END_OF_TEXT}",
         f"User: And then?\nAssistant: {END_OF_TEXT}",
         f"User: When?\nAssistant: At dusk.{END_OF_TEXT}",
     ]
     asks = [f"User: {line.strip()}\nAssistant:" for line in lines]
-    assert seen == ["".join(said[first:turn]) + asks[turn] for turn, first in enumerate(starts)]
-    assert encode.call_count == 4 + 3  # a turn is forgotten once, and not read again at each line
+    prompts = [ids for ids in model.read if len(ids) > 1]
+    for turn, (ids, first) in enumerate(zip(prompts, starts, strict=True)):
+        expected = "".join(said[first:turn]) + asks[turn]
+        assert "".join(tokenizer.bytes_of[i].decode() for i in ids) == expected
+
     endless = replace(tokenizer, end_of_text=None)
-    monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, endless))
+    monkeypatch.setattr(command, "load_model", lambda *_: ("scripted", model, endless))
     assert "--chat" in one_line(run(command.main, "--chat", "--device", "cpu"), 2)
 
 

@@ -6,6 +6,7 @@ from shlex import split
 import pytest
 
 import train
+from common.errors import RunError
 from tests.fault.runs import differences, result
 from tests.helpers import drawing
 from tests.runs import arguments, contents, one_line, refused, run, run_acting, trained
@@ -52,6 +53,14 @@ def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
     assert not list((tmp_path / "run").glob(".*"))
     assert run(main, *argv, *every, "--resume").status == 0
     assert differences(tmp_path / "run", result(whole.out)) == []
+
+
+def test_a_line_of_which_the_disk_takes_only_a_part_is_an_error(tmp_path, size_limit):
+    directory = RunDirectory(tmp_path / "run")
+    size_limit(10)
+    with pytest.raises(RunError, match="cannot be written .File too large."):
+        directory.append({"step": 1, "loss": 2.5})
+    directory.close()
 
 
 @pytest.mark.parametrize("again", [False, True])

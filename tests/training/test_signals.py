@@ -31,14 +31,15 @@ def test_a_process_in_its_steps(base, book, tmp_path):
     assert not (out / "run.json").exists() and not list(out.glob(".*"))
 
 
-def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("second, status", [(SIGINT, 130), (SIGTERM, 143)])
+def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd, second, status):
     def twice(trainer):
         raise_signal(SIGINT)
-        raise_signal(SIGTERM)
+        raise_signal(second)
 
     monkeypatch.setattr(os, "_exit", sys.exit)
     ending = run_acting({3: twice}, *arguments("lora", base, book, tmp_path))
-    assert ending.status == 143
+    assert ending.status == status
     assert capfd.readouterr().err.splitlines() == [NOTICE, AT_ONCE]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 

@@ -78,7 +78,9 @@ def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, ch
 
 @pytest.mark.parametrize("status", [130, 143])
 def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch, status):
-    monkeypatch.setattr(sweep, "train", lambda arguments, out: status)
+    child = mock.Mock()
+    child.wait.return_value = status
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
     ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
     assert ending.status == status and ending.stdout.count("---") == 1
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
