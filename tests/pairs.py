@@ -1,4 +1,4 @@
-"""Adapters that look trained, ours and PEFT's, and a few steps of training."""
+"""Make adapters that look trained, ours and PEFT's, and take a few steps of training."""
 
 from copy import deepcopy
 from pathlib import Path

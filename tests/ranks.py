@@ -1,4 +1,4 @@
-"""Ranks of `train.py` as torchrun starts them, but forked: this process has imported torch already.
+"""Start ranks of `train.py` as torchrun does, but by a fork: this process has imported torch.
 
 They print into the files `out` and `err` of a folder.
 """

@@ -1,4 +1,4 @@
-"""Runs of the project's commands inside this process, and what stock libraries say of them."""
+"""Run the project's commands inside this process, and compute the same with stock libraries."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ Main = Callable[[Sequence[str] | None], int | None]  # the `main` of a command
 
 
 class Clock:
-    """Python's clock, which a test can set forward; in the place of a module's `time`."""
+    """Stand in for a module's `time`: Python's clock, which a test can set forward."""
 
     def __init__(self):
         self.later = 0.0
@@ -59,7 +59,7 @@ class Ending:
 
 @dataclass
 class Run:
-    """A finished training run: its directory, `run.json` and `metrics.jsonl`."""
+    """Hold a finished training run: its directory, `run.json` and `metrics.jsonl`."""
 
     out: Path
     report: dict

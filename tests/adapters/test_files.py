@@ -1,4 +1,4 @@
-"""Adapter files: what is written, and that nothing else is read."""
+"""Check adapter files: what is written, and that nothing else is read."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def change_config(adapter, fields):
 
 
 def refusal_of(adapter, file, base):
-    """Say why `file` is refused; the model computes what its base does."""
+    """Return why `file` is refused. The model must go on computing what its base does."""
     model = load_gpt2(base)
     ids = token_ids(model.config.vocab_size, 1, 8)
     expected = model(ids)

@@ -1,4 +1,4 @@
-"""Merging an adapter into fp32 weights, unmerging it, and `python -m adapters.merge`."""
+"""Check merging an adapter into fp32 weights, unmerging it, and `python -m adapters.merge`."""
 
 import pytest
 import torch

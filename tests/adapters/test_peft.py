@@ -1,4 +1,4 @@
-"""Adapters and merged models exchanged with stock PEFT and transformers, both ways."""
+"""Exchange adapters and merged models with stock PEFT and transformers, both ways."""
 
 import json
 

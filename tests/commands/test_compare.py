@@ -1,4 +1,4 @@
-"""`evaluate.py`: a model's scores as JSON, and the table and picture of finished runs."""
+"""Check `evaluate.py`: a model's scores as JSON, and the table and picture of finished runs."""
 
 import json
 import shutil

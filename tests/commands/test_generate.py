@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, sampling follows its options, text streams whole."""
+"""Check generation: its cache, sampling by the options, streams of whole characters, chats."""
 
 import io
 import sys
@@ -77,7 +77,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
 
 
 class Scripted(torch.nn.Module):
-    """A model that says these tokens one after another, whatever it reads; id 5 comes second."""
+    """Say these tokens one after another, whatever is read; id 5 is always second likeliest."""
 
     def __init__(self, config: GPT2Config, tokens: list[int]):
         super().__init__()

@@ -230,7 +230,7 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
 
 
 def test_what_goes_badly_is_said(base, book, tmp_path):
-    """A text that the base cannot read, and a result that is worse than the base."""
+    """Warn of a text that the base cannot read, and of a result that is worse than the base."""
     (tmp_path / "blank.txt").write_text(" \n\t" * 1500)
     (tmp_path / "book.txt").write_text(BOOK.read_text()[:12_000])
     options = ("--max-steps", 1, "--block-size", 64, "--batch-size", 1)

@@ -1,4 +1,4 @@
-"""Injection into GPT-2: what is trained, what is counted, and what stays as it was."""
+"""Check injection into GPT-2: what is trained, what is counted, and what stays as it was."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The LoRA layer, against PEFT's and against the formula in fp64."""
+"""Compare the LoRA layer with PEFT's and with the formula in fp64."""
 
 import math
 

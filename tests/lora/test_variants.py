@@ -1,4 +1,4 @@
-"""The variants of LoRA against PEFT's, and slices against loralib's formula.
+"""Compare the variants of LoRA with PEFT's, and slices with loralib's formula.
 
 PEFT's side is a model of `nn.Linear` layers: that is what is adapted here, and on GPT-2's Conv1D
 PEFT's DoRA has been wrong (peft#3531: unmerging forgot the transpose). Files meet stock GPT-2.
@@ -94,6 +94,14 @@ def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype
         assert value.dtype == theirs[name].dtype
 
 
+def test_doras_norm_is_in_fp32_under_autocast():
+    layer, _, _ = pair("dora", WIDE)
+    randomize(layer)
+    expected = layer.norm()
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(layer.norm(), expected)
+
+
 TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
 # By the options of train.py: PEFT's fields.
 RUNS = {
@@ -106,7 +114,7 @@ RUNS = {
 
 @pytest.mark.parametrize("options", RUNS)
 def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
-    """Dropouts on, from the seeded adapter to the trained one, through train.py's own step."""
+    """The dropouts are on; the start is the seeded adapter, and each step is train.py's own."""
     short = split("--max-steps 20 --batch-size 4 --lr 3e-3")
     ours = runs.trainer("lora", base, book, tmp_path, *short, *split(options), fast=False)
     args = ours.options

@@ -1,6 +1,4 @@
-"""Check the CUDA path on a CPU: types on fake CUDA tensors, gradients on `meta`, and the graphs
-that Dynamo makes.
-"""
+"""Check the CUDA path on a CPU: fake CUDA tensors' types, gradients on `meta`, Dynamo's graphs."""
 
 import shutil
 import subprocess

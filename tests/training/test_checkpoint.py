@@ -1,4 +1,4 @@
-"""A checkpoint is believed only when it is whole and fits; a broken one costs steps, no run."""
+"""Check that a checkpoint is used only if it is whole and fits; a broken one costs some steps."""
 
 import os
 import pickle

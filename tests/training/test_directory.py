@@ -1,4 +1,4 @@
-"""The disk, the lock and the links of a run directory: one line, and nothing saved is lost."""
+"""Check a run directory's disk, lock and links: errors are one line, and nothing saved is lost."""
 
 import resource
 from shlex import split
@@ -58,7 +58,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
 def test_a_line_of_which_the_disk_takes_only_a_part_is_an_error(tmp_path, size_limit):
     directory = RunDirectory(tmp_path / "run")
     size_limit(10)
-    with pytest.raises(RunError, match="cannot be written .File too large."):
+    with pytest.raises(RunError, match=r"cannot be written \(File too large\)"):
         directory.append({"step": 1, "loss": 2.5})
     directory.close()
 

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and a lack of memory: one line, and nothing of it is saved."""
+"""Check that numbers that are not finite, and a lack of memory, end a run in one line."""
 
 import errno
 import math

@@ -1,4 +1,4 @@
-"""Data parallel: real ranks compute what one process computes, die under torchrun and go on."""
+"""Check that real ranks compute what one process does, and go on after one has died."""
 
 import os
 import re
@@ -121,8 +121,8 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_the_connections_threads_end_with_it(whole):
-    """One that is still busy when Python ends would abort it, and torchrun would report a failure
-    of a run that is complete.
+    """If a thread were still busy when Python ends, it would abort the process, and torchrun would
+    report a complete run as failed.
     """
     named = [
         line.removeprefix("threads: ").split(", ") for line in whole if line.startswith("threads: ")
@@ -135,7 +135,7 @@ def test_the_connections_threads_end_with_it(whole):
 
 
 def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
-    """The first step's loss is that of two halves of its batch under two ranks' seeds, not one."""
+    """The first step's loss is that of its batch's two halves, each under a seed of its own."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
     first, second = np.split(next(made.batches()), 2)
 

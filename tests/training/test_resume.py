@@ -1,4 +1,4 @@
-"""Stopping and going on: a resumed run is the run that nobody stopped, to the byte."""
+"""Check that a stopped and resumed run is the run that nobody stopped, to the byte."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def stop_in_step(number: int, last_step: int, argv: list[str], change=lambda: No
 
 @pytest.fixture(scope="module")
 def stopped_run(base, book, tmp_path_factory) -> Path:
-    """A run that was stopped in step 12."""
+    """Return the directory of a run that was stopped in step 12."""
     out = tmp_path_factory.mktemp("stopped")
     argv = arguments("lora", base, book, out, *OPTIONS)
     assert stop_in_step(signal.SIGINT, 12, argv).status == 130
@@ -52,7 +52,7 @@ def stopped_run(base, book, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_run, base, book, tmp_path) -> list[str]:
-    """The arguments of a copy of it in `tmp_path / "run"`."""
+    """Return the arguments of a copy of it in `tmp_path / "run"`."""
     shutil.copytree(stopped_run, tmp_path / "run")
     return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first ends the step and saves, another ends at once; no traceback."""
+"""Check that a first signal lets the step end and saves, and that a second ends the run at once."""
 
 import os
 import sys
@@ -59,7 +59,7 @@ def test_a_process_that_imports_torch(base, book, tmp_path):
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     base, book, tmp_path, monkeypatch, module, where, step
 ):
-    """It is saved once, not twice; SIGTERM comes twice, as from `timeout` through `make`."""
+    """The run is saved once, though SIGTERM comes twice, as from `timeout` through `make`."""
     real = getattr(module, where)
     calls = []
 

@@ -1,4 +1,4 @@
-"""The mathematics of a step, against AdamW on stock models."""
+"""Compare steps of training with AdamW on stock models."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""`python -m training.sweep`: each run as it is alone, going on, the table, failures."""
+"""Check `python -m training.sweep`: its runs, going on, the table, failures, signals."""
 
 import signal
 from statistics import mean
@@ -15,7 +15,7 @@ SHORT = ("--max-steps", 4, "--checkpoint-every", 1)
 
 @pytest.fixture
 def children(monkeypatch) -> list:
-    """Return how each train.py ended; they run in this process, which saves their start."""
+    """Return how each train.py ended. They run in this process, which saves the time to start."""
     endings = []
 
     class Child:
