@@ -18,7 +18,7 @@ from model.sampling import generate, sample
 from model.tokenizer import END_OF_TEXT
 from model.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
-from tests.runs import Ending, one_line, run
+from tests.runs import Ending, one_line, run, stdout_of
 
 CONTEXT = TINY["n_positions"]
 VOCAB = TINY["vocab_size"]
@@ -205,3 +205,20 @@ def test_the_command_continues_each_prompt_as_if_alone(base):
     assert ascii_only.buffer.getvalue() == expected.encode("ascii", "backslashreplace")
     refused = one_line(run(command.main, *options, "caf\udce9"), 2)
     assert refused == "error: --prompt: is not UTF-8 text"
+
+
+def test_sampling_options_reach_the_sampler(base):
+    options = ("--base", base, *split("--max-new-tokens 20 --device cpu --prompt You"))
+    greedy = stdout_of(command.main, *options, "--temperature", 0)
+    for likeliest in ("--top-k 1", "--top-p 1e-9"):
+        assert stdout_of(command.main, *options, *split(likeliest), "--temperature", 9) == greedy
+    assert stdout_of(command.main, *options) != greedy
+
+
+def test_with_base_shows_what_the_base_alone_writes_and_then_the_adapter(base, adapter):
+    options = ("--base", base, *split("--max-new-tokens 20 --device cpu --prompt You"))
+    alone = stdout_of(command.main, *options)
+    adapted = stdout_of(command.main, *options, "--adapter", adapter)
+    assert alone != adapted
+    both = stdout_of(command.main, *options, "--adapter", adapter, "--with-base")
+    assert both == f"=== {base}\n\n{alone}=== {base} with {adapter}\n\n{adapted}"

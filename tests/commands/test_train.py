@@ -17,7 +17,7 @@ from tests import runs
 from tests.helpers import TINY
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
 from training import meter, session
-from training.options import BOOK
+from training.options import BOOK, parse_options
 
 REPORT = """
     method base options trainable_parameters total_parameters trainable_percent
@@ -65,6 +65,18 @@ def test_run_json_tells_the_run(done, base, book):
     assert 0 < report["seconds"] < 600 and 50 < report["peak_memory_mb"] < 100_000
     speeds = done.column("tokens_per_second")
     assert min(speeds) <= report["tokens_per_second"] <= max(speeds)
+
+
+def test_defaults_are_the_reference_runs():
+    """docs/reference-run.md names them."""
+    common = {"epochs": 3, "weight_decay": 0.01, "warmup_ratio": 0.06, "val_fraction": 0.1}
+    methods = {"lora": {"batch_size": 16, "lr": 3e-4}, "full": {"batch_size": 64, "lr": 3e-5}}
+    for method, own in methods.items():
+        options = vars(parse_options("-", [method]))
+        assert options | common | own == options
+    adapter = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ("c_attn",)}
+    config = vars(parse_options("-", ["lora"]).lora)
+    assert config | adapter == config
 
 
 def test_each_logged_step_is_a_line_of_metrics(done, book):
