@@ -50,6 +50,9 @@ def test_a_part_a_whole_text_or_the_default_is_scored(base, book, tmp_path):
     assert said.startswith(f"{book}: ") and whole["val_fraction"] == 1
     assert whole["bytes"] > 0.99 * book.stat().st_size
 
+    strided, _ = scores(path, *options, "--text", book, "--stride", 4)  # with more context
+    assert strided["tokens"] == whole["tokens"] and strided["loss"] != whole["loss"]
+
     default, _ = scores(path, *options)
     assert default["text"] == str(BOOK) and default["val_fraction"] == 0.1
 

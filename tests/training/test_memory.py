@@ -12,6 +12,7 @@ from model.gpt2 import GPT2, GPT2Config
 from model.weights import WEIGHTS as MODEL_WEIGHTS
 from model.weights import save_gpt2
 from tests.runs import WEIGHTS, arguments, kept_bytes, run_acting, trained, trainer
+from training.build import build_model
 from training.options import ROOT
 
 
@@ -44,6 +45,10 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
     for name, parameter in made.model.named_parameters():
         small = ".lora_" in name or name.startswith(tuple(norms))
         assert parameter.dtype == (torch.float32 if small else compute), name
+
+    # It is loaded so already, and not cast afterwards.
+    loaded = build_model(made.options, base, torch.bfloat16)
+    assert loaded.h[0].mlp.c_fc.weight.dtype == compute
 
 
 @pytest.fixture(scope="module")
