@@ -64,11 +64,13 @@ def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape,
     assert ours["lora_A.weight"].dtype == FP32 and ours["lora_A.weight"].any()
 
 
-def test_a_wrapper_takes_over_the_mode_and_the_device_of_its_layer():
+def test_a_wrapper_takes_over_the_mode_of_its_layer():
     layer = LoRALinear(nn.Linear(64, 64).eval(), LoRAConfig(lora_dropout=0.5))
     randomize(layer)
     x = torch.randn(1, 64)
     assert torch.equal(layer(x), layer(x))
 
+
+def test_a_wrapper_lies_on_the_device_of_its_layer():
     sliced = SlicedLoRALinear(nn.Linear(48, 48, device="meta"), LoRAConfig(r=4), {"q"})
     assert all(parameter.is_meta for parameter in sliced.parameters())
