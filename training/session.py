@@ -292,8 +292,8 @@ class Session:
             return
         wrong = sorted(name for name in MODEL_FILES if saved.get(name) != found.get(name))
         raise UserError(
-            f"--resume: {self.options.out / wrong[0]}: is not as the run saved it, with its best "
-            "model; put it back, or start again with --overwrite"
+            f"--resume: {self.options.out / wrong[0]}: is not the best model's that "
+            f"{self.identity_path} records; put it back, or start again with --overwrite"
         )
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:

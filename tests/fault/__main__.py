@@ -11,7 +11,7 @@ from common.cli import Parser, number, print_table
 from common.errors import UserError, run_command
 from tests.fault.runs import Outcome
 
-PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz")
+PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz", "files")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from training.directory import MODEL_FILES
+
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = (ROOT / "data" / "book.txt").read_text(encoding="utf-8")
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb", "options"}
@@ -123,7 +125,7 @@ def result(out: Path) -> dict:
     for values in (report, *lines):
         for name in TIMED & values.keys():
             del values[name]
-    model = (*out.glob("*config.json"), *out.glob("*model.safetensors"))
+    model = [path for name in MODEL_FILES for path in out.glob(name)]
     return {"report": report, "metrics": lines, **{file.name: file.read_bytes() for file in model}}
 
 

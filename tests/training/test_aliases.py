@@ -52,8 +52,7 @@ def hard_links(directory: Path, out: Path) -> None:
 def unmounted(tmp_path) -> Iterator[Path]:
     out = tmp_path / "out"
     yield out
-    if os.path.ismount(out):
-        subprocess.run(["umount", out], check=True)
+    subprocess.run(["umount", out], capture_output=True)  # fails for the other aliases
 
 
 @pytest.mark.parametrize("alias", [link_directory, bind_directory, soft_link_back, hard_links])
