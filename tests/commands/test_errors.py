@@ -119,7 +119,7 @@ MISTAKES = [
     ("full --out base", "--out base: holds config.json, but no run"),
     ("full --out base --overwrite", "--out base: holds config.json, but no run"),
     ("lora --out ./directory/../base --overwrite", "holds config.json, but no run"),
-    (f"lora --base gpt2 --out {HUB} --overwrite", "is what --base reads"),
+    (f"lora --base gpt2 --out {HUB} --overwrite", "holds config.json, but no run"),
     ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
     ("lora --resume", "--resume: out holds no checkpoint"),
     ("lora --resume --overwrite", "--over"),

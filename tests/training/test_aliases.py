@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapters import combine, extract, merge
+from adapters.files import WEIGHTS
 from tests.runs import arguments, contents, one_line, questions, refused, run, trained
 from train import main
 
@@ -70,38 +71,29 @@ def test_overwriting_the_base_by_another_name_is_refused(mine, book, unmounted, 
 def test_overwriting_another_input_by_a_link_is_refused(
     base, book, adapter, tmp_path, option, kind
 ):
-    """The input is a link to the old run's metrics, as is a book that another run wrote."""
+    """The input is, by a link, a file of the run that `--overwrite` would remove."""
     out = tmp_path / "out"
     out.mkdir()
+    (out / "run.json").write_text("{}")
+    own_book = shutil.copy(book, tmp_path / "book.txt")
     data = questions(tmp_path / "data.jsonl")
-    if option == "--init-adapter":
-        name = "adapter_model.safetensors"
-        (out / "run.json").write_text("{}")
-        input_file = adapter / name
-        value = adapter
-    else:
-        name = "metrics.jsonl"
-        input_file = tmp_path / "input.jsonl"
-        shutil.copy(data if "data" in option else book, input_file)
-        value = input_file
-    if kind == "hard":
-        os.link(input_file, out / name)
-    else:
-        input_file.rename(out / name)
-        input_file.symlink_to(out / name)
+    more_data = questions(tmp_path / "more.jsonl")
+    source, more, read, name = {
+        "--book": (own_book, (), own_book, "metrics.jsonl"),
+        "--data": (data, (), data, "metrics.jsonl"),
+        "--val-data": (data, (option, more_data), more_data, "metrics.jsonl"),
+        "--init-adapter": (book, (option, adapter), adapter / WEIGHTS, WEIGHTS),
+    }[option]
 
-    more = () if option == "--init-adapter" else ("--lora-dropout", 0)
-    source = data if option == "--val-data" else book
-    argv = arguments("lora", base, source, out, *SHORT, *more)
-    if option == "--book":
-        argv[argv.index(str(book))] = str(value)
-    elif option == "--data":
-        argv = arguments("lora", base, value, out, *SHORT)
+    if kind == "hard":
+        os.link(read, out / name)
     else:
-        argv += [option, str(value)]
-    before = input_file.read_bytes()
-    assert f"its {name} is what {option} reads ({input_file})" in refused(out, *argv)
-    assert input_file.read_bytes() == before
+        read.rename(out / name)
+        read.symlink_to(out / name)
+    before = read.read_bytes()
+    line = refused(out, *arguments("lora", base, source, out, *SHORT, *more))
+    assert f"its {name} is what {option} reads ({read})" in line
+    assert read.read_bytes() == before
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -109,9 +101,11 @@ def test_merge_combine_and_extract_write_no_directory_that_holds_something(
     base, adapter, tmp_path, link
 ):
     """An alias of an input does."""
-    out = base if not link else tmp_path / "link"
-    adapter_out = adapter if not link else tmp_path / "adapter-link"
+    out = base
+    adapter_out = adapter
     if link:
+        out = tmp_path / "link"
+        adapter_out = tmp_path / "adapter-link"
         out.symlink_to(base)
         adapter_out.symlink_to(adapter)
     before = contents(base) | contents(adapter)
