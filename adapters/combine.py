@@ -71,7 +71,7 @@ class Base(NamedTuple):
 def common_base(directories: Sequence[Path]) -> Base:
     """Return the base of all these adapters; note what could not be checked.
 
-    Raises UserError if the hashes of two differ. An adapter from elsewhere has none.
+    Raises UserError if the hashes of two differ. An adapter from elsewhere has no hash.
     """
     hashes = {directory: base_hash(directory) for directory in directories}
     hashed = [directory for directory in directories if hashes[directory]]

@@ -1,4 +1,4 @@
-"""Read, strictly, and fill adapter_config.json, PEFT's file of an adapter's hyper-parameters."""
+"""Read adapter_config.json, PEFT's file of hyper-parameters, strictly; compose our own."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from common.files import brief, check_number, read_json
 from lora.layer import LoRAConfig
 from lora.targets import FUSED, SLICES
 from lora.variants import config_fields, make_config
+from model.hub import split_revision
 
 CONFIG = "adapter_config.json"
 BLOCKS = "layers_to_transform"
@@ -47,7 +48,7 @@ SUPPORTED: dict[str, tuple] = {
     "use_rslora": (True, False),
     "use_dora": (True, False),
     "fan_in_fan_out": (True, False),  # how the base stores W; A and B are stored alike in both
-    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the first B A from W: theirs is another base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
 UNUSED: tuple = (None, False, [], {})  # the values that switch off any other field of PEFT's
@@ -57,10 +58,12 @@ ALPHAS = (0, 3e6)  # three slices stack the command line's 1e6
 
 def peft_config(config: LoRAConfig, base: str) -> dict[str, Any]:
     """Return the content of PEFT's file for `config`; `base`, the base's name, is informational."""
+    name, revision = split_revision(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         **config_fields(config),
         "init_lora_weights": True,  # a reader takes A and B as they are
         "fan_in_fan_out": True,  # stock GPT-2 holds Conv1D weights, (in, out)
@@ -140,7 +143,7 @@ def _pattern(path: Path, stored: dict, field: str, kind: Any, low: float, high: 
 
 
 def base_name(directory: Path) -> object:
-    """Return the base's name in the config: for people, since a path may mean another model."""
+    """Return the base's name in the config. It is informational: a path may mean another model."""
     return _read(Path(directory) / CONFIG).get("base_model_name_or_path")
 
 

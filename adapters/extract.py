@@ -39,7 +39,7 @@ def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
 
 
 def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
-    """Inject LoRA into a model without data; return the names of the layers it has then.
+    """Inject LoRA into a model on the meta device; return the names of the adapted layers.
 
     Raises UserError for a rank or targets that do not fit the model.
     """

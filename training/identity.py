@@ -36,7 +36,7 @@ class RunIdentity:
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of its config and, if it has some, its weights
+    base_sha256: dict[str, str]  # of its config and, if there are any, its weights
     book_sha256: str  # of the token ids
     init_adapter_sha256: str | None
 

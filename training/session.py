@@ -50,11 +50,11 @@ class Session:
         self.device = device
         self.ranks = ranks
         self.identity = identity
-        self.directory: RunDirectory | None = None  # of the first rank
+        self.directory: RunDirectory | None = None  # None in all ranks but the first
         self.finished = False
         self.stateful: dict[str, Any] = {}
         self.bar: tqdm | None = None
-        # Of the run, with what went before a resume:
+        # Of the whole run, what came before a resume included:
         self.total_steps = 0
         self.seconds = 0.0
         self.peak_memory_mb = 0.0
@@ -118,7 +118,7 @@ class Session:
         resume = self.options.resume
         self.total_steps = total_steps
         if not self.ranks.first:
-            torch.manual_seed(self.options.seed + self.ranks.rank)  # dropouts of its own
+            torch.manual_seed(self.options.seed + self.ranks.rank)  # other dropout masks
 
         if self.ranks.from_first(resume and has_checkpoint(out)):
             state = read_checkpoint(out) if self.ranks.first else {}
@@ -155,13 +155,13 @@ class Session:
         write_json(self.identity_path, identity | {"model_sha256": model_hashes(self.options.out)})
 
     def handle_signals(self) -> None:
-        """From here on, let a signal end the run after the step, once it is saved."""
+        """From now on, let a signal end the run once the step is done and saved."""
         on_signals(self._on_signal)
 
     def steps(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches under a progress bar."""
         self.saved_at = time.perf_counter()
-        hidden = None if self.directory else True  # None: if stderr is no terminal
+        hidden = None if self.directory else True  # None hides the bar if stderr is no terminal
         with tqdm(
             total=self.total_steps, initial=self.step, unit="step", disable=hidden
         ) as self.bar:
@@ -183,7 +183,7 @@ class Session:
             self._save()
 
     def stop_if_asked(self) -> None:
-        """After a signal, in any rank, save and end the process."""
+        """If a signal has come, to any rank, save and end the process."""
         number = self.ranks.max_over_ranks(self.stop_signal or 0)
         if not number:
             return
@@ -297,8 +297,8 @@ class Session:
         )
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
-        """Restore this rank's random generator, if the run has the same ranks and device as then;
-        warn of a difference that may change the last bits of the result.
+        """Restore this rank's random generator, unless the number of ranks or the device differs;
+        warn of what may change the last bits of the result.
         """
         now = self._machine()
         for name, value in now.items():
