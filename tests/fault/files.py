@@ -104,7 +104,8 @@ def prepare(material: Material) -> None:
 
 def damaged_runs(material: Material, option: str, bits: int, rng: Random) -> Outcome:
     """Damage each file of the stopped run in each way; resume or overwrite."""
-    outcome = Outcome(f"{material.method} {option}")
+    done = {"--resume": "resumed", "--overwrite": "overwritten"}[option]
+    outcome = Outcome(f"{material.method}, {done}")
     expected = result(material.whole)
     for name, good, other in files_of(material):
         for damage in DAMAGES:
