@@ -264,8 +264,8 @@ def validate(trainer: Trainer, session: Session) -> dict[str, float]:
         progress.best_val_loss = scores.loss
         progress.best_val_bits_per_byte = scores.bits_per_byte
         if trainer.ranks.first:
-            session.write_identity()  # so that --resume of another run does not delete this model
-            save_model(trainer, session.identity.base_weights_sha256)
+            with session.replacing_best_model():
+                save_model(trainer, session.identity.base_weights_sha256)
         line += ", best so far"
     tqdm.write(line)
     return {

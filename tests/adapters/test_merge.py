@@ -1,5 +1,10 @@
 """Check merging an adapter into fp32 weights, unmerging it, and `python -m adapters.merge`."""
 
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +13,7 @@ from adapters.files import load_adapter, save_adapter
 from adapters.merge import main, merge, unmerge
 from lora.inject import adapter_disabled, lora_layers
 from model.weights import load_gpt2
+from tests.fault.runs import ROOT
 from tests.helpers import relative_difference
 from tests.pairs import IDS, adapted
 from tests.runs import one_line, run, stdout_of
@@ -86,3 +92,36 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
 def test_without_an_adapter_there_is_nothing_to_merge_in_fp32(base, tmp_path):
     ending = run(main, "--base", base, "--out", tmp_path / "out")
     assert "--adapter is missing" in one_line(ending, 2) and not (tmp_path / "out").exists()
+
+
+# Merge, and be sent a signal when the model is whole and its tokenizer is missing.
+INTERRUPTED = """
+import os, sys
+from adapters import merge
+from common.errors import run_command
+
+number, *argv = sys.argv[1:]
+merge.save_tokenizer = lambda *_: os.kill(os.getpid(), int(number))
+run_command(merge.main, argv)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_merge_that_is_stopped_leaves_no_part_and_can_be_repeated(
+    base, adapter, tmp_path, number, exists
+):
+    out = tmp_path / "merged[1]"
+    if exists:
+        out.mkdir()
+    argv = ["--base", base, "--adapter", adapter, "--out", out]
+    command = [sys.executable, "-c", INTERRUPTED, str(int(number)), *argv]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    killed = number == signal.SIGKILL
+    assert ended.returncode == (-number if killed else 128 + number), ended.stderr
+    assert out.exists() == exists and (not exists or not os.listdir(out))
+    assert bool(list(tmp_path.glob(".merged*"))) == killed
+
+    assert run(main, *argv).status == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(out))
+    assert not list(tmp_path.glob(".merged*"))

@@ -16,7 +16,8 @@ from generate import stream
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, sample
 from model.tokenizer import END_OF_TEXT
-from model.weights import load_gpt2
+from model.tokenizer_files import load_tokenizer, save_tokenizer
+from model.weights import load_gpt2, save_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
 from tests.runs import Ending, one_line, run, stdout_of
 
@@ -222,3 +223,16 @@ def test_with_base_shows_what_the_base_alone_writes_and_then_the_adapter(base, a
     assert alone != adapted
     both = stdout_of(command.main, *options, "--adapter", adapter, "--with-base")
     assert both == f"=== {base}\n\n{alone}=== {base} with {adapter}\n\n{adapted}"
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_end_the_command_in_one_line(base, tmp_path, temperature):
+    """As those of a model trained at a hundred times the right rate: its weights are finite."""
+    broken = load_gpt2(base)
+    with torch.no_grad():
+        broken.ln_f.weight.fill_(1e38)
+    save_gpt2(broken, tmp_path)
+    save_tokenizer(load_tokenizer(base, VOCAB), tmp_path)
+    options = ("--base", tmp_path, "--device", "cpu", "--temperature", temperature)
+    ending = run(command.main, *options, "--prompt", "The keeper")
+    assert "the model's logits are not finite numbers; try" in one_line(ending, 1)

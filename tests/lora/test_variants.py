@@ -208,6 +208,25 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
     assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
 
 
+def test_a_pissa_run_in_bf16_prints_what_evaluate_py_computes(base, book, tmp_path):
+    """Of the base and of the best adapter, as it was saved."""
+    options = [
+        "--init-lora-weights",
+        "pissa",
+        "--precision",
+        "bf16",
+        "--max-steps",
+        "6",
+        "--lr",
+        "3e-3",
+    ]
+    done = trained("lora", base, book, tmp_path / "run", *options)
+    scored = ("--base", base, "--text", book, "--val-fraction", 0.1, "--block-size", runs.BLOCK)
+    for name, more in (("base", ()), ("best", ("--adapter", done.out))):
+        found, _ = runs.scores(tmp_path / "scores", *scored, "--precision", "bf16", *more)
+        assert found["loss"] == pytest.approx(done.report[f"{name}_val_loss"], rel=1e-6), name
+
+
 def test_a_dora_of_peft_loads_and_merges_to_its_logits(base, tmp_path):
     fields = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], **DORA}
     config = peft.LoraConfig(**fields, fan_in_fan_out=True, task_type="CAUSAL_LM")

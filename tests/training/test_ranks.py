@@ -20,7 +20,7 @@ import train
 from common.errors import RunError
 from model import fast
 from tests import runs
-from tests.fault.runs import differences, result
+from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
 from tests.ranks import fork, torchrun
 from tests.runs import arguments, finished, run, trained, trainer
@@ -192,6 +192,17 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert ending.status == 0 and "resuming after step 4" in ending.stdout
     assert "warning: the run began with ranks 2 and resumes with 1" in ending.stderr
     assert finished(as_killed).column("step") == list(range(1, 17))
+
+
+def test_the_command_of_the_readme(base, book, tmp_path):
+    """Without the `--`, torchrun reads --r as one of its own options, shortened."""
+    arguments_of_two = arguments("lora", base, book, tmp_path / "run", "--max-steps", 2, "--r", 4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--", "train.py", *arguments_of_two]
+    status, lines = Process(command, tmp_path).end()
+    assert status == 0, lines
+    report = finished(tmp_path / "run").report
+    assert (report["device"], report["options"]["r"]) == ("2 x cpu", 4)
 
 
 def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):

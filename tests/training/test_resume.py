@@ -216,11 +216,31 @@ def test_a_run_is_not_resumed_on_a_changed_base(stopped, base, tmp_path):
         assert "--base: its content is not what the run began with" in line
 
 
-def test_a_resume_without_the_best_models_file_is_refused_at_the_start(stopped, tmp_path):
-    """Else the run could end complete with no model, or with a worse one."""
-    best = tmp_path / "run" / WEIGHTS["lora"]  # validated in step 10
-    best.unlink()
-    assert str(best) in refused(tmp_path / "run", *stopped, "--resume")
+@pytest.mark.parametrize(
+    "name", [WEIGHTS["lora"], "adapter_config.json", "metrics.jsonl", "identity.json"]
+)
+@pytest.mark.parametrize("change", ["gone", "one bit"])
+def test_a_resume_refuses_a_file_of_the_run_that_is_not_as_it_left_it(
+    stopped, tmp_path, name, change
+):
+    """Or the run could end complete with a worse model, with none, or with other metrics."""
+    path = tmp_path / "run" / name
+    data = bytearray(path.read_bytes())  # of the best model: validated in step 10
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    if change == "one bit":
+        path.write_bytes(data)
+    ending = run(main, *stopped, "--resume")
+    assert str(path) in runs.one_line(ending, 2)
+    assert path.exists() == (change == "one bit" or name == "metrics.jsonl")
+
+
+def test_a_best_model_of_nobody_is_not_deleted_by_resume(base, book, tmp_path):
+    """No checkpoint and no identity.json says whose it is."""
+    argv = arguments("lora", base, book, tmp_path, *OPTIONS, "--eval-every", 3, "--log-every", 1)
+    assert run_acting({5: runs.die}, *argv).status == 130
+    (tmp_path / "identity.json").unlink()
+    assert "identity.json" in refused(tmp_path, *argv, "--resume")
 
 
 @pytest.mark.parametrize("peaks", [(900.0, 500.0), (500.0, 900.0)])

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 
 import train
+from common.signals import HANDLED
 from tests.runs import arguments, contents, die, run, run_acting, table, trained
 from training import sweep
 
@@ -76,7 +77,7 @@ def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, ch
     assert "resum" not in children[-1].stdout
 
 
-@pytest.mark.parametrize("status", [130, 143])
+@pytest.mark.parametrize("status", [129, 130, 143])
 def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch, status):
     child = mock.Mock()
     child.wait.return_value = status
@@ -86,14 +87,17 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", HANDLED)
 def test_a_signal_ends_the_sweep_even_if_the_run_was_done(number, tmp_path, monkeypatch):
     before = signal.getsignal(number)
     child = mock.Mock()
     child.wait.side_effect = lambda: signal.raise_signal(number) or 0
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
     assert sweep.train([], tmp_path) == 128 + number
-    assert child.terminate.call_count == (number == signal.SIGTERM)
+    passed_on = (
+        [mock.call(number)] if number != signal.SIGINT else []
+    )  # a terminal sends it to both
+    assert child.send_signal.mock_calls == passed_on
     assert signal.getsignal(number) is before
 
 
