@@ -23,6 +23,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` says what names match
     use_rslora: bool = False
     layers_to_transform: tuple[int, ...] | None = None  # only these blocks; None: all
+    layers_pattern: tuple[str, ...] | None = None  # the blocks' list, such as "h"; None: any
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> r of matching layers
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> their lora_alpha
 
@@ -68,6 +69,15 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_pre_hook(_refuse_merged)
         self.to(base_layer.weight.device)
         self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return W without its data: T5 asks it for its dtype, other models for its shape.
+
+        A model that computed with W past `forward` would leave the update out. On the meta device
+        it gets an error from PyTorch.
+        """
+        return self.base_layer.weight.to("meta")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
