@@ -72,12 +72,12 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return W without its data: T5 asks it for its dtype, other models for its shape.
+        """Return no row of W, (0, in): models such as T5 ask for its dtype or device.
 
-        A model that computed with W past `forward` would leave the update out. On the meta device
-        it gets an error from PyTorch.
+        A model that computed with W past `forward` would leave the update out. With no row of it,
+        shapes do not fit, and PyTorch raises an error.
         """
-        return self.base_layer.weight.to("meta")
+        return self.base_layer.weight[:0]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
