@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 USE = """
 import site, sys
+sys.path.insert(0, sys.argv[1])
 site.addsitedir(sys.argv[1])  # unlike PYTHONPATH, it reads what an editable install leaves there
 from importlib.util import find_spec
 import torch
