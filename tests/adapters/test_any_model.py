@@ -335,7 +335,7 @@ def test_targets_are_pefts(name, targets, fields, count, tmp_path):
         own = fields | {"layers_pattern": [pattern] if isinstance(pattern, str) else pattern}
     else:
         own = fields
-    ours, _, theirs = both(case, targets, **own)
+    ours, config, theirs = both(case, targets, **own)
     names = list(lora_layers(ours))
     assert names == theirs.base_model.targeted_module_names and count in (None, len(names))
     for layer in names:
@@ -350,6 +350,54 @@ def test_targets_are_pefts(name, targets, fields, count, tmp_path):
     load_adapter(again, tmp_path)
     assert list(lora_layers(again)) == names
     assert relative_difference(output(again, case), output(theirs.eval(), case)) < 1e-6
+
+    save_adapter(again, config, tmp_path / "again", "a-base")
+    loaded = peft.PeftModel.from_pretrained(make(case), tmp_path / "again").eval()
+    assert relative_difference(output(loaded, case), output(again, case)) < 1e-6
+
+
+def test_pissa_of_some_blocks_is_written_by_full_names_which_peft_loads(tmp_path):
+    case = CASES["qwen"]
+    blocks = {"layers_to_transform": [1], "layers_pattern": ["layers"]}
+    ours, config, _ = both(case, ["q_proj", "up_proj"], init_lora_weights="pissa", **blocks)
+    randomize(ours)
+    save_adapter(ours, config, tmp_path, "a-base")
+    loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
+    assert relative_difference(output(loaded, case), output(ours, case)) < 1e-5
+    assert relative_difference(output(loaded, case), output(make(case), case)) > 0.01
+
+
+def whisper() -> nn.Module:
+    config = transformers.WhisperConfig(
+        vocab_size=97,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_mel_bins=8,
+        max_source_positions=10,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):
+    """PEFT's class for CAUSAL_LM or SEQ_2_SEQ_LM would pass it tokens as its input."""
+    sound = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(1))
+    inputs = {"input_features": sound, "decoder_input_ids": IDS}
+    case = Case(whisper, inputs, ["q_proj", "v_proj"], None)
+    ours, config, _ = both(case, case.targets)
+    randomize(ours)
+    save_adapter(ours, config, tmp_path, "a-base")
+    loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
+    assert relative_difference(output(loaded, case), output(ours.eval(), case)) < 1e-5
+    assert relative_difference(output(loaded, case), output(make(case), case)) > 0.01
 
 
 class TiedPlain(Plain):
