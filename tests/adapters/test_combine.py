@@ -137,6 +137,13 @@ def test_patterns_of_rank_and_alpha_count(base, tmp_path):
         assert relative_difference((of_layer.B @ of_layer.A).float(), change) < 1e-6
 
 
+def test_layers_are_read_block_by_block(tmp_path):
+    factors = Factors(torch.ones(4, 1), torch.ones(1, 4))
+    names = [f"model.layers.{block}.fc" for block in (0, 2, 10)]
+    write_factors(dict.fromkeys(reversed(names), factors), {}, tmp_path, "a-base", "")
+    assert list(read_factors(tmp_path)) == names
+
+
 def test_a_file_without_a_layer_is_refused(adapter):
     for tensors in (
         {},  # what PEFT leaves if it finds no layer's name in a state dict
