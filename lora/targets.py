@@ -65,7 +65,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 def tied_modules(model: nn.Module) -> dict[str, str]:
     """Return the modules that share their weight with another, by full name, and say with which.
 
-    An update of one would change both. A model may name more of them in `tied`.
+    An update of one would change both. A model may name more of them in `adapter_ties`.
     """
     sharing: dict[int, list[str]] = {}  # by parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -78,7 +78,7 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
         for other in others:
             tied[first] = f"{first} is tied to {other}"
             tied[other] = f"{other} is tied to {first}"
-    return tied | getattr(model, "tied", {})
+    return tied | getattr(model, "adapter_ties", {})
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def _all_linear(
 
 def _split_slice(target: str, model: nn.Module) -> tuple[str, set[str]]:
     """Split `c_attn.q` into the layer's name and its slice; other targets have no slice."""
-    fused = getattr(model, "fused_qkv", None)
+    fused = getattr(model, "adapter_fused", None)
     layer, _, last = target.rpartition(".")
     if not fused or not layer or last not in SLICES:
         return target, set()

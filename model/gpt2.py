@@ -164,11 +164,11 @@ class GPT2(nn.Module):
     # and the projections are stored (in, out).
     adapter_prefix = "transformer."
     adapter_fields: ClassVar = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
-    tied: ClassVar = {
+    adapter_ties: ClassVar = {
         "lm_head": "the head is tied to wte",
         "transformer.wte": "it is tied to the head",
     }
-    fused_qkv = "c_attn"  # q, k and v can be adapted one by one
+    adapter_fused = "c_attn"  # q, k and v can be adapted one by one
 
     def __init__(self, config: GPT2Config):
         super().__init__()
