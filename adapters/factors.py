@@ -4,8 +4,9 @@ Both are in fp64, so that a result computed from them is rounded only once, when
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from lora.targets import layer_config
 
 A_KEY = ".lora_A.weight"
 B_KEY = ".lora_B.weight"
-LAYER = re.compile(r"h\.\d+\..")  # a name within GPT-2's block
+NUMBER = re.compile(r"(\d+)")
 
 
 class Factors(NamedTuple):
@@ -63,8 +64,8 @@ def refuse_dora(config: LoRAConfig, directory: Path) -> None:
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
-    """Read an adapter by layer. Raises UserError for DoRA, and unless the file holds exactly an A
-    and a B of the configured rank for each layer.
+    """Read an adapter by layer, under PEFT's names. Raises UserError for DoRA, and unless the file
+    holds exactly an A and a B of the configured rank for each layer.
     """
     path = adapter_path(directory)
     config = load_adapter_config(directory)
@@ -89,19 +90,17 @@ def read_factors(directory: Path) -> dict[str, Factors]:
 
 
 def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
-    """Return the layers that have an A, block by block. Raises UserError for other models'."""
-    keys = [key for key in shapes if key.endswith(A_KEY)]
+    """Return the layers that have an A, block by block. Raises UserError if there is none."""
+    keys = [key for key in shapes if key.startswith(PREFIX) and key.endswith(A_KEY)]
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
-    are_gpt2s = all(key.startswith(PREFIX) for key in keys) and all(map(LAYER.match, names))
-    if not names or not are_gpt2s:
-        raise UserError(f"{path}: is not an adapter of GPT-2's layers")
+    if not names:
+        raise UserError(f"{path}: holds no layer of an adapter")
     return sorted(names, key=_by_block)
 
 
-def _by_block(name: str) -> tuple[int, str]:
-    """Sort h.10 after h.9."""
-    _, block, layer = name.split(".", 2)
-    return int(block), layer
+def _by_block(name: str) -> list[int | str]:
+    """Sort h.10 after h.9: every second part of the key is a number."""
+    return [int(part) if part.isdigit() else part for part in NUMBER.split(name)]
 
 
 def _keys(layer: str) -> tuple[str, str]:
@@ -110,9 +109,16 @@ def _keys(layer: str) -> tuple[str, str]:
 
 
 def write_factors(
-    factors: dict[str, Factors], directory: Path, base: str, base_sha256: str
+    factors: dict[str, Factors],
+    fields: Mapping[str, Any],
+    directory: Path,
+    base: str,
+    base_sha256: str,
 ) -> None:
-    """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r."""
+    """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r.
+
+    `fields` are the model's (`model_fields`), or those of an adapter that was read.
+    """
     rank = next(iter(factors.values())).rank
     tensors = {}
     for layer, (b, a) in factors.items():
@@ -120,4 +126,4 @@ def write_factors(
         tensors[a_key] = a
         tensors[b_key] = b
     config = LoRAConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=tuple(factors))
-    write_adapter(tensors, config, directory, base, base_sha256)
+    write_adapter(tensors, config, fields, directory, base, base_sha256)

@@ -3,22 +3,30 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters.config import BAD_PATTERN, CONFIG, base_name, load_adapter_config, peft_config
+from adapters.config import (
+    BAD_PATTERN,
+    CONFIG,
+    base_name,
+    load_adapter_config,
+    model_fields,
+    peft_config,
+)
 from common.errors import UserError
 from common.files import atomic_path, brief, write_json
 from common.tensors import read_metadata, read_tensors, write_tensors
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
-from lora.targets import TRANSFORMER, layer_config
+from lora.targets import full_name, layer_config
 from lora.variants import make_layer
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.7
-PREFIX = f"base_model.model.{TRANSFORMER}"
+PREFIX = "base_model.model."
 BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: of the base's weights file; PEFT ignores it
 
 
@@ -27,7 +35,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in lora_layers(model).items():
         for part, tensor in layer.saved_tensors().items():
-            tensors[f"{PREFIX}{name}.{part}"] = tensor
+            tensors[f"{PREFIX}{full_name(model, name)}.{part}"] = tensor
     return tensors
 
 
@@ -43,24 +51,26 @@ def save_adapter(
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save")
     config = saved_config(model, config)
-    write_adapter(adapter_tensors(model), config, directory, base, base_sha256)
+    fields = model_fields(model)
+    write_adapter(adapter_tensors(model), config, fields, directory, base, base_sha256)
 
 
 def write_adapter(
     tensors: Mapping[str, Tensor],
     config: LoRAConfig,
+    fields: Mapping[str, Any],
     directory: Path,
     base: str,
     base_sha256: str = "",
 ) -> None:
-    """Write `tensors`, every A and B under its PEFT key, and `config`, as `save_adapter` does."""
+    """Write `tensors`, every A and B under its PEFT key, `config` and `model_fields`."""
     directory = Path(directory)
     metadata = {"format": "pt"}
     if base_sha256:
         metadata[BASE_SHA256] = base_sha256
     with atomic_path(directory / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, metadata, torch.float32)
-        write_json(directory / CONFIG, peft_config(config, base))
+        write_json(directory / CONFIG, peft_config(config, fields, base))
 
 
 def saved_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
@@ -69,7 +79,8 @@ def saved_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     That is `config`, unless a layer saves other tensors than those it trains, as PiSSA and slices
     do: then each layer stands in the config by its full name, rank and alpha.
     """
-    saved = {name: layer.saved_config() for name, layer in lora_layers(model).items()}
+    layers = lora_layers(model)
+    saved = {full_name(model, name): layer.saved_config() for name, layer in layers.items()}
     if all(own == layer_config(config, name) for name, own in saved.items()):
         return config
 
@@ -78,13 +89,14 @@ def saved_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     alpha_pattern = {}
     for name, own in saved.items():
         if own.r != first.r:
-            rank_pattern[TRANSFORMER + name] = own.r
+            rank_pattern[name] = own.r
         if own.lora_alpha != first.lora_alpha:
-            alpha_pattern[TRANSFORMER + name] = own.lora_alpha
+            alpha_pattern[name] = own.lora_alpha
     return replace(
         first,
-        target_modules=tuple(TRANSFORMER + name for name in saved),
+        target_modules=tuple(saved),
         layers_to_transform=None,
+        layers_pattern=None,
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
     )

@@ -1,6 +1,7 @@
 """Show what an adapter changes, layer by layer: `python -m adapters.inspect runs/lora`."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from common.cli import Parser, print_table
 from common.errors import run_command
 from common.figures import can_draw, save_figure, subplots
 from lora.inject import lora_layers
+from lora.targets import full_name
+from model.gpt2 import GPT2
 
 
 def effective_rank(s: Tensor) -> float:
@@ -40,8 +43,11 @@ def describe(s: Tensor) -> list[str]:
 
 def weight_norms(base: str, adapter: Path) -> dict[str, float]:
     """Return the norm of the base's own weight in each layer that the adapter changes."""
-    layers = lora_layers(load_model(base, adapter).model)
-    return {name: layer.base_layer.weight.norm().item() for name, layer in layers.items()}
+    model = load_model(base, adapter).model
+    norms = {}
+    for name, layer in lora_layers(model).items():
+        norms[full_name(model, name)] = layer.base_layer.weight.norm().item()
+    return norms
 
 
 def print_changes(spectra: dict[str, Tensor], norms: dict[str, float] | None) -> None:
@@ -52,19 +58,31 @@ def print_changes(spectra: dict[str, Tensor], norms: dict[str, float] | None) ->
     rows = []
     for name, s in spectra.items():
         norm = s.norm().item()
-        row = [name, f"{norm:.4g}"]
+        row = [name.removeprefix(GPT2.adapter_prefix), f"{norm:.4g}"]
         if norms:
             row.append(f"{norm / norms[name]:.2%}")
         rows.append(row + describe(s))
     print_table(columns, rows)
 
 
+def block_and_kind(name: str) -> tuple[int, str]:
+    """Return a layer's block and kind: `h.3.attn.c_attn` gives 3 and `h.*.attn.c_attn`.
+
+    A layer outside the blocks gives 0 and its name.
+    """
+    match = re.fullmatch(r"(.*?)\b(\d+)\.(.+)", name)
+    if not match:
+        return 0, name
+    blocks, number, kind = match.groups()
+    return int(number), f"{blocks}*.{kind}"
+
+
 def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
     """Draw the singular values: a panel for each kind of layer, a line for each block."""
     lines = []
     for name, s in spectra.items():
-        _, number, kind = name.split(".", 2)
-        lines.append((int(number), kind, s))
+        block, kind = block_and_kind(name.removeprefix(GPT2.adapter_prefix))
+        lines.append((block, kind, s))
     kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
     blocks = 1 + max(block for block, _, _ in lines)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora.layer import LoRAConfig, LoRALinear
-from lora.targets import find_targets, layer_config
+from lora.targets import find_targets, full_name, layer_config
 
 Make = Callable[[nn.Linear, LoRAConfig, Collection[str]], LoRALinear]
 
@@ -32,7 +32,7 @@ def inject(model: nn.Module, config: LoRAConfig, make: Make = whole_layer) -> No
     for name, slices in find_targets(model, config).items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        wrapped[name] = make(layer, layer_config(config, name), slices)
+        wrapped[name] = make(layer, layer_config(config, full_name(model, name)), slices)
 
     model.requires_grad_(False)
     for name, lora_layer in wrapped.items():

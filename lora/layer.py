@@ -23,6 +23,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` says what names match
     use_rslora: bool = False
     layers_to_transform: tuple[int, ...] | None = None  # only these blocks; None: all
+    layers_pattern: tuple[str, ...] | None = None  # the blocks' list, such as "h"; None: any
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> r of matching layers
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> their lora_alpha
 
@@ -68,6 +69,15 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_pre_hook(_refuse_merged)
         self.to(base_layer.weight.device)
         self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return no row of W, (0, in): models such as T5 ask for its dtype or device.
+
+        A model that computed with W past `forward` would leave the update out. With no row of it,
+        shapes do not fit, and PyTorch raises an error.
+        """
+        return self.base_layer.weight[:0]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)

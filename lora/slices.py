@@ -1,4 +1,4 @@
-"""Adapt single slices of the fused c_attn: q, k or v, each with an A and a B of its own."""
+"""Adapt single slices of GPT-2's fused c_attn: q, k or v, each with an A and a B of its own."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRAConfig, LoRALinear, stacked
-from lora.targets import FUSED, SLICES
+from lora.targets import SLICES
 
 
 class SlicedLoRALinear(LoRALinear):
@@ -28,7 +28,7 @@ class SlicedLoRALinear(LoRALinear):
         self.lora_B = blocks  # type: ignore[assignment]  # it has a weight and a forward, too
 
     def saved_config(self) -> LoRAConfig:
-        return replace(self.config, target_modules=(FUSED,))
+        return replace(self.config, target_modules=())  # the whole layer, whatever its name
 
 
 class _BlockSparseLinear(nn.Module):

@@ -1,26 +1,20 @@
 """Find the layers to adapt, and each one's rank and alpha, by PEFT's rules.
 
-Names are those of transformers' GPT2LMHeadModel, such as `transformer.h.0.attn.c_attn`.
+Names are the model's own, after the prefix that it may say (`full_name`): `h.0.attn.c_attn` of our
+GPT-2 is `transformer.h.0.attn.c_attn`, as in transformers' GPT2LMHeadModel.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from lora.layer import LoRAConfig
 
-TRANSFORMER = "transformer."
-HEAD = "lm_head"
 ALL_LINEAR = "all-linear"
-FUSED = "c_attn"  # the layer that makes q, k and v in one
-SLICES = ("q", "k", "v")  # of its output, in this order
-REFUSED = {
-    HEAD: "the head is tied to wte, and an update of one would change both",
-    "wte": "it is tied to the head",
-    "wpe": "it is an embedding, not a linear layer",
-}
+SLICES = ("q", "k", "v")  # of a fused layer's output, in this order
+READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they skip layers' forward
 
 
 def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
@@ -30,96 +24,153 @@ def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
     return tuple(names)
 
 
+def full_name(model: nn.Module, name: str) -> str:
+    """Return the name by which PEFT and its files know a module of the model."""
+    return getattr(model, "adapter_prefix", "") + name
+
+
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     """Return the linear layers to adapt, in module order, each with its slices (empty: all of it).
 
     `target_modules` is "all-linear" (all but the head), a regular expression that matches full
-    names, or a list of full names and their endings after a dot: `c_proj` is the attention's and
-    the MLP's. `layers_to_transform` limits endings to these blocks. Raises ValueError if a target,
-    block or pattern matches nothing, or a target is not a linear layer.
+    names, or a list of full names and their endings after a dot: GPT-2's `c_proj` is the
+    attention's and the MLP's. `layers_to_transform` limits endings to these blocks, and
+    `layers_pattern` to blocks of a list that is named so. Raises ValueError if a target, block or
+    pattern matches nothing, or a target cannot be adapted.
     """
-    modules = {TRANSFORMER + name: module for name, module in model.named_modules()}
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-
-    if isinstance(config.target_modules, str):
-        if config.layers_to_transform:
-            raise ValueError("layers_to_transform needs a list of target modules, as in PEFT")
-        targets = [config.target_modules]
-    else:
-        targets = list(config.target_modules)
+    names = {full_name(model, name): name for name, _ in model.named_modules() if name}
+    modules = {name: model.get_submodule(own) for name, own in names.items()}
+    tied = tied_modules(model)
 
     found: dict[str, set[str]] = {}
-    for target in targets:
-        matches, slices = _match(target, config, [*modules, HEAD], linear)
+    for target in _targets(config):
+        if config.target_modules == ALL_LINEAR:
+            slices: set[str] = set()
+            matches = _all_linear(model, modules, tied)
+        else:
+            suffix, slices = _split_slice(target, model)
+            matches = [name for name in (*modules, *tied) if _is_named(name, suffix, config)]
         if not matches:
-            raise ValueError(_not_found(target, config, linear))
+            raise ValueError(_not_found(target, config, modules))
         for name in matches:
-            _check_target(target, name, modules)
+            _check_target(target, name, model, tied)
             if name in found and bool(found[name]) != bool(slices):
                 raise ValueError(f"target module {target!r} is named whole and by a slice")
             found[name] = found.get(name, set()) | slices
 
     _check_all_used(config, found)
-    return {name.removeprefix(TRANSFORMER): found[name] for name in modules if name in found}
+    return {own: found[name] for name, own in names.items() if name in found}
 
 
-def _match(
-    target: str, config: LoRAConfig, names: list[str], linear: list[str]
-) -> tuple[list[str], set[str]]:
-    """Return the names that a target matches, and its slice: {"q"}, {"k"}, {"v"} or none."""
-    if config.target_modules == ALL_LINEAR:
-        return linear, set()
-    if isinstance(config.target_modules, str):
-        return [name for name in names if re.fullmatch(target, name)], set()
-    suffix, slices = _split_slice(target)
-    return [name for name in names if _is_named(name, suffix, config)], slices
+def tied_modules(model: nn.Module) -> dict[str, str]:
+    """Return the modules that share their weight with another, by full name, and say with which.
+
+    An update of one would change both. A model may name more of them in `adapter_ties`.
+    """
+    sharing: dict[int, list[str]] = {}  # by parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        module, _, kind = name.rpartition(".")
+        if kind == "weight":
+            sharing.setdefault(id(parameter), []).append(full_name(model, module))
+
+    tied = {}
+    for first, *others in sharing.values():
+        for other in others:
+            tied[first] = f"{first} is tied to {other}"
+            tied[other] = f"{other} is tied to {first}"
+    return tied | getattr(model, "adapter_ties", {})
 
 
-def _split_slice(target: str) -> tuple[str, set[str]]:
+def _targets(config: LoRAConfig) -> tuple[str, ...]:
+    """Return the names, or the one expression. Raises ValueError for blocks that do not fit it."""
+    if config.layers_pattern and not config.layers_to_transform:
+        raise ValueError("layers_pattern needs layers_to_transform, as in PEFT")
+    if not isinstance(config.target_modules, str):
+        return config.target_modules
+    if config.layers_to_transform:
+        raise ValueError("layers_to_transform needs a list of target modules, as in PEFT")
+    return (config.target_modules,)
+
+
+def _all_linear(
+    model: nn.Module, modules: Mapping[str, nn.Module], tied: Mapping[str, str]
+) -> list[str]:
+    """Return what PEFT takes for linear layers, but for what is tied.
+
+    PEFT leaves out the head of transformers' models, and takes their Conv1D in.
+    """
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head else None
+    matches = []
+    for name, module in modules.items():
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if is_linear and module is not head and name not in tied:
+            matches.append(name)
+    return matches
+
+
+def _split_slice(target: str, model: nn.Module) -> tuple[str, set[str]]:
     """Split `c_attn.q` into the layer's name and its slice; other targets have no slice."""
+    fused = getattr(model, "adapter_fused", None)
     layer, _, last = target.rpartition(".")
-    if not layer or last not in SLICES:
+    if not fused or not layer or last not in SLICES:
         return target, set()
-    if _last(layer) != FUSED:
-        raise ValueError(f"target module {target!r}: only {FUSED} has slices")
+    if _last(layer) != fused:
+        raise ValueError(f"target module {target!r}: only {fused} has slices")
     return layer, {last}
 
 
-def _is_named(name: str, suffix: str, config: LoRAConfig) -> bool:
-    """Return whether a target names this module, by its full name or by an ending after a dot."""
-    if name == suffix:
+def _is_named(name: str, target: str, config: LoRAConfig) -> bool:
+    """Return whether a target names this module: by an expression that matches its full name, by
+    that name, or by an ending after a dot.
+    """
+    if isinstance(config.target_modules, str):
+        return re.fullmatch(target, name) is not None
+    if name == target:
         return True
     blocks = config.layers_to_transform
-    in_blocks = not blocks or _block(name) in blocks
-    return in_blocks and f".{name}".endswith(f".{suffix}")
+    in_blocks = not blocks or _block(name, config) in blocks
+    return in_blocks and name.endswith(f".{target}")
 
 
-def _not_found(target: str, config: LoRAConfig, linear: list[str]) -> str:
+def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]) -> str:
+    endings = {_last(name) for name, module in modules.items() if isinstance(module, nn.Linear)}
+    if not endings:
+        return "the model has no linear layer, nn.Linear, to adapt"
     message = f"target module {target!r} is not in the model"
     if config.layers_to_transform:
         message += " in these layers"
     if isinstance(config.target_modules, str):
         message += " by a full name"
-    endings = sorted({_last(name) for name in linear})
-    return f"{message}; it has {', '.join(endings)}"
+    return f"{message}; it has {', '.join(sorted(endings))}"
 
 
-def _check_target(target: str, name: str, modules: dict[str, nn.Module]) -> None:
+def _check_target(target: str, name: str, model: nn.Module, tied: Mapping[str, str]) -> None:
     """Raise ValueError unless the module that a target matches can be adapted."""
-    reason = REFUSED.get(_last(name))
-    if reason:
-        raise ValueError(f"target module {target!r} is refused: {reason}")
-    if not isinstance(modules[name], nn.Linear):
-        kind = type(modules[name]).__name__
+    refused = f"target module {target!r} is refused:"
+    if name in tied:
+        raise ValueError(f"{refused} {tied[name]}, and an update of one would change both")
+
+    own = name.removeprefix(full_name(model, ""))
+    module = model.get_submodule(own)
+    if isinstance(module, nn.Embedding):
+        raise ValueError(f"{refused} {own} is an embedding, not a linear layer")
+    if not isinstance(module, nn.Linear):
+        kind = type(module).__name__
         raise ValueError(
-            f"target module {target!r} matches {name.removeprefix(TRANSFORMER)}, a {kind}; "
-            "only linear layers are adapted"
+            f"target module {target!r} matches {own}, a {kind}; "
+            "only linear layers, nn.Linear, are adapted"
         )
+
+    parent = model.get_submodule(own.rpartition(".")[0])
+    if isinstance(parent, READ_WEIGHTS):
+        kind = type(parent).__name__
+        raise ValueError(f"{refused} {kind} reads the weight of {own} past its forward")
 
 
 def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
     """Raise ValueError for a block or a pattern that no adapted layer has."""
-    missing = set(config.layers_to_transform or ()) - {_block(name) for name in found}
+    missing = set(config.layers_to_transform or ()) - {_block(name, config) for name in found}
     if missing:
         raise ValueError(f"layer {min(missing)} has no target module")
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
@@ -128,16 +179,17 @@ def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
-    """Return `config` with one layer's rank and alpha: those of the first pattern that matches."""
-    full_name = TRANSFORMER + name
+    """Return `config` with the rank and alpha of the layer that has this full name: those of the
+    first pattern that matches.
+    """
     r = config.r
     for pattern, rank in config.rank_pattern.items():
-        if _matches(pattern, full_name):
+        if _matches(pattern, name):
             r = rank
             break
     lora_alpha = config.lora_alpha
     for pattern, alpha in config.alpha_pattern.items():
-        if _matches(pattern, full_name):
+        if _matches(pattern, name):
             lora_alpha = alpha
             break
     return replace(config, r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
@@ -148,9 +200,13 @@ def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
-def _block(name: str) -> int | None:
+def _block(name: str, config: LoRAConfig) -> int | None:
     """Return the number of the block that a module is in: transformer.h.3.attn -> 3, as PEFT."""
     match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    for pattern in config.layers_pattern or ():
+        match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name)
+        if match:
+            break
     return int(match[1]) if match else None
 
 

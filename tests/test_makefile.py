@@ -19,7 +19,7 @@ def made(tmp_path, monkeypatch):
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     python.chmod(0o755)
-    for stamp in ("run", "dev"):
+    for stamp in ("run", "dev", "examples"):
         (tmp_path / ".venv" / stamp).touch()
     for name in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # an outer make's
         monkeypatch.delenv(name, raising=False)
@@ -50,5 +50,8 @@ def test_what_is_not_given_is_the_commands_default(made):
     assert made("train-lora", "ARGS=--book 'a b.txt' c.txt")[4:] == ["--book", "a b.txt", "c.txt"]
     said = made("train-full", "DATA=it's $(X).jsonl")
     assert said[2:] == ["--base", "auto", "--data", "it's $(X).jsonl"]
+    assert made("example") == ["-m", "lesson.examples.any_model"]
+    said = made("example", "MODEL=it's $(X)", "OUT=a b", "ARGS=--steps 3")
+    assert said[2:] == ["--model", "it's $(X)", "--out", "a b", "--steps", "3"]
     assert made("parity") == ["-m", "benchmarks.parity"]
     assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]

@@ -189,6 +189,20 @@ print("the adapter changed the logits by up to", (adapted_logits - base_logits).
 print("merging changed them by up to", (merged_logits - adapted_logits).abs().max().item())
 
 # %% [markdown]
+# ## A model of your own
+#
+# The project's own layer and `inject`, in `lora/`, do the same to any PyTorch model. It may come
+# from transformers, too: `python -m lesson.examples.any_model`.
+
+# %%
+from lora.inject import inject
+from lora.layer import LoRAConfig
+
+own = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 2))
+inject(own, LoRAConfig(r=2, target_modules="all-linear"))
+print(own)
+
+# %% [markdown]
 # ## The same in PEFT
 #
 # If `peft` is installed: its model, on the same base, with our A and B in place of its own.

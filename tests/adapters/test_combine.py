@@ -130,27 +130,32 @@ def test_patterns_of_rank_and_alpha_count(base, tmp_path):
     patterns = {"rank_pattern": {"h.0.attn.c_attn": 2}, "alpha_pattern": {"c_fc": 5}}
     save_adapter(*adapted(base, ("c_attn", "c_fc"), r=3, **patterns), tmp_path / "plain", "gpt2")
     expected = changes(base, tmp_path / "plain")
-    for name, factors in read_factors(tmp_path / "plain").items():
-        assert relative_difference((factors.B @ factors.A).float(), expected[name]) < 1e-6
+    factors = read_factors(tmp_path / "plain")
+    assert factors.keys() == {f"transformer.{name}" for name in expected}
+    for name, change in expected.items():
+        of_layer = factors[f"transformer.{name}"]
+        assert relative_difference((of_layer.B @ of_layer.A).float(), change) < 1e-6
 
 
-def test_an_adapter_of_another_architecture_is_refused(adapter):
-    for name in (
-        "base_model.model.model.layers.0.self_attn.q_proj",  # Llama's
-        "base_model.model.transformer.encoder.layers.0.self_attention.dense",
-        "base_model.model.transformer.h.attn.c_attn",
-        None,  # what PEFT leaves if it finds no layer's name in a state dict
+def test_layers_are_read_block_by_block(tmp_path):
+    factors = Factors(torch.ones(4, 1), torch.ones(1, 4))
+    names = [f"model.layers.{block}.fc" for block in (0, 2, 10)]
+    write_factors(dict.fromkeys(reversed(names), factors), {}, tmp_path, "a-base", "")
+    assert list(read_factors(tmp_path)) == names
+
+
+def test_a_file_without_a_layer_is_refused(adapter):
+    for tensors in (
+        {},  # what PEFT leaves if it finds no layer's name in a state dict
+        {f"h.0.attn.c_attn.lora_{part}.weight": torch.ones(4, 4) for part in "AB"},  # no prefix
     ):
-        tensors = {}
-        if name:
-            tensors = {f"{name}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
         save_file(tensors, adapter / WEIGHTS)
         line = one_line(run(inspect, adapter), 2)
-        assert line == f"error: {adapter / WEIGHTS}: is not an adapter of GPT-2's layers"
+        assert line == f"error: {adapter / WEIGHTS}: holds no layer of an adapter"
 
 
 def test_factors_out_of_the_reach_of_fp32_are_not_written(adapter, tmp_path):
     huge = {name: Factors(1e39 * f.B, f.A) for name, f in read_factors(adapter).items()}
     with pytest.raises(RunError, match="not written"):
-        write_factors(huge, tmp_path / "out", "gpt2", "")
+        write_factors(huge, {}, tmp_path / "out", "gpt2", "")
     assert not list((tmp_path / "out").iterdir())

@@ -76,6 +76,7 @@ def test_the_files_are_pefts(base, tmp_path):
         "alpha_pattern": {},
         "modules_to_save": None,
         "layers_to_transform": None,
+        "layers_pattern": None,
         "inference_mode": True,
     }
     assert stored.keys() <= peft.LoraConfig().to_dict().keys()
@@ -149,6 +150,7 @@ def test_fields_that_do_not_change_the_result_are_ignored(adapter):
         ("modules_to_save", []),
         ("rank_pattern", None),
         ("layers_to_transform", []),
+        ("layers_pattern", None, [], ""),
         ("a_later_switch", False, None, [], {}),
         ("target_modules", 50_000 * ["c_attn"]),
     ):
@@ -169,6 +171,7 @@ REFUSED = {
     "target_modules": [ABSENT, [], "", ["c_attn", 3], {"c_attn": 1}, ["c_attn.q"]],
     "use_dora": ["yes", 2],
     "layers_to_transform": [-1, [0, "1"], {"x": 2}],
+    "layers_pattern": [True, 1, [0], {"x": 2}],
     "rank_pattern": [["x"], {"x": 0}, {"x": 2.5}, {"\n" * 999: 1 << 21}],
     "alpha_pattern": ["x", {"x": "2"}, {"x": -1}],
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new"],

@@ -3,7 +3,7 @@
 import torch
 
 from adapters.files import save_adapter
-from adapters.inspect import describe, main
+from adapters.inspect import block_and_kind, describe, main
 from lora.inject import lora_layers
 from tests.pairs import adapted
 from tests.runs import one_line, run, stdout_of, table
@@ -43,3 +43,9 @@ def test_the_cells_of_known_singular_values():
     assert describe(torch.tensor([3.0, 3.0, 3.0, 0.0])) == ["3", "3", "3", "3 of 4", "3.0"]
     assert describe(torch.tensor([4.0, 1.0, 1.0]))[3] == "2 of 3"  # 16/18, 17/18
     assert describe(torch.tensor([2.0])) == ["2", "0", "0", "1 of 1", "1.0"]
+
+
+def test_a_layers_block_and_kind():
+    assert block_and_kind("h.3.attn.c_attn") == (3, "h.*.attn.c_attn")
+    assert block_and_kind("encoder.block.10.layer.0.q") == (10, "encoder.block.*.layer.0.q")
+    assert block_and_kind("fc1.lm_head") == (0, "fc1.lm_head")

@@ -84,7 +84,9 @@ REFUSED = [
     ({"target_modules": ("wpe",)}, "embedding"),
     ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
     ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # after a dot
-    ({"target_modules": ("",)}, "only linear layers"),
+    ({"target_modules": ("",)}, "'' is not in the model"),
+    ({"layers_pattern": ("h",)}, "layers_pattern needs layers_to_transform"),
+    ({"layers_to_transform": (1,), "layers_pattern": ("block",)}, "in these layers"),
     ({"r": 0}, r"rank 0 is outside 1 \.\. 32"),
     ({"r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),

@@ -1,0 +1,212 @@
+"""Small models of transformers, and a plain one, with our adapter and with PEFT's."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor, nn
+
+from lora.fa import freeze_a
+from lora.inject import inject, lora_layers
+from lora.plus import parameter_groups
+from lora.variants import make_config, make_layer
+from tests.helpers import perturb, relative_difference, token_ids
+from tests.pairs import our_name
+
+IDS = token_ids(97, 2, 12)
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+VECTORS = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+DECODER = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+class Plain(nn.Module):
+    """Residual blocks whose linear layers have GPT-2's and T5's names, a head, and no config."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(12, 32)
+        self.blocks = nn.ModuleList()
+        for _ in range(2):
+            self.blocks.append(nn.ModuleDict({"q": nn.Linear(32, 48), "c_attn": nn.Linear(48, 32)}))
+        self.head = nn.Linear(32, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = x + block["c_attn"](F.gelu(block["q"](x)))
+        return self.head(x)
+
+
+class Case(NamedTuple):
+    """A model, its inputs, what names its layers by endings, and the file's task."""
+
+    make: Callable[[], nn.Module]
+    inputs: dict[str, Tensor]
+    targets: list[str]
+    task_type: str | None
+
+
+def causal(make: Callable, **config: object) -> Case:
+    return Case(
+        lambda: make(**DECODER, **config), {"input_ids": IDS}, ["q_proj", "down_proj"], "CAUSAL_LM"
+    )
+
+
+def llama(**config: object) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+
+
+def qwen(**config: object) -> nn.Module:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=97,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
+        num_labels=5,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+CASES = {
+    "llama": causal(llama, tie_word_embeddings=False),
+    "llama-tied": causal(llama, tie_word_embeddings=True),
+    "qwen": causal(qwen, tie_word_embeddings=True),
+    "t5": Case(t5, {"input_ids": IDS, "decoder_input_ids": IDS}, ["q", "wo"], "SEQ_2_SEQ_LM"),
+    "vit": Case(vit, {"pixel_values": IMAGES}, ["attention.q_proj", "v_proj"], None),
+    "plain": Case(Plain, {"x": VECTORS}, ["q", "head"], None),
+}
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "loraplus": {},
+    "freeze-a": {},
+}
+
+
+def make(case: Case) -> nn.Module:
+    """Return the model in evaluation mode, the same each time, random in every parameter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = case.make()
+        perturb(model, 0.05)
+    return model.eval()
+
+
+def output(model: nn.Module, case: Case) -> Tensor:
+    result = model(**case.inputs)
+    return getattr(result, "logits", result)
+
+
+def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
+    """Return the model with our adapter and its config, and with PEFT's, of one seed."""
+    fields = {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1} | fields
+    ours = make(case)
+    as_tuples = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in {"target_modules": targets, **fields}.items()
+    }
+    config = make_config(**as_tuples)
+    torch.manual_seed(3)
+    inject(ours, config, make_layer)
+
+    task = {"task_type": case.task_type}
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(
+        make(case), peft.LoraConfig(target_modules=targets, **fields, **task)
+    )
+    return ours, config, theirs
+
+
+def steps(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Take 10 steps with all dropouts on; return the losses, and the first and last gradients."""
+    seen = {}
+    for step in range(10):
+        torch.manual_seed(step)
+        logits = output(model.train(), case).float()
+        targets = torch.arange(logits[..., 0].numel()) % logits.size(-1)
+        loss = F.cross_entropy(logits.flatten(0, -2), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        seen[f"loss {step}"] = loss.detach()
+        if step in (0, 9):
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    seen[f"{step} {short(name)}"] = parameter.grad.clone()
+        optimizer.step()
+    model.eval()
+    return seen
+
+
+def short(name: str) -> str:
+    return our_name(name).removeprefix("base_model.model.")
+
+
+def optimizers(ours: nn.Module, theirs: nn.Module, variant: str) -> tuple:
+    """Return AdamW for both, with the groups of LoRA+ or without A."""
+    lr = 1e-2
+    if variant == "freeze-a":
+        freeze_a(ours)
+        for name, parameter in theirs.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    groups = parameter_groups(trained, 4 if variant == "loraplus" else None)
+    for group in groups:
+        group["lr"] = lr * group.pop("scale")
+    mine = torch.optim.AdamW(groups, lr=lr, weight_decay=0)
+    if variant == "loraplus":
+        adamw = torch.optim.AdamW
+        return mine, create_loraplus_optimizer(theirs, adamw, lr=lr, loraplus_lr_ratio=4)
+    theirs_trained = [p for p in theirs.parameters() if p.requires_grad]
+    return mine, torch.optim.AdamW(theirs_trained, lr=lr, weight_decay=0)
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    assert ours.keys() == theirs.keys() and ours
+    for name, value in ours.items():
+        expected = theirs[name]
+        assert value.dtype == expected.dtype
+        if not torch.equal(value, expected):
+            assert relative_difference(value, expected) < tolerance, name
+
+
+def weights_in(ours: nn.Module, theirs: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return each adapted layer's W in our model and in PEFT's."""
+    pairs = []
+    for name, layer in lora_layers(ours).items():
+        other = theirs.base_model.model.get_submodule(name)
+        pairs.append((layer.base_layer.weight, other.base_layer.weight))
+    return pairs
