@@ -61,7 +61,8 @@ def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
     assert seen["loss 9"] < seen["loss 0"]
     assert_same(parameters(ours), parameters(theirs.base_model.model), close)
     trained = output(ours, case)
-    assert relative_difference(trained, output(theirs, case)) <= close
+    evaluated = 1e-6 if variant == "pissa" else close  # our PiSSA evaluates with the saved adapter
+    assert relative_difference(trained, output(theirs, case)) <= evaluated
     assert relative_difference(trained, base) > 0.01
 
     save_adapter(ours, config, tmp_path / "ours", "a-base")
