@@ -12,10 +12,10 @@
 # make test | lint | setup | clean
 # make test-lowest           the tests with the lowest versions that pyproject.toml allows
 #
-# Variables: BASE (auto, gpt2, mini, a directory), BOOK (a text file, or a directory of .txt
-# files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON lines, in place of
-# BOOK), OUT (a directory), LR, R and SEEDS (of training: --lr, --r and --seed), ADAPTER (of
-# generate; default: OUT, else runs/lora), ARGS (any further options of the command).
+# Variables: BASE (auto, gpt2, mini, a directory, or OWNER/NAME on the hub), BOOK (a text file, or a
+# directory of .txt files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON
+# lines, in place of BOOK), OUT (a directory), LR, R and SEEDS (of training: --lr, --r and --seed),
+# ADAPTER (of generate; default: OUT, else runs/lora), ARGS (any further options of the command).
 
 .NOTPARALLEL: # `make train-lora train-full compare` goes in this order, whatever -j says
 PYTHON ?= python3
@@ -50,7 +50,7 @@ help:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"error: Python 3.10 or later is needed; name one: make ... PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear .venv
-	$(PY) -m pip install --quiet --editable '.[plots]'
+	$(PY) -m pip install --quiet --editable '.[plots,hub]'
 	@touch $@
 
 .venv/dev: .venv/run
@@ -139,7 +139,7 @@ pretrain-mini: .venv/run
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 
-# What was trained (runs) and downloaded (.cache/hub) stays.
+# What was trained (runs) and placed by hand (.cache/hub) stays.
 clean:
 	rm -rf .venv .venv-lowest .cache/tokens .pytest_cache .hypothesis .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ from common.files import brief, check_number, read_json
 from lora.layer import LoRAConfig
 from lora.targets import FUSED, SLICES
 from lora.variants import config_fields, make_config
+from model.hub import split_revision
 
 CONFIG = "adapter_config.json"
 BLOCKS = "layers_to_transform"
@@ -57,10 +58,12 @@ ALPHAS = (0, 3e6)  # three slices stack the command line's 1e6
 
 def peft_config(config: LoRAConfig, base: str) -> dict[str, Any]:
     """Return the content of PEFT's file for `config`; `base`, the base's name, is informational."""
+    name, revision = split_revision(base)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision,
         **config_fields(config),
         "init_lora_weights": True,  # a reader takes A and B as they are
         "fan_in_fan_out": True,  # stock GPT-2 holds Conv1D weights, (in, out)

@@ -12,7 +12,7 @@ from common.cli import BASE
 from common.errors import UserError
 from common.files import brief, file_sha256
 from model.gpt2 import GPT2
-from model.hub import HUB_NAMES, OWNER, find_base
+from model.hub import REPOSITORIES, find_adapter, find_base
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2, weights_path
@@ -33,7 +33,8 @@ def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None)
         type=Path,
         nargs=nargs,
         metavar="DIR",
-        help="an adapter in PEFT's format; with --base auto, the base that it names is loaded",
+        help="an adapter in PEFT's format, or OWNER/NAME on the hub; with --base auto, the base "
+        "that it names is loaded",
     )
 
 
@@ -43,19 +44,22 @@ def named_base(adapter: Path) -> str:
     Raises UserError otherwise: a path in a file from elsewhere is not followed.
     """
     named = base_name(adapter)
-    if isinstance(named, str):
-        name = named.removeprefix(f"{OWNER}/")
-        if name in (*HUB_NAMES, "mini"):
+    for name, repository in REPOSITORIES.items():
+        if named in (name, repository):
             return name
+    if named == "mini":
+        return "mini"
     raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's directory")
 
 
 def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Loaded:
     """Load a base in `dtype` (`load_gpt2`), and put an adapter on it if there is one.
 
-    `auto` means the base that the adapter names. Raises UserError if the hash in the adapter's file
-    is of another base.
+    The adapter is a directory, or OWNER/NAME on the hub. `auto` means the base that it names.
+    Raises UserError if the hash in its file is of another base.
     """
+    if adapter:
+        adapter = find_adapter(str(adapter))
     if adapter and base == "auto":
         base = named_base(adapter)
     name, directory = find_base(base)

@@ -13,7 +13,7 @@ from adapters.merge import unwrap
 from common.files import file_sha256
 from lora.inject import lora_layers
 from model.gpt2 import GPT2
-from model.hub import find_base
+from model.hub import find_adapter, find_base
 from model.weights import weights_path
 
 
@@ -90,10 +90,10 @@ def load_several(
     """Load a base in `dtype` (`auto`: the one that the first adapter names) and the adapters, each
     under its path as its name.
     """
+    named = {str(directory): find_adapter(str(directory)) for directory in directories}
     if base == "auto":
-        base = named_base(directories[0])
+        base = named_base(named[str(directories[0])])
     loaded = load_model(base, None, dtype)
     _, base_directory = find_base(loaded.base)
-    named = {str(directory): directory for directory in directories}
     adapters = Adapters(loaded.model, file_sha256(weights_path(base_directory)), named)
     return loaded, adapters

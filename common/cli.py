@@ -100,8 +100,8 @@ def steps_or_seconds(text: str) -> Interval:
 BASE: dict[str, Any] = {
     "default": "auto",
     "metavar": "B",
-    "help": "directory, gpt2[-medium|-large|-xl], mini, or auto: gpt2 where it can be had, "
-    "else mini",
+    "help": "directory, gpt2[-medium|-large|-xl], distilgpt2, mini, OWNER/NAME[@REVISION] on the "
+    "Hugging Face hub, or auto: gpt2 where it can be had, else mini",
 }
 DEVICE: dict[str, Any] = {
     "default": "auto",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from model.gpt2 import GPT2, Attention
 
+NARROW = 64  # the rank of most adapters is below; there oneDNN's B x takes longer than MKL's
 LONGEST_MATRIX = 256  # tokens; in low precision, up to here the (T, T) matrix is faster
 FEW_LOGITS = 1 << 23  # per chunk, to save memory
 MANY_LOGITS = 1 << 25  # if each chunk costs kernel launches or an addition to the head's gradient
@@ -86,7 +87,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear` for x of 2 or more dimensions: by oneDNN in fp32 on a CPU."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if not ONEDNN or not fp32_on_cpu or not x.numel() or cast_or_compiled:
+    narrow = min(weight.shape) < NARROW
+    if not ONEDNN or not fp32_on_cpu or not x.numel() or narrow or cast_or_compiled:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _OneDNNLinear.apply(x, weight, bias)

@@ -19,7 +19,9 @@ from common.files import atomic_path, brief, check_number, file_sha256, read_jso
 from common.tensors import read_shapes, read_tensors, write_tensors
 from model.gpt2 import GPT2, GPT2Config
 
-CONFIG, WEIGHTS, PICKLED_WEIGHTS = "config.json", "model.safetensors", "pytorch_model.bin"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
 HEAD = "lm_head.weight"
@@ -38,9 +40,14 @@ ALIASES = {  # transformers takes either name
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
 }
-LIMITS = {"n_layer": (int, 1, 512)} | dict.fromkeys(
-    ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner"), (int, 1, 1 << 20)
-)
+WHOLE_NUMBERS = {  # fields of config.json, and the largest value that is read
+    "n_layer": 512,
+    "vocab_size": 1 << 20,
+    "n_positions": 1 << 20,
+    "n_embd": 1 << 20,
+    "n_head": 1 << 20,
+    "n_inner": 1 << 20,
+}
 
 
 def load_gpt2(
@@ -76,23 +83,33 @@ def load_gpt2(
 
 
 def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters one by one, with the shapes, (out, in), and dtypes of `needed`;
-    skip the file's causal masks. Raises UserError as `load_gpt2` does.
+    """Yield a model's parameters one by one, with the shapes, (out, in), and dtypes of `needed`.
+
+    The file's causal masks are skipped. Raises UserError as `load_gpt2` does.
     """
     keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
-    shapes = {HEAD: needed["wte.weight"].shape} | {
-        prefix + name: p.shape[::-1] if CONV1D.search(name) else p.shape
-        for name, p in needed.items()
-    }
-    tied = {HEAD} if f"{prefix}wte.weight" in keys else {f"{prefix}wte.weight"}
+    embedding = f"{prefix}wte.weight"
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
-    head = None  # the tied head, if the file has it: `shapes`, and so the loop, begins with it
+    tied = {HEAD} if embedding in keys else {embedding}  # a file may hold either, or both
+
+    shapes = {HEAD: needed["wte.weight"].shape}
+    for name, parameter in needed.items():
+        shape = parameter.shape
+        if CONV1D.search(name):
+            shape = shape[::-1]
+        shapes[prefix + name] = shape
+
+    head = None  # `shapes`, and so the loop, begins with it
     for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
-        name = "wte.weight" if key == HEAD else key.removeprefix(prefix)
+        name = key.removeprefix(prefix)
+        if key == HEAD:
+            name = "wte.weight"
         # A copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
-        value.copy_(tensor.t() if CONV1D.search(key) else tensor)
+        if CONV1D.search(key):
+            tensor = tensor.t()
+        value.copy_(tensor)
         if name != "wte.weight" or head is None:
             yield name, value
         elif not torch.equal(head, value):
@@ -103,9 +120,11 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
 def find_weights(directory: Path) -> Path | None:
     """Return the base's weights file, if any. Raises UserError if they are split into shards."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
-        if os.path.lexists(path := Path(directory) / name):  # a dangling link is no absence
+        path = Path(directory) / name
+        if os.path.lexists(path):  # a broken link is an error, not a missing file
             return path
-        if os.path.exists(index := f"{path}.index.json"):
+        index = f"{path}.index.json"
+        if os.path.exists(index):
             raise UserError(
                 f"{index}: sharded weights are not read; save one file with "
                 "transformers' save_pretrained(..., max_shard_size='100GB')"
@@ -115,17 +134,19 @@ def find_weights(directory: Path) -> Path | None:
 
 def weights_path(directory: Path) -> Path:
     """Return the base's weights file. Raises UserError if it is missing, or split into shards."""
-    if path := find_weights(directory):
-        return path
-    raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
+    path = find_weights(directory)
+    if path is None:
+        raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
+    return path
 
 
 def base_hashes(directory: Path) -> dict[str, str]:
     """Return the sha256 of the two files that decide what a base computes: its identity."""
+    hashes = {"config": file_sha256(directory / CONFIG)}
     weights = find_weights(directory)
-    return {"config": file_sha256(directory / CONFIG)} | (
-        {"weights": file_sha256(weights)} if weights else {}
-    )
+    if weights:
+        hashes["weights"] = file_sha256(weights)
+    return hashes
 
 
 def load_config(directory: Path) -> GPT2Config:
@@ -133,7 +154,23 @@ def load_config(directory: Path) -> GPT2Config:
     path = Path(directory) / CONFIG
     if os.path.exists(path.with_name("adapter_config.json")) and not os.path.exists(path):
         raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
+
     stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
+    _check_architecture(path, stored)
+    fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
+    for field, value in fields.items():
+        _check_field(path, field, value)
+
+    token_ids = {name: value for name, value in stored.items() if name.endswith("_token_id")}
+    config = GPT2Config(**fields, token_ids=token_ids)
+    if config.n_embd % config.n_head:
+        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+    return config
+
+
+def _check_architecture(path: Path, stored: dict) -> None:
+    """Raise UserError for another model's config, or a variant of GPT-2 that is not supported."""
+    # Older configs, as DialoGPT's, have no model_type.
     if "model_type" not in stored and not {"n_embd", "n_layer", "n_head"} <= stored.keys():
         raise UserError(
             f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is known"
@@ -144,17 +181,16 @@ def load_config(directory: Path) -> GPT2Config:
                 f"{path}: {field} {brief(stored[field])} is not supported, only "
                 f"{' or '.join(map(repr, known))}"
             )
-    fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
-    for field, value in fields.items():
-        if field not in SUPPORTED and (field, value) != ("n_inner", None):
-            check_number(path, field, value, *LIMITS.get(field, (int | float, 0, 1)))
-    config = GPT2Config(
-        **fields,
-        token_ids={name: value for name, value in stored.items() if name.endswith("_token_id")},
-    )
-    if config.n_embd % config.n_head:
-        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
-    return config
+
+
+def _check_field(path: Path, field: str, value: object) -> None:
+    """Raise UserError for a number that is out of range."""
+    if field in SUPPORTED or (field == "n_inner" and value is None):
+        return
+    if field in WHOLE_NUMBERS:
+        check_number(path, field, value, int, 1, WHOLE_NUMBERS[field])
+    else:  # dropouts and the LayerNorm's epsilon
+        check_number(path, field, value, int | float, 0, 1)
 
 
 def save_gpt2(
@@ -165,22 +201,33 @@ def save_gpt2(
     The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each's own.
     Raises RunError, and leaves what was there, if a number is not finite in `dtype`.
     """
-    directory = Path(directory)
-    tensors: dict[str, Tensor] = {
-        f"transformer.{name}": p.detach().t() if CONV1D.search(name) else p.detach()
-        for name, p in model.named_parameters()
-    }
-    fields = dataclasses.asdict(model.config)
-    token_ids = fields.pop("token_ids")
-    eos = token_ids.get("eos_token_id") if end_of_text is None else end_of_text
-    config = {
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if CONV1D.search(name):
+            value = value.t()
+        tensors[f"transformer.{name}"] = value
+
+    with atomic_path(Path(directory) / WEIGHTS) as temporary:
+        write_tensors(temporary, tensors, {"format": "pt"}, dtype)
+        write_json(
+            Path(directory) / CONFIG,
+            _stored_config(model.config, dtype or model.wte.weight.dtype, end_of_text),
+        )
+
+
+def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
+    """Return the content of `config.json`; the base's own token ids stay but for the end."""
+    fields = dataclasses.asdict(config)
+    token_ids = {"bos_token_id": end_of_text} | fields.pop("token_ids")
+    if end_of_text is not None:
+        token_ids["eos_token_id"] = end_of_text
+    token_ids.setdefault("eos_token_id", None)
+    return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         **fields,
-        "n_ctx": model.config.n_positions,
-        **{"bos_token_id": end_of_text, **token_ids, "eos_token_id": eos},
-        "torch_dtype": str(dtype or model.wte.weight.dtype).removeprefix("torch."),
+        "n_ctx": config.n_positions,
+        **token_ids,
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    with atomic_path(directory / WEIGHTS) as temporary:
-        write_tensors(temporary, tensors, {"format": "pt"}, dtype)
-        write_json(directory / CONFIG, config)

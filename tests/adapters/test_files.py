@@ -61,6 +61,7 @@ def test_the_files_are_pefts(base, tmp_path):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": "gpt2-medium",
+        "revision": None,
         "r": 2,
         "lora_alpha": 3,
         "lora_dropout": 0.25,

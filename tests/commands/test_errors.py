@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import evaluate
 import generate
 import train
 from adapters import merge
 from common.cli import Interval, number, steps_or_seconds
+from model.hub import GPT2_REVISION
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
 from training.options import ROOT
@@ -31,7 +33,7 @@ COMMANDS = {  # each would succeed
     "merge": (merge.main, "--base base --adapter run --out out"),
 }
 MODEL = "model.safetensors"
-HUB = "hub/models--openai-community--gpt2/snapshots/main"
+HUB = f"hub/models--openai-community--gpt2/snapshots/{GPT2_REVISION}"
 LONG = 300 * "x"
 
 
@@ -64,7 +66,7 @@ def workspace(base, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setenv("HF_HUB_CACHE", str(workspace / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(workspace / "hub"))  # read at import
 
 
 def state(place: Path) -> dict[Path, tuple[int, int]]:

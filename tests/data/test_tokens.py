@@ -9,18 +9,43 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from data import tokens as tokens_module
 from data.tokens import load_books, load_tokens
 from model import tokenizer_files
-from model.tokenizer import END_OF_TEXT, Tokenizer
+from model.tokenizer import END_OF_TEXT, TiktokenTokenizer, Tokenizer
 from model.tokenizer_files import load_tokenizer
-from tests.helpers import refusal, small_tokenizer
+from tests.helpers import refusal, small_tokenizer, write_small_tokenizer
 
-GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2, 50257), small_tokenizer(300)
-OTHER_PATTERN = replace(SMALL, pattern=r"\p{L}+(?= )|\s|.")
+
+def other_pattern() -> Tokenizer:
+    """SMALL, where the word before a space is another than the one at the end of a piece."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_small_tokenizer(Path(directory), 300)
+        path = Path(directory, "tokenizer.json")
+        engine = tokenizers.Tokenizer.from_file(str(path))
+        split = pre_tokenizers.Split(Regex(r"\p{L}+(?= )|\s|."), "isolated")
+        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        engine.pre_tokenizer = pre_tokenizers.Sequence([split, last])
+        engine.save(str(path))
+        return load_tokenizer(Path(directory), 300)
+
+
+def bert() -> Tokenizer:
+    """A WordPiece tokenizer of the characters in PARTS."""
+    with tempfile.TemporaryDirectory() as directory:
+        characters = [*"sa1.é汉😀'", *(f"##{c}" for c in "sa1é汉😀l"), "##ll"]
+        words = ["[UNK]", "[SEP]", "[MASK]", *characters]
+        Path(directory, "vocab.txt").write_text("\n".join(words))
+        return load_tokenizer(Path(directory), 300)
+
+
+GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2_FILES, 50257), small_tokenizer(300)
+OTHER_PATTERN, BERT = other_pattern(), bert()
 WHITE_SPACE = [replace(SMALL, special={text: 299}) for text in ("a '", "1 ", "\n\n")]
 TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
 PARTS = [*" \n\r\t'sa1.é汉\u00a0\u3000\x1c\x85\u200d\ufeff😀", END_OF_TEXT, "'ll", "  ", "\n\n\n"]
@@ -40,7 +65,7 @@ def write(directory: Path, content: str | bytes) -> Path:
 @given(
     parts=st.lists(st.sampled_from(PARTS)),
     piece=st.integers(1, 50),
-    tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, *WHITE_SPACE]),
+    tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, BERT, *WHITE_SPACE]),
 )
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[0])
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[1])
@@ -68,15 +93,15 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
     monkeypatch.setattr(load_tokens, "__defaults__", (tmp_path / "cache",))
     texts = tmp_path / "some texts"
     texts.mkdir()
-    for name in ("b.txt", "a.txt", "notes.md"):
+    for name in ("b.txt", "A.TXT", "notes.md"):
         (texts / name).write_text(f"The text of {name}.\n")
-    a, b = (GPT2.encode(f"The text of {name}.\n").tolist() for name in ("a.txt", "b.txt"))
+    a, b = (GPT2.encode(f"The text of {name}.\n").tolist() for name in ("A.TXT", "b.txt"))
     end = [GPT2.end_of_text]
     for paths, ids in (
         ([texts / "b.txt"], b),
         ([texts], a + end + b),
-        ([texts / "b.txt", texts / "a.txt"], b + end + a),
-        ([texts, texts / "a.txt"], a + end + b + end + a),
+        ([texts / "b.txt", texts / "A.TXT"], b + end + a),
+        ([texts, texts / "A.TXT"], a + end + b + end + a),
     ):
         tokens = load_books(paths, GPT2)
         assert tokens.tolist() == ids and tokens.dtype == np.uint16
@@ -96,9 +121,9 @@ def test_memory_does_not_grow_with_the_book(tmp_path):
     script = f"""
 from pathlib import Path
 from data.tokens import load_tokens
-from model.tokenizer import PATTERN, Tokenizer
+from model.tokenizer import TiktokenTokenizer
 letters = tuple(bytes([i]) for i in range(256))
-tokenizer = Tokenizer(PATTERN, letters, tuple(range(256)), {{}}, None, 256, Path())
+tokenizer = TiktokenTokenizer({{}}, None, 256, Path(), {{}}, letters, tuple(range(256)))
 for book in ("1.txt", "8.txt"):
     load_tokens(Path({str(tmp_path)!r}, book), tokenizer, Path({str(tmp_path / "cache")!r}))
     print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
@@ -120,6 +145,45 @@ def test_a_second_run_reads_the_cache(tmp_path):
     assert load_tokens(copy, SMALL, cache).tolist() == whole(TEXT)
     assert [*cache.iterdir()] == [path]
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+DAMAGES = {
+    "cut": lambda data: data[:1000],
+    "cut to an odd length": lambda data: data[:-1],
+    "cut in the hash": lambda data: data[:7],
+    "empty": lambda data: b"",
+    "zeroed": lambda data: bytes(len(data)),
+    "zeroed at the end": lambda data: data[:-512] + bytes(512),
+    "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:],
+    "one bit of the hash": lambda data: bytes([data[0] ^ 1]) + data[1:],
+    "longer": lambda data: data + b"ab",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_made_again_with_one_line(damage, tmp_path, capsys):
+    book, cache = write(tmp_path, 20 * TEXT), tmp_path / "cache"
+    load_tokens(book, SMALL, cache)
+    [path] = cache.iterdir()
+    whole_file = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](whole_file))
+    assert capsys.readouterr().err == ""
+    assert load_tokens(book, SMALL, cache).tolist() == whole(20 * TEXT)
+    assert capsys.readouterr().err == f"warning: {path}: is damaged; making it again\n"
+    assert path.read_bytes() == whole_file
+    assert load_tokens(book, SMALL, cache).tolist() == whole(20 * TEXT)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_cache_of_another_book_is_not_believed(tmp_path, capsys):
+    cache = tmp_path / "cache"
+    load_tokens(write(tmp_path, TEXT), SMALL, cache)
+    [first] = cache.iterdir()
+    load_tokens(write(tmp_path, TEXT + "More."), SMALL, cache)
+    [second] = {*cache.iterdir()} - {first}
+    second.write_bytes(first.read_bytes())
+    assert load_tokens(tmp_path / "book.txt", SMALL, cache).tolist() == whole(TEXT + "More.")
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
@@ -144,8 +208,8 @@ def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tokens_module, "PIECE", 20)
-    calls = iter([Tokenizer.encode] * 2)
-    monkeypatch.setattr(Tokenizer, "encode", lambda *args: next(calls, interrupt)(*args))
+    calls = iter([TiktokenTokenizer.encode] * 2)
+    monkeypatch.setattr(TiktokenTokenizer, "encode", lambda *args: next(calls, interrupt)(*args))
     with pytest.raises(KeyboardInterrupt):
         load_tokens(write(tmp_path, TEXT), SMALL, tmp_path / "cache")
     assert next(calls, None) is None and list((tmp_path / "cache").iterdir()) == []
@@ -158,6 +222,8 @@ BAD_BOOKS = {
     "after a byte order mark": (b"\xef\xbb\xbfabc\xffdef", "byte 6: invalid start byte"),
     "cut in a character": ("日本".encode()[:-1], "byte 3: unexpected end of data"),
     "far into it": ("日本 ".encode() * 50_000 + b"\xe6 ", "byte 350,000: invalid continuation"),
+    "NULs": (bytes(3000), "holds a NUL"),
+    "a NUL": (b"a b" * 50_000 + b"\0", "holds a NUL"),
     "no spaces": (b"a b" + b"x" * 300_000 + b" c", "characters without a space or a new line"),
     "only blanks": (b"a" + b" " * 3_000_000, "characters without a space or a new line"),
 }

@@ -1,5 +1,7 @@
 """List the files that the campaign damages, each with its reader and the check of its result."""
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -16,9 +18,10 @@ from adapters.files import WEIGHTS, load_adapter, save_adapter
 from common.errors import UserError
 from data.tokens import load_tokens
 from lora.inject import lora_layers
+from model.tokenizer import TiktokenTokenizer
 from model.tokenizer_files import FAST, load_tokenizer
 from model.weights import CONV1D, load_gpt2
-from tests.fault.mutate import mutate_json, mutate_safetensors, mutate_text
+from tests.fault.mutate import mutate_bytes, mutate_json, mutate_safetensors, mutate_text
 from tests.fault.runs import BOOK
 from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
 from tests.pairs import adapted
@@ -46,8 +49,12 @@ def prepare(directory: Path) -> None:
     base, _ = tiny_gpt2_directory(directory / "base")
     save_adapter(*adapted(base, r=3), directory / "adapter", "gpt2", "0" * 64)
     (directory / "book.txt").write_bytes(TEXT.encode())
+    (directory / "whole.txt").write_bytes(TEXT.encode())
     trained("lora", base, directory / "book.txt", directory / "run", "--max-steps", 1)
     shutil.copy(directory / "run" / CHECKPOINT, directory / "saved")
+    load_tokens(directory / "whole.txt", TOKENIZER, directory / "made")
+    [made] = (directory / "made").iterdir()
+    shutil.copy(made, directory / "tokens.bin")
     for target in TARGETS:  # and what a first call imports is not the damaged file's cost
         target.check(directory)
 
@@ -107,10 +114,22 @@ def check_tokens(directory: Path) -> None:
         shutil.rmtree(directory / "cache", ignore_errors=True)
 
 
+def check_cache(directory: Path) -> None:
+    """Whatever the cached file holds, the tokens are the book's."""
+    [made] = (directory / "made").iterdir()
+    shutil.copy(directory / "tokens.bin", made)
+    with contextlib.redirect_stderr(io.StringIO()):
+        tokens = load_tokens(directory / "whole.txt", TOKENIZER, directory / "made")
+    assert np.array_equal(tokens, TOKENIZER.encode(TEXT.replace("\r\n", "\n")))
+
+
 def check_tokenizer(directory: Path) -> None:
-    """Every id is one of the model's, and the ids of a text give the text back."""
+    """Every id is one of the model's, and GPT-2's ids of a text give the text back."""
     tokenizer = load_tokenizer(directory / "base", VOCAB)
     ids = tokenizer.encode(TEXT)
+    assert all(token < VOCAB for token in ids.tolist())
+    if not isinstance(tokenizer, TiktokenTokenizer):
+        return
     alias = any(token in TEXT for token in tokenizer.special)  # of the end of text
     assert alias or b"".join(tokenizer.bytes_of[i] for i in ids.tolist()) == TEXT.encode()
     assert len(tokenizer.byte_counts) == VOCAB
@@ -124,6 +143,7 @@ TARGETS = (
     Target("run checkpoint", f"run/{CHECKPOINT}", mutate_safetensors, check_checkpoint),
     Target("tokenizer", f"base/{FAST}", mutate_json, check_tokenizer),
     Target("book", "book.txt", mutate_text, check_tokens),
+    Target("token cache", "tokens.bin", mutate_bytes, check_cache),
 )
 
 
