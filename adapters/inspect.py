@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adapters.factors import read_factors
 from adapters.load import load_model
+from adapters.quantisation import NONE
 from common.cli import Parser, print_table
 from common.errors import run_command
 from common.figures import can_draw, save_figure, subplots
@@ -40,7 +41,7 @@ def describe(s: Tensor) -> list[str]:
 
 def weight_norms(base: str, adapter: Path) -> dict[str, float]:
     """Return the norm of the base's own weight in each layer that the adapter changes."""
-    layers = lora_layers(load_model(base, adapter).model)
+    layers = lora_layers(load_model(base, adapter, quantise=NONE).model)
     return {name: layer.base_layer.weight.norm().item() for name, layer in layers.items()}
 
 

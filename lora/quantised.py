@@ -94,6 +94,8 @@ class QuantisedLinear(nn.Linear):
     nothing, and so adapters are not merged into it.
     """
 
+    kind: str  # the name by which options and files know the subclass
+
     def __init__(self, layer: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would make a weight
         self.in_features = layer.in_features
@@ -160,6 +162,7 @@ class Int8Linear(QuantisedLinear):
     Shapes: codes int8 (out, in), absmax fp32 (out,): 8 + 32 / in bits a weight.
     """
 
+    kind = "int8"
     codes: Tensor
     absmax: Tensor
 
@@ -183,6 +186,7 @@ class NF4Linear(QuantisedLinear):
     4 + 32 / 64 = 4.5 bits a weight, or 4 + 8 / 64 + 32 / (64 * 256) = 4.127.
     """
 
+    kind = "nf4"
     codes: Tensor
     pairs: Tensor
     absmax: Tensor
@@ -224,12 +228,19 @@ class NF4Linear(QuantisedLinear):
         return blocks.flatten()[:count].view(self.out_features, self.in_features).to(dtype)
 
 
-LAYERS: dict[str, type[QuantisedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
+LAYERS: dict[str, type[QuantisedLinear]] = {layer.kind: layer for layer in (NF4Linear, Int8Linear)}
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
     """Return the model's quantised layers by module name, in module order."""
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """Return the kind of the model's quantised layers, or None if it has none."""
+    for layer in quantised_layers(model).values():
+        return layer.kind
+    return None
 
 
 def quantised_weights(model: nn.Module) -> int:
