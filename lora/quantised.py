@@ -20,10 +20,11 @@ SCALE_BLOCK = 256  # scales that share a scale of their own
 def nf4_levels() -> Tensor:
     """Return the 16 levels of 4-bit NormalFloat, fp32 (16,), ascending from -1 to 1.
 
-    Weights are close to normally distributed. With levels at quantiles of the normal distribution,
-    about equally many weights round to each (paper, section 3). Evenly spaced probabilities from
-    the tail to 1/2, where the quantile is 0, give 8 levels above 0 and 7 below it. The 16th is 0
-    itself, so that a weight of 0 stays 0. Division by the largest puts them into [-1, 1].
+    Weights are close to normally distributed, so the levels are quantiles of the normal
+    distribution: close together where weights are many (paper, section 3). Evenly spaced
+    probabilities from the tail to 1/2, where the quantile is 0, give 8 levels above 0 and 7 below.
+    The 16th is 0 itself, so that a weight of 0 stays 0. Division by the largest puts them into
+    [-1, 1].
 
     The paper's equation 4 takes the means of neighbouring quantiles; its appendix E and its code
     have the quantiles themselves. They begin at (1 - 1/32 + 1 - 1/30) / 2, since the quantile of 1
