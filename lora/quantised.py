@@ -204,14 +204,12 @@ class NF4Linear(QuantisedLinear):
         self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # the first is high
         # What each byte stands for: dequantising looks two weights up at once.
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
-        if not double:
-            self.register_buffer("absmax", absmax)
-            return
-        absmax_codes, scales, mean = quantise_scales(absmax)
-        self.register_buffer("absmax", absmax_codes)
-        self.register_buffer("scale_levels", scale_levels(), persistent=False)
-        self.register_buffer("scales", scales)
-        self.register_buffer("mean", mean)
+        if double:
+            absmax, scales, mean = quantise_scales(absmax)
+            self.register_buffer("scale_levels", scale_levels(), persistent=False)
+            self.register_buffer("scales", scales)
+            self.register_buffer("mean", mean)
+        self.register_buffer("absmax", absmax)
         self.to(layer.weight.device)
 
     def block_scales(self) -> Tensor:
@@ -223,7 +221,10 @@ class NF4Linear(QuantisedLinear):
         return levels * scale_of_each + self.mean
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        blocks = F.embedding(self.codes.int(), self.pairs).view(-1, BLOCK)  # levels, (n / 64, 64)
+        # A row of two fp32 levels is one int64 here: picking numbers is faster than picking rows.
+        pairs = self.pairs.view(torch.int64).flatten()  # (256,)
+        picked = torch.index_select(pairs, 0, self.codes.flatten().int())  # (n / 2,)
+        blocks = picked.view(torch.float32).view(-1, BLOCK)  # levels
         blocks *= self.block_scales()[:, None]
         count = self.out_features * self.in_features
         return blocks.flatten()[:count].view(self.out_features, self.in_features).to(dtype)

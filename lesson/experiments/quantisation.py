@@ -161,7 +161,7 @@ def draw(data: dict[str, Any]) -> Any:
     int8 = (torch.arange(-127, 128) / 127).tolist()
     levels.vlines(int8, -0.06 * height, 0, color=BLUE, linewidth=0.5, label="int8's 255")
     levels.set(
-        xlabel=f"weight / largest of its block of {BLOCK}",
+        xlabel=f"weight / absmax of its block of {BLOCK}",
         ylabel="share of the weights in a bin",
         ylim=(-0.06 * height, 1.2 * height),
     )
@@ -180,7 +180,7 @@ def draw(data: dict[str, Any]) -> Any:
     for row, kind in enumerate(KINDS):
         for what, colour in (("base", GREY), ("trained", RED)):
             found = [run[what] for run in data["losses"][kind]]
-            runs.plot(found, [row] * len(found), "o", color=colour, label=what if not row else None)
+            runs.plot(found, [row] * len(found), "o", color=colour)
             runs.annotate(
                 f"{mean(found):.3f}",
                 (mean(found), row),
@@ -189,9 +189,11 @@ def draw(data: dict[str, Any]) -> Any:
                 ha="center",
                 fontsize=9,
             )
-    runs.set(yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS) - 0.5, -0.6))
-    runs.set(xlabel="nats a token; LoRA's points are the seeds'", xmargin=0.15)
-    runs.legend(loc="center")
+    runs.set(yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS) - 0.5, -1))
+    runs.set(xlabel="nats a token", xmargin=0.15)
+    runs.plot([], [], "o", color=GREY, label="the base")
+    runs.plot([], [], "o", color=RED, label="LoRA trained on it, three seeds")
+    runs.legend(loc="upper center", fontsize=9)
     return figure
 
 
