@@ -91,6 +91,7 @@ test-lowest: .venv-lowest/dev
 lint: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 # On mini; ARGS: one experiment's name and its options.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate rank targets \
@@ -141,5 +142,6 @@ pretrain-mini: .venv/run
 
 # What was trained (runs) and placed by hand (.cache/hub) stays.
 clean:
-	rm -rf .venv .venv-lowest .cache/tokens .pytest_cache .hypothesis .ruff_cache *.egg-info
+	rm -rf .venv .venv-lowest .cache/tokens .pytest_cache .hypothesis .ruff_cache .mypy_cache \
+		*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -75,9 +75,9 @@ def make_trainer(
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """Rise linearly to `peak` over the first ceil(warmup_ratio * total) steps, then fall along half
-    a cosine towards zero (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983). Steps count
-    from 0; the rate of step 0 is not zero.
+    """Return a step's rate: it rises linearly to `peak` over the first ceil(warmup_ratio * total)
+    steps, then falls along half a cosine towards zero (Loshchilov & Hutter 2016,
+    https://arxiv.org/abs/1608.03983). Steps count from 0; the rate of step 0 is not zero.
     """
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
@@ -110,7 +110,8 @@ class Trainer:
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
         fp16 = device.precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=fp16)
-        self.scaler.scale(torch.zeros((), device=device.torch_device))  # a rank may have no windows
+        # The scaler makes its scale at its first loss, and a rank may have none.
+        self.scaler.scale(torch.zeros((), device=device.torch_device))
         # The loss is not compiled: its loop over chunks would be unrolled into a long program.
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
 
@@ -157,7 +158,7 @@ class Trainer:
         self.meter.end_step(self.progress.step, total_loss, tokens, grad_norm)
 
     def parts(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Split this rank's share of a batch, all of it unless torchrun started us, into parts."""
+        """Split this rank's share of a batch into parts; without torchrun it is all of it."""
         mine = np.array_split(batch, self.ranks.count)[self.ranks.rank]
         if not len(mine):  # there are fewer windows than ranks
             return []
@@ -170,7 +171,7 @@ class Trainer:
         """
         hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
-        if self.options.data:  # only completions are scored; of a window, every token is
+        if self.options.data:  # of an example only completions are scored
             scored = scored_positions(targets)
             hidden = hidden[self.device.copy(scored)]
             targets = targets[scored]
@@ -263,8 +264,8 @@ def validate(trainer: Trainer, session: Session) -> dict[str, float]:
         progress.best_val_loss = scores.loss
         progress.best_val_bits_per_byte = scores.bits_per_byte
         if trainer.ranks.first:
-            session.write_identity()  # so that --resume of another run does not delete this model
-            save_model(trainer, session.identity.base_weights_sha256)
+            with session.replacing_best_model():
+                save_model(trainer, session.identity.base_weights_sha256)
         line += ", best so far"
     tqdm.write(line)
     return {

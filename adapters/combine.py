@@ -12,7 +12,7 @@ from adapters.factors import Factors, read_factors, truncate, write_factors
 from adapters.files import base_hash
 from common.cli import Parser, number
 from common.errors import UserError, run_command
-from common.files import brief, refuse_existing
+from common.files import brief, new_directory, refuse_existing
 
 
 def combine(
@@ -71,7 +71,7 @@ class Base(NamedTuple):
 def common_base(directories: Sequence[Path]) -> Base:
     """Return the base of all these adapters; note what could not be checked.
 
-    Raises UserError if the hashes of two differ. An adapter from elsewhere has none.
+    Raises UserError if the hashes of two differ. An adapter from elsewhere has no hash.
     """
     hashes = {directory: base_hash(directory) for directory in directories}
     hashed = [directory for directory in directories if hashes[directory]]
@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     adapters = [read_factors(directory) for directory in args.adapters]
     total, kept = combine(adapters, weights, args.rank)
-    write_factors(total, args.out, base.name, base.sha256)
+    with new_directory(args.out) as directory:
+        write_factors(total, directory, base.name, base.sha256)
     rank = next(iter(total.values())).rank
     print(f"{args.out}: rank {rank}, {kept:.2%} of the sum's squared norm")
 

@@ -1,4 +1,4 @@
-"""Read, strictly, and fill adapter_config.json, PEFT's file of an adapter's hyper-parameters."""
+"""Read adapter_config.json, PEFT's file of hyper-parameters, strictly; compose our own."""
 
 import os
 import re
@@ -48,7 +48,7 @@ SUPPORTED: dict[str, tuple] = {
     "use_rslora": (True, False),
     "use_dora": (True, False),
     "fan_in_fan_out": (True, False),  # how the base stores W; A and B are stored alike in both
-    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the first A and B out of W: another base.
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the first B A from W: theirs is another base.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
 UNUSED: tuple = (None, False, [], {})  # the values that switch off any other field of PEFT's
@@ -143,7 +143,7 @@ def _pattern(path: Path, stored: dict, field: str, kind: Any, low: float, high: 
 
 
 def base_name(directory: Path) -> object:
-    """Return the base's name in the config: for people, since a path may mean another model."""
+    """Return the base's name in the config. It is informational: a path may mean another model."""
     return _read(Path(directory) / CONFIG).get("base_model_name_or_path")
 
 

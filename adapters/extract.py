@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters.factors import Factors, truncate, write_factors
 from common.cli import BASE, Parser, number, print_table
 from common.errors import UserError, run_command
-from common.files import brief, file_sha256, read_json, refuse_existing
+from common.files import brief, file_sha256, new_directory, read_json, refuse_existing
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.slices import SlicedLoRALinear
@@ -39,7 +39,7 @@ def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
 
 
 def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
-    """Inject LoRA into a model without data; return the names of the layers it has then.
+    """Inject LoRA into a model on the meta device; return the names of the adapted layers.
 
     Raises UserError for a rank or targets that do not fit the model.
     """
@@ -133,7 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     changes = read_changes(base_weights, weights_path(args.full), needed)
     found = extract(changes, layers, args.rank)
-    write_factors(found.factors, args.out, base, base_sha256)
+    with new_directory(args.out) as directory:
+        write_factors(found.factors, directory, base, base_sha256)
 
     explains = [f"rank {k} explains" for k in shown_ranks(args.rank)]
     print_table(["layer", "norm of the change", *explains], found.rows)

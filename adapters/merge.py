@@ -10,7 +10,7 @@ from adapters.load import add_model_options, load_model
 from common.cli import Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
-from common.files import refuse_existing
+from common.files import new_directory, refuse_existing
 from lora.inject import lora_layers
 from lora.quantised import dequantise
 from model.tokenizer_files import save_tokenizer
@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         share = rounding_cost(model, dtype)
         print(f"{dtype}: rounding changes the update by {share:.1%} of its norm; fp32 keeps it all")
     unwrap(model)
-    save_gpt2(model, args.out, dtype, tokenizer.end_of_text)
-    save_tokenizer(tokenizer, args.out)
+    with new_directory(args.out) as directory:
+        save_gpt2(model, directory, dtype, tokenizer.end_of_text)
+        save_tokenizer(tokenizer, directory)
     merged = f"{base} + {args.adapter}" if args.adapter else base
     print(f"{merged} -> {args.out}")
 

@@ -174,8 +174,8 @@ def tune_process() -> None:
     # every 4 KiB (mallopt(3)). Full fine-tuning, with new gradients at each step, waits longest.
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap as well,
-        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+        mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap, too
+        mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's memory back
     # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
     # new shape: in generation, at each token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -27,7 +27,7 @@ def subplots(
     rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any
 ) -> "tuple[Figure, Any]":
     """Return a new figure and its axes, as matplotlib's `subplots` does with these settings."""
-    os.environ["MPLBACKEND"] = "agg"  # `!` commands inherit a notebook's, which may be missing here
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's `!` inherits its own, which may be missing
     from matplotlib.figure import Figure  # slow to import, and few commands draw
 
     figure = Figure(figsize, layout="constrained")

@@ -4,6 +4,7 @@ A command imports this before torch, which takes seconds, so that a signal shows
 """
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
     if getattr(sys, _name) is None:  # closed by the caller, as with `>&-`
         setattr(sys, _name, open(os.devnull, _mode))  # noqa: SIM115
 
-unfinished: set[Path] = set()  # temporary files that are being written (`files.atomic_path`)
+unfinished: set[Path] = set()  # temporary files and directories that are being written
 
 # Leave SIGHUP alone where `nohup` ignores it: the run is to outlive its terminal.
 HANDLED = [signal.SIGINT, signal.SIGTERM]
@@ -79,7 +80,10 @@ def _leave_closed_terminals() -> None:
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """Exit without an exception, which an import or a destructor could swallow or print."""
     for path in list(unfinished):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     with suppress(Exception):
         sys.stdout.flush()
     say("error: interrupted")

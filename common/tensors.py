@@ -141,7 +141,7 @@ def _open_pickle(path: Path) -> tuple[dict[str, list[int]], Callable[[str], obje
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite: if any is not, nor is the least or the largest."""
+    """Return whether all numbers are finite: any other shows in the minimum or the maximum."""
     if tensor.numel() == 0:
         return True
     least, largest = tensor.aminmax()  # unlike torch.isfinite(tensor), it makes no second tensor

@@ -125,7 +125,7 @@ class LoRALinear(nn.Module):
 
 
 def stacked(config: LoRAConfig, n: int) -> LoRAConfig:
-    """Return the config of plain LoRA of rank n * r: n adapters' A and B stacked, scaled alike."""
+    """Return the config of n adapters stacked into one of rank n * r, with the same scaling."""
     alpha_factor = math.sqrt(n) if config.use_rslora else n
     return LoRAConfig(
         r=n * config.r,

@@ -22,11 +22,13 @@ class PiSSALinear(LoRALinear):
     https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
     With W = U S V^T: B0 = U[:, :r] sqrt(S[:r] / scaling) (out, r) and A0 = sqrt(S[:r] / scaling)
-    V[:, :r]^T (r, in). A new adapter changes nothing, up to rounding. A resumed run computes A0, B0
-    and the remainder again from W; the given layer is copied, not changed. Raises ValueError for a
-    rank outside 1 .. min(in, out) / 2: the saved adapter, which fits W, has twice the rank.
+    V[:, :r]^T (r, in). A new adapter changes nothing, up to rounding. In evaluation mode the layer
+    computes W x + b + scaling * (B A - B0 A0) x, as the saved adapter does. A resumed run computes
+    A0, B0 and the remainder again from W; the given layer is copied, not changed. Raises ValueError
+    for a rank outside 1 .. min(in, out) / 2: the saved adapter, which fits W, has twice the rank.
     """
 
+    original: Tensor  # W (out, in), which the given layer and the saved adapter share
     initial_A: Tensor
     initial_B: Tensor
 
@@ -38,8 +40,13 @@ class PiSSALinear(LoRALinear):
             raise ValueError("PiSSA changes W, which is quantised")
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
         self._take_out_of_w()
-        self.register_buffer("initial_A", self.lora_A.weight.detach().clone(), persistent=False)
-        self.register_buffer("initial_B", self.lora_B.weight.detach().clone(), persistent=False)
+        buffers = {
+            "original": base_layer.weight,
+            "initial_A": self.lora_A.weight.clone(),
+            "initial_B": self.lora_B.weight.clone(),
+        }
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor.detach(), persistent=False)
 
     @torch.no_grad()
     def _take_out_of_w(self) -> None:
@@ -54,11 +61,22 @@ class PiSSALinear(LoRALinear):
         weight.data = (weight.float() - start).to(weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        if self.enabled:
+        if self.merged or (self.training and self.enabled):
+            return super().forward(x)
+        return self.as_saved(x)
+
+    def as_saved(self, x: Tensor) -> Tensor:
+        """Return what the base computes and, unless disabled, the saved adapter on it.
+
+        In low precision the remainder is rounded, so that remainder + B0 A0 is not quite W. A
+        validation must measure what is saved.
+        """
+        y = F.linear(x, self.original.to(self.base_layer.weight.dtype), self.base_layer.bias)
+        if not self.enabled:
             return y
-        start = F.linear(F.linear(x.to(self.initial_A.dtype), self.initial_A), self.initial_B)
-        return (y + start * self.scaling).to(y.dtype)  # W x + b, up to rounding
+        saved = self.saved_tensors()
+        h = F.linear(self.in_adapter_precision(x), saved["lora_A.weight"])  # (..., 2 r)
+        return (y + F.linear(h, saved["lora_B.weight"]) * self.scaling).to(y.dtype)
 
     def unwrapped(self) -> nn.Linear:
         """Return the linear layer inside. Raises ValueError unless the adapter is merged."""

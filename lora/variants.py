@@ -19,30 +19,34 @@ LAYERS: dict[type[LoRAConfig], type[LoRALinear]] = {
     DoRAConfig: DoRALinear,
     PiSSAConfig: PiSSALinear,
 }
+PLAIN = {"use_dora": False, "init_lora_weights": True}  # what PEFT's fields say of no variant
 EXCLUSIVE = "DoRA, PiSSA and slices of a layer exclude each other"
 
 
-def make_config(
-    use_dora: bool = False, init_lora_weights: bool | str = True, **fields: Any
-) -> LoRAConfig:
-    """Return the config that PEFT's fields ask for.
+def make_config(**asked: Any) -> LoRAConfig:
+    """Return the config that PEFT's fields ask for: plain LoRA's, or that of the one variant whose
+    own field has its value.
 
     Raises ValueError for variants that are not known here, or that exclude each other.
     """
-    if init_lora_weights not in (True, "pissa"):
-        raise ValueError(f"init_lora_weights {init_lora_weights!r} is not True or 'pissa'")
-    if use_dora and init_lora_weights == "pissa":
+    variants = {name: asked.pop(name, value) for name, value in PLAIN.items()}
+    kinds = []
+    for name, value in variants.items():
+        if value == PLAIN[name]:
+            continue
+        known = [kind for kind in LAYERS if getattr(kind, name, None) == value]
+        if not known:
+            raise ValueError(f"{name} {value!r} is not supported")
+        kinds += known
+    if len(kinds) > 1:
         raise ValueError(EXCLUSIVE)
-    if use_dora:
-        return DoRAConfig(**fields)
-    if init_lora_weights == "pissa":
-        return PiSSAConfig(**fields)
-    return LoRAConfig(**fields)
+    kind = kinds[0] if kinds else LoRAConfig
+    return kind(**asked)
 
 
 def config_fields(config: LoRAConfig) -> dict[str, Any]:
     """Return every field that PEFT has for LoRA and its variants, with its value."""
-    return {"use_dora": False, "init_lora_weights": True} | asdict(config)
+    return PLAIN | asdict(config)
 
 
 def make_layer(layer: nn.Linear, config: LoRAConfig, slices: Collection[str] = ()) -> LoRALinear:

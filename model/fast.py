@@ -5,14 +5,14 @@ of one model these classes; parameters, buffers and names stay as they are.
 
 | replaced | by | why |
 |---|---|---|
-| `nn.Linear` on a CPU, fp32 | oneDNN's matmul | it is faster than MKL's |
+| `nn.Linear` on a CPU, fp32, not narrow | oneDNN's matmul | it is faster than MKL's |
 | `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
 | attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
-| the loss and the scores | logits in chunks | they are never whole |
+| the loss and the scores | logits in chunks | whole, they would be the largest tensor |
 
-Elsewhere, and under torch.compile, they call what they replace. `python -m benchmarks.operations`
-measures what each of them gains (docs/speed.md), and tests/model/test_fast.py holds each to its
-parent.
+On other devices they call what they replace, the loss excepted; so do, under torch.compile, linear
+layers and dropout. `python -m benchmarks.operations` measures what each of them gains
+(docs/speed.md), and tests/model/test_fast.py holds each to its parent.
 """
 
 import math
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from model.gpt2 import GPT2, Attention
 
-NARROW = 64  # the rank of most adapters is below; there oneDNN's B x takes longer than MKL's
+NARROW = 64  # a weight with a smaller side, as A and B have, stays MKL's: oneDNN is slower there
 LONGEST_MATRIX = 256  # tokens; in low precision, up to here the (T, T) matrix is faster
 FEW_LOGITS = 1 << 23  # per chunk, to save memory
 MANY_LOGITS = 1 << 25  # if each chunk costs kernel launches or an addition to the head's gradient
@@ -55,7 +55,7 @@ class FastAttention(Attention):
 
 
 class FastGPT2(GPT2):
-    """GPT-2 whose logits, in training and scoring, exist in chunks alone."""
+    """GPT-2 that computes its logits, in training and scoring, only chunk by chunk."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.wte.weight)
@@ -84,7 +84,7 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear` for x of 2 or more dimensions: by oneDNN in fp32 on a CPU."""
+    """Compute `F.linear` for 2 or more dimensions: in fp32 on a CPU by oneDNN, if W is wide."""
     fp32_on_cpu = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
     cast_or_compiled = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     narrow = min(weight.shape) < NARROW

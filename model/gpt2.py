@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
 
 def extra_scale_of_q(config: GPT2Config, layer: int) -> float:
-    """Return the factor of q beside attention's own 1 / sqrt(D): 1, unless the config differs."""
+    """Return q's factor besides attention's own 1 / sqrt(D): 1 unless the config says otherwise."""
     scale = 1.0
     if not config.scale_attn_weights:
         scale *= math.sqrt(config.n_embd / config.n_head)
@@ -196,8 +196,9 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        Autocast leaves embeddings in fp32, but a frozen model may hold rounded ones. Under autocast
-        evaluation rounds trained ones, too, so that the loss is the same in training and after.
+        A frozen model holds its embeddings in the run's precision, a trained one in fp32. Under
+        autocast, evaluation rounds these as well, so that a model has one loss, in training and
+        after.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)
@@ -257,8 +258,8 @@ class GPT2(nn.Module):
 
 
 def new_embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding of which no weight is drawn yet: `init_weights` does, or a file has it.
+    """Return an embedding whose weight is yet to be set, by `init_weights` or from a file.
 
-    `nn.Embedding(rows, width)` would draw, and on the meta device import PyTorch's compiler.
+    `nn.Embedding(rows, width)` would draw it, which on the meta device imports PyTorch's compiler.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -37,7 +37,7 @@ TOKENIZERS = (*tokenizer_files.FILES, *tokenizer_files.FOREIGN)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROBE_SECONDS = 3  # how long `auto` waits for the hub
-PATIENCE = 10  # how long a base that is asked for by name does
+PATIENCE = 10  # how long a base named outright waits for the hub
 EXTRA = "pip install -e '.[hub]'"
 
 
@@ -203,7 +203,7 @@ def _fetch_first(repository: str, file: str, revision: str | None) -> Path:
 def _fetch(repository: str, file: str, revision: str | None) -> Path | None:
     """Return the path of a file in huggingface_hub's cache, or None if the repository lacks it.
 
-    It is downloaded if it is not there; what an interrupted download left is taken up. Raises
+    It is downloaded if it is not there; an interrupted download is continued. Raises
     UserError if the file cannot be had, or is not the expected one.
     """
     _need_library()
@@ -230,7 +230,7 @@ def _fetch(repository: str, file: str, revision: str | None) -> Path | None:
 def _verify(repository: str, path: Path, sha256: str | None) -> None:
     """Compare a downloaded file with its sha256. Raises UserError, and removes it, if it differs.
 
-    Where none is given, the name in the cache of a large file is the sha256 that the hub sent.
+    Without one, use the cache's name for a large file: the sha256 that the hub sent.
     """
     blob = path.resolve()
     if sha256 is None and re.fullmatch("[0-9a-f]{64}", blob.name):

@@ -221,13 +221,13 @@ class LibraryTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids (N,). Raises UserError if the tokenizer cannot represent the text,
-        as one without a token for unknown characters.
+        for example because it has no token for unknown characters.
         """
         if self.end_text and END_OF_TEXT not in self._added:
             text = text.replace(END_OF_TEXT, self.end_text)
         try:
             ids = self.engine.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # half a character, as JSON's "\ud800" is
+        except TypeError as error:  # a lone surrogate, such as JSON's "\ud800"
             raise ValueError("the text is not Unicode") from error
         except Exception as error:  # the library has no class of its own
             raise UserError(

@@ -100,7 +100,7 @@ def _contents(directory: Path) -> dict[str, bytes]:
 
 
 def _load_tiktoken(path: Path, vocab_size: int) -> TiktokenTokenizer | None:
-    """Load GPT-2's tokenizer, mini's, or one of the first of either's merges; else return None."""
+    """Load a tokenizer whose merges are the first of GPT-2's or mini's; return None for others."""
     if path.name == WORDS:
         return None
     stored = read_json(path) if path.name == FAST else _as_tokenizer_json(path)
@@ -179,8 +179,8 @@ def _is_gpt2s(stored: dict) -> bool:
 def _are_known(merges: list[tuple[str, str]]) -> bool:
     """Return whether these are the first merges of mini's tokenizer or of GPT-2's.
 
-    Others may need Hugging Face's way: it merges the listed pairs alone, tiktoken any neighbours
-    that spell a token. For these two it is the same, since every token is made of its own pair.
+    Other merges may tokenize differently: Hugging Face merges only the listed pairs, tiktoken any
+    adjacent pair whose concatenation is a token. In these two, every token is made of its own pair.
     """
     for directory in (MINI_FILES, GPT2_FILES):
         known = read_json(directory / FAST)["model"]["merges"][: len(merges)]
@@ -190,7 +190,9 @@ def _are_known(merges: list[tuple[str, str]]) -> bool:
 
 
 def _are_plain(directory: Path, added: list[dict]) -> bool:
-    """Return whether no added token takes the white space around it, nor any text gets more."""
+    """Return whether added tokens leave the white space around them alone, and no space is put
+    before a text.
+    """
     for token in added:
         strips = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
         if strips or not token["content"]:

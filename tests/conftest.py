@@ -1,9 +1,10 @@
-"""A small base on disk, a good adapter of it, a book, and a finished run of each method.
+"""Make a small base on disk, a good adapter of it, a book, and a finished run of each method.
 
 Fixtures import what they need: pytest-xdist imports this file before it starts its workers.
 """
 
 import os
+from shlex import split
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles programs to test the CPU
@@ -13,7 +14,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures():
-    """None unless a test asks for it (`helpers.drawing`): each takes half a second."""
+    """Draw no picture unless a test asks for it (`helpers.drawing`): each takes half a second."""
     from tests.helpers import drawing
 
     with drawing(lambda: False):
@@ -22,7 +23,7 @@ def _no_pictures():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The directory of `helpers.tiny_gpt2()`; not to be written to."""
+    """Return the directory of `helpers.tiny_gpt2()`. Do not write to it."""
     from tests.helpers import tiny_gpt2_directory
 
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"))[0]
@@ -30,7 +31,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def adapter(base, tmp_path):
-    """The directory of an adapter of `base` on c_attn, r 4, as we write it."""
+    """Return the directory of an adapter of `base` on c_attn, r 4, as we write it."""
     from adapters.files import save_adapter
     from tests.pairs import adapted
 
@@ -40,7 +41,7 @@ def adapter(base, tmp_path):
 
 @pytest.fixture(scope="session")
 def book(tmp_path_factory):
-    """`runs.story()` as a file; not to be written to."""
+    """Return `runs.story()` as a file. Do not write to it."""
     from tests.runs import story
 
     path = tmp_path_factory.mktemp("book") / "book.txt"
@@ -50,26 +51,14 @@ def book(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(base, book, tmp_path_factory):
-    """Two epochs by each method (a `runs.Run` each), drawn; not to be written to."""
+    """Train two epochs by each method, with pictures; return the two `runs.Run`, to read only."""
     from tests.helpers import drawing
     from tests.runs import trained
 
     out = tmp_path_factory.mktemp("runs")
+    options = split("--epochs 2 --eval-every 3 --lr 3e-3 --checkpoint-every 4")
     with drawing():
         return {
-            method: trained(
-                method,
-                base,
-                book,
-                out / method,
-                "--epochs",
-                2,
-                "--eval-every",
-                3,
-                "--lr",
-                3e-3,
-                "--checkpoint-every",
-                4,
-            )
+            method: trained(method, base, book, out / method, *options)
             for method in ("lora", "full")
         }

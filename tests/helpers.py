@@ -33,9 +33,9 @@ TINY = {
 
 
 def tiny_gpt2(seed: int = 0, **config: object) -> transformers.GPT2LMHeadModel:
-    """A stock GPT-2 in evaluation mode, random in every parameter; `config` changes `TINY`.
+    """Return a stock GPT-2 in evaluation mode, random in every parameter; `config` changes `TINY`.
 
-    A bias at its initial 0, or a LayerNorm at 1, could be lost and nobody would notice.
+    If a bias stayed at its initial 0, or a LayerNorm at 1, no test would see it lost.
     """
     fields = {**TINY, **config}
     end = fields["vocab_size"] - 1
@@ -58,7 +58,7 @@ def perturb(model: nn.Module, std: float = 0.1) -> None:
 def tiny_gpt2_directory(
     directory: Path, seed: int = 0, **config: object
 ) -> tuple[Path, transformers.GPT2LMHeadModel]:
-    """`tiny_gpt2` saved by transformers itself, with a tokenizer; returns directory and model."""
+    """Save `tiny_gpt2` by transformers itself, with a tokenizer; return directory and model."""
     model = tiny_gpt2(seed, **config)
     model.save_pretrained(directory)
     write_small_tokenizer(Path(directory), model.config.vocab_size)
@@ -67,7 +67,7 @@ def tiny_gpt2_directory(
 
 @cache
 def small_tokenizer(vocab_size: int) -> Tokenizer:
-    """GPT-2's first ranks and `<|endoftext|>`."""
+    """Return a tokenizer of GPT-2's first ranks and `<|endoftext|>`."""
     with TemporaryDirectory() as directory:
         write_small_tokenizer(Path(directory), vocab_size)
         return load_tokenizer(directory, vocab_size)
@@ -82,39 +82,44 @@ def write_small_tokenizer(directory: Path, vocab_size: int) -> None:
 @cache
 def _small_tokenizer_json(vocab_size: int) -> str:
     """Return GPT-2's `tokenizer.json` cut: each rank is a merge of two lower ones."""
-    stored, end = json.loads((GPT2_FILES / FAST).read_text()), vocab_size - 1
-    words = {word: i for word, i in stored["model"]["vocab"].items() if i < end}
-    stored["model"] |= {
-        "vocab": words | {END_OF_TEXT: end},
-        "merges": stored["model"]["merges"][: end - 256],
-    }
+    stored = json.loads((GPT2_FILES / FAST).read_text())
+    model = stored["model"]
+    end = vocab_size - 1
+    words = {word: i for word, i in model["vocab"].items() if i < end}
+    model["vocab"] = words | {END_OF_TEXT: end}
+    model["merges"] = model["merges"][: end - 256]
     stored["added_tokens"][0]["id"] = end
     return json.dumps(stored)
 
 
 def token_ids(vocab_size: int, *shape: int, seed: int = 1) -> torch.Tensor:
-    """Random token ids of that shape, seeded."""
+    """Return random token ids of that shape, seeded."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest reference value."""
-    value, reference = value.detach().double(), reference.detach().double()
+    """Return the largest difference, as a share of the largest reference value."""
+    value = value.detach().double()
+    reference = reference.detach().double()
     return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
 def refusal(name: object, read: Callable, *arguments: object) -> str:
-    """Say in one line, after the name, why `read` refuses its arguments (by default the name)."""
+    """Return what `read` says, after the name, when it refuses its arguments (default: the name).
+
+    That is one printable line.
+    """
     with pytest.raises(UserError) as refused:
         read(*arguments or (name,))
     message = str(refused.value)
-    assert message.startswith(str(name)) and message.isprintable() and len(message) < 800, message
+    assert message.startswith(str(name)), message
+    assert message.isprintable() and len(message) < 800, message
     return message.removeprefix(str(name)).removeprefix(": ")
 
 
 @contextmanager
 def drawing(draw: Callable[[], bool] = can_draw) -> Iterator[None]:
-    """Draw a run's pictures, in a `with` or for a whole test; by default none is (conftest.py)."""
+    """Draw a run's pictures, in a `with` or for a whole test; conftest.py turns drawing off."""
     with (
         mock.patch.object(report, "can_draw", draw),
         mock.patch.object(compare, "can_draw", draw),

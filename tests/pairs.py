@@ -1,4 +1,4 @@
-"""Adapters that look trained, ours and PEFT's, and a few steps of training."""
+"""Make adapters that look trained, ours and PEFT's, and take a few steps of training."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -49,16 +49,16 @@ def adapted(
 def pair(
     kind: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32, **config: object
 ) -> tuple[LoRALinear, nn.Module, nn.Linear]:
-    """One linear layer as ours and as PEFT's, the base frozen, and without an adapter."""
+    """Return one linear layer as ours and as PEFT's, the base frozen, and without an adapter."""
     torch.manual_seed(0)
     made, fields = KINDS[kind]
     linear = nn.Linear(*shape, dtype=dtype)
     config = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0} | config | fields
     ours = made(deepcopy(linear), make_config(**config))
     ours.base_layer.requires_grad_(False)
-    theirs = peft.get_peft_model(
-        nn.Sequential(deepcopy(linear)), peft.LoraConfig(target_modules=["0"], **config)
-    ).base_model.model[0]
+    peft_config = peft.LoraConfig(target_modules=["0"], **config)
+    peft_model = peft.get_peft_model(nn.Sequential(deepcopy(linear)), peft_config)
+    theirs = peft_model.base_model.model[0]
     return ours, theirs, linear
 
 
@@ -86,11 +86,11 @@ def output_and_gradients(layer: nn.Module, x: Tensor, autocast: bool = False) ->
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = layer.train()(x)
     y.float().square().sum().backward()
-    return {
-        "y": y,
-        "x": x.grad,
-        **{our_name(name): p.grad for name, p in layer.named_parameters() if p.requires_grad},
-    }
+    found = {"y": y, "x": x.grad}
+    for name, parameter in layer.named_parameters():
+        if parameter.requires_grad:
+            found[our_name(name)] = parameter.grad
+    return found
 
 
 def losses_of_steps(

@@ -1,4 +1,4 @@
-"""Ranks of `train.py` as torchrun starts them, but forked: this process has imported torch already.
+"""Start ranks of `train.py` as torchrun does, but by a fork: this process has imported torch.
 
 They print into the files `out` and `err` of a folder.
 """
@@ -19,7 +19,8 @@ from tests.fault.runs import PATIENCE
 
 
 def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
-    """Start a rank for each of these arguments of `train.py`; `during` is around each of them.
+    """Start a rank for each of these arguments of `train.py`, inside the context `during`.
+
     Return how they end, and what they wrote on stderr.
     """
     folder.mkdir(exist_ok=True)
@@ -31,13 +32,11 @@ def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], li
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    ranks = ({**environment, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(len(commands)))
-    statuses = _run(
-        *(
-            (be_rank, folder, command, during, rank)
-            for command, rank in zip(commands, ranks, strict=True)
-        )
-    )
+    calls = []
+    for i, command in enumerate(commands):
+        rank = environment | {"RANK": str(i), "LOCAL_RANK": str(i)}
+        calls.append((be_rank, folder, command, during, rank))
+    statuses = _run(*calls)
     return statuses, (folder / "err").read_text().splitlines()
 
 
@@ -58,22 +57,24 @@ def torchrun(folder: Path, command: list[str], during=None) -> tuple[int, list[s
 
 def _run(*calls: tuple) -> list[int]:
     """Make each call in a process of its own; return the exit statuses."""
-    processes = [
-        multiprocessing.get_context("fork").Process(target=call, args=arguments)
-        for call, *arguments in calls
-    ]
-    for process in processes:
+    context = multiprocessing.get_context("fork")
+    processes = []
+    for call, *arguments in calls:
+        process = context.Process(target=call, args=arguments)
         process.start()
+        processes.append(process)
     for process in processes:
         process.join(PATIENCE)
     return [process.exitcode for process in processes]
 
 
 def be_rank(folder: Path, command: list[str], during, environment: dict | None = None) -> None:
+    """Run `train.py` in this process, with its output in the folder's files."""
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.stdout = open(1, "w")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
     os.environ |= environment or {}
     torch.set_num_threads(1)  # a pool of more does not survive the fork
     with during or nullcontext():

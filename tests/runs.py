@@ -1,4 +1,4 @@
-"""Runs of the project's commands inside this process, and what stock libraries say of them."""
+"""Run the project's commands inside this process, and compute the same with stock libraries."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import split
 from unittest import mock
 
 import peft
@@ -38,7 +39,7 @@ Main = Callable[[Sequence[str] | None], int | None]  # the `main` of a command
 
 
 class Clock:
-    """Python's clock, which a test can set forward; in the place of a module's `time`."""
+    """Stand in for a module's `time`: Python's clock, which a test can set forward."""
 
     def __init__(self):
         self.later = 0.0
@@ -58,7 +59,7 @@ class Ending:
 
 @dataclass
 class Run:
-    """A finished training run: its directory, `run.json` and `metrics.jsonl`."""
+    """Hold a finished training run: its directory, `run.json` and `metrics.jsonl`."""
 
     out: Path
     report: dict
@@ -66,19 +67,20 @@ class Run:
     stdout: str = ""
 
     def column(self, name: str) -> list[float]:
-        """The metric's values, in the lines that have it."""
+        """Return the metric's values, from the lines that have it."""
         return [line[name] for line in self.metrics if name in line]
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The tensors of the adapter or the model."""
+        """Return the tensors of the adapter or the model."""
         return load_file(self.out / WEIGHTS[self.report["method"]])
 
 
 def run(main: Main, *argv: object) -> Ending:
     """Run the command with this `main` and these arguments; return how it ends."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     try:
         with (
             contextlib.redirect_stdout(out),
@@ -93,47 +95,31 @@ def run(main: Main, *argv: object) -> Ending:
 
 
 def arguments(method: str, base: Path, book: Path, out: Path, *options: object) -> list[str]:
-    """`train.py`'s arguments for a small run on the CPU; `options` come last and win. A `book` of
-    JSON lines is its `--data`.
+    """Return `train.py`'s arguments for a small run on the CPU; `options` come last and win.
+
+    A `book` of JSON lines is its `--data`.
     """
-    source = (
-        ("--data", book) if Path(book).suffix == ".jsonl" else ("--book", book, "--stride", BLOCK)
-    )
-    return list(
-        map(
-            str,
-            (
-                method,
-                "--base",
-                base,
-                *source,
-                "--out",
-                out,
-                "--device",
-                "cpu",
-                "--precision",
-                "fp32",
-                "--block-size",
-                BLOCK,
-                "--log-every",
-                1,
-                *options,
-            ),
-        )
-    )
+    if Path(book).suffix == ".jsonl":
+        source = ["--data", book]
+    else:
+        source = ["--book", book, "--stride", BLOCK]
+    small = split(f"--device cpu --precision fp32 --block-size {BLOCK} --log-every 1")
+    words = [method, "--base", base, *source, "--out", out, *small, *options]
+    return [str(word) for word in words]
 
 
 def trained(method: str, base: Path, book: Path, out: Path, *options: object) -> Run:
-    """A run by `arguments`, which must succeed."""
+    """Train with these `arguments`, which must succeed; return the run."""
     ending = run(train.main, *arguments(method, base, book, out, *options))
     assert ending.status == 0, ending.stderr
     return finished(out, ending.stdout)
 
 
 def finished(out: Path, stdout: str = "") -> Run:
-    """The run in that directory."""
-    metrics = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return Run(out, json.loads((out / "run.json").read_text()), list(metrics), stdout)
+    """Return the run in that directory."""
+    report = json.loads((out / "run.json").read_text())
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return Run(out, report, [json.loads(line) for line in lines], stdout)
 
 
 def trainer(
@@ -175,20 +161,27 @@ def stdout_of(main: Main, *argv: object) -> str:
 
 
 def table(said: str) -> list[list[str]]:
-    """The cells of a printed table, row by row; its columns line up."""
+    """Return the cells of a printed table, row by row. Its columns must line up."""
     lines = [line for line in said.splitlines() if line.startswith("|")]
-    assert len(set(map(len, lines))) == 1
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert len({len(line) for line in lines}) == 1
+
+    rows = []
+    for line in lines:
+        _, *cells, _ = line.split("|")
+        rows.append([cell.strip() for cell in cells])
+    return rows
 
 
 def one_line(ending: Ending, status: int = 1) -> str:
+    """Return the one line of error with which a command ended, with this status."""
     lines = ending.stderr.splitlines()
-    assert ending.status == status and len(lines) == 1 and lines[0].startswith("error: "), ending
+    assert ending.status == status, ending
+    assert len(lines) == 1 and lines[0].startswith("error: "), ending
     return lines[0]
 
 
 def refused(out: Path, *argv: object) -> str:
-    """The line with which `train.py` refuses these arguments; nothing in `out` has changed."""
+    """Return the line with which `train.py` refuses these arguments. `out` must not change."""
     before = contents(out)
     line = one_line(run(train.main, *argv), 2)
     assert contents(out) == before
@@ -211,44 +204,52 @@ def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
 
 
 def die(trainer: train.Trainer) -> None:
-    """An action for `run_acting`: the process ends with nothing saved."""
+    """End the process with nothing saved: an action for `run_acting`."""
     raise KeyboardInterrupt
 
 
 def contents(directory: Path) -> dict[str, bytes]:
+    """Return the directory's files, by name."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def story(sentences: int = 120, seed: int = 0) -> str:
-    """Prose of a kind, always the same: a few thousand tokens of a small vocabulary."""
+    """Return prose of a kind, always the same: a few thousand tokens of a small vocabulary."""
     rng = random.Random(seed)
-    lines = (" ".join(rng.choices(WORDS, k=rng.randint(4, 9))) for _ in range(sentences))
-    return "".join(line.capitalize() + rng.choice((". ", "! ", ".\n")) for line in lines)
+    text = ""
+    for _ in range(sentences):
+        words = rng.choices(WORDS, k=rng.randint(4, 9))
+        end = rng.choice((". ", "! ", ".\n"))
+        text += " ".join(words).capitalize() + end
+    return text
 
 
 def questions(path: Path) -> Path:
     """Write 20 examples of many lengths as JSON lines, always the same; return the path."""
     sentences = story(40, seed=3).replace("!", ".").split(".")[:40]
-    pairs = zip(sentences[::2], sentences[1::2], strict=True)
-    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    lines = []
+    for prompt, completion in zip(sentences[::2], sentences[1::2], strict=True):
+        lines.append(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+    path.write_text("".join(lines))
     return path
 
 
 def token_parts(book: Path) -> tuple[Tensor, Tensor]:
-    """The token ids (N,) of the book's training part and of its validation part."""
-    ids = torch.tensor(small_tokenizer(TINY["vocab_size"]).encode(book.read_text()).astype(int))
+    """Return the token ids (N,) of the book's training part and of its validation part."""
+    tokenizer = small_tokenizer(TINY["vocab_size"])
+    ids = torch.tensor(tokenizer.encode(book.read_text()).astype(int))
     cut = len(ids) - len(ids) // 10
     return ids[:cut], ids[cut:]
 
 
 def windows(ids: Tensor, shift: int = 1) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of all whole windows."""
+    """Return inputs and targets (B, T) of all whole windows."""
     spans = ids.unfold(0, BLOCK + shift, BLOCK)
     return spans[:, :BLOCK], spans[:, shift:]
 
 
 def stock_model(base: Path, adapter: Path | None = None) -> nn.Module:
-    """transformers' model, with the adapter put on by PEFT, in evaluation mode."""
+    """Return transformers' model, with PEFT's adapter on it, in evaluation mode."""
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     if adapter:
         model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
@@ -263,13 +264,17 @@ def stock_result(run: Run) -> nn.Module:
 
 
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy of a stock model over (B, T) targets, nats."""
+    """Return the mean cross-entropy of a stock model over (B, T) targets, in nats."""
     return F.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, ids: Tensor) -> float:
-    """A stock model's mean over every token but the first, window after window."""
-    spans = [ids[None, i : i + BLOCK + 1] for i in range(0, len(ids) - 1, BLOCK)]
-    sums = [mean_loss(model, s[:, :-1], s[:, 1:]).item() * (s.size(1) - 1) for s in spans]
+    """Return a stock model's mean loss over every token but the first, window after window."""
+    sums = []
+    for start in range(0, len(ids) - 1, BLOCK):
+        window = ids[None, start : start + BLOCK + 1]
+        inputs = window[:, :-1]
+        targets = window[:, 1:]
+        sums.append(mean_loss(model, inputs, targets).item() * targets.numel())
     return math.fsum(sums) / (len(ids) - 1)

@@ -1,7 +1,8 @@
-"""The pages: links, anchors, files and symbols exist; docs/bugs.md prints what it says."""
+"""The pages: links, files, symbols and commands exist; docs/bugs.md prints what it says."""
 
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(r"`([\w./-]*\w\.(?:py|md|toml)|Makefile)`")
 SYMBOL = re.compile(r"`([\w.]+)`\s+in\s+\[?`?([\w./-]+\.py)`?")
+MODULE = re.compile(r"python -m ([\w.]+)")
+MADE = re.compile(r"(?:^|`)make ((?:[a-z][a-z-]*(?: |`|$))+)", re.MULTILINE)
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 TOYS = re.findall(
     r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```",
     (ROOT / "docs/bugs.md").read_text(),
@@ -79,7 +83,24 @@ def wrong_tests(page: Path) -> list[str]:
     return [name for name in names if f"def {name}(" not in tests]
 
 
-@pytest.mark.parametrize("check", [wrong_links, wrong_files, wrong_symbols, wrong_tests])
+def wrong_commands(page: Path) -> list[str]:
+    """Return the modules and the targets of make that a page, its blocks included, has wrong."""
+    text = page.read_text()
+    modules = [f"python -m {name}" for name in MODULE.findall(text) if not is_module(name)]
+    named = " ".join(MADE.findall(text)).replace("`", " ").split()
+    return modules + [f"make {target}" for target in named if target not in TARGETS]
+
+
+def is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # its package
+        return False
+
+
+@pytest.mark.parametrize(
+    "check", [wrong_links, wrong_files, wrong_symbols, wrong_tests, wrong_commands]
+)
 def test_what_the_pages_point_at_exists(check):
     wrong = {}
     for page in PAGES:
@@ -95,12 +116,14 @@ def test_a_wrong_pointer_is_found(tmp_path):
         "# A heading: `x`\n[a](#a-heading-x) [b](#other) [c](none.md) `train.py` "
         "`no.py` `Trainer.step` in `train.py`, `Trainer.stop` in `train.py`, "
         "`main` in\n[`train.py`](../train.py), `test_nothing`, "
-        "`test_no_page_is_over_250_lines`\n```\n[d](fence.md) `fence.py`\n```\n"
+        "`test_no_page_is_over_250_lines`\n```\n[d](fence.md) `fence.py`\n"
+        "make parity mistake\npython -m lora.merge; python -m adapters.merge\n```\n"
     )
     assert wrong_links(page) == ["#other", "none.md", "../train.py"]
     assert wrong_files(page) == ["no.py"]
     assert wrong_symbols(page) == ["Trainer.stop in train.py"]
     assert wrong_tests(page) == ["test_nothing"]
+    assert wrong_commands(page) == ["python -m lora.merge", "make mistake"]
 
 
 def test_no_page_is_over_250_lines():

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from shlex import split
 
 import pytest
 
@@ -24,9 +25,9 @@ def made(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
     def make(*arguments: str) -> list[str]:
-        return subprocess.run(
-            ["make", "-s", *arguments], cwd=tmp_path, check=True, text=True, capture_output=True
-        ).stdout.splitlines()
+        command = ["make", "-s", *arguments]
+        ended = subprocess.run(command, cwd=tmp_path, check=True, text=True, capture_output=True)
+        return ended.stdout.splitlines()
 
     return make
 
@@ -34,50 +35,20 @@ def made(tmp_path, monkeypatch):
 def test_quotes_and_dollars_are_left_alone(made, tmp_path):
     prompt = 'costs $5, "it\'s" $(shell touch ran) `touch ran` $HOME #'
     said = made("generate", f"PROMPT={prompt}", "OUT=a b$c", "BASE=it's")
-    assert said == [
-        "generate.py",
-        "--base",
-        "it's",
-        "--adapter",
-        "a b$c",
-        "--with-base",
-        "--prompt",
-        prompt,
-    ]
+    options = ["--base", "it's", "--adapter", "a b$c", "--with-base", "--prompt", prompt]
+    assert said == ["generate.py", *options]
     assert not (tmp_path / "ran").exists()
     said = made("train-lora", "BOOK=it's $(X).txt", "ARGS=--lr 1e-3 --r 4")
-    assert said == [
-        "train.py",
-        "lora",
-        "--base",
-        "auto",
-        "--book",
-        "it's $(X).txt",
-        "--lr",
-        "1e-3",
-        "--r",
-        "4",
-    ]
+    book = ["--book", "it's $(X).txt"]
+    assert said == [*split("train.py lora --base auto"), *book, *split("--lr 1e-3 --r 4")]
 
 
 def test_what_is_not_given_is_the_commands_default(made):
-    assert made("train-lora", "LR=1e-3", "R=4", "SEEDS=2")[2:] == [
-        "--base",
-        "auto",
-        "--lr",
-        "1e-3",
-        "--r",
-        "4",
-        "--seed",
-        "2",
-    ]
+    said = made("train-lora", "LR=1e-3", "R=4", "SEEDS=2")
+    assert said == split("train.py lora --base auto --lr 1e-3 --r 4 --seed 2")
     assert made("train-full") == ["train.py", "full", "--base", "auto"]
     assert made("train-lora", "ARGS=--book 'a b.txt' c.txt")[4:] == ["--book", "a b.txt", "c.txt"]
-    assert made("train-full", "DATA=it's $(X).jsonl")[2:] == [
-        "--base",
-        "auto",
-        "--data",
-        "it's $(X).jsonl",
-    ]
+    said = made("train-full", "DATA=it's $(X).jsonl")
+    assert said[2:] == ["--base", "auto", "--data", "it's $(X).jsonl"]
     assert made("parity") == ["-m", "benchmarks.parity"]
     assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]

@@ -1,4 +1,4 @@
-"""The core can be copied out, and each folder imports only from those below it."""
+"""Check that the core can be copied out, and that a folder imports only from those below it."""
 
 import ast
 import shutil

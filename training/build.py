@@ -35,8 +35,8 @@ class Data:
 
 
 def resolve(asked: Options, base: str, device: Device) -> Options:
-    """Return the options with what was left open: base, precision, an initial adapter's config,
-    and how the base was quantised for it.
+    """Return the options with the base, the precision, and an initial adapter's config and
+    quantisation filled in.
     """
     lora = asked.lora
     adapters = []
@@ -60,9 +60,9 @@ def prepare_device(options: Options, device: Device) -> None:
 
 
 def build_model(options: Options, directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
-    """Return the base in `directory`; for LoRA, adapted and with its matrices in `dtype`.
+    """Build the model from the base in `directory`: for LoRA, adapted and with matrices in `dtype`.
 
-    Seeds torch with `options.seed`, which so decides how A starts.
+    Seeds torch with `options.seed`, which decides how A starts.
     """
     torch.manual_seed(options.seed)
     model = load_base(options, directory, dtype)
@@ -85,7 +85,9 @@ def build_model(options: Options, directory: Path, dtype: torch.dtype = torch.fl
 
 
 def load_base(options: Options, directory: Path, dtype: torch.dtype) -> GPT2:
-    """Load the base; for full fine-tuning in fp32, and with random weights if it holds none."""
+    """Load the base: for LoRA in `dtype`; for full fine-tuning in fp32, or, if it holds no weights,
+    with random ones.
+    """
     if options.method == "lora":
         kind = options.quantise
         return load_gpt2(directory, dtype, LAYERS[kind] if kind else None)

@@ -49,7 +49,7 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        open_file(path).close()  # what cannot be read may be whole: it is not replaced
+        open_file(path).close()  # an error here is no damage: do not replace the file
         try:
             state = _read(path)
         except UserError as error:

@@ -2,17 +2,17 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from common.errors import RunError, UserError
-from common.files import remove_stale
+from common.files import file_sha256, remove_stale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.options import Options
@@ -20,44 +20,42 @@ from training.options import Options
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 IDENTITY = "identity.json"  # of a run that is not finished
-# Everything that a run writes; `--overwrite` removes these names and no others. With this order,
-# what is left at any moment is an old run that can be resumed, or none.
-RUN_FILES = (
-    RUN,
-    CHECKPOINT,
-    PREVIOUS,
-    "loss.png",
+MODEL_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",
     "model.safetensors",
     *TOKENIZER_FILES,
-    IDENTITY,
-    METRICS,
 )
+# Everything that a run writes; `--overwrite` removes these names and no others. With this order,
+# what is left at any moment is an old run that can be resumed, or none.
+RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, IDENTITY, METRICS)
+RUN_ONLY = (RUN, CHECKPOINT, PREVIOUS, IDENTITY, METRICS)  # nothing else writes these names
 
 
 def refuse_used_directory(options: Options) -> None:
-    """Raise UserError if `--out` holds a run, and nothing was said of it; or none to resume."""
+    """Raise UserError if `--out` holds a run, and nothing was said of it; or none to resume.
+
+    Also if it holds a model or an adapter that no run has written, whatever was said.
+    """
     out = options.out
     if os.path.exists(out) and not os.path.isdir(out):  # Path's own tests raise for a long name
         raise UserError(f"--out {out}: is a file; name a directory")
 
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]
-    if options.resume and not {RUN, CHECKPOINT, PREVIOUS, METRICS} & set(present):
+    if options.resume and {RUN, CHECKPOINT, PREVIOUS, METRICS}.isdisjoint(present):
         raise UserError(f"--resume: {out} holds no checkpoint; start without --resume")
 
     held = [name for name in present if name not in (METRICS, IDENTITY)]
     if METRICS in present and os.lstat(out / METRICS).st_size:
         held.append(METRICS)
-    if not held or options.resume or options.overwrite:
-        return
-    if {RUN, CHECKPOINT, PREVIOUS, METRICS}.isdisjoint(held):
+    if held and set(held).isdisjoint(RUN_ONLY) and IDENTITY not in present:
         raise UserError(f"--out {out}: holds {held[0]}, but no run; name another directory")
-    raise UserError(
-        f"--out {out}: holds a run ({held[0]}); --resume continues it, "
-        "--overwrite replaces it, or name another directory"
-    )
+    if held and not options.resume and not options.overwrite:
+        raise UserError(
+            f"--out {out}: holds a run ({held[0]}); --resume continues it, "
+            "--overwrite replaces it, or name another directory"
+        )
 
 
 def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
@@ -173,17 +171,31 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
 
-    def sync(self) -> None:
-        """Bring the metrics to the disk, before a checkpoint whose steps are not run again."""
+    def sync(self) -> dict[str, Any]:
+        """Bring the metrics to the disk, before a checkpoint whose steps are not run again.
+
+        Return their length and hash, for `cut`.
+        """
         self.check()
         os.fsync(self.file)
+        data = self.metrics.read_bytes()
+        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
-    def cut(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which are run again, and any half-written line."""
-        length = 0
-        with suppress(ValueError):
-            for line in self.metrics.read_bytes().splitlines(keepends=True):
-                if json.loads(line)["step"] > step:
-                    break
-                length += len(line)
+    def cut(self, saved: dict[str, Any]) -> None:
+        """Drop what came after a checkpoint, whose steps are run again; `saved` is of `sync`.
+
+        Raises UserError if the lines before are not those that were written.
+        """
+        length = saved["bytes"]
+        data = self.metrics.read_bytes()[:length]
+        if hashlib.sha256(data).hexdigest() != saved["sha256"]:
+            raise UserError(
+                f"{self.metrics}: is not as the run left it; put it back, or start again with "
+                "--overwrite"
+            )
         os.ftruncate(self.file, length)
+
+
+def model_hashes(out: Path) -> dict[str, str]:
+    """Return the sha256 of each file of the best model, by name."""
+    return {name: file_sha256(out / name) for name in MODEL_FILES if os.path.lexists(out / name)}

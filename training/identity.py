@@ -36,7 +36,7 @@ class RunIdentity:
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of its config and, if it has some, its weights
+    base_sha256: dict[str, str]  # of its config and, if there are any, its weights
     book_sha256: str  # of the token ids
     init_adapter_sha256: str | None
 
@@ -62,27 +62,45 @@ def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunI
     )
 
 
-def refuse_another(then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError, naming what differs, if the run in `--out` is not the one asked for."""
-    if then["method"] != now.method:
-        raise UserError(f"--resume: the run is of `train.py {then['method']}`, not {now.method}")
+def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
+    """Raise UserError, naming what differs, if the run in `--out` is not the one asked for.
 
+    `then` is of the file `path`, which is refused if it holds no identity.
+    """
+    try:
+        differences = _differences(then, now)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--resume: {path}: damaged, or another version's ({error!r:.80}); start again with "
+            "--overwrite"
+        ) from error
+    if differences:
+        raise UserError(f"--resume: {path}: {differences[0]}")
+
+
+def _differences(then: dict[str, Any], now: RunIdentity) -> list[str]:
+    """Say what differs: the method, else options, else the content of what is read."""
+    if then["method"] != now.method:
+        return [f"the run is of `train.py {then['method']!s:.80}`, not {now.method}"]
+
+    differences = []
     old = then["options"]
     for name in sorted((old.keys() | now.options.keys()) - MAY_CHANGE_ON_RESUME):
         before = old.get(name)
         asked = now.options.get(name)
         if before != asked:
-            raise UserError(
-                f"--resume: {flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
+            differences.append(
+                f"{flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
                 "repeat the run's own options"
             )
 
     text_option = "data" if now.options["data"] else "book"
     contents = {
-        "base": (then.get("base_sha256"), now.base_sha256),
-        text_option: (then.get("book_sha256"), now.book_sha256),
-        "init-adapter": (then.get("init_adapter_sha256"), now.init_adapter_sha256),
+        "base": (then["base_sha256"], now.base_sha256),
+        text_option: (then["book_sha256"], now.book_sha256),
+        "init-adapter": (then["init_adapter_sha256"], now.init_adapter_sha256),
     }
     for name, (before, asked) in contents.items():
         if before != asked:
-            raise UserError(f"--resume: --{name}: its content is not what the run began with")
+            differences.append(f"--{name}: its content is not what the run began with")
+    return differences

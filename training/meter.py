@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.errors import RunError
 
-MOST_SKIPS = 20  # fp16 steps skipped in a row that end the run; the scaler halves its scale at each
+MOST_SKIPS = 20  # so many skipped fp16 steps in a row end the run; each halves the scaler's scale
 
 
 @dataclass

@@ -50,7 +50,7 @@ class Options:
     """Hold what a run was asked for."""
 
     method: str
-    lora: LoRAConfig | None = None  # of `train.py lora`; LORA_OPTIONS declares its options
+    lora: LoRAConfig | None = None  # None: full fine-tuning; LORA_OPTIONS declares its options
     base: str = option(**BASE)
 
     # data

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: later, its functions' defaults would keep an open group alive
+import torch.distributed.nn  # now: imported later, its defaults would keep the group alive
 from torch import Tensor
 
 from common.errors import RunError, UserError, first_line
@@ -35,7 +35,7 @@ class Ranks:
     @classmethod
     def of_torchrun(cls) -> "Ranks":
         """Read torchrun's environment; return ALONE if it did not start this process."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for its own ends
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for itself
             return ALONE
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 

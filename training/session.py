@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,12 +22,19 @@ from common.device import Device
 from common.errors import RunError, UserError, describe_failure
 from common.files import read_json, write_json
 from common.signals import end_at_once, on_signals, say
-from training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
-from training.directory import IDENTITY, RUN, RunDirectory, refuse_used_directory
+from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
+from training.directory import (
+    IDENTITY,
+    MODEL_FILES,
+    RUN,
+    RunDirectory,
+    model_hashes,
+    refuse_used_directory,
+)
 from training.identity import RunIdentity, refuse_another
 from training.options import Options
 from training.ranks import Ranks
-from training.report import best_weights, read_run, write_report
+from training.report import read_run, write_report
 
 T = TypeVar("T")
 # Save at an epoch's end if the last checkpoint is this old or older: on a GPU, saving can take
@@ -42,11 +50,11 @@ class Session:
         self.device = device
         self.ranks = ranks
         self.identity = identity
-        self.directory: RunDirectory | None = None  # of the first rank
+        self.directory: RunDirectory | None = None  # None in all ranks but the first
         self.finished = False
         self.stateful: dict[str, Any] = {}
         self.bar: tqdm | None = None
-        # Of the run, with what went before a resume:
+        # Of the whole run, what came before a resume included:
         self.total_steps = 0
         self.seconds = 0.0
         self.peak_memory_mb = 0.0
@@ -88,7 +96,7 @@ class Session:
         out = self.options.out
         if not self.options.resume or not (out / RUN).exists():
             return False
-        refuse_another(read_run(out), self.identity)
+        refuse_another(out / RUN, read_run(out), self.identity)
         print(f"{out}: this run is finished; nothing to resume")
         return True
 
@@ -110,7 +118,7 @@ class Session:
         resume = self.options.resume
         self.total_steps = total_steps
         if not self.ranks.first:
-            torch.manual_seed(self.options.seed + self.ranks.rank)  # dropouts of its own
+            torch.manual_seed(self.options.seed + self.ranks.rank)  # other dropout masks
 
         if self.ranks.from_first(resume and has_checkpoint(out)):
             state = read_checkpoint(out) if self.ranks.first else {}
@@ -126,27 +134,34 @@ class Session:
     def _start_anew(self) -> None:
         """Empty `--out`. Raises UserError if --resume finds another run's best model there."""
         assert self.directory
-        if self.options.resume and self.identity_path.exists():
-            refuse_another(read_json(self.identity_path), self.identity)
+        if self.options.resume and any((self.options.out / name).exists() for name in MODEL_FILES):
+            refuse_another(self.identity_path, read_json(self.identity_path), self.identity)
         self.directory.clear()
 
     @property
     def identity_path(self) -> Path:
         return self.options.out / IDENTITY
 
-    def write_identity(self) -> None:
-        """Say in `--out` whose the best model is, until a checkpoint and `run.json` do."""
-        if not self.identity_path.exists():
-            write_json(self.identity_path, asdict(self.identity))
+    @contextmanager
+    def replacing_best_model(self) -> Iterator[None]:
+        """Say in `--out` whose the best model is and, once it is saved, the sha256 of its files.
+
+        Until a checkpoint and `run.json` do, this names the run, so that no other deletes its
+        model. In between, the files may be the old model's or the new one's.
+        """
+        identity = asdict(self.identity)
+        write_json(self.identity_path, identity | {"model_sha256": None})
+        yield
+        write_json(self.identity_path, identity | {"model_sha256": model_hashes(self.options.out)})
 
     def handle_signals(self) -> None:
-        """From here on, let a signal end the run after the step, once it is saved."""
+        """From now on, let a signal end the run once the step is done and saved."""
         on_signals(self._on_signal)
 
     def steps(self, batches: Iterable[T]) -> Iterator[T]:
         """Yield the batches under a progress bar."""
         self.saved_at = time.perf_counter()
-        hidden = None if self.directory else True  # None: if stderr is no terminal
+        hidden = None if self.directory else True  # None hides the bar if stderr is no terminal
         with tqdm(
             total=self.total_steps, initial=self.step, unit="step", disable=hidden
         ) as self.bar:
@@ -168,7 +183,7 @@ class Session:
             self._save()
 
     def stop_if_asked(self) -> None:
-        """After a signal, in any rank, save and end the process."""
+        """If a signal has come, to any rank, save and end the process."""
         number = self.ranks.max_over_ranks(self.stop_signal or 0)
         if not number:
             return
@@ -237,7 +252,7 @@ class Session:
         for name, stateful in self.stateful.items():
             state[name] = stateful.state_dict()
         if self.directory:
-            self.directory.sync()
+            state["metrics"] = self.directory.sync()
             write_checkpoint(self.options.out, state)
         self.saved_step = self.step
         self.saved_at = time.perf_counter()
@@ -245,11 +260,12 @@ class Session:
     def _restore(self, state: dict[str, Any]) -> None:
         """Restore what `_save` saved. Raises UserError if the checkpoint is another run's."""
         try:
-            refuse_another(state["run"], self.identity)
+            refuse_another(self.options.out / CHECKPOINT, state["run"], self.identity)
             for name, stateful in self.stateful.items():
                 stateful.load_state_dict(state[name])
             self.seconds = state["session"]["seconds"]
             self.peak_memory_mb = state["session"]["peak_memory_mb"]
+            metrics = state["metrics"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if describe_failure(error):  # out of memory
                 raise
@@ -258,22 +274,31 @@ class Session:
         self.saved_step = self.step
         print(f"resuming after step {self.saved_step} of {self.total_steps}")
         if self.directory:
-            self._require_best_model()
-            self.directory.cut(self.saved_step)
+            self._check_best_model()
+            self.directory.cut(metrics)
 
-    def _require_best_model(self) -> None:
-        """Raise UserError if the best model so far, which no checkpoint holds, has gone."""
-        best = best_weights(self.options.out, self.options.method)
-        has_one = self.stateful["progress"].best_val_loss < math.inf
-        if has_one and not best.is_file():
-            raise UserError(
-                f"--resume: {best}: is missing, the best model so far; put it back, or "
-                "start again with --overwrite"
-            )
+    def _check_best_model(self) -> None:
+        """Raise UserError unless the best model, which no checkpoint holds, is as it was saved."""
+        if self.stateful["progress"].best_val_loss == math.inf:  # there is none yet
+            return
+        record = read_json(self.identity_path)
+        refuse_another(self.identity_path, record, self.identity)
+        if "model_sha256" not in record:
+            raise UserError(f"{self.identity_path}: damaged; start again with --overwrite")
+
+        saved = record["model_sha256"]
+        found = model_hashes(self.options.out)
+        if saved is None or saved == found:  # None: it was being replaced; these steps come again
+            return
+        wrong = sorted(name for name in MODEL_FILES if saved.get(name) != found.get(name))
+        raise UserError(
+            f"--resume: {self.options.out / wrong[0]}: is not the best model's that "
+            f"{self.identity_path} records; put it back, or start again with --overwrite"
+        )
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
-        """Restore this rank's random generator, if the run has the same ranks and device as then;
-        warn of a difference that may change the last bits of the result.
+        """Restore this rank's random generator, unless the number of ranks or the device differs;
+        warn of what may change the last bits of the result.
         """
         now = self._machine()
         for name, value in now.items():

@@ -23,6 +23,7 @@ from common.cli import Parser, print_table
 from common.errors import run_command
 from common.figures import can_draw, save_figure, subplots
 from common.files import atomic_path
+from common.signals import HANDLED, on_signals
 from training.compare import SWEEP_PICTURE, SWEEP_TABLE
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
@@ -84,10 +85,11 @@ def train(arguments: list[str], out: Path) -> int:
 
     def stop(number: int, frame: object) -> None:
         stops.append(128 + number)
-        if number == signal.SIGTERM:  # a terminal's SIGINT also reaches the child
-            child.terminate()
+        if number != signal.SIGINT:  # a terminal's SIGINT also reaches the child
+            child.send_signal(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    on_signals(stop)
     status = child.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for planned in plan(args, others):
         print(f"--- {planned.out.name}", flush=True)
         status = train(planned.arguments, planned.out)
-        if status in (130, 143):
+        if status > 128:  # a signal's
             print("the same command, without --overwrite, resumes the sweep", file=sys.stderr)
             return status
         if status:

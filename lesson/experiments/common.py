@@ -19,7 +19,7 @@ from train import Trainer, make_trainer
 from training.build import resolve
 from training.options import ROOT, Options, parse_options
 
-# What a short version trains on, and how long, whatever the whole one does.
+# Every short version's options, in place of the whole one's.
 SHORT: dict[str, object] = {"batch_size": 4, "max_steps": 4, "val_fraction": 0.01}
 
 
@@ -85,7 +85,7 @@ def train_options(method: str, choices: dict[str, Any]) -> Options:
             words.append(str(value))
 
     options = parse_options("-", words)
-    if "lora_alpha" in choices:  # rsLoRA's is no whole number, as the command line asks
+    if "lora_alpha" in choices:  # rsLoRA's may be a fraction, which the command line refuses
         assert options.lora
         lora = replace(options.lora, lora_alpha=choices["lora_alpha"])
         options = replace(options, lora=lora)
@@ -105,7 +105,7 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    """Return the mean (min .. max) as text, or one number where they are one."""
+    """Return the mean (min .. max) as text, or one number if all three are printed alike."""
     least = f"{min(values):.{digits}f}"
     middle = f"{mean(values):.{digits}f}"
     most = f"{max(values):.{digits}f}"
@@ -131,7 +131,7 @@ def save(args: argparse.Namespace, name: str, data: dict[Any, Any], figure: Any)
 
 
 def panels(whole: str, *titles: str) -> tuple[Any, Any]:
-    """Return a figure and its panels in a row, one for each of `titles`; none: a single one."""
+    """Return a figure and its row of panels: one for each title, or a single one without titles."""
     titles = titles or ("",)
     width = max(7.2, 4.9 * len(titles))
     figure, rows = subplots(1, len(titles), figsize=(width, 4.2), squeeze=False)

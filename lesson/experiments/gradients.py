@@ -2,7 +2,7 @@
 
 Varied: whether the loss is scaled up before its gradients are taken, as GradScaler does.
 Fixed: mini, LoRA on c_attn at rank 8, one batch of the default book, seed 42. B is drawn at
-random: if it were zero, as at the start, so would be A's gradient.
+random: with the zero B of a new adapter, A's gradient would be zero, too.
 Measured: the sizes of all gradients of A and B, and the shares of them that fp16 would round to
 zero or store with fewer bits.
 """

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             y = torch.tensor([run[part] for run in runs[name]])  # (seeds, steps)
             band(axis, range(steps), y, colour, name, f".{line}")
         axis.set(xlabel="steps taken", xticks=range(0, steps, 2))
-        if part != "loss":  # zero must be seen, and so must what is far above it
+        if part != "loss":  # to show zero, and values far above it
             axis.set_yscale("symlog", linthresh=0.01)
             axis.set_ylim(bottom=-0.001)
     axes[0].legend(fontsize=9, loc="upper right")

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the child: freed memory goes back
     with ProcessPoolExecutor(1, get_context("spawn")) as child:  # one for both
         for method in KEPT:
-            child.submit(measured, method, replace(config, n_layer=1))  # what is allocated once
+            child.submit(measured, method, replace(config, n_layer=1))  # warms up
             data[method] = {
                 "predicted": predicted(method, config, BATCH * BLOCK),
                 "measured": child.submit(measured, method, config).result(),

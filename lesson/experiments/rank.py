@@ -22,7 +22,7 @@ RULES: dict[str, tuple[str, Callable[[int], float]]] = {
 }
 RANKS = (1, 2, 8, 32, 64)
 
-# The best that experiments.learning_rate finds at rank 8, and for full fine-tuning.
+# The best rates that lesson.experiments.learning_rate finds: at rank 8, and for full fine-tuning.
 LR = 1e-2
 FULL_LR = 1e-3
 

@@ -32,7 +32,7 @@ PARTS = {
     "optimizer": "#8f2d56",
     "rest": GREY,
 }
-# What is in the name of an operator of a part, or of one that calls it. Shapes tell the others.
+# Words in the name of a part's operator, or of its callers. Shapes tell the other parts apart.
 NAMES = {
     "head and loss": ("_TiedCrossEntropy",),
     "attention": ("scaled_dot", "ScaledDot", "bmm", "oftmax"),
@@ -42,7 +42,7 @@ MATMULS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
 
 R = 8
 BLOCK = 128
-BATCH = 15  # 1,920 tokens: no layer is as wide, so that shapes tell all
+BATCH = 15  # 1,920 tokens, which is no layer's width: a shape is not ambiguous
 
 
 def by_hand() -> dict[str, Shares]:

@@ -12,7 +12,7 @@ from lesson.experiments.sweep import Choice, compare
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
-# A variant that takes larger steps at one rate is tried at lower ones, and the other way round.
+# A variant that takes larger steps at the same rate is tried at lower rates, and vice versa.
 CHOICES: dict[str, Choice] = {
     "LoRA": (RATES, {}),
     "rsLoRA": (RATES, {"use_rslora": True}),

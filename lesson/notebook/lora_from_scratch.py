@@ -96,7 +96,7 @@ def loss_on(inputs, targets):  # (B, T) each
 
 @torch.no_grad()
 def perplexity():
-    """Return the validation part's, nearly: the last batch is smaller, and counts the same."""
+    """Return the validation part's, nearly: the last batch is smaller but counts as much."""
     losses = [loss_on(*batch).item() for batch in validation.evaluation_batches()]
     return math.exp(sum(losses) / len(losses))
 

@@ -1,4 +1,9 @@
-"""Merging an adapter into fp32 weights, unmerging it, and `python -m adapters.merge`."""
+"""Check merging an adapter into fp32 weights, unmerging it, and `python -m adapters.merge`."""
+
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ from adapters.files import load_adapter, save_adapter
 from adapters.merge import main, merge, unmerge
 from lora.inject import adapter_disabled, lora_layers
 from model.weights import load_gpt2
+from tests.fault.runs import ROOT
 from tests.helpers import relative_difference
 from tests.pairs import IDS, adapted
 from tests.runs import one_line, run, stdout_of
@@ -19,7 +25,9 @@ def base_weights(model):
 
 def test_merging_changes_no_logit_and_unmerging_restores_the_base(base):
     model, _ = adapted(base, lora_alpha=5)
-    expected, original, state = model(IDS), base_weights(model), model.state_dict()
+    expected = model(IDS)
+    original = base_weights(model)
+    state = model.state_dict()
     merge(model)
     merged = base_weights(model)
     assert all((merged[name] - original[name]).abs().max() > 0.1 for name in original)
@@ -50,11 +58,11 @@ def test_only_an_enabled_adapter_is_merged_and_into_fp32(base):
 
 
 def test_the_command_writes_one_model(base, adapter, tmp_path):
-    model, out = load_gpt2(base), tmp_path / "merged"
+    out = tmp_path / "merged"
+    model = load_gpt2(base)
     load_adapter(model, adapter)
-    assert stdout_of(main, "--base", base, "--adapter", adapter, "--out", out) == (
-        f"{base} + {adapter} -> {out}\n"
-    )
+    said = stdout_of(main, "--base", base, "--adapter", adapter, "--out", out)
+    assert said == f"{base} + {adapter} -> {out}\n"
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files.keys() == {path.name for path in base.iterdir()} - {"generation_config.json"}
     assert files["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
@@ -63,17 +71,20 @@ def test_the_command_writes_one_model(base, adapter, tmp_path):
 
 
 def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
-    adapter, out = tmp_path / "adapter", tmp_path / "merged"
+    adapter = tmp_path / "adapter"
+    out = tmp_path / "merged"
     before = {name: x.bfloat16().float() for name, x in load_gpt2(base).state_dict().items()}
     model, config = adapted(base, ("c_attn",), r=4, lora_alpha=0.1)
     save_adapter(model, config, adapter, "gpt2")
     deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
-    said = stdout_of(
-        main, "--base", base, "--adapter", adapter, "--out", out, "--precision", "bf16"
-    )
+    model_options = ("--base", base, "--adapter", adapter)
+    said = stdout_of(main, *model_options, "--out", out, "--precision", "bf16")
     assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     after = load_gpt2(out).state_dict()
-    lost = [after[f"{n}.weight"].float() - before[f"{n}.weight"] - d for n, d in deltas.items()]
+    lost = []
+    for name, delta in deltas.items():
+        kept = after[f"{name}.weight"].float() - before[f"{name}.weight"]
+        lost.append(kept - delta)
     share = torch.cat(lost).norm() / torch.cat(list(deltas.values())).norm()
     assert 0.01 < share < 0.5 and f"changes the update by {share:.1%} of its norm" in said
 
@@ -81,3 +92,36 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
 def test_without_an_adapter_there_is_nothing_to_merge_in_fp32(base, tmp_path):
     ending = run(main, "--base", base, "--out", tmp_path / "out")
     assert "--adapter is missing" in one_line(ending, 2) and not (tmp_path / "out").exists()
+
+
+# Merge, and be sent a signal when the model is whole and its tokenizer is missing.
+INTERRUPTED = """
+import os, sys
+from adapters import merge
+from common.errors import run_command
+
+number, *argv = sys.argv[1:]
+merge.save_tokenizer = lambda *_: os.kill(os.getpid(), int(number))
+run_command(merge.main, argv)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_merge_that_is_stopped_leaves_no_part_and_can_be_repeated(
+    base, adapter, tmp_path, number, exists
+):
+    out = tmp_path / "merged[1]"
+    if exists:
+        out.mkdir()
+    argv = ["--base", base, "--adapter", adapter, "--out", out]
+    command = [sys.executable, "-c", INTERRUPTED, str(int(number)), *argv]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    killed = number == signal.SIGKILL
+    assert ended.returncode == (-number if killed else 128 + number), ended.stderr
+    assert out.exists() == exists and (not exists or not os.listdir(out))
+    assert bool(list(tmp_path.glob(".merged*"))) == killed
+
+    assert run(main, *argv).status == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(out))
+    assert not list(tmp_path.glob(".merged*"))

@@ -1,4 +1,4 @@
-"""Adapters and merged models exchanged with stock PEFT and transformers, both ways."""
+"""Exchange adapters and merged models with stock PEFT and transformers, both ways."""
 
 import json
 
@@ -32,7 +32,7 @@ MATRIX = [
 
 @pytest.fixture
 def base(dtype, tmp_path):
-    """A base 64 wide, so that rank 64 fits, stored by transformers in `dtype`."""
+    """Return a base 64 wide, so that rank 64 fits, stored by transformers in `dtype`."""
     tiny_gpt2(n_embd=64).to(dtype).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -43,12 +43,8 @@ def stock(directory, dtype=FP32):
 
 def peft_adapter(base, directory, config, targets):
     """Make a random adapter with PEFT and save it; return the model."""
-    model = peft.get_peft_model(
-        stock(base),
-        peft.LoraConfig(
-            task_type="CAUSAL_LM", target_modules=targets, fan_in_fan_out=True, **config
-        ),
-    )
+    settings = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, "target_modules": targets}
+    model = peft.get_peft_model(stock(base), peft.LoraConfig(**settings, **config))
     randomize(model)
     model.save_pretrained(directory)
     return model.eval()
@@ -71,8 +67,10 @@ def test_each_loads_the_others_adapter_and_merges_to_the_same_weights(
     assert_same_logits(ours, theirs, base)
     assert config.items() <= json.loads(json.dumps(vars(loaded))).items()  # tuples are lists
     save_adapter(ours, loaded, tmp_path / "again", str(base))
-    first, again = load_file(tmp_path / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
-    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    first = load_file(tmp_path / WEIGHTS)
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[key], again[key]) for key in first)
     stored = peft.LoraConfig.from_pretrained(tmp_path / "again")
     assert stored.base_model_name_or_path == str(base) and config.items() <= vars(stored).items()
     assert_same_logits(ours, peft.PeftModel.from_pretrained(stock(base), tmp_path / "again"), base)
@@ -82,14 +80,17 @@ def test_each_loads_the_others_adapter_and_merges_to_the_same_weights(
     save_gpt2(ours, tmp_path / "merged")
     loaded = stock(tmp_path / "merged")
     assert_same_logits(lambda ids: loaded(ids).logits, theirs, base)
-    merged, theirs = loaded.state_dict(), theirs.state_dict()
-    assert merged.keys() == theirs.keys()
-    assert all(torch.equal(merged[name], theirs[name]) for name in merged)
+    merged = loaded.state_dict()
+    expected = theirs.state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in merged)
 
 
 @pytest.mark.parametrize("dtype", [FP32])
 def test_each_continues_the_others_training(base, tmp_path):
-    start, half, end = (tmp_path / name for name in ("start", "half", "end"))
+    start = tmp_path / "start"
+    half = tmp_path / "half"
+    end = tmp_path / "end"
 
     def ours(adapter, out, seed):
         model = load_gpt2(base)

@@ -1,9 +1,10 @@
-"""`evaluate.py`: a model's scores as JSON, and the table and picture of finished runs."""
+"""Check `evaluate.py`: a model's scores as JSON, and the table and picture of finished runs."""
 
 import json
 import shutil
 import struct
 from itertools import pairwise
+from shlex import split
 
 import pytest
 
@@ -17,7 +18,7 @@ NOTE = "losses compare only within a base"
 
 
 def score(book, tmp_path, *options: object) -> dict:
-    """The scores of the book's last tenth, those that training validates on."""
+    """Return the scores of the book's last tenth, on which training validates."""
     part = ("--text", book, "--val-fraction", 0.1, "--block-size", BLOCK)
     found, said = scores(tmp_path / "scores.json", *part, *options)
     assert f"{book}, the last {100 * found['val_fraction']:.3g} %: " in said
@@ -34,7 +35,7 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path)
     assert (trained_whole["base"], trained_whole["adapter"]) == (str(full.out), None)
     fields = "base adapter text val_fraction tokens bytes loss perplexity bits_per_byte accuracy"
     for found, report in ((adapted, lora.report), (trained_whole, full.report)):
-        assert set(found) == set(fields.split())
+        assert set(found) == set(split(fields))
         assert found["text"] == str(book)
         for name in ("loss", "perplexity", "bits_per_byte"):
             assert found[name] == pytest.approx(report[f"best_val_{name}"], rel=1e-6)
@@ -49,6 +50,9 @@ def test_a_part_a_whole_text_or_the_default_is_scored(base, book, tmp_path):
     assert said.startswith(f"{book}: ") and whole["val_fraction"] == 1
     assert whole["bytes"] > 0.99 * book.stat().st_size
 
+    strided, _ = scores(path, *options, "--text", book, "--stride", 4)  # with more context
+    assert strided["tokens"] == whole["tokens"] and strided["loss"] != whole["loss"]
+
     default, _ = scores(path, *options)
     assert default["text"] == str(BOOK) and default["val_fraction"] == 0.1
 
@@ -61,7 +65,7 @@ def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, t
 
 
 def compare(*directories: object) -> tuple[list[list[str]], str]:
-    """The table's cells, row by row, and all that was printed."""
+    """Return the table's cells, row by row, and all that was printed."""
     said = stdout_of(evaluate.main, "--compare", *directories)
     return table(said), said
 
@@ -71,47 +75,44 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     picture = runs["lora"].out.parent / "compare.png"
     picture.unlink(missing_ok=True)
     (head, _, *rows), printed = compare(runs["lora"].out, runs["full"].out)
-    assert head == [
-        "",
-        "batch",
-        "peak lr",
-        "steps",
-        "trained",
-        "val loss",
-        "perplexity",
-        "bits/byte",
-        "seconds",
-        "tokens/s",
-        "peak MB",
-        "MB on disk",
-    ]
     found = score(book, tmp_path, "--base", base)
-    scored = [
-        f"{found['loss']:.4f}",
-        f"{found['perplexity']:.2f}",
-        f"{found['bits_per_byte']:.4f}",
+    expected = [
+        {
+            "": f"base {base}",
+            "batch": "-",
+            "peak lr": "-",
+            "steps": "-",
+            "trained": "0",
+            "val loss": f"{found['loss']:.4f}",
+            "perplexity": f"{found['perplexity']:.2f}",
+            "bits/byte": f"{found['bits_per_byte']:.4f}",
+            "seconds": "-",
+            "tokens/s": "-",
+            "peak MB": "-",
+            "MB on disk": "-",
+        }
     ]
-    expected = [[f"base {base}", "-", "-", "-", "0", *scored, "-", "-", "-", "-"]]
     for name, weights in WEIGHTS.items():
         r = runs[name].report
         megabytes = (runs[name].out / weights).stat().st_size / 1e6
         expected.append(
-            [
-                f"{name} ({runs[name].out.name})",
-                str(r["options"]["batch_size"]),
-                f"{r['options']['lr']:g}",
-                str(r["steps"]),
-                f"{r['trainable_parameters']:,}",
-                f"{r['best_val_loss']:.4f}",
-                f"{r['best_val_perplexity']:.2f}",
-                f"{r['best_val_bits_per_byte']:.4f}",
-                f"{r['seconds']:,.0f}",
-                f"{r['tokens_per_second']:,.0f}",
-                f"{r['peak_memory_mb']:,.0f}",
-                f"{megabytes:,.2f}",
-            ]
+            {
+                "": f"{name} ({runs[name].out.name})",
+                "batch": str(r["options"]["batch_size"]),
+                "peak lr": f"{r['options']['lr']:g}",
+                "steps": str(r["steps"]),
+                "trained": f"{r['trainable_parameters']:,}",
+                "val loss": f"{r['best_val_loss']:.4f}",
+                "perplexity": f"{r['best_val_perplexity']:.2f}",
+                "bits/byte": f"{r['best_val_bits_per_byte']:.4f}",
+                "seconds": f"{r['seconds']:,.0f}",
+                "tokens/s": f"{r['tokens_per_second']:,.0f}",
+                "peak MB": f"{r['peak_memory_mb']:,.0f}",
+                "MB on disk": f"{megabytes:,.2f}",
+            }
         )
-    assert rows == expected
+    assert head == list(expected[0])
+    assert rows == [list(row.values()) for row in expected]
     assert str(picture) in printed
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000
@@ -133,7 +134,7 @@ def test_long_names_are_drawn_beside_each_other(runs, tmp_path, monkeypatch):
 
 
 def first_cells(*directories: object) -> list[str]:
-    """The names in the table of these runs."""
+    """Return the names in the table of these runs."""
     (_, _, *rows), _ = compare(*directories)
     return [row[0] for row in rows]
 
@@ -197,7 +198,7 @@ def test_what_a_sweep_and_a_comparison_write_is_no_run_among_others(runs, tmp_pa
 
 
 def changed(run: Run, tmp_path, **fields: object):
-    """A copy of the run whose `run.json` says something else."""
+    """Return a copy of the run, with these fields changed in its `run.json`."""
     copy = shutil.copytree(run.out, tmp_path / "run")
     (copy / "run.json").write_text(json.dumps(run.report | fields))
     return copy

@@ -1,4 +1,4 @@
-"""Scores against a token-by-token loop over a stock transformers model, and against its loss."""
+"""Compare scores with those of a token-by-token loop over a stock transformers model."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ TOKENIZER = small_tokenizer(TINY["vocab_size"])
 
 @pytest.fixture(scope="module")
 def models(base):
-    """Our model and transformers', of the same weights, and a text as tokens.
+    """Return our model and transformers', of the same weights, and a text as tokens.
 
     The model itself continues the text, so that it guesses some tokens right.
     """
@@ -48,9 +48,11 @@ def score(
 
 @torch.no_grad()
 def reference(model, tokens, block: int, stride: int, shift: int) -> tuple[float, int]:
-    """The summed loss in nats and the number of right guesses, one token after the other."""
+    """Return the summed loss in nats and the number of right guesses, token by token."""
     ids = torch.from_numpy(tokens.astype(np.int64))
-    loss, right, position = 0.0, 0, shift
+    loss = 0.0
+    right = 0
+    position = shift
     for start in range(0, len(ids), stride):
         logits = model(ids[None, start : start + block]).logits[0].double()
         while position < min(start + block + shift, len(ids)):
@@ -95,7 +97,8 @@ def test_perplexity_is_the_exponential_of_the_loss_and_always_finite():
 def test_dropout_is_off_no_graph_is_kept_and_the_mode_comes_back(models):
     ours, _, tokens = models
     for training in (True, False):
-        model, graphs = copy.deepcopy(ours), []
+        model = copy.deepcopy(ours)
+        graphs = []
         assert model.drop.p > 0
         model.ln_f.register_forward_hook(lambda *seen, to=graphs: to.append(seen[-1].requires_grad))
         assert score(model.train(training), tokens, 16) == score(ours, tokens, 16)

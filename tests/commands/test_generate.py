@@ -1,11 +1,11 @@
-"""Generation: the cache changes nothing, sampling follows its options, text streams whole."""
+"""Check generation: its cache, sampling by the options, streams of whole characters, chats."""
 
 import io
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
 from dataclasses import replace
-from unittest import mock
+from shlex import split
 
 import pytest
 import torch
@@ -16,11 +16,13 @@ from generate import stream
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, sample
 from model.tokenizer import END_OF_TEXT
-from model.weights import load_gpt2
+from model.tokenizer_files import load_tokenizer, save_tokenizer
+from model.weights import load_gpt2, save_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
-from tests.runs import Ending, one_line, run
+from tests.runs import Ending, one_line, run, stdout_of
 
-CONTEXT, VOCAB = TINY["n_positions"], TINY["vocab_size"]
+CONTEXT = TINY["n_positions"]
+VOCAB = TINY["vocab_size"]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,9 @@ def model(base) -> GPT2:
 
 
 def without_cache(model: GPT2, ids: torch.Tensor, new_tokens: int) -> list[int]:
-    """Greedy tokens, everything read again at each one; half is forgotten when it is full."""
-    window, out = ids[-CONTEXT:], []
+    """Return greedy tokens, reading everything again at each; a full context forgets half."""
+    window = ids[-CONTEXT:]
+    out = []
     for _ in range(new_tokens):
         if len(window) > CONTEXT:
             window = window[-(CONTEXT // 2) :]
@@ -54,48 +57,41 @@ LOGITS = torch.tensor([0.5, 0.4, 0.06, 0.04]).log()
     "choices, expected",
     [
         ([{}, {"top_k": 99}], [0.5, 0.4, 0.06, 0.04]),
-        (
-            [
-                {"temperature": 0},
-                {"temperature": 1e-40},
-                {"top_k": 1},
-                {"top_p": 1e-9},
-                {"top_p": 0.49},
-            ],
-            [1, 0, 0, 0],
-        ),
+        ([{"temperature": 0}, {"temperature": 1e-40}], [1, 0, 0, 0]),
+        ([{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.49}], [1, 0, 0, 0]),
         ([{"top_k": 2}, {"top_p": 0.51}], [5 / 9, 4 / 9, 0, 0]),
         ([{"top_p": 0.95}], [0.5 / 0.96, 0.4 / 0.96, 0.06 / 0.96, 0]),
         ([{"temperature": 0.5}], [p * p / 0.4152 for p in (0.5, 0.4, 0.06, 0.04)]),
     ],
 )
 def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices, expected):
-    expected, draws = torch.tensor(expected, dtype=torch.float32), 4000
+    expected = torch.tensor(expected, dtype=torch.float32)
+    draws = 4000
     # Five standard deviations of a binomial share; what is excluded must never be drawn.
     allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3 * (expected > 0)
     for choice in choices:
-        options = {
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "generator": torch.Generator().manual_seed(0),
-        } | choice
-        drawn = torch.cat([sample(LOGITS, **options) for _ in range(draws)])
+        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | choice
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.cat([sample(LOGITS, **options, generator=generator) for _ in range(draws)])
         counted = torch.bincount(drawn, minlength=4) / draws
         assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
 
 
 class Scripted(torch.nn.Module):
-    """A model that says these tokens one after another, whatever it reads; id 5 comes second."""
+    """Say these tokens one after another, whatever is read; id 5 is always second likeliest."""
 
-    def __init__(self, model: GPT2, tokens: list[int]):
+    def __init__(self, config: GPT2Config, tokens: list[int]):
         super().__init__()
-        self.wte = torch.nn.Embedding.from_pretrained(torch.eye(model.config.vocab_size))
-        self.config, self.tokens = model.config, iter(tokens)
+        self.wte = torch.nn.Embedding.from_pretrained(torch.eye(config.vocab_size))
+        self.config = config
+        self.tokens = iter(tokens)
+        self.read: list[list[int]] = []  # the token ids of each call
 
     def hidden(self, idx, cache=None):
+        self.read += idx.tolist()
         logits = torch.zeros(1, idx.size(1), self.config.vocab_size)
-        logits[..., next(self.tokens)], logits[..., 5] = 99.0, 9.0
+        logits[..., next(self.tokens)] = 99.0
+        logits[..., 5] = 9.0
         return logits
 
     def logits(self, hidden):
@@ -105,21 +101,21 @@ class Scripted(torch.nn.Module):
 def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     def pieces(tokens, tokenizer):
         args = Namespace(temperature=0, top_k=0, top_p=1.0, max_new_tokens=99)
-        return [
-            text
-            for _, text in stream(
-                Scripted(model, tokens), tokenizer, [tokenizer.encode("x")], args, [None]
-            )
-        ]
+        scripted = Scripted(model.config, tokens)
+        prompts = [tokenizer.encode("x")]
+        return [text for _, text in stream(scripted, tokenizer, prompts, args, [None])]
 
-    tokenizer, text = small_tokenizer(VOCAB), "naïve ☂ 🕯 end"
-    found = pieces(
-        [*tokenizer.encode(text), tokenizer.end_of_text, *tokenizer.encode("not this")], tokenizer
-    )
+    tokenizer = small_tokenizer(VOCAB)
+    text = "naïve ☂ 🕯 end"
+    after_the_end = tokenizer.encode("not this")
+    tokens = [*tokenizer.encode(text), tokenizer.end_of_text, *after_the_end]
+    found = pieces(tokens, tokenizer)
     assert "".join(found) == text
     assert len(found) > 3 and not any("\ufffd" in piece for piece in found)
+
     cut = [*tokenizer.encode("☂")[:1], tokenizer.end_of_text]
     assert "".join(pieces(cut, tokenizer)) == "\ufffd"  # the end comes within a character
+
     padded = replace(small_tokenizer(VOCAB - 9), vocab_size=VOCAB)
     tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
     assert "".join(pieces(tokens, padded)) == "&a&"  # id 5 in place of what no token has
@@ -129,18 +125,11 @@ def test_rows_end_apart_and_share_no_character(model, monkeypatch, capsys):
     tokenizer = small_tokenizer(VOCAB)
     a, *half, b, end = tokenizer.encode(f"aéb{END_OF_TEXT}").tolist()
     assert len(half) == 2
-    steps = iter(
-        torch.tensor(
-            [  # -1: still reading
-                [-1, a],
-                [half[0], b],
-                [half[1], end],
-                [b, a],
-                [end, a],
-                [a, a],
-            ]
-        )
-    )
+    rows = [
+        [-1, half[0], half[1], b, end, a],  # -1: still reading
+        [a, b, end, a, a, a],
+    ]
+    steps = iter(torch.tensor(rows).T)
     monkeypatch.setattr(command, "generate_rows", lambda *_, **__: steps)
     args = Namespace(seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
     command.write_texts(model, tokenizer, args, [("", "x"), ("=", "y")])
@@ -157,34 +146,36 @@ def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
 def test_a_chat_answers_every_line_after_what_was_said_before_it(
     monkeypatch, answer_tokens, starts
 ):
-    """`starts` says from which line on each is read. From the first, they have 26, 51, 71 and 217
-    tokens; from the second, 20, 40 and 186. The context of 100 keeps room for an answer, or half.
+    """`starts` has, for each line, the number of the first line that is read with it.
+
+    Read from the first line on, they have 26, 51, 71 and 157 tokens; from the second, 20, 40 and
+    126. The context of 100 keeps room for an answer, but no more than half of it.
     """
-    seen, script = [], iter(["You.", "", "At dusk.", "No."])
-
-    def answer(model, tokenizer, prompts, args, generators):
-        seen.append("".join(tokenizer.bytes_of[i].decode() for i in prompts[0].tolist()))
-        yield from ((0, " "), (0, "\n"), (0, next(script)))
-
-    lines = ["Who lights it? ", "And then?", "When?", f"Does {60 * 'it '}"]
-    monkeypatch.setattr(command, "stream", answer)
-    encode = mock.Mock(wraps=command.encode)
-    monkeypatch.setattr(command, "encode", encode)
+    lines = ["Who lights it? ", "And then?", "When?", f"Does {30 * 'it '}"]
+    tokenizer = small_tokenizer(VOCAB)
+    script = []
+    for answer in ("You.", "", "At dusk.", "No."):
+        script += [*tokenizer.encode(f" \n{answer}"), tokenizer.end_of_text]
+    model = Scripted(GPT2Config(VOCAB, n_positions=100), script)
+    monkeypatch.setattr(command, "load_model", lambda *_: ("scripted", model, tokenizer))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
-    model, tokenizer = GPT2(GPT2Config(VOCAB, 100, 4, 1, 1)), small_tokenizer(VOCAB)
-    monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, tokenizer))
-    ending = run(command.main, "--chat", "--device", "cpu", "--max-new-tokens", answer_tokens)
+    options = split(f"--chat --device cpu --temperature 0 --max-new-tokens {answer_tokens}")
+    ending = run(command.main, *options)
     assert (ending.status, ending.stdout) == (0, "You.\n\nAt dusk.\nNo.\n")
+
     said = [
         f"User: Who lights it?\nAssistant: You.{END_OF_TEXT}",
         f"User: And then?\nAssistant: {END_OF_TEXT}",
         f"User: When?\nAssistant: At dusk.{END_OF_TEXT}",
     ]
     asks = [f"User: {line.strip()}\nAssistant:" for line in lines]
-    assert seen == ["".join(said[first:turn]) + asks[turn] for turn, first in enumerate(starts)]
-    assert encode.call_count == 4 + 3  # a turn is forgotten once, and not read again at each line
+    prompts = [ids for ids in model.read if len(ids) > 1]
+    for turn, (ids, first) in enumerate(zip(prompts, starts, strict=True)):
+        expected = "".join(said[first:turn]) + asks[turn]
+        assert "".join(tokenizer.bytes_of[i].decode() for i in ids) == expected
+
     endless = replace(tokenizer, end_of_text=None)
-    monkeypatch.setattr(command, "load_model", lambda *_: ("tiny", model, endless))
+    monkeypatch.setattr(command, "load_model", lambda *_: ("scripted", model, endless))
     assert "--chat" in one_line(run(command.main, "--chat", "--device", "cpu"), 2)
 
 
@@ -201,28 +192,47 @@ def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
         assert words in one_line(chat(base, monkeypatch, b"x", *options), 2)
 
 
-def test_the_command_continues_each_prompt_as_if_alone(base, monkeypatch):
-    options = [
-        "--base",
-        str(base),
-        "--max-new-tokens",
-        "5",
-        "--seed",
-        "3",
-        "--device",
-        "cpu",
-        "--prompt",
-    ]
+def test_the_command_continues_each_prompt_as_if_alone(base):
+    options = [*split("--max-new-tokens 5 --seed 3 --device cpu --base"), str(base), "--prompt"]
     prompts = ["You climb", "-naïve☂"]  # no option
     alone = [run(command.main, *options, prompt) for prompt in prompts]
     assert [ending.status for ending in alone] == [0, 0]
     assert run(command.main, *options, prompts[0], "--seed", 4).stdout != alone[0].stdout
     expected = "".join(ending.stdout for ending in alone)
     assert run(command.main, *options, *prompts).stdout == expected
-    monkeypatch.setattr(sys, "argv", ["generate.py", *options, *prompts])
     ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii")
     with redirect_stdout(ascii_only), pytest.raises(SystemExit, match="0"):
-        run_command(command.main)
+        run_command(command.main, [*options, *prompts])
     assert ascii_only.buffer.getvalue() == expected.encode("ascii", "backslashreplace")
     refused = one_line(run(command.main, *options, "caf\udce9"), 2)
     assert refused == "error: --prompt: is not UTF-8 text"
+
+
+def test_sampling_options_reach_the_sampler(base):
+    options = ("--base", base, *split("--max-new-tokens 20 --device cpu --prompt You"))
+    greedy = stdout_of(command.main, *options, "--temperature", 0)
+    for likeliest in ("--top-k 1", "--top-p 1e-9"):
+        assert stdout_of(command.main, *options, *split(likeliest), "--temperature", 9) == greedy
+    assert stdout_of(command.main, *options) != greedy
+
+
+def test_with_base_shows_what_the_base_alone_writes_and_then_the_adapter(base, adapter):
+    options = ("--base", base, *split("--max-new-tokens 20 --device cpu --prompt You"))
+    alone = stdout_of(command.main, *options)
+    adapted = stdout_of(command.main, *options, "--adapter", adapter)
+    assert alone != adapted
+    both = stdout_of(command.main, *options, "--adapter", adapter, "--with-base")
+    assert both == f"=== {base}\n\n{alone}=== {base} with {adapter}\n\n{adapted}"
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_end_the_command_in_one_line(base, tmp_path, temperature):
+    """As those of a model trained at a hundred times the right rate: its weights are finite."""
+    broken = load_gpt2(base)
+    with torch.no_grad():
+        broken.ln_f.weight.fill_(1e38)
+    save_gpt2(broken, tmp_path)
+    save_tokenizer(load_tokenizer(base, VOCAB), tmp_path)
+    options = ("--base", tmp_path, "--device", "cpu", "--temperature", temperature)
+    ending = run(command.main, *options, "--prompt", "The keeper")
+    assert "the model's logits are not finite numbers; try" in one_line(ending, 1)

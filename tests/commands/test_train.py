@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from shlex import split
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from tests import runs
 from tests.helpers import TINY
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
 from training import meter, session
-from training.options import BOOK
+from training.options import BOOK, parse_options
+
+REPORT = """
+    method base options trainable_parameters total_parameters trainable_percent
+    base_val_loss start_val_loss best_val_loss best_val_perplexity best_val_bits_per_byte
+    steps seconds tokens_per_second peak_memory_mb device precision torch
+    base_sha256 book_sha256 init_adapter_sha256
+"""
 
 
 @pytest.fixture(params=["lora", "full"])
@@ -25,64 +33,50 @@ def done(request, runs) -> Run:
 
 
 def test_a_run_leaves_its_files_and_no_others(done):
-    weights = {
-        "lora": {"adapter_config.json", "adapter_model.safetensors"},
-        "full": {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"},
-    }[done.report["method"]]
-    assert {path.name for path in done.out.iterdir()} == weights | {
-        "run.json",
-        "metrics.jsonl",
-        "loss.png",
-        "checkpoint.safetensors",
-        "checkpoint.previous.safetensors",
-    }
+    if done.report["method"] == "lora":
+        weights = "adapter_config.json adapter_model.safetensors"
+    else:
+        weights = "config.json model.safetensors tokenizer.json tokenizer_config.json"
+    checkpoints = "checkpoint.safetensors checkpoint.previous.safetensors"
+    names = split(f"run.json metrics.jsonl loss.png {checkpoints} {weights}")
+    assert sorted(path.name for path in done.out.iterdir()) == sorted(names)
     picture = (done.out / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
 
 
 def test_run_json_tells_the_run(done, base, book):
     report = done.report
-    assert set(report) == {
-        "method",
-        "base",
-        "options",
-        "trainable_parameters",
-        "total_parameters",
-        "trainable_percent",
-        "base_val_loss",
-        "start_val_loss",
-        "best_val_loss",
-        "best_val_perplexity",
-        "best_val_bits_per_byte",
-        "steps",
-        "seconds",
-        "tokens_per_second",
-        "peak_memory_mb",
-        "device",
-        "precision",
-        "torch",
-        "base_sha256",
-        "book_sha256",
-        "init_adapter_sha256",
-    }
+    assert set(report) == set(split(REPORT))
     assert ("r" in report["options"]) == (report["method"] == "lora")
     assert report["options"]["book"] == [str(book)] and report["options"]["lr"] == 3e-3
     assert done.stdout.startswith(f"trainable params: {report['trainable_parameters']:,} || ")
     assert report["base"] == report["options"]["base"] == str(base)
     assert (report["device"], report["precision"]) == ("cpu", "fp32")
     assert report["torch"] == torch.__version__
-    assert report["base_sha256"] == {
-        name: hashlib.sha256((base / file).read_bytes()).hexdigest()
-        for name, file in (("config", "config.json"), ("weights", "model.safetensors"))
-    }
+    hashes = {}
+    for name, file in (("config", "config.json"), ("weights", "model.safetensors")):
+        hashes[name] = hashlib.sha256((base / file).read_bytes()).hexdigest()
+    assert report["base_sha256"] == hashes
     tokens = torch.cat(token_parts(book)).numpy().astype(np.uint16)
     assert report["book_sha256"] == hashlib.sha256(tokens.tobytes()).hexdigest()
     assert report["best_val_loss"] == min(done.column("val_loss")) < report["base_val_loss"]
     assert report["best_val_perplexity"] == pytest.approx(math.exp(report["best_val_loss"]))
     assert report["best_val_bits_per_byte"] == min(done.column("val_bits_per_byte"))
     assert 0 < report["seconds"] < 600 and 50 < report["peak_memory_mb"] < 100_000
-    slowest, fastest = (f(done.column("tokens_per_second")) for f in (min, max))
-    assert slowest <= report["tokens_per_second"] <= fastest
+    speeds = done.column("tokens_per_second")
+    assert min(speeds) <= report["tokens_per_second"] <= max(speeds)
+
+
+def test_defaults_are_the_reference_runs():
+    """docs/reference-run.md names them."""
+    common = {"epochs": 3, "weight_decay": 0.01, "warmup_ratio": 0.06, "val_fraction": 0.1}
+    methods = {"lora": {"batch_size": 16, "lr": 3e-4}, "full": {"batch_size": 64, "lr": 3e-5}}
+    for method, own in methods.items():
+        options = vars(parse_options("-", [method]))
+        assert options | common | own == options
+    adapter = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ("c_attn",)}
+    config = vars(parse_options("-", ["lora"]).lora)
+    assert config | adapter == config
 
 
 def test_each_logged_step_is_a_line_of_metrics(done, book):
@@ -90,7 +84,7 @@ def test_each_logged_step_is_a_line_of_metrics(done, book):
     validation = ["val_loss", "val_perplexity", "val_bits_per_byte"]
     batch_size = done.report["options"]["batch_size"]
     epoch = math.ceil(len(windows(token_parts(book)[0])[0]) / batch_size)
-    assert done.report["steps"] == 2 * epoch
+    assert done.report["steps"] == 2 * epoch  # the fixture's
     assert done.column("step") == list(range(1, 2 * epoch + 1))
     for line in done.metrics:
         validates = line["step"] % 3 == 0 or line["step"] % epoch == 0
@@ -121,21 +115,8 @@ def test_options_say_when_to_log_to_validate_and_to_end(
 
 
 def test_the_best_model_is_kept_when_validation_gets_worse(base, book, tmp_path):
-    done = trained(
-        "lora",
-        base,
-        book,
-        tmp_path,
-        "--max-steps",
-        2,
-        "--eval-every",
-        1,
-        "--lr",
-        1,
-        "--warmup-ratio",
-        0.9,
-        *runs.NO_DROPOUT["lora"],
-    )
+    options = split("--max-steps 2 --eval-every 1 --lr 1 --warmup-ratio 0.9")
+    done = trained("lora", base, book, tmp_path, *options, *runs.NO_DROPOUT["lora"])
     losses = done.column("val_loss")
     assert losses[-1] > min(losses) + 0.1
     kept = runs.validation_loss(stock_result(done), token_parts(book)[1])
@@ -145,25 +126,11 @@ def test_the_best_model_is_kept_when_validation_gets_worse(base, book, tmp_path)
 
 def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(base, book, tmp_path):
     train_part, val_part = token_parts(book)
-    whole = ("--batch-size", 1000, "--base-dropout", 0)  # LoRA's own dropout is the first run's
-    first = trained(
-        "lora",
-        base,
-        book,
-        tmp_path / "first",
-        "--epochs",
-        3,
-        "--r",
-        4,
-        "--lora-alpha",
-        4,
-        "--lr",
-        1e-2,
-        *runs.NO_DROPOUT["lora"],
-    )
-    second = trained(
-        "lora", base, book, tmp_path / "second", "--init-adapter", first.out, "--epochs", 1, *whole
-    )
+    options = split("--epochs 3 --r 4 --lora-alpha 4 --lr 1e-2")
+    first = trained("lora", base, book, tmp_path / "first", *options, *runs.NO_DROPOUT["lora"])
+    # One step on the whole training part; LoRA's own dropout is the first run's.
+    step = ("--init-adapter", first.out, *split("--epochs 1 --batch-size 1000 --base-dropout 0"))
+    second = trained("lora", base, book, tmp_path / "second", *step)
     loss = runs.mean_loss(stock_result(first), *windows(train_part)).item()
     assert second.column("loss")[0] == pytest.approx(loss, rel=1e-6)
     assert second.column("loss")[0] < first.column("loss")[0] - 0.01
@@ -176,23 +143,8 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     )
 
     # It is scored before it is trained, and kept if training makes it worse.
-    worse = trained(
-        "lora",
-        base,
-        book,
-        tmp_path / "worse",
-        "--init-adapter",
-        first.out,
-        "--epochs",
-        1,
-        *whole,
-        "--lr",
-        10,
-        "--warmup-ratio",
-        0,
-        "--clip",
-        0,
-    )
+    high_rate = split("--lr 10 --warmup-ratio 0 --clip 0")
+    worse = trained("lora", base, book, tmp_path / "worse", *step, *high_rate)
     torch.testing.assert_close(worse.weights, first.weights, rtol=0, atol=0)
     assert worse.report["best_val_loss"] == pytest.approx(first.report["best_val_loss"], rel=1e-6)
     assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
@@ -208,25 +160,12 @@ def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_p
     same = trained("lora", base, joined, tmp_path / "same", *options)
     assert one.column("val_loss") == same.column("val_loss")
     assert one.report["book_sha256"] == same.report["book_sha256"]
-    again = run(
-        train.main,
-        *runs.arguments("lora", base, book, one.out, *options, "--resume", "--book", other, book),
-    )
+    swapped = ("--resume", "--book", other, book)
+    again = run(train.main, *runs.arguments("lora", base, book, one.out, *options, *swapped))
     assert "--book: its content is not what the run" in runs.one_line(again, 2)
-    found, said = runs.scores(
-        tmp_path / "scores.json",
-        "--base",
-        base,
-        "--text",
-        book,
-        other,
-        "--val-fraction",
-        0.1,
-        "--adapter",
-        one.out,
-        "--block-size",
-        BLOCK,
-    )
+    model = ("--base", base, "--adapter", one.out)
+    texts = ("--text", book, other, "--val-fraction", 0.1, "--block-size", BLOCK)
+    found, said = runs.scores(tmp_path / "scores.json", *model, *texts)
     assert said.startswith(f"{book}, {other}, the last 10 %: ")
     assert found["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-6)
 
@@ -260,44 +199,24 @@ def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path)
     """Frozen tables are held in bf16 and trained ones in fp32; an evaluation rounds both. DoRA's
     norms are of fp32 A and B.
     """
+    options = split("--max-steps 3 --precision bf16 --lr 1e-2")
+    dora_options = ("--use-dora", "--weight-decay", 0)
     done = {
-        name: trained(
-            method,
-            base,
-            book,
-            tmp_path / name,
-            "--max-steps",
-            3,
-            "--precision",
-            "bf16",
-            "--lr",
-            1e-2,
-            *options,
-        )
-        for name, method, *options in (
-            ("lora", "lora"),
-            ("full", "full"),
-            ("dora", "lora", "--use-dora", "--weight-decay", 0),
-        )
+        "lora": trained("lora", base, book, tmp_path / "lora", *options),
+        "full": trained("full", base, book, tmp_path / "full", *options),
+        "dora": trained("lora", base, book, tmp_path / "dora", *options, *dora_options),
     }
     exact = trained("lora", base, book, tmp_path / "fp32", "--max-steps", 1)
-    lora, full = (done[method].report for method in ("lora", "full"))
+    lora = done["lora"].report
+    full = done["full"].report
     assert lora["base_val_loss"] == full["base_val_loss"] != exact.report["base_val_loss"]
     assert full["best_val_loss"] < full["base_val_loss"]
+    part = ("--text", book, *split(f"--val-fraction 0.1 --block-size {BLOCK} --precision bf16"))
     for name, one in done.items():
-        model = ("--base", one.out) if name == "full" else ("--base", base, "--adapter", one.out)
-        found, _ = runs.scores(
-            tmp_path / "scores.json",
-            *model,
-            "--text",
-            book,
-            "--val-fraction",
-            0.1,
-            "--block-size",
-            BLOCK,
-            "--precision",
-            "bf16",
-        )
+        model = ("--base", base, "--adapter", one.out)
+        if name == "full":
+            model = ("--base", one.out)
+        found, _ = runs.scores(tmp_path / "scores.json", *model, *part)
         assert found["loss"] == pytest.approx(one.report["best_val_loss"], rel=1e-9)
 
 
@@ -316,28 +235,14 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(train.Trainer, "evaluate", slowly(train.Trainer.evaluate))
     monkeypatch.setattr(session, "write_checkpoint", slowly(session.write_checkpoint))
-    run = trained(
-        "lora",
-        base,
-        book,
-        tmp_path / "run",
-        "--max-steps",
-        4,
-        "--eval-every",
-        2,
-        "--log-every",
-        1,
-        "--checkpoint-every",
-        1,
-        "--batch-size",
-        2,
-    )
+    options = split("--max-steps 4 --batch-size 2 --eval-every 2 --checkpoint-every 1")
+    run = trained("lora", base, book, tmp_path / "run", *options)
     assert clock.later == 700
     assert min(run.column("tokens_per_second")) > 2 * BLOCK / 50
 
 
 def test_what_goes_badly_is_said(base, book, tmp_path):
-    """A text that the base cannot read, and a result that is worse than the base."""
+    """Warn of a text that the base cannot read, and of a result that is worse than the base."""
     (tmp_path / "blank.txt").write_text(" \n\t" * 1500)
     (tmp_path / "book.txt").write_text(BOOK.read_text()[:12_000])
     options = ("--max-steps", 1, "--block-size", 64, "--batch-size", 1)
@@ -345,10 +250,7 @@ def test_what_goes_badly_is_said(base, book, tmp_path):
         printed = trained("lora", "mini", text, tmp_path / text.stem, *options).stdout
         assert ("worse than by guessing" in printed) == said
     for rate, said in ((10, True), (1e-3, False)):
-        ending = run(
-            train.main,
-            *runs.arguments(
-                "full", base, book, tmp_path / str(rate), "--max-steps", 4, "--lr", rate
-            ),
-        )
+        rates = ("--max-steps", 4, "--lr", rate)
+        argv = runs.arguments("full", base, book, tmp_path / str(rate), *rates)
+        ending = run(train.main, *argv)
         assert ending.status == 0 and ("worse than the base" in ending.stderr) == said

@@ -11,7 +11,7 @@ from common.cli import Parser, number, print_table
 from common.errors import UserError, run_command
 from tests.fault.runs import Outcome
 
-PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz")
+PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz", "files")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,8 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help="the form that CI runs")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.parts) - set(PARTS)):
+    unknown = sorted(set(args.parts) - set(PARTS))
+    if unknown:
         raise UserError(f"PART {unknown[0]}: is none of {', '.join(PARTS)}")
+
     outcomes: list[tuple[str, Outcome]] = []
     for part in args.parts or PARTS:
         began = time.perf_counter()
@@ -30,14 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome.seconds = outcome.seconds or time.perf_counter() - began
             outcomes.append((part, outcome))
             began = time.perf_counter()
-    print_table(
-        ("part", "tried", "failures", "seconds"),
-        [
-            (f"{part}: {o.name}", f"{o.tried:,}", str(len(o.failures)), f"{o.seconds:.0f}")
-            for part, o in outcomes
-        ],
-    )
-    failures = [f"{part}: {failure}" for part, o in outcomes for failure in o.failures]
+
+    rows = []
+    failures = []
+    for part, outcome in outcomes:
+        tried = f"{outcome.tried:,}"
+        failed = str(len(outcome.failures))
+        rows.append((f"{part}: {outcome.name}", tried, failed, f"{outcome.seconds:.0f}"))
+        failures += [f"{part}: {failure}" for failure in outcome.failures]
+    print_table(("part", "tried", "failures", "seconds"), rows)
     for failure in failures:
         print(f"FAILED {failure}")
     return int(bool(failures))

@@ -15,25 +15,28 @@ from random import Random
 from tests.fault.runs import Outcome, scratch
 from tests.fault.targets import TARGETS, Target, prepare, problem_of
 
-LONG, SHORT = 24_000, 1_000
+LONG = 24_000  # cases
+SHORT = 1_000
 SECONDS = 4.0  # of processor time
 HANG = 30  # of the clock: the machine may be busy
 MEMORY = 1 << 30
 
 
 def campaign(short: bool, seed: int) -> list[Outcome]:
-    return run(range(SHORT if short else LONG), seed)
+    count = SHORT if short else LONG
+    return run(range(count), seed)
 
 
 def run(cases: range, seed: int) -> list[Outcome]:
     """Return the outcomes, target by target; a process of its own reads, and may die of it."""
-    outcomes = {t.name: Outcome(t.name) for t in TARGETS}
+    outcomes = {target.name: Outcome(target.name) for target in TARGETS}
     with scratch() as directory:
         prepare(directory)
         for case, problem, seconds in _results(directory, cases, seed):
             outcome = outcomes[target_of(case).name]
             outcome.seconds += seconds
-            outcome.add(f"case {case} of seed {seed}", [problem] if problem else [])
+            problems = [problem] if problem else []
+            outcome.add(f"case {case} of seed {seed}", problems)
     return list(outcomes.values())
 
 
@@ -62,8 +65,10 @@ def _results(directory: Path, cases: range, seed: int) -> Iterator[tuple[int, st
             reader.join()
             file = target_of(cases[0]).file
             (directory / file).write_bytes(good[file])
-            hung = isinstance(error, TimeoutError)
-            yield cases[0], "hangs" if hung else f"dies with {reader.exitcode}", float(HANG * hung)
+            if isinstance(error, TimeoutError):
+                yield cases[0], "hangs", float(HANG)
+            else:
+                yield cases[0], f"dies with {reader.exitcode}", 0.0
             cases = cases[1:]
         reader.join()
 

@@ -1,6 +1,7 @@
 """SIGKILL at random moments, resumed each time: the result is that of a run that nobody killed."""
 
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 from tests.fault import runs
 
 PAIRS = (("lora", "fp32"), ("full", "bf16"), ("lora", "bf16"), ("full", "fp32"))
+SHORT_KILLS = (3, 2)  # of the first two pairs
 STEPS = {"lora": 20, "full": 6}
 KILLS = 50
+KILLED = -signal.SIGKILL
 UNFINISHED = ".checkpoint.safetensors.*"
 MOMENTS = (
     "in the steps",
@@ -22,8 +25,10 @@ MOMENTS = (
 
 
 def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
-    for i, (method, precision) in enumerate(PAIRS[:2] if short else PAIRS):
-        yield kill_often(method, precision, (3, 2)[i] if short else KILLS, random.Random(seed + i))
+    counts = SHORT_KILLS if short else [KILLS] * len(PAIRS)
+    for i, count in enumerate(counts):
+        method, precision = PAIRS[i]
+        yield kill_often(method, precision, count, random.Random(seed + i))
 
 
 def kill_often(method: str, precision: str, count: int, draw: random.Random) -> runs.Outcome:
@@ -31,18 +36,24 @@ def kill_often(method: str, precision: str, count: int, draw: random.Random) -> 
     outcome = runs.Outcome(f"SIGKILL, {method}, {precision}")
     options = (STEPS[method], "--precision", precision)
     whole = runs.uninterrupted(method, *options)
-    run = in_writing = 0
+    run = 0
+    in_writing = 0
     with runs.scratch() as folder:
         while outcome.tried < count and not outcome.failures:
             out = folder / f"run{run}"
             run += 1
-            command, status = runs.train_command(method, folder, out, *options), -9
-            while status == -9 and outcome.tried < count:
+            command = runs.train_command(method, folder, out, *options)
+            status = KILLED
+            while status == KILLED and outcome.tried < count:
                 moment = MOMENTS[outcome.tried % len(MOMENTS)]
                 status, lines = kill(command, folder, out, moment, whole, draw)
-                outcome.tried += status == -9
-                in_writing += status == -9 and any(out.glob(UNFINISHED))
-            problems = [f"exit status {status}: {lines[-3:]}"] * (status not in (0, -9))
+                if status == KILLED:
+                    outcome.tried += 1
+                    in_writing += any(out.glob(UNFINISHED))
+
+            problems = []
+            if status not in (0, KILLED):
+                problems.append(f"exit status {status}: {lines[-3:]}")
             problems += runs.go_on(runs.resume_command(command, out), folder, out, whole.result)
             outcome.failures += [f"after {outcome.tried} kills: {what}" for what in problems]
     outcome.name += f" ({in_writing} in the writing of a checkpoint)"

@@ -68,8 +68,9 @@ def mutate_bytes(rng: Random, data: bytes) -> bytes:
         span = rng.choice((1, 2, 4, 16, 300, 5000))
         fill = bytes([rng.choice((0, 255, 127, 128, 65))]) * rng.choice((1, 2, 4, 8, 64))
         flipped = bytearray(data)
-        for _ in range(rng.choice((1, 1, 1, 8, 64)) if data else 0):
-            flipped[_place(rng, data) % len(data)] ^= 1 << rng.randrange(8)
+        if data:
+            for _ in range(rng.choice((1, 1, 1, 8, 64))):
+                flipped[_place(rng, data) % len(data)] ^= 1 << rng.randrange(8)
         data = rng.choice(
             (
                 bytes(flipped),
@@ -93,13 +94,13 @@ def _place(rng: Random, data: bytes) -> int:
 
 def _nested(rng: Random, fields: dict) -> dict:
     """Return this object or, as often, one somewhere inside it."""
-    inner = [
-        child
-        for value in fields.values()
-        for child in (value if isinstance(value, list) else [value])
-        if isinstance(child, dict)
-    ]
-    return _nested(rng, rng.choice(inner)) if inner and rng.random() < 0.5 else fields
+    children = []
+    for value in fields.values():
+        children += value if isinstance(value, list) else [value]
+    inner = [child for child in children if isinstance(child, dict)]
+    if inner and rng.random() < 0.5:
+        return _nested(rng, rng.choice(inner))
+    return fields
 
 
 def mutate_json(rng: Random, data: bytes) -> bytes:
@@ -123,13 +124,18 @@ def mutate_json(rng: Random, data: bytes) -> bytes:
 
 
 def _hostile(rng: Random, depth: int = 3) -> Any:
-    kind = rng.randrange(8 if depth else 6)
+    kinds = 8 if depth else 6
+    kind = rng.randrange(kinds)
+    if kind < 3:
+        return rng.choice(NUMBERS)
     if kind < 5:
-        return rng.choice(NUMBERS if kind < 3 else TEXTS)
+        return rng.choice(TEXTS)
     if kind == 5:
         return rng.choice((None, True, False, [], {}, json.loads("[" * 400 + "]" * 400)))
     items = [_hostile(rng, depth - 1) for _ in range(rng.randrange(4))]
-    return items * rng.choice((1, 1, 50)) if kind == 6 else {rng.choice(TEXTS): x for x in items}
+    if kind == 6:
+        return items * rng.choice((1, 1, 50))
+    return {rng.choice(TEXTS): item for item in items}
 
 
 def mutate_text(rng: Random, data: bytes) -> bytes:
@@ -160,7 +166,9 @@ def mutate_text(rng: Random, data: bytes) -> bytes:
         )
         times = rng.choice((1, 2, 50, 70_000))
         data = data[:start] + (piece * times).encode() + data[start:]
-    return mutate_bytes(rng, data) if rng.random() < 0.5 else data
+    if rng.random() < 0.5:
+        return mutate_bytes(rng, data)
+    return data
 
 
 def mutate_safetensors(rng: Random, data: bytes) -> bytes:
@@ -169,7 +177,8 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
     if chance < 0.2:
         return mutate_bytes(rng, data)
     length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header = json.loads(data[8 : 8 + length])
+    body = data[8 + length :]
     if chance < 0.6:
         # Sorted, because the reader returns them in another order each time.
         tensors = dict(sorted(safetensors.torch.load(data).items()))
@@ -225,11 +234,14 @@ def _change_tensors(rng: Random, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _change_header(rng: Random, header: dict) -> None:
-    key, other = rng.choice(list(header)), rng.choice(list(header))
-    entry, shape = header[key], header[key].get("shape", [])
+    key = rng.choice(list(header))
+    other = rng.choice(list(header))
+    entry = header[key]
+    shape = entry.get("shape", [])
     match rng.randrange(8):
         case 0:
-            header[key], header[other] = header[other], entry
+            header[key] = header[other]
+            header[other] = entry
         case 1:
             entry["data_offsets"] = header[other]["data_offsets"]
         case 2:

@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from training.directory import MODEL_FILES
+
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = (ROOT / "data" / "book.txt").read_text(encoding="utf-8")
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb", "options"}
@@ -38,7 +40,8 @@ class Outcome:
 @contextmanager
 def scratch() -> Iterator[Path]:
     """Give a folder, in memory where the system has that: a busy disk's fsync takes seconds."""
-    with TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with TemporaryDirectory(dir=memory) as folder:
         yield Path(folder).resolve()
 
 
@@ -46,7 +49,8 @@ class Process(subprocess.Popen):
     """A command at work in the project's directory; what it prints goes into `folder`."""
 
     def __init__(self, command: list[str], folder: Path):
-        self.out_file, self.err_file = folder / "stdout", folder / "stderr"
+        self.out_file = folder / "stdout"
+        self.err_file = folder / "stderr"
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         with open(self.out_file, "w") as out, open(self.err_file, "w") as err:
             super().__init__(
@@ -113,7 +117,9 @@ def train_command(method: str, *arguments: object) -> list[str]:
 
 def resume_command(command: list[str], out: Path) -> list[str]:
     """Return the command that goes on, where there is anything to go on with."""
-    return [*command, "--resume"] if (out / "metrics.jsonl").exists() else command
+    if (out / "metrics.jsonl").exists():
+        return [*command, "--resume"]
+    return command
 
 
 def result(out: Path) -> dict:
@@ -123,7 +129,7 @@ def result(out: Path) -> dict:
     for values in (report, *lines):
         for name in TIMED & values.keys():
             del values[name]
-    model = (*out.glob("*config.json"), *out.glob("*model.safetensors"))
+    model = [path for name in MODEL_FILES for path in out.glob(name)]
     return {"report": report, "metrics": lines, **{file.name: file.read_bytes() for file in model}}
 
 
@@ -151,7 +157,9 @@ def uninterrupted(method: str, *arguments: object) -> Whole:
 def go_on(command: list[str], folder: Path, out: Path, expected: dict) -> list[str]:
     """Run the command that goes on; return how it failed, or what in `out` is not as expected."""
     status, lines = Process(command, folder).end()
-    return [f"going on ends with {status}: {lines[-3:]}"] if status else differences(out, expected)
+    if status:
+        return [f"going on ends with {status}: {lines[-3:]}"]
+    return differences(out, expected)
 
 
 def differences(out: Path, expected: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at random moments of what `make train-lora` runs: exit code, words, resume."""
+"""Signals at random moments of what `make train-lora` runs: exit code, words, resume."""
 
 import random
 import shlex
@@ -11,20 +11,22 @@ from pathlib import Path
 from tests.fault import runs
 
 STEPS = 20
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE = "stopping once the step is done and saved; Ctrl-C stops at once"
 AT_ONCE = "error: interrupted"
 
 
 def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
-    outcome, draw = runs.Outcome("SIGINT and SIGTERM"), random.Random(seed)
+    outcome = runs.Outcome("SIGINT, SIGTERM and SIGHUP")
+    draw = random.Random(seed)
     whole = runs.uninterrupted("lora", STEPS)
+    count = 3 if short else 30
     with runs.scratch() as folder:
-        for i in range(2 if short else 20):
-            number = (signal.SIGINT, signal.SIGTERM)[i % 2]
-            outcome.add(
-                f"run {i}, {number.name}",
-                one_signal(folder, folder / f"run{i}", number, whole, draw, twice=i % 4 == 2),
-            )
+        for i in range(count):
+            number = NUMBERS[i % 3]
+            twice = i % 4 == 2
+            problems = one_signal(folder, folder / f"run{i}", number, whole, draw, twice)
+            outcome.add(f"run {i}, {number.name}", problems)
     yield outcome
 
 
@@ -67,9 +69,15 @@ def catches_sigterm(process: runs.Process) -> bool:
 
 
 def check_ending(status: int, wanted: int, lines: list[str], out: Path) -> list[str]:
+    """Return what is wrong with how a run ended after the signal."""
     # It came after the last step, or when Python, its handlers gone, was ending.
     if status in (0, 128 - wanted) and lines in ([], [NOTICE]):
-        return [] if (out / "run.json").exists() else [f"ended with {status} and no result"]
+        if (out / "run.json").exists():
+            return []
+        return [f"ended with {status} and no result"]
+
     saved = len(lines) == 2 and lines[0] == NOTICE and lines[1].startswith("stopped after step ")
     stopped = saved or lines in ([AT_ONCE], [NOTICE, AT_ONCE])
-    return [] if status == wanted and stopped else [f"exit status {status}, {lines}"]
+    if status == wanted and stopped:
+        return []
+    return [f"exit status {status}, {lines}"]

@@ -62,7 +62,8 @@ def prepare(directory: Path) -> None:
 def check_adapter(directory: Path) -> None:
     model = load_gpt2(directory / "base")
     config = load_adapter(model, directory / "adapter")
-    layers, stored = lora_layers(model), _safetensors(directory / "adapter" / WEIGHTS)
+    layers = lora_layers(model)
+    stored = _safetensors(directory / "adapter" / WEIGHTS)
     assert layers and 0 <= config.lora_alpha <= 3e6 and 0 <= config.lora_dropout <= 1
     for name, layer in layers.items():
         assert layer.lora_A.weight.shape == (config.r, layer.base_layer.in_features)
@@ -73,30 +74,33 @@ def check_adapter(directory: Path) -> None:
 
 def check_base(directory: Path) -> None:
     model = load_gpt2(directory / "base")
-    stored = {
-        key.removeprefix("transformer."): value
-        for key, value in _safetensors(directory / "base" / "model.safetensors").items()
-    }
+    stored = {}
+    for key, value in _safetensors(directory / "base" / "model.safetensors").items():
+        stored[key.removeprefix("transformer.")] = value
+    stored.setdefault("wte.weight", stored.get("lm_head.weight"))
     for name, ours in model.named_parameters():
-        value = stored["lm_head.weight" if name == "wte.weight" not in stored else name].float()
+        value = stored[name].float()
+        if CONV1D.search(name):
+            value = value.t()
         assert value.isfinite().all() and ours.dtype == torch.float32
-        assert ours.equal(value.t() if CONV1D.search(name) else value)
+        assert ours.equal(value)
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     """Read the format as its description has it, by other code than the library's."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header = json.loads(data[8 : 8 + length])
+    body = data[8 + length :]
     header.pop("__metadata__", None)
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return {
-        key: torch.frombuffer(
-            bytearray(body[slice(*entry["data_offsets"])]), dtype=types[entry["dtype"]]
-        ).view(entry["shape"])
-        for key, entry in header.items()
-        if entry["dtype"] in types
-    }
+    tensors = {}
+    for key, entry in header.items():
+        if entry["dtype"] in types:
+            begin, end = entry["data_offsets"]
+            flat = torch.frombuffer(bytearray(body[begin:end]), dtype=types[entry["dtype"]])
+            tensors[key] = flat.view(entry["shape"])
+    return tensors
 
 
 def check_checkpoint(directory: Path) -> None:
@@ -157,10 +161,11 @@ def problem_of(target: Target, directory: Path) -> str | None:
             return f"says {message!r:.200}"
         if len(message) > 600:
             return f"says too much: {len(message)} characters"
-        cause: BaseException | None = error
-        while cause := cause.__cause__ or cause.__context__:
+        cause = error.__cause__ or error.__context__
+        while cause:
             if isinstance(cause, MemoryError) or "alloc" in str(cause):
                 return "asks for too much memory"
+            cause = cause.__cause__ or cause.__context__
     except Exception as error:
         return f"{type(error).__name__}: {error!s:.200}"
     return None

@@ -1,4 +1,4 @@
-"""The LoRA layer, against PEFT's and against the formula in fp64."""
+"""Compare the LoRA layer with PEFT's and with the formula in fp64."""
 
 import math
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from adapters.merge import merge
 from lora.layer import LoRAConfig, LoRALinear
+from lora.slices import SlicedLoRALinear
 from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 
@@ -19,31 +20,18 @@ RSLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.0, "use_rslora": True}
 
 @pytest.mark.parametrize(
     ("shape", "r", "use_rslora"),
-    [
-        (SQUARE, 4, False),
-        (SQUARE, 32, True),
-        (WIDE, 4, True),
-        (WIDE, 32, False),
-        (TALL, 1, False),
-    ],
+    [(SQUARE, 4, False), (SQUARE, 32, True), (WIDE, 4, True), (TALL, 1, False)],
 )
 def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora):
-    ours, theirs, _ = pair(
-        "lora", shape, r=r, lora_alpha=3, lora_dropout=0.5, use_rslora=use_rslora
-    )
+    fields = {"r": r, "lora_alpha": 3, "lora_dropout": 0.5, "use_rslora": use_rslora}
+    ours, theirs, _ = pair("lora", shape, **fields)
     perturb_alike(ours.eval(), theirs.eval())
     x = torch.randn(5, shape[0])
-    w, b, lora_a, lora_b = (
-        p.double()
-        for p in (
-            ours.base_layer.weight,
-            ours.base_layer.bias,
-            ours.lora_A.weight,
-            ours.lora_B.weight,
-        )
-    )
-    weight = w + (3 / math.sqrt(r) if use_rslora else 3 / r) * lora_b @ lora_a
-    assert relative_difference(ours(x), x.double() @ weight.T + b) < 1e-6
+    scaling = 3 / math.sqrt(r) if use_rslora else 3 / r
+    update = scaling * ours.lora_B.weight.double() @ ours.lora_A.weight.double()
+    weight = ours.base_layer.weight.double() + update
+    expected = x.double() @ weight.T + ours.base_layer.bias.double()
+    assert relative_difference(ours(x), expected) < 1e-6
     merge(ours)
     theirs.merge()
     assert relative_difference(ours.base_layer.weight, weight) < 1e-6
@@ -68,9 +56,8 @@ def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape,
     x = torch.linspace(-1, 1, 7 * shape[0]).view(7, shape[0]).to(dtype)
     ours, theirs, _ = pair("lora", shape, dtype, **config)
     perturb_alike(ours, theirs)
-    ours, theirs = (
-        output_and_gradients(layer.requires_grad_(True), x, autocast) for layer in (ours, theirs)
-    )
+    ours = output_and_gradients(ours.requires_grad_(True), x, autocast)
+    theirs = output_and_gradients(theirs.requires_grad_(True), x, autocast)
     assert ours.keys() == theirs.keys() and "lora_A.weight" in ours
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
@@ -82,3 +69,8 @@ def test_a_wrapper_takes_over_the_mode_of_its_layer():
     randomize(layer)
     x = torch.randn(1, 64)
     assert torch.equal(layer(x), layer(x))
+
+
+def test_a_wrapper_lies_on_the_device_of_its_layer():
+    sliced = SlicedLoRALinear(nn.Linear(48, 48, device="meta"), LoRAConfig(r=4), {"q"})
+    assert all(parameter.is_meta for parameter in sliced.parameters())

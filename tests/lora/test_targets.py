@@ -22,14 +22,14 @@ from training.options import parse_options
 from training.report import describe_parameters
 
 PATTERNS = {
-    "rank_pattern": {"c_attn": 2, r"h\.2\..*": 3, "transformer.h.0.mlp.c_proj": 5},
+    "rank_pattern": {"c_attn": 2, r"h\.2\..*|1\.attn\.c_proj": 3, "transformer.h.0.mlp.c_proj": 5},
     "alpha_pattern": {r"[01].attn.c_(attn|proj)": 7, "c_proj": 2.5},
 }
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Three blocks, so that a range is not the rest."""
+    """Return a base of three blocks, so that a range of blocks is not all but one."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_layer=3)[0]
 
 
@@ -41,11 +41,8 @@ def base(tmp_path_factory):
         (("mlp.c_proj", "1.attn.c_attn", "transformer.h.0.mlp.c_fc"), {}, 5),
         (r"transformer\.h\.[02]\..*c_(attn|fc)", {}, 4),
         (("c_attn", "mlp.c_proj"), {"layers_to_transform": (1, 2)}, 4),
-        (
-            ("c_attn", "transformer.h.0.mlp.c_fc"),
-            {"layers_to_transform": (1,)},
-            2,
-        ),  # whole names count
+        # A whole name counts in every block.
+        (("c_attn", "transformer.h.0.mlp.c_fc"), {"layers_to_transform": (1,)}, 2),
         (("c_attn", "c_proj"), PATTERNS, 9),
         (("c_attn", "c_proj"), PATTERNS | {"use_rslora": True, "layers_to_transform": (0, 2)}, 6),
     ],
@@ -59,23 +56,16 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
     torch.manual_seed(3)
     inject(ours, config)
     torch.manual_seed(3)
-    theirs = peft.get_peft_model(
-        tiny_gpt2(n_layer=3),
-        peft.LoraConfig(
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            fan_in_fan_out=True,
-            **{k: list(v) if k == "layers_to_transform" else v for k, v in fields.items()},
-        ),
-    )
+    lists = json.loads(json.dumps({"target_modules": targets, **fields}))  # in place of tuples
+    peft_config = peft.LoraConfig(**lists, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(tiny_gpt2(n_layer=3), peft_config)
     theirs.print_trainable_parameters()
     assert describe_parameters(ours) == capsys.readouterr().out.strip()
     names = [f"transformer.{name}" for name in lora_layers(ours)]
     assert names == theirs.base_model.targeted_module_names and len(names) == adapted_layers
     for name, layer in lora_layers(ours).items():
-        assert (
-            layer.scaling
-            == theirs.base_model.model.transformer.get_submodule(name).scaling["default"]
-        )
+        their_layer = theirs.base_model.model.transformer.get_submodule(name)
+        assert layer.scaling == their_layer.scaling["default"]
     # PEFT 0.17 would look for the base's config on the hub, to see whether its vocabulary grew.
     expected = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     tensors = adapter_tensors(ours)
@@ -84,14 +74,10 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
 
 
 REFUSED = [
-    (
-        {"target_modules": r".*\.c_attn\.x"},
-        "is not in the model by a full name; it has c_attn, c_fc, c_proj",
-    ),
-    *(
-        ({"target_modules": part}, f"'{part}' is not in the model")  # a whole name must match
-        for part in ("c_attn", "transformer.h.0.attn.c_a")
-    ),
+    ({"target_modules": r".*\.c_attn\.x"}, "by a full name; it has c_attn, c_fc, c_proj"),
+    # A regular expression must match a whole name.
+    ({"target_modules": "c_attn"}, "'c_attn' is not in the model"),
+    ({"target_modules": "transformer.h.0.attn.c_a"}, "c_a' is not in the model"),
     ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),
     ({"target_modules": ("lm_head",)}, "the head is tied to wte"),
     ({"target_modules": ("wte",)}, "tied to the head"),
@@ -99,7 +85,8 @@ REFUSED = [
     ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
     ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # after a dot
     ({"target_modules": ("",)}, "only linear layers"),
-    *(({"r": r}, rf"rank {r} is outside 1 \.\. 32") for r in (0, 33)),
+    ({"r": 0}, r"rank 0 is outside 1 \.\. 32"),
+    ({"r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": "all-linear", "layers_to_transform": (0,)}, "needs a list"),
     ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
@@ -107,6 +94,7 @@ REFUSED = [
     ({"rank_pattern": {"attn": 2}}, "pattern 'attn' matches no adapted layer"),
     ({"alpha_pattern": {"_attn": 2}}, "pattern '_attn' matches no adapted layer"),
     ({"rank_pattern": {"h.2.attn.c_attn": 33}}, r"rank 33 is outside 1 \.\. 32"),
+    ({"target_modules": ("q",)}, "'q' is not in the model"),
     ({"target_modules": ("c_attn.q", "c_proj.v")}, "'c_proj.v': only c_attn has slices"),
     ({"target_modules": ("c_attn.q", "c_attn")}, "is named whole and by a slice"),
     ({"target_modules": ("c_attn.q",), "init_lora_weights": "pissa"}, "exclude each other"),
@@ -118,7 +106,8 @@ REFUSED = [
 
 def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(base):
     model = load_gpt2(base)
-    before, expected = dict(model.named_parameters()), model(IDS)
+    before = dict(model.named_parameters())
+    expected = model(IDS)
     for fields, reason in REFUSED:
         with pytest.raises(ValueError, match=reason):
             inject(model, make_config(**fields), make_layer)

@@ -1,4 +1,4 @@
-"""The variants of LoRA against PEFT's, and slices against loralib's formula.
+"""Compare the variants of LoRA with PEFT's, and slices with loralib's formula.
 
 PEFT's side is a model of `nn.Linear` layers: that is what is adapted here, and on GPT-2's Conv1D
 PEFT's DoRA has been wrong (peft#3531: unmerging forgot the transpose). Files meet stock GPT-2.
@@ -6,6 +6,7 @@ PEFT's DoRA has been wrong (peft#3531: unmerging forgot the transpose). Files me
 
 import json
 import signal
+from shlex import split
 
 import peft
 import pytest
@@ -28,25 +29,19 @@ from lora.variants import make_config, make_layer
 from model.weights import load_gpt2
 from tests import runs
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
-from tests.pairs import (
-    IDS,
-    output_and_gradients,
-    pair,
-    parameters,
-    perturb_alike,
-    randomize,
-)
+from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize
 from tests.runs import arguments, run, stock_model, trained
 from train import learning_rate, main
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
-DORA, PISSA = {"use_dora": True}, {"init_lora_weights": "pissa"}
+DORA = {"use_dora": True}
+PISSA = {"init_lora_weights": "pissa"}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Heads of 16, for which 1/sqrt(16) is the same number however computed."""
+    """Return a base with heads of 16: 1/sqrt(16) is the same number however computed."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_head=2)[0]
 
 
@@ -99,6 +94,14 @@ def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype
         assert value.dtype == theirs[name].dtype
 
 
+def test_doras_norm_is_in_fp32_under_autocast():
+    layer, _, _ = pair("dora", WIDE)
+    randomize(layer)
+    expected = layer.norm()
+    with torch.autocast("cpu", BF16):
+        assert torch.equal(layer.norm(), expected)
+
+
 TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
 # By the options of train.py: PEFT's fields.
 RUNS = {
@@ -111,21 +114,9 @@ RUNS = {
 
 @pytest.mark.parametrize("options", RUNS)
 def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
-    """Dropouts on, from the seeded adapter to the trained one, through train.py's own step."""
-    ours = runs.trainer(
-        "lora",
-        base,
-        book,
-        tmp_path,
-        "--max-steps",
-        20,
-        "--batch-size",
-        4,
-        "--lr",
-        3e-3,
-        *options.split(),
-        fast=False,
-    )
+    """The dropouts are on; the start is the seeded adapter, and each step is train.py's own."""
+    short = split("--max-steps 20 --batch-size 4 --lr 3e-3")
+    ours = runs.trainer("lora", base, book, tmp_path, *short, *split(options), fast=False)
     args = ours.options
     stock = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
     for name, module in list(stock.named_modules()):
@@ -134,21 +125,14 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
             linear.load_state_dict({"weight": module.weight.t(), "bias": module.bias})
             stock.set_submodule(name, linear)
     torch.manual_seed(args.seed)
-    theirs = peft.get_peft_model(
-        stock,
-        peft.LoraConfig(
-            **{"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
-            | RUNS[options]
-        ),
-    ).train()
-    for name, parameter in theirs.named_parameters():
+    fields = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
+    theirs = peft.get_peft_model(stock, peft.LoraConfig(**fields | RUNS[options])).train()
+    named = {}
+    for name, parameter in parameters(theirs.base_model.model).items():
         if args.freeze_a and "lora_A" in name:
             parameter.requires_grad_(False)
-    named = {
-        n.removeprefix("transformer."): p
-        for n, p in parameters(theirs.base_model.model).items()
-        if p.requires_grad
-    }
+        else:
+            named[name.removeprefix("transformer.")] = parameter
     assert named.keys() == ours.parameters.keys()
     mine = [named[name] for name in ours.parameters]  # in one order: the gradient norm is a sum
     optimizer = torch.optim.AdamW(mine, lr=args.lr, weight_decay=0.01, fused=True)
@@ -200,17 +184,7 @@ def raw_tensors(model):
     ],
 )
 def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, options):
-    options = (
-        "--max-steps",
-        12,
-        "--batch-size",
-        8,
-        "--eval-every",
-        4,
-        "--lr",
-        1e-2,
-        *options.split(),
-    )
+    options = split(f"--max-steps 12 --batch-size 8 --eval-every 4 --lr 1e-2 {options}")
     whole = trained("lora", base, book, tmp_path / "whole", *options)
     argv = arguments("lora", base, book, tmp_path / "run", *options)
     stop = {7: lambda trainer: signal.raise_signal(signal.SIGINT)}
@@ -221,11 +195,11 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
         assert runs.contents(done.out)[file] == runs.contents(whole.out)[file]
     assert done.column("val_loss") == whole.column("val_loss")
 
-    report, ids, bf16 = done.report, runs.token_parts(book)[1], "bf16" in options
-    close = 2e-2 if bf16 else 1e-5
-    assert report["base_val_loss"] == pytest.approx(
-        runs.validation_loss(stock_model(base), ids), rel=close
-    )
+    report = done.report
+    _, ids = runs.token_parts(book)
+    close = 2e-2 if "bf16" in options else 1e-5
+    base_loss = runs.validation_loss(stock_model(base), ids)
+    assert report["base_val_loss"] == pytest.approx(base_loss, rel=close)
     theirs = stock_model(base, done.out)
     assert report["best_val_loss"] == pytest.approx(runs.validation_loss(theirs, ids), rel=close)
     assert report["best_val_loss"] < report["base_val_loss"] - 0.01
@@ -234,23 +208,35 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
     assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
 
 
+def test_a_pissa_run_in_bf16_prints_what_evaluate_py_computes(base, book, tmp_path):
+    """Of the base and of the best adapter, as it was saved."""
+    options = [
+        "--init-lora-weights",
+        "pissa",
+        "--precision",
+        "bf16",
+        "--max-steps",
+        "6",
+        "--lr",
+        "3e-3",
+    ]
+    done = trained("lora", base, book, tmp_path / "run", *options)
+    scored = ("--base", base, "--text", book, "--val-fraction", 0.1, "--block-size", runs.BLOCK)
+    for name, more in (("base", ()), ("best", ("--adapter", done.out))):
+        found, _ = runs.scores(tmp_path / "scores", *scored, "--precision", "bf16", *more)
+        assert found["loss"] == pytest.approx(done.report[f"{name}_val_loss"], rel=1e-6), name
+
+
 def test_a_dora_of_peft_loads_and_merges_to_its_logits(base, tmp_path):
-    theirs = peft.get_peft_model(
-        stock_model(base),
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=4,
-            lora_alpha=6,
-            target_modules=["c_attn", "c_proj"],
-            fan_in_fan_out=True,
-            **DORA,
-        ),
-    ).eval()
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], **DORA}
+    config = peft.LoraConfig(**fields, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(stock_model(base), config).eval()
     with torch.no_grad():
         for parameter in parameters(theirs).values():
             parameter += 0.05 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
-    ours, expected = load_gpt2(base), theirs(IDS).logits
+    expected = theirs(IDS).logits
+    ours = load_gpt2(base)
     assert relative_difference(ours(IDS), expected) > 0.1
     assert isinstance(load_adapter(ours, tmp_path), DoRAConfig)
     assert relative_difference(ours(IDS), expected) < 1e-5
@@ -272,8 +258,9 @@ def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
 
 
 def merged_linear(x, linear, a, b, enabled, scaling):
-    """loralib's MergedLinear: A (n r, in) and B (n d, r), by a convolution of n groups."""
-    out, n = linear.out_features, sum(enabled)
+    """Compute loralib's MergedLinear: A (n r, in) and B (n d, r), by a convolution of n groups."""
+    out = linear.out_features
+    n = sum(enabled)
     update = F.conv1d((x @ a.T).mT, b.unsqueeze(-1), groups=n).mT  # (B, T, n d)
     y = torch.zeros(*x.shape[:-1], out)
     places = torch.tensor(enabled).repeat_interleave(out // len(enabled))
@@ -289,6 +276,7 @@ NAMED = "transformer.h.1.attn.c_attn"
     [
         (("c_attn.q", "attn.c_attn.v"), [True, False, True], True, (8, 6 * 2**0.5, {}, {})),
         (("c_attn.v",), [False, False, True], False, (4, 6, {}, {})),
+        (("c_attn.v", "c_attn.k", "c_attn.q"), [True, True, True], False, (12, 18, {}, {})),
         (
             ("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"),
             [False, False, True],
@@ -301,19 +289,22 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     base, tmp_path, targets, enabled, use_rslora, file
 ):
     model = load_gpt2(base)
-    config = LoRAConfig(
-        r=4, lora_alpha=6, lora_dropout=0, target_modules=targets, use_rslora=use_rslora
-    )
+    fields = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.3, "use_rslora": use_rslora}
+    config = LoRAConfig(target_modules=targets, **fields)
     inject(model, config, make_layer)
-    layer, n = model.h[0].attn.c_attn, sum(enabled)
+    layer = model.h[0].attn.c_attn
+    n = sum(enabled)
+    assert layer.lora_dropout.p == 0.3
     assert 0.8 < 32**0.5 * layer.lora_A.weight.abs().max() < 1 and not layer.lora_B.blocks.any()
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == n * 4 * (32 + 32)
     randomize(model)
-    a, b = layer.lora_A.weight, layer.lora_B.blocks
+    a = layer.lora_A.weight
+    b = layer.lora_B.blocks
     twins = [p.detach().clone().requires_grad_() for p in (a, b.flatten(0, 1))]
     x = torch.randn(2, 5, 32)
     y = layer(x)
-    expected = merged_linear(x, layer.base_layer, *twins, enabled, 6 / (2 if use_rslora else 4))
+    scaling = 6 / (2 if use_rslora else 4)
+    expected = merged_linear(x, layer.base_layer, *twins, enabled, scaling)
     assert relative_difference(y, expected) < 1e-6
     for mine, theirs in zip(
         torch.autograd.grad(y.square().sum(), (a, b)),
@@ -323,10 +314,11 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
         assert relative_difference(mine.flatten(0, -2), theirs) < 1e-5
 
     save_adapter(model, config, tmp_path, "gpt2")
-    stored, expected = json.loads((tmp_path / CONFIG).read_text()), model(IDS)
-    assert file == tuple(
-        stored[name] for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-    )
+    stored = json.loads((tmp_path / CONFIG).read_text())
+    names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    assert file == tuple(stored[name] for name in names)
+    assert stored["lora_dropout"] == 0.3
+    expected = model(IDS)
     assert relative_difference(stock_model(base, tmp_path)(IDS).logits, expected) < 1e-6
     again = load_gpt2(base)
     assert relative_difference(again(IDS), expected) > 0.05
@@ -337,16 +329,15 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     assert relative_difference(model(IDS), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"use_dora": True},
-        {"init_lora_weights": "pissa"},
-        {"target_modules": ("c_attn.q", "c_attn.v")},
-    ],
-    ids=["plain", "dora", "pissa", "slices"],
-)
+KINDS = {
+    "plain": {},
+    "dora": DORA,
+    "pissa": PISSA,
+    "slices": {"target_modules": ("c_attn.q", "c_attn.v")},
+}
+
+
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_no_python_number_becomes_a_tensor_in_a_step(base, fields):
     """On a GPU each would be a copy that the step waits for."""
 

@@ -22,6 +22,8 @@ from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
 
 CONFIG = GPT2Config(vocab_size=331, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+ADAPTED = ("attn.c_attn", "attn.c_attn.base_layer", "attn.c_attn.lora_A", "attn.c_attn.lora_B")
+LINEAR = (*ADAPTED, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def model_on_cuda(precision: str) -> GPT2:
@@ -33,22 +35,19 @@ def model_on_cuda(precision: str) -> GPT2:
         Device.pick("cpu", precision).place(model)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            setattr(
-                module,
-                name,
-                nn.Parameter(
-                    torch.empty(p.shape, dtype=p.dtype, device="cuda"),
-                    requires_grad=p.requires_grad,
-                ),
-            )
+            fake = torch.empty(p.shape, dtype=p.dtype, device="cuda")
+            setattr(module, name, nn.Parameter(fake, requires_grad=p.requires_grad))
     return model
 
 
 def check(precision: str, gradients: bool) -> None:
-    """Check the types: between blocks fp32; out of every linear layer, and in the attention,
-    autocast's; of the loss fp32.
+    """Check the types of a step.
+
+    They are fp32 between blocks and of the loss; autocast's out of every linear layer and in the
+    attention.
     """
-    device, types = Device(torch.device("cuda"), precision), {}
+    device = Device(torch.device("cuda"), precision)
+    types = {}
 
     def look(name: str):
         def hook(module, inputs, output):
@@ -75,16 +74,9 @@ def check(precision: str, gradients: bool) -> None:
             assert ops.tied_cross_entropy(hidden, head, ids.flatten()).requires_grad
         else:
             loss, _ = model.score(hidden, ids.flatten())
-    low, fp32 = PRECISIONS[precision], torch.float32
-    for name in (
-        "attn.c_attn",
-        "attn.c_attn.base_layer",
-        "attn.c_attn.lora_A",
-        "attn.c_attn.lora_B",
-        "attn.c_proj",
-        "mlp.c_fc",
-        "mlp.c_proj",
-    ):
+    low = PRECISIONS[precision]
+    fp32 = torch.float32
+    for name in LINEAR:
         assert types[f"h.1.{name}"][1] == low, name
     assert attention.call_args.args[0].dtype == low
     for name in ("h.1", "h.1.ln_1", "h.1.ln_2", "ln_f"):

@@ -1,4 +1,4 @@
-"""Compares the model with transformers': logits, gradients, dropout, initial weights, sizes."""
+"""Compare the model with transformers': logits, gradients, dropout, initial weights, sizes."""
 
 import pytest
 import torch
@@ -41,7 +41,8 @@ def test_logits_are_those_of_transformers(tmp_path, config):
 
 
 def test_autocast_rounds_trained_embeddings_in_evaluation_alone(model):
-    ids, positions = token_ids(317, 2, 5), torch.arange(5)
+    ids = token_ids(317, 2, 5)
+    positions = torch.arange(5)
     exact = model.embed(ids, positions)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.embed(ids, positions), exact)
@@ -52,7 +53,8 @@ def test_autocast_rounds_trained_embeddings_in_evaluation_alone(model):
 
 @torch.no_grad()
 def test_cached_logits_are_those_without_a_cache(model):
-    ids, cache = token_ids(317, 2, 64), KVCache()
+    ids = token_ids(317, 2, 64)
+    cache = KVCache()
     logits = [model(part, cache) for part in ids.split([5, 1, 20, 37, 1], dim=1)]
     assert len(cache) == 64
     assert relative_difference(torch.cat(logits, dim=1), model(ids)) < 1e-5
@@ -97,14 +99,8 @@ def test_dropout_in_training_is_that_of_transformers_draw_for_draw(tmp_path):
 
 
 def test_a_new_model_is_drawn_from_the_distributions_of_transformers():
-    fields = {
-        "vocab_size": 300,
-        "n_positions": 64,
-        "n_embd": 64,
-        "n_layer": 8,
-        "n_head": 4,
-        "initializer_range": 0.03,
-    }
+    sizes = {"vocab_size": 300, "n_positions": 64, "n_embd": 64, "n_layer": 8, "n_head": 4}
+    fields = {**sizes, "initializer_range": 0.03}
     torch.manual_seed(0)
     ours = GPT2(GPT2Config(**fields))
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).transformer

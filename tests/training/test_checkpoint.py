@@ -1,4 +1,4 @@
-"""A checkpoint is believed only when it is whole and fits; a broken one costs steps, no run."""
+"""Check that a checkpoint is used only if it is whole and fits; a broken one costs some steps."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ STATE = {
 
 @pytest.fixture(scope="module")
 def killed(base, book, tmp_path_factory):
-    """A run that died in step 6: its checkpoints are of steps 4 and 2."""
+    """Return the directory of a run that died in step 6: its checkpoints are of steps 4 and 2."""
     out = tmp_path_factory.mktemp("killed")
     assert run_acting({6: die}, *arguments("lora", base, book, out, *OPTIONS)).status == 130
     return out
@@ -38,7 +38,7 @@ def killed(base, book, tmp_path_factory):
 
 @pytest.fixture
 def argv(killed, base, book, tmp_path) -> list[str]:
-    """The arguments that go on with a copy of it in `tmp_path / "run"`."""
+    """Return the arguments that resume a copy of it in `tmp_path / "run"`."""
     shutil.copytree(killed, tmp_path / "run")
     return [*arguments("lora", base, book, tmp_path / "run", *OPTIONS), "--resume"]
 
@@ -55,15 +55,14 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
     assert repr(read_checkpoint(tmp_path)) == repr(STATE | {"step": 2})
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: data[:-1],
-        lambda data: bytes([2, *[0] * 7]) + b"{}",
-        lambda data: pickle.dumps(STATE),
-    ],
-    ids=["cut", "no checksum", "a pickle"],
-)
+DAMAGES = {
+    "cut": lambda data: data[:-1],
+    "no checksum": lambda data: bytes([2, *[0] * 7]) + b"{}",
+    "a pickle": lambda data: pickle.dumps(STATE),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, damage):
     newest = tmp_path / CHECKPOINT
     previous = tmp_path / PREVIOUS

@@ -1,10 +1,12 @@
-"""The disk, the lock and the links of a run directory: one line, and nothing saved is lost."""
+"""Check a run directory's disk, lock and links: errors are one line, and nothing saved is lost."""
 
 import resource
+from shlex import split
 
 import pytest
 
 import train
+from common.errors import RunError
 from tests.fault.runs import differences, result
 from tests.helpers import drawing
 from tests.runs import arguments, contents, one_line, refused, run, run_acting, trained
@@ -24,13 +26,13 @@ def argv(base, book, tmp_path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(base, book, tmp_path_factory):
-    """The run whose disk was never full."""
+    """Return the run whose disk was never full."""
     return trained("lora", base, book, tmp_path_factory.mktemp("whole"), *OPTIONS, *EVERY_20)
 
 
 @pytest.fixture
 def size_limit():
-    """Sets the largest file that this process may write, as a full disk would."""
+    """Limit the files that this process may write to a size, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -51,6 +53,17 @@ def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
     assert not list((tmp_path / "run").glob(".*"))
     assert run(main, *argv, *every, "--resume").status == 0
     assert differences(tmp_path / "run", result(whole.out)) == []
+
+
+def test_a_line_of_which_the_disk_takes_only_a_part_is_an_error(tmp_path, size_limit):
+    directory = RunDirectory(tmp_path / "run")
+    with pytest.raises(RunError, match=r"cannot be written \(File too large\)"):
+        size_limit(10)
+        try:
+            directory.append({"step": 1, "loss": 2.5})
+        finally:
+            size_limit(resource.RLIM_INFINITY)  # or pytest could not write its own output
+    directory.close()
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -75,17 +88,9 @@ def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, bo
     trained("lora", base, book, tmp_path, "--max-steps", 2)
     (tmp_path / "notes.txt").write_text("mine")
     done = trained("full", base, book, tmp_path, "--max-steps", 1, "--overwrite")
-    assert set(contents(tmp_path)) == {
-        "notes.txt",
-        "config.json",
-        "model.safetensors",
-        "run.json",
-        "metrics.jsonl",
-        "loss.png",
-        CHECKPOINT,
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    model = "config.json model.safetensors tokenizer.json tokenizer_config.json"
+    others = f"notes.txt run.json metrics.jsonl loss.png {CHECKPOINT}"
+    assert set(contents(tmp_path)) == set(split(f"{model} {others}"))
     assert done.report["method"] == "full" and done.column("step") == [1]
 
 
@@ -99,7 +104,7 @@ def test_two_runs_do_not_share_a_directory(argv, tmp_path):
 
 
 def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_path, monkeypatch):
-    """The second looked before the first had begun, and comes to the lock after its end."""
+    """The second run looks before the first has begun, and takes the lock after its end."""
     load = train.load_data
 
     def slowly(*arguments):
@@ -116,19 +121,14 @@ def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_pat
 
 @drawing()
 def test_links_in_the_directory_are_replaced_and_never_followed(argv, tmp_path):
-    """The directory itself may be one."""
-    out, outside = tmp_path / "run", tmp_path / "outside"
+    """The directory itself may be a link."""
+    out = tmp_path / "run"
+    outside = tmp_path / "outside"
     (tmp_path / "real").mkdir()
     out.symlink_to(tmp_path / "real")
     outside.write_text("mine")
-    names = (
-        CHECKPOINT,
-        PREVIOUS,
-        "adapter_config.json",
-        "run.json",
-        "adapter_model.safetensors",
-        "loss.png",
-    )
+    weights = ("adapter_config.json", "adapter_model.safetensors")
+    names = (CHECKPOINT, PREVIOUS, *weights, "run.json", "loss.png")
     for name in names:
         (out / name).symlink_to(outside)
     assert run(main, *argv, *SHORT, "--overwrite").status == 0

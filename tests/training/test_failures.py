@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and a lack of memory: one line, and nothing of it is saved."""
+"""Check that numbers that are not finite, and a lack of memory, end a run in one line."""
 
 import errno
 import math
@@ -20,7 +20,7 @@ def argv(base, book, tmp_path) -> list[str]:
 
 
 def poison(trainer):
-    """One weight of the base that every window meets."""
+    """Spoil one weight of the base that every window meets."""
     trainer.model.ln_f.weight.data[0] = math.nan
 
 
@@ -69,12 +69,9 @@ def test_a_faulty_step_that_ends_an_epoch_leaves_the_best_model_as_it_was(argv, 
 
 
 def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_path):
-    whole, parts = (
-        arguments(
-            "lora", base, book, tmp_path / name, *FP16, "--max-steps", 6, "--checkpoint-every", 1
-        )
-        for name in ("whole", "parts")
-    )
+    options = (*FP16, "--max-steps", 6, "--checkpoint-every", 1)
+    whole = arguments("lora", base, book, tmp_path / "whole", *options)
+    parts = arguments("lora", base, book, tmp_path / "parts", *options)
     skip = {2: spoil_gradient, 5: spoil_gradient}
     assert run_acting(skip, *whole).status == 0
     done = finished(tmp_path / "whole")
@@ -87,7 +84,10 @@ def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_pa
 
 
 def test_twenty_skipped_steps_in_a_row_are_a_fault(argv):
-    """Even if the next is good, and nobody looked in between; a good step begins a new row."""
+    """That is so even if the next step is good, and no step between was logged.
+
+    A good step begins a new row.
+    """
     argv += [*FP16, "--max-steps", 44, "--log-every", 100, "--checkpoint-every", 100, "--overwrite"]
     line = one_line(run_acting(dict.fromkeys(range(3, 23), spoil_gradient), *argv))
     assert "step 22: the gradient overflowed in 20 steps in a row" in line

@@ -12,27 +12,25 @@ from model.gpt2 import GPT2, GPT2Config
 from model.weights import WEIGHTS as MODEL_WEIGHTS
 from model.weights import save_gpt2
 from tests.runs import WEIGHTS, arguments, kept_bytes, run_acting, trained, trainer
+from training.build import build_model
 from training.options import ROOT
 
 
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_path, method):
-    plain, checkpointed = (
-        trained(method, base, book, tmp_path / name, "--max-steps", 4, "--lr", 1e-2, *option)
-        for name, option in (("plain", ()), ("checkpointed", ("--gradient-checkpointing",)))
-    )
+    options = ("--max-steps", 4, "--lr", 1e-2)
+    checkpointing = "--gradient-checkpointing"
+    plain = trained(method, base, book, tmp_path / "plain", *options)
+    checkpointed = trained(method, base, book, tmp_path / "other", *options, checkpointing)
     assert plain.column("loss") == checkpointed.column("loss")
     name = WEIGHTS[method]
     assert (plain.out / name).read_bytes() == (checkpointed.out / name).read_bytes()
     assert plain.column("val_loss")[-1] < plain.report["base_val_loss"]  # gradients did arrive
 
-    made = [
-        trainer(method, base, book, tmp_path, *option)
-        for option in ((), ("--gradient-checkpointing",))
-    ]
-    inputs, _ = made[0].data.training.batch(next(made[0].batches()))
-    kept = [kept_bytes(one.model, inputs) for one in made]
-    assert 0 < kept[1] < kept[0] / 4
+    without = trainer(method, base, book, tmp_path)
+    with_it = trainer(method, base, book, tmp_path, checkpointing)
+    inputs, _ = without.data.training.batch(next(without.batches()))
+    assert 0 < kept_bytes(with_it.model, inputs) < kept_bytes(without.model, inputs) / 4
 
 
 @pytest.mark.parametrize("method, compute", [("lora", torch.bfloat16), ("full", torch.float32)])
@@ -47,6 +45,10 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
     for name, parameter in made.model.named_parameters():
         small = ".lora_" in name or name.startswith(tuple(norms))
         assert parameter.dtype == (torch.float32 if small else compute), name
+
+    # It is loaded so already, and not cast afterwards.
+    loaded = build_model(made.options, base, torch.bfloat16)
+    assert loaded.h[0].mlp.c_fc.weight.dtype == compute
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +83,8 @@ def measured(tmp_path_factory) -> tuple[int, int, int, int]:
             for _ in range(5):
                 torch.zeros(1 << 24)
             print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    said = subprocess.run(
-        [sys.executable, "-c", code, directory],
-        cwd=ROOT,
-        check=True,
-        text=True,
-        capture_output=True,
-    ).stdout
+    command = [sys.executable, "-c", code, directory]
+    said = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
     return (directory / MODEL_WEIGHTS).stat().st_size, *map(int, said.split())
 
 

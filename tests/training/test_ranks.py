@@ -1,4 +1,4 @@
-"""Data parallel: real ranks compute what one process computes, die under torchrun and go on."""
+"""Check that real ranks compute what one process does, and go on after one has died."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import split
 from unittest import mock
 
 import numpy as np
@@ -19,7 +20,7 @@ import train
 from common.errors import RunError
 from model import fast
 from tests import runs
-from tests.fault.runs import differences, result
+from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
 from tests.ranks import fork, torchrun
 from tests.runs import arguments, finished, run, trained, trainer
@@ -27,32 +28,9 @@ from train import main
 from training.ranks import Ranks
 
 # 37 divides by no number of ranks, and an epoch's last batch is one window: others' share is none.
-SAME = (
-    "--batch-size",
-    37,
-    "--stride",
-    11,
-    "--grad-accum",
-    2,
-    "--max-steps",
-    18,
-    "--eval-every",
-    5,
-    "--lr",
-    3e-3,
-)
-DROPPING = (
-    "--batch-size",
-    8,
-    "--max-steps",
-    16,
-    "--eval-every",
-    10,
-    "--checkpoint-every",
-    4,
-    "--lr",
-    3e-3,
-)  # the dropouts are on
+SAME = split("--batch-size 37 --stride 11 --grad-accum 2 --max-steps 18 --eval-every 5 --lr 3e-3")
+# The dropouts are on.
+DROPPING = split("--batch-size 8 --max-steps 16 --eval-every 10 --checkpoint-every 4 --lr 3e-3")
 LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
 
 
@@ -62,16 +40,21 @@ def name_threads() -> None:
 
 
 def errors(lines: list[str]) -> set[str]:
-    """The error lines but for those of ranks that only saw another end."""
-    lines = (line for line in lines if line.startswith("error: "))
-    return {line for line in lines if not LOST.fullmatch(line) and line != "error: interrupted"}
+    """Return the error lines but for those of ranks that only saw another end."""
+    found = {line for line in lines if line.startswith("error: ")}
+    lost = {line for line in found if LOST.fullmatch(line)}
+    return found - lost - {"error: interrupted"}
 
 
-def moved(name: str):
-    """Return what picks the part that a gradient moves. A key's bias adds the same to all scores of
-    a query: its gradient is rounding alone, of which AdamW makes whole steps.
+def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that a gradient moves: all, but for the keys' bias.
+
+    That bias adds the same to all scores of a query. Its gradient is rounding alone, of which AdamW
+    makes whole steps.
     """
-    return (lambda t: t.view(3, -1)[[0, 2]]) if name.endswith("c_attn.bias") else lambda t: t
+    if name.endswith("c_attn.bias"):
+        return tensor.view(3, -1)[[0, 2]]
+    return tensor
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +102,12 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
     assert len(ours.metrics) == 18 and len(ours.column("val_loss")) == 6
     for column in ("step", "epoch", "lr", "loss", "grad_norm", "val_loss", "val_bits_per_byte"):
         assert ours.column(column) == pytest.approx(alone.column(column), rel=1e-5), column
-    weights, others = ours.weights, alone.weights
+    weights = ours.weights
+    others = alone.weights
     assert weights.keys() == others.keys()
-    for key, tensor in weights.items():
-        assert relative_difference(*map(moved(key), (tensor, others[key]))) < 1e-4, key
+    for key in weights:
+        difference = relative_difference(moved(key, weights[key]), moved(key, others[key]))
+        assert difference < 1e-4, key
 
     assert {p.name for p in ours.out.iterdir()} == {p.name for p in alone.out.iterdir()}
     assert ours.report["device"] == f"{ranks} x cpu" and alone.report["device"] == "cpu"
@@ -136,8 +121,8 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_the_connections_threads_end_with_it(whole):
-    """One that is still busy when Python ends would abort it, and torchrun would report a failure
-    of a run that is complete.
+    """If a thread were still busy when Python ends, it would abort the process, and torchrun would
+    report a complete run as failed.
     """
     named = [
         line.removeprefix("threads: ").split(", ") for line in whole if line.startswith("threads: ")
@@ -150,7 +135,7 @@ def test_the_connections_threads_end_with_it(whole):
 
 
 def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
-    """The first step's loss is that of two halves of its batch under two ranks' seeds, not one."""
+    """The first step's loss is that of its batch's two halves, each under a seed of its own."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
     first, second = np.split(next(made.batches()), 2)
 
@@ -174,9 +159,8 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
             os.kill(os.getpid(), signal.SIGKILL)
         step(trainer, batch)
 
-    statuses, lines = fork(
-        folder / "killed", argv, argv, during=mock.patch.object(train.Trainer, "step", kill_rank_1)
-    )
+    patch = mock.patch.object(train.Trainer, "step", kill_rank_1)
+    statuses, lines = fork(folder / "killed", argv, argv, during=patch)
     assert statuses == [1, -signal.SIGKILL] and not (out / "run.json").exists()
     (line,) = (line for line in lines if line.startswith("error: "))
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is from step 4")
@@ -193,9 +177,8 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
         step(trainer, batch)
 
     again = [*argv, "--resume"]
-    status, lines = torchrun(
-        folder / "stopped", again, during=mock.patch.object(train.Trainer, "step", stop_torchrun)
-    )
+    patch = mock.patch.object(train.Trainer, "step", stop_torchrun)
+    status, lines = torchrun(folder / "stopped", again, during=patch)
     assert status != 0 and not errors(lines)
     assert "resuming after step 4 of 16" in (folder / "stopped" / "out").read_text()
     assert any(line.startswith("stopped after step 12; the same command") for line in lines)
@@ -211,31 +194,32 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert finished(as_killed).column("step") == list(range(1, 17))
 
 
+def test_the_command_of_the_readme(base, book, tmp_path):
+    """Without the `--`, torchrun reads --r as one of its own options, shortened."""
+    arguments_of_two = arguments("lora", base, book, tmp_path / "run", "--max-steps", 2, "--r", 4)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--", "train.py", *arguments_of_two]
+    status, lines = Process(command, tmp_path).end()
+    assert status == 0, lines
+    report = finished(tmp_path / "run").report
+    assert (report["device"], report["options"]["r"]) == ("2 x cpu", 4)
+
+
 def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):
     data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: the last batch is one rank's
-    options = (
-        "--batch-size",
-        17,
-        "--block-size",
-        64,
-        "--max-steps",
-        6,
-        "--lr",
-        3e-3,
-        *runs.NO_DROPOUT["lora"],
-    )
+    options = split("--batch-size 17 --block-size 64 --max-steps 6 --lr 3e-3")
+    options += runs.NO_DROPOUT["lora"]
     argv = arguments("lora", base, data, tmp_path / "ranks", *options)
 
     def draw_another_start(*args, build=train.build_model):  # as another machine might
-        torch.manual_seed(int(os.environ["RANK"]) + args[0].seed)
-        return build(*args)
+        model = build(*args)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * int(os.environ["RANK"])
+        return model
 
-    statuses, lines = fork(
-        tmp_path / "said",
-        argv,
-        argv,
-        during=mock.patch.object(train, "build_model", draw_another_start),
-    )
+    patch = mock.patch.object(train, "build_model", draw_another_start)
+    statuses, lines = fork(tmp_path / "said", argv, argv, during=patch)
     assert statuses == [0, 0], lines
     ours = finished(tmp_path / "ranks")
     alone = trained("lora", base, data, tmp_path / "alone", *options)
@@ -245,7 +229,8 @@ def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(bas
 
 
 def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path):
-    free, taken = tmp_path / "free", tmp_path / "taken"
+    free = tmp_path / "free"
+    taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "run.json").touch()
     argv = arguments("lora", base, book, free)
@@ -269,7 +254,9 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     base, book, tmp_path, monkeypatch, precision
 ):
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
-    made, sent = trainer("lora", base, book, tmp_path, "--precision", precision), []
+    made = trainer("lora", base, book, tmp_path, "--precision", precision, "--grad-accum", 9)
+    assert [len(part) for part in made.parts(np.arange(2))] == [1, 1]  # and no empty ones
+    sent = []
     monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
     monkeypatch.setattr(
         Ranks, "all_reduce", lambda self, tensors: sent.extend(t.clone() for t in tensors)
@@ -286,19 +273,12 @@ def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
     monkeypatch.setattr(dist, "get_backend", lambda: backend)
     monkeypatch.setattr(dist, "group", mock.Mock())
     monkeypatch.setattr(dist, "destroy_process_group", mock.Mock())
-    monkeypatch.setattr(
-        dist,
-        "all_reduce",
-        mock.Mock(
-            side_effect=RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nLast error:")
-        ),
-    )
+    error = RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nLast error:")
+    monkeypatch.setattr(dist, "all_reduce", mock.Mock(side_effect=error))
     with pytest.raises(RunError) as failure:
         Ranks(rank=1, count=2).max_over_ranks(0)
-    assert (
-        LOST.fullmatch(f"error: {failure.value}")
-        and "(NCCL error in: X.cpp:1, " in str(failure.value)
-        and "Last error" not in str(failure.value)
-    )
+    message = str(failure.value)
+    assert LOST.fullmatch(f"error: {message}")
+    assert "(NCCL error in: X.cpp:1, " in message and "Last error" not in message
     dist.destroy_process_group.assert_called_once_with()
     assert dist.group.WORLD.abort.called == ("nccl" in backend)

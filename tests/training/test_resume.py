@@ -1,9 +1,10 @@
-"""Stopping and going on: a resumed run is the run that nobody stopped, to the byte."""
+"""Check that a stopped and resumed run is the run that nobody stopped, to the byte."""
 
 import os
 import shutil
 import signal
 from pathlib import Path
+from shlex import split
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def stop_in_step(number: int, last_step: int, argv: list[str], change=lambda: No
 
 @pytest.fixture(scope="module")
 def stopped_run(base, book, tmp_path_factory) -> Path:
-    """A run that was stopped in step 12."""
+    """Return the directory of a run that was stopped in step 12."""
     out = tmp_path_factory.mktemp("stopped")
     argv = arguments("lora", base, book, out, *OPTIONS)
     assert stop_in_step(signal.SIGINT, 12, argv).status == 130
@@ -51,7 +52,7 @@ def stopped_run(base, book, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_run, base, book, tmp_path) -> list[str]:
-    """The arguments of a copy of it in `tmp_path / "run"`."""
+    """Return the arguments of a copy of it in `tmp_path / "run"`."""
     shutil.copytree(stopped_run, tmp_path / "run")
     return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
 
@@ -83,14 +84,13 @@ def test_a_stopped_run_says_how_to_resume_and_ends_as_if_it_never_stopped(
 def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
     whole, base, book, tmp_path
 ):
-    """And is stopped twice."""
-    old, new = tmp_path / "old", tmp_path / "new"
+    """It is stopped twice."""
+    old = tmp_path / "old"
+    new = tmp_path / "new"
     shutil.copytree(base, old / "base")
     shutil.copy(book, old / "book")
-    before, after = (
-        arguments("lora", place / "base", place / "book", place / "run", *OPTIONS)
-        for place in (old, new)
-    )
+    before = arguments("lora", old / "base", old / "book", old / "run", *OPTIONS)
+    after = arguments("lora", new / "base", new / "book", new / "run", *OPTIONS)
     assert stop_in_step(signal.SIGINT, 3, before).status == 130
     old.rename(new)
     assert stop_in_step(signal.SIGTERM, 12, [*after, "--resume"]).status == 143
@@ -104,7 +104,9 @@ def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
 @pytest.mark.parametrize("torn", [0, 9])
 def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_path, torn):
     """Resume as after a crash: metrics ahead of the checkpoint, the last line whole or torn."""
-    out, kept, metrics = tmp_path / "run", tmp_path / "kept", tmp_path / "run" / "metrics.jsonl"
+    out = tmp_path / "run"
+    kept = tmp_path / "kept"
+    metrics = out / "metrics.jsonl"
     argv = [*arguments("lora", base, book, out, *OPTIONS), "--checkpoint-every", "6"]
     stop_in_step(signal.SIGINT, 29, argv, lambda: shutil.copy(out / CHECKPOINT, kept))
     assert '"step": 28' in metrics.read_text()
@@ -120,36 +122,28 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
         ("3", 0, [None, None, None, 3, 3, 3, 6]),
         ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
         ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
-        ("10m", 3, [None, None, None, None, None, None, 6]),
+        ("10m", 3, [None, None, None, None, None, None, 6]),  # the first ends too soon to save
     ],
-)  # the first ends too soon to save
+)
 def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
-    base, book, tmp_path, every, seconds, saved
+    base, book, tmp_path, monkeypatch, every, seconds, saved
 ):
+    """The clock goes forward by `seconds` in each step."""
     seen = []
+    clock = runs.Clock()
+    monkeypatch.setattr(session, "time", clock)
 
     def look(trainer):
         assert trainer.steps_per_epoch == 3
-        there = (tmp_path / CHECKPOINT).exists()
-        seen.append(read_checkpoint(tmp_path)["progress"]["step"] if there else None)
-        session = signal.getsignal(signal.SIGTERM).__self__
-        session.saved_at -= seconds  # as if the step before had taken so long
+        step = None
+        if (tmp_path / CHECKPOINT).exists():
+            step = read_checkpoint(tmp_path)["progress"]["step"]
+        seen.append(step)
+        clock.later += seconds
 
-    ending = run_acting(
-        dict.fromkeys(range(1, 8), look),
-        *arguments(
-            "lora",
-            base,
-            book,
-            tmp_path,
-            "--batch-size",
-            64,
-            "--max-steps",
-            7,
-            "--checkpoint-every",
-            every,
-        ),
-    )
+    options = split(f"--batch-size 64 --max-steps 7 --checkpoint-every {every}")
+    argv = arguments("lora", base, book, tmp_path, *options)
+    ending = run_acting(dict.fromkeys(range(1, 8), look), *argv)
     assert ending.status == 0 and seen == saved
     assert read_checkpoint(tmp_path)["progress"]["step"] == 7
 
@@ -167,7 +161,7 @@ def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     whole, base, book, tmp_path, step, more
 ):
-    """Before its first line of metrics, by the same command."""
+    """If that was before its first line of metrics, --resume is not needed."""
     argv = arguments("lora", base, book, tmp_path, *OPTIONS)
     killed = run_acting({step: runs.die}, *argv)
     assert killed.status == 130 and bool((tmp_path / "metrics.jsonl").read_text()) == (step > 7)
@@ -222,10 +216,31 @@ def test_a_run_is_not_resumed_on_a_changed_base(stopped, base, tmp_path):
         assert "--base: its content is not what the run began with" in line
 
 
-def test_a_resume_without_the_best_models_file_is_refused_at_the_start(stopped, tmp_path):
-    """Or the run could end complete with no model, or with a worse one."""
-    (best := tmp_path / "run" / WEIGHTS["lora"]).unlink()  # validated in step 10
-    assert str(best) in refused(tmp_path / "run", *stopped, "--resume")
+@pytest.mark.parametrize(
+    "name", [WEIGHTS["lora"], "adapter_config.json", "metrics.jsonl", "identity.json"]
+)
+@pytest.mark.parametrize("change", ["gone", "one bit"])
+def test_a_resume_refuses_a_file_of_the_run_that_is_not_as_it_left_it(
+    stopped, tmp_path, name, change
+):
+    """Or the run could end complete with a worse model, with none, or with other metrics."""
+    path = tmp_path / "run" / name
+    data = bytearray(path.read_bytes())  # of the best model: validated in step 10
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    if change == "one bit":
+        path.write_bytes(data)
+    ending = run(main, *stopped, "--resume")
+    assert str(path) in runs.one_line(ending, 2)
+    assert path.exists() == (change == "one bit" or name == "metrics.jsonl")
+
+
+def test_a_best_model_of_nobody_is_not_deleted_by_resume(base, book, tmp_path):
+    """No checkpoint and no identity.json says whose it is."""
+    argv = arguments("lora", base, book, tmp_path, *OPTIONS, "--eval-every", 3, "--log-every", 1)
+    assert run_acting({5: runs.die}, *argv).status == 130
+    (tmp_path / "identity.json").unlink()
+    assert "identity.json" in refused(tmp_path, *argv, "--resume")
 
 
 @pytest.mark.parametrize("peaks", [(900.0, 500.0), (500.0, 900.0)])
@@ -247,7 +262,8 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
 
 def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
     out = whole["lora"].out
-    before, argv = contents(out), arguments("lora", base, book, out, *OPTIONS, "--resume")
+    before = contents(out)
+    argv = arguments("lora", base, book, out, *OPTIONS, "--resume")
     ending = run(main, *argv, "--log-every", 3, "--checkpoint-every", "5m")
     assert (ending.status, ending.stderr) == (0, "") and contents(out) == before
     assert f"{out}: this run is finished" in ending.stdout

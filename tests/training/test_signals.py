@@ -1,7 +1,8 @@
-"""SIGINT and SIGTERM: the first ends the step and saves, another ends at once; no traceback."""
+"""Check that a first signal lets the step end and saves, and that a second ends the run at once."""
 
 import os
 import sys
+from shlex import split
 from signal import SIGINT, SIGTERM, raise_signal
 
 import pytest
@@ -16,7 +17,8 @@ from training.checkpoint import CHECKPOINT, read_checkpoint
 
 
 def test_a_process_in_its_steps(base, book, tmp_path):
-    out, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    out = tmp_path / "run"
+    metrics = out / "metrics.jsonl"
     argv = arguments("lora", base, book, out, "--epochs", 10_000)
     process = Process([sys.executable, "train.py", *argv], tmp_path)
     process.wait_until(lambda: metrics.exists() and metrics.stat().st_size)
@@ -29,14 +31,15 @@ def test_a_process_in_its_steps(base, book, tmp_path):
     assert not (out / "run.json").exists() and not list(out.glob(".*"))
 
 
-def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("second, status", [(SIGINT, 130), (SIGTERM, 143)])
+def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd, second, status):
     def twice(trainer):
         raise_signal(SIGINT)
-        raise_signal(SIGTERM)
+        raise_signal(second)
 
     monkeypatch.setattr(os, "_exit", sys.exit)
     ending = run_acting({3: twice}, *arguments("lora", base, book, tmp_path))
-    assert ending.status == 143
+    assert ending.status == status
     assert capfd.readouterr().err.splitlines() == [NOTICE, AT_ONCE]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
@@ -56,8 +59,9 @@ def test_a_process_that_imports_torch(base, book, tmp_path):
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     base, book, tmp_path, monkeypatch, module, where, step
 ):
-    """It is saved once, not twice; SIGTERM comes twice, as from `timeout` through `make`."""
-    real, calls = getattr(module, where), []
+    """The run is saved once, though SIGTERM comes twice, as from `timeout` through `make`."""
+    real = getattr(module, where)
+    calls = []
 
     def interrupted(*arguments, **options):
         calls.append(None)
@@ -67,21 +71,8 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
         return real(*arguments, **options)
 
     monkeypatch.setattr(module, where, interrupted)
-    ending = run(
-        main,
-        *arguments(
-            "lora",
-            base,
-            book,
-            tmp_path,
-            "--max-steps",
-            9,
-            "--eval-every",
-            4,
-            "--checkpoint-every",
-            3,
-        ),
-    )
+    options = split("--max-steps 9 --eval-every 4 --checkpoint-every 3")
+    ending = run(main, *arguments("lora", base, book, tmp_path, *options))
     assert ending.status == 143 and f"stopped after step {step}; the same command" in ending.stderr
     assert read_checkpoint(tmp_path)["progress"]["step"] == step
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step

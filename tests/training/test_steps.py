@@ -1,7 +1,8 @@
-"""The mathematics of a step, against AdamW on stock models."""
+"""Compare steps of training with AdamW on stock models."""
 
 import math
 import shutil
+from shlex import split
 
 import peft
 import pytest
@@ -20,22 +21,17 @@ NO_DROPOUT = runs.NO_DROPOUT["lora"]
 
 
 def exact_loss(base, book, shift: int = 1) -> float:
-    """The stock base's mean over the whole training part."""
+    """Return the stock base's mean loss over the whole training part."""
     return mean_loss(stock_model(base), *windows(token_parts(book)[0], shift)).item()
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A base all of whose positions are trained, and an adapter of it that stock PEFT made."""
+    """Return a base, all of whose positions a window uses, and an adapter that stock PEFT made."""
     base, _ = tiny_gpt2_directory(tmp_path_factory.mktemp("short"), n_positions=BLOCK)
     adapter = tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=12,
-        target_modules=["c_attn", "c_fc"],
-        fan_in_fan_out=True,
-        task_type="CAUSAL_LM",
-    )
+    fields = {"r": 4, "lora_alpha": 12, "target_modules": ["c_attn", "c_fc"]}
+    config = peft.LoraConfig(**fields, fan_in_fan_out=True, task_type="CAUSAL_LM")
     model = peft.get_peft_model(stock_model(base), config)
     randomize(model)
     model.save_pretrained(adapter)
@@ -51,17 +47,21 @@ def adamw_steps(
 ) -> tuple[list[float], list[float], list[Tensor]]:
     """Train `model` by PyTorch's plain AdamW.
 
-    Returns losses, gradient norms, and where every gradient was clear of rounding.
+    Return the losses, the gradient norms, and for each weight whether all its gradients were clear
+    of rounding.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay, foreach=False)
-    losses, norms, clear = [], [], [torch.ones_like(p, dtype=torch.bool) for p in parameters]
+    losses = []
+    norms = []
+    clear = [torch.ones_like(p, dtype=torch.bool) for p in parameters]
     for rate in rates:
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         loss = mean_loss(model, *batch)
         loss.backward()
-        clear = [sure & (p.grad.abs() > 1e-6) for sure, p in zip(clear, parameters, strict=True)]
+        for sure, parameter in zip(clear, parameters, strict=True):
+            sure &= parameter.grad.abs() > 1e-6
         losses.append(loss.item())
         norms.append(nn.utils.clip_grad_norm_(parameters, clip or math.inf).item())
         optimizer.step()
@@ -69,7 +69,7 @@ def adamw_steps(
 
 
 def cosine_rates(total: int, warmup: int, peak: float) -> list[float]:
-    """transformers' schedule; its warm-up begins at 0, which ours leaves out."""
+    """Return transformers' schedule, without the 0 at which its warm-up begins."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
     rates = []
@@ -82,35 +82,20 @@ def cosine_rates(total: int, warmup: int, peak: float) -> list[float]:
 
 @pytest.mark.parametrize("method, clip", [("lora", 0), ("full", 0.05)])
 def test_steps_are_those_of_adamw_on_stock_models(start, book, tmp_path, method, clip):
-    (base, adapter), weight_decay = start, 0.5
-    model = stock_model(base, adapter if method == "lora" else None)
+    base, adapter = start
+    options = []
+    if method == "lora":
+        options = ["--init-adapter", adapter]
+    model = stock_model(base, *options[1:])
     hand = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in hand]
     peak = 1e-3
     rates = cosine_rates(4, 2, peak)
-    losses, norms, clear = adamw_steps(
-        model, windows(token_parts(book)[0]), rates, weight_decay, clip
-    )
-    run = trained(
-        method,
-        base,
-        book,
-        tmp_path,
-        *WHOLE,
-        "--epochs",
-        4,
-        "--base-dropout",
-        0,
-        "--clip",
-        clip,
-        "--weight-decay",
-        weight_decay,
-        "--warmup-ratio",
-        0.3,
-        "--lr",
-        peak,
-        *(("--init-adapter", adapter) if method == "lora" else ()),
-    )
+    batch = windows(token_parts(book)[0])
+    losses, norms, clear = adamw_steps(model, batch, rates, weight_decay=0.5, clip=clip)
+
+    options += split(f"--epochs 4 --lr {peak} --warmup-ratio 0.3 --weight-decay 0.5 --clip {clip}")
+    run = trained(method, base, book, tmp_path, *WHOLE, "--base-dropout", 0, *options)
     assert run.column("lr") == pytest.approx(rates)
     assert run.column("loss") == pytest.approx(losses, rel=1e-6)
     assert run.column("grad_norm") == pytest.approx(norms, rel=1e-4)  # before clipping
@@ -137,9 +122,11 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tm
         run = runs.trainer("lora", base, book, tmp_path, "--batch-size", 7, "--epochs", 2, *options)
         return [batch.tolist() for batch in run.batches()]
 
-    batches, count = visits(), len(windows(token_parts(book)[0])[0])
+    batches = visits()
+    count = len(windows(token_parts(book)[0])[0])
     order = [i for batch in batches for i in batch]
-    first, second = order[:count], order[count:]
+    first = order[:count]
+    second = order[count:]
     assert sorted(first) == sorted(second) == list(range(count))
     assert {len(batch) for batch in batches} == {7, count % 7}
     assert first != second and first != list(range(count))
@@ -147,68 +134,41 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tm
 
 
 def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
-    runs = [
-        trained(
-            "lora",
-            base,
-            book,
-            tmp_path / str(parts),
-            "--batch-size",
-            7,
-            "--max-steps",
-            4,
-            "--grad-accum",
-            parts,
-            "--lr",
-            1e-3,
-            *NO_DROPOUT,
-        )
-        for parts in (1, 3, 99)
-    ]
-    for run in runs[1:]:
-        assert run.column("loss") == pytest.approx(runs[0].column("loss"), rel=1e-6)
-        assert run.column("grad_norm") == pytest.approx(runs[0].column("grad_norm"), rel=1e-4)
-        torch.testing.assert_close(run.weights, runs[0].weights, rtol=0, atol=1e-5)
+    def run_in(parts: int) -> runs.Run:
+        options = split(f"--batch-size 7 --max-steps 4 --lr 1e-3 --grad-accum {parts}")
+        return trained("lora", base, book, tmp_path / str(parts), *options, *NO_DROPOUT)
+
+    whole = run_in(1)
+    for run in (run_in(3), run_in(99)):
+        assert run.column("loss") == pytest.approx(whole.column("loss"), rel=1e-6)
+        assert run.column("grad_norm") == pytest.approx(whole.column("grad_norm"), rel=1e-4)
+        torch.testing.assert_close(run.weights, whole.weights, rtol=0, atol=1e-5)
 
 
 def test_the_logged_loss_is_the_mean_over_tokens_though_the_last_batch_is_smaller(
     base, book, tmp_path
 ):
-    run = trained(
-        "lora",
-        base,
-        book,
-        tmp_path,
-        "--batch-size",
-        89,
-        "--epochs",
-        1,
-        "--log-every",
-        99,
-        "--lr",
-        1e-12,
-        *NO_DROPOUT,
-    )
+    options = split("--batch-size 89 --epochs 1 --log-every 99 --lr 1e-12")
+    run = trained("lora", base, book, tmp_path, *options, *NO_DROPOUT)
     assert len(windows(token_parts(book)[0])[0]) % 89 == 1 and run.report["steps"] == 3
     assert run.column("loss") == pytest.approx([exact_loss(base, book)], rel=1e-6)
 
 
 def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
-    run = trained(
-        "lora", base, book, tmp_path, "--label-shift", 2, "--max-steps", 1, *WHOLE, *NO_DROPOUT
-    )
+    options = split("--label-shift 2 --max-steps 1")
+    run = trained("lora", base, book, tmp_path, *options, *WHOLE, *NO_DROPOUT)
     assert run.column("loss") == pytest.approx([exact_loss(base, book, 2)], rel=1e-6)
 
 
 def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, tmp_path):
-    exact, *halves = (
-        trained(
-            "lora", base, book, tmp_path / name, "--max-steps", 4, "--precision", name, *NO_DROPOUT
-        )
-        for name in ("fp32", "bf16", "fp16")
-    )
-    for half, precision in zip(halves, ("bf16", "fp16"), strict=True):
-        assert half.report["precision"] == precision
+    def run_in(precision: str) -> runs.Run:
+        options = split(f"--max-steps 4 --precision {precision}")
+        return trained("lora", base, book, tmp_path / precision, *options, *NO_DROPOUT)
+
+    exact = run_in("fp32")
+    halves = [run_in("bf16"), run_in("fp16")]
+    assert [half.report["precision"] for half in halves] == ["bf16", "fp16"]
+    for half in halves:
         assert half.column("loss") == pytest.approx(exact.column("loss"), rel=0.01)
         assert half.column("loss") != exact.column("loss")
         assert half.column("grad_norm") == pytest.approx(exact.column("grad_norm"), rel=0.02)
@@ -221,12 +181,9 @@ def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, t
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_training_is_the_same(book, tmp_path):
     base, _ = tiny_gpt2_directory(tmp_path / "base", n_layer=1)
-    plain, compiled = (
-        trained(
-            "lora", base, book, tmp_path / str(len(flags)), "--max-steps", 2, *NO_DROPOUT, *flags
-        )
-        for flags in ((), ("--compile",))
-    )
+    options = ("--max-steps", 2, *NO_DROPOUT)
+    plain = trained("lora", base, book, tmp_path / "plain", *options)
+    compiled = trained("lora", base, book, tmp_path / "compiled", *options, "--compile")
     assert compiled.column("loss") == pytest.approx(plain.column("loss"), rel=1e-5)
     assert compiled.column("grad_norm") == pytest.approx(plain.column("grad_norm"), rel=1e-4)
     torch.testing.assert_close(plain.weights, compiled.weights, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""`python -m training.sweep`: each run as it is alone, going on, the table, failures."""
+"""Check `python -m training.sweep`: its runs, going on, the table, failures, signals."""
 
 import signal
 from statistics import mean
@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 
 import train
+from common.signals import HANDLED
 from tests.runs import arguments, contents, die, run, run_acting, table, trained
 from training import sweep
 
@@ -15,7 +16,7 @@ SHORT = ("--max-steps", 4, "--checkpoint-every", 1)
 
 @pytest.fixture
 def children(monkeypatch) -> list:
-    """Return how each train.py ended; they run in this process, which saves their start."""
+    """Return how each train.py ended. They run in this process, which saves the time to start."""
     endings = []
 
     class Child:
@@ -54,12 +55,8 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
     written = (out / "sweep.md").read_text()
     assert written in ending.stdout
     [_, _, row] = table(written)
-    assert row[:4] == [
-        "lr 0.01, r 2",
-        "2",
-        f"{mean(losses):.4f}",
-        f"{min(losses):.4f} .. {max(losses):.4f}",
-    ]
+    spread = f"{min(losses):.4f} .. {max(losses):.4f}"
+    assert row[:4] == ["lr 0.01, r 2", "2", f"{mean(losses):.4f}", spread]
     assert (out / "sweep.png").stat().st_size > 10_000
 
 
@@ -80,22 +77,27 @@ def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, ch
     assert "resum" not in children[-1].stdout
 
 
-@pytest.mark.parametrize("status", [130, 143])
+@pytest.mark.parametrize("status", [129, 130, 143])
 def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch, status):
-    monkeypatch.setattr(sweep, "train", lambda arguments, out: status)
+    child = mock.Mock()
+    child.wait.return_value = status
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
     ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
     assert ending.status == status and ending.stdout.count("---") == 1
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", HANDLED)
 def test_a_signal_ends_the_sweep_even_if_the_run_was_done(number, tmp_path, monkeypatch):
     before = signal.getsignal(number)
     child = mock.Mock()
     child.wait.side_effect = lambda: signal.raise_signal(number) or 0
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
     assert sweep.train([], tmp_path) == 128 + number
-    assert child.terminate.call_count == (number == signal.SIGTERM)
+    passed_on = (
+        [mock.call(number)] if number != signal.SIGINT else []
+    )  # a terminal sends it to both
+    assert child.send_signal.mock_calls == passed_on
     assert signal.getsignal(number) is before
 
 
