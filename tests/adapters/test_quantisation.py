@@ -134,7 +134,7 @@ def test_a_resumed_run_is_the_run_that_nobody_stopped(runs, base, book, tmp_path
     assert abs(sizes[0] - sizes[1]) < 100  # in bytes: it holds no base
     for other in ("int8", "none"):
         refused = run(train.main, *argv[:-1], other, "--resume")
-        assert "--resume: --quantise was nf4 and is now" in one_line(refused, 2)
+        assert "--quantise was nf4 and is now" in one_line(refused, 2)
     assert run(train.main, *argv, "--resume").status == 0
     assert differences(tmp_path / "run", result(runs["nf4"].out)) == []
 
