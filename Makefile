@@ -97,7 +97,7 @@ lint: .venv/dev
 
 # On mini; ARGS: one experiment's name and its options.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate rank targets \
-	spectrum step_time variants
+	spectrum step_time variants quantisation
 
 figures: .venv/run
 	$(if $(ARGS),$(PY) -m lesson.experiments.$(ARGS),\

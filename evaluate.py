@@ -24,6 +24,7 @@ from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
 from data.windows import Windows, check_block_size, scored_positions, split
+from lora.quantised import quantisation
 from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
@@ -179,8 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tune_process()
     device = Device.pick(args.device, args.precision)
-    base, model, tokenizer = load_model(args.base, args.adapter, device.dtype)
+    base, model, tokenizer = load_model(args.base, args.adapter, device.dtype, args.quantise)
     check_block_size(args.block_size, model.config)
+    kind = quantisation(model)
     device.place(model)
     accelerate(model)
     source, fraction = what_to_score(args)
@@ -200,6 +202,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "perplexity": scores.perplexity,
             "bits_per_byte": scores.bits_per_byte,
         }
+        if kind:
+            report["quantise"] = kind
         write_json(args.json, report)
 
 

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     adapter = args.adapter[0] if args.adapter else None
-    base, model, tokenizer = load_model(args.base, adapter, device.dtype)
+    base, model, tokenizer = load_model(args.base, adapter, device.dtype, args.quantise)
     device.place(model)
     accelerate(model)
     with device.autocast():
@@ -125,7 +125,8 @@ def check_prompt(prompt: str) -> None:
 
 def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
-    (base, model, tokenizer), adapters = load_several(args.base, args.adapter, device.dtype)
+    loaded, adapters = load_several(args.base, args.adapter, device.dtype, args.quantise)
+    base, model, tokenizer = loaded
     device.place(model)
     accelerate(model)
 

@@ -21,6 +21,7 @@ from common.files import atomic_path, brief, write_json
 from common.tensors import read_metadata, read_tensors, write_tensors
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
+from lora.quantised import quantisation
 from lora.targets import full_name, layer_config
 from lora.variants import make_layer
 
@@ -28,6 +29,7 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.7
 PREFIX = "base_model.model."
 BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: of the base's weights file; PEFT ignores it
+QUANTISED = "base_quantised"  # there, too: "nf4" or "int8", if the base was while training
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -50,9 +52,11 @@ def save_adapter(
     model = getattr(model, "_orig_mod", model)  # `torch.compile` would add this to each name
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save")
+    quantised = quantisation(model)
     config = saved_config(model, config)
     fields = model_fields(model)
-    write_adapter(adapter_tensors(model), config, fields, directory, base, base_sha256)
+    tensors = adapter_tensors(model)
+    write_adapter(tensors, config, fields, directory, base, base_sha256, quantised)
 
 
 def write_adapter(
@@ -62,12 +66,18 @@ def write_adapter(
     directory: Path,
     base: str,
     base_sha256: str = "",
+    quantised: str | None = None,
 ) -> None:
-    """Write `tensors`, every A and B under its PEFT key, `config` and `model_fields`."""
+    """Write `tensors`, every A and B under its PEFT key, `config` and `model_fields`.
+
+    `quantised` says how the base was, while these were trained.
+    """
     directory = Path(directory)
     metadata = {"format": "pt"}
     if base_sha256:
         metadata[BASE_SHA256] = base_sha256
+    if quantised:
+        metadata[QUANTISED] = quantised
     with atomic_path(directory / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, metadata, torch.float32)
         write_json(directory / CONFIG, peft_config(config, fields, base))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapters.factors import read_factors
 from adapters.load import load_model
+from adapters.quantisation import NONE
 from common.cli import Parser, print_table
 from common.errors import run_command
 from common.figures import can_draw, save_figure, subplots
@@ -43,7 +44,7 @@ def describe(s: Tensor) -> list[str]:
 
 def weight_norms(base: str, adapter: Path) -> dict[str, float]:
     """Return the norm of the base's own weight in each layer that the adapter changes."""
-    model = load_model(base, adapter).model
+    model = load_model(base, adapter, quantise=NONE).model
     norms = {}
     for name, layer in lora_layers(model).items():
         norms[full_name(model, name)] = layer.base_layer.weight.norm().item()

@@ -8,9 +8,11 @@ import torch
 
 from adapters.config import base_name
 from adapters.files import load_adapter
+from adapters.quantisation import QUANTISE, choose_quantisation
 from common.cli import BASE
 from common.errors import UserError
 from common.files import brief, file_sha256
+from lora.quantised import LAYERS
 from model.gpt2 import GPT2
 from model.hub import REPOSITORIES, find_adapter, find_base
 from model.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None)
         help="an adapter in PEFT's format, or OWNER/NAME on the hub; with --base auto, the base "
         "that it names is loaded",
     )
+    parser.add_argument("--quantise", "--quantize", **QUANTISE)
 
 
 def named_base(adapter: Path) -> str:
@@ -52,18 +55,25 @@ def named_base(adapter: Path) -> str:
     raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's directory")
 
 
-def load_model(base: str, adapter: Path | None, dtype: torch.dtype = torch.float32) -> Loaded:
+def load_model(
+    base: str,
+    adapter: Path | None,
+    dtype: torch.dtype = torch.float32,
+    quantise: str | None = None,
+) -> Loaded:
     """Load a base in `dtype` (`load_gpt2`), and put an adapter on it if there is one.
 
-    The adapter is a directory, or OWNER/NAME on the hub. `auto` means the base that it names.
-    Raises UserError if the hash in its file is of another base.
+    The adapter is a directory, or OWNER/NAME on the hub. `auto` means the base that it names, and
+    `quantise` is `choose_quantisation`'s. Raises UserError if the hash in its file is of another
+    base.
     """
     if adapter:
         adapter = find_adapter(str(adapter))
     if adapter and base == "auto":
         base = named_base(adapter)
     name, directory = find_base(base)
-    model = load_gpt2(directory, dtype)
+    kind = choose_quantisation(quantise, [adapter] if adapter else [])
+    model = load_gpt2(directory, dtype, LAYERS[kind] if kind else None)
     if adapter:
         load_adapter(model, adapter, file_sha256(weights_path(directory)))
     return Loaded(name, model, load_tokenizer(directory, model.config.vocab_size))

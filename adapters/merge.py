@@ -12,6 +12,7 @@ from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import new_directory, refuse_existing
 from lora.inject import lora_layers
+from lora.quantised import dequantise
 from model.tokenizer_files import save_tokenizer
 from model.weights import save_gpt2
 
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--adapter is missing: there is nothing to merge")
     refuse_existing(args.out)
 
-    base, model, tokenizer = load_model(args.base, args.adapter)
+    base, model, tokenizer = load_model(args.base, args.adapter, quantise=args.quantise)
+    dequantise(model)  # the adapter corrects these weights, errors included
     dtype = PRECISIONS[args.precision]
     merge(model)
     if args.adapter and args.precision != "fp32":

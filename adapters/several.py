@@ -10,6 +10,7 @@ from adapters.factors import Factors, refuse_dora
 from adapters.files import load_adapter
 from adapters.load import Loaded, load_model, named_base
 from adapters.merge import unwrap
+from adapters.quantisation import choose_quantisation
 from common.files import file_sha256
 from lora.inject import lora_layers
 from model.gpt2 import GPT2
@@ -85,7 +86,10 @@ def read_fitting_factors(model: GPT2, directory: Path, base_sha256: str) -> dict
 
 
 def load_several(
-    base: str, directories: Sequence[Path], dtype: torch.dtype = torch.float32
+    base: str,
+    directories: Sequence[Path],
+    dtype: torch.dtype = torch.float32,
+    quantise: str | None = None,
 ) -> tuple[Loaded, Adapters]:
     """Load a base in `dtype` (`auto`: the one that the first adapter names) and the adapters, each
     under its path as its name.
@@ -93,7 +97,8 @@ def load_several(
     named = {str(directory): find_adapter(str(directory)) for directory in directories}
     if base == "auto":
         base = named_base(named[str(directories[0])])
-    loaded = load_model(base, None, dtype)
+    kind = choose_quantisation(quantise, named.values())
+    loaded = load_model(base, None, dtype, kind)
     _, base_directory = find_base(loaded.base)
     adapters = Adapters(loaded.model, file_sha256(weights_path(base_directory)), named)
     return loaded, adapters

@@ -76,7 +76,7 @@ class Device:
         Autocast would cast them again at every step.
         """
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.requires_grad:
+            if isinstance(module, nn.Linear | nn.Embedding) and _is_frozen(module):
                 module.to(self.dtype)
         return model.to(self.torch_device)
 
@@ -108,6 +108,10 @@ class Device:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
         return peak * unit / 1e6
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def _pick_device(asked: str) -> str:

@@ -105,9 +105,11 @@ class LoRALinear(nn.Module):
         """Set W to W + scaling * B A. The layer then runs as fast as a plain linear layer.
 
         Does nothing if the layer is merged. Raises ValueError for a disabled adapter, and unless W
-        is in fp32: a sum in bf16 rounds a small update away.
+        is in fp32: a sum in bf16 rounds a small update away, and one in four bits most of it.
         """
-        if not self.enabled or self.base_layer.weight.dtype != torch.float32:
+        weight = self.base_layer.weight
+        in_fp32 = isinstance(weight, nn.Parameter) and weight.dtype == torch.float32
+        if not self.enabled or not in_fp32:
             raise ValueError("only an enabled adapter is merged, and into fp32 weights")
         if not self.merged:
             self.base_layer.weight.data += self.delta_weight()

@@ -36,6 +36,8 @@ class PiSSALinear(LoRALinear):
         limit = min(base_layer.weight.shape) // 2
         if config.r > limit:
             raise ValueError(f"rank {config.r} is outside 1 .. {limit}, which PiSSA can write")
+        if not isinstance(base_layer.weight, nn.Parameter):
+            raise ValueError("PiSSA changes W, which is quantised")
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
         self._take_out_of_w()
         buffers = {

@@ -8,7 +8,7 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -50,11 +50,16 @@ WHOLE_NUMBERS = {  # fields of config.json, and the largest value that is read
 }
 
 
-def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
+def load_gpt2(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    quantise: Callable[[nn.Linear], nn.Linear] | None = None,
+) -> GPT2:
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
     Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.place` keeps a
-    frozen model; the whole is never held in fp32 first.
+    frozen model; the whole is never held in fp32 first. With `quantise`, each linear layer is read
+    in fp32, and what `quantise` makes of it takes its place before the next is read.
 
     Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
     type, and for a config field that asks for another architecture.
@@ -62,12 +67,19 @@ def load_gpt2(directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
     directory = Path(directory)
     with torch.device("meta"):
         model = GPT2(load_config(directory))
+    rounded = nn.Embedding if quantise else nn.Linear | nn.Embedding
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, rounded):
             module.to(dtype)  # on meta: a type and no data
-    parameters = read_parameters(weights_path(directory), dict(model.named_parameters()))
-    model.load_state_dict({name: nn.Parameter(value) for name, value in parameters}, assign=True)
-    return model.eval()
+
+    model.eval()
+    for name, value in read_parameters(weights_path(directory), dict(model.named_parameters())):
+        place, _, part = name.rpartition(".")
+        module = model.get_submodule(place)
+        setattr(module, part, nn.Parameter(value))
+        if quantise and isinstance(module, nn.Linear) and part == "bias":  # its last parameter
+            model.set_submodule(place, quantise(module))
+    return model
 
 
 def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

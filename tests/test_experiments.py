@@ -13,6 +13,8 @@ from lesson.experiments import (
     learning_rate,
     memory,
     merge_error,
+    quantisation,
+    quantised_memory,
     rank,
     spectrum,
     step_time,
@@ -318,3 +320,31 @@ def test_merge_error(tmp_path):
     assert data["bf16"]["unmoved"][0] > 0.99
     assert data["fp32"]["unmoved"][0] < 0.1
     assert data["fp32"]["error"][3] < 1e-3 < data["fp16"]["error"][3] < data["bf16"]["error"][3]
+
+
+def test_quantisation(tmp_path):
+    """Finer blocks and NF4's levels err less; merging into the dequantised base loses nothing."""
+    data = run(quantisation, tmp_path)
+    nf4 = data["error by block size"]["NF4"]
+    even = data["error by block size"]["even levels"]
+    assert nf4 == sorted(nf4)
+    assert all(a < b for a, b in zip(nf4, even, strict=True))
+    by_layer = data["error by layer"]
+    assert max(by_layer["int8"].values()) < 0.02 < 0.08 < min(by_layer["nf4"].values())
+    assert sum(data["histogram"]) == pytest.approx(1)
+
+    ((fp32,), (int8,), (four_bits,)) = data["losses"].values()
+    assert abs(int8["base"] - fp32["base"]) < 0.002
+    assert 0.002 < four_bits["base"] - fp32["base"] < 0.05
+    assert all(found["trained"] < found["base"] - 0.05 for found in (fp32, int8, four_bits))
+    trained = four_bits["trained"]
+    assert four_bits["into the dequantised base"] == pytest.approx(trained, abs=1e-5)
+    assert four_bits["into NF4 again"] > trained + 0.01
+    assert four_bits["into the original base"] != trained
+
+
+def test_quantised_memory(capsys):
+    found = quantised_memory.main(["--short", "--only", "bf16", "nf4"])
+    assert found["bf16"][0]["peak_mb"] > 0
+    assert len(found["nf4"][0]["seconds"]) == 1
+    assert "| nf4" in capsys.readouterr().out

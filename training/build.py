@@ -7,6 +7,7 @@ import torch
 
 from adapters.config import load_adapter_config
 from adapters.files import load_adapter
+from adapters.quantisation import choose_quantisation
 from common.device import Device
 from common.errors import UserError
 from common.files import file_sha256
@@ -15,6 +16,7 @@ from data.tokens import load_books
 from data.windows import Windows, check_block_size, split
 from lora.fa import freeze_a
 from lora.inject import inject
+from lora.quantised import LAYERS
 from lora.variants import make_layer
 from model.gpt2 import GPT2, GPT2Config
 from model.tokenizer import Tokenizer
@@ -33,11 +35,16 @@ class Data:
 
 
 def resolve(asked: Options, base: str, device: Device) -> Options:
-    """Return the options with the base, the precision and an initial adapter's config filled in."""
+    """Return the options with the base, the precision, and an initial adapter's config and
+    quantisation filled in.
+    """
     lora = asked.lora
+    adapters = []
     if asked.init_adapter:
         lora = load_adapter_config(asked.init_adapter)
-    return replace(asked, base=base, precision=device.precision, lora=lora)
+        adapters.append(asked.init_adapter)
+    quantise = choose_quantisation(asked.quantise, adapters)
+    return replace(asked, base=base, precision=device.precision, lora=lora, quantise=quantise)
 
 
 def prepare_device(options: Options, device: Device) -> None:
@@ -82,7 +89,8 @@ def load_base(options: Options, directory: Path, dtype: torch.dtype) -> GPT2:
     with random ones.
     """
     if options.method == "lora":
-        return load_gpt2(directory, dtype)
+        kind = options.quantise
+        return load_gpt2(directory, dtype, LAYERS[kind] if kind else None)
     if find_weights(directory):
         return load_gpt2(directory)
     print(f"{directory} holds no weights: starting from random initialisation")

@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from adapters.quantisation import NONE, QUANTISE
 from common.cli import BASE, DEVICE, PRECISION, Interval, Parser, number, steps_or_seconds
 from common.errors import UserError
 from lora.layer import LoRAConfig
@@ -148,6 +149,13 @@ class Options:
         method="lora",
     )
     freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory", method="lora")
+    quantise: str | None = option(
+        help="hold the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 (int8) a weight "
+        "(default: none; with --init-adapter, as when it was trained)",
+        choices=QUANTISE["choices"],
+        names=["--quantize"],
+        method="lora",
+    )
     init_adapter: Path | None = option(
         None,
         Path,
@@ -278,6 +286,8 @@ def _refuse_clashes(typed: Mapping[str, Any]) -> None:
     if "data" in typed and ("stride" in typed or "label_shift" in typed):
         raise UserError("--stride and --label-shift are for books: an example is one row")
 
+    if typed.get("quantise", NONE) != NONE and "init_lora_weights" in typed:
+        raise UserError("--quantise cannot be combined with --init-lora-weights pissa, as in PEFT")
     other_starts = {"loraplus_lr_ratio", "init_adapter", "init_lora_weights"}
     if "freeze_a" in typed and not other_starts.isdisjoint(typed):
         raise UserError(

@@ -13,6 +13,7 @@ from adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from common.errors import UserError
 from common.figures import BLUE, GREY, RED, can_draw, save_figure, subplots
 from common.files import read_json, write_json
+from lora.quantised import quantised_weights
 from model.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN
 from training.options import Options
@@ -43,9 +44,12 @@ def perplexity(loss: float) -> float:
 
 
 def count_parameters(model: nn.Module) -> dict[str, float]:
-    """Count the model's parameters as `run.json` names them; a tied weight counts once."""
+    """Count the model's parameters as `run.json` names them; a tied weight counts once.
+
+    A quantised weight counts as what it stands for.
+    """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters()) + quantised_weights(model)
     return {
         "trainable_parameters": trainable,
         "total_parameters": total,

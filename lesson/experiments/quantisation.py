@@ -1,0 +1,222 @@
+"""What do four bits cost? `python -m lesson.experiments.quantisation`
+
+Varied: how mini's frozen base is held: in fp32, in int8 with a scale per row, in NF4.
+Fixed: the default book, LoRA of rank 8 on every linear layer, lr 4e-3, fp32 compute, 60 steps of 8
+windows of 64 tokens.
+Measured: the error of the weights by block size and by layer; the validation loss of each base, of
+LoRA trained on it (three seeds), and of the NF4 run's adapter after four ways of merging it.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.merge import merge, unwrap
+from lesson.experiments.common import (
+    BLUE,
+    GREY,
+    RED,
+    YELLOW,
+    Trainer,
+    panels,
+    parse,
+    save,
+    spread,
+    trainer,
+)
+from lesson.experiments.sweep import train
+from lora.inject import lora_layers
+from lora.quantised import (
+    BLOCK,
+    LAYERS,
+    NF4Linear,
+    dequantise,
+    nearest,
+    nf4_levels,
+    scaled_blocks,
+)
+from model.hub import MINI
+from model.weights import load_gpt2
+
+KINDS = ("fp32", "int8", "nf4")
+SETTINGS: dict[str, Any] = {
+    "batch_size": 8,
+    "block_size": 64,
+    "stride": 64,
+    "max_steps": 60,
+    "lr": 4e-3,
+    "target_modules": ("all-linear",),
+}
+BLOCK_SIZES = [2**k for k in range(3, 13)]
+EVEN = torch.arange(-7, 8) / 7  # the 15 levels of a signed 4-bit integer
+
+
+def linear_weights() -> dict[str, Tensor]:
+    """Return the weight (out, in) of each linear layer in mini's blocks, by name."""
+    modules = load_gpt2(MINI).named_modules()
+    return {name: m.weight.detach() for name, m in modules if isinstance(m, nn.Linear)}
+
+
+def relative_error(approximation: Tensor, weight: Tensor) -> float:
+    """Return the norm of the error as a share of the weight's norm."""
+    return ((approximation - weight).norm() / weight.norm()).item()
+
+
+def rounded(weight: Tensor, levels: Tensor, block: int) -> Tensor:
+    """Return W with each number rounded to the nearest level times its block's absmax."""
+    x, absmax = scaled_blocks(weight, block)
+    values = levels[nearest(x, levels).long()] * absmax[:, None]
+    return values.flatten()[: weight.numel()].view_as(weight)
+
+
+def errors_by_block(weights: Mapping[str, Tensor], levels: Tensor) -> list[float]:
+    """Return the mean relative error over the layers, for each of `BLOCK_SIZES`."""
+    found = []
+    for block in BLOCK_SIZES:
+        errors = [relative_error(rounded(w, levels, block), w) for w in weights.values()]
+        found.append(mean(errors))
+    return found
+
+
+def errors_by_layer(weights: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return the relative error of each layer, in int8 and in NF4, by kind and name."""
+    found: dict[str, dict[str, float]] = {}
+    for kind, make in LAYERS.items():
+        found[kind] = {}
+        for name, weight in weights.items():
+            layer = nn.Linear(weight.size(1), weight.size(0), bias=False)
+            layer.weight.data = weight
+            found[kind][name] = relative_error(make(layer).weight, weight)
+    return found
+
+
+def shares(weights: Mapping[str, Tensor], bins: int) -> list[float]:
+    """Return the share of weights in each of `bins` bins of w / absmax of its block, -1 .. 1."""
+    counts = torch.zeros(bins)
+    for weight in weights.values():
+        x, _ = scaled_blocks(weight, BLOCK)
+        counts += torch.histc(x, bins, -1, 1)
+    return (counts / counts.sum()).tolist()
+
+
+def losses(kind: str, seed: int, short: bool) -> dict[str, float]:
+    """Return the loss of a base held in `kind` and, after training, of the adapter on it."""
+    options = dict(SETTINGS)
+    if kind != "fp32":
+        options["quantise"] = kind
+    made = trainer("lora", seed, "fp32", short, **options)
+    found = {"base": made.evaluate().loss}
+    train(made)
+    found["trained"] = made.evaluate().loss
+    if kind == "nf4":
+        found |= merged_losses(made)
+    print(kind, f"seed {seed}:", found, flush=True)
+    return found
+
+
+def merged_losses(made: Trainer) -> dict[str, float]:
+    """Merge a trained adapter in each way; return the loss of each. The adapter is gone then."""
+    model = made.model
+    dequantise(model)
+    found = {}
+
+    layers = lora_layers(model)
+    kept = {name: layer.base_layer.weight.detach().clone() for name, layer in layers.items()}
+    originals = linear_weights()
+    for name, layer in layers.items():
+        layer.base_layer.weight.data = originals[name].clone()
+    merge(model)
+    found["into the original base"] = made.evaluate().loss
+
+    for name, layer in layers.items():
+        layer.merged = False
+        layer.base_layer.weight.data = kept[name]
+    merge(model)
+    unwrap(model)
+    found["into the dequantised base"] = made.evaluate().loss
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, NF4Linear(module))
+    found["into NF4 again"] = made.evaluate().loss
+    return found
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the weights with the levels, the errors, and the losses."""
+    figure, (levels, blocks, runs) = panels(
+        "Four bits for each frozen weight (mini)",
+        "the weights and the levels they round to",
+        "error by block size",
+        "validation loss",
+    )
+    height = 1.06 * max(data["histogram"])
+    width = 2 / len(data["histogram"])
+    middles = [-1 + width * (i + 0.5) for i in range(len(data["histogram"]))]
+    levels.bar(middles, data["histogram"], width, color=GREY, alpha=0.5)
+    levels.vlines(nf4_levels().tolist(), 0, height, color=RED, linewidth=1.2, label="NF4's 16")
+    int8 = (torch.arange(-127, 128) / 127).tolist()
+    levels.vlines(int8, -0.06 * height, 0, color=BLUE, linewidth=0.5, label="int8's 255")
+    levels.set(
+        xlabel=f"weight / absmax of its block of {BLOCK}",
+        ylabel="share of the weights in a bin",
+        ylim=(-0.06 * height, 1.2 * height),
+    )
+    levels.legend(ncols=2, loc="upper center")
+
+    for label, colour in (("NF4", RED), ("even levels", YELLOW)):
+        percent = [100 * error for error in data["error by block size"][label]]
+        blocks.plot(BLOCK_SIZES, percent, ".-", color=colour, label=f"4 bits, {label}")
+    percent = [100 * error for error in data["error by layer"]["int8"].values()]
+    blocks.axhline(mean(percent), color=BLUE, label="int8, a scale per row")
+    blocks.axvline(BLOCK, color=GREY, linestyle=":", linewidth=1)
+    blocks.set_xscale("log", base=2)
+    blocks.set(xlabel="weights that share a scale", ylabel="error, % of the norm", ylim=(0, None))
+    blocks.legend()
+
+    for row, kind in enumerate(KINDS):
+        for what, colour in (("base", GREY), ("trained", RED)):
+            found = [run[what] for run in data["losses"][kind]]
+            runs.plot(found, [row] * len(found), "o", color=colour)
+            runs.annotate(
+                f"{mean(found):.3f}",
+                (mean(found), row),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+    runs.set(yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS) - 0.5, -1))
+    runs.set(xlabel="nats a token", xmargin=0.15)
+    runs.plot([], [], "o", color=GREY, label="the base")
+    runs.plot([], [], "o", color=RED, label="LoRA trained on it, three seeds")
+    runs.legend(loc="upper center", fontsize=9)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    args = parse(__doc__, argv)
+    weights = linear_weights()
+    data: dict[str, Any] = {
+        "histogram": shares(weights, 81),
+        "block sizes": BLOCK_SIZES,
+        "error by block size": {
+            "NF4": errors_by_block(weights, nf4_levels()),
+            "even levels": errors_by_block(weights, EVEN),
+        },
+        "error by layer": errors_by_layer(weights),
+        "losses": {},
+    }
+    for kind in KINDS:
+        data["losses"][kind] = [losses(kind, seed, args.short) for seed in args.seeds]
+    for kind, found in data["losses"].items():
+        for what in found[0]:
+            print(f"{kind}, {what}: {spread([run[what] for run in found], 4)}")
+    return save(args, "quantisation", data, draw(data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Memory and time of a four-bit base: `python -m lesson.experiments.quantised_memory`
+
+Varied: how the frozen base is held (bf16, int8, NF4), with and without gradient checkpointing.
+Fixed: a gpt2-xl of random weights (`--short`: mini), LoRA of rank 8 on c_attn, 4 windows of 128
+tokens, bf16. Each run is a process of its own; the runs of a round follow each other.
+Measured: the peak memory of the whole process, loading included, and the CPU's seconds (of all
+threads; other processes do not count) of the steps after the first, also as a ratio to bf16's in
+the same round.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from common.cli import number, print_table
+from common.device import Device, tune_process
+from model.gpt2 import GPT2, GPT2Config
+from model.hub import MINI
+from model.weights import save_gpt2
+from train import make_trainer
+from training.build import resolve
+from training.options import ROOT, parse_options
+
+XL = GPT2Config(n_embd=1600, n_layer=48, n_head=25)
+CHECKPOINTING = ("--gradient-checkpointing",)
+RUNS: dict[str, tuple[str, ...]] = {
+    "bf16": (),
+    "int8": ("--quantise", "int8"),
+    "nf4": ("--quantise", "nf4"),
+    "bf16, checkpointing": CHECKPOINTING,
+    "nf4, checkpointing": ("--quantise", "nf4", *CHECKPOINTING),
+}
+
+
+def save_random_base(directory: Path) -> None:
+    """Write a gpt2-xl in fp16. Its weights are random: memory and speed do not depend on them."""
+    torch.manual_seed(0)
+    save_gpt2(GPT2(XL), directory, torch.float16)
+
+
+def measure(base: Path, options: Sequence[str], steps: int) -> dict[str, Any]:
+    """Take steps as `train.py` does; return the CPU seconds of all but the first, and the peak."""
+    tune_process()
+    words = ["lora", "--base", str(base), "--batch-size", "4", "--precision", "bf16", *options]
+    device = Device.pick("cpu", "bf16", train=True)
+    trainer = make_trainer(resolve(parse_options("-", words), str(base), device), base, device)
+    seconds = []
+    for _, batch in zip(range(steps), trainer.batches(), strict=False):
+        began = time.process_time()
+        trainer.step(batch)
+        seconds.append(time.process_time() - began)
+    return {"seconds": seconds[1:], "peak_mb": device.peak_memory_mb()}
+
+
+def measure_apart(base: Path, name: str, steps: int) -> dict[str, Any]:
+    """Return what `measure` does, in a process of its own."""
+    command = [sys.executable, "-m", __spec__.name, "--measure", name, "--base", str(base)]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_rounds(base: Path, names: Sequence[str], rounds: int, steps: int) -> dict[str, list]:
+    """Return what each run measures in each round; every other round goes backwards."""
+    found: dict[str, list] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[:: -1 if i % 2 else 1]:
+            found[name].append(measure_apart(base, name, steps))
+            print(f"round {i + 1}: {name}: {found[name][-1]}, load {os.getloadavg()[0]:.1f}")
+    return found
+
+
+def report(found: dict[str, list]) -> None:
+    """Print each run's peak, and its steps' time, median and range, as a ratio to bf16's."""
+    first = next(iter(found))
+    rows = []
+    for name, rounds in found.items():
+        peak = max(run["peak_mb"] for run in rounds)
+        times = [median(run["seconds"]) for run in rounds]
+        ratios = [t / median(run["seconds"]) for t, run in zip(times, found[first], strict=True)]
+        ratio = f"{median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
+        rows.append([name, f"{peak / 1e3:.2f}", f"{median(times):.1f}", ratio])
+    print_table(("base", "peak GB", "CPU seconds a step", f"of {first}'s"), rows)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--short", action="store_true", help="mini in place of gpt2-xl")
+    parser.add_argument("--base", type=Path, help="a base directory in place of gpt2-xl")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN")
+    parser.add_argument("--rounds", type=number(int, 1), default=1)
+    parser.add_argument("--steps", type=number(int, 2), default=2)
+    parser.add_argument("--measure", choices=RUNS, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, list]:
+    args = parse_args(argv)
+    if args.measure:
+        print(json.dumps(measure(args.base, RUNS[args.measure], args.steps)))
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = MINI if args.short else args.base
+        if base is None:
+            base = Path(folder)
+            save_random_base(base)
+        found = measure_rounds(base, args.only, args.rounds, args.steps)
+    report(found)
+    return found
+
+
+if __name__ == "__main__":
+    main()

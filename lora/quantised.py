@@ -1,0 +1,257 @@
+"""QLoRA's frozen base: linear layers that hold W in four or eight bits a weight.
+
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314 ("the paper" below). Its code is the library
+bitsandbytes; codes, scales and dequantised weights here equal that library's bit for bit.
+
+This file needs PyTorch alone. A quantised layer stands where a frozen `nn.Linear` stands, so that
+`LoRALinear` wraps either.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 64  # weights that share a scale (paper, section 3, Double Quantization)
+SCALE_BLOCK = 256  # scales that share a scale of their own
+
+
+def nf4_levels() -> Tensor:
+    """Return the 16 levels of 4-bit NormalFloat, fp32 (16,), ascending from -1 to 1.
+
+    Weights are close to normally distributed, so the levels are quantiles of the normal
+    distribution: close together where weights are many (paper, section 3). Evenly spaced
+    probabilities from the tail to 1/2, where the quantile is 0, give 8 levels above 0 and 7 below.
+    The 16th is 0 itself, so that a weight of 0 stays 0. Division by the largest puts them into
+    [-1, 1].
+
+    The paper's equation 4 takes the means of neighbouring quantiles; its appendix E and its code
+    have the quantiles themselves. They begin at (1 - 1/32 + 1 - 1/30) / 2, since the quantile of 1
+    is infinite; the code has seven digits of it.
+    """
+    tail = 0.9677083
+    above = torch.special.ndtri(torch.linspace(tail, 0.5, 9)[:-1].double())  # (8,)
+    below = -torch.special.ndtri(torch.linspace(tail, 0.5, 8)[:-1].double())  # (7,)
+    levels = torch.cat([below, torch.zeros(1), above]).float().sort().values
+    return levels / levels.max()
+
+
+def scale_levels() -> Tensor:
+    """Return the 256 levels of an 8-bit scale, fp32 (256,), ascending from -0.993 to 1.
+
+    Of each sign, 64 levels are spaced evenly in 0.1 .. 1, 32 in 0.01 .. 0.1, and so on, down to one
+    in 1e-7 .. 1e-6; 0 and 1 are the last two (Dettmers et al. 2022,
+    https://arxiv.org/abs/2110.02861, section 1.3). The paper says 8-bit floats; its code has these.
+    """
+    decades = []
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, 2**i + 1)
+        centres = (bounds[:-1] + bounds[1:]) / 2
+        decades.append(centres * 10 ** (i - 6))
+    sizes = torch.cat(decades)  # (127,)
+    return torch.cat([-sizes, torch.zeros(1), sizes, torch.ones(1)]).sort().values
+
+
+def nearest(x: Tensor, levels: Tensor) -> Tensor:
+    """Return the index of the level nearest to each x, uint8. `levels` ascend."""
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    return torch.bucketize(x, midpoints.to(x.device), out_int32=True).to(torch.uint8)
+
+
+def scaled_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return x / absmax in blocks, (n, size), and each block's absmax = max |x|, (n,), in fp32.
+
+    Each block has its own scale, so an outlier coarsens only its own block (paper, section 2).
+    Zeros fill up the last block.
+    """
+    flat = x.float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)
+    absmax = blocks.abs().amax(1)
+    inverse = 1 / absmax.clamp(min=1e-38)
+    return (blocks * inverse[:, None]).clamp(-1, 1), absmax
+
+
+def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise scales (n,), which are all positive, to 8 bits each (paper, section 3, Double
+    Quantization).
+
+    Return their codes, uint8 (n,), the scale of each block of 256, fp32, and the mean, which is
+    taken out first, since the levels lie around 0.
+    """
+    mean = absmax.mean()
+    x, scales = scaled_blocks(absmax - mean, SCALE_BLOCK)
+    # bitsandbytes' CPU kernel rounds x to 2^16 values, and looks the code of each up.
+    x = torch.floor((x + 1) * 32767.5 + 0.5) / 32767.5 - 1
+    codes = nearest(x, scale_levels())
+    return codes.flatten()[: len(absmax)], scales, mean
+
+
+class QuantisedLinear(nn.Linear):
+    """y = x W^T + b with a frozen W that a subclass holds in few bits.
+
+    x (..., in), y (..., out). W is dequantised for each product, to the precision of x or, under
+    autocast, to autocast's. `weight` returns it in fp32, as a new tensor: to change that changes
+    nothing, and so adapters are not merged into it.
+    """
+
+    kind: str  # the name by which options and files know the subclass
+
+    def __init__(self, layer: nn.Linear):
+        nn.Module.__init__(self)  # nn.Linear's would make a weight
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+        self.train(layer.training)
+        self.requires_grad_(False)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """Return W, (out, in)."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # nn.Linear's is a parameter
+        return self.dequantised(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return _DequantisedLinear.apply(x, self)
+
+    def to_linear(self) -> nn.Linear:
+        """Return a plain layer of the dequantised W, in fp32."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(self.weight)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantisedLinear":
+        """Move the layer with its model. A cast to bf16 is for the bias: scales stay in fp32."""
+        scales = {name: x for name, x in self.named_buffers() if x.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items():
+            moved = self.get_buffer(name)
+            setattr(self, name, scale.to(moved.device))
+        return self
+
+
+class _DequantisedLinear(torch.autograd.Function):
+    """Compute `F.linear`, and dL/dx = dL/dy W for frozen W and b.
+
+    Autograd would keep the dequantised W of every layer until the backward pass. This keeps the
+    layer alone, and dequantises again (paper, section 3, equations 5 and 6).
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        bias = layer.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return F.linear(x, layer.dequantised(x.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g @ ctx.layer.dequantised(g.dtype), None
+
+
+class Int8Linear(QuantisedLinear):
+    """W = codes * absmax / 127: codes in -127 .. 127, and a scale per row, absmax = max |W_row|.
+
+    Shapes: codes int8 (out, in), absmax fp32 (out,): 8 + 32 / in bits a weight.
+    """
+
+    kind = "int8"
+    codes: Tensor
+    absmax: Tensor
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer)
+        weight = layer.weight.detach().float()  # (out, in)
+        absmax = weight.abs().amax(1)
+        codes = torch.round(weight * (127 / absmax.clamp(min=1e-38))[:, None])
+        self.register_buffer("codes", codes.to(torch.int8))
+        self.register_buffer("absmax", absmax)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes * self.absmax[:, None] * (1 / 127)).to(dtype)
+
+
+class NF4Linear(QuantisedLinear):
+    """W_i = level[code_i] * absmax_j: 4-bit NormalFloat in blocks j of 64 weights, row after row.
+
+    Shapes, for n weights: codes, two in a byte, uint8 (n / 2,); absmax (n / 64,): in fp32 or, with
+    `double` quantisation, as 8-bit codes with scales fp32 (n / 64 / 256,) and a mean. That is
+    4 + 32 / 64 = 4.5 bits a weight, or 4 + 8 / 64 + 32 / (64 * 256) = 4.127.
+    """
+
+    kind = "nf4"
+    codes: Tensor
+    pairs: Tensor
+    absmax: Tensor
+    scale_levels: Tensor
+    scales: Tensor
+    mean: Tensor
+
+    def __init__(self, layer: nn.Linear, double: bool = True):
+        super().__init__(layer)
+        self.double_quantised = double
+        levels = nf4_levels()
+        x, absmax = scaled_blocks(layer.weight.detach(), BLOCK)
+        codes = nearest(x, levels)  # (n / 64, 64)
+        self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # the first is high
+        # What each byte stands for: dequantising looks two weights up at once.
+        self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
+        if double:
+            absmax, scales, mean = quantise_scales(absmax)
+            self.register_buffer("scale_levels", scale_levels(), persistent=False)
+            self.register_buffer("scales", scales)
+            self.register_buffer("mean", mean)
+        self.register_buffer("absmax", absmax)
+        self.to(layer.weight.device)
+
+    def block_scales(self) -> Tensor:
+        """Return the absmax of each block, fp32 (n / 64,)."""
+        if not self.double_quantised:
+            return self.absmax
+        levels = self.scale_levels[self.absmax.int()]
+        scale_of_each = self.scales.repeat_interleave(SCALE_BLOCK)[: len(levels)]
+        return levels * scale_of_each + self.mean
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        # A row of two fp32 levels is one int64 here: picking numbers is faster than picking rows.
+        pairs = self.pairs.view(torch.int64).flatten()  # (256,)
+        picked = torch.index_select(pairs, 0, self.codes.flatten().int())  # (n / 2,)
+        blocks = picked.view(torch.float32).view(-1, BLOCK)  # levels
+        blocks *= self.block_scales()[:, None]
+        count = self.out_features * self.in_features
+        return blocks.flatten()[:count].view(self.out_features, self.in_features).to(dtype)
+
+
+LAYERS: dict[str, type[QuantisedLinear]] = {layer.kind: layer for layer in (NF4Linear, Int8Linear)}
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
+    """Return the model's quantised layers by module name, in module order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """Return the kind of the model's quantised layers, or None if it has none."""
+    for layer in quantised_layers(model).values():
+        return layer.kind
+    return None
+
+
+def quantised_weights(model: nn.Module) -> int:
+    """Return how many weights the model holds quantised: they are no parameters."""
+    layers = quantised_layers(model).values()
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def dequantise(model: nn.Module) -> None:
+    """Put a plain linear layer, of the dequantised W in fp32, in place of each quantised one."""
+    for name, layer in quantised_layers(model).items():
+        model.set_submodule(name, layer.to_linear())

@@ -1,0 +1,199 @@
+"""`--quantise`: what each command does with a base in four or eight bits."""
+
+import json
+import re
+import shutil
+import signal
+
+import peft
+import pytest
+import torch
+
+import evaluate
+import generate
+import train
+from adapters import merge
+from adapters.files import WEIGHTS, load_adapter
+from adapters.load import load_model
+from common.tensors import read_metadata
+from lora.inject import inject
+from lora.pissa import PiSSAConfig
+from lora.quantised import LAYERS, dequantise
+from lora.variants import make_layer
+from model.weights import load_gpt2
+from tests.fault.runs import differences, result
+from tests.helpers import relative_difference
+from tests.pairs import IDS
+from tests.runs import arguments, one_line, run, run_acting, stdout_of, stock_model, trained
+from training.checkpoint import CHECKPOINT
+
+STEPS = ("--max-steps", 6, "--lr", 1e-2, "--checkpoint-every", 1)
+SAID = "the base is quantised to {}, as in the adapter's training (--quantise)\n"
+
+
+@pytest.fixture(scope="module")
+def runs(base, book, tmp_path_factory):
+    """A run on each kind of base."""
+    out = {}
+    for kind in (*LAYERS, None):
+        option = ("--quantise", kind) if kind else ()
+        directory = tmp_path_factory.mktemp("run") / str(kind)
+        out[kind] = trained("lora", base, book, directory, *STEPS, *option)
+    return out
+
+
+def scores(base, book, *options):
+    argv = ("--base", base, "--text", book, "--block-size", 16, "--device", "cpu")
+    printed = stdout_of(evaluate.main, *argv, "--val-fraction", 0.1, *options)
+    (loss,) = re.findall(r"loss (\d+\.\d+)", printed)
+    return float(loss), printed
+
+
+def test_a_run_names_its_base_and_its_adapter_is_an_ordinary_one(runs, base):
+    for kind, done in runs.items():
+        assert done.report["options"]["quantise"] == kind
+        assert read_metadata(done.out / WEIGHTS).get("base_quantised") == kind
+        assert done.report["total_parameters"] == runs[None].report["total_parameters"]
+        theirs = peft.PeftModel.from_pretrained(stock_model(base), done.out).eval()
+        ours = load_model(str(base), done.out, quantise="none").model
+        with torch.no_grad():
+            assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
+    names = [sorted(path.name for path in done.out.iterdir()) for done in runs.values()]
+    assert names[0] == names[1] == names[2]
+    config = json.loads((runs["nf4"].out / "adapter_config.json").read_text())
+    assert config == json.loads((runs[None].out / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_base_is_quantised_as_in_training_unless_told_otherwise(runs, base, book, kind):
+    done = runs[kind]
+    best = done.report["best_val_loss"]
+    loss, printed = scores(base, book, "--adapter", done.out)
+    assert printed.startswith(SAID.format(kind))
+    assert abs(loss - best) < 1e-4
+    assert scores(base, book, "--adapter", done.out, "--quantize", kind) == (
+        loss,
+        printed.removeprefix(SAID.format(kind)),
+    )
+    original, printed = scores(base, book, "--adapter", done.out, "--quantise", "none")
+    assert "quantised" not in printed
+    assert original != loss
+    base_loss, _ = scores(base, book, "--quantise", kind)
+    assert abs(base_loss - done.report["base_val_loss"]) < 1e-4
+
+
+def test_merging_adds_to_the_dequantised_base(runs, base, book, tmp_path):
+    done = runs["nf4"]
+    argv = ("--base", base, "--adapter", done.out)
+    printed = stdout_of(merge.main, *argv, "--out", tmp_path / "merged")
+    assert printed.startswith(SAID.format("nf4"))
+    merged, _ = scores(tmp_path / "merged", book)
+    assert abs(merged - done.report["best_val_loss"]) < 1e-4
+    stdout_of(merge.main, *argv, "--out", tmp_path / "original", "--quantise", "none")
+    assert (
+        scores(tmp_path / "original", book)[0]
+        == (scores(base, book, "--adapter", done.out, "--quantise", "none")[0])
+    )
+    model = load_model(str(base), done.out).model
+    with pytest.raises(ValueError, match="into fp32 weights"):
+        merge.merge(model)
+    expected = model(IDS)
+    dequantise(model)
+    merge.merge(model)
+    assert relative_difference(model(IDS), expected) < 1e-5
+
+
+def test_generation_takes_one_adapter_or_several_on_one_kind_of_base(runs, base):
+    argv = (
+        "--prompt",
+        "You",
+        "--base",
+        base,
+        "--max-new-tokens",
+        3,
+        "--device",
+        "cpu",
+        "--adapter",
+    )
+    nf4, plain = runs["nf4"].out, runs[None].out
+    one = stdout_of(generate.main, *argv, nf4)
+    assert one.startswith(SAID.format("nf4"))
+    both = stdout_of(generate.main, *argv, nf4, nf4, "--precision", "bf16")
+    assert both.startswith(SAID.format("nf4"))
+    ending = run(generate.main, *argv, nf4, plain)
+    assert "--quantise: these adapters were trained on bases" in one_line(ending, 2)
+    assert "nf4 and none" in one_line(ending, 2)
+    assert "quantised" not in stdout_of(generate.main, *argv, nf4, plain, "--quantise", "int8")
+
+
+def test_a_resumed_run_is_the_run_that_nobody_stopped(runs, base, book, tmp_path):
+    argv = arguments("lora", base, book, tmp_path / "run", *STEPS, "--quantise", "nf4")
+    ending = run_acting({3: lambda trainer: signal.raise_signal(signal.SIGINT)}, *argv)
+    assert ending.status == 130
+    sizes = [(out / CHECKPOINT).stat().st_size for out in (tmp_path / "run", runs[None].out)]
+    assert abs(sizes[0] - sizes[1]) < 100  # in bytes: it holds no base
+    for other in ("int8", "none"):
+        refused = run(train.main, *argv[:-1], other, "--resume")
+        assert "--quantise was nf4 and is now" in one_line(refused, 2)
+    assert run(train.main, *argv, "--resume").status == 0
+    assert differences(tmp_path / "run", result(runs["nf4"].out)) == []
+
+
+def test_an_initial_adapter_brings_its_bases_quantisation(runs, base, book, tmp_path):
+    start = ("--init-adapter", runs["nf4"].out, "--max-steps", 1)
+    done = trained("lora", base, book, tmp_path / "a", *start)
+    assert SAID.format("nf4") in done.stdout
+    assert done.report["options"]["quantise"] == "nf4"
+    assert done.report["base_val_loss"] == runs["nf4"].report["base_val_loss"]
+    done = trained("lora", base, book, tmp_path / "b", *start, "--quantise", "none")
+    assert done.report["options"]["quantise"] is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--use-dora",),
+        ("--target-modules", "c_attn.q", "c_attn.v"),
+        ("--freeze-a",),
+        ("--precision", "bf16", "--gradient-checkpointing"),
+        ("--loraplus-lr-ratio", 4),
+    ],
+)
+def test_variants_learn_on_a_quantised_base(base, book, tmp_path, options):
+    done = trained("lora", base, book, tmp_path, *STEPS, *options, "--quantise", "nf4")
+    assert done.report["best_val_loss"] < done.report["base_val_loss"] - 0.01
+    loss, _ = scores(base, book, "--adapter", tmp_path, "--precision", done.report["precision"])
+    assert abs(loss - done.report["best_val_loss"]) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--quantise", "fp4"), "--quantise"),
+        (("--quantise", "nf4", "--init-lora-weights", "pissa"), "--init-lora-weights pissa"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(base, book, tmp_path, options, said):
+    ending = run(train.main, *arguments("lora", base, book, tmp_path / "out", *options))
+    assert said in one_line(ending, 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_fine_tuning_and_unknown_records_are_refused(runs, base, book, tmp_path):
+    ending = run(train.main, *arguments("full", base, book, tmp_path / "out", "--quantise", "nf4"))
+    assert "--quantise" in one_line(ending, 2)
+    shutil.copytree(runs["nf4"].out, tmp_path / "odd")
+    path = tmp_path / "odd" / WEIGHTS
+    path.write_bytes(
+        path.read_bytes().replace(b'"base_quantised": "nf4"', b'"base_quantised": "fp4"')
+    )
+    ending = run(evaluate.main, "--base", base, "--adapter", tmp_path / "odd", "--text", book)
+    assert "'fp4', which is not known here" in one_line(ending, 2)
+    with pytest.raises(ValueError, match="PiSSA changes W"):
+        inject(load_gpt2(base, quantise=LAYERS["nf4"]), PiSSAConfig(), make_layer)
+
+
+def test_an_adapter_loads_onto_a_quantised_model(runs, base):
+    model = load_gpt2(base, quantise=LAYERS["nf4"])
+    load_adapter(model, runs["nf4"].out)
+    assert torch.equal(model(IDS), load_model(str(base), runs["nf4"].out).model(IDS))
