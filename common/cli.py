@@ -111,7 +111,7 @@ DEVICE: dict[str, Any] = {
 PRECISION: dict[str, Any] = {
     "default": "auto",
     "choices": ("auto", *PRECISIONS),
-    "help": "of the matmuls; auto: by the device (README, Speed)",
+    "help": "of the matmuls; auto: by the device (docs/howto.md)",
 }
 
 
