@@ -10,6 +10,7 @@ import torch
 from common.errors import UserError
 from lesson.exercises import __main__ as exercises
 from lesson.exercises import answers
+from lora.quantised import nf4_levels
 from training.options import ROOT
 
 SOLUTIONS = re.findall(
@@ -22,19 +23,25 @@ SOLUTIONS = re.findall(
 def test_every_exercise_has_a_page_a_check_and_a_solution():
     numbers = [n for n, _ in SOLUTIONS]
     page = (ROOT / "docs/exercises.md").read_text()
-    assert [int(n) for n in numbers] == list(exercises.CHECKS) == list(range(1, 13))
+    assert [int(n) for n in numbers] == list(exercises.CHECKS) == list(range(1, 15))
     assert re.findall(r"^## (\d+)\.", page, re.MULTILINE) == numbers
     assert re.findall(r"`python -m lesson.exercises (\d+)`", page) == numbers
 
 
 @pytest.mark.parametrize(("n", "block"), SOLUTIONS)
 def test_a_check_refuses_the_start_and_accepts_the_solution(n, block):
+    torch.manual_seed(int(n))
     check = exercises.CHECKS[int(n)]
     with pytest.raises((exercises.Wrong, NotImplementedError)):
         check(answers)
-    solved = vars(answers) | {"math": math}
-    exec(block, solved)
-    check(SimpleNamespace(**solved))
+    check(solved(block))
+
+
+def solved(block):
+    """The answers, with one exercise's replaced by its solution."""
+    names = vars(answers) | {"math": math}
+    exec(block, names)
+    return SimpleNamespace(**names)
 
 
 def keep_a(layer):
@@ -60,6 +67,45 @@ def normalise(scaler, optimizer, parameters, loss, clip):
     optimizer.step()
 
 
+def one_scale_per_row(weight, levels, block):
+    return exercises.quantised(weight, levels, block and weight.shape[1])
+
+
+def down_the_columns(weight, levels, block):
+    return exercises.quantised(weight.T.contiguous(), levels, block).T
+
+
+def blocks_without_a_none(weight, levels, block):
+    return exercises.quantised(weight, levels, block or 64)
+
+
+def nf4_always(weight, levels, block):
+    return exercises.quantised(weight, nf4_levels(), block)
+
+
+def largest_not_largest_size(weight, levels, block):
+    """Divide by max w, and not by max |w|."""
+    blocks = weight.view(-1, block or weight.numel())
+    largest = blocks.amax(1, keepdim=True)
+    codes = (blocks[..., None] / largest[..., None] - levels).abs().argmin(-1)
+    return (levels[codes] * largest).view_as(weight)
+
+
+def level_below(weight, levels, block):
+    blocks = weight.view(-1, block or weight.numel())
+    absmax = blocks.abs().amax(1, keepdim=True)
+    codes = torch.bucketize(blocks / absmax, levels, right=True) - 1
+    return (levels[codes] * absmax).view_as(weight)
+
+
+def scales_without_a_scale(block, double):
+    return 4 + (8 if double else 32) / block
+
+
+def per_256_weights(block, double):
+    return 4 + (8 / block + 32 / 256 if double else 32 / block)
+
+
 @pytest.mark.parametrize(
     ("n", "name", "wrong", "said"),
     [
@@ -71,19 +117,59 @@ def normalise(scaler, optimizer, parameters, loss, clip):
         (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
         (5, "count_lora", count_one_c_proj, "6 layers of width 256"),
         (12, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
+        (
+            13,
+            "quantise_by_absmax",
+            answers.quantise_by_absmax,
+            "9.6% of the norm is lost, and with yours 3",
+        ),
+        (13, "quantise_by_absmax", one_scale_per_row, "blocks of 64, an outlier"),
+        (13, "quantise_by_absmax", down_the_columns, "blocks of 64, an outlier"),
+        (13, "quantise_by_absmax", largest_not_largest_size, "blocks of 64, an outlier"),
+        (13, "quantise_by_absmax", level_below, "blocks of 64, an outlier"),
+        (13, "quantise_by_absmax", nf4_always, "even levels"),
+        (13, "quantise_by_absmax", blocks_without_a_none, "one scale, an outlier"),
+        (14, "bits_per_weight", answers.bits_per_weight, "4.5 bits a weight, and not 4: count"),
+        (14, "bits_per_weight", scales_without_a_scale, "4.12695 bits a weight, and not 4.125"),
+        (14, "bits_per_weight", per_256_weights, "4.12695 bits a weight, and not 4.25"),
+        (
+            14,
+            "smallest_block",
+            lambda bits, double: 64,
+            "blocks of 128, and not 64, which cost 4.5",
+        ),
+        (14, "smallest_block", lambda bits, double: 128, "blocks of 64, and not 128"),
+        (14, "smallest_block", lambda bits, double: 32 if double else 128, "which cost 4.25391"),
     ],
 )
 def test_a_check_refuses_a_wrong_answer(n, name, wrong, said):
     torch.manual_seed(n)
+    otherwise_right = solved(dict(SOLUTIONS)[str(n)])
+    setattr(otherwise_right, name, wrong)
     with pytest.raises(exercises.Wrong, match=said):
-        exercises.CHECKS[n](SimpleNamespace(**{name: wrong}))
+        exercises.CHECKS[n](otherwise_right)
+
+
+def test_the_table_of_exercise_13_is_what_its_solution_computes():
+    quantise_by_absmax = solved(dict(SOLUTIONS)["13"]).quantise_by_absmax
+    torch.manual_seed(0)
+    weight = torch.randn(256, 256)
+    outlier = weight.clone()
+    outlier[0, 0] = 13
+    rows = []
+    for name, levels in (("NF4", nf4_levels()), ("15 even levels", torch.linspace(-1, 1, 15))):
+        for label, original in ((name, weight), (f"{name}, one weight set to 13", outlier)):
+            row = [label]
+            for block in (None, 64, 16):
+                result = quantise_by_absmax(original, levels, block)
+                row.append(f"{100 * exercises.relative_error(result, original):.1f}")
+            rows.append(f"| {' | '.join(row)} |")
+    assert "\n".join(rows) in (ROOT / "docs/solutions.md").read_text()
 
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):
     """An answer not given, a wrong one, one that fails, and a right one."""
-    solved = dict(vars(answers))
-    exec(dict(SOLUTIONS)["11"], solved)
-    monkeypatch.setattr(answers, "accumulate", solved["accumulate"])
+    monkeypatch.setattr(answers, "accumulate", solved(dict(SOLUTIONS)["11"]).accumulate)
     monkeypatch.setattr(answers, "alpha_for", lambda scaling, r, use_rslora: None)  # no return
     assert exercises.main(["1", "3", "12", "11"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -98,9 +184,7 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch):
 
 
 def test_the_command_succeeds_where_all_is_right(capsys, monkeypatch):
-    solved = dict(vars(answers))
-    exec(dict(SOLUTIONS)["11"], solved)
-    monkeypatch.setattr(answers, "accumulate", solved["accumulate"])
+    monkeypatch.setattr(answers, "accumulate", solved(dict(SOLUTIONS)["11"]).accumulate)
     assert exercises.main(["11"]) == 0
-    with pytest.raises(UserError, match="'13' is not a whole number from 1 to 12"):
-        exercises.main(["13"])
+    with pytest.raises(UserError, match="'15' is not a whole number from 1 to 14"):
+        exercises.main(["15"])

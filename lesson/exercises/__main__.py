@@ -13,6 +13,7 @@ from lesson.experiments.common import gradient, mean_loss, trainer
 from lesson.experiments.sweep import finetune
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
+from lora.quantised import nearest, nf4_levels, scaled_blocks
 from model.gpt2 import GPT2, GPT2Config
 
 
@@ -243,6 +244,66 @@ def check_12(answers: ModuleType) -> None:
             )
 
 
+def check_13(answers: ModuleType) -> None:
+    weight = torch.randn(32, 128)
+    outlier = weight.clone()
+    outlier[3, 5] = -13
+    nf4 = nf4_levels()
+    even = torch.linspace(-1, 1, 15)
+    for case, original, levels, block in (
+        ("NF4, blocks of 64, an outlier", outlier, nf4, 64),
+        ("NF4, blocks of 64", weight, nf4, 64),
+        ("even levels, blocks of 16, an outlier", outlier, even, 16),
+        ("NF4, one scale, an outlier", outlier, nf4, None),
+    ):
+        right = quantised(original, levels, block)
+        yours = answers.quantise_by_absmax(original, levels, block)
+        expect(
+            yours.shape == right.shape,
+            f"the result is {tuple(yours.shape)}, and should be {tuple(right.shape)}",
+        )
+        expect(
+            relative_error(yours, right) < 0.01,  # a weight between two levels may go either way
+            f"{case}: {relative_error(right, original):.1%} of the norm is lost, and with yours "
+            f"{relative_error(yours, original):.1%}: divide each block, row after row, by its own "
+            "largest |w|, so that an outlier spoils no other block, and take the nearest level",
+        )
+
+
+def quantised(weight: Tensor, levels: Tensor, block: int | None) -> Tensor:
+    """Return exercise 13's weight, by the functions of `lora.quantised`."""
+    x, absmax = scaled_blocks(weight, block or weight.numel())
+    codes = nearest(x, levels).int()
+    return (levels[codes] * absmax[:, None]).view_as(weight)
+
+
+def relative_error(x: Tensor, original: Tensor) -> float:
+    """Return the norm of the difference as a share of the original's."""
+    return ((x - original).norm() / original.norm()).item()
+
+
+def check_14(answers: ModuleType) -> None:
+    for double, block, right in (
+        (False, 64, 4.5),
+        (False, 256, 4.125),
+        (True, 64, 4.126953125),
+        (True, 16, 4.5078125),
+    ):
+        yours = answers.bits_per_weight(block, double)
+        expect(
+            abs(yours - right) < 1e-9,
+            f"blocks of {block}, double {double}: {right:.6g} bits a weight, and not {yours:.6g}: "
+            "count the code, the block's scale and, if double, the scale of 256 scales",
+        )
+    for bits, double, right in ((4.25, False, 128), (4.25, True, 64), (4.127, True, 64)):
+        yours = answers.smallest_block(bits, double)
+        expect(
+            yours == right,
+            f"at most {bits} bits, double {double}: blocks of {right}, and not {yours}, which "
+            f"cost {answers.bits_per_weight(yours, double):.6g}",
+        )
+
+
 CHECKS = {
     1: check_1,
     2: check_2,
@@ -256,6 +317,8 @@ CHECKS = {
     10: check_10,
     11: check_11,
     12: check_12,
+    13: check_13,
+    14: check_14,
 }
 
 

@@ -83,3 +83,20 @@ def accumulate(parts: list[Tensor]) -> None:
 def alpha_for(scaling: float, r: int, use_rslora: bool) -> float:
     """12. Return the lora_alpha with which `LoRAConfig.scaling` is `scaling` at every rank."""
     raise NotImplementedError
+
+
+def quantise_by_absmax(weight: Tensor, levels: Tensor, block: int | None) -> Tensor:
+    """13. Return the weight rounded to levels, with an absmax per `block` numbers. Repair."""
+    absmax = weight.abs().max()
+    distances = (weight[..., None] / absmax - levels).abs()  # (out, in, levels)
+    return levels[distances.argmin(-1)] * absmax
+
+
+def bits_per_weight(block: int, double: bool) -> float:
+    """14. Return NF4's bits a weight, scales included, with or without double quantisation."""
+    return 4.0
+
+
+def smallest_block(bits: float, double: bool) -> int:
+    """14. Return the smallest block, a power of two, that costs `bits` a weight at most."""
+    raise NotImplementedError
