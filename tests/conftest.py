@@ -4,8 +4,10 @@ Fixtures import what they need: pytest-xdist imports this file before it starts 
 """
 
 import os
+import signal
 from shlex import split
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else a `nohup` around the tests would hide it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles programs to test the CPU
 

@@ -4,6 +4,7 @@ Prints a Markdown table of what was tried; ends with 1 if anything failed.
 """
 
 import importlib
+import signal
 import time
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz", "files")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else runs started under `nohup` ignore it
     parser = Parser(prog="tests.fault", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--short", action="store_true", help="the form that CI runs")
