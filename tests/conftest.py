@@ -7,11 +7,12 @@ import os
 import signal
 from shlex import split
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else a `nohup` around the tests would hide it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles programs to test the CPU
 
 import pytest
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else a `nohup` around the tests would hide it
 
 
 @pytest.fixture(scope="session", autouse=True)
