@@ -74,7 +74,7 @@ def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
         assert relative_difference(output(loaded, case), base) < 1e-5  # so that the file counts
 
     if variant != "pissa":  # PEFT's own file of it is of another base, and refused
-        theirs.save_pretrained(tmp_path / "theirs")
+        theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
         again = make(case)
         load_adapter(again, tmp_path / "theirs")
         assert relative_difference(output(again, case), trained) <= close
