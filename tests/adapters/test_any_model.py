@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.figure  # noqa: F401 (now: an old one warns, and warnings are errors below)
 import peft
 import pytest
 import torch
@@ -146,6 +147,8 @@ PATTERNS = {"rank_pattern": {"q_proj": 1, r"1\.mlp\..*": 3}, "alpha_pattern": {"
 )
 def test_targets_are_pefts(name, targets, fields, count, tmp_path):
     case = CASES[name]
+    if transformers.__version__ < "5" and name in ("vit", "t5"):
+        pytest.skip("transformers 4 names ViT's layers, and orders T5's, in another way")
     if fields.get("layers_pattern"):
         pattern = fields["layers_pattern"]
         own = fields | {"layers_pattern": [pattern] if isinstance(pattern, str) else pattern}

@@ -226,7 +226,10 @@ def test_a_resume_refuses_a_file_of_the_run_that_is_not_as_it_left_it(
     """Or the run could end complete with a worse model, with none, or with other metrics."""
     path = tmp_path / "run" / name
     data = bytearray(path.read_bytes())  # of the best model: validated in step 10
-    data[len(data) // 2] ^= 1
+    place = len(data) // 2
+    if name == "identity.json":  # of its options, a path may change
+        place = data.index(b"book_sha256") + len('book_sha256": "')
+    data[place] ^= 1
     path.unlink()
     if change == "one bit":
         path.write_bytes(data)
