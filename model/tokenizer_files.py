@@ -47,7 +47,10 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     directory = Path(directory)
     path = _main_file(directory, vocab_size)
     try:
-        return _load_tiktoken(path, vocab_size) or _load_with_library(path, vocab_size)
+        tokenizer = _load_tiktoken(path, vocab_size) or _load_with_library(path, vocab_size)
+        for text in tokenizer.special:
+            text.encode()  # a lone surrogate, as JSON may hold, is no text
+        return tokenizer
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}, or a file beside it, is not what Hugging Face writes: "

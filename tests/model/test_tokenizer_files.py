@@ -25,7 +25,7 @@ from model.sampling import generate
 from model.tokenizer import END_OF_TEXT
 from model.tokenizer_files import FILES, GPT2_FILES, GPT2_SIZE, load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2
-from tests.helpers import refusal, tiny_gpt2
+from tests.helpers import refusal, tiny_gpt2, write_small_tokenizer
 from tests.runs import arguments, die, one_line, run, run_acting, scores, stdout_of, story, trained
 from training.options import BOOK
 
@@ -460,3 +460,13 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     config.write_text('{"eos_token": "<|im_end|>"}')
     reason = refusal(tmp_path, load_tokenizer, tmp_path, 300)
     assert "lacks the base's end-of-text token, '<|im_end|>'" in reason
+
+
+def test_a_special_token_that_is_no_text_is_refused(tmp_path):
+    write_small_tokenizer(tmp_path, 300)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "content": "\ud800", "id": 298})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    assert "is not what Hugging Face writes" in refusal(
+        tmp_path / "tokenizer.json", load_tokenizer, tmp_path, 300
+    )
