@@ -62,7 +62,7 @@ def _sum_of(
 
 
 class Base(NamedTuple):
-    """What an adapter says of its base: the name, and the weights' hash or "" if it has none."""
+    """Hold what an adapter says of its base: the name, and the weights' hash (none: "")."""
 
     name: str
     sha256: str

@@ -121,12 +121,17 @@ def adapter_path(directory: Path) -> Path:
     return path
 
 
-def base_hash(directory: Path) -> str | None:
-    """Return the hash of the base's weights in the adapter's header, or None."""
+def read_header(directory: Path) -> dict[str, str]:
+    """Return what the header of the adapter's file says; a pickle has none."""
     path = adapter_path(directory)
     if path.name == PICKLED_WEIGHTS:
-        return None
-    return read_metadata(path).get(BASE_SHA256)
+        return {}
+    return read_metadata(path)
+
+
+def base_hash(directory: Path) -> str | None:
+    """Return the hash of the base's weights in the adapter's header, or None."""
+    return read_header(directory).get(BASE_SHA256)
 
 
 def load_adapter(model: nn.Module, directory: Path, base_sha256: str | None = None) -> LoRAConfig:

@@ -4,10 +4,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from adapters.files import PICKLED_WEIGHTS, QUANTISED, adapter_path
+from adapters.files import QUANTISED, adapter_path, read_header
 from common.errors import UserError
 from common.files import brief
-from common.tensors import read_metadata
 from lora.quantised import LAYERS
 
 NONE = "none"  # the base as it is stored, whatever an adapter says
@@ -24,9 +23,9 @@ def recorded_quantisation(adapter: Path) -> str | None:
     Raises UserError for a kind that is not known here.
     """
     path = adapter_path(adapter)
-    if path.name == PICKLED_WEIGHTS or not path.exists():  # `load_adapter` says what is missing
+    if not path.exists():  # `load_adapter` says what is missing
         return None
-    kind = read_metadata(path).get(QUANTISED)
+    kind = read_header(adapter).get(QUANTISED)
     if kind is not None and kind not in LAYERS:
         raise UserError(f"{path}: its base was quantised to {brief(kind)}, which is not known here")
     return kind

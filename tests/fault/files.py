@@ -51,7 +51,7 @@ DAMAGES = (
 
 
 class Material(NamedTuple):
-    """What each trial starts from: a base, a book, and the runs of one method."""
+    """Hold what each trial starts from: a base, a book, and the runs of one method."""
 
     method: str
     folder: Path
