@@ -5,7 +5,7 @@ Nothing is measured. The layer is GPT-2's c_attn at rank 8; a test holds its num
 
 from collections.abc import Sequence
 
-from common.figures import RED, save_figure, subplots
+from common.figures import LORA, save_figure, subplots
 from lesson.experiments.common import parse
 
 PALE_BLUE = "#c9d6df"
@@ -15,8 +15,8 @@ INK = "#30343f"
 SHAPES = (
     (((5.6, 0.3), (9.6, 0.3), (9.6, 1.1), (5.6, 1.1)), "white"),
     (((1.2, 2.9), (5.8, 2.9), (5.8, 6.3), (1.2, 6.3)), PALE_BLUE),
-    (((8.6, 2.6), (13.2, 2.6), (11.3, 3.9), (10.5, 3.9)), RED),  # A narrows to r numbers,
-    (((10.5, 5.3), (11.3, 5.3), (14.0, 6.6), (7.8, 6.6)), RED),  # and B widens again
+    (((8.6, 2.6), (13.2, 2.6), (11.3, 3.9), (10.5, 3.9)), LORA),  # A narrows to r numbers,
+    (((10.5, 5.3), (11.3, 5.3), (14.0, 6.6), (7.8, 6.6)), LORA),  # and B widens again
     (((6.8, 7.4), (8.4, 7.4), (8.4, 8.2), (6.8, 8.2)), "white"),
 )
 
@@ -42,7 +42,7 @@ TEXTS = (
     (r"times $\alpha / r$ = 16 / 8 = 2", (10.2, 7.25), INK, 11, "left"),
     ("r = 8 numbers", (10.6, 4.6), INK, 11, "right"),
     ("dropout", (10.3, 1.75), INK, 11, "left"),
-    ("A and B, trained:\n24,576 parameters,\n1.4 % of W's", (12.1, 5.0), RED, 9, "left"),
+    ("A and B, trained:\n24,576 parameters,\n1.4 % of W's", (12.1, 5.0), LORA, 9, "left"),
 )
 
 

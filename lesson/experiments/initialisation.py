@@ -12,27 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lesson.experiments.common import (
-    BLUE,
-    GREY,
-    RED,
-    YELLOW,
-    band,
-    gradient,
-    mean_loss,
-    panels,
-    parse,
-    save,
-    trainer,
-)
+from common.figures import BASE, FULL, LORA, OTHER
+from lesson.experiments.common import band, gradient, mean_loss, panels, parse, save, trainer
 from lora.inject import adapter_disabled
 
 # name: which of A and B are random, and how it is drawn
 STARTS = {
-    "A random, B zero (LoRA)": ("A", RED, "-"),
-    "A zero, B random": ("B", BLUE, "-"),
-    "both random": ("AB", YELLOW, "-"),
-    "both zero": ("", GREY, "--"),
+    "A random, B zero (LoRA)": ("A", LORA, "-"),
+    "A zero, B random": ("B", FULL, "-"),
+    "both random": ("AB", OTHER, "-"),
+    "both zero": ("", BASE, "--"),
 }
 LR = 2e-3
 TITLES = {

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesson.experiments.common import BLUE, GREY, RED, YELLOW, Trainer, band, panels, parse, save
+from common.figures import BASE, FULL, LORA, OTHER
+from lesson.experiments.common import Trainer, band, panels, parse, save
 from lesson.experiments.sweep import tuned
 
 SVDs = dict[str, Any]  # by a matrix's name, the U, S and Vh of its change
@@ -31,21 +32,21 @@ TITLES = (
 
 # The left panel's curves: which matrices, whose change, and how it is drawn.
 SHARES = {
-    "c_attn: LoRA": ("c_attn", "LoRA", RED, "-"),
-    "c_attn: full": ("c_attn", "full", BLUE, "-"),
-    "mlp.c_proj: full": ("mlp.c_proj", "full", YELLOW, "-"),
-    "c_attn: random": ("c_attn", "random", BLUE, "--"),
-    "mlp.c_proj: random": ("mlp.c_proj", "random", YELLOW, "--"),
+    "c_attn: LoRA": ("c_attn", "LoRA", LORA, "-"),
+    "c_attn: full": ("c_attn", "full", FULL, "-"),
+    "mlp.c_proj: full": ("mlp.c_proj", "full", OTHER, "-"),
+    "c_attn: random": ("c_attn", "random", FULL, "--"),
+    "mlp.c_proj: random": ("mlp.c_proj", "random", OTHER, "--"),
 }
 
 # The middle panel's curves: whose two changes, which of their directions, and how it is drawn.
 PAIRS = {
-    "full and full": ("full", "full", "inputs", BLUE, "-"),
-    "LoRA and full": ("LoRA", "full", "inputs", GREY, "-"),
-    "LoRA and LoRA": ("LoRA", "LoRA", "inputs", RED, "-"),
-    "LoRA and full, outputs": ("LoRA", "full", "outputs", GREY, ":"),
-    "LoRA and LoRA, outputs": ("LoRA", "LoRA", "outputs", RED, ":"),
-    "random and random": ("random", "random", "inputs", BLUE, "--"),
+    "full and full": ("full", "full", "inputs", FULL, "-"),
+    "LoRA and full": ("LoRA", "full", "inputs", BASE, "-"),
+    "LoRA and LoRA": ("LoRA", "LoRA", "inputs", LORA, "-"),
+    "LoRA and full, outputs": ("LoRA", "full", "outputs", BASE, ":"),
+    "LoRA and LoRA, outputs": ("LoRA", "LoRA", "outputs", LORA, ":"),
+    "random and random": ("random", "random", "inputs", FULL, "--"),
 }
 
 
@@ -146,9 +147,9 @@ def draw(data: dict[str, Any]) -> Any:
 
     shown = RANKS[1:-1]  # the first cuts nothing, the last leaves nothing
     y = torch.tensor(list(data["cut"].values())).T  # (runs, ranks)
-    band(right, shown, y[:, 1:-1], BLUE, "cut to rank k", "o-")
-    right.axhline(y[:, -1].mean(), color=GREY, linestyle=":", label="cut to rank 0")
-    right.axhline(y[:, 0].mean(), color=GREY, linestyle="--", label="uncut")
+    band(right, shown, y[:, 1:-1], FULL, "cut to rank k", "o-")
+    right.axhline(y[:, -1].mean(), color=BASE, linestyle=":", label="cut to rank 0")
+    right.axhline(y[:, 0].mean(), color=BASE, linestyle="--", label="uncut")
 
     figure.set_size_inches(11, 5)
     for axis in (left, middle, right):
