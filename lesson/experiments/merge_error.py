@@ -24,7 +24,7 @@ from lora.inject import lora_layers
 COLOURS = dict(zip(("bf16", "fp16", "fp32"), shades(OTHER, 3), strict=True))
 
 # Where each line's name stands in each panel: a point of the data, the offset, and the side.
-NAMES = (
+NAMES: tuple[dict[str, tuple[Any, Any, str]], ...] = (
     {
         "bf16": ((4e-3, 35), (6, 6), "left"),
         "fp16": ((1e-3, 20), (-8, -4), "right"),
