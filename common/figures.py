@@ -32,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "figure.titlesize": 12,
     "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
     "axes.labelsize": 10,
     "xtick.labelsize": SMALLEST_TEXT,
     "ytick.labelsize": SMALLEST_TEXT,

@@ -112,7 +112,7 @@ def test_alpha_is_the_learning_rate_of_b():
 
 def test_initialisation(tmp_path):
     """Where B is zero A's first gradient is, and the other way round; both zero never move."""
-    data = run(initialisation, tmp_path)
+    data = run(initialisation, tmp_path)["runs"]
     (zero,) = data["both zero"]
     assert zero["loss"] == zero["A"] == zero["B"] == [0.0] * 3
 
