@@ -99,16 +99,17 @@ def name_line(
     offset: tuple[float, float] = (5, 0),
     side: str = "left",
 ) -> None:
-    """Write a line's name beside it, in its colour: at a point of the data, `offset` points off.
+    """Write a line's name beside it: at a point of the data, `offset` points off.
 
-    `side` is the end of the words that stands there.
+    Its colour is the line's, darker, as thin letters need. `side` is the end of the words that
+    stands there.
     """
     axes.annotate(
         words,
         place,
         offset,
         textcoords="offset points",
-        color=colour,
+        color=_shade(colour, 0.3),
         ha=side,
         va="center",
         annotation_clip=False,
