@@ -16,7 +16,7 @@ from common.device import Device
 from common.figures import BLUE, GREY, RED, YELLOW, save_figure, subplots  # noqa: F401 (for all)
 from model.hub import find_base
 from train import Trainer, make_trainer
-from training.build import resolve
+from training.build import load_data, resolve
 from training.options import ROOT, Options, parse_options
 
 # Every short version's options, in place of the whole one's.
@@ -68,8 +68,9 @@ def trainer(
         options["lora_dropout"] = 0
     device = Device.pick("cpu", precision, train=True)
     base, directory = find_base("mini")
-    chosen = resolve(train_options(method, options), base, device)
-    return make_trainer(chosen, directory, device)
+    asked = train_options(method, options)
+    data = load_data(asked, directory)
+    return make_trainer(resolve(asked, base, device, data), directory, data, device)
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:
