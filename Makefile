@@ -15,8 +15,9 @@
 #
 # Variables: BASE (auto, gpt2, mini, a directory, or OWNER/NAME on the hub), BOOK (a text file, or a
 # directory of .txt files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON
-# lines, in place of BOOK), OUT (a directory), LR, R and SEEDS (of training: --lr, --r and --seed),
-# ADAPTER (of generate; default: OUT, else runs/lora), ARGS (any further options of the command).
+# lines, in place of BOOK), OUT (a directory), RECIPE (of LoRA: reference or best), LR, R and SEEDS
+# (of training: --lr, --r and --seed), ADAPTER (of generate; default: OUT, else runs/lora), ARGS
+# (any further options of the command).
 
 .NOTPARALLEL: # `make train-lora train-full compare` goes in this order, whatever -j says
 PYTHON ?= python3
@@ -38,7 +39,8 @@ export _MODEL := $(value MODEL)
 BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
 DATA_OPTION := $(if $(value DATA),--data "$$_DATA")
 TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT),--out "$$_OUT") \
-	$(if $(LR),--lr $(LR)) $(if $(R),--r $(R)) $(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
+	$(if $(RECIPE),--recipe $(RECIPE)) $(if $(LR),--lr $(LR)) $(if $(R),--r $(R)) \
+	$(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
 .PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \

@@ -59,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if ranks.first:
             refuse_inputs_as_output(asked, directory)
 
-        options = resolve(asked, base, device)
-        trainer = make_trainer(options, directory, device, ranks)
+        data = load_data(asked, directory)
+        options = resolve(asked, base, device, data)
+        trainer = make_trainer(options, directory, data, device, ranks)
         print(describe_parameters(trainer.model))
-        tokens = trainer.data.training.tokens, trainer.data.validation.tokens
+        tokens = data.training.tokens, data.validation.tokens
         identity = run_identity(options, directory, *tokens)
         with Session(options, device, ranks, identity) as session:
             if not session.finished:
@@ -70,12 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_trainer(
-    options: Options, directory: Path, device: Device, ranks: Ranks = ALONE
+    options: Options, directory: Path, data: Data, device: Device, ranks: Ranks = ALONE
 ) -> "Trainer":
-    """Build the model from the base in `directory`, make it fast, and load the data."""
+    """Build the model from the base in `directory`, and make it fast."""
     model = build_model(options, directory, device.dtype)
     accelerate(model)
-    data = load_data(options, directory, model.config)
     return Trainer(options, model, data, device, ranks)
 
 
@@ -110,7 +110,7 @@ class Trainer:
         # One group, or two under LoRA+; each has `scale`, the factor of its learning rate.
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=options.lr, weight_decay=options.weight_decay, fused=True
+            groups, lr=options.peak_lr, weight_decay=options.weight_decay, fused=True
         )
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
         fp16 = device.precision == "fp16"
@@ -167,7 +167,9 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.clip or math.inf)
         if options.riemannian:
             precondition(self.model)
-        lr = learning_rate(self.progress.step, self.total_steps, options.lr, options.warmup_ratio)
+        lr = learning_rate(
+            self.progress.step, self.total_steps, options.peak_lr, options.warmup_ratio
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.scaler.step(self.optimizer)

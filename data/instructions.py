@@ -18,6 +18,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Instructions:
     """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
 
     rows: list[np.ndarray]
+    passes_per_epoch: ClassVar[float] = 1.0
 
     def __len__(self) -> int:
         return len(self.rows)

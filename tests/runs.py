@@ -129,11 +129,12 @@ def trainer(
     """Make the trainer that `train.main` has before its first step, fast as there or plain."""
     asked = parse_options("-", arguments(method, base, book, out, *options))
     device = Device.pick(asked.device, asked.precision, train=True)
-    made = resolve(asked, str(base), device)
+    data = load_data(asked, base)
+    made = resolve(asked, str(base), device, data)
     if fast:
-        return train.make_trainer(made, base, device)
+        return train.make_trainer(made, base, data, device)
     model = build_model(made, base, device.dtype)
-    return train.Trainer(made, model, load_data(made, base, model.config), device)
+    return train.Trainer(made, model, data, device)
 
 
 def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
