@@ -53,5 +53,8 @@ def test_what_is_not_given_is_the_commands_default(made):
     assert made("example") == ["-m", "lesson.examples.any_model"]
     said = made("example", "MODEL=it's $(X)", "OUT=a b", "ARGS=--steps 3")
     assert said[2:] == ["--model", "it's $(X)", "--out", "a b", "--steps", "3"]
+    assert made("explore") == split("-m lesson.explore --base auto runs/lora")
+    said = made("explore", "ADAPTER=it's $(X)", "BASE=a b", "ARGS=--port 0")
+    assert said == ["-m", "lesson.explore", "--base", "a b", "it's $(X)", "--port", "0"]
     assert made("parity") == ["-m", "benchmarks.parity"]
     assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]
