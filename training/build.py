@@ -19,6 +19,7 @@ from lora.inject import inject
 from lora.quantised import LAYERS
 from lora.variants import make_layer
 from model.gpt2 import GPT2, GPT2Config
+from model.hub import portable_name
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import find_weights, load_config, load_gpt2, weights_path
@@ -44,7 +45,13 @@ def resolve(asked: Options, base: str, device: Device) -> Options:
         lora = load_adapter_config(asked.init_adapter)
         adapters.append(asked.init_adapter)
     quantise = choose_quantisation(asked.quantise, adapters)
-    return replace(asked, base=base, precision=device.precision, lora=lora, quantise=quantise)
+    return replace(
+        asked,
+        base=portable_name(base),
+        precision=device.precision,
+        lora=lora,
+        quantise=quantise,
+    )
 
 
 def prepare_device(options: Options, device: Device) -> None:
