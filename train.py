@@ -22,6 +22,7 @@ from tqdm import tqdm
 from adapters.files import save_adapter
 from common.device import Device, tune_process
 from common.errors import run_command
+from data.instructions import CHAT_TEMPLATE
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.inject import adapter_disabled
@@ -31,7 +32,7 @@ from lora.riemannian import precondition
 from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.hub import find_base
-from model.tokenizer_files import save_tokenizer
+from model.stock import save_tokenizer
 from model.weights import save_gpt2
 from training.build import Data, build_model, load_data, prepare_device, resolve
 from training.directory import refuse_inputs_as_output, refuse_used_directory
@@ -317,14 +318,16 @@ def validate(trainer: Trainer, session: Session) -> dict[str, float]:
 
 
 def save_model(trainer: Trainer, base_sha256: str) -> None:
-    """Write the adapter, or the whole model, to `--out`."""
+    """Write the adapter, or the whole model, with its tokenizer to `--out`."""
     options = trainer.options
+    model = trainer.model
+    tokenizer = trainer.data.tokenizer
     if options.lora:
-        save_adapter(trainer.model, options.lora, options.out, options.base, base_sha256)
+        save_adapter(model, options.lora, options.out, options.base, base_sha256)
     else:
-        tokenizer = trainer.data.tokenizer
-        save_gpt2(trainer.model, options.out, end_of_text=tokenizer.end_of_text)
-        save_tokenizer(tokenizer, options.out)
+        save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
+    template = CHAT_TEMPLATE if options.data else None
+    save_tokenizer(tokenizer, options.out, model.config.n_positions, template)
 
 
 if __name__ == "__main__":

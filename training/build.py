@@ -20,6 +20,7 @@ from lora.lora_ga import LoRAGAConfig
 from lora.quantised import LAYERS
 from lora.variants import make_layer
 from model.gpt2 import GPT2
+from model.hub import portable_name
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import find_weights, load_config, load_gpt2, weights_path
@@ -53,7 +54,7 @@ def resolve(asked: Options, base: str, device: Device, data: Data) -> Options:
     quantise = choose_quantisation(asked.quantise, adapters)
     options = replace(
         asked,
-        base=base,
+        base=portable_name(base),
         precision=device.precision,
         lora=lora,
         quantise=quantise,

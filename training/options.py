@@ -10,6 +10,7 @@ from typing import Any
 from adapters.quantisation import NONE, QUANTISE
 from common.cli import BASE, DEVICE, PRECISION, Interval, Parser, number, steps_or_seconds
 from common.errors import UserError
+from common.files import without_place
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
 from lora.variants import config_fields, make_config
@@ -194,7 +195,12 @@ class Options:
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
         if self.lora:
             values |= config_fields(self.lora)
-        return json.loads(json.dumps(values, default=str))  # paths and intervals as strings
+        return json.loads(json.dumps(values, default=_as_text))
+
+
+def _as_text(value: object) -> str:
+    """Return a path, or an interval, for a file that may be published."""
+    return without_place(value) if isinstance(value, Path) else str(value)
 
 
 # The options of an adapter's hyper-parameters: argparse's settings by field. `LoRAConfig`, or the
