@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adapters.card import merge_card, save_card
-from adapters.load import add_model_options, load_model
+from adapters.load import Loaded, add_model_options, load_model
 from common.cli import Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
@@ -69,14 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--adapter is missing: there is nothing to merge")
     refuse_existing(args.out)
 
-    base, model, tokenizer = load_model(args.base, args.adapter, quantise=args.quantise)
-    dequantise(model)  # the adapter corrects these weights, errors included
     dtype = PRECISIONS[args.precision]
-    merge(model)
-    if args.adapter and args.precision != "fp32":
-        share = rounding_cost(model, dtype)
-        print(f"{dtype}: rounding changes the update by {share:.1%} of its norm; fp32 keeps it all")
-    unwrap(model)
+    base, model, tokenizer = load_merged(args.base, args.adapter, dtype, args.quantise)
     template = chat_template(args.adapter) if args.adapter else None
     with new_directory(args.out) as directory:
         save_gpt2(model, directory, dtype, tokenizer.end_of_text)
@@ -84,6 +78,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_card(directory, merge_card(args.out.resolve().name, base, bool(args.adapter)))
     merged = f"{base} + {args.adapter}" if args.adapter else base
     print(f"{merged} -> {args.out}")
+
+
+def load_merged(
+    base: str, adapter: Path | None, dtype: torch.dtype, quantise: str | None
+) -> Loaded:
+    """Load a base in fp32, as plain layers, with the adapter, if any, merged into it.
+
+    Prints how much of the adapter's update a file in `dtype` rounds away.
+    """
+    loaded = load_model(base, adapter, quantise=quantise)
+    dequantise(loaded.model)  # the adapter corrects these weights, errors included
+    merge(loaded.model)
+    if adapter and dtype != torch.float32:
+        share = rounding_cost(loaded.model, dtype)
+        print(f"{dtype}: rounding changes the update by {share:.1%} of its norm; fp32 keeps it all")
+    unwrap(loaded.model)
+    return loaded
 
 
 def chat_template(adapter: Path) -> str | None:

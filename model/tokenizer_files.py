@@ -99,7 +99,7 @@ def _load_tiktoken(path: Path, vocab_size: int) -> TiktokenTokenizer | None:
     stored = read_json(path) if path.name == FAST else _as_tokenizer_json(path)
     merges = [_pair(pair) for pair in (stored.get("model") or {}).get("merges") or []]
     added = _added_tokens(path.parent, stored.get("added_tokens") or [])
-    if not (_is_gpt2s(stored) and _are_known(merges) and _are_plain(path.parent, added)):
+    if not (is_gpt2s(stored) and _are_known(merges) and _are_plain(path.parent, added)):
         return None
 
     vocab = stored["model"]["vocab"]
@@ -148,7 +148,7 @@ def _pair(pair: str | list[str]) -> tuple[str, str]:
     return first, second
 
 
-def _is_gpt2s(stored: dict) -> bool:
+def is_gpt2s(stored: dict) -> bool:
     """Return whether a `tokenizer.json` is byte-pair encoding with GPT-2's pattern, and no more."""
     model = stored["model"]
     step = stored.get("pre_tokenizer") or {}
