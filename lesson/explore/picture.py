@@ -51,7 +51,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="lesson.explore.picture", description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="DIR")
     parser.add_argument("--base", **BASE)
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="FILE", help="default: %(default)s"
+    )
     return parser.parse_args(argv)
 
 
