@@ -15,7 +15,7 @@ from adapters.files import WEIGHTS, save_adapter
 from tests.explore.client import FULL, LAYERS, OPTIONS, PROMPT, TEXT, serving
 from tests.helpers import TINY, small_tokenizer
 from tests.pairs import adapted
-from tests.runs import questions, scores, stdout_of, stock_model, trained
+from tests.runs import scores, stdout_of, stock_model, trained
 from training.options import BOOK
 
 
@@ -153,14 +153,14 @@ def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs):
 
 
 def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_path):
-    data = questions(tmp_path / "data.jsonl")
+    data = tmp_path / "data.jsonl"
+    examples = [{"prompt": f"Gull {i}?", "completion": "At sea."} for i in range(20)]
+    data.write_text("".join(f"{json.dumps(example)}\n" for example in examples))
     out = trained("lora", base, data, tmp_path / "run", "--block-size", 60, "--max-steps", 1).out
-    last = json.loads(data.read_text().splitlines()[-2])  # of 20, two are for validation
     with serving(base, out) as client:
         about = json.loads(client.send("GET", "/api/about")[2])
-    whole = f"{about['prompt']} {last['completion'].strip()}"
-    assert about["prompt"] == f"User: {last['prompt'].strip()}\nAssistant:"
-    assert whole.startswith(about["text"]) and about["text"].startswith(about["prompt"])
+    assert about["prompt"] == "User: Gull 18?\nAssistant:"  # of 20, the last two are not trained on
+    assert about["text"] == "User: Gull 18?\nAssistant: At sea."
 
 
 def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path):
