@@ -19,7 +19,7 @@ from lora.inject import inject
 from lora.quantised import LAYERS
 from lora.variants import make_layer
 from model.gpt2 import GPT2, GPT2Config
-from model.hub import portable_name
+from model.stock import portable_name
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import find_weights, load_config, load_gpt2, weights_path
