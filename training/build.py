@@ -21,7 +21,7 @@ from lora.lora_ga import LoRAGAConfig
 from lora.quantised import LAYERS
 from lora.variants import make_layer
 from model.gpt2 import GPT2
-from model.hub import portable_name
+from model.stock import portable_name
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import find_weights, load_config, load_gpt2, weights_path
