@@ -188,7 +188,8 @@ def draw_axes(contenders: list[dict]) -> Any:
     for axes, (axis, key) in zip(panels.flat, product(shown, measures), strict=True):
         draw_axis(axes, [found for found in contenders if found["axis"] == axis], key)
         axes.set(xlabel=AXES[axis], ylabel=measures[key], xlim=(0, None), ylim=(0, None))
-    panels[0, 0].legend()
+    names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2)
     return figure
 
 

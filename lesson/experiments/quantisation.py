@@ -169,7 +169,7 @@ def draw_levels(axis: Any, histogram: list[float]) -> None:
     axis.vlines(nf4_levels().tolist(), 0, height, color=NF4, linewidth=1.5)
     int8 = (torch.arange(-127, 128) / 127).tolist()
     axis.vlines(int8, -0.12 * height, -0.02 * height, color=INT8, linewidth=0.6)
-    name_line(axis, "NF4's 16 levels", (-1, 0.9 * height), NF4)
+    name_line(axis, "NF4's 16", (-1, 0.9 * height), NF4)
     name_line(axis, "int8's 255", (1, -0.07 * height), INT8)
     axis.set(
         xlabel=f"weight / absmax of its block of {BLOCK}", ylim=(-0.15 * height, 1.05 * height)
