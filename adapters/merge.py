@@ -6,14 +6,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adapters.card import merge_card, save_card
 from adapters.load import Loaded, add_model_options, load_model
 from common.cli import Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
-from common.files import new_directory, refuse_existing
+from common.files import new_directory, open_file, refuse_existing
 from lora.inject import lora_layers
 from lora.quantised import dequantise
-from model.tokenizer_files import save_tokenizer
+from model.hub import find_adapter
+from model.stock import save_tokenizer
+from model.tokenizer_files import TEMPLATE
 from model.weights import save_gpt2
 
 
@@ -68,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     dtype = PRECISIONS[args.precision]
     base, model, tokenizer = load_merged(args.base, args.adapter, dtype, args.quantise)
+    template = chat_template(args.adapter) if args.adapter else None
     with new_directory(args.out) as directory:
         save_gpt2(model, directory, dtype, tokenizer.end_of_text)
-        save_tokenizer(tokenizer, directory)
+        save_tokenizer(tokenizer, directory, model.config.n_positions, template)
+        save_card(directory, merge_card(args.out.resolve().name, base, bool(args.adapter)))
     merged = f"{base} + {args.adapter}" if args.adapter else base
     print(f"{merged} -> {args.out}")
 
@@ -90,6 +95,15 @@ def load_merged(
         print(f"{dtype}: rounding changes the update by {share:.1%} of its norm; fp32 keeps it all")
     unwrap(loaded.model)
     return loaded
+
+
+def chat_template(adapter: Path) -> str | None:
+    """Return the template of the conversations on which an adapter was trained, if there is one."""
+    path = find_adapter(str(adapter)) / TEMPLATE
+    if not path.exists():
+        return None
+    with open_file(path) as file:
+        return file.read().decode(errors="replace")
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:

@@ -11,9 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.figures import can_draw, save_figure, subplots
+from common.figures import (
+    LORA,
+    OTHER,
+    PAGE_WIDTH,
+    can_draw,
+    save_figure,
+    scientific,
+    shades,
+    subplots,
+)
 from common.files import write_json
-from training.report import COLOURS
 
 ROWS = 5  # of a printed curve
 FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
@@ -70,22 +78,23 @@ class Report:
 
     def draw(self, path: Path) -> None:
         """Draw both sides' curves of the exact run, and every pair's difference."""
-        figure, (left, right) = subplots(1, 2, figsize=(14, 4.5))
-        draw_exact(left, self.curves["exact"])
-        draw_differences(right, self.curves)
+        rows = math.ceil(len(self.curves) / 2)  # of the lower panel's legend
+        size = (PAGE_WIDTH, 6.5 + 0.25 * rows)
+        figure, (upper, lower) = subplots(2, 1, figsize=size)
+        draw_exact(upper, self.curves["exact"])
+        draw_differences(lower, self.curves)
 
-        left.legend()
-        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
+        upper.legend()
+        lower.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        for axes in (upper, lower):
             axes.xaxis.get_major_locator().set_params(integer=True)
         save_figure(figure, path)
 
 
 def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
     steps = range(1, len(exact["here"]) + 1)
-    axes.plot(steps, exact["there"], color=COLOURS["train"], linewidth=5, label="PEFT")
-    axes.plot(steps, exact["here"], color=COLOURS["lora"], linewidth=1, label="this project")
+    axes.plot(steps, exact["there"], color=OTHER, alpha=0.4, linewidth=5, label="PEFT")
+    axes.plot(steps, exact["here"], color=LORA, linewidth=1, label="this project")
     axes.set(
         xlabel="step",
         ylabel="training loss (nats a token)",
@@ -95,19 +104,20 @@ def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
 
 def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> None:
     """Draw each pair's difference and, where PEFT's seeds were compared, how far those differ."""
-    for name, pair in curves.items():
+    colours = shades(OTHER, len(curves))
+    for (name, pair), colour in zip(curves.items(), colours, strict=True):
         here = np.array(pair["here"])
         there = np.array(pair["there"])
         difference = np.abs(here - there) / there
         steps = range(1, len(here) + 1)
         style = "--" if name.startswith(("bf16", "fp16")) else "-"
         label = f"{name} (at most {difference.max():.1g})"
-        (drawn,) = axes.plot(steps, np.maximum(difference, FLOOR), style, label=label)
+        axes.plot(steps, np.maximum(difference, FLOOR), style, color=colour, label=label)
 
         if "spread" in pair:
             spread = np.array(pair["spread"]) / there
-            label = "    PEFT's own, seed to seed"
-            axes.plot(steps, spread, ":", color=drawn.get_color(), label=label)
+            label = f"{name}: PEFT's own, seed to seed"
+            axes.plot(steps, spread, ":", color=colour, label=label)
 
     axes.set(
         xlabel="step",
@@ -115,7 +125,7 @@ def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> No
         yscale="log",
         title="difference from PEFT, every comparison",
     )
-    axes.yaxis.set_major_formatter("{x:.0e}")  # the default needs math text, which is off
+    axes.yaxis.set_major_formatter(scientific)
 
 
 def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import UserError, first_line
@@ -33,7 +34,10 @@ GPT2_SHA256 = {
     CONFIG: "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
     WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
 }
-TOKENIZERS = (*tokenizer_files.FILES, *tokenizer_files.FOREIGN)
+TEMPLATE = tokenizer_files.TEMPLATE
+TOKENIZERS = tuple(
+    name for name in (*tokenizer_files.FILES, *tokenizer_files.FOREIGN) if name != TEMPLATE
+)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROBE_SECONDS = 3  # how long `auto` waits for the hub
@@ -82,6 +86,8 @@ def find_adapter(adapter: str) -> Path:
     commit = config.parent.name
     if not any(_fetch(repository, file, commit) for file in ADAPTER_WEIGHTS):
         raise UserError(f"{repository}: holds neither {' nor '.join(ADAPTER_WEIGHTS)}")
+    with suppress(UserError):  # an adapter works without it, and it may have none
+        _fetch(repository, TEMPLATE, commit)
     return config.parent
 
 

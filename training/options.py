@@ -10,9 +10,11 @@ from typing import Any
 from adapters.quantisation import NONE, QUANTISE
 from common.cli import BASE, DEVICE, PRECISION, Interval, Parser, number, steps_or_seconds
 from common.errors import UserError
+from common.files import without_place
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
 from lora.variants import config_fields, make_config
+from training.recipe import ADAPTERS, BEST, REFERENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
@@ -101,7 +103,11 @@ class Options:
         "parts in which a step's batch is computed, to save memory; the result is the same but "
         "for the dropouts' draws",
     )
-    lr: float = option(3e-4, number(float, 1e-12, 10.0), "peak of the learning rate")
+    lr: float | None = option(  # None: the best recipe's, which depends on the data
+        3e-4,
+        number(float, 1e-12, 10.0),
+        "peak of the learning rate (default: lora, the recipe's; full, 3e-05)",
+    )
     weight_decay: float = option(0.01, number(float, 0.0, 10.0), "AdamW's")
     warmup_ratio: float = option(
         0.06,
@@ -142,6 +148,15 @@ class Options:
     overwrite: bool = option(False, help="replace the run in --out", excludes="state")
 
     # how an adapter is trained
+    recipe: str | None = option(
+        help="what --target-modules, --lora-alpha and --lr are if they are not given. reference: "
+        "c_attn, 16, 3e-4, as in the reference run. best: c_attn c_proj c_fc, 16 whatever the "
+        "rank, and 0.035 / (steps * passes^2)^(1/3), from 5e-4 to 8e-3; passes: how often the "
+        "run reads a token of its training part, 8 times an epoch where windows of 128 start "
+        "every 16 tokens (default: best for --data, reference for a book)",
+        choices=tuple(ADAPTERS),
+        method="lora",
+    )
     loraplus_lr_ratio: float | None = option(
         None,
         number(float, 1.0, 1e4),
@@ -149,6 +164,11 @@ class Options:
         method="lora",
     )
     freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory", method="lora")
+    riemannian: bool = option(
+        False,
+        help="precondition the gradients of A and B, so that a step depends on B A alone",
+        method="lora",
+    )
     quantise: str | None = option(
         help="hold the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 (int8) a weight "
         "(default: none; with --init-adapter, as when it was trained)",
@@ -164,12 +184,23 @@ class Options:
         method="lora",
     )
 
+    @property
+    def peak_lr(self) -> float:
+        """Return `lr`, which `resolve` has filled in if the recipe chooses it."""
+        assert self.lr is not None
+        return self.lr
+
     def as_json(self) -> dict[str, Any]:
         """Return all of the method's options with their values, in JSON's types."""
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
         if self.lora:
             values |= config_fields(self.lora)
-        return json.loads(json.dumps(values, default=str))  # paths and intervals as strings
+        return json.loads(json.dumps(values, default=_as_text))
+
+
+def _as_text(value: object) -> str:
+    """Return a path, or an interval, for a file that may be published."""
+    return without_place(value) if isinstance(value, Path) else str(value)
 
 
 # The options of an adapter's hyper-parameters: argparse's settings by field. `LoRAConfig`, or the
@@ -185,7 +216,7 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "metavar": "NAME",
         "help": "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear "
-        "(default: c_attn)",
+        "(default: the recipe's)",
     },
     "use_rslora": {
         "action": "store_true",
@@ -203,8 +234,9 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "DoRA: train each weight's magnitude apart from its direction",
     },
     "init_lora_weights": {
-        "choices": ("pissa",),
-        "help": "PiSSA: start from W's largest singular vectors (default: LoRA's own start)",
+        "choices": ("pissa", "lora_ga"),
+        "help": "start from the largest singular vectors of W (PiSSA), or of its gradient over the "
+        "first 8 batches (LoRA-GA; default: LoRA's own start)",
     },
 }
 
@@ -261,9 +293,16 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
         typed["book"] = ()
 
     method = typed["method"]
+    defaults = DEFAULTS[method]
+    if method == "full":
+        return Options(**defaults | typed)
+
+    typed.setdefault("recipe", BEST if "data" in typed else REFERENCE)
+    if typed["recipe"] == BEST:
+        defaults = defaults | {"lr": None}
     lora_fields = {name: typed.pop(name) for name in LORA_OPTIONS if name in typed}
-    lora = _lora_config(lora_fields) if method == "lora" else None
-    return Options(lora=lora, **DEFAULTS[method] | typed)
+    lora = _lora_config(ADAPTERS[typed["recipe"]] | lora_fields)
+    return Options(lora=lora, **defaults | typed)
 
 
 def _lora_config(typed: dict[str, Any]) -> LoRAConfig:
@@ -287,12 +326,12 @@ def _refuse_clashes(typed: Mapping[str, Any]) -> None:
         raise UserError("--stride and --label-shift are for books: an example is one row")
 
     if typed.get("quantise", NONE) != NONE and "init_lora_weights" in typed:
-        raise UserError("--quantise cannot be combined with --init-lora-weights pissa, as in PEFT")
-    other_starts = {"loraplus_lr_ratio", "init_adapter", "init_lora_weights"}
-    if "freeze_a" in typed and not other_starts.isdisjoint(typed):
+        raise UserError("--quantise cannot be combined with --init-lora-weights, as in PEFT")
+    needs_a = {"loraplus_lr_ratio", "riemannian", "init_adapter", "init_lora_weights"}
+    if "freeze_a" in typed and not needs_a.isdisjoint(typed):
         raise UserError(
-            "--freeze-a cannot be combined with --loraplus-lr-ratio, --init-adapter "
-            "or --init-lora-weights pissa"
+            "--freeze-a cannot be combined with --loraplus-lr-ratio, --riemannian, "
+            "--init-adapter or --init-lora-weights"
         )
     if "init_adapter" in typed and not LORA_OPTIONS.keys().isdisjoint(typed):
         raise UserError(

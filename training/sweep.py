@@ -21,7 +21,17 @@ from typing import NamedTuple
 
 from common.cli import Parser, print_table
 from common.errors import run_command
-from common.figures import can_draw, save_figure, subplots
+from common.figures import (
+    INK,
+    METHODS,
+    PAGE_WIDTH,
+    can_draw,
+    draw_at,
+    save_figure,
+    scientific,
+    shades,
+    subplots,
+)
 from common.files import atomic_path
 from common.signals import HANDLED, on_signals
 from training.compare import SWEEP_PICTURE, SWEEP_TABLE
@@ -42,7 +52,7 @@ class Setting(NamedTuple):
 class PlannedRun(NamedTuple):
     """A run of `train.py` with these arguments, which leaves its results in `out`."""
 
-    setting: Setting
+    r: int | None
     out: Path
     arguments: list[str]
 
@@ -52,13 +62,15 @@ def plan(args: argparse.Namespace, others: list[str]) -> list[PlannedRun]:
 
     Raises UserError if `train.py` would refuse the options of one.
     """
-    default = parse_options("-", [args.method])
+    default = parse_options("-", [args.method, *others])
     rates = args.lr or [default.lr]
     ranks = args.r or [None]
     seeds = args.seed or [default.seed]
     planned = []
     for lr, r, seed in product(_unique(rates), _unique(ranks), _unique(seeds)):
-        options = [f"lr={lr}"]
+        options = []
+        if lr is not None:
+            options.append(f"lr={lr}")
         if r is not None:
             options.append(f"r={r}")
         options.append(f"seed={seed}")
@@ -66,7 +78,7 @@ def plan(args: argparse.Namespace, others: list[str]) -> list[PlannedRun]:
         flags = [f"--{option}" for option in options]
         arguments = [args.method, *others, *flags, f"--out={out}"]
         parse_options("-", arguments)  # a mistake ends the sweep before its first run
-        planned.append(PlannedRun(Setting(lr, r), out, arguments))
+        planned.append(PlannedRun(r, out, arguments))
     return planned
 
 
@@ -125,8 +137,9 @@ def spread(values: Sequence[float], digits: int) -> list[str]:
 def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Path) -> None:
     """Draw perplexity against learning rate: a line per rank, with bars from least to most."""
     means = {setting: mean(values) for setting, values in perplexities.items()}
-    figure, axes = subplots(figsize=(7, 4.5))
-    for rank in dict.fromkeys(setting.r for setting in perplexities):
+    figure, axes = subplots(figsize=(PAGE_WIDTH, 4.5))
+    ranks = list(dict.fromkeys(setting.r for setting in perplexities))
+    for rank, colour in zip(ranks, shades(METHODS[method], len(ranks)), strict=True):
         line = sorted(setting for setting in perplexities if setting.r == rank)
         below = [means[setting] - min(perplexities[setting]) for setting in line]
         above = [max(perplexities[setting]) - means[setting] for setting in line]
@@ -136,13 +149,15 @@ def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Pat
             [below, above],
             marker="o",
             capsize=4,
+            color=colour,
             label=f"r = {rank}" if rank else None,
         )
     best = min(means, key=means.__getitem__)
     axes.plot(
         best.lr,
         means[best],
-        "k*",
+        "*",
+        color=INK,
         markersize=18,
         zorder=9,
         label="best mean",
@@ -155,9 +170,7 @@ def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Pat
         ylabel="best validation perplexity",
         title=f"{method}: mean over seeds, with the range from the minimum to the maximum",
     )
-    axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    draw_at(axes.xaxis, rates, [scientific(lr) for lr in rates])
     axes.legend()
     save_figure(figure, path)
     print(f"drawn in {path}")
@@ -188,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = True
         else:
             run = read_run(planned.out)
-            losses.setdefault(planned.setting, []).append(run["best_val_loss"])
+            setting = Setting(run["options"]["lr"], planned.r)
+            losses.setdefault(setting, []).append(run["best_val_loss"])
     if losses:
         report(args.method, losses, args.out)
     return int(failed)
