@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 
-from lesson.experiments.common import BLUE, GREY, RED, YELLOW, band, panels, parse, save
+from common.figures import FULL, LORA, shades
+from lesson.experiments.common import band, panels, parse, save
 from lesson.experiments.sweep import finetune
+
+SHADES = shades(LORA, 3)
 
 # The rules agree at rank 8, where each gives s = 2. s is alpha / r, or alpha / sqrt(r) for rsLoRA.
 RULES: dict[str, tuple[str, Callable[[int], float]]] = {
-    "alpha = 16: s = 16 / r": (RED, lambda r: 16),
-    "alpha = 2 r: s = 2": (BLUE, lambda r: 2 * r),
-    "rsLoRA: s = 5.66 / sqrt(r)": (YELLOW, lambda r: 2 * 8**0.5),
+    "alpha = 16: s = 16 / r": (SHADES[0], lambda r: 16),
+    "alpha = 2 r: s = 2": (SHADES[1], lambda r: 2 * r),
+    "rsLoRA: s = 5.66 / sqrt(r)": (SHADES[2], lambda r: 2 * 8**0.5),
 }
 RANKS = (1, 2, 8, 32, 64)
 
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
         y = torch.tensor(list(data[rule].values()))  # (ranks, seeds)
         band(axis, ranks, y.T, colour, rule)
     label = f"full fine-tuning, lr {FULL_LR:g}"
-    axis.axhline(mean(data["full"]), color=GREY, linestyle="--", label=label)
+    axis.axhline(mean(data["full"]), color=FULL, linestyle="--", label=label)
     axis.set(xscale="log", xlabel="rank r", ylabel="validation perplexity")
     axis.set_xticks(ranks, ranks)
     axis.minorticks_off()

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lesson.experiments.common import GREY, RED, Trainer, panels, save, spread, trainer
+from common.figures import BASE, LORA
+from lesson.experiments.common import Trainer, panels, save, spread, trainer
 from lora.inject import lora_layers
 
 # A choice to compare: the learning rates to try, and the options that set it apart.
@@ -100,8 +101,8 @@ def draw(title: str, data: dict[str, dict[float, list[float]]], rates: dict[str,
         ends = (min(found), max(found))
         middle = mean(found)
         if row == 0:
-            axis.axvspan(*ends, color=GREY, alpha=0.2)
-        axis.plot(ends, (label, label), color=RED, linewidth=5, solid_capstyle="butt")
+            axis.axvspan(*ends, color=BASE, alpha=0.2)
+        axis.plot(ends, (label, label), color=LORA, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
         axis.annotate(
             f"{middle:.1f} (lr {rates[label]:g})",
