@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.figures import BASE, FULL, LORA, RANDOM, STYLE, name_line
 from data.tokens import load_books
 from data.windows import Windows, split
 from model.hub import find_base
@@ -42,7 +43,7 @@ from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2
 
 STEPS = 60  # of each training run
-COLOURS = {"base": "#5f6368", "lora": "#c85200", "full": "#0068a8", "random": "#7f9f7b"}
+plt.rcParams.update(STYLE)
 
 # %% [markdown]
 # ## 1. A model and a book
@@ -145,17 +146,17 @@ one = changes["h.0.attn.c_attn"]
 noise = torch.randn_like(one)
 noise *= one.norm() / noise.norm()
 plt.figure(figsize=(6.4, 3))
-for matrix, name, colour in (
-    (one, "the change", COLOURS["full"]),
-    (noise, "random, as large", COLOURS["random"]),
+for matrix, name, k, colour in (
+    (one, "the change", 12, FULL),
+    (noise, "a random matrix of its size", 100, RANDOM),
 ):
     values = torch.linalg.svdvals(matrix)
-    plt.plot(range(1, 257), values, color=colour, label=name)
     share = values[:8].square().sum() / values.square().sum()
     print(f"{name}: the first 8 of 256 terms hold {share:.0%} of the squared norm")
+    plt.plot(range(1, 257), values, color=colour)
+    name_line(plt.gca(), name, (k, values[k]), colour, offset=(6, 8))
 plt.title("Singular values of the change of the first c_attn")
 plt.xlabel("k")
-plt.legend()
 plt.show()
 
 # %% [markdown]
@@ -178,7 +179,7 @@ for k in kept:
     print(f"rank {k:3}: perplexity {after_cut[-1]:.1f}")
 
 plt.figure(figsize=(6.4, 3))
-plt.plot([str(k) for k in kept], after_cut, "o-", color=COLOURS["full"])
+plt.plot([str(k) for k in kept], after_cut, "o-", color=FULL)
 plt.title("Perplexity with each change cut to rank k")
 plt.xlabel("k")
 plt.show()
@@ -283,17 +284,15 @@ print("A random, B zero:", [round(loss, 2) for loss in lora_losses])
 
 plt.figure(figsize=(6.4, 3))
 for losses, name, colour in (
-    (random_losses, "both random", COLOURS["random"]),
-    (zero_losses, "both zero", COLOURS["base"]),
-    (lora_losses, "A random, B zero", COLOURS["lora"]),
+    (random_losses, "both random", RANDOM),
+    (zero_losses, "both zero", BASE),
+    (lora_losses, "A random, B zero", LORA),
 ):
     gained = np.array(losses) - np.array(base_losses)
     plt.plot(gained, ".-", color=colour)
-    end = (len(gained) - 1, gained[-1])
-    plt.annotate(name, end, (6, -2), textcoords="offset points", color=colour)
+    name_line(plt.gca(), name, (len(gained) - 1, gained[-1]), colour)
 plt.title("Training loss, less the base's on the same windows")
 plt.xlabel("steps taken")
-plt.xlim(0, 1.4 * len(base_losses))
 plt.show()
 
 # %% [markdown]
@@ -351,17 +350,17 @@ fast_perplexity = perplexity(fast_model)
 print(f"lr 7e-4: {slow_perplexity:.1f}; 8e-3: {tuned_perplexity:.1f}; 3e-2: {fast_perplexity:.1f}")
 
 runs = (
-    ("full, 7e-4", full_losses, COLOURS["full"], "-"),
-    ("LoRA, 7e-4", slow_losses, COLOURS["lora"], ":"),
-    ("LoRA, 8e-3", tuned_losses, COLOURS["lora"], "-"),
+    ("full, 7e-4", full_losses, FULL, "-"),
+    ("LoRA, 7e-4", slow_losses, LORA, ":"),
+    ("LoRA, 8e-3", tuned_losses, LORA, "-"),
 )
 plt.figure(figsize=(6.4, 3.4))
 for name, losses, colour, line in runs:
     smooth = np.convolve(losses, np.ones(5) / 5, "valid")  # the mean of five steps
-    plt.plot(smooth, line, color=colour, label=name)
+    plt.plot(smooth, line, color=colour)
+    name_line(plt.gca(), name, (len(smooth) - 1, smooth[-1]), colour)
 plt.title("Training loss, by method and rate")
 plt.xlabel("steps taken")
-plt.legend()
 plt.show()
 
 # %% [markdown]
@@ -398,14 +397,14 @@ print("AFTER: ", after_text)
 layer = tuned_layers["h.0.attn.c_attn"]
 learned = torch.linalg.svdvals((layer.scaling * layer.B @ layer.A).detach())
 plt.figure(figsize=(6.4, 3))
-for values, name, colour in (
-    (torch.linalg.svdvals(one), "full fine-tuning's change", COLOURS["full"]),
-    (learned, "LoRA's", COLOURS["lora"]),
+for values, name, k, colour in (
+    (torch.linalg.svdvals(one), "full fine-tuning's change", 10, FULL),
+    (learned, "LoRA's", 4, LORA),
 ):
-    plt.plot(range(1, 33), values[:32], ".-", color=colour, label=name)
+    plt.plot(range(1, 33), values[:32], ".-", color=colour)
+    name_line(plt.gca(), name, (k + 1, values[k]), colour, offset=(6, 8))
 plt.title("Singular values of the change of the first c_attn")
 plt.xlabel("k")
-plt.legend()
 plt.show()
 
 # %% [markdown]
