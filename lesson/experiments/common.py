@@ -17,7 +17,7 @@ from common.figures import PAGE_WIDTH, save_figure, subplots
 from common.files import read_json
 from model.hub import find_base
 from train import Trainer, make_trainer
-from training.build import resolve
+from training.build import load_data, resolve
 from training.options import ROOT, Options, parse_options
 
 Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a figure
@@ -79,8 +79,9 @@ def trainer(
         options["lora_dropout"] = 0
     device = Device.pick("cpu", precision, train=True)
     base, directory = find_base("mini")
-    chosen = resolve(train_options(method, options), base, device)
-    return make_trainer(chosen, directory, device)
+    asked = train_options(method, options)
+    data = load_data(asked, directory)
+    return make_trainer(resolve(asked, base, device, data), directory, data, device)
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:
