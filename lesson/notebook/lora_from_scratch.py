@@ -88,8 +88,8 @@ print(f"perplexity of the base: {base_perplexity:.1f}")
 #
 # Each of `mini`'s 6 blocks has four weight matrices: `c_attn` makes queries, keys and values, and
 # three more follow. We train these 24, and keep embeddings, norms and biases as they are, so that
-# all that is learned is in the matrices. The loop is plain: AdamW, 8 windows a step, and a rate
-# that falls to zero.
+# all that is learned is in the matrices; this is what *full fine-tuning* means below. The loop is
+# plain: AdamW, 8 windows a step, and a rate that falls to zero.
 
 # %%
 epochs = [windows.epoch_order(seed=0, epoch=epoch) for epoch in range(2)]
