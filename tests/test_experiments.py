@@ -10,6 +10,7 @@ from torch import nn
 
 from lesson.experiments import (
     diagram,
+    first_step,
     gradients,
     initialisation,
     learning_rate,
@@ -138,6 +139,20 @@ def test_alpha_is_the_learning_rate_of_b():
         results.append((layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).detach())
     torch.testing.assert_close(*results)
     assert results[0].abs().max() > 0.01
+
+
+def test_first_step():
+    """A step moves W as far as the formula says; at a fixed alpha it gains as much at any rank."""
+    found = first_step.main(["--short"])["mini"]
+    move_of_rank_8 = 2 * (8 / (3 * 256)) ** 0.5
+    assert found["r 8, alpha 16"]["h.0.attn.c_attn"] == pytest.approx(move_of_rank_8, rel=0.05)
+    assert found["r 8, alpha 16"]["h.0.mlp.c_proj"] == pytest.approx(move_of_rank_8 / 2, rel=0.05)
+
+    gain = {kind: measured["gain"] for kind, measured in found.items()}
+    assert gain["r 64, alpha 16"] == pytest.approx(gain["r 8, alpha 16"], rel=0.1)
+    assert gain["r 1, alpha 16"] == pytest.approx(gain["r 8, alpha 16"], rel=0.1)
+    assert gain["r 64, alpha 128"] == pytest.approx(8 * gain["r 8, alpha 16"], rel=0.1)
+    assert gain["full"] > 10 * gain["r 8, alpha 16"]
 
 
 def test_initialisation(tmp_path):

@@ -4,7 +4,7 @@ Varied: full fine-tuning, and LoRA on c_attn at rank 8.
 Fixed: a GPT-2 124M of random weights, in fp32, on 16 windows of 128 random tokens; no dropout, and
 no head: the hidden states' mean square is the loss.
 Measured: the bytes of the tensors that a step holds, by what they are for; beside them the bytes
-counted by hand, as docs/lora.md does.
+counted by hand, as docs/training.md does.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
 
 NAMES = {"full": "full\nfine-\ntuning", "lora": "LoRA,\nc_attn,\nr = 8"}
-KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lora.md counts them
+KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/training.md counts them
 PARTS = ("weights", "gradients", "AdamW moments", "activations")
 CONFIG = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
 SHORT = replace(CONFIG, vocab_size=8192, n_embd=256, n_layer=2, n_head=4)
