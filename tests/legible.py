@@ -20,7 +20,8 @@ def only_legible_pictures() -> Iterator[list[Figure]]:
     pictures = []
 
     def check(figure: Figure, path: Path, **_: object) -> None:
-        assert faults(figure) == []
+        found = faults(figure)
+        assert not found, found
         pictures.append(figure)
         Path(path).touch()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from common.cli import print_table
 from common.errors import UserError
-from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
+from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, draw_at, save_figure, subplots
 from training.report import best_weights, perplexity, read_run
 
 PICTURE = "compare.png"
@@ -159,6 +159,8 @@ def draw_comparison(groups: Sequence[Sequence[FinishedRun]], path: Path) -> None
     scores.set_ylim(len(bars) - 0.5, -0.5)
     most = max(run.report["trainable_parameters"] for runs in groups for run in runs)
     sizes.set(xscale="log", xlim=(1, most**1.6))
+    for axes in (scores, sizes, times):  # the numbers stand at the bars
+        draw_at(axes.xaxis, [])
     save_figure(figure, path)
     print(f"drawn in {path}")
 
@@ -171,7 +173,7 @@ def _draw_panel(
     drawn = axes.barh(range(len(bars)), widths, 0.6, color=colours)
     axes.bar_label(drawn, [form.format(width) for width in widths], padding=3)
     axes.set_title(title)
-    axes.set_xticks([])
+    axes.grid(visible=False)
     axes.margins(x=0.45)
     axes.spines["bottom"].set_visible(False)
 
