@@ -1,5 +1,6 @@
 """The lesson's experiments in their short form, and its formulas against autograd."""
 
+import math
 from functools import cache
 
 import pytest
@@ -15,14 +16,13 @@ from lesson.experiments import (
     merge_error,
     quantisation,
     quantised_memory,
-    rank,
     spectrum,
     step_time,
     sweep,
     targets,
     variants,
 )
-from lesson.experiments.common import SHORT, parse, trainer
+from lesson.experiments.common import SHORT, trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2
@@ -32,6 +32,12 @@ from training import build
 from training.report import count_parameters
 
 load_tokenizer = cache(build.load_tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known(monkeypatch, tmp_path_factory):
+    """Every test trains its own runs."""
+    monkeypatch.setattr(sweep, "CELLS", tmp_path_factory.mktemp("runs") / "cells.jsonl")
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +57,10 @@ def test_an_experiment_that_cannot_be_saved_does_not_begin(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SystemExit, match="2"):
-        rank.main(["--out", str(file)])
+        targets.main(["--out", str(file)])
     assert f"error: --out {file}: File exists" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        rank.main(["--seeds", "0"])
+        targets.main(["--seeds", "0"])
 
 
 def test_diagram(tmp_path):
@@ -140,16 +146,6 @@ def test_learning_rate(tmp_path):
     assert data["full"][1e-3][0] < data["lora"][1e-2][0]
 
 
-def test_rank(tmp_path):
-    """A higher rank learns more, if the scaling falls with it; at rank 1 a larger one does."""
-    data = run(rank, tmp_path)
-    fixed, scaled, root = (data[rule] for rule in rank.RULES)
-    assert fixed[64][0] < fixed[1][0]
-    assert root[64][0] < root[1][0]
-    assert root[1][0] < scaled[1][0]
-    assert root[64][0] < scaled[64][0]
-
-
 def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
     for names, r in targets.RANKS.items():
         with torch.device("meta"):  # shapes without numbers
@@ -165,14 +161,50 @@ def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
     assert mlp < c_attn - 1
 
 
-def test_the_best_rate_alone_is_tried_with_every_seed(tmp_path, monkeypatch):
-    def finetune(method, seeds, short, lr):
-        return [abs(lr - 0.25) + seed for seed in seeds]
+def test_a_run_whose_result_is_known_is_not_run_again(monkeypatch):
+    """What is kept is found again; another option, seed or measure is another run."""
+    trained = []
+
+    def make(method, seed, *_, **options):
+        trained.append((method, seed, options["lr"]))
+        return trainer(method, seed, "auto", True, **options)
+
+    def doubled(made):
+        return 2 * sweep.learned(made)["end"]
+
+    monkeypatch.setattr(sweep, "trainer", make)
+    (first,) = sweep.finetune("lora", short=True, lr=1e-2)
+    assert sweep.finetune("lora", short=True, lr=1e-2) == [first]
+    assert trained == [("lora", 0, 1e-2)]
+
+    known, other = sweep.finetune("lora", (0, 1), short=True, lr=1e-2)
+    assert known == first != other
+    assert trained[1:] == [("lora", 1, 1e-2)]
+    assert sweep.finetune("lora", short=True, lr=1e-2, measure=doubled) == [2 * first["end"]]
+    assert sweep.finetune("lora", short=True, lr=1e-2, freeze_a=True) != [first]
+    assert len(trained) == 4
+    sweep.CELLS.unlink()
+    assert sweep.finetune("lora", short=True, lr=1e-2) == [first]
+    assert len(trained) == 5
+
+
+def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
+    """The search walks to the least mean over the seeds, not to the first seed's least."""
+    best = {0: 8.0, 1: 2.0, 2: 2.0}
+    tried = []
+
+    def finetune(method, seeds, short, measure, lr):
+        tried.extend((seed, lr) for seed in seeds)
+        return [{"end": abs(math.log2(lr / best[seed]))} for seed in seeds]
 
     monkeypatch.setattr(sweep, "finetune", finetune)
-    args = parse("", ["--out", str(tmp_path), "--seeds", "3"])
-    data = sweep.compare(args, "any", "A title", {"a choice": ((0.5, 0.25, 1.0), {})})
-    assert data == {"a choice": {0.5: [0.25], 0.25: [0.0, 1.0, 2.0], 1.0: [0.75]}}
+    runs = sweep.tune("lora", 0.5, (0, 1, 2))
+    assert [seed for seed, lr in tried if lr == 0.25] == [0]
+    found = sweep.scored(runs)
+    assert found[2.0] == [2.0, 0.0, 0.0]
+    assert sweep.best_rate(found) == 2.0
+    assert [lr for lr, values in found.items() if len(values) == 3] == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert sweep.tune("lora", 0.5, (0,), short=True) == {0.5: [{"end": 4.0}]}
 
 
 def test_variants(tmp_path, monkeypatch):

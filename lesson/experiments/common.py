@@ -61,15 +61,22 @@ def trainer(
 
     `options` are `train.py`'s, with underscores: `batch_size=8` is `--batch-size 8`.
     """
-    options["seed"] = seed
+    device = Device.pick("cpu", precision, train=True)
+    _, directory = find_base("mini")
+    return make_trainer(resolved(method, seed, device, short, options), directory, device)
+
+
+def resolved(
+    method: str, seed: int, device: Device, short: bool, options: dict[str, object]
+) -> Options:
+    """Return all of a run's options."""
+    options = {"seed": seed, **options}
     if short:
         options |= SHORT
     if method == "lora":
         options["lora_dropout"] = 0
-    device = Device.pick("cpu", precision, train=True)
-    base, directory = find_base("mini")
-    chosen = resolve(train_options(method, options), base, device)
-    return make_trainer(chosen, directory, device)
+    base, _ = find_base("mini")
+    return resolve(train_options(method, options), base, device)
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:
