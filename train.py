@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from common.errors import run_command
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.inject import adapter_disabled
+from lora.lora_ga import GradientStart, LoRAGAConfig, lora_ga_layers, weight_gradients
 from lora.plus import parameter_groups
+from lora.riemannian import precondition
 from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.hub import find_base
@@ -38,6 +41,8 @@ from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import count_parameters, describe_parameters
 from training.session import Session
+
+GRADIENT_BATCHES = 8  # from which LoRA-GA starts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,8 +117,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.torch_device.type, enabled=fp16)
         # The scaler makes its scale at its first loss, and a rank may have none.
         self.scaler.scale(torch.zeros((), device=device.torch_device))
-        # The loss is not compiled: its loop over chunks would be unrolled into a long program.
-        self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
+        self.hidden = model.hidden
 
         self.steps_per_epoch = math.ceil(len(data.training) / options.batch_size)
         self.total_steps = options.epochs * self.steps_per_epoch
@@ -121,6 +125,26 @@ class Trainer:
             self.total_steps = min(self.total_steps, options.max_steps)
         self.progress = Progress()
         self.meter = Meter(device.torch_device, fp16)
+
+        if isinstance(options.lora, LoRAGAConfig):
+            self.start_along_gradient()
+        if options.compile:  # not the loss: its loop over chunks would be a long program
+            self.hidden = torch.compile(model.hidden)
+
+    def start_along_gradient(self) -> None:
+        """Start LoRA-GA from dL/dW, the mean over the tokens of the run's first batches."""
+        batches = list(islice(self.batches(), GRADIENT_BATCHES))
+        tokens = sum(self.data.training.scored_tokens(batch) for batch in batches)
+        with weight_gradients(self.model) as gradients:
+            for batch in batches:
+                self.backward(batch, tokens)
+        self.optimizer.zero_grad()  # B's, which were computed, too
+
+        self.ranks.all_reduce(list(gradients.values()))
+        for name, layer in lora_ga_layers(self.model).items():
+            start = layer.along(gradients[name])
+            self.ranks.broadcast(start)  # another machine may choose other signs
+            layer.start_at(*start)
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """Yield each step's window indices (B,), from `step` on; each epoch has its own order."""
@@ -136,17 +160,13 @@ class Trainer:
         """Take one optimizer step on the windows `batch` (B,), computed in `--grad-accum` parts."""
         options = self.options
         tokens = self.data.training.scored_tokens(batch)
-        total_loss = torch.zeros((), device=self.device.torch_device)
-        for part in self.parts(batch):
-            with self.device.autocast():
-                loss = self.summed_loss(*self.data.training.batch(part))
-            # Divide by the whole batch's tokens, so that the parts' and ranks' gradients add up.
-            self.scaler.scale(loss / tokens).backward()
-            total_loss += loss.detach()
+        total_loss = self.backward(batch, tokens)
         self.ranks.all_reduce([total_loss, *self.gradients()])
 
         self.scaler.unscale_(self.optimizer)  # before clipping, which compares true norms
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.clip or math.inf)
+        if options.riemannian:
+            precondition(self.model)
         lr = learning_rate(self.progress.step, self.total_steps, options.lr, options.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -156,6 +176,19 @@ class Trainer:
 
         self.progress.step += 1
         self.meter.end_step(self.progress.step, total_loss, tokens, grad_norm)
+
+    def backward(self, batch: np.ndarray, tokens: int) -> Tensor:
+        """Add the gradients of the loss / `tokens` on this rank's windows; return the summed loss.
+
+        `tokens` are the whole batch's, so that the parts' and ranks' gradients add up.
+        """
+        total_loss = torch.zeros((), device=self.device.torch_device)
+        for part in self.parts(batch):
+            with self.device.autocast():
+                loss = self.summed_loss(*self.data.training.batch(part))
+            self.scaler.scale(loss / tokens).backward()
+            total_loss += loss.detach()
+        return total_loss
 
     def parts(self, batch: np.ndarray) -> list[np.ndarray]:
         """Split this rank's share of a batch into parts; without torchrun it is all of it."""
@@ -198,6 +231,18 @@ class Trainer:
             **metrics,
         }
 
+    def stateful(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the parameters."""
+        parts = {
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+            "progress": self.progress,
+            "meter": self.meter,
+        }
+        if isinstance(self.options.lora, LoRAGAConfig):
+            parts["start"] = GradientStart(self.model)
+        return parts
+
     def evaluate(self) -> Scores:
         batches = self.data.validation.evaluation_batches()
         return evaluate(self.model, batches, self.data.tokenizer, self.device, self.ranks)
@@ -208,13 +253,7 @@ def train(trainer: Trainer, session: Session) -> None:
     options = trainer.options
     progress = trainer.progress
     meter = trainer.meter
-    session.watch(
-        trainer.parameters,
-        optimizer=trainer.optimizer,
-        scaler=trainer.scaler,
-        progress=progress,
-        meter=meter,
-    )
+    session.watch(trainer.parameters, **trainer.stateful())
     session.start_or_resume(trainer.total_steps)
     if progress.step == 0:  # else the checkpoint has the base's loss
         validate_start(trainer, session)

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.figures import can_draw, save_figure, subplots
+from common.figures import LORA, OTHER, can_draw, save_figure, subplots
 from common.files import write_json
-from training.report import COLOURS
 
 ROWS = 5  # of a printed curve
 FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
@@ -77,15 +76,14 @@ class Report:
         left.legend()
         right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         for axes in (left, right):
-            axes.grid(alpha=0.3)
             axes.xaxis.get_major_locator().set_params(integer=True)
         save_figure(figure, path)
 
 
 def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
     steps = range(1, len(exact["here"]) + 1)
-    axes.plot(steps, exact["there"], color=COLOURS["train"], linewidth=5, label="PEFT")
-    axes.plot(steps, exact["here"], color=COLOURS["lora"], linewidth=1, label="this project")
+    axes.plot(steps, exact["there"], color=OTHER, alpha=0.4, linewidth=5, label="PEFT")
+    axes.plot(steps, exact["here"], color=LORA, linewidth=1, label="this project")
     axes.set(
         xlabel="step",
         ylabel="training loss (nats a token)",

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import print_table
-from common.figures import can_draw, save_figure, subplots
-from training.report import COLOURS
+from common.figures import BASE, LORA, OTHER, can_draw, save_figure, subplots
 
 COLUMNS = {
     "seconds": ("seconds", "{:.4g}"),
@@ -167,8 +166,8 @@ def draw_ratios(ratios: list[dict]) -> Any:
     labels = [f"{r['theirs']}  /  {r['ours']}:  {r['time']['median']:.2f}" for r in ratios]
     rows = range(len(ratios), 0, -1)  # the first on top
 
-    axes.errorbar(medians, rows, xerr=errors, fmt="o", color=COLOURS["lora"], elinewidth=3)
-    axes.axvline(1, color=COLOURS["base"], linestyle="--", linewidth=1)
+    axes.errorbar(medians, rows, xerr=errors, fmt="o", color=LORA, elinewidth=3)
+    axes.axvline(1, color=BASE, linestyle="--", linewidth=1)
     axes.set_yticks(rows, labels, fontsize=8)
     axes.set_xlabel("their time / our time, in the same round (right of 1: this project is faster)")
     axes.grid(alpha=0.3, axis="x")
@@ -184,7 +183,6 @@ def draw_axes(contenders: list[dict]) -> Any:
     for axes, (key, axis) in zip(panels.flat, product(measures, shown), strict=True):
         draw_axis(axes, [found for found in contenders if found["axis"] == axis], key)
         axes.set(xlabel=AXES[axis], ylabel=measures[key], xlim=(0, None), ylim=(0, None))
-        axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=8)
     return figure
 
@@ -192,7 +190,7 @@ def draw_axes(contenders: list[dict]) -> Any:
 def draw_axis(axes: Any, contenders: list[dict], key: str) -> None:
     """Draw a line for each contender over its sizes."""
     names = dict.fromkeys(found["contender"] for found in contenders)
-    for name, colour in zip(names, (COLOURS["lora"], COLOURS["full"]), strict=False):
+    for name, colour in zip(names, (LORA, OTHER), strict=False):
         mine = [found for found in contenders if found["contender"] == name]
         sizes = [found["size"] for found in mine]
         medians, errors = points([found[key] for found in mine])

@@ -1,6 +1,12 @@
-"""Draw with matplotlib, an optional dependency: no result needs it."""
+"""Draw with matplotlib, an optional dependency: no result needs it.
+
+A colour means one thing in every picture, and stays apart from the others for the colour-blind
+(tests/common/test_figures.py). Other series of one picture, such as ranks, precisions or parts,
+are `shades` of what they belong to, or of OTHER.
+"""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +16,40 @@ from common.files import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RED = "#d1495b"
-BLUE = "#00798c"
-YELLOW = "#edae49"
-GREY = "#6c757d"
+BASE = "#5f6368"
+LORA = "#c85200"
+FULL = "#0068a8"
+RANDOM = "#7f9f7b"
+OTHER = "#8e3a80"
+METHODS = {"base": BASE, "lora": LORA, "full": FULL}
+INK = "#2b2d33"  # words and outlines
+
+# A page shows a picture about 800 pixels wide, at 96 to the inch: what is no wider keeps its sizes.
+PAGE_WIDTH = 8.3  # inches
+SMALLEST_TEXT = 9  # points
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "figure.titlesize": 12,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "xtick.labelsize": SMALLEST_TEXT,
+    "ytick.labelsize": SMALLEST_TEXT,
+    "legend.fontsize": SMALLEST_TEXT,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e7ea",
+    "lines.linewidth": 1.8,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
 
 
 def can_draw() -> bool:
@@ -28,12 +64,66 @@ def subplots(
 ) -> "tuple[Figure, Any]":
     """Return a new figure and its axes, as matplotlib's `subplots` does with these settings."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's `!` inherits its own, which may be missing
-    from matplotlib.figure import Figure  # slow to import, and few commands draw
+    import matplotlib  # slow to import, and few commands draw
+    from matplotlib.figure import Figure
 
+    matplotlib.rcParams.update(STYLE)
     figure = Figure(figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, **settings)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=160, format="png")
+
+
+def shades(colour: str, count: int) -> list[str]:
+    """Return so many shades of a colour `#rrggbb`, from dark to light."""
+    return [_shade(colour, (i + 0.5) / count) for i in range(count)]
+
+
+def _shade(colour: str, lightness: float) -> str:
+    """Mix a colour with black (lightness 0 to 0.5) or with white (0.5 to 1); 0.5 is the colour."""
+    end = 0 if lightness < 0.5 else 255
+    share = 1.2 * abs(lightness - 0.5)  # of black or white: 3/5 at most
+    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    mixed = [round(channel + share * (end - channel)) for channel in channels]
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def name_line(
+    axes: Any,
+    words: str,
+    place: tuple[float, float],
+    colour: str,
+    offset: tuple[float, float] = (5, 0),
+    side: str = "left",
+) -> None:
+    """Write a line's name beside it: at a point of the data, `offset` points off.
+
+    Its colour is the line's, darker, as thin letters need. `side` is the end of the words that
+    stands there.
+    """
+    axes.annotate(
+        words,
+        place,
+        offset,
+        textcoords="offset points",
+        color=_shade(colour, 0.3),
+        ha=side,
+        va="center",
+        annotation_clip=False,
+        parse_math=False,
+    )
+
+
+def scientific(number: float, position: object = None) -> str:
+    """Return a number as 3e-4, whatever its size; an axis can use this to write its ticks."""
+    digits, exponent = f"{number:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
+def draw_at(axis: Any, numbers: Sequence[float], names: Sequence[object] | None = None) -> None:
+    """Put ticks on a matplotlib axis at these numbers and nowhere else, under their names."""
+    axis.set_ticks(numbers, names or [f"{number:g}" for number in numbers])
+    axis.set_ticks([], minor=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora.dora import DoRAConfig, DoRALinear
 from lora.layer import LoRAConfig, LoRALinear
+from lora.lora_ga import LoRAGAConfig, LoRAGALinear
 from lora.pissa import PiSSAConfig, PiSSALinear
 from lora.slices import SlicedLoRALinear
 
@@ -18,9 +19,10 @@ LAYERS: dict[type[LoRAConfig], type[LoRALinear]] = {
     LoRAConfig: LoRALinear,
     DoRAConfig: DoRALinear,
     PiSSAConfig: PiSSALinear,
+    LoRAGAConfig: LoRAGALinear,
 }
 PLAIN = {"use_dora": False, "init_lora_weights": True}  # what PEFT's fields say of no variant
-EXCLUSIVE = "DoRA, PiSSA and slices of a layer exclude each other"
+EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
 
 
 def make_config(**asked: Any) -> LoRAConfig:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import evaluate
 import train
@@ -254,6 +255,20 @@ def stock_model(base: Path, adapter: Path | None = None) -> nn.Module:
     if adapter:
         model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     return model.eval()
+
+
+def stock_linear_model(base: Path) -> nn.Module:
+    """Return transformers' model with an `nn.Linear` in place of each Conv1D.
+
+    That is what is adapted here, and PEFT's code for Conv1D has had errors of its own.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(*module.weight.shape)
+            linear.load_state_dict({"weight": module.weight.t(), "bias": module.bias})
+            model.set_submodule(name, linear)
+    return model
 
 
 def stock_result(run: Run) -> nn.Module:

@@ -63,17 +63,30 @@ def test_an_experiment_that_cannot_be_saved_does_not_begin(tmp_path, capsys):
         targets.main(["--seeds", "0"])
 
 
-def test_diagram(tmp_path):
-    """The numbers in the picture of a layer are those of GPT-2's c_attn at rank 8."""
+def test_diagrams(tmp_path):
+    """The numbers in the pictures are those of GPT-2's c_attn and attn.c_proj at rank 8."""
     diagram.main(["--out", str(tmp_path)])
-    assert (tmp_path / "lora.png").stat().st_size > 10_000
-    layer = LoRALinear(nn.Linear(768, 2304), LoRAConfig(r=8, lora_alpha=16))
-    trained = sum(p.numel() for p in layer.saved_tensors().values())
-    frozen = layer.base_layer.weight.numel()
-    said = " ".join(words for words, *_ in diagram.TEXTS)
+    assert {path.name for path in tmp_path.iterdir()} == {"lora.png", "product.png"}
+
+    said = " ".join(words for words, *_ in diagram.LAYER_TEXTS)
+    trained, frozen = parameters_of_a_layer(768, 2304)
     assert f"{trained:,} parameters" in said
     assert f"{frozen:,} parameters" in said
     assert f"{100 * trained / frozen:.1f} %" in said
+
+    said = " ".join(words for words, *_ in diagram.PRODUCT_TEXTS)
+    trained, frozen = parameters_of_a_layer(768, 768)
+    assert f"{trained:,} numbers are trained\nin place of {frozen:,}" in said
+    assert f"a {frozen / trained:.0f}th" in said
+    b, a, product = [width * height for _, _, width, height, *_ in diagram.PRODUCT_BOXES]
+    assert (b + a) / product == pytest.approx(trained / frozen)
+
+
+def parameters_of_a_layer(inputs, outputs):
+    """Return how many parameters LoRA of rank 8 trains, and how many of W it leaves alone."""
+    layer = LoRALinear(nn.Linear(inputs, outputs), LoRAConfig(r=8, lora_alpha=16))
+    trained = sum(p.numel() for p in layer.saved_tensors().values())
+    return trained, layer.base_layer.weight.numel()
 
 
 def test_alpha_is_the_learning_rate_of_b():
@@ -105,7 +118,7 @@ def test_alpha_is_the_learning_rate_of_b():
 
 def test_initialisation(tmp_path):
     """Where B is zero A's first gradient is, and the other way round; both zero never move."""
-    data = run(initialisation, tmp_path)
+    data = run(initialisation, tmp_path)["runs"]
     (zero,) = data["both zero"]
     assert zero["loss"] == zero["A"] == zero["B"] == [0.0] * 3
 

@@ -16,6 +16,7 @@ from data.tokens import load_books
 from data.windows import Windows, check_block_size, split
 from lora.fa import freeze_a
 from lora.inject import inject
+from lora.lora_ga import LoRAGAConfig
 from lora.quantised import LAYERS
 from lora.variants import make_layer
 from model.gpt2 import GPT2, GPT2Config
@@ -36,13 +37,18 @@ class Data:
 
 def resolve(asked: Options, base: str, device: Device) -> Options:
     """Return the options with the base, the precision, and an initial adapter's config and
-    quantisation filled in.
+    quantisation filled in. Raises UserError for LoRA-GA in fp16.
     """
     lora = asked.lora
     adapters = []
     if asked.init_adapter:
         lora = load_adapter_config(asked.init_adapter)
         adapters.append(asked.init_adapter)
+    if isinstance(lora, LoRAGAConfig) and device.precision == "fp16":
+        raise UserError(
+            "--init-lora-weights lora_ga: in fp16, small gradients vanish and large ones overflow; "
+            "use --precision bf16 or fp32"
+        )
     quantise = choose_quantisation(asked.quantise, adapters)
     return replace(asked, base=base, precision=device.precision, lora=lora, quantise=quantise)
 

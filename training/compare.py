@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from common.cli import print_table
 from common.errors import UserError
-from common.figures import can_draw, save_figure, subplots
-from training.report import COLOURS, best_weights, perplexity, read_run
+from common.figures import BASE, METHODS, can_draw, save_figure, subplots
+from training.report import best_weights, perplexity, read_run
 
 PICTURE = "compare.png"
 SWEEP_TABLE = "sweep.md"
@@ -182,12 +182,11 @@ def _draw_panel(
     axes.set_xlim(-0.5, len(bars) - 0.5)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _base_bar(report: dict[str, Any]) -> Bar:
     label = _label("base", Path(report["base"]).name)
-    return Bar(label, COLOURS["base"], perplexity(report["base_val_loss"]))
+    return Bar(label, BASE, perplexity(report["base_val_loss"]))
 
 
 def _run_bar(run: FinishedRun) -> Bar:
@@ -195,7 +194,7 @@ def _run_bar(run: FinishedRun) -> Bar:
     method = report["method"]
     return Bar(
         _label(method, run.name),
-        COLOURS[method],
+        METHODS[method],
         perplexity(report["best_val_loss"]),
         report["trainable_parameters"],
         report["seconds"],

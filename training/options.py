@@ -149,6 +149,11 @@ class Options:
         method="lora",
     )
     freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory", method="lora")
+    riemannian: bool = option(
+        False,
+        help="precondition the gradients of A and B, so that a step depends on B A alone",
+        method="lora",
+    )
     quantise: str | None = option(
         help="hold the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 (int8) a weight "
         "(default: none; with --init-adapter, as when it was trained)",
@@ -203,8 +208,9 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "DoRA: train each weight's magnitude apart from its direction",
     },
     "init_lora_weights": {
-        "choices": ("pissa",),
-        "help": "PiSSA: start from W's largest singular vectors (default: LoRA's own start)",
+        "choices": ("pissa", "lora_ga"),
+        "help": "start from the largest singular vectors of W (PiSSA), or of its gradient over the "
+        "first 8 batches (LoRA-GA; default: LoRA's own start)",
     },
 }
 
@@ -287,12 +293,12 @@ def _refuse_clashes(typed: Mapping[str, Any]) -> None:
         raise UserError("--stride and --label-shift are for books: an example is one row")
 
     if typed.get("quantise", NONE) != NONE and "init_lora_weights" in typed:
-        raise UserError("--quantise cannot be combined with --init-lora-weights pissa, as in PEFT")
-    other_starts = {"loraplus_lr_ratio", "init_adapter", "init_lora_weights"}
-    if "freeze_a" in typed and not other_starts.isdisjoint(typed):
+        raise UserError("--quantise cannot be combined with --init-lora-weights, as in PEFT")
+    needs_a = {"loraplus_lr_ratio", "riemannian", "init_adapter", "init_lora_weights"}
+    if "freeze_a" in typed and not needs_a.isdisjoint(typed):
         raise UserError(
-            "--freeze-a cannot be combined with --loraplus-lr-ratio, --init-adapter "
-            "or --init-lora-weights pissa"
+            "--freeze-a cannot be combined with --loraplus-lr-ratio, --riemannian, "
+            "--init-adapter or --init-lora-weights"
         )
     if "init_adapter" in typed and not LORA_OPTIONS.keys().isdisjoint(typed):
         raise UserError(

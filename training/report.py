@@ -11,14 +11,13 @@ from torch import nn
 
 from adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from common.errors import UserError
-from common.figures import BLUE, GREY, RED, can_draw, save_figure, subplots
+from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
 from common.files import read_json, write_json
 from lora.quantised import quantised_weights
 from model.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN
 from training.options import Options
 
-COLOURS = {"train": "#9db4c0", "lora": RED, "full": BLUE, "base": GREY}
 # What a comparison and a sweep read of `run.json`, and of the options in it.
 FIELDS = (
     "method",
@@ -125,14 +124,12 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     val_steps = [0] + [line["step"] for line in validations]
     val_losses = [start_val_loss] + [line["val_loss"] for line in validations]
 
-    figure, axes = subplots(figsize=(8, 4.5))
-    axes.plot(steps, losses, color=COLOURS["train"], label="training")
-    axes.plot(val_steps, val_losses, color=COLOURS[options.method], marker="o", label="validation")
-    axes.axhline(
-        base_val_loss, color=COLOURS["base"], linestyle="--", linewidth=1, label="base, validation"
-    )
+    colour = METHODS[options.method]
+    figure, axes = subplots(figsize=(PAGE_WIDTH, 4.2))
+    axes.plot(steps, losses, color=colour, alpha=0.4, linewidth=1.2, label="training")
+    axes.plot(val_steps, val_losses, color=colour, marker="o", label="validation")
+    axes.axhline(base_val_loss, color=BASE, linestyle="--", label="the base, validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{options.method}: loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, options.out / "loss.png")

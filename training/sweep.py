@@ -157,7 +157,6 @@ def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Pat
     )
     axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
     print(f"drawn in {path}")

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -13,20 +13,26 @@ from torch import Tensor
 
 from common.cli import number
 from common.device import Device
-from common.figures import BLUE, GREY, RED, YELLOW, save_figure, subplots  # noqa: F401 (for all)
+from common.figures import PAGE_WIDTH, save_figure, subplots
+from common.files import read_json
 from model.hub import find_base
 from train import Trainer, make_trainer
 from training.build import resolve
 from training.options import ROOT, Options, parse_options
 
+Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a figure
+
 # Every short version's options, in place of the whole one's.
 SHORT: dict[str, object] = {"batch_size": 4, "max_steps": 4, "val_fraction": 0.01}
 
 
-def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(
+    description: str | None, argv: Sequence[str] | None, name: str | None = None
+) -> argparse.Namespace:
     """Read an experiment's command line, and make the directory that it saves to.
 
-    `seeds` is a range: 0, 1, ... A short version takes the first alone.
+    `seeds` is a range: 0, 1, ... A short version takes the first alone. With a name, `--draw` asks
+    for its pictures alone, and NAME.json must be there.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,6 +40,9 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
     parser.add_argument("--short", action="store_true", help="a small version, in seconds")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
     parser.add_argument("--seeds", type=number(int, 1), default=3, help="how many (%(default)s)")
+    if name:
+        help_ = f"draw again from the saved {name}.json; measure nothing"
+        parser.add_argument("--draw", action="store_true", help=help_)
     args = parser.parse_args(argv)
 
     args.seeds = range(args.seeds)
@@ -47,6 +56,8 @@ def parse(description: str | None, argv: Sequence[str] | None) -> argparse.Names
         args.out.mkdir(parents=True, exist_ok=True)  # now, not after an hour's work
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
+    if name and args.draw and not (args.out / f"{name}.json").exists():
+        parser.error(f"--draw: {args.out / name}.json is missing: run without --draw first")
     return args
 
 
@@ -126,34 +137,73 @@ def five_digits(number: str) -> float:
     return float(f"{float(number):.5g}")
 
 
-def save(args: argparse.Namespace, name: str, data: dict[Any, Any], figure: Any) -> dict:
-    """Write NAME.json, a key a line with five digits a number, and NAME.png; return the data."""
+def experiment(
+    name: str,
+    measure: Callable[[argparse.Namespace], dict[Any, Any]],
+    draw: Draw,
+    description: str | None,
+    argv: Sequence[str] | None,
+    more: Mapping[str, Draw] | None = None,
+) -> dict[Any, Any]:
+    """Measure, save NAME.json and NAME.png, and return the data; with --draw, draw alone.
+
+    `draw` takes what NAME.json holds: keys are text, numbers have five digits. `more` has further
+    pictures of the same data, by their names.
+    """
+    args = parse(description, argv, name)
+    path = args.out / f"{name}.json"
+    if args.draw:
+        data = read_json(path)
+    else:
+        data = measure(args)
+        write_data(path, data)
+        print(f"saved {path}")
+
+    saved = read_json(path)
+    for picture, draw_it in {name: draw, **(more or {})}.items():
+        save_figure(draw_it(saved), args.out / f"{picture}.png")
+        print(f"drawn in {args.out / picture}.png")
+    return data
+
+
+def write_data(path: Path, data: dict[Any, Any]) -> None:
+    """Write JSON, a key a line with five digits a number."""
     rounded = json.loads(json.dumps(data), parse_float=five_digits)
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rounded.items()]
-    text = "{\n" + ",\n".join(lines) + "\n}\n"
-    (args.out / f"{name}.json").write_text(text)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def save(args: argparse.Namespace, name: str, data: dict[Any, Any], figure: Any) -> dict:
+    """Write NAME.json and NAME.png; return the data."""
+    write_data(args.out / f"{name}.json", data)
     save_figure(figure, args.out / f"{name}.png")
     print(f"saved {args.out / name}.json and .png")
     return data
 
 
-def panels(whole: str, *titles: str) -> tuple[Any, Any]:
-    """Return a figure and its row of panels: one for each title, or a single one without titles."""
+def panels(whole: str, *titles: str, stacked: bool = False, height: float = 4) -> tuple[Any, Any]:
+    """Return a figure as wide as a page, and its panels: one for each title, or a single one.
+
+    They stand side by side, or `stacked` under each other on one x axis.
+    """
     titles = titles or ("",)
-    width = max(7.2, 4.9 * len(titles))
-    figure, rows = subplots(1, len(titles), figsize=(width, 4.2), squeeze=False)
-    axes = rows[0]
-    figure.suptitle(whole, fontsize=12)
+    rows, columns = (len(titles), 1) if stacked else (1, len(titles))
+    figure, grid = subplots(
+        rows, columns, figsize=(PAGE_WIDTH, height), squeeze=False, sharex=stacked
+    )
+    figure.suptitle(whole)
+    axes = grid.flatten()
     for axis, title in zip(axes, titles, strict=True):
-        axis.set(title=title, axisbelow=True)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(title)
     return figure, axes
 
 
 def band(
-    axis: Any, x: Sequence[float], y: Tensor, colour: str, label: str, line: str = ".-"
+    axis: Any, x: Sequence[float], y: Tensor, colour: str, label: str = "", line: str = ".-"
 ) -> None:
-    """Plot the mean of y (runs, points) over its runs, and a band from minimum to maximum."""
+    """Plot the mean of y (runs, points) over its runs, and a band from minimum to maximum.
+
+    A label is for a legend; where lines are few, `common.figures.name_line` names them better.
+    """
     axis.plot(x, y.mean(0), line, color=colour, label=label)
-    axis.fill_between(x, y.amin(0), y.amax(0), color=colour, alpha=0.2)
+    axis.fill_between(x, y.amin(0), y.amax(0), color=colour, alpha=0.2, linewidth=0)

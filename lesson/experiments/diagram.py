@@ -1,67 +1,121 @@
-"""Draw one LoRA layer, docs/figures/lora.png: `python -m lesson.experiments.diagram`.
+"""Draw a LoRA layer and the product of B and A: `python -m lesson.experiments.diagram`.
 
-Nothing is measured. The layer is GPT-2's c_attn at rank 8; a test holds its numbers.
+Nothing is measured. The layer, docs/figures/lora.png, is GPT-2's c_attn at rank 8; the product,
+docs/figures/product.png, is the change of its attn.c_proj, every side in its true proportion. A
+test holds their numbers.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from common.figures import RED, save_figure, subplots
+from common.figures import BASE, INK, LORA, PAGE_WIDTH, save_figure, subplots
 from lesson.experiments.common import parse
 
-PALE_BLUE = "#c9d6df"
-INK = "#30343f"
-
-# Corners, and the colour between them.
-SHAPES = (
-    (((5.6, 0.3), (9.6, 0.3), (9.6, 1.1), (5.6, 1.1)), "white"),
-    (((1.2, 2.9), (5.8, 2.9), (5.8, 6.3), (1.2, 6.3)), PALE_BLUE),
-    (((8.6, 2.6), (13.2, 2.6), (11.3, 3.9), (10.5, 3.9)), RED),  # A narrows to r numbers,
-    (((10.5, 5.3), (11.3, 5.3), (14.0, 6.6), (7.8, 6.6)), RED),  # and B widens again
-    (((6.8, 7.4), (8.4, 7.4), (8.4, 8.2), (6.8, 8.2)), "white"),
-)
-
-# From one point to another.
-ARROWS = (
-    ((10.9, 3.9), (10.9, 5.3)),
-    ((6.6, 1.1), (3.5, 2.9)),
-    ((8.6, 1.1), (10.9, 2.6)),
-    ((3.5, 6.3), (6.8, 7.6)),
-    ((10.9, 6.6), (8.4, 7.6)),
-    ((7.6, 8.2), (7.6, 8.85)),
-)
-ARROW_STYLE = {"arrowstyle": "-|>", "mutation_scale": 14, "color": INK, "shrinkA": 0, "shrinkB": 0}
-
+# All places are in inches from a picture's lower left corner.
+# Boxes: left, bottom, width, height, colour, strength of the colour.
+Box = tuple[float, float, float, float, str, float]
+Arrow = tuple[tuple[float, float], tuple[float, float]]
 # Words, the point where they stand, their colour, size and horizontal alignment.
-TEXTS = (
-    ("x  (768 numbers)", (7.6, 0.7), INK, 11, "center"),
-    ("+", (7.6, 7.8), INK, 11, "center"),
-    ("A  8 x 768", (10.9, 3.15), "w", 11, "center"),
-    ("W x + b\n\nW  2304 x 768, frozen:\n1,769,472 parameters", (3.5, 4.6), INK, 11, "center"),
-    ("B  2304 x 8", (10.9, 6.1), "w", 11, "center"),
-    ("y  (2304 numbers: q, k and v)", (7.6, 9.1), INK, 11, "center"),
-    (r"times $\alpha / r$ = 16 / 8 = 2", (10.2, 7.25), INK, 11, "left"),
-    ("r = 8 numbers", (10.6, 4.6), INK, 11, "right"),
-    ("dropout", (10.3, 1.75), INK, 11, "left"),
-    ("A and B, trained:\n24,576 parameters,\n1.4 % of W's", (12.1, 5.0), RED, 9, "left"),
+Text = tuple[str, tuple[float, float], str, float, str]
+
+# The layer: 768 numbers are 0.7 inches long and 2304 are 2.1, but 8 are drawn as 0.1.
+LAYER_BOXES: tuple[Box, ...] = (
+    (0.6, 1.9, 0.1, 0.7, INK, 0.5),  # x
+    (2.2, 2.4, 0.7, 2.1, BASE, 0.3),  # W
+    (2.2, 0.85, 0.7, 0.1, LORA, 1),  # A
+    (3.8, 0.85, 0.1, 0.1, LORA, 0.4),  # A x
+    (4.8, 0.1, 0.1, 2.1, LORA, 1),  # B
+    (7.5, 1.2, 0.1, 2.1, INK, 0.5),  # y
 )
+LAYER_ARROWS: tuple[Arrow, ...] = (
+    ((0.8, 2.4), (2.1, 3.45)),
+    ((0.8, 2.1), (2.1, 0.95)),
+    ((3.0, 0.9), (3.7, 0.9)),
+    ((4.0, 0.9), (4.7, 0.9)),
+    ((3.0, 3.45), (6.48, 2.4)),
+    ((5.0, 0.9), (6.48, 2.1)),
+    ((6.8, 2.25), (7.4, 2.25)),
+)
+LAYER_TEXTS: tuple[Text, ...] = (
+    ("x", (0.65, 2.8), INK, 13, "center"),
+    ("768\nnumbers", (0.65, 1.6), INK, 10, "center"),
+    ("W", (2.55, 3.45), INK, 13, "center"),
+    ("2304 x 768, frozen:\n1,769,472 parameters", (3.05, 4.2), BASE, 10, "left"),
+    ("W x + b", (4.7, 3.15), INK, 11, "left"),
+    ("A", (2.55, 1.15), LORA, 13, "center"),
+    ("8 x 768", (2.55, 0.65), LORA, 10, "center"),
+    ("A x", (3.85, 1.15), INK, 11, "center"),
+    ("8 numbers", (3.85, 0.65), INK, 10, "center"),
+    ("B", (5.05, 2.05), LORA, 13, "left"),
+    ("2304 x 8", (5.05, 0.3), LORA, 10, "left"),
+    ("times \N{GREEK SMALL LETTER ALPHA} / r\n= 16 / 8 = 2", (5.9, 1.3), INK, 11, "left"),
+    (
+        "A and B, trained: 24,576 parameters,\n1.4 % of W's (drawn too thick)",
+        (1.2, 0.2),
+        LORA,
+        10,
+        "left",
+    ),
+    ("+", (6.63, 2.25), INK, 16, "center"),
+    ("y", (7.55, 3.5), INK, 13, "center"),
+    ("2304 numbers:\nq, k and v", (7.55, 0.9), INK, 10, "center"),
+)
+
+# The product: 768 numbers are 3 inches long, so 8 are 1/32.
+SIDE = 3.0
+THIN = SIDE * 8 / 768
+PRODUCT_BOXES: tuple[Box, ...] = (
+    (0.6, 0.3, THIN, SIDE, LORA, 1),  # B
+    (1.3, 0.3 + SIDE - THIN, SIDE, THIN, LORA, 1),  # A
+    (5.1, 0.3, SIDE, SIDE, LORA, 0.25),  # their product
+)
+PRODUCT_TEXTS: tuple[Text, ...] = (
+    ("B", (0.6, 3.55), LORA, 13, "center"),
+    ("768 x 8\n6,144 numbers", (0.75, 1.8), LORA, 10, "left"),
+    ("\N{MULTIPLICATION SIGN}", (0.96, 3.28), INK, 16, "center"),
+    ("A", (2.8, 3.55), LORA, 13, "center"),
+    ("8 x 768\n6,144 numbers", (2.8, 3.0), LORA, 10, "center"),
+    ("=", (4.7, 1.8), INK, 18, "center"),
+    ("B A, the change of W", (6.6, 3.55), LORA, 13, "center"),
+    ("768 x 768\n589,824 numbers", (6.6, 1.8), INK, 10, "center"),
+    ("12,288 numbers are trained\nin place of 589,824: a 48th", (2.8, 1.1), INK, 11, "center"),
+    ("drawn to scale: GPT-2's attn.c_proj, rank 8", (2.8, 0.4), INK, 9, "center"),
+)
+
+
+def picture(
+    height: float, boxes: Sequence[Box], arrows: Sequence[Arrow], texts: Sequence[Text]
+) -> Any:
+    """Draw boxes, arrows and words on a page of that height."""
+    figure, axes = subplots(figsize=(PAGE_WIDTH, height))
+    figure.get_layout_engine().set(w_pad=0, h_pad=0)
+    axes.set(xlim=(0, PAGE_WIDTH), ylim=(0, height), aspect="equal")
+    axes.axis("off")
+
+    for left, bottom, width, tall, colour, strength in boxes:
+        xs = (left, left + width, left + width, left)
+        ys = (bottom, bottom, bottom + tall, bottom + tall)
+        axes.fill(xs, ys, facecolor=colour, alpha=strength, linewidth=0)
+    for start, end in arrows:
+        style = {"arrowstyle": "-|>", "mutation_scale": 13, "color": INK, "shrinkA": 0}
+        axes.annotate("", end, start, arrowprops=style)
+    for words, place, colour, size, side in texts:
+        axes.text(*place, words, color=colour, fontsize=size, ha=side, va="center")
+    return figure
+
+
+def draw_layer() -> Any:
+    return picture(4.6, LAYER_BOXES, LAYER_ARROWS, LAYER_TEXTS)
+
+
+def draw_product() -> Any:
+    return picture(3.8, PRODUCT_BOXES, (), PRODUCT_TEXTS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(__doc__, argv)
-    figure, axes = subplots(figsize=(7.6, 4.6))
-    axes.set(xlim=(0, 15.2), ylim=(0, 9.4))
-    axes.axis("off")
-
-    for corners, colour in SHAPES:
-        xs = [x for x, _ in corners]
-        ys = [y for _, y in corners]
-        axes.fill(xs, ys, facecolor=colour, edgecolor=INK)
-    for start, end in ARROWS:
-        axes.annotate("", end, start, arrowprops=ARROW_STYLE)
-    for words, place, colour, size, side in TEXTS:
-        axes.text(*place, words, color=colour, fontsize=size, ha=side, va="center")
-
-    save_figure(figure, args.out / "lora.png")
+    save_figure(draw_layer(), args.out / "lora.png")
+    save_figure(draw_product(), args.out / "product.png")
 
 
 if __name__ == "__main__":

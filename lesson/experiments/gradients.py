@@ -13,18 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lesson.experiments.common import (
-    BLUE,
-    GREY,
-    RED,
-    YELLOW,
-    gradient,
-    mean_loss,
-    parse,
-    save,
-    subplots,
-    trainer,
-)
+from common.figures import BASE, FULL, LORA, OTHER, subplots
+from lesson.experiments.common import gradient, mean_loss, parse, save, trainer
 
 # Powers of two: fp16 rounds to zero what is below ZERO, and stores what is below NORMAL with fewer
 # bits; from INFINITY on it overflows.
@@ -65,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
     figure, axes = subplots(figsize=(9, 4))
     bins = np.arange(LEFT, RIGHT)
-    axes.hist(powers, bins, color=RED, alpha=0.8, label="gradients of A and B, one step")
-    axes.hist(powers + SCALE, bins, color=BLUE, alpha=0.5, label="the same, loss times $2^{16}$")
-    axes.axvspan(ZERO, NORMAL, color=YELLOW, alpha=0.3, label="fp16 subnormal: fewer bits")
-    axes.axvspan(LEFT, ZERO, color=GREY, alpha=0.3, label="fp16: zero")
+    axes.hist(powers, bins, color=LORA, alpha=0.8, label="gradients of A and B, one step")
+    axes.hist(powers + SCALE, bins, color=FULL, alpha=0.5, label="the same, loss times $2^{16}$")
+    axes.axvspan(ZERO, NORMAL, color=OTHER, alpha=0.3, label="fp16 subnormal: fewer bits")
+    axes.axvspan(LEFT, ZERO, color=BASE, alpha=0.3, label="fp16: zero")
     axes.axvspan(INFINITY, RIGHT, color="#30343f", alpha=0.7, label="fp16: infinity")
     axes.set(
         xlabel="log2 of a gradient's size",

@@ -6,39 +6,31 @@ Measured before each step, with three seeds: the loss minus the base's on the sa
 norms of A's and of B's gradient.
 """
 
+import argparse
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lesson.experiments.common import (
-    BLUE,
-    GREY,
-    RED,
-    YELLOW,
-    band,
-    gradient,
-    mean_loss,
-    panels,
-    parse,
-    save,
-    trainer,
-)
+from common.figures import BASE, INK, LORA, OTHER, draw_at, name_line, shades
+from lesson.experiments.common import band, experiment, gradient, mean_loss, panels, trainer
 from lora.inject import adapter_disabled
 
-# name: which of A and B are random, and how it is drawn
+# name: which of A and B are random, the colour, and how far off its line's end the name stands
+OTHERS = shades(OTHER, 2)
 STARTS = {
-    "A random, B zero (LoRA)": ("A", RED, "-"),
-    "A zero, B random": ("B", BLUE, "-"),
-    "both random": ("AB", YELLOW, "-"),
-    "both zero": ("", GREY, "--"),
+    "A random, B zero (LoRA)": ("A", LORA, -5),
+    "A zero, B random": ("B", OTHERS[1], 2),
+    "both random": ("AB", OTHERS[0], 4),
+    "both zero": ("", BASE, 6),
 }
 LR = 2e-3
 TITLES = {
     "loss": "loss minus the base's, nats per token",
-    "A": "norm of A's gradient (log)",
     "B": "norm of B's gradient (log)",
+    "A": "norm of A's gradient (log)",
 }
 
 
@@ -82,28 +74,55 @@ def first_steps(random: str, seed: int, steps: int) -> dict[str, list[float]]:
     return measured
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
+def measure(args: argparse.Namespace) -> dict:
     steps = 3 if args.short else 12
     runs = {}
     for name, (random, _, _) in STARTS.items():
         runs[name] = [first_steps(random, seed, steps) for seed in args.seeds]
+    return {"lr": LR, "steps": steps, "seeds": len(args.seeds), "runs": runs}
 
-    title = f"Four starts, before each of {steps} steps (mini; bands: seeds)"
-    figure, axes = panels(title, *TITLES.values())
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the losses and both norms, one below the other."""
+    steps = data["steps"]
+    title = f"Four starts: before each of the first {steps} steps (mini; bands: seeds)"
+    figure, axes = panels(title, *TITLES.values(), stacked=True, height=7)
     for axis, part in zip(axes, TITLES, strict=True):
-        for name, (_, colour, line) in STARTS.items():
-            y = torch.tensor([run[part] for run in runs[name]])  # (seeds, steps)
-            band(axis, range(steps), y, colour, name, f".{line}")
-        axis.set(xlabel="steps taken", xticks=range(0, steps, 2))
+        for name, (_, colour, offset) in STARTS.items():
+            y = torch.tensor([run[part] for run in data["runs"][name]])  # (seeds, steps)
+            band(axis, range(steps), y, colour)
+            if part == "loss":
+                name_line(axis, name, (steps - 1, y.mean(0)[-1].item()), colour, (8, offset))
         if part != "loss":  # to show zero, and values far above it
             axis.set_yscale("symlog", linthresh=0.01)
-            axis.set_ylim(bottom=-0.001)
-    axes[0].legend(fontsize=9, loc="upper right")
+            axis.set_ylim(-0.001, 6)
+            draw_at(axis.yaxis, (0, 0.01, 0.1, 1))
 
-    data = {"lr": LR, "steps": steps, "seeds": len(args.seeds), "runs": runs}
-    save(args, "initialisation", data, figure)
-    return runs
+    loss, b, a = axes
+    first = [run["B"][0] for run in data["runs"]["A random, B zero (LoRA)"]]
+    point_out(b, "LoRA: B moves first", (0, max(first)), (1.5, 0.012))
+    point_out(
+        a,
+        "LoRA: A's first gradient is zero;\nit moves from the second step on",
+        (0, 0),
+        (1.5, 0.01),
+    )
+    point_out(loss, "both random: damaged before the first step", (0, 0.24), (1.5, 0.25))
+    a.set_xlabel("steps taken")
+    draw_at(a.xaxis, range(steps))
+    return figure
+
+
+def point_out(
+    axis: Any, words: str, place: tuple[float, float], words_at: tuple[float, float]
+) -> None:
+    """Write words, with an arrow from them to a point of the data."""
+    arrow = {"arrowstyle": "->", "color": INK}
+    axis.annotate(words, place, words_at, va="center", arrowprops=arrow)
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("initialisation", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from lesson.experiments.common import BLUE, GREY, RED, Trainer, band, panels, parse, save, trainer
+from common.figures import BASE, FULL, LORA
+from lesson.experiments.common import Trainer, band, panels, parse, save, trainer
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import finetune, perplexity, train
 
 METHODS: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    "lora": ("LoRA, c_attn, rank 8", RED, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
-    "full": ("full fine-tuning", BLUE, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+    "lora": ("LoRA, c_attn, rank 8", LORA, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "full": ("full fine-tuning", FULL, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
 }
 
 
@@ -49,7 +50,7 @@ def draw(data: dict[str, Any]) -> Any:
                 fontsize=8,
                 bbox={"facecolor": "w", "edgecolor": "none", "alpha": 0.8, "pad": 0},
             )
-    left.axhline(data["base"], color=GREY, linestyle="--", label="the base")
+    left.axhline(data["base"], color=BASE, linestyle="--", label="the base")
     left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(20, 75))
     left.legend(loc="upper right")
     right.set(

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from lesson.experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
+from common.figures import BASE, FULL, LORA, OTHER
+from lesson.experiments.common import panels, parse, save
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
 
-PARTS = {"weights": GREY, "activations": BLUE, "gradients": YELLOW, "AdamW moments": RED}
+PARTS = {"weights": BASE, "activations": FULL, "gradients": OTHER, "AdamW moments": LORA}
 KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lora.md counts them
 CONFIG = GPT2Config(
     vocab_size=8192,

@@ -7,6 +7,7 @@ Measured: the error of the merged update, as a share of the update's norm, and t
 weights that do not move. Beside it: the size of the updates in an adapter trained for 60 steps.
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,27 @@ import torch
 from torch import Tensor
 
 from common.device import PRECISIONS
-from lesson.experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save
+from common.figures import INK, LORA, OTHER, draw_at, name_line, scientific, shades
+from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import tuned
 from lora.inject import lora_layers
 
-COLOURS = {"fp32": GREY, "bf16": RED, "fp16": BLUE}
+# The coarser the format, the darker.
+COLOURS = dict(zip(("bf16", "fp16", "fp32"), shades(OTHER, 3), strict=True))
+
+# Where each line's name stands in each panel: a point of the data, the offset, and the side.
+NAMES: tuple[dict[str, tuple[Any, Any, str]], ...] = (
+    {
+        "bf16": ((4e-3, 35), (6, 6), "left"),
+        "fp16": ((1e-3, 20), (-8, -4), "right"),
+        "fp32": ((1e-4, 2.5e-2), (6, 6), "left"),
+    },
+    {
+        "bf16": ((2e-3, 52), (6, 0), "left"),
+        "fp16": ((2.3e-4, 50), (-6, 0), "right"),
+        "fp32": ((1e-5, 0), (0, 12), "left"),
+    },
+)
 
 
 def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> dict[str, list]:
@@ -38,8 +55,7 @@ def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> 
     return {"error": errors, "unmoved": unmoved}
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     made, _ = tuned("LoRA", 42, args.short)
     layers = list(lora_layers(made.model).values())
     base = layers[0].base_layer.weight.double()  # (out, in)
@@ -54,25 +70,40 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for layer in layers:
         trained.append((layer.delta_weight().norm() / layer.base_layer.weight.norm()).item())
     data["adapter"] = trained
+    return data
 
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the error, and the weights that do not move, by the size of the update."""
     figure, axes = panels(
-        "Merging: what rounding W + B A loses of B A (mini, c_attn)",
+        "What rounding W + B A loses of B A, by the precision of W (mini, c_attn)",
         "error, % of the update's norm",
         "weights that do not move, %",
     )
-    for axis, measure in zip(axes, ("error", "unmoved"), strict=True):
+    sizes = data["size"]
+    for axis, what in zip(axes, ("error", "unmoved"), strict=True):
         for name, colour in COLOURS.items():
-            percent = [100 * share for share in data[name][measure]]
-            axis.plot(sizes, percent, ".-", color=colour, label=name)
-        axis.axvspan(
-            min(trained), max(trained), color=YELLOW, alpha=0.35, label="a trained adapter's"
-        )
+            percent = [100 * share for share in data[name][what]]
+            axis.plot(sizes, percent, color=colour)
+        axis.axvspan(min(data["adapter"]), max(data["adapter"]), color=LORA, alpha=0.3)
         axis.set(xscale="log", xlabel="size of the update: rms(B A) / rms(W)")
-    axes[0].set_yscale("log")
-    axes[0].axhline(100, color="black", linewidth=0.8)
-    axes[0].text(1, 120, "nothing left", ha="right", va="bottom", fontsize=8)
-    axes[0].legend()
-    return save(args, "merge_error", data, figure)
+        powers = [10.0**k for k in range(-6, 1)]
+        draw_at(axis.xaxis, powers, [scientific(power) for power in powers])
+
+    error, unmoved = axes
+    error.set(yscale="log", ylim=(None, 1e3))
+    draw_at(error.yaxis, [100, 1, 1e-2, 1e-4], ["100", "1", "0.01", "0.0001"])
+    error.axhline(100, color=INK, linewidth=0.8)
+    name_line(error, "100 %: nothing of it is left", (1e-6, 230), INK, (0, 0))
+    name_line(unmoved, "a trained\nadapter's", (max(data["adapter"]), 50), LORA)
+    for axis, names in zip(axes, NAMES, strict=True):
+        for name, (place, offset, side) in names.items():
+            name_line(axis, name, place, COLOURS[name], offset, side)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("merge_error", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters.merge import merge, unwrap
-from lesson.experiments.common import (
-    BLUE,
-    GREY,
-    RED,
-    YELLOW,
-    Trainer,
-    panels,
-    parse,
-    save,
-    spread,
-    trainer,
-)
+from common.figures import BASE, FULL, LORA, OTHER
+from lesson.experiments.common import Trainer, panels, parse, save, spread, trainer
 from lesson.experiments.sweep import train
 from lora.inject import lora_layers
 from lora.quantised import (
@@ -156,10 +146,10 @@ def draw(data: dict[str, Any]) -> Any:
     height = 1.06 * max(data["histogram"])
     width = 2 / len(data["histogram"])
     middles = [-1 + width * (i + 0.5) for i in range(len(data["histogram"]))]
-    levels.bar(middles, data["histogram"], width, color=GREY, alpha=0.5)
-    levels.vlines(nf4_levels().tolist(), 0, height, color=RED, linewidth=1.2, label="NF4's 16")
+    levels.bar(middles, data["histogram"], width, color=BASE, alpha=0.5)
+    levels.vlines(nf4_levels().tolist(), 0, height, color=LORA, linewidth=1.2, label="NF4's 16")
     int8 = (torch.arange(-127, 128) / 127).tolist()
-    levels.vlines(int8, -0.06 * height, 0, color=BLUE, linewidth=0.5, label="int8's 255")
+    levels.vlines(int8, -0.06 * height, 0, color=FULL, linewidth=0.5, label="int8's 255")
     levels.set(
         xlabel=f"weight / absmax of its block of {BLOCK}",
         ylabel="share of the weights in a bin",
@@ -167,18 +157,18 @@ def draw(data: dict[str, Any]) -> Any:
     )
     levels.legend(ncols=2, loc="upper center")
 
-    for label, colour in (("NF4", RED), ("even levels", YELLOW)):
+    for label, colour in (("NF4", LORA), ("even levels", OTHER)):
         percent = [100 * error for error in data["error by block size"][label]]
         blocks.plot(BLOCK_SIZES, percent, ".-", color=colour, label=f"4 bits, {label}")
     percent = [100 * error for error in data["error by layer"]["int8"].values()]
-    blocks.axhline(mean(percent), color=BLUE, label="int8, a scale per row")
-    blocks.axvline(BLOCK, color=GREY, linestyle=":", linewidth=1)
+    blocks.axhline(mean(percent), color=FULL, label="int8, a scale per row")
+    blocks.axvline(BLOCK, color=BASE, linestyle=":", linewidth=1)
     blocks.set_xscale("log", base=2)
     blocks.set(xlabel="weights that share a scale", ylabel="error, % of the norm", ylim=(0, None))
     blocks.legend()
 
     for row, kind in enumerate(KINDS):
-        for what, colour in (("base", GREY), ("trained", RED)):
+        for what, colour in (("base", BASE), ("trained", LORA)):
             found = [run[what] for run in data["losses"][kind]]
             runs.plot(found, [row] * len(found), "o", color=colour)
             runs.annotate(
@@ -191,8 +181,8 @@ def draw(data: dict[str, Any]) -> Any:
             )
     runs.set(yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS) - 0.5, -1))
     runs.set(xlabel="nats a token", xmargin=0.15)
-    runs.plot([], [], "o", color=GREY, label="the base")
-    runs.plot([], [], "o", color=RED, label="LoRA trained on it, three seeds")
+    runs.plot([], [], "o", color=BASE, label="the base")
+    runs.plot([], [], "o", color=LORA, label="LoRA trained on it, three seeds")
     runs.legend(loc="upper center", fontsize=9)
     return figure
 

@@ -8,6 +8,7 @@ Measured: the singular values of the change of each matrix; how alike the direct
 runs changed; the validation perplexity with full fine-tuning's change cut to rank k.
 """
 
+import argparse
 from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
@@ -15,37 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesson.experiments.common import BLUE, GREY, RED, YELLOW, Trainer, band, panels, parse, save
+from common.figures import BASE, FULL, INK, LORA, RANDOM, draw_at, name_line, shades
+from lesson.experiments.common import Trainer, band, experiment, panels
 from lesson.experiments.sweep import tuned
 
 SVDs = dict[str, Any]  # by a matrix's name, the U, S and Vh of its change
 
 RANKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1, 0)
 LORA_RANK = 8
-TITLES = (
-    "Fine-tuning's change: its rank, and how alike seeds are",
-    "share of the squared norm in\nthe first k singular values",
-    "similarity of the first k input or\noutput directions of c_attn, two runs",
-    "perplexity of full fine-tuning,\nits change cut to rank k",
-)
 
-# The left panel's curves: which matrices, whose change, and how it is drawn.
+# The curves of spectrum.png's left panel: which matrices, whose change, and how it is drawn.
 SHARES = {
-    "c_attn: LoRA": ("c_attn", "LoRA", RED, "-"),
-    "c_attn: full": ("c_attn", "full", BLUE, "-"),
-    "mlp.c_proj: full": ("mlp.c_proj", "full", YELLOW, "-"),
-    "c_attn: random": ("c_attn", "random", BLUE, "--"),
-    "mlp.c_proj: random": ("mlp.c_proj", "random", YELLOW, "--"),
+    "c_attn: LoRA": ("c_attn", "LoRA", LORA, "-"),
+    "c_attn: full": ("c_attn", "full", FULL, "-"),
+    "mlp.c_proj: full": ("mlp.c_proj", "full", shades(FULL, 2)[1], "-"),
+    "c_attn: random": ("c_attn", "random", RANDOM, ":"),
+    "mlp.c_proj: random": ("mlp.c_proj", "random", RANDOM, ":"),
 }
 
-# The middle panel's curves: whose two changes, which of their directions, and how it is drawn.
+# The curves of similarity.png: whose two changes, which of their directions, and how it is drawn.
 PAIRS = {
-    "full and full": ("full", "full", "inputs", BLUE, "-"),
-    "LoRA and full": ("LoRA", "full", "inputs", GREY, "-"),
-    "LoRA and LoRA": ("LoRA", "LoRA", "inputs", RED, "-"),
-    "LoRA and full, outputs": ("LoRA", "full", "outputs", GREY, ":"),
-    "LoRA and LoRA, outputs": ("LoRA", "LoRA", "outputs", RED, ":"),
-    "random and random": ("random", "random", "inputs", BLUE, "--"),
+    "full and full": ("full", "full", "inputs", FULL, "-"),
+    "LoRA and full": ("LoRA", "full", "inputs", LORA, "--"),
+    "LoRA and LoRA": ("LoRA", "LoRA", "inputs", LORA, "-"),
+    "LoRA and full, outputs": ("LoRA", "full", "outputs", LORA, "--"),
+    "LoRA and LoRA, outputs": ("LoRA", "LoRA", "outputs", LORA, "-"),
+    "random and random": ("random", "random", "inputs", RANDOM, ":"),
 }
 
 
@@ -108,7 +104,7 @@ def cut(made: Trainer, svds: SVDs) -> list[float]:
 
 def shares_of_the_norm(svds: dict[str, list[SVDs]]) -> dict[str, list]:
     """Return each run's share of the squared norm in the first k singular values, mean over blocks,
-    for each curve of the left panel.
+    for each of SHARES.
     """
     data = {}
     for label, (target, kind, _, _) in SHARES.items():
@@ -120,9 +116,7 @@ def shares_of_the_norm(svds: dict[str, list[SVDs]]) -> dict[str, list]:
 
 
 def similar_directions(svds: dict[str, list[SVDs]]) -> dict[str, list]:
-    """Return how alike the first k directions are of each two runs, for each curve of the middle
-    panel.
-    """
+    """Return how alike the first k directions are of each two runs, for each of PAIRS."""
     data = {}
     for label, (one, other, side, _, _) in PAIRS.items():
         v = [directions(run, side) for run in svds[one]]
@@ -135,31 +129,65 @@ def similar_directions(svds: dict[str, list[SVDs]]) -> dict[str, list]:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the shares, the similarities and the cuts."""
-    figure, (left, middle, right) = panels(*TITLES)
+    """Draw the shares and the cuts."""
+    figure, (left, right) = panels(
+        "The change that fine-tuning makes: is its rank low? (mini)",
+        "share of the squared norm in\nthe first k singular values",
+        "perplexity of full fine-tuning,\nits change cut to rank k",
+    )
     for label, (_, _, colour, line) in SHARES.items():
         y = torch.tensor(data[label])  # (runs, k)
-        band(left, range(1, y.size(1) + 1), y, colour, label, line)
-    for label, (_, _, _, colour, line) in PAIRS.items():
-        y = torch.tensor(data[label])  # (pairs of runs, k)
-        band(middle, range(1, y.size(1) + 1), y, colour, label, line)
+        band(left, range(1, y.size(1) + 1), y, colour, line=line)
+    name_line(left, "LoRA,\nc_attn", (8, 1), LORA, (-2, -16))
+    name_line(left, "full, c_attn", (6, 0.5), FULL, (-2, 6), "right")
+    name_line(left, "full,\nmlp.c_proj", (24, 0.68), SHARES["mlp.c_proj: full"][2], (2, -16))
+    name_line(left, "random\nmatrices", (48, 0.36), RANDOM, (6, -14))
 
     shown = RANKS[1:-1]  # the first cuts nothing, the last leaves nothing
     y = torch.tensor(list(data["cut"].values())).T  # (runs, ranks)
-    band(right, shown, y[:, 1:-1], BLUE, "cut to rank k", "o-")
-    right.axhline(y[:, -1].mean(), color=GREY, linestyle=":", label="cut to rank 0")
-    right.axhline(y[:, 0].mean(), color=GREY, linestyle="--", label="uncut")
-
-    figure.set_size_inches(11, 5)
-    for axis in (left, middle, right):
-        axis.set(xscale="log", xlabel="k", xticks=shown, xticklabels=shown)
-        axis.minorticks_off()
-        axis.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    band(right, shown, y[:, 1:-1], FULL, line="o-")
+    uncut = y[:, 0].mean().item()
+    nothing = y[:, -1].mean().item()
+    for level, words in ((uncut, "uncut"), (nothing, "cut to rank 0: the matrices are the base's")):
+        right.axhline(level, color=BASE, linestyle="--")
+        name_line(right, words, (1, level), BASE, (0, 8))
+    right.set_ylim(uncut - 1, nothing + 2)
+    rank_ticks(left, right)
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
+def draw_similarity(data: dict[str, Any]) -> Any:
+    """Draw how alike two runs' directions are: those that a change reads, and those it writes."""
+    figure, (inputs, outputs) = panels(
+        "Does another seed find the same change of c_attn? (mini)",
+        "similarity of the first k directions\nof the input, which a change reads",
+        "and of the output,\nwhich it writes",
+    )
+    panel = {"inputs": inputs, "outputs": outputs}
+    for label, (_, _, side, colour, line) in PAIRS.items():
+        y = torch.tensor(data[label])[:, :LORA_RANK]  # (pairs of runs, k)
+        band(panel[side], range(1, LORA_RANK + 1), y, colour, line=line)
+    name_line(inputs, "full and full", (4, 0.95), FULL)
+    name_line(inputs, "LoRA and full", (5, 0.17), LORA)
+    name_line(inputs, "LoRA and LoRA", (1.1, 0.28), LORA)
+    name_line(inputs, "random", (8, 0.035), RANDOM, (0, -9), "right")
+    name_line(outputs, "LoRA and LoRA", (3, 0.5), LORA)
+    name_line(outputs, "LoRA and full", (3, 0.28), LORA)
+    for axis in (inputs, outputs):
+        axis.axhline(1, color=INK, linewidth=0.8)
+        axis.set(xlabel="k", xlim=(0.8, LORA_RANK + 0.2), ylim=(-0.08, 1.03))
+    name_line(outputs, "1: the same directions", (1, 1), INK, (0, -8))
+    return figure
+
+
+def rank_ticks(*axes: Any) -> None:
+    """Draw every axis over k from 1 to 256, in powers of two."""
+    for axis in axes:
+        axis.set(xscale="log", xlabel="k", xlim=(0.9, 285))
+        draw_at(axis.xaxis, RANKS[1:-1])
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     seeds = range(42, 42 + max(2, len(args.seeds)))
     full = [tuned("full", seed, args.short) for seed in seeds]
     lora = [tuned("LoRA", seed, args.short) for seed in seeds]
@@ -174,7 +202,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     models = [made for made, _ in full]
     cuts = [cut(made, run) for made, run in zip(models, svds["full"], strict=True)]
     data["cut"] = {k: list(runs) for k, *runs in zip(RANKS, *cuts, strict=True)}
-    return save(args, "spectrum", data, draw(data))
+    return data
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    more = {"similarity": draw_similarity}
+    return experiment("spectrum", measure, draw, __doc__, argv, more)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,22 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from common.device import Device, tune_process
-from lesson.experiments.common import BLUE, GREY, RED, YELLOW, panels, parse, save, spread, trainer
+from common.figures import BASE, FULL, LORA, OTHER
+from lesson.experiments.common import panels, parse, save, spread, trainer
 from model.hub import MINI
 from model.weights import load_config
 
 Shares = dict[str, list[float]]  # by part, each step's share of the full step
 
 PARTS = {
-    "forward": BLUE,
+    "forward": FULL,
     "input gradients": "#66b2bd",
-    "weight gradients": RED,
+    "weight gradients": LORA,
     "A and B": "#30343f",
-    "head and loss": YELLOW,
+    "head and loss": OTHER,
     "attention": "#a3a9ae",
     "optimizer": "#8f2d56",
-    "rest": GREY,
+    "rest": BASE,
 }
 # Words in the name of a part's operator, or of its callers. Shapes tell the other parts apart.
 NAMES = {
@@ -138,7 +139,7 @@ def draw(data: dict[str, Shares]) -> Any:
             bars,
             [f"{width:.0f}" if width > 3 else "" for width in widths],
             label_type="center",
-            color="k" if colour == YELLOW else "w",
+            color="k" if colour == OTHER else "w",
         )
         left = [start + width for start, width in zip(left, widths, strict=True)]
 

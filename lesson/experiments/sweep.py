@@ -7,17 +7,18 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from common.device import Device
 from common.errors import RunError
+from common.figures import BASE, LORA
 from common.files import file_sha256
-from lesson.experiments.common import GREY, RED, Trainer, panels, resolved, save, spread, trainer
+from lesson.experiments.common import Trainer, experiment, panels, resolved, spread, trainer
 from lora.inject import lora_layers
 from model.hub import find_base
 from model.weights import base_hashes
@@ -30,6 +31,7 @@ CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
 ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: both are named c_proj
 
+Rate = TypeVar("Rate", float, str)  # a number; in a JSON file, text
 # By rate, what was measured with each seed.
 Runs = dict[float, list[Any]]
 # A choice to compare: the rate to begin with, and the options that set it apart.
@@ -176,7 +178,7 @@ def tune(
     return dict(sorted(runs.items()))
 
 
-def best_rate(runs: Runs, score: Callable[[Any], float] = float) -> float:
+def best_rate(runs: dict[Rate, list[Any]], score: Callable[[Any], float] = float) -> Rate:
     """Return the rate with the least mean, of those that ran with the most seeds."""
     most = max(len(found) for found in runs.values())
     means = {lr: mean(map(score, found)) for lr, found in runs.items() if len(found) == most}
@@ -216,21 +218,31 @@ def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tenso
     return made, {name: p.detach() - before[name] for name, p in matrices.items()}
 
 
-def compare(args: argparse.Namespace, name: str, title: str, choices: dict[str, Choice]) -> dict:
+def compare(
+    name: str,
+    title: str,
+    choices: dict[str, Choice],
+    description: str | None,
+    argv: Sequence[str] | None,
+) -> dict[str, Runs]:
     """Train LoRA by each choice at its best rate.
 
     Returns, and saves with a picture, the perplexities by choice and rate.
     """
-    data: dict[str, Runs] = {}
-    for label, (guess, options) in choices.items():
-        runs = scored(tune("lora", guess, args.seeds, args.short, **options))
-        best = best_rate(runs)
-        print(f"{label}: {spread(runs[best])} at {best:g}")
-        data[label] = runs
-    return save(args, name, data, draw(title, data))
+
+    def measure(args: argparse.Namespace) -> dict[str, Runs]:
+        data = {}
+        for label, (guess, options) in choices.items():
+            runs = scored(tune("lora", guess, args.seeds, args.short, **options))
+            best = best_rate(runs)
+            print(f"{label}: {spread(runs[best])} at {best:g}")
+            data[label] = runs
+        return data
+
+    return experiment(name, measure, partial(draw, title), description, argv)
 
 
-def draw(title: str, data: dict[str, Runs]) -> Any:
+def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
     """Draw a bar for each choice at its best rate, from the least perplexity to the greatest."""
     figure, (axis,) = panels(title)
     for row, (label, runs) in enumerate(data.items()):
@@ -239,11 +251,11 @@ def draw(title: str, data: dict[str, Runs]) -> Any:
         ends = (min(found), max(found))
         middle = mean(found)
         if row == 0:
-            axis.axvspan(*ends, color=GREY, alpha=0.2)
-        axis.plot(ends, (label, label), color=RED, linewidth=5, solid_capstyle="butt")
+            axis.axvspan(*ends, color=BASE, alpha=0.2)
+        axis.plot(ends, (label, label), color=LORA, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
         axis.annotate(
-            f"{middle:.1f} (lr {rate:g})",
+            f"{middle:.1f} (lr {rate})",
             (middle, label),
             xytext=(0, 7),
             textcoords="offset points",

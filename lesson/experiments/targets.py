@@ -8,7 +8,6 @@ Measured: the validation perplexity, with three seeds at the best rate and at it
 
 from collections.abc import Sequence
 
-from lesson.experiments.common import parse
 from lesson.experiments.sweep import Choice, compare
 
 # targets, and the rank with which each choice trains 122,880 parameters on mini
@@ -24,12 +23,12 @@ GUESS = 1.6e-2
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
     choices: dict[str, Choice] = {}
     for names, r in RANKS.items():
         options = {"r": r, "lora_alpha": 16, "target_modules": names}
         choices[f"{', '.join(names)}: r = {r}"] = (GUESS, options)
-    return compare(args, "targets", "Which layers? 122,880 parameters each (mini)", choices)
+    title = "Which layers? 122,880 parameters each (mini)"
+    return compare("targets", title, choices, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Measured: the validation perplexity, with three seeds at the best rate and at it
 
 from collections.abc import Sequence
 
-from lesson.experiments.common import parse
 from lesson.experiments.sweep import ALL, Choice, compare
 
 # A variant's name: the rate to begin with, and its options.
@@ -22,12 +21,13 @@ CHOICES: dict[str, Choice] = {
 }
 
 
+SIZE = {"r": 8, "lora_alpha": 16, "target_modules": ALL}
+
+
 def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
-    choices: dict[str, Choice] = {}
-    for label, (guess, options) in CHOICES.items():
-        choices[label] = (guess, {"r": 8, "lora_alpha": 16, "target_modules": ALL, **options})
-    return compare(args, "variants", "Variants of LoRA (mini, all four layers, r = 8)", choices)
+    choices = {label: (guess, SIZE | options) for label, (guess, options) in CHOICES.items()}
+    title = "Variants of LoRA (mini, all four layers, r = 8)"
+    return compare("variants", title, choices, __doc__, argv)
 
 
 if __name__ == "__main__":

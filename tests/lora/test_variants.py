@@ -12,11 +12,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.pytorch_utils import Conv1D
 
 from adapters.config import CONFIG
 from adapters.files import WEIGHTS, load_adapter, save_adapter
@@ -30,7 +28,7 @@ from model.weights import load_gpt2
 from tests import runs
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize
-from tests.runs import arguments, run, stock_model, trained
+from tests.runs import arguments, run, stock_linear_model, stock_model, trained
 from train import learning_rate, main
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -118,12 +116,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     short = split("--max-steps 20 --batch-size 4 --lr 3e-3")
     ours = runs.trainer("lora", base, book, tmp_path, *short, *split(options), fast=False)
     args = ours.options
-    stock = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
-    for name, module in list(stock.named_modules()):
-        if isinstance(module, Conv1D):
-            linear = nn.Linear(*module.weight.shape)
-            linear.load_state_dict({"weight": module.weight.t(), "bias": module.bias})
-            stock.set_submodule(name, linear)
+    stock = stock_linear_model(base)
     torch.manual_seed(args.seed)
     fields = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
     theirs = peft.get_peft_model(stock, peft.LoraConfig(**fields | RUNS[options])).train()
@@ -179,6 +172,8 @@ def raw_tensors(model):
     [
         TOGETHER,
         "--init-lora-weights pissa",
+        "--init-lora-weights lora_ga",
+        "--riemannian --precision bf16",
         "--precision bf16 --use-dora",
         "--target-modules c_attn.q c_attn.v c_proj --use-rslora --freeze-a",
     ],
@@ -333,6 +328,7 @@ KINDS = {
     "plain": {},
     "dora": DORA,
     "pissa": PISSA,
+    "lora_ga": {"init_lora_weights": "lora_ga"},
     "slices": {"target_modules": ("c_attn.q", "c_attn.v")},
 }
 

@@ -1,0 +1,88 @@
+"""Start LoRA away from zero: subtract the first update from W, so that nothing changes."""
+
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.layer import LoRAConfig, LoRALinear, stacked
+
+
+class OffsetLinear(LoRALinear):
+    """`LoRALinear` on W - scaling * B0 A0, with A and B started at A0 (r, in) and B0 (out, r).
+
+    A subclass says what A0 and B0 are. A new adapter changes nothing, up to rounding. In evaluation
+    mode the layer computes W x + b + scaling * (B A - B0 A0) x, as the saved adapter does. The
+    given layer is copied, not changed. Raises ValueError for a rank outside 1 .. min(in, out) / 2:
+    the saved adapter, which fits W, has twice the rank.
+    """
+
+    original: Tensor  # W (out, in), which the given layer and the saved adapter share
+    initial_A: Tensor
+    initial_B: Tensor
+
+    def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
+        limit = min(base_layer.weight.shape) // 2
+        if config.r > limit:
+            raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the file has twice as many")
+        if not isinstance(base_layer.weight, nn.Parameter):
+            raise ValueError("this start changes W, which is quantised")
+        super().__init__(deepcopy(base_layer).requires_grad_(False), config)
+        buffers = {
+            "original": base_layer.weight,
+            "initial_A": self.lora_A.weight.clone(),
+            "initial_B": self.lora_B.weight.clone(),
+        }
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor.detach(), persistent=False)
+
+    @torch.no_grad()
+    def start_at(self, a: Tensor, b: Tensor) -> None:
+        """Set A and A0 to `a` (r, in), B and B0 to `b` (out, r), and W to the remainder."""
+        self.lora_A.weight.copy_(a)
+        self.lora_B.weight.copy_(b)
+        self.subtract(a, b)
+
+    @torch.no_grad()
+    def subtract(self, a: Tensor, b: Tensor) -> None:
+        """Set A0 and B0, and W to the remainder; leave A and B as they are."""
+        self.initial_A.copy_(a)
+        self.initial_B.copy_(b)
+        start = self.scaling * self.initial_B @ self.initial_A
+        weight = self.base_layer.weight
+        weight.copy_((self.original.float() - start).to(weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged or (self.training and self.enabled):
+            return super().forward(x)
+        return self.as_saved(x)
+
+    def as_saved(self, x: Tensor) -> Tensor:
+        """Return what the base computes and, unless disabled, the saved adapter on it.
+
+        In low precision the remainder is rounded, so that remainder + B0 A0 is not quite W. A
+        validation must measure what is saved.
+        """
+        y = F.linear(x, self.original.to(self.base_layer.weight.dtype), self.base_layer.bias)
+        if not self.enabled:
+            return y
+        saved = self.saved_tensors()
+        h = F.linear(self.in_adapter_precision(x), saved["lora_A.weight"])  # (..., 2 r)
+        return (y + F.linear(h, saved["lora_B.weight"]) * self.scaling).to(y.dtype)
+
+    def unwrapped(self) -> nn.Linear:
+        """Return the linear layer inside. Raises ValueError unless the adapter is merged."""
+        if not self.merged:
+            raise ValueError("the start of A and B was taken out of W; merge it first")
+        return self.base_layer
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """Return B A - B0 A0 = [B, -B0] [A; A0], an adapter of W itself, as PEFT converts it."""
+        return {
+            "lora_A.weight": torch.cat([self.lora_A.weight, self.initial_A]),
+            "lora_B.weight": torch.cat([self.lora_B.weight, -self.initial_B], dim=1),
+        }
+
+    def saved_config(self) -> LoRAConfig:
+        return stacked(self.config, 2)

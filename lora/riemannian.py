@@ -1,0 +1,43 @@
+"""Riemannian preconditioning: let a step depend on the product B A, not on how it is split."""
+
+import torch
+from torch import nn
+
+from lora.inject import lora_layers
+
+DAMPING = 1e-6  # delta, as in the authors' code
+
+
+@torch.no_grad()
+def precondition(model: nn.Module) -> None:
+    """Precondition the gradients of A and B in every LoRA layer (Zhang & Pilanci 2024,
+    https://arxiv.org/abs/2402.02347); an optimizer then takes its step with them:
+
+    dA <- (B^T B + delta I)^-1 dA    dB <- dB (A A^T + delta I)^-1
+
+    B A = (B R^-1) (R A) for every invertible R (r, r). A gradient step changes the product in
+    another way for each R; a preconditioned one does not, up to delta. Slices are preconditioned
+    each by itself. Other gradients, such as those of DoRA's vectors, stay.
+
+    Computed in fp64, since B^T B can be nearly singular; on MPS, which has none, in fp32.
+    """
+    for layer in lora_layers(model).values():
+        weight_b = next(layer.lora_B.parameters())  # (out, r), or a block (d, r) for each of n
+        weight_a = layer.lora_A.weight  # (r, in), or (n r, in)
+        assert weight_a.grad is not None
+        assert weight_b.grad is not None
+
+        wide = torch.float32 if weight_a.device.type == "mps" else torch.float64
+        b = weight_b.to(wide).view(-1, *weight_b.shape[-2:])  # (n, d, r)
+        a = weight_a.to(wide).view(len(b), -1, weight_a.shape[1])  # (n, r, in)
+        db = weight_b.grad.to(wide).view_as(b)
+        da = weight_a.grad.to(wide).view_as(a)
+
+        weight_a.grad.copy_((damped_inverse(b.mT @ b) @ da).view_as(weight_a))
+        weight_b.grad.copy_((db @ damped_inverse(a @ a.mT)).view_as(weight_b))
+
+
+def damped_inverse(gram: torch.Tensor) -> torch.Tensor:
+    """Return (G + delta I)^-1 for each G (n, r, r). On a GPU, nothing waits for its error."""
+    gram.diagonal(dim1=-2, dim2=-1).add_(DAMPING)
+    return torch.linalg.inv_ex(gram).inverse

@@ -1,0 +1,120 @@
+"""Compare Riemannian preconditioning with PEFT's, with its definition, and with what it is for."""
+
+from shlex import split
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora.inject import inject, lora_layers
+from lora.riemannian import precondition
+from lora.variants import make_config, make_layer
+from model.weights import load_gpt2
+from tests import runs
+from tests.helpers import relative_difference
+from tests.pairs import IDS, parameters, randomize
+from train import learning_rate
+
+optimizers = pytest.importorskip("peft.optimizers", reason="an old PEFT")
+SMALL = split("--max-steps 12 --batch-size 4 --lr 3e-3 --clip 0.1 --riemannian")
+
+
+@pytest.mark.skipif(not hasattr(optimizers, "create_riemannian_optimizer"), reason="an old PEFT")
+@pytest.mark.parametrize("options", ["", "--use-dora --target-modules c_attn c_proj"])
+def test_a_run_in_fp64_is_pefts(base, book, tmp_path, options):
+    """PEFT inverts by an SVD, and so differs in the last digits; rounding must not hide more."""
+    argv = (*SMALL, *split(options), *runs.NO_DROPOUT["lora"])
+    ours = runs.trainer("lora", base, book, tmp_path, *argv, fast=False)
+    ours.model.double()
+    made = ours.options
+    stock = runs.stock_linear_model(base)
+    torch.manual_seed(made.seed)
+    fields = {"r": 8, "lora_alpha": 16, "target_modules": list(made.lora.target_modules)}
+    config = peft.LoraConfig(**fields, use_dora=bool(getattr(made.lora, "use_dora", False)))
+    theirs = peft.get_peft_model(stock, config).double().train()
+    for module in theirs.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for block in theirs.base_model.model.transformer.h:
+        block.attn.attn_dropout.p = 0.0
+        block.attn.config.attn_pdrop = 0.0
+    optimizer = optimizers.create_riemannian_optimizer(
+        theirs, torch.optim.AdamW, lr=made.lr, reg=1e-6, weight_decay=made.weight_decay
+    )
+
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    batches = list(ours.batches())
+    ours.meter.restart()
+    for step, batch in enumerate(batches):
+        ours.step(batch)
+        inputs, targets = ours.data.training.batch(batch)
+        F.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1), targets.flatten()).backward()
+        norm = nn.utils.clip_grad_norm_(trained, made.clip)
+        assert norm > made.clip  # so that the order of clipping and preconditioning counts
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step, len(batches), made.lr, made.warmup_ratio
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = parameters(theirs.base_model.model.transformer)
+    assert expected.keys() == parameters(ours.model).keys() and len(expected) >= 4
+    for name, parameter in parameters(ours.model).items():
+        assert relative_difference(parameter, expected[name]) < 1e-6, name
+
+
+def with_gradients(base, targets):
+    model = load_gpt2(base)
+    inject(model, make_config(r=3, lora_dropout=0.0, target_modules=targets), make_layer)
+    randomize(model)
+    model.hidden(IDS).square().sum().backward()
+    return model
+
+
+def change(layer):
+    """Return how a gradient step changes B A, to first order: dB A + B dA, (out, in) in fp64."""
+    b = layer.lora_B.weight.detach().double()
+    a = layer.lora_A.weight.detach().double()
+    factor = next(layer.lora_B.parameters())
+    db = torch.zeros_like(b)
+    if factor.ndim == 2:
+        db = factor.grad.double()
+    else:  # each slice's block lies in its rows and its columns
+        d = factor.shape[1]
+        for i, place in enumerate(layer.lora_B.places):
+            db[place * d : (place + 1) * d, 3 * i : 3 * i + 3] = factor.grad[i].double()
+    return db @ a + b @ layer.lora_A.weight.grad.double()
+
+
+@pytest.mark.parametrize("targets", [("c_attn", "mlp.c_proj"), ("c_attn.q", "c_attn.v")])
+def test_a_step_projects_the_gradient_however_the_product_is_split(base, targets):
+    """dB A + B dA is G P_A + P_B G, with G the product's gradient and P the projections on the rows
+    of A and the columns of B, slice by slice: no split changes it.
+    """
+    plain, model = (with_gradients(base, targets) for _ in range(2))
+    stretch = torch.diag(torch.tensor([5.0, 1.0, 0.2]))
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            b = next(layer.lora_B.parameters())
+            a = layer.lora_A.weight
+            split_a = a.view(-1, 3, a.shape[1])
+            a.copy_((stretch @ split_a).view_as(a))
+            b.copy_(b @ stretch.inverse())
+    model.zero_grad()
+    model.hidden(IDS).square().sum().backward()
+    for one, other in zip(lora_layers(plain).values(), lora_layers(model).values(), strict=True):
+        assert relative_difference(change(other), change(one)) > 0.1
+    precondition(plain)
+    precondition(model)
+    for one, other in zip(lora_layers(plain).values(), lora_layers(model).values(), strict=True):
+        assert relative_difference(change(other), change(one)) < 1e-3
+
+
+def test_the_option_changes_the_steps_alone(base, book, tmp_path):
+    argv = ("--max-steps", "4", "--batch-size", "4", "--lr", "3e-3")
+    plain = runs.trained("lora", base, book, tmp_path / "plain", *argv)
+    other = runs.trained("lora", base, book, tmp_path / "other", *argv, "--riemannian")
+    assert other.column("loss")[0] == plain.column("loss")[0]
+    assert other.column("grad_norm")[0] == plain.column("grad_norm")[0]
+    assert other.column("loss")[2] != plain.column("loss")[2]
