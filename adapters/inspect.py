@@ -17,7 +17,7 @@ from adapters.quantisation import NONE
 from adapters.spectra import INTRUDER, amplification, cosines
 from common.cli import Parser, print_table
 from common.errors import run_command
-from common.figures import GREY, can_draw, save_figure, subplots
+from common.figures import INK, can_draw, save_figure, subplots
 from lora.inject import lora_layers
 from lora.targets import full_name
 from model.gpt2 import GPT2
@@ -144,7 +144,7 @@ def draw(
         axes.set(xlabel="k")
     label_rows(grid)
     ticks = range(0, blocks, 1 + blocks // 12)
-    figure.colorbar(colours, ax=grid[0], label="block", ticks=ticks)
+    figure.colorbar(colours, ax=grid, label="block", ticks=ticks)
     figure.suptitle(title, parse_math=False)  # a $ in a path is a $
     save_figure(figure, path)
     print(f"drawn in {path}")
@@ -164,7 +164,7 @@ def label_rows(grid: Any) -> None:
     grid[1][0].set(ylabel="largest cosine of W + change's k-th\nsingular vector with any of W's")
     for axes in grid[1]:
         axes.set(ylim=(0, 1.03))
-        axes.axhline(INTRUDER, color=GREY, linestyle="--")
+        axes.axhline(INTRUDER, color=INK, linewidth=1, linestyle="--")
     grid[2][0].set(ylabel="amplification factor", ylim=(0, None))
     for axes in grid[2]:
         axes.set(xlabel="block")

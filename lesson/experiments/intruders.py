@@ -7,11 +7,16 @@ Measured: how many of the ten largest singular vectors of each changed weight ar
 (Shuttleworth et al. 2024); the validation perplexity; what was forgotten, by the KL from the base.
 """
 
+import argparse
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
+import numpy as np
+
+from common.figures import FULL, LORA, OTHER, name_line
 from lesson.experiments.changes import taken_apart
-from lesson.experiments.common import parse
+from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, finetune
 
 # A run's name: its method and its options.
@@ -28,13 +33,69 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
-    measure = taken_apart(args.short)
+SHOWN = ("r = 1", "r = 8")  # of RUNS, in the picture's panels
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return by run and seed the number of intruders, [perplexity, KL], and these again by the
+    factor with which the intruders, or the whole change, were scaled.
+    """
     data = {}
     for name, (method, options) in RUNS.items():
-        data[name] = finetune(method, args.seeds, args.short, measure, **options)
+        found = finetune(method, args.seeds, args.short, taken_apart(args.short), **options)
+        for run in found:
+            run["intruders"] = sum(layer["intruders"] for layer in run["layers"])
+            run["weights"] = len(run.pop("layers"))
+        data[name] = found
     return data
+
+
+def kl_at(perplexity: float, run: dict[str, Any]) -> float:
+    """Return the KL that the whole change has where, scaled down, it has this perplexity; nan if it
+    never has.
+    """
+    points = [run["scores"], *run["change scaled"].values()]  # (perplexity, KL), from 1 down
+    least = min(range(len(points)), key=lambda i: points[i][0])
+    x, y = zip(*points[least:], strict=True)
+    return float(np.interp(perplexity, x, y, left=np.nan, right=np.nan))
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the intruders of each run; then forgetting by perplexity as either part is scaled."""
+    figure, (left, *others) = panels(
+        "Intruder dimensions, and what it costs to scale them (mini)",
+        "intruders among each weight's\n10 largest singular vectors",
+        *(f"{name}: KL from the base,\nnats per token" for name in SHOWN),
+    )
+    for row, (name, found) in enumerate(data.items()):
+        colour = FULL if name.startswith("full") else LORA
+        counts = [run["intruders"] for run in found]
+        left.plot([min(counts), max(counts)], [row, row], color=colour, linewidth=4)
+        left.plot(mean(counts), row, "o", color=colour)
+    left.set_yticks(range(len(data)), list(data))
+    left.invert_yaxis()
+    left.set(xlabel="in all weights: mean, min and max of seeds")
+
+    for axis, name in zip(others, SHOWN, strict=True):
+        found = data[name]
+        start = np.mean([run["scores"] for run in found], axis=0)
+        for part, colour in (("intruders scaled", OTHER), ("change scaled", LORA)):
+            points = [start]
+            for factor in found[0][part]:
+                points.append(np.mean([run[part][factor] for run in found], axis=0))
+                if factor in ("0.75", "0.8"):
+                    name_line(axis, f"{part[:-7]} x {factor}", points[-1], colour)
+            x, y = np.transpose(points)
+            axis.plot(x, y, ".-", color=colour)
+        axis.plot(*start, "o", color=LORA)
+        axis.set(
+            xlabel="validation perplexity", xlim=(start[0] - 0.5, start[0] + 5), ylim=(0, None)
+        )
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("intruders", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ Measured: the validation perplexity; with three seeds at the best rate and at it
 
 import argparse
 from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import Any
 
-from lesson.experiments.sweep import ALL, Runs, finetune, scored, tune
+from common.figures import FULL, LORA, draw_at, shades
+from lesson.experiments.common import experiment, panels
+from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
 
 FIXED: dict[str, Any] = {"lora_alpha": 16}
 # The rules agree at rank 8, where each gives s = 2. s is alpha / r, or alpha / sqrt(r) for rsLoRA.
@@ -58,3 +61,36 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             data[rule][r] = curve("lora", RATES, guess, args, r=r, target_modules=ALL, **chosen)
     data["full"] = curve("full", FULL_RATES, FULL_GUESS, args)
     return data
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the perplexity by rate: a panel for each rule, a shade for each rank, full beside it."""
+    figure, axes = panels("The rate, by rank and rule (mini, all four layers)", *RULES)
+    for axis, rule in zip(axes, RULES, strict=True):
+        draw_curve(axis, data["full"], FULL, "full")
+        for (r, runs), colour in zip(
+            data[rule].items(), shades(LORA, len(data[rule])), strict=True
+        ):
+            draw_curve(axis, runs, colour, f"r = {r}")
+        axis.set(xscale="log", xlabel="peak learning rate", ylim=(24, 46))
+        draw_at(axis.xaxis, (1e-3, 1e-2), ("1e-3", "1e-2"))
+    axes[0].set(ylabel="validation perplexity")
+    axes[0].legend()
+    return figure
+
+
+def draw_curve(axis: Any, runs: dict[str, list[float]], colour: str, label: str) -> None:
+    """Draw the mean over the seeds by rate, and a ring around the best."""
+    rates = [float(lr) for lr in runs]
+    means = [mean(found) for found in runs.values()]
+    axis.plot(rates, means, ".-", color=colour, label=label)
+    best = best_rate(runs)
+    axis.plot(float(best), mean(runs[best]), "o", color=colour, markersize=9, fillstyle="none")
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("scaling", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
