@@ -2,6 +2,7 @@
 # make train-full            the same, training every weight
 # make compare               table and picture of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
+# make explore               a page on this machine: what did the adapter learn?
 # make sweep                 train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
 # make parity                this project against PEFT and transformers, number by number
 # make bench                 how fast and how small, beside PEFT and transformers (ARGS=--quick)
@@ -15,8 +16,9 @@
 #
 # Variables: BASE (auto, gpt2, mini, a directory, or OWNER/NAME on the hub), BOOK (a text file, or a
 # directory of .txt files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON
-# lines, in place of BOOK), OUT (a directory), LR, R and SEEDS (of training: --lr, --r and --seed),
-# ADAPTER (of generate; default: OUT, else runs/lora), ARGS (any further options of the command).
+# lines, in place of BOOK), OUT (a directory), RECIPE (of LoRA: reference or best), LR, R and SEEDS
+# (of training: --lr, --r and --seed), ADAPTER (of generate and explore; default: OUT, else
+# runs/lora), ARGS (any further options of the command).
 
 .NOTPARALLEL: # `make train-lora train-full compare` goes in this order, whatever -j says
 PYTHON ?= python3
@@ -38,11 +40,12 @@ export _MODEL := $(value MODEL)
 BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
 DATA_OPTION := $(if $(value DATA),--data "$$_DATA")
 TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT),--out "$$_OUT") \
-	$(if $(LR),--lr $(LR)) $(if $(R),--r $(R)) $(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
+	$(if $(RECIPE),--recipe $(RECIPE)) $(if $(LR),--lr $(LR)) $(if $(R),--r $(R)) \
+	$(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
-.PHONY: help setup train-lora train-full compare generate figures test test-lowest lint parity \
-	sweep bench example verify-gpu reference fault pretrain-mini clean
+.PHONY: help setup train-lora train-full compare generate explore figures test test-lowest lint \
+	parity sweep bench example verify-gpu reference fault pretrain-mini clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -72,6 +75,9 @@ compare: .venv/run
 
 generate: .venv/run
 	$(PY) generate.py --base "$$_BASE" --adapter "$$_ADAPTER" --with-base --prompt "$$_PROMPT" $(ARGS)
+
+explore: .venv/run
+	$(PY) -m lesson.explore --base "$$_BASE" "$$_ADAPTER" $(ARGS)
 
 sweep: .venv/run
 	$(PY) -m training.sweep $(or $(METHOD),lora) $(TRAIN_OPTIONS)

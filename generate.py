@@ -187,22 +187,16 @@ def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     print(ready, end="", flush=True)
     for line in sys.stdin:
         turns.append(("User", line.strip()))
-        ids = ask(turns, tokenizer)
+        ids, _ = encode(turns, tokenizer, ask=True)
         while len(ids) > room and len(turns) > 1:
             del turns[:2]
-            ids = ask(turns, tokenizer)
+            ids, _ = encode(turns, tokenizer, ask=True)
         answer = ""
         for _, text in stream(model, tokenizer, [ids], args, [generator]):
             print(text if answer.strip() else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
         turns.append(("Assistant", answer.strip()))
-
-
-def ask(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> np.ndarray:
-    """Return the ids (T,) of the conversation so far and of the assistant's name."""
-    ids, _ = encode(turns, tokenizer)
-    return np.append(ids, tokenizer.encode("Assistant:"))
 
 
 def stream(

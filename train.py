@@ -22,6 +22,7 @@ from tqdm import tqdm
 from adapters.files import save_adapter
 from common.device import Device, tune_process
 from common.errors import run_command
+from data.instructions import CHAT_TEMPLATE
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.inject import adapter_disabled
@@ -31,7 +32,7 @@ from lora.riemannian import precondition
 from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.hub import find_base
-from model.tokenizer_files import save_tokenizer
+from model.stock import save_tokenizer
 from model.weights import save_gpt2
 from training.build import Data, build_model, load_data, prepare_device, resolve
 from training.directory import refuse_inputs_as_output, refuse_used_directory
@@ -59,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if ranks.first:
             refuse_inputs_as_output(asked, directory)
 
-        options = resolve(asked, base, device)
-        trainer = make_trainer(options, directory, device, ranks)
+        data = load_data(asked, directory)
+        options = resolve(asked, base, device, data)
+        trainer = make_trainer(options, directory, data, device, ranks)
         print(describe_parameters(trainer.model))
-        tokens = trainer.data.training.tokens, trainer.data.validation.tokens
+        tokens = data.training.tokens, data.validation.tokens
         identity = run_identity(options, directory, *tokens)
         with Session(options, device, ranks, identity) as session:
             if not session.finished:
@@ -70,12 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_trainer(
-    options: Options, directory: Path, device: Device, ranks: Ranks = ALONE
+    options: Options, directory: Path, data: Data, device: Device, ranks: Ranks = ALONE
 ) -> "Trainer":
-    """Build the model from the base in `directory`, make it fast, and load the data."""
+    """Build the model from the base in `directory`, and make it fast."""
     model = build_model(options, directory, device.dtype)
     accelerate(model)
-    data = load_data(options, directory, model.config)
     return Trainer(options, model, data, device, ranks)
 
 
@@ -110,7 +111,7 @@ class Trainer:
         # One group, or two under LoRA+; each has `scale`, the factor of its learning rate.
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=options.lr, weight_decay=options.weight_decay, fused=True
+            groups, lr=options.peak_lr, weight_decay=options.weight_decay, fused=True
         )
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
         fp16 = device.precision == "fp16"
@@ -167,7 +168,9 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(self.parameters.values(), options.clip or math.inf)
         if options.riemannian:
             precondition(self.model)
-        lr = learning_rate(self.progress.step, self.total_steps, options.lr, options.warmup_ratio)
+        lr = learning_rate(
+            self.progress.step, self.total_steps, options.peak_lr, options.warmup_ratio
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         self.scaler.step(self.optimizer)
@@ -315,14 +318,16 @@ def validate(trainer: Trainer, session: Session) -> dict[str, float]:
 
 
 def save_model(trainer: Trainer, base_sha256: str) -> None:
-    """Write the adapter, or the whole model, to `--out`."""
+    """Write the adapter, or the whole model, with its tokenizer to `--out`."""
     options = trainer.options
+    model = trainer.model
+    tokenizer = trainer.data.tokenizer
     if options.lora:
-        save_adapter(trainer.model, options.lora, options.out, options.base, base_sha256)
+        save_adapter(model, options.lora, options.out, options.base, base_sha256)
     else:
-        tokenizer = trainer.data.tokenizer
-        save_gpt2(trainer.model, options.out, end_of_text=tokenizer.end_of_text)
-        save_tokenizer(tokenizer, options.out)
+        save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
+    template = CHAT_TEMPLATE if options.data else None
+    save_tokenizer(tokenizer, options.out, model.config.n_positions, template)
 
 
 if __name__ == "__main__":

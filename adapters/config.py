@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import brief, check_number, read_json
 from lora.layer import LoRAConfig
 from lora.variants import config_fields, make_config
-from model.hub import split_revision
+from model.hub import split_revision, stock_name
 
 CONFIG = "adapter_config.json"
 BLOCKS = "layers_to_transform"
@@ -84,10 +84,12 @@ def stored_fields(directory: Path) -> dict[str, Any]:
 
 
 def peft_config(config: LoRAConfig, fields: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """Return the content of PEFT's file for `config` and `model_fields`; `base`, the base's name,
-    is informational.
+    """Return the content of PEFT's file for `config` and `model_fields`.
+
+    Stock PEFT loads the base by the name in it, `stock_name(base)`; here it is informational. There
+    is no `peft_version`: PEFT fills it in, and warns of it before 0.18.
     """
-    name, revision = split_revision(base)
+    name, revision = split_revision(stock_name(base))
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": name,

@@ -114,10 +114,12 @@ def write_factors(
     directory: Path,
     base: str,
     base_sha256: str,
+    quantised: str | None = None,
 ) -> None:
     """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r.
 
-    `fields` are the model's (`model_fields`), or those of an adapter that was read.
+    `fields` are the model's (`model_fields`), or those of an adapter that was read. `quantised`
+    says how the base was, while it was trained.
     """
     rank = next(iter(factors.values())).rank
     tensors = {}
@@ -126,4 +128,4 @@ def write_factors(
         tensors[a_key] = a
         tensors[b_key] = b
     config = LoRAConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=tuple(factors))
-    write_adapter(tensors, config, fields, directory, base, base_sha256)
+    write_adapter(tensors, config, fields, directory, base, base_sha256, quantised)

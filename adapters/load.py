@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import brief, file_sha256
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
-from model.hub import REPOSITORIES, find_adapter, find_base
+from model.hub import MINI_NAME, REPOSITORIES, find_adapter, find_base
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2, weights_path
@@ -50,7 +50,7 @@ def named_base(adapter: Path) -> str:
     for name, repository in REPOSITORIES.items():
         if named in (name, repository):
             return name
-    if named == "mini":
+    if named in ("mini", MINI_NAME):
         return "mini"
     raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's directory")
 

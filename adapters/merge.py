@@ -6,14 +6,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapters.load import add_model_options, load_model
+from adapters.card import merge_card, save_card
+from adapters.load import Loaded, add_model_options, load_model
 from common.cli import Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
-from common.files import new_directory, refuse_existing
+from common.files import new_directory, open_file, refuse_existing
 from lora.inject import lora_layers
 from lora.quantised import dequantise
-from model.tokenizer_files import save_tokenizer
+from model.hub import find_adapter
+from model.stock import save_tokenizer
+from model.tokenizer_files import TEMPLATE
 from model.weights import save_gpt2
 
 
@@ -66,19 +69,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--adapter is missing: there is nothing to merge")
     refuse_existing(args.out)
 
-    base, model, tokenizer = load_model(args.base, args.adapter, quantise=args.quantise)
-    dequantise(model)  # the adapter corrects these weights, errors included
     dtype = PRECISIONS[args.precision]
-    merge(model)
-    if args.adapter and args.precision != "fp32":
-        share = rounding_cost(model, dtype)
-        print(f"{dtype}: rounding changes the update by {share:.1%} of its norm; fp32 keeps it all")
-    unwrap(model)
+    base, model, tokenizer = load_merged(args.base, args.adapter, dtype, args.quantise)
+    template = chat_template(args.adapter) if args.adapter else None
     with new_directory(args.out) as directory:
         save_gpt2(model, directory, dtype, tokenizer.end_of_text)
-        save_tokenizer(tokenizer, directory)
+        save_tokenizer(tokenizer, directory, model.config.n_positions, template)
+        save_card(directory, merge_card(args.out.resolve().name, base, bool(args.adapter)))
     merged = f"{base} + {args.adapter}" if args.adapter else base
     print(f"{merged} -> {args.out}")
+
+
+def load_merged(
+    base: str, adapter: Path | None, dtype: torch.dtype, quantise: str | None
+) -> Loaded:
+    """Load a base in fp32, as plain layers, with the adapter, if any, merged into it.
+
+    Prints how much of the adapter's update a file in `dtype` rounds away.
+    """
+    loaded = load_model(base, adapter, quantise=quantise)
+    dequantise(loaded.model)  # the adapter corrects these weights, errors included
+    merge(loaded.model)
+    if adapter and dtype != torch.float32:
+        share = rounding_cost(loaded.model, dtype)
+        print(f"{dtype}: rounding changes the update by {share:.1%} of its norm; fp32 keeps it all")
+    unwrap(loaded.model)
+    return loaded
+
+
+def chat_template(adapter: Path) -> str | None:
+    """Return the template of the conversations on which an adapter was trained, if there is one."""
+    path = find_adapter(str(adapter)) / TEMPLATE
+    if not path.exists():
+        return None
+    with open_file(path) as file:
+        return file.read().decode(errors="replace")
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:

@@ -58,7 +58,7 @@ def tokenizer(base: Path) -> Tokenizer:
 def data(made: Options) -> tuple[Windows, Windows]:
     """Return the windows of the book's two parts; `--base` is a directory."""
     base = Path(made.base)
-    loaded = load_data(made, base, load_config(base))
+    loaded = load_data(made, base)
     assert isinstance(loaded.training, Windows)
     assert isinstance(loaded.validation, Windows)
     return loaded.training, loaded.validation
@@ -72,11 +72,12 @@ def make_trainer(asked: Options, ranks: Ranks = ALONE, fast: bool = True) -> tra
     base = Path(asked.base)
     device = Device.pick(asked.device, asked.precision, train=True)
     device.set_tf32(asked.allow_tf32)
-    made = resolve(asked, asked.base, device)
+    loaded = load_data(asked, base)
+    made = resolve(asked, asked.base, device, loaded)
     if fast:
-        return train.make_trainer(made, base, device, ranks)
+        return train.make_trainer(made, base, loaded, device, ranks)
     model = build_model(made, base, device.dtype)
-    return train.Trainer(made, model, load_data(made, base, model.config), device, ranks)
+    return train.Trainer(made, model, loaded, device, ranks)
 
 
 def step(trainer: train.Trainer, batch: np.ndarray) -> float:

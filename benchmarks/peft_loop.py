@@ -100,7 +100,7 @@ def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., 
     """Return a function that trains on one batch and returns its mean loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
+        parameters, lr=args.peak_lr, weight_decay=args.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.precision == "fp16")
     model.train()
@@ -151,8 +151,8 @@ def learning_rate(step: int, steps: int, args: Options) -> float:
     """Return the learning rate: linear warm-up, then half a cosine to zero."""
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:
-        return args.lr * (step + 1) / warmup
-    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return args.peak_lr * (step + 1) / warmup
+    return args.peak_lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 def adapter_tensors(model: StockModel) -> dict[str, Tensor]:

@@ -144,6 +144,17 @@ def check_number(
     raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
 
 
+def without_place(path: Path) -> str:
+    """Return the path from the working directory, or the name alone if it lies elsewhere.
+
+    A file that may be published names paths so: a whole path tells of a machine and its user.
+    """
+    relative = os.path.relpath(path)
+    if relative.startswith(os.pardir):
+        return os.path.basename(os.path.abspath(path))
+    return relative
+
+
 def refuse_existing(out: Path) -> None:
     """Raise UserError unless `out` is a new or empty directory, for `new_directory`."""
     if not os.path.lexists(out):

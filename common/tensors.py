@@ -105,12 +105,18 @@ def write_tensors(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key, tensor in tensors.items():
-            value = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-            if not _is_finite(value):
-                raise RunError(
-                    f"{key} holds numbers that are not finite in {value.dtype}; not written"
-                )
-            file.write(value.flatten().view(torch.uint8).numpy().data)
+            file.write(tensor_bytes(key, tensor, dtype or tensor.dtype))
+
+
+def tensor_bytes(key: str, tensor: Tensor, dtype: torch.dtype) -> memoryview:
+    """Return a tensor's numbers in `dtype`, as a file holds them.
+
+    Raises RunError, naming the tensor, for a number that is not finite.
+    """
+    value = tensor.detach().to("cpu", dtype).contiguous()
+    if not _is_finite(value):
+        raise RunError(f"{key} holds numbers that are not finite in {dtype}; not written")
+    return value.flatten().view(torch.uint8).numpy().data
 
 
 def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], object]]:

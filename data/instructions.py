@@ -3,37 +3,62 @@
     {"prompt": "Who keeps the light?", "completion": "You do."}
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
+    {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-are the same. The third role is `system`. Any other key is refused. White space around a content is
+are the same; the third form is a question of `data/choices.py`, and its right answer is the
+completion. The third role is `system`. Any other key is refused. White space around a content is
 dropped; the model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
 
 and is scored on the assistant's content, the space before it and the end-of-text token after it.
-That token ends the assistant's line; the other lines end with a newline.
+That token ends the assistant's line; the other lines end with a newline. `CHAT_TEMPLATE` says the
+same to transformers and other programs.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import brief, open_file
+from data.choices import question
+from data.json_lines import read_lines, refuse_unknown
 from data.tokens import LONGEST_RUN, require_end_of_text
 from data.windows import NOT_SCORED, shuffled
 from model.tokenizer import Tokenizer
 
+Turn = tuple[str, str]  # a name, such as "User", and what is said
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
 FORMS = (
     'the texts "prompt" and "completion", or "messages", a list of '
     '{"role": "user", "assistant" or "system", "content": text}'
 )
+# In Jinja, as transformers and llama.cpp render it. `generation` marks what is scored.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+  {%- set content = message['content'] | trim -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{- 'Assistant:' -}}
+    {%- generation -%}
+      {{- ' ' + content + eos_token -}}
+    {%- endgeneration -%}
+  {%- elif message['role'] == 'user' -%}
+    {{- 'User: ' + content + '\\n' -}}
+  {%- elif message['role'] == 'system' -%}
+    {{- 'System: ' + content + '\\n' -}}
+  {%- else -%}
+    {{- raise_exception('the roles are user, assistant and system') -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- 'Assistant:' -}}
+{%- endif -%}
+"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,7 @@ class Instructions:
     """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
 
     rows: list[np.ndarray]
+    passes_per_epoch: ClassVar[float] = 1.0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,17 +107,11 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     skipped. Raises UserError, naming the line, if it is not an example, or if its last completion
     alone is longer than a block.
     """
-    rows = []
-    with open_file(path) as file:
-        lines = iter(lambda: file.readline(LONGEST_RUN + 1), b"")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(_row(line, tokenizer, block_size))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}") from error
 
+    def read(example: dict) -> np.ndarray:
+        return make_row(_turns(example), tokenizer, block_size)
+
+    rows = read_lines(path, read)
     longer = sum(row.shape[1] > block_size for row in rows)
     if longer:
         print(
@@ -101,9 +121,12 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     return [row[:, -block_size:] for row in rows]
 
 
-def _row(line: bytes, tokenizer: Tokenizer, block_size: int) -> np.ndarray:
-    """Return an example's inputs over its targets, (2, T). Raises ValueError for a bad line."""
-    ids, scored = encode(_turns(line), tokenizer)
+def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np.ndarray:
+    """Return an example's inputs over its targets, (2, T), however long its beginning.
+
+    Raises ValueError if its last completion is longer than a block.
+    """
+    ids, scored = encode(turns, tokenizer)
     if scored[-block_size - 1 :].all():
         raise ValueError(
             f"its completion is longer than a block of {block_size}; "
@@ -113,36 +136,41 @@ def _row(line: bytes, tokenizer: Tokenizer, block_size: int) -> np.ndarray:
     return np.stack((ids[:-1], labels[1:]))
 
 
-def encode(turns: list[tuple[str, str]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    turns: Sequence[Turn], tokenizer: Tokenizer, ask: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the token ids (N,) of turns such as ("User", "Who?"), and a mask of those scored.
 
+    With `ask`, the assistant's name follows, for a model to go on from. What is between two scored
+    parts is tokenized as one text: an empty content's space and the new line can be one token.
     Only the last `LONGEST_RUN` characters of a content are read: they fill any context, and
     tiktoken's regex overflows on a million spaces.
     """
     ids: list[int] = []
     scored: list[bool] = []
+
+    def add(tokens: list[int], is_scored: bool) -> None:
+        ids.extend(tokens)
+        scored.extend([is_scored] * len(tokens))
+
+    given = ""
     for name, whole in turns:
         content = whole[-LONGEST_RUN:]
-        head = tokenizer.encode(f"{name}:").tolist()
-        is_scored = name == "Assistant"
-        if is_scored:
-            body = tokenizer.encode(f" {content}").tolist()
-            body.append(require_end_of_text(tokenizer))
-        else:
-            body = tokenizer.encode(f" {content}\n").tolist()
-        ids += head + body
-        scored += [False] * len(head) + [is_scored] * len(body)
+        if name != "Assistant":
+            given += f"{name}: {content}\n"
+            continue
+        add(tokenizer.encode(f"{given}Assistant:").tolist(), False)
+        end = require_end_of_text(tokenizer)
+        add([*tokenizer.encode(f" {content}").tolist(), end], True)
+        given = ""
+    if ask:
+        given += "Assistant:"
+    add(tokenizer.encode(given).tolist(), False)
     return np.array(ids, dtype=np.int32), np.array(scored)
 
 
-def _turns(line: bytes) -> list[tuple[str, str]]:
-    """Return an example's turns. Raises ValueError if the line is not an example."""
-    try:
-        example = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes ({error})"
-        ) from error
+def _turns(example: dict) -> list[Turn]:
+    """Return an example's turns. Raises ValueError if it is not an example."""
     try:
         turns = [_turn(message) for message in _messages(example)]
     except (AttributeError, KeyError, TypeError) as error:
@@ -155,26 +183,23 @@ def _turns(line: bytes) -> list[tuple[str, str]]:
 
 
 def _messages(example: dict) -> list[dict]:
-    """Return an example's messages, whichever of the two forms it has."""
+    """Return an example's messages, whichever of the three forms it has."""
     if "messages" in example:
-        _refuse_unknown(example, {"messages"})
+        refuse_unknown(example, {"messages"}, FORMS)
         return example["messages"]
-    _refuse_unknown(example, {"prompt", "completion"})
-    return [
-        {"role": "user", "content": example["prompt"]},
-        {"role": "assistant", "content": example["completion"]},
-    ]
+    if "choices" in example:
+        asked = question(example)
+        prompt = asked.prompt
+        completion = asked.choices[asked.answer]
+    else:
+        refuse_unknown(example, {"prompt", "completion"}, FORMS)
+        prompt = example["prompt"]
+        completion = example["completion"]
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def _turn(message: dict) -> tuple[str, str]:
+def _turn(message: dict) -> Turn:
     if message.get("weight", 1) != 1:
         raise ValueError("has a weight, which is not supported: every completion is scored")
-    _refuse_unknown(message, {"role", "content", "weight"})
+    refuse_unknown(message, {"role", "content", "weight"}, FORMS)
     return NAMES[message["role"]], message["content"].strip()
-
-
-def _refuse_unknown(fields: dict, known: set[str]) -> None:
-    """Raise ValueError for a key that would be ignored."""
-    unknown = sorted(fields.keys() - known)
-    if unknown:
-        raise ValueError(f"has the unknown key {brief(unknown[0])}; an example has {FORMS}")

@@ -50,6 +50,11 @@ class Windows:
         last_start = len(self.tokens) - self.block_size - self.label_shift
         return max(0, last_start // self.stride + 1)
 
+    @property
+    def passes_per_epoch(self) -> float:
+        """Return how often an epoch reads each token, on average: where windows overlap, often."""
+        return len(self) * self.block_size / len(self.tokens)
+
     def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, (B, T) int64 each, of the windows with these indices."""
         starts = np.asarray(indices) * self.stride  # (B,)

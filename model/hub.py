@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from common.errors import UserError, first_line
-from common.files import file_sha256
+from common.files import file_sha256, without_place
 from model import tokenizer_files
 from model.weights import CONFIG, PICKLED_WEIGHTS, WEIGHTS, find_weights
 
@@ -26,6 +26,7 @@ REPOSITORIES = {
 }
 HUB_NAMES = tuple(REPOSITORIES)
 MINI = Path(__file__).resolve().with_name("mini")
+MINI_NAME = "./model/mini"  # from the project's directory
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "hub"  # for files placed by hand
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?")
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -82,7 +83,26 @@ def find_adapter(adapter: str) -> Path:
     commit = config.parent.name
     if not any(_fetch(repository, file, commit) for file in ADAPTER_WEIGHTS):
         raise UserError(f"{repository}: holds neither {' nor '.join(ADAPTER_WEIGHTS)}")
+    _fetch(repository, tokenizer_files.TEMPLATE, commit)
     return config.parent
+
+
+def portable_name(base: str) -> str:
+    """Return a base's name for a file that may be published.
+
+    A directory is ./ and its `without_place`, which nobody takes for a repository.
+    """
+    is_name = base in ("mini", *HUB_NAMES)
+    if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
+        return base
+    return f"./{without_place(Path(base))}"
+
+
+def stock_name(base: str) -> str:
+    """Return a base's name as stock libraries take it, in the project's directory for `mini`."""
+    if base == "mini":
+        return MINI_NAME
+    return REPOSITORIES.get(base, portable_name(base))
 
 
 def split_revision(base: str) -> tuple[str, str | None]:

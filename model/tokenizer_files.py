@@ -1,4 +1,4 @@
-"""Load a base's tokenizer from its files, and save them beside a model.
+"""Load a base's tokenizer from its files.
 
 Bases on the hub have `tokenizer.json`, or GPT-2's `vocab.json` with `merges.txt`, or BERT's
 `vocab.txt`, and beside these a few files that name special tokens.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError, first_line
-from common.files import atomic_path, brief, open_file, read_json
+from common.files import brief, open_file, read_json
 from model.tokenizer import (
     END_OF_TEXT,
     LibraryTokenizer,
@@ -30,7 +30,8 @@ WORDS = "vocab.txt"
 SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
-FILES = (FAST, VOCAB, MERGES, WORDS, SETTINGS, SPECIAL, ADDED)
+TEMPLATE = "chat_template.jinja"
+FILES = (FAST, VOCAB, MERGES, WORDS, SETTINGS, SPECIAL, ADDED, TEMPLATE)
 FOREIGN = ("tokenizer.model", "spiece.model")  # SentencePiece's own files
 GPT2_FILES = Path(__file__).with_name("gpt2_tokenizer")
 GPT2_SIZE = 50257
@@ -56,17 +57,6 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
             f"{path}, or a file beside it, is not what Hugging Face writes: "
             f"{type(error).__name__} {error!s:.80}"
         ) from error
-
-
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write the tokenizer's files, as they were when it was loaded; stock transformers loads them.
-
-    What is there already stays.
-    """
-    for name, content in tokenizer.files.items():
-        if not (directory / name).exists():
-            with atomic_path(directory / name) as temporary:
-                temporary.write_bytes(content)
 
 
 def _main_file(directory: Path, vocab_size: int) -> Path:
@@ -109,7 +99,7 @@ def _load_tiktoken(path: Path, vocab_size: int) -> TiktokenTokenizer | None:
     stored = read_json(path) if path.name == FAST else _as_tokenizer_json(path)
     merges = [_pair(pair) for pair in (stored.get("model") or {}).get("merges") or []]
     added = _added_tokens(path.parent, stored.get("added_tokens") or [])
-    if not (_is_gpt2s(stored) and _are_known(merges) and _are_plain(path.parent, added)):
+    if not (is_gpt2s(stored) and _are_known(merges) and _are_plain(path.parent, added)):
         return None
 
     vocab = stored["model"]["vocab"]
@@ -158,7 +148,7 @@ def _pair(pair: str | list[str]) -> tuple[str, str]:
     return first, second
 
 
-def _is_gpt2s(stored: dict) -> bool:
+def is_gpt2s(stored: dict) -> bool:
     """Return whether a `tokenizer.json` is byte-pair encoding with GPT-2's pattern, and no more."""
     model = stored["model"]
     step = stored.get("pre_tokenizer") or {}

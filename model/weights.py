@@ -20,6 +20,7 @@ from common.tensors import read_shapes, read_tensors, write_tensors
 from model.gpt2 import GPT2, GPT2Config
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
@@ -196,7 +197,8 @@ def _check_field(path: Path, field: str, value: object) -> None:
 def save_gpt2(
     model: GPT2, directory: Path, dtype: torch.dtype | None = None, end_of_text: int | None = None
 ) -> None:
-    """Write `config.json` and `model.safetensors` in transformers' own layout, each atomically.
+    """Write `config.json`, `generation_config.json` and `model.safetensors` in transformers' own
+    layout, each atomically.
 
     The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each's own.
     Raises RunError, and leaves what was there, if a number is not finite in `dtype`.
@@ -208,12 +210,11 @@ def save_gpt2(
             value = value.t()
         tensors[f"transformer.{name}"] = value
 
+    config = _stored_config(model.config, dtype or model.wte.weight.dtype, end_of_text)
     with atomic_path(Path(directory) / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, {"format": "pt"}, dtype)
-        write_json(
-            Path(directory) / CONFIG,
-            _stored_config(model.config, dtype or model.wte.weight.dtype, end_of_text),
-        )
+        write_json(Path(directory) / CONFIG, config)
+        write_json(Path(directory) / GENERATION, _generation_config(config))
 
 
 def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
@@ -231,3 +232,11 @@ def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | No
         **token_ids,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+
+
+def _generation_config(config: dict) -> dict:
+    """Return the content of `generation_config.json`: what ends a text, and what pads a batch."""
+    ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ids["eos_token_id"]
+    return {name: token for name, token in ids.items() if token is not None}

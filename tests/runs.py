@@ -60,12 +60,13 @@ class Ending:
 
 @dataclass
 class Run:
-    """Hold a finished training run: its directory, `run.json` and `metrics.jsonl`."""
+    """Hold a finished training run: its directory, `run.json` and `metrics.jsonl`; its base."""
 
     out: Path
     report: dict
     metrics: list[dict]
     stdout: str = ""
+    base: Path | None = None
 
     def column(self, name: str) -> list[float]:
         """Return the metric's values, from the lines that have it."""
@@ -113,14 +114,14 @@ def trained(method: str, base: Path, book: Path, out: Path, *options: object) ->
     """Train with these `arguments`, which must succeed; return the run."""
     ending = run(train.main, *arguments(method, base, book, out, *options))
     assert ending.status == 0, ending.stderr
-    return finished(out, ending.stdout)
+    return finished(out, ending.stdout, base)
 
 
-def finished(out: Path, stdout: str = "") -> Run:
+def finished(out: Path, stdout: str = "", base: Path | None = None) -> Run:
     """Return the run in that directory."""
     report = json.loads((out / "run.json").read_text())
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return Run(out, report, [json.loads(line) for line in lines], stdout)
+    return Run(out, report, [json.loads(line) for line in lines], stdout, base)
 
 
 def trainer(
@@ -129,11 +130,12 @@ def trainer(
     """Make the trainer that `train.main` has before its first step, fast as there or plain."""
     asked = parse_options("-", arguments(method, base, book, out, *options))
     device = Device.pick(asked.device, asked.precision, train=True)
-    made = resolve(asked, str(base), device)
+    data = load_data(asked, base)
+    made = resolve(asked, str(base), device, data)
     if fast:
-        return train.make_trainer(made, base, device)
+        return train.make_trainer(made, base, data, device)
     model = build_model(made, base, device.dtype)
-    return train.Trainer(made, model, load_data(made, base, model.config), device)
+    return train.Trainer(made, model, data, device)
 
 
 def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
@@ -275,7 +277,8 @@ def stock_result(run: Run) -> nn.Module:
     """Load what the run left into stock libraries."""
     if run.report["method"] == "full":
         return stock_model(run.out)
-    return stock_model(run.report["base"], run.out)
+    assert run.base
+    return stock_model(run.base, run.out)
 
 
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

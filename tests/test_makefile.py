@@ -44,8 +44,8 @@ def test_quotes_and_dollars_are_left_alone(made, tmp_path):
 
 
 def test_what_is_not_given_is_the_commands_default(made):
-    said = made("train-lora", "LR=1e-3", "R=4", "SEEDS=2")
-    assert said == split("train.py lora --base auto --lr 1e-3 --r 4 --seed 2")
+    said = made("train-lora", "RECIPE=best", "LR=1e-3", "R=4", "SEEDS=2")
+    assert said == split("train.py lora --base auto --recipe best --lr 1e-3 --r 4 --seed 2")
     assert made("train-full") == ["train.py", "full", "--base", "auto"]
     assert made("train-lora", "ARGS=--book 'a b.txt' c.txt")[4:] == ["--book", "a b.txt", "c.txt"]
     said = made("train-full", "DATA=it's $(X).jsonl")
@@ -53,5 +53,8 @@ def test_what_is_not_given_is_the_commands_default(made):
     assert made("example") == ["-m", "lesson.examples.any_model"]
     said = made("example", "MODEL=it's $(X)", "OUT=a b", "ARGS=--steps 3")
     assert said[2:] == ["--model", "it's $(X)", "--out", "a b", "--steps", "3"]
+    assert made("explore") == split("-m lesson.explore --base auto runs/lora")
+    said = made("explore", "ADAPTER=it's $(X)", "BASE=a b", "ARGS=--port 0")
+    assert said == ["-m", "lesson.explore", "--base", "a b", "it's $(X)", "--port", "0"]
     assert made("parity") == ["-m", "benchmarks.parity"]
     assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]

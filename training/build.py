@@ -19,11 +19,13 @@ from lora.inject import inject
 from lora.lora_ga import LoRAGAConfig
 from lora.quantised import LAYERS
 from lora.variants import make_layer
-from model.gpt2 import GPT2, GPT2Config
+from model.gpt2 import GPT2
+from model.hub import portable_name
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import find_weights, load_config, load_gpt2, weights_path
 from training.options import Options
+from training.recipe import BEST, best_rate, count_passes
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Data:
     tokenizer: Tokenizer
 
 
-def resolve(asked: Options, base: str, device: Device) -> Options:
-    """Return the options with the base, the precision, and an initial adapter's config and
-    quantisation filled in. Raises UserError for LoRA-GA in fp16.
+def resolve(asked: Options, base: str, device: Device, data: Data) -> Options:
+    """Return the options with the base, the precision, an initial adapter's config and
+    quantisation, and the recipe's rate filled in. Raises UserError for LoRA-GA in fp16.
     """
     lora = asked.lora
     adapters = []
@@ -50,7 +52,31 @@ def resolve(asked: Options, base: str, device: Device) -> Options:
             "use --precision bf16 or fp32"
         )
     quantise = choose_quantisation(asked.quantise, adapters)
-    return replace(asked, base=base, precision=device.precision, lora=lora, quantise=quantise)
+    options = replace(
+        asked,
+        base=portable_name(base),
+        precision=device.precision,
+        lora=lora,
+        quantise=quantise,
+        lr=choose_rate(asked, data),
+    )
+    if options.recipe == BEST:
+        print(describe_recipe(options))
+    return options
+
+
+def choose_rate(asked: Options, data: Data) -> float:
+    """Return the peak rate that was asked for, or else the best recipe's."""
+    if asked.lr is not None:
+        return asked.lr
+    return best_rate(count_passes(data.training, asked.epochs, asked.max_steps, asked.batch_size))
+
+
+def describe_recipe(options: Options) -> str:
+    assert options.lora
+    layers = options.lora.target_modules
+    names = layers if isinstance(layers, str) else " ".join(layers)
+    return f"recipe best: lr {options.lr:g}, layers {names}, alpha {options.lora.lora_alpha:g}"
 
 
 def prepare_device(options: Options, device: Device) -> None:
@@ -103,11 +129,12 @@ def load_base(options: Options, directory: Path, dtype: torch.dtype) -> GPT2:
     return GPT2(load_config(directory))
 
 
-def load_data(options: Options, directory: Path, config: GPT2Config) -> Data:
+def load_data(options: Options, directory: Path) -> Data:
     """Load the two parts of the book or, with --data, of the examples.
 
     Raises UserError as `load_books` and `read_examples` do, and for a part that is too short.
     """
+    config = load_config(directory)
     check_block_size(options.block_size, config)
     tokenizer = load_tokenizer(directory, config.vocab_size)
     if options.data:

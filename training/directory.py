@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adapters.card import CARD, is_ours
 from common.errors import RunError, UserError
 from common.files import file_sha256, remove_stale
 from model.tokenizer_files import FILES as TOKENIZER_FILES
@@ -25,9 +26,11 @@ MODEL_FILES = (
     "adapter_model.safetensors",
     "config.json",
     "model.safetensors",
+    "generation_config.json",
     *TOKENIZER_FILES,
 )
-# Everything that a run writes; `--overwrite` removes these names and no others. With this order,
+# Everything that a run writes, but for the model card, which the user may have claimed;
+# `--overwrite` removes these names and no others. With this order,
 # what is left at any moment is an old run that can be resumed, or none.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, IDENTITY, METRICS)
 RUN_ONLY = (RUN, CHECKPOINT, PREVIOUS, IDENTITY, METRICS)  # nothing else writes these names
@@ -116,7 +119,7 @@ class RunDirectory:
             reason = "is a symbolic link" if error.errno == errno.ELOOP else error.strerror
             raise UserError(f"{self.metrics}: cannot be written ({reason})") from error
         self._lock()
-        remove_stale(out, RUN_FILES)
+        remove_stale(out, (*RUN_FILES, CARD))
 
     def _lock(self) -> None:
         try:
@@ -142,6 +145,8 @@ class RunDirectory:
         for name in RUN_FILES:
             if name != METRICS:
                 (self.out / name).unlink(missing_ok=True)
+        if is_ours(self.out / CARD):
+            (self.out / CARD).unlink()
         os.ftruncate(self.file, 0)
 
     def check(self) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 from adapters.quantisation import NONE, QUANTISE
 from common.cli import BASE, DEVICE, PRECISION, Interval, Parser, number, steps_or_seconds
 from common.errors import UserError
+from common.files import without_place
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
 from lora.variants import config_fields, make_config
+from training.recipe import ADAPTERS, BEST, REFERENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
@@ -101,7 +103,11 @@ class Options:
         "parts in which a step's batch is computed, to save memory; the result is the same but "
         "for the dropouts' draws",
     )
-    lr: float = option(3e-4, number(float, 1e-12, 10.0), "peak of the learning rate")
+    lr: float | None = option(  # None: the best recipe's, which depends on the data
+        3e-4,
+        number(float, 1e-12, 10.0),
+        "peak of the learning rate (default: lora, the recipe's; full, 3e-05)",
+    )
     weight_decay: float = option(0.01, number(float, 0.0, 10.0), "AdamW's")
     warmup_ratio: float = option(
         0.06,
@@ -142,6 +148,15 @@ class Options:
     overwrite: bool = option(False, help="replace the run in --out", excludes="state")
 
     # how an adapter is trained
+    recipe: str | None = option(
+        help="what --target-modules, --lora-alpha and --lr are if they are not given. reference: "
+        "c_attn, 16, 3e-4, as in the reference run. best: c_attn c_proj c_fc, 16 whatever the "
+        "rank, and 8e-3 for up to 1.5 passes over the tokens of the training part, else 8e-3 * "
+        "1.5 / passes, at least 1e-3; where windows overlap, an epoch is more than one pass "
+        "(default: best for --data, reference for a book)",
+        choices=tuple(ADAPTERS),
+        method="lora",
+    )
     loraplus_lr_ratio: float | None = option(
         None,
         number(float, 1.0, 1e4),
@@ -169,12 +184,23 @@ class Options:
         method="lora",
     )
 
+    @property
+    def peak_lr(self) -> float:
+        """Return `lr`, which `resolve` has filled in if the recipe chooses it."""
+        assert self.lr is not None
+        return self.lr
+
     def as_json(self) -> dict[str, Any]:
         """Return all of the method's options with their values, in JSON's types."""
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
         if self.lora:
             values |= config_fields(self.lora)
-        return json.loads(json.dumps(values, default=str))  # paths and intervals as strings
+        return json.loads(json.dumps(values, default=_as_text))
+
+
+def _as_text(value: object) -> str:
+    """Return a path, or an interval, for a file that may be published."""
+    return without_place(value) if isinstance(value, Path) else str(value)
 
 
 # The options of an adapter's hyper-parameters: argparse's settings by field. `LoRAConfig`, or the
@@ -190,7 +216,7 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "metavar": "NAME",
         "help": "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear "
-        "(default: c_attn)",
+        "(default: the recipe's)",
     },
     "use_rslora": {
         "action": "store_true",
@@ -267,9 +293,16 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
         typed["book"] = ()
 
     method = typed["method"]
+    defaults = DEFAULTS[method]
+    if method == "full":
+        return Options(**defaults | typed)
+
+    typed.setdefault("recipe", BEST if "data" in typed else REFERENCE)
+    if typed["recipe"] == BEST:
+        defaults = defaults | {"lr": None}
     lora_fields = {name: typed.pop(name) for name in LORA_OPTIONS if name in typed}
-    lora = _lora_config(lora_fields) if method == "lora" else None
-    return Options(lora=lora, **DEFAULTS[method] | typed)
+    lora = _lora_config(ADAPTERS[typed["recipe"]] | lora_fields)
+    return Options(lora=lora, **defaults | typed)
 
 
 def _lora_config(typed: dict[str, Any]) -> LoRAConfig:

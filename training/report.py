@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from adapters.card import run_card, save_card
 from adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from common.errors import UserError
 from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
@@ -65,10 +66,16 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 def write_report(options: Options, report: dict[str, Any]) -> None:
-    """Write `run.json` and draw `loss.png`."""
+    """Write the model card and `run.json`, and draw `loss.png`."""
     best = report["best_val_loss"]
     base = report["base_val_loss"]
-    content = {"base": options.base, **report, "best_val_perplexity": perplexity(best)}
+    content = {
+        "base": options.base,
+        **report,
+        "base_val_perplexity": perplexity(base),
+        "best_val_perplexity": perplexity(best),
+    }
+    save_card(options.out, run_card(options.out.resolve().name, content))
     write_json(options.out / RUN, content)
     draw_loss(options, base, report["start_val_loss"])
 

@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 class PlannedRun(NamedTuple):
     """A run of `train.py` with these arguments, which leaves its results in `out`."""
 
-    setting: Setting
+    r: int | None
     out: Path
     arguments: list[str]
 
@@ -52,13 +52,15 @@ def plan(args: argparse.Namespace, others: list[str]) -> list[PlannedRun]:
 
     Raises UserError if `train.py` would refuse the options of one.
     """
-    default = parse_options("-", [args.method])
+    default = parse_options("-", [args.method, *others])
     rates = args.lr or [default.lr]
     ranks = args.r or [None]
     seeds = args.seed or [default.seed]
     planned = []
     for lr, r, seed in product(_unique(rates), _unique(ranks), _unique(seeds)):
-        options = [f"lr={lr}"]
+        options = []
+        if lr is not None:
+            options.append(f"lr={lr}")
         if r is not None:
             options.append(f"r={r}")
         options.append(f"seed={seed}")
@@ -66,7 +68,7 @@ def plan(args: argparse.Namespace, others: list[str]) -> list[PlannedRun]:
         flags = [f"--{option}" for option in options]
         arguments = [args.method, *others, *flags, f"--out={out}"]
         parse_options("-", arguments)  # a mistake ends the sweep before its first run
-        planned.append(PlannedRun(Setting(lr, r), out, arguments))
+        planned.append(PlannedRun(r, out, arguments))
     return planned
 
 
@@ -187,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = True
         else:
             run = read_run(planned.out)
-            losses.setdefault(planned.setting, []).append(run["best_val_loss"])
+            setting = Setting(run["options"]["lr"], planned.r)
+            losses.setdefault(setting, []).append(run["best_val_loss"])
     if losses:
         report(args.method, losses, args.out)
     return int(failed)

@@ -17,7 +17,7 @@ from common.figures import PAGE_WIDTH, save_figure, subplots
 from common.files import read_json
 from model.hub import find_base
 from train import Trainer, make_trainer
-from training.build import resolve
+from training.build import load_data, resolve
 from training.options import ROOT, Options, parse_options
 
 Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a figure
@@ -73,21 +73,20 @@ def trainer(
     `options` are `train.py`'s, with underscores: `batch_size=8` is `--batch-size 8`.
     """
     device = Device.pick("cpu", precision, train=True)
-    _, directory = find_base("mini")
-    return make_trainer(resolved(method, seed, device, short, options), directory, device)
+    asked = asked_options(method, seed, short, options)
+    base, directory = find_base("mini")
+    data = load_data(asked, directory)
+    return make_trainer(resolve(asked, base, device, data), directory, data, device)
 
 
-def resolved(
-    method: str, seed: int, device: Device, short: bool, options: dict[str, object]
-) -> Options:
-    """Return all of a run's options."""
+def asked_options(method: str, seed: int, short: bool, options: dict[str, object]) -> Options:
+    """Return the options of the run that `trainer` makes."""
     options = {"seed": seed, **options}
     if short:
         options |= SHORT
     if method == "lora":
         options["lora_dropout"] = 0
-    base, _ = find_base("mini")
-    return resolve(train_options(method, options), base, device)
+    return train_options(method, options)
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:

@@ -7,14 +7,16 @@ Measured: the sizes of all gradients of A and B, and the shares of them that fp1
 zero or store with fewer bits.
 """
 
+import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from common.figures import BASE, FULL, LORA, OTHER, subplots
-from lesson.experiments.common import gradient, mean_loss, parse, save, trainer
+from common.figures import INK, LORA, draw_at, name_line, shades
+from lesson.experiments.common import experiment, gradient, mean_loss, panels, trainer
 
 # Powers of two: fp16 rounds to zero what is below ZERO, and stores what is below NORMAL with fewer
 # bits; from INFINITY on it overflows.
@@ -25,7 +27,14 @@ SCALE = 16  # GradScaler's first scale is 2^16
 
 # The picture's ends.
 LEFT = -32
-RIGHT = 20
+RIGHT = 21
+TICKS = (ZERO, NORMAL, 0, INFINITY)
+ZONES = {
+    (LEFT, ZERO): ("#d3d5d9", "fp16: zero"),
+    (ZERO, NORMAL): ("#e9eaec", "fp16: fewer bits\n(subnormal)"),
+    (NORMAL, INFINITY): ("#ffffff", "fp16: all its bits"),
+    (INFINITY, RIGHT): ("#d3d5d9", "infinity"),
+}
 
 SEED = 42
 
@@ -41,33 +50,49 @@ def gradient_powers(short: bool) -> np.ndarray:
     return np.log2(np.abs(gradients) + 2.0**-60)  # a gradient of 0 is far to the left
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     powers = gradient_powers(args.short)
-    data = {
+    found, counts = np.unique(np.floor(powers), return_counts=True)
+    return {
         "gradients": len(powers),
         "median_log2": np.median(powers).item(),
         "seed": SEED,
         "zero_in_fp16": (powers < ZERO).mean().item(),
         "subnormal_in_fp16": ((powers >= ZERO) & (powers < NORMAL)).mean().item(),
         "below_normal_after_scaling": (powers + SCALE < NORMAL).mean().item(),
+        "floor_log2": dict(zip(found.astype(int).tolist(), counts.tolist(), strict=True)),
     }
 
-    figure, axes = subplots(figsize=(9, 4))
-    bins = np.arange(LEFT, RIGHT)
-    axes.hist(powers, bins, color=LORA, alpha=0.8, label="gradients of A and B, one step")
-    axes.hist(powers + SCALE, bins, color=FULL, alpha=0.5, label="the same, loss times $2^{16}$")
-    axes.axvspan(ZERO, NORMAL, color=OTHER, alpha=0.3, label="fp16 subnormal: fewer bits")
-    axes.axvspan(LEFT, ZERO, color=BASE, alpha=0.3, label="fp16: zero")
-    axes.axvspan(INFINITY, RIGHT, color="#30343f", alpha=0.7, label="fp16: infinity")
-    axes.set(
-        xlabel="log2 of a gradient's size",
-        ylabel="how many",
-        xlim=(LEFT, RIGHT),
-        title="Gradients of a LoRA step, and fp16's range (bf16's is wider than the picture)",
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw how many gradients have each power of two, unscaled and scaled, over fp16's zones."""
+    figure, (axis,) = panels(
+        "Gradients of a LoRA step, and fp16's range (bf16's is wider than the picture)", height=3.8
     )
-    axes.legend(loc="upper left", fontsize=8)
-    return save(args, "gradients", data, figure)
+    highest = max(data["floor_log2"].values())
+    for (start, end), (colour, words) in ZONES.items():
+        axis.axvspan(start, end, color=colour, linewidth=0)
+        name_line(axis, words, (start, 1.2 * highest), INK)
+
+    dark, light = shades(LORA, 2)
+    for shift, colour in ((0, light), (SCALE, dark)):
+        places = [int(power) + 0.5 + shift for power in data["floor_log2"]]
+        axis.bar(places, data["floor_log2"].values(), 0.9, color=colour)
+    share = 100 * (data["zero_in_fp16"] + data["subnormal_in_fp16"])
+    unscaled = f"of A and B:\n{share:.0f} % lose bits"
+    scaled = f"with the loss\ntimes 2^16:\n{100 * data['below_normal_after_scaling']:.0f} % do"
+    name_line(axis, unscaled, (-17, 0.6 * highest), LORA, (0, 0), "right")
+    name_line(axis, scaled, (6, 0.75 * highest), LORA, (0, 0))
+
+    axis.set(xlabel="a gradient's size (log)", ylabel="how many", xlim=(LEFT, RIGHT))
+    axis.set_ylim(0, 1.35 * highest)
+    axis.grid(visible=False)
+    draw_at(axis.xaxis, TICKS, [f"2^{power}" for power in TICKS])
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("gradients", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,24 @@ Measured: what was learned, by the validation perplexity; what was forgotten, by
 KL(base || model) per token, in nats, on 32 texts of 64 tokens that the base wrote.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from common.figures import BASE, FULL, LORA
-from lesson.experiments.common import Trainer, band, panels, parse, save, trainer
+from common.figures import BASE, FULL, INK, LORA, draw_at, name_line, scientific
+from lesson.experiments.common import Trainer, band, experiment, panels, trainer
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import finetune, perplexity, train
 
-METHODS: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    "lora": ("LoRA, c_attn, rank 8", LORA, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
-    "full": ("full fine-tuning", FULL, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
+METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "lora": (LORA, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "full": (FULL, (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)),
 }
 
 
-def learned_and_forgotten(short: bool) -> Callable[[Trainer], tuple[float, float]]:
+def measure_of(short: bool) -> Callable[[Trainer], tuple[float, float]]:
     """Return a measure: the perplexity on the book, and the KL from the base on its texts."""
 
     def learned_and_forgotten(made: Trainer) -> tuple[float, float]:
@@ -34,47 +35,55 @@ def learned_and_forgotten(short: bool) -> Callable[[Trainer], tuple[float, float
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw perplexity by learning rate, and forgetting against perplexity."""
-    figure, (left, right) = panels("Learning and forgetting, by peak rate (mini)", "", "")
-    for method, (label, colour, _) in METHODS.items():
-        runs = data[method]
-        y = torch.tensor(list(runs.values()))  # (rates, seeds, 2): perplexity, KL
-        means = y.mean(1)  # (rates, 2)
-        band(left, list(runs), y[..., 0].T, colour, label)
-        right.plot(means[:, 0], means[:, 1], ".-", color=colour, label=label)
-        for lr, place in zip(runs, means, strict=True):
-            right.annotate(
-                f"{lr:g}",
-                place,
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
-                bbox={"facecolor": "w", "edgecolor": "none", "alpha": 0.8, "pad": 0},
-            )
-    left.axhline(data["base"], color=BASE, linestyle="--", label="the base")
-    left.set(xscale="log", xlabel="peak learning rate", ylabel="perplexity", ylim=(20, 75))
-    left.legend(loc="upper right")
-    right.set(
-        yscale="log",
-        xlabel="perplexity on the book (labels: peak learning rate)",
-        ylabel="KL from the base on its texts, nats/token",
-        xmargin=0.15,
+    figure, (left, right) = panels(
+        "Learning and forgetting, by peak learning rate (mini)",
+        "perplexity on the book",
+        "forgetting: KL from the base, nats/token (log)",
     )
+    for method, (colour, _) in METHODS.items():
+        runs = {float(lr): seeds for lr, seeds in data[method].items()}
+        y = torch.tensor(list(runs.values()))  # (rates, seeds, 2): perplexity, KL
+        band(left, list(runs), y[..., 0].T, colour)
+        means = y.mean(1)  # (rates, 2)
+        right.plot(means[:, 0], means[:, 1], ".-", color=colour)
+        best = means[:, 0].argmin().item()
+        for i, lr in enumerate(runs):  # at the best rate, the curve turns to the right
+            offset, side = ((-7, 0), "right") if i == best else ((7, 4), "left")
+            name_line(right, scientific(lr), tuple(means[i].tolist()), colour, offset, side)
+
+    left.axhline(data["base"], color=BASE, linestyle="--")
+    left.set(xscale="log", xlabel="peak learning rate", ylim=(20, 61))
+    rates = sorted(float(lr) for lr in data["lora"] | data["full"])
+    draw_at(left.xaxis, rates, [scientific(lr) for lr in rates])
+    name_line(left, "the base", (rates[0], data["base"]), BASE, (0, 8))
+    name_line(left, "LoRA, c_attn, rank 8", (1e-3, 47), LORA, (0, 0))
+    name_line(left, "full fine-tuning", (1.2e-4, 33), FULL, (0, 0))
+
+    right.set(
+        yscale="log", xlabel="perplexity on the book (at the points: peak rate)", xmargin=0.15
+    )
+    draw_at(right.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2))
+    arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.8}
+    right.annotate("better", (0.02, 0.03), (0.18, 0.16), xycoords="axes fraction", arrowprops=arrow)
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     base = trainer(precision="auto", short=args.short, block_size=64)  # B is zero: the base
-    measure = learned_and_forgotten(args.short)
-
+    learned_and_forgotten = measure_of(args.short)
     data: dict[str, Any] = {"base": base.evaluate().perplexity}
-    for method, (_, _, rates) in METHODS.items():
+    for method, (_, rates) in METHODS.items():
         if args.short:
             rates = rates[::3]
         data[method] = {
-            lr: finetune(method, args.seeds, args.short, measure, lr=lr) for lr in rates
+            lr: finetune(method, args.seeds, args.short, learned_and_forgotten, lr=lr)
+            for lr in rates
         }
-    return save(args, "learning_rate", data, draw(data))
+    return data
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("learning_rate", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

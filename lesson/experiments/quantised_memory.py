@@ -28,7 +28,7 @@ from model.gpt2 import GPT2, GPT2Config
 from model.hub import MINI
 from model.weights import save_gpt2
 from train import make_trainer
-from training.build import resolve
+from training.build import load_data, resolve
 from training.options import ROOT, parse_options
 
 XL = GPT2Config(n_embd=1600, n_layer=48, n_head=25)
@@ -53,7 +53,9 @@ def measure(base: Path, options: Sequence[str], steps: int) -> dict[str, Any]:
     tune_process()
     words = ["lora", "--base", str(base), "--batch-size", "4", "--precision", "bf16", *options]
     device = Device.pick("cpu", "bf16", train=True)
-    trainer = make_trainer(resolve(parse_options("-", words), str(base), device), base, device)
+    asked = parse_options("-", words)
+    data = load_data(asked, base)
+    trainer = make_trainer(resolve(asked, str(base), device, data), base, data, device)
     seconds = []
     for _, batch in zip(range(steps), trainer.batches(), strict=False):
         began = time.process_time()

@@ -7,6 +7,7 @@ Measured: the time of each part of a step, by torch's profiler, as a share of th
 same pair; beside it the operations counted by hand.
 """
 
+import argparse
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
@@ -16,23 +17,23 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from common.device import Device, tune_process
-from common.figures import BASE, FULL, LORA, OTHER
-from lesson.experiments.common import panels, parse, save, spread, trainer
+from common.figures import FULL, LORA
+from lesson.experiments.common import experiment, panels, spread, trainer
 from model.hub import MINI
 from model.weights import load_config
 
 Shares = dict[str, list[float]]  # by part, each step's share of the full step
 
-PARTS = {
-    "forward": FULL,
-    "input gradients": "#66b2bd",
-    "weight gradients": LORA,
-    "A and B": "#30343f",
-    "head and loss": OTHER,
-    "attention": "#a3a9ae",
-    "optimizer": "#8f2d56",
-    "rest": BASE,
-}
+PARTS = (
+    "forward",
+    "input gradients",
+    "weight gradients",
+    "A and B",
+    "head and loss",
+    "attention",
+    "optimizer",
+    "rest",
+)
 # Words in the name of a part's operator, or of its callers. Shapes tell the other parts apart.
 NAMES = {
     "head and loss": ("_TiedCrossEntropy",),
@@ -129,37 +130,55 @@ def shares(spent: Counter[tuple[str, str]], name: str, repeats: int) -> Shares:
 
 
 def draw(data: dict[str, Shares]) -> Any:
-    """Draw a bar for each method, part beside part, and the range of the whole."""
-    figure, (axis,) = panels("A training step by part (mini); full fine-tuning's is 100 %")
-    left = [0.0] * len(data)
-    for key, colour in PARTS.items():
-        widths = [100 * mean(row.get(key, [0])) for row in data.values()]
-        bars = axis.barh(list(data), widths, left=left, color=colour, label=key)
-        axis.bar_label(
-            bars,
-            [f"{width:.0f}" if width > 3 else "" for width in widths],
-            label_type="center",
-            color="k" if colour == OTHER else "w",
-        )
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-
-    for name, row in data.items():
-        totals = [100 * sum(step) for step in zip(*row.values(), strict=True)]
-        axis.text(mean(totals) + 1, name, f"{spread(totals, 0)} %", va="center")
-    axis.set(xlim=(0, 120), ylim=(len(data) - 0.5, -0.5), xlabel="% of full's operations, or time")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=9)
+    """Draw the parts of both methods' steps: a panel for each way of counting."""
+    ways = list(dict.fromkeys(name.partition(": ")[0] for name in data))
+    titles = []
+    for way in ways:
+        lora = data[f"{way}: LoRA"]
+        totals = [100 * sum(step) for step in zip(*lora.values(), strict=True)]
+        what = "operations, by hand" if way == "by hand" else f"time in {way}"
+        titles.append(f"{what}:\nLoRA {spread(totals, 0)} % of full")
+    figure, axes = panels(
+        "The parts of a training step, in % of a step of full fine-tuning (mini)",
+        *titles,
+        height=5,
+    )
+    for axis, way in zip(axes, ways, strict=True):
+        draw_pairs(axis, data[f"{way}: full"], data[f"{way}: LoRA"])
+    for axis in axes[1:]:
+        axis.tick_params(labelleft=False)
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
+def draw_pairs(axis: Any, full: Shares, lora: Shares) -> None:
+    """Draw two bars for each part; the first pair has the methods' names."""
+    for name, shares_of, colour, shift in (("full", full, FULL, -0.2), ("LoRA", lora, LORA, 0.2)):
+        widths = [100 * mean(shares_of.get(key, [0])) for key in PARTS]
+        rows = [row + shift for row in range(len(PARTS))]
+        labels = [
+            f"{width:.0f}" if key in lora else "not counted"
+            for key, width in zip(PARTS, widths, strict=True)
+        ]
+        labels[0] += f"  {name}"
+        bars = axis.barh(rows, widths, 0.36, color=colour)
+        axis.bar_label(bars, labels, padding=3, fontsize=9)
+    axis.set(xlim=(0, 37), ylim=(len(PARTS) - 0.4, -0.6), xlabel="%")
+    axis.set_yticks(range(len(PARTS)), PARTS)
+    axis.grid(visible=False, axis="y")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Shares]:
     tune_process()
     repeats = 1 if args.short else 12
     data = by_hand()
     own = Device.pick("cpu", train=True).precision
     for precision in dict.fromkeys(("fp32", own)):  # once, where they are the same
         data |= measured(precision, repeats)
-    return save(args, "step_time", data, draw(data))
+    return data
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("step_time", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

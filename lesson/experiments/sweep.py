@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from statistics import mean
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from common.device import Device
 from common.errors import RunError
 from common.figures import BASE, LORA
 from common.files import file_sha256
-from lesson.experiments.common import Trainer, experiment, panels, resolved, spread, trainer
+from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
 from lora.inject import lora_layers
 from model.hub import find_base
 from model.weights import base_hashes
@@ -27,6 +28,9 @@ from training.options import BOOK, ROOT, Options
 
 # One result a line. Delete the file after a change to the code that changes results.
 CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
+
+# A recipe only sets other options.
+DECIDES_NOTHING = MAY_CHANGE_ON_RESUME | {"recipe"}
 
 SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
 ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: both are named c_proj
@@ -86,10 +90,12 @@ def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> st
     """Return what decides a run's result, as text: what is measured, every option that is on, the
     files read, and what the last digits depend on.
     """
+    device = Device.pick("cpu", options.precision, train=True)
+    options = replace(options, precision=device.precision)
     chosen = {}
     for name, value in options.as_json().items():
         is_off = value is None or value is False
-        if name not in MAY_CHANGE_ON_RESUME and not is_off:
+        if name not in DECIDES_NOTHING and not is_off:
             chosen[name] = value
     decides = {
         "measure": measure.__name__,
@@ -122,12 +128,11 @@ def finetune(
     The runs take 60 steps of 8 windows of 64 tokens, unless `options` say otherwise. A result that
     is known is returned at once.
     """
-    device = Device.pick("cpu", "auto", train=True)
     options = SIZE | options
     known = known_cells()
     measured = []
     for seed in seeds:
-        key = cell(resolved(method, seed, device, short, options), measure, short)
+        key = cell(asked_options(method, seed, short, options), measure, short)
         if key not in known:
             result = measure(trainer(method, seed, "auto", short, **options))
             print(method, options, f"seed {seed}:", result, flush=True)

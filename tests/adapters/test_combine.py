@@ -112,8 +112,11 @@ def test_the_sum_names_the_base_whose_hash_it_has_and_two_names_are_noted(base, 
     for name, sha256 in (("mini", ""), ("gpt2", "a" * 64), ("other", "")):
         save_adapter(*adapted(base, ("c_attn",), r=3), tmp_path / name, name, sha256)
     said = stdout_of(main, tmp_path / "mini", tmp_path / "gpt2", "--out", tmp_path / "sum")
-    assert said.startswith("note: these adapters name their bases 'mini' and 'gpt2'; ")
-    assert (base_name(tmp_path / "sum"), base_hash(tmp_path / "sum")) == ("gpt2", "a" * 64)
+    assert said.startswith("note: these adapters name their bases './model/mini' and ")
+    assert (base_name(tmp_path / "sum"), base_hash(tmp_path / "sum")) == (
+        "openai-community/gpt2",
+        "a" * 64,
+    )
     assert "'mini' and 'other'" in stdout_of(
         main, tmp_path / "mini", tmp_path / "other", "--out", tmp_path / "unhashed"
     )

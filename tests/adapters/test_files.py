@@ -61,7 +61,7 @@ def test_the_files_are_pefts(base, tmp_path):
     assert stored == {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "gpt2-medium",
+        "base_model_name_or_path": "openai-community/gpt2-medium",
         "revision": None,
         "r": 2,
         "lora_alpha": 3,
@@ -125,10 +125,11 @@ def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
 
 
 def test_only_a_known_name_is_taken_for_the_base(adapter):
-    for name, base in (("mini", "mini"), ("openai-community/gpt2-xl", "gpt2-xl")):
+    names = {"mini": "mini", "./model/mini": "mini", "openai-community/gpt2-xl": "gpt2-xl"}
+    for name, base in names.items():
         change_config(adapter, {"base_model_name_or_path": name})
         assert named_base(adapter) == base
-    for name in ("auto", "../gpt2", "other/gpt2", None, ["gpt2"]):
+    for name in ("auto", "./gpt2", "../gpt2", "other/gpt2", None, ["gpt2"]):
         change_config(adapter, {"base_model_name_or_path": name})
         assert "give --base the base's directory" in refusal(adapter, named_base)
 

@@ -15,8 +15,9 @@ from common.errors import run_command
 from generate import stream
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, sample
+from model.stock import save_tokenizer
 from model.tokenizer import END_OF_TEXT
-from model.tokenizer_files import load_tokenizer, save_tokenizer
+from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2, save_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
 from tests.runs import Ending, one_line, run, stdout_of
@@ -232,7 +233,7 @@ def test_logits_that_are_not_finite_end_the_command_in_one_line(base, tmp_path, 
     with torch.no_grad():
         broken.ln_f.weight.fill_(1e38)
     save_gpt2(broken, tmp_path)
-    save_tokenizer(load_tokenizer(base, VOCAB), tmp_path)
+    save_tokenizer(load_tokenizer(base, VOCAB), tmp_path, 64)
     options = ("--base", tmp_path, "--device", "cpu", "--temperature", temperature)
     ending = run(command.main, *options, "--prompt", "The keeper")
     assert "the model's logits are not finite numbers; try" in one_line(ending, 1)

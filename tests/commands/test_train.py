@@ -21,7 +21,8 @@ from training.options import BOOK, parse_options
 
 REPORT = """
     method base options trainable_parameters total_parameters trainable_percent
-    base_val_loss start_val_loss best_val_loss best_val_perplexity best_val_bits_per_byte
+    base_val_loss start_val_loss best_val_loss base_val_perplexity best_val_perplexity
+    best_val_bits_per_byte
     steps seconds tokens_per_second peak_memory_mb device precision torch
     base_sha256 book_sha256 init_adapter_sha256
 """
@@ -36,9 +37,10 @@ def test_a_run_leaves_its_files_and_no_others(done):
     if done.report["method"] == "lora":
         weights = "adapter_config.json adapter_model.safetensors"
     else:
-        weights = "config.json model.safetensors tokenizer.json tokenizer_config.json"
+        weights = "config.json generation_config.json model.safetensors"
+    others = "README.md run.json metrics.jsonl loss.png tokenizer.json tokenizer_config.json"
     checkpoints = "checkpoint.safetensors checkpoint.previous.safetensors"
-    names = split(f"run.json metrics.jsonl loss.png {checkpoints} {weights}")
+    names = split(f"{others} {checkpoints} {weights}")
     assert sorted(path.name for path in done.out.iterdir()) == sorted(names)
     picture = (done.out / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
@@ -48,9 +50,9 @@ def test_run_json_tells_the_run(done, base, book):
     report = done.report
     assert set(report) == set(split(REPORT))
     assert ("r" in report["options"]) == (report["method"] == "lora")
-    assert report["options"]["book"] == [str(book)] and report["options"]["lr"] == 3e-3
+    assert report["options"]["book"] == [book.name] and report["options"]["lr"] == 3e-3
     assert done.stdout.startswith(f"trainable params: {report['trainable_parameters']:,} || ")
-    assert report["base"] == report["options"]["base"] == str(base)
+    assert report["base"] == report["options"]["base"] == f"./{base.name}"
     assert (report["device"], report["precision"]) == ("cpu", "fp32")
     assert report["torch"] == torch.__version__
     hashes = {}

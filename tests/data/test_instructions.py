@@ -235,7 +235,7 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(ba
         done = runs.trained("lora", base, data, tmp_path / option, *options)
         assert done.report["base_val_loss"] == pytest.approx(losses(pairs), rel=1e-6)
         assert done.report["options"]["book"] == []
-        assert done.report["options"]["data"] == str(data)
+        assert done.report["options"]["data"] == data.name
     argv = ("--base", base, "--data", data, "--block-size", LENGTH, "--batch-size", 2)
     scores, _ = runs.scores(tmp_path / "scores.json", *argv)
     assert scores["loss"] == pytest.approx(losses(PAIRS), rel=1e-6)

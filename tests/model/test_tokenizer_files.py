@@ -22,8 +22,9 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 import generate as generate_command
 from model.hub import MINI
 from model.sampling import generate
+from model.stock import save_tokenizer
 from model.tokenizer import END_OF_TEXT
-from model.tokenizer_files import FILES, GPT2_FILES, GPT2_SIZE, load_tokenizer, save_tokenizer
+from model.tokenizer_files import FILES, GPT2_FILES, GPT2_SIZE, load_tokenizer
 from model.weights import load_gpt2, save_gpt2
 from tests.helpers import refusal, tiny_gpt2, write_small_tokenizer
 from tests.runs import arguments, die, one_line, run, run_acting, scores, stdout_of, story, trained
@@ -173,7 +174,7 @@ def test_tokens_of_a_book_and_of_mixed_unicode_are_those_of_transformers(name, p
 
 def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path):
     save_gpt2(load_gpt2(base), tmp_path, end_of_text=316)
-    save_tokenizer(load_tokenizer(base, 317), tmp_path)
+    save_tokenizer(load_tokenizer(base, 317), tmp_path, 64)
     for directory in (tmp_path, MINI):
         stock = transformers.pipeline(  # it has what AutoModelForCausalLM and AutoTokenizer load
             "text-generation", str(directory), device="cpu", dtype=torch.float32
@@ -365,8 +366,12 @@ def test_the_files_are_saved_though_the_base_has_gone(tmp_path):
         tokenizer = load_tokenizer(base, 8192)
         shutil.rmtree(base)
         out.mkdir()
-        save_tokenizer(tokenizer, out)
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+        save_tokenizer(tokenizer, out, 64)
+        written = {path.name: path.read_bytes() for path in out.iterdir()}
+        own = json.loads(files.pop("tokenizer_config.json", "{}"))
+        settings = json.loads(written.pop("tokenizer_config.json"))
+        assert settings.items() >= own.items() and settings["model_max_length"] == 64
+        assert written == files
         assert load_tokenizer(out, 8192).sha256 == tokenizer.sha256
         shutil.rmtree(out)
 
@@ -376,8 +381,8 @@ def test_a_full_run_writes_the_tokenizer_though_its_base_has_gone(base, book, tm
     gone = {1: lambda trainer: shutil.rmtree(copy)}
     argv = arguments("full", copy, book, tmp_path / "out", "--max-steps", 2)
     assert run_acting(gone, *argv).status == 0 and not copy.exists()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    name = "tokenizer.json"
+    assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):

@@ -88,8 +88,9 @@ def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, bo
     trained("lora", base, book, tmp_path, "--max-steps", 2)
     (tmp_path / "notes.txt").write_text("mine")
     done = trained("full", base, book, tmp_path, "--max-steps", 1, "--overwrite")
-    model = "config.json model.safetensors tokenizer.json tokenizer_config.json"
-    others = f"notes.txt run.json metrics.jsonl loss.png {CHECKPOINT}"
+    model = "config.json generation_config.json model.safetensors"
+    tokenizer = "tokenizer.json tokenizer_config.json"
+    others = f"{tokenizer} README.md notes.txt run.json metrics.jsonl loss.png {CHECKPOINT}"
     assert set(contents(tmp_path)) == set(split(f"{model} {others}"))
     assert done.report["method"] == "full" and done.column("step") == [1]
 

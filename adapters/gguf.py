@@ -1,0 +1,125 @@
+"""Write an adapter or a whole model for llama.cpp: `python -m adapters.gguf DIR --out FILE`."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapters.config import load_adapter_config
+from adapters.factors import Factors, read_factors, refuse_dora
+from adapters.load import load_model
+from adapters.merge import load_merged
+from adapters.quantisation import NONE, QUANTISE, recorded_quantisation
+from common.cli import BASE, Parser
+from common.device import PRECISIONS
+from common.errors import UserError, run_command
+from common.files import atomic_path
+from common.gguf import Value, write_gguf
+from model.gguf import ARCHITECTURE, gguf_name, refuse_unknown_fields, save_gguf
+from model.gpt2 import GPT2
+from model.hub import find_adapter
+
+
+def save_adapter_gguf(
+    factors: Mapping[str, Factors], path: Path, name: str, dtype: torch.dtype
+) -> None:
+    """Write an adapter, its factors by PEFT's names of our GPT-2's layers, as llama.cpp reads it.
+
+    llama.cpp adds alpha / r * B A x, with one alpha for all layers, and r the rows of each A
+    (r, in). Here every A is padded with zeros to the largest rank, which is alpha: the factor is
+    1, and each B (out, r) holds its layer's own. Neither is transposed: llama.cpp holds W as
+    (out, in).
+    """
+    rank = max(change.rank for change in factors.values())
+    metadata: dict[str, Value] = {
+        "general.architecture": ARCHITECTURE,
+        "general.type": "adapter",
+        "general.name": name,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(rank),
+    }
+    tensors: dict[str, Tensor] = {}
+    for layer, change in factors.items():
+        weight = f"{gguf_name(layer.removeprefix(GPT2.adapter_prefix))}.weight"
+        b, a = change.pad(rank)
+        tensors[f"{weight}.lora_a"] = a
+        tensors[f"{weight}.lora_b"] = b
+    write_gguf(path, metadata, tensors, dtype)
+
+
+def write_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
+    """Write the adapter alone; return what was written. Raises UserError if it is DoRA, or does not
+    fit the base, or for a base that llama.cpp would compute wrongly.
+    """
+    adapter = find_adapter(str(adapter))
+    refuse_dora(load_adapter_config(adapter), adapter)
+    loaded = load_model(base, adapter, quantise=NONE)
+    refuse_unknown_fields(loaded.model.config, loaded.base)
+    with atomic_path(out) as temporary:
+        save_adapter_gguf(read_factors(adapter), temporary, out.stem, dtype)
+
+    kind = recorded_quantisation(adapter)
+    if kind:
+        print(
+            f"note: it was trained on a base in {kind}; write that with --base B --quantise {kind}"
+        )
+    return f"{adapter}, an adapter of {loaded.base},"
+
+
+def write_model(
+    base: str, adapter: Path | None, out: Path, dtype: torch.dtype, quantise: str | None
+) -> str:
+    """Write the base, with the adapter, if any, merged into it; return what was written."""
+    loaded = load_merged(base, adapter, dtype, quantise)
+    refuse_unknown_fields(loaded.model.config, loaded.base)
+    with atomic_path(out) as temporary:
+        save_gguf(loaded.model, loaded.tokenizer, temporary, out.stem, dtype)
+    return f"{loaded.base} + {adapter}" if adapter else loaded.base
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="adapters.gguf", description=__doc__)
+    parser.add_argument(
+        "adapter",
+        type=Path,
+        nargs="?",
+        metavar="ADAPTER",
+        help="in PEFT's format, or OWNER/NAME on the hub; without it, the base is written",
+    )
+    parser.add_argument("--base", **BASE)
+    parser.add_argument("--quantise", "--quantize", **QUANTISE)
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write the base with ADAPTER merged into it, as one model",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the matrices; llama.cpp's llama-quantize goes below 16 bits",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as lora.gguf")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.merge and not args.adapter:
+        raise UserError("--merge: needs an ADAPTER")
+    if os.path.lexists(args.out):
+        raise UserError(f"--out {args.out}: exists already; name a new file")
+
+    dtype = PRECISIONS[args.precision]
+    if args.adapter and not args.merge:
+        written = write_adapter(args.base, args.adapter, args.out, dtype)
+    else:
+        written = write_model(args.base, args.adapter, args.out, dtype, args.quantise)
+    print(f"{written} -> {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

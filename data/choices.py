@@ -1,0 +1,48 @@
+"""Questions with choices, of which one is right: classification without a classifier's head.
+
+    {"prompt": "Who says it?", "choices": ["Orla", "Jory"], "answer": 1}
+
+`answer` is the right choice's place, counted from 0. A model reads prompt and choice as the two
+turns of a conversation (`data/instructions.py`).
+"""
+
+from dataclasses import dataclass
+
+from common.files import brief
+from data.json_lines import refuse_unknown
+
+FORM = (
+    'the text "prompt", "choices", a list of two texts or more, and "answer", the place of the '
+    "right one, from 0"
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, the answers to choose from, and the place of the right one, from 0."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def question(example: dict) -> Question:
+    """Read a line's question. Raises ValueError if it is none."""
+    refuse_unknown(example, {"prompt", "choices", "answer"}, FORM)
+    texts = [example.get("prompt")]
+    if isinstance(example.get("choices"), list):
+        texts += example["choices"]
+    if len(texts) < 3 or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"needs {FORM}")
+
+    prompt, *choices = [str(text).strip() for text in texts]
+    answer = example.get("answer")
+    if any("\0" in text for text in (prompt, *choices)):
+        raise ValueError("holds a NUL, which is not text")
+    if "" in choices or len(set(choices)) < len(choices):
+        raise ValueError("has an empty choice, or one twice")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(
+            f"its answer {brief(answer)} is no place among {len(choices)} choices, from 0"
+        )
+    return Question(prompt, tuple(choices), answer)

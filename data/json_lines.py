@@ -1,0 +1,46 @@
+"""Read JSON lines, one example a line, with errors that name the line."""
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TypeVar
+
+from common.errors import UserError
+from common.files import brief, open_file
+from data.tokens import LONGEST_RUN
+
+T = TypeVar("T")
+
+
+def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
+    """Return what `read` makes of each line's JSON; empty lines are skipped.
+
+    Raises UserError, naming the line, if it is not JSON or `read` raises ValueError.
+    """
+    found = []
+    with open_file(path) as file:
+        lines = iter(lambda: file.readline(LONGEST_RUN + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                found.append(read(_parse(line)))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
+    return found
+
+
+def _parse(line: bytes) -> dict:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes ({error})"
+        ) from error
+
+
+def refuse_unknown(fields: dict, known: Collection[str], forms: str) -> None:
+    """Raise ValueError for a key that would be ignored; `forms` says what a line may hold."""
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise ValueError(f"has the unknown key {brief(unknown[0])}; an example has {forms}")

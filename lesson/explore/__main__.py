@@ -1,0 +1,225 @@
+"""Show on a page what an adapter learned: `python -m lesson.explore runs/lora`."""
+
+if __name__ == "__main__":
+    from common.signals import install_exit_handlers
+
+    install_exit_handlers()  # before torch, whose import takes seconds
+
+import argparse
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler
+from itertools import chain
+from pathlib import Path
+from socketserver import ThreadingTCPServer
+from typing import Any
+
+from adapters.config import CONFIG
+from adapters.quantisation import QUANTISE
+from common.cli import BASE, Parser, add_device_options, number
+from common.device import Device, tune_process
+from common.errors import UserError, describe_failure, run_command
+from lesson.explore.explorer import Explorer
+
+PAGE = Path(__file__).with_name("page.html")
+ADDRESS = "127.0.0.1"  # no other machine can connect
+MOST_BYTES = 1 << 16  # of a request
+PATIENCE = 60  # seconds that a request waits for the one before it
+
+
+class Refusal(UserError):
+    """A request that is refused, with its HTTP status; a plain UserError has 400."""
+
+    def __init__(self, status: int, line: str):
+        super().__init__(line)
+        self.status = status
+
+
+class Server(ThreadingTCPServer):
+    """Answer on `ADDRESS`, one computation at a time. Raises UserError for a port in use."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    explorer: Explorer
+
+    def __init__(self, port: int):
+        try:
+            super().__init__((ADDRESS, port), Handler)
+        except OSError as error:
+            raise UserError(
+                f"--port {port}: cannot be used ({error.strerror}); name another"
+            ) from error
+        self.port = self.server_address[1]  # if 0 was asked for, one that was free
+        self.computing = threading.Lock()
+        self.page = PAGE.read_bytes()
+        self.policy = content_policy(self.page.decode())
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for the computation before this one. Raises Refusal if it takes too long."""
+        if not self.computing.acquire(timeout=PATIENCE):
+            raise Refusal(503, "another computation is still running; try again")
+        try:
+            yield
+        finally:
+            self.computing.release()
+
+
+def content_policy(page: str) -> str:
+    """Return a Content-Security-Policy: the page's own script and style run, known by their hash,
+    and requests go to this server. All else is refused, above all whatever a text might bring.
+    """
+    sources = {}
+    for tag in ("script", "style"):
+        [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        sources[tag] = f"'sha256-{digest}'"
+    return (
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answer one request. Answers to POST are lines of JSON, in the order of their computing."""
+
+    server: Server
+    timeout = 10  # seconds that a client may fall silent in a request, or not read its answer
+
+    def do_GET(self) -> None:
+        self.answer({"/": self.send_page, "/api/about": self.send_about})
+
+    def do_POST(self) -> None:
+        self.answer({"/api/write": self.send_writing, "/api/score": self.send_scores})
+
+    def answer(self, routes: Mapping[str, Callable[[], None]]) -> None:
+        """Call the path's function; answer with one line if it fails."""
+        self.began = False
+        try:
+            self.refuse_foreigners()
+            if self.path not in routes:
+                raise Refusal(404, f"{self.command} {self.path}: there is no such thing here")
+            routes[self.path]()
+        except (ConnectionError, TimeoutError):
+            pass  # the page has gone, or wants something else
+        except Exception as error:
+            line = describe_failure(error)
+            self.send_failure(error, line or f"a bug of this server: {type(error).__name__}")
+            if line is None:
+                raise  # to the terminal
+
+    def refuse_foreigners(self) -> None:
+        """Raise Refusal for a page from elsewhere: its browser names the page's host as Origin.
+
+        By DNS rebinding, a foreign host name may stand for this machine; then Host is that name.
+        """
+        hosts = [f"{ADDRESS}:{self.server.port}", f"localhost:{self.server.port}"]
+        if self.headers.get("Host") not in hosts:
+            raise Refusal(403, f"this server answers on {hosts[0]} and {hosts[1]} only")
+        origin = self.headers.get("Origin")  # only browsers send it
+        if origin is not None and origin.removeprefix("http://") not in hosts:
+            raise Refusal(403, "this server answers its own page only")
+
+    def send_page(self) -> None:
+        self.begin(200, "text/html; charset=utf-8")
+        self.wfile.write(self.server.page)
+
+    def send_about(self) -> None:
+        self.send_lines([self.server.explorer.about()])
+
+    def send_writing(self) -> None:
+        request = self.read_request()
+        with self.server.turn(), closing(self.server.explorer.write(request)) as pieces:
+            self.send_lines(chain(pieces, [{"done": True}]))
+
+    def send_scores(self) -> None:
+        request = self.read_request()
+        with self.server.turn():
+            scores = self.server.explorer.score(request)
+        self.send_lines([scores])
+
+    def read_request(self) -> dict[str, Any]:
+        """Return the body, a JSON object. Raises UserError for any other."""
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,18}", length):
+            raise Refusal(411, "the request does not say how long it is")
+        if int(length) > MOST_BYTES:
+            raise Refusal(413, f"the request has {length} bytes; at most {MOST_BYTES:,} are read")
+        try:
+            request = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the request is not JSON ({error})") from error
+        if not isinstance(request, dict):
+            raise UserError("the request is not a JSON object")
+        return request
+
+    def send_lines(self, answers: Iterable[dict[str, Any]]) -> None:
+        """Send each answer as soon as it is there. Before the first, a failure has its status."""
+        for answer in answers:
+            if not self.began:
+                self.begin(200, "application/x-ndjson")
+            self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+    def send_failure(self, error: Exception, line: str) -> None:
+        if not self.began:
+            status = 400 if isinstance(error, UserError) else 500
+            self.begin(getattr(error, "status", status), "application/x-ndjson")
+        self.wfile.write(json.dumps({"error": line}).encode() + b"\n")
+
+    def begin(self, status: int, kind: str) -> None:
+        self.began = True
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Security-Policy", self.server.policy)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing: each move of a knob is a request."""
+
+
+def refuse_model(directory: Path) -> None:
+    """Raise UserError for a whole model, such as full fine-tuning writes."""
+    if (directory / "config.json").exists() and not (directory / CONFIG).exists():
+        raise UserError(
+            f"{directory}: is a whole model, whose change has no A and B; make an adapter of it: "
+            f"python -m adapters.extract --full {directory} --base B --out DIR"
+        )
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="lesson.explore", description=__doc__)
+    parser.add_argument("adapter", type=Path, metavar="DIR", help="a finished run, or any adapter")
+    parser.add_argument("--base", **BASE)
+    parser.add_argument("--quantise", "--quantize", **QUANTISE)
+    parser.add_argument(
+        "--port",
+        type=number(int, 0, 65535),
+        default=8000,
+        metavar="N",
+        help="of 127.0.0.1; 0: any that is free (default: %(default)s)",
+    )
+    add_device_options(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    refuse_model(args.adapter)
+    tune_process()
+    device = Device.pick(args.device, args.precision)
+    with Server(args.port) as server:
+        server.explorer = Explorer(args.base, args.adapter, device, args.quantise)
+        print(f"open http://{ADDRESS}:{server.port} (Ctrl-C ends)", flush=True)
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,189 @@
+"""Compute what the page shows: a base beside its adapter, changed as the page's knobs say."""
+
+import codecs
+from argparse import ArgumentTypeError
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import generate
+from adapters.combine import combine
+from adapters.inspect import block_and_kind
+from adapters.several import load_several
+from common.cli import number
+from common.device import Device
+from common.errors import UserError
+from lesson.explore.passage import first_texts
+from model.fast import accelerate
+from training.report import perplexity
+
+OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # of generate.py
+MOST_NEW_TOKENS = 400
+CHUNK = 64  # tokens whose logits are in memory at a time
+SHOWN = 5  # likeliest tokens
+
+
+class Explorer:
+    """A base and an adapter of it: row 0 of every batch is the base, row 1 the changed adapter.
+
+    A request's knobs are "strength" x, "rank" k and "layers", a list of names. In these layers W
+    becomes W + x * (the nearest matrix of rank k to scaling * B A); all others are the base's.
+    Raises UserError for an adapter that `load_several` refuses, and for a request that is wrong.
+    """
+
+    def __init__(self, base: str, adapter: Path, device: Device, quantise: str | None = None):
+        loaded, self.adapters = load_several(base, [adapter], device.dtype, quantise)
+        self.base, self.model, self.tokenizer = loaded
+        self.factors = self.adapters.factors[str(adapter)]
+        self.rank = max(factors.rank for factors in self.factors.values())
+        self.adapter = adapter
+        self.device = device
+        device.place(self.model)
+        accelerate(self.model)
+        self.unnamed = generate.padding(self.model, self.tokenizer)
+
+    def about(self) -> dict[str, Any]:
+        """Return what the page needs at first: the adapter's layers, and texts to begin with."""
+        layers = []
+        for name, factors in self.factors.items():
+            block, kind = block_and_kind(name)
+            _, s, _ = factors.svd()
+            squares = s.square().sum().item()
+            layers.append({"name": name, "block": block, "kind": kind, "squared_norm": squares})
+        prompt, text = first_texts(self.adapter, self.tokenizer, self.model.config.n_positions)
+        return {
+            "base": self.base,
+            "adapter": str(self.adapter),
+            "rank": self.rank,
+            "layers": layers,
+            "prompt": prompt,
+            "text": text,
+            "most_new_tokens": MOST_NEW_TOKENS,
+        }
+
+    def write(self, request: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Continue "prompt" in both rows as generate.py does, with its `OPTIONS`.
+
+        Yield pieces of text, each with its row. Both rows draw the same random numbers.
+        """
+        ids = self.encode(request, "prompt", self.model.config.n_positions)
+        words = [f"--{name.replace('_', '-')}={request.get(name)}" for name in OPTIONS]
+        args = generate.parse_args(["--prompt=-", *words])
+        if args.max_new_tokens > MOST_NEW_TOKENS:
+            raise UserError(f"max_new_tokens: {args.max_new_tokens:,} is above {MOST_NEW_TOKENS}")
+        self.change(request)
+
+        prompts = [ids, ids]
+        generators = [generate.seeded(self.model, args) for _ in prompts]
+        with self.device.autocast():
+            pieces = generate.stream(self.model, self.tokenizer, prompts, args, generators)
+            for row, text in pieces:
+                yield {"row": row, "text": text}
+
+    @torch.inference_mode()
+    def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Score "text" in both rows, in one window.
+
+        A token's "gain" is log p by the adapter minus log p by the base, in nats. The first token
+        has none: nothing comes before it.
+        """
+        ids = self.encode(request, "text", self.model.config.n_positions + 1)
+        if len(ids) < 2:
+            raise UserError("text: is a single token, which nothing comes before")
+        kept = self.change(request)
+
+        sequence = self.device.copy(torch.from_numpy(ids.astype("int64")))  # (T + 1,)
+        with self.device.autocast():
+            hidden = self.model.hidden(sequence[:-1].expand(2, -1))  # (2, T, C)
+        tokens: list[dict[str, Any]] = [{}]
+        for part, targets in zip(hidden.split(CHUNK, 1), sequence[1:].split(CHUNK), strict=True):
+            tokens += self.judge(part, targets)
+
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token, token_id in zip(tokens, ids.tolist(), strict=True):
+            token["text"] = decoder.decode(self.tokenizer.bytes_of[token_id])
+        base, adapter = mean_losses(tokens[1:])
+        return {
+            "tokens": tokens,
+            "mean_gain": base - adapter,
+            "perplexity": [perplexity(base), perplexity(adapter)],
+            "kept": kept,
+        }
+
+    def judge(self, hidden: Tensor, targets: Tensor) -> Iterator[dict[str, Any]]:
+        """Yield log p, the gain and the likeliest tokens where each target (T,) stands; `hidden`
+        (2, T, C) is what the two rows know there.
+        """
+        with self.device.autocast():
+            logits = self.model.logits(hidden)  # (2, T, V)
+        log_p = logits.float().log_softmax(-1)
+        where = targets.expand(2, -1)[..., None]
+        of_targets = log_p.gather(-1, where)[..., 0]  # (2, T)
+        named = log_p.masked_fill(self.unnamed, -torch.inf)
+        highest, likeliest = named.topk(SHOWN)  # (2, T, SHOWN)
+        for t in range(len(targets)):
+            base, adapter = of_targets[:, t].tolist()
+            yield {
+                "log_p": [base, adapter],
+                "gain": adapter - base,
+                "likeliest": [
+                    self.name(likeliest[row, t].tolist(), highest[row, t].tolist())
+                    for row in range(2)
+                ],
+            }
+
+    def name(self, ids: list[int], log_p: list[float]) -> list[tuple[str, float]]:
+        """Return each token's text and log p; a byte that is no character is written as \\xe2."""
+        texts = [self.tokenizer.bytes_of[token].decode(errors="backslashreplace") for token in ids]
+        return list(zip(texts, log_p, strict=True))
+
+    def change(self, request: Mapping[str, Any]) -> float:
+        """Give row 1 what the knobs leave of the adapter; return the share of the squared norm
+        that is left by the cut to `rank`.
+        """
+        strength = parse(request, "strength", float, 0, 2)
+        rank = parse(request, "rank", int, 1, self.rank)
+        layers = request.get("layers")
+        if not isinstance(layers, list) or any(str(name) not in self.factors for name in layers):
+            raise UserError("layers: is not a list of names of the adapter's layers")
+
+        changed = {name: factors for name, factors in self.factors.items() if name in layers}
+        kept = 1.0
+        if changed:
+            changed, kept = combine([changed], [strength], rank)
+        self.adapters.factors["changed"] = changed
+        self.adapters.use([None, "changed"])
+        return kept
+
+    def encode(self, request: Mapping[str, Any], name: str, most: int) -> np.ndarray:
+        """Return the token ids (T,) of a text in the request, at most so many."""
+        text = request.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{name}: is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name}: is not UTF-8 text") from error
+        ids = self.tokenizer.encode(text)
+        if len(ids) > most:
+            raise UserError(f"{name}: has {len(ids):,} tokens; with {self.base}, {most:,} at most")
+        return ids
+
+
+def parse(request: Mapping[str, Any], name: str, kind: type, low: float, high: float) -> Any:
+    """Return a number in the request. Raises UserError unless it is from `low` to `high`."""
+    try:
+        return number(kind, low, high)(str(request.get(name)))
+    except ArgumentTypeError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def mean_losses(tokens: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the mean of -log p over these tokens, of the base and of the adapter."""
+    base = -sum(token["log_p"][0] for token in tokens) / len(tokens)
+    adapter = -sum(token["log_p"][1] for token in tokens) / len(tokens)
+    return base, adapter

@@ -1,0 +1,72 @@
+"""Choose the prompt and the text that the page begins with: from what the run has never seen."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from common.files import read_json
+from data.instructions import read_examples
+from data.tokens import load_books
+from data.windows import scored_positions, split
+from model.tokenizer import Tokenizer
+from training.directory import RUN
+from training.options import BOOK
+
+DEFAULTS = {"book": [BOOK], "data": None, "val_fraction": 0.1}
+LENGTH = 150  # tokens
+SENTENCES = re.compile(r".*[.!?]\S?(?=\s|$)", re.DOTALL)
+FIRST_WORDS = re.compile(r"\s*\S+(\s+\S+){,4}")
+
+
+def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str, str]:
+    """Return a prompt, and a text of at most `context` tokens that begins with it.
+
+    They are of the validation part of the run that trained the adapter. If that run is not known,
+    or what it read is no longer there, they are of data/book.txt.
+    """
+    options: dict[str, Any] = dict(DEFAULTS)
+    if (adapter / RUN).exists():
+        options |= read_json(adapter / RUN).get("options", {})
+    length = min(LENGTH, context)
+    try:
+        if options["data"]:
+            return of_instructions(options, tokenizer, length)
+        return of_book(options, tokenizer, length)
+    except UserError:
+        return of_book(DEFAULTS, tokenizer, length)
+
+
+def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple[str, str]:
+    """Begin at the first paragraph of the validation part; end with a sentence."""
+    books = [Path(book) for book in options["book"]]
+    _, validation = split(load_books(books, tokenizer), options["val_fraction"])
+    text = decode(tokenizer, validation[: 4 * length])
+    _, _, later = text.partition("\n\n")
+    text = decode(tokenizer, tokenizer.encode(later or text)[:length])
+    sentences = SENTENCES.match(text)
+    if sentences:
+        text = sentences[0]
+    words = FIRST_WORDS.match(text)
+    assert words  # it matches one word, too
+    return words[0], text
+
+
+def of_instructions(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple[str, str]:
+    """Take the first validation example; the prompt ends where its answer begins."""
+    if options["val_data"]:
+        validation = read_examples(Path(options["val_data"]), tokenizer, options["block_size"])
+    else:
+        examples = read_examples(Path(options["data"]), tokenizer, options["block_size"])
+        _, validation = split(examples, options["val_fraction"])
+    inputs, targets = validation[0]
+    answer = int(scored_positions(torch.from_numpy(targets))[0]) + 1
+    return decode(tokenizer, inputs[:answer]), decode(tokenizer, inputs[:length])
+
+
+def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    text = b"".join(tokenizer.bytes_of[token] for token in ids.tolist())
+    return text.decode(errors="ignore")  # the last character may be cut

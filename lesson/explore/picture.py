@@ -1,0 +1,61 @@
+"""Draw the page of a run, as the README shows it: `python -m lesson.explore.picture runs/lora`."""
+
+import argparse
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.cli import BASE, Parser
+from common.device import Device, tune_process
+from common.errors import run_command
+from common.files import atomic_path
+from lesson.explore.__main__ import ADDRESS, Server
+from lesson.explore.browser import Browser
+from lesson.explore.explorer import Explorer
+
+OUT = Path("docs/figures/explore.png")
+SIZE = (1200, 1150)
+MARKED = """
+    const gain = (span) => span.token.gain ?? 0;
+    const most = [...document.querySelectorAll("#tokens span")].reduce(
+      (one, other) => (gain(other) > gain(one) ? other : one));
+    most.id = "most";
+"""
+
+
+def draw(address: str, path: Path) -> None:
+    """Save a picture of the page, the mouse over the token that gained most."""
+    with Browser() as browser, atomic_path(path) as temporary:
+        browser.prefer("light")
+        browser.resize(*SIZE)
+        browser.open(address)
+        browser.wait("document.getElementById('write-status').textContent.startsWith('Both')")
+        browser.wait("document.querySelector('#tokens .gain') !== null")
+        browser.run(MARKED)
+        browser.point("#most")
+        browser.screenshot(temporary)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    tune_process()
+    with Server(0) as server:
+        server.explorer = Explorer(args.base, args.adapter, Device.pick())
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        draw(f"http://{ADDRESS}:{server.port}", args.out)
+        server.shutdown()
+    print(f"drawn in {args.out}")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="lesson.explore.picture", description=__doc__)
+    parser.add_argument("adapter", type=Path, metavar="DIR")
+    parser.add_argument("--base", **BASE)
+    parser.add_argument(
+        "--out", type=Path, default=OUT, metavar="FILE", help="default: %(default)s"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

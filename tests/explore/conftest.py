@@ -1,0 +1,23 @@
+"""Make an adapter, and serve its page."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """An adapter of all linear layers of `base`, r 3, alpha 2."""
+    from adapters.files import save_adapter
+    from tests.pairs import ALL_FOUR, adapted
+
+    directory = tmp_path_factory.mktemp("explore") / "adapter"
+    save_adapter(*adapted(base, ALL_FOUR, r=3, lora_alpha=2), directory, "gpt2")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def client(base, trained):
+    """Return a `Client` of that adapter's page."""
+    from tests.explore.client import serving
+
+    with serving(base, trained) as client:
+        yield client

@@ -1,0 +1,85 @@
+"""The page in Chromium, where it is installed."""
+
+from pathlib import Path
+
+import pytest
+
+from adapters.files import save_adapter
+from lesson.explore.browser import Browser, can_browse
+from model.hub import MINI
+from tests.explore.client import serving
+from tests.pairs import adapted
+
+
+@pytest.fixture(scope="module")
+def mini_adapter(tmp_path_factory) -> Path:
+    """A random adapter of mini, strong enough to change what it writes."""
+    directory = tmp_path_factory.mktemp("explore") / "mini"
+    save_adapter(*adapted(MINI, ("c_attn",), r=2, lora_alpha=1), directory, "mini")
+    return directory
+
+
+@pytest.mark.skipif(not can_browse(), reason="needs chromium and chromedriver")
+def test_in_a_browser(mini_adapter):
+    with serving("mini", mini_adapter) as client, Browser() as browser:
+        address = f"http://127.0.0.1:{client.port}"
+        browser.open(address)
+        browser.wait("document.querySelectorAll('#tokens .gain, #tokens .loss').length > 20")
+        written = "document.getElementById('write-status').textContent.startsWith('Both')"
+        browser.wait(written)
+
+        def text_of(element: str) -> str:
+            return browser.run("return document.querySelector(arguments[0]).textContent", element)
+
+        by_base, by_adapter = text_of("#by-base"), text_of("#by-adapter")
+        assert by_base != by_adapter
+        browser.type("#prompt", " and <b>")
+        browser.wait("document.querySelector('#by-base .given')?.textContent.endsWith(' and <b>')")
+        browser.wait(written)
+        assert text_of("#by-base") != by_base != ""
+
+        gain = text_of("#summary b")
+        browser.type("#strength", "\ue011")  # Home: to 0
+        browser.wait("document.querySelector('#summary b').textContent === '+0.00'")
+        browser.wait(written)
+        assert gain != "+0.00" and text_of("#by-base") == text_of("#by-adapter")
+        assert text_of("#strength-is") == "0.00" and "nothing is left" in text_of("#kept")
+        browser.run("document.getElementById('reset').click()")
+        browser.wait(f"document.querySelector('#summary b').textContent === '{gain}'")
+
+        browser.point("#tokens span:nth-child(9)")
+        assert browser.run("return document.querySelectorAll('#likeliest li').length") == 10
+        browser.run("document.querySelector('#tokens span').focus()")
+        assert "nothing comes before it" in text_of("#likeliest")
+        browser.type("#tokens span", "\ue014")  # to the right
+        assert "was expected with" in text_of("#likeliest")
+        assert browser.run(
+            "return document.activeElement.previousElementSibling === "
+            "document.querySelector('#tokens').firstChild"
+        )
+        colours = browser.run(
+            "return ['gain', 'loss'].map((kind) => getComputedStyle(document.querySelector("
+            "`#tokens .${kind}`)).textDecorationStyle)"
+        )
+        assert colours == ["solid", "dotted"]
+
+        paper = "return getComputedStyle(document.documentElement).backgroundColor"
+        browser.prefer("light")
+        light = browser.run(paper)
+        browser.prefer("dark")
+        assert browser.run(paper) != light
+        browser.resize(320, 640)
+        assert browser.run("return document.documentElement.scrollWidth") == 320
+
+        browser.type("#temperature", "-")
+        browser.wait("document.getElementById('write-error').textContent.includes('temperature')")
+        asked = browser.run("return performance.getEntriesByType('resource').map((e) => e.name)")
+        assert len(asked) > 5 and all(url.startswith(f"{address}/api/") for url in asked)
+        blocked = """
+            const blocked = new Promise((done) => {
+              document.addEventListener("securitypolicyviolation", (e) => done(e.blockedURI));
+            });
+            fetch("http://localhost:9/").catch(() => {});
+            return blocked;
+        """
+        assert browser.run(blocked).startswith("http://localhost:9")

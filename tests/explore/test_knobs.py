@@ -1,0 +1,163 @@
+"""Each knob of the page does what the commands do with an adapter changed accordingly."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import generate
+from adapters.combine import main as combine
+from adapters.config import CONFIG
+from adapters.files import WEIGHTS, save_adapter
+from tests.explore.client import FULL, LAYERS, OPTIONS, PROMPT, TEXT, serving
+from tests.helpers import TINY, small_tokenizer
+from tests.pairs import adapted
+from tests.runs import scores, stdout_of, stock_model
+from training.options import BOOK
+
+
+def changed_file(adapter: Path, knobs: dict, out: Path) -> Path:
+    """Write the adapter that the knobs describe: alpha scaled, B zero, `adapters.combine`."""
+    scaled = out / "scaled"
+    shutil.copytree(adapter, scaled)
+    config = json.loads((scaled / CONFIG).read_text())
+    config["lora_alpha"] *= knobs["strength"]
+    (scaled / CONFIG).write_text(json.dumps(config))
+    tensors = load_file(scaled / WEIGHTS)
+    for key, tensor in tensors.items():
+        layer = key.removeprefix("base_model.model.transformer.").removesuffix(".lora_B.weight")
+        if key.endswith("lora_B.weight") and layer not in knobs["layers"]:
+            tensor.zero_()
+    save_file(tensors, scaled / WEIGHTS)
+    stdout_of(combine, scaled, "--rank", knobs["rank"], "--out", out / "cut")
+    return out / "cut"
+
+
+def by_generate(base: Path, adapter: Path, *more: object) -> list[str]:
+    """Return what `Client.texts` does, by the command."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    model = ("--base", base, "--device", "cpu", *more)
+    prompt = f"--prompt={PROMPT}"
+    alone = stdout_of(generate.main, *model, *options, prompt)
+    with_adapter = stdout_of(generate.main, *model, *options, prompt, "--adapter", adapter)
+    return [text.removesuffix("\n\n") for text in (alone, with_adapter)]
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"strength": 0.35},
+        {"strength": 2},
+        {"rank": 1},
+        {"layers": LAYERS[4:]},
+        {"layers": [LAYERS[2], LAYERS[6]]},
+        {"strength": 1.5, "rank": 2, "layers": LAYERS[:4]},
+    ],
+    ids=str,
+)
+def test_each_knob_does_what_the_commands_do_with_an_adapter_so_changed(
+    base, trained, client, tmp_path, knobs
+):
+    adapter = changed_file(trained, FULL | knobs, tmp_path)
+    expected = by_generate(base, adapter)
+    found = client.texts(**knobs)
+    assert found == expected and found[0] != found[1]
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    model = ("--base", base, "--text", text, "--block-size", TINY["n_positions"])
+    before, _ = scores(tmp_path / "base.json", *model)
+    after, _ = scores(tmp_path / "adapter.json", *model, "--adapter", adapter)
+    judged = client.scores(**knobs)
+    assert judged["perplexity"][0] == pytest.approx(before["perplexity"], rel=1e-5)
+    assert judged["perplexity"][1] == pytest.approx(after["perplexity"], rel=1e-5)
+    assert judged["mean_gain"] == pytest.approx(before["loss"] - after["loss"], abs=1e-5)
+
+    as_trained = client.scores()
+    assert (judged["mean_gain"] == as_trained["mean_gain"]) == (not knobs)
+    assert (judged["kept"] < 0.99) == ("rank" in knobs)
+
+
+@pytest.mark.parametrize("knobs", [{"strength": 0}, {"layers": []}])
+def test_without_strength_or_layers_the_adapter_is_the_base(client, knobs):
+    base, adapter = client.texts(**knobs)
+    assert base == adapter == client.texts()[0]
+    judged = client.scores(**knobs)
+    assert judged["mean_gain"] == 0 and all(token.get("gain", 0) == 0 for token in judged["tokens"])
+
+
+@torch.no_grad()
+def test_gains_and_likeliest_tokens_are_stock_pefts(base, trained, client):
+    tokenizer = small_tokenizer(TINY["vocab_size"])
+    ids = torch.tensor(tokenizer.encode(TEXT).astype(int))
+    log_p = []
+    for model in (stock_model(base), stock_model(base, trained)):
+        log_p.append(model(ids[None]).logits[0].log_softmax(-1))
+    judged = client.scores()
+    assert "".join(token["text"] for token in judged["tokens"]) == TEXT
+    assert len(judged["tokens"]) == len(ids) > len(TEXT) // 2
+    assert judged["tokens"][0].keys() == {"text"}
+
+    largest = 0.0
+    for t, token in enumerate(judged["tokens"][1:]):
+        gain = (log_p[1][t, ids[t + 1]] - log_p[0][t, ids[t + 1]]).item()
+        largest = max(largest, abs(gain))
+        assert token["gain"] == pytest.approx(gain, abs=1e-4)
+        for row in range(2):
+            values, which = log_p[row][t].topk(5)
+            texts = [
+                tokenizer.bytes_of[i].decode(errors="backslashreplace") for i in which.tolist()
+            ]
+            assert [text for text, _ in token["likeliest"][row]] == texts
+            assert [p for _, p in token["likeliest"][row]] == pytest.approx(
+                values.tolist(), abs=1e-4
+            )
+    assert largest > 0.5
+
+
+@pytest.mark.parametrize(
+    ("targets", "config", "quantise"),
+    [
+        (("c_attn",), {"use_rslora": True}, None),
+        (("c_attn", "c_fc"), {"init_lora_weights": "pissa"}, None),
+        (("c_attn.q", "c_attn.v"), {}, None),
+        (("c_fc", "c_attn"), {"rank_pattern": {"c_fc": 1}, "alpha_pattern": {"h.0.*": 9}}, None),
+        (("c_attn",), {}, "int8"),
+    ],
+    ids=["rslora", "pissa", "slices", "patterns", "int8"],
+)
+def test_variants_write_what_generate_writes(base, tmp_path, targets, config, quantise):
+    save_adapter(*adapted(base, targets, r=2, **config), tmp_path / "adapter", "gpt2")
+    more = ("--quantise", quantise) if quantise else ()
+    expected = by_generate(base, tmp_path / "adapter", *more)
+    with serving(base, tmp_path / "adapter", quantise) as client:
+        about = json.loads(client.send("GET", "/api/about")[2])
+        layers = [layer["name"] for layer in about["layers"]]
+        found = client.texts(rank=about["rank"], layers=layers)
+    assert found == expected and found[0] != found[1]
+
+
+def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs):
+    with serving(base, runs["lora"].out) as client:
+        about = json.loads(client.send("GET", "/api/about")[2])
+        whole = book.read_text()
+        assert about["text"] in whole[len(whole) * 8 // 10 :]
+        assert about["text"].startswith(about["prompt"]) and about["text"][-1] in ".!"
+        assert about["rank"] == 8 and about["adapter"] == str(runs["lora"].out)
+        assert [layer["block"] for layer in about["layers"]] == [0, 1]
+        client.scores(text=about["text"], rank=8, layers=[])
+
+
+def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(runs["lora"].out / name, adapter)
+    (adapter / "run.json").write_text('{"options": {"book": ["/nowhere.txt"], "data": null}}')
+    with serving(base, adapter) as client:
+        about = json.loads(client.send("GET", "/api/about")[2])
+    assert about["text"] in BOOK.read_text()

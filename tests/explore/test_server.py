@@ -1,0 +1,181 @@
+"""The server of the page: what it refuses, one computation at a time, and how it ends."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from http.client import HTTPConnection
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from adapters.files import save_adapter
+from common.errors import RunError
+from lesson.explore import __main__ as command
+from lesson.explore.explorer import MOST_NEW_TOKENS, Explorer
+from tests.explore.client import FULL, OPTIONS, PROMPT, TEXT
+from tests.pairs import adapted
+from tests.runs import one_line, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"Host": "lora.example:80"}, 403, "this server answers on 127.0.0.1:"),
+        ({"Host": "127.0.0.1:1"}, 403, "this server answers on"),
+        ({"Origin": "http://lora.example"}, 403, "answers its own page only"),
+        ({"Origin": "null"}, 403, "answers its own page only"),
+        ({"Content-Length": "-1"}, 411, "how long it is"),
+        ({"Content-Length": str(10**9)}, 413, "at most 65,536 are read"),
+        ({"path": "/api/other"}, 404, "no such thing"),
+        ({"path": "/../README.md", "method": "GET"}, 404, "no such thing"),
+        ({"method": "GET"}, 404, "no such thing"),
+        ({"body": '{"text": '}, 400, "is not JSON"),
+        ({"body": "[" * 60_000}, 400, "is not JSON"),
+        ({"body": "[]"}, 400, "is not a JSON object"),
+        ({"text": " \n"}, 400, "text: is empty"),
+        ({"text": ["a"]}, 400, "text: is empty"),
+        ({"text": "\ud800"}, 400, "text: is not UTF-8 text"),
+        ({"text": "a"}, 400, "is a single token"),
+        ({"text": "é" * 40}, 400, "text: has 80 tokens; with"),
+        ({"strength": 2.1}, 400, "strength: '2.1' is not a number from 0 to 2"),
+        ({"strength": None}, 400, "strength: 'None' is not a number"),
+        ({"strength": float("nan")}, 400, "strength: 'nan' is not a number"),
+        ({"rank": 4}, 400, "rank: '4' is not a whole number from 1 to 3"),
+        ({"layers": ["h.9.attn.c_attn"]}, 400, "layers: is not a list"),
+        ({"layers": [{}]}, 400, "layers: is not a list"),
+        ({"layers": "h.0.attn.c_attn"}, 400, "layers: is not a list"),
+    ],
+)
+def test_a_request_that_is_foreign_wrong_or_too_large_is_refused_in_one_line(
+    client, change, status, words
+):
+    change = dict(change)
+    method = change.pop("method", "POST")
+    path = change.pop("path", "/api/score")
+    headers = {name: change.pop(name) for name in list(change) if name[0].isupper()}
+    body = change.pop("body", None) or json.dumps(FULL | {"text": TEXT} | change)
+    if "Content-Length" in headers:
+        body = None  # nothing of it is sent
+    answered, _, text = client.send(method, path, body, **headers)
+    assert answered == status
+    assert words in json.loads(text)["error"] and text.count("\n") == 1
+    assert client.scores()["mean_gain"] != 0  # the server goes on
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prompt": ""}, "prompt: is empty"),
+        ({"prompt": "é" * 40}, "prompt: has 80 tokens"),
+        ({"max_new_tokens": MOST_NEW_TOKENS + 1}, "max_new_tokens: 401 is above 400"),
+        ({"temperature": -1}, "--temperature: '-1' is not a number from 0 to 100"),
+        ({"top_k": "5 --adapter x"}, "--top-k: '5 --adapter x' is not a whole number"),
+        ({"seed": None}, "--seed: 'None' is not"),
+    ],
+)
+def test_generations_options_are_refused_as_on_its_command_line(client, change, words):
+    request = FULL | OPTIONS | {"prompt": PROMPT} | change
+    status, _, text = client.send("POST", "/api/write", json.dumps(request))
+    assert status == 400 and words in json.loads(text)["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RunError("not finite numbers"), "not finite numbers"),
+        (ZeroDivisionError("in line 3"), "a bug of this server: ZeroDivisionError"),
+    ],
+)
+def test_a_failure_of_the_server_is_one_line_too(client, error, line):
+    with (
+        mock.patch.object(Explorer, "score", side_effect=error),
+        mock.patch.object(command.Server, "handle_error"),  # the terminal has the traceback
+    ):
+        status, _, text = client.send("POST", "/api/score", "{}")
+    assert (status, json.loads(text)) == (500, {"error": line})
+
+
+def test_requests_wait_for_each_other(client, monkeypatch):
+    expected = client.texts()
+    long = {}
+
+    def write() -> None:
+        long["texts"] = client.texts()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for strength in (0, 2, 0, 2):
+        client.scores(strength=strength)
+    thread.join()
+    assert long["texts"] == expected
+
+    monkeypatch.setattr(command, "PATIENCE", 0.01)
+    with client.server.turn():
+        status, _, text = client.send("POST", "/api/score", "{}")
+    assert status == 503 and "another computation is still running" in text
+
+
+def test_a_request_that_its_page_gives_up_is_not_computed_to_its_end(client):
+    steps = []
+    hook = client.explorer.model.h[0].register_forward_hook(lambda *_: steps.append(1))
+    request = FULL | OPTIONS | {"prompt": PROMPT, "max_new_tokens": MOST_NEW_TOKENS}
+    body = json.dumps(request).encode()
+    head = (
+        f"POST /api/write HTTP/1.1\r\nHost: localhost:{client.port}\r\nContent-Length: {len(body)}"
+    )
+    with socket.create_connection(("127.0.0.1", client.port)) as page:
+        page.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert page.recv(20).startswith(b"HTTP/1.0 200")
+    client.scores()
+    hook.remove()
+    assert 0 < len(steps) < MOST_NEW_TOKENS // 2
+
+
+def test_the_page_allows_itself_only_what_it_is(client):
+    status, headers, page = client.send("GET", "/")
+    assert status == 200 and page == command.PAGE.read_text()
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'; script-src 'sha256-" in policy and "unsafe" not in policy
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_the_command_refuses_in_one_line(base, trained, runs, tmp_path):
+    def refused(adapter: Path, *options: object) -> str:
+        return one_line(run(command.main, adapter, "--base", base, "--device", "cpu", *options), 2)
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        line = refused(trained, "--port", port)
+    assert line == f"error: --port {port}: cannot be used (Address already in use); name another"
+    assert "is a whole model, whose change has no A and B; make" in refused(runs["full"].out)
+    save_adapter(*adapted(base, use_dora=True), tmp_path / "dora", "gpt2")
+    assert "is DoRA, whose change is not B A alone" in refused(tmp_path / "dora", "--port", 0)
+    assert "cannot be read" in refused(tmp_path / "nothing", "--port", 0)
+
+
+def test_the_command_serves_until_it_is_interrupted(base, trained):
+    arguments = [trained, "--base", base, "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lesson.explore", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        port = int(line.removeprefix("open http://127.0.0.1:").removesuffix(" (Ctrl-C ends)\n"))
+        connection = HTTPConnection("localhost", port, timeout=60)
+        connection.request("GET", "/")
+        assert connection.getresponse().status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.communicate() == ("", "error: interrupted\n")
+    finally:
+        process.kill()

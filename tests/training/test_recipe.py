@@ -1,0 +1,87 @@
+"""The recipes: what each sets, what the user's options override, and what `run.json` says."""
+
+from argparse import Namespace
+from shlex import split
+
+import numpy as np
+import pytest
+
+from data.windows import Windows
+from tests import runs
+from tests.runs import arguments, one_line, run, trained
+from train import main
+from training import sweep
+from training.options import parse_options
+from training.recipe import best_rate, count_passes
+
+ALL_LAYERS = ["c_attn", "c_proj", "c_fc"]
+SHORT = ("--max-steps", 2, "--batch-size", 4)
+CHOSEN = ("recipe", "lr", "target_modules", "lora_alpha", "r")
+
+
+def chosen(done):
+    return [done.report["options"][name] for name in CHOSEN]
+
+
+def test_passes_count_how_often_a_token_is_read():
+    tokens = np.arange(1000)
+    for stride, steps in ((16, None), (64, 9), (7, 30)):
+        windows = Windows(tokens, 64, stride)
+        indices = np.concatenate([windows.epoch_order(0, epoch) for epoch in range(3)])
+        if steps:
+            indices = indices[: steps * 4]
+        inputs, _ = windows.batch(indices)
+        reads = np.bincount(inputs.flatten(), minlength=len(tokens))
+        assert count_passes(windows, 3, steps, 4) == pytest.approx(reads.mean())
+
+
+def test_the_best_rate_falls_with_the_passes_between_two_limits():
+    expected = {0.1: 8e-3, 1.5: 8e-3, 3: 4e-3, 6: 2e-3, 12: 1e-3, 24: 1e-3}
+    assert {number: best_rate(number) for number in expected} == expected
+
+
+def test_the_reference_is_the_default_for_a_book_and_the_best_for_data(base, book, tmp_path):
+    reference = trained("lora", base, book, tmp_path / "reference", *SHORT)
+    assert chosen(reference) == ["reference", 3e-4, ["c_attn"], 16, 8]
+    assert "recipe" not in reference.stdout
+
+    data = runs.questions(tmp_path / "data.jsonl")
+    small = ("--batch-size", 4, "--block-size", 64)  # three epochs
+    best = trained("lora", base, data, tmp_path / "best", *small)
+    assert chosen(best) == ["best", 4e-3, ALL_LAYERS, 16, 8]
+    assert "recipe best: lr 0.004, layers c_attn c_proj c_fc, alpha 16\n" in best.stdout
+    assert max(best.column("lr")) == pytest.approx(4e-3)
+    asked = trained("lora", base, data, tmp_path / "asked", *small, "--recipe", "reference")
+    assert chosen(asked) == ["reference", 3e-4, ["c_attn"], 16, 8]
+
+
+def test_what_is_typed_overrides_the_recipe(base, book, tmp_path):
+    argv = split("--recipe best --lr 5e-3 --target-modules c_attn.q --lora-alpha 4 --r 2")
+    done = trained("lora", base, book, tmp_path / "run", *SHORT, *argv)
+    assert chosen(done) == ["best", 5e-3, ["c_attn.q"], 4, 2]
+    assert "recipe best: lr 0.005, layers c_attn.q, alpha 4\n" in done.stdout
+
+    more = ("--init-adapter", done.out, "--recipe", "best")  # which brings its layers and alpha
+    again = trained("lora", base, book, tmp_path / "again", *SHORT, *more)
+    assert chosen(again) == ["best", 8e-3, [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)], 4, 2]
+
+
+def test_a_run_of_the_best_recipe_resumes_as_itself(base, book, tmp_path):
+    argv = arguments("lora", base, book, tmp_path / "run", *SHORT, "--recipe", "best")
+    assert run(main, *argv).status == 0
+    assert "nothing to resume" in run(main, *argv, "--resume").stdout
+    line = one_line(run(main, *argv[:-1], "reference", "--resume"), 2)
+    assert "--lora-alpha" not in line and "--lr was 0.008 and is now 0.0003" in line
+
+
+def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):
+    argv = arguments("full", base, book, tmp_path / "run", "--recipe", "best")
+    assert "--recipe best" in one_line(run(main, *argv), 2)
+    assert parse_options("-", ["full"]).as_json().keys().isdisjoint({"recipe"})
+
+
+def test_a_sweep_leaves_the_rate_to_the_recipe(tmp_path):
+    asked = Namespace(method="lora", lr=None, r=[4], seed=[1], out=tmp_path)
+    (best,) = sweep.plan(asked, ["--recipe", "best"])
+    (plain,) = sweep.plan(asked, [])
+    assert (best.out.name, plain.out.name) == ("r=4,seed=1", "lr=0.0003,r=4,seed=1")
