@@ -22,6 +22,7 @@ from model.hub import find_base
 from model.weights import load_gpt2
 
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+TOP = 64  # so many of a change's directions are looked at
 INTRUDER_FACTORS = (0.75, 0.5, 0.0)
 CHANGE_FACTORS = (0.9, 0.8, 0.6)
 
@@ -52,14 +53,11 @@ def is_layer(name: str) -> bool:
 def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
     """Return what the change of one weight does to its singular vectors.
 
-    "own" and "random" are W's norm in as many directions as the change's rank, up to 64: its own
-    largest, and random ones.
+    Directions count up to the change's rank, and TOP.
     """
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    rank = min(64, int((s > 1e-5 * s[0]).sum()))
+    rank = min(TOP, int((s > 1e-5 * s[0]).sum()))
     own_u, _, own_vh = torch.linalg.svd(weight, full_matrices=False)
-    random_u = torch.linalg.qr(torch.randn_like(u[:, :rank])).Q
-    random_v = torch.linalg.qr(torch.randn_like(vh[:rank].T)).Q
     found = cosines(weight, weight + change)
     return {
         "layer": name,
@@ -69,7 +67,6 @@ def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
         "weight": weight.norm().item(),
         "weight in the change's directions": projected_norm(weight, u[:, :rank], vh[:rank]),
         "weight in its own": projected_norm(weight, own_u[:, :rank], own_vh[:rank]),
-        "weight in random ones": projected_norm(weight, random_u, random_v.T),
     }
 
 
@@ -84,7 +81,6 @@ def taken_apart(short: bool) -> Callable[[Trainer], dict[str, Any]]:
         model = load_base()
         base = {name: p.detach().clone() for name, p in model.named_parameters()}
         change = changes(made, base)
-        torch.manual_seed(0)
         layers = [described(n, base[n], dw) for n, dw in change.items() if is_layer(n)]
 
         def cost(scaled: Weights) -> list[float]:
