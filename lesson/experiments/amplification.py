@@ -79,7 +79,7 @@ def draw(data: dict[str, Any]) -> Any:
     draw_at(axes[0].yaxis, (0.1, 0.3, 1, 3, 10, 30))
     draw_at(axes[1].yaxis, (0.5, 1, 2, 4))
     draw_at(axes[2].yaxis, (0.01, 0.03, 0.1, 0.3, 1))
-    axes[0].legend(ncols=2)
+    axes[1].legend(ncols=2, loc="lower left")
     return figure
 
 

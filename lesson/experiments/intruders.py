@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.figures import FULL, LORA, OTHER, name_line
+from common.figures import FULL, LORA, OTHER
 from lesson.experiments.changes import taken_apart
 from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, finetune
@@ -34,6 +34,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 SHOWN = ("r = 1", "r = 8")  # of RUNS, in the picture's panels
+PARTS = (
+    ("intruders scaled", "intruders\nx 1, 0.75, 0.5, 0", OTHER),
+    ("change scaled", "whole change\nx 1, 0.9, 0.8, 0.6", LORA),
+)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -47,25 +51,35 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             run["intruders"] = sum(layer["intruders"] for layer in run["layers"])
             run["weights"] = len(run.pop("layers"))
         data[name] = found
+        if found[0]["intruders scaled"]:
+            for perplexity, kl in zip(*scaled(found, "intruders scaled"), strict=True):
+                same = kl_at(perplexity, found)
+                print(f"{name}: {perplexity:.1f}, KL {kl:.3f}; the whole change {same:.3f}")
     return data
 
 
-def kl_at(perplexity: float, run: dict[str, Any]) -> float:
-    """Return the KL that the whole change has where, scaled down, it has this perplexity; nan if it
-    never has.
+def scaled(found: list[dict[str, Any]], part: str) -> tuple[list[float], list[float]]:
+    """Return the perplexities and the KLs, means of the seeds, as this part is scaled down."""
+    points = [[run["scores"], *run[part].values()] for run in found]  # (seeds, factors, 2)
+    x, y = np.mean(points, axis=0).T
+    return x.tolist(), y.tolist()
+
+
+def kl_at(perplexity: float, found: list[dict[str, Any]]) -> float:
+    """Return the KL that the whole change has where, scaled down, it has this perplexity, between
+    the factors that were tried; nan outside them.
     """
-    points = [run["scores"], *run["change scaled"].values()]  # (perplexity, KL), from 1 down
-    least = min(range(len(points)), key=lambda i: points[i][0])
-    x, y = zip(*points[least:], strict=True)
-    return float(np.interp(perplexity, x, y, left=np.nan, right=np.nan))
+    x, y = scaled(found, "change scaled")
+    least = int(np.argmin(x))  # to its left, less change learns more
+    return float(np.interp(perplexity, x[least:], y[least:], left=np.nan, right=np.nan))
 
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw the intruders of each run; then forgetting by perplexity as either part is scaled."""
     figure, (left, *others) = panels(
-        "Intruder dimensions, and what it costs to scale them (mini)",
-        "intruders among each weight's\n10 largest singular vectors",
-        *(f"{name}: KL from the base,\nnats per token" for name in SHOWN),
+        "Intruder dimensions, and what it costs to scale them down (mini)",
+        "intruders in all weights",
+        *(f"{name}: KL from the base" for name in SHOWN),
     )
     for row, (name, found) in enumerate(data.items()):
         colour = FULL if name.startswith("full") else LORA
@@ -74,23 +88,15 @@ def draw(data: dict[str, Any]) -> Any:
         left.plot(mean(counts), row, "o", color=colour)
     left.set_yticks(range(len(data)), list(data))
     left.invert_yaxis()
-    left.set(xlabel="in all weights: mean, min and max of seeds")
+    left.set(xlabel="mean, min and max of seeds")
 
     for axis, name in zip(others, SHOWN, strict=True):
-        found = data[name]
-        start = np.mean([run["scores"] for run in found], axis=0)
-        for part, colour in (("intruders scaled", OTHER), ("change scaled", LORA)):
-            points = [start]
-            for factor in found[0][part]:
-                points.append(np.mean([run[part][factor] for run in found], axis=0))
-                if factor in ("0.75", "0.8"):
-                    name_line(axis, f"{part[:-7]} x {factor}", points[-1], colour)
-            x, y = np.transpose(points)
-            axis.plot(x, y, ".-", color=colour)
-        axis.plot(*start, "o", color=LORA)
-        axis.set(
-            xlabel="validation perplexity", xlim=(start[0] - 0.5, start[0] + 5), ylim=(0, None)
-        )
+        for part, label, colour in PARTS:
+            x, y = scaled(data[name], part)
+            axis.plot(x, y, ".-", color=colour, label=label)
+        axis.plot(x[0], y[0], "o", color=LORA)
+        axis.set(xlabel="validation perplexity", xlim=(x[0] - 0.4, x[0] + 6), ylim=(0, 0.7))
+    others[-1].legend(loc="lower right")
     return figure
 
 
