@@ -1,4 +1,4 @@
-"""Score a text: loss, perplexity, bits per byte and greedy accuracy; compare finished runs."""
+"""Score a text: loss, perplexity, bits per byte, greedy accuracy; score choices; compare runs."""
 
 if __name__ == "__main__":
     from common.signals import install_exit_handlers
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from lora.quantised import quantisation
 from model.fast import accelerate
 from model.gpt2 import GPT2
 from model.tokenizer import Tokenizer
+from training.choices import print_summary, read_tasks, score_choices, summary
 from training.compare import compare
 from training.options import BOOK
 from training.ranks import ALONE, Ranks
@@ -124,6 +126,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="conversations in JSON lines, whose completions are scored",
     )
+    source.add_argument(
+        "--choices",
+        type=Path,
+        metavar="FILE",
+        help="questions in JSON lines, of whose choices the likeliest is taken "
+        "(docs/classification.md)",
+    )
     parser.add_argument(
         "--val-fraction",
         type=number(float, 0.001, 1.0),
@@ -173,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--compare reads finished runs; {others[0]} is for a text")
         compare(args.compare)
         return
-    if args.data and (args.stride or args.label_shift > 1):
+    if (args.data or args.choices) and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if args.stride and args.stride > args.block_size:
         raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
@@ -186,31 +195,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     device.place(model)
     accelerate(model)
     source, fraction = what_to_score(args)
-    data = load_data(args, tokenizer, source, fraction)
-    scores = evaluate(model, data.evaluation_batches(args.batch_size), tokenizer, device)
-
-    part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
-    print(f"{source}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
-    print(f"{scores}, accuracy {scores.accuracy:.2%}")
+    score = score_questions if args.choices else score_text
+    found = score(args, model, tokenizer, device)
     if args.json:
         report = {
             "base": base,
             "adapter": str(args.adapter) if args.adapter else None,
             "text": source,
             "val_fraction": fraction,
-            **asdict(scores),
-            "perplexity": scores.perplexity,
-            "bits_per_byte": scores.bits_per_byte,
+            **found,
         }
         if kind:
             report["quantise"] = kind
         write_json(args.json, report)
 
 
+def score_text(
+    args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
+) -> dict[str, Any]:
+    """Score a text or conversations; print the scores and return them."""
+    source, fraction = what_to_score(args)
+    data = load_data(args, tokenizer, source, fraction)
+    scores = evaluate(model, data.evaluation_batches(args.batch_size), tokenizer, device)
+    print(f"{source}{part_name(fraction)}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
+    print(f"{scores}, accuracy {scores.accuracy:.2%}")
+    return {
+        **asdict(scores),
+        "perplexity": scores.perplexity,
+        "bits_per_byte": scores.bits_per_byte,
+    }
+
+
+def score_questions(
+    args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
+) -> dict[str, Any]:
+    """Choose an answer to each question; print how often rightly, and return it."""
+    source, fraction = what_to_score(args)
+    tasks = split(read_tasks(args.choices, tokenizer, args.block_size), fraction)[1]
+    if not tasks:
+        raise UserError(f"{source}: 0 questions; nothing to choose")
+    report = summary(score_choices(model, tasks, device, args.batch_size))
+    print_summary(f"{source}{part_name(fraction)}", report)
+    return report
+
+
+def part_name(fraction: float) -> str:
+    return "" if fraction == 1 else f", the last {100 * fraction:g} %"
+
+
 def what_to_score(args: argparse.Namespace) -> tuple[str, float]:
     """Return the name of the text or data, and which share of it, at its end, is scored."""
-    if args.data:
-        source = str(args.data)
+    if args.data or args.choices:
+        source = str(args.data or args.choices)
     elif args.text:
         source = ", ".join(map(str, args.text))
     else:  # the book's validation part

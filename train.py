@@ -34,7 +34,7 @@ from model.gpt2 import GPT2
 from model.hub import find_base
 from model.stock import save_tokenizer
 from model.weights import save_gpt2
-from training.build import Data, build_model, load_data, prepare_device, resolve
+from training.build import Data, build_model, count_steps, load_data, prepare_device, resolve
 from training.directory import refuse_inputs_as_output, refuse_used_directory
 from training.identity import run_identity
 from training.meter import Meter, Progress
@@ -120,10 +120,7 @@ class Trainer:
         self.scaler.scale(torch.zeros((), device=device.torch_device))
         self.hidden = model.hidden
 
-        self.steps_per_epoch = math.ceil(len(data.training) / options.batch_size)
-        self.total_steps = options.epochs * self.steps_per_epoch
-        if options.max_steps:
-            self.total_steps = min(self.total_steps, options.max_steps)
+        self.steps_per_epoch, self.total_steps = count_steps(options, len(data.training))
         self.progress = Progress()
         self.meter = Meter(device.torch_device, fp16)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_path
-from model.hub import split_revision, stock_name
+from model.hub import split_revision
+from model.stock import stock_name
 
 CARD = "README.md"
 MARK = "# Replaced by the command that wrote it. Delete this line to keep what you write here."

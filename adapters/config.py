@@ -12,7 +12,8 @@ from common.errors import UserError
 from common.files import brief, check_number, read_json
 from lora.layer import LoRAConfig
 from lora.variants import config_fields, make_config
-from model.hub import split_revision, stock_name
+from model.hub import split_revision
+from model.stock import stock_name
 
 CONFIG = "adapter_config.json"
 BLOCKS = "layers_to_transform"

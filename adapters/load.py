@@ -14,7 +14,8 @@ from common.errors import UserError
 from common.files import brief, file_sha256
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
-from model.hub import MINI_NAME, REPOSITORIES, find_adapter, find_base
+from model.hub import REPOSITORIES, find_adapter, find_base
+from model.stock import MINI_NAME
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2, weights_path

@@ -28,6 +28,8 @@ class Question:
 
 def question(example: dict) -> Question:
     """Read a line's question. Raises ValueError if it is none."""
+    if not isinstance(example, dict):
+        raise ValueError(f"needs {FORM}")
     refuse_unknown(example, {"prompt", "choices", "answer"}, FORM)
     texts = [example.get("prompt")]
     if isinstance(example.get("choices"), list):
@@ -42,7 +44,5 @@ def question(example: dict) -> Question:
     if "" in choices or len(set(choices)) < len(choices):
         raise ValueError("has an empty choice, or one twice")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(
-            f"its answer {brief(answer)} is no place among {len(choices)} choices, from 0"
-        )
+        raise ValueError(f"its answer is {brief(answer)}, of {len(choices)} choices from 0 on")
     return Question(prompt, tuple(choices), answer)

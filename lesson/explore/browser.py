@@ -39,6 +39,7 @@ class Browser:
     def __enter__(self) -> "Browser":
         if not can_browse():
             raise UserError("needs chromium and chromedriver (Debian: apt install chromium-driver)")
+        self.session = ""
         self.profile = TemporaryDirectory(ignore_cleanup_errors=True)
         self.driver = subprocess.Popen(
             [DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -48,7 +49,6 @@ class Browser:
             arguments = [*ARGUMENTS, f"--user-data-dir={self.profile.name}"]
             options = {"args": arguments, "binary": shutil.which("chromium")}
             wanted = {"alwaysMatch": {"goog:chromeOptions": options}}
-            self.session = ""
             made = self._ask("POST", "/session", {"capabilities": wanted})
             self.session = f"/session/{made['sessionId']}"
         except BaseException:

@@ -23,17 +23,16 @@ MARKED = """
 """
 
 
-def draw(address: str, path: Path) -> None:
-    """Save a picture of the page, the mouse over the token that gained most."""
-    with Browser() as browser, atomic_path(path) as temporary:
-        browser.prefer("light")
-        browser.resize(*SIZE)
-        browser.open(address)
-        browser.wait("document.getElementById('write-status').textContent.startsWith('Both')")
-        browser.wait("document.querySelector('#tokens .gain') !== null")
-        browser.run(MARKED)
-        browser.point("#most")
-        browser.screenshot(temporary)
+def draw(browser: Browser, address: str, path: Path) -> None:
+    """Open the page, and save a picture of it with the mouse over the token that gained most."""
+    browser.prefer("light")
+    browser.resize(*SIZE)
+    browser.open(address)
+    browser.wait("document.getElementById('write-status').textContent.startsWith('Both')")
+    browser.wait("document.querySelector('#tokens .gain') !== null")
+    browser.run(MARKED)
+    browser.point("#most")
+    browser.screenshot(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Server(0) as server:
         server.explorer = Explorer(args.base, args.adapter, Device.pick())
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        draw(f"http://{ADDRESS}:{server.port}", args.out)
+        with Browser() as browser, atomic_path(args.out) as temporary:
+            draw(browser, f"http://{ADDRESS}:{server.port}", temporary)
         server.shutdown()
     print(f"drawn in {args.out}")
 

@@ -4,7 +4,7 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
+def every_layer(base, tmp_path_factory):
     """An adapter of all linear layers of `base`, r 3, alpha 2."""
     from adapters.files import save_adapter
     from tests.pairs import ALL_FOUR, adapted
@@ -15,9 +15,9 @@ def trained(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(base, trained):
+def client(base, every_layer):
     """Return a `Client` of that adapter's page."""
     from tests.explore.client import serving
 
-    with serving(base, trained) as client:
+    with serving(base, every_layer) as client:
         yield client

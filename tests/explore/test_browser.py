@@ -1,11 +1,13 @@
 """The page in Chromium, where it is installed."""
 
+import struct
 from pathlib import Path
 
 import pytest
 
 from adapters.files import save_adapter
 from lesson.explore.browser import Browser, can_browse
+from lesson.explore.picture import SIZE, draw
 from model.hub import MINI
 from tests.explore.client import serving
 from tests.pairs import adapted
@@ -20,13 +22,15 @@ def mini_adapter(tmp_path_factory) -> Path:
 
 
 @pytest.mark.skipif(not can_browse(), reason="needs chromium and chromedriver")
-def test_in_a_browser(mini_adapter):
+def test_in_a_browser(mini_adapter, tmp_path):
     with serving("mini", mini_adapter) as client, Browser() as browser:
         address = f"http://127.0.0.1:{client.port}"
-        browser.open(address)
-        browser.wait("document.querySelectorAll('#tokens .gain, #tokens .loss').length > 20")
+        draw(browser, address, tmp_path / "page.png")
+        assert (tmp_path / "page.png").read_bytes()[:24].endswith(struct.pack(">II", *SIZE))
+        assert browser.run("return document.querySelectorAll('#likeliest li').length") == 10
+        coloured = "return document.querySelectorAll('#tokens .gain, #tokens .loss').length"
+        assert browser.run(coloured) > 20
         written = "document.getElementById('write-status').textContent.startsWith('Both')"
-        browser.wait(written)
 
         def text_of(element: str) -> str:
             return browser.run("return document.querySelector(arguments[0]).textContent", element)
@@ -47,8 +51,6 @@ def test_in_a_browser(mini_adapter):
         browser.run("document.getElementById('reset').click()")
         browser.wait(f"document.querySelector('#summary b').textContent === '{gain}'")
 
-        browser.point("#tokens span:nth-child(9)")
-        assert browser.run("return document.querySelectorAll('#likeliest li').length") == 10
         browser.run("document.querySelector('#tokens span').focus()")
         assert "nothing comes before it" in text_of("#likeliest")
         browser.type("#tokens span", "\ue014")  # to the right

@@ -15,7 +15,7 @@ from adapters.files import WEIGHTS, save_adapter
 from tests.explore.client import FULL, LAYERS, OPTIONS, PROMPT, TEXT, serving
 from tests.helpers import TINY, small_tokenizer
 from tests.pairs import adapted
-from tests.runs import scores, stdout_of, stock_model
+from tests.runs import scores, stdout_of, stock_model, trained
 from training.options import BOOK
 
 
@@ -60,9 +60,9 @@ def by_generate(base: Path, adapter: Path, *more: object) -> list[str]:
     ids=str,
 )
 def test_each_knob_does_what_the_commands_do_with_an_adapter_so_changed(
-    base, trained, client, tmp_path, knobs
+    base, every_layer, client, tmp_path, knobs
 ):
-    adapter = changed_file(trained, FULL | knobs, tmp_path)
+    adapter = changed_file(every_layer, FULL | knobs, tmp_path)
     expected = by_generate(base, adapter)
     found = client.texts(**knobs)
     assert found == expected and found[0] != found[1]
@@ -91,11 +91,11 @@ def test_without_strength_or_layers_the_adapter_is_the_base(client, knobs):
 
 
 @torch.no_grad()
-def test_gains_and_likeliest_tokens_are_stock_pefts(base, trained, client):
+def test_gains_and_likeliest_tokens_are_stock_pefts(base, every_layer, client):
     tokenizer = small_tokenizer(TINY["vocab_size"])
     ids = torch.tensor(tokenizer.encode(TEXT).astype(int))
     log_p = []
-    for model in (stock_model(base), stock_model(base, trained)):
+    for model in (stock_model(base), stock_model(base, every_layer)):
         log_p.append(model(ids[None]).logits[0].log_softmax(-1))
     judged = client.scores()
     assert "".join(token["text"] for token in judged["tokens"]) == TEXT
@@ -150,6 +150,17 @@ def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs):
         assert about["rank"] == 8 and about["adapter"] == str(runs["lora"].out)
         assert [layer["block"] for layer in about["layers"]] == [0, 1]
         client.scores(text=about["text"], rank=8, layers=[])
+
+
+def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_path):
+    data = tmp_path / "data.jsonl"
+    examples = [{"prompt": f"Gull {i}?", "completion": "At sea."} for i in range(20)]
+    data.write_text("".join(f"{json.dumps(example)}\n" for example in examples))
+    out = trained("lora", base, data, tmp_path / "run", "--block-size", 60, "--max-steps", 1).out
+    with serving(base, out) as client:
+        about = json.loads(client.send("GET", "/api/about")[2])
+    assert about["prompt"] == "User: Gull 18?\nAssistant:"  # of 20, the last two are not trained on
+    assert about["text"] == "User: Gull 18?\nAssistant: At sea."
 
 
 def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path):

@@ -145,13 +145,13 @@ def test_the_page_allows_itself_only_what_it_is(client):
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
-def test_the_command_refuses_in_one_line(base, trained, runs, tmp_path):
+def test_the_command_refuses_in_one_line(base, every_layer, runs, tmp_path):
     def refused(adapter: Path, *options: object) -> str:
         return one_line(run(command.main, adapter, "--base", base, "--device", "cpu", *options), 2)
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        line = refused(trained, "--port", port)
+        line = refused(every_layer, "--port", port)
     assert line == f"error: --port {port}: cannot be used (Address already in use); name another"
     assert "is a whole model, whose change has no A and B; make" in refused(runs["full"].out)
     save_adapter(*adapted(base, use_dora=True), tmp_path / "dora", "gpt2")
@@ -159,8 +159,8 @@ def test_the_command_refuses_in_one_line(base, trained, runs, tmp_path):
     assert "cannot be read" in refused(tmp_path / "nothing", "--port", 0)
 
 
-def test_the_command_serves_until_it_is_interrupted(base, trained):
-    arguments = [trained, "--base", base, "--port", "0", "--device", "cpu"]
+def test_the_command_serves_until_it_is_interrupted(base, every_layer):
+    arguments = [every_layer, "--base", base, "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lesson.explore", *arguments],
         cwd=ROOT,

@@ -93,14 +93,14 @@ def test_a_step_projects_the_gradient_however_the_product_is_split(base, targets
     of A and the columns of B, slice by slice: no split changes it.
     """
     plain, model = (with_gradients(base, targets) for _ in range(2))
-    stretch = torch.diag(torch.tensor([5.0, 1.0, 0.2]))
+    sizes = torch.tensor([[5.0, 1.0, 0.2], [0.2, 1.0, 5.0]])  # of the first slice, the second
     with torch.no_grad():
         for layer in lora_layers(model).values():
             b = next(layer.lora_B.parameters())
             a = layer.lora_A.weight
-            split_a = a.view(-1, 3, a.shape[1])
-            a.copy_((stretch @ split_a).view_as(a))
-            b.copy_(b @ stretch.inverse())
+            stretch = torch.diag_embed(sizes[: len(a) // 3])
+            a.copy_((stretch @ a.view(-1, 3, a.shape[1])).view_as(a))
+            b.copy_((b @ stretch.inverse()).view_as(b))
     model.zero_grad()
     model.hidden(IDS).square().sum().backward()
     for one, other in zip(lora_layers(plain).values(), lora_layers(model).values(), strict=True):

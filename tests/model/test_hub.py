@@ -344,6 +344,7 @@ def test_auto_is_mini_where_gpt2_cannot_be_had(fake, monkeypatch, capsys, failur
 
 
 def test_an_adapter_is_fetched_the_same_way(fake, adapter, base, book, monkeypatch):
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
     fake.repositories["someone/adapter"] = {
         path.name: path.read_bytes() for path in adapter.iterdir()
     }

@@ -6,13 +6,12 @@ from shlex import split
 import numpy as np
 import pytest
 
-from data.windows import Windows
 from tests import runs
 from tests.runs import arguments, one_line, run, trained
 from train import main
 from training import sweep
 from training.options import parse_options
-from training.recipe import best_rate, count_passes
+from training.recipe import best_rate
 
 ALL_LAYERS = ["c_attn", "c_proj", "c_fc"]
 SHORT = ("--max-steps", 2, "--batch-size", 4)
@@ -23,21 +22,24 @@ def chosen(done):
     return [done.report["options"][name] for name in CHOSEN]
 
 
-def test_passes_count_how_often_a_token_is_read():
-    tokens = np.arange(1000)
-    for stride, steps in ((16, None), (64, 9), (7, 30)):
-        windows = Windows(tokens, 64, stride)
-        indices = np.concatenate([windows.epoch_order(0, epoch) for epoch in range(3)])
-        if steps:
-            indices = indices[: steps * 4]
-        inputs, _ = windows.batch(indices)
-        reads = np.bincount(inputs.flatten(), minlength=len(tokens))
-        assert count_passes(windows, 3, steps, 4) == pytest.approx(reads.mean())
+@pytest.mark.parametrize("options", ["--epochs 5", "--epochs 9 --stride 4 --max-steps 50"])
+def test_the_rate_follows_the_steps_and_how_often_a_token_is_read(base, book, tmp_path, options):
+    argv = ("--batch-size", 4, "--recipe", "best", *split(options))
+    made = runs.trainer("lora", base, book, tmp_path, *argv)
+    reads = np.zeros(len(made.data.training.tokens))
+    steps = 0
+    for batch in made.batches():
+        steps += 1
+        for start in batch * made.options.stride:
+            reads[start : start + made.options.block_size] += 1
+    rate = 0.035 / np.cbrt(steps * reads.mean() ** 2)
+    assert 5e-4 < rate < 8e-3
+    assert made.options.lr == pytest.approx(rate, rel=0.02)  # it is rounded to two digits
 
 
-def test_the_best_rate_falls_with_the_passes_between_two_limits():
-    expected = {0.1: 8e-3, 1.5: 8e-3, 3: 4e-3, 6: 2e-3, 12: 1e-3, 24: 1e-3}
-    assert {number: best_rate(number) for number in expected} == expected
+def test_the_best_rate_is_within_the_measured_ones():
+    few = {(2, 0.1): 8e-3, (60, 1.4): 7.1e-3, (57, 3): 4.4e-3, (249, 24): 6.7e-4, (5000, 24): 5e-4}
+    assert {key: best_rate(*key) for key in few} == few
 
 
 def test_the_reference_is_the_default_for_a_book_and_the_best_for_data(base, book, tmp_path):

@@ -1,0 +1,184 @@
+"""What a run or a merge leaves can be uploaded: stock tools read it, and it tells of no path."""
+
+import io
+import json
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub.utils import filter_repo_objects
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, pipeline
+
+import generate
+from adapters import merge
+from adapters.card import MARK, run_card
+from data.instructions import CHAT_TEMPLATE
+from tests import runs as commands
+from tests.runs import arguments, die, run, run_acting, stdout_of
+from train import main as train
+from training.options import ROOT
+
+QUESTION = "Who keeps the light?"
+DEPRECATED = (DeprecationWarning, FutureWarning)  # of the libraries' own code
+CHAT = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> dict[str, Path]:
+    """Train mini on conversations by each method, and merge the adapter; return the directories."""
+    folder = tmp_path_factory.mktemp("chat")
+    data = folder / "data.jsonl"
+    lines = (ROOT / "data" / "instructions.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines[:30]))
+    for method in ("lora", "full"):
+        options = ("--base", "mini", "--data", data, "--max-steps", 2, "--device", "cpu")
+        ending = run(train, method, *options, "--lr", 1e-2, "--out", folder / method)
+        assert ending.status == 0, ending.stderr
+    stdout_of(merge.main, "--adapter", folder / "lora", "--out", folder / "merged")
+    return {name: folder / name for name in ("lora", "full", "merged")}
+
+
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """Collect what transformers and PEFT warn of; work in the project's directory."""
+    monkeypatch.chdir(ROOT)
+    transformers.logging.enable_propagation()
+    with warnings.catch_warnings(record=True) as found, caplog.at_level(logging.WARNING):
+        warnings.simplefilter("always")
+        yield (
+            lambda: (
+                [str(w.message) for w in found if not issubclass(w.category, DEPRECATED)]
+                + caplog.messages
+            )
+        )
+    transformers.logging.disable_propagation()
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "merged"])
+def test_stock_tools_load_it_and_answer_a_batch_and_messages(chat, name, said):
+    directory = chat[name]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if name == "lora":
+        model = AutoPeftModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    else:
+        pipe = pipeline("text-generation", str(directory), dtype=torch.float32)
+    how = {"max_new_tokens": 6, "do_sample": False}
+    prompts = ["The captain", "You climb the stair and"]
+    alone = [pipe(prompt, **how)[0]["generated_text"] for prompt in prompts]
+    both = [texts[0]["generated_text"] for texts in pipe(prompts, batch_size=2, **how)]
+    assert both == alone
+
+    # What generate.py answers to the same message, without its own first space:
+    answer = pipe(CHAT, **how)[0]["generated_text"][-1]["content"]
+    place = ["--adapter", directory] if name == "lora" else ["--base", directory]
+    options = ("--chat", "--max-new-tokens", 6, "--temperature", 0, "--device", "cpu")
+    assert answer.strip() and chatted(*place, *options) == answer.strip()
+    assert said() == []
+
+
+def chatted(*argv: object) -> str:
+    """Return what `generate.py --chat` answers to QUESTION."""
+    with mock.patch.object(sys, "stdin", io.StringIO(QUESTION)):
+        return stdout_of(generate.main, *argv).strip()
+
+
+@pytest.mark.parametrize("name", ["lora", "full", "merged"])
+def test_a_text_longer_than_the_context_is_cut_instead_of_an_index_error(chat, name):
+    tokenizer = AutoTokenizer.from_pretrained(chat[name])
+    ids = tokenizer("word " * 2000, truncation=True, return_tensors="pt")["input_ids"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(chat["full"])
+    assert ids.shape == (1, 256) and model(ids).logits.isfinite().all()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 8191
+    generation = transformers.GenerationConfig.from_pretrained(chat["merged"])
+    assert generation.pad_token_id == generation.eos_token_id == 8191
+
+
+def test_the_template_goes_with_what_was_trained_on_conversations_and_nothing_else(chat, runs):
+    for directory in chat.values():
+        assert (directory / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+        assert AutoTokenizer.from_pretrained(directory).chat_template == CHAT_TEMPLATE
+    for done in runs.values():
+        assert not (done.out / "chat_template.jinja").exists()
+        assert AutoTokenizer.from_pretrained(done.out).chat_template is None
+
+
+def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
+    for method, library in (("lora", "peft"), ("full", "transformers")):
+        done = runs[method]
+        card = ModelCard.load(done.out / "README.md")
+        assert metadata_load(done.out / "README.md") == card.data.to_dict()
+        assert (card.data.library_name, card.data.license) == (library, None)
+        assert card.data.base_model is None  # it is a directory
+        assert card.data.pipeline_tag == "text-generation" and "gpt2" in card.data.tags
+        results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert results.keys() == {"loss", "perplexity", "bits_per_byte"}
+        for metric, value in results.items():
+            assert value == pytest.approx(done.report[f"best_val_{metric}"], abs=0.006)
+        assert f"{done.report['base_val_loss']:.4f}" in card.text
+
+        on_hub = ModelCard(run_card("x", done.report | {"base": "gpt2"}))
+        assert on_hub.data.base_model == "openai-community/gpt2"
+    merged = ModelCard.load(chat["merged"] / "README.md")
+    assert merged.data.library_name == "transformers" and "`./model/mini`" in merged.text
+
+
+def test_no_file_tells_of_a_path(base, book, runs, chat, tmp_path):
+    """Neither the run's, the base's, the book's and the project's, nor the user's home."""
+    told = shutil.copytree(base, tmp_path / "base")
+    settings = json.loads((told / "tokenizer_config.json").read_text())
+    settings |= {"name_or_path": str(told), "special_tokens_map_file": str(told / "x")}
+    (told / "tokenizer_config.json").write_text(json.dumps(settings))
+    more = commands.trained("lora", told, book, tmp_path / "run", "--max-steps", 2)
+    stopped = arguments("full", told, book, tmp_path / "stopped", "--checkpoint-every", 1)
+    run_acting({3: die}, *stopped)
+
+    paths = [base, book, tmp_path, ROOT, Path.home(), Path.cwd(), *chat.values()]
+    needles = [str(path).encode() for path in paths]
+    directories = [runs["lora"].out, runs["full"].out, more.out, tmp_path / "stopped"]
+    seen = set()
+    for directory in (*directories, *chat.values()):
+        for path in directory.iterdir():
+            seen.add(path.name)
+            data = path.read_bytes()
+            assert not [needle for needle in needles if needle in data], path
+    assert {"README.md", "run.json", "identity.json", "checkpoint.safetensors"} < seen
+    assert needles[2] in (told / "tokenizer_config.json").read_bytes()  # it would be found
+
+
+def test_what_docs_say_leaves_out_the_checkpoints_alone(runs):
+    page = (ROOT / "docs" / "upload.md").read_text()
+    assert '--exclude "checkpoint*"' in page
+    names = {path.name for path in runs["full"].out.iterdir()}
+    sent = set(filter_repo_objects(names, ignore_patterns=["checkpoint*"]))
+    assert names - sent == {"checkpoint.safetensors", "checkpoint.previous.safetensors"}
+
+
+def test_a_card_of_the_users_own_stays_whatever_the_run(base, book, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    argv = arguments("lora", base, book, out, "--max-steps", 2, "--checkpoint-every", 1)
+    run_acting({2: die}, *argv)
+    ending = run(train, *argv, "--resume")
+    assert ending.status == 0 and f"{out / 'README.md'}: is not ours" in ending.stdout
+    assert run(train, *argv, "--overwrite").status == 0
+    assert (out / "README.md").read_text() == "mine"
+
+    (out / "README.md").unlink()
+    assert run(train, *argv, "--overwrite").status == 0
+    ours = (out / "README.md").read_text()
+    assert run_acting({1: die}, *argv, "--overwrite").status == 130
+    assert not (out / "README.md").exists()  # an old run's card says nothing of this one
+    claimed = ours.replace(f"{MARK}\n", "")
+    (out / "README.md").write_text(claimed)
+    assert run(train, *argv, "--overwrite").status == 0
+    assert (out / "README.md").read_text() == claimed != ours

@@ -1,0 +1,78 @@
+"""The chat template against `encode`: the same ids, and marks on the same tokens."""
+
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from data.instructions import CHAT_TEMPLATE, NAMES, encode, read_examples
+from data.windows import NOT_SCORED
+from model.hub import MINI
+from model.stock import save_tokenizer
+from model.tokenizer_files import GPT2_FILES, GPT2_SIZE, load_tokenizer
+from training.options import ROOT
+
+EXAMPLES = ROOT / "data" / "instructions.jsonl"
+# GPT-2 tokenizes blanks and new lines around a name, and empty contents, in its own ways.
+CONTENT = st.one_of(
+    st.text(st.sampled_from(" \n\ta.'é日0\u00a0:"), max_size=8),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12),
+)
+ROLES = ("system", "user", "assistant")
+MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONTENT})
+
+
+@cache
+def pair(directory: Path, size: int):
+    """Return our tokenizer, and transformers' as it stands beside what we trained on --data."""
+    ours = load_tokenizer(directory, size)
+    with TemporaryDirectory() as out:
+        save_tokenizer(ours, Path(out), 1024, CHAT_TEMPLATE)
+        return ours, AutoTokenizer.from_pretrained(out)
+
+
+def rendered(theirs, messages: list[dict], **more) -> tuple[list[int], list[int]]:
+    """Return transformers' ids and its marks of the assistant's tokens."""
+    encoded = theirs.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, **more
+    )
+    return encoded["input_ids"], encoded["assistant_masks"]
+
+
+@pytest.mark.parametrize("directory, size", [(MINI, 8192), (GPT2_FILES, GPT2_SIZE)])
+def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on(directory, size):
+    ours, theirs = pair(directory, size)
+    rows = read_examples(EXAMPLES, ours, 1024)
+    lines = [json.loads(line) for line in EXAMPLES.read_text().splitlines()]
+    assert len(rows) == len(lines) == 331
+    for line, (inputs, targets) in zip(lines, rows, strict=True):
+        messages = line.get("messages") or [
+            {"role": "user", "content": line["prompt"]},
+            {"role": "assistant", "content": line["completion"]},
+        ]
+        ids, marks = rendered(theirs, messages)
+        assert ids == [*inputs.tolist(), ours.end_of_text]
+        assert [bool(mark) for mark in marks[1:]] == (targets != NOT_SCORED).tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(MESSAGE, min_size=1, max_size=4), st.booleans())
+def test_ids_and_marks_of_any_conversation_are_ours(messages, ask):
+    ours, theirs = pair(MINI, 8192)
+    turns = [(NAMES[message["role"]], message["content"].strip()) for message in messages]
+    ids, scored = encode(turns, ours, ask)
+    found, marks = rendered(theirs, messages, add_generation_prompt=ask)
+    assert found == ids.tolist()
+    assert np.array_equal(np.array(marks, bool), scored)
+
+
+def test_another_role_is_refused_by_the_template():
+    _, theirs = pair(MINI, 8192)
+    with pytest.raises(Exception, match="the roles are user, assistant and system"):
+        rendered(theirs, [{"role": "tool", "content": "x"}])
