@@ -144,7 +144,7 @@ def draw(
         axes.set(xlabel="k")
     label_rows(grid)
     ticks = range(0, blocks, 1 + blocks // 12)
-    figure.colorbar(colours, ax=grid, label="block", ticks=ticks)
+    figure.colorbar(colours, ax=grid, label="block", ticks=ticks, aspect=20 * rows)
     figure.suptitle(title, parse_math=False)  # a $ in a path is a $
     save_figure(figure, path)
     print(f"drawn in {path}")
