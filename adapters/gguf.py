@@ -11,7 +11,7 @@ from torch import Tensor
 from adapters.config import load_adapter_config
 from adapters.factors import Factors, read_factors, refuse_dora
 from adapters.load import load_model
-from adapters.merge import load_merged
+from adapters.merge import chat_template, load_merged
 from adapters.quantisation import NONE, QUANTISE, recorded_quantisation
 from common.cli import BASE, Parser
 from common.device import PRECISIONS
@@ -75,8 +75,9 @@ def write_model(
     """Write the base, with the adapter, if any, merged into it; return what was written."""
     loaded = load_merged(base, adapter, dtype, quantise)
     refuse_unknown_fields(loaded.model.config, loaded.base)
+    template = chat_template(adapter) if adapter else None
     with atomic_path(out) as temporary:
-        save_gguf(loaded.model, loaded.tokenizer, temporary, out.stem, dtype)
+        save_gguf(loaded.model, loaded.tokenizer, temporary, out.stem, dtype, template)
     return f"{loaded.base} + {adapter}" if adapter else loaded.base
 
 

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.figures import LORA, OTHER, can_draw, save_figure, subplots
+from common.figures import (
+    LORA,
+    OTHER,
+    PAGE_WIDTH,
+    can_draw,
+    save_figure,
+    scientific,
+    shades,
+    subplots,
+)
 from common.files import write_json
 
 ROWS = 5  # of a printed curve
@@ -69,13 +78,15 @@ class Report:
 
     def draw(self, path: Path) -> None:
         """Draw both sides' curves of the exact run, and every pair's difference."""
-        figure, (left, right) = subplots(1, 2, figsize=(14, 4.5))
-        draw_exact(left, self.curves["exact"])
-        draw_differences(right, self.curves)
+        rows = math.ceil(len(self.curves) / 2)  # of the lower panel's legend
+        size = (PAGE_WIDTH, 6.5 + 0.25 * rows)
+        figure, (upper, lower) = subplots(2, 1, figsize=size)
+        draw_exact(upper, self.curves["exact"])
+        draw_differences(lower, self.curves)
 
-        left.legend()
-        right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        for axes in (left, right):
+        upper.legend()
+        lower.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+        for axes in (upper, lower):
             axes.xaxis.get_major_locator().set_params(integer=True)
         save_figure(figure, path)
 
@@ -93,19 +104,20 @@ def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
 
 def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> None:
     """Draw each pair's difference and, where PEFT's seeds were compared, how far those differ."""
-    for name, pair in curves.items():
+    colours = shades(OTHER, len(curves))
+    for (name, pair), colour in zip(curves.items(), colours, strict=True):
         here = np.array(pair["here"])
         there = np.array(pair["there"])
         difference = np.abs(here - there) / there
         steps = range(1, len(here) + 1)
         style = "--" if name.startswith(("bf16", "fp16")) else "-"
         label = f"{name} (at most {difference.max():.1g})"
-        (drawn,) = axes.plot(steps, np.maximum(difference, FLOOR), style, label=label)
+        axes.plot(steps, np.maximum(difference, FLOOR), style, color=colour, label=label)
 
         if "spread" in pair:
             spread = np.array(pair["spread"]) / there
-            label = "    PEFT's own, seed to seed"
-            axes.plot(steps, spread, ":", color=drawn.get_color(), label=label)
+            label = f"{name}: PEFT's own, seed to seed"
+            axes.plot(steps, spread, ":", color=colour, label=label)
 
     axes.set(
         xlabel="step",
@@ -113,7 +125,7 @@ def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> No
         yscale="log",
         title="difference from PEFT, every comparison",
     )
-    axes.yaxis.set_major_formatter("{x:.0e}")  # the default needs math text, which is off
+    axes.yaxis.set_major_formatter(scientific)
 
 
 def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

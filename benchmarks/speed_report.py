@@ -1,6 +1,7 @@
 """Turn the measurements of `speed.py` into ratios, tables and pictures."""
 
 import statistics
+import textwrap
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.cli import print_table
-from common.figures import BASE, LORA, OTHER, can_draw, save_figure, subplots
+from common.figures import BASE, LORA, OTHER, PAGE_WIDTH, can_draw, save_figure, subplots
 
 COLUMNS = {
     "seconds": ("seconds", "{:.4g}"),
@@ -148,7 +149,8 @@ def draw(results: dict, path: Path) -> None:
     if results["rounds"] > 1:
         how = f"{results['rounds']} rounds: median, minimum and maximum"
     day = results["date"][:10]
-    figure.suptitle(f"{results['base']}, {results['machine']}, {day}\n{how}", fontsize=10)
+    title = textwrap.fill(f"{results['base']}, {results['machine']}, {day}", 95)
+    figure.suptitle(f"{title}\n{how}", fontsize=10)
     save_figure(figure, path)
 
 
@@ -161,29 +163,33 @@ def points(spreads: list[Spread]) -> tuple[list[float], np.ndarray]:
 
 
 def draw_ratios(ratios: list[dict]) -> Any:
-    figure, axes = subplots(figsize=(11, 1.6 + 0.32 * len(ratios)))
+    figure, axes = subplots(figsize=(PAGE_WIDTH, 1.6 + 0.32 * len(ratios)))
     medians, errors = points([ratio["time"] for ratio in ratios])
     labels = [f"{r['theirs']}  /  {r['ours']}:  {r['time']['median']:.2f}" for r in ratios]
     rows = range(len(ratios), 0, -1)  # the first on top
 
     axes.errorbar(medians, rows, xerr=errors, fmt="o", color=LORA, elinewidth=3)
     axes.axvline(1, color=BASE, linestyle="--", linewidth=1)
-    axes.set_yticks(rows, labels, fontsize=8)
-    axes.set_xlabel("their time / our time, in the same round (right of 1: this project is faster)")
-    axes.grid(alpha=0.3, axis="x")
+    axes.set_yticks(rows, labels)
+    axes.set_xlabel(
+        "their time / our time, in the same round\n(right of 1: this project is faster)"
+    )
+    axes.grid(visible=False, axis="y")
     return figure
 
 
 def draw_axes(contenders: list[dict]) -> Any:
-    """Draw step time above, peak memory below; a column for each axis."""
+    """Draw step time on the left, peak memory on the right; a row for each axis."""
     shown = list(dict.fromkeys(found["axis"] for found in contenders))
     measures = {"seconds": "seconds per step", "peak_mb": "peak memory of a process (MB)"}
-    figure, panels = subplots(2, len(shown), figsize=(max(6, 4.5 * len(shown)), 7), squeeze=False)
+    size = (PAGE_WIDTH, 0.8 + 2.8 * len(shown))
+    figure, panels = subplots(len(shown), 2, figsize=size, squeeze=False)
 
-    for axes, (key, axis) in zip(panels.flat, product(measures, shown), strict=True):
+    for axes, (axis, key) in zip(panels.flat, product(shown, measures), strict=True):
         draw_axis(axes, [found for found in contenders if found["axis"] == axis], key)
         axes.set(xlabel=AXES[axis], ylabel=measures[key], xlim=(0, None), ylim=(0, None))
-    panels[0, 0].legend(fontsize=8)
+    names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -195,4 +201,4 @@ def draw_axis(axes: Any, contenders: list[dict], key: str) -> None:
         sizes = [found["size"] for found in mine]
         medians, errors = points([found[key] for found in mine])
         axes.errorbar(sizes, medians, yerr=errors, fmt="o-", color=colour, label=name)
-        axes.set_xticks(sizes, sizes, fontsize=8)
+        axes.set_xticks(sizes, sizes)

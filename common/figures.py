@@ -59,16 +59,21 @@ def can_draw() -> bool:
     return installed
 
 
-def subplots(
-    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any
-) -> "tuple[Figure, Any]":
-    """Return a new figure and its axes, as matplotlib's `subplots` does with these settings."""
+def new_figure(size: tuple[float, float]) -> "Figure":
+    """Return an empty figure of that width and height in inches, in this project's style."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's `!` inherits its own, which may be missing
     import matplotlib  # slow to import, and few commands draw
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(STYLE)
-    figure = Figure(figsize, layout="constrained")
+    return Figure(size, layout="constrained")
+
+
+def subplots(
+    rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **settings: Any
+) -> "tuple[Figure, Any]":
+    """Return a new figure and its axes, as matplotlib's `subplots` does with these settings."""
+    figure = new_figure(figsize)
     return figure, figure.subplots(rows, columns, **settings)
 
 

@@ -11,7 +11,7 @@ from common.files import brief
 from common.gguf import Value, write_gguf
 from model.gpt2 import GPT2, GPT2Config
 from model.tokenizer import LibraryTokenizer, Tokenizer
-from model.tokenizer_files import FAST, MERGES, SETTINGS, VOCAB, is_gpt2s
+from model.tokenizer_files import FAST, MERGES, SETTINGS, TEMPLATE, VOCAB, is_gpt2s
 
 ARCHITECTURE = "gpt2"
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
@@ -56,12 +56,20 @@ def refuse_unknown_fields(config: GPT2Config, base: str) -> None:
             )
 
 
-def save_gguf(model: GPT2, tokenizer: Tokenizer, path: Path, name: str, dtype: torch.dtype) -> None:
-    """Write a whole model: matrices in `dtype`, (out, in), and the tokenizer.
+def save_gguf(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    path: Path,
+    name: str,
+    dtype: torch.dtype,
+    chat_template: str | None = None,
+) -> None:
+    """Write a whole model: matrices in `dtype`, (out, in), the tokenizer, and the template of
+    conversations (default: the tokenizer's, if it has one).
 
     Raises UserError for a tokenizer that is not a byte-pair encoding with GPT-2's pattern.
     """
-    metadata = {
+    metadata: dict[str, Value] = {
         "general.architecture": ARCHITECTURE,
         "general.type": "model",
         "general.name": name,
@@ -69,6 +77,9 @@ def save_gguf(model: GPT2, tokenizer: Tokenizer, path: Path, name: str, dtype: t
         **_sizes(model.config),
         **_vocabulary(tokenizer),
     }
+    template = chat_template or _chat_template(tokenizer)
+    if template:
+        metadata["tokenizer.chat_template"] = template
     tensors: dict[str, Tensor] = {}
     for parameter, value in model.named_parameters():
         module, _, part = parameter.rpartition(".")
@@ -110,10 +121,16 @@ def _vocabulary(tokenizer: Tokenizer) -> dict[str, Value]:
     if tokenizer.end_of_text is not None:
         metadata["tokenizer.ggml.bos_token_id"] = tokenizer.end_of_text
         metadata["tokenizer.ggml.eos_token_id"] = tokenizer.end_of_text
-    template = json.loads(tokenizer.files.get(SETTINGS, b"{}")).get("chat_template")
-    if template:
-        metadata["tokenizer.chat_template"] = template
     return metadata
+
+
+def _chat_template(tokenizer: Tokenizer) -> str | None:
+    """Return the template in the tokenizer's files: one of its own, or a field of the settings."""
+    if TEMPLATE in tokenizer.files:
+        return tokenizer.files[TEMPLATE].decode()
+    settings = json.loads(tokenizer.files.get(SETTINGS, b"{}"))
+    template = settings.get("chat_template")
+    return template if isinstance(template, str) else None  # some settings list several
 
 
 def _byte_pairs(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]]:

@@ -109,14 +109,14 @@ def per_256_weights(block, double):
 @pytest.mark.parametrize(
     ("n", "name", "wrong", "said"),
     [
-        (1, "swap_the_zero", keep_a, "A is not zero"),
-        (1, "swap_the_zero", positive, "yours is from 0.00 to 0.50"),
-        (6, "RANK", 12, "not a power of two"),
-        (6, "RANK", 32, "rank 16 meets it too"),
-        (2, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
-        (3, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
-        (5, "count_lora", count_one_c_proj, "6 layers of width 256"),
-        (12, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
+        (2, "swap_the_zero", keep_a, "A is not zero"),
+        (2, "swap_the_zero", positive, "yours is from 0.00 to 0.50"),
+        (12, "RANK", 12, "not a power of two"),
+        (12, "RANK", 32, "rank 16 meets it too"),
+        (7, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
+        (10, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
+        (1, "count_lora", count_one_c_proj, "6 layers of width 256"),
+        (3, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
         (
             13,
             "quantise_by_absmax",
@@ -169,22 +169,22 @@ def test_the_table_of_exercise_13_is_what_its_solution_computes():
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):
     """An answer not given, a wrong one, one that fails, and a right one."""
-    monkeypatch.setattr(answers, "accumulate", solved(dict(SOLUTIONS)["11"]).accumulate)
+    monkeypatch.setattr(answers, "accumulate", solved(dict(SOLUTIONS)["9"]).accumulate)
     monkeypatch.setattr(answers, "alpha_for", lambda scaling, r, use_rslora: None)  # no return
-    assert exercises.main(["1", "3", "12", "11"]) == 1
+    assert exercises.main(["2", "10", "3", "9"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert lines[0] == "1: not answered yet"
+    assert lines[0] == "2: not answered yet"
     assert lines[1] == (
-        "3: a gradient of norm 0.5, clipped to 1, moved the weights by 1.5e-05 at rate 1, "
+        "10: a gradient of norm 0.5, clipped to 1, moved the weights by 1.5e-05 at rate 1, "
         "and should by 0.5"
     )
-    assert lines[2].startswith("12: TypeError: ")
-    assert lines[3] == "11: passed"
+    assert lines[2].startswith("3: TypeError: ")
+    assert lines[3] == "9: passed"
 
 
 def test_the_command_succeeds_where_all_is_right(capsys, monkeypatch):
-    monkeypatch.setattr(answers, "accumulate", solved(dict(SOLUTIONS)["11"]).accumulate)
-    assert exercises.main(["11"]) == 0
+    monkeypatch.setattr(answers, "accumulate", solved(dict(SOLUTIONS)["9"]).accumulate)
+    assert exercises.main(["9"]) == 0
     with pytest.raises(UserError, match="'15' is not a whole number from 1 to 14"):
         exercises.main(["15"])

@@ -1,7 +1,9 @@
 """The lesson's experiments in their short form, and its formulas against autograd."""
 
 import math
+import shutil
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lesson.experiments import (
     amplification,
     changes,
     diagram,
+    first_step,
     gradients,
     initialisation,
     intruders,
@@ -35,7 +38,9 @@ from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2
 from model.hub import MINI
 from model.weights import load_config, load_gpt2
+from tests.legible import only_legible_pictures
 from training import build
+from training.options import ROOT
 from training.report import count_parameters
 
 load_tokenizer = cache(build.load_tokenizer)
@@ -51,6 +56,31 @@ def _nothing_is_known(monkeypatch, tmp_path_factory):
 def _one_tokenizer(monkeypatch):
     """Every run here has mini's, which takes as long to load as a step."""
     monkeypatch.setattr(build, "load_tokenizer", load_tokenizer)
+
+
+FIGURES = ROOT / "docs" / "figures"
+
+
+def experiments_with_data():
+    """Return the experiments that can draw again, by the names of their published data."""
+    names = [path.stem for path in sorted(FIGURES.glob("*.json"))]
+    modules = [import_module(f"lesson.experiments.{name}") for name in names]
+    return [module for module in modules if hasattr(module, "measure")]
+
+
+@pytest.mark.parametrize("experiment", experiments_with_data(), ids=lambda module: module.__name__)
+def test_the_published_pictures_can_be_read(experiment, tmp_path):
+    """At a page's width no word is too small, on another, or cut off; none needs a new run."""
+    name = experiment.__name__.rpartition(".")[2]
+    with pytest.raises(SystemExit, match="2"):  # there is no data yet
+        experiment.main(["--draw", "--out", str(tmp_path)])
+    shutil.copy(FIGURES / f"{name}.json", tmp_path)
+    with only_legible_pictures() as pictures:
+        experiment.main(["--draw", "--out", str(tmp_path)])
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert name in drawn
+    assert len(drawn) == len(pictures)
+    assert all((FIGURES / f"{picture}.png").exists() for picture in drawn)
 
 
 def run(experiment, tmp_path):
@@ -72,7 +102,8 @@ def test_an_experiment_that_cannot_be_saved_does_not_begin(tmp_path, capsys):
 
 def test_diagrams(tmp_path):
     """The numbers in the pictures are those of GPT-2's c_attn and attn.c_proj at rank 8."""
-    diagram.main(["--out", str(tmp_path)])
+    with only_legible_pictures():
+        diagram.main(["--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"lora.png", "product.png"}
 
     said = " ".join(words for words, *_ in diagram.LAYER_TEXTS)
@@ -121,6 +152,20 @@ def test_alpha_is_the_learning_rate_of_b():
         results.append((layer.scaling * layer.lora_B.weight @ layer.lora_A.weight).detach())
     torch.testing.assert_close(*results)
     assert results[0].abs().max() > 0.01
+
+
+def test_first_step():
+    """A step moves W as far as the formula says; at a fixed alpha it gains as much at any rank."""
+    found = first_step.main(["--short"])["mini"]
+    move_of_rank_8 = 2 * (8 / (3 * 256)) ** 0.5
+    assert found["r 8, alpha 16"]["h.0.attn.c_attn"] == pytest.approx(move_of_rank_8, rel=0.05)
+    assert found["r 8, alpha 16"]["h.0.mlp.c_proj"] == pytest.approx(move_of_rank_8 / 2, rel=0.05)
+
+    gain = {kind: measured["gain"] for kind, measured in found.items()}
+    assert gain["r 64, alpha 16"] == pytest.approx(gain["r 8, alpha 16"], rel=0.1)
+    assert gain["r 1, alpha 16"] == pytest.approx(gain["r 8, alpha 16"], rel=0.1)
+    assert gain["r 64, alpha 128"] == pytest.approx(8 * gain["r 8, alpha 16"], rel=0.1)
+    assert gain["full"] > 10 * gain["r 8, alpha 16"]
 
 
 def test_initialisation(tmp_path):
@@ -464,17 +509,14 @@ def only_step(shares):
     return {part: share for part, (share,) in shares.items()}
 
 
-@pytest.mark.skipif(not memory.STATM.exists(), reason="resident memory is read from Linux's /proc")
-def test_memory(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")  # the experiment sets it: undone afterwards
+def test_memory(tmp_path):
+    """The count by hand is exact, but for activations below one part in a hundred each."""
     data = run(memory, tmp_path)
     for sides in data.values():
-        for part, predicted in sides["predicted"].items():
-            assert abs(sides["measured"][part] - predicted) < 0.1 * predicted + 12e6, part
-    lora = data["lora"]["measured"]
-    full = data["full"]["measured"]
-    assert lora["AdamW moments"] < 0.05 * full["AdamW moments"]
-    assert lora["activations"] < 0.8 * full["activations"]
+        for part, counted in sides["predicted"].items():
+            tolerance = 0.04 if part == "activations" else 2e-4  # AdamW counts its steps, too
+            assert counted == pytest.approx(sides["measured"][part], rel=tolerance), part
+    assert data["lora"]["measured"]["AdamW moments"] > 2 * data["lora"]["measured"]["gradients"]
     assert memory.predicted("lora", memory.GPT2Config(), 1)["gradients"] == 4 * 294_912
     assert memory.predicted("full", memory.GPT2Config(), 1)["weights"] == 4 * 124_439_808
 

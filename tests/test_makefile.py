@@ -19,7 +19,7 @@ def made(tmp_path, monkeypatch):
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     python.chmod(0o755)
-    for stamp in ("run", "dev", "examples"):
+    for stamp in ("run", "dev", "examples", "notebook"):
         (tmp_path / ".venv" / stamp).touch()
     for name in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # an outer make's
         monkeypatch.delenv(name, raising=False)
@@ -56,5 +56,7 @@ def test_what_is_not_given_is_the_commands_default(made):
     assert made("explore") == split("-m lesson.explore --base auto runs/lora")
     said = made("explore", "ADAPTER=it's $(X)", "BASE=a b", "ARGS=--port 0")
     assert said == ["-m", "lesson.explore", "--base", "a b", "it's $(X)", "--port", "0"]
+    notebook = "lesson/notebook/lora_from_scratch.ipynb"
+    assert made("notebook", "ARGS=--no-browser") == ["-m", "jupyterlab", notebook, "--no-browser"]
     assert made("parity") == ["-m", "benchmarks.parity"]
     assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]

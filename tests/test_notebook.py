@@ -1,43 +1,151 @@
-"""The notebook is its script, runs from top to bottom, and shows what it says."""
+"""The notebook is its script, its stored outputs are what a run shows, and its story holds."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 
-from lesson.notebook.make import NOTEBOOK, SCRIPT, notebook
+from lesson.notebook.make import NOTEBOOK, SCRIPT, cells, run
+from training.options import ROOT
+
+STORED = json.loads(NOTEBOOK.read_text())["cells"]
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Run the script with a fifth of its steps; return its cells and the names that it defined."""
+    script = SCRIPT.read_text()
+    short = script.replace("STEPS = 60", "STEPS = 12")
+    assert short != script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(NOTEBOOK.parent)  # where Jupyter runs it
+        patch.setattr(sys, "path", list(sys.path))
+        made = cells(short)
+        return made, run(made)
+
+
+def said(notebook_cells):
+    """Return all that the cells printed."""
+    texts = []
+    for cell in notebook_cells:
+        for output in cell.get("outputs", ()):
+            texts += output.get("text", ())
+    return "".join(texts)
+
+
+def kinds(notebook_cells):
+    """Return the kinds of each cell's outputs."""
+    found = []
+    for cell in notebook_cells:
+        outputs = cell.get("outputs", ())
+        found.append([(output["output_type"], *output.get("data", ())) for output in outputs])
+    return found
+
+
+def numbers_after(words):
+    """Return the numbers in the line of the stored outputs that begins with these words."""
+    (line,) = re.findall(rf"^{re.escape(words)}(.*)$", said(STORED), re.MULTILINE)
+    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
 def test_the_notebook_is_what_the_script_gives():
-    assert NOTEBOOK.read_text() == notebook(SCRIPT.read_text()), (
+    def sources(notebook_cells):
+        return [(cell["cell_type"], "".join(cell["source"])) for cell in notebook_cells]
+
+    assert sources(STORED) == sources(cells(SCRIPT.read_text())), (
         "run python -m lesson.notebook.make"
     )
+    assert NOTEBOOK.stat().st_size < 600_000
 
 
-def test_the_notebook_shows_what_it_says(monkeypatch, capsys):
-    monkeypatch.chdir(NOTEBOOK.parent)  # where Jupyter runs it
-    found = {}
-    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), found)
-    said = capsys.readouterr().out
-
-    assert found["count"] == 49_152
-    assert "a new adapter changes no logit: True" in said
-    base = rest_of_line(said, "base:   ")
-    adapted = rest_of_line(said, "adapted:")
-    assert "You climb the stair and " in base
-    assert "You climb the stair and " in adapted
-    assert base != adapted
-
-    assert found["first_gradients"]["A"] == 0 < found["first_gradients"]["B"]
-    assert found["after"] < 0.9 * found["before"]
-    spectrum = found["spectrum"]
-    assert spectrum[7] > 1e-3 * spectrum[0] > spectrum[8]  # of rank 8
-    torch.testing.assert_close(found["merged_logits"], found["adapted_logits"], atol=1e-3, rtol=0)
-    assert (found["adapted_logits"] - found["base_logits"]).abs().max() > 0.1
-    assert found["peft_difference"] < 1e-3
+def test_what_is_stored_has_the_shape_of_a_fresh_run(fresh):
+    made, _ = fresh
+    assert kinds(STORED) == kinds(made)
+    assert kinds(STORED).count([("stream",), ("display_data", "image/png")]) == 4
+    run_in_order = [cell["execution_count"] for cell in STORED if cell["cell_type"] == "code"]
+    assert run_in_order == list(range(1, len(run_in_order) + 1))
 
 
-def rest_of_line(text, start):
-    _, _, rest = text.partition(start)
-    return rest.partition("\n")[0]
+def test_the_three_starts(fresh):
+    """Both zero never moves, both random begins above the base, A random and B zero at it."""
+    _, names = fresh
+    base = names["base_losses"]
+    assert names["zero_losses"] == base
+    assert all(not gradient.any() for gradient in names["gradients"])
+    assert names["random_losses"][0] > base[0] + 0.5
+    assert names["lora_losses"][0] == base[0]
+    assert names["lora_losses"][1] < base[1]
+
+
+def test_the_cut_the_rates_and_the_alpha(fresh):
+    _, names = fresh
+    after_cut = names["after_cut"]
+    assert after_cut == sorted(after_cut, reverse=True)
+    assert after_cut[0] == pytest.approx(names["base_perplexity"], rel=1e-5)
+    assert after_cut[-1] == pytest.approx(names["full_perplexity"], rel=1e-5)
+
+    assert names["trained_by_lora"] == 196_608
+    assert names["trained_by_full"] == 4_718_592
+    assert names["first_move"] == pytest.approx(0.204, abs=0.01)  # 2 sqrt(8 / (3 * 256))
+    assert names["tuned_perplexity"] < names["slow_perplexity"] < names["base_perplexity"]
+    assert names["fast_perplexity"] > names["base_perplexity"]
+    assert names["loud_perplexity"] > names["base_perplexity"]
+
+
+def test_what_it_writes_its_rank_merging_and_peft(fresh):
+    _, names = fresh
+    for text in (names["before_text"], names["after_text"]):
+        assert text.startswith("You climb the stair and ")
+    assert names["before_text"] != names["after_text"]
+
+    assert names["learned"][7] > 1e-3 * names["learned"][0] > names["learned"][8]  # of rank 8
+    torch.testing.assert_close(names["merged_logits"], names["adapted_logits"], atol=1e-3, rtol=0)
+    assert (names["adapted_logits"] - names["base_logits"]).abs().max() > 0.1
+    assert names["our_difference"] < 1e-3
+    assert names["peft_difference"] < 1e-3
+
+
+def test_the_stored_story_holds():
+    """What the texts between the cells say of the whole run."""
+    base, full = numbers_after("perplexity: ")
+    (cut,) = numbers_after("rank   8: perplexity")
+    full_again, slow = numbers_after("full fine-tuning: ")
+    slow_again, tuned, fast = numbers_after("lr 7e-4: ")
+    assert full_again == full
+    assert full < tuned < cut < slow < base < fast
+    assert base - cut > 0.7 * (base - full)
+    assert slow_again == slow
+    share, of_noise = re.findall(r"hold (\d+)%", said(STORED))
+    assert int(share) > 4 * int(of_noise)
+    assert "not installed" not in said(STORED)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no checkout")
+def test_elsewhere_the_first_cell_fetches_the_project(tmp_path):
+    """As on a hosted service: from an empty folder, with pip that installs nothing here."""
+    first = next(cell for cell in STORED if cell["cell_type"] == "code")
+    code = "".join(first["source"])
+    begins = [sys.executable, "-c"]
+    unnamed = subprocess.run([*begins, code], cwd=tmp_path, capture_output=True, text=True)
+    assert "put the address" in unnamed.stderr.splitlines()[-1]
+
+    named = code.replace('REPOSITORY = ""', f'REPOSITORY = "{ROOT.as_uri()}"')
+    shown = f"{named}\nprint(sys.path[0])"
+    no_pip = {"PIP_DRY_RUN": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}
+    ended = subprocess.run(
+        [*begins, shown],
+        cwd=tmp_path,
+        env=os.environ | no_pip,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    root = Path(ended.stdout.strip().splitlines()[-1])
+    assert root == tmp_path / "gpt2-lora"
+    assert (root / "train.py").exists()

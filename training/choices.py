@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.cli import print_table
 from common.device import Device
+from common.errors import RunError
 from data.choices import Question, question
 from data.instructions import Instructions, make_row
 from data.json_lines import read_lines
@@ -62,7 +63,10 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 def score_choices(
     model: GPT2, tasks: Sequence[Task], device: Device, batch_size: int = 16
 ) -> list[Scored]:
-    """Return each question with log p of its choices. The model is in evaluation mode."""
+    """Return each question with log p of its choices, by a model in evaluation mode.
+
+    Raises RunError if one is not finite.
+    """
     rows = [row for task in tasks for row in task.rows]
     sums = []
     for inputs, targets in Instructions(rows).evaluation_batches(batch_size):
@@ -75,9 +79,12 @@ def score_choices(
         total = torch.zeros(len(targets), dtype=torch.float64)
         sums.append(total.index_add(0, row_of, -losses.cpu().double()))
 
+    log_probabilities = torch.cat(sums)
+    if not log_probabilities.isfinite().all():
+        raise RunError("a choice's log-probability is not finite; try --precision fp32")
     tokens = torch.tensor([int((row[1] != NOT_SCORED).sum()) for row in rows])
     sizes = [len(task.rows) for task in tasks]
-    parts = zip(tasks, torch.cat(sums).split(sizes), tokens.split(sizes), strict=True)
+    parts = zip(tasks, log_probabilities.split(sizes), tokens.split(sizes), strict=True)
     return [Scored(task.question, total, count) for task, total, count in parts]
 
 

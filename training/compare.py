@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from common.cli import print_table
 from common.errors import UserError
-from common.figures import BASE, METHODS, can_draw, save_figure, subplots
+from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, draw_at, save_figure, subplots
 from training.report import best_weights, perplexity, read_run
 
 PICTURE = "compare.png"
@@ -147,41 +147,35 @@ def draw_comparison(groups: Sequence[Sequence[FinishedRun]], path: Path) -> None
         bars.append(_base_bar(runs[0].report))
         bars += [_run_bar(run) for run in runs]
 
-    figure, (scores, sizes, times) = subplots(1, 3, figsize=(max(11, 3 * len(bars)), 4))
+    size = (PAGE_WIDTH, 1.2 + 0.5 * len(bars))
+    figure, (scores, sizes, times) = subplots(1, 3, figsize=size, sharey=True)
+    figure.suptitle("Finished runs and their bases: lower perplexity is better")
+    _draw_panel(scores, "perplexity", bars, [bar.perplexity for bar in bars], "{:.1f}")
     _draw_panel(
-        scores,
-        "validation perplexity (lower is better)",
-        bars,
-        [bar.perplexity for bar in bars],
-        "{:.1f}",
+        sizes, "trained parameters (log)", bars, [float(bar.parameters) for bar in bars], "{:,.0f}"
     )
-    _draw_panel(
-        sizes,
-        "trainable parameters (log scale)",
-        bars,
-        [float(bar.parameters) for bar in bars],
-        "{:,.0f}",
-    )
-    _draw_panel(
-        times, "seconds, validation included", bars, [bar.seconds for bar in bars], "{:,.0f}"
-    )
-    sizes.set_yscale("log")
+    _draw_panel(times, "seconds, with validation", bars, [bar.seconds for bar in bars], "{:,.0f}")
+    scores.set_yticks(range(len(bars)), [bar.label for bar in bars], parse_math=False)
+    scores.set_ylim(len(bars) - 0.5, -0.5)
+    most = max(run.report["trainable_parameters"] for runs in groups for run in runs)
+    sizes.set(xscale="log", xlim=(1, most**1.6))
+    for axes in (scores, sizes, times):  # the numbers stand at the bars
+        draw_at(axes.xaxis, [])
     save_figure(figure, path)
     print(f"drawn in {path}")
 
 
 def _draw_panel(
-    axes: Any, title: str, bars: Sequence[Bar], heights: Sequence[float], form: str
+    axes: Any, title: str, bars: Sequence[Bar], widths: Sequence[float], form: str
 ) -> None:
-    """Draw the bars, each under its height and above its name."""
+    """Draw a bar a row, with its number at its end and the axis wide enough for both."""
     colours = [bar.colour for bar in bars]
-    drawn = axes.bar(range(len(bars)), heights, color=colours, width=0.6)
-    axes.bar_label(drawn, labels=[form.format(height) for height in heights], padding=2)
-    labels = [bar.label for bar in bars]
-    axes.set_xticks(range(len(bars)), labels, parse_math=False)  # a $ in a name is a $
-    axes.set_xlim(-0.5, len(bars) - 0.5)
-    axes.set_title(title, fontsize=10)
-    axes.margins(y=0.15)
+    drawn = axes.barh(range(len(bars)), widths, 0.6, color=colours)
+    axes.bar_label(drawn, [form.format(width) for width in widths], padding=3)
+    axes.set_title(title)
+    axes.grid(visible=False)
+    axes.margins(x=0.45)
+    axes.spines["bottom"].set_visible(False)
 
 
 def _base_bar(report: dict[str, Any]) -> Bar:
@@ -202,8 +196,8 @@ def _run_bar(run: FinishedRun) -> Bar:
 
 
 def _label(kind: str, name: str) -> str:
-    """Return a bar's label, in lines that fit under the bar."""
+    """Return a bar's label, in short lines."""
     lines = [kind]
     for part in f"({name})".replace(",", ",\n").split("\n"):
-        lines += textwrap.wrap(part, 12)
+        lines += textwrap.wrap(part, 20)
     return "\n".join(lines)

@@ -21,7 +21,17 @@ from typing import NamedTuple
 
 from common.cli import Parser, print_table
 from common.errors import run_command
-from common.figures import can_draw, save_figure, subplots
+from common.figures import (
+    INK,
+    METHODS,
+    PAGE_WIDTH,
+    can_draw,
+    draw_at,
+    save_figure,
+    scientific,
+    shades,
+    subplots,
+)
 from common.files import atomic_path
 from common.signals import HANDLED, on_signals
 from training.compare import SWEEP_PICTURE, SWEEP_TABLE
@@ -127,8 +137,9 @@ def spread(values: Sequence[float], digits: int) -> list[str]:
 def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Path) -> None:
     """Draw perplexity against learning rate: a line per rank, with bars from least to most."""
     means = {setting: mean(values) for setting, values in perplexities.items()}
-    figure, axes = subplots(figsize=(7, 4.5))
-    for rank in dict.fromkeys(setting.r for setting in perplexities):
+    figure, axes = subplots(figsize=(PAGE_WIDTH, 4.5))
+    ranks = list(dict.fromkeys(setting.r for setting in perplexities))
+    for rank, colour in zip(ranks, shades(METHODS[method], len(ranks)), strict=True):
         line = sorted(setting for setting in perplexities if setting.r == rank)
         below = [means[setting] - min(perplexities[setting]) for setting in line]
         above = [max(perplexities[setting]) - means[setting] for setting in line]
@@ -138,13 +149,15 @@ def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Pat
             [below, above],
             marker="o",
             capsize=4,
+            color=colour,
             label=f"r = {rank}" if rank else None,
         )
     best = min(means, key=means.__getitem__)
     axes.plot(
         best.lr,
         means[best],
-        "k*",
+        "*",
+        color=INK,
         markersize=18,
         zorder=9,
         label="best mean",
@@ -157,8 +170,7 @@ def draw(method: str, perplexities: Mapping[Setting, Sequence[float]], path: Pat
         ylabel="best validation perplexity",
         title=f"{method}: mean over seeds, with the range from the minimum to the maximum",
     )
-    axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
-    axes.minorticks_off()
+    draw_at(axes.xaxis, rates, [scientific(lr) for lr in rates])
     axes.legend()
     save_figure(figure, path)
     print(f"drawn in {path}")

@@ -41,6 +41,24 @@ def adapted(fan_in: int, fan_out: int, r: int = 4, dropout: float = 0.0) -> LoRA
 
 
 def check_1(answers: ModuleType) -> None:
+    for n_layer, n_embd, r, targets in (
+        (12, 768, 8, ("c_attn",)),
+        (6, 256, 4, ("c_proj",)),
+        (24, 1024, 16, ("c_attn", "c_proj", "c_fc")),
+    ):
+        with torch.device("meta"):  # shapes without numbers
+            model = GPT2(GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=4))
+            inject(model, LoRAConfig(r=r, target_modules=targets))
+        right = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        yours = answers.count_lora(n_layer, n_embd, r, targets)
+        expect(
+            yours == right,
+            f"{n_layer} layers of width {n_embd}, rank {r} on {', '.join(targets)}: {right:,}, "
+            f"and not {yours:,}",
+        )
+
+
+def check_2(answers: ModuleType) -> None:
     layer = adapted(12, 400)
     answers.swap_the_zero(layer)
     a = layer.lora_A.weight
@@ -60,40 +78,15 @@ def check_1(answers: ModuleType) -> None:
     expect(only_a_moves, "A's first gradient must not be zero, and B's must")
 
 
-@torch.no_grad()
-def check_2(answers: ModuleType) -> None:
-    layer = adapted(12, 20, r=1, dropout=0.5)
-    x = torch.randn(400, 12)
-    without = layer.base_layer(x)
-    doubled = without + 2 * layer.scaling * layer.lora_B(layer.lora_A(x))
-
-    y = answers.dropout_after_a(layer, x)
-    dropped = torch.isclose(y, without, atol=1e-5).all(-1)
-    kept = torch.isclose(y, doubled, atol=1e-5).all(-1)
-    expect(
-        (dropped | kept).all(),
-        "with r = 1 and p = 0.5 a token's update is either gone or doubled; some of yours are "
-        "neither",
-    )
-    expect(120 < dropped.sum() < 280, f"{dropped.sum()} of 400 updates are dropped; half should be")
-
-    layer.eval()
-    y = answers.dropout_after_a(layer, x)
-    expect(close(y, layer(x)), "in evaluation nothing may be dropped")
-
-
 def check_3(answers: ModuleType) -> None:
-    for norm, clipped in ((0.5, 0.5), (8.0, 1.0)):
-        w = nn.Parameter(torch.zeros(4))
-        optimizer = torch.optim.SGD([w], lr=1.0)
-        scaler = torch.amp.GradScaler("cpu")
-        loss = (w * norm / 2).sum()  # each of the four gradients is norm / 2
-        answers.clipped_step(scaler, optimizer, [w], loss, 1.0)
-        expect(
-            abs(w.norm() - clipped) < 1e-3,
-            f"a gradient of norm {norm}, clipped to 1, moved the weights by {w.norm():.2g} at "
-            f"rate 1, and should by {clipped}",
-        )
+    for use_rslora in (False, True):
+        for r in (1, 8, 64):
+            alpha = answers.alpha_for(2.0, r, use_rslora)
+            scaling = LoRAConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora).scaling
+            expect(
+                abs(scaling - 2) < 1e-9,
+                f"r {r}, use_rslora {use_rslora}: the scaling is {scaling:.4g}, and should be 2",
+            )
 
 
 @torch.no_grad()
@@ -114,46 +107,6 @@ def check_4(answers: ModuleType) -> None:
 
 
 def check_5(answers: ModuleType) -> None:
-    for n_layer, n_embd, r, targets in (
-        (12, 768, 8, ("c_attn",)),
-        (6, 256, 4, ("c_proj",)),
-        (24, 1024, 16, ("c_attn", "c_proj", "c_fc")),
-    ):
-        with torch.device("meta"):  # shapes without numbers
-            model = GPT2(GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=4))
-            inject(model, LoRAConfig(r=r, target_modules=targets))
-        right = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        yours = answers.count_lora(n_layer, n_embd, r, targets)
-        expect(
-            yours == right,
-            f"{n_layer} layers of width {n_embd}, rank {r} on {', '.join(targets)}: {right:,}, "
-            f"and not {yours:,}",
-        )
-
-
-def check_6(answers: ModuleType) -> None:
-    r = answers.RANK
-    expect(r, "not answered yet")
-    expect(r in [2**i for i in range(9)], f"{r} is not a power of two from 1 to 256")
-
-    (full,) = finetune("full", max_steps=8, lr=1.5e-4)
-    lora = lora_perplexity(r)
-    expect(lora <= full, f"full fine-tuning reaches {full:.1f}, and rank {r} only {lora:.1f}")
-    if r > 1:
-        half = lora_perplexity(r // 2)
-        expect(half > full, f"rank {r // 2} meets it too, with {half:.1f}")
-
-
-def lora_perplexity(r: int) -> float:
-    """Return what exercise 6's LoRA reaches at this rank."""
-    targets = ("c_attn", "c_proj", "c_fc")
-    (perplexity,) = finetune(
-        "lora", max_steps=8, lr=3e-3, r=r, lora_alpha=2 * r, target_modules=targets
-    )
-    return perplexity
-
-
-def check_7(answers: ModuleType) -> None:
     table = nn.Embedding(30, 16)
     ids = torch.randint(30, (5, 7))
     layer = answers.LoRAEmbedding(table, LoRAConfig(r=4, lora_alpha=12))
@@ -176,20 +129,7 @@ def check_7(answers: ModuleType) -> None:
     )
 
 
-def check_8(answers: ModuleType) -> None:
-    weight = torch.randn(64, 64).bfloat16()
-    for size in (0.1, 0.01, 0.001):
-        delta = size * torch.randn(64, 64)
-        kept = (weight.double() + delta).bfloat16().double() - weight.double()
-        right = ((kept - delta).norm() / delta.norm()).item()
-        yours = answers.lost_in_bf16(weight, delta)
-        expect(
-            abs(yours - right) < 0.02 * right,
-            f"an update of {size} of the weights' size loses {right:.1%}, and not {yours:.1%}",
-        )
-
-
-def check_9(answers: ModuleType) -> None:
+def check_6(answers: ModuleType) -> None:
     for fan_in, fan_out in ((12, 20), (16, 16)):
         layer = adapted(fan_in, fan_out).double()
         x = torch.randn(7, fan_in).double()
@@ -211,7 +151,65 @@ def check_9(answers: ModuleType) -> None:
 
 
 @torch.no_grad()
+def check_7(answers: ModuleType) -> None:
+    layer = adapted(12, 20, r=1, dropout=0.5)
+    x = torch.randn(400, 12)
+    without = layer.base_layer(x)
+    doubled = without + 2 * layer.scaling * layer.lora_B(layer.lora_A(x))
+
+    y = answers.dropout_after_a(layer, x)
+    dropped = torch.isclose(y, without, atol=1e-5).all(-1)
+    kept = torch.isclose(y, doubled, atol=1e-5).all(-1)
+    expect(
+        (dropped | kept).all(),
+        "with r = 1 and p = 0.5 a token's update is either gone or doubled; some of yours are "
+        "neither",
+    )
+    expect(120 < dropped.sum() < 280, f"{dropped.sum()} of 400 updates are dropped; half should be")
+
+    layer.eval()
+    y = answers.dropout_after_a(layer, x)
+    expect(close(y, layer(x)), "in evaluation nothing may be dropped")
+
+
+def check_8(answers: ModuleType) -> None:
+    weight = torch.randn(64, 64).bfloat16()
+    for size in (0.1, 0.01, 0.001):
+        delta = size * torch.randn(64, 64)
+        kept = (weight.double() + delta).bfloat16().double() - weight.double()
+        right = ((kept - delta).norm() / delta.norm()).item()
+        yours = answers.lost_in_bf16(weight, delta)
+        expect(
+            abs(yours - right) < 0.02 * right,
+            f"an update of {size} of the weights' size loses {right:.1%}, and not {yours:.1%}",
+        )
+
+
+def check_9(answers: ModuleType) -> None:
+    w = nn.Parameter(torch.tensor(1.0))
+    answers.accumulate([w * torch.tensor([1.0, 2.0, 3.0]), w * torch.tensor([10.0])])
+    expect(
+        w.grad is not None and abs(w.grad - 4) < 1e-5,
+        f"four tokens have the gradients 1, 2, 3 and 10, and so the mean 4; yours is {w.grad}",
+    )
+
+
 def check_10(answers: ModuleType) -> None:
+    for norm, clipped in ((0.5, 0.5), (8.0, 1.0)):
+        w = nn.Parameter(torch.zeros(4))
+        optimizer = torch.optim.SGD([w], lr=1.0)
+        scaler = torch.amp.GradScaler("cpu")
+        loss = (w * norm / 2).sum()  # each of the four gradients is norm / 2
+        answers.clipped_step(scaler, optimizer, [w], loss, 1.0)
+        expect(
+            abs(w.norm() - clipped) < 1e-3,
+            f"a gradient of norm {norm}, clipped to 1, moved the weights by {w.norm():.2g} at "
+            f"rate 1, and should by {clipped}",
+        )
+
+
+@torch.no_grad()
+def check_11(answers: ModuleType) -> None:
     made = trainer(batch_size=2, max_steps=1)
     batch = next(made.batches())
     inputs, targets = made.data.training.batch(batch)  # (2, 128) each
@@ -224,24 +222,26 @@ def check_10(answers: ModuleType) -> None:
     )
 
 
-def check_11(answers: ModuleType) -> None:
-    w = nn.Parameter(torch.tensor(1.0))
-    answers.accumulate([w * torch.tensor([1.0, 2.0, 3.0]), w * torch.tensor([10.0])])
-    expect(
-        w.grad is not None and abs(w.grad - 4) < 1e-5,
-        f"four tokens have the gradients 1, 2, 3 and 10, and so the mean 4; yours is {w.grad}",
-    )
-
-
 def check_12(answers: ModuleType) -> None:
-    for use_rslora in (False, True):
-        for r in (1, 8, 64):
-            alpha = answers.alpha_for(2.0, r, use_rslora)
-            scaling = LoRAConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora).scaling
-            expect(
-                abs(scaling - 2) < 1e-9,
-                f"r {r}, use_rslora {use_rslora}: the scaling is {scaling:.4g}, and should be 2",
-            )
+    r = answers.RANK
+    expect(r, "not answered yet")
+    expect(r in [2**i for i in range(9)], f"{r} is not a power of two from 1 to 256")
+
+    (full,) = finetune("full", max_steps=8, lr=1.5e-4)
+    lora = lora_perplexity(r)
+    expect(lora <= full, f"full fine-tuning reaches {full:.1f}, and rank {r} only {lora:.1f}")
+    if r > 1:
+        half = lora_perplexity(r // 2)
+        expect(half > full, f"rank {r // 2} meets it too, with {half:.1f}")
+
+
+def lora_perplexity(r: int) -> float:
+    """Return what exercise 12's LoRA reaches at this rank."""
+    targets = ("c_attn", "c_proj", "c_fc")
+    (perplexity,) = finetune(
+        "lora", max_steps=8, lr=3e-3, r=r, lora_alpha=2 * r, target_modules=targets
+    )
+    return perplexity
 
 
 def check_13(answers: ModuleType) -> None:

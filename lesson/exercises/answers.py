@@ -7,29 +7,19 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig, LoRALinear
 
 
+def count_lora(n_layer: int, n_embd: int, r: int, target_modules: tuple[str, ...]) -> int:
+    """1. Count the numbers trained with these targets of c_attn, c_proj and c_fc, by hand."""
+    raise NotImplementedError
+
+
 def swap_the_zero(layer: LoRALinear) -> None:
-    """1. Set A to zero and draw B at random, in place."""
+    """2. Set A to zero and draw B at random, in place."""
     raise NotImplementedError
 
 
-def dropout_after_a(layer: LoRALinear, x: Tensor) -> Tensor:
-    """2. Return y (..., out) with the dropout on the r numbers A x, and no longer on x."""
+def alpha_for(scaling: float, r: int, use_rslora: bool) -> float:
+    """3. Return the lora_alpha with which `LoRAConfig.scaling` is `scaling` at every rank."""
     raise NotImplementedError
-
-
-def clipped_step(
-    scaler: torch.amp.GradScaler,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
-    loss: Tensor,
-    clip: float,
-) -> None:
-    """3. Take a step whose gradient has norm `clip` at most. Repair the order of the lines."""
-    scaler.scale(loss).backward()
-    nn.utils.clip_grad_norm_(parameters, clip)
-    scaler.unscale_(optimizer)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def merge_into_file(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -37,16 +27,8 @@ def merge_into_file(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Ten
     return weight + scaling * b @ a
 
 
-def count_lora(n_layer: int, n_embd: int, r: int, target_modules: tuple[str, ...]) -> int:
-    """5. Count the numbers trained with these targets of c_attn, c_proj and c_fc, by hand."""
-    raise NotImplementedError
-
-
-RANK = None  # 6. the smallest power of two at which LoRA meets full fine-tuning
-
-
 class LoRAEmbedding(nn.Module):
-    """7. Add scaling * B A[:, i] to row i of a frozen table: A (r, rows), B (width, r)."""
+    """5. Add scaling * B A[:, i] to row i of a frozen table: A (r, rows), B (width, r)."""
 
     def __init__(self, table: nn.Embedding, config: LoRAConfig):
         super().__init__()
@@ -59,30 +41,48 @@ class LoRAEmbedding(nn.Module):
         raise NotImplementedError
 
 
+def gradients(x: Tensor, g: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """6. Return dA and dB of y = scaling * B A x from x (N, in) and g = dL/dy (N, out)."""
+    raise NotImplementedError
+
+
+def dropout_after_a(layer: LoRALinear, x: Tensor) -> Tensor:
+    """7. Return y (..., out) with the dropout on the r numbers A x, and no longer on x."""
+    raise NotImplementedError
+
+
 def lost_in_bf16(weight: Tensor, delta: Tensor) -> float:
     """8. Return the norm of what merging fp32 `delta` into bf16 `weight` loses, as a share."""
     raise NotImplementedError
 
 
-def gradients(x: Tensor, g: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """9. Return dA and dB of y = scaling * B A x from x (N, in) and g = dL/dy (N, out)."""
-    raise NotImplementedError
-
-
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """10. Return the mean of -log p(target); `Windows.batch` made the targets. Repair."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
-
-
 def accumulate(parts: list[Tensor]) -> None:
-    """11. Go backward from the mean over tokens; each part holds its tokens' losses. Repair."""
+    """9. Go backward from the mean over tokens; each part holds its tokens' losses. Repair."""
     for losses in parts:
         (losses.mean() / len(parts)).backward()
 
 
-def alpha_for(scaling: float, r: int, use_rslora: bool) -> float:
-    """12. Return the lora_alpha with which `LoRAConfig.scaling` is `scaling` at every rank."""
-    raise NotImplementedError
+def clipped_step(
+    scaler: torch.amp.GradScaler,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    loss: Tensor,
+    clip: float,
+) -> None:
+    """10. Take a step whose gradient has norm `clip` at most. Repair the order of the lines."""
+    scaler.scale(loss).backward()
+    nn.utils.clip_grad_norm_(parameters, clip)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """11. Return the mean of -log p(target); `Windows.batch` made the targets. Repair."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+
+
+RANK = None  # 12. the smallest power of two at which LoRA meets full fine-tuning
 
 
 def quantise_by_absmax(weight: Tensor, levels: Tensor, block: int | None) -> Tensor:

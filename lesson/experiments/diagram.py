@@ -88,7 +88,7 @@ def picture(
 ) -> Any:
     """Draw boxes, arrows and words on a page of that height."""
     figure, axes = subplots(figsize=(PAGE_WIDTH, height))
-    figure.get_layout_engine().set(w_pad=0, h_pad=0)
+    figure.set_layout_engine("constrained", w_pad=0, h_pad=0)
     axes.set(xlim=(0, PAGE_WIDTH), ylim=(0, height), aspect="equal")
     axes.axis("off")
 

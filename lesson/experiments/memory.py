@@ -1,42 +1,35 @@
 """Where do the bytes of a step go? `python -m lesson.experiments.memory`
 
 Varied: full fine-tuning, and LoRA on c_attn at rank 8.
-Fixed: a GPT-2 of 6 layers of width 512, in fp32, on 8 windows of 128 random tokens.
-Measured: the resident memory that each stage of a first step adds, in a process of its own; beside
-it the bytes counted by hand, as docs/lora.md does. Needs Linux.
+Fixed: a GPT-2 124M of random weights, in fp32, on 16 windows of 128 random tokens; no dropout, and
+no head: the hidden states' mean square is the loss.
+Measured: the bytes of the tensors that a step holds, by what they are for; beside them the bytes
+counted by hand, as docs/training.md does.
 """
 
-import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+import argparse
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from common.figures import BASE, FULL, LORA, OTHER
-from lesson.experiments.common import panels, parse, save
+from common.figures import INK, METHODS, shades
+from lesson.experiments.common import experiment, gradient, panels
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
 
-PARTS = {"weights": BASE, "activations": FULL, "gradients": OTHER, "AdamW moments": LORA}
-KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/lora.md counts them
-CONFIG = GPT2Config(
-    vocab_size=8192,
-    n_positions=256,
-    n_embd=512,
-    n_layer=6,
-    n_head=8,
-    embd_pdrop=0,
-    attn_pdrop=0,
-    resid_pdrop=0,
-)
-BATCH = 8
+NAMES = {"full": "full\nfine-\ntuning", "lora": "LoRA,\nc_attn,\nr = 8"}
+KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/training.md counts them
+PARTS = ("weights", "gradients", "AdamW moments", "activations")
+CONFIG = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
+SHORT = replace(CONFIG, vocab_size=8192, n_embd=256, n_layer=2, n_head=4)
+BATCH = 16
 BLOCK = 128
-STATM = Path("/proc/self/statm")  # Linux: pages, the second number is resident
 
 
 def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[str, int]:
@@ -51,79 +44,108 @@ def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[
         trained = adapter
     return {
         "weights": 4 * (base + adapter),
-        "activations": 4 * tokens * C * KEPT[method] * L,
         "gradients": 4 * trained,
         "AdamW moments": 8 * trained,
+        "activations": 4 * tokens * C * KEPT[method] * L,
     }
 
 
-def resident() -> int:
-    """Return the bytes of memory that this process holds."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def measured(method: str, config: GPT2Config) -> dict[str, int]:
-    """Return the bytes, but for temporary buffers, that each stage of a first step adds here."""
-    before = resident()
+    """Take a step; return the bytes of the tensors that it holds, by part."""
     model = GPT2(config)
     if method == "lora":
         inject(model, LoRAConfig(lora_dropout=0.0))
     accelerate(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = list(model.parameters())
+    trained = [p for p in weights if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
-    made = resident()
 
-    hidden = model.hidden(torch.randint(CONFIG.vocab_size, (BATCH, BLOCK)))
-    forward = resident()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.hidden(torch.randint(config.vocab_size, (BATCH, BLOCK)))
+    of_weights = storages(weights)
+    activations = {at: size for at, size in storages(kept).items() if at not in of_weights}
 
     hidden.square().mean().backward()
-    del hidden
-    backward = resident()
-
     optimizer.step()
-    after = resident()
+    moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
     return {
-        "weights": made - before,
-        "activations": forward - made,
-        "gradients": backward - made,
-        "AdamW moments": after - backward,
+        "weights": sum(of_weights.values()),
+        "gradients": sum(storages(gradient(p) for p in trained).values()),
+        "AdamW moments": sum(storages(moments).values()),
+        "activations": sum(activations.values()),
     }
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
-    if not STATM.exists():
-        print("left out: resident memory is read from Linux's /proc")
-        return {}
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Return the bytes of the memory behind these tensors by its address: a view adds nothing."""
+    found = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
-    config = CONFIG
-    if args.short:
-        config = replace(CONFIG, n_layer=2)
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    config = SHORT if args.short else CONFIG
     data = {}
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # for the child: freed memory goes back
-    with ProcessPoolExecutor(1, get_context("spawn")) as child:  # one for both
-        for method in KEPT:
-            child.submit(measured, method, replace(config, n_layer=1))  # warms up
-            data[method] = {
-                "predicted": predicted(method, config, BATCH * BLOCK),
-                "measured": child.submit(measured, method, config).result(),
-            }
+    for method in KEPT:
+        data[method] = {
+            "predicted": predicted(method, config, BATCH * BLOCK),
+            "measured": measured(method, config),
+        }
+    return data
 
-    figure, axes = panels(
-        f"Bytes by hand (dark) and measured (light); fp32, {config.n_layer} "
-        f"layers of width {config.n_embd}, {BATCH * BLOCK:,} tokens",
-        "full fine-tuning",
-        "LoRA, c_attn, r = 8",
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw a bar for each method, part by part, with the error of the count by hand."""
+    figure, (axis,) = panels(
+        "The tensors of a training step, MB (in brackets: the error of the count by hand)",
+        height=3.6,
     )
-    for axis, sides in zip(axes, data.values(), strict=True):
-        for side, x, alpha in (("predicted", -0.2, 1), ("measured", 0.2, 0.55)):
-            megabytes = [sides[side][part] / 1e6 for part in PARTS]
-            bars = axis.bar(torch.arange(4) + x, megabytes, 0.38, color=PARTS.values(), alpha=alpha)
-            axis.bar_label(bars, fmt="{:,.1f}", fontsize=8)
-        axis.set_ylabel("MB")
-        axis.set_xticks(range(4), PARTS, fontsize=9)
-    axes[1].sharey(axes[0])
-    return save(args, "memory", data, figure)
+    for row, (method, sides) in enumerate(data.items()):
+        whole = sum(sides["measured"].values()) / 1e6
+        draw_bar(axis, row, sides, shades(METHODS[method], len(PARTS)))
+        axis.text(whole, row, f"  {whole:,.0f} MB", va="center", fontsize=11)
+    axis.set_yticks(range(len(data)), [NAMES[method] for method in data])
+    axis.set(ylim=(1.5, -0.5), xmargin=0.15, xlabel="MB")
+    axis.grid(visible=False, axis="y")
+    return figure
+
+
+def draw_bar(axis: Any, row: int, sides: dict[str, dict[str, int]], colours: list[str]) -> None:
+    """Draw one method's parts side by side; those too small to see are named above the bar."""
+    whole = sum(sides["measured"].values())
+    left = 0
+    small = []
+    for part, colour in zip(PARTS, colours, strict=True):
+        found = sides["measured"][part]
+        axis.barh(row, found / 1e6, 0.5, left / 1e6, color=colour)
+        words = describe(found, sides["predicted"][part])
+        if found < 0.05 * whole:
+            small.append(f"{part} {words}")
+        else:
+            words_colour = INK if part == PARTS[-1] else "w"
+            style = {"color": words_colour, "ha": "center", "va": "center", "fontsize": 9}
+            axis.text((left + found / 2) / 1e6, row, f"{part}\n{words}", **style)
+        left += found
+    if small:
+        place = (sides["measured"]["weights"] / 1e6, row - 0.25)
+        arrow = {"arrowstyle": "-|>", "color": INK}
+        axis.annotate(", ".join(small), place, (0.01 * whole / 1e6, row - 0.42), arrowprops=arrow)
+
+
+def describe(found: int, by_hand: int) -> str:
+    """Return the megabytes, and by how much the count by hand misses them."""
+    digits = 2 if found < 1e7 else 0
+    percent = round(100 * (by_hand / found - 1), 1) + 0.0  # no -0.0
+    return f"{found / 1e6:,.{digits}f} ({percent:+.1f} %)"
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("memory", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Measured: the error of the weights by block size and by layer; the validation lo
 LoRA trained on it (three seeds), and of the NF4 run's adapter after four ways of merging it.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -15,8 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from adapters.merge import merge, unwrap
-from common.figures import BASE, FULL, LORA, OTHER
-from lesson.experiments.common import Trainer, panels, parse, save, spread, trainer
+from common.figures import (
+    BASE,
+    INK,
+    LORA,
+    OTHER,
+    PAGE_WIDTH,
+    draw_at,
+    name_line,
+    new_figure,
+    shades,
+)
+from lesson.experiments.common import Trainer, experiment, spread, trainer
 from lesson.experiments.sweep import train
 from lora.inject import lora_layers
 from lora.quantised import (
@@ -32,6 +43,7 @@ from model.hub import MINI
 from model.weights import load_gpt2
 
 KINDS = ("fp32", "int8", "nf4")
+NF4, EVEN_LEVELS, INT8 = shades(OTHER, 3)
 SETTINGS: dict[str, Any] = {
     "batch_size": 8,
     "block_size": 64,
@@ -137,58 +149,71 @@ def merged_losses(made: Trainer) -> dict[str, float]:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw the weights with the levels, the errors, and the losses."""
-    figure, (levels, blocks, runs) = panels(
-        "Four bits for each frozen weight (mini)",
-        "the weights and the levels they round to",
-        "error by block size",
-        "validation loss",
-    )
-    height = 1.06 * max(data["histogram"])
-    width = 2 / len(data["histogram"])
-    middles = [-1 + width * (i + 0.5) for i in range(len(data["histogram"]))]
-    levels.bar(middles, data["histogram"], width, color=BASE, alpha=0.5)
-    levels.vlines(nf4_levels().tolist(), 0, height, color=LORA, linewidth=1.2, label="NF4's 16")
-    int8 = (torch.arange(-127, 128) / 127).tolist()
-    levels.vlines(int8, -0.06 * height, 0, color=FULL, linewidth=0.5, label="int8's 255")
-    levels.set(
-        xlabel=f"weight / absmax of its block of {BLOCK}",
-        ylabel="share of the weights in a bin",
-        ylim=(-0.06 * height, 1.2 * height),
-    )
-    levels.legend(ncols=2, loc="upper center")
-
-    for label, colour in (("NF4", LORA), ("even levels", OTHER)):
-        percent = [100 * error for error in data["error by block size"][label]]
-        blocks.plot(BLOCK_SIZES, percent, ".-", color=colour, label=f"4 bits, {label}")
-    percent = [100 * error for error in data["error by layer"]["int8"].values()]
-    blocks.axhline(mean(percent), color=FULL, label="int8, a scale per row")
-    blocks.axvline(BLOCK, color=BASE, linestyle=":", linewidth=1)
-    blocks.set_xscale("log", base=2)
-    blocks.set(xlabel="weights that share a scale", ylabel="error, % of the norm", ylim=(0, None))
-    blocks.legend()
-
-    for row, kind in enumerate(KINDS):
-        for what, colour in (("base", BASE), ("trained", LORA)):
-            found = [run[what] for run in data["losses"][kind]]
-            runs.plot(found, [row] * len(found), "o", color=colour)
-            runs.annotate(
-                f"{mean(found):.3f}",
-                (mean(found), row),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-            )
-    runs.set(yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS) - 0.5, -1))
-    runs.set(xlabel="nats a token", xmargin=0.15)
-    runs.plot([], [], "o", color=BASE, label="the base")
-    runs.plot([], [], "o", color=LORA, label="LoRA trained on it, three seeds")
-    runs.legend(loc="upper center", fontsize=9)
+    figure = new_figure((PAGE_WIDTH, 6.4))
+    figure.suptitle("Four bits for each frozen weight (mini)")
+    axes = figure.subplot_mosaic([["levels", "levels"], ["errors", "losses"]])
+    draw_levels(axes["levels"], data["histogram"])
+    draw_errors(axes["errors"], data)
+    draw_losses(axes["losses"], data["losses"])
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    args = parse(__doc__, argv)
+def draw_levels(axis: Any, histogram: list[float]) -> None:
+    """Draw the weights' histogram, and the levels of NF4 over and of int8 under it."""
+    height = 1.06 * max(histogram)
+    width = 2 / len(histogram)
+    middles = [-1 + width * (i + 0.5) for i in range(len(histogram))]
+    axis.bar(middles, [100 * share for share in histogram], width, color=BASE, alpha=0.35)
+
+    height *= 100
+    axis.vlines(nf4_levels().tolist(), 0, height, color=NF4, linewidth=1.5)
+    int8 = (torch.arange(-127, 128) / 127).tolist()
+    axis.vlines(int8, -0.12 * height, -0.02 * height, color=INT8, linewidth=0.6)
+    name_line(axis, "NF4's 16", (-1, 0.9 * height), NF4)
+    name_line(axis, "int8's 255", (1, -0.07 * height), INT8)
+    axis.set(
+        xlabel=f"weight / absmax of its block of {BLOCK}", ylim=(-0.15 * height, 1.05 * height)
+    )
+    axis.set_title("% of the weights in a bin, and the levels that they round to")
+    axis.grid(visible=False)
+
+
+def draw_errors(axis: Any, data: dict[str, Any]) -> None:
+    """Draw the error of the weights by block size, for both kinds of four bits and for int8."""
+    for label, colour in (("NF4", NF4), ("even levels", EVEN_LEVELS)):
+        percent = [100 * error for error in data["error by block size"][label]]
+        axis.plot(BLOCK_SIZES, percent, ".-", color=colour)
+        name_line(
+            axis, f"4 bits, {label}", (BLOCK_SIZES[-1], percent[-1]), colour, (-4, 8), "right"
+        )
+    int8 = mean(100 * error for error in data["error by layer"]["int8"].values())
+    axis.axhline(int8, color=INT8)
+    name_line(axis, "int8, a scale per row", (BLOCK_SIZES[-1], int8), INT8, (0, 8), "right")
+    axis.axvline(BLOCK, color=INK, linestyle=":", linewidth=1)
+    name_line(axis, f"NF4's block: {BLOCK}", (BLOCK, 20), INK, (-5, 0), "right")
+    axis.set_xscale("log", base=2)
+    draw_at(axis.xaxis, BLOCK_SIZES[::3])
+    axis.set(xlabel="weights that share a scale", ylim=(0, 24))
+    axis.set_title("error, % of the weights' norm")
+
+
+def draw_losses(axis: Any, losses: dict[str, list[dict[str, float]]]) -> None:
+    """Draw the loss of each base, and of LoRA trained on it with each seed."""
+    for row, kind in enumerate(KINDS):
+        for what, colour in (("base", BASE), ("trained", LORA)):
+            found = [run[what] for run in losses[kind]]
+            axis.plot(found, [row] * len(found), "o", color=colour)
+            place = (mean(found), row)
+            name_line(axis, f"{mean(found):.3f}", place, colour, (-14, 12))
+    first = losses[KINDS[0]]
+    for what, words, colour in (("base", "the base", BASE), ("trained", "LoRA on it", LORA)):
+        name_line(axis, words, (mean(run[what] for run in first), -0.7), colour, (-26, 0))
+    axis.set(yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS) - 0.6, -1))
+    axis.set(xmargin=0.2, xlabel="nats a token")
+    axis.set_title("validation loss, by how the base is held")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     weights = linear_weights()
     data: dict[str, Any] = {
         "histogram": shares(weights, 81),
@@ -205,7 +230,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for kind, found in data["losses"].items():
         for what in found[0]:
             print(f"{kind}, {what}: {spread([run[what] for run in found], 4)}")
-    return save(args, "quantisation", data, draw(data))
+    return data
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("quantisation", measure, draw, __doc__, argv)
 
 
 if __name__ == "__main__":

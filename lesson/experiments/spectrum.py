@@ -148,9 +148,12 @@ def draw(data: dict[str, Any]) -> Any:
     band(right, shown, y[:, 1:-1], FULL, line="o-")
     uncut = y[:, 0].mean().item()
     nothing = y[:, -1].mean().item()
-    for level, words in ((uncut, "uncut"), (nothing, "cut to rank 0: the matrices are the base's")):
-        right.axhline(level, color=BASE, linestyle="--")
-        name_line(right, words, (1, level), BASE, (0, 8))
+    for level, words, colour in (
+        (uncut, "uncut", FULL),
+        (nothing, "cut to rank 0: the matrices are the base's", BASE),
+    ):
+        right.axhline(level, color=colour, linestyle="--")
+        name_line(right, words, (1, level), colour, (0, 8))
     right.set_ylim(uncut - 1, nothing + 2)
     rank_ticks(left, right)
     return figure

@@ -48,7 +48,7 @@ BATCH = 15  # 1,920 tokens, which is no layer's width: a shape is not ambiguous
 
 
 def by_hand() -> dict[str, Shares]:
-    """Count operations a token, as docs/lora.md does: 2 a weight and matmul, and attention's."""
+    """Count operations a token, as docs/speed.md does: 2 a weight and matmul, and attention's."""
     config = load_config(MINI)
     C = config.n_embd
     L = config.n_layer

@@ -91,16 +91,16 @@ class Browser:
         return self._ask("POST", "/execute/sync", {"script": script, "args": arguments})
 
     def wait(self, condition: str) -> None:
-        """Wait until a JavaScript expression is true. Raises RunError after 30 seconds."""
+        """Wait until a JavaScript expression is true. Raises RunError after 25 seconds."""
         script = f"""
-            const end = performance.now() + 30000;
+            const end = performance.now() + 25000;
             while (!({condition}) && performance.now() < end) {{
                 await new Promise((later) => setTimeout(later, 20));
             }}
             return Boolean({condition});
         """
         if not self.run(script):
-            raise RunError(f"after 30 s, {condition} is still false")
+            raise RunError(f"after 25 s, {condition} is still false")
 
     def find(self, selector: str) -> dict[str, str]:
         return self._ask("POST", "/element", {"using": "css selector", "value": selector})

@@ -1,25 +1,40 @@
 # %% [markdown]
 # # LoRA from scratch
 #
-# The layer built from scratch, put into a small GPT-2, trained for 30 steps, inspected, merged, and
-# compared with PEFT. On a CPU it takes a minute. This notebook is made from `lora_from_scratch.py`
-# (`python -m lesson.notebook.make`); the explanations are in `docs/lora.md`.
+# A language model is to learn a book. We fine-tune it, look at what changed, and find that most of
+# the change is not needed. That leads to LoRA: we build it, get it wrong in three ways, get it
+# right, and compare it with Hugging Face's PEFT. All of it runs on a CPU, in about a minute. You
+# need to know PyTorch; [LoRA in ten minutes](../../docs/lora.md) tells the same in prose.
+#
+# On a hosted notebook service, put the address of the project's git repository into the next cell.
+# On your own machine, run it as it is: it does nothing.
 
 # %%
-import math
+import subprocess
 import sys
 from pathlib import Path
 
+REPOSITORY = ""  # what you would give to `git clone`
+
+root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "train.py").exists()), None)
+if root is None:
+    assert REPOSITORY, "put the address of the project's git repository into REPOSITORY"
+    root = Path("gpt2-lora").resolve()
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, root], check=True)
+    needed = f"{root}[plots,hub]"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", needed], check=True)
+sys.path.insert(0, str(root))
+
+# %%
+import math
+
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# The GPT-2, its tokenizer and the book are the project's, whose root is here or above.
-here_and_above = (Path.cwd(), *Path.cwd().parents)
-root = next(path for path in here_and_above if (path / "train.py").exists())
-sys.path.insert(0, str(root))
-
+from common.figures import BASE, FULL, LORA, RANDOM, STYLE, name_line
 from data.tokens import load_books
 from data.windows import Windows, split
 from model.hub import find_base
@@ -27,200 +42,445 @@ from model.sampling import generate
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2
 
-torch.manual_seed(0)
+STEPS = 60  # of each training run
+plt.rcParams.update(STYLE)
 
 # %% [markdown]
-# ## The layer
+# ## 1. A model and a book
 #
-# $y = W x + b + \frac{\alpha}{r} B A x$, with $W$ and $b$ frozen. $A$ narrows to $r$ numbers,
-# $B$ widens again. $B$ starts at zero, so that a new adapter changes nothing.
-
-
-# %%
-class LoRA(nn.Module):
-    def __init__(self, base: nn.Linear, r: int = 8, alpha: float = 16):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.scaling = alpha / r
-        bound = 1 / math.sqrt(base.in_features)
-        self.A = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound))
-        self.B = nn.Parameter(torch.zeros(base.out_features, r))
-
-    def forward(self, x):  # (..., in) -> (..., out)
-        return self.base(x) + self.scaling * (x @ self.A.T) @ self.B.T
-
-
-# %% [markdown]
-# ## Into GPT-2
-#
-# `mini` is a GPT-2 of 6 layers that comes with the project. Freeze all of it, and wrap each block's
-# `c_attn`, the projection to q, k and v.
+# The *base* is `mini`, a GPT-2 of 6.9 million parameters that comes with this project. It has not
+# seen this book. We cut the book into windows of 64 tokens; each token is to be predicted from
+# those before it. The last tenth is never trained on. Its *perplexity* measures what is learned: it
+# is the number of tokens among which the model might as well be guessing.
 
 # %%
 directory = find_base("mini")[1]
-model = load_gpt2(directory).eval()
-ids = torch.randint(model.config.vocab_size, (2, 64))
-base_logits = model(ids).detach()
-
-model.requires_grad_(False)
-layers = {}
-for name, module in list(model.named_modules()):
-    if isinstance(module, nn.Linear) and name.endswith(".c_attn"):
-        layers[name] = LoRA(module)
-        model.set_submodule(name, layers[name])
-
-trained = [p for p in model.parameters() if p.requires_grad]
-count = sum(p.numel() for p in trained)
-total = sum(p.numel() for p in model.parameters())
-print(f"trained: {count:,} of {total:,} parameters")
-print("a new adapter changes no logit:", torch.equal(model(ids), base_logits))
-
-# %% [markdown]
-# ## The book
-#
-# Windows of 64 tokens. Each position is scored on the token after it, so the targets are the inputs
-# one token later. The last tenth of the book is the validation part.
-
-# %%
-tokenizer = load_tokenizer(directory, model.config.vocab_size)
-book = load_books([root / "data" / "book.txt"], tokenizer)
-training_part, validation_part = split(book, 0.1)
+base = load_gpt2(directory)
+tokenizer = load_tokenizer(directory, base.config.vocab_size)
+training_part, validation_part = split(load_books([root / "data/book.txt"], tokenizer), 0.1)
 windows = Windows(training_part, block_size=64, stride=64)
 validation = Windows(validation_part, block_size=64, stride=64)
 
 
-def loss_on(inputs, targets):  # (B, T) each
+def loss_on(model, batch, reduction="mean"):
+    inputs, targets = batch  # (B, T) each
     logits = model(inputs)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ignores -100: padding
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 
 @torch.no_grad()
-def perplexity():
-    """Return the validation part's, nearly: the last batch is smaller but counts as much."""
-    losses = [loss_on(*batch).item() for batch in validation.evaluation_batches()]
-    return math.exp(sum(losses) / len(losses))
+def perplexity(model):
+    losses = [loss_on(model, batch, "sum").item() for batch in validation.evaluation_batches()]
+    return math.exp(sum(losses) / (len(validation_part) - 1))  # its first token is not predicted
 
 
-def words(tokens):
-    return [tokenizer.bytes_of[token].decode() for token in tokens.tolist()]
-
-
-before = perplexity()
-inputs, targets = windows.batch(np.arange(2))
-print("inputs: ", words(inputs[0, :10]))
-print("targets:", words(targets[0, :10]))
-print(f"the base's perplexity: {before:.1f}")
+inputs, targets = windows.batch(np.arange(1))
+for name, ids in (("read", inputs), ("predict", targets)):
+    print(f"{name:8}", [tokenizer.bytes_of[i].decode() for i in ids[0, :9].tolist()])
+base_perplexity = perplexity(base)
+print(f"perplexity of the base: {base_perplexity:.1f}")
 
 # %% [markdown]
-# ## The first gradient
+# The base is lost in this book: it guesses among more than fifty tokens.
+
+# %% [markdown]
+# ## 2. Fine-tune it
 #
-# With $G = \partial L / \partial W$: $\; dB = s\, G A^T$ and $dA = s\, B^T G$. $B$ is zero, so
-# that $A$'s first gradient is zero, and only $B$ moves.
+# Each of `mini`'s 6 blocks has four weight matrices: `c_attn` makes queries, keys and values, and
+# three more follow. We train these 24, and keep embeddings, norms and biases as they are, so that
+# all that is learned is in the matrices; this is what *full fine-tuning* means below. The loop is
+# plain: AdamW, 8 windows a step, and a rate that falls to zero.
 
 # %%
-loss_on(inputs, targets).backward()
-first_gradients = {}
-for matrix in ("A", "B"):
-    norms = [getattr(layer, matrix).grad.norm().item() for layer in layers.values()]
-    first_gradients[matrix] = math.hypot(*norms)
-print("norms of the first gradients:", first_gradients)
+epochs = [windows.epoch_order(seed=0, epoch=epoch) for epoch in range(2)]
+batches = np.concatenate(epochs)[: 8 * STEPS].reshape(STEPS, 8)
+
+
+def train(model, lr, steps=STEPS):
+    """Return the loss before each step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    losses = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        loss = loss_on(model, windows.batch(batches[step]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def matrices(model):
+    return {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+full = load_gpt2(directory).requires_grad_(False)
+for weight in matrices(full).values():
+    weight.requires_grad_(True)
+full_losses = train(full, lr=7e-4)
+full_perplexity = perplexity(full)
+trained_by_full = sum(weight.numel() for weight in matrices(full).values())
+print(f"trained: {trained_by_full:,} numbers in {len(matrices(full))} matrices")
+print(f"perplexity: {base_perplexity:.1f} -> {full_perplexity:.1f}")
 
 # %% [markdown]
-# ## Thirty steps
-#
-# The loop of `train.py`, without mixed precision, schedule, clipping and dropout.
-
-# %%
-optimizer = torch.optim.AdamW(trained, lr=1e-2)
-batches = windows.epoch_order(seed=0, epoch=0)[: 30 * 8].reshape(30, 8)
-for step, batch in enumerate(batches):
-    loss = loss_on(*windows.batch(batch))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    if step % 5 == 0:
-        print(f"step {step:2}: loss {loss.item():.3f}")
-after = perplexity()
-print(f"perplexity: {before:.1f} -> {after:.1f}")
+# It works, and it is dear: every number trained needs a gradient and two more for AdamW, and every
+# book a file as large as the model.
 
 # %% [markdown]
-# ## What was learnt
+# ## 3. What changed?
 #
-# $B A$ is a matrix of $W$'s shape, (768, 256), and has rank 8: the other singular values are
-# zero, but for rounding.
-
-# %%
-first = layers["h.0.attn.c_attn"]
-update = (first.scaling * first.B @ first.A).detach()
-spectrum = torch.linalg.svdvals(update)
-for i, value in enumerate(spectrum[:10].tolist(), 1):
-    bar = "#" * round(60 * value / spectrum[0].item())
-    print(f"{i:2} {value:8.4f} {bar}")
-
-# %% [markdown]
-# ## What it writes
-#
-# The base and the adapted model go on from the same words, with the same random numbers.
-
-
-# %%
-def write(gpt2, prompt="You climb the stair and"):
-    start = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
-    drawn = generate(gpt2, start, 40, generator=torch.Generator().manual_seed(1), top_k=50)
-    return prompt + b"".join(tokenizer.bytes_of[token] for token in drawn).decode(errors="replace")
-
-
-print("base:   ", write(load_gpt2(directory)))
-print("adapted:", write(model))
-
-# %% [markdown]
-# ## Merge
-#
-# $W + s B A$ is a matrix like $W$: the merged model is a plain GPT-2 again.
+# Subtract: each matrix has gone from $W$ to $W + \Delta W$. The *singular value decomposition*
+# writes $\Delta W$ as a sum of simple matrices, the largest first. Each is a column times a row,
+# $\sigma_k u_k v_k^T$: it reads one direction of the input, $v_k$, and writes one of the output,
+# $u_k$. The number of such terms that a matrix needs is its *rank*.
 
 # %%
 with torch.no_grad():
-    adapted_logits = model(ids)
-    for name, layer in layers.items():
-        layer.base.weight += layer.scaling * layer.B @ layer.A
-        model.set_submodule(name, layer.base)
-    merged_logits = model(ids)
-print("the adapter changed the logits by up to", (adapted_logits - base_logits).abs().max().item())
-print("merging changed them by up to", (merged_logits - adapted_logits).abs().max().item())
+    before = matrices(base)
+    changes = {name: weight - before[name] for name, weight in matrices(full).items()}
+svds = {name: torch.linalg.svd(change, full_matrices=False) for name, change in changes.items()}
+
+one = changes["h.0.attn.c_attn"]
+noise = torch.randn_like(one)
+noise *= one.norm() / noise.norm()
+plt.figure(figsize=(6.4, 3))
+for matrix, name, k, colour in (
+    (one, "the change", 12, FULL),
+    (noise, "a random matrix of its size", 100, RANDOM),
+):
+    values = torch.linalg.svdvals(matrix)
+    share = values[:8].square().sum() / values.square().sum()
+    print(f"{name}: the first 8 of 256 terms hold {share:.0%} of the squared norm")
+    plt.plot(range(1, 257), values, color=colour)
+    name_line(plt.gca(), name, (k, values[k]), colour, offset=(6, 8))
+plt.title("Singular values of the change of the first c_attn")
+plt.xlabel("k")
+plt.show()
 
 # %% [markdown]
-# ## A model of your own
+# A few terms are much larger than the rest: the change is far from random.
+
+# %% [markdown]
+# ## 4. Cut it
 #
-# The project's own layer and `inject`, in `lora/`, do the same to any PyTorch model. It may come
-# from transformers, too: `python -m lesson.examples.any_model`.
+# Keep only the $k$ largest terms of each of the 24 changes, and throw away the rest.
 
 # %%
-from lora.inject import inject
-from lora.layer import LoRAConfig
+cut = load_gpt2(directory).requires_grad_(False)
+kept = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+after_cut = []
+for k in kept:
+    for name, weight in matrices(cut).items():
+        u, s, v = svds[name]
+        weight.copy_(before[name] + (u[:, :k] * s[:k]) @ v[:k])
+    after_cut.append(perplexity(cut))
+    print(f"rank {k:3}: perplexity {after_cut[-1]:.1f}")
 
-own = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 2))
-inject(own, LoRAConfig(r=2, target_modules="all-linear"))
-print(own)
+plt.figure(figsize=(6.4, 3))
+plt.plot([str(k) for k in kept], after_cut, "o-", color=FULL)
+plt.title("Perplexity with each change cut to rank k")
+plt.xlabel("k")
+plt.show()
 
 # %% [markdown]
-# ## The same in PEFT
+# Rank 256 is the whole change and rank 0 the base; at rank 8 most of what was learned is still
+# there.
+
+# %% [markdown]
+# ## 5. So train eight terms from the start
 #
-# If `peft` is installed: its model, on the same base, with our A and B in place of its own.
+# Eight columns times eight rows are a product $B A$, with $B$ (out, 8) and $A$ (8, in). Freeze $W$,
+# and train $A$ and $B$ instead of $\Delta W$:
+#
+# $$y = W x + b + \frac{\alpha}{r} B A x$$
+#
+# $r$ is the rank and $\alpha$ a constant; we come back to it.
+
+
+# %%
+class LoRA(nn.Module):
+    def __init__(self, linear, r=8, alpha=16):
+        super().__init__()
+        self.linear = linear  # frozen
+        self.scaling = alpha / r
+        bound = 1 / math.sqrt(linear.in_features)
+        self.A = nn.Parameter(torch.empty(r, linear.in_features).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, r))
+
+    def forward(self, x):  # (..., in) -> (..., r) -> (..., out)
+        return self.linear(x) + self.scaling * (x @ self.A.T) @ self.B.T
+
+
+def adapted(alpha=16):
+    """Return the base, frozen, with a LoRA layer around each of the 24 matrices, and the layers."""
+    torch.manual_seed(0)
+    model = load_gpt2(directory).requires_grad_(False)
+    layers = {name: LoRA(model.get_submodule(name), alpha=alpha) for name in matrices(model)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return model, layers
+
+
+model, layers = adapted()
+trained_by_lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+print(layers["h.0.attn.c_attn"])
+print(f"trained: {trained_by_lora:,} numbers in place of {trained_by_full:,}")
+
+# %% [markdown]
+# A twenty-fourth of the numbers. But how should A and B start?
+
+# %% [markdown]
+# ## 6. Both zero: stuck
+#
+# With $A = B = 0$ the new layers change nothing, which sounds safe. Train for ten steps, beside the
+# base on the same windows.
+
+# %%
+with torch.no_grad():
+    base_losses = [loss_on(base, windows.batch(batch)).item() for batch in batches[: STEPS // 6]]
+
+zero_model, zero_layers = adapted()
+for layer in zero_layers.values():
+    nn.init.zeros_(layer.A)
+zero_losses = train(zero_model, lr=7e-4, steps=STEPS // 6)
+print("the base:  ", [round(loss, 4) for loss in base_losses])
+print("both zero: ", [round(loss, 4) for loss in zero_losses])
+gradients = [p.grad for layer in zero_layers.values() for p in (layer.A, layer.B)]
+print("largest gradient:", max(gradient.abs().max().item() for gradient in gradients))
+
+# %% [markdown]
+# Nothing moves, ever: $B$'s gradient contains $A x$, which is zero, and $A$'s contains $B$, which
+# is zero, too.
+
+# %% [markdown]
+# ## 7. Both random: damaged
+#
+# Draw $B$ as PyTorch would draw it.
+
+# %%
+random_model, random_layers = adapted()
+for layer in random_layers.values():
+    nn.init.kaiming_uniform_(layer.B, a=math.sqrt(5))
+random_losses = train(random_model, lr=7e-4, steps=STEPS // 6)
+print("the base:    ", [round(loss, 2) for loss in base_losses])
+print("both random: ", [round(loss, 2) for loss in random_losses])
+
+# %% [markdown]
+# The first loss is far above the base's: random changes to all 24 matrices have broken what it
+# knew.
+
+# %% [markdown]
+# ## 8. A random, B zero: LoRA
+#
+# One of them is enough to change nothing, and one is enough to get things moving. Our class starts
+# like that already.
+
+# %%
+lora_losses = train(model, lr=7e-4, steps=STEPS // 6)
+print("the base:        ", [round(loss, 2) for loss in base_losses])
+print("A random, B zero:", [round(loss, 2) for loss in lora_losses])
+
+plt.figure(figsize=(6.4, 3))
+for losses, name, colour in (
+    (random_losses, "both random", RANDOM),
+    (zero_losses, "both zero", BASE),
+    (lora_losses, "A random, B zero", LORA),
+):
+    gained = np.array(losses) - np.array(base_losses)
+    plt.plot(gained, ".-", color=colour)
+    name_line(plt.gca(), name, (len(gained) - 1, gained[-1]), colour)
+plt.title("Training loss, less the base's on the same windows")
+plt.xlabel("steps taken")
+plt.show()
+
+# %% [markdown]
+# It starts exactly where the base is, and goes down.
+
+# %% [markdown]
+# ## 9. Full fine-tuning's rate: slow
+#
+# Now all the steps, at the learning rate that was right for full fine-tuning.
+
+# %%
+slow_model, _ = adapted()
+slow_losses = train(slow_model, lr=7e-4)
+slow_perplexity = perplexity(slow_model)
+print(f"full fine-tuning: {full_perplexity:.1f}; LoRA at the same rate: {slow_perplexity:.1f}")
+
+# %% [markdown]
+# Disappointing: the full change, cut to rank 8, had learned far more.
+
+# %% [markdown]
+# ## 10. The wrong alpha: broken
+#
+# The update is multiplied by $\alpha / r$, so turn up $\alpha$: from 16 to 2048.
+
+# %%
+loud_model, _ = adapted(alpha=2048)
+train(loud_model, lr=7e-4)
+loud_perplexity = perplexity(loud_model)
+print(f"alpha 2048: {loud_perplexity:.1f}; the base: {base_perplexity:.1f}")
+
+# %% [markdown]
+# Far too much. With AdamW, $\alpha$ works as a second learning rate, for $B$ alone; one knob is
+# easier to turn than two, so leave $\alpha$ at 16.
+
+# %% [markdown]
+# ## 11. The right rate
+#
+# Why is full fine-tuning's rate too low? A first step of AdamW moves each trained number by the
+# rate. In full fine-tuning these are the numbers of $W$. In LoRA they are those of $B$, and what
+# reaches $W$ is multiplied by the small numbers in $A$.
+
+# %%
+step_model, step_layers = adapted()
+train(step_model, lr=1.0, steps=1)
+layer = step_layers["h.0.attn.c_attn"]
+first_move = (layer.scaling * layer.B @ layer.A).square().mean().sqrt().item()
+print(f"a first step moves a weight of W by lr in full fine-tuning, by {first_move:.2f} lr in LoRA")
+
+tuned_model, tuned_layers = adapted()
+tuned_losses = train(tuned_model, lr=8e-3)
+tuned_perplexity = perplexity(tuned_model)
+fast_model, _ = adapted()
+train(fast_model, lr=3e-2)
+fast_perplexity = perplexity(fast_model)
+print(f"lr 7e-4: {slow_perplexity:.1f}; 8e-3: {tuned_perplexity:.1f}; 3e-2: {fast_perplexity:.1f}")
+
+runs = (
+    ("full, 7e-4", full_losses, FULL, "-"),
+    ("LoRA, 7e-4", slow_losses, LORA, ":"),
+    ("LoRA, 8e-3", tuned_losses, LORA, "-"),
+)
+plt.figure(figsize=(6.4, 3.4))
+for name, losses, colour, line in runs:
+    smooth = np.convolve(losses, np.ones(5) / 5, "valid")  # the mean of five steps
+    plt.plot(smooth, line, color=colour)
+    name_line(plt.gca(), name, (len(smooth) - 1, smooth[-1]), colour)
+plt.title("Training loss, by method and rate")
+plt.xlabel("steps taken")
+plt.show()
+
+# %% [markdown]
+# At eleven times the rate, LoRA learns more than the cut to rank 8 had kept: training finds eight
+# better terms. Four times faster still is too fast, and worse than no training.
+
+# %% [markdown]
+# ## 12. What it writes
+#
+# Base and adapted model go on from the same words, with the same random numbers.
+
+
+# %%
+def write(model, prompt="You climb the stair and"):
+    start = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
+    drawn = generate(model, start, 40, generator=torch.Generator().manual_seed(1), top_k=50)
+    return prompt + b"".join(tokenizer.bytes_of[token] for token in drawn).decode(errors="replace")
+
+
+before_text = write(base)
+after_text = write(tuned_model)
+print("BEFORE:", before_text)
+print("AFTER: ", after_text)
+
+# %% [markdown]
+# A model this small makes little sense, but the book's voice is there: "you", in the present tense.
+
+# %% [markdown]
+# ## 13. What it learned
+#
+# The singular values again, of LoRA's change of the matrix of section 3.
+
+# %%
+layer = tuned_layers["h.0.attn.c_attn"]
+learned = torch.linalg.svdvals((layer.scaling * layer.B @ layer.A).detach())
+plt.figure(figsize=(6.4, 3))
+for values, name, k, colour in (
+    (torch.linalg.svdvals(one), "full fine-tuning's change", 10, FULL),
+    (learned, "LoRA's", 4, LORA),
+):
+    plt.plot(range(1, 33), values[:32], ".-", color=colour)
+    name_line(plt.gca(), name, (k + 1, values[k]), colour, offset=(6, 8))
+plt.title("Singular values of the change of the first c_attn")
+plt.xlabel("k")
+plt.show()
+
+# %% [markdown]
+# Eight are large, and the others are zero, but for rounding.
+
+# %% [markdown]
+# ## 14. Merge
+#
+# $W + \frac{\alpha}{r} B A$ is a matrix like $W$. Add the update, and take the wrapper off.
+
+# %%
+ids = inputs[:, :32]
+with torch.no_grad():
+    base_logits = base(ids)
+    adapted_logits = tuned_model(ids)
+    for name, layer in tuned_layers.items():
+        layer.linear.weight += layer.scaling * layer.B @ layer.A
+        tuned_model.set_submodule(name, layer.linear)
+    merged_logits = tuned_model(ids)
+print("the adapter changed the logits by up to", (adapted_logits - base_logits).abs().max().item())
+print("merging changed them by up to", (merged_logits - adapted_logits).abs().max().item())
+print(f"perplexity, merged: {perplexity(tuned_model):.1f}")
+
+# %% [markdown]
+# The merged model is a plain GPT-2 again, as fast as its base, and computes what the adapted one
+# did.
+
+# %% [markdown]
+# ## 15. The project's own
+#
+# `inject` does the same to any PyTorch model, and its layer also has dropout, mixed precision and
+# files that PEFT reads. Give it our A and B:
+
+# %%
+from lora.inject import inject, lora_layers
+from lora.layer import LoRAConfig
+
+ours = load_gpt2(directory)
+inject(ours, LoRAConfig(r=8, lora_alpha=16, lora_dropout=0, target_modules="all-linear"))
+with torch.no_grad():
+    for name, injected in lora_layers(ours).items():
+        injected.lora_A.weight.copy_(tuned_layers[name].A)
+        injected.lora_B.weight.copy_(tuned_layers[name].B)
+    our_difference = (ours(ids) - adapted_logits).abs().max().item()
+print("logits differ by up to", our_difference)
+
+# %% [markdown]
+# The same model, in two lines.
+
+# %% [markdown]
+# ## 16. The same in PEFT
+#
+# Hugging Face's library, with the same A and B. (Without `peft` and `transformers` this cell only
+# says so.)
 
 # %%
 try:
     import peft
     import transformers
 except ImportError:
-    print("not installed: make setup")
+    print("not installed: pip install peft transformers")
 else:
-    base = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True)
-    theirs = peft.get_peft_model(base, config).eval()
+    gpt2 = transformers.GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
+    )
+    theirs = peft.get_peft_model(gpt2, config).eval()
     with torch.no_grad():
-        for name, layer in layers.items():
+        for name, layer in tuned_layers.items():
             full_name = f"base_model.model.transformer.{name}"
             theirs.get_parameter(f"{full_name}.lora_A.default.weight").copy_(layer.A)
             theirs.get_parameter(f"{full_name}.lora_B.default.weight").copy_(layer.B)
         peft_difference = (theirs(ids).logits - adapted_logits).abs().max().item()
-    print("PEFT's logits differ from ours by up to", peft_difference)
+    print("logits differ by up to", peft_difference)
+
+# %% [markdown]
+# Twelve lines of ours compute what PEFT computes. What to read next:
+# [LoRA in ten minutes](../../docs/lora.md), [LoRA in depth](../../docs/lora-in-depth.md), and the
+# [exercises](../../docs/exercises.md).

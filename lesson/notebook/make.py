@@ -1,22 +1,31 @@
-"""Make the notebook from its script, lora_from_scratch.py: `python -m lesson.notebook.make`.
+"""Make the notebook from its script, and run it: `python -m lesson.notebook.make`.
 
-A cell begins at `# %%`; at `# %% [markdown]` a text, whose lines begin with `# `.
+In lora_from_scratch.py a cell begins at `# %%`; at `# %% [markdown]` a text, whose lines begin with
+`# `. What the cells print and draw is stored in the notebook, so that it can be read unrun.
 """
 
+import base64
+import io
 import json
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 from common.cli import Parser
 from common.errors import run_command
+from common.files import atomic_path
 
 SCRIPT = Path(__file__).with_name("lora_from_scratch.py")
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
+Cell = dict[str, Any]
 
-def cell(part: str) -> dict[str, object]:
-    """Return the cell whose script, after its `# %%`, is `part`."""
+
+def cell(part: str) -> Cell:
+    """Return the cell whose script, after its `# %%`, is `part`; code has no outputs yet."""
     head, _, body = part.partition("\n")
     body = body.strip("\n")
     if head == " [markdown]":
@@ -35,11 +44,58 @@ def cell(part: str) -> dict[str, object]:
     }
 
 
-def notebook(script: str) -> str:
-    """Return the script as a notebook file, nbformat 4.4, without outputs."""
+def cells(script: str) -> list[Cell]:
+    """Return the script's cells."""
+    return [cell(part) for part in script.split("# %%")[1:]]
+
+
+def run(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Run the code cells in order and store their outputs; return the names that they defined."""
+    names: dict[str, Any] = {}
+    code_cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    for number, code_cell in enumerate(code_cells, 1):
+        code_cell["execution_count"] = number
+        code_cell["outputs"] = outputs_of("".join(code_cell["source"]), names)
+    return names
+
+
+def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run a cell's code; return what Jupyter would show below it: what it printed and its figures.
+
+    A figure is shown by `plt.show()`, and a cell prints nothing after its figure.
+    """
+    from matplotlib import pyplot as plt  # slow to import
+
+    printed = io.StringIO()
+    figures: list[dict[str, Any]] = []
+
+    def show() -> None:
+        figures.append(figure_output(plt.gcf()))
+        plt.close()
+
+    with redirect_stdout(printed), patch.object(plt, "show", show):
+        exec(source, names)
+    text = printed.getvalue().splitlines(keepends=True)
+    streams = [{"name": "stdout", "output_type": "stream", "text": text}] if text else []
+    return streams + figures
+
+
+def figure_output(figure: Any) -> dict[str, Any]:
+    """Return a figure as a PNG output of a cell."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=100, bbox_inches="tight")
+    return {
+        "output_type": "display_data",
+        "data": {"image/png": base64.b64encode(png.getvalue()).decode() + "\n"},
+        "metadata": {},
+    }
+
+
+def notebook(cells: Sequence[Cell]) -> str:
+    """Return cells as a notebook file, nbformat 4.4."""
     stored = {
-        "cells": [cell(part) for part in script.split("# %%")[1:]],
-        "metadata": {"kernelspec": KERNEL},
+        "cells": cells,
+        "metadata": {"kernelspec": KERNEL, "language_info": {"name": "python"}},
         "nbformat": 4,
         "nbformat_minor": 4,
     }
@@ -48,7 +104,11 @@ def notebook(script: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     Parser(prog="lesson.notebook.make", description=__doc__).parse_args(argv)
-    NOTEBOOK.write_text(notebook(SCRIPT.read_text()))
+    made = cells(SCRIPT.read_text())
+    run(made)
+    with atomic_path(NOTEBOOK) as temporary:
+        temporary.write_text(notebook(made))
+    print(f"saved {NOTEBOOK}")
 
 
 if __name__ == "__main__":

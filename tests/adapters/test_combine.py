@@ -117,7 +117,7 @@ def test_the_sum_names_the_base_whose_hash_it_has_and_two_names_are_noted(base, 
         "openai-community/gpt2",
         "a" * 64,
     )
-    assert "'mini' and 'other'" in stdout_of(
+    assert "'./model/mini' and 'other'" in stdout_of(
         main, tmp_path / "mini", tmp_path / "other", "--out", tmp_path / "unhashed"
     )
 

@@ -148,12 +148,13 @@ def test_a_whole_model_is_that_of_transformers_with_its_tokenizer(tmp_path):
 def test_dora_is_refused_as_an_adapter_and_written_merged(base, tmp_path):
     save_adapter(*adapted(base, ALL_FOUR, r=3, use_dora=True), tmp_path / "dora", "gpt2")
     out = tmp_path / "out.gguf"
+    (tmp_path / "dora" / "chat_template.jinja").write_text("{{ messages }}")
     argv = (tmp_path / "dora", "--base", base, "--out", out)
     assert one_line(run(main, *argv), 2).endswith("merge it instead") and not out.exists()
 
     assert stdout_of(main, *argv, "--merge") == f"{base} + {tmp_path / 'dora'} -> {out}\n"
     merged = stock_model(base, tmp_path / "dora").merge_and_unload()
-    assert_weights(out, merged)
+    assert assert_weights(out, merged)["tokenizer.chat_template"] == "{{ messages }}"
     plain = stock_model(base).state_dict()["transformer.h.0.attn.c_attn.weight"]
     _, tensors = read(out)
     assert relative_difference(tensors["blk.0.attn_qkv.weight"].T, plain) > 0.01

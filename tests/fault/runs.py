@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from adapters.card import CARD
 from training.directory import MODEL_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +129,7 @@ def result(out: Path) -> dict:
     for values in (report, *lines):
         for name in TIMED & values.keys():
             del values[name]
-    model = [path for name in (*MODEL_FILES, CARD) for path in out.glob(name)]
+    model = [path for name in MODEL_FILES for path in out.glob(name)]
     return {"report": report, "metrics": lines, **{file.name: file.read_bytes() for file in model}}
 
 

@@ -1,6 +1,7 @@
 """Choices: log-probabilities against a plain transformers loop, accuracy, confusion, refusals."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import evaluate
 import train
 from common.device import Device
+from common.errors import RunError
 from data.instructions import read_examples
 from model.weights import load_gpt2
 from tests import runs
@@ -105,6 +107,13 @@ def test_training_on_questions_teaches_the_answers(base, tmp_path):
     assert runs.table(said)[2] == ["salt", "12", "0"]
     last, _ = runs.scores(tmp_path / "last.json", "--base", base, *argv, "--val-fraction", 0.25)
     assert last["questions"] == 6
+
+
+def test_a_score_that_is_not_a_number_is_an_error(base, file):
+    broken = load_gpt2(base)
+    broken.ln_f.bias.data[0] = math.nan
+    with pytest.raises(RunError, match="log-probability is not finite"):
+        score_choices(broken, read_tasks(file, TOKENIZER, 64), Device.pick("cpu", "fp32"))
 
 
 def test_a_table_needs_the_same_choices_in_all_questions(base, file):

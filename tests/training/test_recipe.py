@@ -22,7 +22,7 @@ def chosen(done):
     return [done.report["options"][name] for name in CHOSEN]
 
 
-@pytest.mark.parametrize("options", ["--epochs 5", "--epochs 9 --stride 4 --max-steps 50"])
+@pytest.mark.parametrize("options", ["--epochs 5", "--epochs 9 --stride 4 --max-steps 150"])
 def test_the_rate_follows_the_steps_and_how_often_a_token_is_read(base, book, tmp_path, options):
     argv = ("--batch-size", 4, "--recipe", "best", *split(options))
     made = runs.trainer("lora", base, book, tmp_path, *argv)
@@ -50,9 +50,9 @@ def test_the_reference_is_the_default_for_a_book_and_the_best_for_data(base, boo
     data = runs.questions(tmp_path / "data.jsonl")
     small = ("--batch-size", 4, "--block-size", 64)  # three epochs
     best = trained("lora", base, data, tmp_path / "best", *small)
-    assert chosen(best) == ["best", 4e-3, ALL_LAYERS, 16, 8]
-    assert "recipe best: lr 0.004, layers c_attn c_proj c_fc, alpha 16\n" in best.stdout
-    assert max(best.column("lr")) == pytest.approx(4e-3)
+    assert chosen(best) == ["best", 6.8e-3, ALL_LAYERS, 16, 8]  # 15 steps, 3 passes
+    assert "recipe best: lr 0.0068, layers c_attn c_proj c_fc, alpha 16\n" in best.stdout
+    assert max(best.column("lr")) == pytest.approx(6.8e-3)
     asked = trained("lora", base, data, tmp_path / "asked", *small, "--recipe", "reference")
     assert chosen(asked) == ["reference", 3e-4, ["c_attn"], 16, 8]
 
