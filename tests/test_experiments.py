@@ -325,6 +325,7 @@ def test_forgetting_at_one_perplexity():
     curve = {0.9: (29, 0.8), 0.8: (31, 0.4), 0.6: (35, 0.2)}
     found = [{"scores": (30, 0.9), "change scaled": curve}]
     assert intruders.kl_at(30, found) == pytest.approx(0.6)
+    assert intruders.kl_at(29.5, found) == pytest.approx(0.7)
     assert intruders.kl_at(33, found) == pytest.approx(0.3)
     assert math.isnan(intruders.kl_at(28, found))
     assert math.isnan(intruders.kl_at(40, found))
