@@ -17,7 +17,9 @@ from lesson.experiments.common import Trainer, experiment
 from lesson.experiments.sweep import ALL, Runs, at_best, draw, finetune, learned, scored, tune
 
 SIZE: dict[str, Any] = {"batch_size": 16, "block_size": 128, "stride": 16, "max_steps": 249}
-GUESS = 4e-4
+GUESS = 2e-4
+ALL_WEIGHTS = "all weights"
+LAYERS_ALONE = "the four layers alone"
 
 
 def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
@@ -36,15 +38,17 @@ def measure(args: argparse.Namespace) -> dict[str, Runs]:
     full = finetune("full", args.seeds, args.short, lr=2e-4, **SIZE)
     lora = finetune("lora", args.seeds, args.short, lr=1e-3, target_modules=ALL, **SIZE)
     return {
-        "all weights": scored({2e-4: full}, at_best),
-        "the four layers alone": scored(alone, at_best),
+        ALL_WEIGHTS: scored({2e-4: full}, at_best),
+        LAYERS_ALONE: scored(alone, at_best),
         "LoRA, r = 8": scored({1e-3: lora}, at_best),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     title = "What is trained (mini, 249 steps of 16 x 128)"
-    return experiment("alone", measure, partial(draw, title), __doc__, argv)
+    return experiment(
+        "alone", measure, partial(draw, title, full=(ALL_WEIGHTS, LAYERS_ALONE)), __doc__, argv
+    )
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return by run its steps and passes, and the perplexities by rate."""
     data = {}
     for steps, batch, stride, r, guess in RUNS:
-        size = {"max_steps": steps, "batch_size": batch, "stride": stride}
-        adapter = {"r": r, "lora_alpha": 16, "target_modules": ALL}
+        size: dict[str, Any] = {"max_steps": steps, "batch_size": batch, "stride": stride}
+        adapter: dict[str, Any] = {"r": r, "lora_alpha": 16, "target_modules": ALL}
         found = tune("lora", guess, args.seeds, args.short, score=at_best, **size, **adapter)
         runs: Runs = scored(found, at_best)
         passes = steps * batch * stride / TOKENS
@@ -106,11 +106,11 @@ def draw(data: dict[str, Any]) -> Any:
         colour = colours[run["steps"]]
         axis.plot(side * run["passes"], vertex(run["runs"]), marker, color=colour, markersize=7)
 
-    passes = np.geomspace(1.1, 30)
+    ends = (1.1, 30)
     for count, colour in colours.items():
-        axis.plot(passes, rule(count, passes), color=colour, linewidth=1)
-        end = (passes[-1], rule(count, passes[-1]))
-        name_line(axis, f"{count} steps", end, colour)
+        rates = [rule(count, passes) for passes in ends]  # a line, on logarithmic axes
+        axis.plot(ends, rates, color=colour, linewidth=1)
+        name_line(axis, f"{count} steps", (ends[1], rates[1]), colour)
     for r, (marker, _) in MARKERS.items():
         axis.plot([], [], marker, color=LORA, label=f"rank {r}")
     axis.set(

@@ -51,7 +51,7 @@ def by_batch(args: argparse.Namespace) -> dict[str, dict[int, Runs]]:
         for batch, (steps, full_guess, guess) in BATCHES.items():
             if method == "full":
                 guess = full_guess
-            size = {"batch_size": batch, "max_steps": steps}
+            size: dict[str, Any] = {"batch_size": batch, "max_steps": steps}
             runs = tune(method, guess, args.seeds, args.short, score=at_best, **size, **options)
             data[name][batch] = scored(runs, at_best)
     return data
@@ -65,7 +65,7 @@ def by_share(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Runs]]]:
         for stride, (_, full_guess, guess) in SHARES.items():
             if method == "full":
                 guess = full_guess
-            size = {"batch_size": 2, "max_steps": 240, "stride": stride}
+            size: dict[str, Any] = {"batch_size": 2, "max_steps": 240, "stride": stride}
             found = {}
             for label, score in (("validation", at_best), ("training", training_loss)):
                 runs = tune(method, guess, args.seeds, args.short, score=score, **size, **options)
