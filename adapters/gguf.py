@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapters.config import load_adapter_config
-from adapters.factors import Factors, read_factors, refuse_dora
+from adapters.factors import Factors, read_factors
 from adapters.load import load_model
 from adapters.merge import chat_template, load_merged
 from adapters.quantisation import NONE, QUANTISE, recorded_quantisation
@@ -55,11 +54,11 @@ def write_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> st
     fit the base, or for a base that llama.cpp would compute wrongly.
     """
     adapter = find_adapter(str(adapter))
-    refuse_dora(load_adapter_config(adapter), adapter)
+    factors = read_factors(adapter)
     loaded = load_model(base, adapter, quantise=NONE)
     refuse_unknown_fields(loaded.model.config, loaded.base)
     with atomic_path(out) as temporary:
-        save_adapter_gguf(read_factors(adapter), temporary, out.stem, dtype)
+        save_adapter_gguf(factors, temporary, out.stem, dtype)
 
     kind = recorded_quantisation(adapter)
     if kind:

@@ -77,7 +77,7 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     found = score(book, tmp_path, "--base", base)
     expected = [
         {
-            "": f"base {base}",
+            "": f"base ./{base.name}",
             "batch": "-",
             "peak lr": "-",
             "steps": "-",
@@ -173,7 +173,7 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     base_changed = train("third")
     (_, _, *rows), printed = compare(book_changed, base_changed)
     names = [row[0] for row in rows]
-    assert names == ["base base", "lora (second)", "base base", "lora (third)"]
+    assert names == ["base ./base", "lora (second)", "base ./base", "lora (third)"]
     assert rows[0] != rows[2] and NOTE in printed
 
 

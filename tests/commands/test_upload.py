@@ -138,7 +138,8 @@ def test_no_file_tells_of_a_path(base, book, runs, chat, tmp_path):
     settings |= {"name_or_path": str(told), "special_tokens_map_file": str(told / "x")}
     (told / "tokenizer_config.json").write_text(json.dumps(settings))
     more = commands.trained("lora", told, book, tmp_path / "run", "--max-steps", 2)
-    stopped = arguments("full", told, book, tmp_path / "stopped", "--checkpoint-every", 1)
+    every = ("--checkpoint-every", 1, "--eval-every", 1)
+    stopped = arguments("full", told, book, tmp_path / "stopped", *every)
     run_acting({3: die}, *stopped)
 
     paths = [base, book, tmp_path, ROOT, Path.home(), Path.cwd(), *chat.values()]
