@@ -103,8 +103,8 @@ lint: .venv/dev
 	$(PY) -m mypy
 
 # On mini; ARGS: one experiment's name and its options.
-EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate rank targets \
-	spectrum step_time variants quantisation
+EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \
+	targets variants intruders amplification alone spectrum step_time quantisation
 
 figures: .venv/run
 	$(if $(ARGS),$(PY) -m lesson.experiments.$(ARGS),\

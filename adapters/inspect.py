@@ -1,19 +1,23 @@
 """Show what an adapter changes, layer by layer: `python -m adapters.inspect runs/lora`."""
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapters.factors import read_factors
+from adapters.factors import Factors, read_factors
 from adapters.load import load_model
 from adapters.quantisation import NONE
+from adapters.spectra import INTRUDER, amplification, cosines
 from common.cli import Parser, print_table
 from common.errors import run_command
-from common.figures import can_draw, save_figure, subplots
+from common.figures import INK, can_draw, save_figure, subplots
 from lora.inject import lora_layers
 from lora.targets import full_name
 from model.gpt2 import GPT2
@@ -42,27 +46,59 @@ def describe(s: Tensor) -> list[str]:
     return [*largest, f"{holding} of {len(s)}", f"{effective_rank(s):.1f}"]
 
 
-def weight_norms(base: str, adapter: Path) -> dict[str, float]:
-    """Return the norm of the base's own weight in each layer that the adapter changes."""
+@dataclass(frozen=True)
+class BesideWeight:
+    """What a change is to the weight that it changes."""
+
+    relative_norm: float
+    cosines: Tensor  # (10,), as `cosines` in adapters/spectra.py
+    amplification: float
+
+    def cells(self) -> list[str]:
+        """Return the table cells."""
+        if math.isnan(self.amplification):
+            return ["B is zero"] * 3
+        intruders = int((self.cosines < INTRUDER).sum())
+        return [
+            f"{intruders} of {len(self.cosines)}",
+            f"{self.cosines.min().item():.2f}",
+            f"{self.amplification:.3g}",
+        ]
+
+
+def beside_weights(
+    base: str, adapter: Path, factors: dict[str, Factors]
+) -> dict[str, BesideWeight]:
+    """Compare each layer's change with the base's own weight."""
     model = load_model(base, adapter, quantise=NONE).model
-    norms = {}
-    for name, layer in lora_layers(model).items():
-        norms[full_name(model, name)] = layer.base_layer.weight.norm().item()
-    return norms
+    found = {}
+    for own, layer in lora_layers(model).items():
+        name = full_name(model, own)
+        weight = layer.base_layer.weight.detach().float()
+        change = (factors[name].B @ factors[name].A).float()
+        u, s, vh = (part.float() for part in factors[name].svd())
+        found[name] = BesideWeight(
+            relative_norm=(change.norm() / weight.norm()).item(),
+            cosines=cosines(weight, weight + change),
+            amplification=amplification(weight, u, s, vh),
+        )
+    return found
 
 
-def print_changes(spectra: dict[str, Tensor], norms: dict[str, float] | None) -> None:
-    """Print a row for each layer; with the weights' norms, also how large the change is to them."""
+def print_changes(spectra: dict[str, Tensor], beside: dict[str, BesideWeight]) -> None:
+    """Print a row for each layer; with the base's weights, also what the change is to them."""
     columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
-    if norms:
+    if beside:
         columns.insert(2, "of the weight's")
+        columns += ["intruders", "least cosine", "amplification"]
     rows = []
     for name, s in spectra.items():
-        norm = s.norm().item()
-        row = [name.removeprefix(GPT2.adapter_prefix), f"{norm:.4g}"]
-        if norms:
-            row.append(f"{norm / norms[name]:.2%}")
-        rows.append(row + describe(s))
+        row = [name.removeprefix(GPT2.adapter_prefix), f"{s.norm().item():.4g}"]
+        row += describe(s)
+        if beside:
+            row.insert(2, f"{beside[name].relative_norm:.2%}")
+            row += beside[name].cells()
+        rows.append(row)
     print_table(columns, rows)
 
 
@@ -78,32 +114,60 @@ def block_and_kind(name: str) -> tuple[int, str]:
     return int(number), f"{blocks}*.{kind}"
 
 
-def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
-    """Draw the singular values: a panel for each kind of layer, a line for each block."""
-    lines = []
-    for name, s in spectra.items():
-        block, kind = block_and_kind(name.removeprefix(GPT2.adapter_prefix))
-        lines.append((block, kind, s))
-    kinds = list(dict.fromkeys(kind for _, kind, _ in lines))
-    blocks = 1 + max(block for block, _, _ in lines)
+def draw(
+    spectra: dict[str, Tensor], beside: dict[str, BesideWeight], title: str, path: Path
+) -> None:
+    """Draw the singular values: a panel for each kind of layer, a line for each block.
 
-    size = (2.5 + 3 * len(kinds), 4)
-    figure, grid = subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False)
-    panels = dict(zip(kinds, grid[0], strict=True))
+    With the base's weights, two rows more: the cosines, and the amplification by block.
+    """
+    places = {name: block_and_kind(name.removeprefix(GPT2.adapter_prefix)) for name in spectra}
+    kinds = list(dict.fromkeys(kind for _, kind in places.values()))
+    blocks = 1 + max(block for block, _ in places.values())
+
+    rows = 3 if beside else 1
+    size = (2.5 + 3 * len(kinds), 1 + 3 * rows)
+    figure, grid = subplots(rows, len(kinds), figsize=size, sharey="row", squeeze=False)
     colours = grid[0][0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
-    for block, kind, s in lines:
+    for name, s in spectra.items():
+        block, kind = places[name]
+        column = grid[:, kinds.index(kind)]
         colour = colours.to_rgba(block)
-        panels[kind].plot(range(1, len(s) + 1), s, "o-", markersize=3, color=colour)
-    for kind, axes in panels.items():
-        axes.set(title=kind, xlabel="k")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        draw_line(column[0], s, colour)
+        if beside:
+            draw_line(column[1], beside[name].cosines, colour)
+            column[2].plot(block, beside[name].amplification, "o", color=colour)
 
-    grid[0][0].set(ylabel="k-th singular value of scaling * B A", ylim=(0, None))
+    for column, kind in enumerate(kinds):
+        grid[0][column].set(title=kind)
+    for axes in grid[:2].flatten():
+        axes.set(xlabel="k")
+    label_rows(grid)
     ticks = range(0, blocks, 1 + blocks // 12)
-    figure.colorbar(colours, ax=grid[0], label="block", ticks=ticks)
+    figure.colorbar(colours, ax=grid, label="block", ticks=ticks, aspect=20 * rows)
     figure.suptitle(title, parse_math=False)  # a $ in a path is a $
     save_figure(figure, path)
     print(f"drawn in {path}")
+
+
+def draw_line(axes: Any, values: Tensor, colour: Any) -> None:
+    axes.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=colour)
+
+
+def label_rows(grid: Any) -> None:
+    """Name what each row of panels shows."""
+    grid[0][0].set(ylabel="k-th singular value of\nscaling * B A", ylim=(0, None))
+    for axes in grid.flatten():
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    if len(grid) == 1:
+        return
+    grid[1][0].set(ylabel="largest cosine of W + change's k-th\nsingular vector with any of W's")
+    for axes in grid[1]:
+        axes.set(ylim=(0, 1.03))
+        axes.axhline(INTRUDER, color=INK, linewidth=1, linestyle="--")
+    grid[2][0].set(ylabel="amplification factor", ylim=(0, None))
+    for axes in grid[2]:
+        axes.set(xlabel="block")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -112,8 +176,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base",
         metavar="B",
-        help="show the changes relative to its weights' norms, too; auto: the base that the "
-        "adapter names",
+        help="compare the changes with its weights, too: their norms, intruder dimensions, "
+        "amplification; auto: the base that the adapter names",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="of spectrum.png (default: DIR)")
     return parser.parse_args(argv)
@@ -121,18 +185,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    spectra = {}
-    for name, factors in read_factors(args.adapter).items():
-        _, spectra[name], _ = factors.svd()
-    norms = None
+    factors = read_factors(args.adapter)
+    spectra = {name: layer.svd()[1] for name, layer in factors.items()}
+    beside = {}
     if args.base is not None:
-        norms = weight_norms(args.base, args.adapter)
+        beside = beside_weights(args.base, args.adapter, factors)
 
-    print_changes(spectra, norms)
+    print_changes(spectra, beside)
     if can_draw():
         directory = args.out or args.adapter
         title = f"The change that {args.adapter} makes"
-        draw(spectra, title, directory / "spectrum.png")
+        draw(spectra, beside, title, directory / "spectrum.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The lesson's experiments in their short form, and its formulas against autograd."""
 
+import math
 import shutil
 from functools import cache
 from importlib import import_module
@@ -9,23 +10,29 @@ import torch
 from torch import nn
 
 from lesson.experiments import (
+    alone,
+    amplification,
+    changes,
     diagram,
     first_step,
     gradients,
     initialisation,
+    intruders,
     learning_rate,
     memory,
     merge_error,
     quantisation,
     quantised_memory,
-    rank,
+    rates,
+    regret,
+    scaling,
     spectrum,
     step_time,
     sweep,
     targets,
     variants,
 )
-from lesson.experiments.common import SHORT, parse, trainer
+from lesson.experiments.common import SHORT, trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2
@@ -37,6 +44,12 @@ from training.options import ROOT
 from training.report import count_parameters
 
 load_tokenizer = cache(build.load_tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known(monkeypatch, tmp_path_factory):
+    """Every test trains its own runs."""
+    monkeypatch.setattr(sweep, "CELLS", tmp_path_factory.mktemp("runs") / "cells.jsonl")
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +94,10 @@ def test_an_experiment_that_cannot_be_saved_does_not_begin(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SystemExit, match="2"):
-        rank.main(["--out", str(file)])
+        targets.main(["--out", str(file)])
     assert f"error: --out {file}: File exists" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        rank.main(["--seeds", "0"])
+        targets.main(["--seeds", "0"])
 
 
 def test_diagrams(tmp_path):
@@ -198,16 +211,6 @@ def test_learning_rate(tmp_path):
     assert data["full"][1e-3][0] < data["lora"][1e-2][0]
 
 
-def test_rank(tmp_path):
-    """A higher rank learns more, if the scaling falls with it; at rank 1 a larger one does."""
-    data = run(rank, tmp_path)
-    fixed, scaled, root = (data[rule] for rule in rank.RULES)
-    assert fixed[64][0] < fixed[1][0]
-    assert root[64][0] < root[1][0]
-    assert root[1][0] < scaled[1][0]
-    assert root[64][0] < scaled[64][0]
-
-
 def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
     for names, r in targets.RANKS.items():
         with torch.device("meta"):  # shapes without numbers
@@ -217,46 +220,198 @@ def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
 
     compared = {("c_attn",): 20, ("c_fc", "mlp.c_proj"): 8}
     monkeypatch.setattr(targets, "RANKS", compared)
+    monkeypatch.setattr(targets, "GUESS", 8e-3)
     data = run(targets, tmp_path)
-    (c_attn,) = data["c_attn: r = 20"][1e-2]
-    (mlp,) = data["c_fc, mlp.c_proj: r = 8"][1e-2]
+    (c_attn,) = data["c_attn: r = 20"][targets.GUESS]
+    (mlp,) = data["c_fc, mlp.c_proj: r = 8"][targets.GUESS]
     assert mlp < c_attn - 1
 
 
-def test_the_best_rate_alone_is_tried_with_every_seed(tmp_path, monkeypatch):
-    def finetune(method, seeds, short, lr):
-        return [abs(lr - 0.25) + seed for seed in seeds]
+def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
+    for rule, r8, r64 in zip(scaling.RULES.values(), (2, 2, 2), (0.25, 2, 2 / 8**0.5), strict=True):
+        assert LoRAConfig(r=8, **rule(8)).scaling == pytest.approx(r8)
+        assert LoRAConfig(r=64, **rule(64)).scaling == pytest.approx(r64)
+
+
+def test_scaling(tmp_path):
+    """A higher rank learns more, by each rule at the rate that suits it."""
+    data = run(scaling, tmp_path)
+    for rule in scaling.RULES:
+        (low,) = data[rule][1].values()
+        (high,) = data[rule][64].values()
+        assert high < low
+    assert len(data["full"]) == 1
+
+
+def test_rates(tmp_path, monkeypatch):
+    """A run's passes count what it reads of what it may read."""
+    monkeypatch.setattr(rates, "RUNS", ((60, 8, 64, 8, 8e-3), (240, 2, 256, 1, 2e-3)))
+    data = run(rates, tmp_path)
+    whole, quarter = data.values()
+    tokens = len(trainer(max_steps=1).data.training.tokens)
+    assert whole["passes"] == pytest.approx(60 * 8 * 64 / tokens)
+    assert quarter["passes"] == pytest.approx(240 * 2 * 64 / (tokens / 4))
+
+
+def test_the_best_rate_between_those_tried_and_the_rule_of_many():
+    """The parabola finds its own lowest point; the fit finds the powers in made-up runs."""
+
+    def around(best):
+        tried = [2.0**k for k in range(-14, -2)]
+        return {lr: [math.exp(3 + 0.1 * math.log2(lr / best) ** 2)] for lr in tried}
+
+    assert rates.vertex(around(3e-3)) == pytest.approx(3e-3)
+    data = {}
+    for steps in (15, 60, 240):
+        for passes in (1.4, 6, 23):
+            best = 0.04 * steps**-0.4 * passes**-0.6
+            data[f"{steps}, {passes}"] = {"steps": steps, "passes": passes, "runs": around(best)}
+    assert rates.fit(data) == pytest.approx((0.04, -0.4, -0.6, 1))
+
+
+def test_regret(tmp_path, monkeypatch):
+    """Full fine-tuning learns more than LoRA, a high rank more than a low one."""
+    monkeypatch.setattr(regret, "BATCHES", {8: (60, 5e-4, 4e-3)})
+    monkeypatch.setattr(regret, "SHARES", {64: ("all", 5e-4, 4e-3)})
+    data = run(regret, tmp_path)
+    (full,), (high,), (low,) = (runs[8].values() for runs in data["by batch"].values())
+    assert full < high < low
+    losses = []
+    for runs in data["by share"].values():
+        (loss,) = runs[64]["training"].values()
+        losses += loss
+    assert losses == sorted(losses)
+
+
+def test_gaps_are_those_of_the_best_rates_in_nats():
+    full = {8: {1e-3: [20.0, 22.0], 2e-3: [1.0]}}
+    lora = {8: {1e-2: [42.0, 42.0], 2e-2: [50.0, 50.0]}}
+    assert regret.gaps(lora, full) == [pytest.approx(math.log(2))]
+
+
+def test_alone_trains_nothing_but_the_four_layers():
+    base = load_gpt2(MINI)
+    made = trainer("full", short=True, lr=1e-3)
+    alone.learned_by_the_layers_alone(made)
+    moved = set()
+    for name, parameter in made.model.named_parameters():
+        if not torch.equal(parameter.float(), base.get_parameter(name)):
+            moved.add(name.split(".", 2)[-1])
+    embeddings = {"wte.weight", "wpe.weight"}  # frozen, so held in the run's precision
+    assert moved - embeddings == {f"{layer}.weight" for layer in changes.LAYERS}
+
+
+def test_intruders(tmp_path, monkeypatch):
+    """LoRA brings intruders and full fine-tuning none; a smaller change forgets less."""
+    adapter = {"r": 1, "lr": 8e-3, "target_modules": sweep.ALL}
+    compared = {"r = 1": ("lora", adapter), "full": ("full", {"lr": 1e-3})}
+    monkeypatch.setattr(intruders, "RUNS", compared)
+    monkeypatch.setattr(intruders, "SHOWN", ("r = 1",))
+    data = run(intruders, tmp_path)
+    (lora,) = data["r = 1"]
+    (full,) = data["full"]
+    assert lora["intruders"] > 0 == full["intruders"]
+    assert lora["weights"] == full["weights"] == 24
+    assert full["intruders scaled"] == {}
+    for found in (lora, full):
+        forgotten = [found["scores"][1], *(kl for _, kl in found["change scaled"].values())]
+        assert forgotten == sorted(forgotten, reverse=True)
+        assert forgotten[-1] > 0
+    assert lora["intruders scaled"]["0.0"] != lora["scores"]
+
+
+def test_forgetting_at_one_perplexity():
+    """It is read off the change's own curve, on the side where less change learns less."""
+    curve = {0.9: (29, 0.8), 0.8: (31, 0.4), 0.6: (35, 0.2)}
+    found = [{"scores": (30, 0.9), "change scaled": curve}]
+    assert intruders.kl_at(30, found) == pytest.approx(0.6)
+    assert intruders.kl_at(29.5, found) == pytest.approx(0.7)
+    assert intruders.kl_at(33, found) == pytest.approx(0.3)
+    assert math.isnan(intruders.kl_at(28, found))
+    assert math.isnan(intruders.kl_at(40, found))
+
+
+def test_amplification(tmp_path, monkeypatch):
+    """The change lies where W is larger than in random directions, and far from its largest."""
+    monkeypatch.setattr(amplification, "SHOWN", ("r = 8",))
+    data = run(amplification, tmp_path)
+    for kind in changes.LAYERS:
+        (found,) = data["r = 8"][kind]
+        assert found["to its own"] < 0.3
+        assert found["to random"] > 1
+    torch.manual_seed(0)
+    weight = torch.randn(30, 20)
+    u = torch.linalg.qr(torch.randn(4000, 30, 2)).Q
+    v = torch.linalg.qr(torch.randn(4000, 20, 2)).Q
+    there = (u.mT @ weight @ v).square().sum((1, 2)).mean().sqrt().item()
+    layer = {"layer": "h.0.mlp.c_fc.weight", "change": 1.0, "weight": weight.norm().item()}
+    layer |= {"weight in the change's directions": there, "weight in its own": 1.0}
+    found = amplification.ratios([layer], "mlp.c_fc", rank=2, size=600)
+    assert found["to random"] == pytest.approx(1, rel=0.03)
+
+
+def test_a_run_whose_result_is_known_is_not_run_again(monkeypatch):
+    """What is kept is found again; another option, seed or measure is another run."""
+    trained = []
+
+    def make(method, seed, *_, **options):
+        trained.append((method, seed, options["lr"]))
+        return trainer(method, seed, "auto", True, **options)
+
+    def doubled(made):
+        return 2 * sweep.learned(made)["end"]
+
+    monkeypatch.setattr(sweep, "trainer", make)
+    (first,) = sweep.finetune("lora", short=True, lr=1e-2)
+    assert sweep.finetune("lora", short=True, lr=1e-2) == [first]
+    assert trained == [("lora", 0, 1e-2)]
+
+    known, other = sweep.finetune("lora", (0, 1), short=True, lr=1e-2)
+    assert known == first != other
+    assert trained[1:] == [("lora", 1, 1e-2)]
+    assert sweep.finetune("lora", short=True, lr=1e-2, measure=doubled) == [2 * first["end"]]
+    assert sweep.finetune("lora", short=True, lr=1e-2, freeze_a=True) != [first]
+    assert len(trained) == 4
+    sweep.CELLS.unlink()
+    assert sweep.finetune("lora", short=True, lr=1e-2) == [first]
+    assert len(trained) == 5
+
+
+def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
+    """The search walks to the least mean over the seeds, not to the first seed's least."""
+    best = {0: 8.0, 1: 2.0, 2: 2.0}
+    tried = []
+
+    def finetune(method, seeds, short, measure, lr):
+        tried.extend((seed, lr) for seed in seeds)
+        return [{"end": abs(math.log2(lr / best[seed]))} for seed in seeds]
 
     monkeypatch.setattr(sweep, "finetune", finetune)
-    args = parse("", ["--out", str(tmp_path), "--seeds", "3"])
-    data = sweep.compare(args, "any", "A title", {"a choice": ((0.5, 0.25, 1.0), {})})
-    assert data == {"a choice": {0.5: [0.25], 0.25: [0.0, 1.0, 2.0], 1.0: [0.75]}}
+    runs = sweep.tune("lora", 0.5, (0, 1, 2))
+    assert [seed for seed, lr in tried if lr == 0.25] == [0]
+    found = sweep.scored(runs)
+    assert found[2.0] == [2.0, 0.0, 0.0]
+    assert sweep.best_rate(found) == 2.0
+    assert [lr for lr, values in found.items() if len(values) == 3] == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert sweep.tune("lora", 0.5, (0,), short=True) == {0.5: [{"end": 4.0}]}
 
 
 def test_variants(tmp_path, monkeypatch):
-    """At LoRA's rate rsLoRA learns more, DoRA as much, PiSSA no less; LoRA+ more at a lower one."""
+    """At LoRA's rate rsLoRA, LoRA+, PiSSA and LoRA-GA learn more, and DoRA as much."""
     trained = {}
     for name, (_, options) in variants.CHOICES.items():
-        model = trainer(max_steps=1, **options).model
+        model = trainer(max_steps=1, batch_size=1, **variants.SIZE | options).model
         trained[name] = count_parameters(model)["trainable_parameters"]
-    assert trained.pop("LoRA-FA") == 36_864
-    assert trained.pop("DoRA") == 49_152 + 4_608
-    assert set(trained.values()) == {49_152}
+        monkeypatch.setitem(variants.CHOICES, name, (1e-3, options))
+    assert trained.pop("LoRA-FA") < 196_608 < trained.pop("DoRA")
+    assert set(trained.values()) == {196_608}
 
-    for slow in ("LoRA-FA", "q and v apart"):
+    for slow in ("LoRA-FA", "Riemannian"):
         monkeypatch.delitem(variants.CHOICES, slow)
-    data = run(variants, tmp_path)
-    rate_of_plus = min(data["LoRA+, ratio 16"])
-    assert rate_of_plus < 3e-3
-    (lora,) = data["LoRA"][3e-3]
-    (rslora,) = data["rsLoRA"][3e-3]
-    (dora,) = data["DoRA"][3e-3]
-    (pissa,) = data["PiSSA"][3e-3]
-    (plus,) = data["LoRA+, ratio 16"][rate_of_plus]
-    assert rslora < lora - 1
-    assert plus < lora - 1
-    assert dora == pytest.approx(lora, abs=1)
-    assert pissa < lora + 1
+    data = {name: runs[1e-3][0] for name, runs in run(variants, tmp_path).items()}
+    lora = data.pop("LoRA")
+    assert data.pop("DoRA") == pytest.approx(lora, abs=1)
+    assert max(data.values()) < lora - 1
 
 
 def test_similarity_is_that_of_hu_et_al():

@@ -72,16 +72,21 @@ def trainer(
 
     `options` are `train.py`'s, with underscores: `batch_size=8` is `--batch-size 8`.
     """
-    options["seed"] = seed
+    device = Device.pick("cpu", precision, train=True)
+    asked = asked_options(method, seed, short, options)
+    base, directory = find_base("mini")
+    data = load_data(asked, directory)
+    return make_trainer(resolve(asked, base, device, data), directory, data, device)
+
+
+def asked_options(method: str, seed: int, short: bool, options: dict[str, object]) -> Options:
+    """Return the options of the run that `trainer` makes."""
+    options = {"seed": seed, **options}
     if short:
         options |= SHORT
     if method == "lora":
         options["lora_dropout"] = 0
-    device = Device.pick("cpu", precision, train=True)
-    base, directory = find_base("mini")
-    asked = train_options(method, options)
-    data = load_data(asked, directory)
-    return make_trainer(resolve(asked, base, device, data), directory, data, device)
+    return train_options(method, options)
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:

@@ -7,15 +7,15 @@ KL(base || model) per token, in nats, on 32 texts of 64 tokens that the base wro
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, name_line, scientific
 from lesson.experiments.common import Trainer, band, experiment, panels, trainer
-from lesson.experiments.sweep import finetune
+from lesson.experiments.forgetting import forgotten
+from lesson.experiments.sweep import finetune, perplexity, train
 
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "lora": (LORA, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
@@ -23,22 +23,14 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
 }
 
 
-def log_probabilities(made: Trainer, texts: Tensor) -> Tensor:
-    """Return log p of every next token after every token of the texts, (texts, tokens, V)."""
-    with torch.no_grad(), made.device.autocast():
-        return made.model(texts).float().log_softmax(-1)
+def measure_of(short: bool) -> Callable[[Trainer], tuple[float, float]]:
+    """Return a measure: the perplexity on the book, and the KL from the base on its texts."""
 
+    def learned_and_forgotten(made: Trainer) -> tuple[float, float]:
+        train(made)
+        return perplexity(made), forgotten(made.model, made.device, short)
 
-def written(made: Trainer, count: int, length: int) -> Tensor:
-    """Let the model write texts from its end-of-text token on; return them, (count, length)."""
-    end_of_text = made.data.tokenizer.end_of_text
-    assert end_of_text is not None  # mini has one
-    texts = torch.full((count, 1), end_of_text)
-    while texts.size(1) < length:
-        last = log_probabilities(made, texts)[:, -1]  # (count, V)
-        drawn = torch.multinomial(last.exp(), 1)  # (count, 1)
-        texts = torch.cat((texts, drawn), dim=1)
-    return texts
+    return learned_and_forgotten
 
 
 def draw(data: dict[str, Any]) -> Any:
@@ -78,16 +70,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     base = trainer(precision="auto", short=args.short, block_size=64)  # B is zero: the base
-    count, length = (4, 16) if args.short else (32, 64)
-    texts = written(base, count, length)
-    base_log_p = log_probabilities(base, texts)
-
-    def learned_and_forgotten(made: Trainer) -> tuple[float, float]:
-        """Return the perplexity on the book, and the KL from the base on its texts."""
-        gap = base_log_p - log_probabilities(made, texts)
-        divergence = (base_log_p.exp() * gap).sum(-1).mean().item()
-        return made.evaluate().perplexity, divergence
-
+    learned_and_forgotten = measure_of(args.short)
     data: dict[str, Any] = {"base": base.evaluate().perplexity}
     for method, (_, rates) in METHODS.items():
         if args.short:

@@ -1,23 +1,45 @@
-"""Fine-tune mini over and over with other options; compare choices, each at its best rate."""
+"""Fine-tune mini over and over with other options; compare choices, each at its best rate.
+
+A run whose result is known is not run again: `finetune` keeps results in runs/experiments.
+"""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from common.figures import BASE, LORA
-from lesson.experiments.common import Trainer, panels, save, spread, trainer
+from common.device import Device
+from common.errors import RunError
+from common.figures import BASE, FULL, LORA
+from common.files import file_sha256
+from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
 from lora.inject import lora_layers
+from model.hub import find_base
+from model.weights import base_hashes
+from training.identity import MAY_CHANGE_ON_RESUME
+from training.options import BOOK, ROOT, Options
 
-# A choice to compare: the learning rates to try, and the options that set it apart.
-Choice = tuple[Sequence[float], dict[str, Any]]
+# One result a line. Delete the file after a change to the code that changes results.
+CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 
+# A recipe only sets other options.
+DECIDES_NOTHING = MAY_CHANGE_ON_RESUME | {"recipe"}
 
-def perplexity(made: Trainer) -> float:
-    """Return the perplexity on the validation part."""
-    return made.evaluate().perplexity
+SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
+ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: both are named c_proj
+
+Rate = TypeVar("Rate", float, str)  # a number; in a JSON file, text
+# By rate, what was measured with each seed.
+Runs = dict[float, list[Any]]
+# A choice to compare: the rate to begin with, and the options that set it apart.
+Choice = tuple[float, dict[str, Any]]
 
 
 def train(made: Trainer) -> None:
@@ -26,23 +48,155 @@ def train(made: Trainer) -> None:
         made.step(batch)
 
 
+def perplexity(made: Trainer) -> float:
+    """Return the perplexity on the validation part; infinity if the run has diverged."""
+    try:
+        return made.evaluate().perplexity
+    except RunError:
+        return math.inf
+
+
+def learned(made: Trainer) -> dict[str, float]:
+    """Train; return the perplexity at the end, the least of those after each third of the run, and
+    the mean training loss over the last third.
+    """
+    total = made.total_steps
+    thirds = [math.ceil(total / 3), math.ceil(2 * total / 3), total]
+    found = []
+    for step, batch in enumerate(made.batches(), 1):
+        made.step(batch)
+        if step in thirds:
+            found.append(perplexity(made))
+            loss = made.measure()["loss"]
+    return {"end": found[-1], "best": min(found), "training": loss}
+
+
+def at_the_end(result: dict[str, float]) -> float:
+    return result["end"]
+
+
+def at_best(result: dict[str, float]) -> float:
+    return result["best"]
+
+
+@cache
+def read_files() -> list[str]:
+    """Return the hashes of the base and the book, which every run reads."""
+    _, directory = find_base("mini")
+    return [*base_hashes(directory).values(), file_sha256(BOOK)]
+
+
+def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> str:
+    """Return what decides a run's result, as text: what is measured, every option that is on, the
+    files read, and what the last digits depend on.
+    """
+    device = Device.pick("cpu", options.precision, train=True)
+    options = replace(options, precision=device.precision)
+    chosen = {}
+    for name, value in options.as_json().items():
+        is_off = value is None or value is False
+        if name not in DECIDES_NOTHING and not is_off:
+            chosen[name] = value
+    decides = {
+        "measure": measure.__name__,
+        "short": short,
+        "options": {"method": options.method, **chosen},
+        "files": read_files(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    return json.dumps(decides, sort_keys=True)
+
+
+def known_cells() -> dict[str, Any]:
+    """Return the results that were kept."""
+    if not CELLS.exists():
+        return {}
+    lines = map(json.loads, CELLS.read_text().splitlines())
+    return {line["cell"]: line["result"] for line in lines}
+
+
 def finetune(
     method: str,
-    seeds: Iterable[int] = (0,),
+    seeds: Sequence[int] = (0,),
     short: bool = False,
-    measure: Callable[[Trainer], Any] = perplexity,
+    measure: Callable[[Trainer], Any] = learned,
     **options: Any,
 ) -> list[Any]:
-    """Train 60 steps of 8 windows of 64 tokens with each seed; measure each result."""
-    size = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60}
+    """Return what `measure`, a function that trains, finds with each seed.
+
+    The runs take 60 steps of 8 windows of 64 tokens, unless `options` say otherwise. A result that
+    is known is returned at once.
+    """
+    options = SIZE | options
+    known = known_cells()
     measured = []
     for seed in seeds:
-        made = trainer(method, seed, "auto", short, **(size | options))
-        train(made)
-        result = measure(made)
-        print(method, options, f"seed {seed}:", result, flush=True)
-        measured.append(result)
+        key = cell(asked_options(method, seed, short, options), measure, short)
+        if key not in known:
+            result = measure(trainer(method, seed, "auto", short, **options))
+            print(method, options, f"seed {seed}:", result, flush=True)
+            known[key] = json.loads(json.dumps(result))
+            keep(key, known[key])
+        measured.append(known[key])
     return measured
+
+
+def keep(key: str, result: Any) -> None:
+    """Append a result to those that are known."""
+    CELLS.parent.mkdir(parents=True, exist_ok=True)
+    with CELLS.open("a") as file:
+        file.write(json.dumps({"cell": key, "result": result}) + "\n")
+
+
+def tune(
+    method: str,
+    guess: float,
+    seeds: Sequence[int],
+    short: bool = False,
+    measure: Callable[[Trainer], Any] = learned,
+    score: Callable[[Any], float] = at_the_end,
+    **options: Any,
+) -> Runs:
+    """Find the best rate, in factors of two from a guess; return what was measured by rate.
+
+    With the first seed alone the search walks until the rates on either side of the best are
+    worse. Those three are then run with every seed, and the walk goes on where their means say so.
+    A short version runs the guess alone.
+    """
+
+    def run(lr: float, some: Sequence[int]) -> list[Any]:
+        return finetune(method, some, short, measure, lr=lr, **options)
+
+    if short:
+        return {guess: run(guess, seeds)}
+
+    runs: Runs = {}
+    best = guess
+    for some in (seeds[:1], seeds):
+        rate = None
+        while rate != best:
+            rate = best
+            for lr in (rate / 2, rate, rate * 2):
+                runs[lr] = run(lr, some)
+            best = best_rate(runs, score)
+    return dict(sorted(runs.items()))
+
+
+def best_rate(runs: dict[Rate, list[Any]], score: Callable[[Any], float] = float) -> Rate:
+    """Return the rate with the least mean, of those that ran with the most seeds."""
+    most = max(len(found) for found in runs.values())
+    means = {lr: mean(map(score, found)) for lr, found in runs.items() if len(found) == most}
+    return min(means, key=means.__getitem__)
+
+
+def training_loss(result: dict[str, float]) -> float:
+    return result["training"]
+
+
+def scored(runs: Runs, score: Callable[[Any], float] = at_the_end) -> dict[float, list[float]]:
+    """Return one number of each result."""
+    return {lr: [score(result) for result in found] for lr, found in runs.items()}
 
 
 def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
@@ -69,43 +223,48 @@ def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tenso
     return made, {name: p.detach() - before[name] for name, p in matrices.items()}
 
 
-def best_rate(runs: dict[float, list[float]]) -> float:
-    """Return the rate whose run has the least perplexity."""
-    return min(runs, key=lambda lr: runs[lr])
-
-
-def compare(args: argparse.Namespace, name: str, title: str, choices: dict[str, Choice]) -> dict:
-    """Train LoRA by each choice: at each of its rates with the first seed, at the best with all.
+def compare(
+    name: str,
+    title: str,
+    choices: dict[str, Choice],
+    description: str | None,
+    argv: Sequence[str] | None,
+) -> dict[str, Runs]:
+    """Train LoRA by each choice at its best rate.
 
     Returns, and saves with a picture, the perplexities by choice and rate.
     """
-    data: dict[str, dict[float, list[float]]] = {}
-    best_rates = {}
-    for label, (rates, options) in choices.items():
-        if args.short:
-            rates = rates[1:2]
-        runs = {lr: finetune("lora", args.seeds[:1], args.short, lr=lr, **options) for lr in rates}
-        best = best_rate(runs)
-        runs[best] += finetune("lora", args.seeds[1:], args.short, lr=best, **options)
-        print(f"{label}: {spread(runs[best])} at {best:g}")
-        data[label] = runs
-        best_rates[label] = best
-    return save(args, name, data, draw(title, data, best_rates))
+
+    def measure(args: argparse.Namespace) -> dict[str, Runs]:
+        data = {}
+        for label, (guess, options) in choices.items():
+            runs = scored(tune("lora", guess, args.seeds, args.short, **options))
+            best = best_rate(runs)
+            print(f"{label}: {spread(runs[best])} at {best:g}")
+            data[label] = runs
+        return data
+
+    return experiment(name, measure, partial(draw, title), description, argv)
 
 
-def draw(title: str, data: dict[str, dict[float, list[float]]], rates: dict[str, float]) -> Any:
-    """Draw a bar for each choice at its rate, from the least perplexity to the greatest."""
+def draw(title: str, data: dict[str, dict[str, list[float]]], full: Sequence[str] = ()) -> Any:
+    """Draw a bar for each choice at its best rate, from the least perplexity to the greatest.
+
+    The choices in `full` are full fine-tuning.
+    """
     figure, (axis,) = panels(title)
     for row, (label, runs) in enumerate(data.items()):
-        found = runs[rates[label]]
+        rate = best_rate(runs)
+        found = runs[rate]
         ends = (min(found), max(found))
         middle = mean(found)
         if row == 0:
             axis.axvspan(*ends, color=BASE, alpha=0.2)
-        axis.plot(ends, (label, label), color=LORA, linewidth=5, solid_capstyle="butt")
+        colour = FULL if label in full else LORA
+        axis.plot(ends, (label, label), color=colour, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
         axis.annotate(
-            f"{middle:.1f} (lr {rates[label]:g})",
+            f"{middle:.1f} (lr {rate})",
             (middle, label),
             xytext=(0, 7),
             textcoords="offset points",

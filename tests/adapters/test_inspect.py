@@ -1,9 +1,13 @@
 """`python -m adapters.inspect`: its table against dense matrices, and its picture."""
 
+import numpy as np
+import peft
+import pytest
 import torch
 
 from adapters.files import save_adapter
 from adapters.inspect import block_and_kind, describe, main
+from adapters.spectra import cosines, intruder_part
 from lora.inject import lora_layers
 from tests.pairs import adapted
 from tests.runs import one_line, run, stdout_of, table
@@ -24,7 +28,7 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
         change = layer.delta_weight().detach().double()
         weight = layer.base_layer.weight
         if layer is zero:
-            assert row[1:] == ["0", "0.00%", *["B is zero"] * 5]
+            assert row[1:] == ["0", "0.00%", *["B is zero"] * 8]
             continue
         s = torch.linalg.svdvals(change)[:4]
         p = s.square() / s.square().sum()
@@ -35,8 +39,49 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
             *(f"{x:.3g}" for x in s[:3]),
             f"{holding} of 4",
             f"{(-p * p.log()).sum().exp():.1f}",
+            *beside_the_weight(weight.detach().double().numpy(), change.numpy(), rank=4),
         ]
     assert (tmp_path / "spectrum.png").stat().st_size > 10_000
+
+
+def beside_the_weight(weight, change, rank):
+    """Return by numpy's SVD how many intruders there are, the least cosine, the amplification."""
+    before = np.linalg.svd(weight)[0][:, : min(weight.shape)]
+    after = np.linalg.svd(weight + change)[0]
+    largest = [
+        max(abs(before[:, i] @ after[:, k]) for i in range(before.shape[1])) for k in range(10)
+    ]
+    u, _, vh = np.linalg.svd(change)
+    there = u[:, :rank].T @ weight @ vh[:rank].T
+    factor = np.sqrt((change**2).sum() / (there**2).sum())
+    intruders = sum(cosine < 0.5 for cosine in largest)
+    return f"{intruders} of 10", f"{min(largest):.2f}", f"{factor:.3g}"
+
+
+def test_an_intruder_is_found_and_removed_as_by_peft():
+    """A large new direction is the one intruder; scaled, it leaves PEFT's mitigated weight."""
+    theirs = pytest.importorskip("peft.tuners.lora.intruders", reason="this PEFT has none")
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 20, bias=False)
+    weight = linear.weight.detach().clone()
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"])
+    model = peft.get_peft_model(torch.nn.Sequential(linear), config)
+    layer = model.base_model.model[0]
+    outside = torch.linalg.svd(weight).U[:, -1]  # 20 dimensions, of which W reaches 12
+    layer.lora_B["default"].weight.data.zero_()
+    layer.lora_B["default"].weight.data[:, 0] = 9 * outside
+    change = layer.get_delta_weight("default").detach()
+
+    found = cosines(weight, weight + change)
+    assert [k for k in range(10) if found[k] < 0.5] == [0]
+    assert (found[1:] > 0.5).all()
+    reduced = weight + change - 0.25 * intruder_part(weight, weight + change)
+    theirs.reduce_intruder_dimension(model, mitigation_lambda=0.75, logging_sink=None)
+    torch.testing.assert_close(reduced, weight + layer.get_delta_weight("intruder_reduced"))
+    assert (reduced - weight - change).norm() > 0.1 * change.norm()
+
+    torch.testing.assert_close(cosines(weight, weight), torch.ones(10))
+    assert not intruder_part(weight, weight).any()
 
 
 def test_the_cells_of_known_singular_values():

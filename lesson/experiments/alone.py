@@ -1,0 +1,55 @@
+"""Full fine-tuning of the four layers alone? `python -m lesson.experiments.alone`
+
+Varied: what is trained: all weights; those of c_attn, c_proj and c_fc alone; LoRA of rank 8 on
+these.
+Fixed: mini, the default book, 249 steps of 16 windows of 128 tokens, as `train.py lora` takes.
+Measured: the least of the three validation perplexities, with three seeds, for the layers alone at
+the best rate and at its two neighbours, for the others at the README's best.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from lesson.experiments.changes import is_layer
+from lesson.experiments.common import Trainer, experiment
+from lesson.experiments.sweep import ALL, Runs, at_best, draw, finetune, learned, scored, tune
+
+SIZE: dict[str, Any] = {"batch_size": 16, "block_size": 128, "stride": 16, "max_steps": 249}
+GUESS = 2e-4
+ALL_WEIGHTS = "all weights"
+LAYERS_ALONE = "the four layers alone"
+
+
+def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
+    """Train the four layers' weights and nothing else; return what `learned` returns."""
+    for name, parameter in made.model.named_parameters():
+        parameter.requires_grad_(is_layer(name))
+    alone = Trainer(made.options, made.model, made.data, made.device)
+    return learned(alone)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Runs]:
+    """Return by what is trained the perplexities by rate."""
+    alone = tune(
+        "full", GUESS, args.seeds, args.short, learned_by_the_layers_alone, at_best, **SIZE
+    )
+    full = finetune("full", args.seeds, args.short, lr=2e-4, **SIZE)
+    lora = finetune("lora", args.seeds, args.short, lr=1e-3, target_modules=ALL, **SIZE)
+    return {
+        ALL_WEIGHTS: scored({2e-4: full}, at_best),
+        LAYERS_ALONE: scored(alone, at_best),
+        "LoRA, r = 8": scored({1e-3: lora}, at_best),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    title = "What is trained (mini, 249 steps of 16 x 128)"
+    return experiment(
+        "alone", measure, partial(draw, title, full=(ALL_WEIGHTS, LAYERS_ALONE)), __doc__, argv
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What does LoRA amplify? `python -m lesson.experiments.amplification`
+
+Varied: the method, and LoRA's rank on all four layers.
+Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
+Measured for each weight W and its change dW = U S V^T, as in Hu et al. 2021, 7.3: the norm of W in
+the change's own directions, ||U^T W V||, beside that in as many of W's own largest directions and
+in random ones; and the amplification factor ||dW|| / ||U^T W V||. The squares of norms are added up
+over the blocks. Of full fine-tuning's change the 64 largest directions count.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from common.figures import FULL, INK, LORA, draw_at, shades
+from lesson.experiments.changes import LAYERS, TOP, load_base, taken_apart
+from lesson.experiments.common import experiment, panels
+from lesson.experiments.intruders import RUNS
+from lesson.experiments.sweep import finetune
+
+SHOWN = ("r = 1", "r = 8", "r = 64", "full")  # of RUNS
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return by run and layer what `ratios` returns, for each seed."""
+    base = load_base()
+    data: dict[str, Any] = {}
+    for name in SHOWN:
+        method, options = RUNS[name]
+        rank = options["r"] if method == "lora" else TOP
+        found = finetune(method, args.seeds, args.short, taken_apart(args.short), **options)
+        data[name] = {}
+        for kind in LAYERS:
+            size = base.get_parameter(f"h.0.{kind}.weight").numel()
+            data[name][kind] = [ratios(run["layers"], kind, rank, size) for run in found]
+    return data
+
+
+def ratios(layers: list[dict[str, Any]], kind: str, rank: int, size: int) -> dict[str, float]:
+    """Return one layer's amplification factor, and how large W is in the change's directions
+    relative to random ones and to its own largest.
+
+    In r random directions on either side ||U^T W V||^2 is r^2 ||W||^2 / size on average, for a W of
+    that many numbers.
+    """
+    blocks = [layer for layer in layers if layer["layer"].endswith(f"{kind}.weight")]
+    there = norm(blocks, "weight in the change's directions")
+    return {
+        "amplification": norm(blocks, "change") / there,
+        "to random": there / (rank * norm(blocks, "weight") / math.sqrt(size)),
+        "to its own": there / norm(blocks, "weight in its own"),
+    }
+
+
+def norm(blocks: list[dict[str, Any]], key: str) -> float:
+    """Return the norm over all blocks."""
+    return math.hypot(*[block[key] for block in blocks])
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the amplification by layer, and how large W is where it is changed."""
+    titles = {
+        "amplification": "amplification factor,\n||dW|| / ||U^T W V||",
+        "to random": "||U^T W V||, relative to\nrandom directions",
+        "to its own": "||U^T W V||, relative to\nW's own largest",
+    }
+    figure, axes = panels("What the change amplifies (mini, all four layers)", *titles.values())
+    colours = [*shades(LORA, len(data) - 1), FULL]
+    for axis, key in zip(axes, titles, strict=True):
+        for (name, kinds), colour in zip(data.items(), colours, strict=True):
+            y = [mean(run[key] for run in kinds[kind]) for kind in LAYERS]
+            axis.plot(range(len(LAYERS)), y, "o-", linewidth=0.8, color=colour, label=name)
+        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
+        axis.set(xlim=(-0.3, len(LAYERS) - 0.7), yscale="log")
+        axis.tick_params(axis="x", rotation=40)
+        draw_at(axis.xaxis, range(len(LAYERS)), LAYERS)
+    draw_at(axes[0].yaxis, (0.1, 0.3, 1, 3, 10, 30))
+    draw_at(axes[1].yaxis, (0.5, 1, 2, 4))
+    draw_at(axes[2].yaxis, (0.01, 0.03, 0.1, 0.3, 1))
+    axes[1].legend(ncols=2, loc="lower left")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("amplification", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

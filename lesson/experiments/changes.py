@@ -1,0 +1,117 @@
+"""Train, and take the change apart: its intruders, what it amplifies, what it costs when scaled.
+
+Used by lesson.experiments.intruders and lesson.experiments.amplification, which share these runs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.spectra import INTRUDER, cosines, intruder_part, projected_norm
+from common.device import Device
+from evaluate import evaluate
+from lesson.experiments.common import Trainer
+from lesson.experiments.forgetting import forgotten
+from lesson.experiments.sweep import train
+from lora.inject import lora_layers
+from model.fast import accelerate
+from model.gpt2 import GPT2
+from model.hub import find_base
+from model.weights import load_gpt2
+
+LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+TOP = 64  # so many of a change's directions are looked at
+INTRUDER_FACTORS = (0.75, 0.5, 0.0)
+CHANGE_FACTORS = (0.9, 0.8, 0.6)
+
+Weights = dict[str, Tensor]
+
+
+def load_base() -> GPT2:
+    """Return mini in fp32."""
+    _, directory = find_base("mini")
+    model = load_gpt2(directory)
+    accelerate(model)
+    return model
+
+
+def changes(made: Trainer, base: Weights) -> Weights:
+    """Return the change of every parameter that training has changed."""
+    layers = lora_layers(made.model)
+    if layers:
+        return {f"{name}.weight": layer.delta_weight() for name, layer in layers.items()}
+    return {name: p.detach() - base[name] for name, p in made.model.named_parameters()}
+
+
+def is_layer(name: str) -> bool:
+    """Return whether a parameter is the weight of one of the four layers of a block."""
+    return name.endswith(tuple(f"{layer}.weight" for layer in LAYERS))
+
+
+def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
+    """Return what the change of one weight does to its singular vectors.
+
+    Directions count up to the change's rank, and TOP.
+    """
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    rank = min(TOP, int((s > 1e-5 * s[0]).sum()))
+    own_u, _, own_vh = torch.linalg.svd(weight, full_matrices=False)
+    found = cosines(weight, weight + change)
+    return {
+        "layer": name,
+        "intruders": int((found < INTRUDER).sum()),
+        "cosine": found.min().item(),
+        "change": s[:rank].norm().item(),
+        "weight": weight.norm().item(),
+        "weight in the change's directions": projected_norm(weight, u[:, :rank], vh[:rank]),
+        "weight in its own": projected_norm(weight, own_u[:, :rank], own_vh[:rank]),
+    }
+
+
+def taken_apart(short: bool) -> Callable[[Trainer], dict[str, Any]]:
+    """Return a measure: the perplexity, the forgetting and every layer's singular vectors, and the
+    first two again with the intruders, or the whole change, scaled down. All but the training
+    itself is in fp32.
+    """
+
+    def change_taken_apart(made: Trainer) -> dict[str, Any]:
+        train(made)
+        model = load_base()
+        base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        change = changes(made, base)
+        layers = [described(n, base[n], dw) for n, dw in change.items() if is_layer(n)]
+
+        def cost(scaled: Weights) -> list[float]:
+            return scores(made, model, base | scaled, short)
+
+        whole = {name: base[name] + dw for name, dw in change.items()}
+        intruding = [layer["layer"] for layer in layers if layer["intruders"]]
+        parts = {name: intruder_part(base[name], whole[name]) for name in intruding}
+        of_intruders = {}
+        for factor in INTRUDER_FACTORS if parts else ():
+            scaled = {name: whole[name] - (1 - factor) * part for name, part in parts.items()}
+            of_intruders[factor] = cost(whole | scaled)
+        of_change = {}
+        for factor in CHANGE_FACTORS:
+            of_change[factor] = cost({n: base[n] + factor * dw for n, dw in change.items()})
+        return {
+            "scores": cost(whole),
+            "layers": layers,
+            "intruders scaled": of_intruders,
+            "change scaled": of_change,
+        }
+
+    return change_taken_apart
+
+
+@torch.no_grad()
+def scores(made: Trainer, model: GPT2, weights: Weights, short: bool) -> list[float]:
+    """Return the perplexity on the book and the KL from the base of a model with these weights."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+    device = Device.pick("cpu", "fp32")
+    validation = made.data.validation.evaluation_batches()
+    perplexity = evaluate(model, validation, made.data.tokenizer, device).perplexity
+    return [perplexity, forgotten(model, device, short)]

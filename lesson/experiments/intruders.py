@@ -1,0 +1,108 @@
+"""Has LoRA intruder dimensions, and do they cost? `python -m lesson.experiments.intruders`
+
+Varied: the method, LoRA's rank and rate; then the factor by which the intruders alone, or the whole
+change, are scaled down.
+Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
+Measured: how many of the ten largest singular vectors of each changed weight are intruders
+(Shuttleworth et al. 2024); the validation perplexity; what was forgotten, by the KL from the base.
+"""
+
+import argparse
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from common.figures import FULL, LORA, OTHER
+from lesson.experiments.changes import taken_apart
+from lesson.experiments.common import experiment, panels
+from lesson.experiments.sweep import ALL, finetune
+
+# A run's name: its method and its options.
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "c_attn, r = 8": ("lora", {"lr": 8e-3}),
+    "r = 1": ("lora", {"r": 1, "lr": 8e-3, "target_modules": ALL}),
+    "r = 1, half the rate": ("lora", {"r": 1, "lr": 4e-3, "target_modules": ALL}),
+    "r = 8": ("lora", {"r": 8, "lr": 8e-3, "target_modules": ALL}),
+    "r = 8, half the rate": ("lora", {"r": 8, "lr": 4e-3, "target_modules": ALL}),
+    "r = 64": ("lora", {"r": 64, "lr": 8e-3, "target_modules": ALL}),
+    "r = 64, half the rate": ("lora", {"r": 64, "lr": 4e-3, "target_modules": ALL}),
+    "full": ("full", {"lr": 1e-3}),
+    "full, an eighth of the rate": ("full", {"lr": 1.25e-4}),
+}
+
+
+SHOWN = ("r = 1", "r = 8")  # of RUNS, in the picture's panels
+PARTS = (
+    ("intruders scaled", "intruders\nx 1, 0.75, 0.5, 0", OTHER),
+    ("change scaled", "whole change\nx 1, 0.9, 0.8, 0.6", LORA),
+)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return by run and seed the number of intruders, [perplexity, KL], and these again by the
+    factor with which the intruders, or the whole change, were scaled.
+    """
+    data = {}
+    for name, (method, options) in RUNS.items():
+        found = finetune(method, args.seeds, args.short, taken_apart(args.short), **options)
+        for run in found:
+            run["intruders"] = sum(layer["intruders"] for layer in run["layers"])
+            run["weights"] = len(run.pop("layers"))
+        data[name] = found
+        if found[0]["intruders scaled"]:
+            for perplexity, kl in zip(*scaled(found, "intruders scaled"), strict=True):
+                same = kl_at(perplexity, found)
+                print(f"{name}: {perplexity:.1f}, KL {kl:.3f}; the whole change {same:.3f}")
+    return data
+
+
+def scaled(found: list[dict[str, Any]], part: str) -> tuple[list[float], list[float]]:
+    """Return the perplexities and the KLs, means of the seeds, as this part is scaled down."""
+    points = [[run["scores"], *run[part].values()] for run in found]  # (seeds, factors, 2)
+    x, y = np.mean(points, axis=0).T
+    return x.tolist(), y.tolist()
+
+
+def kl_at(perplexity: float, found: list[dict[str, Any]]) -> float:
+    """Return the KL that the whole change has where, scaled down, it has this perplexity, between
+    the factors that were tried; nan outside them.
+    """
+    x, y = scaled(found, "change scaled")
+    least = int(np.argmin(x))  # to its left, less change learns more
+    return float(np.interp(perplexity, x[least:], y[least:], left=np.nan, right=np.nan))
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the intruders of each run; then forgetting by perplexity as either part is scaled."""
+    figure, (left, *others) = panels(
+        "Intruder dimensions, and what it costs to scale them down (mini)",
+        "intruders in all weights",
+        *(f"{name}: KL from the base" for name in SHOWN),
+    )
+    for row, (name, found) in enumerate(data.items()):
+        colour = FULL if name.startswith("full") else LORA
+        counts = [run["intruders"] for run in found]
+        left.plot([min(counts), max(counts)], [row, row], color=colour, linewidth=4)
+        left.plot(mean(counts), row, "o", color=colour)
+    left.set_yticks(range(len(data)), list(data))
+    left.invert_yaxis()
+    left.set(xlabel="mean, min and max of seeds")
+
+    for axis, name in zip(others, SHOWN, strict=True):
+        for part, label, colour in PARTS:
+            x, y = scaled(data[name], part)
+            axis.plot(x, y, ".-", color=colour, label=label)
+        axis.plot(x[0], y[0], "o", color=LORA)
+        axis.set(xlabel="validation perplexity", xlim=(x[0] - 0.4, x[0] + 6), ylim=(0, 0.7))
+    others[-1].legend(loc="lower right")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("intruders", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""How does the best rate fall with steps and passes? `python -m lesson.experiments.rates`
+
+Varied: the steps, the windows a step, the share of the book that is read, LoRA's rank.
+Fixed: mini, windows of 64 tokens, LoRA on all four layers, alpha 16 whatever the rank.
+Measured: the best learning rate, by the least of three validation perplexities; three seeds at the
+best rate tried and at its two neighbours.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from common.figures import LORA, draw_at, name_line, scientific, shades
+from lesson.experiments.common import experiment, panels
+from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
+
+# Steps, windows a step, stride, rank, and the rate at which the search begins. A stride of 64 reads
+# the whole training part, one of 256 every fourth window of 64 tokens, one of 1024 every 16th.
+RUNS = (
+    (15, 32, 64, 8, 8e-3),
+    (60, 8, 64, 1, 4e-3),
+    (60, 8, 64, 8, 8e-3),
+    (60, 8, 64, 64, 8e-3),
+    (60, 8, 256, 1, 2e-3),
+    (60, 8, 256, 8, 2e-3),
+    (60, 8, 256, 64, 4e-3),
+    (60, 8, 1024, 8, 1e-3),
+    (240, 2, 64, 1, 2e-3),
+    (240, 2, 64, 8, 4e-3),
+    (240, 2, 64, 64, 4e-3),
+    (240, 2, 256, 8, 2e-3),
+    (240, 2, 1024, 8, 5e-4),
+    (240, 8, 64, 8, 2e-3),
+    (240, 8, 64, 64, 2e-3),
+    (960, 2, 64, 8, 1e-3),
+)
+TOKENS = 21_230  # of the book's training part
+MARKERS = {1: ("v", 0.93), 8: ("o", 1), 64: ("^", 1.07)}  # and how far to the side they stand
+
+
+def rule(steps: float, passes: float) -> float:
+    """Return the learning rate for LoRA on all four layers with alpha 16, whatever the rank.
+
+    The powers are those that `fit` finds, rounded to thirds.
+    """
+    return 0.035 / (steps * passes**2) ** (1 / 3)
+
+
+def vertex(runs: dict[Any, list[float]]) -> float:
+    """Return the rate at the lowest point of the parabola through the best rate and its two
+    neighbours: log perplexity, mean of the seeds, by log rate. In a short version, which has no
+    neighbours, it is the best rate itself.
+    """
+    best = float(best_rate(runs))
+    means = {float(lr): math.log(mean(found)) for lr, found in runs.items()}
+    if len(means) == 1:
+        return best
+    low, middle, high = (means[best * factor] for factor in (0.5, 1, 2))
+    return best * 2 ** ((low - high) / (2 * (low - 2 * middle + high)))
+
+
+def fit(data: dict[str, dict[str, Any]]) -> tuple[float, float, float, float]:
+    """Fit c * steps^a * passes^b to the best rates, by least squares of logarithms.
+
+    Returns c, a, b, and the factor by which the fit is off, the root mean square of its logarithm.
+    """
+    y = np.log([vertex(run["runs"]) for run in data.values()])
+    x = [[1, math.log(run["steps"]), math.log(run["passes"])] for run in data.values()]
+    found, *_ = np.linalg.lstsq(np.array(x), y, rcond=None)
+    off = np.sqrt(np.square(y - np.array(x) @ found).mean())
+    return math.exp(found[0]), found[1], found[2], math.exp(off)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return by run its steps and passes, and the perplexities by rate."""
+    data = {}
+    for steps, batch, stride, r, guess in RUNS:
+        size: dict[str, Any] = {"max_steps": steps, "batch_size": batch, "stride": stride}
+        adapter: dict[str, Any] = {"r": r, "lora_alpha": 16, "target_modules": ALL}
+        found = tune("lora", guess, args.seeds, args.short, score=at_best, **size, **adapter)
+        runs: Runs = scored(found, at_best)
+        passes = steps * batch * stride / TOKENS
+        data[f"{steps} steps of {batch}, stride {stride}, r = {r}"] = {
+            "steps": steps,
+            "passes": passes,
+            "r": r,
+            "runs": runs,
+        }
+        best = vertex(runs)
+        print(f"{passes:.1f} passes: {best:.1e}, {best / rule(steps, passes):.2f} of the rule")
+    print("c, powers of steps and passes, off by:", *(f"{x:.3g}" for x in fit(data)))
+    return data
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the best rate by passes, beside the rule: a shade for each number of steps."""
+    figure, (axis,) = panels("LoRA's best rate, by steps and passes (mini, all four layers)")
+    steps = sorted({run["steps"] for run in data.values()})
+    colours = dict(zip(steps, shades(LORA, len(steps)), strict=True))
+    for run in data.values():
+        marker, side = MARKERS[run["r"]]
+        colour = colours[run["steps"]]
+        axis.plot(side * run["passes"], vertex(run["runs"]), marker, color=colour, markersize=7)
+
+    ends = (1.1, 30)
+    for count, colour in colours.items():
+        rates = [rule(count, passes) for passes in ends]  # a line, on logarithmic axes
+        axis.plot(ends, rates, color=colour, linewidth=1)
+        name_line(axis, f"{count} steps", (ends[1], rates[1]), colour)
+    for r, (marker, _) in MARKERS.items():
+        axis.plot([], [], marker, color=LORA, label=f"rank {r}")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="passes over what is read",
+        ylabel="best learning rate",
+        title="lines: 0.035 / cuberoot(steps * passes^2)",
+    )
+    draw_at(axis.xaxis, (1.4, 5.8, 23))
+    axis.yaxis.set_major_formatter(scientific)
+    axis.legend(loc="lower left")
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("rates", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

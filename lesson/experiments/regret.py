@@ -1,0 +1,139 @@
+"""Does LoRA equal full fine-tuning? `python -m lesson.experiments.regret`
+
+Varied: the method and LoRA's rank; at equal windows the batch, and so the steps; at equal steps the
+share of the book that is read, and so the passes over it.
+Fixed: mini, LoRA on all four layers, alpha 16, 480 windows of 64 tokens.
+Measured: the best of three validation perplexities, and the training loss over the last third, each
+at its own best rate, with three seeds.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from common.figures import FULL, LORA, draw_at, name_line, shades
+from lesson.experiments.common import experiment, panels
+from lesson.experiments.sweep import (
+    ALL,
+    Runs,
+    at_best,
+    best_rate,
+    scored,
+    training_loss,
+    tune,
+)
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("full", {}),
+    "r = 64": ("lora", {"r": 64, "target_modules": ALL}),
+    "r = 8": ("lora", {"r": 8, "target_modules": ALL}),
+    "r = 1": ("lora", {"r": 1, "target_modules": ALL}),
+}
+
+# By batch: the steps that read 480 windows, and the rates to begin with, for full and for LoRA.
+BATCHES = {2: (240, 5e-4, 4e-3), 8: (60, 1e-3, 8e-3), 32: (15, 2e-3, 8e-3)}
+# By the stride of the windows: the share of the book that is read, and the rates to begin with.
+SHARES = {
+    64: ("all", 5e-4, 4e-3),
+    256: ("a quarter", 2.5e-4, 2e-3),
+    1024: ("a 16th", 1.25e-4, 1e-3),
+}
+
+
+def by_batch(args: argparse.Namespace) -> dict[str, dict[int, Runs]]:
+    """Return by method and batch the perplexities at each rate."""
+    data: dict[str, dict[int, Runs]] = {}
+    for name in ("full", "r = 64", "r = 8"):
+        method, options = METHODS[name]
+        data[name] = {}
+        for batch, (steps, full_guess, guess) in BATCHES.items():
+            if method == "full":
+                guess = full_guess
+            size: dict[str, Any] = {"batch_size": batch, "max_steps": steps}
+            runs = tune(method, guess, args.seeds, args.short, score=at_best, **size, **options)
+            data[name][batch] = scored(runs, at_best)
+    return data
+
+
+def by_share(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Runs]]]:
+    """Return by method and stride what was measured at each rate, tuned for either measure."""
+    data: dict[str, dict[int, dict[str, Runs]]] = {}
+    for name, (method, options) in METHODS.items():
+        data[name] = {}
+        for stride, (_, full_guess, guess) in SHARES.items():
+            if method == "full":
+                guess = full_guess
+            size: dict[str, Any] = {"batch_size": 2, "max_steps": 240, "stride": stride}
+            found = {}
+            for label, score in (("validation", at_best), ("training", training_loss)):
+                runs = tune(method, guess, args.seeds, args.short, score=score, **size, **options)
+                found[label] = scored(runs, score)
+            data[name][stride] = found
+    return data
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return both tables."""
+    return {"by batch": by_batch(args), "by share": by_share(args)}
+
+
+def at_its_best(runs: dict[str, list[float]]) -> float:
+    """Return the mean over the seeds at the best rate."""
+    return mean(runs[best_rate(runs)])
+
+
+def gaps(lora: dict[str, Any], full: dict[str, Any]) -> list[float]:
+    """Return by how many nats LoRA's loss is above full fine-tuning's, from two rows of runs."""
+    return [math.log(at_its_best(lora[x]) / at_its_best(full[x])) for x in full]
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw LoRA's gap to full fine-tuning by batch and by share; the training loss by share."""
+    figure, (left, middle, right) = panels(
+        "LoRA beside full fine-tuning, each at its best rate (mini)",
+        "gap to full, validation, nats:\nby batch, at equal windows",
+        "gap to full, validation, nats:\nby share of the book, at 240 steps",
+        "training loss, last third:\nby share of the book, at 240 steps",
+    )
+    colours = {
+        "full": FULL,
+        **dict(zip(list(METHODS)[1:], shades(LORA, len(METHODS) - 1), strict=True)),
+    }
+    batches = data["by batch"]
+    for name in batches:
+        if name != "full":
+            y = gaps(batches[name], batches["full"])
+            left.plot(range(len(y)), y, ".-", color=colours[name])
+            name_line(left, name, (len(y) - 1, y[-1]), colours[name])
+
+    shares = data["by share"]
+    by_validation = {
+        name: {x: runs["validation"] for x, runs in shares[name].items()} for name in shares
+    }
+    for name in shares:
+        y = [at_its_best(runs["training"]) for runs in shares[name].values()]
+        right.plot(range(len(y)), y, ".-", color=colours[name])
+        name_line(right, name, (len(y) - 1, y[-1]), colours[name])
+        if name != "full":
+            y = gaps(by_validation[name], by_validation["full"])
+            middle.plot(range(len(y)), y, ".-", color=colours[name])
+            name_line(middle, name, (len(y) - 1, y[-1]), colours[name])
+
+    draw_at(left.xaxis, range(len(BATCHES)), list(BATCHES))
+    left.set(xlabel="windows a step", ylim=(0, None))
+    for axis in (middle, right):
+        draw_at(axis.xaxis, range(len(SHARES)), [name for name, _, _ in SHARES.values()])
+        axis.set(xlabel="what is read of the book", ylim=(0, None))
+    for axis in (left, middle, right):
+        axis.set_xmargin(0.3)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("regret", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

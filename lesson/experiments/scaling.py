@@ -1,0 +1,96 @@
+"""Which rate, by rank and by the rule for the scaling? `python -m lesson.experiments.scaling`
+
+Varied: the peak learning rate, the rank r of LoRA on all four layers, and the rule that sets the
+scaling s of B A by the rank.
+Fixed: mini, the default book, 60 steps of 8 windows of 64 tokens.
+Measured: the validation perplexity; with three seeds at the best rate and at its two neighbours.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from statistics import mean
+from typing import Any
+
+from common.figures import FULL, LORA, draw_at, shades
+from lesson.experiments.common import experiment, panels
+from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
+
+FIXED: dict[str, Any] = {"lora_alpha": 16}
+# The rules agree at rank 8, where each gives s = 2. s is alpha / r, or alpha / sqrt(r) for rsLoRA.
+RULES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "alpha = 16: s = 16 / r": lambda r: FIXED,
+    "alpha = 2 r: s = 2": lambda r: {"lora_alpha": 2 * r},
+    "rsLoRA: s = 5.66 / sqrt(r)": lambda r: {"lora_alpha": 2 * 8**0.5, "use_rslora": True},
+}
+RANKS = (1, 8, 64)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+FULL_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+
+# The best rates found, from which the search begins: by rule, at each of RANKS.
+GUESSES = {
+    "alpha = 16: s = 16 / r": (4e-3, 8e-3, 8e-3),
+    "alpha = 2 r: s = 2": (1.6e-2, 8e-3, 2e-3),
+    "rsLoRA: s = 5.66 / sqrt(r)": (8e-3, 8e-3, 4e-3),
+}
+FULL_GUESS = 1e-3
+
+
+def curve(
+    method: str,
+    rates: Sequence[float],
+    guess: float,
+    args: argparse.Namespace,
+    **options: Any,
+) -> Runs:
+    """Return the perplexities by rate: of all of `rates` with one seed, of the best and its two
+    neighbours with every seed.
+    """
+    if args.short:
+        rates = ()
+    runs = {lr: finetune(method, args.seeds[:1], args.short, lr=lr, **options) for lr in rates}
+    runs |= tune(method, guess, args.seeds, args.short, **options)
+    return scored(dict(sorted(runs.items())))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the perplexities by rule, rank and rate, and full fine-tuning's by rate."""
+    data: dict[str, Any] = {rule: {} for rule in RULES}
+    for rule, options in RULES.items():
+        for r, guess in zip(RANKS, GUESSES[rule], strict=True):
+            chosen = FIXED if r == 8 else options(r)
+            data[rule][r] = curve("lora", RATES, guess, args, r=r, target_modules=ALL, **chosen)
+    data["full"] = curve("full", FULL_RATES, FULL_GUESS, args)
+    return data
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the perplexity by rate: a panel for each rule, a shade for each rank, full beside it."""
+    figure, axes = panels("The rate, by rank and rule (mini, all four layers)", *RULES)
+    for axis, rule in zip(axes, RULES, strict=True):
+        draw_curve(axis, data["full"], FULL, "full")
+        for (r, runs), colour in zip(
+            data[rule].items(), shades(LORA, len(data[rule])), strict=True
+        ):
+            draw_curve(axis, runs, colour, f"r = {r}")
+        axis.set(xscale="log", xlabel="peak learning rate", ylim=(24, 46))
+        draw_at(axis.xaxis, (1e-3, 1e-2), ("1e-3", "1e-2"))
+    axes[0].set(ylabel="validation perplexity")
+    axes[0].legend()
+    return figure
+
+
+def draw_curve(axis: Any, runs: dict[str, list[float]], colour: str, label: str) -> None:
+    """Draw the mean over the seeds by rate, and a ring around the best."""
+    rates = [float(lr) for lr in runs]
+    means = [mean(found) for found in runs.values()]
+    axis.plot(rates, means, ".-", color=colour, label=label)
+    best = best_rate(runs)
+    axis.plot(float(best), mean(runs[best]), "o", color=colour, markersize=9, fillstyle="none")
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("scaling", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
