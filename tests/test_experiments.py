@@ -41,6 +41,7 @@ from model.weights import load_config, load_gpt2
 from tests.legible import only_legible_pictures
 from training import build
 from training.options import ROOT
+from training.recipe import best_rate
 from training.report import count_parameters
 
 load_tokenizer = cache(build.load_tokenizer)
@@ -267,6 +268,7 @@ def test_the_best_rate_between_those_tried_and_the_rule_of_many():
             best = 0.04 * steps**-0.4 * passes**-0.6
             data[f"{steps}, {passes}"] = {"steps": steps, "passes": passes, "runs": around(best)}
     assert rates.fit(data) == pytest.approx((0.04, -0.4, -0.6, 1))
+    assert best_rate(60, 5.8) == pytest.approx(rates.rule(60, 5.8), rel=0.05)  # the recipe's
 
 
 def test_regret(tmp_path, monkeypatch):

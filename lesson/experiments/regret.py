@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, LORA, draw_at, name_line, shades
+from common.figures import FULL, LORA, draw_at, shades
 from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import (
     ALL,
@@ -93,42 +93,41 @@ def draw(data: dict[str, Any]) -> Any:
     """Draw LoRA's gap to full fine-tuning by batch and by share; the training loss by share."""
     figure, (left, middle, right) = panels(
         "LoRA beside full fine-tuning, each at its best rate (mini)",
-        "gap to full, validation, nats:\nby batch, at equal windows",
-        "gap to full, validation, nats:\nby share of the book, at 240 steps",
-        "training loss, last third:\nby share of the book, at 240 steps",
+        "validation: gap to full, nats,\nat 480 windows",
+        "validation: gap to full, nats,\nat 240 steps",
+        "training loss, last third,\nat 240 steps",
     )
-    colours = {
-        "full": FULL,
-        **dict(zip(list(METHODS)[1:], shades(LORA, len(METHODS) - 1), strict=True)),
-    }
+    ranks = [name for name in METHODS if name != "full"]
+    colours = {"full": FULL, **dict(zip(reversed(ranks), shades(LORA, len(ranks)), strict=True))}
+
     batches = data["by batch"]
     for name in batches:
         if name != "full":
             y = gaps(batches[name], batches["full"])
             left.plot(range(len(y)), y, ".-", color=colours[name])
-            name_line(left, name, (len(y) - 1, y[-1]), colours[name])
 
-    shares = data["by share"]
-    by_validation = {
-        name: {x: runs["validation"] for x, runs in shares[name].items()} for name in shares
-    }
-    for name in shares:
-        y = [at_its_best(runs["training"]) for runs in shares[name].values()]
-        right.plot(range(len(y)), y, ".-", color=colours[name])
-        name_line(right, name, (len(y) - 1, y[-1]), colours[name])
+    by_share = {name: pick(shares, "validation") for name, shares in data["by share"].items()}
+    for name, shares in data["by share"].items():
+        y = [at_its_best(runs) for runs in pick(shares, "training").values()]
+        right.plot(range(len(y)), y, ".-", color=colours[name], label=name)
         if name != "full":
-            y = gaps(by_validation[name], by_validation["full"])
+            y = gaps(by_share[name], by_share["full"])
             middle.plot(range(len(y)), y, ".-", color=colours[name])
-            name_line(middle, name, (len(y) - 1, y[-1]), colours[name])
 
     draw_at(left.xaxis, range(len(BATCHES)), list(BATCHES))
-    left.set(xlabel="windows a step", ylim=(0, None))
+    left.set(xlabel="windows a step", ylim=(0, 0.26))
     for axis in (middle, right):
         draw_at(axis.xaxis, range(len(SHARES)), [name for name, _, _ in SHARES.values()])
-        axis.set(xlabel="what is read of the book", ylim=(0, None))
-    for axis in (left, middle, right):
-        axis.set_xmargin(0.3)
+        axis.set(xlabel="what is read of the book")
+    middle.set(ylim=(0, 0.26))
+    right.set(ylim=(0, None))
+    right.legend()
     return figure
+
+
+def pick(shares: dict[str, Any], measured: str) -> dict[str, Any]:
+    """Return the runs of each share that were tuned for this measure."""
+    return {stride: found[measured] for stride, found in shares.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
