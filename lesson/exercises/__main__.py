@@ -10,7 +10,7 @@ from common.cli import Parser, number
 from common.errors import run_command
 from lesson.exercises import answers as own_answers
 from lesson.experiments.common import gradient, mean_loss, trainer
-from lesson.experiments.sweep import finetune
+from lesson.experiments.sweep import SIZE, train
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from lora.quantised import nearest, nf4_levels, scaled_blocks
@@ -227,7 +227,7 @@ def check_12(answers: ModuleType) -> None:
     expect(r, "not answered yet")
     expect(r in [2**i for i in range(9)], f"{r} is not a power of two from 1 to 256")
 
-    (full,) = finetune("full", max_steps=8, lr=1.5e-4)
+    full = perplexity_of("full", lr=1.5e-4)
     lora = lora_perplexity(r)
     expect(lora <= full, f"full fine-tuning reaches {full:.1f}, and rank {r} only {lora:.1f}")
     if r > 1:
@@ -238,10 +238,14 @@ def check_12(answers: ModuleType) -> None:
 def lora_perplexity(r: int) -> float:
     """Return what exercise 12's LoRA reaches at this rank."""
     targets = ("c_attn", "c_proj", "c_fc")
-    (perplexity,) = finetune(
-        "lora", max_steps=8, lr=3e-3, r=r, lora_alpha=2 * r, target_modules=targets
-    )
-    return perplexity
+    return perplexity_of("lora", lr=3e-3, r=r, lora_alpha=2 * r, target_modules=targets)
+
+
+def perplexity_of(method: str, **options: object) -> float:
+    """Return the validation perplexity after 8 steps of 8 windows of 64 tokens."""
+    made = trainer(method, precision="auto", **(SIZE | {"max_steps": 8} | options))
+    train(made)
+    return made.evaluate().perplexity
 
 
 def check_13(answers: ModuleType) -> None:

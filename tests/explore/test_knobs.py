@@ -141,7 +141,8 @@ def test_variants_write_what_generate_writes(base, tmp_path, targets, config, qu
     assert found == expected and found[0] != found[1]
 
 
-def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs):
+def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs, monkeypatch):
+    monkeypatch.chdir(book.parent)  # run.json names the book from there
     with serving(base, runs["lora"].out) as client:
         about = json.loads(client.send("GET", "/api/about")[2])
         whole = book.read_text()
@@ -152,7 +153,8 @@ def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs):
         client.scores(text=about["text"], rank=8, layers=[])
 
 
-def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_path):
+def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     data = tmp_path / "data.jsonl"
     examples = [{"prompt": f"Gull {i}?", "completion": "At sea."} for i in range(20)]
     data.write_text("".join(f"{json.dumps(example)}\n" for example in examples))

@@ -180,7 +180,7 @@ def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, ca
     expected = theirs.to(stored_dtype).float()(IDS).logits
     assert relative_difference(again.float()(IDS).logits, expected) < 1e-5
 
-    assert sorted(os.listdir(out)) == ["config.json", SAFETENSORS]
+    assert sorted(os.listdir(out)) == ["config.json", "generation_config.json", SAFETENSORS]
     save_gpt2(load_gpt2(directory), tmp_path / "kept", end_of_text=None)  # the tokenizer has none
     assert load_config(tmp_path / "kept").token_ids["eos_token_id"] == 3
     assert load_config(out) == replace(load_config(directory), token_ids=tokens)
