@@ -17,7 +17,7 @@ from adapters.quantisation import NONE
 from adapters.spectra import INTRUDER, amplification, cosines
 from common.cli import Parser, print_table
 from common.errors import run_command
-from common.figures import INK, can_draw, save_figure, subplots
+from common.figures import INK, PAGE_WIDTH, can_draw, new_figure, save_figure
 from lora.inject import lora_layers
 from lora.targets import full_name
 from model.gpt2 import GPT2
@@ -114,60 +114,72 @@ def block_and_kind(name: str) -> tuple[int, str]:
     return int(number), f"{blocks}*.{kind}"
 
 
+# What a part of the picture shows, and the name of its x axis; without a base, the first alone.
+PARTS = (
+    ("k-th singular value of scaling * B A", "k"),
+    ("largest cosine of W + change's k-th singular vector with any of W's", "k"),
+    ("amplification factor", "block"),
+)
+
+
 def draw(
     spectra: dict[str, Tensor], beside: dict[str, BesideWeight], title: str, path: Path
 ) -> None:
     """Draw the singular values: a panel for each kind of layer, a line for each block.
 
-    With the base's weights, two rows more: the cosines, and the amplification by block.
+    With the base's weights, two parts more: the cosines, and the amplification by block.
     """
     places = {name: block_and_kind(name.removeprefix(GPT2.adapter_prefix)) for name in spectra}
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     blocks = 1 + max(block for block, _ in places.values())
 
-    rows = 3 if beside else 1
-    size = (2.5 + 3 * len(kinds), 1 + 3 * rows)
-    figure, grid = subplots(rows, len(kinds), figsize=size, sharey="row", squeeze=False)
-    colours = grid[0][0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
+    parts = PARTS if beside else PARTS[:1]
+    rows = math.ceil(len(kinds) / 2)
+    figure = new_figure((PAGE_WIDTH, 0.4 + len(parts) * (0.4 + 2 * rows)))
+    figure.suptitle(title, parse_math=False)  # a $ in a path is a $
+    grid = []
+    for part, (words, x) in zip(
+        figure.subfigures(len(parts), 1, squeeze=False), parts, strict=True
+    ):
+        grid.append(draw_panels(part[0], words, x, kinds))
+        colours = grid[-1][0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
+        ticks = range(0, blocks, 1 + blocks // 12)
+        part[0].colorbar(colours, ax=grid[-1], label="block", ticks=ticks)
+
     for name, s in spectra.items():
         block, kind = places[name]
-        column = grid[:, kinds.index(kind)]
+        column = [panels[kinds.index(kind)] for panels in grid]
         colour = colours.to_rgba(block)
         draw_line(column[0], s, colour)
         if beside:
             draw_line(column[1], beside[name].cosines, colour)
             column[2].plot(block, beside[name].amplification, "o", color=colour)
 
-    for column, kind in enumerate(kinds):
-        grid[0][column].set(title=kind)
-    for axes in grid[:2].flatten():
-        axes.set(xlabel="k")
-    label_rows(grid)
-    ticks = range(0, blocks, 1 + blocks // 12)
-    figure.colorbar(colours, ax=grid, label="block", ticks=ticks, aspect=20 * rows)
-    figure.suptitle(title, parse_math=False)  # a $ in a path is a $
+    for panels in grid:
+        panels[0].set(ylim=(0, None))
+    if beside:
+        grid[1][0].set(ylim=(0, 1.03))
+        for axes in grid[1]:
+            axes.axhline(INTRUDER, color=INK, linewidth=1, linestyle="--")
     save_figure(figure, path)
     print(f"drawn in {path}")
 
 
+def draw_panels(part: Any, words: str, x: str, kinds: Sequence[str]) -> list[Any]:
+    """Return a panel for each kind of layer, two in a row, with one y axis for all."""
+    part.suptitle(words)
+    rows = math.ceil(len(kinds) / 2)
+    panels = part.subplots(rows, min(2, len(kinds)), sharey=True, squeeze=False).flatten()
+    for axes in panels[len(kinds) :]:
+        axes.remove()
+    for axes, kind in zip(panels, kinds, strict=False):
+        axes.set(title=kind, xlabel=x)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    return list(panels[: len(kinds)])
+
+
 def draw_line(axes: Any, values: Tensor, colour: Any) -> None:
     axes.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=colour)
-
-
-def label_rows(grid: Any) -> None:
-    """Name what each row of panels shows."""
-    grid[0][0].set(ylabel="k-th singular value of\nscaling * B A", ylim=(0, None))
-    for axes in grid.flatten():
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    if len(grid) == 1:
-        return
-    grid[1][0].set(ylabel="largest cosine of W + change's k-th\nsingular vector with any of W's")
-    for axes in grid[1]:
-        axes.set(ylim=(0, 1.03))
-        axes.axhline(INTRUDER, color=INK, linewidth=1, linestyle="--")
-    grid[2][0].set(ylabel="amplification factor", ylim=(0, None))
-    for axes in grid[2]:
-        axes.set(xlabel="block")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

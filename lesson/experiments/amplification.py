@@ -76,7 +76,7 @@ def draw(data: dict[str, Any]) -> Any:
         axis.set(xlim=(-0.3, len(LAYERS) - 0.7), yscale="log")
         axis.tick_params(axis="x", rotation=40)
         draw_at(axis.xaxis, range(len(LAYERS)), LAYERS)
-    draw_at(axes[0].yaxis, (0.1, 0.3, 1, 3, 10, 30))
+    draw_at(axes[0].yaxis, (0.1, 0.3, 1, 3, 10, 30, 100))
     draw_at(axes[1].yaxis, (0.5, 1, 2, 4))
     draw_at(axes[2].yaxis, (0.01, 0.03, 0.1, 0.3, 1))
     axes[1].legend(ncols=2, loc="lower left")

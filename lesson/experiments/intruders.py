@@ -79,7 +79,7 @@ def draw(data: dict[str, Any]) -> Any:
     figure, (left, *others) = panels(
         "Intruder dimensions, and what it costs to scale them down (mini)",
         "intruders in all weights",
-        *(f"{name}: KL from the base" for name in SHOWN),
+        *(f"{name}: KL from\nthe base, nats" for name in SHOWN),
     )
     for row, (name, found) in enumerate(data.items()):
         colour = FULL if name.startswith("full") else LORA

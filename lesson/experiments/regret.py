@@ -95,7 +95,7 @@ def draw(data: dict[str, Any]) -> Any:
         "LoRA beside full fine-tuning, each at its best rate (mini)",
         "validation: gap to full, nats,\nat 480 windows",
         "validation: gap to full, nats,\nat 240 steps",
-        "training loss, last third,\nat 240 steps",
+        "training loss, nats,\nlast third of 240 steps",
     )
     ranks = [name for name in METHODS if name != "full"]
     colours = {"full": FULL, **dict(zip(reversed(ranks), shades(LORA, len(ranks)), strict=True))}

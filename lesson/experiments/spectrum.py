@@ -140,7 +140,7 @@ def draw(data: dict[str, Any]) -> Any:
         band(left, range(1, y.size(1) + 1), y, colour, line=line)
     name_line(left, "LoRA,\nc_attn", (8, 1), LORA, (-2, -16))
     name_line(left, "full, c_attn", (6, 0.5), FULL, (-2, 6), "right")
-    name_line(left, "full,\nmlp.c_proj", (24, 0.68), SHARES["mlp.c_proj: full"][2], (2, -16))
+    name_line(left, "full,\nmlp.c_proj", (20, 0.68), SHARES["mlp.c_proj: full"][2], (2, -24))
     name_line(left, "random\nmatrices", (48, 0.36), RANDOM, (6, -14))
 
     shown = RANKS[1:-1]  # the first cuts nothing, the last leaves nothing

@@ -8,7 +8,9 @@ import torch
 from adapters.files import save_adapter
 from adapters.inspect import block_and_kind, describe, main
 from adapters.spectra import cosines, intruder_part
+from common.figures import PAGE_WIDTH
 from lora.inject import lora_layers
+from tests.legible import only_legible_pictures
 from tests.pairs import adapted
 from tests.runs import one_line, run, stdout_of, table
 
@@ -42,6 +44,17 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
             *beside_the_weight(weight.detach().double().numpy(), change.numpy(), rank=4),
         ]
     assert (tmp_path / "spectrum.png").stat().st_size > 10_000
+
+
+def test_the_picture_of_many_kinds_of_layers_can_be_read(base, tmp_path, monkeypatch):
+    """At a page's width, with three kinds, of which one has a row for itself, and with four."""
+    monkeypatch.chdir(tmp_path)
+    for targets in (("c_attn", "c_proj"), ("c_attn", "c_proj", "c_fc")):
+        model, config = adapted(base, targets, r=4)
+        save_adapter(model, config, tmp_path, "gpt2")
+        with only_legible_pictures() as pictures:
+            stdout_of(main, ".", "--base", base)
+        assert [figure.get_figwidth() for figure in pictures] == [PAGE_WIDTH]
 
 
 def beside_the_weight(weight, change, rank):
