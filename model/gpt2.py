@@ -54,6 +54,8 @@ class KVCache:
         if layer in self.blocks:
             past_k, past_v = self.blocks[layer]
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+        else:
+            k, v = k.contiguous(), v.contiguous()  # as views they would keep q as well
         self.blocks[layer] = k, v
         return k, v
 
@@ -82,7 +84,8 @@ class Attention(nn.Module):
             y = self.attend(q, k, v)
         else:
             k, v = cache.extend(self.layer, k, v)
-            y = attend_to_past(q, k, v)
+            # Up to torch 2.11, Apple's GPU misreads a q that is a view (pytorch#163597).
+            y = attend_to_past(q.contiguous(), k, v)
 
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
