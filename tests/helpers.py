@@ -1,6 +1,7 @@
 """Make small stock transformers models, compare tensors, and check refusals."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from model.tokenizer_files import FAST, GPT2_FILES, SETTINGS, load_tokenizer
 from training import compare, report
 
 transformers.logging.disable_progress_bar()
+
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # conftest.py sets it by --device
 
 TINY = {
     "vocab_size": 317,

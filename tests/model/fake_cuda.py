@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from common.device import PRECISIONS, Device
 from lora.inject import inject
 from lora.layer import LoRAConfig
+from model import cuda_loss
 from model import fast as ops
 from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
@@ -82,6 +83,7 @@ def check(precision: str, gradients: bool) -> None:
     for name in ("h.1", "h.1.ln_1", "h.1.ln_2", "ln_f"):
         assert types[name] == (fp32, fp32), name
     assert loss.dtype == fp32
+    assert model.wte.weight.untyped_storage().nbytes() == 384 * 32 * low.itemsize  # with its zeros
 
 
 def cases_that_hold(guard: Path) -> list[tuple[str, bool]]:
@@ -89,6 +91,7 @@ def cases_that_hold(guard: Path) -> list[tuple[str, bool]]:
     ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
     torch.cuda.is_bf16_supported = lambda: True
+    cuda_loss.card_memory = lambda device: 16 * 10**9
     cases = list(product(PRECISIONS, (True, False)))
     with FakeTensorMode():
         for precision, gradients in cases:

@@ -1,7 +1,6 @@
 """Compare the fast operations with PyTorch's own: values, gradients, statistics, memory."""
 
 from copy import deepcopy
-from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from lora.layer import LoRAConfig
 from model import fast as ops
 from model.fast import FAST, accelerate
 from model.gpt2 import GPT2, GPT2Config
+from tests.helpers import DEVICE
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 2e-6, BF16: 2e-2, FP16: 3e-3}
@@ -26,9 +26,9 @@ def normal(*shape: int, seed: int = 0, dtype=FP32, strided=False) -> Tensor:
     """Return a tensor of N(0, 1) with a gradient; `strided` ones are transposed views."""
     generator = torch.Generator().manual_seed(seed)
     if strided:
-        x = torch.randn(shape[::-1], generator=generator).to(dtype).requires_grad_()
+        x = torch.randn(shape[::-1], generator=generator).to(DEVICE, dtype).requires_grad_()
         return x.permute(*reversed(range(x.ndim)))
-    return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
 
 
 def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
@@ -252,24 +252,6 @@ def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
             ops.score(hidden, weight, targets)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 4096 * 4 <= largest < 512 * 1024 * 4 / 8
-
-
-@pytest.mark.parametrize(("V", "dtype"), [(101, FP32), (128, BF16), (101, FP16)])
-def test_a_padded_head_gives_the_same_loss_gradients_and_scores(monkeypatch, V, dtype):
-    """Pad on the CPU as on CUDA; a vocabulary of 128 needs no padding."""
-    monkeypatch.setattr(ops, "MANY_LOGITS", 1000)
-    hidden = normal(33, 16, seed=1, dtype=dtype)
-    weight = normal(V, 16, seed=2, dtype=dtype)
-    targets = (torch.arange(33) * 7) % V
-    scores = ops.score(hidden, weight, targets)
-    linear = mock.Mock(wraps=ops.linear)
-    monkeypatch.setattr(ops, "_pad_on_cuda", lambda w: F.pad(w, (0, 0, 0, -len(w) % 64)))
-    monkeypatch.setattr(ops, "linear", linear)
-    assert_same_loss(hidden, weight, targets)
-    for padded, plain_score in zip(ops.score(hidden, weight, targets), scores, strict=True):
-        assert_close(padded.double(), plain_score.double(), TOLERANCE[dtype])
-    shapes = {tuple(call.args[1].shape) for call in linear.call_args_list}
-    assert {(128, 16), (16, 128)} == {shape for shape in shapes if max(shape) > len(hidden)}
 
 
 @pytest.mark.parametrize("attn_pdrop", [0.0, 0.25])
