@@ -68,7 +68,7 @@ def make_trainer(
     options: Options, directory: Path, device: Device, ranks: Ranks = ALONE
 ) -> "Trainer":
     """Build the model from the base in `directory`, make it fast, and load the data."""
-    model = build_model(options, directory, device.dtype)
+    model = build_model(options, directory, device.dtype, device.torch_device)
     accelerate(model)
     data = load_data(options, directory, model.config)
     return Trainer(options, model, data, device, ranks)
@@ -120,7 +120,7 @@ class Trainer:
         if options.max_steps:
             self.total_steps = min(self.total_steps, options.max_steps)
         self.progress = Progress()
-        self.meter = Meter(device.torch_device, fp16)
+        self.meter = Meter(fp16)
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """Yield each step's window indices (B,), from `step` on; each epoch has its own order."""
@@ -233,8 +233,7 @@ def train(trainer: Trainer, session: Session) -> None:
                     metrics |= validate(trainer, session)
                 session.log(metrics)
         with meter.paused():
-            session.save_if_due(epoch_ends)
-            session.stop_if_asked()
+            session.save_or_stop(epoch_ends)
     session.finish(count_parameters(trainer.model) | progress.report() | meter.report())
 
 

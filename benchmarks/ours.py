@@ -75,7 +75,7 @@ def make_trainer(asked: Options, ranks: Ranks = ALONE, fast: bool = True) -> tra
     made = resolve(asked, asked.base, device)
     if fast:
         return train.make_trainer(made, base, device, ranks)
-    model = build_model(made, base, device.dtype)
+    model = build_model(made, base, device.dtype, device.torch_device)
     return train.Trainer(made, model, load_data(made, base, model.config), device, ranks)
 
 

@@ -131,7 +131,7 @@ def trainer(
     made = resolve(asked, str(base), device)
     if fast:
         return train.make_trainer(made, base, device)
-    model = build_model(made, base, device.dtype)
+    model = build_model(made, base, device.dtype, device.torch_device)
     return train.Trainer(made, model, load_data(made, base, model.config), device)
 
 

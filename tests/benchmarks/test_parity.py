@@ -151,6 +151,16 @@ def test_a_difference_that_is_not_a_number_breaks_parity():
     assert report.broken() == ["loss", "names", "parameters"]
 
 
+def test_a_difference_in_every_step_is_found_though_none_is_large():
+    """PEFT's own rounding shows in one step alone; ours, as large as is allowed there, in all."""
+    fp32 = [2.0] * 10
+    there = [2.0] * 9 + [2.02]
+    here = [loss + 0.03 for loss in there]
+    report = Report()
+    parity.compare_rounding(report, "bf16", here, there, fp32)
+    assert report.broken() == ["bf16, no dropout: loss, root mean square of the difference"]
+
+
 @pytest.mark.skipif(MEMORY < 5 * GIB, reason="needs 5 GiB of memory")
 def test_three_steps_of_a_gpt2_of_124m_are_pefts_to_the_last_bit(check):
     torch.manual_seed(0)

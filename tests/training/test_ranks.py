@@ -267,18 +267,35 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     assert not any(t.any() for t in sent) and made.measure()["loss"] == 0
 
 
-@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
-def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
+@pytest.fixture(params=["gloo", "cpu:gloo,cuda:nccl"])
+def backend(monkeypatch, request) -> str:
+    """Join a group of this backend that is not there."""
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock())
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_backend", lambda: request.param)
     monkeypatch.setattr(dist, "group", mock.Mock())
     monkeypatch.setattr(dist, "destroy_process_group", mock.Mock())
-    error = RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nLast error:")
+    return request.param
+
+
+def test_an_error_ends_nccls_part_of_the_group_without_waiting(backend):
+    """Destroyed in good order, it would wait for the others; left alone, it would warn."""
+    with pytest.raises(RunError), Ranks(rank=0, count=2).joined(torch.device("cpu")):
+        raise RunError("a loss that is not finite")
+    assert dist.group.WORLD.abort.called == ("nccl" in backend)
+    assert not dist.destroy_process_group.called
+
+
+def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
+    error = RuntimeError(
+        "NCCL error in: X.cpp:1, unhandled system error\nncclSystemError: System call failed\n"
+        "Last error:\nsocketPollConnect: Connect to 10.0.0.2 failed\n"
+    )
     monkeypatch.setattr(dist, "all_reduce", mock.Mock(side_effect=error))
     with pytest.raises(RunError) as failure:
         Ranks(rank=1, count=2).max_over_ranks(0)
     message = str(failure.value)
     assert LOST.fullmatch(f"error: {message}")
-    assert "(NCCL error in: X.cpp:1, " in message and "Last error" not in message
+    assert "(NCCL error in: X.cpp:1, unhandled system error; socketPollConnect: " in message
     dist.destroy_process_group.assert_called_once_with()
     assert dist.group.WORLD.abort.called == ("nccl" in backend)
