@@ -26,7 +26,7 @@ import train
 from common.device import Device
 from common.errors import run_command
 from common.signals import HANDLED
-from tests.helpers import TINY, small_tokenizer
+from tests.helpers import DEVICE, TINY, small_tokenizer
 from training.build import build_model, load_data, resolve
 from training.options import parse_options
 
@@ -95,7 +95,7 @@ def run(main: Main, *argv: object) -> Ending:
 
 
 def arguments(method: str, base: Path, book: Path, out: Path, *options: object) -> list[str]:
-    """Return `train.py`'s arguments for a small run on the CPU; `options` come last and win.
+    """Return `train.py`'s arguments for a small run; `options` come last and win.
 
     A `book` of JSON lines is its `--data`.
     """
@@ -103,7 +103,7 @@ def arguments(method: str, base: Path, book: Path, out: Path, *options: object) 
         source = ["--data", book]
     else:
         source = ["--book", book, "--stride", BLOCK]
-    small = split(f"--device cpu --precision fp32 --block-size {BLOCK} --log-every 1")
+    small = split(f"--device {DEVICE} --precision fp32 --block-size {BLOCK} --log-every 1")
     words = [method, "--base", base, *source, "--out", out, *small, *options]
     return [str(word) for word in words]
 

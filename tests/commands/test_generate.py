@@ -9,7 +9,6 @@ from shlex import split
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate as command
 from common.errors import run_command
@@ -19,7 +18,7 @@ from model.sampling import generate, next_tokens
 from model.tokenizer import END_OF_TEXT
 from model.tokenizer_files import load_tokenizer, save_tokenizer
 from model.weights import load_gpt2, save_gpt2
-from tests.helpers import TINY, small_tokenizer, token_ids
+from tests.helpers import TINY, Operations, small_tokenizer, token_ids
 from tests.runs import Ending, one_line, run, stdout_of
 
 CONTEXT = TINY["n_positions"]
@@ -84,19 +83,13 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
 def test_rows_are_prepared_for_drawing_together():
     """Each row by itself would cost a GPU eight launches a token."""
 
-    class Softmaxes(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            self.count += operation.overloadpacket.__name__ == "_softmax"
-            return operation(*args, **(kwargs or {}))
-
     options = {"temperature": 0.7, "top_k": 3, "top_p": 0.9}
     rows = 5
     generators = [torch.Generator().manual_seed(i) for i in range(rows)]
-    with Softmaxes() as seen:
+    with Operations() as seen:
         drawn = next_tokens(LOGITS.expand(rows, -1), [torch.empty(0)] * rows, generators, **options)
-    assert seen.count == 2
+    assert seen.names.count("_softmax") == 2
+    assert seen.names.count("multinomial") == rows
     for i, token in enumerate(drawn):
         alone = [torch.Generator().manual_seed(i)]
         expected = next_tokens(LOGITS[None], [torch.empty(0)], alone, **options)

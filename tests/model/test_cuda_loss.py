@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import cuda_loss
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, Operations
 from tests.model.test_fast import BF16, FP16, FP32, TOLERANCE, assert_close, assert_same, normal
+
+pytestmark = pytest.mark.device
 
 
 @pytest.fixture(autouse=True)
@@ -85,43 +86,13 @@ def test_loss_is_right_where_a_probability_underflows_and_shows_what_is_not_a_nu
     assert fast(targets)(hidden * torch.nan, weight).isnan()
 
 
-class Counter(TorchDispatchMode):
-    """Count the operations that launch a kernel, and keep the shapes of what they make."""
-
-    VIEWS = (
-        "view",
-        "t",
-        "permute",
-        "transpose",
-        "slice",
-        "as_strided",
-        "detach",
-        "unsqueeze",
-        "expand",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.largest = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        name = operation.overloadpacket.__name__
-        if name not in (*self.VIEWS, "empty", "empty_like", "squeeze"):
-            self.names.append(name)
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.untyped_storage().nbytes())
-        return result
-
-
 def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
     hidden, weight, targets = case(20, 101, FP32)
     head = nn.Parameter(weight.detach(), requires_grad=False)
     before = head.clone()
     fast(targets)(hidden, head)
     place = head.data_ptr()
-    with Counter() as seen:
+    with Operations() as seen:
         fast(targets)(hidden, head)
     assert head.data_ptr() == place and torch.equal(head, before)
     assert head.shape == (101, 16) and head.is_contiguous()
@@ -160,7 +131,7 @@ def test_a_trained_head_stays_where_it_is_and_its_padding_zero():
 def test_a_chunk_takes_its_share_of_the_cards_memory(monkeypatch, memory, chunks):
     monkeypatch.setattr(cuda_loss, "card_memory", lambda device: memory * 128 * 8 * cuda_loss.SHARE)
     hidden, weight, targets = case(33, 101, BF16)
-    with Counter() as seen:
+    with Operations() as seen:
         fast(targets)(hidden, weight)
     assert seen.names.count("_log_softmax") == chunks
     largest_chunk = -(-33 // chunks)
