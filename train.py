@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -115,6 +116,11 @@ class Trainer:
         # The loss is not compiled: its loop over chunks would be unrolled into a long program.
         self.hidden = torch.compile(model.hidden) if options.compile else model.hidden
 
+        # The most windows that a rank computes at a time.
+        largest_batch = min(options.batch_size, len(data.training))
+        share = math.ceil(largest_batch / ranks.count)
+        self.part_size = math.ceil(share / options.grad_accum)
+
         self.steps_per_epoch = math.ceil(len(data.training) / options.batch_size)
         self.total_steps = options.epochs * self.steps_per_epoch
         if options.max_steps:
@@ -169,7 +175,11 @@ class Trainer:
 
         `inputs` and `targets` (B, T) are on the CPU.
         """
-        hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
+        windows = len(inputs)
+        if self.options.compile and not self.options.data:
+            # Another shape would be compiled anew: an epoch's last batch gets rows that are unused.
+            inputs = F.pad(inputs, (0, 0, 0, self.part_size - windows))
+        hidden = self.hidden(self.device.copy(inputs))[:windows].flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
         if self.options.data:  # of an example only completions are scored
             scored = scored_positions(targets)
