@@ -185,6 +185,8 @@ class Session:
         due_anywhere, number = self.ranks.max_over_ranks(due, self.stop_signal or 0)
         if due_anywhere or number:
             self._save()
+        if self.ranks.count == 1:  # a signal may have come while it saved
+            number = self.stop_signal or 0
         if number:
             self._stop(number)
 
