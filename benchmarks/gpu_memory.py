@@ -79,15 +79,14 @@ def weight_bytes(config: GPT2Config, case: Case, rank: int) -> dict[str, float]:
     matrices = config.n_layer * 12 * C**2
     others = parameters(config) - matrices
     if case.method == "full":
-        copies = 0 if case.item == 4 else case.item * matrices  # autocast's, for the matmuls
         return {
             "weights": 4.0 * parameters(config),
             "AdamW": 8.0 * parameters(config),
-            "copies": float(copies),
+            "copies": 0.0 if case.item == 4 else case.item * matrices,  # autocast's
         }
 
     adapter = config.n_layer * 4 * C * rank  # A (r, C) and B (3 C, r)
-    frozen = case.item * (matrices + others)
+    frozen = float(case.item * (matrices + others))
     copies = 0.0
     if case.nf4:
         frozen = NF4_BYTES * matrices + case.item * others
