@@ -365,7 +365,7 @@ plt.show()
 
 # %% [markdown]
 # At eleven times the rate, LoRA learns more than the cut to rank 8 had kept: training finds eight
-# better terms. Four times faster still is too fast, and worse than no training.
+# better terms. Nearly four times that is too fast, and worse than no training.
 
 # %% [markdown]
 # ## 12. What it writes
@@ -481,6 +481,6 @@ else:
     print("logits differ by up to", peft_difference)
 
 # %% [markdown]
-# Twelve lines of ours compute what PEFT computes. What to read next:
+# Ten lines of ours compute what PEFT computes. What to read next:
 # [LoRA in ten minutes](../../docs/lora.md), [LoRA in depth](../../docs/lora-in-depth.md), and the
 # [exercises](../../docs/exercises.md).
