@@ -12,7 +12,7 @@
 # make notebook              LoRA from scratch, a story that runs: opens lesson/notebook in Jupyter
 # make figures               the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
 # make fault                 kills, full disks, broken files: what a run survives (ARGS=--short)
-# make test | lint | setup | clean
+# make test | lint | setup | clean   ARGS="--device cuda" (or mps): the tests that compute, there
 # make test-lowest           the tests with the lowest versions that pyproject.toml allows
 #
 # Variables: BASE (auto, gpt2, mini, a directory, or OWNER/NAME on the hub), BOOK (a text file, or a

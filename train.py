@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -75,7 +76,7 @@ def make_trainer(
     options: Options, directory: Path, data: Data, device: Device, ranks: Ranks = ALONE
 ) -> "Trainer":
     """Build the model from the base in `directory`, and make it fast."""
-    model = build_model(options, directory, device.dtype)
+    model = build_model(options, directory, device.dtype, device.torch_device)
     accelerate(model)
     return Trainer(options, model, data, device, ranks)
 
@@ -120,9 +121,14 @@ class Trainer:
         self.scaler.scale(torch.zeros((), device=device.torch_device))
         self.hidden = model.hidden
 
+        # The most windows that a rank computes at a time.
+        largest_batch = min(options.batch_size, len(data.training))
+        share = math.ceil(largest_batch / ranks.count)
+        self.part_size = math.ceil(share / options.grad_accum)
+
         self.steps_per_epoch, self.total_steps = count_steps(options, len(data.training))
         self.progress = Progress()
-        self.meter = Meter(device.torch_device, fp16)
+        self.meter = Meter(fp16)
 
         if isinstance(options.lora, LoRAGAConfig):
             self.start_along_gradient()
@@ -202,7 +208,11 @@ class Trainer:
 
         `inputs` and `targets` (B, T) are on the CPU.
         """
-        hidden = self.hidden(self.device.copy(inputs)).flatten(0, 1)  # (B * T, C)
+        windows = len(inputs)
+        if self.options.compile and not self.options.data:
+            # Another shape would be compiled anew: an epoch's last batch gets rows that are unused.
+            inputs = F.pad(inputs, (0, 0, 0, self.part_size - windows))
+        hidden = self.hidden(self.device.copy(inputs))[:windows].flatten(0, 1)  # (B * T, C)
         targets = targets.flatten()
         if self.options.data:  # of an example only completions are scored
             scored = scored_positions(targets)
@@ -272,8 +282,7 @@ def train(trainer: Trainer, session: Session) -> None:
                     metrics |= validate(trainer, session)
                 session.log(metrics)
         with meter.paused():
-            session.save_if_due(epoch_ends)
-            session.stop_if_asked()
+            session.save_or_stop(epoch_ends)
     session.finish(count_parameters(trainer.model) | progress.report() | meter.report())
 
 

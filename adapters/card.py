@@ -36,7 +36,7 @@ def save_card(directory: Path, text: str) -> None:
         print(f"{path}: is not ours, and stays as it is")
         return
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a name may be no UTF-8
 
 
 def is_ours(path: Path) -> bool:

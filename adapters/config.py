@@ -179,8 +179,16 @@ def _pattern(path: Path, stored: dict, field: str, kind: Any, low: float, high: 
 
 
 def base_name(directory: Path) -> object:
-    """Return the base's name in the config. It is informational: a path may mean another model."""
-    return _read(Path(directory) / CONFIG).get("base_model_name_or_path")
+    """Return the base's name in the config, as OWNER/NAME@REVISION if it has a revision.
+
+    It is informational: a path may mean another model.
+    """
+    stored = _read(Path(directory) / CONFIG)
+    name = stored.get("base_model_name_or_path")
+    whole = f"{name}@{stored.get('revision')}"
+    if stored.get("revision") and split_revision(whole)[1]:
+        return whole
+    return name
 
 
 def _read(path: Path) -> dict[str, Any]:

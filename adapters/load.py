@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.files import brief, file_sha256
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
-from model.hub import REPOSITORIES, find_adapter, find_base
+from model.hub import REPOSITORIES, find_adapter, find_base, split_revision
 from model.stock import MINI_NAME
 from model.tokenizer import Tokenizer
 from model.tokenizer_files import load_tokenizer
@@ -48,8 +48,9 @@ def named_base(adapter: Path) -> str:
     Raises UserError otherwise: a path in a file from elsewhere is not followed.
     """
     named = base_name(adapter)
-    for name, repository in REPOSITORIES.items():
-        if named in (name, repository):
+    repository, _ = split_revision(str(named))
+    for name, known in REPOSITORIES.items():
+        if repository in (name, known):
             return name
     if named in ("mini", MINI_NAME):
         return "mini"

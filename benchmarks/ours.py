@@ -76,7 +76,7 @@ def make_trainer(asked: Options, ranks: Ranks = ALONE, fast: bool = True) -> tra
     made = resolve(asked, asked.base, device, loaded)
     if fast:
         return train.make_trainer(made, base, loaded, device, ranks)
-    model = build_model(made, base, device.dtype)
+    model = build_model(made, base, device.dtype, device.torch_device)
     return train.Trainer(made, model, loaded, device, ranks)
 
 

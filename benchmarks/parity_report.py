@@ -3,6 +3,9 @@
 import math
 import os
 import platform
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import first_line
 from common.figures import (
     LORA,
     OTHER,
@@ -56,6 +60,22 @@ class Report:
         )
         verdict = "ok" if ok else "FAILED"
         print(f"{verdict:6}  {name}: {value:.2g} (allowed: {allowed:.2g})")
+
+    def fail(self, name: str, why: str) -> None:
+        """Note that what `name` says could not even be tried."""
+        self.checks.append(
+            {"name": f"{name}: {why}", "value": math.inf, "allowed": 0.0, "ok": False}
+        )
+        print(f"FAILED  {name}: {why}")
+
+    @contextmanager
+    def trying(self, name: str) -> Iterator[None]:
+        """Let an exception inside the `with` be the failure of `name` alone."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.fail(name, f"{type(error).__name__}: {first_line(error)}")
 
     def broken(self) -> list[str]:
         return [check["name"] for check in self.checks if not check["ok"]]

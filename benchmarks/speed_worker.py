@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import ours
 from benchmarks.speed_matmuls import measure_matmuls
 from benchmarks.speed_tasks import Task
-from common.device import PRECISIONS, Device, tune_process
+from common.device import PRECISIONS, Device, tune_process, use_full_fp32
 from common.errors import run_command
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(task: Task) -> dict:
     """Return the figures of this task."""
     device = Device.pick(task.device, task.precision)
+    use_full_fp32()  # on either side
     if task.side == "ours":
         tune_process()  # as train.py, evaluate.py and generate.py do
     torch.manual_seed(0)
@@ -233,8 +234,7 @@ def measure_rank(task: Task, device: Device) -> dict:
 
 def step_of_rank(trainer: Trainer, batch: np.ndarray, ranks: Ranks) -> None:
     trainer.step(batch)
-    ranks.max_over_ranks(False)  # as `Session.after_step` does when nothing is due
-    ranks.max_over_ranks(0)
+    ranks.max_over_ranks(0, 0)  # as `Session.save_or_stop` does when nothing is due
 
 
 def what_a_step_sends(trainer: Trainer, batch: np.ndarray, ranks: Ranks) -> list[Tensor]:

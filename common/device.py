@@ -179,3 +179,9 @@ def tune_process() -> None:
     # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
     # new shape: in generation, at each token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    use_full_fp32()
+
+
+def use_full_fp32() -> None:
+    """Undo an image's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: fp32 matmuls then round to TF32."""
+    torch.set_float32_matmul_precision("highest")

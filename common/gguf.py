@@ -63,7 +63,7 @@ def _tensor_info(name: str, tensor: Tensor, dtype: torch.dtype, offset: int) -> 
 
 
 def _string(text: str) -> bytes:
-    data = text.encode()
+    data = text.encode(errors="replace")  # a file's name may be no UTF-8
     return struct.pack("<Q", len(data)) + data
 
 

@@ -11,8 +11,9 @@ of one model these classes; parameters, buffers and names stay as they are.
 | the loss and the scores | logits in chunks | whole, they would be the largest tensor |
 
 On other devices they call what they replace, the loss excepted; so do, under torch.compile, linear
-layers and dropout. `python -m benchmarks.operations` measures what each of them gains
-(docs/speed.md), and tests/model/test_fast.py holds each to its parent.
+layers and dropout. The loss on CUDA is in `model/cuda_loss.py`. `python -m benchmarks.operations`
+measures what each of them gains (docs/speed.md), and tests/model/test_fast.py holds each to its
+parent.
 """
 
 import math
@@ -23,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import cuda_loss
 from model.gpt2 import GPT2, Attention
 
 NARROW = 64  # a weight with a smaller side, as A and B have, stays MKL's: oneDNN is slower there
 LONGEST_MATRIX = 256  # tokens; in low precision, up to here the (T, T) matrix is faster
 FEW_LOGITS = 1 << 23  # per chunk, to save memory
-MANY_LOGITS = 1 << 25  # if each chunk costs kernel launches or an addition to the head's gradient
+MANY_LOGITS = 1 << 25  # if each chunk costs an addition to the head's gradient
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -182,11 +184,13 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     hidden (N, C), weight (V, C), targets (N,). The logits (N, V) are computed in chunks.
     """
     dtype = _compute_dtype(hidden)
+    if hidden.is_cuda:
+        return cuda_loss.score(hidden, weight, targets, dtype)
     h = hidden.to(dtype)
-    w = _pad_on_cuda(weight.to(dtype))
+    w = weight.to(dtype)
     losses = []
     hits = []
-    for chunk in _head_chunks(h, w, targets, vocab_size=len(weight)):
+    for chunk in _head_chunks(h, w, targets):
         losses.append(chunk.losses)
         hits.append(chunk.z.argmax(-1) == chunk.targets)
     return torch.cat(losses), torch.cat(hits)
@@ -198,7 +202,8 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     hidden (N, C), weight (V, C), targets (N,). The logits (N, V) are computed in chunks; matmuls
     run in autocast's precision, the softmax in fp32.
     """
-    return _TiedCrossEntropy.apply(hidden, weight, targets, _compute_dtype(hidden))
+    kind = cuda_loss.TiedCrossEntropy if hidden.is_cuda else _TiedCrossEntropy
+    return kind.apply(hidden, weight, targets, _compute_dtype(hidden))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -206,11 +211,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
-
-
-def _pad_on_cuda(w: Tensor) -> Tensor:
-    """Add rows of 0 up to a multiple of 64: GPT-2's 50,257 is odd, and its matmuls unaligned."""
-    return F.pad(w, (0, 0, 0, -len(w) % 64)) if w.is_cuda else w
 
 
 class HeadChunk(NamedTuple):
@@ -223,19 +223,15 @@ class HeadChunk(NamedTuple):
     losses: Tensor  # -log p(target), fp32 (n,)
 
 
-def _head_chunks(
-    h: Tensor, w: Tensor, targets: Tensor, vocab_size: int, large: bool = False
-) -> Iterator[HeadChunk]:
-    """Compute the head chunk by chunk. In columns from `vocab_size` on, z is -inf and p is 0."""
-    logits_at_a_time = MANY_LOGITS if large or h.is_cuda else FEW_LOGITS
+def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, large: bool = False) -> Iterator[HeadChunk]:
+    """Compute the head chunk by chunk."""
+    logits_at_a_time = MANY_LOGITS if large else FEW_LOGITS
     chunks = max(1, math.ceil(len(h) * len(w) / logits_at_a_time))
     # One buffer for every p: fresh memory of this size would cost a page fault every 4 KiB.
     p_buffer = torch.empty(math.ceil(len(h) / chunks), len(w), device=h.device)
 
     for h_rows, y in zip(h.chunk(chunks), targets.chunk(chunks), strict=True):
         z = linear(h_rows, w)
-        if len(w) > vocab_size:
-            z[:, vocab_size:].fill_(-math.inf)
         p = torch.softmax(z, -1, dtype=torch.float32, out=p_buffer[: len(y)])
         log_sum_exp = z.amax(-1).float() - p.amax(-1).log()  # since max p = exp(max z) / sum exp(z)
         z_at_target = z.gather(1, y[:, None]).squeeze(1)
@@ -252,12 +248,12 @@ class _TiedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
         h = hidden.to(dtype)
-        w = _pad_on_cuda(weight.to(dtype))
+        w = weight.to(dtype)
         total = torch.zeros((), device=h.device)
         grad_h = []
         grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
 
-        for chunk in _head_chunks(h, w, targets, len(weight), large=grad_w is not None):
+        for chunk in _head_chunks(h, w, targets, large=grad_w is not None):
             total += chunk.losses.sum()
             minus_ones = -chunk.p.new_ones(len(chunk.targets), 1)
             grad_z = chunk.p.scatter_add_(1, chunk.targets[:, None], minus_ones)  # p - onehot
@@ -265,7 +261,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
                 grad_z = chunk.z.copy_(grad_z)  # reuse z's memory
             grad_h.append(linear(grad_z, w.T))
             if grad_w is not None:
-                grad_w += linear(grad_z.T, chunk.h.T)[: len(weight)]
+                grad_w += linear(grad_z.T, chunk.h.T)
 
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total

@@ -54,6 +54,8 @@ class KVCache:
         if layer in self.blocks:
             past_k, past_v = self.blocks[layer]
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+        else:
+            k, v = k.contiguous(), v.contiguous()  # as views they would keep q as well
         self.blocks[layer] = k, v
         return k, v
 
@@ -73,8 +75,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        q, k, v = map(self.split_heads, self.c_attn(x).split(C, dim=2))  # (B, H, T, D) each
         if self.q_scale != 1:
             q = q * self.q_scale
 
@@ -82,10 +83,16 @@ class Attention(nn.Module):
             y = self.attend(q, k, v)
         else:
             k, v = cache.extend(self.layer, k, v)
-            y = attend_to_past(q, k, v)
+            # Up to torch 2.11, Apple's GPU misreads a q that is a view (pytorch#163597).
+            y = attend_to_past(q.contiguous(), k, v)
 
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Turn (B, T, C) into (B, H, T, D)."""
+        B, T, C = x.shape
+        return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return dropout(softmax(q k^T / sqrt(D) + mask)) v, all (B, H, T, D).

@@ -70,33 +70,51 @@ def generate_rows(
         if never is not None:
             logits = logits.masked_fill(never, -torch.inf)
 
-        tokens = []
-        for prompt, row, generator in zip(prompts, logits, generators, strict=True):
-            if position < len(prompt):
-                tokens.append(prompt[position : position + 1])
-            else:
-                tokens.append(sample(row, temperature, top_k, top_p, generator))
-        new = torch.stack(tokens)  # (n, 1)
+        given = [prompt[position : position + 1] for prompt in prompts]  # empty after its end
+        new = next_tokens(logits, given, generators, temperature, top_k, top_p)
         window = torch.cat((window, new), 1)
         yield new[:, 0].masked_fill(position < ends, -1)
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+def next_tokens(
+    logits: Tensor,
+    given: Sequence[Tensor],
+    generators: Sequence[torch.Generator | None],
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> Tensor:
-    """Draw one token id (1,) from logits (V,), by temperature, top-k and nucleus (top-p) sampling.
+    """Return the next id of each row, (n, 1): the one in `given` (1,) or, where that is empty, one
+    drawn from logits (n, V) with the row's own generator.
 
-    Nucleus: Holtzman et al. 2019, https://arxiv.org/abs/1904.09751. The likeliest token always
-    stays; a temperature of 0, or too small to divide by, takes it.
+    A temperature of 0, or too small to divide by, takes the likeliest.
     """
-    if temperature < 1e-6:
-        return logits.argmax(-1, keepdim=True)
+    greedy = temperature < 1e-6
+    if not greedy:
+        logits = probabilities(logits, temperature, top_k, top_p)
+    tokens = []
+    for token, row, generator in zip(given, logits, generators, strict=True):
+        if len(token):
+            tokens.append(token)
+        elif greedy:
+            tokens.append(row.argmax(-1, keepdim=True))
+        else:
+            tokens.append(torch.multinomial(row, 1, generator=generator))
+    return torch.stack(tokens)
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Return what each row of logits (n, V) is drawn by: temperature, top-k and nucleus (top-p)
+    sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
+
+    The likeliest token always stays.
+    """
     logits = logits / temperature
-    if 0 < top_k < len(logits):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
-        rare = torch.zeros_like(before, dtype=torch.bool).scatter(0, index, before >= top_p)
+        rare = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(rare, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    return logits.softmax(-1)

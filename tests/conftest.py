@@ -15,6 +15,38 @@ import pytest
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else a `nohup` around the tests would hide it
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda", "mps"),
+        help="cuda or mps: run only the tests marked `device`, and compute there",
+    )
+
+
+def pytest_configure(config):
+    """Tell the tests their device, before any is imported (`helpers.DEVICE`)."""
+    device = config.getoption("--device")
+    os.environ["TEST_DEVICE"] = device
+    if device == "cpu":
+        return
+    import torch
+
+    present = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    if not present[device].is_available():
+        raise pytest.UsageError(f"--device {device}: torch finds none on this machine")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic matmuls need
+    torch.use_deterministic_algorithms(True)  # a resumed run is compared byte by byte
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        return
+    others = [item for item in items if not item.get_closest_marker("device")]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item.get_closest_marker("device")]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures():
     """Draw no picture unless a test asks for it (`helpers.drawing`): each takes half a second."""

@@ -1,6 +1,7 @@
 """Make small stock transformers models, compare tensors, and check refusals."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from common.figures import can_draw
@@ -21,6 +23,10 @@ from model.tokenizer_files import FAST, GPT2_FILES, SETTINGS, load_tokenizer
 from training import compare, report
 
 transformers.logging.disable_progress_bar()
+
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # conftest.py sets it by --device
+# How closely two ways to add up in fp32 agree, relative: a GPU's kernels add in other orders.
+FP32_CLOSE = 1e-6 if DEVICE == "cpu" else 1e-5
 
 TINY = {
     "vocab_size": 317,
@@ -102,6 +108,30 @@ def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:
     value = value.detach().double()
     reference = reference.detach().double()
     return ((value - reference).abs().max() / reference.abs().max()).item()
+
+
+class Operations(TorchDispatchMode):
+    """Note the name of every operation of PyTorch's inside the `with` that is no view.
+
+    On a GPU each would launch a kernel or more, `empty` excepted, which is not noted.
+    """
+
+    VIEWS = ("as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze")
+    FREE = ("_unsafe_view", "alias", "empty", "empty_like", "t", "transpose", "unsqueeze", "view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0  # bytes of what one of them made
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        if name not in (*self.VIEWS, *self.FREE):
+            self.names.append(name)
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.untyped_storage().nbytes())
+        return result
 
 
 def refusal(name: object, read: Callable, *arguments: object) -> str:

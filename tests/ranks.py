@@ -6,16 +6,20 @@ They print into the files `out` and `err` of a folder.
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 from common.errors import run_command
 from tests.fault.runs import PATIENCE
+from tests.helpers import DEVICE
+from training.options import ROOT
 
 
 def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
@@ -32,11 +36,15 @@ def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], li
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    calls = []
-    for i, command in enumerate(commands):
-        rank = environment | {"RANK": str(i), "LOCAL_RANK": str(i)}
-        calls.append((be_rank, folder, command, during, rank))
-    statuses = _run(*calls)
+    ranks = [environment | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(len(commands))]
+    if DEVICE == "cpu":
+        calls = [
+            (be_rank, folder, command, during, rank)
+            for command, rank in zip(commands, ranks, strict=True)
+        ]
+        statuses = _run(*calls)
+    else:
+        statuses = _start(folder, commands, ranks)
     return statuses, (folder / "err").read_text().splitlines()
 
 
@@ -53,6 +61,21 @@ def torchrun(folder: Path, command: list[str], during=None) -> tuple[int, list[s
     )
     [status] = _run((elastic_launch(config, be_rank), folder, command, during))
     return status, (folder / "err").read_text().splitlines()
+
+
+def _start(folder: Path, commands: tuple[list[str], ...], ranks: list[dict]) -> list[int]:
+    """Start each rank anew, on a GPU of its own: a process that has used one cannot be forked."""
+    if DEVICE != "cuda" or torch.cuda.device_count() < len(ranks):
+        pytest.skip(f"needs {len(ranks)} GPUs")
+    with open(folder / "out", "a") as out, open(folder / "err", "a") as err:
+        processes = []
+        for command, rank in zip(commands, ranks, strict=True):
+            words = [sys.executable, "train.py", *command]
+            process = subprocess.Popen(
+                words, cwd=ROOT, env=os.environ | rank, stdout=out, stderr=err
+            )
+            processes.append(process)
+        return [process.wait(PATIENCE) for process in processes]
 
 
 def _run(*calls: tuple) -> list[int]:

@@ -27,7 +27,7 @@ import train
 from common.device import Device
 from common.errors import run_command
 from common.signals import HANDLED
-from tests.helpers import TINY, small_tokenizer
+from tests.helpers import DEVICE, TINY, small_tokenizer
 from training.build import build_model, load_data, resolve
 from training.options import parse_options
 
@@ -97,7 +97,7 @@ def run(main: Main, *argv: object) -> Ending:
 
 
 def arguments(method: str, base: Path, book: Path, out: Path, *options: object) -> list[str]:
-    """Return `train.py`'s arguments for a small run on the CPU; `options` come last and win.
+    """Return `train.py`'s arguments for a small run; `options` come last and win.
 
     A `book` of JSON lines is its `--data`.
     """
@@ -105,7 +105,7 @@ def arguments(method: str, base: Path, book: Path, out: Path, *options: object) 
         source = ["--data", book]
     else:
         source = ["--book", book, "--stride", BLOCK]
-    small = split(f"--device cpu --precision fp32 --block-size {BLOCK} --log-every 1")
+    small = split(f"--device {DEVICE} --precision fp32 --block-size {BLOCK} --log-every 1")
     words = [method, "--base", base, *source, "--out", out, *small, *options]
     return [str(word) for word in words]
 
@@ -134,7 +134,7 @@ def trainer(
     made = resolve(asked, str(base), device, data)
     if fast:
         return train.make_trainer(made, base, data, device)
-    model = build_model(made, base, device.dtype)
+    model = build_model(made, base, device.dtype, device.torch_device)
     return train.Trainer(made, model, data, device)
 
 

@@ -379,6 +379,15 @@ def test_a_run_whose_result_is_known_is_not_run_again(monkeypatch):
     assert len(trained) == 5
 
 
+def test_a_result_that_a_kill_cut_off_costs_no_other():
+    sweep.keep("first", 1.5)
+    sweep.keep("second", {"end": math.inf})
+    whole = sweep.CELLS.read_bytes()
+    sweep.CELLS.write_bytes(whole[: whole.index(b"second") + 12])
+    sweep.keep("third", [3])
+    assert sweep.known_cells() == {"first": 1.5, "third": [3]}
+
+
 def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
     """The search walks to the least mean over the seeds, not to the first seed's least."""
     best = {0: 8.0, 1: 2.0, 2: 2.0}

@@ -105,13 +105,19 @@ def prepare_device(options: Options, device: Device) -> None:
         )
 
 
-def build_model(options: Options, directory: Path, dtype: torch.dtype = torch.float32) -> GPT2:
+def build_model(
+    options: Options,
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> GPT2:
     """Build the model from the base in `directory`: for LoRA, adapted and with matrices in `dtype`.
 
-    Seeds torch with `options.seed`, which decides how A starts.
+    The base is on `device` when it is adapted: PiSSA decomposes each layer's W, which takes minutes
+    on a CPU if the base is large. Seeds torch with `options.seed`, which decides how A starts.
     """
     torch.manual_seed(options.seed)
-    model = load_base(options, directory, dtype)
+    model = load_base(options, directory, dtype).to(device)
     if options.base_dropout is not None:
         model.set_dropout(options.base_dropout)
     model.gradient_checkpointing = options.gradient_checkpointing

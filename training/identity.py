@@ -85,10 +85,13 @@ def _differences(then: dict[str, Any], now: RunIdentity) -> list[str]:
 
     differences = []
     old = then["options"]
-    for name in sorted((old.keys() | now.options.keys()) - MAY_CHANGE_ON_RESUME):
+    names = (old.keys() | now.options.keys()) - MAY_CHANGE_ON_RESUME
+    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # it sets others
         before = old.get(name)
         asked = now.options.get(name)
         if before != asked:
+            if name not in old:  # another version had no such option: there is none to repeat
+                raise KeyError(name)
             differences.append(
                 f"{flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
                 "repeat the run's own options"

@@ -71,21 +71,28 @@ class Ranks:
             except SystemExit:  # after a signal, all ranks end together
                 dist.destroy_process_group()
                 raise
+            except BaseException:
+                self._abort_nccl()  # it would wait for the others, and warn as Python ends
+                raise
         dist.destroy_process_group()
 
     def _call(self, collective: Callable[[], object]) -> None:
         try:
             collective()
         except RuntimeError as error:  # gloo has no exception of its own
-            if dist.is_initialized():  # "gloo", or "cpu:gloo,cuda:nccl"
-                if "nccl" in dist.get_backend():
-                    assert dist.group.WORLD
-                    dist.group.WORLD.abort()  # it would wait for the rank that has gone
+            if dist.is_initialized():
+                self._abort_nccl()  # it would wait for the rank that has gone
                 dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
             raise RunError(
                 f"rank {self.rank} of {self.count}: the connection to another rank is "
-                f"lost ({first_line(error)}); its own message says why"
+                f"lost ({_reason(error)}); its own message says why"
             ) from error
+
+    def _abort_nccl(self) -> None:
+        """End NCCL's part of the group at once, if it has one."""
+        if dist.is_initialized() and "nccl" in dist.get_backend():  # "cpu:gloo,cuda:nccl"
+            assert dist.group.WORLD
+            dist.group.WORLD.abort()
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
@@ -128,13 +135,16 @@ class Ranks:
         for tensor, total in zip(tensors, totals, strict=True):
             tensor.copy_(total.view_as(tensor))
 
-    def max_over_ranks(self, value: int) -> int:
-        """Return the ranks' largest number; the exchange is on the CPU and waits for no GPU."""
+    def max_over_ranks(self, *values: int) -> list[int]:
+        """Return each number's largest over the ranks, all in one message.
+
+        The exchange is on the CPU and waits for no GPU.
+        """
         if self.count == 1:
-            return value
-        shared = torch.tensor(value)
+            return list(values)
+        shared = torch.tensor(values)
         self._call(lambda: dist.all_reduce(shared, dist.ReduceOp.MAX))
-        return int(shared)
+        return shared.tolist()
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in order of rank."""
@@ -149,6 +159,15 @@ class Ranks:
         if self.count > 1:
             self._call(lambda: dist.broadcast_object_list(values))
         return values[0]
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return an error's first line and, of NCCL's, what stands under "Last error:": its cause."""
+    _, _, cause = str(error).partition("Last error:\n")
+    reason = first_line(error)
+    if cause.strip():
+        reason += f"; {cause.strip().splitlines()[0]}"
+    return reason
 
 
 ALONE = Ranks()

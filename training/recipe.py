@@ -17,7 +17,7 @@ def best_rate(steps: int, passes: float) -> float:
     0.035 / (steps * passes^2)^(1/3), within `RATES`.
 
     `passes` is how often the run reads a token of its training part, on average. The rule was
-    fitted to runs of 15 to 240 steps and 1.4 to 23 passes on `mini`; the rank hardly counts.
+    fitted to runs of 15 to 960 steps and 1.4 to 23 passes on `mini`; the rank hardly counts.
     """
     least, largest = RATES
     rate = 0.035 / (steps * passes**2) ** (1 / 3)

@@ -177,18 +177,21 @@ class Session:
         if self.directory:
             self.directory.append(metrics)
 
-    def save_if_due(self, epoch_ends: bool) -> None:
-        """Save a checkpoint if `--checkpoint-every` asks for one, or at an epoch's end."""
-        if self.ranks.max_over_ranks(self._is_due(epoch_ends)):
+    def save_or_stop(self, epoch_ends: bool) -> None:
+        """Save a checkpoint if `--checkpoint-every` asks for one, or at an epoch's end; if a signal
+        has come, to any rank, save and end the process.
+        """
+        due = self._is_due(epoch_ends)
+        due_anywhere, number = self.ranks.max_over_ranks(due, self.stop_signal or 0)
+        if due_anywhere or number:
             self._save()
+        if self.ranks.count == 1:  # a signal may have come while it saved
+            number = self.stop_signal or 0
+        if number:
+            self._stop(number)
 
-    def stop_if_asked(self) -> None:
-        """If a signal has come, to any rank, save and end the process."""
-        number = self.ranks.max_over_ranks(self.stop_signal or 0)
-        if not number:
-            return
-        if self.saved_step != self.step:
-            self._save()
+    def _stop(self, number: int) -> None:
+        """End the process as the signal asks; all is saved."""
         on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
         if self.directory:
             print(

@@ -112,8 +112,14 @@ def known_cells() -> dict[str, Any]:
     """Return the results that were kept."""
     if not CELLS.exists():
         return {}
-    lines = map(json.loads, CELLS.read_text().splitlines())
-    return {line["cell"]: line["result"] for line in lines}
+    known = {}
+    for line in CELLS.read_text().splitlines():
+        try:
+            kept = json.loads(line)
+        except ValueError:  # empty, or cut off by a kill
+            continue
+        known[kept["cell"]] = kept["result"]
+    return known
 
 
 def finetune(
@@ -143,10 +149,14 @@ def finetune(
 
 
 def keep(key: str, result: Any) -> None:
-    """Append a result to those that are known."""
+    """Append a result to those that are known, in one write: other processes append, too.
+
+    It begins with a new line, which ends a line that was cut off.
+    """
     CELLS.parent.mkdir(parents=True, exist_ok=True)
-    with CELLS.open("a") as file:
-        file.write(json.dumps({"cell": key, "result": result}) + "\n")
+    line = json.dumps({"cell": key, "result": result})
+    with CELLS.open("ab", buffering=0) as file:
+        file.write(f"\n{line}\n".encode())
 
 
 def tune(

@@ -46,7 +46,7 @@ def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple
     _, validation = split(load_books(books, tokenizer), options["val_fraction"])
     text = decode(tokenizer, validation[: 4 * length])
     _, _, later = text.partition("\n\n")
-    text = decode(tokenizer, tokenizer.encode(later or text)[:length])
+    text = decode(tokenizer, tokenizer.encode(later if later.strip() else text)[:length])
     sentences = SENTENCES.match(text)
     if sentences:
         text = sentences[0]

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 
+from adapters.combine import main as combine
 from adapters.config import CONFIG
 from adapters.export import main
 from adapters.files import WEIGHTS, base_hash, load_adapter, save_adapter
@@ -93,6 +94,14 @@ def test_what_the_base_was_quantised_to_stays_recorded_and_gguf_says_it(base, tm
     assert recorded_quantisation(tmp_path / "plain") == "nf4"
     said = stdout_of(gguf, tmp_path / "lora", "--base", base, "--out", tmp_path / "lora.gguf")
     assert "trained on a base in nf4; write that with --base B --quantise nf4" in said
+
+
+@pytest.mark.parametrize("command", [main, combine])
+def test_the_revision_of_the_base_stays_recorded(base, tmp_path, command):
+    save_adapter(*adapted(base, ("c_attn",), r=3), tmp_path / "lora", "owner/name@v2")
+    stdout_of(command, tmp_path / "lora", "--out", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v2")
 
 
 def test_dora_and_a_directory_that_exists_are_refused(base, adapter, tmp_path):

@@ -1,6 +1,7 @@
 """`python -m adapters.gguf`: what the `gguf` package reads, against stock PEFT and transformers."""
 
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -228,3 +229,10 @@ def test_wrong_arguments_are_refused(base, adapter, tmp_path):
     line = one_line(run(main, adapter, "--base", base, "--out", out), 2)
     assert line == f"error: --out {out}: exists already; name a new file"
     assert out.read_text() == "mine"
+
+
+def test_a_file_whose_name_is_no_text_is_written(base, adapter, tmp_path):
+    out = tmp_path / os.fsdecode(b"out-\xff.gguf")
+    assert run(main, adapter, "--base", base, "--out", out).status == 0
+    out.rename(tmp_path / "out.gguf")
+    assert read(tmp_path / "out.gguf")[0]["general.name"] == "out-?"

@@ -195,8 +195,8 @@ def test_two_ranks_are_processes_of_their_own_and_what_a_step_sends_is_counted(
 
     monkeypatch.setattr(speed.subprocess, "run", torchrun)
     found = speed.run_apart(task)
-    # Gradients and loss; whether a checkpoint is due, and whether a signal came.
-    assert found["bytes"] == 4 * (trainable + 1) + 1 + 8
+    # Gradients and loss in one message; whether a checkpoint is due and a signal came, in another.
+    assert found["bytes"] == 4 * (trainable + 1) + 2 * 8
     assert len(found["seconds"]) == 2
     assert found["all_reduce"] > 0
 
@@ -206,6 +206,16 @@ def test_one_rank_sends_nothing(base, monkeypatch):
     found = speed_worker.measure(Task("train", str(base), block_size=32, ranks=1, steps=2))
     assert found["bytes"] == 0
     assert "all_reduce" not in found
+
+
+@pytest.mark.parametrize("device, vocabulary", [("cpu", 317), ("cuda", 320)])
+def test_on_cuda_the_head_is_measured_as_it_is_padded(base, monkeypatch, device, vocabulary):
+    configs = []
+    monkeypatch.setattr(
+        speed_matmuls, "count_matmuls", lambda task, config: configs.append(config) or {}
+    )
+    speed_matmuls.measure_matmuls(Task("train", str(base)), torch.device(device))
+    assert [config.vocab_size for config in configs] == [vocabulary]
 
 
 def test_a_task_is_measured_in_a_process_of_its_own(base):

@@ -1,16 +1,26 @@
-"""The GPU's report: all of its script that can runs on a CPU, and a fault does not stay hidden."""
+"""The GPU's report: all of its script runs on a CPU, and a fault does not stay hidden."""
 
 import json
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks import gpu_peft, gpu_training, speed_worker, verify_gpu
-from benchmarks.gpu_operations import PLAIN
+from benchmarks import gpu_learning, gpu_speed, ours, speed_worker, verify_gpu
+from common.errors import RunError
+from lora.layer import LoRALinear
 from model import fast
 from tests.helpers import tiny_gpt2_directory
-from tests.ranks import fork
 from tests.runs import one_line, run
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path_factory, monkeypatch):
+    """Take a tiny base in place of mini, and measure in this process."""
+    base, _ = tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_head=2)
+    monkeypatch.setattr(verify_gpu, "MINI", base)
+    monkeypatch.setattr(gpu_speed, "run_apart", speed_worker.measure)
 
 
 def verify(out, *argv):
@@ -19,27 +29,26 @@ def verify(out, *argv):
     return ending, {part["name"]: part for part in report["parts"]}
 
 
-def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
-    def torchrun(command, **options):
-        started = " ".join(command[1:7])
-        assert started == "-m torch.distributed.run --standalone --nproc-per-node 2 train.py"
-        statuses, lines = fork(tmp_path / "said", *[command[7:]] * 2)
-        assert statuses == [0, 0], lines
+def broken(part) -> list[str]:
+    return [check["name"] for check in part["checks"] if not check["ok"]]
 
-    # In this process and in forked ones, which saves six imports of torch; in place of mini a tiny
-    # base, with heads of 16 (tests/benchmarks/test_parity.py).
-    base, _ = tiny_gpt2_directory(tmp_path / "base", n_head=2)
-    monkeypatch.setattr(verify_gpu, "MINI", base)
-    monkeypatch.setattr(gpu_peft, "run_apart", speed_worker.measure)
-    monkeypatch.setattr(gpu_training.subprocess, "run", torchrun)
+
+def test_a_dry_run_runs_every_part_and_writes_one_report(tmp_path):
     ending, parts = verify(tmp_path)
     assert ending.status == 0, ending
     assert parts.keys() == verify_gpu.PARTS.keys()
-    skipped = {name: part["why"] for name, part in parts.items() if part["result"] != "ok"}
-    assert skipped == {"no-waiting": "on a CPU there is nothing to wait for"}
-    assert len(parts["operations"]["checks"]) == 12 and len(parts["options"]["checks"]) == 10
-    assert all(check["ok"] for part in parts.values() for check in part["checks"])
-    assert parts["speed"]["facts"]["this project, LoRA, bf16"]["ms a step"] > 0
+    assert {part["result"] for part in parts.values()} == {"ok"}
+    learned = [check["name"] for check in parts["learning"]["checks"]]
+    for method in ("lora", "full"):
+        for case in ("fp32", "fp32, checkpointing", "fp32, 3 parts", "bf16", "bf16, 3 parts"):
+            assert f"{method}, {case}: what it learns, over PEFT's, from 1" in learned
+    assert len(learned) == 2 * 2 * 6
+    left_out = {"lora, compiled", "lora, --data"}
+    assert parts["no-waiting"]["facts"].keys() == gpu_learning.WAITING.keys() - left_out
+    rows = parts["speed"]["facts"]
+    assert rows["this project, LoRA, bf16"]["time / ours"] == 1
+    assert rows["PEFT, LoRA, bf16 autocast"]["ms a step"] > 0
+    assert rows["transformers, full, bf16 autocast"]["peak / ours"] > 0
 
     text = (tmp_path / "gpu-report.md").read_text()
     assert text.startswith("# GPU report: dry run on a CPU")
@@ -47,34 +56,94 @@ def test_a_dry_run_runs_every_part_or_says_why_not(tmp_path, monkeypatch):
     assert str(tmp_path) not in text
 
 
-def test_a_fault_and_an_exception_fail_and_the_next_part_runs(tmp_path, monkeypatch):
-    def wrong(*args):
-        return 1.01 * PLAIN["linear"](*args)
+def skip_the_optimizer(monkeypatch):
+    def make_trainer(*args, make=ours.make_trainer, **more):
+        trainer = make(*args, **more)
+        trainer.optimizer.step = lambda *_: None
+        return trainer
 
-    def raises(opts, report):
-        raise RuntimeError("CUDA error: an illegal memory access\nmore")
+    monkeypatch.setattr(ours, "make_trainer", make_trainer)
 
-    monkeypatch.setattr(fast, "linear", wrong)
-    monkeypatch.setitem(verify_gpu.PARTS, "resume", raises)
-    ending, parts = verify(tmp_path, "--only", "operations", "resume", "empty-share")
+
+def leave_the_scale_out(monkeypatch):
+    def update(layer, x, y):
+        return layer.lora_B(layer.lora_A(layer.lora_dropout(x)))
+
+    monkeypatch.setattr(LoRALinear, "update", update)
+
+
+def show_the_next_token(monkeypatch):
+    def attend(q, k, v, p):
+        length = q.size(-2)
+        mask = torch.ones(length, length, dtype=torch.bool).tril(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+
+    monkeypatch.setattr(fast, "causal_attention", attend)
+
+
+LEARNS = "what it learns, over PEFT's, from 1"
+
+
+@pytest.mark.parametrize(
+    "spoil, found",
+    [
+        (skip_the_optimizer, {"lora, fp32", "lora, bf16", "full, fp32", "full, bf16"}),
+        (leave_the_scale_out, {"lora, fp32", "lora, bf16"}),
+    ],
+)
+def test_a_run_that_learns_too_little_fails_in_every_precision(tmp_path, monkeypatch, spoil, found):
+    spoil(monkeypatch)
+    ending, parts = verify(tmp_path, "--only", "learning")
+    assert ending.status == 1 and "failed: learning" in ending.stdout
+    names = broken(parts["learning"])
+    assert {f"{case}: {LEARNS}" for case in found} <= set(names)
+    assert not any("start" in name for name in names)
+
+
+def test_a_mask_that_shows_the_next_token_fails_before_the_first_step(tmp_path, monkeypatch):
+    show_the_next_token(monkeypatch)
+    ending, parts = verify(tmp_path, "--only", "learning")
     assert ending.status == 1
-    assert [part["result"] for part in parts.values()] == ["failed", "failed", "ok"]
-    assert "fp32: linear" in parts["operations"]["why"]
-    assert "attention" not in parts["operations"]["why"]
-    assert parts["resume"]["why"] == "RuntimeError: CUDA error: an illegal memory access"
-    assert "failed: operations, resume" in ending.stdout
+    for case in ("lora, fp32", "lora, fp32, 3 parts", "full, fp32"):
+        assert f"{case}: loss at the start, relative" in broken(parts["learning"])
 
 
-def test_a_fault_in_a_gradient_alone_is_found(tmp_path, monkeypatch):
-    def wrong_gradient(*args):
-        y = PLAIN["causal_attention"](*args)
-        return 1.01 * y - (0.01 * y).detach()
+def test_a_case_that_raises_fails_alone(tmp_path, monkeypatch):
+    def make_trainer(asked, *args, make=ours.make_trainer, **more):
+        if asked.gradient_checkpointing:
+            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+        return make(asked, *args, **more)
 
-    monkeypatch.setattr(fast, "causal_attention", wrong_gradient)
-    ending, parts = verify(tmp_path, "--only", "operations")
-    broken = [check["name"] for check in parts["operations"]["checks"] if not check["ok"]]
+    monkeypatch.setattr(ours, "make_trainer", make_trainer)
+    ending, parts = verify(tmp_path, "--only", "learning")
+    error = "RuntimeError: CUDA error: an illegal memory access"
     assert ending.status == 1
-    assert broken == ["fp32: attention, 33 tokens", "fp32: attention, 300 tokens"]
+    assert broken(parts["learning"]) == [
+        f"lora, fp32, checkpointing: {error}",
+        f"full, fp32, checkpointing: {error}",
+    ]
+    assert len(parts["learning"]["checks"]) == 2 * (2 * 5 + 1)
+
+
+def test_a_contender_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
+    def measure(task, measure=speed_worker.measure):
+        if task.method == "lora" and (task.side == "ours" or task.weights == "low"):
+            raise RunError("out of memory")
+        return measure(task)
+
+    monkeypatch.setattr(gpu_speed, "run_apart", measure)
+    ending, parts = verify(tmp_path, "--only", "speed")
+    assert ending.status == 1
+    assert broken(parts["speed"]) == ["this project, LoRA, bf16: out of memory"]  # theirs may fail
+    facts = parts["speed"]["facts"]
+    assert facts["PEFT, LoRA, bf16 weights, failed"] == "out of memory"
+    assert facts["this project, full, bf16"]["launches"] == 0
+
+
+def test_what_is_no_number_fails():
+    report = gpu_learning.Report()
+    gpu_learning.compare(report, "lora, fp32", [math.nan, math.nan], [4.0, 3.0])
+    assert len(report.broken()) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -14,12 +14,12 @@ import generate as command
 from common.errors import run_command
 from generate import stream
 from model.gpt2 import GPT2, GPT2Config
-from model.sampling import generate, sample
+from model.sampling import generate, next_tokens
 from model.stock import save_tokenizer
 from model.tokenizer import END_OF_TEXT
 from model.tokenizer_files import load_tokenizer
 from model.weights import load_gpt2, save_gpt2
-from tests.helpers import TINY, small_tokenizer, token_ids
+from tests.helpers import TINY, Operations, small_tokenizer, token_ids
 from tests.runs import Ending, one_line, run, stdout_of
 
 CONTEXT = TINY["n_positions"]
@@ -73,9 +73,28 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
     for choice in choices:
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | choice
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.cat([sample(LOGITS, **options, generator=generator) for _ in range(draws)])
-        counted = torch.bincount(drawn, minlength=4) / draws
+        drawn = []
+        nothing_given = [torch.empty(0)]
+        for _ in range(draws):
+            drawn.append(next_tokens(LOGITS[None], nothing_given, [generator], **options)[0])
+        counted = torch.bincount(torch.cat(drawn), minlength=4) / draws
         assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
+
+
+def test_rows_are_prepared_for_drawing_together():
+    """Each row by itself would cost a GPU eight launches a token."""
+
+    options = {"temperature": 0.7, "top_k": 3, "top_p": 0.9}
+    rows = 5
+    generators = [torch.Generator().manual_seed(i) for i in range(rows)]
+    with Operations() as seen:
+        drawn = next_tokens(LOGITS.expand(rows, -1), [torch.empty(0)] * rows, generators, **options)
+    assert seen.names.count("_softmax") == 2
+    assert seen.names.count("multinomial") == rows
+    for i, token in enumerate(drawn):
+        alone = [torch.Generator().manual_seed(i)]
+        expected = next_tokens(LOGITS[None], [torch.empty(0)], alone, **options)
+        assert torch.equal(token[None], expected)
 
 
 class Scripted(torch.nn.Module):

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -183,3 +184,10 @@ def test_a_card_of_the_users_own_stays_whatever_the_run(base, book, tmp_path):
     (out / "README.md").write_text(claimed)
     assert run(train, *argv, "--overwrite").status == 0
     assert (out / "README.md").read_text() == claimed != ours
+
+
+def test_a_directory_whose_name_is_no_text_gets_its_card(base, book, tmp_path):
+    out = tmp_path / os.fsdecode(b"run-\xff")
+    ending = run(train, *arguments("lora", base, book, out, "--max-steps", 1))
+    assert ending.status == 0, ending.stderr
+    assert "\n# run-?\n" in (out / "README.md").read_text(encoding="utf-8")

@@ -75,13 +75,18 @@ def test_what_fails_on_mps_is_refused_and_its_generator_is_saved(base, tmp_path,
 
 
 def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeypatch):
+    """No side computes fp32 in TF32, which an image may switch on."""
     monkeypatch.setitem(speed_worker.CALLS, "train", lambda *_: lambda: None)
     for main, *argv in ((train.main, "lora"), (evaluate.main,), (generate.main, "--prompt", "x")):
         torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.set_float32_matmul_precision("high")
         speed_worker.measure(Task("train", str(base), side="theirs"))
         assert torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.get_float32_matmul_precision() == "highest"
+        torch.set_float32_matmul_precision("high")
         assert run(main, *argv, "--base", "nowhere", "--device", "cpu").status == 2
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_compile_without_a_compiler_is_one_line_before_anything_is_written(

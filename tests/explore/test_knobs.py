@@ -153,6 +153,16 @@ def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs, monkey
         client.scores(text=about["text"], rank=8, layers=[])
 
 
+def test_the_page_begins_with_a_book_whose_end_is_empty_lines(base, book, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.txt"
+    own.write_text(book.read_text()[:2000].replace("\n\n", "\n") + "\n\n\n")
+    out = trained("lora", base, own, tmp_path / "run", "--block-size", 16, "--max-steps", 1).out
+    with serving(base, out) as client:
+        about = json.loads(client.send("GET", "/api/about")[2])
+    assert about["prompt"] and about["text"] in own.read_text()
+
+
 def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data.jsonl"

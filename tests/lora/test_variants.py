@@ -30,6 +30,8 @@ from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize
 from tests.runs import arguments, run, stock_linear_model, stock_model, trained
 from train import learning_rate, main
+from training.build import build_model
+from training.options import parse_options
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
@@ -322,6 +324,21 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     assert all(type(layer) is LoRALinear for layer in lora_layers(again).values())
     merge(model)
     assert relative_difference(model(IDS), expected) < 1e-5
+
+
+def test_pissa_decomposes_weights_where_they_will_be_trained(base, book, tmp_path, monkeypatch):
+    """On a CPU that would take minutes for a large base. `meta` stands in for a GPU."""
+    places = []
+
+    def svd(x, decompose=torch.linalg.svd, **options):
+        places.append(x.device.type)
+        return decompose(x, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    argv = arguments("lora", base, book, tmp_path, "--init-lora-weights", "pissa", "--r", 4)
+    model = build_model(parse_options("-", argv), base, device="meta")
+    assert places == ["meta", "meta"]
+    assert all(p.is_meta for p in (*model.parameters(), *model.buffers()))
 
 
 KINDS = {

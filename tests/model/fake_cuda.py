@@ -6,6 +6,7 @@ an empty one. Backward does not work so.
 """
 
 import ctypes
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from benchmarks.gpu_memory import Case, block_bytes
 from common.device import PRECISIONS, Device
 from lora.inject import inject
 from lora.layer import LoRAConfig
+from model import cuda_loss
 from model import fast as ops
 from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
@@ -26,11 +29,12 @@ ADAPTED = ("attn.c_attn", "attn.c_attn.base_layer", "attn.c_attn.lora_A", "attn.
 LINEAR = (*ADAPTED, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
-def model_on_cuda(precision: str) -> GPT2:
+def model_on_cuda(precision: str, method: str = "lora", layers: int = 2) -> GPT2:
     """Return a model as `Device.place` casts it, each parameter replaced by a fake one on CUDA."""
     with unset_fake_temporarily():
-        model = GPT2(CONFIG)
-        inject(model, LoRAConfig(r=4))
+        model = GPT2(replace(CONFIG, n_layer=layers))
+        if method == "lora":
+            inject(model, LoRAConfig(r=4))
         accelerate(model)
         Device.pick("cpu", precision).place(model)
     for module in model.modules():
@@ -82,6 +86,7 @@ def check(precision: str, gradients: bool) -> None:
     for name in ("h.1", "h.1.ln_1", "h.1.ln_2", "ln_f"):
         assert types[name] == (fp32, fp32), name
     assert loss.dtype == fp32
+    assert model.wte.weight.untyped_storage().nbytes() == 384 * 32 * low.itemsize  # with its zeros
 
 
 def cases_that_hold(guard: Path) -> list[tuple[str, bool]]:
@@ -89,8 +94,62 @@ def cases_that_hold(guard: Path) -> list[tuple[str, bool]]:
     ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
     torch.cuda.is_bf16_supported = lambda: True
+    cuda_loss.card_memory = lambda device: 16 * 10**9
     cases = list(product(PRECISIONS, (True, False)))
     with FakeTensorMode():
         for precision, gradients in cases:
             check(precision, gradients)
     return cases
+
+
+def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
+    """Return the bytes beside parameters that the model keeps for its backward pass."""
+    model = model_on_cuda(precision, method, layers).train()
+    ids = torch.zeros(windows, 32, dtype=torch.int64, device="cuda")
+    storages = {}  # so that a view counts once
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with (
+        Device(torch.device("cuda"), precision).autocast(),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        mock.patch.object(ops, "causal_attention", fused_attention),
+    ):
+        hidden = model.hidden(ids)
+    assert hidden.requires_grad
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def fused_attention(q, k, v, p):
+    """Call the kernel that a GPU takes; a build for the CPU would choose another."""
+    if q.dtype == torch.float32:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, None, True, p, True)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, p, True)[0]
+
+
+def block_that_fits(precision: str, method: str) -> bool:
+    """Return whether a block keeps for each token what benchmarks/gpu_memory.py says.
+
+    What does not grow with layers and tokens, such as casts of weights, falls out of the
+    differences.
+    """
+    grown = {}
+    for layers in (2, 3):
+        few, many = (kept_bytes(precision, method, layers, windows) for windows in (3, 5))
+        grown[layers] = many - few
+    measured = (grown[3] - grown[2]) / (2 * 32)
+    item = PRECISIONS[precision].itemsize
+    expected = block_bytes(CONFIG, Case("", method, item), rank=4)
+    assert measured == expected, (precision, method, measured, expected)
+    return True
+
+
+def blocks_that_fit() -> int:
+    """Check every method and precision; `cases_that_hold` has loaded the guard."""
+    with FakeTensorMode():
+        return sum(block_that_fits(*case) for case in product(PRECISIONS, ("lora", "full")))

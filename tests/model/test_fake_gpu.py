@@ -3,7 +3,9 @@
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -11,13 +13,16 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo  # now: it would take a mock of a function of torch for the function
+import torch.nn.functional as F
 
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from lora.variants import make_config, make_layer
+from model import fast
 from model.fast import accelerate
 from model.gpt2 import GPT2
-from tests.model.fake_cuda import CONFIG, cases_that_hold
+from tests.helpers import Operations
+from tests.model.fake_cuda import CONFIG, blocks_that_fit, cases_that_hold
 
 GUARD = """
 #include <c10/core/impl/FakeGuardImpl.h>
@@ -26,7 +31,7 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new 
 """
 
 
-def test_on_cuda_the_residual_stream_is_fp32_and_the_matmuls_are_not(tmp_path):
+def test_on_cuda_the_stream_is_fp32_and_a_block_keeps_the_bytes_that_the_table_says(tmp_path):
     """Run `fake_cuda.py` in a process of its own: a second guard would end this one."""
     if torch.__version__ < "2.9" and torch.version.cuda:
         pytest.skip("torch 2.8 built for CUDA asks the driver which attention kernel to take")
@@ -46,6 +51,7 @@ def test_on_cuda_the_residual_stream_is_fp32_and_the_matmuls_are_not(tmp_path):
         start = "fork"  # it need not import torch again
     with ProcessPoolExecutor(1, get_context(start)) as child:
         assert len(child.submit(cases_that_hold, guard).result()) == 6
+        assert child.submit(blocks_that_fit).result() == 6
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -63,6 +69,69 @@ def test_a_step_without_data_takes_the_branches_of_a_gpu_and_leaves_gradients(me
     assert len(trained) == {"lora": 4, "full": 28}[method]
     for name, parameter in trained.items():
         assert parameter.grad.shape == parameter.shape and parameter.grad.is_meta, name
+
+
+def test_the_gradients_of_q_k_and_v_are_put_together_by_one_kernel():
+    with torch.device("meta"):
+        attention = GPT2(CONFIG).h[0].attn
+        attention.attend = lambda q, k, v: q + k * v  # `meta` would take attention apart
+        x = torch.zeros(3, 32, 32, requires_grad=True)
+        y = attention(x)
+    with Operations() as seen:
+        y.sum().backward()
+    assert seen.names.count("cat") == 1
+    assert not {"stack", "clone", "copy_", "select_backward", "add"} & set(seen.names), seen.names
+
+
+def operations_of(layers: int) -> tuple[Counter, Counter]:
+    """Count a LoRA step's operations without data, forward and backward, as CUDA would run them."""
+
+    def attend(q, k, v, p):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, p, True)[0]
+
+    with (
+        torch.device("meta"),
+        mock.patch.object(torch, "is_autocast_enabled", lambda device: False),
+        mock.patch.object(F, "dropout", lambda x, p: torch.native_dropout(x, p, True)[0]),
+        mock.patch.object(fast, "causal_attention", attend),
+    ):
+        model = GPT2(replace(CONFIG, n_layer=layers)).train()
+        inject(model, LoRAConfig(r=4))
+        accelerate(model)
+        with Operations() as forward:
+            hidden = model.hidden(torch.zeros(3, 32, dtype=torch.int64))
+        with Operations() as backward:
+            hidden.backward(torch.empty_like(hidden))
+    return Counter(forward.names), Counter(backward.names)
+
+
+def test_a_block_launches_what_the_page_says():
+    """In fp32: bf16 adds 5 casts forward and 7 back. Attention's backward pass is 3 kernels."""
+    two = operations_of(2)
+    three = operations_of(3)
+    forward = three[0] - two[0]
+    backward = three[1] - two[1]
+    assert forward == {
+        "native_layer_norm": 2,
+        "addmm": 4,
+        "mm": 2,
+        "native_dropout": 3,
+        "_scaled_dot_product_flash_attention": 1,
+        "gelu": 1,
+        "mul": 1,
+        "add": 3,
+    }
+    assert backward == {
+        "native_layer_norm_backward": 2,
+        "mm": 8,
+        "native_dropout_backward": 3,
+        "_scaled_dot_product_flash_attention_backward": 1,
+        "gelu_backward": 1,
+        "mul": 1,
+        "add": 3,
+        "cat": 1,
+    }
+    assert forward.total() + 5 == 22 and backward.total() + 7 + 2 == 29
 
 
 def graphs_made(batches: tuple[int, ...], checkpointing: bool, **fields: object) -> list[int]:

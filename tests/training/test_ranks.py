@@ -87,6 +87,7 @@ def whole(base, book, folder) -> list[str]:
     return lines
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("method, ranks", [("lora", 4), ("full", 2)])
 def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
     base, book, tmp_path, method, ranks
@@ -110,7 +111,7 @@ def test_the_number_of_ranks_changes_no_number_and_one_rank_writes_and_speaks(
         assert difference < 1e-4, key
 
     assert {p.name for p in ours.out.iterdir()} == {p.name for p in alone.out.iterdir()}
-    assert ours.report["device"] == f"{ranks} x cpu" and alone.report["device"] == "cpu"
+    assert ours.report["device"] == f"{ranks} x {alone.report['device']}"
     said = (tmp_path / "said" / "out").read_text()
     expected = [line.split()[:2] for line in alone.stdout.splitlines()]
     told = [line.split()[:2] for line in said.splitlines()]
@@ -249,6 +250,7 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path
     assert not free.exists()
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     base, book, tmp_path, monkeypatch, precision
@@ -267,18 +269,35 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     assert not any(t.any() for t in sent) and made.measure()["loss"] == 0
 
 
-@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
-def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
+@pytest.fixture(params=["gloo", "cpu:gloo,cuda:nccl"])
+def backend(monkeypatch, request) -> str:
+    """Join a group of this backend that is not there."""
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock())
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_backend", lambda: request.param)
     monkeypatch.setattr(dist, "group", mock.Mock())
     monkeypatch.setattr(dist, "destroy_process_group", mock.Mock())
-    error = RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nLast error:")
+    return request.param
+
+
+def test_an_error_ends_nccls_part_of_the_group_without_waiting(backend):
+    """Destroyed in good order, it would wait for the others; left alone, it would warn."""
+    with pytest.raises(RunError), Ranks(rank=0, count=2).joined(torch.device("cpu")):
+        raise RunError("a loss that is not finite")
+    assert dist.group.WORLD.abort.called == ("nccl" in backend)
+    assert not dist.destroy_process_group.called
+
+
+def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
+    error = RuntimeError(
+        "NCCL error in: X.cpp:1, unhandled system error\nncclSystemError: System call failed\n"
+        "Last error:\nsocketPollConnect: Connect to 10.0.0.2 failed\n"
+    )
     monkeypatch.setattr(dist, "all_reduce", mock.Mock(side_effect=error))
     with pytest.raises(RunError) as failure:
         Ranks(rank=1, count=2).max_over_ranks(0)
     message = str(failure.value)
     assert LOST.fullmatch(f"error: {message}")
-    assert "(NCCL error in: X.cpp:1, " in message and "Last error" not in message
+    assert "(NCCL error in: X.cpp:1, unhandled system error; socketPollConnect: " in message
     dist.destroy_process_group.assert_called_once_with()
     assert dist.group.WORLD.abort.called == ("nccl" in backend)

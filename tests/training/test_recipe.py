@@ -1,5 +1,6 @@
 """The recipes: what each sets, what the user's options override, and what `run.json` says."""
 
+import json
 from argparse import Namespace
 from shlex import split
 
@@ -72,8 +73,18 @@ def test_a_run_of_the_best_recipe_resumes_as_itself(base, book, tmp_path):
     argv = arguments("lora", base, book, tmp_path / "run", *SHORT, "--recipe", "best")
     assert run(main, *argv).status == 0
     assert "nothing to resume" in run(main, *argv, "--resume").stdout
-    line = one_line(run(main, *argv[:-1], "reference", "--resume"), 2)
-    assert "--lora-alpha" not in line and "--lr was 0.008 and is now 0.0003" in line
+    for others in (["reference"], ["reference", "--lr", 8e-3]):
+        line = one_line(run(main, *argv[:-1], *others, "--resume"), 2)
+        assert "--recipe was best and is now reference; repeat the run's own options" in line
+
+
+def test_a_run_of_a_version_without_recipes_cannot_be_resumed(base, book, tmp_path):
+    done = trained("lora", base, book, tmp_path / "run", *SHORT)
+    report = done.report
+    del report["options"]["recipe"]
+    (done.out / "run.json").write_text(json.dumps(report))
+    argv = arguments("lora", base, book, done.out, *SHORT, "--resume")
+    assert "another version's (KeyError('recipe')); start again" in one_line(run(main, *argv), 2)
 
 
 def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):

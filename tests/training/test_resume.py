@@ -57,6 +57,7 @@ def stopped(stopped_run, base, book, tmp_path) -> list[str]:
     return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     "method, number, step, status",
     [
@@ -101,6 +102,7 @@ def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
     assert done.column("loss") == whole["lora"].column("loss")
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("torn", [0, 9])
 def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_path, torn):
     """Resume as after a crash: metrics ahead of the checkpoint, the last line whole or torn."""
@@ -191,6 +193,7 @@ def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
     assert "the run is of `train.py lora`, not full" in refused(tmp_path / "run", *argv)
 
 
+@pytest.mark.device
 def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base, tmp_path):
     data = runs.questions(tmp_path / "data.jsonl")
     options = ("--block-size", 64, "--batch-size", 4, "--grad-accum", 2, "--max-steps", 9)

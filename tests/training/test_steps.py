@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from functools import partial
 from shlex import split
 
 import peft
@@ -11,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests import runs
-from tests.helpers import tiny_gpt2_directory
+from tests.helpers import FP32_CLOSE, tiny_gpt2_directory
 from tests.pairs import randomize
 from tests.runs import BLOCK, mean_loss, stock_model, token_parts, trained, windows
 from train import learning_rate
@@ -80,6 +81,7 @@ def cosine_rates(total: int, warmup: int, peak: float) -> list[float]:
     return rates[1 : warmup + 1] + rates[warmup:total]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("method, clip", [("lora", 0), ("full", 0.05)])
 def test_steps_are_those_of_adamw_on_stock_models(start, book, tmp_path, method, clip):
     base, adapter = start
@@ -97,7 +99,7 @@ def test_steps_are_those_of_adamw_on_stock_models(start, book, tmp_path, method,
     options += split(f"--epochs 4 --lr {peak} --warmup-ratio 0.3 --weight-decay 0.5 --clip {clip}")
     run = trained(method, base, book, tmp_path, *WHOLE, "--base-dropout", 0, *options)
     assert run.column("lr") == pytest.approx(rates)
-    assert run.column("loss") == pytest.approx(losses, rel=1e-6)
+    assert run.column("loss") == pytest.approx(losses, rel=FP32_CLOSE)
     assert run.column("grad_norm") == pytest.approx(norms, rel=1e-4)  # before clipping
     assert not clip or min(norms) > 2 * clip
     assert run.column("val_loss")[-1] == run.report["best_val_loss"]  # so these are step 4's:
@@ -133,6 +135,7 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tm
     assert visits() == batches != visits("--seed", 1)
 
 
+@pytest.mark.device
 def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
     def run_in(parts: int) -> runs.Run:
         options = split(f"--batch-size 7 --max-steps 4 --lr 1e-3 --grad-accum {parts}")
@@ -140,9 +143,9 @@ def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
 
     whole = run_in(1)
     for run in (run_in(3), run_in(99)):
-        assert run.column("loss") == pytest.approx(whole.column("loss"), rel=1e-6)
+        assert run.column("loss") == pytest.approx(whole.column("loss"), rel=FP32_CLOSE)
         assert run.column("grad_norm") == pytest.approx(whole.column("grad_norm"), rel=1e-4)
-        torch.testing.assert_close(run.weights, whole.weights, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run.weights, whole.weights, rtol=0, atol=10 * FP32_CLOSE)
 
 
 def test_the_logged_loss_is_the_mean_over_tokens_though_the_last_batch_is_smaller(
@@ -160,6 +163,7 @@ def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
     assert run.column("loss") == pytest.approx([exact_loss(base, book, 2)], rel=1e-6)
 
 
+@pytest.mark.device
 def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, tmp_path):
     def run_in(precision: str) -> runs.Run:
         options = split(f"--max-steps 4 --precision {precision}")
@@ -178,6 +182,7 @@ def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, t
             assert ("skipped_steps" in numbers) == (run.report["precision"] == "fp16")
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_compiled_training_is_the_same(book, tmp_path):
     base, _ = tiny_gpt2_directory(tmp_path / "base", n_layer=1)
@@ -187,3 +192,32 @@ def test_compiled_training_is_the_same(book, tmp_path):
     assert compiled.column("loss") == pytest.approx(plain.column("loss"), rel=1e-5)
     assert compiled.column("grad_norm") == pytest.approx(plain.column("grad_norm"), rel=1e-4)
     torch.testing.assert_close(plain.weights, compiled.weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_compiled_training_makes_one_graph_though_batches_differ(
+    base, book, tmp_path, monkeypatch, parts
+):
+    """An epoch has batches of 89, 89 and 1; the rows that fill up the last change no number."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count, fullgraph=True))
+    options = ("--batch-size", 89, "--grad-accum", parts, "--epochs", 2, "--lr", 1e-3)
+    options += NO_DROPOUT
+    plain = runs.trainer("lora", base, book, tmp_path, *options)
+    compiled = runs.trainer("lora", base, book, tmp_path, *options, "--compile")
+    for batch in plain.batches():
+        metrics = []
+        for each in (plain, compiled):
+            each.step(batch)
+            metrics.append(each.measure())
+        for name in ("loss", "grad_norm"):
+            assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5), name
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(compiled.parameters[name], parameter, rtol=0, atol=1e-5)
+    assert len(graphs) == 1

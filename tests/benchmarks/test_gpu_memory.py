@@ -1,0 +1,40 @@
+"""The table of a GPU's memory: the page has the command's, and its sizes are the model's.
+
+tests/model/fake_cuda.py holds what a block keeps to what autograd keeps.
+"""
+
+import pytest
+import torch
+
+from benchmarks import gpu_memory
+from benchmarks.gpu_memory import BASES, CASES, parameters, step_bytes
+from model.gpt2 import GPT2
+from tests.runs import stdout_of, table
+from training.options import ROOT
+
+
+def test_the_page_has_the_commands_table():
+    printed = table(stdout_of(gpu_memory.main))
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    on_page = [line for line in page.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in on_page]
+    assert len(printed) == 2 + len(CASES)
+    for row in (printed[0], *printed[2:]):
+        assert row in cells
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_parameters_are_counted_as_the_model_has_them(name):
+    with torch.device("meta"):
+        model = GPT2(BASES[name])
+    assert parameters(BASES[name]) == sum(p.numel() for p in model.parameters())
+
+
+def test_what_saves_memory_does():
+    config = BASES["gpt2-xl"]
+    totals = {case.name: sum(step_bytes(config, case, 16, 128).values()) for case in CASES}
+    assert totals["LoRA, bf16 or fp16"] < 0.7 * totals["LoRA, fp32"]
+    assert totals["LoRA, bf16, checkpointing"] < 0.6 * totals["LoRA, bf16 or fp16"]
+    assert totals["LoRA, bf16, NF4, checkpointing"] < 0.6 * totals["LoRA, bf16, checkpointing"]
+    large_chunks = step_bytes(config, CASES[1], 16, 128, card=80e9)
+    assert large_chunks["loss"] > step_bytes(config, CASES[1], 16, 128)["loss"]

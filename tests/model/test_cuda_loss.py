@@ -1,0 +1,139 @@
+"""Compare CUDA's loss and scores with PyTorch's own; on a CPU the same code runs on CPU tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import cuda_loss
+from tests.helpers import DEVICE, Operations
+from tests.model.test_fast import BF16, FP16, FP32, TOLERANCE, assert_close, assert_same, normal
+
+pytestmark = pytest.mark.device
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch):
+    """A card that has room for the logits of 20 tokens at a time and 101 words, 128 with zeros."""
+    memory = 20 * 128 * 8 * cuda_loss.SHARE
+    monkeypatch.setattr(cuda_loss, "card_memory", lambda device: memory)
+
+
+def plain(targets: Tensor):
+    return lambda hidden, weight: F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+
+
+def fast(targets: Tensor):
+    return lambda hidden, weight: cuda_loss.TiedCrossEntropy.apply(
+        hidden, weight, targets, hidden.dtype
+    )
+
+
+def case(n: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = normal(n, 16, seed=1, dtype=dtype)
+    weight = normal(vocab, 16, seed=2, dtype=dtype)
+    return hidden, weight, (torch.arange(n, device=DEVICE) * 7) % vocab
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(
+    ("n", "vocab", "dtype"),
+    [
+        (1, 7, FP32),
+        (20, 64, FP32),
+        (33, 101, FP32),
+        (33, 101, BF16),
+        (33, 128, BF16),
+        (5, 101, FP16),
+    ],
+)
+def test_loss_and_gradients_are_those_of_cross_entropy(n, vocab, dtype, frozen):
+    hidden, weight, targets = case(n, vocab, dtype)
+    weight.requires_grad_(not frozen)
+    loss = assert_same(fast(targets), plain(targets), hidden, weight)
+    assert loss.dtype == FP32
+    assert cuda_loss.aligned_head(weight).shape == (cuda_loss.aligned(vocab), 16)
+
+
+@pytest.mark.parametrize(("n", "vocab", "dtype"), [(33, 101, FP32), (33, 64, BF16), (9, 101, FP16)])
+def test_scores_are_those_of_cross_entropy_and_argmax(n, vocab, dtype):
+    hidden, weight, targets = case(n, vocab, dtype)
+    targets[::2] = (hidden @ weight.T).argmax(-1)[::2]
+    losses, hits = cuda_loss.score(hidden, weight, targets, dtype)
+    logits = hidden.detach().double() @ weight.detach().double().T
+    assert_close(losses, F.cross_entropy(logits, targets, reduction="none"), TOLERANCE[dtype])
+    assert losses.dtype == FP32 and losses.shape == hits.shape == (n,)
+    assert torch.equal(hits, (hidden @ weight.T).argmax(-1) == targets) and n / 2 <= hits.sum() < n
+
+
+def test_a_likely_token_keeps_its_small_gradient():
+    """In bf16, p = 0.9999 is 1, and p - 1 would be 0."""
+    hidden = torch.tensor([[9.25]], device=DEVICE, dtype=BF16, requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], device=DEVICE, dtype=BF16)
+    targets = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    fast(targets)(hidden, weight).backward()
+    p = torch.tensor(9.25).sigmoid().item()
+    assert hidden.grad.item() == pytest.approx(p - 1, rel=0.01) and p > 0.9999
+
+
+def test_loss_is_right_where_a_probability_underflows_and_shows_what_is_not_a_number():
+    hidden = torch.tensor([[200.0]], device=DEVICE, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], device=DEVICE)
+    targets = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    loss = fast(targets)(hidden, weight)
+    assert loss.item() == pytest.approx(400)
+    assert torch.autograd.grad(loss, hidden)[0].item() == pytest.approx(2)
+    assert fast(targets)(hidden * torch.nan, weight).isnan()
+
+
+def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
+    hidden, weight, targets = case(20, 101, FP32)
+    head = nn.Parameter(weight.detach(), requires_grad=False)
+    before = head.clone()
+    fast(targets)(hidden, head)
+    place = head.data_ptr()
+    with Operations() as seen:
+        fast(targets)(hidden, head)
+    assert head.data_ptr() == place and torch.equal(head, before)
+    assert head.shape == (101, 16) and head.is_contiguous()
+    # The matmul, the padding's -inf, the softmax; of each target; the gradient; the sum.
+    assert seen.names == [
+        "mm",
+        "fill_",
+        "_log_softmax",
+        "gather",
+        "exp",
+        "expm1",
+        "scatter_",
+        "mm",
+        "sum",
+        "neg",
+    ]
+
+
+def test_a_trained_head_stays_where_it_is_and_its_padding_zero():
+    hidden, weight, targets = case(33, 101, FP32)
+    head = nn.Parameter(weight.detach())
+    optimizer = torch.optim.AdamW([head], lr=0.1)
+    places = set()
+    for _ in range(3):
+        fast(targets)(hidden, head).backward()
+        optimizer.step()
+        places.add(head.data_ptr())
+    padded = cuda_loss.aligned_head(head)
+    assert len(places) == 1
+    assert torch.equal(padded[:101], head) and not padded[101:].any()
+    head.data = head.data.bfloat16()  # elsewhere again
+    assert torch.equal(cuda_loss.aligned_head(head)[:101], padded[:101].bfloat16())
+
+
+@pytest.mark.parametrize("memory, chunks", [(8, 5), (20, 2), (1000, 1)])
+def test_a_chunk_takes_its_share_of_the_cards_memory(monkeypatch, memory, chunks):
+    monkeypatch.setattr(cuda_loss, "card_memory", lambda device: memory * 128 * 8 * cuda_loss.SHARE)
+    hidden, weight, targets = case(33, 101, BF16)
+    with Operations() as seen:
+        fast(targets)(hidden, weight)
+    assert seen.names.count("_log_softmax") == chunks
+    largest_chunk = -(-33 // chunks)
+    head = 128 * 16 * 2
+    assert seen.largest == max(4 * 128 * largest_chunk, head)
