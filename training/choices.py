@@ -130,7 +130,8 @@ def print_summary(source: str, report: dict[str, Any]) -> None:
         f"{report['accuracy_mean']:.1%} by the mean per token"
     )
     if "confusion" in report:
+        labels = [" ".join(label.split()) for label in report["choices"]]  # a row is one line
         rows = []
-        for label, counts in zip(report["choices"], report["confusion"], strict=True):
+        for label, counts in zip(labels, report["confusion"], strict=True):
             rows.append([label, *map(str, counts)])
-        print_table(["answer, and what was chosen", *report["choices"]], rows)
+        print_table(["answer, and what was chosen", *labels], rows)

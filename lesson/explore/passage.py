@@ -51,7 +51,8 @@ def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple
     if sentences:
         text = sentences[0]
     words = FIRST_WORDS.match(text)
-    assert words  # it matches one word, too
+    if words is None:
+        raise UserError(f"{books[-1]}: its validation part holds no word")
     return words[0], text
 
 
@@ -62,6 +63,8 @@ def of_instructions(options: dict[str, Any], tokenizer: Tokenizer, length: int) 
     else:
         examples = read_examples(Path(options["data"]), tokenizer, options["block_size"])
         _, validation = split(examples, options["val_fraction"])
+    if not validation:
+        raise UserError(f"{options['data']}: holds no example to validate on")
     inputs, targets = validation[0]
     answer = int(scored_positions(torch.from_numpy(targets))[0]) + 1
     return decode(tokenizer, inputs[:answer]), decode(tokenizer, inputs[:length])

@@ -175,12 +175,18 @@ def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_pa
     assert about["text"] == "User: Gull 18?\nAssistant: At sea."
 
 
-def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path):
+@pytest.mark.parametrize("gone", ["nowhere.txt", "white.txt", "empty.jsonl"])
+def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path, gone):
+    (tmp_path / "white.txt").write_text("A gull." + "\n" * 100)
+    (tmp_path / "empty.jsonl").touch()
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     for name in (CONFIG, WEIGHTS):
         shutil.copy(runs["lora"].out / name, adapter)
-    (adapter / "run.json").write_text('{"options": {"book": ["/nowhere.txt"], "data": null}}')
+    options = {"book": [str(tmp_path / gone)], "data": None, "val_data": None, "block_size": 8}
+    if gone == "empty.jsonl":
+        options |= {"book": [], "data": str(tmp_path / gone)}
+    (adapter / "run.json").write_text(json.dumps({"options": options}))
     with serving(base, adapter) as client:
         about = json.loads(client.send("GET", "/api/about")[2])
     assert about["text"] in BOOK.read_text()
