@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +242,7 @@ def lora_perplexity(r: int) -> float:
     return perplexity_of("lora", lr=3e-3, r=r, lora_alpha=2 * r, target_modules=targets)
 
 
-def perplexity_of(method: str, **options: object) -> float:
+def perplexity_of(method: str, **options: Any) -> float:
     """Return the validation perplexity after 8 steps of 8 windows of 64 tokens."""
     made = trainer(method, precision="auto", **(SIZE | {"max_steps": 8} | options))
     train(made)
