@@ -1,6 +1,8 @@
 """Compare the LoRA layer with PEFT's and with the formula in fp64."""
 
 import math
+import re
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,11 +13,34 @@ from lora.layer import LoRAConfig, LoRALinear
 from lora.slices import SlicedLoRALinear
 from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
+from training.options import ROOT
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
 DROPOUT = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.3}
 RSLORA = {"r": 4, "lora_alpha": 3, "lora_dropout": 0.0, "use_rslora": True}
+
+
+def test_the_layer_of_the_readme_is_ours():
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1], names)
+    base = nn.Linear(32, 96)
+    torch.manual_seed(0)
+    theirs = names["LoRALinear"](deepcopy(base))
+    ours = LoRALinear(base, LoRAConfig(r=8, lora_alpha=16, lora_dropout=0.0))
+    x = torch.randn(5, 32)
+    assert torch.equal(theirs(x), base(x))  # B is zero
+    bound = 1 / math.sqrt(32)
+    assert 0.9 * bound < theirs.A.abs().max() <= bound  # as `LoRALinear` draws it
+
+    with torch.no_grad():
+        ours.lora_A.weight.copy_(theirs.A)
+        ours.lora_B.weight.normal_()
+        theirs.B.copy_(ours.lora_B.weight)
+    assert relative_difference(theirs(x), ours(x).double()) < 1e-6
+    assert not torch.allclose(theirs(x), base(x))
+    trained = [name for name, p in theirs.named_parameters() if p.requires_grad]
+    assert trained == ["A", "B"]
 
 
 @pytest.mark.parametrize(
