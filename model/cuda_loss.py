@@ -84,12 +84,24 @@ def score(
     return torch.cat(losses), torch.cat(hits)
 
 
-class TiedCrossEntropy(torch.autograd.Function):
+class LossAndGradient(torch.autograd.Function):
+    """A loss of hidden and weight whose forward pass also computes the gradient, and saves dL/dh
+    and, or else None, dL/dW: the loss comes last, so the backward pass is only a factor.
+    """
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        dweight = None if grad_w is None else grad_w * grad
+        return grad_h * grad, dweight, None, None
+
+
+class TiedCrossEntropy(LossAndGradient):
     """Compute `fast.tied_cross_entropy`, with matmuls in `dtype`.
 
     A token's loss is L = -log p[target] with p = softmax(z), so that dL/dz = p - onehot(target),
-    dL/dh = dL/dz W and dL/dW = dL/dz^T h. The gradient is computed in the forward pass: the loss
-    comes last, so dL is only a factor.
+    dL/dh = dL/dz W and dL/dW = dL/dz^T h.
     """
 
     @staticmethod
@@ -112,10 +124,3 @@ class TiedCrossEntropy(torch.autograd.Function):
 
         ctx.save_for_backward(grad_h, grad_w)
         return -log_p_of_targets.sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grad_h, grad_w = ctx.saved_tensors
-        dweight = None if grad_w is None else grad_w * grad
-        return grad_h * grad, dweight, None, None

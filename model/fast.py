@@ -238,8 +238,8 @@ def _head_chunks(h: Tensor, w: Tensor, targets: Tensor, large: bool = False) -> 
         yield HeadChunk(h_rows, y, z, p, log_sum_exp - z_at_target)
 
 
-class _TiedCrossEntropy(torch.autograd.Function):
-    """Compute the gradient in the forward pass: the loss comes last, so dL is only a factor.
+class _TiedCrossEntropy(cuda_loss.LossAndGradient):
+    """Compute the loss and its gradient on a CPU or Apple's GPU.
 
     With z = W h and p = softmax(z), a token's loss is L = logsumexp(z) - z[target], so that
     dL/dz = p - onehot(target), dL/dh = dL/dz W and dL/dW = dL/dz^T h. Nothing (N, V) is kept.
@@ -265,10 +265,3 @@ class _TiedCrossEntropy(torch.autograd.Function):
 
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grad_h, grad_w = ctx.saved_tensors
-        dweight = None if grad_w is None else grad_w * grad
-        return grad_h * grad, dweight, None, None
