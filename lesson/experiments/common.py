@@ -172,14 +172,6 @@ def write_data(path: Path, data: dict[Any, Any]) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def save(args: argparse.Namespace, name: str, data: dict[Any, Any], figure: Any) -> dict:
-    """Write NAME.json and NAME.png; return the data."""
-    write_data(args.out / f"{name}.json", data)
-    save_figure(figure, args.out / f"{name}.png")
-    print(f"saved {args.out / name}.json and .png")
-    return data
-
-
 def panels(whole: str, *titles: str, stacked: bool = False, height: float = 4) -> tuple[Any, Any]:
     """Return a figure as wide as a page, and its panels: one for each title, or a single one.
 

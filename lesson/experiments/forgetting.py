@@ -1,4 +1,4 @@
-"""How much has a model forgotten? The KL from the base's predictions, on texts of the base's own.
+"""Measure how much a model has forgotten: the KL from the base, on texts that the base wrote.
 
 No text of the base's corpus is in this repository, so the base writes some.
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.device import Device
 from common.errors import RunError
-from common.figures import BASE, FULL, LORA
+from common.figures import BASE, FULL, LORA, scientific
 from common.files import file_sha256
 from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
 from lora.inject import lora_layers
@@ -274,7 +274,7 @@ def draw(title: str, data: dict[str, dict[str, list[float]]], full: Sequence[str
         axis.plot(ends, (label, label), color=colour, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
         axis.annotate(
-            f"{middle:.1f} (lr {rate})",
+            f"{middle:.1f} (lr {scientific(float(rate))})",
             (middle, label),
             xytext=(0, 7),
             textcoords="offset points",
