@@ -111,28 +111,7 @@ def evaluate(
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="evaluate.py", description=__doc__)
     add_model_options(parser)
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
-        "data/book.txt's validation part)",
-    )
-    source.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="conversations in JSON lines, whose completions are scored",
-    )
-    source.add_argument(
-        "--choices",
-        type=Path,
-        metavar="FILE",
-        help="questions in JSON lines, of whose choices the likeliest is taken "
-        "(docs/classification.md)",
-    )
+    _add_sources(parser)
     parser.add_argument(
         "--val-fraction",
         type=number(float, 0.001, 1.0),
@@ -163,6 +142,34 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="windows at a time; it changes no result (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+    add_device_options(parser)
+    return parser.parse_args(argv)
+
+
+def _add_sources(parser: Parser) -> None:
+    """Add the options for what is scored; only one of them can be given."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
+        "data/book.txt's validation part)",
+    )
+    source.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="conversations in JSON lines, whose completions are scored",
+    )
+    source.add_argument(
+        "--choices",
+        type=Path,
+        metavar="FILE",
+        help="questions in JSON lines, of whose choices the likeliest is taken "
+        "(docs/classification.md)",
+    )
     source.add_argument(
         "--compare",
         type=Path,
@@ -170,8 +177,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN",
         help="table and picture of finished runs, their base included",
     )
-    add_device_options(parser)
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
