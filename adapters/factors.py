@@ -90,7 +90,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
 
 
 def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
-    """Return the layers that have an A, block by block. Raises UserError if there is none."""
+    """Return the names of the adapted layers in block order. Raises UserError if there are none."""
     keys = [key for key in shapes if key.startswith(PREFIX) and key.endswith(A_KEY)]
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
     if not names:

@@ -48,7 +48,7 @@ def describe(s: Tensor) -> list[str]:
 
 @dataclass(frozen=True)
 class BesideWeight:
-    """What a change is to the weight that it changes."""
+    """Hold how a change compares with the weight that it changes."""
 
     relative_norm: float
     cosines: Tensor  # (10,), as `cosines` in adapters/spectra.py

@@ -1,4 +1,4 @@
-"""What a change does to a weight's singular vectors: intruders, and what it amplifies.
+"""Measure what a change does to a weight's singular vectors: intruders and amplification.
 
 W (out, in) is the weight, dW its change; all in fp32 or fp64.
 """

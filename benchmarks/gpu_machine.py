@@ -58,7 +58,7 @@ def describe_step(opts: Namespace, precision: str, report: Report) -> None:
 
 
 def attention_kernel(operations: Iterable[str]) -> str:
-    """Return the operation by which PyTorch computes attention, or "our own" if it is none."""
+    """Return the name of PyTorch's attention operation, or "our own" if none has run."""
     for name in operations:
         if "::_scaled_dot_product" in name and not name.endswith("_backward"):
             return name

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory training takes: `python -m benchmarks.gpu_memory`.
+"""Count how much of a GPU's memory training takes: `python -m benchmarks.gpu_memory`.
 
 It adds up what a step keeps, for each base, method and precision: nothing is run. What it leaves
 out: CUDA's own context, some 0.5 GB of every process, and what the allocator holds in reserve.

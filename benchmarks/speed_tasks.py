@@ -1,4 +1,4 @@
-"""What `speed.py` measures: a task is one measurement, a plan is the list of a round's tasks."""
+"""List what `speed.py` measures: a task is one measurement, a plan the list of a round's tasks."""
 
 from argparse import Namespace
 from dataclasses import dataclass, replace

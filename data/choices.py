@@ -27,7 +27,7 @@ class Question:
 
 
 def question(example: dict) -> Question:
-    """Read a line's question. Raises ValueError if it is none."""
+    """Read the question in a line's JSON. Raises ValueError if it is not one."""
     if not isinstance(example, dict):
         raise ValueError(f"needs {FORM}")
     refuse_unknown(example, {"prompt", "choices", "answer"}, FORM)
