@@ -137,6 +137,7 @@ fault: .venv/dev
 	$(PY) -m tests.fault $(ARGS)
 
 # On a GPT-2 124M of random weights unless BASE names another; ARGS=--quick takes mini.
+# ARGS="--only growth --rounds 1 --steps 1": time and memory by batch, context, rank and model.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
 

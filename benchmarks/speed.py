@@ -2,14 +2,19 @@
 
 `python -m benchmarks.speed` runs every contender in a process of its own, one after the other,
 round after round, so that a machine that slows down slows all of them; ratios are taken within a
-round. The base is a GPT-2 124M of random weights, made on the spot. All sides have the same batch,
-at every step, and the same dropouts, optimizer (fused AdamW) and clipping. The others run as they
-come: stock activation and attention, cross-entropy over their logits, mixed precision by autocast,
-and for LoRA, evaluation and generation also with the frozen weights themselves in low precision;
-our side keeps freed memory as its commands do (`tune_process`). `--only gpt2-xl` is one round of
-LoRA on a random gpt2-xl, 4 windows a step; `--only growth` is LoRA against batch, block and rank;
-`--only scaling` is one batch shared by the ranks that torchrun starts, all on this machine; its
-bytes are those that a rank's step hands to all_reduce.
+round. The machine's load average is noted as each round begins; from the second on, the benchmark's
+own processes are in it. The base is a GPT-2 124M of random weights, made on the spot. All sides
+have the same batch, at every step, and the same dropouts, optimizer (fused AdamW) and clipping. The
+others run as they come: stock activation and attention, cross-entropy over their logits, mixed
+precision by autocast, and for LoRA, evaluation and generation also with the frozen weights
+themselves in low precision. Our side keeps freed memory, as its commands do (`tune_process`); on a
+CPU under Linux, theirs is measured a second time with the allocator alike. The matmuls' share is
+their own time over that of all operations, in one more step under torch.profiler.
+
+`--only gpt2-xl` is one round of LoRA on a random gpt2-xl, 4 windows a step. `--only growth` is LoRA
+against batch, context, rank and model size, the allocator alike: an exponent of 1 is a time or a
+memory that doubles with the size. `--only scaling` is one batch shared by the ranks that torchrun
+starts, all on this machine; its bytes are those that a rank's step hands to all_reduce.
 """
 
 import json
@@ -29,9 +34,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_memory import parameters
 from benchmarks.parity_report import versions
 from benchmarks.speed_report import draw, print_report, summarise
-from benchmarks.speed_tasks import AXES, Task, along, compare, large
+from benchmarks.speed_tasks import AXES, BASES, Task, along, compare, large
 from common.cli import Parser, number
 from common.device import PRECISIONS, Device
 from common.errors import RunError, run_command
@@ -128,10 +134,27 @@ def set_defaults(opts: Namespace) -> None:
 
 
 def prepare(opts: Namespace, folder: str) -> None:
-    """Find the base, or make one in `folder`; set what every task has in common."""
+    """Make bases of random weights in `folder`, find the base, and set what tasks have in common.
+
+    `opts.models` are the directories of what is made, by the number of parameters.
+    """
+    wanted = []
     if not opts.base:
-        run_apart(Task("base", folder))
-    _, base = find_base(opts.base or folder)
+        wanted.append("base")
+    if "growth" in opts.only and opts.quick:
+        wanted += list(BASES)[:2]
+    elif "growth" in opts.only:
+        wanted += list(BASES)
+    if LARGE in opts.only:
+        wanted.append(LARGE)
+
+    opts.models = {}
+    for name in dict.fromkeys(wanted):
+        directory = made(folder, name)
+        run_apart(Task(name, directory))
+        opts.models[parameters(BASES[name])] = directory
+
+    _, base = find_base(opts.base or made(folder, "base"))
     opts.config = load_config(base)
     opts.task = Task(
         "train",
@@ -141,6 +164,10 @@ def prepare(opts: Namespace, folder: str) -> None:
         steps=opts.steps,
         block_size=min(Task.block_size, opts.config.n_positions),
     )
+
+
+def made(folder: str, name: str) -> str:
+    return str(Path(folder, f"{name}, random weights"))
 
 
 def plans(opts: Namespace) -> dict[str, list[Task]]:
@@ -156,9 +183,8 @@ def plans(opts: Namespace) -> dict[str, list[Task]]:
 
 def measure_large(opts: Namespace, folder: str) -> bool:
     """Measure one round on a gpt2-xl of random weights, in fp16 on the disk."""
-    opts.base = str(Path(folder, f"{LARGE}, random weights"))
+    opts.base = made(folder, LARGE)
     opts.rounds = 1
-    run_apart(Task(LARGE, opts.base))
     return measure_rounds(opts, LARGE, large(opts))
 
 
@@ -172,7 +198,7 @@ def facts(opts: Namespace) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-"),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),
+        "load_average": [],  # over 1, 5 and 15 minutes, as each round begins
         "versions": versions(),
         "rounds": opts.rounds,
         "steps": opts.steps,
@@ -203,6 +229,9 @@ def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
     path = opts.out / f"{prefix}{what}-{results['machine']}.json"
 
     for i in range(opts.rounds):
+        load = os.getloadavg()
+        results["load_average"].append(load)
+        print(f"round {i + 1}: load average {load[0]:.2f} {load[1]:.2f} {load[2]:.2f}", flush=True)
         in_order = tasks if i % 2 == 0 else tasks[::-1]
         for task in in_order:
             if task.name not in results["failed"]:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 from common.cli import print_table
-from common.figures import BASE, LORA, OTHER, PAGE_WIDTH, can_draw, save_figure, subplots
+from common.figures import BASE, LORA, OTHER, PAGE_WIDTH, can_draw, draw_at, save_figure, subplots
 
 COLUMNS = {
     "seconds": ("seconds", "{:.4g}"),
     "peak_mb": ("peak MB", "{:,.0f}"),
-    "share_of_limit": ("matmuls' share", "{:.0%}"),
+    "alike": ("their time / ours, allocator alike", "{:.2f}"),
+    "as_it_comes": ("their time / ours, theirs as it comes", "{:.2f}"),
+    "memory": ("our memory / theirs as it comes", "{:.2f}"),
+    "matmuls_share": ("matmuls' share", "{:.0%}"),
     "faster": ("times faster", "{:.2f}"),
     "bytes": ("bytes a step", "{:,.0f}"),
     "all_reduce": ("all-reduce alone, s", "{:.4f}"),
@@ -24,11 +27,13 @@ AXES = {
     "batch_size": "windows of 128 tokens per batch",
     "block_size": "tokens per window, 4 windows per batch",
     "r": "rank, 16 windows of 128 tokens",
+    "parameters": "parameters of the model, 4 windows of 128 tokens",
     "ranks": "data-parallel ranks on this machine",
 }
+MEASURES = {"seconds": "seconds per step", "peak_mb": "peak memory of a process (MB)"}
 Spread = dict[str, float]  # median, min and max
 Rounds = dict[int, dict]  # a contender's record of each round
-SAME_WORK = ("kind", "method", "precision", "axis", "batch_size", "block_size", "r")
+SAME_WORK = ("kind", "method", "precision")
 
 
 def spread(values: list[float]) -> Spread:
@@ -36,13 +41,17 @@ def spread(values: list[float]) -> Spread:
 
 
 def summarise(measurements: list[dict]) -> dict:
-    """Return each contender's figures over the rounds, and the ratios within each round."""
+    """Return each contender's figures over the rounds, the ratios within each round, and the
+    exponents along each axis.
+    """
     rounds: dict[str, Rounds] = {}
     for record in measurements:
         rounds.setdefault(record["name"], {})[record["round"]] = record
+    contenders = {name: figures(records, rounds) for name, records in rounds.items()}
     return {
-        "contenders": {name: figures(records, rounds) for name, records in rounds.items()},
+        "contenders": contenders,
         "ratios": list(ratios(rounds)),
+        "exponents": list(exponents(list(contenders.values()))),
     }
 
 
@@ -50,12 +59,10 @@ def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
     """Return a contender's figures over the rounds; `rounds` has all the contenders'."""
     first = next(iter(records.values()))
     found = {}
-    for key in ("peak_mb", "bytes", "all_reduce"):
+    for key in ("peak_mb", "matmuls_share", "bytes", "all_reduce"):
         if key in first:
             found[key] = [record[key] for record in records.values()]
     found["seconds"] = [record["median"] for record in records.values()]
-    if "matmul_seconds" in first:
-        found["share_of_limit"] = [r["matmul_seconds"] / r["median"] for r in records.values()]
 
     alone = rounds.get(f"{first['contender']}, ranks 1")
     if alone:
@@ -73,21 +80,25 @@ def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
     """Yield, for the same work, their time over ours and our memory over theirs, by rounds."""
     for (ours, here), (theirs, there) in product(rounds.items(), repeat=2):
         if compares(next(iter(here.values())), next(iter(there.values()))):
-            time = quotients(there, here, "median")
-            memory = quotients(here, there, "peak_mb")
-            yield {
-                "theirs": theirs,
+            pair = {
                 "ours": ours,
-                "time": {"rounds": time, **spread(time)},
-                "memory": {"rounds": memory, **spread(memory)},
+                "theirs": theirs,
+                "as_it_comes": spread(quotients(there, here, "median")),
+                "memory": spread(quotients(here, there, "peak_mb")),
             }
+            alike = rounds.get(f"{theirs}, allocator alike")
+            if alike:
+                pair["alike"] = spread(quotients(alike, here, "median"))
+            yield pair
 
 
 def compares(here: dict, there: dict) -> bool:
-    """Return whether these are records of ours and theirs for the same work. Ours compiled is
-    compared with theirs as they come, too.
+    """Return whether these are records of ours and of theirs as it comes, for the same work. Ours
+    compiled is compared with theirs not compiled, too.
     """
     if here["side"] != "ours" or there["side"] != "theirs":
+        return False
+    if here["axis"] or there["allocator_alike"]:
         return False
     if there["compile"] and not here["compile"]:
         return False
@@ -97,6 +108,38 @@ def compares(here: dict, there: dict) -> bool:
 def quotients(over: Rounds, under: Rounds, key: str) -> list[float]:
     """Return the quotient of each round that both have."""
     return [over[i][key] / under[i][key] for i in sorted(over.keys() & under.keys())]
+
+
+def exponents(contenders: list[dict]) -> Iterator[dict]:
+    """Yield, for each axis and measure, each contender's value at the least and the largest size
+    that all of them have, and the slope of log(value) against log(size) by least squares.
+    """
+    for axis, key in product(axes_of(contenders), MEASURES):
+        lines: dict[str, dict[int, float]] = {}
+        for found in contenders:
+            if found["axis"] == axis:
+                line = lines.setdefault(found["contender"], {})
+                line[found["size"]] = found[key]["median"]
+
+        sizes = sorted(set.intersection(*map(set, lines.values())))
+        if len(sizes) < 2:
+            continue
+        row: dict = {"axis": axis, "measure": key, "from": sizes[0], "to": sizes[-1]}
+        row["contenders"] = {}
+        for name, line in lines.items():
+            values = [line[size] for size in sizes]
+            slope, _ = np.polyfit(np.log(sizes), np.log(values), 1)
+            row["contenders"][name] = {
+                "from": values[0],
+                "to": values[-1],
+                "exponent": float(slope),
+            }
+        yield row
+
+
+def axes_of(contenders: list[dict]) -> list[str]:
+    """Return the axes along which contenders were measured."""
+    return [axis for axis in dict.fromkeys(found["axis"] for found in contenders) if axis]
 
 
 def text(values: Spread, form: str = "{:.2f}") -> str:
@@ -109,26 +152,28 @@ def text(values: Spread, form: str = "{:.2f}") -> str:
 
 def print_report(summary: dict) -> None:
     print("\nof a step, a batch scored, a text generated: median of the rounds (least..most)\n")
-    print_contenders(summary["contenders"])
+    contenders = summary["contenders"]
+    print_figures(contenders)
     if summary["ratios"]:
-        print("\nratios within each round; above 1 we are faster, below 1 we are smaller\n")
-        print_table(
-            ("theirs", "ours", "time, theirs / ours", "memory, ours / theirs"),
-            [
-                (r["theirs"], r["ours"], text(r["time"]), text(r["memory"]))
-                for r in summary["ratios"]
-            ],
-        )
+        print("\nours, and ratios within each round; above 1 we are faster, below 1 smaller\n")
+        pairs = {}
+        for ratio in summary["ratios"]:
+            name = f"{ratio['ours']} : {ratio['theirs']}"
+            pairs[name] = {**contenders[ratio["ours"]], **ratio}
+        print_figures(pairs)
+    if summary["exponents"]:
+        print("\nfrom the least size to the largest; a value grows as size to the exponent\n")
+        print_exponents(summary["exponents"])
 
 
-def print_contenders(contenders: dict[str, dict]) -> None:
-    """Print a row for each contender, and a column for each figure that one of them has."""
-    known = set().union(*contenders.values())
+def print_figures(figures: dict[str, dict]) -> None:
+    """Print a row for each name, and a column for each figure that one of them has."""
+    known = set().union(*figures.values())
     columns = [key for key in COLUMNS if key in known]
     headings = [COLUMNS[key][0] for key in columns]
 
     rows = []
-    for name, found in contenders.items():
+    for name, found in figures.items():
         row = [name]
         for key in columns:
             _, form = COLUMNS[key]
@@ -137,10 +182,30 @@ def print_contenders(contenders: dict[str, dict]) -> None:
     print_table(("", *headings), rows)
 
 
+def print_exponents(exponents: list[dict]) -> None:
+    """Print a row for each axis and measure: the sizes, and each contender's value and exponent."""
+    headings = ["", "sizes"]
+    for name in exponents[0]["contenders"]:
+        headings += [name, "exponent"]
+
+    rows = []
+    for found in exponents:
+        heading, form = COLUMNS[found["measure"]]
+        row = [
+            f"{heading} by {AXES[found['axis']]}",
+            f"{short(found['from'])}..{short(found['to'])}",
+        ]
+        for line in found["contenders"].values():
+            ends = f"{form.format(line['from'])}..{form.format(line['to'])}"
+            row += [ends, f"{line['exponent']:.2f}"]
+        rows.append(row)
+    print_table(headings, rows)
+
+
 def draw(results: dict, path: Path) -> None:
     contenders = list(results["summary"]["contenders"].values())
     ratios = results["summary"]["ratios"]
-    along = any(figures["axis"] for figures in contenders)
+    along = axes_of(contenders)
     if not can_draw() or not (along or ratios):
         return
 
@@ -164,13 +229,18 @@ def points(spreads: list[Spread]) -> tuple[list[float], np.ndarray]:
 
 def draw_ratios(ratios: list[dict]) -> Any:
     figure, axes = subplots(figsize=(PAGE_WIDTH, 1.6 + 0.32 * len(ratios)))
-    medians, errors = points([ratio["time"] for ratio in ratios])
-    labels = [f"{r['theirs']}  /  {r['ours']}:  {r['time']['median']:.2f}" for r in ratios]
     rows = range(len(ratios), 0, -1)  # the first on top
+    kinds = {"alike": (LORA, "allocator alike"), "as_it_comes": (OTHER, "theirs as it comes")}
 
-    axes.errorbar(medians, rows, xerr=errors, fmt="o", color=LORA, elinewidth=3)
+    for key, (colour, label) in kinds.items():
+        places = [row for row, ratio in zip(rows, ratios, strict=True) if key in ratio]
+        medians, errors = points([ratio[key] for ratio in ratios if key in ratio])
+        style = {"fmt": "o", "color": colour, "elinewidth": 3}
+        if places:
+            axes.errorbar(medians, places, xerr=errors, label=label, **style)
     axes.axvline(1, color=BASE, linestyle="--", linewidth=1)
-    axes.set_yticks(rows, labels)
+    axes.set_yticks(rows, [f"{ratio['theirs']}  /  {ratio['ours']}" for ratio in ratios])
+    figure.legend(loc="outside lower center", ncols=2)
     axes.set_xlabel(
         "their time / our time, in the same round\n(right of 1: this project is faster)"
     )
@@ -179,15 +249,23 @@ def draw_ratios(ratios: list[dict]) -> Any:
 
 
 def draw_axes(contenders: list[dict]) -> Any:
-    """Draw step time on the left, peak memory on the right; a row for each axis."""
-    shown = list(dict.fromkeys(found["axis"] for found in contenders))
-    measures = {"seconds": "seconds per step", "peak_mb": "peak memory of a process (MB)"}
-    size = (PAGE_WIDTH, 0.8 + 2.8 * len(shown))
-    figure, panels = subplots(len(shown), 2, figsize=size, squeeze=False)
+    """Draw step time on the left, peak memory on the right; a row for each axis.
 
-    for axes, (axis, key) in zip(panels.flat, product(shown, measures), strict=True):
+    Both scales are logarithmic: there the slope of a line is its exponent.
+    """
+    shown = axes_of(contenders)
+    size = (PAGE_WIDTH, 0.8 + 2.8 * len(shown))
+    scales = {"xscale": "log", "yscale": "log"}
+    figure, panels = subplots(
+        len(shown), 2, figsize=size, squeeze=False, sharey="col", subplot_kw=scales
+    )
+
+    for axes, key in zip(panels[0], MEASURES, strict=True):  # and so for those below
+        values = [found[key]["median"] for found in contenders]
+        axes.set_ylim(min(values) / 2, max(values) * 2)
+    for axes, (axis, key) in zip(panels.flat, product(shown, MEASURES), strict=True):
         draw_axis(axes, [found for found in contenders if found["axis"] == axis], key)
-        axes.set(xlabel=AXES[axis], ylabel=measures[key], xlim=(0, None), ylim=(0, None))
+        axes.set(xlabel=AXES[axis], ylabel=MEASURES[key])
     names = panels[0, 0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=2)
     return figure
@@ -195,10 +273,20 @@ def draw_axes(contenders: list[dict]) -> Any:
 
 def draw_axis(axes: Any, contenders: list[dict], key: str) -> None:
     """Draw a line for each contender over its sizes."""
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axes.yaxis.set_major_formatter("{x:,g}")
     names = dict.fromkeys(found["contender"] for found in contenders)
     for name, colour in zip(names, (LORA, OTHER), strict=False):
         mine = [found for found in contenders if found["contender"] == name]
         sizes = [found["size"] for found in mine]
         medians, errors = points([found[key] for found in mine])
         axes.errorbar(sizes, medians, yerr=errors, fmt="o-", color=colour, label=name)
-        axes.set_xticks(sizes, sizes)
+        draw_at(axes.xaxis, sizes, [short(size) for size in sizes])
+    axes.minorticks_off()
+
+
+def short(size: int) -> str:
+    """Write a size, from a million on as a number of millions."""
+    if size < 1e6:
+        return str(size)
+    return f"{size / 1e6:,.0f}M"

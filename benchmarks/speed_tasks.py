@@ -1,5 +1,6 @@
 """List what `speed.py` measures: a task is one measurement, a plan the list of a round's tasks."""
 
+import sys
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from itertools import product
@@ -7,39 +8,48 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks import ours
+from benchmarks import gpu_memory, ours
+from model.gpt2 import GPT2Config
 from training.options import Options
 
+# Bases of random weights, from small to large: speed does not depend on the weights' values.
+BASES = {
+    "mini": GPT2Config(vocab_size=8192, n_positions=256, n_embd=256, n_layer=6, n_head=4),
+    "base": GPT2Config(),  # 124M
+    "gpt2-medium": gpu_memory.BASES["gpt2-medium"],
+    "gpt2-xl": gpu_memory.BASES["gpt2-xl"],
+}
 AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "growth": {
         "batch_size": (4, 8, 16, 32, 64),
-        "block_size": (64, 128, 256, 512, 1024),
+        "block_size": (128, 256, 512, 1024),
         "r": (1, 4, 16, 64),
     },
     "scaling": {"ranks": (1, 2, 4)},
 }
-SMALL_BATCH = 4  # while the block grows
+SMALL_BATCH = 4  # while the block or the model grows
 
 
 @dataclass(frozen=True)
 class Task:
     """Describe one measurement. `axis` is the field that differs from task to task."""
 
-    kind: str  # a key of speed_worker's BASES or CALLS
+    kind: str  # a key of BASES, which makes that base, or of speed_worker's CALLS
     base: str
     device: str = "cpu"
     side: str = "ours"  # or theirs
     method: str = "lora"  # or full
     precision: str = "fp32"
     weights: str = "fp32"  # low: their frozen weights are in `precision`, and there is no autocast
+    allocator_alike: bool = False  # they keep freed memory, as ours always does (tune_process)
     compile: bool = False
     batch_size: int = 16
     block_size: int = 128
     r: int = 8
     ranks: int = 0  # data-parallel processes, of which this is one
+    parameters: int = 0  # the base's, where it is another for each task
     axis: str = ""
-    matmuls: bool = False  # also the time that a step's matmuls take alone
-    profile: bool = False  # one more step, for what a GPU's profiler and memory say of it
+    profile: bool = False  # one more step, for what the profiler says of it
     warm_up: int = 1
     steps: int = 3
 
@@ -58,13 +68,15 @@ class Task:
                 how += " weights" if self.weights == "low" else " autocast"
         if self.compile:
             how += ", compiled"
+        if self.allocator_alike:
+            how += ", allocator alike"
         return f"{who}, {what}, {how}"
 
     @property
     def name(self) -> str:
         if not self.axis:
             return self.contender
-        return f"{self.contender}, {self.axis} {getattr(self, self.axis)}"
+        return f"{self.contender}, {self.axis} {getattr(self, self.axis):,}"
 
     def args(self) -> Options:
         """Return `train.py`'s options, for one step more than is timed, which may be profiled."""
@@ -102,41 +114,57 @@ def compare(opts: Namespace) -> list[Task]:
     for precision in opts.precision:
         task = replace(opts.task, precision=precision)
         for method, compiled in product(("lora", "full"), compiled_or_not):
-            tasks += sides(replace(task, method=method, compile=compiled, matmuls=True))
+            tasks += sides(replace(task, method=method, compile=compiled, profile=True))
         tasks += sides(replace(task, kind="evaluate"))
         tasks += sides(replace(task, kind="generate", steps=1, warm_up=0))  # it warms up itself
     return [task for task in tasks if task.kind in opts.only]
 
 
 def sides(task: Task) -> list[Task]:
-    """Return ours and theirs; theirs also with frozen weights in low precision, where it is low."""
-    theirs = replace(task, side="theirs", matmuls=False)
-    if task.precision == "fp32" or task.method != "lora" or task.compile:
-        return [task, theirs]
-    return [task, theirs, replace(theirs, weights="low")]
+    """Return ours and theirs; theirs also with frozen weights in low precision, where it is low,
+    and all of theirs also with our allocator's setting.
+    """
+    theirs = [replace(task, side="theirs")]
+    if task.precision != "fp32" and task.method == "lora" and not task.compile:
+        theirs.append(replace(theirs[0], weights="low"))
+    if tunes_allocator(task.device):
+        theirs += [replace(each, allocator_alike=True) for each in theirs]
+    return [task, *theirs]
+
+
+def tunes_allocator(device: str) -> bool:
+    """Return whether `tune_process` changes how this device's memory is allocated."""
+    return device == "cpu" and sys.platform == "linux"
 
 
 def along(opts: Namespace, part: str) -> list[Task]:
-    """Return training tasks at each size that the base allows: for growth our LoRA and PEFT's, in
-    bf16 if that is among the precisions; for scaling both of our methods, in the first precision.
+    """Return training tasks at each size that the base allows.
+
+    For growth our LoRA and PEFT's, the allocator alike, in bf16 if that is among the precisions;
+    also on each base of `opts.models`. For scaling both of our methods, in the first precision.
     """
-    precision = opts.precision[0]
-    other = {"method": "full"}
+    axes = dict(AXES[part])
+    first = replace(opts.task, precision=opts.precision[0])
+    other: dict[str, object] = {"method": "full"}
     if part == "growth":
-        other = {"side": "theirs"}
+        axes["parameters"] = tuple(sorted(opts.models))
+        first = replace(first, warm_up=1)  # a step is long, and there are many
+        other = {"side": "theirs", "allocator_alike": tunes_allocator(opts.device)}
         if "bf16" in opts.precision:
-            precision = "bf16"
+            first = replace(first, precision="bf16")
 
     most = {"block_size": opts.config.n_positions, "r": opts.config.n_embd}
     if opts.device == "cuda":
         most["ranks"] = torch.cuda.device_count()
 
     tasks = []
-    for axis, sizes in AXES[part].items():
-        task = replace(opts.task, axis=axis, precision=precision)
-        if axis == "block_size":
+    for axis, sizes in axes.items():
+        task = replace(first, axis=axis)
+        if axis in ("block_size", "parameters"):
             task = replace(task, batch_size=SMALL_BATCH)
         for size in sizes:
+            if axis == "parameters":
+                task = replace(task, base=opts.models[size])
             if size <= most.get(axis, size):
                 sized = replace(task, **{axis: size})
                 tasks += [sized, replace(sized, **other)]

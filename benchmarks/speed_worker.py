@@ -5,6 +5,7 @@ PEFT and transformers are imported only where they are measured: their memory is
 
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -21,20 +22,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import ours
-from benchmarks.speed_matmuls import measure_matmuls
-from benchmarks.speed_tasks import Task
+from benchmarks.speed_tasks import BASES, Task
 from common.device import PRECISIONS, Device, tune_process, use_full_fp32
 from common.errors import run_command
-from model.gpt2 import GPT2, GPT2Config
+from model.gpt2 import GPT2
+from model.hub import MINI
 from model.sampling import generate
 from model.weights import load_config, save_gpt2
 from train import Trainer
 from training.ranks import Ranks
 
-BASES = {
-    "base": (GPT2Config(), torch.float32),
-    "gpt2-xl": (GPT2Config(n_embd=1600, n_layer=48, n_head=25), torch.float16),
-}
+# oneDNN's is how model/fast.py calls it. Matmuls inside a fused kernel of attention do not count.
+MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 PROMPT_TOKENS = 16
 NEW_TOKENS = 256
 WARM_UP_TOKENS = 8
@@ -53,12 +52,11 @@ def measure(task: Task) -> dict:
     """Return the figures of this task."""
     device = Device.pick(task.device, task.precision)
     use_full_fp32()  # on either side
-    if task.side == "ours":
+    if task.side == "ours" or task.allocator_alike:
         tune_process()  # as train.py, evaluate.py and generate.py do
     torch.manual_seed(0)
-    if task.kind in BASES:  # of random weights: speed does not depend on their values
-        config, dtype = BASES[task.kind]
-        save_gpt2(GPT2(config), Path(task.base), dtype)
+    if task.kind in BASES:
+        make_base(task.kind, Path(task.base))
         return {}
     if task.ranks:
         return measure_rank(task, device)
@@ -68,9 +66,17 @@ def measure(task: Task) -> dict:
     found = timed(call, task.steps, device)
     if task.profile:
         found |= profiled(call, device)
-    if task.matmuls:
-        found["matmul_seconds"] = measure_matmuls(task, device.torch_device)
     return found
+
+
+def make_base(name: str, directory: Path) -> None:
+    """Save a base of random weights: gpt2-xl in fp16, which takes half of the disk."""
+    config = BASES[name]
+    dtype = torch.float16 if name == "gpt2-xl" else torch.float32
+    save_gpt2(GPT2(config), directory, dtype)
+    if name == "mini":  # its vocabulary is no GPT-2's
+        for file in MINI.glob("tokenizer*.json"):
+            shutil.copy(file, directory)
 
 
 def timed(call: Call, times: int, device: Device) -> dict:
@@ -95,7 +101,9 @@ def wait_for(device: Device) -> None:
 
 
 def profiled(call: Call, device: Device) -> dict:
-    """Return the memory reserved so far, MB, and one call's time on the GPU, ms, and launches."""
+    """Return what the profiler says of one call: the time on the GPU, ms, launches there, and the
+    matmuls' share of the time. Also return the memory reserved so far on the GPU, MB.
+    """
     reserved = 0.0
     if device.is_cuda:
         reserved = torch.cuda.max_memory_reserved() / 1e6
@@ -110,7 +118,25 @@ def profiled(call: Call, device: Device) -> dict:
             busy += event.self_device_time_total
         if event.key.startswith("cu") and "Launch" in event.key:
             launches += event.count
-    return {"reserved_mb": reserved, "busy_ms": busy / 1e3, "launches": launches}
+
+    found = {"reserved_mb": reserved, "busy_ms": busy / 1e3, "launches": launches}
+    if device.torch_device.type != "mps":  # there the profiler sees no kernel
+        found["matmuls_share"] = matmuls_share(profile, device)
+    return found
+
+
+def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
+    """Return the time of the matmuls themselves over that of all operations; on CUDA of kernels."""
+    kind = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
+    total = 0.0
+    matmuls = 0.0
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # knows its kernels' time, too
+            own = getattr(event, kind)
+            total += own
+            if event.key in MATMULS:
+                matmuls += own
+    return matmuls / total
 
 
 def build_theirs(task: Task, device: Device) -> Any:
