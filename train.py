@@ -39,6 +39,7 @@ from training.build import Data, build_model, count_steps, load_data, prepare_de
 from training.directory import refuse_inputs_as_output, refuse_used_directory
 from training.identity import run_identity
 from training.meter import Meter, Progress
+from training.optimizer import AdamW
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import count_parameters, describe_parameters
@@ -111,7 +112,7 @@ class Trainer:
 
         # One group, or two under LoRA+; each has `scale`, the factor of its learning rate.
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             groups, lr=options.peak_lr, weight_decay=options.weight_decay, fused=True
         )
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.
