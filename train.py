@@ -4,9 +4,10 @@ One loop serves both methods; they differ in which parameters are trained and in
 """
 
 if __name__ == "__main__":
-    from common.signals import install_exit_handlers
+    from common.start import before_torch
+    from training.options import parse_command_line
 
-    install_exit_handlers()  # before torch, whose import takes seconds
+    before_torch(parse_command_line, __doc__)
 
 import math
 from collections.abc import Iterator, Sequence

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from common.signals import replace_default_handlers
@@ -32,13 +33,20 @@ def run_command(
     `argv` is the command's arguments (default: the command line's).
     """
     replace_default_handlers()
+    with failures_in_one_line():
+        status = main(argv) or 0
+        sys.stdout.flush()
+    sys.exit(status)
+
+
+@contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """Exit with one line on stderr if the block fails in a known way."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
-        status = main(argv) or 0
-        sys.stdout.flush()
-        sys.exit(status)
+        yield
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has gone, as in `| head`
