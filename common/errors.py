@@ -1,5 +1,6 @@
 """End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,9 @@ def run_command(
     `argv` is the command's arguments (default: the command line's).
     """
     replace_default_handlers()
+    if not gc.isenabled():  # `before_torch` switched it off
+        gc.freeze()  # what the imports made stays: neither a collection nor the exit looks at it
+        gc.enable()
     with failures_in_one_line():
         status = main(argv) or 0
         sys.stdout.flush()

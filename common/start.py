@@ -1,5 +1,6 @@
 """Start a command: do what must come before torch, whose import takes a second or more."""
 
+import gc
 from collections.abc import Callable, Sequence
 
 from common.errors import failures_in_one_line
@@ -16,3 +17,4 @@ def before_torch(
     install_exit_handlers()
     with failures_in_one_line():
         parse(description, None)
+    gc.disable()  # imports leave no garbage to look for; `run_command` enables it

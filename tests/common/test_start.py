@@ -16,6 +16,21 @@ from tests.runs import arguments
 from training.recipe import ADAPTERS, REFERENCE
 
 IMPORTED = re.compile(r"^import time:[ \d|]+ (\S+)$", re.MULTILINE)
+# A command that prints the collector's state while it runs.
+COLLECTING = """
+import gc, sys
+from common.errors import run_command
+from common.options import parse_generate
+from common.start import before_torch
+
+def main(argv=None):
+    print(gc.isenabled(), gc.get_freeze_count() > 0)
+
+sys.argv = ["generate.py", "--prompt", "x"]
+before_torch(parse_generate, "-")
+print(gc.isenabled())
+run_command(main)
+"""
 
 
 def imports(status: int, *command: object) -> set[str]:
@@ -59,6 +74,13 @@ def test_neither_a_training_step_nor_a_token_imports_the_compiler(base, book, tm
     others = {"torch._dynamo", "torch._inductor", "sympy", "huggingface_hub", "tokenizers"}
     assert not others & step
     assert not (others | {"matplotlib"}) & token
+
+
+def test_the_garbage_collector_rests_during_the_imports_alone():
+    ended = subprocess.run(
+        [sys.executable, "-c", COLLECTING], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split() == ["False", "True", "True"]
 
 
 def test_what_the_options_say_without_torch_is_true():
