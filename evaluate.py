@@ -1,27 +1,27 @@
 """Score a text: loss, perplexity, bits per byte, greedy accuracy; score choices; compare runs."""
 
 if __name__ == "__main__":
-    from common.signals import install_exit_handlers
+    from common.options import parse_evaluate
+    from common.start import before_torch
 
-    install_exit_handlers()  # before torch, whose import takes seconds
+    before_torch(parse_evaluate, __doc__)
 
 import argparse
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adapters.load import add_model_options, load_model
-from common.cli import Parser, add_device_options, number, typed_options
+from adapters.load import load_model
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
 from common.files import write_json
+from common.options import parse_evaluate
 from data.instructions import Instructions, read_examples
 from data.tokens import load_books
 from data.windows import Windows, check_block_size, scored_positions, split
@@ -108,89 +108,11 @@ def evaluate(
     return Scores(tokens, byte_count, loss / tokens, hit_count / tokens)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="evaluate.py", description=__doc__)
-    add_model_options(parser)
-    _add_sources(parser)
-    parser.add_argument(
-        "--val-fraction",
-        type=number(float, 0.001, 1.0),
-        help="score only this last part of the text or the data",
-    )
-    parser.add_argument(
-        "--block-size",
-        type=number(int, 1),
-        default=128,
-        help="tokens per window (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--stride",
-        type=number(int, 1),
-        help="a window starts every so many tokens (default: the block size)",
-    )
-    parser.add_argument(
-        "--label-shift",
-        type=number(int, 1, 2),
-        default=1,
-        metavar="{1,2}",
-        help="1: next token (default); 2: the reference run's measure",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=16,
-        help="windows at a time; it changes no result (default: %(default)s)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
-    add_device_options(parser)
-    return parser.parse_args(argv)
-
-
-def _add_sources(parser: Parser) -> None:
-    """Add the options for what is scored; only one of them can be given."""
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
-        "data/book.txt's validation part)",
-    )
-    source.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="conversations in JSON lines, whose completions are scored",
-    )
-    source.add_argument(
-        "--choices",
-        type=Path,
-        metavar="FILE",
-        help="questions in JSON lines, of whose choices the likeliest is taken "
-        "(docs/classification.md)",
-    )
-    source.add_argument(
-        "--compare",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="table and picture of finished runs, their base included",
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parse_evaluate(__doc__, argv)
     if args.compare:
-        others = sorted(typed_options(argv) - {"--compare"})
-        if others:
-            raise UserError(f"--compare reads finished runs; {others[0]} is for a text")
         compare(args.compare)
         return
-    if (args.data or args.choices) and (args.stride or args.label_shift > 1):
-        raise UserError("--stride and --label-shift are for texts: an example is one row")
-    if args.stride and args.stride > args.block_size:
-        raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
 
     tune_process()
     device = Device.pick(args.device, args.precision)

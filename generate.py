@@ -1,9 +1,10 @@
 """Generate text from a base, with or without an adapter; with --chat, answer what you type."""
 
 if __name__ == "__main__":
-    from common.signals import install_exit_handlers
+    from common.options import parse_generate
+    from common.start import before_torch
 
-    install_exit_handlers()  # before torch, whose import takes seconds
+    before_torch(parse_generate, __doc__)
 
 import argparse
 import codecs
@@ -15,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters.load import add_model_options, load_model
+from adapters.load import load_model
 from adapters.several import load_several
-from common.cli import Parser, add_device_options, number
 from common.device import Device, tune_process
-from common.errors import UserError, run_command
+from common.errors import run_command
+from common.options import parse_generate
 from data.instructions import encode
 from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
@@ -29,71 +30,11 @@ from model.sampling import generate_rows
 from model.tokenizer import Tokenizer
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="generate.py", description=__doc__)
-    add_model_options(parser, nargs="+")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--prompt",
-        nargs="+",
-        metavar="TEXT",
-        help="one text or several; each is continued by itself",
-    )
-    what.add_argument(
-        "--chat",
-        action="store_true",
-        help="answer every line of the input, in the form of data/instructions.py",
-    )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=number(int, 1),
-        default=200,
-        metavar="N",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number(float, 0.0, 100.0),
-        default=0.8,
-        help="0 always takes the likeliest token (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=number(int, 0),
-        default=50,
-        help="draw from the k likeliest tokens; 0: from all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(float, 1e-9, 1.0),
-        default=1.0,
-        help="draw from the likeliest tokens that together reach this probability (default: all)",
-    )
-    parser.add_argument(
-        "--seed", type=number(int, 0, 2**63 - 1), default=42, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--with-base",
-        action="store_true",
-        help="first show what the base alone writes, for comparison",
-    )
-    add_device_options(parser)
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    for prompt in args.prompt or ():
-        check_prompt(prompt)
-    if args.with_base and not (args.adapter and args.prompt):
-        raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
-    several = args.adapter is not None and len(args.adapter) > 1
-    if args.chat and several:
-        raise UserError("--chat answers with one adapter: give one --adapter")
-
+    args = parse_generate(__doc__, argv)
     tune_process()
     device = Device.pick(args.device, args.precision)
-    if several:
+    if args.adapter and len(args.adapter) > 1:
         write_side_by_side(args, device)
         return
 
@@ -112,15 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_texts(model, tokenizer, args, rows)
             print(f"=== {base} with {adapter}\n")
         write_texts(model, tokenizer, args, rows)
-
-
-def check_prompt(prompt: str) -> None:
-    if not prompt.strip():
-        raise UserError("--prompt is empty: give the text to continue")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("--prompt: is not UTF-8 text") from error
 
 
 def write_side_by_side(args: argparse.Namespace, device: Device) -> None:

@@ -4,9 +4,10 @@ One loop serves both methods; they differ in which parameters are trained and in
 """
 
 if __name__ == "__main__":
-    from common.signals import install_exit_handlers
+    from common.start import before_torch
+    from training.options import parse_command_line
 
-    install_exit_handlers()  # before torch, whose import takes seconds
+    before_torch(parse_command_line, __doc__)
 
 import math
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ from training.build import Data, build_model, count_steps, load_data, prepare_de
 from training.directory import refuse_inputs_as_output, refuse_used_directory
 from training.identity import run_identity
 from training.meter import Meter, Progress
+from training.optimizer import AdamW
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import count_parameters, describe_parameters
@@ -111,7 +113,7 @@ class Trainer:
 
         # One group, or two under LoRA+; each has `scale`, the factor of its learning rate.
         groups = parameter_groups(self.parameters, options.loraplus_lr_ratio)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             groups, lr=options.peak_lr, weight_decay=options.weight_decay, fused=True
         )
         # Small gradients vanish in fp16: scale the loss up, and gradients down before the step.

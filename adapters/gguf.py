@@ -11,8 +11,8 @@ from torch import Tensor
 from adapters.factors import Factors, read_factors
 from adapters.load import load_model
 from adapters.merge import chat_template, load_merged
-from adapters.quantisation import NONE, QUANTISE, recorded_quantisation
-from common.cli import BASE, Parser
+from adapters.quantisation import recorded_quantisation
+from common.cli import BASE, NONE, QUANTISE, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import atomic_path

@@ -1,6 +1,5 @@
 """Load the base and the adapter that `--base` and `--adapter` name."""
 
-import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +7,7 @@ import torch
 
 from adapters.config import base_name
 from adapters.files import load_adapter
-from adapters.quantisation import QUANTISE, choose_quantisation
-from common.cli import BASE
+from adapters.quantisation import choose_quantisation
 from common.errors import UserError
 from common.files import brief, file_sha256
 from lora.quantised import LAYERS
@@ -27,19 +25,6 @@ class Loaded(NamedTuple):
     base: str
     model: GPT2
     tokenizer: Tokenizer
-
-
-def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("--base", **BASE)
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        nargs=nargs,
-        metavar="DIR",
-        help="an adapter in PEFT's format, or OWNER/NAME on the hub; with --base auto, the base "
-        "that it names is loaded",
-    )
-    parser.add_argument("--quantise", "--quantize", **QUANTISE)
 
 
 def named_base(adapter: Path) -> str:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from adapters.card import merge_card, save_card
-from adapters.load import Loaded, add_model_options, load_model
-from common.cli import Parser
+from adapters.load import Loaded, load_model
+from common.cli import Parser, add_model_options
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import new_directory, open_file, refuse_existing

@@ -2,19 +2,12 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from adapters.files import QUANTISED, adapter_path, read_header
+from common.cli import NONE
 from common.errors import UserError
 from common.files import brief
 from lora.quantised import LAYERS
-
-NONE = "none"  # the base as it is stored, whatever an adapter says
-QUANTISE: dict[str, Any] = {
-    "choices": (*LAYERS, NONE),
-    "help": "hold the blocks' linear layers in 4 bits (nf4, as QLoRA) or 8 (int8) a weight; none: "
-    "as they are (default: as when the adapter was trained)",
-}
 
 
 def recorded_quantisation(adapter: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Parse the options that commands share, and print tables."""
+"""Parse the options that commands share, and print tables. Torch is not imported here."""
 
 import argparse
 import math
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.device import PRECISIONS
 from common.errors import UserError
 
 
@@ -110,9 +109,28 @@ DEVICE: dict[str, Any] = {
 }
 PRECISION: dict[str, Any] = {
     "default": "auto",
-    "choices": ("auto", *PRECISIONS),
+    "choices": ("auto", "fp32", "bf16", "fp16"),
     "help": "of the matmuls; auto: by the device (docs/howto.md)",
 }
+NONE = "none"  # the base as it is stored, whatever an adapter says
+QUANTISE: dict[str, Any] = {
+    "choices": ("nf4", "int8", NONE),
+    "help": "hold the blocks' linear layers in 4 bits (nf4, as QLoRA) or 8 (int8) a weight; none: "
+    "as they are (default: as when the adapter was trained)",
+}
+
+
+def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("--base", **BASE)
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        nargs=nargs,
+        metavar="DIR",
+        help="an adapter in PEFT's format, or OWNER/NAME on the hub; with --base auto, the base "
+        "that it names is loaded",
+    )
+    parser.add_argument("--quantise", "--quantize", **QUANTISE)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

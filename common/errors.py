@@ -1,8 +1,10 @@
 """End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
 
+import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from common.signals import replace_default_handlers
@@ -32,13 +34,23 @@ def run_command(
     `argv` is the command's arguments (default: the command line's).
     """
     replace_default_handlers()
+    if not gc.isenabled():  # `before_torch` switched it off
+        gc.freeze()  # what the imports made stays: neither a collection nor the exit looks at it
+        gc.enable()
+    with failures_in_one_line():
+        status = main(argv) or 0
+        sys.stdout.flush()
+    sys.exit(status)
+
+
+@contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """Exit with one line on stderr if the block fails in a known way."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
     try:
-        status = main(argv) or 0
-        sys.stdout.flush()
-        sys.exit(status)
+        yield
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has gone, as in `| head`

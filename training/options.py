@@ -5,16 +5,25 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapters.quantisation import NONE, QUANTISE
-from common.cli import BASE, DEVICE, PRECISION, Interval, Parser, number, steps_or_seconds
+from common.cli import (
+    BASE,
+    DEVICE,
+    NONE,
+    PRECISION,
+    QUANTISE,
+    Interval,
+    Parser,
+    number,
+    steps_or_seconds,
+)
 from common.errors import UserError
 from common.files import without_place
-from lora.layer import LoRAConfig
-from lora.targets import target_modules
-from lora.variants import config_fields, make_config
 from training.recipe import ADAPTERS, BEST, REFERENCE
+
+if TYPE_CHECKING:
+    from lora.layer import LoRAConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
@@ -52,7 +61,7 @@ class Options:
     """Hold what a run was asked for."""
 
     method: str
-    lora: LoRAConfig | None = None  # None: full fine-tuning; LORA_OPTIONS declares its options
+    lora: "LoRAConfig | None" = None  # None: full fine-tuning; LORA_OPTIONS declares its options
     base: str = option(**BASE)
 
     # data
@@ -194,6 +203,8 @@ class Options:
         """Return all of the method's options with their values, in JSON's types."""
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
         if self.lora:
+            from lora.variants import config_fields
+
             values |= config_fields(self.lora)
         return json.loads(json.dumps(values, default=_as_text))
 
@@ -203,8 +214,8 @@ def _as_text(value: object) -> str:
     return without_place(value) if isinstance(value, Path) else str(value)
 
 
-# The options of an adapter's hyper-parameters: argparse's settings by field. `LoRAConfig`, or the
-# config of a variant, has the defaults.
+# The options of an adapter's hyper-parameters: argparse's settings by field of `LoRAConfig` or of
+# a variant's config. The recipe has the defaults.
 LORA_OPTIONS: dict[str, dict[str, Any]] = {
     "r": {"type": number(int, 1), "help": "rank", "names": ["--rank"]},
     "lora_alpha": {"type": number(int, 1, 1e6), "help": "the update is scaled by alpha / r"},
@@ -265,9 +276,8 @@ def make_parser(description: str | None) -> Parser:
             place = groups.get(f.metadata.get("excludes", ""), command)
             _add(place, f.name, f.metadata, defaults.get(f.name, f.default))
         if method == "lora":
-            plain = config_fields(LoRAConfig())
             for name, settings in LORA_OPTIONS.items():
-                _add(command, name, settings, plain[name])
+                _add(command, name, settings, ADAPTERS[REFERENCE].get(name))
     return parser
 
 
@@ -282,10 +292,21 @@ def _add(place: Any, name: str, settings: Mapping[str, Any], default: object) ->
     place.add_argument(*names, dest=name, default=argparse.SUPPRESS, **known)
 
 
-def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
-    """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
+def parse_command_line(
+    description: str | None, argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return what is typed, by the options' names, without importing torch.
+
+    Raises UserError for options that are wrong or clash.
+    """
     typed = vars(make_parser(description).parse_args(argv))
     _refuse_clashes(typed)
+    return typed
+
+
+def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
+    """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
+    typed = parse_command_line(description, argv)
     for name, value in typed.items():
         if isinstance(value, list):
             typed[name] = tuple(value)
@@ -305,8 +326,11 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     return Options(lora=lora, **defaults | typed)
 
 
-def _lora_config(typed: dict[str, Any]) -> LoRAConfig:
+def _lora_config(typed: dict[str, Any]) -> "LoRAConfig":
     """Return the config that these options ask for."""
+    from lora.targets import target_modules  # they import torch
+    from lora.variants import make_config
+
     if "target_modules" in typed:
         typed["target_modules"] = target_modules(typed["target_modules"])
     if "layers_to_transform" in typed:

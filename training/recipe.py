@@ -6,8 +6,18 @@ REFERENCE = "reference"
 BEST = "best"
 # What a recipe sets of the adapter, unless the option is given.
 ADAPTERS: dict[str, dict[str, Any]] = {
-    REFERENCE: {},
-    BEST: {"target_modules": ("c_attn", "c_proj", "c_fc"), "lora_alpha": 16},
+    REFERENCE: {
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "target_modules": ("c_attn",),
+    },
+    BEST: {
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "target_modules": ("c_attn", "c_proj", "c_fc"),
+    },
 }
 RATES = (5e-4, 8e-3)  # the least and the largest that were best somewhere
 

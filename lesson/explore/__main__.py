@@ -21,8 +21,7 @@ from socketserver import ThreadingTCPServer
 from typing import Any
 
 from adapters.config import CONFIG
-from adapters.quantisation import QUANTISE
-from common.cli import BASE, Parser, add_device_options, number
+from common.cli import BASE, QUANTISE, Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, describe_failure, run_command
 from lesson.explore.explorer import Explorer

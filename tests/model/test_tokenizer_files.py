@@ -228,6 +228,22 @@ def test_merges_in_any_order_are_followed_as_hugging_face_does(tmp_path):
             assert ours.encode(text).tolist() == theirs.encode(text).ids, (merges, text)
 
 
+def test_a_file_that_differs_from_gpt2s_in_two_merges_is_not_taken_for_it(tmp_path):
+    ours = GPT2_FILES / "tokenizer.json"
+    first = '"h e"'
+    second = '"e r"'
+    content = ours.read_text()
+    assert content.count(first) == content.count(second) == 1
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content.replace(first, "\0").replace(second, first).replace("\0", second))
+    shutil.copystat(ours, path)
+    assert path.stat().st_size == ours.stat().st_size
+    theirs = Tokenizer.from_file(str(path))
+    text = "her hers"
+    assert load_tokenizer(tmp_path, GPT2_SIZE).encode(text).tolist() == theirs.encode(text).ids
+    assert load_tokenizer(GPT2_FILES, GPT2_SIZE).encode(text).tolist() != theirs.encode(text).ids
+
+
 # Tokenizers that are not byte-level
 
 CHINESE = (

@@ -1,0 +1,164 @@
+"""Declare the options of `evaluate.py` and `generate.py`: `training/options.py` has the others."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.cli import Parser, add_device_options, add_model_options, number, typed_options
+from common.errors import UserError
+
+
+def parse_evaluate(
+    description: str | None, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read `evaluate.py`'s command line. Raises UserError for options that are wrong or clash."""
+    parser = Parser(prog="evaluate.py", description=description)
+    add_model_options(parser)
+    _add_sources(parser)
+    parser.add_argument(
+        "--val-fraction",
+        type=number(float, 0.001, 1.0),
+        help="score only this last part of the text or the data",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=number(int, 1),
+        default=128,
+        help="tokens per window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=number(int, 1),
+        help="a window starts every so many tokens (default: the block size)",
+    )
+    parser.add_argument(
+        "--label-shift",
+        type=number(int, 1, 2),
+        default=1,
+        metavar="{1,2}",
+        help="1: next token (default); 2: the reference run's measure",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=number(int, 1),
+        default=16,
+        help="windows at a time; it changes no result (default: %(default)s)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+
+    if args.compare:
+        others = sorted(typed_options(argv) - {"--compare"})
+        if others:
+            raise UserError(f"--compare reads finished runs; {others[0]} is for a text")
+    if (args.data or args.choices) and (args.stride or args.label_shift > 1):
+        raise UserError("--stride and --label-shift are for texts: an example is one row")
+    if args.stride and args.stride > args.block_size:
+        raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
+    return args
+
+
+def _add_sources(parser: Parser) -> None:
+    """Add the options for what is scored; only one of them can be given."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
+        "data/book.txt's validation part)",
+    )
+    source.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="conversations in JSON lines, whose completions are scored",
+    )
+    source.add_argument(
+        "--choices",
+        type=Path,
+        metavar="FILE",
+        help="questions in JSON lines, of whose choices the likeliest is taken "
+        "(docs/classification.md)",
+    )
+    source.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="table and picture of finished runs, their base included",
+    )
+
+
+def parse_generate(
+    description: str | None, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Read `generate.py`'s command line. Raises UserError for options that are wrong or clash."""
+    parser = Parser(prog="generate.py", description=description)
+    add_model_options(parser, nargs="+")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="TEXT",
+        help="one text or several; each is continued by itself",
+    )
+    what.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer every line of the input, in the form of data/instructions.py",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number(int, 1),
+        default=200,
+        metavar="N",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(float, 0.0, 100.0),
+        default=0.8,
+        help="0 always takes the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=number(int, 0),
+        default=50,
+        help="draw from the k likeliest tokens; 0: from all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(float, 1e-9, 1.0),
+        default=1.0,
+        help="draw from the likeliest tokens that together reach this probability (default: all)",
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**63 - 1), default=42, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--with-base",
+        action="store_true",
+        help="first show what the base alone writes, for comparison",
+    )
+    add_device_options(parser)
+    args = parser.parse_args(argv)
+
+    for prompt in args.prompt or ():
+        check_prompt(prompt)
+    if args.with_base and not (args.adapter and args.prompt):
+        raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
+    if args.chat and args.adapter and len(args.adapter) > 1:
+        raise UserError("--chat answers with one adapter: give one --adapter")
+    return args
+
+
+def check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise UserError("--prompt is empty: give the text to continue")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt: is not UTF-8 text") from error

@@ -1,0 +1,66 @@
+"""Our AdamW is PyTorch's to the bit: its steps, its state, and what it refuses."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import DEVICE
+from training.optimizer import AdamW
+
+SHAPES = ((5, 3), (7,))
+
+
+def optimizer(kind, fused=True):
+    generator = torch.Generator().manual_seed(0)
+    parameters = [
+        nn.Parameter(torch.randn(*shape, generator=generator).to(DEVICE)) for shape in SHAPES
+    ]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.3}]
+    return kind(groups, lr=0.1, weight_decay=0.2, fused=fused), parameters
+
+
+def take_steps(made, parameters, count):
+    for step in range(count):
+        for i, parameter in enumerate(parameters):
+            generator = torch.Generator().manual_seed(10 * step + i)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(DEVICE)
+        made.step()
+        made.zero_grad(set_to_none=True)
+        assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.parametrize("fused", [True, False])  # the other way fails outside of no_grad
+def test_steps_and_state_are_pytorchs_to_the_bit_also_after_resuming(fused):
+    theirs, expected = optimizer(torch.optim.AdamW, fused)
+    take_steps(theirs, expected, 5)
+    ours, found = optimizer(AdamW, fused)
+    take_steps(ours, found, 5)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+    resumed, copied = optimizer(AdamW, fused)
+    resumed.load_state_dict(deepcopy(theirs.state_dict()))  # else it shares their tensors
+    with torch.no_grad():
+        for parameter, value in zip(copied, found, strict=True):
+            parameter.copy_(value)
+    for made, parameters in ((theirs, expected), (ours, found), (resumed, copied)):
+        take_steps(made, parameters, 3)
+    for parameters in (found, copied):
+        assert all(map(torch.equal, parameters, expected))
+    assert torch.is_grad_enabled()
+
+
+def test_a_hook_of_a_step_is_called():
+    """PyTorch wraps `step` for the profiler and for hooks: this stays."""
+    ours, parameters = optimizer(AdamW)
+    calls = []
+    ours.register_step_post_hook(lambda *_: calls.append(1))
+    take_steps(ours, parameters, 2)
+    assert calls == [1, 1]
+
+
+def test_a_parameter_in_two_groups_is_refused():
+    parameter = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="more than one"):
+        AdamW([{"params": [parameter]}, {"params": [parameter]}])

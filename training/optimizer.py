@@ -1,0 +1,21 @@
+"""AdamW without the import of PyTorch's compiler."""
+
+from inspect import unwrap
+
+import torch
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a loop that
+    does not compile its step.
+
+    PyTorch wraps these methods to hide them from torch.compile. A wrapper's first call imports
+    torch._dynamo, and with it sympy, which takes longer than torch itself. Take what is wrapped;
+    where PyTorch wraps nothing, `unwrap` changes nothing.
+    """
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
+    state_dict = unwrap(torch.optim.AdamW.state_dict)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
