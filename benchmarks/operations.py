@@ -26,6 +26,7 @@ from model.weights import load_config
 
 OPERATIONS: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,
+    "gelu": nn.GELU,
     "dropout": nn.Dropout,
     "attention": Attention,
     "loss": GPT2,

@@ -46,7 +46,9 @@ class DoRALinear(LoRALinear):
         else:
             base = y
         factor = self.lora_magnitude_vector / self.norm()  # (out,)
-        return (factor - 1) * base + factor * self.lora_B(self.lora_A(x)) * self.scaling
+        change = (factor - 1).to(base.dtype) * base
+        low_rank = self.lora_B(self.lora_A(x))
+        return change + factor.to(low_rank.dtype) * low_rank * self.scaling
 
     @torch.no_grad()
     def norm(self) -> Tensor:

@@ -97,6 +97,8 @@ def prepare_device(options: Options, device: Device) -> None:
     """Set the device up for a run. Raises UserError for what it cannot do."""
     device.set_tf32(options.allow_tf32)
     if options.compile:
+        if device.torch_device.type == "cpu":
+            raise UserError("--compile: on a CPU it makes steps slower (docs/speed.md); omit it")
         device.check_compiler()
     if options.gradient_checkpointing and device.torch_device.type == "mps":  # pytorch#127676
         raise UserError(

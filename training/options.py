@@ -132,7 +132,7 @@ class Options:
     seed: int = option(
         42, number(int, 0, 2**63 - 1), "for the adapter's start, the order of windows and dropout"
     )
-    compile: bool = option(False, help="torch.compile the model; on a CPU this does not pay")
+    compile: bool = option(False, help="torch.compile the model; not on a CPU, where it is slower")
     gradient_checkpointing: bool = option(
         False, help="compute activations twice instead of keeping them: saves memory"
     )

@@ -89,17 +89,21 @@ def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeyp
         assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_compile_without_a_compiler_is_one_line_before_anything_is_written(
-    base, book, tmp_path, monkeypatch
-):
+def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.compiler.reset()
-    with inductor.patch({"cpp.cxx": ("/nowhere/c++",)}):
-        line = one_line(
-            run(train.main, *arguments("lora", base, book, tmp_path / "run", "--compile")), 2
-        )
+    with (
+        inductor.patch({"cpp.cxx": ("/nowhere/c++",)}),
+        pytest.raises(UserError, match=r"needs a C\+\+ compiler.*/nowhere/c"),
+    ):
+        Device(torch.device("cpu"), "fp32").check_compiler()
+
+
+def test_compile_is_refused_on_a_cpu_before_anything_is_written(base, book, tmp_path):
+    argv = arguments("lora", base, book, tmp_path / "run", "--compile", "--device", "cpu")
+    line = one_line(run(train.main, *argv), 2)
+    assert line.startswith("error: --compile: on a CPU it makes steps slower")
     assert not (tmp_path / "run").exists()
-    assert line.startswith("error: --compile: needs a C++ compiler") and "/nowhere/c++" in line
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lora.inject import inject
 from lora.layer import LoRAConfig
-from model import fast as ops
+from model import cpu_operations as ops
+from model import loss as head
 from model.fast import FAST, accelerate
 from model.gpt2 import GPT2, GPT2Config
 from tests.helpers import DEVICE
@@ -94,6 +95,38 @@ def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shap
     assert_same(drawn, plain, q, k, v)
 
 
+def test_attention_with_dropout_keeps_one_matrix_and_a_byte_an_element():
+    """What it dropped is computed again: kept, it would be a second matrix."""
+    q, k, v = (normal(1, 2, 64, 4, seed=i, dtype=BF16) for i in range(3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+        ops.causal_attention(q, k, v, p=0.1)
+    matrices = [tensor for tensor in saved if tensor is not None and tensor.size(-1) == 64]
+    assert sorted(tensor.itemsize for tensor in matrices) == [1, 2]
+
+
+@pytest.mark.device
+@pytest.mark.parametrize(
+    ("shape", "dtype", "strided"),
+    [
+        ((2, 5, 48), FP32, False),
+        ((16, 4), FP32, True),
+        ((3, 5), FP32, False),  # not a multiple of the identity's width
+        ((2, 5, 48), BF16, False),
+        ((2, 5, 48), FP16, False),
+    ],
+)
+def test_gelu_and_its_gradient_are_those_of_pytorch(shape, dtype, strided):
+    def plain(x):
+        return F.gelu(x, approximate="tanh")
+
+    x = normal(*shape, dtype=dtype, strided=strided)
+    y = assert_same(ops.gelu, plain, x)
+    with torch.no_grad():
+        assert torch.equal(ops.gelu(x), y)
+        assert_close(ops.gelu(20 * x), plain(20 * x.double()), TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize(("p", "dtype"), [(0.05, FP32), (0.9, FP16), (1e-9, FP32), (0.99, BF16)])
 def test_dropout_keeps_as_many_as_it_should_and_scales_them(p, dtype):
     torch.manual_seed(0)
@@ -171,7 +204,7 @@ def assert_same_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Hold the loss and its gradients to PyTorch's own; return the loss."""
 
     def fast(h, w):
-        return ops.tied_cross_entropy(h, w, targets)
+        return head.tied_cross_entropy(h, w, targets)
 
     def plain(h, w):
         return F.cross_entropy(h @ w.T, targets, reduction="sum")
@@ -194,7 +227,7 @@ def assert_same_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     ],
 )
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, N, C, V, chunk, frozen, dtype):
-    monkeypatch.setattr(ops, "FEW_LOGITS" if frozen else "MANY_LOGITS", chunk)
+    monkeypatch.setattr(head, "CHUNK" if frozen else "LARGE_CHUNK", chunk)
     hidden = normal(N, C, seed=1, dtype=dtype)
     weight = normal(V, C, seed=2, dtype=dtype).requires_grad_(not frozen)
     targets = (torch.arange(N, device=DEVICE) * 7) % V
@@ -209,15 +242,15 @@ def test_autocast_rules_the_precision_of_matmuls_and_not_of_the_softmax():
     low = [x.detach().bfloat16() for x in (hidden, weight)]
     with torch.autocast("cpu", dtype=BF16):
         y = ops.linear(hidden, weight)
-        loss = ops.tied_cross_entropy(hidden, weight, targets)
-        scores = ops.score(hidden, weight, targets)
+        loss = head.tied_cross_entropy(hidden, weight, targets)
+        scores = head.score(hidden, weight, targets)
         losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
         assert_close(loss, losses.sum(), 1e-6)
         assert_close(scores[0], losses, 1e-6)
     assert torch.equal(y, ops.linear(*low)) and y.dtype == BF16
-    assert torch.equal(loss, ops.tied_cross_entropy(*low, targets)) and loss.dtype == FP32
-    assert torch.equal(scores[0], ops.score(*low, targets)[0])
-    assert not torch.equal(scores[0], ops.score(hidden, weight, targets)[0])
+    assert torch.equal(loss, head.tied_cross_entropy(*low, targets)) and loss.dtype == FP32
+    assert torch.equal(scores[0], head.score(*low, targets)[0])
+    assert not torch.equal(scores[0], head.score(hidden, weight, targets)[0])
 
 
 @pytest.mark.device
@@ -225,22 +258,22 @@ def test_loss_is_right_where_a_probability_underflows_and_shows_what_is_not_a_nu
     hidden = torch.tensor([[200.0]], device=DEVICE, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]], device=DEVICE)
     targets = torch.ones(1, dtype=torch.int64, device=DEVICE)
-    loss = ops.tied_cross_entropy(hidden, weight, targets)
+    loss = head.tied_cross_entropy(hidden, weight, targets)
     assert loss.item() == pytest.approx(400)
     assert torch.autograd.grad(loss, hidden)[0].item() == pytest.approx(2)
-    assert ops.tied_cross_entropy(hidden * torch.nan, weight, targets).isnan()
+    assert head.tied_cross_entropy(hidden * torch.nan, weight, targets).isnan()
 
 
 @pytest.mark.device
 @pytest.mark.parametrize("chunk", [1, 20, 1000])
 def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
-    monkeypatch.setattr(ops, "FEW_LOGITS", chunk)
+    monkeypatch.setattr(head, "CHUNK", chunk)
     hidden = normal(30, 8, seed=1)
     weight = normal(13, 8, seed=2)
     logits = (hidden @ weight.T).detach()
     numbers = torch.arange(30, device=DEVICE)
     targets = torch.where(numbers % 2 == 0, logits.argmax(-1), numbers % 13)
-    losses, hits = ops.score(hidden, weight, targets)
+    losses, hits = head.score(hidden, weight, targets)
     assert_close(losses, F.cross_entropy(logits, targets, reduction="none"), 1e-6)
     assert torch.equal(hits, logits.argmax(-1) == targets) and 15 <= hits.sum() < 30
 
@@ -248,15 +281,15 @@ def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
     """No tensor that is made on the way is as large as (N, V)."""
-    monkeypatch.setattr(ops, "FEW_LOGITS", 4096)
+    monkeypatch.setattr(head, "CHUNK", 4096)
     hidden = normal(512, 8, seed=1).requires_grad_(gradient)
     weight = normal(1024, 8).detach()
     targets = torch.zeros(512, dtype=torch.int64)
     with torch.profiler.profile(profile_memory=True) as profile:
         if gradient:
-            ops.tied_cross_entropy(hidden, weight, targets).backward()
+            head.tied_cross_entropy(hidden, weight, targets).backward()
         else:
-            ops.score(hidden, weight, targets)
+            head.score(hidden, weight, targets)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 4096 * 4 <= largest < 512 * 1024 * 4 / 8
 
