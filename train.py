@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from data.instructions import CHAT_TEMPLATE
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.inject import adapter_disabled
-from lora.lora_ga import GradientStart, LoRAGAConfig, lora_ga_layers, weight_gradients
+from lora.lora_ga import GradientStart, LoRAGAConfig
 from lora.plus import parameter_groups
 from lora.riemannian import precondition
 from model.fast import accelerate
@@ -43,8 +42,7 @@ from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import count_parameters, describe_parameters
 from training.session import Session
-
-GRADIENT_BATCHES = 8  # from which LoRA-GA starts
+from training.start import start_along_gradient
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,24 +129,9 @@ class Trainer:
         self.meter = Meter(fp16)
 
         if isinstance(options.lora, LoRAGAConfig):
-            self.start_along_gradient()
+            start_along_gradient(model, self.batches(), data.training, self.backward, ranks)
         if options.compile:  # not the loss: its loop over chunks would be a long program
             self.hidden = torch.compile(model.hidden)
-
-    def start_along_gradient(self) -> None:
-        """Start LoRA-GA from dL/dW, the mean over the tokens of the run's first batches."""
-        batches = list(islice(self.batches(), GRADIENT_BATCHES))
-        tokens = sum(self.data.training.scored_tokens(batch) for batch in batches)
-        with weight_gradients(self.model) as gradients:
-            for batch in batches:
-                self.backward(batch, tokens)
-        self.optimizer.zero_grad()  # B's, which were computed, too
-
-        self.ranks.all_reduce(list(gradients.values()))
-        for name, layer in lora_ga_layers(self.model).items():
-            start = layer.along(gradients[name])
-            self.ranks.broadcast(start)  # another machine may choose other signs
-            layer.start_at(*start)
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """Yield each step's window indices (B,), from `step` on; each epoch has its own order."""
