@@ -33,6 +33,7 @@ class Task:
     precision: str = "fp32"
     weights: str = "fp32"  # low: their frozen weights are in `precision`, and there is no autocast
     compile: bool = False
+    graph: bool = True  # ours on CUDA: each part's kernels in one launch
     batch_size: int = 16
     block_size: int = 128
     r: int = 8
@@ -58,6 +59,8 @@ class Task:
                 how += " weights" if self.weights == "low" else " autocast"
         if self.compile:
             how += ", compiled"
+        if not self.graph:
+            how += ", no graph"
         return f"{who}, {what}, {how}"
 
     @property
@@ -78,6 +81,7 @@ class Task:
             block_size=self.block_size,
             max_steps=self.warm_up + self.steps + 1,
             compile=self.compile,
+            no_cuda_graph=not self.graph,
             **rank,
         )
 
