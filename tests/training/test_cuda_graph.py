@@ -29,6 +29,8 @@ on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has graphs of its own
 WHOLE = ("--batch-size", 45, "--epochs", 2, "--lr", 1e-2)
 # Parts of 15 windows, also in the last batch: 15, 15 and 14.
 PARTS = (*WHOLE, "--grad-accum", 3)
+# Parts of 15, 15 and 14 windows in each batch, 1, 1 and 1 in the last.
+UNEVEN = (*PARTS, "--batch-size", 44)
 ALLOWED = 0 if DEVICE == "cpu" else FP32_CLOSE
 ON_CUDA = Device(torch.device("cuda"), "bf16")
 
@@ -83,7 +85,7 @@ def assert_same_steps(one: dict[str, list], other: dict[str, list]) -> None:
                 assert same, f"{kind} of step {step}"
 
 
-@pytest.mark.parametrize("parts, replays", [(WHOLE, 6), (PARTS, 18)])
+@pytest.mark.parametrize("parts, replays", [(WHOLE, 6), (PARTS, 18), (UNEVEN, 16)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_losses_gradients_and_weights_are_those_of_a_run_without(
