@@ -10,6 +10,8 @@ Python decides stays as it was at the capture.
 
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +100,13 @@ class GraphedBackward:
         """
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         unused = generator.clone_state()
+        pool = torch.cuda.graph_pool_handle()
         earlier = [p.grad for p in self.parameters]
         failure = ""
         try:
             # A capture that fails leaves its stream current; this context does not.
             with torch.cuda.stream(torch.cuda.current_stream()):
-                self.capture(generator)
+                self.capture(generator, pool)
         except Exception as error:  # whatever it is, the run does not need a graph
             cause = error.__context__ or error  # the capture's end fails, too
             failure = first_line(cause) or type(cause).__name__
@@ -114,10 +117,10 @@ class GraphedBackward:
             # In older versions of torch the generator still believes that it is captured, and its
             # next draw raises; a clone has its numbers alone.
             generator.graphsafe_set_state(unused)
-            torch.cuda.empty_cache()
+            give_back(pool)
             print(f"warning: training without a CUDA graph ({failure})", file=sys.stderr)
 
-    def capture(self, generator: torch.Generator) -> None:
+    def capture(self, generator: torch.Generator, pool: Any) -> None:
         """Run a part a few times, so that nothing is compiled, chosen or moved during the capture;
         then capture it.
         """
@@ -135,7 +138,7 @@ class GraphedBackward:
             raise RuntimeError("the GPU's memory is too small for one")
         graph = torch.cuda.CUDAGraph()
         # NCCL's own thread may look for its messages meanwhile: by default, that is an error.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             self.loss = self.run()
         self.gradients = [p.grad for p in self.parameters]
         self.graph = graph
@@ -148,6 +151,20 @@ class GraphedBackward:
     def drop_gradients(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def give_back(pool: Any) -> None:
+    """Give back the memory of a capture that failed, as its end would; nothing here ends the run.
+
+    Else PyTorch's allocator takes it for one that still goes on. If no capture is open, the first
+    call raises, and the graph gives back its pool by itself.
+    """
+    with suppress(Exception):
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+    with suppress(Exception):
+        torch.cuda.empty_cache()
 
 
 def has_room(parameters: Iterable[nn.Parameter]) -> bool:

@@ -104,6 +104,7 @@ class FakeGenerator:
         self.get_state = torch.get_rng_state
         self.set_state = torch.set_rng_state
         self.captured = False
+        self.open_pools = []  # of captures that go on
 
     def clone_state(self):
         return torch.get_rng_state()
@@ -119,27 +120,36 @@ def install(monkeypatch, free=80e9, largest=1e9):
     The card has `free` bytes, and a part takes `largest`.
     """
     generator = FakeGenerator()
+    pools = generator.open_pools
     FakeGraph.captured = 0
     FakeGraph.replayed = 0
 
     @contextmanager
-    def capture(graph, stream, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
+        assert stream is side and (pool, capture_error_mode) == ("pool", "thread_local")
         state = torch.get_rng_state()
         generator.captured = True
+        pools.append(pool)
         with Recorder() as recorder:
             yield
         generator.captured = False
+        pools.remove(pool)
         torch.set_rng_state(state)
         recorder.forget_numbers()
         graph.calls = recorder.calls
         FakeGraph.captured += 1
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    def end_allocate(device, pool):
+        pools.remove(pool)  # raises if it is closed
+
+    main = SimpleNamespace(wait_stream=lambda other: None)
+    side = SimpleNamespace(wait_stream=lambda other: None)
     doubles = {
         "CUDAGraph": FakeGraph,
         "graph": capture,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "Stream": lambda: side,
+        "current_stream": lambda: main,
+        "graph_pool_handle": lambda: "pool",
         "stream": lambda stream: nullcontext(),
         "current_device": lambda: 0,
         "default_generators": (generator,),
@@ -151,5 +161,7 @@ def install(monkeypatch, free=80e9, largest=1e9):
     }
     for name, double in doubles.items():
         monkeypatch.setattr(torch.cuda, name, double)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
     return generator

@@ -178,6 +178,7 @@ def test_a_part_that_waits_for_the_gpu_is_not_captured_and_the_run_goes_on(make,
     assert said == f"warning: training without a CUDA graph ({reason})\n"
     assert FakeGraph.captured == 0
     assert not generator.captured
+    assert generator.open_pools == []
 
 
 @on_cpu
