@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from data.instructions import CHAT_TEMPLATE
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
 from lora.inject import adapter_disabled
-from lora.lora_ga import GradientStart, LoRAGAConfig, lora_ga_layers, weight_gradients
+from lora.lora_ga import GradientStart, LoRAGAConfig
 from lora.plus import parameter_groups
 from lora.riemannian import precondition
 from model.fast import accelerate
@@ -37,6 +36,7 @@ from model.hub import find_base
 from model.stock import save_tokenizer
 from model.weights import save_gpt2
 from training.build import Data, build_model, count_steps, load_data, prepare_device, resolve
+from training.cuda_graph import GraphedBackward, can_capture
 from training.directory import refuse_inputs_as_output, refuse_used_directory
 from training.identity import run_identity
 from training.meter import Meter, Progress
@@ -45,8 +45,7 @@ from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks
 from training.report import count_parameters, describe_parameters
 from training.session import Session
-
-GRADIENT_BATCHES = 8  # from which LoRA-GA starts
+from training.start import start_along_gradient
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,6 +121,7 @@ class Trainer:
         # The scaler makes its scale at its first loss, and a rank may have none.
         self.scaler.scale(torch.zeros((), device=device.torch_device))
         self.hidden = model.hidden
+        self.backward_of_part = self.eager_backward
 
         # The most windows that a rank computes at a time.
         largest_batch = min(options.batch_size, len(data.training))
@@ -133,24 +133,16 @@ class Trainer:
         self.meter = Meter(fp16)
 
         if isinstance(options.lora, LoRAGAConfig):
-            self.start_along_gradient()
+            start_along_gradient(model, self.batches(), data.training, self.backward, ranks)
         if options.compile:  # not the loss: its loop over chunks would be a long program
             self.hidden = torch.compile(model.hidden)
-
-    def start_along_gradient(self) -> None:
-        """Start LoRA-GA from dL/dW, the mean over the tokens of the run's first batches."""
-        batches = list(islice(self.batches(), GRADIENT_BATCHES))
-        tokens = sum(self.data.training.scored_tokens(batch) for batch in batches)
-        with weight_gradients(self.model) as gradients:
-            for batch in batches:
-                self.backward(batch, tokens)
-        self.optimizer.zero_grad()  # B's, which were computed, too
-
-        self.ranks.all_reduce(list(gradients.values()))
-        for name, layer in lora_ga_layers(self.model).items():
-            start = layer.along(gradients[name])
-            self.ranks.broadcast(start)  # another machine may choose other signs
-            layer.start_at(*start)
+        if can_capture(options, device):
+            self.backward_of_part = GraphedBackward(
+                self.eager_backward,
+                self.parameters.values(),
+                shape=(self.part_size, options.block_size),
+                tokens=largest_batch * options.block_size,
+            )
 
     def batches(self, step: int = 0) -> Iterator[np.ndarray]:
         """Yield each step's window indices (B,), from `step` on; each epoch has its own order."""
@@ -192,11 +184,15 @@ class Trainer:
         """
         total_loss = torch.zeros((), device=self.device.torch_device)
         for part in self.parts(batch):
-            with self.device.autocast():
-                loss = self.summed_loss(*self.data.training.batch(part))
-            self.scaler.scale(loss / tokens).backward()
-            total_loss += loss.detach()
+            total_loss += self.backward_of_part(*self.data.training.batch(part), tokens)
         return total_loss
+
+    def eager_backward(self, inputs: Tensor, targets: Tensor, tokens: int) -> Tensor:
+        """Add the gradients of a part's loss / `tokens`; return the summed loss."""
+        with self.device.autocast():
+            loss = self.summed_loss(inputs, targets)
+        self.scaler.scale(loss / tokens).backward()
+        return loss.detach()
 
     def parts(self, batch: np.ndarray) -> list[np.ndarray]:
         """Split this rank's share of a batch into parts; without torchrun it is all of it."""
@@ -208,7 +204,7 @@ class Trainer:
     def summed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of -log p(target) over the scored tokens, in nats.
 
-        `inputs` and `targets` (B, T) are on the CPU.
+        `inputs` and `targets` (B, T) are on the CPU, or where the model is.
         """
         windows = len(inputs)
         if self.options.compile and not self.options.data:

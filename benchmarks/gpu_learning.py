@@ -13,6 +13,7 @@ from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report
 from common.device import Device
 from train import Trainer
+from training.cuda_graph import GraphedBackward
 from training.options import ROOT
 
 # Of a loss before the first step, relative: what rounding makes of one forward pass.
@@ -27,19 +28,22 @@ LOW = ("--precision", "low")
 COMPILE = ("--compile",)
 CHECKPOINTING = ("--gradient-checkpointing",)
 PARTS = ("--grad-accum", "3")
+NO_GRAPH = ("--no-cuda-graph",)
 CASES: dict[str, tuple[str, ...]] = {  # what changes a step's computation
     "fp32": (),
     "fp32, checkpointing": CHECKPOINTING,
     "fp32, 3 parts": PARTS,
+    "fp32, no graph": NO_GRAPH,
     "TF32": ("--allow-tf32",),
     "fp32, compiled": COMPILE,
     "low": LOW,
     "low, 3 parts": (*LOW, *PARTS),
+    "low, no graph": (*LOW, *NO_GRAPH),
     "low, compiled": (*LOW, *COMPILE),
     "low, all": (*LOW, *COMPILE, *CHECKPOINTING, *PARTS),
 }
 TOO_LONG = {"--compile", "--data"}  # for a dry run: minutes; a completion of more than a block
-CUDA_ALONE = {"--allow-tf32", *COMPILE, *CHECKPOINTING}  # of these options
+CUDA_ALONE = {"--allow-tf32", *COMPILE, *CHECKPOINTING, *NO_GRAPH}  # of these options
 CONVERSATIONS = ROOT / "data" / "instructions.jsonl"
 WAITING: dict[str, tuple[object, ...]] = {
     "lora, fp32": ("lora", "--precision", "fp32"),
@@ -47,6 +51,7 @@ WAITING: dict[str, tuple[object, ...]] = {
     "lora, fp16": ("lora", "--precision", "fp16"),
     "lora, 3 parts": ("lora", *LOW, *PARTS),
     "lora, checkpointing": ("lora", *LOW, *CHECKPOINTING),
+    "lora, no graph": ("lora", *LOW, *NO_GRAPH),
     "lora, compiled": ("lora", *LOW, *COMPILE),
     "lora, --use-dora": ("lora", *LOW, "--use-dora"),
     "lora, slices": ("lora", *LOW, "--target-modules", "c_attn.q", "c_attn.v"),
@@ -134,10 +139,18 @@ def no_waiting(opts: Namespace, report: Report) -> None:
                 set_sync_mode(opts, mode)
                 trainer.step(next(batches))
             report.facts[name] = outcome
+            check_graph(report, name, trainer)
         set_sync_mode(opts, "default")
     with report.trying("evaluation"):
         few, many = (waits_in_evaluation(opts, batches) for batches in (2, 4))
         report.check("evaluation: waits for two batches more", many - few, 0)
+
+
+def check_graph(report: Report, name: str, trainer: Trainer) -> None:
+    """Check that a run whose parts can be a CUDA graph has one: a failed capture is a warning."""
+    part = trainer.backward_of_part
+    if isinstance(part, GraphedBackward):
+        report.check(f"{name}: graphs that could not be captured", int(part.graph is None), 0)
 
 
 def waits_in_evaluation(opts: Namespace, count: int) -> int:

@@ -52,7 +52,11 @@ def timed_tasks(opts: Namespace, folder: str, method: str) -> list[Task]:
     )
     if opts.dry_run or not opts.device.is_cuda:
         return sides(task)
-    return [*sides(task), *sides(replace(task, compile=True))]
+    tasks = []
+    for compiled in (False, True):
+        ours, *theirs = sides(replace(task, compile=compiled))
+        tasks += [ours, replace(ours, graph=False), *theirs]
+    return tasks
 
 
 def figures(opts: Namespace, found: dict, first: dict) -> dict[str, object]:

@@ -43,6 +43,7 @@ class Task:
     weights: str = "fp32"  # low: their frozen weights are in `precision`, and there is no autocast
     allocator_alike: bool = False  # they keep freed memory, as ours always does (tune_process)
     compile: bool = False
+    graph: bool = True  # ours on CUDA: each part's kernels in one launch
     batch_size: int = 16
     block_size: int = 128
     r: int = 8
@@ -70,6 +71,8 @@ class Task:
             how += ", compiled"
         if self.allocator_alike:
             how += ", allocator alike"
+        if not self.graph:
+            how += ", no graph"
         return f"{who}, {what}, {how}"
 
     @property
@@ -90,6 +93,7 @@ class Task:
             block_size=self.block_size,
             max_steps=self.warm_up + self.steps + 1,
             compile=self.compile,
+            no_cuda_graph=not self.graph,
             **rank,
         )
 

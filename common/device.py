@@ -65,8 +65,10 @@ class Device:
         return torch.autocast(self.torch_device.type, self.dtype)
 
     def copy(self, x: Tensor) -> Tensor:
-        """Copy to the device. To a CUDA GPU, copy from pinned memory without waiting for it."""
-        if self.is_cuda:
+        """Copy to the device, unless x is there. To a CUDA GPU, copy from pinned memory without
+        waiting for it.
+        """
+        if self.is_cuda and not x.is_cuda:
             return x.pin_memory().to(self.torch_device, non_blocking=True)
         return x.to(self.torch_device)
 

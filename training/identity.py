@@ -20,6 +20,7 @@ MAY_CHANGE_ON_RESUME = {
     "log_every",
     "checkpoint_every",
     "gradient_checkpointing",
+    "no_cuda_graph",
     "resume",
     "overwrite",
     "base",

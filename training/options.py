@@ -133,6 +133,9 @@ class Options:
         42, number(int, 0, 2**63 - 1), "for the adapter's start, the order of windows and dropout"
     )
     compile: bool = option(False, help="torch.compile the model; not on a CPU, where it is slower")
+    no_cuda_graph: bool = option(
+        False, help="launch kernels one by one, not a part's forward and backward pass as one graph"
+    )
     gradient_checkpointing: bool = option(
         False, help="compute activations twice instead of keeping them: saves memory"
     )

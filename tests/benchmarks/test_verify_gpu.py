@@ -2,17 +2,21 @@
 
 import json
 import math
+from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks import gpu_learning, gpu_speed, ours, speed_worker, verify_gpu
+from common.device import Device
 from common.errors import RunError
 from lora.layer import LoRALinear
 from model import fast
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run
+from training.cuda_graph import GraphedBackward
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +46,7 @@ def test_a_dry_run_runs_every_part_and_writes_one_report(tmp_path):
     for method in ("lora", "full"):
         for case in ("fp32", "fp32, checkpointing", "fp32, 3 parts", "bf16", "bf16, 3 parts"):
             assert f"{method}, {case}: what it learns, over PEFT's, from 1" in learned
-    assert len(learned) == 2 * 2 * 6
+    assert len(learned) == 2 * 2 * 8
     left_out = {"lora, compiled", "lora, --data"}
     assert parts["no-waiting"]["facts"].keys() == gpu_learning.WAITING.keys() - left_out
     rows = parts["speed"]["facts"]
@@ -81,6 +85,8 @@ def show_the_next_token(monkeypatch):
     monkeypatch.setattr(fast, "causal_attention", attend)
 
 
+GRAPH = "graphs that could not be captured"
+ON_CUDA = Device(torch.device("cuda"), "fp32")
 LEARNS = "what it learns, over PEFT's, from 1"
 
 
@@ -122,7 +128,7 @@ def test_a_case_that_raises_fails_alone(tmp_path, monkeypatch):
         f"lora, fp32, checkpointing: {error}",
         f"full, fp32, checkpointing: {error}",
     ]
-    assert len(parts["learning"]["checks"]) == 2 * (2 * 5 + 1)
+    assert len(parts["learning"]["checks"]) == 2 * (2 * 7 + 1)
 
 
 def test_a_contender_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
@@ -138,6 +144,28 @@ def test_a_contender_that_fails_is_named_and_the_others_are_measured(tmp_path, m
     facts = parts["speed"]["facts"]
     assert facts["PEFT, LoRA, bf16 weights, failed"] == "out of memory"
     assert facts["this project, full, bf16"]["launches"] == 0
+
+
+def test_on_cuda_our_step_is_timed_with_its_graph_and_without_compiled_and_not():
+    opts = Namespace(device=ON_CUDA, dry_run=False, low="bf16", batch=16, block=128, steps=20)
+    names = [task.contender for task in gpu_speed.timed_tasks(opts, "base", "lora")]
+    assert names == [
+        "this project, LoRA, bf16",
+        "this project, LoRA, bf16, no graph",
+        "PEFT, LoRA, bf16 autocast",
+        "PEFT, LoRA, bf16 weights",
+        "this project, LoRA, bf16, compiled",
+        "this project, LoRA, bf16, compiled, no graph",
+        "PEFT, LoRA, bf16 autocast, compiled",
+    ]
+
+
+@pytest.mark.parametrize("graph, failed", [(None, ["lora: " + GRAPH]), (mock.Mock(), [])])
+def test_a_capture_that_failed_is_no_secret(graph, failed):
+    part = mock.Mock(spec=GraphedBackward, graph=graph)
+    report = gpu_learning.Report()
+    gpu_learning.check_graph(report, "lora", mock.Mock(backward_of_part=part))
+    assert report.broken() == failed
 
 
 def test_what_is_no_number_fails():
