@@ -274,7 +274,8 @@ def test_the_best_rate_between_those_tried_and_the_rule_of_many():
 def test_regret(tmp_path, monkeypatch):
     """Full fine-tuning learns more than LoRA, a high rank more than a low one."""
     monkeypatch.setattr(regret, "BATCHES", {8: (60, 5e-4, 4e-3)})
-    monkeypatch.setattr(regret, "SHARES", {64: ("all", 5e-4, 4e-3)})
+    # At 4e-3 the two ranks' training losses are closer than rounding moves them.
+    monkeypatch.setattr(regret, "SHARES", {64: ("all", 5e-4, 8e-3)})
     data = run(regret, tmp_path)
     (full,), (high,), (low,) = (runs[8].values() for runs in data["by batch"].values())
     assert full < high < low

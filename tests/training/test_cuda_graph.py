@@ -12,7 +12,7 @@ import torch._dynamo  # now: it would take a double of torch's for torch's own
 
 import train
 from common.device import Device
-from model import cuda_loss, fast
+from model import cuda_loss, fast, loss
 from tests import runs
 from tests.helpers import DEVICE, FP32_CLOSE, relative_difference
 from tests.ranks import fork
@@ -42,7 +42,7 @@ def generator(monkeypatch):
         return None
     memory = 20 * 320 * 8 * cuda_loss.SHARE
     monkeypatch.setattr(cuda_loss, "card_memory", lambda device: memory)
-    monkeypatch.setattr(fast, "_TiedCrossEntropy", cuda_loss.TiedCrossEntropy)
+    monkeypatch.setattr(loss, "_TiedCrossEntropy", cuda_loss.TiedCrossEntropy)
     on_cuda = partial(can_capture, device=ON_CUDA)
     monkeypatch.setattr(train, "can_capture", lambda options, device: on_cuda(options))
     return fake_graph.install(monkeypatch)
