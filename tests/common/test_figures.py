@@ -76,7 +76,8 @@ def test_pictures_of_commands_can_be_read(tmp_path):
         for name in ("here", "PEFT + transformers")
         for axis, size in (("batch_size", 4), ("batch_size", 16), ("block_size", 128), ("r", 8))
     ]
-    ratio = {"theirs": "PEFT, LoRA, bf16", "ours": "here, LoRA, bf16", "time": spread}
+    pair = {"theirs": "PEFT, LoRA, bf16", "ours": "here, LoRA, bf16"}
+    ratio = pair | {"as_it_comes": spread, "alike": spread}
     curves = {
         name: {"here": [4.0, 3.5], "there": [4.0, 3.25]} for name in ("exact", "bf16", "full")
     }
