@@ -10,6 +10,7 @@ the same round.
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -118,7 +119,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list]:
         base = MINI if args.short else args.base
         if base is None:
             base = Path(folder)
-            save_random_base(base)
+            # In a process of its own: Linux hands a process's peak memory on to those it starts.
+            maker = multiprocessing.get_context("spawn").Process(
+                target=save_random_base, args=(base,)
+            )
+            maker.start()
+            maker.join()
         found = measure_rounds(base, args.only, args.rounds, args.steps)
     report(found)
     return found
