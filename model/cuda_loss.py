@@ -93,7 +93,7 @@ class LossAndGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        dweight = None if grad_w is None else grad_w * grad
+        dweight = None if grad_w is None else grad_w.mul_(grad)  # in place: it is large
         return grad_h * grad, dweight, None, None
 
 

@@ -8,15 +8,18 @@ Shapes: hidden (N, C), weight (V, C), targets (N,), logits z (n, V) of a chunk o
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import cuda_loss
-from model.cpu_operations import linear
+from model.cpu_operations import linear, matmul
 
 CHUNK = 1 << 24  # logits at a time, to save memory
 LARGE_CHUNK = 1 << 26  # if each chunk costs an addition to the head's gradient
 BLOCK = 1 << 19  # logits whose softmax stays in the cache
 TILE = 128  # tokens: with a multiple of it, matmuls are faster
+PART = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
+SMALLEST = 1e-30  # no logarithm of a smaller probability: from 1e-38 down, fp32 loses digits
 
 
 @torch.no_grad()
@@ -34,8 +37,9 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     hits = []
     for rows in chunks(len(h), len(w), CHUNK):
         z = linear(h[rows], w)
-        hits.append(z.argmax(-1) == targets[rows])
-        losses.append(to_gradient(z, targets[rows]))
+        for block, y in blocks(z, targets[rows]):
+            losses.append(cross_entropy(block, y))
+            hits.append(block.argmax(-1) == y)
         del z  # its memory is the next one's
     return torch.cat(losses), torch.cat(hits)
 
@@ -65,33 +69,43 @@ def chunks(tokens: int, vocab_size: int, logits: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
-    """Replace z (n, V) by dL/dz = softmax(z) - onehot(target), and return the losses, fp32 (n,):
-    L = logsumexp(z) - z[target].
+def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split logits z (n, V) and their targets (n,) into blocks of a few rows.
 
-    On a CPU a few rows at a time, so that what is read and written several times stays in its
-    cache.
+    What is read and written several times stays in a CPU's cache.
     """
     n, V = z.shape
     size = n
-    if z.device.type == "cpu":
+    if z.is_cpu:
         size = max(1, BLOCK // V)
-    losses = []
-    for rows, y in zip(z.split(size), targets[:, None].split(size), strict=True):
-        z_max = rows.amax(-1, keepdim=True).float()
-        z_at_target = rows.gather(1, y)
+    return zip(z.split(size), targets.split(size), strict=True)
+
+
+def cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
+    """Return -log softmax(z)[target] in fp32, (n,)."""
+    return F.cross_entropy(z.float(), targets, reduction="none")
+
+
+def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
+    """Replace z (n, V) by dL/dz = softmax(z) - onehot(target), and return L, the sum over all n of
+    -log softmax(z)[target].
+    """
+    total = torch.zeros((), device=z.device)
+    for rows, y in blocks(z, targets):
         p = torch.softmax(rows, -1, dtype=torch.float32)
-        log_sum_exp = z_max - p.amax(-1, keepdim=True).log()  # since max p = exp(z_max) / sum exp
-        losses.append((log_sum_exp - z_at_target).squeeze(1))
-        p.scatter_add_(1, y, -torch.ones_like(p[:, :1]))
-        rows.copy_(p)
-    return torch.cat(losses)
+        p_of_target = p.gather(1, y[:, None])
+        if z.is_cpu and p_of_target.min() > SMALLEST:  # a GPU would have to wait
+            total -= p_of_target.log().sum()
+        else:
+            total += cross_entropy(rows, y).sum()
+        rows.copy_(p.scatter_(1, y[:, None], p_of_target - 1))
+    return total
 
 
 class _TiedCrossEntropy(cuda_loss.LossAndGradient):
     """Compute the loss and its gradient on a CPU or Apple's GPU.
 
-    With z = W h, dL/dh = dL/dz W and dL/dW = dL/dz^T h. Nothing (N, V) is kept.
+    With z = h W^T, dL/dh = dL/dz W and dL/dW = dL/dz^T h. Nothing (N, V) is kept.
     """
 
     @staticmethod
@@ -99,22 +113,44 @@ class _TiedCrossEntropy(cuda_loss.LossAndGradient):
         h = hidden.to(dtype)
         w = weight.to(dtype)
         total = torch.zeros((), device=h.device)
-        grad_h = torch.empty_like(h)
+        grad_h = torch.zeros_like(h, dtype=torch.float32)
         grad_w = None
         logits = CHUNK
         if ctx.needs_input_grad[1]:
-            grad_w = weight.new_zeros(weight.T.shape)  # dL/dW^T, since its matmul is faster
+            grad_w = torch.zeros_like(weight)
             logits = LARGE_CHUNK
 
         for rows in chunks(len(h), len(w), logits):
             z = linear(h[rows], w)
-            total += to_gradient(z, targets[rows]).sum()
-            grad_h[rows] = linear(z, w.T)
+            total += to_gradient(z, targets[rows])
+            add_gradient_of_hidden(grad_h[rows], z, w)
             if grad_w is not None:
-                grad_w += linear(h[rows].T, z.T)
+                add_gradient_of_weight(grad_w, z, h[rows])
             del z  # its memory is the next one's
 
-        if grad_w is not None:
-            grad_w = grad_w.T.contiguous()
-        ctx.save_for_backward(grad_h, grad_w)
+        ctx.save_for_backward(grad_h.to(hidden.dtype), grad_w)
         return total
+
+
+def add_gradient_of_hidden(total: Tensor, dz: Tensor, w: Tensor) -> None:
+    """Add dL/dz W to `total` (n, C): for each part of the vocabulary what it adds to the sum."""
+    size = part_size(dz)
+    for dz_part, w_part in zip(dz.split(size, 1), w.split(size), strict=True):
+        total += matmul(dz_part, w_part)
+
+
+def add_gradient_of_weight(total: Tensor, dz: Tensor, h: Tensor) -> None:
+    """Add dL/dz^T h to `total` (V, C)."""
+    if dz.dtype == torch.float32:
+        total += matmul(h.T, dz).T  # the transposed matmul, whole, is faster
+        return
+    size = part_size(dz)
+    for part, dz_part in zip(total.split(size), dz.split(size, 1), strict=True):
+        part += matmul(dz_part.T, h)
+
+
+def part_size(dz: Tensor) -> int:
+    """Return the number of columns of dL/dz (n, V) to multiply at a time."""
+    if dz.is_cpu:
+        return PART // dz.itemsize
+    return dz.size(1)
