@@ -33,14 +33,10 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
         return cuda_loss.score(hidden, weight, targets, dtype)
     h = hidden.to(dtype)
     w = weight.to(dtype)
-    losses = []
-    hits = []
-    for rows in chunks(len(h), len(w), CHUNK):
-        z = linear(h[rows], w)
-        for block, y in blocks(z, targets[rows]):
-            losses.append(cross_entropy(block, y))
-            hits.append(block.argmax(-1) == y)
-        del z  # its memory is the next one's
+    scores = [
+        score_logits(linear(h[rows], w), targets[rows]) for rows in chunks(len(h), len(w), CHUNK)
+    ]
+    losses, hits = zip(*scores, strict=True)
     return torch.cat(losses), torch.cat(hits)
 
 
@@ -81,25 +77,35 @@ def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(z.split(size), targets.split(size), strict=True)
 
 
+def score_logits(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `score` does, (n,) both."""
+    losses = []
+    hits = []
+    for rows, y in blocks(z, targets):
+        losses.append(cross_entropy(rows, y))
+        hits.append(rows.argmax(-1) == y)
+    return torch.cat(losses), torch.cat(hits)
+
+
 def cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
     """Return -log softmax(z)[target] in fp32, (n,)."""
     return F.cross_entropy(z.float(), targets, reduction="none")
 
 
 def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
-    """Replace z (n, V) by dL/dz = softmax(z) - onehot(target), and return L, the sum over all n of
-    -log softmax(z)[target].
+    """Replace z (n, V) by dL/dz = softmax(z) - onehot(target), and return the losses, fp32 (n,):
+    L = -log softmax(z)[target].
     """
-    total = torch.zeros((), device=z.device)
+    losses = []
     for rows, y in blocks(z, targets):
         p = torch.softmax(rows, -1, dtype=torch.float32)
         p_of_target = p.gather(1, y[:, None])
         if z.is_cpu and p_of_target.min() > SMALLEST:  # a GPU would have to wait
-            total -= p_of_target.log().sum()
+            losses.append(-p_of_target.log().squeeze(1))
         else:
-            total += cross_entropy(rows, y).sum()
+            losses.append(cross_entropy(rows, y))
         rows.copy_(p.scatter_(1, y[:, None], p_of_target - 1))
-    return total
+    return torch.cat(losses)
 
 
 class _TiedCrossEntropy(cuda_loss.LossAndGradient):
@@ -122,7 +128,7 @@ class _TiedCrossEntropy(cuda_loss.LossAndGradient):
 
         for rows in chunks(len(h), len(w), logits):
             z = linear(h[rows], w)
-            total += to_gradient(z, targets[rows])
+            total += to_gradient(z, targets[rows]).sum()
             add_gradient_of_hidden(grad_h[rows], z, w)
             if grad_w is not None:
                 add_gradient_of_weight(grad_w, z, h[rows])
