@@ -11,10 +11,10 @@ themselves in low precision. Our side keeps freed memory, as its commands do (`t
 CPU under Linux, theirs is measured a second time with the allocator alike. The matmuls' share is
 their own time over that of all operations, in one more step under torch.profiler.
 
-`--only gpt2-xl` is one round of LoRA on a random gpt2-xl, 4 windows a step. `--only growth` is LoRA
-against batch, context, rank and model size, the allocator alike: an exponent of 1 is a time or a
-memory that doubles with the size. `--only scaling` is one batch shared by the ranks that torchrun
-starts, all on this machine; its bytes are those that a rank's step hands to all_reduce.
+`--only growth` is LoRA against batch, context, rank and model size (mini to gpt2-xl), the allocator
+alike: an exponent of 1 is a time or a memory that doubles with the size. `--only scaling` is one
+batch shared by the ranks that torchrun starts, all on this machine; its bytes are those that a
+rank's step hands to all_reduce.
 """
 
 import json
@@ -37,7 +37,7 @@ import torch
 from benchmarks.gpu_memory import parameters
 from benchmarks.parity_report import versions
 from benchmarks.speed_report import draw, print_report, summarise
-from benchmarks.speed_tasks import AXES, BASES, Task, along, compare, large
+from benchmarks.speed_tasks import AXES, BASES, Task, along, compare
 from common.cli import Parser, number
 from common.device import PRECISIONS, Device
 from common.errors import RunError, run_command
@@ -47,7 +47,6 @@ from model.weights import load_config
 from training.options import ROOT
 
 KINDS = ("train", "evaluate", "generate")
-LARGE = "gpt2-xl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         prepare(opts, folder)
         failed = [measure_rounds(opts, name, tasks) for name, tasks in plans(opts).items()]
-        if LARGE in opts.only:
-            failed.append(measure_large(opts, folder))
     return 1 if any(failed) else 0
 
 
@@ -88,10 +85,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=(*KINDS, *AXES, LARGE),
+        choices=(*KINDS, *AXES),
         default=list(KINDS),
         metavar="PART",
-        help=f"default: {' '.join(KINDS)}; also {' '.join((*AXES, LARGE))}",
+        help=f"default: {' '.join(KINDS)}; also {' '.join(AXES)}",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument(
@@ -145,8 +142,6 @@ def prepare(opts: Namespace, folder: str) -> None:
         wanted += list(BASES)[:2]
     elif "growth" in opts.only:
         wanted += list(BASES)
-    if LARGE in opts.only:
-        wanted.append(LARGE)
 
     opts.models = {}
     for name in dict.fromkeys(wanted):
@@ -179,13 +174,6 @@ def plans(opts: Namespace) -> dict[str, list[Task]]:
     elif compared:
         found["-".join(compared)] = compare(opts)
     return found
-
-
-def measure_large(opts: Namespace, folder: str) -> bool:
-    """Measure one round on a gpt2-xl of random weights, in fp16 on the disk."""
-    opts.base = made(folder, LARGE)
-    opts.rounds = 1
-    return measure_rounds(opts, LARGE, large(opts))
 
 
 def facts(opts: Namespace) -> dict[str, Any]:

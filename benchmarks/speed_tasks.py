@@ -173,10 +173,3 @@ def along(opts: Namespace, part: str) -> list[Task]:
                 sized = replace(task, **{axis: size})
                 tasks += [sized, replace(sized, **other)]
     return tasks
-
-
-def large(opts: Namespace) -> list[Task]:
-    """Return tasks of LoRA on the base `opts.base`, in the first low precision."""
-    low = [precision for precision in opts.precision if precision != "fp32"]
-    precision = low[0] if low else "fp32"
-    return sides(replace(opts.task, base=opts.base, precision=precision, batch_size=SMALL_BATCH))

@@ -249,18 +249,17 @@ def test_both_sides_compute_the_same(base, kind, method):
 
 def test_without_a_base_it_makes_its_own_and_the_others_go_on_when_one_fails(tmp_path):
     small = GPT2Config(vocab_size=317, **BASE)
-    bases = dict.fromkeys(("base", "gpt2-xl"), small)
 
     def measure(task):
         if task.name == "transformers, generate, bf16 weights":
             raise RunError("out of memory")
         found = speed_worker.measure(task)
-        if task.kind in bases:
+        if task.kind == "base":
             write_small_tokenizer(Path(task.base), small.vocab_size)
         return found
 
-    options = ["--only", "generate", "gpt2-xl", "--precision", "bf16"]
-    with mock.patch.dict(BASES, bases):
+    options = ["--only", "generate", "--precision", "bf16"]
+    with mock.patch.dict(BASES, {"base": small}):
         ending = bench("", tmp_path, *options, measure=measure)
     assert ending.status == 1
     assert len(ending.stderr.splitlines()) == 1
@@ -270,15 +269,6 @@ def test_without_a_base_it_makes_its_own_and_the_others_go_on_when_one_fails(tmp
     assert result["base"] == "GPT-2 124M, random weights"
     unlike = [r for r in result["measurements"] if not r["allocator_alike"]]
     assert len(unlike) == 2 * ROUNDS
-
-    large = read(tmp_path, "gpt2-xl")  # one round of LoRA
-    assert large["base"] == "gpt2-xl, random weights"
-    assert {record["batch_size"] for record in large["measurements"]} == {4}
-    assert {record["name"] for record in large["measurements"]} - ALIKE == {
-        "this project, LoRA, bf16",
-        "PEFT, LoRA, bf16 autocast",
-        "PEFT, LoRA, bf16 weights",
-    }
 
 
 def test_two_ranks_are_processes_of_their_own_and_what_a_step_sends_is_counted(
