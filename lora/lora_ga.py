@@ -82,7 +82,7 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
 
 
 class GradientStart:
-    """What a checkpoint holds of LoRA-GA: each layer's A0 and B0.
+    """Hold what a checkpoint saves of LoRA-GA: each layer's A0 and B0.
 
     A gradient that is computed again may differ in its last bits, and its singular vectors then in
     their signs.

@@ -1,4 +1,4 @@
-"""What stock tools look for in a directory: the base's name, and a tokenizer with its settings."""
+"""Write what stock tools look for beside a model: the base's name, and a tokenizer's settings."""
 
 import json
 import os

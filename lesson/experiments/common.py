@@ -1,4 +1,4 @@
-"""What experiments share: their options, a trainer on mini, and data saved beside its picture."""
+"""Give experiments their options, a trainer on mini, and data saved beside the picture."""
 
 import argparse
 import json

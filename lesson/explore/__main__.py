@@ -70,7 +70,7 @@ class Server(ThreadingTCPServer):
             self.computing.release()
 
     def handle_error(self, *request: Any) -> None:
-        """Print the traceback of a bug; a page that has gone is none."""
+        """Print the traceback of a bug. A page that was closed is no bug."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(*request)
 

@@ -220,7 +220,7 @@ def test_where_the_allocator_has_no_setting_theirs_is_measured_once(monkeypatch,
 
 
 def test_the_matmuls_share_is_their_own_time_over_that_of_all(base):
-    """Of a call that does nothing but multiply, nearly all; of one that only adds, nothing."""
+    """It is near 1 if a call only multiplies matrices, and 0 if it only adds."""
     x = torch.ones(512, 512)
     multiplies = speed_worker.profiled(lambda: [x @ x for _ in range(20)], CPU)
     adds = speed_worker.profiled(lambda: [x + x for _ in range(20)], CPU)
