@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.choices import print_summary, read_tasks, score_choices, summary
 from adapters.load import load_model
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
 from common.files import write_json
 from common.options import parse_evaluate
 from data.instructions import Instructions, read_examples
+from data.tokenizer import Tokenizer
 from data.tokens import load_books
 from data.windows import Windows, check_block_size, scored_positions, split
 from lora.quantised import quantisation
-from model.fast import accelerate
 from model.gpt2 import GPT2
-from model.tokenizer import Tokenizer
-from training.choices import print_summary, read_tasks, score_choices, summary
+from model.kernels.fast import accelerate
 from training.compare import compare
 from training.options import BOOK
 from training.ranks import ALONE, Ranks

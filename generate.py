@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from adapters.load import load_model
-from adapters.several import load_several
+from adapters.multi_lora import load_several
 from common.device import Device, tune_process
 from common.errors import run_command
 from common.options import parse_generate
 from data.instructions import encode
+from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
-from model.fast import accelerate
 from model.gpt2 import GPT2
+from model.kernels.fast import accelerate
 from model.sampling import generate_rows
-from model.tokenizer import Tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,24 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adapters.files import save_adapter
 from common.device import Device, tune_process
 from common.errors import run_command
 from data.instructions import CHAT_TEMPLATE
 from data.windows import scored_positions
 from evaluate import Scores, evaluate
+from lora.files import save_adapter
 from lora.inject import adapter_disabled
-from lora.lora_ga import GradientStart, LoRAGAConfig
-from lora.plus import parameter_groups
-from lora.riemannian import precondition
-from model.fast import accelerate
+from lora.variants.lora_ga import GradientStart, LoRAGAConfig
+from lora.variants.plus import parameter_groups
+from lora.variants.riemannian import precondition
 from model.gpt2 import GPT2
-from model.hub import find_base
-from model.stock import save_tokenizer
-from model.weights import save_gpt2
+from model.kernels.fast import accelerate
+from storage.hf_compat import save_tokenizer
+from storage.hub import find_base
+from storage.weights import save_gpt2
 from training.build import Data, build_model, count_steps, load_data, prepare_device, resolve
-from training.cuda_graph import GraphedBackward, can_capture
 from training.directory import refuse_inputs_as_output, refuse_used_directory
+from training.graph import GraphedBackward, can_capture
 from training.identity import run_identity
 from training.meter import Meter, Progress
 from training.optimizer import AdamW

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from adapters.config import base_name, stored_fields
 from adapters.factors import Factors, read_factors, truncate, write_factors
-from adapters.files import base_hash
 from common.cli import Parser, number
 from common.errors import UserError, run_command
 from common.files import brief, new_directory, refuse_existing
+from lora.files import base_hash
+from lora.peft_config import base_name, stored_fields
 
 
 def combine(

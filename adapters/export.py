@@ -4,14 +4,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.config import base_name, stored_fields
 from adapters.factors import read_factors, write_factors
-from adapters.files import base_hash
 from adapters.quantisation import recorded_quantisation
 from common.cli import Parser
 from common.errors import run_command
 from common.files import new_directory, refuse_existing
-from model.hub import find_adapter
+from lora.files import base_hash
+from lora.peft_config import base_name, stored_fields
+from storage.hub import find_adapter
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adapters.config import model_fields
 from adapters.factors import Factors, truncate, write_factors
 from common.cli import BASE, Parser, number, print_table
 from common.errors import UserError, run_command
 from common.files import brief, file_sha256, new_directory, read_json, refuse_existing
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
-from lora.slices import SlicedLoRALinear
+from lora.peft_config import model_fields
 from lora.targets import full_name, target_modules
 from lora.variants import make_layer
+from lora.variants.slices import SlicedLoRALinear
 from model.gpt2 import GPT2
-from model.hub import find_base
-from model.weights import load_config, read_parameters, weights_path
+from storage.hub import find_base
+from storage.weights import load_config, read_parameters, weights_path
 
 RUN = "run.json"  # what train.py leaves beside a model
 

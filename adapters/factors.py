@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.config import load_adapter_config
-from adapters.files import PREFIX, adapter_path, write_adapter
 from common.errors import UserError
-from common.tensors import read_shapes, read_tensors
-from lora.dora import DoRAConfig
+from lora.files import PREFIX, adapter_path, write_adapter
 from lora.layer import LoRAConfig
+from lora.peft_config import load_adapter_config
 from lora.targets import layer_config
+from lora.variants.dora import DoRAConfig
+from storage.tensors import read_shapes, read_tensors
 
 A_KEY = ".lora_A.weight"
 B_KEY = ".lora_B.weight"

@@ -16,10 +16,10 @@ from common.cli import BASE, NONE, QUANTISE, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import atomic_path
-from common.gguf import Value, write_gguf
-from model.gguf import ARCHITECTURE, gguf_name, refuse_unknown_fields, save_gguf
 from model.gpt2 import GPT2
-from model.hub import find_adapter
+from storage.gguf import ARCHITECTURE, gguf_name, refuse_unknown_fields, save_gguf
+from storage.gguf_format import Value, write_gguf
+from storage.hub import find_adapter
 
 
 def save_adapter_gguf(

@@ -5,18 +5,18 @@ from typing import NamedTuple
 
 import torch
 
-from adapters.config import base_name
-from adapters.files import load_adapter
 from adapters.quantisation import choose_quantisation
 from common.errors import UserError
 from common.files import brief, file_sha256
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_tokenizer
+from lora.files import load_adapter
+from lora.peft_config import base_name
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
-from model.hub import REPOSITORIES, find_adapter, find_base, split_revision
-from model.stock import MINI_NAME
-from model.tokenizer import Tokenizer
-from model.tokenizer_files import load_tokenizer
-from model.weights import load_gpt2, weights_path
+from storage.hf_compat import MINI_NAME
+from storage.hub import REPOSITORIES, find_adapter, find_base, split_revision
+from storage.weights import load_gpt2, weights_path
 
 
 class Loaded(NamedTuple):

@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapters.card import merge_card, save_card
 from adapters.load import Loaded, load_model
 from common.cli import Parser, add_model_options
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import new_directory, open_file, refuse_existing
+from data.tokenizer_files import TEMPLATE
 from lora.inject import lora_layers
 from lora.quantised import dequantise
-from model.hub import find_adapter
-from model.stock import save_tokenizer
-from model.tokenizer_files import TEMPLATE
-from model.weights import save_gpt2
+from storage.card import merge_card, save_card
+from storage.hf_compat import save_tokenizer
+from storage.hub import find_adapter
+from storage.weights import save_gpt2
 
 
 def merge(model: nn.Module) -> None:

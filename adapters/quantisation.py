@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from adapters.files import QUANTISED, adapter_path, read_header
 from common.cli import NONE
 from common.errors import UserError
 from common.files import brief
+from lora.files import QUANTISED, adapter_path, read_header
 from lora.quantised import LAYERS
 
 

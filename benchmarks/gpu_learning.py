@@ -13,7 +13,7 @@ from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report
 from common.device import Device
 from train import Trainer
-from training.cuda_graph import GraphedBackward
+from training.graph import GraphedBackward
 from training.options import ROOT
 
 # Of a loss before the first step, relative: what rounding makes of one forward pass.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from common.cli import Parser, number, print_table
 from common.errors import run_command
-from model.cuda_loss import SHARE, aligned
 from model.gpt2 import GPT2Config
+from model.kernels.cuda_loss import SHARE, aligned
 
 BASES = {
     "gpt2": GPT2Config(),

@@ -1,4 +1,4 @@
-"""Measure what each operation of model/fast.py gains: `python -m benchmarks.operations`.
+"""Measure what each operation of model/kernels/fast.py gains: `python -m benchmarks.operations`.
 
 A training step with all of them, then one with each replaced by its plain twin, round after round
 in one process; the ratio of two steps is taken within a round.
@@ -19,10 +19,10 @@ from benchmarks.speed_tasks import Task
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
-from model.fast import FAST, accelerate
 from model.gpt2 import GPT2, Attention
-from model.hub import find_base
-from model.weights import load_config
+from model.kernels.fast import FAST, accelerate
+from storage.hub import find_base
+from storage.weights import load_config
 
 OPERATIONS: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,

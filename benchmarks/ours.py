@@ -9,20 +9,20 @@ import numpy as np
 from torch import Tensor, nn
 
 import train
-from adapters import files
 from adapters.merge import merge, unwrap
 from common.device import Device
 from common.signals import HANDLED
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_tokenizer
 from data.windows import Windows
 from evaluate import Scores
 from evaluate import evaluate as score
+from lora import files
 from lora.inject import inject
 from lora.layer import LoRAConfig
-from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
-from model.tokenizer import Tokenizer
-from model.tokenizer_files import load_tokenizer
-from model.weights import load_config, load_gpt2, save_gpt2
+from model.kernels.fast import accelerate
+from storage.weights import load_config, load_gpt2, save_gpt2
 from training.build import build_model, load_data, resolve
 from training.options import Options, parse_options
 from training.ranks import ALONE, Ranks

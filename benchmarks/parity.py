@@ -32,8 +32,8 @@ from benchmarks.parity_runs import (
 from common.cli import DEVICE, Parser, number
 from common.device import Device, use_full_fp32
 from common.errors import UserError, run_command
-from model.hub import find_base
-from model.weights import load_config
+from storage.hub import find_base
+from storage.weights import load_config
 from training.options import BOOK, Options
 from training.report import count_parameters
 

@@ -28,8 +28,8 @@ from common.errors import run_command
 from common.files import write_json
 from data.tokens import load_tokens
 from data.windows import Windows, check_block_size, split
-from model.hub import find_base
-from model.weights import load_config
+from storage.hub import find_base
+from storage.weights import load_config
 from training.options import ROOT
 from training.report import perplexity
 

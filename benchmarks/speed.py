@@ -42,8 +42,8 @@ from common.cli import Parser, number
 from common.device import PRECISIONS, Device
 from common.errors import RunError, run_command
 from common.files import write_json
-from model.hub import find_base
-from model.weights import load_config
+from storage.hub import find_base
+from storage.weights import load_config
 from training.options import ROOT
 
 KINDS = ("train", "evaluate", "generate")

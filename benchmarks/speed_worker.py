@@ -26,13 +26,13 @@ from benchmarks.speed_tasks import BASES, Task
 from common.device import PRECISIONS, Device, tune_process, use_full_fp32
 from common.errors import run_command
 from model.gpt2 import GPT2
-from model.hub import MINI
 from model.sampling import generate
-from model.weights import load_config, save_gpt2
+from storage.hub import MINI
+from storage.weights import load_config, save_gpt2
 from train import Trainer
 from training.ranks import Ranks
 
-# oneDNN's is how model/fast.py calls it. Matmuls inside a fused kernel of attention do not count.
+# oneDNN's is how model/kernels/fast.py calls it. Those inside a fused kernel of attention do not count.
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 PROMPT_TOKENS = 16
 NEW_TOKENS = 256
@@ -140,7 +140,7 @@ def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
 
 
 def of_gelu(event: Any) -> bool:
-    """Return whether this is the product with the identity by which model/fast.py has its GELU."""
+    """Return whether this is the product with the identity that gives the fast GELU."""
     parent = event.cpu_parent
     return parent is not None and parent.name == "_GELU"
 

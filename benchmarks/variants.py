@@ -16,7 +16,7 @@ from benchmarks.operations import in_turn
 from common.cli import Parser, number, print_table
 from common.device import tune_process
 from common.errors import run_command
-from model.hub import MINI
+from storage.hub import MINI
 from train import Trainer
 
 VARIANTS: dict[str, tuple[str, ...]] = {

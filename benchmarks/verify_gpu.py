@@ -22,7 +22,7 @@ from common.cli import Parser, print_table
 from common.device import Device, tune_process, use_full_fp32
 from common.errors import UserError, run_command
 from common.files import atomic_path, write_json
-from model.hub import MINI
+from storage.hub import MINI
 from training.options import ROOT
 
 Part = Callable[[Namespace, Report], None]

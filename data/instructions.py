@@ -28,9 +28,9 @@ from torch import Tensor
 
 from data.choices import question
 from data.json_lines import read_lines, refuse_unknown
+from data.tokenizer import Tokenizer
 from data.tokens import LONGEST_RUN, require_end_of_text
 from data.windows import NOT_SCORED, shuffled
-from model.tokenizer import Tokenizer
 
 Turn = tuple[str, str]  # a name, such as "User", and what is said
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}

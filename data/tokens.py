@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import NotWritable, atomic_path, file_sha256, open_file
-from model.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
 HEADER = hashlib.sha256().digest_size  # bytes before the ids in a cached file

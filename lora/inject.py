@@ -21,7 +21,7 @@ def whole_layer(layer: nn.Linear, config: LoRAConfig, slices: Collection[str]) -
 def inject(model: nn.Module, config: LoRAConfig, make: Make = whole_layer) -> None:
     """Wrap every `nn.Linear` that `find_targets` names in a LoRA layer; freeze the rest.
 
-    `make` chooses the layer's class; `make_layer` in `lora/variants.py` knows them all. Raises
+    `make` chooses the layer's class; `lora.variants.make_layer` knows them all. Raises
     ValueError if a target, a rank or a combination of variants does not fit, or if the model has
     an adapter already; no layer is wrapped then.
     """

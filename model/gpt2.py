@@ -4,7 +4,7 @@ Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ..
 projections (in, out); here they are `nn.Linear`s, (out, in), and `weights.py` transposes them.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
-This file needs PyTorch alone. `accelerate` in `model/fast.py` makes a model built here faster.
+This file needs PyTorch alone. `accelerate` (`model/kernels/fast.py`) makes its models faster.
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """

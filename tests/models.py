@@ -10,10 +10,10 @@ import transformers
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
-from lora.fa import freeze_a
 from lora.inject import inject, lora_layers
-from lora.plus import parameter_groups
 from lora.variants import make_config, make_layer
+from lora.variants.fa import freeze_a
+from lora.variants.plus import parameter_groups
 from tests.helpers import perturb, relative_difference, token_ids
 from tests.pairs import our_name
 

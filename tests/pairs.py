@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.dora import DoRALinear
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
-from lora.pissa import PiSSALinear
 from lora.variants import make_config, make_layer
+from lora.variants.dora import DoRALinear
+from lora.variants.pissa import PiSSALinear
 from model.gpt2 import GPT2
-from model.weights import load_gpt2
+from storage.weights import load_gpt2
 from tests.helpers import TINY, token_ids
 
 IDS = token_ids(TINY["vocab_size"], 2, 16)

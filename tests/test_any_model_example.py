@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from adapters.config import CONFIG
 from lesson.examples.any_model import main
+from lora.peft_config import CONFIG
 from tests.helpers import relative_difference, write_small_tokenizer
 from tests.runs import one_line, run, stdout_of
 

@@ -36,8 +36,8 @@ from lesson.experiments.common import SHORT, trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2
-from model.hub import MINI
-from model.weights import load_config, load_gpt2
+from storage.hub import MINI
+from storage.weights import load_config, load_gpt2
 from tests.legible import only_legible_pictures
 from training import build
 from training.options import ROOT

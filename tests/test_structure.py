@@ -16,9 +16,10 @@ LAYERS = [
     "generate",
     "training",
     "adapters",
-    "lora",
+    "storage",
     "data",
     "model",
+    "lora",
     "common",
 ]
 OURS = {*LAYERS, "lesson", "benchmarks", "tests"}

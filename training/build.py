@@ -6,25 +6,25 @@ from pathlib import Path
 
 import torch
 
-from adapters.config import load_adapter_config
-from adapters.files import load_adapter
 from adapters.quantisation import choose_quantisation
 from common.device import Device
 from common.errors import UserError
 from common.files import file_sha256
 from data.instructions import Instructions, read_examples
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_tokenizer
 from data.tokens import load_books
 from data.windows import Windows, check_block_size, split
-from lora.fa import freeze_a
+from lora.files import load_adapter
 from lora.inject import inject
-from lora.lora_ga import LoRAGAConfig
+from lora.peft_config import load_adapter_config
 from lora.quantised import LAYERS
 from lora.variants import make_layer
+from lora.variants.fa import freeze_a
+from lora.variants.lora_ga import LoRAGAConfig
 from model.gpt2 import GPT2
-from model.stock import portable_name
-from model.tokenizer import Tokenizer
-from model.tokenizer_files import load_tokenizer
-from model.weights import find_weights, load_config, load_gpt2, weights_path
+from storage.hf_compat import portable_name
+from storage.weights import find_weights, load_config, load_gpt2, weights_path
 from training.options import Options
 from training.recipe import BEST, best_rate
 

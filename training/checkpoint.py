@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import atomic_path, open_file
-from common.tensors import read_metadata, write_tensors
+from storage.tensors import read_metadata, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"

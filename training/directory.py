@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapters.card import CARD, is_ours
 from common.errors import RunError, UserError
 from common.files import file_sha256, remove_stale
-from model.tokenizer_files import FILES as TOKENIZER_FILES
+from data.tokenizer_files import FILES as TOKENIZER_FILES
+from storage.card import CARD, is_ours
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.options import Options
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from adapters.files import adapter_path
 from common.errors import UserError
 from common.files import file_sha256
-from model.weights import base_hashes
+from lora.files import adapter_path
+from storage.weights import base_hashes
 from training.options import Options, flag
 
 # Options that do not affect a run's result, or are paths, whose contents are compared instead.

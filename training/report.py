@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from adapters.card import run_card, save_card
-from adapters.files import WEIGHTS as ADAPTER_WEIGHTS
 from common.errors import UserError
 from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
 from common.files import read_json, write_json
+from lora.files import WEIGHTS as ADAPTER_WEIGHTS
 from lora.quantised import quantised_weights
-from model.weights import WEIGHTS as MODEL_WEIGHTS
+from storage.card import run_card, save_card
+from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN
 from training.options import Options
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from data.instructions import Instructions
 from data.windows import Windows
-from lora.lora_ga import lora_ga_layers, weight_gradients
+from lora.variants.lora_ga import lora_ga_layers, weight_gradients
 from training.ranks import Ranks
 
 BATCHES = 8

@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from adapters.files import save_adapter
 from adapters.merge import unwrap
 from common.cli import Parser, add_device_options, number
 from common.device import Device
@@ -21,6 +20,7 @@ from common.errors import run_command
 from common.files import refuse_existing
 from data.windows import Windows, split
 from lesson.examples.smollm2 import NAME, load
+from lora.files import save_adapter
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from train import learning_rate

@@ -16,10 +16,10 @@ from lesson.experiments.common import Trainer
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import train
 from lora.inject import lora_layers
-from model.fast import accelerate
 from model.gpt2 import GPT2
-from model.hub import find_base
-from model.weights import load_gpt2
+from model.kernels.fast import accelerate
+from storage.hub import find_base
+from storage.weights import load_gpt2
 
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 TOP = 64  # so many of a change's directions are looked at

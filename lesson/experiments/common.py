@@ -15,7 +15,7 @@ from common.cli import number
 from common.device import Device
 from common.figures import PAGE_WIDTH, save_figure, subplots
 from common.files import read_json
-from model.hub import find_base
+from storage.hub import find_base
 from train import Trainer, make_trainer
 from training.build import load_data, resolve
 from training.options import ROOT, Options, parse_options

@@ -21,8 +21,8 @@ from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.targets import find_targets
 from model.gpt2 import GPT2, GPT2Config
-from model.hub import MINI
-from model.weights import load_gpt2
+from storage.hub import MINI
+from storage.weights import load_gpt2
 
 RANKS = (1, 8, 64)
 SHOWN = ("h.0.attn.c_attn", "h.0.mlp.c_proj")

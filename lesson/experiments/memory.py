@@ -20,8 +20,8 @@ from common.figures import INK, METHODS, shades
 from lesson.experiments.common import experiment, gradient, panels
 from lora.inject import inject
 from lora.layer import LoRAConfig
-from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
+from model.kernels.fast import accelerate
 
 NAMES = {"full": "full\nfine-\ntuning", "lora": "LoRA,\nc_attn,\nr = 8"}
 KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/training.md counts them

@@ -39,8 +39,8 @@ from lora.quantised import (
     nf4_levels,
     scaled_blocks,
 )
-from model.hub import MINI
-from model.weights import load_gpt2
+from storage.hub import MINI
+from storage.weights import load_gpt2
 
 KINDS = ("fp32", "int8", "nf4")
 NF4, EVEN_LEVELS, INT8 = shades(OTHER, 3)

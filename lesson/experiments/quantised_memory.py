@@ -26,8 +26,8 @@ import torch
 from common.cli import number, print_table
 from common.device import Device, tune_process
 from model.gpt2 import GPT2, GPT2Config
-from model.hub import MINI
-from model.weights import save_gpt2
+from storage.hub import MINI
+from storage.weights import save_gpt2
 from train import make_trainer
 from training.build import load_data, resolve
 from training.options import ROOT, parse_options

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from common.device import Device, tune_process
 from common.figures import FULL, LORA
 from lesson.experiments.common import experiment, panels, spread, trainer
-from model.hub import MINI
-from model.weights import load_config
+from storage.hub import MINI
+from storage.weights import load_config
 
 Shares = dict[str, list[float]]  # by part, each step's share of the full step
 

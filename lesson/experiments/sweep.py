@@ -21,8 +21,8 @@ from common.figures import BASE, FULL, LORA, scientific
 from common.files import file_sha256
 from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
 from lora.inject import lora_layers
-from model.hub import find_base
-from model.weights import base_hashes
+from storage.hub import find_base
+from storage.weights import base_hashes
 from training.identity import MAY_CHANGE_ON_RESUME
 from training.options import BOOK, ROOT, Options
 

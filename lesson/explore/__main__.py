@@ -20,11 +20,11 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 from typing import Any
 
-from adapters.config import CONFIG
 from common.cli import BASE, QUANTISE, Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, describe_failure, run_command
 from lesson.explore.explorer import Explorer
+from lora.peft_config import CONFIG
 
 PAGE = Path(__file__).with_name("page.html")
 ADDRESS = "127.0.0.1"  # no other machine can connect

@@ -13,13 +13,13 @@ from torch import Tensor
 import generate
 from adapters.combine import combine
 from adapters.inspect import block_and_kind
-from adapters.several import load_several
+from adapters.multi_lora import load_several
 from common.cli import number
 from common.device import Device
 from common.errors import UserError
 from common.options import parse_generate
 from lesson.explore.passage import first_texts
-from model.fast import accelerate
+from model.kernels.fast import accelerate
 from training.report import perplexity
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # of generate.py

@@ -10,9 +10,9 @@ import torch
 from common.errors import UserError
 from common.files import read_json
 from data.instructions import read_examples
+from data.tokenizer import Tokenizer
 from data.tokens import load_books
 from data.windows import scored_positions, split
-from model.tokenizer import Tokenizer
 from training.directory import RUN
 from training.options import BOOK
 

@@ -35,12 +35,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.figures import BASE, FULL, LORA, RANDOM, STYLE, name_line
+from data.tokenizer_files import load_tokenizer
 from data.tokens import load_books
 from data.windows import Windows, split
-from model.hub import find_base
 from model.sampling import generate
-from model.tokenizer_files import load_tokenizer
-from model.weights import load_gpt2
+from storage.hub import find_base
+from storage.weights import load_gpt2
 
 STEPS = 60  # of each training run
 plt.rcParams.update(STYLE)

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.combine import combine, main
-from adapters.config import base_name
 from adapters.factors import Factors, read_factors, write_factors
-from adapters.files import PICKLED_WEIGHTS, WEIGHTS, base_hash, load_adapter, save_adapter
 from adapters.inspect import main as inspect
 from adapters.load import load_model
 from common.errors import RunError, UserError
+from lora.files import PICKLED_WEIGHTS, WEIGHTS, base_hash, load_adapter, save_adapter
 from lora.inject import lora_layers
-from model.weights import load_gpt2
+from lora.peft_config import base_name
+from storage.weights import load_gpt2
 from tests.helpers import relative_difference
 from tests.pairs import IDS, adapted, randomize
 from tests.runs import one_line, run, stdout_of, stock_model

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from adapters.combine import main as combine
-from adapters.config import CONFIG
 from adapters.export import main
-from adapters.files import WEIGHTS, base_hash, load_adapter, save_adapter
 from adapters.gguf import main as gguf
 from adapters.quantisation import recorded_quantisation
-from common.tensors import read_shapes
+from lora.files import WEIGHTS, base_hash, load_adapter, save_adapter
 from lora.inject import inject
 from lora.layer import LoRAConfig
+from lora.peft_config import CONFIG
 from lora.quantised import LAYERS
-from model.weights import load_gpt2
+from storage.tensors import read_shapes
+from storage.weights import load_gpt2
 from tests.helpers import relative_difference
 from tests.models import CASES, make, output
 from tests.pairs import ALL_FOUR, IDS, adapted, randomize

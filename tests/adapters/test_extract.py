@@ -8,7 +8,7 @@ import torch
 from adapters.extract import main
 from adapters.load import load_model
 from lora.inject import lora_layers
-from model.weights import load_gpt2, save_gpt2
+from storage.weights import load_gpt2, save_gpt2
 from tests.helpers import perturb, relative_difference, tiny_gpt2_directory
 from tests.runs import one_line, run, stdout_of, stock_model, table
 

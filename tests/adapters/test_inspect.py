@@ -5,10 +5,10 @@ import peft
 import pytest
 import torch
 
-from adapters.files import save_adapter
 from adapters.inspect import block_and_kind, describe, main
 from adapters.spectra import cosines, intruder_part
 from common.figures import PAGE_WIDTH
+from lora.files import save_adapter
 from lora.inject import lora_layers
 from tests.legible import only_legible_pictures
 from tests.pairs import adapted

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters.files import load_adapter, save_adapter
 from adapters.merge import main, merge, unmerge
+from lora.files import load_adapter, save_adapter
 from lora.inject import adapter_disabled, lora_layers
-from model.weights import load_gpt2
+from storage.weights import load_gpt2
 from tests.fault.runs import ROOT
 from tests.helpers import relative_difference
 from tests.pairs import IDS, adapted

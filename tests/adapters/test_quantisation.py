@@ -13,14 +13,14 @@ import evaluate
 import generate
 import train
 from adapters import merge
-from adapters.files import WEIGHTS, load_adapter
 from adapters.load import load_model
-from common.tensors import read_metadata
+from lora.files import WEIGHTS, load_adapter
 from lora.inject import inject
-from lora.pissa import PiSSAConfig
 from lora.quantised import LAYERS, dequantise
 from lora.variants import make_layer
-from model.weights import load_gpt2
+from lora.variants.pissa import PiSSAConfig
+from storage.tensors import read_metadata
+from storage.weights import load_gpt2
 from tests.fault.runs import differences, result
 from tests.helpers import relative_difference
 from tests.pairs import IDS

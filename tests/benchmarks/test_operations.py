@@ -1,7 +1,7 @@
 """The benchmark of single operations: it replaces one at a time, and puts all back."""
 
 from benchmarks import operations, ours
-from model.fast import FAST
+from model.kernels.fast import FAST
 from tests.runs import stdout_of
 
 

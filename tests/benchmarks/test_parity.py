@@ -18,7 +18,7 @@ from common.device import Device
 from data.windows import Windows
 from lora.layer import LoRAConfig, LoRALinear
 from model.gpt2 import GPT2, GPT2Config
-from model.weights import save_gpt2
+from storage.weights import save_gpt2
 from tests.helpers import DEVICE, TINY, tiny_gpt2_directory, write_small_tokenizer
 from tests.runs import one_line, run
 

@@ -18,9 +18,9 @@ from benchmarks.gpu_memory import parameters
 from benchmarks.speed_tasks import AXES, BASES, Task, along, compare, sides
 from common.device import Device
 from common.errors import RunError
-from model import fast
 from model.gpt2 import GPT2Config
-from model.weights import load_config
+from model.kernels import fast
+from storage.weights import load_config
 from tests.helpers import tiny_gpt2_directory, write_small_tokenizer
 from tests.ranks import fork
 from tests.runs import run

@@ -13,10 +13,10 @@ from benchmarks import gpu_learning, gpu_speed, ours, speed_worker, verify_gpu
 from common.device import Device
 from common.errors import RunError
 from lora.layer import LoRALinear
-from model import fast
+from model.kernels import fast
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run
-from training.cuda_graph import GraphedBackward
+from training.graph import GraphedBackward
 
 
 @pytest.fixture(autouse=True)

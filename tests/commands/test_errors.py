@@ -18,7 +18,7 @@ import generate
 import train
 from adapters import merge
 from common.cli import Interval, number, steps_or_seconds
-from model.hub import GPT2_REVISION
+from storage.hub import GPT2_REVISION
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
 from training.options import LORA_OPTIONS, ROOT, flag, options_of

@@ -12,13 +12,13 @@ import torch
 
 import generate as command
 from common.errors import run_command
+from data.tokenizer import END_OF_TEXT
+from data.tokenizer_files import load_tokenizer
 from generate import stream
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, next_tokens
-from model.stock import save_tokenizer
-from model.tokenizer import END_OF_TEXT
-from model.tokenizer_files import load_tokenizer
-from model.weights import load_gpt2, save_gpt2
+from storage.hf_compat import save_tokenizer
+from storage.weights import load_gpt2, save_gpt2
 from tests.helpers import TINY, Operations, small_tokenizer, token_ids
 from tests.runs import Ending, one_line, run, stdout_of
 

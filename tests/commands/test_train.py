@@ -10,9 +10,9 @@ import torch
 
 import train
 from common.errors import UserError
+from data.tokenizer_files import load_tokenizer
 from data.tokens import load_tokens
-from model.tokenizer_files import load_tokenizer
-from model.weights import load_config
+from storage.weights import load_config
 from tests import runs
 from tests.helpers import TINY
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, pipeline
 
 import generate
 from adapters import merge
-from adapters.card import MARK, run_card
 from data.instructions import CHAT_TEMPLATE
+from storage.card import MARK, run_card
 from tests import runs as commands
 from tests.runs import arguments, die, run, run_acting, stdout_of
 from train import main as train

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.instructions import CHAT_TEMPLATE, NAMES, encode, read_examples
+from data.tokenizer_files import GPT2_FILES, GPT2_SIZE, load_tokenizer
 from data.windows import NOT_SCORED
-from model.hub import MINI
-from model.stock import save_tokenizer
-from model.tokenizer_files import GPT2_FILES, GPT2_SIZE, load_tokenizer
+from storage.hf_compat import save_tokenizer
+from storage.hub import MINI
 from training.options import ROOT
 
 EXAMPLES = ROOT / "data" / "instructions.jsonl"

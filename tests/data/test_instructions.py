@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import evaluate
 import generate
 import train
-from adapters.files import save_adapter
 from data.instructions import Instructions, read_examples
 from data.windows import NOT_SCORED
-from model.weights import CONV1D
+from lora.files import save_adapter
+from storage.weights import CONV1D
 from tests import runs
 from tests.helpers import TINY, refusal, relative_difference, small_tokenizer
 from tests.pairs import adapted

@@ -14,11 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+from data import tokenizer_files
 from data import tokens as tokens_module
+from data.tokenizer import END_OF_TEXT, TiktokenTokenizer, Tokenizer
+from data.tokenizer_files import load_tokenizer
 from data.tokens import load_books, load_tokens
-from model import tokenizer_files
-from model.tokenizer import END_OF_TEXT, TiktokenTokenizer, Tokenizer
-from model.tokenizer_files import load_tokenizer
 from tests.helpers import refusal, small_tokenizer, write_small_tokenizer
 
 
@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_book(tmp_path):
     script = f"""
 from pathlib import Path
 from data.tokens import load_tokens
-from model.tokenizer import TiktokenTokenizer
+from data.tokenizer import TiktokenTokenizer
 letters = tuple(bytes([i]) for i in range(256))
 tokenizer = TiktokenTokenizer({{}}, None, 256, Path(), {{}}, letters, tuple(range(256)))
 for book in ("1.txt", "8.txt"):

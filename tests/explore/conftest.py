@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture(scope="module")
 def every_layer(base, tmp_path_factory):
     """An adapter of all linear layers of `base`, r 3, alpha 2."""
-    from adapters.files import save_adapter
+    from lora.files import save_adapter
     from tests.pairs import ALL_FOUR, adapted
 
     directory = tmp_path_factory.mktemp("explore") / "adapter"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from adapters.files import save_adapter
 from lesson.explore.browser import Browser, can_browse
 from lesson.explore.picture import SIZE, draw
-from model.hub import MINI
+from lora.files import save_adapter
+from storage.hub import MINI
 from tests.explore.client import serving
 from tests.pairs import adapted
 

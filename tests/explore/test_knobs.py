@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from adapters.combine import main as combine
-from adapters.config import CONFIG
-from adapters.files import WEIGHTS, save_adapter
+from lora.files import WEIGHTS, save_adapter
+from lora.peft_config import CONFIG
 from tests.explore.client import FULL, LAYERS, OPTIONS, PROMPT, TEXT, serving
 from tests.helpers import TINY, small_tokenizer
 from tests.pairs import adapted

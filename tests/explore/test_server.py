@@ -12,10 +12,10 @@ from unittest import mock
 
 import pytest
 
-from adapters.files import save_adapter
 from common.errors import RunError
 from lesson.explore import __main__ as command
 from lesson.explore.explorer import MOST_NEW_TOKENS, Explorer
+from lora.files import save_adapter
 from tests.explore.client import FULL, OPTIONS, PROMPT, TEXT
 from tests.pairs import adapted
 from tests.runs import one_line, run

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters.config import CONFIG
-from adapters.files import WEIGHTS, load_adapter, save_adapter
 from common.errors import UserError
+from data.tokenizer import TiktokenTokenizer
+from data.tokenizer_files import FAST, load_tokenizer
 from data.tokens import load_tokens
+from lora.files import WEIGHTS, load_adapter, save_adapter
 from lora.inject import lora_layers
-from model.tokenizer import TiktokenTokenizer
-from model.tokenizer_files import FAST, load_tokenizer
-from model.weights import CONV1D, load_gpt2
+from lora.peft_config import CONFIG
+from storage.weights import CONV1D, load_gpt2
 from tests.fault.mutate import mutate_bytes, mutate_json, mutate_safetensors, mutate_text
 from tests.fault.runs import BOOK
 from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory

@@ -8,7 +8,7 @@ from lora.inject import adapter_disabled, inject
 from lora.layer import LoRAConfig
 from lora.variants import make_config
 from model.gpt2 import GPT2, GPT2Config
-from model.weights import load_gpt2
+from storage.weights import load_gpt2
 from tests.helpers import relative_difference
 from tests.pairs import ALL_FOUR, IDS, adapted, losses_of_steps
 from training.report import describe_parameters

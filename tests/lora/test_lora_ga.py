@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from adapters.files import WEIGHTS
+from lora.files import WEIGHTS
 from lora.layer import LoRALinear
-from lora.lora_ga import LoRAGALinear, lora_ga_layers
+from lora.variants.lora_ga import LoRAGALinear, lora_ga_layers
 from tests import runs
 from tests.helpers import relative_difference
 from tests.ranks import fork

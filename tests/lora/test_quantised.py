@@ -11,7 +11,7 @@ from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from lora.quantised import Int8Linear, NF4Linear, dequantise, nf4_levels, scale_levels
 from lora.variants import make_config, make_layer
-from model.weights import load_gpt2
+from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, losses_of_steps, parameters
 from training.report import count_parameters

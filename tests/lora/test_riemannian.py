@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora.inject import inject, lora_layers
-from lora.riemannian import precondition
 from lora.variants import make_config, make_layer
-from model.weights import load_gpt2
+from lora.variants.riemannian import precondition
+from storage.weights import load_gpt2
 from tests import runs
 from tests.helpers import relative_difference
 from tests.pairs import IDS, parameters, randomize

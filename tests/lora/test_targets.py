@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters.config import CONFIG
-from adapters.files import WEIGHTS, adapter_tensors, load_adapter, save_adapter
 from common.errors import UserError
+from lora.files import WEIGHTS, adapter_tensors, load_adapter, save_adapter
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
+from lora.peft_config import CONFIG
 from lora.variants import make_config, make_layer
 from model.gpt2 import GPT2, GPT2Config
-from model.weights import load_gpt2
+from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
 from tests.pairs import IDS, adapted
 from tests.runs import trainer

@@ -16,15 +16,15 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapters.config import CONFIG
-from adapters.files import WEIGHTS, load_adapter, save_adapter
 from adapters.merge import merge, unmerge, unwrap
-from lora.dora import DoRAConfig
-from lora.fa import freeze_a
+from lora.files import WEIGHTS, load_adapter, save_adapter
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig, LoRALinear
+from lora.peft_config import CONFIG
 from lora.variants import make_config, make_layer
-from model.weights import load_gpt2
+from lora.variants.dora import DoRAConfig
+from lora.variants.fa import freeze_a
+from storage.weights import load_gpt2
 from tests import runs
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize

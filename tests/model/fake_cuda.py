@@ -19,10 +19,10 @@ from benchmarks.gpu_memory import Case, block_bytes
 from common.device import PRECISIONS, Device
 from lora.inject import inject
 from lora.layer import LoRAConfig
-from model import cuda_loss
-from model import fast as ops
-from model.fast import accelerate
 from model.gpt2 import GPT2, GPT2Config
+from model.kernels import cuda_loss
+from model.kernels import fast as ops
+from model.kernels.fast import accelerate
 
 CONFIG = GPT2Config(vocab_size=331, n_positions=32, n_embd=32, n_layer=2, n_head=2)
 ADAPTED = ("attn.c_attn", "attn.c_attn.base_layer", "attn.c_attn.lora_A", "attn.c_attn.lora_B")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import cuda_loss
+from model.kernels import cuda_loss
 from tests.helpers import DEVICE, Operations
 from tests.model.test_fast import BF16, FP16, FP32, TOLERANCE, assert_close, assert_same, normal
 

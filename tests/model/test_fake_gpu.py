@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from lora.variants import make_config, make_layer
-from model import fast
-from model.fast import accelerate
 from model.gpt2 import GPT2
+from model.kernels import fast
+from model.kernels.fast import accelerate
 from tests.helpers import Operations
 from tests.model.fake_cuda import CONFIG, blocks_that_fit, cases_that_hold
 

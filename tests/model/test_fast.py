@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lora.inject import inject
 from lora.layer import LoRAConfig
-from model import cpu_operations as ops
-from model import loss as head
-from model.fast import FAST, accelerate
 from model.gpt2 import GPT2, GPT2Config
+from model.kernels import cpu as ops
+from model.kernels import loss as head
+from model.kernels.fast import FAST, accelerate
 from tests.helpers import DEVICE
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 
 from model.gpt2 import GPT2, GPT2Config, KVCache
-from model.weights import load_gpt2
+from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory, token_ids
 
 CONFIGS = [

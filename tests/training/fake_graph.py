@@ -115,7 +115,7 @@ class FakeGenerator:
 
 
 def install(monkeypatch, free=80e9, largest=1e9):
-    """Put doubles in the place of what training/cuda_graph.py calls; return the generator.
+    """Put doubles in the place of what training/graph.py calls; return the generator.
 
     The card has `free` bytes, and a part takes `largest`.
     """

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from model.gpt2 import GPT2, GPT2Config
-from model.weights import WEIGHTS as MODEL_WEIGHTS
-from model.weights import save_gpt2
+from storage.weights import WEIGHTS as MODEL_WEIGHTS
+from storage.weights import save_gpt2
 from tests.runs import WEIGHTS, arguments, kept_bytes, run_acting, trained, trainer
 from training.build import build_model
 from training.options import ROOT
@@ -67,8 +67,8 @@ def measured(tmp_path_factory) -> tuple[int, int, int, int]:
         import resource, sys, torch
         from pathlib import Path
         from common.device import tune_process
-        from model.hub import MINI
-        from model.weights import load_gpt2
+        from storage.hub import MINI
+        from storage.weights import load_gpt2
         def resident(name):
             lines = open("/proc/self/status").read().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import train
 from common.errors import RunError
-from model import fast
+from model.kernels import fast
 from tests import runs
 from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference

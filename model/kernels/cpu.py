@@ -1,0 +1,231 @@
+"""Operations that are faster on a CPU than PyTorch's own: linear, GELU, dropout, attention.
+
+`model/kernels/fast.py` gives them to a model. Each computes what its docstring names, with its
+gradients.
+On other devices, and under torch.compile, each calls what it replaces.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NARROW = 64  # a weight with a smaller side, as A and B have, stays PyTorch's: oneDNN is slower
+LONGEST_MATRIX = 256  # tokens; in low precision, up to here the (T, T) matrix is faster
+IDENTITY = 16  # the width of the identity that GELU is computed with
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def onednn_dtypes() -> set[torch.dtype]:
+    """Return the precisions in which oneDNN computes linear layers here without emulation."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return {torch.float32, torch.bfloat16}
+    return {torch.float32}
+
+
+ONEDNN_DTYPES = onednn_dtypes()
+
+
+def is_ours(x: Tensor) -> bool:
+    """Return whether the operations here are faster for x than PyTorch's."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `F.linear` for 2 or more dimensions: by oneDNN, if W is wide."""
+    if not is_ours(x) or not x.numel() or min(weight.shape) < NARROW:
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x = x.to(dtype)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if x.dtype not in ONEDNN_DTYPES or x.dtype != weight.dtype:
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _OneDNNLinear.apply(x, weight, bias)
+    return _onednn(x, weight, bias)
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "tanh")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """Give `_onednn` the gradients that PyTorch does not define, with g = dL/dy."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = g.flatten(0, -2)
+
+        dx = dweight = dbias = None
+        if for_x:
+            dx = matmul(rows, weight).unflatten(0, g.shape[:-1])  # dL/dx = g W
+        if for_weight:
+            dweight = matmul(rows.T, x.flatten(0, -2))  # dL/dW = g^T x
+        if for_bias:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b; a (N, S), b (S, T). In bf16 PyTorch's own is faster than oneDNN's linear."""
+    if a.dtype == torch.float32:
+        return linear(a, b.T)
+    return a @ b
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Compute `F.gelu(x, approximate="tanh")`."""
+    if not is_ours(x) or x.dtype not in ONEDNN_DTYPES or x.numel() % IDENTITY:
+        return F.gelu(x, approximate="tanh")
+    if torch.is_grad_enabled():
+        return _GELU.apply(x)
+    return _onednn_gelu(x)
+
+
+def _onednn_gelu(x: Tensor) -> Tensor:
+    """Compute GELU as the activation of a product with the identity, which is exact: PyTorch has
+    oneDNN's GELU only after a linear layer, and there x, which the gradient needs, is lost.
+    """
+    identity = torch.eye(IDENTITY, dtype=x.dtype)
+    return _onednn(x.reshape(-1, IDENTITY), identity, None, "gelu").view(x.shape)
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _onednn_gelu(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(g, x, approximate="tanh")
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Compute `F.dropout`, with other random numbers."""
+    if not training or p == 0:
+        return x
+    if not is_ours(x) or p == 1:
+        return F.dropout(x, p)
+    return _Dropout.apply(x, p)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        keep, ctx.scale = draw_mask(x.shape, p)
+        ctx.save_for_backward(keep)
+        return masked(x, keep).mul_(ctx.scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (keep,) = ctx.saved_tensors
+        return masked(g, keep).mul_(ctx.scale), None
+
+
+def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """Return an int8 tensor that is 0 with probability p, else -1; and 1 / (1 - p).
+
+    An element has 16 random bits, and four share a 64-bit word: a quarter of the draws, which are
+    the bottleneck. It is kept for `kept` of the 2^16 values, so p is rounded to a multiple of
+    2^-16.
+    """
+    kept = round((1 - p) * 2**16)
+    kept = min(max(1, kept), 2**16 - 1)
+    n = shape.numel()
+    words = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    values = words.view(torch.int16)[:n].view(shape)
+    keep = torch.empty(shape, dtype=torch.int8)
+    torch.lt(values, kept - 2**15, out=keep)
+    return keep.neg_(), 2**16 / kept
+
+
+def masked(x: Tensor, keep: Tensor) -> Tensor:
+    """Return x where `keep` is -1, and 0 where it is 0.
+
+    -1 has all bits set, so this is a bitwise and, which is faster than a product.
+    """
+    integer = INTEGERS[x.itemsize]
+    return x.view(integer).bitwise_and(keep.to(integer)).view(x.dtype)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Compute `F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`.
+
+    All are (B, H, T, D).
+    """
+    # PyTorch's fused kernel has no dropout, and is slow in low precision while T is small.
+    fused_is_faster = p == 0 and (q.dtype == torch.float32 or q.size(2) > LONGEST_MATRIX)
+    if not is_ours(q) or fused_is_faster:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+    return _Attention.apply(q, k, v, p)
+
+
+class _Attention(torch.autograd.Function):
+    """Compute Y = dropout(P) V with P = softmax(Q K^T / sqrt(D) + mask), (B * H, T, T).
+
+    P and a byte an element for the dropout are kept. With G = dL/dY:
+    dL/dV = dropout(P)^T G, dL/dP = dropout(G V^T), and from dL/dS, what softmax makes of dL/dP,
+    dL/dQ = dL/dS K / sqrt(D) and dL/dK = dL/dS^T Q / sqrt(D).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, p):
+        B, H, T, D = q.shape
+        q = q.reshape(B * H, T, D)
+        k = k.reshape(B * H, T, D)
+        v = v.reshape(B * H, T, D)
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu_(1)
+        scores = torch.baddbmm(mask.expand(B * H, T, T), q, k.mT, alpha=1 / math.sqrt(D))
+        weights = scores.softmax(-1)
+
+        keep = None
+        dropped = weights
+        ctx.scale = 1.0
+        if p > 0:
+            keep, ctx.scale = draw_mask(weights.shape, p)
+            dropped = masked(weights, keep)
+        ctx.save_for_backward(q, k, v, weights, keep)
+        return scaled_bmm(dropped, v, ctx.scale).view(B, H, T, D)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        q, k, v, weights, keep = ctx.saved_tensors
+        shape = g.shape
+        g = g.reshape(q.shape)
+        dropped = weights
+        dweights = scaled_bmm(g, v.mT, ctx.scale)
+        if keep is not None:
+            dropped = masked(weights, keep)
+            dweights = masked(dweights, keep)
+        dv = scaled_bmm(dropped.mT, g, ctx.scale)
+
+        dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        factor = 1 / math.sqrt(q.size(-1))
+        dq = scaled_bmm(dscores, k, factor)
+        dk = scaled_bmm(dscores.mT, q, factor)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None
+
+
+def scaled_bmm(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    """Return factor * a b in one pass; a (N, T, S), b (N, S, D)."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=factor)

@@ -1,0 +1,126 @@
+"""The loss and the scores on a CUDA GPU, in few kernels; `model/kernels/fast.py` calls them there.
+
+Two things differ from its own. GPT-2's vocabulary of 50,257 is odd, which makes matmuls with the
+head unaligned and slow, so the head has rows of 0 up to a multiple of 64. And kernels are few:
+each costs a launch, and reads and writes the logits, which are the largest tensor.
+
+Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W) with W >= V aligned columns.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+ALIGNED = 64
+SHARE = 64  # a chunk of logits takes at most 1/64 of the card's memory
+
+
+def aligned(rows: int) -> int:
+    """Return the next multiple of 64."""
+    return rows + -rows % ALIGNED
+
+
+@torch.no_grad()
+def aligned_head(weight: Tensor) -> Tensor:
+    """Return weight (V, C) and below it rows of 0 up to a multiple of 64, (W, C).
+
+    The rows are in the weight's own memory: at the first call the weight moves to where there is
+    room for them. So they take neither a copy a step nor a second head.
+    """
+    rows = aligned(len(weight))
+    size = weight.size(1)
+    if weight.untyped_storage().nbytes() != rows * size * weight.itemsize:
+        roomy = weight.new_zeros(rows, size)
+        roomy[: len(weight)] = weight
+        weight.data = roomy[: len(weight)]
+    return weight.detach().as_strided((rows, size), (size, 1), 0)
+
+
+def card_memory(device: torch.device) -> int:
+    """Return the card's memory in bytes. It is the same in a resumed run; what is free is not."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def logits(h: Tensor, w: Tensor) -> Tensor:
+    """Return h W^T in fp32: cuBLAS adds up in it, so that a rounded copy costs a kernel more."""
+    if h.is_cuda and h.dtype != torch.float32:
+        return torch.mm(h, w.T, out_dtype=torch.float32)
+    return (h @ w.T).float()
+
+
+def head_chunks(
+    h: Tensor, w: Tensor, targets: Tensor, vocab_size: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield for each chunk its rows, targets (n, 1) and log softmax of the logits, fp32 (n, W).
+
+    It is -inf in columns from `vocab_size` on.
+    """
+    bytes_a_token = 2 * 4 * len(w)  # of logits and of their log softmax
+    most = max(1, card_memory(h.device) // SHARE // bytes_a_token)
+    size = math.ceil(len(h) / math.ceil(len(h) / most))
+    for start in range(0, len(h), size):
+        rows = slice(start, start + size)
+        z = logits(h[rows], w)
+        if len(w) > vocab_size:
+            z[:, vocab_size:].fill_(-math.inf)
+        log_p = torch.log_softmax(z, -1)
+        del z  # its memory is the next one's
+        yield rows, targets[rows, None], log_p
+
+
+def score(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute `fast.score`, with the matmul in `dtype`."""
+    h = hidden.to(dtype)
+    w = aligned_head(weight).to(dtype)
+    losses = []
+    hits = []
+    for _, y, log_p in head_chunks(h, w, targets, len(weight)):
+        losses.append(-log_p.gather(1, y).squeeze(1))
+        hits.append(log_p.argmax(-1) == y.squeeze(1))
+    return torch.cat(losses), torch.cat(hits)
+
+
+class LossAndGradient(torch.autograd.Function):
+    """A loss of hidden and weight whose forward pass also computes the gradient, and saves dL/dh
+    and, or else None, dL/dW: the loss comes last, so the backward pass is only a factor.
+    """
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        dweight = None if grad_w is None else grad_w.mul_(grad)  # in place: it is large
+        return grad_h * grad, dweight, None, None
+
+
+class TiedCrossEntropy(LossAndGradient):
+    """Compute `fast.tied_cross_entropy`, with matmuls in `dtype`.
+
+    A token's loss is L = -log p[target] with p = softmax(z), so that dL/dz = p - onehot(target),
+    dL/dh = dL/dz W and dL/dW = dL/dz^T h.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, dtype):
+        h = hidden.to(dtype)
+        w = aligned_head(weight).to(dtype)
+        log_p_of_targets = torch.empty(len(h), 1, device=h.device)  # fp32
+        grad_h = torch.empty_like(h)
+        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+
+        for rows, y, log_p in head_chunks(h, w, targets, len(weight)):
+            of_targets = torch.gather(log_p, 1, y, out=log_p_of_targets[rows])
+            grad_z = log_p if dtype == log_p.dtype else torch.empty_like(log_p, dtype=dtype)
+            torch.exp(log_p, out=grad_z)  # p
+            # p - 1 = expm1(log p): in low precision, p near 1 minus 1 would lose its digits.
+            grad_z.scatter_(1, y, of_targets.expm1().to(dtype))
+            torch.mm(grad_z, w, out=grad_h[rows])
+            if grad_w is not None:
+                grad_w += (grad_z.T @ h[rows])[: len(weight)]
+
+        ctx.save_for_backward(grad_h, grad_w)
+        return -log_p_of_targets.sum()

@@ -1,0 +1,86 @@
+"""Make a GPT-2 faster: `accelerate(model)`.
+
+Each class here computes what its plain parent does, in another way. `accelerate` gives the modules
+of one model these classes; parameters, buffers and names stay as they are.
+
+| replaced | by | why |
+|---|---|---|
+| `nn.Linear` on a CPU, not narrow | oneDNN's matmul | faster than MKL's; in bf16 it adds the bias |
+| `nn.GELU` on a CPU | oneDNN's, after a product with the identity | PyTorch's tanh is slow |
+| `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
+| attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
+| the loss and the scores | logits in chunks | whole, they would be the largest tensor |
+
+On other devices they call what they replace, the loss excepted; so do, under torch.compile, all
+but the loss. `python -m benchmarks.operations` measures what each of them gains (docs/speed.md),
+and tests/model/test_fast.py holds each to its parent.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from model.gpt2 import GPT2, Attention
+from model.kernels.cpu import causal_attention, dropout, gelu, linear
+from model.kernels.loss import score, tied_cross_entropy
+
+
+class FastLinear(nn.Linear):
+    """y = x W^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class FastGELU(nn.GELU):
+    """GELU, in the form that `approximate` names; only the tanh form is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.approximate == "tanh":
+            return gelu(x)
+        return super().forward(x)
+
+
+class FastDropout(nn.Dropout):
+    """Set each element to 0 with probability p, and scale the others by 1 / (1 - p)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
+
+
+class FastAttention(Attention):
+    """Causal self-attention; `attend` is `causal_attention`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = self.attn_pdrop if self.training else 0.0
+        return causal_attention(q, k, v, p)
+
+
+class FastGPT2(GPT2):
+    """GPT-2 that computes its logits, in training and scoring, only chunk by chunk."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.wte.weight)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return tied_cross_entropy(hidden, self.wte.weight, targets)
+
+    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return score(hidden, self.wte.weight, targets)
+
+
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: FastLinear,
+    nn.GELU: FastGELU,
+    nn.Dropout: FastDropout,
+    Attention: FastAttention,
+    GPT2: FastGPT2,
+}
+
+
+def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = FAST) -> None:
+    """Replace, in this model, each module's class by its fast one. Call it after `inject`."""
+    for module in model.modules():
+        kind = type(module)
+        if kind in classes:
+            module.__class__ = classes[kind]

@@ -1,0 +1,242 @@
+"""Read Hugging Face GPT-2 directories in all their forms; write transformers' own.
+
+Files on the hub name tensors `h.0.ln_1.weight` and carry the causal masks; transformers itself
+writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. In all of them
+the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out, in).
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import atomic_path, brief, check_number, file_sha256, read_json, write_json
+from model.gpt2 import GPT2, GPT2Config
+from storage.tensors import read_shapes, read_tensors, write_tensors
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+WEIGHTS = "model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
+HEAD = "lm_head.weight"
+# Fields that change what the same tensors compute, and the values that are supported here.
+SUPPORTED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+    "scale_attn_weights": (True, False),
+    "scale_attn_by_inverse_layer_idx": (False, True),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+ALIASES = {  # transformers takes either name
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
+WHOLE_NUMBERS = {  # fields of config.json, and the largest value that is read
+    "n_layer": 512,
+    "vocab_size": 1 << 20,
+    "n_positions": 1 << 20,
+    "n_embd": 1 << 20,
+    "n_head": 1 << 20,
+    "n_inner": 1 << 20,
+}
+
+
+def load_gpt2(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    quantise: Callable[[nn.Linear], nn.Linear] | None = None,
+) -> GPT2:
+    """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
+
+    Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.place` keeps a
+    frozen model; the whole is never held in fp32 first. With `quantise`, each linear layer is read
+    in fp32, and what `quantise` makes of it takes its place before the next is read.
+
+    Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
+    type, and for a config field that asks for another architecture.
+    """
+    directory = Path(directory)
+    with torch.device("meta"):
+        model = GPT2(load_config(directory))
+    rounded = nn.Embedding if quantise else nn.Linear | nn.Embedding
+    for module in model.modules():
+        if isinstance(module, rounded):
+            module.to(dtype)  # on meta: a type and no data
+
+    model.eval()
+    for name, value in read_parameters(weights_path(directory), dict(model.named_parameters())):
+        place, _, part = name.rpartition(".")
+        module = model.get_submodule(place)
+        setattr(module, part, nn.Parameter(value))
+        if quantise and isinstance(module, nn.Linear) and part == "bias":  # its last parameter
+            model.set_submodule(place, quantise(module))
+    return model
+
+
+def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters one by one, with the shapes, (out, in), and dtypes of `needed`.
+
+    The file's causal masks are skipped. Raises UserError as `load_gpt2` does.
+    """
+    keys = read_shapes(path)
+    prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
+    embedding = f"{prefix}wte.weight"
+    masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
+    tied = {HEAD} if embedding in keys else {embedding}  # a file may hold either, or both
+
+    shapes = {HEAD: needed["wte.weight"].shape}
+    for name, parameter in needed.items():
+        shape = parameter.shape
+        if CONV1D.search(name):
+            shape = shape[::-1]
+        shapes[prefix + name] = shape
+
+    head = None  # `shapes`, and so the loop, begins with it
+    for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
+        name = key.removeprefix(prefix)
+        if key == HEAD:
+            name = "wte.weight"
+        # A copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
+        value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
+        if CONV1D.search(key):
+            tensor = tensor.t()
+        value.copy_(tensor)
+        if name != "wte.weight" or head is None:
+            yield name, value
+        elif not torch.equal(head, value):
+            raise UserError(f"{path}: {HEAD} differs from wte.weight; GPT-2's head is tied to it")
+        head = value if key == HEAD else None
+
+
+def find_weights(directory: Path) -> Path | None:
+    """Return the base's weights file, if any. Raises UserError if they are split into shards."""
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        path = Path(directory) / name
+        if os.path.lexists(path):  # a broken link is an error, not a missing file
+            return path
+        index = f"{path}.index.json"
+        if os.path.exists(index):
+            raise UserError(
+                f"{index}: sharded weights are not read; save one file with "
+                "transformers' save_pretrained(..., max_shard_size='100GB')"
+            )
+    return None
+
+
+def weights_path(directory: Path) -> Path:
+    """Return the base's weights file. Raises UserError if it is missing, or split into shards."""
+    path = find_weights(directory)
+    if path is None:
+        raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
+    return path
+
+
+def base_hashes(directory: Path) -> dict[str, str]:
+    """Return the sha256 of the two files that decide what a base computes: its identity."""
+    hashes = {"config": file_sha256(directory / CONFIG)}
+    weights = find_weights(directory)
+    if weights:
+        hashes["weights"] = file_sha256(weights)
+    return hashes
+
+
+def load_config(directory: Path) -> GPT2Config:
+    """Read `config.json`. Raises UserError, naming the field, for anything but a GPT-2."""
+    path = Path(directory) / CONFIG
+    if os.path.exists(path.with_name("adapter_config.json")) and not os.path.exists(path):
+        raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
+
+    stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
+    _check_architecture(path, stored)
+    fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
+    for field, value in fields.items():
+        _check_field(path, field, value)
+
+    token_ids = {name: value for name, value in stored.items() if name.endswith("_token_id")}
+    config = GPT2Config(**fields, token_ids=token_ids)
+    if config.n_embd % config.n_head:
+        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+    return config
+
+
+def _check_architecture(path: Path, stored: dict) -> None:
+    """Raise UserError for another model's config, or a variant of GPT-2 that is not supported."""
+    # Older configs, as DialoGPT's, have no model_type.
+    if "model_type" not in stored and not {"n_embd", "n_layer", "n_head"} <= stored.keys():
+        raise UserError(
+            f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is known"
+        )
+    for field, known in SUPPORTED.items():
+        if field in stored and stored[field] not in known:
+            raise UserError(
+                f"{path}: {field} {brief(stored[field])} is not supported, only "
+                f"{' or '.join(map(repr, known))}"
+            )
+
+
+def _check_field(path: Path, field: str, value: object) -> None:
+    """Raise UserError for a number that is out of range."""
+    if field in SUPPORTED or (field == "n_inner" and value is None):
+        return
+    if field in WHOLE_NUMBERS:
+        check_number(path, field, value, int, 1, WHOLE_NUMBERS[field])
+    else:  # dropouts and the LayerNorm's epsilon
+        check_number(path, field, value, int | float, 0, 1)
+
+
+def save_gpt2(
+    model: GPT2, directory: Path, dtype: torch.dtype | None = None, end_of_text: int | None = None
+) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors` in transformers' own
+    layout, each atomically.
+
+    The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each's own.
+    Raises RunError, and leaves what was there, if a number is not finite in `dtype`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        if CONV1D.search(name):
+            value = value.t()
+        tensors[f"transformer.{name}"] = value
+
+    config = _stored_config(model.config, dtype or model.wte.weight.dtype, end_of_text)
+    with atomic_path(Path(directory) / WEIGHTS) as temporary:
+        write_tensors(temporary, tensors, {"format": "pt"}, dtype)
+        write_json(Path(directory) / CONFIG, config)
+        write_json(Path(directory) / GENERATION, _generation_config(config))
+
+
+def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
+    """Return the content of `config.json`; the base's own token ids stay but for the end."""
+    fields = dataclasses.asdict(config)
+    token_ids = {"bos_token_id": end_of_text} | fields.pop("token_ids")
+    if end_of_text is not None:
+        token_ids["eos_token_id"] = end_of_text
+    token_ids.setdefault("eos_token_id", None)
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **fields,
+        "n_ctx": config.n_positions,
+        **token_ids,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _generation_config(config: dict) -> dict:
+    """Return the content of `generation_config.json`: what ends a text, and what pads a batch."""
+    ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if ids["pad_token_id"] is None:
+        ids["pad_token_id"] = ids["eos_token_id"]
+    return {name: token for name, token in ids.items() if token is not None}

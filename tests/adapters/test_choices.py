@@ -1,0 +1,171 @@
+"""Choices: log-probabilities against a plain transformers loop, accuracy, confusion, refusals."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from adapters.choices import read_tasks, score_choices, summary
+from common.device import Device
+from common.errors import RunError
+from data.instructions import read_examples
+from storage.weights import load_gpt2
+from tests import runs
+from tests.helpers import TINY, refusal, small_tokenizer
+from tests.runs import one_line, run, stock_model
+
+TOKENIZER = small_tokenizer(TINY["vocab_size"])
+QUESTIONS = [
+    ("Who winds it?", ("Orla", "Jory and the goat", "…"), 1),
+    (" Who\nasks? ", (" Orla ", "Orla Venn"), 1),
+    ("", ("x", "y", "z", "zz"), 3),
+    ("A question longer than the block of forty tokens, which loses its beginning?", ("a", "b"), 0),
+]
+
+
+def line(prompt: str, choices: object, answer: object, **more: object) -> str:
+    return json.dumps({"prompt": prompt, "choices": choices, "answer": answer} | more)
+
+
+def written(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return written(tmp_path / "choices.jsonl", *(line(*each) for each in QUESTIONS))
+
+
+@torch.no_grad()
+def plain_score(model, prompt: str, choice: str, dropped: int) -> float:
+    """Return log p of the answer and its end of text, token by token: no padding, no batch."""
+    before = TOKENIZER.encode(f"User: {prompt.strip()}\nAssistant:").astype(int).tolist()
+    answer = [*TOKENIZER.encode(f" {choice.strip()}").astype(int).tolist(), TOKENIZER.end_of_text]
+    ids = [*before, *answer][dropped:]
+    logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(logits[i - 1, ids[i]].item() for i in range(len(ids) - len(answer), len(ids)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_scores_are_those_of_a_plain_transformers_loop(base, file, batch_size):
+    block = 40
+    tasks = read_tasks(file, TOKENIZER, block)
+    found = score_choices(load_gpt2(base), tasks, Device.pick("cpu", "fp32"), batch_size)
+    model = stock_model(base)
+    for (prompt, choices, answer), scored in zip(QUESTIONS, found, strict=True):
+        texts = [f"User: {prompt.strip()}\nAssistant: {choice.strip()}" for choice in choices]
+        longest = max(len(TOKENIZER.encode(text)) for text in texts)
+        dropped = max(0, longest - block)
+        wanted = [plain_score(model, prompt, choice, dropped) for choice in choices]
+        assert scored.log_probabilities.tolist() == pytest.approx(wanted, abs=1e-5)
+        counts = [len(TOKENIZER.encode(f" {choice.strip()}")) + 1 for choice in choices]
+        assert scored.tokens.tolist() == counts and scored.question.answer == answer
+        means = [total / count for total, count in zip(wanted, counts, strict=True)]
+        assert scored.chosen() == wanted.index(max(wanted))
+        assert scored.chosen(mean=True) == means.index(max(means))
+
+
+def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
+    """--data reads the same file, and its loss is that of the right answers."""
+    pairs = [{"prompt": p, "completion": choices[answer]} for p, choices, answer in QUESTIONS]
+    same = written(tmp_path / "pairs.jsonl", *map(json.dumps, pairs))
+    rows = read_examples(file, TOKENIZER, 200)
+    for row, other in zip(rows, read_examples(same, TOKENIZER, 200), strict=True):
+        assert row.tolist() == other.tolist()
+
+    found = score_choices(
+        load_gpt2(base), read_tasks(file, TOKENIZER, 64), Device.pick("cpu", "fp32")
+    )
+    right = sum(one.log_probabilities[one.question.answer].item() for one in found)
+    argv = ("--base", base, "--data", file, "--block-size", 64)
+    scores, _ = runs.scores(tmp_path / "scores.json", *argv)
+    assert scores["loss"] * scores["tokens"] == pytest.approx(-right, rel=1e-5)
+
+
+def test_training_on_questions_teaches_the_answers(base, tmp_path):
+    """Two kinds of prompt, two answers: chance before training, all right after it."""
+    lines = []
+    for i in range(24):
+        kind = i % 2
+        lines.append(line(f"{('gull', 'lamp')[kind]} {i}?", ["salt", "night"], kind))
+    file = written(tmp_path / "task.jsonl", *lines)
+    options = ("--block-size", 40, "--epochs", 12, "--batch-size", 4, "--lr", 1e-2)
+    done = runs.trained("full", base, file, tmp_path / "run", *options, "--base-dropout", 0)
+
+    argv = ("--choices", file, "--block-size", 40)
+    before, _ = runs.scores(tmp_path / "before.json", "--base", base, *argv)
+    after, said = runs.scores(tmp_path / "after.json", "--base", done.out, *argv)
+    assert (before["chance"], before["majority"], before["questions"]) == (0.5, 0.5, 24)
+    assert before["accuracy_sum"] < 0.8 < 1 == after["accuracy_sum"]
+    assert after["choices"] == ["salt", "night"] and after["confusion"] == [[12, 0], [0, 12]]
+    assert f"{file}: 24 questions; chance 50.0%, the commonest answer 50.0%" in said
+    assert runs.table(said)[2] == ["salt", "12", "0"]
+    last, _ = runs.scores(tmp_path / "last.json", "--base", base, *argv, "--val-fraction", 0.25)
+    assert last["questions"] == 6
+
+
+def test_a_score_that_is_not_a_number_is_an_error(base, file):
+    broken = load_gpt2(base)
+    broken.ln_f.bias.data[0] = math.nan
+    with pytest.raises(RunError, match="log-probability is not finite"):
+        score_choices(broken, read_tasks(file, TOKENIZER, 64), Device.pick("cpu", "fp32"))
+
+
+def test_a_table_needs_the_same_choices_in_all_questions(base, file):
+    tasks = read_tasks(file, TOKENIZER, 64)
+    report = summary(score_choices(load_gpt2(base), tasks, Device.pick("cpu", "fp32")))
+    assert "confusion" not in report
+    assert report["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
+    assert report["majority"] == 0.5  # two of the four answers are the second choice
+
+
+BAD = [
+    ("not json", "is not JSON"),
+    ("7", "needs the text"),
+    (line("a", "bc", 0), "needs the text"),
+    (line("a", ["b"], 0), "needs the text"),
+    (line("a", ["b", 3], 0), "needs the text"),
+    (json.dumps({"choices": ["b", "c"], "answer": 0}), "needs the text"),
+    (json.dumps({"prompt": "a", "choices": ["b", "c"]}), "its answer is None"),
+    (line("a", ["b", "c"], 2), "its answer is 2, of 2 choices from 0 on"),
+    (line("a", ["b", "c"], -1), "its answer is -1"),
+    (line("a", ["b", "c"], True), "its answer is True"),
+    (line("a", ["b", "c"], "b"), "its answer is 'b'"),
+    (line("a", ["b", " "], 0), "an empty choice, or one twice"),
+    (line("a", ["b", " b "], 0), "an empty choice, or one twice"),
+    (line("a", ["b", "c\0"], 0), "holds a NUL"),
+    (line("a", ["b", "c"], 0, label="c"), "the unknown key 'label'"),
+    (line("a", ["b", "word " * 40], 0), "its completion is longer than a block of 40"),
+]
+
+
+def test_a_choice_of_two_lines_is_one_row_of_the_table(base, tmp_path):
+    file = written(tmp_path / "choices.jsonl", line("Who?", ("Orla\n and Jory", "Venn"), 0))
+    said = runs.stdout_of(evaluate.main, "--base", base, "--choices", file, "--block-size", 40)
+    assert "\n| Orla and Jory " in said and said.count("\n|") == 4  # two heads, two rows
+
+
+def test_a_bad_line_is_named(tmp_path):
+    for bad, words in BAD:
+        path = written(tmp_path / "bad.jsonl", line("a", ["b", "c"], 0), bad)
+        reason = refusal(f"{path}, line 2", read_tasks, path, TOKENIZER, 40)
+        assert words in reason, bad[:80]
+
+
+def test_wrong_options_end_in_one_line(base, book, file, tmp_path):
+    empty = written(tmp_path / "empty.jsonl")
+    argv = ("--base", base, "--block-size", 40)
+    for options, words in (
+        (("--choices", empty), f"{empty}: 0 questions"),
+        (("--choices", file, "--text", book), "not allowed with"),
+        (("--choices", file, "--stride", 4), "--label-shift are for texts"),
+    ):
+        assert words in one_line(run(evaluate.main, *argv, *options), 2)
+    bad = written(tmp_path / "bad.jsonl", line("a", ["b", "c"], 2))
+    words = runs.arguments("lora", base, bad, tmp_path / "out")
+    assert f"{bad}, line 1: its answer is 2" in one_line(run(train.main, *words), 2)

@@ -1,0 +1,113 @@
+"""One adapter a row of a batch: each row is what it is alone."""
+
+import pytest
+import torch
+
+import generate as command
+from adapters.load import load_model
+from adapters.multi_lora import Adapters
+from common.errors import UserError
+from common.files import file_sha256
+from lora.files import save_adapter
+from model.sampling import generate, generate_rows
+from storage.weights import load_gpt2
+from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
+from tests.pairs import adapted, randomize
+from tests.runs import run, stdout_of
+
+IDS = token_ids(TINY["vocab_size"], 4, 16)
+
+
+@pytest.fixture
+def directories(base, tmp_path):
+    """Three adapters, of other ranks, scalings and layers."""
+    for name, targets, r, alpha in (
+        ("a", ("c_attn",), 1, 16),
+        ("b", ("c_attn", "c_proj"), 5, 3),
+        ("c", ("c_fc",), 8, 8),
+    ):
+        model, config = adapted(base, targets, r=r, lora_alpha=alpha)
+        randomize(model, seed=r)
+        sha256 = file_sha256(base / "model.safetensors")
+        save_adapter(model, config, tmp_path / name, "gpt2", sha256)
+    return {name: tmp_path / name for name in "abc"}
+
+
+@pytest.fixture
+def model(base):
+    return load_gpt2(base)
+
+
+@pytest.fixture
+def several(base, model, directories) -> Adapters:
+    """The three adapters on `model`."""
+    return Adapters(model, file_sha256(base / "model.safetensors"), directories)
+
+
+def alone(base, directories, name):
+    return load_model(str(base), directories.get(name)).model
+
+
+@torch.no_grad()
+def test_each_rows_logits_are_those_of_its_adapter_alone(base, model, directories, several):
+    for names in (["a", "b", None, "c"], ["c", "c", "a", "a"], [None] * 4):
+        several.use(names)
+        for row, name, ids in zip(model(IDS), names, IDS, strict=True):
+            [expected] = alone(base, directories, name)(ids[None])
+            assert relative_difference(row, expected) < 1e-5
+            [bases] = load_gpt2(base)(ids[None])
+            differs = relative_difference(row, bases) > 0.01
+            assert differs == (name is not None)
+
+
+def test_each_rows_tokens_are_those_of_its_adapter_alone(base, model, directories, several):
+    names = ["a", "b", None, "c"]
+    length = TINY["n_positions"] + 20  # past the context
+    several.use(names)
+
+    def generators(count):
+        return [torch.Generator().manual_seed(7) for _ in range(count)]
+
+    sampling = {"temperature": 1.0, "top_k": 20}
+    prompts = [IDS[0], IDS[0, :3], IDS[0], token_ids(TINY["vocab_size"], length)]
+    steps = list(generate_rows(model, prompts, length, generators(4), **sampling))
+    rows = torch.stack(steps, dim=1)
+    for name, prompt, row in zip(names, prompts, rows, strict=True):
+        single = alone(base, directories, name)
+        expected = generate(single, prompt, length, generator=generators(1)[0], **sampling)
+        assert row[row >= 0][:length].tolist() == list(expected)
+    pauses = [(row < 0).sum().item() for row in rows]
+    assert pauses == [13, 0, 13, TINY["n_positions"] - 3]
+
+
+def test_the_command_writes_each_text_under_its_heading(base, directories):
+    options = ["--base", base, "--max-new-tokens", 12, "--device", "cpu", "--prompt"]
+    paths = [directories["a"], directories["b"]]
+    ending = run(command.main, *options, "You", "A", "--with-base", "--adapter", *paths)
+    assert (ending.status, ending.stderr) == (0, "")
+    expected = ""
+    for prompt in ("You", "A"):
+        expected += f"=== {base}\n\n"
+        expected += stdout_of(command.main, *options, prompt)
+        for path in paths:
+            expected += f"=== {base} with {path}\n\n"
+            expected += stdout_of(command.main, *options, prompt, "--adapter", path)
+    assert ending.stdout == expected
+
+
+def test_an_adapter_of_another_base_or_shape_and_a_dora_are_refused(base, directories, tmp_path):
+    def load(model, **adapters):
+        return Adapters(load_gpt2(model), file_sha256(model / "model.safetensors"), adapters)
+
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="was trained on another base"):
+        load(other, a=directories["a"])
+
+    deeper, _ = tiny_gpt2_directory(tmp_path / "deeper", n_layer=3)
+    save_adapter(*adapted(base, ("c_attn",)), tmp_path / "unhashed", "gpt2")
+    with pytest.raises(UserError, match=r"tensor .*h\.2\.attn\.c_attn.* is missing"):
+        load(deeper, unhashed=tmp_path / "unhashed")
+
+    save_adapter(*adapted(base, ("c_attn",), use_dora=True), tmp_path / "dora", "gpt2")
+    with pytest.raises(UserError, match="dora: is DoRA, whose change is not B A alone; merge"):
+        load(base, dora=tmp_path / "dora")

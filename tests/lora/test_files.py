@@ -1,0 +1,219 @@
+"""Check adapter files: what is written, and that nothing else is read."""
+
+import json
+import math
+from shlex import split
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from adapters.load import load_model, named_base
+from common.files import file_sha256
+from lora.files import BASE_SHA256, WEIGHTS, load_adapter, save_adapter
+from lora.inject import lora_layers
+from lora.peft_config import CONFIG, load_adapter_config
+from storage.weights import load_gpt2
+from tests.helpers import refusal, relative_difference, tiny_gpt2, tiny_gpt2_directory, token_ids
+from tests.pairs import adapted
+
+PREFIX = "base_model.model.transformer.h"
+LAST = f"{PREFIX}.1.attn.c_attn.lora_B.weight"
+ABSENT = object()
+
+
+def change_weights(adapter, change):
+    tensors = load_file(adapter / WEIGHTS)
+    change(tensors)
+    save_file({key: x.contiguous().clone() for key, x in tensors.items()}, adapter / WEIGHTS)
+
+
+def change_config(adapter, fields):
+    config = json.loads((adapter / CONFIG).read_text()) | fields
+    (adapter / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not ABSENT}))
+
+
+def refusal_of(adapter, file, base):
+    """Return why `file` is refused. The model must go on computing what its base does."""
+    model = load_gpt2(base)
+    ids = token_ids(model.config.vocab_size, 1, 8)
+    expected = model(ids)
+    reason = refusal(adapter / file, load_adapter, model, adapter)
+    assert torch.equal(model(ids), expected) and not lora_layers(model) and len(reason) < 200
+    return reason
+
+
+def test_the_files_are_pefts(base, tmp_path):
+    model, config = adapted(
+        base, ("c_proj", "c_fc"), r=2, lora_alpha=3, lora_dropout=0.25, use_rslora=True
+    )
+    with pytest.raises(ValueError, match="no adapter to save"):
+        save_adapter(load_gpt2(base), config, tmp_path, "gpt2-medium")
+    assert not any(tmp_path.iterdir())
+    save_adapter(torch.compile(model.to(torch.bfloat16)), config, tmp_path, "gpt2-medium")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    stored = json.loads((tmp_path / CONFIG).read_text())
+    assert stored == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "openai-community/gpt2-medium",
+        "revision": None,
+        "r": 2,
+        "lora_alpha": 3,
+        "lora_dropout": 0.25,
+        "target_modules": ["c_proj", "c_fc"],
+        "fan_in_fan_out": True,
+        "bias": "none",
+        "use_rslora": True,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "inference_mode": True,
+    }
+    assert stored.keys() <= peft.LoraConfig().to_dict().keys()
+    assert load_adapter_config(tmp_path) == config
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    sizes = {"attn.c_proj": (32, 32), "mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}
+    shapes = {}
+    for block in (0, 1):
+        for name, (fan_in, fan_out) in sizes.items():
+            shapes[f"{PREFIX}.{block}.{name}.lora_A.weight"] = (2, fan_in)
+            shapes[f"{PREFIX}.{block}.{name}.lora_B.weight"] = (fan_out, 2)
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert {key: tensor.shape for key, tensor in tensors.items()} == shapes
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}  # they were in bf16
+
+
+def test_adapters_are_read_exactly(base, adapter):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensors = load_file(adapter / WEIGHTS)
+        save_file({key: x.to(dtype) for key, x in tensors.items()}, adapter / WEIGHTS)
+        model = load_gpt2(base)
+        load_adapter(model, adapter)
+        stored = load_file(adapter / WEIGHTS)[LAST]
+        read = model.h[1].attn.c_attn.lora_B.weight
+        assert stored.dtype == dtype and read.dtype == torch.float32
+        assert torch.equal(read, stored.float())
+
+
+def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
+    model, config = adapted(base)
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)  # of the same shape
+    adapter, sha256 = tmp_path / "adapter", file_sha256(base / "model.safetensors")
+    save_adapter(model, config, adapter, str(base), sha256)
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt", BASE_SHA256: sha256}
+    ids = token_ids(model.config.vocab_size, 1, 8)
+    assert torch.equal(load_model(str(base), adapter).model(ids), model(ids))
+    theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), adapter)
+    assert relative_difference(model(ids), theirs(ids).logits) < 1e-6
+    save_adapter(model, config, adapter, "\x1b[2J" * 999, "\x1b[2J" * 999)
+    reason = refusal(adapter / WEIGHTS, load_model, str(other), adapter)
+    assert reason.startswith("was trained on another base (weights sha256 ") and len(reason) < 300
+    save_adapter(model, config, adapter, str(base))  # as PEFT's own: without a hash, any base fits
+    load_model(str(other), adapter)
+
+
+def test_only_a_known_name_is_taken_for_the_base(adapter):
+    names = {"mini": "mini", "./model/mini": "mini", "openai-community/gpt2-xl": "gpt2-xl"}
+    for name, base in names.items():
+        change_config(adapter, {"base_model_name_or_path": name})
+        assert named_base(adapter) == base
+    for name in ("auto", "./gpt2", "../gpt2", "other/gpt2", None, ["gpt2"]):
+        change_config(adapter, {"base_model_name_or_path": name})
+        assert "give --base the base's directory" in refusal(adapter, named_base)
+
+
+# Whatever these say, a trained adapter computes the same.
+IGNORED = split("""
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode
+    loftq_config lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config
+""")
+
+
+def test_fields_that_do_not_change_the_result_are_ignored(adapter):
+    expected = load_adapter_config(adapter)
+    for field, *values in (
+        *((field, None, False, "/etc", 32, {"x": 1}) for field in IGNORED),
+        ("init_lora_weights", False, "gaussian", "orthogonal", "eva", "mica"),
+        ("task_type", None),
+        ("fan_in_fan_out", False),
+        ("modules_to_save", []),
+        ("rank_pattern", None),
+        ("layers_to_transform", []),
+        ("layers_pattern", None, [], ""),
+        ("a_later_switch", False, None, [], {}),
+        ("target_modules", 50_000 * ["c_attn"]),
+    ):
+        for value in values:
+            change_config(adapter, {field: value})
+            assert load_adapter_config(adapter) == expected, (field, value)
+
+
+REFUSED = {
+    "peft_type": [ABSENT, "IA3", ["LORA"]],
+    "task_type": ["SEQ_CLS"],
+    "bias": ["all"],
+    "r": [ABSENT, 0, 4.0, 2**62],
+    "lora_alpha": [ABSENT, -1, "16", 1e300],
+    "lora_dropout": [None, -0.1, 1.5],
+    "fan_in_fan_out": ["true", None],
+    "use_rslora": ["yes"],
+    "target_modules": [ABSENT, [], "", ["c_attn", 3], {"c_attn": 1}, ["c_attn.q"]],
+    "use_dora": ["yes", 2],
+    "layers_to_transform": [-1, [0, "1"], {"x": 2}],
+    "layers_pattern": [True, 1, [0], {"x": 2}],
+    "rank_pattern": [["x"], {"x": 0}, {"x": 2.5}, {"\n" * 999: 1 << 21}],
+    "alpha_pattern": ["x", {"x": "2"}, {"x": -1}],
+    "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new"],
+    "a_later_switch": ["\n" * 999, list(range(9999))],
+}
+SWITCHES = peft.LoraConfig().to_dict().keys() - {*IGNORED, *REFUSED} | {"a_later_switch"}
+
+
+def test_fields_that_would_change_the_result_are_refused_by_name(adapter):
+    original = (adapter / CONFIG).read_text()
+    for field in sorted(SWITCHES | REFUSED.keys()):
+        on = [True, 1, "h", [0], ["ln_f"], {"x": 2}] if field in SWITCHES else []
+        for value in REFUSED.get(field, []) + on:
+            (adapter / CONFIG).write_text(original)
+            change_config(adapter, {field: value})
+            reason = refusal(adapter / CONFIG, load_adapter_config, adapter)
+            assert reason.startswith((f"{field} ", f"{field!r} ")), (field, value)
+            assert len(reason) < 200
+
+
+# tests/storage/test_tensors.py lists the damaged files that read_json and read_tensors refuse.
+def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tmp_path):
+    first = f"{PREFIX}.0.attn.c_attn.lora_A.weight"
+    for field, value, reason in (
+        ("n_embd", 48, f"{first} is (4, 32) where (4, 48) is needed"),
+        ("n_layer", 3, f"tensor {PREFIX}.2.attn.c_attn.lora_A.weight is missing"),
+    ):
+        other, _ = tiny_gpt2_directory(tmp_path / field, **{field: value})
+        assert refusal_of(adapter, WEIGHTS, other).startswith(reason)
+    change_weights(adapter, lambda tensors: tensors[LAST][-1].fill_(math.nan))
+    assert refusal_of(adapter, WEIGHTS, base).startswith(f"{LAST} holds numbers that are not fin")
+    original = (adapter / CONFIG).read_text()
+    for fields, reason in (
+        ({"target_modules": ["c_attn", "wte"]}, "does not fit this base: target module 'w"),
+        ({"target_modules": ["\x1b" * 99]}, r"does not fit this base: target module '\x1b"),
+        ({"target_modules": "c_("}, "does not fit this base: missing )"),
+        ({"target_modules": "c{99999999999}"}, "does not fit this base: the repetition number"),
+        ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression (untermin"),
+        ({"rank_pattern": {3000 * "(": 2}}, "rank_pattern '(((((((((((("),
+        ({"x\ny" * 99: 1}, r"'x\nyx\ny"),
+    ):
+        (adapter / CONFIG).write_text(original)
+        change_config(adapter, fields)
+        assert refusal_of(adapter, CONFIG, base).startswith(reason)
