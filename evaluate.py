@@ -1,21 +1,14 @@
 """Score a text: loss, perplexity, bits per byte, greedy accuracy; score choices; compare runs."""
 
-if __name__ == "__main__":
-    from common.options import parse_evaluate
-    from common.start import before_torch
-
-    before_torch(parse_evaluate, __doc__)
-
 import argparse
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from adapters.choices import print_summary, read_tasks, score_choices, summary
 from adapters.load import load_model
@@ -26,52 +19,30 @@ from common.options import parse_evaluate
 from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
-from data.windows import Windows, check_block_size, scored_positions, split
+from data.windows import Dataset, Windows, check_block_size, split
 from lora.quantised import quantisation
-from model.gpt2 import GPT2
-from model.kernels.fast import accelerate
+from model.gpt2 import GPT2, IGNORE_INDEX
+from model.kernels.fast import set_kernels
 from training.compare import compare
 from training.options import BOOK
-from training.ranks import ALONE, Ranks
-from training.report import perplexity
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores on `tokens` tokens, `bytes` bytes of UTF-8; `loss` is the mean per token, in nats."""
-
-    tokens: int
-    bytes: int
-    loss: float
-    accuracy: float
-
-    @property
-    def perplexity(self) -> float:
-        return perplexity(self.loss)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.loss * self.tokens / math.log(2) / self.bytes
-
-    def __str__(self) -> str:
-        return (
-            f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, "
-            f"{self.bits_per_byte:.4f} bits per byte"
-        )
+from training.ranks import Ranks
+from training.scores import Scores
 
 
 @torch.no_grad()
 def evaluate(
     model: GPT2,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    dataset: Dataset,
     tokenizer: Tokenizer,
     device: Device,
-    ranks: Ranks = ALONE,
+    ranks: Ranks | None = None,
+    batch_size: int = 16,
 ) -> Scores:
-    """Score batches of inputs and targets (B, T), leaving out targets that are NOT_SCORED.
+    """Score every token of a dataset's evaluation batches once.
 
     Raises RunError if the loss is not finite, and UserError if every target is an end of text.
     """
+    ranks = ranks or Ranks()
     dtype = torch.float64
     if device.torch_device.type == "mps":  # it has no fp64
         dtype = torch.float32
@@ -81,21 +52,20 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for inputs, targets in islice(batches, ranks.rank, None, ranks.count):
-            targets = targets.flatten()
-            scored = scored_positions(targets)
-            targets = targets[scored]  # (n,)
-            text_bytes = tokenizer.byte_counts[targets.numpy()].sum(dtype=np.int64)
-            counts += torch.tensor([len(targets), int(text_bytes)])
+        batches = dataset.evaluation_batches(batch_size)
+        for inputs, targets in islice(batches, ranks.rank, None, ranks.world_size):
+            scored = targets[targets != IGNORE_INDEX]  # (n,)
+            text_bytes = tokenizer.byte_counts[scored.numpy()].sum(dtype=np.int64)
+            counts += torch.tensor([len(scored), int(text_bytes)])
             with device.autocast():
-                hidden = model.hidden(device.copy(inputs)).flatten(0, 1)  # (B * T, C)
-                hidden = hidden[device.copy(scored)]  # (n, C)
-                losses, hits = model.score(hidden, device.copy(targets))
+                losses, hits = model.token_losses(
+                    device.to_device(inputs), device.to_device(targets)
+                )
             sums += torch.stack([losses.sum(dtype=dtype), hits.sum(dtype=dtype)])
     finally:
         model.train(was_training)
-    ranks.all_reduce([sums])
-    ranks.all_reduce([counts])
+    ranks.all_reduce(sums)
+    ranks.all_reduce(counts)
 
     loss, hit_count = sums.tolist()
     tokens, byte_count = counts.tolist()
@@ -119,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, model, tokenizer = load_model(args.base, args.adapter, device.dtype, args.quantise)
     check_block_size(args.block_size, model.config)
     kind = quantisation(model)
-    device.place(model)
-    accelerate(model)
+    device.prepare(model)
+    set_kernels(model, args.kernels)
     source, fraction = what_to_score(args)
     score = score_questions if args.choices else score_text
     found = score(args, model, tokenizer, device)
@@ -143,7 +113,7 @@ def score_text(
     """Score a text or conversations; print the scores and return them."""
     source, fraction = what_to_score(args)
     data = load_data(args, tokenizer, source, fraction)
-    scores = evaluate(model, data.evaluation_batches(args.batch_size), tokenizer, device)
+    scores = evaluate(model, data, tokenizer, device, batch_size=args.batch_size)
     print(f"{source}{part_name(fraction)}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
     return {

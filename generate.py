@@ -1,11 +1,5 @@
 """Generate text from a base, with or without an adapter; with --chat, answer what you type."""
 
-if __name__ == "__main__":
-    from common.options import parse_generate
-    from common.start import before_torch
-
-    before_torch(parse_generate, __doc__)
-
 import argparse
 import codecs
 import io
@@ -26,7 +20,7 @@ from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
 from model.gpt2 import GPT2
-from model.kernels.fast import accelerate
+from model.kernels.fast import set_kernels
 from model.sampling import generate_rows
 
 
@@ -40,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     adapter = args.adapter[0] if args.adapter else None
     base, model, tokenizer = load_model(args.base, adapter, device.dtype, args.quantise)
-    device.place(model)
-    accelerate(model)
+    device.prepare(model)
+    set_kernels(model, args.kernels)
     with device.autocast():
         if args.chat:
             chat(model, tokenizer, args)
@@ -59,8 +53,8 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
     loaded, adapters = load_several(args.base, args.adapter, device.dtype, args.quantise)
     base, model, tokenizer = loaded
-    device.place(model)
-    accelerate(model)
+    device.prepare(model)
+    set_kernels(model, args.kernels)
 
     names: list[str | None] = [str(adapter) for adapter in args.adapter]
     if args.with_base:
@@ -155,7 +149,7 @@ def stream(
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        never=padding(model, tokenizer),
+        suppress_tokens=padding(model, tokenizer),
     ):
         for row, token in enumerate(tokens.tolist()):
             if token == tokenizer.end_of_text:

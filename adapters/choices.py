@@ -15,8 +15,7 @@ from data.choices import Question, question
 from data.instructions import Instructions, make_row
 from data.json_lines import read_lines
 from data.tokenizer import Tokenizer
-from data.windows import NOT_SCORED, scored_positions
-from model.gpt2 import GPT2
+from model.gpt2 import GPT2, IGNORE_INDEX
 
 
 class Task(NamedTuple):
@@ -70,19 +69,14 @@ def score_choices(
     rows = [row for task in tasks for row in task.rows]
     sums = []
     for inputs, targets in Instructions(rows).evaluation_batches(batch_size):
-        scored = scored_positions(targets.flatten())  # (n,), row by row
         with device.autocast():
-            hidden = model.hidden(device.copy(inputs)).flatten(0, 1)  # (B * T, C)
-            hidden = hidden[device.copy(scored)]  # (n, C)
-            losses, _ = model.score(hidden, device.copy(targets.flatten()[scored]))
-        row_of = scored // targets.size(1)
-        total = torch.zeros(len(targets), dtype=torch.float64)
-        sums.append(total.index_add(0, row_of, -losses.cpu().double()))
+            losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
+        sums.append(-losses.cpu().double().sum(1))
 
     log_probabilities = torch.cat(sums)
     if not log_probabilities.isfinite().all():
         raise RunError("a choice's log-probability is not finite; try --precision fp32")
-    tokens = torch.tensor([int((row[1] != NOT_SCORED).sum()) for row in rows])
+    tokens = torch.tensor([int((row[1] != IGNORE_INDEX).sum()) for row in rows])
     sizes = [len(task.rows) for task in tasks]
     parts = zip(tasks, log_probabilities.split(sizes), tokens.split(sizes), strict=True)
     return [Scored(task.question, total, count) for task, total, count in parts]

@@ -1,12 +1,15 @@
 """This project's side of every benchmark: the only file here that calls the training code."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
+from training.data import load_data
+from training.launch import prepare_device
+from training.model import add_adapter, load_base
 
 import train
 from adapters.merge import merge, unwrap
@@ -14,19 +17,19 @@ from common.device import Device
 from common.signals import HANDLED
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import load_tokenizer
-from data.windows import Windows
-from evaluate import Scores
+from data.windows import Batch, Windows
 from evaluate import evaluate as score
 from lora import files
 from lora.inject import inject
 from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config
-from model.kernels.fast import accelerate
+from model.kernels.fast import set_kernels
 from storage.weights import load_config, load_gpt2, save_gpt2
-from training.build import build_model, load_data, resolve
-from training.options import Options, parse_options
-from training.ranks import ALONE, Ranks
+from training.options import Options, lora_config, parse_options
+from training.ranks import Ranks
 from training.report import read_run
+from training.run import Run
+from training.scores import Scores
 
 __all__ = ["score"]  # `evaluate` of evaluate.py
 
@@ -57,42 +60,65 @@ def tokenizer(base: Path) -> Tokenizer:
 
 def data(made: Options) -> tuple[Windows, Windows]:
     """Return the windows of the book's two parts; `--base` is a directory."""
-    base = Path(made.base)
-    loaded = load_data(made, base)
+    loaded = load_data(made, Path(made.base))
     assert isinstance(loaded.training, Windows)
     assert isinstance(loaded.validation, Windows)
     return loaded.training, loaded.validation
 
 
-def make_trainer(asked: Options, ranks: Ranks = ALONE, fast: bool = True) -> train.Trainer:
-    """Build what `train.py` has before its first step; `--base` is a directory.
+class Trainer:
+    """What `train.py` has before its first step, to take steps one by one. It writes no file."""
 
-    `fast`: with the model as `train.py` makes it, or as plain as `model/gpt2.py`.
-    """
-    base = Path(asked.base)
-    device = Device.pick(asked.device, asked.precision, train=True)
-    device.set_tf32(asked.allow_tf32)
-    loaded = load_data(asked, base)
-    made = resolve(asked, asked.base, device, loaded)
-    if fast:
-        return train.make_trainer(made, base, loaded, device, ranks)
-    model = build_model(made, base, device.dtype, device.torch_device)
-    return train.Trainer(made, model, loaded, device, ranks)
+    def __init__(self, options: Options, ranks: Ranks | None = None):
+        device = Device.pick(options.device, options.precision, train=True)
+        prepare_device(options, device)
+        self.run = Run(options, device, ranks or Ranks())
+        base = self.run.find_base()
+        self.data = load_data(options, base)
+        self.options = self.run.resolve(self.data)
+        self.model = load_base(self.options, base, device)
+        if options.method == "lora":
+            add_adapter(self.model, self.options, base)
+        parts = train.prepare(self.model, self.data, self.run)
+        self.optimizer, self.scaler, self.backward = parts
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def total_steps(self) -> int:
+        return self.run.total_steps
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        return self.run.batches(self.data.training, first)
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take the next step of the schedule. Return the batch's loss, summed over its tokens."""
+        options = self.options
+        done = self.run.progress.step
+        lr = train.learning_rate(done, self.total_steps, options.lr, options.warmup_ratio)
+        loss, _ = train.train_step(
+            self.model, self.optimizer, self.scaler, self.backward, batch, lr, self.run
+        )
+        self.run.progress.step += 1
+        return loss
+
+    def evaluate(self) -> Scores:
+        return train.validate(self.model, self.data, self.run)
 
 
-def step(trainer: train.Trainer, batch: np.ndarray) -> float:
+def step(trainer: Trainer, batch: Batch) -> float:
     """Train on one batch; return its loss in nats a token."""
-    trainer.meter.restart()
-    trainer.step(batch)
-    return trainer.measure()["loss"]
+    return trainer.step(batch).item() / batch.num_tokens
 
 
 def evaluate(
     model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int
 ) -> Scores:
     """Return `evaluate.py`'s scores of these tokens, in consecutive windows."""
-    batches = Windows(tokens, block_size, block_size).evaluation_batches()
-    return score(model, batches, tokenizer(base), device)
+    return score(model, Windows(tokens, block_size, block_size), tokenizer(base), device)
 
 
 def run(argv: Sequence[str]) -> dict:
@@ -111,8 +137,8 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     model = load_gpt2(base, device.dtype)
     if adapter:
         files.load_adapter(model, adapter)
-    device.place(model)
-    accelerate(model)
+    device.prepare(model)
+    set_kernels(model, "fast")
     return model
 
 
@@ -123,8 +149,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(model: GPT2, made: Options, directory: Path) -> None:
     """Save the model's adapter in PEFT's format, as `train.py` does."""
-    assert made.lora
-    files.save_adapter(model, made.lora, directory, made.base)
+    files.save_adapter(model, lora_config(made), directory, made.base)
 
 
 def save_merged(model: GPT2, directory: Path) -> None:

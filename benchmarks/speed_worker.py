@@ -32,7 +32,7 @@ from storage.weights import load_config, save_gpt2
 from train import Trainer
 from training.ranks import Ranks
 
-# oneDNN's is how model/kernels/fast.py calls it. Those inside a fused kernel of attention do not count.
+# The last is oneDNN's. Matmuls inside a fused kernel of attention do not count.
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 PROMPT_TOKENS = 16
 NEW_TOKENS = 256

@@ -112,6 +112,12 @@ PRECISION: dict[str, Any] = {
     "choices": ("auto", "fp32", "bf16", "fp16"),
     "help": "of the matmuls; auto: by the device (docs/howto.md)",
 }
+KERNELS: dict[str, Any] = {
+    "default": "fast",
+    "choices": ("fast", "plain"),
+    "help": "fast: operations of model/kernels. plain: PyTorch's own operations, as model/gpt2.py "
+    "has them (default: fast)",
+}
 NONE = "none"  # the base as it is stored, whatever an adapter says
 QUANTISE: dict[str, Any] = {
     "choices": ("nf4", "int8", NONE),

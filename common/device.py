@@ -1,4 +1,4 @@
-"""Choose the device and its precision: one object that knows its autocast, casts and copies."""
+"""Choose the device and its precision: one object for autocast, casts and copies."""
 
 import ctypes
 import os
@@ -64,7 +64,7 @@ class Device:
             return nullcontext()
         return torch.autocast(self.torch_device.type, self.dtype)
 
-    def copy(self, x: Tensor) -> Tensor:
+    def to_device(self, x: Tensor) -> Tensor:
         """Copy to the device, unless x is there. To a CUDA GPU, copy from pinned memory without
         waiting for it.
         """
@@ -72,7 +72,7 @@ class Device:
             return x.pin_memory().to(self.torch_device, non_blocking=True)
         return x.to(self.torch_device)
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """Move the model to the device and cast its frozen matrices to `precision`.
 
         Autocast would cast them again at every step.
@@ -98,7 +98,7 @@ class Device:
             ) from error
 
     @property
-    def random(self) -> ModuleType:
+    def rng(self) -> ModuleType:
         """Return the module whose get_rng_state and set_rng_state are for this device."""
         modules = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
         return modules[self.torch_device.type]

@@ -1,6 +1,6 @@
 """End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
 
-import gc
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,19 +24,31 @@ ADVICE = (
     "a smaller --batch-size, --block-size or --base, --precision bf16 or, in training, "
     "--grad-accum or --gradient-checkpointing"
 )
+# Failures of the machine. Any other OSError is a bug, unless its caller knows better.
+FULL_OR_BROKEN = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+}
 
 
 def run_command(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Run `main` and exit with its status; known failures end with one line on stderr.
+    """Run `main` and exit with its status. Known failures end with one line on stderr.
 
     `argv` is the command's arguments (default: the command line's).
     """
+    if sys.platform == "win32":  # it has no fcntl, and no fsync of a directory
+        fail("Windows is supported under WSL only; start this command there", 2)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller, as with `>&-`
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     replace_default_handlers()
-    if not gc.isenabled():  # `before_torch` switched it off
-        gc.freeze()  # what the imports made stays: neither a collection nor the exit looks at it
-        gc.enable()
     with failures_in_one_line():
         status = main(argv) or 0
         sys.stdout.flush()
@@ -53,7 +65,7 @@ def failures_in_one_line() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         fail("interrupted", 130)
-    except BrokenPipeError:  # whoever read the output has gone, as in `| head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         sys.exit(1)
@@ -65,12 +77,11 @@ def failures_in_one_line() -> Iterator[None]:
 
 
 def describe_failure(error: BaseException | None) -> str | None:
-    """Return the line for a known failure; None for a bug in the program, or no error."""
+    """Return the line for a known failure. Return None for a bug in the program, or no error."""
     if isinstance(error, UserError | RunError):
         return str(error)
-    if isinstance(error, OSError):  # such as a full disk, or a directory that was removed
-        reason = str(error.strerror or error)
-        return f"{error.filename}: {reason}" if error.filename else reason
+    if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if _is_out_of_memory(error):
         return f"out of memory; try {ADVICE}"
     return None
@@ -87,6 +98,6 @@ def first_line(error: BaseException) -> str:
 
 
 def fail(message: object, status: int) -> NoReturn:
-    line = " ".join(str(message).splitlines())  # a path can hold a new line
+    line = " ".join(str(message).splitlines())  # a path can contain a new line
     sys.stderr.write(f"error: {line}\n")  # in one write: other ranks print too
     sys.exit(status)

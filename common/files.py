@@ -144,7 +144,7 @@ def check_number(
     raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
 
 
-def without_place(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Return the path from the working directory, or the name alone if it lies elsewhere.
 
     A file that may be published names paths so: a whole path tells of a machine and its user.

@@ -4,7 +4,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import Parser, add_device_options, add_model_options, number, typed_options
+from common.cli import (
+    KERNELS,
+    Parser,
+    add_device_options,
+    add_model_options,
+    number,
+    typed_options,
+)
 from common.errors import UserError
 
 
@@ -46,6 +53,7 @@ def parse_evaluate(
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
     add_device_options(parser)
+    parser.add_argument("--kernels", **KERNELS)
     args = parser.parse_args(argv)
 
     if args.compare:
@@ -144,6 +152,7 @@ def parse_generate(
         help="first show what the base alone writes, for comparison",
     )
     add_device_options(parser)
+    parser.add_argument("--kernels", **KERNELS)
     args = parser.parse_args(argv)
 
     for prompt in args.prompt or ():

@@ -1,7 +1,4 @@
-"""End a command on SIGINT, SIGTERM or SIGHUP, with one line and exit status 130, 143 or 129.
-
-A command imports this before torch, which takes seconds, so that a signal shows no traceback.
-"""
+"""End a command on SIGINT, SIGTERM or SIGHUP, with one line and exit status 130, 143 or 129."""
 
 import os
 import shutil
@@ -14,14 +11,6 @@ from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
-if sys.platform == "win32":  # no fcntl, no fsync of a directory
-    sys.stderr.write("error: Windows is supported under WSL only; start this command there\n")
-    sys.exit(2)
-
-for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-    if getattr(sys, _name) is None:  # closed by the caller, as with `>&-`
-        setattr(sys, _name, open(os.devnull, _mode))  # noqa: SIM115
-
 unfinished: set[Path] = set()  # temporary files and directories that are being written
 
 # Leave SIGHUP alone where `nohup` ignores it: the run is to outlive its terminal.
@@ -30,11 +19,6 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
 
 TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at the start
-
-
-def install_exit_handlers() -> None:
-    """On SIGINT, SIGTERM or SIGHUP, print one line and exit."""
-    on_signals(end_at_once)
 
 
 def replace_default_handlers() -> None:

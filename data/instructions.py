@@ -20,17 +20,16 @@ same to transformers and other programs.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.choices import question
 from data.json_lines import read_lines, refuse_unknown
 from data.tokenizer import Tokenizer
 from data.tokens import LONGEST_RUN, require_end_of_text
-from data.windows import NOT_SCORED, shuffled
+from data.windows import InputsAndTargets, shuffled
+from model.gpt2 import IGNORE_INDEX
 
 Turn = tuple[str, str]  # a name, such as "User", and what is said
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
@@ -66,7 +65,10 @@ class Instructions:
     """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
 
     rows: list[np.ndarray]
-    passes_per_epoch: ClassVar[float] = 1.0
+
+    @property
+    def passes_per_epoch(self) -> float:
+        return 1.0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,26 +78,26 @@ class Instructions:
         """Return all rows end to end, (2, N). A run's identity holds their hash."""
         return np.concatenate(self.rows, axis=1)
 
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each; T is the longest of these examples.
 
         Padding is on the right, where a causal model cannot see, and is not scored.
         """
         rows = [self.rows[i] for i in indices]
         longest = max((row.shape[1] for row in rows), default=1)
-        padded = np.full((2, len(rows), longest), NOT_SCORED, dtype=np.int64)
+        padded = np.full((2, len(rows), longest), IGNORE_INDEX, dtype=np.int64)
         for i, row in enumerate(rows):
             padded[:, i, : row.shape[1]] = row
         inputs, targets = torch.from_numpy(padded)
         return inputs.clamp(min=0), targets
 
-    def scored_tokens(self, indices: np.ndarray) -> int:
-        return sum(int((self.rows[i][1] != NOT_SCORED).sum()) for i in indices)
+    def num_tokens(self, indices: np.ndarray) -> int:
+        return sum(int((self.rows[i][1] != IGNORE_INDEX).sum()) for i in indices)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)
 
-    def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
         for start in range(0, len(self), batch_size):
             yield self.batch(np.arange(start, min(start + batch_size, len(self))))
 
@@ -132,7 +134,7 @@ def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np
             f"its completion is longer than a block of {block_size}; "
             "shorten it, or use a larger --block-size"
         )
-    labels = np.where(scored, ids, NOT_SCORED)
+    labels = np.where(scored, ids, IGNORE_INDEX)
     return np.stack((ids[:-1], labels[1:]))
 
 

@@ -2,26 +2,63 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from model.gpt2 import GPT2Config
+from model.gpt2 import IGNORE_INDEX, GPT2Config
 
-NOT_SCORED = -100  # F.cross_entropy's ignore_index
+InputsAndTargets = tuple[Tensor, Tensor]  # (B, T) int64 each, on the CPU
+
+
+class Dataset(Protocol):
+    """What training and evaluation need of `Windows` and of `Instructions`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def passes_per_epoch(self) -> float:
+        """Return how often an epoch reads each token, on average."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Return all token ids. A run's identity contains their hash."""
+
+    def batch(self, indices: np.ndarray) -> InputsAndTargets:
+        """Return the windows, or examples, with these indices (B,)."""
+
+    def num_tokens(self, indices: np.ndarray) -> int:
+        """Return the number of scored tokens of these windows."""
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """Return the order of an epoch, a permutation (N,) of the windows' indices."""
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
+        """Yield batches that score each token once."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The windows of one step, in micro-batches. With several ranks, this rank's share of them."""
+
+    data: Dataset
+    indices: np.ndarray  # (B,)
+    micro_batch_size: int
+    num_tokens: int  # scored tokens, of all ranks together
+
+    def micro_batches(self) -> Iterator[InputsAndTargets]:
+        size = self.micro_batch_size
+        for start in range(0, len(self.indices), size):
+            yield self.data.batch(self.indices[start : start + size])
 
 
 def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
     """Return the training part and the validation part, the last `val_fraction` of the tokens."""
     cut = len(tokens) - int(len(tokens) * val_fraction)
     return tokens[:cut], tokens[cut:]
-
-
-def scored_positions(targets: Tensor) -> Tensor:
-    """Return the indices (n,) of the scored targets among `targets` (N,), both on the CPU."""
-    return (targets != NOT_SCORED).nonzero().squeeze(1)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -55,7 +92,7 @@ class Windows:
         """Return how often an epoch reads each token, on average: where windows overlap, often."""
         return len(self) * self.block_size / len(self.tokens)
 
-    def batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each, of the windows with these indices."""
         starts = np.asarray(indices) * self.stride  # (B,)
         positions = starts[:, None] + np.arange(self.block_size)  # (B, T), in the text
@@ -63,13 +100,13 @@ class Windows:
         targets = self.tokens[positions + self.label_shift].astype(np.int64)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def scored_tokens(self, indices: np.ndarray) -> int:
+    def num_tokens(self, indices: np.ndarray) -> int:
         return len(indices) * self.block_size  # every token of a window is scored
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)
 
-    def evaluation_batches(self, batch_size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+    def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
         """Yield inputs and targets (B, T) that score every token but the first `label_shift` once.
 
         The stride must be at most the block size. Where windows overlap, the first one scores. A
@@ -90,5 +127,5 @@ class Windows:
             inputs = self.tokens[np.minimum(positions, length - 1)].astype(np.int64)
             targets = self.tokens[np.minimum(predicted, length - 1)].astype(np.int64)
             scored_before = (start > 0) & in_overlap
-            targets[scored_before | (predicted >= length)] = NOT_SCORED
+            targets[scored_before | (predicted >= length)] = IGNORE_INDEX
             yield torch.from_numpy(inputs), torch.from_numpy(targets)

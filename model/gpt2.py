@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+IGNORE_INDEX = -100  # a target that is not scored: the default of F.cross_entropy
+
 
 @dataclass
 class GPT2Config:
@@ -231,20 +233,23 @@ class GPT2(nn.Module):
         """Map hidden states (..., C) to logits (..., V)."""
         return F.linear(hidden, self.wte.weight)
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of -log p(target) over n tokens, in nats: the losses of parts add up.
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of -log p(target) over the scored tokens, in nats.
 
-        hidden (n, C), targets (n,); p = softmax(hidden W^T) with W = wte.weight (V, C), in fp32.
+        idx and targets (B, T). A target of IGNORE_INDEX is not scored. p = softmax(logits), in
+        fp32. Sums of micro-batches add up, means do not.
         """
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+        logits = self(idx).float().flatten(0, 1)  # (B * T, V)
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
     @torch.no_grad()
-    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each target's -log p in nats, fp32 (n,), and whether it is the likeliest token,
-        bool (n,). The arguments are those of `loss`.
+    def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each target's -log p in nats, fp32 (B, T), and whether it is the likeliest token,
+        bool (B, T). They are 0 and False where the target is
+        IGNORE_INDEX.
         """
-        logits = self.logits(hidden)  # (n, V)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        logits = self(idx)  # (B, T, V)
+        losses = F.cross_entropy(logits.float().mT, targets, reduction="none")
         return losses, logits.argmax(-1) == targets
 
     def set_dropout(self, p: float) -> None:

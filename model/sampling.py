@@ -33,10 +33,10 @@ def generate_rows(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    never: Tensor | None = None,
+    suppress_tokens: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield ids (n,) step by step: the next token of each of n prompts (T_i,), drawn with the row's
-    own generator. Tokens marked in `never`, bool (V,), are not drawn.
+    own generator. Tokens marked in `suppress_tokens`, bool (V,), are not drawn.
 
     No row is padded. The first forward pass reads as many tokens as the shortest prompt has; the
     rest of a longer prompt is fed one token per step, in place of a drawn one, and until its end
@@ -67,8 +67,8 @@ def generate_rows(
                 "the model's logits are not finite numbers; try --precision fp32, or train with "
                 "a lower --lr"
             )
-        if never is not None:
-            logits = logits.masked_fill(never, -torch.inf)
+        if suppress_tokens is not None:
+            logits = logits.masked_fill(suppress_tokens, -torch.inf)
 
         given = [prompt[position : position + 1] for prompt in prompts]  # empty after its end
         new = next_tokens(logits, given, generators, temperature, top_k, top_p)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common.files import atomic_path, without_place
+from common.files import atomic_path, display_path
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from data.tokenizer_files import FAST, SETTINGS, SPECIAL, TEMPLATE, WORDS
 from storage.hub import HUB_NAMES, REPOSITORIES
@@ -17,12 +17,12 @@ PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # of whoe
 def portable_name(base: str) -> str:
     """Return a base's name for a file that may be published.
 
-    A directory is ./ and its `without_place`, which nobody takes for a repository.
+    A directory is ./ and its `display_path`, which nobody takes for a repository.
     """
     is_name = base in ("mini", *HUB_NAMES)
     if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
         return base
-    return f"./{without_place(Path(base))}"
+    return f"./{display_path(Path(base))}"
 
 
 def stock_name(base: str) -> str:

@@ -58,7 +58,7 @@ def load_gpt2(
 ) -> GPT2:
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
-    Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.place` keeps a
+    Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.prepare` keeps a
     frozen model; the whole is never held in fp32 first. With `quantise`, each linear layer is read
     in fp32, and what `quantise` makes of it takes its place before the next is read.
 

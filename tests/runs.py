@@ -7,7 +7,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import split
@@ -24,11 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 import evaluate
 import train
-from common.device import Device
+from benchmarks.ours import Trainer
 from common.errors import run_command
 from common.signals import HANDLED
 from tests.helpers import DEVICE, TINY, small_tokenizer
-from training.build import build_model, load_data, resolve
 from training.options import parse_options
 
 BLOCK = 16  # the runs' block size and stride
@@ -124,29 +123,43 @@ def finished(out: Path, stdout: str = "", base: Path | None = None) -> Run:
     return Run(out, report, [json.loads(line) for line in lines], stdout, base)
 
 
-def trainer(
-    method: str, base: Path, book: Path, out: Path, *options: object, fast: bool = True
-) -> train.Trainer:
-    """Make the trainer that `train.main` has before its first step, fast as there or plain."""
-    asked = parse_options("-", arguments(method, base, book, out, *options))
-    device = Device.pick(asked.device, asked.precision, train=True)
-    data = load_data(asked, base)
-    made = resolve(asked, str(base), device, data)
-    if fast:
-        return train.make_trainer(made, base, data, device)
-    model = build_model(made, base, device.dtype, device.torch_device)
-    return train.Trainer(made, model, data, device)
+def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> Trainer:
+    """Make what `train.main` has before its first step."""
+    return Trainer(parse_options("-", arguments(method, base, book, out, *options)))
 
 
-def run_acting(actions: dict[int, Callable[[train.Trainer], None]], *argv: object) -> Ending:
+@dataclass
+class Moment:
+    """What a step of `train.py` is given, for an action in that step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    run: train.Run
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+@contextlib.contextmanager
+def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
+    """Let `train.py` act at the start of some steps."""
+    step = train.train_step
+
+    def act(model, optimizer, scaler, backward, batch, lr, run):
+        action = actions.get(run.step + 1)
+        if action:
+            action(Moment(model, optimizer, scaler, run))
+        return step(model, optimizer, scaler, backward, batch, lr, run)
+
+    with mock.patch.object(train, "train_step", act):
+        yield
+
+
+def run_acting(actions: dict[int, Callable[[Moment], None]], *argv: object) -> Ending:
     """Run `train.py` with an action at the start of some steps; return how it ends."""
-    step = train.Trainer.step
-
-    def acting(self, batch):
-        actions.get(self.progress.step + 1, lambda trainer: None)(self)
-        step(self, batch)
-
-    with mock.patch.object(train.Trainer, "step", acting):
+    with acting(actions):
         return run(train.main, *argv)
 
 
@@ -206,7 +219,7 @@ def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def die(trainer: train.Trainer) -> None:
+def die(moment: Moment) -> None:
     """End the process with nothing saved: an action for `run_acting`."""
     raise KeyboardInterrupt
 

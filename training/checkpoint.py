@@ -1,7 +1,7 @@
 """Write checkpoint.safetensors whole, keep the one before it, and verify what is read back.
 
 The tensors of a nested state go into the file as tensors. The rest, with the tensors' names in
-their places, is JSON in the header, which also holds the sha256 of both.
+their places, is JSON in the header, with the sha256 of both.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ PREVIOUS = "checkpoint.previous.safetensors"
 
 
 def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
-    """Save `state` as the newest checkpoint; the old one becomes the previous one.
+    """Save `state` as the newest checkpoint. The old one becomes the previous one.
 
     At every instant one of the two is whole. `state` is a nested dict of numbers, strings, lists
     and tensors.
@@ -41,9 +41,9 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    """Return the newest undamaged state; if a newer one is damaged, warn and replace it.
+    """Return the newest undamaged state. If a newer one is damaged, warn and replace it.
 
-    Raises UserError if both are damaged, or if one that is needed cannot be read.
+    Raises UserError if both are damaged, or if one cannot be opened.
     """
     damaged = []
     for path in (out / CHECKPOINT, out / PREVIOUS):
@@ -68,19 +68,15 @@ def _read(path: Path) -> dict[str, Any]:
     tensors = load_file(path)
     tree = metadata.get("state", "")
     if metadata.get("sha256") != content_sha256(tree, tensors):
-        raise UserError(f"{path}: damaged (its sha256 is not that of its content)")
+        raise UserError(f"{path}: damaged (its sha256 does not fit its content)")
 
     def put_tensors(node: dict[str, Any]) -> object:
         if "tensor" in node:
             return tensors[node["tensor"]]
-        return {_key(name): value for name, value in node.items()}
+        # AdamW numbers its parameters, and JSON's keys are text.
+        return {int(key) if key.isdigit() else key: value for key, value in node.items()}
 
     return json.loads(tree, object_hook=put_tensors)
-
-
-def _key(name: str) -> str | int:
-    """Return a dict's key as it was: AdamW numbers its parameters, and JSON's keys are text."""
-    return int(name) if name.isdigit() else name
 
 
 def content_sha256(tree: str, tensors: dict[str, Tensor]) -> str:

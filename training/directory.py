@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import RunError, UserError
-from common.files import file_sha256, remove_stale
+from common.files import remove_stale
 from data.tokenizer_files import FILES as TOKENIZER_FILES
 from storage.card import CARD, is_ours
 from training.checkpoint import CHECKPOINT, PREVIOUS
@@ -20,7 +19,6 @@ from training.options import Options
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
-IDENTITY = "identity.json"  # of a run that is not finished
 MODEL_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -29,34 +27,34 @@ MODEL_FILES = (
     "generation_config.json",
     *TOKENIZER_FILES,
 )
-# Everything that a run writes, but for the model card, which the user may have claimed;
-# `--overwrite` removes these names and no others. With this order,
-# what is left at any moment is an old run that can be resumed, or none.
-RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, IDENTITY, METRICS)
-RUN_ONLY = (RUN, CHECKPOINT, PREVIOUS, IDENTITY, METRICS)  # nothing else writes these names
+# Everything that a run writes except the model card, which the user may have claimed.
+# `--overwrite` removes these names and no others, in this order: what is left at any moment is a
+# run that can be resumed, or none.
+RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
+RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # nothing else writes these names
 
 
 def refuse_used_directory(options: Options) -> None:
-    """Raise UserError if `--out` holds a run, and nothing was said of it; or none to resume.
-
-    Also if it holds a model or an adapter that no run has written, whatever was said.
+    """Raise UserError if `--out` contains a run, without --resume or --overwrite; if --resume finds
+    no run; and if `--out` contains a model or an adapter that no run has written.
     """
     out = options.out
     if os.path.exists(out) and not os.path.isdir(out):  # Path's own tests raise for a long name
         raise UserError(f"--out {out}: is a file; name a directory")
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:  # safetensors cannot open it
+        raise UserError(f"--out {out}: is not UTF-8; name another directory") from error
 
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]
-    if options.resume and {RUN, CHECKPOINT, PREVIOUS, METRICS}.isdisjoint(present):
-        raise UserError(f"--resume: {out} holds no checkpoint; start without --resume")
-
-    held = [name for name in present if name not in (METRICS, IDENTITY)]
-    if METRICS in present and os.lstat(out / METRICS).st_size:
-        held.append(METRICS)
-    if held and set(held).isdisjoint(RUN_ONLY) and IDENTITY not in present:
-        raise UserError(f"--out {out}: holds {held[0]}, but no run; name another directory")
-    if held and not options.resume and not options.overwrite:
+    if present and RUN_ONLY.isdisjoint(present):
+        raise UserError(f"--out {out}: contains {present[0]}, but no run; name another directory")
+    if options.resume and not present:
+        raise UserError(f"--resume: {out} contains no checkpoint; start without --resume")
+    only_began = present == [METRICS] and not os.lstat(out / METRICS).st_size
+    if present and not (only_began or options.resume or options.overwrite):
         raise UserError(
-            f"--out {out}: holds a run ({held[0]}); --resume continues it, "
+            f"--out {out}: contains a run ({present[0]}); --resume continues it, "
             "--overwrite replaces it, or name another directory"
         )
 
@@ -95,7 +93,7 @@ def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]
 
 
 def _inode(path: Path) -> tuple[int, int]:
-    """Return what is the same for two names of one file: links, bind mounts, other cases."""
+    """Return what two names of one file have in common: links, bind mounts, other cases."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -156,19 +154,14 @@ class RunDirectory:
         except OSError:
             same = False
         if not same:
-            raise RunError(
-                f"{self.metrics}: has vanished or was replaced while the run was writing it"
-            )
+            raise RunError(f"{self.metrics}: was removed or replaced during the run")
 
     def append(self, metrics: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`. JSON has no infinity: the gradient norm of an fp16 step
         that overflowed is null.
         """
         self.check()
-        finite = dict(metrics)
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                finite[name] = None
+        finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         line = (json.dumps(finite) + "\n").encode()
         try:
             while line:  # a full disk may take only a part of it
@@ -176,31 +169,15 @@ class RunDirectory:
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
 
-    def sync(self) -> dict[str, Any]:
-        """Bring the metrics to the disk, before a checkpoint whose steps are not run again.
-
-        Return their length and hash, for `cut`.
+    def sync(self) -> int:
+        """Bring the metrics to the disk, before a checkpoint whose steps are not run again. Return
+        their length in bytes, for `cut`.
         """
         self.check()
         os.fsync(self.file)
-        data = self.metrics.read_bytes()
-        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return os.fstat(self.file).st_size
 
-    def cut(self, saved: dict[str, Any]) -> None:
-        """Drop what came after a checkpoint, whose steps are run again; `saved` is of `sync`.
-
-        Raises UserError if the lines before are not those that were written.
-        """
-        length = saved["bytes"]
-        data = self.metrics.read_bytes()[:length]
-        if hashlib.sha256(data).hexdigest() != saved["sha256"]:
-            raise UserError(
-                f"{self.metrics}: is not as the run left it; put it back, or start again with "
-                "--overwrite"
-            )
-        os.ftruncate(self.file, length)
-
-
-def model_hashes(out: Path) -> dict[str, str]:
-    """Return the sha256 of each file of the best model, by name."""
-    return {name: file_sha256(out / name) for name in MODEL_FILES if os.path.lexists(out / name)}
+    def cut(self, length: int) -> None:
+        """Drop the lines after a checkpoint, whose steps are run again."""
+        if os.fstat(self.file).st_size > length:
+            os.ftruncate(self.file, length)

@@ -11,39 +11,18 @@ from common.errors import UserError
 from common.files import file_sha256
 from lora.files import adapter_path
 from storage.weights import base_hashes
-from training.options import Options, flag
-
-# Options that do not affect a run's result, or are paths, whose contents are compared instead.
-MAY_CHANGE_ON_RESUME = {
-    "out",
-    "device",
-    "log_every",
-    "checkpoint_every",
-    "gradient_checkpointing",
-    "no_cuda_graph",
-    "resume",
-    "overwrite",
-    "base",
-    "book",
-    "data",
-    "val_data",
-    "init_adapter",
-}
+from training.options import MAY_CHANGE, Options, flag
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes a run this run. `run.json` and the checkpoints hold it."""
+    """What makes a run this run. `run.json` and the checkpoints contain it."""
 
     method: str
     options: dict[str, Any]
     base_sha256: dict[str, str]  # of its config and, if there are any, its weights
     book_sha256: str  # of the token ids
     init_adapter_sha256: str | None
-
-    @property
-    def base_weights_sha256(self) -> str:
-        return self.base_sha256.get("weights", "")
 
 
 def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunIdentity:
@@ -66,45 +45,40 @@ def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunI
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
     """Raise UserError, naming what differs, if the run in `--out` is not the one asked for.
 
-    `then` is of the file `path`, which is refused if it holds no identity.
+    `then` was read from the file `path`, which is refused if it contains no identity.
     """
     try:
-        differences = _differences(then, now)
+        difference = _difference(then, now)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--resume: {path}: damaged, or another version's ({error!r:.80}); start again with "
+            f"--resume: {path}: damaged, or of another version ({error!r:.80}); start again with "
             "--overwrite"
         ) from error
-    if differences:
-        raise UserError(f"--resume: {path}: {differences[0]}")
+    if difference:
+        raise UserError(f"--resume: {path}: {difference}")
 
 
-def _differences(then: dict[str, Any], now: RunIdentity) -> list[str]:
-    """Say what differs: the method, else options, else the content of what is read."""
+def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
+    """Name the first difference: in the method, in options, or in the content of what is read."""
     if then["method"] != now.method:
-        return [f"the run is of `train.py {then['method']!s:.80}`, not {now.method}"]
+        return f"the run is of `train.py {then['method']!s:.80}`, not {now.method}"
 
-    differences = []
-    old = then["options"]
-    names = (old.keys() | now.options.keys()) - MAY_CHANGE_ON_RESUME
+    names = now.options.keys() - MAY_CHANGE
     for name in sorted(names, key=lambda name: (name != "recipe", name)):  # it sets others
-        before = old.get(name)
-        asked = now.options.get(name)
+        before = then["options"][name]
+        asked = now.options[name]
         if before != asked:
-            if name not in old:  # another version had no such option: there is none to repeat
-                raise KeyError(name)
-            differences.append(
+            return (
                 f"{flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
                 "repeat the run's own options"
             )
 
-    text_option = "data" if now.options["data"] else "book"
     contents = {
-        "base": (then["base_sha256"], now.base_sha256),
-        text_option: (then["book_sha256"], now.book_sha256),
-        "init-adapter": (then["init_adapter_sha256"], now.init_adapter_sha256),
+        "--base": (then["base_sha256"], now.base_sha256),
+        "--data" if now.options["data"] else "--book": (then["book_sha256"], now.book_sha256),
+        "--init-adapter": (then["init_adapter_sha256"], now.init_adapter_sha256),
     }
-    for name, (before, asked) in contents.items():
+    for option, (before, asked) in contents.items():
         if before != asked:
-            differences.append(f"--{name}: its content is not what the run began with")
-    return differences
+            return f"{option}: its content is not what the run began with"
+    return None

@@ -1,15 +1,16 @@
-"""Declare each option of `train.py` once: its type, default and help; read the command line."""
+"""Declare every option of `train.py` once: its type, its default and its help."""
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.cli import (
     BASE,
     DEVICE,
+    KERNELS,
     NONE,
     PRECISION,
     QUANTISE,
@@ -19,33 +20,48 @@ from common.cli import (
     steps_or_seconds,
 )
 from common.errors import UserError
-from common.files import without_place
-from training.recipe import ADAPTERS, BEST, REFERENCE
-
-if TYPE_CHECKING:
-    from lora.layer import LoRAConfig
+from common.files import display_path
+from lora.layer import LoRAConfig
+from lora.targets import target_modules
+from lora.variants import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
-# What differs between the methods. These defaults, and those of epochs, weight decay, warm-up and
-# the adapter, are the reference run's (docs/reference-run.md).
+# What differs between the methods. All defaults are the reference run's (docs/reference-run.md).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"batch_size": 16, "lr": 3e-4, "out": ROOT / "runs" / "lora"},
     "full": {"batch_size": 64, "lr": 3e-5, "out": ROOT / "runs" / "full"},
 }
 
+REFERENCE = "reference"
+BEST = "best"
+# The defaults that a recipe sets. An explicit option wins.
+RECIPES: dict[str, dict[str, Any]] = {
+    REFERENCE: {},
+    BEST: {
+        "target_modules": ("c_attn", "c_proj", "c_fc"),
+        "lr": None,
+    },  # `resolve` chooses the rate
+}
+
 
 def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
-    """Declare a field that argparse reads as an option; a default of False makes a switch.
+    """Declare a field that argparse reads as an option. A default of False makes a switch.
 
-    `settings` are argparse's, and `names` (other names), `method` (the only one that has the
-    option) and `excludes` (a group of options, of which one can be given).
+    `settings` are argparse's, and ours: `names` (other names), `method` (the only method that has
+    the option), `excludes` (a group of options, of which one can be given), `lora` (a field of
+    `LoRAConfig`) and `may_change` (a resumed run may have another value).
     """
     if default is False:
         settings["action"] = "store_true"
     else:
         settings["type"] = type
     return field(default=default, metadata={"help": help, **settings})
+
+
+def lora_option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
+    """Declare an option that is a field of `LoRAConfig` or of a variant's config."""
+    return option(default, type, help, method="lora", lora=True, **settings)
 
 
 def blocks(text: str) -> range:
@@ -58,11 +74,10 @@ def blocks(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """Hold what a run was asked for."""
+    """The options of a run, as they were typed or by default."""
 
     method: str
-    lora: "LoRAConfig | None" = None  # None: full fine-tuning; LORA_OPTIONS declares its options
-    base: str = option(**BASE)
+    base: str = option(**BASE, may_change=True)
 
     # data
     book: tuple[Path, ...] = option(
@@ -72,20 +87,23 @@ class Options:
         nargs="+",
         metavar="FILE",
         excludes="source",
+        may_change=True,
     )
     data: Path | None = option(
         None,
         Path,
-        "conversations in JSON lines, in place of a book; their completions are scored "
+        "conversations in JSON lines instead of a book. Only their completions are scored "
         "(data/instructions.py)",
         metavar="FILE",
         excludes="source",
+        may_change=True,
     )
     val_data: Path | None = option(
         None,
         Path,
         "validate on these (default: on the last --val-fraction of --data)",
         metavar="FILE",
+        may_change=True,
     )
     block_size: int = option(128, number(int, 1), "tokens per window")
     stride: int = option(16, number(int, 1), "tokens from one training window's start to the next")
@@ -95,7 +113,7 @@ class Options:
         "share of the book or data, at its end, that is the validation part",
     )
     label_shift: int = option(
-        1, number(int, 1, 2), "1: next token; 2: the reference run's measure", metavar="{1,2}"
+        1, number(int, 1, 2), "1: next token. 2: the reference run's measure", metavar="{1,2}"
     )
 
     # training
@@ -103,71 +121,113 @@ class Options:
     max_steps: int | None = option(
         None,
         number(int, 1),
-        "end here if the epochs do not end sooner; the schedule ends here too",
+        "stop after this many steps. The schedule ends there too",
     )
     batch_size: int = option(16, number(int, 1), "windows per step")
     grad_accum: int = option(
         1,
         number(int, 1),
-        "parts in which a step's batch is computed, to save memory; the result is the same but "
-        "for the dropouts' draws",
+        "compute a batch in this many micro-batches, to save memory. Only the dropout masks change",
     )
-    lr: float | None = option(  # None: the best recipe's, which depends on the data
+    lr: float = option(  # None until `resolve` chooses the best recipe's
         3e-4,
         number(float, 1e-12, 10.0),
-        "peak of the learning rate (default: lora, the recipe's; full, 3e-05)",
+        "peak learning rate (default: lora, the recipe's; full, 3e-05)",
     )
-    weight_decay: float = option(0.01, number(float, 0.0, 10.0), "AdamW's")
+    weight_decay: float = option(0.01, number(float, 0.0, 10.0), "weight decay of AdamW")
     warmup_ratio: float = option(
         0.06,
         number(float, 0.0, 1.0, below=True),
-        "share of the steps in which the rate rises to its peak",
+        "share of the steps in which the learning rate rises to its peak",
     )
-    clip: float = option(1.0, number(float, 0.0), "clip gradients to this norm; 0: no clipping")
+    clip: float = option(1.0, number(float, 0.0), "clip gradients to this norm. 0: no clipping")
     base_dropout: float | None = option(
         None,
         number(float, 0.0, 1.0, below=True),
-        "all of the base's dropouts (default: its config's)",
+        "probability of every dropout of the base (default: from its config)",
     )
     seed: int = option(
         42, number(int, 0, 2**63 - 1), "for the adapter's start, the order of windows and dropout"
     )
-    compile: bool = option(False, help="torch.compile the model; not on a CPU, where it is slower")
-    no_cuda_graph: bool = option(
-        False, help="launch kernels one by one, not a part's forward and backward pass as one graph"
+    device: str = option(**DEVICE, may_change=True)
+    precision: str = option(**PRECISION)
+    kernels: str = option(**KERNELS)
+    compile: bool = option(False, help="torch.compile the model. Not on a CPU, where it is slower")
+    cuda_graph: bool = option(
+        False,
+        help="on CUDA, launch a micro-batch's forward and backward pass as one CUDA graph",
+        may_change=True,
     )
     gradient_checkpointing: bool = option(
-        False, help="compute activations twice instead of keeping them: saves memory"
+        False,
+        help="compute activations twice instead of keeping them: saves memory",
+        may_change=True,
     )
-    device: str = option(**DEVICE)
-    precision: str = option(**PRECISION)
     allow_tf32: bool = option(False, help="fp32 matmuls in TF32 on CUDA: faster, less exact")
 
     # the run
-    out: Path = option(ROOT / "runs" / "lora", Path, "directory of what the run leaves")
-    eval_every: int | None = option(
-        None, number(int, 1), "validate every N steps, and not only after each epoch"
+    out: Path = option(
+        ROOT / "runs" / "lora", Path, "directory that the run writes to", may_change=True
     )
-    log_every: int = option(10, number(int, 1), "write a line of metrics.jsonl every so many steps")
+    eval_every: int | None = option(
+        None, number(int, 1), "validate every N steps as well as after each epoch"
+    )
+    log_every: int = option(
+        10, number(int, 1), "write a line of metrics.jsonl every N steps", may_change=True
+    )
     checkpoint_every: Interval = option(
         steps_or_seconds("10m"),
         steps_or_seconds,
-        "save every N steps, or after a time such as 90s or 10m, besides after an epoch "
+        "save every N steps, or after a time such as 90s or 10m, as well as after an epoch "
         "(default: 10m)",
         metavar="N",
+        may_change=True,
     )
-    resume: bool = option(False, help="resume the run in --out", excludes="state")
-    overwrite: bool = option(False, help="replace the run in --out", excludes="state")
+    resume: bool = option(False, help="resume the run in --out", excludes="state", may_change=True)
+    overwrite: bool = option(
+        False, help="replace the run in --out", excludes="state", may_change=True
+    )
 
-    # how an adapter is trained
+    # the adapter
     recipe: str | None = option(
-        help="what --target-modules, --lora-alpha and --lr are if they are not given. reference: "
-        "c_attn, 16, 3e-4, as in the reference run. best: c_attn c_proj c_fc, 16 whatever the "
-        "rank, and 0.035 / (steps * passes^2)^(1/3), from 5e-4 to 8e-3; passes: how often the "
-        "run reads a token of its training part, 8 times an epoch where windows of 128 start "
+        help="defaults of --target-modules, --lora-alpha and --lr. reference: c_attn, 16 and 3e-4, "
+        "as in the reference run. best: c_attn c_proj c_fc, 16 at any rank, and "
+        "0.035 / (steps * passes^2)^(1/3), from 5e-4 to 8e-3, where passes counts how often the "
+        "run reads a token of its training part: 8 times per epoch if windows of 128 start "
         "every 16 tokens (default: best for --data, reference for a book)",
-        choices=tuple(ADAPTERS),
+        choices=tuple(RECIPES),
         method="lora",
+    )
+    r: int = lora_option(8, number(int, 1), "rank", names=["--rank"])
+    lora_alpha: float = lora_option(16, number(int, 1, 1e6), "the update is scaled by alpha / r")
+    lora_dropout: float = lora_option(
+        0.05, number(float, 0.0, 1.0, below=True), "dropout of A's input"
+    )
+    target_modules: tuple[str, ...] | str = lora_option(
+        ("c_attn",),
+        None,
+        "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear "
+        "(default: the recipe's)",
+        nargs="+",
+        metavar="NAME",
+    )
+    use_rslora: bool = lora_option(False, help="scale by alpha / sqrt(r) instead of alpha / r")
+    layers_to_transform: tuple[int, ...] | None = lora_option(
+        None,
+        blocks,
+        "adapt only these blocks, such as 6-11, or 0 2 4",
+        nargs="+",
+        metavar="A-B",
+        names=["--layers"],
+    )
+    use_dora: bool = lora_option(
+        False, help="DoRA: train each weight's magnitude separately from its direction"
+    )
+    init_lora_weights: str | None = lora_option(
+        None,
+        help="start from the largest singular vectors of W (PiSSA), or of its gradient over the "
+        "first 8 batches (LoRA-GA) (default: LoRA's own start)",
+        choices=("pissa", "lora_ga"),
     )
     loraplus_lr_ratio: float | None = option(
         None,
@@ -175,15 +235,15 @@ class Options:
         "LoRA+: ratio of B's learning rate to A's",
         method="lora",
     )
-    freeze_a: bool = option(False, help="LoRA-FA: train B alone; saves memory", method="lora")
+    freeze_a: bool = option(False, help="LoRA-FA: train B alone. Saves memory", method="lora")
     riemannian: bool = option(
         False,
         help="precondition the gradients of A and B, so that a step depends on B A alone",
         method="lora",
     )
     quantise: str | None = option(
-        help="hold the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 (int8) a weight "
-        "(default: none; with --init-adapter, as when it was trained)",
+        help="store the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 bits (int8) per "
+        "weight (default: none; with --init-adapter, as when it was trained)",
         choices=QUANTISE["choices"],
         names=["--quantize"],
         method="lora",
@@ -191,68 +251,21 @@ class Options:
     init_adapter: Path | None = option(
         None,
         Path,
-        "start from this adapter; it brings its own rank, alpha, dropout, targets and kind",
+        "start from this adapter, with its rank, alpha, dropout, targets and variant",
         metavar="DIR",
         method="lora",
+        may_change=True,
     )
-
-    @property
-    def peak_lr(self) -> float:
-        """Return `lr`, which `resolve` has filled in if the recipe chooses it."""
-        assert self.lr is not None
-        return self.lr
 
     def as_json(self) -> dict[str, Any]:
         """Return all of the method's options with their values, in JSON's types."""
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
-        if self.lora:
-            from lora.variants import config_fields
-
-            values |= config_fields(self.lora)
         return json.loads(json.dumps(values, default=_as_text))
 
 
 def _as_text(value: object) -> str:
-    """Return a path, or an interval, for a file that may be published."""
-    return without_place(value) if isinstance(value, Path) else str(value)
-
-
-# The options of an adapter's hyper-parameters: argparse's settings by field of `LoRAConfig` or of
-# a variant's config. The recipe has the defaults.
-LORA_OPTIONS: dict[str, dict[str, Any]] = {
-    "r": {"type": number(int, 1), "help": "rank", "names": ["--rank"]},
-    "lora_alpha": {"type": number(int, 1, 1e6), "help": "the update is scaled by alpha / r"},
-    "lora_dropout": {
-        "type": number(float, 0.0, 1.0, below=True),
-        "help": "dropout of A's input",
-    },
-    "target_modules": {
-        "nargs": "+",
-        "metavar": "NAME",
-        "help": "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear "
-        "(default: the recipe's)",
-    },
-    "use_rslora": {
-        "action": "store_true",
-        "help": "scale by alpha / sqrt(r) in place of alpha / r",
-    },
-    "layers_to_transform": {
-        "type": blocks,
-        "nargs": "+",
-        "metavar": "A-B",
-        "names": ["--layers"],
-        "help": "adapt only these blocks, such as 6-11, or 0 2 4",
-    },
-    "use_dora": {
-        "action": "store_true",
-        "help": "DoRA: train each weight's magnitude apart from its direction",
-    },
-    "init_lora_weights": {
-        "choices": ("pissa", "lora_ga"),
-        "help": "start from the largest singular vectors of W (PiSSA), or of its gradient over the "
-        "first 8 batches (LoRA-GA; default: LoRA's own start)",
-    },
-}
+    """Return a path or an interval for a file that may be published."""
+    return display_path(value) if isinstance(value, Path) else str(value)
 
 
 def options_of(method: str) -> list[Field]:
@@ -261,12 +274,29 @@ def options_of(method: str) -> list[Field]:
     return [f for f in declared if f.metadata.get("method", method) == method]
 
 
+LORA_FIELDS = tuple(f.name for f in options_of("lora") if f.metadata.get("lora"))
+MAY_CHANGE = {f.name for f in options_of("lora") if f.metadata.get("may_change")}
+
+
+def lora_config(options: Options) -> LoRAConfig:
+    """Return the adapter's hyper-parameters. Raises UserError for variants that exclude each
+    other.
+    """
+    asked = {name: getattr(options, name) for name in LORA_FIELDS}
+    if asked["init_lora_weights"] is None:
+        asked["init_lora_weights"] = True  # PEFT's name of LoRA's own start
+    try:
+        return make_config(**asked)
+    except ValueError as error:
+        raise UserError(f"--use-dora, --init-lora-weights: {error}") from error
+
+
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
 def make_parser(description: str | None) -> Parser:
-    """Return the parser of `train.py`'s command line; it sets only what is typed."""
+    """Return the parser of `train.py`'s command line. It sets only what is typed."""
     parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
@@ -276,73 +306,45 @@ def make_parser(description: str | None) -> Parser:
             "state": command.add_mutually_exclusive_group(),
         }
         for f in options_of(method):
-            place = groups.get(f.metadata.get("excludes", ""), command)
-            _add(place, f.name, f.metadata, defaults.get(f.name, f.default))
-        if method == "lora":
-            for name, settings in LORA_OPTIONS.items():
-                _add(command, name, settings, ADAPTERS[REFERENCE].get(name))
+            group = groups.get(f.metadata.get("excludes", ""), command)
+            _add(group, f.name, f.metadata, defaults.get(f.name, f.default))
     return parser
 
 
-def _add(place: Any, name: str, settings: Mapping[str, Any], default: object) -> None:
-    """Add an option to a parser or a group of it; its help ends with its default."""
-    ours = ("names", "method", "excludes", "default")
+def _add(group: Any, name: str, settings: Mapping[str, Any], default: object) -> None:
+    """Add an option to a parser or to a group of it. Its help ends with its default."""
+    ours = ("names", "method", "excludes", "default", "lora", "may_change")
     known = {key: value for key, value in settings.items() if key not in ours}
     has_value = default is not None and not isinstance(default, bool)
     if has_value and "default: " not in known["help"]:
         known["help"] += f" (default: {default})"
     names = [flag(name), *settings.get("names", ())]
-    place.add_argument(*names, dest=name, default=argparse.SUPPRESS, **known)
-
-
-def parse_command_line(
-    description: str | None, argv: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Return what is typed, by the options' names, without importing torch.
-
-    Raises UserError for options that are wrong or clash.
-    """
-    typed = vars(make_parser(description).parse_args(argv))
-    _refuse_clashes(typed)
-    return typed
+    group.add_argument(*names, dest=name, default=argparse.SUPPRESS, **known)
 
 
 def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
     """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
-    typed = parse_command_line(description, argv)
+    typed = vars(make_parser(description).parse_args(argv))
+    _refuse_clashes(typed)
     for name, value in typed.items():
         if isinstance(value, list):
             typed[name] = tuple(value)
     if "data" in typed:
         typed["book"] = ()
 
-    method = typed["method"]
-    defaults = DEFAULTS[method]
-    if method == "full":
-        return Options(**defaults | typed)
-
-    typed.setdefault("recipe", BEST if "data" in typed else REFERENCE)
-    if typed["recipe"] == BEST:
-        defaults = defaults | {"lr": None}
-    lora_fields = {name: typed.pop(name) for name in LORA_OPTIONS if name in typed}
-    lora = _lora_config(ADAPTERS[typed["recipe"]] | lora_fields)
-    return Options(lora=lora, **defaults | typed)
-
-
-def _lora_config(typed: dict[str, Any]) -> "LoRAConfig":
-    """Return the config that these options ask for."""
-    from lora.targets import target_modules  # they import torch
-    from lora.variants import make_config
-
-    if "target_modules" in typed:
-        typed["target_modules"] = target_modules(typed["target_modules"])
-    if "layers_to_transform" in typed:
-        numbers = set().union(*typed["layers_to_transform"])
-        typed["layers_to_transform"] = tuple(sorted(numbers))
-    try:
-        return make_config(**typed)
-    except ValueError as error:
-        raise UserError(f"--use-dora, --init-lora-weights: {error}") from error
+    defaults = DEFAULTS[typed["method"]]
+    if typed["method"] == "lora":
+        typed.setdefault("recipe", BEST if "data" in typed else REFERENCE)
+        defaults = defaults | RECIPES[typed["recipe"]]
+        if "target_modules" in typed:
+            typed["target_modules"] = target_modules(typed["target_modules"])
+        if "layers_to_transform" in typed:
+            numbers = set().union(*typed["layers_to_transform"])
+            typed["layers_to_transform"] = tuple(sorted(numbers))
+    options = Options(**defaults | typed)
+    if options.method == "lora":
+        lora_config(options)  # refuses variants that exclude each other
+    return options
 
 
 def _refuse_clashes(typed: Mapping[str, Any]) -> None:
@@ -360,8 +362,8 @@ def _refuse_clashes(typed: Mapping[str, Any]) -> None:
             "--freeze-a cannot be combined with --loraplus-lr-ratio, --riemannian, "
             "--init-adapter or --init-lora-weights"
         )
-    if "init_adapter" in typed and not LORA_OPTIONS.keys().isdisjoint(typed):
+    if "init_adapter" in typed and not set(LORA_FIELDS).isdisjoint(typed):
         raise UserError(
-            "--init-adapter brings its own rank, alpha, dropout, targets and kind of LoRA; "
+            "--init-adapter brings its own rank, alpha, dropout, targets and variant; "
             "leave those options out"
         )

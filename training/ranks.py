@@ -1,13 +1,13 @@
 """Train in parallel: `torchrun` starts processes, the ranks, each with its share of a batch.
 
-Every rank holds the whole model and computes the gradient of its own windows' summed loss. The sum
-over ranks is the whole batch's gradient, so the number of ranks changes the speed and not the
+Every rank has the whole model and computes the gradient of its own windows' summed loss. The sum
+over ranks is the whole batch's gradient, so the number of ranks changes the speed but not the
 result, except for the dropouts, which each rank draws by itself.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # now: imported later, its defaults would keep the group alive
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import RunError, UserError, first_line
 
@@ -27,44 +27,40 @@ PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wa
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `count`. Collectives raise RunError if another rank has gone."""
+    """This process, `rank` of `world_size`. Collectives raise RunError if another rank ended."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @classmethod
-    def of_torchrun(cls) -> "Ranks":
-        """Read torchrun's environment; return ALONE if it did not start this process."""
+    def from_environment(cls) -> "Ranks":
+        """Read torchrun's environment. Without torchrun, this process is the only one."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for itself
-            return ALONE
+            return cls()
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Return whether this is the one rank that writes files and prints."""
         return self.rank == 0
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Let the ranks exchange tensors inside the `with`, the CPU's by gloo and CUDA's by NCCL.
-        Only the first prints there.
+        """Let the ranks exchange tensors inside the `with`: by gloo on a CPU, by NCCL on CUDA. Only
+        rank 0 prints there.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             yield
             return
         if device.type == "mps":  # pytorch#160732
             raise UserError("torchrun: ranks cannot exchange MPS tensors; use --device cpu")
         if device.type == "cuda":
-            local = int(os.environ["LOCAL_RANK"])
-            gpus = torch.cuda.device_count()
-            if local >= gpus:
-                raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; one rank a GPU")
-            torch.cuda.set_device(local)
+            self._take_gpu()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         self._call(lambda: dist.init_process_group(backend, timeout=PATIENCE))
         with (
             open(os.devnull, "w") as nowhere,
-            redirect_stdout(sys.stdout if self.first else nowhere),
+            redirect_stdout(sys.stdout if self.is_main else nowhere),
         ):
             try:
                 yield
@@ -76,35 +72,42 @@ class Ranks:
                 raise
         dist.destroy_process_group()
 
+    def _take_gpu(self) -> None:
+        local = int(os.environ["LOCAL_RANK"])
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; one rank per GPU")
+        torch.cuda.set_device(local)
+
     def _call(self, collective: Callable[[], object]) -> None:
         try:
             collective()
         except RuntimeError as error:  # gloo has no exception of its own
             if dist.is_initialized():
-                self._abort_nccl()  # it would wait for the rank that has gone
+                self._abort_nccl()  # it would wait for the rank that has ended
                 dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
             raise RunError(
-                f"rank {self.rank} of {self.count}: the connection to another rank is "
+                f"rank {self.rank} of {self.world_size}: the connection to another rank is "
                 f"lost ({_reason(error)}); its own message says why"
             ) from error
 
     def _abort_nccl(self) -> None:
-        """End NCCL's part of the group at once, if it has one."""
+        """End NCCL's half of the group at once, if it has one."""
         if dist.is_initialized() and "nccl" in dist.get_backend():  # "cpu:gloo,cuda:nccl"
             assert dist.group.WORLD
             dist.group.WORLD.abort()
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """Run the body on rank 0 first, so that the others find its downloads."""
-        if not self.first:
+        if not self.is_main:
             self.barrier()
         yield
-        if self.first:
+        if self.is_main:
             self.barrier()
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank arrives here."""
         self.max_over_ranks(0)
 
     def check_same(self, identity: dict[str, Any]) -> None:
@@ -118,29 +121,38 @@ class Ranks:
                     "every rank with the same options, base and book"
                 )
 
-    def broadcast(self, parameters: Iterable[Tensor]) -> None:
-        """Broadcast rank 0's parameters; other machines may initialise differently."""
-        if self.count == 1:
-            return
-        for parameter in parameters:
-            self._call(partial(dist.broadcast, parameter.detach(), 0))
+    def broadcast(self, *tensors: Tensor) -> None:
+        """Give every rank the tensors of rank 0."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                self._call(partial(dist.broadcast, tensor.detach(), 0))
 
-    def all_reduce(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, *tensors: Tensor) -> None:
         """Replace each tensor by its sum over the ranks, all in one message."""
-        if self.count == 1:
+        if self.world_size == 1:
             return
-        flat = torch.cat([t.flatten() for t in tensors])
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         self._call(lambda: dist.all_reduce(flat))
-        totals = flat.split([t.numel() for t in tensors])
-        for tensor, total in zip(tensors, totals, strict=True):
-            tensor.copy_(total.view_as(tensor))
+        sizes = [tensor.numel() for tensor in tensors]
+        totals = [t.view_as(x) for t, x in zip(flat.split(sizes), tensors, strict=True)]
+        torch._foreach_copy_(list(tensors), totals)  # one launch instead of one per tensor
+
+    def all_reduce_gradients(self, model: nn.Module, loss: Tensor) -> None:
+        """Sum the loss and all gradients over the ranks. A rank without windows adds zeros."""
+        if self.world_size == 1:
+            return
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.all_reduce(loss, *(p.grad for p in trained if p.grad is not None))
 
     def max_over_ranks(self, *values: int) -> list[int]:
         """Return each number's largest over the ranks, all in one message.
 
         The exchange is on the CPU and waits for no GPU.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return list(values)
         shared = torch.tensor(values)
         self._call(lambda: dist.all_reduce(shared, dist.ReduceOp.MAX))
@@ -148,26 +160,23 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, in order of rank."""
-        values: list = [value] * self.count
-        if self.count > 1:
+        values: list = [value] * self.world_size
+        if self.world_size > 1:
             self._call(lambda: dist.all_gather_object(values, value))
         return values
 
-    def from_first(self, value: T) -> T:
+    def from_main(self, value: T) -> T:
         """Return rank 0's value."""
         values = [value]
-        if self.count > 1:
+        if self.world_size > 1:
             self._call(lambda: dist.broadcast_object_list(values))
         return values[0]
 
 
 def _reason(error: RuntimeError) -> str:
-    """Return an error's first line and, of NCCL's, what stands under "Last error:": its cause."""
+    """Return an error's first line and, from NCCL, the line under "Last error:": its cause."""
     _, _, cause = str(error).partition("Last error:\n")
     reason = first_line(error)
     if cause.strip():
         reason += f"; {cause.strip().splitlines()[0]}"
     return reason
-
-
-ALONE = Ranks()

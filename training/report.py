@@ -1,7 +1,6 @@
 """Write a run's report, `run.json` and `loss.png`, and read it again."""
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from storage.card import run_card, save_card
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN
 from training.options import Options
+from training.scores import perplexity
 
 # What a comparison and a sweep read of `run.json`, and of the options in it.
 FIELDS = (
@@ -36,11 +36,6 @@ FIELDS = (
     "peak_memory_mb",
 )
 OPTIONS = ("batch_size", "lr")
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss)."""
-    return math.exp(min(loss, 700.0))  # e^700 is near the largest float
 
 
 def count_parameters(model: nn.Module) -> dict[str, float]:

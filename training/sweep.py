@@ -4,11 +4,6 @@ Each run is a `train.py` in a process of its own. The same command resumes a swe
 a finished run as it is, and refuses it if its options differ.
 """
 
-if __name__ == "__main__":  # before torch, whose import takes seconds
-    from common import signals
-
-    signals.install_exit_handlers()
-
 import argparse
 import signal
 import subprocess

@@ -34,8 +34,8 @@ PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
 def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
     """Return -log p of the targets (B, T), in nats; those of -100 do not count."""
     with device.autocast():
-        logits = model(input_ids=device.copy(inputs)).logits.float()  # (B, T, V)
-    targets = device.copy(targets).flatten()
+        logits = model(input_ids=device.to_device(inputs)).logits.float()  # (B, T, V)
+    targets = device.to_device(targets).flatten()
     return cross_entropy(logits.flatten(0, 1), targets, reduction=reduction)
 
 
@@ -108,7 +108,7 @@ def main(argv=None) -> None:
         model = get_peft_model(model, LoraConfig(**LORA))
     else:
         inject(model, LoRAConfig(**LORA))
-    device.place(model)
+    device.prepare(model)
     print(f"validation perplexity: {perplexity(model, validation, device):.4f}")
     write(model, tokenizer, device)  # as the base does: a new adapter changes nothing
     train(model, training, validation, device, args)

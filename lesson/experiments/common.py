@@ -8,16 +8,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
+from benchmarks.ours import Trainer
 from common.cli import number
-from common.device import Device
 from common.figures import PAGE_WIDTH, save_figure, subplots
 from common.files import read_json
-from storage.hub import find_base
-from train import Trainer, make_trainer
-from training.build import load_data, resolve
+from data.windows import Batch
 from training.options import ROOT, Options, parse_options
 
 Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a figure
@@ -72,11 +69,8 @@ def trainer(
 
     `options` are `train.py`'s, with underscores: `batch_size=8` is `--batch-size 8`.
     """
-    device = Device.pick("cpu", precision, train=True)
-    asked = asked_options(method, seed, short, options)
-    base, directory = find_base("mini")
-    data = load_data(asked, directory)
-    return make_trainer(resolve(asked, base, device, data), directory, data, device)
+    choices = {"device": "cpu", "precision": precision, **options}
+    return Trainer(asked_options(method, seed, short, choices))
 
 
 def asked_options(method: str, seed: int, short: bool, options: dict[str, object]) -> Options:
@@ -103,16 +97,14 @@ def train_options(method: str, choices: dict[str, Any]) -> Options:
 
     options = parse_options("-", words)
     if "lora_alpha" in choices:  # rsLoRA's may be a fraction, which the command line refuses
-        assert options.lora
-        lora = replace(options.lora, lora_alpha=choices["lora_alpha"])
-        options = replace(options, lora=lora)
+        options = replace(options, lora_alpha=choices["lora_alpha"])
     return options
 
 
-def mean_loss(made: Trainer, batch: np.ndarray) -> Tensor:
-    """Return the mean loss over the tokens of the windows `batch` (B,), in nats."""
-    inputs, targets = made.data.training.batch(batch)  # (B, T) each
-    return made.summed_loss(inputs, targets) / made.data.training.scored_tokens(batch)
+def mean_loss(made: Trainer, batch: Batch) -> Tensor:
+    """Return the mean loss over the tokens of a batch, in nats."""
+    [(inputs, targets)] = batch.micro_batches()  # (B, T) each
+    return made.model.loss(inputs, targets) / batch.num_tokens
 
 
 def gradient(parameter: Tensor) -> Tensor:

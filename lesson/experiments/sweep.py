@@ -23,14 +23,13 @@ from lesson.experiments.common import Trainer, asked_options, experiment, panels
 from lora.inject import lora_layers
 from storage.hub import find_base
 from storage.weights import base_hashes
-from training.identity import MAY_CHANGE_ON_RESUME
-from training.options import BOOK, ROOT, Options
+from training.options import BOOK, MAY_CHANGE, ROOT, Options
 
 # One result a line. Delete the file after a change to the code that changes results.
 CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 
 # A recipe only sets other options.
-DECIDES_NOTHING = MAY_CHANGE_ON_RESUME | {"recipe"}
+DECIDES_NOTHING = MAY_CHANGE | {"recipe"}
 
 SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
 ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: both are named c_proj
@@ -63,12 +62,17 @@ def learned(made: Trainer) -> dict[str, float]:
     total = made.total_steps
     thirds = [math.ceil(total / 3), math.ceil(2 * total / 3), total]
     found = []
+    loss = 0.0
+    tokens = 0
     for step, batch in enumerate(made.batches(), 1):
-        made.step(batch)
+        loss += made.step(batch).item()
+        tokens += batch.num_tokens
         if step in thirds:
             found.append(perplexity(made))
-            loss = made.measure()["loss"]
-    return {"end": found[-1], "best": min(found), "training": loss}
+            training = loss / tokens
+            loss = 0.0
+            tokens = 0
+    return {"end": found[-1], "best": min(found), "training": training}
 
 
 def at_the_end(result: dict[str, float]) -> float:

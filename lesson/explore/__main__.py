@@ -1,10 +1,5 @@
 """Show on a page what an adapter learned: `python -m lesson.explore runs/lora`."""
 
-if __name__ == "__main__":
-    from common.signals import install_exit_handlers
-
-    install_exit_handlers()  # before torch, whose import takes seconds
-
 import argparse
 import base64
 import hashlib

@@ -43,7 +43,7 @@ class Explorer:
         self.rank = max(factors.rank for factors in self.factors.values())
         self.adapter = adapter
         self.device = device
-        device.place(self.model)
+        device.prepare(self.model)
         accelerate(self.model)
         self.unnamed = generate.padding(self.model, self.tokenizer)
 
@@ -97,7 +97,7 @@ class Explorer:
             raise UserError("text: is a single token, which nothing comes before")
         kept = self.change(request)
 
-        sequence = self.device.copy(torch.from_numpy(ids.astype("int64")))  # (T + 1,)
+        sequence = self.device.to_device(torch.from_numpy(ids.astype("int64")))  # (T + 1,)
         with self.device.autocast():
             hidden = self.model.hidden(sequence[:-1].expand(2, -1))  # (2, T, C)
         tokens: list[dict[str, Any]] = [{}]

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from common.errors import UserError
 from common.files import read_json
 from data.instructions import read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
-from data.windows import scored_positions, split
+from data.windows import split
+from model.gpt2 import IGNORE_INDEX
 from training.directory import RUN
 from training.options import BOOK
 
@@ -66,7 +66,7 @@ def of_instructions(options: dict[str, Any], tokenizer: Tokenizer, length: int) 
     if not validation:
         raise UserError(f"{options['data']}: holds no example to validate on")
     inputs, targets = validation[0]
-    answer = int(scored_positions(torch.from_numpy(targets))[0]) + 1
+    answer = int(np.argmax(targets != IGNORE_INDEX)) + 1
     return decode(tokenizer, inputs[:answer]), decode(tokenizer, inputs[:length])
 
 

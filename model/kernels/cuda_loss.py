@@ -1,8 +1,8 @@
-"""The loss and the scores on a CUDA GPU, in few kernels; `model/kernels/fast.py` calls them there.
+"""The loss and the scores of a tied head on a CUDA GPU.
 
-Two things differ from its own. GPT-2's vocabulary of 50,257 is odd, which makes matmuls with the
-head unaligned and slow, so the head has rows of 0 up to a multiple of 64. And kernels are few:
-each costs a launch, and reads and writes the logits, which are the largest tensor.
+It differs from `model/kernels/loss.py` in two ways. GPT-2's vocabulary of 50,257 is odd, which
+makes matmuls with the head unaligned and slow, so the head gets rows of 0 up to a multiple of 64.
+And it uses few kernels: each is a launch, and reads and writes the logits, the largest tensor.
 
 Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W) with W >= V aligned columns.
 """
@@ -12,6 +12,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from model.gpt2 import IGNORE_INDEX
+from model.kernels.loss import LossAndGradient, compute_dtype
 
 ALIGNED = 64
 SHARE = 64  # a chunk of logits takes at most 1/64 of the card's memory
@@ -26,8 +29,7 @@ def aligned(rows: int) -> int:
 def aligned_head(weight: Tensor) -> Tensor:
     """Return weight (V, C) and below it rows of 0 up to a multiple of 64, (W, C).
 
-    The rows are in the weight's own memory: at the first call the weight moves to where there is
-    room for them. So they take neither a copy a step nor a second head.
+    The first call moves the weight to memory with room for these rows. So no step copies the head.
     """
     rows = aligned(len(weight))
     size = weight.size(1)
@@ -70,35 +72,30 @@ def head_chunks(
         yield rows, targets[rows, None], log_p
 
 
-def score(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Compute `fast.score`, with the matmul in `dtype`."""
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `loss.token_losses`."""
+    dtype = compute_dtype(hidden)
     h = hidden.to(dtype)
     w = aligned_head(weight).to(dtype)
     losses = []
-    hits = []
-    for _, y, log_p in head_chunks(h, w, targets, len(weight)):
+    likeliest = []
+    for _, y, log_p in head_chunks(h, w, targets.clamp(min=0), len(weight)):
         losses.append(-log_p.gather(1, y).squeeze(1))
-        hits.append(log_p.argmax(-1) == y.squeeze(1))
-    return torch.cat(losses), torch.cat(hits)
+        likeliest.append(log_p.argmax(-1))
+    ignored = targets == IGNORE_INDEX
+    return torch.cat(losses).masked_fill(ignored, 0), torch.cat(likeliest) == targets
 
 
-class LossAndGradient(torch.autograd.Function):
-    """A loss of hidden and weight whose forward pass also computes the gradient, and saves dL/dh
-    and, or else None, dL/dW: the loss comes last, so the backward pass is only a factor.
+def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Compute `loss.tied_cross_entropy`, on all rows: a search for the scored ones would make the
+    CPU wait for the GPU.
     """
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        grad_h, grad_w = ctx.saved_tensors
-        dweight = None if grad_w is None else grad_w.mul_(grad)  # in place: it is large
-        return grad_h * grad, dweight, None, None
+    return _TiedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
 
 
-class TiedCrossEntropy(LossAndGradient):
-    """Compute `fast.tied_cross_entropy`, with matmuls in `dtype`.
+class _TiedCrossEntropy(LossAndGradient):
+    """Compute the loss and its gradient, with matmuls in `dtype`.
 
     A token's loss is L = -log p[target] with p = softmax(z), so that dL/dz = p - onehot(target),
     dL/dh = dL/dz W and dL/dW = dL/dz^T h.
@@ -106,13 +103,14 @@ class TiedCrossEntropy(LossAndGradient):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
-        h = hidden.to(dtype)
+        ignored = (targets == IGNORE_INDEX)[:, None]  # (N, 1)
+        h = hidden.to(dtype).masked_fill(ignored, 0)  # adds nothing to dL/dW
         w = aligned_head(weight).to(dtype)
         log_p_of_targets = torch.empty(len(h), 1, device=h.device)  # fp32
         grad_h = torch.empty_like(h)
         grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
 
-        for rows, y, log_p in head_chunks(h, w, targets, len(weight)):
+        for rows, y, log_p in head_chunks(h, w, targets.clamp(min=0), len(weight)):
             of_targets = torch.gather(log_p, 1, y, out=log_p_of_targets[rows])
             grad_z = log_p if dtype == log_p.dtype else torch.empty_like(log_p, dtype=dtype)
             torch.exp(log_p, out=grad_z)  # p
@@ -122,5 +120,5 @@ class TiedCrossEntropy(LossAndGradient):
             if grad_w is not None:
                 grad_w += (grad_z.T @ h[rows])[: len(weight)]
 
-        ctx.save_for_backward(grad_h, grad_w)
-        return -log_p_of_targets.sum()
+        ctx.save_for_backward(grad_h.masked_fill_(ignored, 0), grad_w)
+        return -log_p_of_targets.masked_fill_(ignored, 0).sum()

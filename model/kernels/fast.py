@@ -18,11 +18,12 @@ and tests/model/test_fast.py holds each to its parent.
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from model.gpt2 import GPT2, Attention
+from model.kernels import cuda_loss, loss
 from model.kernels.cpu import causal_attention, dropout, gelu, linear
-from model.kernels.loss import score, tied_cross_entropy
 
 
 class FastLinear(nn.Linear):
@@ -62,11 +63,17 @@ class FastGPT2(GPT2):
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.wte.weight)
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return tied_cross_entropy(hidden, self.wte.weight, targets)
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
+        head = cuda_loss if hidden.is_cuda else loss
+        return head.tied_cross_entropy(hidden, self.wte.weight, targets.flatten())
 
-    def score(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return score(hidden, self.wte.weight, targets)
+    @torch.no_grad()
+    def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
+        head = cuda_loss if hidden.is_cuda else loss
+        losses, hits = head.token_losses(hidden, self.wte.weight, targets.flatten())
+        return losses.view_as(targets), hits.view_as(targets)
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
@@ -84,3 +91,17 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
         kind = type(module)
         if kind in classes:
             module.__class__ = classes[kind]
+
+
+def set_kernels(model: GPT2, kernels: str) -> None:
+    """Let the model compute by the "fast" operations here, or by PyTorch's own ("plain").
+
+    Plain, its frozen projections are laid out in memory as transformers' are, (in, out): a BLAS may
+    add up the products with a transposed matrix in another order.
+    """
+    if kernels == "fast":
+        accelerate(model)
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.t().contiguous().t()

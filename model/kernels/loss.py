@@ -1,6 +1,6 @@
-"""The loss and the scores of a tied head, without ever holding all logits: the largest tensor.
+"""The loss and the scores of a tied head, without storing all logits: the largest tensor.
 
-On CUDA `model/kernels/cuda_loss.py` computes them.
+This file is for a CPU or Apple's GPU, `model/kernels/cuda_loss.py` for CUDA.
 
 Shapes: hidden (N, C), weight (V, C), targets (N,), logits z (n, V) of a chunk of n tokens.
 """
@@ -11,33 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.kernels import cuda_loss
+from model.gpt2 import IGNORE_INDEX
 from model.kernels.cpu import linear, matmul
 
 CHUNK = 1 << 24  # logits at a time, to save memory
 LARGE_CHUNK = 1 << 26  # if each chunk costs an addition to the head's gradient
 BLOCK = 1 << 19  # logits whose softmax stays in the cache
 TILE = 128  # tokens: with a multiple of it, matmuls are faster
-PART = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
+SLICE_BYTES = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
 SMALLEST = 1e-30  # no logarithm of a smaller probability: from 1e-38 down, fp32 loses digits
-
-
-@torch.no_grad()
-def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -log p(target), nats, fp32 (N,), and whether the target is the likeliest, bool (N,).
-
-    p = softmax(hidden weight^T).
-    """
-    dtype = _compute_dtype(hidden)
-    if hidden.is_cuda:
-        return cuda_loss.score(hidden, weight, targets, dtype)
-    h = hidden.to(dtype)
-    w = weight.to(dtype)
-    scores = [
-        score_logits(linear(h[rows], w), targets[rows]) for rows in chunks(len(h), len(w), CHUNK)
-    ]
-    losses, hits = zip(*scores, strict=True)
-    return torch.cat(losses), torch.cat(hits)
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -45,24 +27,46 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
     Matmuls run in autocast's precision, the softmax in fp32.
     """
-    kind = cuda_loss.TiedCrossEntropy if hidden.is_cuda else _TiedCrossEntropy
-    return kind.apply(hidden, weight, targets, _compute_dtype(hidden))
+    rows = scored_rows(targets)
+    if len(rows) < len(targets):
+        hidden = hidden[rows]
+        targets = targets[rows]
+    return _TiedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return -log p(target), nats, fp32 (N,), and whether the target is the likeliest, bool (N,).
+
+    p = softmax(hidden weight^T). They are 0 and False where the target is IGNORE_INDEX.
+    """
+    losses = torch.zeros(len(targets), device=hidden.device)
+    hits = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
+    dtype = compute_dtype(hidden)
+    w = weight.to(dtype)
+    for rows in scored_rows(targets).split(chunk_size(len(w), CHUNK)):
+        z = linear(hidden[rows].to(dtype), w)
+        losses[rows], hits[rows] = losses_of_logits(z, targets[rows])
+    return losses, hits
+
+
+def scored_rows(targets: Tensor) -> Tensor:
+    """Return the places (n,) of the scored targets."""
+    return (targets != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision of a matmul with x: autocast's, if it is on."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
 
-def chunks(tokens: int, vocab_size: int, logits: int) -> Iterator[slice]:
-    """Split the tokens into chunks of at most so many logits."""
+def chunk_size(vocab_size: int, logits: int) -> int:
+    """Return the number of tokens in a chunk of at most this many logits."""
     size = max(1, logits // vocab_size)
-    if size > TILE:
-        size -= size % TILE
-    for start in range(0, tokens, size):
-        yield slice(start, start + size)
+    return size - size % TILE if size > TILE else size
 
 
 def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,8 +81,8 @@ def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(z.split(size), targets.split(size), strict=True)
 
 
-def score_logits(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `score` does, (n,) both."""
+def losses_of_logits(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `token_losses` does, (n,) both."""
     losses = []
     hits = []
     for rows, y in blocks(z, targets):
@@ -108,8 +112,21 @@ def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-class _TiedCrossEntropy(cuda_loss.LossAndGradient):
-    """Compute the loss and its gradient on a CPU or Apple's GPU.
+class LossAndGradient(torch.autograd.Function):
+    """A loss of hidden and weight whose forward pass also computes the gradient, and saves dL/dh
+    and dL/dW (or None). The loss comes last, so the backward pass only applies a factor.
+    """
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_h, grad_w = ctx.saved_tensors
+        dweight = None if grad_w is None else grad_w.mul_(grad)  # in place: it is large
+        return grad_h * grad, dweight, None, None
+
+
+class _TiedCrossEntropy(LossAndGradient):
+    """Compute the loss and its gradient.
 
     With z = h W^T, dL/dh = dL/dz W and dL/dW = dL/dz^T h. Nothing (N, V) is kept.
     """
@@ -126,23 +143,25 @@ class _TiedCrossEntropy(cuda_loss.LossAndGradient):
             grad_w = torch.zeros_like(weight)
             logits = LARGE_CHUNK
 
-        for rows in chunks(len(h), len(w), logits):
+        size = chunk_size(len(w), logits)
+        for start in range(0, len(h), size):
+            rows = slice(start, start + size)
             z = linear(h[rows], w)
             total += to_gradient(z, targets[rows]).sum()
             add_gradient_of_hidden(grad_h[rows], z, w)
             if grad_w is not None:
                 add_gradient_of_weight(grad_w, z, h[rows])
-            del z  # its memory is the next one's
+            del z  # the next chunk takes its memory
 
         ctx.save_for_backward(grad_h.to(hidden.dtype), grad_w)
         return total
 
 
 def add_gradient_of_hidden(total: Tensor, dz: Tensor, w: Tensor) -> None:
-    """Add dL/dz W to `total` (n, C): for each part of the vocabulary what it adds to the sum."""
-    size = part_size(dz)
-    for dz_part, w_part in zip(dz.split(size, 1), w.split(size), strict=True):
-        total += matmul(dz_part, w_part)
+    """Add dL/dz W to `total` (n, C), summed over slices of the vocabulary."""
+    size = slice_width(dz)
+    for dz_slice, w_slice in zip(dz.split(size, 1), w.split(size), strict=True):
+        total += matmul(dz_slice, w_slice)
 
 
 def add_gradient_of_weight(total: Tensor, dz: Tensor, h: Tensor) -> None:
@@ -150,13 +169,13 @@ def add_gradient_of_weight(total: Tensor, dz: Tensor, h: Tensor) -> None:
     if dz.dtype == torch.float32:
         total += matmul(h.T, dz).T  # the transposed matmul, whole, is faster
         return
-    size = part_size(dz)
-    for part, dz_part in zip(total.split(size), dz.split(size, 1), strict=True):
-        part += matmul(dz_part.T, h)
+    size = slice_width(dz)
+    for rows, dz_slice in zip(total.split(size), dz.split(size, 1), strict=True):
+        rows += matmul(dz_slice.T, h)
 
 
-def part_size(dz: Tensor) -> int:
+def slice_width(dz: Tensor) -> int:
     """Return the number of columns of dL/dz (n, V) to multiply at a time."""
     if dz.is_cpu:
-        return PART // dz.itemsize
+        return SLICE_BYTES // dz.itemsize
     return dz.size(1)

@@ -21,7 +21,7 @@ from common.cli import Interval, number, steps_or_seconds
 from storage.hub import GPT2_REVISION
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
-from training.options import LORA_OPTIONS, ROOT, flag, options_of
+from training.options import ROOT, flag, options_of
 
 TRAIN = "--base base --book book.txt --out out --block-size 16 --device cpu"
 COMMANDS = {  # each would succeed
@@ -115,18 +115,18 @@ MISTAKES = [
     ("full --book ''", "--book: the path is empty"),
     ("generate --prompt You ' \n' on", "--prompt is empty"),
     ("generate --with-base", "--adapter"),
-    ("lora --out held", "--out held: holds a run (run.json); --resume continues it, --overwri"),
+    ("lora --out held", "--out held: contains a run (run.json); --resume continues it, --ove"),
     ("lora --out book.txt", "--out book.txt: is a file"),
     (f"full --out {LONG}", LONG),
     ("lora --out book.txt/out", "book.txt/out"),
-    ("full --out base", "--out base: holds config.json, but no run"),
-    ("full --out base --overwrite", "--out base: holds config.json, but no run"),
-    ("lora --out ./directory/../base --overwrite", "holds config.json, but no run"),
-    (f"lora --base gpt2 --out {HUB} --overwrite", "holds config.json, but no run"),
+    ("full --out base", "--out base: contains config.json, but no run"),
+    ("full --out base --overwrite", "--out base: contains config.json, but no run"),
+    ("lora --out ./directory/../base --overwrite", "contains config.json, but no run"),
+    (f"lora --base gpt2 --out {HUB} --overwrite", "contains config.json, but no run"),
     ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
-    ("lora --resume", "--resume: out holds no checkpoint"),
+    ("lora --resume", "--resume: out contains no checkpoint"),
     ("lora --resume --overwrite", "--over"),
-    ("full --out directory --resume", "--resume: directory holds no checkpoint"),
+    ("full --out directory --resume", "--resume: directory contains no checkpoint"),
     ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2"),
     ("full --base ''", "--base ''"),
     ("full --base directory", "directory"),
@@ -161,6 +161,9 @@ MISTAKES = [
     ("evaluate --adapter run --base auto", "/base'; give --base the base's directory"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --device tpu", "--device"),
+    ("lora --kernels slow", "--kernels"),
+    ("lora --cuda-graph", "--cuda-graph: needs a CUDA GPU"),
+    ("lora --out 'a\udcffb'", "is not UTF-8; name another directory"),
     ("full --precision fp64", "--precision"),
     ("generate --nonsense 1", "--nonsense"),
     ("evaluate stray", "stray"),
@@ -217,7 +220,7 @@ NUMBERS = {
 
 def numbers_of_training() -> list[str]:
     """Return the names of `train.py lora`'s options whose values are numbers or ranges of them."""
-    declared = {f.name: f.metadata for f in options_of("lora")} | LORA_OPTIONS
+    declared = {f.name: f.metadata for f in options_of("lora")}
     return [name for name, option in declared.items() if option.get("type") not in (None, Path)]
 
 

@@ -12,11 +12,13 @@ import train
 from common.errors import UserError
 from data.tokenizer_files import load_tokenizer
 from data.tokens import load_tokens
+from model.gpt2 import GPT2
 from storage.weights import load_config
 from tests import runs
 from tests.helpers import TINY
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
-from training import meter, session
+from training import meter
+from training import run as training_run
 from training.options import BOOK, parse_options
 
 REPORT = """
@@ -77,7 +79,7 @@ def test_defaults_are_the_reference_runs():
         options = vars(parse_options("-", [method]))
         assert options | common | own == options
     adapter = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ("c_attn",)}
-    config = vars(parse_options("-", ["lora"]).lora)
+    config = vars(parse_options("-", ["lora"]))
     assert config | adapter == config
 
 
@@ -187,7 +189,7 @@ def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_w
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "base" / name).write_bytes((base / name).read_bytes())
     done = trained("full", tmp_path / "base", book, tmp_path / "run", "--epochs", 1)
-    assert "holds no weights" in done.stdout
+    assert "has no weights" in done.stdout
     # An untrained model of small weights takes all tokens for equally likely.
     assert done.report["base_val_loss"] == pytest.approx(math.log(TINY["vocab_size"]), abs=0.1)
 
@@ -233,10 +235,11 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
 
         return slow
 
-    for module in (meter, session):
+    for module in (meter, training_run):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(train.Trainer, "evaluate", slowly(train.Trainer.evaluate))
-    monkeypatch.setattr(session, "write_checkpoint", slowly(session.write_checkpoint))
+    monkeypatch.setattr(train, "validate", slowly(train.validate))
+    save = training_run.write_checkpoint
+    monkeypatch.setattr(training_run, "write_checkpoint", slowly(save))
     options = split("--max-steps 4 --batch-size 2 --eval-every 2 --checkpoint-every 1")
     run = trained("lora", base, book, tmp_path / "run", *options)
     assert clock.later == 700
@@ -256,3 +259,20 @@ def test_what_goes_badly_is_said(base, book, tmp_path):
         argv = runs.arguments("full", base, book, tmp_path / str(rate), *rates)
         ending = run(train.main, *argv)
         assert ending.status == 0 and ("worse than the base" in ending.stderr) == said
+
+
+def test_validation_takes_no_more_windows_at_a_time_than_training(
+    base, book, tmp_path, monkeypatch
+):
+    """A smaller --batch-size helps where validation runs out of memory."""
+    seen = []
+    token_losses = GPT2.token_losses
+
+    def note(self, idx, targets):
+        seen.append(len(idx))
+        return token_losses(self, idx, targets)
+
+    monkeypatch.setattr(GPT2, "token_losses", note)
+    options = split("--kernels plain --max-steps 1 --batch-size 4 --grad-accum 2")
+    trained("lora", base, book, tmp_path, *options)
+    assert max(seen) == 2

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from data.instructions import CHAT_TEMPLATE, NAMES, encode, read_examples
 from data.tokenizer_files import GPT2_FILES, GPT2_SIZE, load_tokenizer
-from data.windows import NOT_SCORED
+from model.gpt2 import IGNORE_INDEX
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
 from training.options import ROOT
@@ -58,7 +58,7 @@ def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on(directo
         ]
         ids, marks = rendered(theirs, messages)
         assert ids == [*inputs.tolist(), ours.end_of_text]
-        assert [bool(mark) for mark in marks[1:]] == (targets != NOT_SCORED).tolist()
+        assert [bool(mark) for mark in marks[1:]] == (targets != IGNORE_INDEX).tolist()
 
 
 @settings(max_examples=150, deadline=None)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 import evaluate
 import generate
 import train
+from benchmarks.ours import Trainer
 from data.instructions import Instructions, read_examples
-from data.windows import NOT_SCORED
 from lora.files import save_adapter
+from model.gpt2 import IGNORE_INDEX
 from storage.weights import CONV1D
 from tests import runs
 from tests.helpers import TINY, refusal, relative_difference, small_tokenizer
@@ -60,7 +61,7 @@ def labelled(prompt: str, completion: str) -> tuple[list[int], list[int]]:
     before = encoded(f"User: {prompt.strip()}\nAssistant:")
     after = [*encoded(f" {completion.strip()}"), END]
     ids = before + after
-    labels = [NOT_SCORED] * len(before) + after
+    labels = [IGNORE_INDEX] * len(before) + after
     return ids[-LENGTH - 1 :], labels[-LENGTH - 1 :]
 
 
@@ -74,7 +75,7 @@ def stock_batch(pairs) -> dict[str, Tensor]:
 
     return {
         "input_ids": pad([ids for ids, _ in rows], END),
-        "labels": pad([labels for _, labels in rows], NOT_SCORED),
+        "labels": pad([labels for _, labels in rows], IGNORE_INDEX),
         "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0),
     }
 
@@ -84,12 +85,12 @@ def data(tmp_path):
     return write(tmp_path / "data.jsonl", *(example(*pair) for pair in PAIRS))
 
 
-def stepped(trainer: train.Trainer) -> tuple[float, dict[str, Tensor]]:
+def stepped(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
     """Return the loss of a step on all examples but the last, and its gradients."""
     trainer.optimizer.zero_grad = lambda set_to_none: None  # keep them
-    trainer.step(np.arange(len(PAIRS) - 1))
-    gradients = {name: p.grad for name, p in trainer.parameters.items()}
-    return trainer.measure()["loss"], gradients
+    batch = trainer.run.batch(trainer.data.training, np.arange(len(PAIRS) - 1))
+    loss = trainer.step(batch).item() / batch.num_tokens
+    return loss, {name: p.grad for name, p in trainer.parameters.items()}
 
 
 def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -115,7 +116,7 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
     argv += ["--clip", 0, "--val-fraction", 0.15, "--base-dropout", 0]
     if method == "lora":
         argv += ["--init-adapter", adapter]
-    plain = stepped(runs.trainer(*argv, fast=False))
+    plain = stepped(runs.trainer(*argv, "--kernels", "plain"))
     fast = stepped(runs.trainer(*argv))
     assert "2 of 7 examples are longer than a block of 40" in capsys.readouterr().out
     model = stock_model(base, adapter if method == "lora" else None)
@@ -156,8 +157,10 @@ def test_both_forms_are_read_as_the_template_says(tmp_path):
     )
     inputs, targets = long
     assert [*inputs.tolist(), END] == encoded(text)
-    assert [t for t in targets.tolist() if t != NOT_SCORED] == encoded(f" You.{end} At dusk.{end}")
-    assert (inputs[1:] == targets[:-1])[targets[:-1] != NOT_SCORED].all()
+    assert [t for t in targets.tolist() if t != IGNORE_INDEX] == encoded(
+        f" You.{end} At dusk.{end}"
+    )
+    assert (inputs[1:] == targets[:-1])[targets[:-1] != IGNORE_INDEX].all()
 
 
 def test_an_example_as_long_as_the_block_loses_nothing(tmp_path, capsys):
@@ -210,15 +213,15 @@ def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
     ids = [*encoded(f" {completion}"), END]
     path = write(tmp_path / "x.jsonl", example("Long?", completion[: LENGTH - len(ids)]))
     ((inputs, targets),) = read_examples(path, TOKENIZER, LENGTH)
-    assert len(inputs) == LENGTH and (targets != NOT_SCORED).all() and targets[-1] == END
+    assert len(inputs) == LENGTH and (targets != IGNORE_INDEX).all() and targets[-1] == END
 
 
 def test_padding_leaves_every_token_as_it_is():
     """The first id of a vocabulary, 0, is a token and no padding."""
-    rows = [np.array([[0, 5, 0], [NOT_SCORED, 0, END]]), np.array([[7], [END]])]
+    rows = [np.array([[0, 5, 0], [IGNORE_INDEX, 0, END]]), np.array([[7], [END]])]
     inputs, targets = Instructions(rows).batch(np.array([1, 0]))
-    assert inputs[1].tolist() == [0, 5, 0] and targets[1].tolist() == [NOT_SCORED, 0, END]
-    assert inputs[0, 0] == 7 and targets[0].tolist() == [END, NOT_SCORED, NOT_SCORED]
+    assert inputs[1].tolist() == [0, 5, 0] and targets[1].tolist() == [IGNORE_INDEX, 0, END]
+    assert inputs[0, 0] == 7 and targets[0].tolist() == [END, IGNORE_INDEX, IGNORE_INDEX]
 
 
 def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(base, data, tmp_path):
@@ -275,7 +278,7 @@ def test_every_example_is_scored_whatever_the_batch_size():
         batches = list(Instructions(rows).evaluation_batches(size))
         seen = []
         for _, targets in batches:
-            seen += [row[row != NOT_SCORED].tolist() for row in targets]
+            seen += [row[row != IGNORE_INDEX].tolist() for row in targets]
         assert seen == [row[1].tolist() for row in rows]
         assert len(batches) == -(-len(rows) // size)
         assert all(len(inputs) == size for inputs, _ in batches[:-1])

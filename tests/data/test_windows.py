@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.windows import NOT_SCORED, Windows, split
+from data.windows import Windows, split
+from model.gpt2 import IGNORE_INDEX
 
 
 def test_the_last_tokens_are_the_validation_part():
@@ -78,7 +79,7 @@ def test_evaluation_scores_each_token_once_from_what_comes_before(
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.shape == targets.shape == (len(inputs), block)
         for row_in, row_out in zip(inputs, targets, strict=True):
-            counts = row_out != NOT_SCORED
+            counts = row_out != IGNORE_INDEX
             assert (row_out[counts] == row_in[counts] + shift).all()
             seen = row_in[: counts.nonzero().max() + 1].tolist()
             assert seen == list(range(seen[0], seen[0] + len(seen))) and seen[0] % stride == 0

@@ -30,13 +30,13 @@ LINEAR = (*ADAPTED, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def model_on_cuda(precision: str, method: str = "lora", layers: int = 2) -> GPT2:
-    """Return a model as `Device.place` casts it, each parameter replaced by a fake one on CUDA."""
+    """Return a model as `Device.prepare` casts it, with fake parameters on CUDA."""
     with unset_fake_temporarily():
         model = GPT2(replace(CONFIG, n_layer=layers))
         if method == "lora":
             inject(model, LoRAConfig(r=4))
         accelerate(model)
-        Device.pick("cpu", precision).place(model)
+        Device.pick("cpu", precision).prepare(model)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             fake = torch.empty(p.shape, dtype=p.dtype, device="cuda")
@@ -71,13 +71,13 @@ def check(precision: str, gradients: bool) -> None:
         device.autocast(),
         mock.patch.object(ops, "causal_attention", attention),
     ):
-        hidden = model.hidden(ids).flatten(0, 1)
         if gradients:
-            loss = model.loss(hidden, ids.flatten())
+            loss = model.loss(ids, ids)
             head = nn.Parameter(torch.empty_like(model.wte.weight, dtype=torch.float32))
-            assert ops.tied_cross_entropy(hidden, head, ids.flatten()).requires_grad
+            hidden = model.hidden(ids).flatten(0, 1)
+            assert cuda_loss.tied_cross_entropy(hidden, head, ids.flatten()).requires_grad
         else:
-            loss, _ = model.score(hidden, ids.flatten())
+            loss, _ = model.token_losses(ids, ids)
     low = PRECISIONS[precision]
     fp32 = torch.float32
     for name in LINEAR:

@@ -24,9 +24,7 @@ def plain(targets: Tensor):
 
 
 def fast(targets: Tensor):
-    return lambda hidden, weight: cuda_loss.TiedCrossEntropy.apply(
-        hidden, weight, targets, hidden.dtype
-    )
+    return lambda hidden, weight: cuda_loss.tied_cross_entropy(hidden, weight, targets)
 
 
 def case(n: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +57,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy(n, vocab, dtype, frozen):
 def test_scores_are_those_of_cross_entropy_and_argmax(n, vocab, dtype):
     hidden, weight, targets = case(n, vocab, dtype)
     targets[::2] = (hidden @ weight.T).argmax(-1)[::2]
-    losses, hits = cuda_loss.score(hidden, weight, targets, dtype)
+    losses, hits = cuda_loss.token_losses(hidden, weight, targets)
     logits = hidden.detach().double() @ weight.detach().double().T
     assert_close(losses, F.cross_entropy(logits, targets, reduction="none"), TOLERANCE[dtype])
     assert losses.dtype == FP32 and losses.shape == hits.shape == (n,)
@@ -96,8 +94,12 @@ def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
         fast(targets)(hidden, head)
     assert head.data_ptr() == place and torch.equal(head, before)
     assert head.shape == (101, 16) and head.is_contiguous()
-    # The matmul, the padding's -inf, the softmax; of each target; the gradient; the sum.
+    # Which targets count; the matmul, the padding's -inf, the softmax; of each target; the
+    # gradient; the sum.
     assert seen.names == [
+        "eq",
+        "masked_fill",
+        "clamp",
         "mm",
         "fill_",
         "_log_softmax",
@@ -106,6 +108,8 @@ def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
         "expm1",
         "scatter_",
         "mm",
+        "masked_fill_",
+        "masked_fill_",
         "sum",
         "neg",
     ]

@@ -19,7 +19,7 @@ from lora.inject import inject
 from lora.layer import LoRAConfig
 from lora.variants import make_config, make_layer
 from model.gpt2 import GPT2
-from model.kernels import fast
+from model.kernels import cuda_loss, fast
 from model.kernels.fast import accelerate
 from tests.helpers import Operations
 from tests.model.fake_cuda import CONFIG, blocks_that_fit, cases_that_hold
@@ -58,13 +58,15 @@ def test_on_cuda_the_stream_is_fp32_and_a_block_keeps_the_bytes_that_the_table_s
 def test_a_step_without_data_takes_the_branches_of_a_gpu_and_leaves_gradients(method):
     """`meta` is not the CPU: fused attention, `F.dropout`, `F.linear`. It has no autocast."""
     no_autocast = mock.patch.object(torch, "is_autocast_enabled", lambda device: False)
-    with torch.device("meta"), no_autocast:
+    cuda = mock.patch.object(fast, "loss", cuda_loss)
+    card = mock.patch.object(cuda_loss, "card_memory", lambda device: 16 * 10**9)
+    with torch.device("meta"), no_autocast, cuda, card:
         model = GPT2(CONFIG).train()
         if method == "lora":
             inject(model, LoRAConfig(r=4))
         accelerate(model)
         ids = torch.zeros(3, 32, dtype=torch.int64)
-        model.loss(model.hidden(ids).flatten(0, 1), ids.flatten()).backward()
+        model.loss(ids, ids).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trained) == {"lora": 4, "full": 28}[method]
     for name, parameter in trained.items():

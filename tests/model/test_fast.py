@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora.inject import inject
 from lora.layer import LoRAConfig
-from model.gpt2 import GPT2, GPT2Config
+from model.gpt2 import GPT2, IGNORE_INDEX, GPT2Config
 from model.kernels import cpu as ops
 from model.kernels import loss as head
 from model.kernels.fast import FAST, accelerate
@@ -228,7 +228,7 @@ def assert_same_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 )
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, N, C, V, chunk, frozen, dtype):
     monkeypatch.setattr(head, "CHUNK" if frozen else "LARGE_CHUNK", chunk)
-    monkeypatch.setattr(head, "PART", 64)  # bytes: the vocabulary in several parts
+    monkeypatch.setattr(head, "SLICE_BYTES", 64)  # bytes: the vocabulary in several parts
     hidden = normal(N, C, seed=1, dtype=dtype)
     weight = normal(V, C, seed=2, dtype=dtype).requires_grad_(not frozen)
     targets = (torch.arange(N, device=DEVICE) * 7) % V
@@ -244,14 +244,14 @@ def test_autocast_rules_the_precision_of_matmuls_and_not_of_the_softmax():
     with torch.autocast("cpu", dtype=BF16):
         y = ops.linear(hidden, weight)
         loss = head.tied_cross_entropy(hidden, weight, targets)
-        scores = head.score(hidden, weight, targets)
+        scores = head.token_losses(hidden, weight, targets)
         losses = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
         assert_close(loss, losses.sum(), 1e-6)
         assert_close(scores[0], losses, 1e-6)
     assert torch.equal(y, ops.linear(*low)) and y.dtype == BF16
     assert torch.equal(loss, head.tied_cross_entropy(*low, targets)) and loss.dtype == FP32
-    assert torch.equal(scores[0], head.score(*low, targets)[0])
-    assert not torch.equal(scores[0], head.score(hidden, weight, targets)[0])
+    assert torch.equal(scores[0], head.token_losses(*low, targets)[0])
+    assert not torch.equal(scores[0], head.token_losses(hidden, weight, targets)[0])
 
 
 @pytest.mark.device
@@ -274,7 +274,7 @@ def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
     logits = (hidden @ weight.T).detach()
     numbers = torch.arange(30, device=DEVICE)
     targets = torch.where(numbers % 2 == 0, logits.argmax(-1), numbers % 13)
-    losses, hits = head.score(hidden, weight, targets)
+    losses, hits = head.token_losses(hidden, weight, targets)
     assert_close(losses, F.cross_entropy(logits, targets, reduction="none"), 1e-6)
     assert torch.equal(hits, logits.argmax(-1) == targets) and 15 <= hits.sum() < 30
 
@@ -290,7 +290,7 @@ def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
         if gradient:
             head.tied_cross_entropy(hidden, weight, targets).backward()
         else:
-            head.score(hidden, weight, targets)
+            head.token_losses(hidden, weight, targets)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert 4096 * 4 <= largest < 512 * 1024 * 4 / 8
 
@@ -313,18 +313,20 @@ def test_accelerate_replaces_what_one_model_computes_and_nothing_else(attn_pdrop
     assert fast.state_dict().keys() == model.state_dict().keys()
 
     ids = torch.arange(32, device=DEVICE).view(2, 16)
+    targets = ids.clone()
+    targets[0, 3:9] = IGNORE_INDEX
     for each in (model.eval(), fast.eval()):
-        hidden = each.hidden(ids).flatten(0, 1)
-        each.loss(hidden, ids.flatten()).backward()
+        each.loss(ids, targets).backward()
     for (name, p), (_, q) in zip(model.named_parameters(), fast.named_parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None and p.grad.any():
             assert_close(q.grad, p.grad.double(), 1e-5)
     assert_close(fast(ids), model(ids).double(), 1e-5)
     for ours, theirs in zip(
-        fast.score(hidden, ids.flatten()), model.score(hidden, ids.flatten()), strict=True
+        fast.token_losses(ids, targets), model.token_losses(ids, targets), strict=True
     ):
         assert_close(ours.double(), theirs.double(), 1e-5)
+        assert not ours[targets == IGNORE_INDEX].any()
 
     drawn = []
     for each in (model.train(), fast.train()):

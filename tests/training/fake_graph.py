@@ -97,50 +97,21 @@ class FakeGraph:
                 tensor.copy_(value)
 
 
-class FakeGenerator:
-    """The GPU's random generator; after a failed capture it raises, as in older versions."""
-
-    def __init__(self):
-        self.get_state = torch.get_rng_state
-        self.set_state = torch.set_rng_state
-        self.captured = False
-        self.open_pools = []  # of captures that go on
-
-    def clone_state(self):
-        return torch.get_rng_state()
-
-    def graphsafe_set_state(self, state):
-        torch.set_rng_state(state)
-        self.captured = False
-
-
-def install(monkeypatch, free=80e9, largest=1e9):
-    """Put doubles in the place of what training/graph.py calls; return the generator.
-
-    The card has `free` bytes, and a part takes `largest`.
-    """
-    generator = FakeGenerator()
-    pools = generator.open_pools
+def install(monkeypatch) -> None:
+    """Put doubles in the place of what training/launch.py calls of torch.cuda."""
     FakeGraph.captured = 0
     FakeGraph.replayed = 0
 
     @contextmanager
-    def capture(graph, pool, stream, capture_error_mode):
-        assert stream is side and (pool, capture_error_mode) == ("pool", "thread_local")
+    def capture(graph, stream, capture_error_mode):
+        assert stream is side and capture_error_mode == "thread_local"
         state = torch.get_rng_state()
-        generator.captured = True
-        pools.append(pool)
         with Recorder() as recorder:
             yield
-        generator.captured = False
-        pools.remove(pool)
         torch.set_rng_state(state)
         recorder.forget_numbers()
         graph.calls = recorder.calls
         FakeGraph.captured += 1
-
-    def end_allocate(device, pool):
-        pools.remove(pool)  # raises if it is closed
 
     main = SimpleNamespace(wait_stream=lambda other: None)
     side = SimpleNamespace(wait_stream=lambda other: None)
@@ -149,19 +120,11 @@ def install(monkeypatch, free=80e9, largest=1e9):
         "graph": capture,
         "Stream": lambda: side,
         "current_stream": lambda: main,
-        "graph_pool_handle": lambda: "pool",
         "stream": lambda stream: nullcontext(),
-        "current_device": lambda: 0,
-        "default_generators": (generator,),
+        "get_rng_state": torch.get_rng_state,
+        "set_rng_state": torch.set_rng_state,
         "empty_cache": lambda: None,
-        "mem_get_info": lambda: (free, 80e9),
-        "memory_allocated": lambda: 0,
-        "memory_reserved": lambda: 0,
-        "max_memory_allocated": lambda: largest,
     }
     for name, double in doubles.items():
         monkeypatch.setattr(torch.cuda, name, double)
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
-    return generator

@@ -46,7 +46,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
     whole, tmp_path, argv, size_limit, size, step, file
 ):
     every = (*EVERY_20, "--checkpoint-every", 3 if file == CHECKPOINT else 100)
-    line = one_line(run_acting({step: lambda trainer: size_limit(size)}, *argv, *every))
+    line = one_line(run_acting({step: lambda moment: size_limit(size)}, *argv, *every))
     assert f"{tmp_path / 'run' / file}" in line and "File too large" in line
     assert "checkpoint" in line.split(";")[-1]
     size_limit(resource.RLIM_INFINITY)
@@ -72,14 +72,17 @@ def test_a_directory_that_vanishes_or_is_another_ends_the_run_and_is_left_alone(
 ):
     out = tmp_path / "run"
 
-    def replace(trainer):
+    def replace(moment):
         out.rename(tmp_path / "away")
         if again:
             out.mkdir()
             (out / "metrics.jsonl").write_text("mine")
 
     line = one_line(run_acting({7: replace}, *argv))
-    assert f"{out / 'metrics.jsonl'}: has vanished or was replaced" in line and "step 6" in line
+    assert (
+        f"{out / 'metrics.jsonl'}: was removed or replaced during the run" in line
+        and "step 6" in line
+    )
     assert contents(out) == {"metrics.jsonl": b"mine"} if again else not out.exists()
 
 
@@ -116,7 +119,7 @@ def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_pat
 
     whole: dict = {}
     monkeypatch.setattr(train, "load_data", slowly)
-    assert "holds a run (run.json)" in one_line(run(main, *argv), 2)
+    assert "contains a run (run.json)" in one_line(run(main, *argv), 2)
     assert contents(tmp_path / "run") == whole != {}
 
 

@@ -19,13 +19,13 @@ def argv(base, book, tmp_path) -> list[str]:
     return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
 
 
-def poison(trainer):
+def poison(moment):
     """Spoil one weight of the base that every window meets."""
-    trainer.model.ln_f.weight.data[0] = math.nan
+    moment.model.ln_f.weight.data[0] = math.nan
 
 
-def spoil_gradient(trainer):
-    parameter = next(iter(trainer.parameters.values()))
+def spoil_gradient(moment):
+    parameter = next(iter(moment.parameters.values()))
     hook = parameter.register_hook(lambda gradient: hook.remove() or gradient * math.inf)
 
 
@@ -47,9 +47,9 @@ def test_a_number_that_is_not_finite_stops_the_run_with_its_step_named(
 
 
 def test_a_weight_poisoned_after_its_last_use_is_not_saved(argv, tmp_path):
-    def act(trainer):
-        trainer.optimizer.register_step_post_hook(
-            lambda *_: next(iter(trainer.parameters.values())).data.fill_(math.nan)
+    def act(moment):
+        moment.optimizer.register_step_post_hook(
+            lambda *_: next(iter(moment.parameters.values())).data.fill_(math.nan)
         )
 
     line = one_line(run_acting({9: act}, *argv))
@@ -105,7 +105,7 @@ def test_a_row_of_skipped_steps_goes_on_after_a_resume(argv):
 
 
 def test_out_of_memory_says_what_helps_and_another_error_is_not_taken_for_it(argv):
-    def fail(trainer):
+    def fail(moment):
         raise error
 
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9.")

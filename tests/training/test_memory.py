@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from common.device import Device
 from model.gpt2 import GPT2, GPT2Config
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from storage.weights import save_gpt2
 from tests.runs import WEIGHTS, arguments, kept_bytes, run_acting, trained, trainer
-from training.build import build_model
+from training.model import load_base
 from training.options import ROOT
 
 
@@ -29,7 +30,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_pa
 
     without = trainer(method, base, book, tmp_path)
     with_it = trainer(method, base, book, tmp_path, checkpointing)
-    inputs, _ = without.data.training.batch(next(without.batches()))
+    [(inputs, _)] = next(without.batches()).micro_batches()
     assert 0 < kept_bytes(with_it.model, inputs) < kept_bytes(without.model, inputs) / 4
 
 
@@ -47,7 +48,7 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
         assert parameter.dtype == (torch.float32 if small else compute), name
 
     # It is loaded so already, and not cast afterwards.
-    loaded = build_model(made.options, base, torch.bfloat16)
+    loaded = load_base(made.run.options, base, Device(torch.device("cpu"), "bf16"))
     assert loaded.h[0].mlp.c_fc.weight.dtype == compute
 
 

@@ -17,14 +17,16 @@ import torch
 import torch.distributed as dist
 
 import train
+from benchmarks.ours import Trainer
 from common.errors import RunError
 from model.kernels import fast
 from tests import runs
 from tests.fault.runs import Process, differences, result
 from tests.helpers import relative_difference
 from tests.ranks import fork, torchrun
-from tests.runs import arguments, finished, run, trained, trainer
+from tests.runs import acting, arguments, finished, run, trained, trainer
 from train import main
+from training.options import parse_options
 from training.ranks import Ranks
 
 # 37 divides by no number of ranks, and an epoch's last batch is one window: others' share is none.
@@ -68,14 +70,9 @@ def whole(base, book, folder) -> list[str]:
     Their run is in `folder / "whole"`.
     """
 
-    def acting(trainer, batch, step=train.Trainer.step):
-        if trainer.progress.step == 1:
-            name_threads()
-        step(trainer, batch)
-
     @contextmanager
     def naming_threads():
-        with mock.patch.object(train.Trainer, "step", acting):
+        with acting({2: lambda moment: name_threads()}):
             try:
                 yield
             finally:
@@ -138,10 +135,10 @@ def test_the_connections_threads_end_with_it(whole):
 def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
     """The first step's loss is that of its batch's two halves, each under a seed of its own."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
-    first, second = np.split(next(made.batches()), 2)
+    first, second = np.split(next(made.batches()).indices, 2)
 
     def loss(windows: np.ndarray) -> float:
-        return made.summed_loss(*made.data.training.batch(windows)).item()
+        return made.model.loss(*made.data.training.batch(windows)).item()
 
     of_first = loss(first)
     torch.manual_seed(made.options.seed + 1)
@@ -155,31 +152,26 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     out = folder / "broken"
     argv = arguments("lora", base, book, out, *DROPPING)
 
-    def kill_rank_1(trainer, batch, step=train.Trainer.step):
-        if os.environ["RANK"] == "1" and trainer.progress.step == 6:
+    def kill_rank_1(moment):
+        if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
-        step(trainer, batch)
 
-    patch = mock.patch.object(train.Trainer, "step", kill_rank_1)
-    statuses, lines = fork(folder / "killed", argv, argv, during=patch)
+    statuses, lines = fork(folder / "killed", argv, argv, during=acting({7: kill_rank_1}))
     assert statuses == [1, -signal.SIGKILL] and not (out / "run.json").exists()
     (line,) = (line for line in lines if line.startswith("error: "))
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is from step 4")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
-    def stop_torchrun(trainer, batch, step=train.Trainer.step):
-        if trainer.progress.step == 11 and os.environ["RANK"] == "0":
+    def stop_torchrun(moment):
+        if os.environ["RANK"] == "0":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it hears of the signal from rank 1
-        elif trainer.progress.step == 11:
-            session = signal.getsignal(signal.SIGTERM).__self__
-            os.kill(os.getppid(), signal.SIGTERM)
-            while session.stop_signal is None:  # torchrun passes it on
-                time.sleep(0.01)
-        step(trainer, batch)
+            return
+        os.kill(os.getppid(), signal.SIGTERM)
+        while moment.run.stop_signal is None:  # torchrun passes it on
+            time.sleep(0.01)
 
     again = [*argv, "--resume"]
-    patch = mock.patch.object(train.Trainer, "step", stop_torchrun)
-    status, lines = torchrun(folder / "stopped", again, during=patch)
+    status, lines = torchrun(folder / "stopped", again, during=acting({12: stop_torchrun}))
     assert status != 0 and not errors(lines)
     assert "resuming after step 4 of 16" in (folder / "stopped" / "out").read_text()
     assert any(line.startswith("stopped after step 12; the same command") for line in lines)
@@ -212,14 +204,13 @@ def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(bas
     options += runs.NO_DROPOUT["lora"]
     argv = arguments("lora", base, data, tmp_path / "ranks", *options)
 
-    def draw_another_start(*args, build=train.build_model):  # as another machine might
-        model = build(*args)
+    def draw_another_start(model, *args, add=train.add_adapter):  # as another machine might
+        add(model, *args)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * int(os.environ["RANK"])
-        return model
 
-    patch = mock.patch.object(train, "build_model", draw_another_start)
+    patch = mock.patch.object(train, "add_adapter", draw_another_start)
     statuses, lines = fork(tmp_path / "said", argv, argv, during=patch)
     assert statuses == [0, 0], lines
     ours = finished(tmp_path / "ranks")
@@ -237,7 +228,7 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path
     argv = arguments("lora", base, book, free)
     for words, *commands in (
         ("--base 'gpt9': no such directory", *[[*argv, "--base", "gpt9"]] * 2),
-        ("holds a run (run.json)", *[arguments("lora", base, book, taken)] * 2),
+        ("contains a run (run.json)", *[arguments("lora", base, book, taken)] * 2),
         (
             "rank 1 and rank 0 differ in options; start every rank with the same options",
             argv,
@@ -256,17 +247,20 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     base, book, tmp_path, monkeypatch, precision
 ):
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
-    made = trainer("lora", base, book, tmp_path, "--precision", precision, "--grad-accum", 9)
-    assert [len(part) for part in made.parts(np.arange(2))] == [1, 1]  # and no empty ones
+    for collective in ("broadcast", "barrier"):
+        monkeypatch.setattr(Ranks, collective, lambda self, *tensors: None)
+    argv = arguments("lora", base, book, tmp_path, "--precision", precision)
+    made = Trainer(parse_options("-", argv), Ranks(rank=1, world_size=2))
     sent = []
     monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
     monkeypatch.setattr(
-        Ranks, "all_reduce", lambda self, tensors: sent.extend(t.clone() for t in tensors)
+        Ranks, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
     )
-    made.ranks = Ranks(rank=1, count=2)
-    made.step(np.array([3]))  # which rank 0 computes
+    batch = made.run.batch(made.data.training, np.array([3]))  # which rank 0 computes
+    assert len(list(batch.micro_batches())) == 0 and batch.num_tokens == made.options.block_size
+    assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]
-    assert not any(t.any() for t in sent) and made.measure()["loss"] == 0
+    assert not any(t.any() for t in sent)
 
 
 @pytest.fixture(params=["gloo", "cpu:gloo,cuda:nccl"])
@@ -282,7 +276,7 @@ def backend(monkeypatch, request) -> str:
 
 def test_an_error_ends_nccls_part_of_the_group_without_waiting(backend):
     """Destroyed in good order, it would wait for the others; left alone, it would warn."""
-    with pytest.raises(RunError), Ranks(rank=0, count=2).joined(torch.device("cpu")):
+    with pytest.raises(RunError), Ranks(rank=0, world_size=2).joined(torch.device("cpu")):
         raise RunError("a loss that is not finite")
     assert dist.group.WORLD.abort.called == ("nccl" in backend)
     assert not dist.destroy_process_group.called
@@ -295,7 +289,7 @@ def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
     )
     monkeypatch.setattr(dist, "all_reduce", mock.Mock(side_effect=error))
     with pytest.raises(RunError) as failure:
-        Ranks(rank=1, count=2).max_over_ranks(0)
+        Ranks(rank=1, world_size=2).max_over_ranks(0)
     message = str(failure.value)
     assert LOST.fullmatch(f"error: {message}")
     assert "(NCCL error in: X.cpp:1, unhandled system error; socketPollConnect: " in message

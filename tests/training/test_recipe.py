@@ -31,7 +31,7 @@ def test_the_rate_follows_the_steps_and_how_often_a_token_is_read(base, book, tm
     steps = 0
     for batch in made.batches():
         steps += 1
-        for start in batch * made.options.stride:
+        for start in batch.indices * made.options.stride:
             reads[start : start + made.options.block_size] += 1
     rate = 0.035 / np.cbrt(steps * reads.mean() ** 2)
     assert 5e-4 < rate < 8e-3
@@ -84,7 +84,7 @@ def test_a_run_of_a_version_without_recipes_cannot_be_resumed(base, book, tmp_pa
     del report["options"]["recipe"]
     (done.out / "run.json").write_text(json.dumps(report))
     argv = arguments("lora", base, book, done.out, *SHORT, "--resume")
-    assert "another version's (KeyError('recipe')); start again" in one_line(run(main, *argv), 2)
+    assert "of another version (KeyError('recipe')); start again" in one_line(run(main, *argv), 2)
 
 
 def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):

@@ -15,7 +15,8 @@ from tests.fault.runs import differences, result
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import WEIGHTS, arguments, contents, finished, refused, run, run_acting, trained
 from train import main
-from training import meter, session
+from training import meter
+from training import run as training_run
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 # Logging, validation and epochs (23 steps) all end at different steps; dropouts are on.
@@ -34,7 +35,7 @@ def whole(base, book, tmp_path_factory):
 def stop_in_step(number: int, last_step: int, argv: list[str], change=lambda: None):
     """Send the signal in that step, just after `change`; return how the command ends."""
 
-    def act(trainer):
+    def act(moment):
         change()
         signal.raise_signal(number)
 
@@ -124,7 +125,7 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
         ("3", 0, [None, None, None, 3, 3, 3, 6]),
         ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
         ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
-        ("10m", 3, [None, None, None, None, None, None, 6]),  # the first ends too soon to save
+        ("10m", 1, [None, None, None, None, None, None, 6]),  # the first ends too soon to save
     ],
 )
 def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
@@ -133,10 +134,10 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
     """The clock goes forward by `seconds` in each step."""
     seen = []
     clock = runs.Clock()
-    monkeypatch.setattr(session, "time", clock)
+    monkeypatch.setattr(training_run, "time", clock)
 
-    def look(trainer):
-        assert trainer.steps_per_epoch == 3
+    def look(moment):
+        assert moment.run.steps_per_epoch == 3
         step = None
         if (tmp_path / CHECKPOINT).exists():
             step = read_checkpoint(tmp_path)["progress"]["step"]
@@ -172,13 +173,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert ending.status == 0, ending
     assert ("has no checkpoint yet; starting from the beginning" in ending.stdout) == (step > 7)
     assert differences(tmp_path, result(whole["lora"].out)) == []
-
-
-def test_a_best_model_without_a_checkpoint_is_no_other_runs_to_delete(base, book, tmp_path):
-    argv = arguments("lora", base, book, tmp_path, *OPTIONS, "--eval-every", 3)
-    assert run_acting({5: runs.die}, *argv).status == 130
-    assert "adapter_model.safetensors" in runs.contents(tmp_path)
-    assert "--lr was" in refused(tmp_path, *argv, "--resume", "--lr", "1")
 
 
 def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
@@ -219,34 +213,11 @@ def test_a_run_is_not_resumed_on_a_changed_base(stopped, base, tmp_path):
         assert "--base: its content is not what the run began with" in line
 
 
-@pytest.mark.parametrize(
-    "name", [WEIGHTS["lora"], "adapter_config.json", "metrics.jsonl", "identity.json"]
-)
-@pytest.mark.parametrize("change", ["gone", "one bit"])
-def test_a_resume_refuses_a_file_of_the_run_that_is_not_as_it_left_it(
-    stopped, tmp_path, name, change
-):
-    """Or the run could end complete with a worse model, with none, or with other metrics."""
-    path = tmp_path / "run" / name
-    data = bytearray(path.read_bytes())  # of the best model: validated in step 10
-    place = len(data) // 2
-    if name == "identity.json":  # of its options, a path may change
-        place = data.index(b"book_sha256") + len('book_sha256": "')
-    data[place] ^= 1
+def test_a_resume_without_the_best_model_is_refused(stopped, tmp_path):
+    """The run could end complete without a model."""
+    path = tmp_path / "run" / WEIGHTS["lora"]
     path.unlink()
-    if change == "one bit":
-        path.write_bytes(data)
-    ending = run(main, *stopped, "--resume")
-    assert str(path) in runs.one_line(ending, 2)
-    assert path.exists() == (change == "one bit" or name == "metrics.jsonl")
-
-
-def test_a_best_model_of_nobody_is_not_deleted_by_resume(base, book, tmp_path):
-    """No checkpoint and no identity.json says whose it is."""
-    argv = arguments("lora", base, book, tmp_path, *OPTIONS, "--eval-every", 3, "--log-every", 1)
-    assert run_acting({5: runs.die}, *argv).status == 130
-    (tmp_path / "identity.json").unlink()
-    assert "identity.json" in refused(tmp_path, *argv, "--resume")
+    assert str(path) in refused(tmp_path / "run", *stopped, "--resume")
 
 
 @pytest.mark.parametrize("peaks", [(900.0, 500.0), (500.0, 900.0)])
@@ -254,7 +225,7 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
     base, book, tmp_path, monkeypatch, peaks
 ):
     clock = runs.Clock()
-    for module in (meter, session):
+    for module in (meter, training_run):
         monkeypatch.setattr(module, "time", clock)
     argv = arguments("lora", base, book, tmp_path, "--max-steps", 4, "--log-every", 4)
     monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[0])

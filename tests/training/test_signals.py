@@ -8,9 +8,9 @@ from signal import SIGINT, SIGTERM, raise_signal
 import pytest
 
 import train
-import training.session
+import training.run
 from tests.fault.runs import Process
-from tests.fault.signals import AT_ONCE, NOTICE, catches_sigterm
+from tests.fault.signals import AT_ONCE, NOTICE
 from tests.runs import arguments, run, run_acting
 from train import main
 from training.checkpoint import CHECKPOINT, read_checkpoint
@@ -44,17 +44,8 @@ def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd, s
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
-def test_a_process_that_imports_torch(base, book, tmp_path):
-    argv = arguments("lora", base, book, tmp_path / "run")
-    process = Process([sys.executable, "train.py", *argv], tmp_path)
-    process.wait_until(lambda: catches_sigterm(process))
-    process.send_signal(SIGTERM)
-    assert process.end() == (143, [AT_ONCE])
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
-    "module, where, step", [(train, "evaluate", 4), (training.session, "write_checkpoint", 6)]
+    "module, where, step", [(train, "evaluate", 4), (training.run, "write_checkpoint", 7)]
 )
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     base, book, tmp_path, monkeypatch, module, where, step
@@ -78,3 +69,25 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
     (tmp_path / CHECKPOINT).unlink()
     assert read_checkpoint(tmp_path)["progress"]["step"] == 3
+
+
+def test_a_signal_while_a_step_ends_is_left_to_the_next_step(base, book, tmp_path, monkeypatch):
+    """It comes after the step has looked for signals. It must not end the run unsaved."""
+
+    class Late(training.run.Ranks):
+        """Let a signal come right after the ranks have exchanged theirs."""
+
+        def max_over_ranks(self, *values):
+            found = super().max_over_ranks(*values)
+            metrics = tmp_path / "metrics.jsonl"
+            if not sent and metrics.exists() and metrics.read_text().count("\n") == 3:
+                sent.append(True)
+                raise_signal(SIGTERM)
+            return found
+
+    sent: list[bool] = []
+    monkeypatch.setattr(training.run, "Ranks", Late)
+    ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 9))
+    assert sent and ending.status == 143
+    assert "stopped after step 4; the same command" in ending.stderr
+    assert read_checkpoint(tmp_path)["progress"]["step"] == 4

@@ -1,0 +1,65 @@
+"""Load the text that a run trains on, and the text that it validates on."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError
+from data.instructions import Instructions, read_examples
+from data.tokenizer import Tokenizer
+from data.tokenizer_files import load_tokenizer
+from data.tokens import load_books
+from data.windows import Dataset, Windows, check_block_size, split
+from storage.weights import load_config
+from training.options import Options
+
+
+class Data(NamedTuple):
+    """What a run trains on, what it validates on, and the tokenizer of both."""
+
+    training: Dataset
+    validation: Dataset
+    tokenizer: Tokenizer
+
+
+def load_data(options: Options, directory: Path) -> Data:
+    """Load both parts of the book or, with --data, of the examples, for the base in `directory`.
+
+    Raises UserError as `load_books` and `read_examples` do, and for a part that is too short.
+    """
+    config = load_config(directory)
+    check_block_size(options.block_size, config)
+    tokenizer = load_tokenizer(directory, config.vocab_size)
+    if options.data:
+        training, validation = split_examples(options, options.data, tokenizer)
+        return Data(Instructions(training), Instructions(validation), tokenizer)
+
+    block = options.block_size
+    shift = options.label_shift
+    training, validation = split(load_books(options.book, tokenizer), options.val_fraction)
+    for name, part in (("training", training), ("validation", validation)):
+        if len(part) < block + shift:
+            raise UserError(
+                f"{', '.join(map(str, options.book))}: its {name} part is {len(part):,} tokens, "
+                f"and a window needs {block + shift}; use a longer book or a smaller block"
+            )
+    return Data(
+        Windows(training, block, options.stride, shift),
+        # Validation scores each token once, whatever the training windows' stride.
+        Windows(validation, block, block, shift),
+        tokenizer,
+    )
+
+
+def split_examples(options: Options, path: Path, tokenizer: Tokenizer) -> tuple[list, list]:
+    """Return the examples of `path` to train on, and those to validate on."""
+    training = read_examples(path, tokenizer, options.block_size)
+    if options.val_data:
+        validation = read_examples(options.val_data, tokenizer, options.block_size)
+    else:
+        training, validation = split(training, options.val_fraction)
+    if not training or not validation:
+        raise UserError(
+            f"{path}: {len(training)} examples to train on and {len(validation)} to "
+            "validate on; both need one"
+        )
+    return training, validation

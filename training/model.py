@@ -1,0 +1,64 @@
+"""Load the model that a run trains, put the adapter on it, and save the best state."""
+
+from pathlib import Path
+
+import torch
+
+from common.device import Device
+from common.errors import UserError
+from common.files import file_sha256
+from data.instructions import CHAT_TEMPLATE
+from data.tokenizer import Tokenizer
+from lora.files import load_adapter, save_adapter
+from lora.inject import inject
+from lora.quantised import LAYERS
+from lora.variants import make_layer
+from lora.variants.fa import freeze_a
+from model.gpt2 import GPT2
+from storage.hf_compat import save_tokenizer
+from storage.weights import find_weights, load_config, load_gpt2, save_gpt2, weights_path
+from training.options import Options, lora_config
+
+
+def load_base(options: Options, directory: Path, device: Device) -> GPT2:
+    """Load the base on the device: for LoRA, with matrices in the run's precision; for full
+    fine-tuning in fp32 or, if `directory` has no weights, with random ones.
+
+    Seeds torch with `options.seed`, which decides how A starts.
+    """
+    torch.manual_seed(options.seed)
+    if options.method == "lora":
+        quantised = LAYERS[options.quantise] if options.quantise else None
+        model = load_gpt2(directory, device.dtype, quantised)
+    elif find_weights(directory):
+        model = load_gpt2(directory)
+    else:
+        print(f"{directory} has no weights: starting from random initialisation")
+        model = GPT2(load_config(directory))
+    if options.base_dropout is not None:
+        model.set_dropout(options.base_dropout)
+    model.gradient_checkpointing = options.gradient_checkpointing
+    return model.to(device.torch_device)
+
+
+def add_adapter(model: GPT2, options: Options, directory: Path) -> None:
+    """Put a new adapter, or --init-adapter, on the base in `directory`; freeze the rest."""
+    if options.init_adapter:
+        load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
+    else:
+        try:
+            inject(model, lora_config(options), make_layer)
+        except ValueError as error:
+            raise UserError(f"--r, --layers, --target-modules: {error}") from error
+    if options.freeze_a:
+        freeze_a(model)
+
+
+def save_model(model: GPT2, tokenizer: Tokenizer, options: Options, base_sha256: str) -> None:
+    """Write the adapter, or the whole model, with its tokenizer to `--out`."""
+    if options.method == "lora":
+        save_adapter(model, lora_config(options), options.out, options.base, base_sha256)
+    else:
+        save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
+    template = CHAT_TEMPLATE if options.data else None
+    save_tokenizer(tokenizer, options.out, model.config.n_positions, template)

@@ -1,0 +1,456 @@
+"""Run the training loop safely: device, ranks, the lock on `--out`, checkpoints, signals, logs.
+
+`train.py` has the mathematics. It gives `begin` the objects that a checkpoint must contain.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.device import Device, tune_process
+from common.errors import RunError, UserError, describe_failure
+from common.signals import end_at_once, on_signals, say
+from data.windows import Batch, Dataset
+from lora.variants.lora_ga import GradientStart
+from model.gpt2 import GPT2
+from model.kernels.fast import set_kernels
+from storage.hub import find_base
+from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
+from training.data import Data
+from training.directory import RUN, RunDirectory, refuse_inputs_as_output, refuse_used_directory
+from training.identity import RunIdentity, refuse_another, run_identity
+from training.launch import AddGradients, GraphedGradients, compile_hidden, prepare_device
+from training.meter import Meter, Progress
+from training.model import save_model
+from training.options import Options
+from training.ranks import Ranks
+from training.recipe import count_steps, resolve
+from training.report import (
+    best_weights,
+    count_parameters,
+    describe_parameters,
+    read_run,
+    write_report,
+)
+from training.scores import Scores
+
+# Save at an epoch's end if the last checkpoint is this old: on a GPU, saving can take longer than
+# the epoch.
+YOUNG_SECONDS = 10.0
+
+
+@contextmanager
+def open_run(options: Options) -> Iterator["Run"]:
+    """Join the other ranks, and yield the run. A known failure names the last checkpoint.
+
+    Raises UserError if `--out` is in use, and for what the device cannot do.
+    """
+    tune_process()
+    ranks = Ranks.from_environment()
+    device = Device.pick(options.device, options.precision, train=True)
+    with ranks.joined(device.torch_device):
+        if ranks.is_main:
+            refuse_used_directory(options)
+        prepare_device(options, device)
+        run = Run(options, device, ranks)
+        try:
+            yield run
+        except Exception as error:
+            failure = describe_failure(error)
+            if failure is None or not run.has_begun:
+                raise
+            raise RunError(f"{failure}; {run.last_save()}") from error
+        finally:
+            if run.directory:
+                run.directory.close()
+
+
+class Run:
+    """One run of `train.py` in `--out`. Only rank 0 writes files and prints."""
+
+    identity: RunIdentity
+
+    def __init__(self, options: Options, device: Device, ranks: Ranks):
+        self.options = options
+        self.device = device
+        self.ranks = ranks
+        self.base_directory = Path()
+        self.tokenizer: Any = None
+        self.progress = Progress()
+        self.meter = Meter(device.precision == "fp16")
+        self.steps_per_epoch = 0
+        self.total_steps = 0
+        self.largest_batch = 0
+        self.micro_batch_size = 0
+
+        self.directory: RunDirectory | None = None  # rank 0's, while it has the lock
+        self.finished = False  # before it began: --resume has nothing to do
+        self.has_begun = False
+        self.stateful: dict[str, Any] = {}
+        self.line: dict[str, Any] = {}  # of metrics.jsonl, if this step writes one
+        self.stop_signal: int | None = None
+        self.saved_step: int | None = None
+        self.saved_at = 0.0
+        self.stepped_at = 0.0
+        # Of the whole run, including the time before a resume:
+        self.seconds = 0.0
+        self.peak_memory_mb = 0.0
+        self.started_at = 0.0
+
+    # Before the first step
+
+    def find_base(self) -> Path:
+        """Return the directory of the base. Raises UserError if the run would overwrite what it
+        reads.
+        """
+        with self.ranks.main_first():
+            self.base, self.base_directory = find_base(self.options.base)
+        if self.ranks.is_main:
+            refuse_inputs_as_output(self.options, self.base_directory)
+        return self.base_directory
+
+    def resolve(self, data: Data) -> Options:
+        """Fill in the options that were left open, and count the steps. Return the options."""
+        self.options = resolve(self.options, self.base, self.device, data.training)
+        self.tokenizer = data.tokenizer
+        windows = len(data.training)
+        self.steps_per_epoch, self.total_steps = count_steps(self.options, windows)
+        self.largest_batch = min(self.options.batch_size, windows)
+        share = math.ceil(self.largest_batch / self.ranks.world_size)
+        self.micro_batch_size = math.ceil(share / self.options.grad_accum)
+        return self.options
+
+    def lock(self, model: GPT2, data: Data) -> None:
+        """Print the parameter count, and lock `--out`. Set `finished` if --resume finds the run
+        complete there.
+
+        Raises UserError if another run is in `--out`, or at work there.
+        """
+        print(describe_parameters(model))
+        tokens = data.training.tokens, data.validation.tokens
+        self.identity = run_identity(self.options, self.base_directory, *tokens)
+        self.ranks.check_same(asdict(self.identity))
+        if self.ranks.is_main:
+            self.directory = RunDirectory(self.options.out)
+            refuse_used_directory(self.options)  # another run may have ended there meanwhile
+            self.finished = self._is_finished()
+        self.finished = self.ranks.from_main(self.finished)
+
+    def _is_finished(self) -> bool:
+        """Return whether the run to resume is finished. Raises UserError if it is another run."""
+        out = self.options.out
+        if not self.options.resume or not (out / RUN).exists():
+            return False
+        refuse_another(out / RUN, read_run(out), self.identity)
+        print(f"{out}: this run is finished; nothing to resume")
+        return True
+
+    def prepare(self, model: GPT2) -> None:
+        """Move the model to the device, cast its frozen weights, and choose its kernels."""
+        model.train()
+        self.device.prepare(model)
+        set_kernels(model, self.options.kernels)
+        self.ranks.broadcast(*(p for p in model.parameters() if p.requires_grad))
+        if self.options.compile:
+            compile_hidden(model, 0 if self.options.data else self.micro_batch_size)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Return a scaler of the loss for fp16. In other precisions it does nothing."""
+        device = self.device.torch_device
+        scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
+        scaler.scale(torch.zeros((), device=device))  # makes its scale: a rank may have no loss
+        return scaler
+
+    def graphed(self, add_gradients: AddGradients, model: GPT2) -> AddGradients:
+        """Return the function itself or, with --cuda-graph, a CUDA graph of it."""
+        if not self.options.cuda_graph:
+            return add_gradients
+        block = self.options.block_size
+        shape = (self.micro_batch_size, block)
+        return GraphedGradients(add_gradients, model, shape, self.largest_batch * block)
+
+    def begin(self, model: GPT2, **stateful: Any) -> None:
+        """Resume from the checkpoint if --resume finds one. Otherwise empty `--out`.
+
+        A checkpoint contains the trained parameters and the `stateful` objects, which have
+        `state_dict()` and `load_state_dict()`.
+        """
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # torch allows no dot in these names
+        named = {name.replace(".", "/"): parameter for name, parameter in trained.items()}
+        self.stateful = {
+            "parameters": nn.ParameterDict(named),
+            "progress": self.progress,
+            "meter": self.meter,
+            "start": GradientStart(model),
+            **stateful,
+        }
+        out = self.options.out
+        if not self.ranks.is_main:
+            torch.manual_seed(self.options.seed + self.ranks.rank)  # other dropout masks
+        if self.ranks.from_main(self.options.resume and has_checkpoint(out)):
+            state = read_checkpoint(out) if self.ranks.is_main else {}
+            self._restore(self.ranks.from_main(state))
+        else:
+            if self.options.resume:
+                print(f"{out}: the run has no checkpoint yet; starting from the beginning")
+            if self.directory:
+                self.directory.clear()
+        self.stepped_at = time.perf_counter()
+        self.started_at = self.stepped_at - self.seconds
+        self.has_begun = True
+
+    def keep_base(self, model: GPT2, scores: Scores) -> None:
+        """Print and keep the base's scores on the validation part."""
+        self.progress.base_val_loss = scores.loss
+        self.progress.start_val_loss = scores.loss
+        print(f"base: val {scores}", flush=True)
+        if scores.loss > 1.01 * math.log(model.config.vocab_size):
+            print(
+                "warning: the base predicts this text worse than by guessing; is it plain text, "
+                "in a language that the base has seen?"
+            )
+
+    # The steps
+
+    @property
+    def step(self) -> int:
+        """Return the number of steps that are done."""
+        return self.progress.step
+
+    def steps(self, training: Dataset) -> Iterator[Batch]:
+        """Yield the batch of each step that is left. After the step, log, save and stop when due.
+
+        A signal lets the step end and saves.
+        """
+        on_signals(self._on_signal)
+        self._leave_out()  # validation before the first step
+        self.saved_at = time.perf_counter()
+        hidden = None if self.directory else True  # None hides the bar if stderr is no terminal
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hidden)
+        with bar:
+            for batch in self.batches(training, self.step):
+                yield batch
+                self._end_step(bar)
+
+    def batches(self, training: Dataset, first: int = 0) -> Iterator[Batch]:
+        """Yield each step's batch from step `first` on. Each epoch has its own order."""
+        size = self.options.batch_size
+        order = np.empty(0, dtype=np.int64)
+        for step in range(first, self.total_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if position == 0 or step == first:
+                order = training.epoch_order(self.options.seed, epoch)
+            yield self.batch(training, order[position * size : (position + 1) * size])
+
+    def batch(self, training: Dataset, indices: np.ndarray) -> Batch:
+        """Return this rank's share of the windows with these indices (B,)."""
+        mine = np.array_split(indices, self.ranks.world_size)[self.ranks.rank]
+        return Batch(training, mine, self.micro_batch_size, training.num_tokens(indices))
+
+    def log(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
+        """Count a step: its loss, summed over `num_tokens`, and its gradient norm."""
+        self.progress.step += 1
+        self.meter.count(self.step, loss, num_tokens, grad_norm)
+        self.line = {}
+        if self.should_validate() or self.step % self.options.log_every == 0:
+            metrics = self.meter.measure()
+            self.line = {
+                "step": self.step,
+                "epoch": self.step / self.steps_per_epoch,
+                "loss": metrics["loss"],
+                "lr": lr,
+                **metrics,
+            }
+        self.stepped_at = time.perf_counter()
+
+    def epoch_ends(self) -> bool:
+        return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+
+    def should_validate(self) -> bool:
+        """Return whether an epoch ends, or --eval-every asks for a validation."""
+        every = self.options.eval_every
+        return self.epoch_ends() or bool(every and self.step % every == 0)
+
+    def keep_best(self, model: GPT2, scores: Scores) -> None:
+        """Print and log the validation's scores. Save the model if it is the best so far."""
+        line = f"step {self.step}/{self.total_steps}: val {scores}"
+        progress = self.progress
+        if self.step == 0:  # an initial adapter
+            progress.start_val_loss = scores.loss
+        if scores.loss < progress.best_val_loss:
+            progress.best_val_loss = scores.loss
+            progress.best_val_bits_per_byte = scores.bits_per_byte
+            if self.ranks.is_main:
+                weights_sha256 = self.identity.base_sha256.get("weights", "")
+                save_model(model, self.tokenizer, self.options, weights_sha256)
+            line += ", best so far"
+        tqdm.write(line)
+        self.line |= {
+            "val_loss": scores.loss,
+            "val_perplexity": scores.perplexity,
+            "val_bits_per_byte": scores.bits_per_byte,
+        }
+
+    def _end_step(self, bar: tqdm) -> None:
+        if self.line:
+            text = "loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s"
+            bar.set_postfix_str(text.format(**self.line))
+            if self.directory:
+                self.directory.append(self.line)
+        self._leave_out()
+        self._save_or_stop()
+        self._leave_out()
+        bar.update()
+
+    def _leave_out(self) -> None:
+        """Do not count the time since the step as training time."""
+        now = time.perf_counter()
+        self.meter.leave_out(now - self.stepped_at)
+        self.stepped_at = now
+
+    def finish(self, model: GPT2) -> None:
+        """Write `run.json`, whose presence means that the run is complete. Draw `loss.png`."""
+        if not self.directory:
+            return
+        self.directory.check()
+        device = self.device.name
+        if self.ranks.world_size > 1:
+            device = f"{self.ranks.world_size} x {device}"
+        machine = {
+            "device": device,
+            "precision": self.device.precision,
+            "torch": str(torch.__version__),
+        }
+        counts = count_parameters(model) | self.progress.report() | self.meter.report()
+        write_report(self.options, asdict(self.identity) | counts | self._cost() | machine)
+
+    def _cost(self) -> dict[str, float]:
+        """Update and return time and peak memory, including those before a resume."""
+        self.seconds = time.perf_counter() - self.started_at
+        self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
+        return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+
+    # Signals and checkpoints
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """At the first signal, let the step end and save. At another, stop at once.
+
+        Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
+        closed terminal and its shell both send it.
+        """
+        if number == self.stop_signal != signal.SIGINT:
+            return
+        if self.stop_signal:
+            end_at_once(number, frame)
+        self.stop_signal = number
+        if self.directory:
+            say("stopping once the step is done and saved; Ctrl-C stops at once")
+
+    def _save_or_stop(self) -> None:
+        """Save a checkpoint if one is due. If any rank has a signal, save and end the process.
+
+        The signal is read once: one that comes later finds the next step.
+        """
+        due, number = self.ranks.max_over_ranks(self._is_due(), self.stop_signal or 0)
+        if due or number:
+            self._save()
+        if number:
+            self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        """End the process as the signal asks. All is saved."""
+        on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
+        if self.directory:
+            print(
+                f"stopped after step {self.saved_step}; the same command with --resume continues",
+                file=sys.stderr,
+            )
+        self.ranks.barrier()  # torchrun ends the others as soon as one has ended
+        sys.exit(128 + number)
+
+    def _is_due(self) -> bool:
+        age = time.perf_counter() - self.saved_at
+        if self.step == self.total_steps or (self.epoch_ends() and age >= YOUNG_SECONDS):
+            return True
+        return self.options.checkpoint_every.is_due(self.step, age)
+
+    def last_save(self) -> str:
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is from step {self.saved_step}"
+
+    def _save(self) -> None:
+        generator_state = bytes(self.device.rng.get_rng_state().tolist()).hex()
+        state = {
+            "run": asdict(self.identity),
+            "machine": self._machine(),
+            "cost": self._cost(),
+            "random": self.ranks.gather(generator_state),
+        }
+        for name, stateful in self.stateful.items():
+            state[name] = stateful.state_dict()
+        if self.directory:
+            state["metrics_bytes"] = self.directory.sync()
+            write_checkpoint(self.options.out, state)
+        self.saved_step = self.step
+        self.saved_at = time.perf_counter()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Restore what `_save` saved. Raises UserError if the checkpoint is another run's."""
+        try:
+            refuse_another(self.options.out / CHECKPOINT, state["run"], self.identity)
+            for name, stateful in self.stateful.items():
+                stateful.load_state_dict(state[name])
+            self.seconds = state["cost"]["seconds"]
+            self.peak_memory_mb = state["cost"]["peak_memory_mb"]
+            metrics_bytes = state["metrics_bytes"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if describe_failure(error):  # out of memory
+                raise
+            raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
+        self._restore_random(state["machine"], state["random"])
+        self.saved_step = self.step
+        print(f"resuming after step {self.saved_step} of {self.total_steps}")
+        if self.directory:
+            best = best_weights(self.options.out, self.options.method)
+            if math.isfinite(self.progress.best_val_loss) and not best.exists():
+                raise UserError(f"--resume: {best} is missing; start again with --overwrite")
+            self.directory.cut(metrics_bytes)
+
+    def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
+        """Restore this rank's random generator, unless the number of ranks or the device differs.
+        Warn of a difference that may change the last bits of the result.
+        """
+        now = self._machine()
+        for name, value in now.items():
+            if self.directory and then[name] != value:
+                print(
+                    f"warning: the run began with {name} {then[name]} and resumes with {value}: "
+                    "its last bits may differ from an uninterrupted run's",
+                    file=sys.stderr,
+                )
+        if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
+            mine = bytes.fromhex(states[self.ranks.rank])
+            self.device.rng.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
+
+    def _machine(self) -> dict[str, Any]:
+        """Return what may change the last bits of a result."""
+        return {
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.world_size,
+            "device": self.device.torch_device.type,
+            "gpu": self.device.name,
+        }
