@@ -1,4 +1,4 @@
-"""Score a text: loss, perplexity, bits per byte, greedy accuracy; score choices; compare runs."""
+"""Score a text or questions with choices, or compare finished runs."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapters.choices import print_summary, read_tasks, score_choices, summary
+from adapters.choices import score_questions
 from adapters.load import load_model
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
@@ -91,17 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = quantisation(model)
     device.prepare(model)
     set_kernels(model, args.kernels)
-    source, fraction = what_to_score(args)
     score = score_questions if args.choices else score_text
     found = score(args, model, tokenizer, device)
     if args.json:
-        report = {
-            "base": base,
-            "adapter": str(args.adapter) if args.adapter else None,
-            "text": source,
-            "val_fraction": fraction,
-            **found,
-        }
+        adapter = str(args.adapter) if args.adapter else None
+        report = {"base": base, "adapter": adapter, **found}
         if kind:
             report["quantise"] = kind
         write_json(args.json, report)
@@ -117,23 +111,12 @@ def score_text(
     print(f"{source}{part_name(fraction)}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
     return {
+        "text": source,
+        "val_fraction": fraction,
         **asdict(scores),
         "perplexity": scores.perplexity,
         "bits_per_byte": scores.bits_per_byte,
     }
-
-
-def score_questions(
-    args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
-) -> dict[str, Any]:
-    """Choose an answer to each question; print how often rightly, and return it."""
-    source, fraction = what_to_score(args)
-    tasks = split(read_tasks(args.choices, tokenizer, args.block_size), fraction)[1]
-    if not tasks:
-        raise UserError(f"{source}: 0 questions; nothing to choose")
-    report = summary(score_choices(model, tasks, device, args.batch_size))
-    print_summary(f"{source}{part_name(fraction)}", report)
-    return report
 
 
 def part_name(fraction: float) -> str:
@@ -142,8 +125,8 @@ def part_name(fraction: float) -> str:
 
 def what_to_score(args: argparse.Namespace) -> tuple[str, float]:
     """Return the name of the text or data, and which share of it, at its end, is scored."""
-    if args.data or args.choices:
-        source = str(args.data or args.choices)
+    if args.data:
+        source = str(args.data)
     elif args.text:
         source = ", ".join(map(str, args.text))
     else:  # the book's validation part

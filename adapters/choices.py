@@ -1,5 +1,6 @@
-"""Score questions with choices: which choice a model finds likeliest, and how often rightly."""
+"""Answer questions with choices: take the likeliest choice, and count how often it is right."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from common.cli import print_table
 from common.device import Device
-from common.errors import RunError
+from common.errors import RunError, UserError
 from data.choices import Question, question
 from data.instructions import Instructions, make_row
 from data.json_lines import read_lines
 from data.tokenizer import Tokenizer
+from data.windows import split
 from model.gpt2 import GPT2, IGNORE_INDEX
 
 
@@ -25,23 +27,32 @@ class Task(NamedTuple):
     rows: list[np.ndarray]
 
 
-class Scored(NamedTuple):
-    """A question, and log p of each choice: the sum over its tokens, and their number."""
+def score_questions(
+    args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
+) -> dict[str, Any]:
+    """Answer the questions of `--choices`, print how often the answers are right, and return it.
 
-    question: Question
-    log_probabilities: Tensor
-    tokens: Tensor
-
-    def chosen(self, mean: bool = False) -> int:
-        """Return the likeliest choice's place, by the sum or by the mean; the first of equals."""
-        scores = self.log_probabilities / self.tokens if mean else self.log_probabilities
-        return int(scores.argmax())
+    Raises UserError if the file has no questions.
+    """
+    fraction = args.val_fraction or 1.0
+    tasks = split(read_tasks(args.choices, tokenizer, args.block_size), fraction)[1]
+    if not tasks:
+        raise UserError(f"{args.choices}: 0 questions; nothing to choose")
+    by_sum = []
+    by_mean = []
+    for task in tasks:
+        sums, counts = score_choices(model, task, device)
+        by_sum.append(int(sums.argmax()))
+        by_mean.append(int((sums / counts).argmax()))
+    report = summary([task.question for task in tasks], by_sum, by_mean)
+    print_summary(args.choices, report)
+    return {"text": str(args.choices), "val_fraction": fraction, **report}
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
-    """Read a file of questions. A choice is the assistant's whole answer, to its end of text.
+    """Read a file of questions. A choice is the assistant's whole answer, with its end of text.
 
-    Where a choice does not fit into a block, all choices of the question lose the same part of the
+    If a choice does not fit into a block, all choices of the question lose the same tokens at the
     prompt's beginning. Raises UserError, naming the line, if it is not a question, or if a choice
     alone is longer than a block.
     """
@@ -59,48 +70,38 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 
 
 @torch.no_grad()
-def score_choices(
-    model: GPT2, tasks: Sequence[Task], device: Device, batch_size: int = 16
-) -> list[Scored]:
-    """Return each question with log p of its choices, by a model in evaluation mode.
+def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tensor]:
+    """Return each choice's log p, summed over its tokens, fp64, and their number.
 
-    Raises RunError if one is not finite.
+    The model is in evaluation mode. Raises RunError if a sum is not finite.
     """
-    rows = [row for task in tasks for row in task.rows]
-    sums = []
-    for inputs, targets in Instructions(rows).evaluation_batches(batch_size):
-        with device.autocast():
-            losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
-        sums.append(-losses.cpu().double().sum(1))
-
-    log_probabilities = torch.cat(sums)
-    if not log_probabilities.isfinite().all():
+    inputs, targets = Instructions(task.rows).batch(np.arange(len(task.rows)))  # (choices, T)
+    with device.autocast():
+        losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
+    sums = -losses.cpu().double().sum(1)
+    if not sums.isfinite().all():
         raise RunError("a choice's log-probability is not finite; try --precision fp32")
-    tokens = torch.tensor([int((row[1] != IGNORE_INDEX).sum()) for row in rows])
-    sizes = [len(task.rows) for task in tasks]
-    parts = zip(tasks, log_probabilities.split(sizes), tokens.split(sizes), strict=True)
-    return [Scored(task.question, total, count) for task, total, count in parts]
+    return sums, (targets != IGNORE_INDEX).sum(1)
 
 
-def summary(scored: Sequence[Scored]) -> dict[str, Any]:
-    """Return the share of right choices, what guessing and the commonest answer would reach and, if
-    all questions have the same choices, how often each answer (row) got each choice (column).
+def summary(
+    questions: Sequence[Question], by_sum: Sequence[int], by_mean: Sequence[int]
+) -> dict[str, Any]:
+    """Return the shares of right answers, of guessing, and of always giving the commonest answer.
 
-    That table, `confusion`, is by the sum.
+    If all questions have the same choices, `confusion` counts how often each answer (row) got each
+    choice (column), by the sum.
     """
-    answers = [one.question.answer for one in scored]
-    by_sum = [one.chosen() for one in scored]
-    by_mean = [one.chosen(mean=True) for one in scored]
-    chances = [1 / len(one.question.choices) for one in scored]
+    answers = np.array([one.answer for one in questions])
+    labels = questions[0].choices
     report: dict[str, Any] = {
-        "questions": len(scored),
-        "accuracy_sum": _share_equal(by_sum, answers),
-        "accuracy_mean": _share_equal(by_mean, answers),
-        "chance": sum(chances) / len(chances),
-        "majority": max(map(answers.count, answers)) / len(answers),
+        "questions": len(questions),
+        "accuracy_sum": np.mean(answers == by_sum).item(),
+        "accuracy_mean": np.mean(answers == by_mean).item(),
+        "chance": np.mean([1 / len(one.choices) for one in questions]).item(),
+        "majority": np.bincount(answers).max().item() / len(questions),
     }
-    labels = scored[0].question.choices
-    if all(one.question.choices == labels for one in scored):
+    if all(one.choices == labels for one in questions):
         table = [[0] * len(labels) for _ in labels]
         for answer, choice in zip(answers, by_sum, strict=True):
             table[answer][choice] += 1
@@ -109,12 +110,7 @@ def summary(scored: Sequence[Scored]) -> dict[str, Any]:
     return report
 
 
-def _share_equal(chosen: Sequence[int], answers: Sequence[int]) -> float:
-    right = sum(a == b for a, b in zip(chosen, answers, strict=True))
-    return right / len(answers)
-
-
-def print_summary(source: str, report: dict[str, Any]) -> None:
+def print_summary(source: Path, report: dict[str, Any]) -> None:
     print(
         f"{source}: {report['questions']:,} questions; chance {report['chance']:.1%}, "
         f"the commonest answer {report['majority']:.1%}"

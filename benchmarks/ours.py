@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
-from training.data import load_data
-from training.launch import prepare_device
-from training.model import add_adapter, load_base
 
 import train
 from adapters.merge import merge, unwrap
@@ -25,6 +22,9 @@ from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels.fast import set_kernels
 from storage.weights import load_config, load_gpt2, save_gpt2
+from training.data import load_data
+from training.launch import prepare_device
+from training.model import add_adapter, load_base
 from training.options import Options, lora_config, parse_options
 from training.ranks import Ranks
 from training.report import read_run

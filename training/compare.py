@@ -1,203 +1,214 @@
-"""Compare finished runs and their bases: a table, and a picture beside the first run."""
+"""Compare finished runs: the tables and pictures of `evaluate.py --compare` and of a sweep."""
 
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from common.cli import print_table
 from common.errors import UserError
-from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, draw_at, save_figure, subplots
-from training.report import best_weights, perplexity, read_run
-
-PICTURE = "compare.png"
-SWEEP_TABLE = "sweep.md"
-SWEEP_PICTURE = "sweep.png"
-COLUMNS = (
-    "",
-    "batch",
-    "peak lr",
-    "steps",
-    "trained",
-    "val loss",
-    "perplexity",
-    "bits/byte",
-    "seconds",
-    "tokens/s",
-    "peak MB",
-    "MB on disk",
+from common.figures import (
+    INK,
+    METHODS,
+    PAGE_WIDTH,
+    can_draw,
+    draw_at,
+    save_figure,
+    scientific,
+    shades,
+    subplots,
 )
+from common.files import atomic_path
+from training.directory import RUN
+from training.report import best_weights, read_run
+from training.scores import perplexity
+
+# The columns of a comparison, and the panels of its picture: a number of `Entry`, and its format.
+COLUMNS = {
+    "batch": ("batch_size", "{:,}"),
+    "peak lr": ("lr", "{:g}"),
+    "steps": ("steps", "{:,}"),
+    "trained": ("trainable_parameters", "{:,}"),
+    "val loss": ("best_val_loss", "{:.4f}"),
+    "perplexity": ("best_val_perplexity", "{:.2f}"),
+    "bits/byte": ("best_val_bits_per_byte", "{:.4f}"),
+    "seconds": ("seconds", "{:,.0f}"),
+    "tokens/s": ("tokens_per_second", "{:,.0f}"),
+    "peak MB": ("peak_memory_mb", "{:,.0f}"),
+    "MB on disk": ("megabytes", "{:,.2f}"),
+}
+PANELS = {
+    "validation perplexity": ("best_val_perplexity", "{:,.1f}"),
+    "trained parameters": ("trainable_parameters", "{:,}"),
+    "seconds, with validation": ("seconds", "{:,.0f}"),
+}
 
 
-class FinishedRun(NamedTuple):
-    """A run's directory, the name that tells it from the others, and its `run.json`."""
+class Entry(NamedTuple):
+    """A row of a comparison: a finished run, or a base, which has fewer numbers."""
 
-    directory: Path
     name: str
-    report: dict[str, Any]
+    method: str  # or "base"
+    numbers: dict[str, Any]  # by their names in run.json
 
 
-def compare(directories: Sequence[Path]) -> None:
-    """Print the table of finished runs and their bases, and draw it beside the first run.
+def compare(paths: Sequence[Path]) -> None:
+    """Print a table of finished runs and their bases, and draw it beside the first run.
 
+    Files among the paths are skipped: `runs/*` also names the pictures of earlier comparisons.
     Raises UserError for a directory without a finished run.
     """
-    directories = [d for d in directories if not is_our_file(d)] or directories
-    groups = comparable_groups(read_runs(directories))
+    directories = [path for path in paths if not path.is_file()] or paths
+    parent = os.path.commonpath([directory.resolve().parent for directory in directories])
+    groups: dict[str, list[Entry]] = {}
+    for directory in directories:
+        run = read_run(directory)
+        name = os.path.relpath(directory.resolve(), parent)
+        try:
+            entry = _run_entry(name, run, directory)
+            groups.setdefault(_measure(run), [_base_entry(run)]).append(entry)
+        except KeyError as error:
+            raise UserError(
+                f"{directory / RUN}: has no {error.args[0]}; train again with --overwrite"
+            ) from error
     if len(groups) > 1:
         print(
-            "note: these runs differ in base, book, split, block or label shift; losses compare "
-            "only within a base and the runs below it"
+            "note: the runs differ in base, quantisation, book, split, block size or label shift. "
+            "Compare losses only between a base and the runs below it"
         )
-    rows = []
-    for runs in groups:
-        rows.append(_base_cells(runs[0].report))
-        rows += [_run_cells(run) for run in runs]
-    print_table(COLUMNS, rows)
-    draw_comparison(groups, directories[0].resolve().parent / PICTURE)
+    entries = list(chain.from_iterable(groups.values()))
+    print_table(["", *COLUMNS], [_cells(entry) for entry in entries])
+    draw_comparison(entries, directories[0].resolve().parent / "compare.png")
 
 
-def is_our_file(path: Path) -> bool:
-    """Return whether a comparison or a sweep wrote this file, which `runs/*` also names."""
-    return path.name in (PICTURE, SWEEP_TABLE, SWEEP_PICTURE) and path.is_file()
+def _measure(run: Mapping[str, Any]) -> str:
+    """Return what runs with comparable losses have in common: the base and the scored tokens."""
+    names = ("quantise", "val_fraction", "block_size", "label_shift")
+    options = [run["options"].get(name) for name in names]
+    return str([run["base_sha256"], run["book_sha256"], options])
 
 
-def read_runs(directories: Sequence[Path]) -> list[FinishedRun]:
-    """Read finished runs; each is named after its directory, or its path if two are named alike."""
-    names = [os.path.basename(os.path.realpath(directory)) for directory in directories]
-    if len(set(names)) < len(names):  # as with a/lora and b/lora
-        names = [str(directory) for directory in directories]
-    return [
-        FinishedRun(directory, name, read_run(directory))
-        for directory, name in zip(directories, names, strict=True)
-    ]
+def _base_entry(run: Mapping[str, Any]) -> Entry:
+    """Return the entry of a run's base, which the run scored on its validation part."""
+    loss = run["base_val_loss"]
+    numbers = {
+        "trainable_parameters": 0,
+        "best_val_loss": loss,
+        "best_val_perplexity": perplexity(loss),
+    }
+    if run["best_val_loss"]:  # on the same text, bits per byte are proportional to the loss
+        bits_per_nat = run["best_val_bits_per_byte"] / run["best_val_loss"]
+        numbers["best_val_bits_per_byte"] = bits_per_nat * loss
+    name = f"base {run['base']}"
+    quantise = run["options"].get("quantise")
+    if quantise:
+        name += f" ({quantise})"
+    return Entry(name, "base", numbers)
 
 
-def comparable_groups(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
-    """Group the runs whose losses are comparable: of one base, measured on the same tokens."""
-    groups: dict[str, list[FinishedRun]] = {}
-    for run in runs:
-        options = run.report["options"]
-        measure = [
-            run.report["base_sha256"],
-            run.report["book_sha256"],
-            options.get("val_fraction"),
-            options.get("block_size"),
-            options.get("label_shift"),
-        ]
-        groups.setdefault(str(measure), []).append(run)
-    return list(groups.values())
-
-
-def _base_cells(report: dict[str, Any]) -> list[str]:
-    """Return the row of a run's base, whose loss is measured on the run's validation part."""
-    loss = report["base_val_loss"]
-    best = report["best_val_loss"]
-    bits = "-"
-    if best:  # on the same text, bits per byte are proportional to the loss
-        bits = f"{report['best_val_bits_per_byte'] * loss / best:.4f}"
-    scores = [f"{loss:.4f}", f"{perplexity(loss):.2f}", bits]
-    return [f"base {report['base']}", "-", "-", "-", "0", *scores, "-", "-", "-", "-"]
-
-
-def _run_cells(run: FinishedRun) -> list[str]:
-    """Return a run's row. Raises UserError if its weights are missing."""
-    report = run.report
-    options = report["options"]
-    weights = best_weights(run.directory, report["method"])
+def _run_entry(name: str, run: Mapping[str, Any], directory: Path) -> Entry:
+    method = run["method"]
+    weights = best_weights(directory, method)
     if not weights.is_file():
-        raise UserError(f"{weights}: is missing; the run is not whole")
-    return [
-        f"{report['method']} ({run.name})",
-        f"{options['batch_size']:,}",
-        f"{options['lr']:g}",
-        f"{report['steps']:,}",
-        f"{report['trainable_parameters']:,}",
-        f"{report['best_val_loss']:.4f}",
-        f"{perplexity(report['best_val_loss']):.2f}",
-        f"{report['best_val_bits_per_byte']:.4f}",
-        f"{report['seconds']:,.0f}",
-        f"{report['tokens_per_second']:,.0f}",
-        f"{report['peak_memory_mb']:,.0f}",
-        f"{weights.stat().st_size / 1e6:,.2f}",
-    ]
+        raise UserError(f"{weights}: is missing; the run is not complete")
+    numbers = {**run["options"], **run, "megabytes": weights.stat().st_size / 1e6}
+    return Entry(f"{method} ({name})", method, numbers)
 
 
-class Bar(NamedTuple):
-    """What the picture shows of a run or a base; a base has neither parameters nor seconds."""
-
-    label: str
-    colour: str
-    perplexity: float
-    parameters: float = math.nan
-    seconds: float = math.nan
+def _cells(entry: Entry) -> list[str]:
+    cells = [entry.name]
+    for name, form in COLUMNS.values():
+        known = name in entry.numbers
+        cells.append(form.format(entry.numbers[name]) if known else "-")
+    return cells
 
 
-def draw_comparison(groups: Sequence[Sequence[FinishedRun]], path: Path) -> None:
-    """Draw validation perplexity, each base before its runs, and parameters and time of each run.
-
-    The losses of a group's runs are comparable.
-    """
+def draw_comparison(entries: Sequence[Entry], path: Path) -> None:
+    """Draw each entry's perplexity, trained parameters and time as bars."""
     if not can_draw():
         return
-    bars = []
-    for runs in groups:
-        bars.append(_base_bar(runs[0].report))
-        bars += [_run_bar(run) for run in runs]
-
-    size = (PAGE_WIDTH, 1.2 + 0.5 * len(bars))
-    figure, (scores, sizes, times) = subplots(1, 3, figsize=size, sharey=True)
+    rows = range(len(entries))
+    figure, panels = subplots(1, 3, figsize=(PAGE_WIDTH, 1.2 + 0.5 * len(rows)), sharey=True)
     figure.suptitle("Finished runs and their bases: lower perplexity is better")
-    _draw_panel(scores, "perplexity", bars, [bar.perplexity for bar in bars], "{:.1f}")
-    _draw_panel(
-        sizes, "trained parameters (log)", bars, [float(bar.parameters) for bar in bars], "{:,.0f}"
-    )
-    _draw_panel(times, "seconds, with validation", bars, [bar.seconds for bar in bars], "{:,.0f}")
-    scores.set_yticks(range(len(bars)), [bar.label for bar in bars], parse_math=False)
-    scores.set_ylim(len(bars) - 0.5, -0.5)
-    most = max(run.report["trainable_parameters"] for runs in groups for run in runs)
-    sizes.set(xscale="log", xlim=(1, most**1.6))
-    for axes in (scores, sizes, times):  # the numbers stand at the bars
+    for axes, (title, (name, form)) in zip(panels, PANELS.items(), strict=True):
+        widths = [entry.numbers.get(name, math.nan) for entry in entries]
+        bars = axes.barh(rows, widths, 0.6, color=[METHODS[entry.method] for entry in entries])
+        axes.bar_label(bars, [form.format(width) for width in widths], padding=3)
+        axes.set_title(title)
+        axes.margins(x=0.45)  # room for the numbers
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
         draw_at(axes.xaxis, [])
-    save_figure(figure, path)
-    print(f"drawn in {path}")
+    labels = [textwrap.fill(entry.name, 24) for entry in entries]
+    panels[0].set_yticks(rows, labels, parse_math=False)
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    _save(figure, path)
 
 
-def _draw_panel(
-    axes: Any, title: str, bars: Sequence[Bar], widths: Sequence[float], form: str
-) -> None:
-    """Draw a bar a row, with its number at its end and the axis wide enough for both."""
-    colours = [bar.colour for bar in bars]
-    drawn = axes.barh(range(len(bars)), widths, 0.6, color=colours)
-    axes.bar_label(drawn, [form.format(width) for width in widths], padding=3)
-    axes.set_title(title)
-    axes.grid(visible=False)
-    axes.margins(x=0.45)
-    axes.spines["bottom"].set_visible(False)
+class Setting(NamedTuple):
+    """The options that the runs of a row share. Full fine-tuning has no rank."""
+
+    lr: float
+    r: int | None
 
 
-def _base_bar(report: dict[str, Any]) -> Bar:
-    label = _label("base", Path(report["base"]).name)
-    return Bar(label, BASE, perplexity(report["base_val_loss"]))
+def report_sweep(method: str, losses: Mapping[Setting, Sequence[float]], out: Path) -> None:
+    """Print each setting's mean loss over its runs, write the table, and draw the perplexities."""
+    scores = {}
+    rows = []
+    for setting, values in losses.items():
+        name = f"lr {setting.lr:g}"
+        if setting.r:
+            name += f", r {setting.r}"
+        scores[setting] = [perplexity(loss) for loss in values]
+        cells = _mean_and_range(values, digits=4) + _mean_and_range(scores[setting], digits=2)
+        rows.append([name, str(len(values)), *cells])
+    columns = (method, "runs", "val loss", "min .. max", "perplexity", "min .. max")
+    text = print_table(columns, rows)
+    with atomic_path(out / "sweep.md") as temporary:
+        temporary.write_text(text + "\n")
+    draw_sweep(method, scores, out / "sweep.png")
 
 
-def _run_bar(run: FinishedRun) -> Bar:
-    report = run.report
-    method = report["method"]
-    return Bar(
-        _label(method, run.name),
-        METHODS[method],
-        perplexity(report["best_val_loss"]),
-        report["trainable_parameters"],
-        report["seconds"],
+def _mean_and_range(values: Sequence[float], digits: int) -> list[str]:
+    least = f"{min(values):.{digits}f}"
+    most = f"{max(values):.{digits}f}"
+    return [f"{mean(values):.{digits}f}", f"{least} .. {most}"]
+
+
+def draw_sweep(method: str, scores: Mapping[Setting, Sequence[float]], path: Path) -> None:
+    """Draw perplexity against the learning rate: a line for each rank, and the range of seeds."""
+    if not can_draw():
+        return
+    figure, axes = subplots(figsize=(PAGE_WIDTH, 4.5))
+    ranks = list(dict.fromkeys(setting.r for setting in scores))
+    for rank, colour in zip(ranks, shades(METHODS[method], len(ranks)), strict=True):
+        line = sorted(setting for setting in scores if setting.r == rank)
+        lrs = [setting.lr for setting in line]
+        means = [mean(scores[setting]) for setting in line]
+        axes.plot(lrs, means, "o-", color=colour, label=f"r = {rank}" if rank else None)
+        lows = [min(scores[setting]) for setting in line]
+        highs = [max(scores[setting]) for setting in line]
+        axes.vlines(lrs, lows, highs, color=colour)
+    best = min(scores, key=lambda setting: mean(scores[setting]))
+    star = {"color": INK, "markersize": 18, "markerfacecolor": "none", "zorder": 9}
+    axes.plot(best.lr, mean(scores[best]), "*", label="best mean", **star)
+    axes.set(
+        xscale="log",
+        xlabel="peak learning rate",
+        ylabel="best validation perplexity",
+        title=f"{method}: mean over seeds, and range from the minimum to the maximum",
     )
+    lrs = sorted({setting.lr for setting in scores})
+    draw_at(axes.xaxis, lrs, [scientific(lr) for lr in lrs])
+    axes.legend()
+    _save(figure, path)
 
 
-def _label(kind: str, name: str) -> str:
-    """Return a bar's label, in short lines."""
-    lines = [kind]
-    for part in f"({name})".replace(",", ",\n").split("\n"):
-        lines += textwrap.wrap(part, 20)
-    return "\n".join(lines)
+def _save(figure: Any, path: Path) -> None:
+    if save_figure(figure, path) is not False:  # type: ignore[func-returns-value]
+        print(f"drawn in {path}")

@@ -19,29 +19,11 @@ from training.directory import METRICS, RUN
 from training.options import Options
 from training.scores import perplexity
 
-# What a comparison and a sweep read of `run.json`, and of the options in it.
-FIELDS = (
-    "method",
-    "base",
-    "base_sha256",
-    "book_sha256",
-    "options",
-    "steps",
-    "trainable_parameters",
-    "base_val_loss",
-    "best_val_loss",
-    "best_val_bits_per_byte",
-    "seconds",
-    "tokens_per_second",
-    "peak_memory_mb",
-)
-OPTIONS = ("batch_size", "lr")
-
 
 def count_parameters(model: nn.Module) -> dict[str, float]:
-    """Count the model's parameters as `run.json` names them; a tied weight counts once.
+    """Count the model's parameters by the names in `run.json`. A tied weight counts once.
 
-    A quantised weight counts as what it stands for.
+    A quantised weight counts as the weight that it replaces.
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + quantised_weights(model)
@@ -83,24 +65,11 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """Read a finished run's `run.json`.
-
-    Raises UserError if it is missing or no JSON object, or if another version wrote other fields.
-    """
+    """Read a finished run's `run.json`. Raises UserError if there is no such JSON object."""
     path = directory / RUN
     if os.path.exists(directory / METRICS) and not os.path.exists(path):
         raise UserError(f"{directory}: the run is not finished; --resume continues it")
-
-    run = read_json(path)
-    options = run.get("options", {})
-    missing = [name for name in FIELDS if name not in run]
-    missing += [name for name in OPTIONS if name not in options]
-    if missing:
-        raise UserError(
-            f"{path}: has no {missing[0]}, which this version of train.py writes at a run's end; "
-            "train again with --overwrite"
-        )
-    return run
+    return read_json(path)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -110,13 +79,13 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def best_weights(out: Path, method: str) -> Path:
-    """Return the file in which a run keeps the weights with the best validation loss."""
+    """Return the file of a run's weights with the best validation loss."""
     names = {"lora": ADAPTER_WEIGHTS, "full": MODEL_WEIGHTS}
     return out / names[method]
 
 
 def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> None:
-    """Draw `loss.png`: training loss, validation loss, and the base's as a line."""
+    """Draw `loss.png`: training loss, validation loss, and the base's validation loss."""
     if not can_draw():
         return
     lines = read_metrics(options.out)
@@ -130,7 +99,7 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     figure, axes = subplots(figsize=(PAGE_WIDTH, 4.2))
     axes.plot(steps, losses, color=colour, alpha=0.4, linewidth=1.2, label="training")
     axes.plot(val_steps, val_losses, color=colour, marker="o", label="validation")
-    axes.axhline(base_val_loss, color=BASE, linestyle="--", label="the base, validation")
+    axes.axhline(base_val_loss, color=BASE, linestyle="--", label="base, validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{options.method}: loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

@@ -12,18 +12,24 @@ import train
 from adapters.choices import read_tasks, score_choices, summary
 from common.device import Device
 from common.errors import RunError
+from data.choices import Question
 from data.instructions import read_examples
 from storage.weights import load_gpt2
 from tests import runs
 from tests.helpers import TINY, refusal, small_tokenizer
 from tests.runs import one_line, run, stock_model
 
+CPU = Device.pick("cpu", "fp32")
 TOKENIZER = small_tokenizer(TINY["vocab_size"])
 QUESTIONS = [
     ("Who winds it?", ("Orla", "Jory and the goat", "…"), 1),
     (" Who\nasks? ", (" Orla ", "Orla Venn"), 1),
     ("", ("x", "y", "z", "zz"), 3),
-    ("A question longer than the block of forty tokens, which loses its beginning?", ("a", "b"), 0),
+    (
+        "A question longer than the block of forty tokens, which loses its beginning?",
+        ("a", "bcd"),
+        0,
+    ),
 ]
 
 
@@ -51,23 +57,31 @@ def plain_score(model, prompt: str, choice: str, dropped: int) -> float:
     return sum(logits[i - 1, ids[i]].item() for i in range(len(ids) - len(answer), len(ids)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_scores_are_those_of_a_plain_transformers_loop(base, file, batch_size):
+def test_scores_are_those_of_a_plain_transformers_loop(base, file, tmp_path):
     block = 40
+    model = load_gpt2(base)
+    theirs = stock_model(base)
+    right_by_sum = []
+    right_by_mean = []
     tasks = read_tasks(file, TOKENIZER, block)
-    found = score_choices(load_gpt2(base), tasks, Device.pick("cpu", "fp32"), batch_size)
-    model = stock_model(base)
-    for (prompt, choices, answer), scored in zip(QUESTIONS, found, strict=True):
+    for (prompt, choices, answer), task in zip(QUESTIONS, tasks, strict=True):
         texts = [f"User: {prompt.strip()}\nAssistant: {choice.strip()}" for choice in choices]
         longest = max(len(TOKENIZER.encode(text)) for text in texts)
         dropped = max(0, longest - block)
-        wanted = [plain_score(model, prompt, choice, dropped) for choice in choices]
-        assert scored.log_probabilities.tolist() == pytest.approx(wanted, abs=1e-5)
-        counts = [len(TOKENIZER.encode(f" {choice.strip()}")) + 1 for choice in choices]
-        assert scored.tokens.tolist() == counts and scored.question.answer == answer
-        means = [total / count for total, count in zip(wanted, counts, strict=True)]
-        assert scored.chosen() == wanted.index(max(wanted))
-        assert scored.chosen(mean=True) == means.index(max(means))
+        wanted = [plain_score(theirs, prompt, choice, dropped) for choice in choices]
+        lengths = [len(TOKENIZER.encode(f" {choice.strip()}")) + 1 for choice in choices]
+        sums, counts = score_choices(model, task, CPU)
+        assert sums.tolist() == pytest.approx(wanted, abs=1e-5) and counts.tolist() == lengths
+        means = [total / length for total, length in zip(wanted, lengths, strict=True)]
+        right_by_sum.append(wanted.index(max(wanted)) == answer)
+        right_by_mean.append(means.index(max(means)) == answer)
+
+    found, _ = runs.scores(
+        tmp_path / "scores.json", "--base", base, "--choices", file, "--block-size", block
+    )
+    assert found["accuracy_sum"] == sum(right_by_sum) / len(QUESTIONS)
+    assert found["accuracy_mean"] == sum(right_by_mean) / len(QUESTIONS)
+    assert right_by_sum != right_by_mean
 
 
 def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
@@ -78,10 +92,11 @@ def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
     for row, other in zip(rows, read_examples(same, TOKENIZER, 200), strict=True):
         assert row.tolist() == other.tolist()
 
-    found = score_choices(
-        load_gpt2(base), read_tasks(file, TOKENIZER, 64), Device.pick("cpu", "fp32")
-    )
-    right = sum(one.log_probabilities[one.question.answer].item() for one in found)
+    model = load_gpt2(base)
+    right = 0.0
+    for task in read_tasks(file, TOKENIZER, 64):
+        sums, _ = score_choices(model, task, CPU)
+        right += sums[task.question.answer].item()
     argv = ("--base", base, "--data", file, "--block-size", 64)
     scores, _ = runs.scores(tmp_path / "scores.json", *argv)
     assert scores["loss"] * scores["tokens"] == pytest.approx(-right, rel=1e-5)
@@ -112,16 +127,22 @@ def test_training_on_questions_teaches_the_answers(base, tmp_path):
 def test_a_score_that_is_not_a_number_is_an_error(base, file):
     broken = load_gpt2(base)
     broken.ln_f.bias.data[0] = math.nan
+    [task, *_] = read_tasks(file, TOKENIZER, 64)
     with pytest.raises(RunError, match="log-probability is not finite"):
-        score_choices(broken, read_tasks(file, TOKENIZER, 64), Device.pick("cpu", "fp32"))
+        score_choices(broken, task, CPU)
 
 
-def test_a_table_needs_the_same_choices_in_all_questions(base, file):
-    tasks = read_tasks(file, TOKENIZER, 64)
-    report = summary(score_choices(load_gpt2(base), tasks, Device.pick("cpu", "fp32")))
-    assert "confusion" not in report
-    assert report["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
-    assert report["majority"] == 0.5  # two of the four answers are the second choice
+def test_a_summary_has_a_table_if_all_questions_have_the_same_choices(file):
+    questions = [task.question for task in read_tasks(file, TOKENIZER, 64)]
+    assert summary(questions, by_sum=[1, 0, 3, 0], by_mean=[0, 0, 3, 1]) == {
+        "questions": 4,
+        "accuracy_sum": 0.75,
+        "accuracy_mean": 0.25,
+        "chance": pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4),
+        "majority": 0.5,
+    }
+    same = [Question("Who?", ("Orla", "Jory"), answer) for answer in (0, 0, 1)]
+    assert summary(same, by_sum=[1, 0, 1], by_mean=[0, 0, 0])["confusion"] == [[1, 1], [0, 1]]
 
 
 BAD = [

@@ -10,10 +10,10 @@ import pytest
 import evaluate
 from tests.helpers import drawing, tiny_gpt2_directory
 from tests.legible import only_legible_pictures
-from tests.runs import BLOCK, WEIGHTS, Run, one_line, run, scores, stdout_of, story, table, trained
+from tests.runs import BLOCK, WEIGHTS, one_line, run, scores, stdout_of, story, table, trained
 from training.options import BOOK
 
-NOTE = "losses compare only within a base"
+NOTE = "Compare losses only between a base and the runs below it"
 
 
 def score(book, tmp_path, *options: object) -> dict:
@@ -120,14 +120,24 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
 
 @drawing()
 def test_long_names_can_be_read(runs, tmp_path):
-    for name in ("lora-r8-all-layers-1e-3", "lora-r32,all-layers,1e-3", "full-2e-4"):
+    for name in ("lora-r8-all-layers-1e-3", "lr=0.0003,r=16,seed=1", "full-2e-4"):
         shutil.copytree(runs["lora"].out, tmp_path / name)
     with only_legible_pictures() as pictures:
         compare(*sorted(tmp_path.iterdir()))
     [figure] = pictures
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert len(labels) == 4
-    assert labels[1] == "lora\n(full-2e-4)"
+    assert labels[1:] == [
+        "lora (full-2e-4)",
+        "lora (lora-r8-all-\nlayers-1e-3)",
+        "lora\n(lr=0.0003,r=16,seed=1)",
+    ]
+
+
+@drawing()
+def test_a_picture_that_cannot_be_saved_is_not_reported_as_drawn(runs, monkeypatch):
+    monkeypatch.setattr("training.compare.save_figure", lambda figure, path: False)
+    _, printed = compare(runs["lora"].out)
+    assert "drawn" not in printed
 
 
 def first_cells(*directories: object) -> list[str]:
@@ -136,13 +146,30 @@ def first_cells(*directories: object) -> list[str]:
     return [row[0] for row in rows]
 
 
-def test_runs_are_named_after_their_directories_or_their_paths(runs, tmp_path, monkeypatch):
+def test_a_run_is_named_after_its_directory(runs, tmp_path, monkeypatch):
     one = shutil.copytree(runs["lora"].out, tmp_path / "one")
+    two = shutil.copytree(one, tmp_path / "two")
     other = shutil.copytree(one, tmp_path / "other" / "one")
-    assert first_cells(one, runs["full"].out)[1:] == ["lora (one)", "full (full)"]
-    assert first_cells(one, other)[1:] == [f"lora ({one})", f"lora ({other})"]
+    assert first_cells(one, two)[1:] == ["lora (one)", "lora (two)"]
+    assert first_cells(one, other)[1:] == ["lora (one)", "lora (other/one)"]
     monkeypatch.chdir(one)
     assert first_cells(".")[1:] == ["lora (one)"]
+
+
+def test_runs_on_a_quantised_base_have_a_row_for_that_base(runs, base, book, tmp_path):
+    quantised = ("--quantise", "nf4")
+    of_nf4 = trained("lora", base, book, tmp_path / "nf4", *quantised, "--max-steps", 1)
+    plain = score(book, tmp_path, "--base", base)
+    nf4 = score(book, tmp_path, "--base", base, *quantised)
+    expected = {
+        f"base ./{base.name}": f"{plain['loss']:.4f}",
+        f"base ./{base.name} (nf4)": f"{nf4['loss']:.4f}",
+    }
+    assert plain["loss"] != nf4["loss"]
+    for directories in ((runs["lora"].out, of_nf4.out), (of_nf4.out, runs["lora"].out)):
+        (_, _, *rows), printed = compare(*directories)
+        assert {row[0]: row[5] for row in rows[::2]} == expected
+        assert NOTE in printed
 
 
 def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_path, monkeypatch):
@@ -177,68 +204,37 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     assert rows[0] != rows[2] and NOTE in printed
 
 
-def test_what_a_sweep_and_a_comparison_write_is_no_run_among_others(runs, tmp_path):
+def test_files_among_the_runs_are_skipped(runs, tmp_path):
     one = shutil.copytree(runs["lora"].out, tmp_path / "one")
     expected, _ = compare(one)
-    for name in ("sweep.md", "sweep.png", "compare.png"):
-        (tmp_path / name).touch()
+    (tmp_path / "sweep.md").touch()
     found, _ = compare(*sorted(tmp_path.iterdir()))  # as sweep/*
     assert found == expected
 
-    def refusal_of(*paths) -> str:
-        return one_line(run(evaluate.main, "--compare", *paths), 2)
 
-    alone = tmp_path / "sweep.md"
-    assert f"error: {alone}/run.json: cannot be read" in refusal_of(alone)
-    for wrong in (tmp_path / "other.md", tmp_path / "gone" / "sweep.md"):
-        assert f"error: {wrong}/run.json: cannot be read" in refusal_of(one, wrong)
+def test_a_report_that_is_missing_unfinished_or_damaged_is_refused(runs, tmp_path):
+    run_directory = shutil.copytree(runs["lora"].out, tmp_path / "run")
+    path = run_directory / "run.json"
+    whole = path.read_text()
 
-
-def changed(run: Run, tmp_path, **fields: object):
-    """Return a copy of the run, with these fields changed in its `run.json`."""
-    copy = shutil.copytree(run.out, tmp_path / "run")
-    (copy / "run.json").write_text(json.dumps(run.report | fields))
-    return copy
-
-
-def test_a_report_that_is_missing_unfinished_damaged_or_of_another_version_is_refused(
-    runs, tmp_path
-):
-    def refusal_of(directory) -> str:
-        ending = run(evaluate.main, "--compare", directory)
+    def refusal() -> str:
+        ending = run(evaluate.main, "--compare", run_directory)
         assert ending.stdout == ""
         return one_line(ending, 2)
 
-    path = tmp_path / "run.json"
-    assert f"error: {path}: cannot be read" in refusal_of(tmp_path)
-    whole = json.dumps(runs["lora"].report)
     path.write_text(whole[:-9])
-    assert f"error: {path}: not valid JSON" in refusal_of(tmp_path)
-    for field in ("steps", "batch_size"):
-        path.write_text(whole.replace(f'"{field}"', '"renamed"'))
-        assert refusal_of(tmp_path) == (
-            f"error: {path}: has no {field}, which this version of train.py writes at a run's "
-            "end; train again with --overwrite"
-        )
-    path.rename(tmp_path / "metrics.jsonl")
-    line = refusal_of(tmp_path)
-    assert line == f"error: {tmp_path}: the run is not finished; --resume continues it"
+    assert f"error: {path}: not valid JSON" in refusal()
+    path.write_text(whole.replace('"best_val_loss"', '"renamed"'))
+    assert refusal() == f"error: {path}: has no best_val_loss; train again with --overwrite"
+    path.unlink()
+    assert refusal() == f"error: {run_directory}: the run is not finished; --resume continues it"
+    (run_directory / "metrics.jsonl").unlink()
+    assert f"error: {path}: cannot be read" in refusal()
 
 
-def test_a_run_whose_weights_are_gone_is_named(runs, tmp_path):
-    copy = shutil.copytree(runs["lora"].out, tmp_path / "run")
-    weights = copy / WEIGHTS["lora"]
-    weights.unlink()
-    line = one_line(run(evaluate.main, "--compare", copy), 2)
-    assert line == f"error: {weights}: is missing; the run is not whole"
-
-
-def test_a_run_that_diverged_and_one_that_knows_all_are_shown(runs, tmp_path):
-    """One perplexity is above 1e15, and finite; the other loss is 0."""
-    far = changed(runs["lora"], tmp_path / "far", best_val_loss=40.0)
-    rows, _ = compare(far)
-    assert "40.0000" in rows[-1]
-
-    known = changed(runs["lora"], tmp_path / "known", best_val_loss=0.0, best_val_bits_per_byte=0.0)
+def test_a_loss_of_zero_has_no_bits_per_byte_of_the_base(runs, tmp_path):
+    known = shutil.copytree(runs["lora"].out, tmp_path / "run")
+    report = runs["lora"].report | {"best_val_loss": 0.0, "best_val_bits_per_byte": 0.0}
+    (known / "run.json").write_text(json.dumps(report))
     (*_, base, best), _ = compare(known)
-    assert base[7] == "-" and best[5:8] == ["0.0000", "1.00", "0.0000"]
+    assert base[7] == "-" and best[7] == "0.0000"

@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import parity_report, speed_report
 from common.figures import BASE, FULL, LORA, PAGE_WIDTH, RANDOM, scientific, shades, subplots
+from tests.helpers import drawing
 from tests.legible import faults, only_legible_pictures
-from training import sweep
+from training.compare import Setting, draw_sweep
 from training.options import ROOT
 
 # What is left of linear red, green and blue for the three kinds of colour-blindness
@@ -65,10 +66,11 @@ def test_numbers_of_all_sizes_are_written_alike(number, text):
     assert scientific(number) == text
 
 
+@drawing()
 def test_pictures_of_commands_can_be_read(tmp_path):
     """Those of a sweep, of both sorts of benchmark, and of the parity report."""
     rates = (1e-4, 3e-4, 1e-3, 3e-3)
-    swept = {sweep.Setting(lr, r): [40 + r + 1e3 * lr, 41.0] for lr in rates for r in (4, 8, 16)}
+    swept = {Setting(lr, r): [40 + r + 1e3 * lr, 41.0] for lr in rates for r in (4, 8, 16)}
     spread = {"median": 1.5, "min": 1.25, "max": 2.0}
     machine = {"base": "mini", "machine": "2-core x86-64 CPU", "date": "2026-11-28", "rounds": 3}
     along = [
@@ -85,7 +87,7 @@ def test_pictures_of_commands_can_be_read(tmp_path):
     report.curves |= curves
 
     with only_legible_pictures() as pictures:
-        sweep.draw("lora", swept, tmp_path / "sweep.png")
+        draw_sweep("lora", swept, tmp_path / "sweep.png")
         summary = {"contenders": dict(enumerate(along)), "ratios": []}
         speed_report.draw(machine | {"summary": summary}, tmp_path / "axes.png")
         summary = {"contenders": {"here": {"axis": ""}}, "ratios": [ratio, ratio]}

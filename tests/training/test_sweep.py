@@ -8,6 +8,7 @@ import pytest
 
 import train
 from common.signals import HANDLED
+from tests.helpers import drawing
 from tests.runs import arguments, contents, die, run, run_acting, table, trained
 from training import sweep
 
@@ -30,6 +31,7 @@ def children(monkeypatch) -> list:
     return endings
 
 
+@drawing()
 def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, children):
     out = tmp_path / "sweep"
     options = (*SHORT, "--lr", 0.01, "--r", 2)
@@ -89,16 +91,19 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
 
 @pytest.mark.parametrize("number", HANDLED)
 def test_a_signal_ends_the_sweep_even_if_the_run_was_done(number, tmp_path, monkeypatch):
-    before = signal.getsignal(number)
     child = mock.Mock()
     child.wait.side_effect = lambda: signal.raise_signal(number) or 0
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
-    assert sweep.train([], tmp_path) == 128 + number
-    passed_on = (
-        [mock.call(number)] if number != signal.SIGINT else []
-    )  # a terminal sends it to both
+    before = {handled: signal.getsignal(handled) for handled in HANDLED}
+    try:
+        assert sweep.train([], tmp_path) == 128 + number
+    finally:
+        for handled, handler in before.items():
+            signal.signal(handled, handler)
+    passed_on = [mock.call(number)]
+    if number == signal.SIGINT:  # a terminal sends it to both
+        passed_on = []
     assert child.send_signal.mock_calls == passed_on
-    assert signal.getsignal(number) is before
 
 
 def test_the_command_runs_train_py(base, book, tmp_path):
