@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import run_command
 from data.windows import Batch
-from evaluate import evaluate
+from evaluate import Scores, evaluate
 from lora.inject import adapter_disabled
 from lora.variants.plus import parameter_groups
 from model.gpt2 import GPT2
@@ -21,7 +21,6 @@ from training.model import add_adapter, load_base
 from training.optimizer import AdamW
 from training.options import parse_options
 from training.run import Run, open_run
-from training.scores import Scores
 from training.variants import start_variant
 
 Backward = Callable[[Tensor, Tensor, int], Tensor]

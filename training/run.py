@@ -1,4 +1,4 @@
-"""Run the training loop safely: device, ranks, the lock on `--out`, checkpoints, signals, logs.
+"""Run the training loop safely: device, ranks, the lock on `--out`, signals, logs, the best model.
 
 `train.py` has the mathematics. It gives `begin` the objects that a checkpoint must contain.
 """
@@ -26,7 +26,6 @@ from lora.variants.lora_ga import GradientStart
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
 from storage.hub import find_base
-from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
 from training.data import Data
 from training.directory import RUN, RunDirectory, refuse_inputs_as_output, refuse_used_directory
 from training.identity import RunIdentity, refuse_another, run_identity
@@ -43,6 +42,7 @@ from training.report import (
     read_run,
     write_report,
 )
+from training.resume import Saver
 from training.scores import Scores
 
 # Save at an epoch's end if the last checkpoint is this old: on a GPU, saving can take longer than
@@ -68,9 +68,9 @@ def open_run(options: Options) -> Iterator["Run"]:
             yield run
         except Exception as error:
             failure = describe_failure(error)
-            if failure is None or not run.has_begun:
+            if failure is None or run.saver is None:
                 raise
-            raise RunError(f"{failure}; {run.last_save()}") from error
+            raise RunError(f"{failure}; {run.saver.describe()}") from error
         finally:
             if run.directory:
                 run.directory.close()
@@ -96,17 +96,10 @@ class Run:
 
         self.directory: RunDirectory | None = None  # rank 0's, while it has the lock
         self.finished = False  # before it began: --resume has nothing to do
-        self.has_begun = False
-        self.stateful: dict[str, Any] = {}
+        self.saver: Saver | None = None  # once the run has begun
         self.line: dict[str, Any] = {}  # of metrics.jsonl, if this step writes one
         self.stop_signal: int | None = None
-        self.saved_step: int | None = None
-        self.saved_at = 0.0
         self.stepped_at = 0.0
-        # Of the whole run, including the time before a resume:
-        self.seconds = 0.0
-        self.peak_memory_mb = 0.0
-        self.started_at = 0.0
 
     # Before the first step
 
@@ -189,27 +182,32 @@ class Run:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # torch allows no dot in these names
         named = {name.replace(".", "/"): parameter for name, parameter in trained.items()}
-        self.stateful = {
+        stateful |= {
             "parameters": nn.ParameterDict(named),
             "progress": self.progress,
             "meter": self.meter,
             "start": GradientStart(model),
-            **stateful,
         }
-        out = self.options.out
+        options = self.options
         if not self.ranks.is_main:
-            torch.manual_seed(self.options.seed + self.ranks.rank)  # other dropout masks
-        if self.ranks.from_main(self.options.resume and has_checkpoint(out)):
-            state = read_checkpoint(out) if self.ranks.is_main else {}
-            self._restore(self.ranks.from_main(state))
-        else:
-            if self.options.resume:
-                print(f"{out}: the run has no checkpoint yet; starting from the beginning")
-            if self.directory:
-                self.directory.clear()
+            torch.manual_seed(options.seed + self.ranks.rank)  # other dropout masks
+        saver = Saver(options.out, self.directory, self.identity, self.ranks, self.device, stateful)
+        if options.resume and saver.can_resume():
+            saver.restore()
+            self._check_best_model()
+            print(f"resuming after step {self.step} of {self.total_steps}")
+        elif self.directory:
+            if options.resume:
+                print(f"{options.out}: the run has no checkpoint yet; starting from the beginning")
+            self.directory.clear()
+        self.saver = saver
         self.stepped_at = time.perf_counter()
-        self.started_at = self.stepped_at - self.seconds
-        self.has_begun = True
+
+    def _check_best_model(self) -> None:
+        """Raise UserError if the best model, which no checkpoint contains, is missing."""
+        best = best_weights(self.options.out, self.options.method)
+        if self.directory and math.isfinite(self.progress.best_val_loss) and not best.exists():
+            raise UserError(f"--resume: {best} is missing; start again with --overwrite")
 
     def keep_base(self, model: GPT2, scores: Scores) -> None:
         """Print and keep the base's scores on the validation part."""
@@ -236,7 +234,6 @@ class Run:
         """
         on_signals(self._on_signal)
         self._leave_out()  # validation before the first step
-        self.saved_at = time.perf_counter()
         hidden = None if self.directory else True  # None hides the bar if stderr is no terminal
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hidden)
         with bar:
@@ -324,6 +321,7 @@ class Run:
         """Write `run.json`, whose presence means that the run is complete. Draw `loss.png`."""
         if not self.directory:
             return
+        assert self.saver
         self.directory.check()
         device = self.device.name
         if self.ranks.world_size > 1:
@@ -334,13 +332,7 @@ class Run:
             "torch": str(torch.__version__),
         }
         counts = count_parameters(model) | self.progress.report() | self.meter.report()
-        write_report(self.options, asdict(self.identity) | counts | self._cost() | machine)
-
-    def _cost(self) -> dict[str, float]:
-        """Update and return time and peak memory, including those before a resume."""
-        self.seconds = time.perf_counter() - self.started_at
-        self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
-        return {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+        write_report(self.options, asdict(self.identity) | counts | self.saver.cost() | machine)
 
     # Signals and checkpoints
 
@@ -363,94 +355,27 @@ class Run:
 
         The signal is read once: one that comes later finds the next step.
         """
+        assert self.saver
         due, number = self.ranks.max_over_ranks(self._is_due(), self.stop_signal or 0)
         if due or number:
-            self._save()
+            self.saver.save(self.step)
         if number:
             self._stop(number)
+
+    def _is_due(self) -> bool:
+        assert self.saver
+        age = self.saver.age()
+        if self.step == self.total_steps or (self.epoch_ends() and age >= YOUNG_SECONDS):
+            return True
+        return self.options.checkpoint_every.is_due(self.step, age)
 
     def _stop(self, number: int) -> None:
         """End the process as the signal asks. All is saved."""
         on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
         if self.directory:
             print(
-                f"stopped after step {self.saved_step}; the same command with --resume continues",
+                f"stopped after step {self.step}; the same command with --resume continues",
                 file=sys.stderr,
             )
         self.ranks.barrier()  # torchrun ends the others as soon as one has ended
         sys.exit(128 + number)
-
-    def _is_due(self) -> bool:
-        age = time.perf_counter() - self.saved_at
-        if self.step == self.total_steps or (self.epoch_ends() and age >= YOUNG_SECONDS):
-            return True
-        return self.options.checkpoint_every.is_due(self.step, age)
-
-    def last_save(self) -> str:
-        if self.saved_step is None:
-            return "there is no checkpoint yet"
-        return f"the last checkpoint is from step {self.saved_step}"
-
-    def _save(self) -> None:
-        generator_state = bytes(self.device.rng.get_rng_state().tolist()).hex()
-        state = {
-            "run": asdict(self.identity),
-            "machine": self._machine(),
-            "cost": self._cost(),
-            "random": self.ranks.gather(generator_state),
-        }
-        for name, stateful in self.stateful.items():
-            state[name] = stateful.state_dict()
-        if self.directory:
-            state["metrics_bytes"] = self.directory.sync()
-            write_checkpoint(self.options.out, state)
-        self.saved_step = self.step
-        self.saved_at = time.perf_counter()
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Restore what `_save` saved. Raises UserError if the checkpoint is another run's."""
-        try:
-            refuse_another(self.options.out / CHECKPOINT, state["run"], self.identity)
-            for name, stateful in self.stateful.items():
-                stateful.load_state_dict(state[name])
-            self.seconds = state["cost"]["seconds"]
-            self.peak_memory_mb = state["cost"]["peak_memory_mb"]
-            metrics_bytes = state["metrics_bytes"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            if describe_failure(error):  # out of memory
-                raise
-            raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
-        self._restore_random(state["machine"], state["random"])
-        self.saved_step = self.step
-        print(f"resuming after step {self.saved_step} of {self.total_steps}")
-        if self.directory:
-            best = best_weights(self.options.out, self.options.method)
-            if math.isfinite(self.progress.best_val_loss) and not best.exists():
-                raise UserError(f"--resume: {best} is missing; start again with --overwrite")
-            self.directory.cut(metrics_bytes)
-
-    def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
-        """Restore this rank's random generator, unless the number of ranks or the device differs.
-        Warn of a difference that may change the last bits of the result.
-        """
-        now = self._machine()
-        for name, value in now.items():
-            if self.directory and then[name] != value:
-                print(
-                    f"warning: the run began with {name} {then[name]} and resumes with {value}: "
-                    "its last bits may differ from an uninterrupted run's",
-                    file=sys.stderr,
-                )
-        if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
-            mine = bytes.fromhex(states[self.ranks.rank])
-            self.device.rng.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
-
-    def _machine(self) -> dict[str, Any]:
-        """Return what may change the last bits of a result."""
-        return {
-            "torch": str(torch.__version__),
-            "threads": torch.get_num_threads(),
-            "ranks": self.ranks.world_size,
-            "device": self.device.torch_device.type,
-            "gpu": self.device.name,
-        }

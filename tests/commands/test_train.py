@@ -17,7 +17,7 @@ from storage.weights import load_config
 from tests import runs
 from tests.helpers import TINY
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
-from training import meter
+from training import meter, resume
 from training import run as training_run
 from training.options import BOOK, parse_options
 
@@ -235,11 +235,10 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
 
         return slow
 
-    for module in (meter, training_run):
+    for module in (meter, resume, training_run):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(train, "validate", slowly(train.validate))
-    save = training_run.write_checkpoint
-    monkeypatch.setattr(training_run, "write_checkpoint", slowly(save))
+    monkeypatch.setattr(resume, "write_checkpoint", slowly(resume.write_checkpoint))
     options = split("--max-steps 4 --batch-size 2 --eval-every 2 --checkpoint-every 1")
     run = trained("lora", base, book, tmp_path / "run", *options)
     assert clock.later == 700

@@ -115,7 +115,7 @@ def test_compile_is_refused_on_a_cpu_before_anything_is_written(base, book, tmp_
     ],
 )
 def test_out_of_memory_while_the_model_is_moved_is_one_line(error, base, monkeypatch):
-    monkeypatch.setattr(Device, "place", mock.Mock(side_effect=error))
+    monkeypatch.setattr(Device, "prepare", mock.Mock(side_effect=error))
     ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
     assert one_line(ending).startswith("error: out of memory; try a smaller --batch")
 

@@ -41,10 +41,20 @@ def test_a_signal_during_any_commands_writing_leaves_no_file(tmp_path, number):
 
 
 def test_a_command_under_nohup_outlives_its_terminal(tmp_path):
-    code = "from common import signals\nsignals.install_exit_handlers()\n" + WRITING
-    command = ["nohup", sys.executable, "-c", code, tmp_path, str(int(signal.SIGHUP))]
+    command = ["nohup", sys.executable, "-c", WRITING, tmp_path, str(int(signal.SIGHUP))]
     subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_import_neither_opens_closed_streams_nor_handles_signals(tmp_path):
+    code = """if True:
+        import signal, sys
+        before = signal.getsignal(signal.SIGTERM)
+        import adapters.load, common.errors
+        unchanged = sys.stdout is None and signal.getsignal(signal.SIGTERM) is before
+        sys.exit(0 if unchanged else 3)"""
+    command = f'exec "{sys.executable}" -c "$CODE" >&-'
+    subprocess.run(["sh", "-c", command], cwd=ROOT, env={**os.environ, "CODE": code}, check=True)
 
 
 def test_a_run_whose_terminal_is_closed_saves(base, book, tmp_path):
@@ -75,7 +85,7 @@ def test_a_run_whose_terminal_is_closed_saves(base, book, tmp_path):
 
 
 def test_a_second_hangup_as_a_shell_sends_it_changes_nothing(base, book, tmp_path, monkeypatch):
-    def twice(trainer):
+    def twice(moment):
         signal.raise_signal(signal.SIGHUP)
         signal.raise_signal(signal.SIGHUP)
 

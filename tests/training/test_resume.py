@@ -15,7 +15,7 @@ from tests.fault.runs import differences, result
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import WEIGHTS, arguments, contents, finished, refused, run, run_acting, trained
 from train import main
-from training import meter
+from training import meter, resume
 from training import run as training_run
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
@@ -125,7 +125,7 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
         ("3", 0, [None, None, None, 3, 3, 3, 6]),
         ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
         ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
-        ("10m", 1, [None, None, None, None, None, None, 6]),  # the first ends too soon to save
+        ("10m", 2, [None, None, None, None, None, None, 6]),  # the first ends too soon to save
     ],
 )
 def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
@@ -134,7 +134,8 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
     """The clock goes forward by `seconds` in each step."""
     seen = []
     clock = runs.Clock()
-    monkeypatch.setattr(training_run, "time", clock)
+    for module in (meter, resume, training_run):
+        monkeypatch.setattr(module, "time", clock)
 
     def look(moment):
         assert moment.run.steps_per_epoch == 3
@@ -225,7 +226,7 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
     base, book, tmp_path, monkeypatch, peaks
 ):
     clock = runs.Clock()
-    for module in (meter, training_run):
+    for module in (meter, resume, training_run):
         monkeypatch.setattr(module, "time", clock)
     argv = arguments("lora", base, book, tmp_path, "--max-steps", 4, "--log-every", 4)
     monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[0])

@@ -8,6 +8,7 @@ from signal import SIGINT, SIGTERM, raise_signal
 import pytest
 
 import train
+import training.resume
 import training.run
 from tests.fault.runs import Process
 from tests.fault.signals import AT_ONCE, NOTICE
@@ -45,10 +46,11 @@ def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd, s
 
 
 @pytest.mark.parametrize(
-    "module, where, step", [(train, "evaluate", 4), (training.run, "write_checkpoint", 7)]
+    "module, where, step, before",
+    [(train, "evaluate", 4, 3), (training.resume, "write_checkpoint", 7, 6)],
 )
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
-    base, book, tmp_path, monkeypatch, module, where, step
+    base, book, tmp_path, monkeypatch, module, where, step, before
 ):
     """The run is saved once, though SIGTERM comes twice, as from `timeout` through `make`."""
     real = getattr(module, where)
@@ -68,7 +70,7 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     assert read_checkpoint(tmp_path)["progress"]["step"] == step
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
     (tmp_path / CHECKPOINT).unlink()
-    assert read_checkpoint(tmp_path)["progress"]["step"] == 3
+    assert read_checkpoint(tmp_path)["progress"]["step"] == before
 
 
 def test_a_signal_while_a_step_ends_is_left_to_the_next_step(base, book, tmp_path, monkeypatch):

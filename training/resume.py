@@ -1,0 +1,125 @@
+"""Save checkpoints of a run, and resume it to the byte."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.device import Device
+from common.errors import UserError, describe_failure
+from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
+from training.directory import RunDirectory
+from training.identity import RunIdentity, refuse_another
+from training.ranks import Ranks
+
+
+class Saver:
+    """Save and restore a run: objects with `state_dict()` and `load_state_dict()`, PyTorch's
+    `Stateful` protocol, the random generators of all ranks, time and peak memory.
+
+    `directory` is None in all ranks but rank 0, which reads and writes the files.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        directory: RunDirectory | None,
+        identity: RunIdentity,
+        ranks: Ranks,
+        device: Device,
+        stateful: Mapping[str, Any],
+    ):
+        self.out = out
+        self.directory = directory
+        self.identity = identity
+        self.ranks = ranks
+        self.device = device
+        self.stateful = stateful
+        self.step: int | None = None  # of the last checkpoint
+        self.began_at = time.perf_counter()
+        self.saved_at = self.began_at
+        self.peak_memory_mb = 0.0
+
+    def can_resume(self) -> bool:
+        """Return, in every rank, whether there is a checkpoint."""
+        return self.ranks.from_main(self.directory is not None and has_checkpoint(self.out))
+
+    def age(self) -> float:
+        """Return the seconds since the last checkpoint, or since the run began."""
+        return time.perf_counter() - self.saved_at
+
+    def describe(self) -> str:
+        if self.step is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is from step {self.step}"
+
+    def cost(self) -> dict[str, float]:
+        """Return the run's time and peak memory so far, including those before a resume."""
+        self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
+        seconds = time.perf_counter() - self.began_at
+        return {"seconds": seconds, "peak_memory_mb": self.peak_memory_mb}
+
+    def save(self, step: int) -> None:
+        generator_state = bytes(self.device.rng.get_rng_state().tolist()).hex()
+        state: dict[str, Any] = {
+            "run": asdict(self.identity),
+            "machine": self._machine(),
+            "cost": self.cost(),
+            "random": self.ranks.gather(generator_state),
+        }
+        for name, stateful in self.stateful.items():
+            state[name] = stateful.state_dict()
+        if self.directory:
+            state["metrics_bytes"] = self.directory.sync()
+            write_checkpoint(self.out, state)
+        self.step = step
+        self.saved_at = time.perf_counter()
+
+    def restore(self) -> None:
+        """Restore the last checkpoint. Raises UserError if it is another run's."""
+        state = self.ranks.from_main(read_checkpoint(self.out) if self.directory else {})
+        try:
+            refuse_another(self.out / CHECKPOINT, state["run"], self.identity)
+            for name, stateful in self.stateful.items():
+                stateful.load_state_dict(state[name])
+            self.began_at -= state["cost"]["seconds"]
+            self.peak_memory_mb = state["cost"]["peak_memory_mb"]
+            self.step = state["progress"]["step"]
+            metrics_bytes = state["metrics_bytes"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if describe_failure(error):  # out of memory
+                raise
+            raise UserError(f"--resume: the checkpoint does not fit this run: {error}") from error
+        self._restore_random(state["machine"], state["random"])
+        if self.directory:
+            self.directory.cut(metrics_bytes)
+
+    def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
+        """Restore this rank's random generator, unless the number of ranks or the device differs.
+        Warn of a difference that may change the last bits of the result.
+        """
+        now = self._machine()
+        for name, value in now.items():
+            if self.directory and then[name] != value:
+                print(
+                    f"warning: the run began with {name} {then[name]} and resumes with {value}: "
+                    "its last bits may differ from an uninterrupted run's",
+                    file=sys.stderr,
+                )
+        if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
+            mine = bytes.fromhex(states[self.ranks.rank])
+            self.device.rng.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
+
+    def _machine(self) -> dict[str, Any]:
+        """Return what may change the last bits of a result."""
+        return {
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.world_size,
+            "device": self.device.torch_device.type,
+            "processor": self.device.name,
+        }
