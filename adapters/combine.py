@@ -1,18 +1,26 @@
-"""Add adapters of one base: `python -m adapters.combine A B --weights 1 -1 --out DIR`."""
+"""Add adapters of one base, or rewrite one: `python -m adapters.combine A [B ...] --out DIR`.
+
+The result is plain LoRA: lora_alpha = r, one rank for all layers, and no variant or pattern.
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from adapters.factors import Factors, read_factors, truncate, write_factors
+from adapters.quantisation import common_quantisation
 from common.cli import Parser, number
 from common.errors import UserError, run_command
 from common.files import brief, new_directory, refuse_existing
 from lora.files import base_hash
 from lora.peft_config import base_name, stored_fields
+from storage.hub import find_adapter
+
+REMEDY = (
+    "first continue one on the base of the other: train.py lora --init-adapter A --quantise KIND"
+)
 
 
 def combine(
@@ -61,37 +69,38 @@ def _sum_of(
     return Factors(torch.cat(parts_b, dim=1), torch.cat(parts_a))
 
 
-class Base(NamedTuple):
-    """Hold what an adapter says of its base: the name, and the weights' hash (none: "")."""
+def common_base(directories: Sequence[Path]) -> tuple[str, str, str | None]:
+    """Return the name, the weights' hash and the quantisation of the base of all these adapters.
 
-    name: str
-    sha256: str
-
-
-def common_base(directories: Sequence[Path]) -> Base:
-    """Return the base of all these adapters; note what could not be checked.
-
-    Raises UserError if the hashes of two differ. An adapter from elsewhere has no hash.
+    Prints a note if two name different bases and no hash decides. Raises UserError if two record
+    different hashes or quantisations.
     """
     hashes = {directory: base_hash(directory) for directory in directories}
     hashed = [directory for directory in directories if hashes[directory]]
     for directory in hashed:
         if hashes[directory] != hashes[hashed[0]]:
             raise UserError(f"{hashed[0]} and {directory}: are adapters of different bases")
+    quantisation = common_quantisation(directories, REMEDY)
 
     names = dict.fromkeys(brief(base_name(directory)) for directory in directories)
     if len(hashed) < len(directories) and len(names) > 1:
         print(
-            f"note: these adapters name their bases {' and '.join(names)}; the sum means "
-            "something only if these are one"
+            f"note: these adapters name their bases {' and '.join(names)}; a sum needs adapters "
+            "of one base"
         )
     source = hashed[0] if hashed else directories[0]
-    return Base(str(base_name(source) or ""), hashes[source] or "")
+    return str(base_name(source) or ""), hashes[source] or "", quantisation
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="adapters.combine", description=__doc__)
-    parser.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER")
+    parser.add_argument(
+        "adapters",
+        type=Path,
+        nargs="+",
+        metavar="ADAPTER",
+        help="in PEFT's format, or OWNER/NAME on the hub",
+    )
     parser.add_argument(
         "--weights",
         type=number(float, -1e6, 1e6),
@@ -115,15 +124,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(weights) != len(args.adapters):
         raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")
     refuse_existing(args.out)
-    base = common_base(args.adapters)
+    directories = [find_adapter(str(adapter)) for adapter in args.adapters]
+    base = common_base(directories)
 
-    adapters = [read_factors(directory) for directory in args.adapters]
+    adapters = [read_factors(directory) for directory in directories]
     total, kept = combine(adapters, weights, args.rank)
-    fields = stored_fields(args.adapters[0])
+    fields = stored_fields(directories[0])
     with new_directory(args.out) as directory:
-        write_factors(total, fields, directory, base.name, base.sha256)
+        write_factors(total, fields, directory, *base)
     rank = next(iter(total.values())).rank
-    print(f"{args.out}: rank {rank}, {kept:.2%} of the sum's squared norm")
+    print(f"{args.out}: r = lora_alpha = {rank}, {kept:.2%} of the sum's squared norm")
 
 
 if __name__ == "__main__":

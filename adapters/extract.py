@@ -23,7 +23,7 @@ from model.gpt2 import GPT2
 from storage.hub import find_base
 from storage.weights import load_config, read_parameters, weights_path
 
-RUN = "run.json"  # what train.py leaves beside a model
+RUN = "run.json"  # train.py writes it beside a model
 
 
 def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:

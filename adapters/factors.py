@@ -64,28 +64,28 @@ def refuse_dora(config: LoRAConfig, directory: Path) -> None:
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
-    """Read an adapter by layer, under PEFT's names. Raises UserError for DoRA, and unless the file
-    holds exactly an A and a B of the configured rank for each layer.
+    """Read an adapter by layer, under PEFT's names.
+
+    Raises UserError for DoRA, and for a file with anything but an A and a B of the configured rank
+    for each layer.
     """
     path = adapter_path(directory)
     config = load_adapter_config(directory)
     refuse_dora(config, directory)
     shapes = read_shapes(path)
-    layers = _layer_names(path, shapes)
-    configs = {layer: layer_config(config, layer) for layer in layers}
+    configs = {layer: layer_config(config, layer) for layer in _layer_names(path, shapes)}
 
     wanted = {}  # the config's rank, and the file's in and out features
-    for layer in layers:
-        rank = configs[layer].r
+    for layer, own in configs.items():
         a_key, b_key = _keys(layer)
-        wanted[a_key] = [rank, *shapes[a_key][1:]]
-        wanted[b_key] = [*shapes.get(b_key, [])[:1], rank]
-    tensors = {key: tensor.double() for key, tensor in read_tensors(path, wanted)}
+        wanted[a_key] = [own.r, *shapes[a_key][1:]]
+        wanted[b_key] = [*shapes.get(b_key, [])[:1], own.r]
+    tensors = dict(read_tensors(path, wanted))
 
     factors = {}
-    for layer in layers:
+    for layer, own in configs.items():
         a_key, b_key = _keys(layer)
-        factors[layer] = Factors(configs[layer].scaling * tensors[b_key], tensors[a_key])
+        factors[layer] = Factors(own.scaling * tensors[b_key].double(), tensors[a_key].double())
     return factors
 
 
@@ -99,7 +99,7 @@ def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
 
 
 def _by_block(name: str) -> list[int | str]:
-    """Sort h.10 after h.9: every second part of the key is a number."""
+    """Return a key that sorts h.10 after h.9: every second part of it is a number."""
     return [int(part) if part.isdigit() else part for part in NUMBER.split(name)]
 
 
@@ -118,8 +118,8 @@ def write_factors(
 ) -> None:
     """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r.
 
-    `fields` are the model's (`model_fields`), or those of an adapter that was read. `quantised`
-    says how the base was, while it was trained.
+    `fields` come from `model_fields`, or from an adapter's `stored_fields`. `quantised` is how the
+    base was quantised in training.
     """
     rank = next(iter(factors.values())).rank
     tensors = {}

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from adapters.factors import Factors, read_factors
 from adapters.load import load_model
-from adapters.quantisation import NONE
 from adapters.spectra import INTRUDER, amplification, cosines
-from common.cli import Parser, print_table
+from common.cli import NONE, Parser, print_table
 from common.errors import run_command
 from common.figures import INK, PAGE_WIDTH, can_draw, new_figure, save_figure
 from lora.inject import lora_layers
@@ -86,7 +85,7 @@ def beside_weights(
 
 
 def print_changes(spectra: dict[str, Tensor], beside: dict[str, BesideWeight]) -> None:
-    """Print a row for each layer; with the base's weights, also what the change is to them."""
+    """Print a row for each layer. With a base, the row also compares the change with its weight."""
     columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
     if beside:
         columns.insert(2, "of the weight's")
@@ -114,7 +113,7 @@ def block_and_kind(name: str) -> tuple[int, str]:
     return int(number), f"{blocks}*.{kind}"
 
 
-# What a part of the picture shows, and the name of its x axis; without a base, the first alone.
+# The title of each part of the picture, and its x axis. Without a base, only the first is drawn.
 PARTS = (
     ("k-th singular value of scaling * B A", "k"),
     ("largest cosine of W + change's k-th singular vector with any of W's", "k"),
@@ -162,7 +161,6 @@ def draw(
         for axes in grid[1]:
             axes.axhline(INTRUDER, color=INK, linewidth=1, linestyle="--")
     save_figure(figure, path)
-    print(f"drawn in {path}")
 
 
 def draw_panels(part: Any, words: str, x: str, kinds: Sequence[str]) -> list[Any]:

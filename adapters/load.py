@@ -14,7 +14,7 @@ from lora.files import load_adapter
 from lora.peft_config import base_name
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
-from storage.hf_compat import MINI_NAME
+from storage.hf_compat import stock_name
 from storage.hub import REPOSITORIES, find_adapter, find_base, split_revision
 from storage.weights import load_gpt2, weights_path
 
@@ -37,7 +37,7 @@ def named_base(adapter: Path) -> str:
     for name, known in REPOSITORIES.items():
         if repository in (name, known):
             return name
-    if named in ("mini", MINI_NAME):
+    if named in ("mini", stock_name("mini")):
         return "mini"
     raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's directory")
 
@@ -48,11 +48,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantise: str | None = None,
 ) -> Loaded:
-    """Load a base in `dtype` (`load_gpt2`), and put an adapter on it if there is one.
+    """Load a base in `dtype`, with an adapter if there is one.
 
-    The adapter is a directory, or OWNER/NAME on the hub. `auto` means the base that it names, and
-    `quantise` is `choose_quantisation`'s. Raises UserError if the hash in its file is of another
-    base.
+    The adapter is a directory, or OWNER/NAME on the hub. The base `auto` is the one that the
+    adapter names. `quantise` is the option of that name. Raises UserError if the adapter records
+    another base's hash.
     """
     if adapter:
         adapter = find_adapter(str(adapter))

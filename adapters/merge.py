@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from adapters.load import Loaded, load_model
-from common.cli import Parser, add_model_options
+from adapters.quantisation import choose_quantisation
+from common.cli import NONE, Parser, add_model_options
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import new_directory, open_file, refuse_existing
@@ -66,16 +67,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if not args.adapter and args.precision == "fp32":
-        raise UserError("--adapter is missing: there is nothing to merge")
+        raise UserError(
+            "--adapter is missing: without one, only --precision bf16 or fp16 writes the base; "
+            "no option writes a model in four or eight bits"
+        )
     refuse_existing(args.out)
 
     dtype = PRECISIONS[args.precision]
-    base, model, tokenizer = load_merged(args.base, args.adapter, dtype, args.quantise)
+    adapters = [find_adapter(str(args.adapter))] if args.adapter else []
+    kind = choose_quantisation(args.quantise, adapters)
+    base, model, tokenizer = load_merged(args.base, args.adapter, dtype, kind or NONE)
     template = chat_template(args.adapter) if args.adapter else None
     with new_directory(args.out) as directory:
         save_gpt2(model, directory, dtype, tokenizer.end_of_text)
         save_tokenizer(tokenizer, directory, model.config.n_positions, template)
-        save_card(directory, merge_card(args.out.resolve().name, base, bool(args.adapter)))
+        save_card(directory, merge_card(args.out.resolve().name, base, kind, bool(args.adapter)))
     merged = f"{base} + {args.adapter}" if args.adapter else base
     print(f"{merged} -> {args.out}")
 

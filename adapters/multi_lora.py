@@ -37,7 +37,7 @@ class BatchedLoRALinear(nn.Module):
 
 
 class Adapters:
-    """The adapters of one base, and which row of a batch has which: after
+    """The adapters of one base, and the adapter of each row of a batch. After
     `Adapters(model, base_sha256, {"poet": directory}).use(["poet", None])`, model(ids) with ids
     (2, T) gives the poet's logits and the base's.
 
@@ -88,17 +88,17 @@ def read_fitting_factors(model: GPT2, directory: Path, base_sha256: str) -> dict
 def load_several(
     base: str,
     directories: Sequence[Path],
-    dtype: torch.dtype = torch.float32,
-    quantise: str | None = None,
+    dtype: torch.dtype,
+    quantise: str | None,
 ) -> tuple[Loaded, Adapters]:
-    """Load a base in `dtype` (`auto`: the one that the first adapter names) and the adapters, each
-    under its path as its name.
+    """Load a base in `dtype`, and the adapters, each named by its path.
+
+    The base `auto` is the one that the first adapter names.
     """
     named = {str(directory): find_adapter(str(directory)) for directory in directories}
     if base == "auto":
         base = named_base(named[str(directories[0])])
     kind = choose_quantisation(quantise, named.values())
     loaded = load_model(base, None, dtype, kind)
-    _, base_directory = find_base(loaded.base)
-    adapters = Adapters(loaded.model, file_sha256(weights_path(base_directory)), named)
-    return loaded, adapters
+    _, directory = find_base(loaded.base)
+    return loaded, Adapters(loaded.model, file_sha256(weights_path(directory)), named)

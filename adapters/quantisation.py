@@ -13,10 +13,10 @@ from lora.quantised import LAYERS
 def recorded_quantisation(adapter: Path) -> str | None:
     """Return how the base was quantised when the adapter was trained, by its file's header.
 
-    Raises UserError for a kind that is not known here.
+    Raises UserError for an unknown kind.
     """
     path = adapter_path(adapter)
-    if not path.exists():  # `load_adapter` says what is missing
+    if not path.exists():  # `load_adapter` reports the missing file
         return None
     kind = read_header(adapter).get(QUANTISED)
     if kind is not None and kind not in LAYERS:
@@ -24,25 +24,36 @@ def recorded_quantisation(adapter: Path) -> str | None:
     return kind
 
 
-def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | None:
-    """Return the kind of `LAYERS` to which the base is quantised, or None.
+def common_quantisation(adapters: Collection[Path], remedy: str) -> str | None:
+    """Return the kind of `LAYERS` that all these adapters record, or None.
 
-    That is what was asked for, or else what the adapters record; this is then printed. Raises
-    UserError if nothing was asked for and they record different things.
+    Raises UserError, with this remedy, if two record different kinds.
+    """
+    kinds = {adapter: recorded_quantisation(adapter) for adapter in adapters}
+    if not kinds:
+        return None
+    (first, expected), *others = kinds.items()
+    for adapter, kind in others:
+        if kind != expected:
+            raise UserError(
+                f"{first} ({expected or NONE}) and {adapter} ({kind or NONE}): were trained on "
+                f"bases quantised in different ways; {remedy}"
+            )
+    return expected
+
+
+def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | None:
+    """Return the kind of `LAYERS` for the base, or None.
+
+    The option decides. Without it, the kind that the adapters record is used and printed. Raises
+    UserError if they record different kinds.
     """
     if asked == NONE:
         return None
     if asked is not None:
         return asked
 
-    recorded = {recorded_quantisation(adapter) for adapter in adapters}
-    if len(recorded) > 1:
-        kinds = " and ".join(sorted(kind or NONE for kind in recorded))
-        raise UserError(
-            f"--quantise: these adapters were trained on bases quantised in different ways "
-            f"({kinds}); choose one"
-        )
-    kind = recorded.pop() if recorded else None
+    kind = common_quantisation(adapters, "choose one by --quantise")
     if kind:
         print(f"the base is quantised to {kind}, as in the adapter's training (--quantise)")
     return kind

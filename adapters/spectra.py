@@ -8,26 +8,26 @@ import math
 import torch
 from torch import Tensor
 
-TOP = 10  # so many of the largest singular vectors of W + dW are looked at
-INTRUDER = 0.5  # a cosine below this is an intruder's
+TOP = 10  # how many of the largest singular vectors of W + dW are compared
+INTRUDER = 0.5  # a vector with a cosine below this is an intruder
 
 
-def cosines(weight: Tensor, changed: Tensor, top: int = TOP) -> Tensor:
-    """Return for each of the `top` largest left singular vectors of the changed weight its largest
-    absolute cosine with any of W's, (top,).
+def cosines(weight: Tensor, changed: Tensor) -> Tensor:
+    """Return for each of the TOP largest left singular vectors of the changed weight its largest
+    absolute cosine with any left singular vector of W, (TOP,).
 
     One below INTRUDER belongs to an intruder dimension (Shuttleworth et al. 2024,
     https://arxiv.org/abs/2410.21228, algorithm 1).
     """
     before = torch.linalg.svd(weight, full_matrices=False).U  # (out, k)
-    after = torch.linalg.svd(changed, full_matrices=False).U[:, :top]  # (out, top)
+    after = torch.linalg.svd(changed, full_matrices=False).U[:, :TOP]  # (out, TOP)
     return (before.T @ after).abs().amax(0)
 
 
-def intruder_part(weight: Tensor, changed: Tensor, top: int = TOP) -> Tensor:
+def intruder_part(weight: Tensor, changed: Tensor) -> Tensor:
     """Return the part of the changed weight that its intruders make up: their sum of s u v^T."""
     u, s, vh = torch.linalg.svd(changed, full_matrices=False)
-    found = (cosines(weight, changed, top) < INTRUDER).nonzero().flatten()
+    found = (cosines(weight, changed) < INTRUDER).nonzero().flatten()
     return (u[:, found] * s[found]) @ vh[found]
 
 

@@ -6,12 +6,13 @@ are `shades` of what they belong to, or of OTHER.
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.files import atomic_path
+from common.files import NotWritable, atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +25,7 @@ OTHER = "#8e3a80"
 METHODS = {"base": BASE, "lora": LORA, "full": FULL}
 INK = "#2b2d33"  # words and outlines
 
-# A page shows a picture about 800 pixels wide, at 96 to the inch: what is no wider keeps its sizes.
+# A page shows a picture about 800 pixels wide, at 96 to the inch. A wider picture would be shrunk.
 PAGE_WIDTH = 8.3  # inches
 SMALLEST_TEXT = 9  # points
 
@@ -78,12 +79,18 @@ def subplots(
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=160, format="png")
+    """Write the figure as PNG and print its path; a path that cannot be written is a warning."""
+    try:
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=160, format="png")
+    except NotWritable as error:
+        print(f"warning: {error}", file=sys.stderr)
+    else:
+        print(f"drawn in {path}")
 
 
 def shades(colour: str, count: int) -> list[str]:
-    """Return so many shades of a colour `#rrggbb`, from dark to light."""
+    """Return `count` shades of a colour `#rrggbb`, from dark to light."""
     return [_shade(colour, (i + 0.5) / count) for i in range(count)]
 
 

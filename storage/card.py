@@ -1,7 +1,6 @@
-"""Write README.md, the model card by which the Hugging Face hub knows a directory.
+"""Write README.md, the model card that the Hugging Face hub shows for a directory.
 
-Its metadata is YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards). A
-text in it is written as JSON, which YAML includes.
+Its metadata is YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards).
 """
 
 import json
@@ -15,134 +14,130 @@ from storage.hub import split_revision
 
 CARD = "README.md"
 MARK = "# Replaced by the command that wrote it. Delete this line to keep what you write here."
-LICENCE = "# license: yours to choose (https://huggingface.co/docs/hub/repositories-licenses)"
-LOAD_ADAPTER = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+TEMPLATE = """\
+---
+{mark}
+# license: yours to choose (https://huggingface.co/docs/hub/repositories-licenses)
+{base_model}
+library_name: {library}
+pipeline_tag: text-generation
+tags:
+- gpt2
+- {tag}
+---
 
-name = "OWNER/NAME"  # of this repository, or this directory
-model = AutoPeftModelForCausalLM.from_pretrained(name)
-tokenizer = AutoTokenizer.from_pretrained(name)"""
+# {name}
+
+{text}
+
+```python
+{code}
+```
+"""
+RUN = """\
+{kind} of {base_name}, trained on {sources}: {steps:,} steps of batch {batch_size} at a peak \
+learning rate of {lr:g}.
+
+| | validation loss | perplexity |
+|---|---:|---:|
+| {base_name} | {base_val_loss:.4f} | {base_val_perplexity:.2f} |
+| this model | {best_val_loss:.4f} | {best_val_perplexity:.2f} |
+
+Measured on {part} with `--label-shift {label_shift}`. Perplexity is exp(loss)."""
+LOAD_ADAPTER = """\
+import torch
+import transformers
+from peft import PeftModel
+
+base = {base}  # on the hub, or a directory: give its path on your machine
+adapter = "OWNER/NAME"  # this repository, or the path of this directory
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    base,
+    revision="{revision}",
+    dtype=torch.float32,{quantisation}
+)
+model = PeftModel.from_pretrained(model, adapter)
+tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)"""
+QUANTISATION = {
+    None: "",
+    "nf4": """
+    # As in training. `python evaluate.py --adapter ...` does the same by itself.
+    quantization_config=transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ),""",
+    # bitsandbytes would also round the inputs to 8 bits. Weights in fp32 are closer to training.
+    "int8": """
+    # Training rounded these weights to int8. `python evaluate.py --adapter ...` does the same.""",
+}
 LOAD_MODEL = """\
 from transformers import pipeline
 
-generator = pipeline("text-generation", "OWNER/NAME")  # of this repository, or this directory"""
+generator = pipeline("text-generation", "OWNER/NAME")  # or the path of this directory"""
 
 
 def save_card(directory: Path, text: str) -> None:
-    """Write the card, unless a README.md is there that is the user's own."""
+    """Write the card, unless the directory has a README.md of the user."""
     path = directory / CARD
     if path.exists() and not is_ours(path):
-        print(f"{path}: is not ours, and stays as it is")
+        print(f"{path}: is not ours, and is kept")
         return
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a name may be no UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="replace")  # a name may not be UTF-8
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a command wrote this card, and nobody has claimed it since."""
+    """Return whether a command wrote this card, and the user has not claimed it."""
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def run_card(name: str, report: Mapping[str, Any]) -> str:
-    """Return the card of the run whose `run.json` this is."""
+    """Return the card of the run that has this `run.json`."""
     options = report["options"]
-    base = report["base"]
-    if report["method"] == "lora":
-        kind = f"A LoRA adapter (rank {options['r']}, alpha {options['lora_alpha']}) of"
-        metadata = _metadata(base, "peft", "lora")
-        load = LOAD_ADAPTER
-    else:
-        kind = "A full fine-tuning of"
-        metadata = _metadata(base, "transformers", "full-fine-tuning")
-        load = LOAD_MODEL
-
-    sources = options["book"] or [options["data"]]
-    trained_on = ", ".join(Path(source).name for source in sources)
-    prose = [
-        f"{kind} {_link(base)}, trained on {trained_on}: {report['steps']:,} steps of batch "
-        f"{options['batch_size']} at a peak learning rate of {options['lr']:g}.",
-        _score_table(report),
-        f"Measured on {_validation_part(options)}. Perplexity is exp(loss).",
-    ]
-    if options["data"]:
-        prose.append("It answers conversations in the form of its chat template.")
-    return _compose(name, metadata + _model_index(name, report), prose, load)
-
-
-def merge_card(name: str, base: str, adapter: bool) -> str:
-    """Return the card of a base with an adapter merged into it, or of the base in a precision."""
-    merged = "with a LoRA adapter merged into its weights" if adapter else "in another precision"
-    prose = [f"{_link(base)} {merged}."]
-    return _compose(name, _metadata(base, "transformers", "merge"), prose, LOAD_MODEL)
-
-
-def _compose(name: str, metadata: list[str], prose: list[str], load: str) -> str:
-    head = ["---", MARK, LICENCE, *metadata, "---"]
-    parts = ["\n".join(head), f"# {name}", *prose, f"```python\n{load}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _metadata(base: str, library: str, tag: str) -> list[str]:
-    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- gpt2"]
-    lines.append(f"- {tag}")
-    repository = _repository(base)
-    if repository:
-        lines.insert(0, f"base_model: {json.dumps(repository)}")
-    return lines
-
-
-def _repository(base: str) -> str | None:
-    """Return the base's repository on the hub; None if it is a directory."""
-    name, _ = split_revision(stock_name(base))
-    return None if name.startswith("./") else name
-
-
-def _link(base: str) -> str:
-    repository = _repository(base)
-    if repository is None:
-        return f"`{stock_name(base)}` (a local base: not on the hub)"
-    return f"[{repository}](https://huggingface.co/{repository})"
-
-
-def _validation_part(options: Mapping[str, Any]) -> str:
-    """Say on what the losses were measured."""
+    sources = ", ".join(Path(source).name for source in options["book"] or [options["data"]])
+    part = f"the last {100 * options['val_fraction']:g} % of {sources}"
     if options["val_data"]:
-        return Path(options["val_data"]).name
-    sources = options["book"] or [options["data"]]
-    names = ", ".join(Path(source).name for source in sources)
-    part = f"the last {100 * options['val_fraction']:g} % of {names}"
-    if options["label_shift"] != 1:
-        part += f", each position scored {options['label_shift']} tokens on"
-    return part
+        part = Path(options["val_data"]).name
+    tag = "full-fine-tuning"
+    kind = "A full fine-tuning"
+    if report["method"] == "lora":
+        tag = "lora"
+        kind = f"A LoRA adapter (rank {options['r']}, alpha {options['lora_alpha']})"
+
+    quantise = options.get("quantise")
+    base_name = _base_name(report["base"], quantise)
+    facts = {**options, **report}
+    text = RUN.format(kind=kind, base_name=base_name, sources=sources, part=part, **facts)
+    return _card(name, report["base"], quantise, tag, text)
 
 
-def _score_table(report: Mapping[str, Any]) -> str:
-    lines = ["| | validation loss | perplexity |", "|---|---:|---:|"]
-    for who, state in (("the base", "base"), ("this model", "best")):
-        loss = report[f"{state}_val_loss"]
-        lines.append(f"| {who} | {loss:.4f} | {report[f'{state}_val_perplexity']:.2f} |")
-    return "\n".join(lines)
+def merge_card(name: str, base: str, quantise: str | None, adapter: bool) -> str:
+    """Return the card of a base with an adapter merged into it, or of a base saved in 16 bits."""
+    done = "with a LoRA adapter merged into its weights" if adapter else "saved in 16 bits"
+    return _card(name, base, quantise, "merge", f"{_base_name(base, quantise)} {done}.")
 
 
-def _model_index(name: str, report: Mapping[str, Any]) -> list[str]:
-    """Return the results in the form of which the hub makes a table."""
-    metrics = {
-        "loss": f"{report['best_val_loss']:.4f}",
-        "perplexity": f"{report['best_val_perplexity']:.2f}",
-        "bits_per_byte": f"{report['best_val_bits_per_byte']:.4f}",
-    }
-    lines = [
-        "model-index:",
-        f"- name: {json.dumps(name)}",
-        "  results:",
-        "  - task:",
-        "      type: text-generation",
-        "    dataset:",
-        "      type: text",
-        f"      name: {json.dumps(_validation_part(report['options']))}",
-        "    metrics:",
-    ]
-    for metric, value in metrics.items():
-        lines += [f"    - type: {metric}", f"      value: {value}"]
-    return lines
+def _base_name(base: str, quantise: str | None) -> str:
+    """Return the base's name for a sentence, such as openai-community/gpt2 in NF4."""
+    if quantise:
+        return f"{stock_name(base)} in {quantise.upper()}"
+    return stock_name(base)
+
+
+def _card(name: str, base: str, quantise: str | None, tag: str, text: str) -> str:
+    """Fill the template. `tag` is one of the hub's: "lora" is an adapter, others are models."""
+    repository, revision = split_revision(stock_name(base))
+    base_model = f"base_model: {repository}"
+    if repository.startswith("./"):
+        base_model = "# base_model: OWNER/NAME, if you upload the base"
+    library = "transformers"
+    code = LOAD_MODEL
+    if tag == "lora":
+        library = "peft"
+        code = LOAD_ADAPTER.format(
+            base=json.dumps(repository),
+            revision=revision or "main",
+            quantisation=QUANTISATION[quantise],
+        )
+    return TEMPLATE.format(
+        mark=MARK, base_model=base_model, library=library, tag=tag, name=name, text=text, code=code
+    )

@@ -1,4 +1,4 @@
-"""Write what stock tools look for beside a model: the base's name, and a tokenizer's settings."""
+"""Write what stock tools look for beside a model: the base's name and the tokenizer's settings."""
 
 import json
 import os
@@ -7,38 +7,36 @@ from typing import Any
 
 from common.files import atomic_path, display_path
 from data.tokenizer import END_OF_TEXT, Tokenizer
-from data.tokenizer_files import FAST, SETTINGS, SPECIAL, TEMPLATE, WORDS
-from storage.hub import HUB_NAMES, REPOSITORIES
+from data.tokenizer_files import FAST, SETTINGS, SPECIAL, TEMPLATE
+from storage.hub import REPOSITORIES
 
-MINI_NAME = "./model/mini"  # from the project's directory
-PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # of whoever saved the base
+PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # may name a machine's user
 
 
 def portable_name(base: str) -> str:
-    """Return a base's name for a file that may be published.
-
-    A directory is ./ and its `display_path`, which nobody takes for a repository.
+    """Return a base's name for a file that may be published: a directory begins with ./, so that it
+    cannot be mistaken for a repository.
     """
-    is_name = base in ("mini", *HUB_NAMES)
+    is_name = base == "mini" or base in REPOSITORIES
     if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
         return base
     return f"./{display_path(Path(base))}"
 
 
 def stock_name(base: str) -> str:
-    """Return a base's name as stock libraries take it, in the project's directory for `mini`."""
+    """Return a base's name as stock libraries read it. `mini` is a path in the project."""
     if base == "mini":
-        return MINI_NAME
+        return "./model/mini"
     return REPOSITORIES.get(base, portable_name(base))
 
 
 def save_tokenizer(
     tokenizer: Tokenizer, directory: Path, longest: int, chat_template: str | None = None
 ) -> None:
-    """Write the tokenizer's files as they were when it was loaded, but for its settings.
+    """Write the base's tokenizer files, with settings completed for transformers.
 
-    They get `longest`, the tokens of the model's context, as transformers' `model_max_length`, and
-    a token that pads a batch. A `chat_template` replaces the base's. What is there already stays.
+    `longest` is the model's context, in tokens. `chat_template` replaces the base's template. A
+    file that exists is kept.
     """
     files = dict(tokenizer.files)
     settings = _settings(tokenizer, longest)
@@ -54,35 +52,25 @@ def save_tokenizer(
 
 
 def _settings(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`: the base's own, completed."""
+    """Return the content of `tokenizer_config.json`: the base's fields, and those it lacks."""
     settings = json.loads(tokenizer.files.get(SETTINGS, b"{}"))
     named = json.loads(tokenizer.files.get(SPECIAL, b"{}")) | settings
     for field in PATHS:
         settings.pop(field, None)
 
-    # An adapter's directory has no config.json from which transformers could tell the class.
-    settings.setdefault("tokenizer_class", _class_of(tokenizer))
+    # An adapter's directory has no config.json that would tell transformers the class.
+    fast = FAST in tokenizer.files
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if fast else "GPT2Tokenizer")
     settings["model_max_length"] = longest
     end = _end_name(tokenizer)
-    for field, token in (("eos_token", end), ("pad_token", _pad_name(tokenizer, end))):
-        if token and not named.get(field):
-            settings[field] = token
+    for field in ("eos_token", "pad_token"):
+        if end and not named.get(field):
+            settings[field] = end
     return settings
 
 
-def _class_of(tokenizer: Tokenizer) -> str:
-    """Return the class by which transformers reads the tokenizer's files."""
-    if FAST in tokenizer.files:
-        return "PreTrainedTokenizerFast"
-    return "BertTokenizer" if WORDS in tokenizer.files else "GPT2Tokenizer"
-
-
-def _pad_name(tokenizer: Tokenizer, end: str | None) -> str | None:
-    return "[PAD]" if "[PAD]" in tokenizer.special else end
-
-
 def _end_name(tokenizer: Tokenizer) -> str | None:
-    """Return the base's own name of the end-of-text token; `<|endoftext|>` may be our second."""
-    names = [text for text, i in tokenizer.special.items() if i == tokenizer.end_of_text]
+    """Return the end-of-text token's text. The base's name for it comes before <|endoftext|>."""
+    names = [text for text, token in tokenizer.special.items() if token == tokenizer.end_of_text]
     own = [text for text in names if text != END_OF_TEXT]
     return next(iter(own or names), None)

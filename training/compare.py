@@ -146,7 +146,7 @@ def draw_comparison(entries: Sequence[Entry], path: Path) -> None:
     labels = [textwrap.fill(entry.name, 24) for entry in entries]
     panels[0].set_yticks(rows, labels, parse_math=False)
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 class Setting(NamedTuple):
@@ -206,9 +206,4 @@ def draw_sweep(method: str, scores: Mapping[Setting, Sequence[float]], path: Pat
     lrs = sorted({setting.lr for setting in scores})
     draw_at(axes.xaxis, lrs, [scientific(lr) for lr in lrs])
     axes.legend()
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    if save_figure(figure, path) is not False:  # type: ignore[func-returns-value]
-        print(f"drawn in {path}")
+    save_figure(figure, path)

@@ -153,7 +153,6 @@ def experiment(
     saved = read_json(path)
     for picture, draw_it in {name: draw, **(more or {})}.items():
         save_figure(draw_it(saved), args.out / f"{picture}.png")
-        print(f"drawn in {args.out / picture}.png")
     return data
 
 

@@ -1,5 +1,6 @@
 """`python -m adapters.combine`: exact sums, truncation, and stock PEFT on what comes out."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from adapters.load import load_model
 from common.errors import RunError, UserError
 from lora.files import PICKLED_WEIGHTS, WEIGHTS, base_hash, load_adapter, save_adapter
 from lora.inject import lora_layers
-from lora.peft_config import base_name
+from lora.peft_config import CONFIG, base_name
+from storage.tensors import read_shapes
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference
-from tests.pairs import IDS, adapted, randomize
+from tests.pairs import ALL_FOUR, IDS, adapted, randomize
 from tests.runs import one_line, run, stdout_of, stock_model
 
 
@@ -56,7 +58,7 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
     torch.save(tensors, adapters[1] / PICKLED_WEIGHTS)  # as PEFT wrote them before 0.7
     (adapters[1] / WEIGHTS).unlink()
     said = stdout_of(main, *adapters, "--weights", *weights, "--out", out)
-    assert said == f"{out}: rank 5, 100.00% of the sum's squared norm\n"
+    assert said == f"{out}: r = lora_alpha = 5, 100.00% of the sum's squared norm\n"
 
     dense, total = dense_sum(base, adapters, weights)
     assert relative_difference(dense(IDS), load_gpt2(base)(IDS)) > 0.1
@@ -80,7 +82,52 @@ def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path
         assert (cut[name] - change).norm() == pytest.approx(discarded, rel=1e-4, abs=1e-5)
         kept += s[:2].square().sum().item()
         whole += s.square().sum().item()
-    assert f"rank 2, {kept / whole:.2%} of" in said and kept / whole < 0.99
+    assert f"lora_alpha = 2, {kept / whole:.2%} of" in said and kept / whole < 0.99
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("targets", "fields", "rank", "layers"),
+    [
+        (
+            ALL_FOUR,
+            {
+                "r": 3,
+                "use_rslora": True,
+                "rank_pattern": {"h.0.attn.c_attn": 6},
+                "alpha_pattern": {"c_fc": 5},
+            },
+            6,
+            8,
+        ),
+        (("c_attn.q", "c_attn.v", "c_fc"), {"r": 2, "lora_alpha": 3}, 4, 4),
+        (ALL_FOUR, {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"}, 4, 8),
+    ],
+    ids=["patterns", "slices", "pissa"],
+)
+def test_one_adapter_becomes_plain_lora(base, tmp_path, targets, fields, rank, layers):
+    """A server that knows no variant then computes the adapter's logits."""
+    save_adapter(*adapted(base, targets, **fields), tmp_path / "lora", "owner/name@v2", "a" * 64)
+    out = tmp_path / "plain"
+    stdout_of(main, tmp_path / "lora", "--out", out)
+    stored = json.loads((out / CONFIG).read_text())
+    assert stored["r"] == stored["lora_alpha"] == rank
+    assert not stored["use_rslora"] and not stored["rank_pattern"] and not stored["alpha_pattern"]
+    assert stored["layers_to_transform"] is None and len(stored["target_modules"]) == layers
+    assert {min(shape) for shape in read_shapes(out / WEIGHTS).values()} == {rank}
+    assert (stored["base_model_name_or_path"], stored["revision"]) == ("owner/name", "v2")
+    assert base_hash(out) == "a" * 64
+
+    expected = stock_model(base, tmp_path / "lora")(IDS).logits
+    assert relative_difference(stock_model(base, out)(IDS).logits, expected) < 1e-5
+    assert relative_difference(expected, stock_model(base)(IDS).logits) > 0.01
+
+
+def test_dora_is_refused(base, tmp_path):
+    save_adapter(*adapted(base, ("c_attn",), r=3, use_dora=True), tmp_path / "dora", "gpt2")
+    line = one_line(run(main, tmp_path / "dora", "--out", tmp_path / "out"), 2)
+    assert line.endswith("is DoRA, whose change is not B A alone; merge it instead")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_path):

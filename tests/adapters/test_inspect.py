@@ -46,6 +46,15 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     assert (tmp_path / "spectrum.png").stat().st_size > 10_000
 
 
+def test_a_picture_that_cannot_be_saved_is_a_warning(base, adapter, tmp_path):
+    (tmp_path / "file").touch()
+    ending = run(main, adapter, "--out", tmp_path / "file")
+    path = tmp_path / "file" / "spectrum.png"
+    assert ending.status == 0 and len(table(ending.stdout)) > 2
+    assert ending.stderr.startswith(f"warning: {path}: cannot be written (")
+    assert ending.stderr.count("\n") == 1 and "drawn" not in ending.stdout
+
+
 def test_the_picture_of_many_kinds_of_layers_can_be_read(base, tmp_path, monkeypatch):
     """At a page's width, with three kinds, of which one has a row for itself, and with four."""
     monkeypatch.chdir(tmp_path)

@@ -90,8 +90,12 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
 
 
 def test_without_an_adapter_there_is_nothing_to_merge_in_fp32(base, tmp_path):
-    ending = run(main, "--base", base, "--out", tmp_path / "out")
-    assert "--adapter is missing" in one_line(ending, 2) and not (tmp_path / "out").exists()
+    for quantise in ((), ("--quantise", "nf4")):
+        ending = run(main, "--base", base, *quantise, "--out", tmp_path / "out")
+        line = one_line(ending, 2)
+        assert "--adapter is missing: without one, only --precision bf16 or fp16 writes" in line
+        assert "no option writes a model in four or eight bits" in line
+        assert not (tmp_path / "out").exists()
 
 
 # Merge, and be sent a signal when the model is whole and its tokenizer is missing.

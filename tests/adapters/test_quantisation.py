@@ -12,7 +12,7 @@ import torch
 import evaluate
 import generate
 import train
-from adapters import merge
+from adapters import combine, gguf, merge
 from adapters.load import load_model
 from lora.files import WEIGHTS, load_adapter
 from lora.inject import inject
@@ -121,8 +121,8 @@ def test_generation_takes_one_adapter_or_several_on_one_kind_of_base(runs, base)
     both = stdout_of(generate.main, *argv, nf4, nf4, "--precision", "bf16")
     assert both.startswith(SAID.format("nf4"))
     ending = run(generate.main, *argv, nf4, plain)
-    assert "--quantise: these adapters were trained on bases" in one_line(ending, 2)
-    assert "nf4 and none" in one_line(ending, 2)
+    mixture = f"{nf4} (nf4) and {plain} (none): were trained on bases quantised in different ways"
+    assert f"{mixture}; choose one by --quantise" in one_line(ending, 2)
     assert "quantised" not in stdout_of(generate.main, *argv, nf4, plain, "--quantise", "int8")
 
 
@@ -147,6 +147,33 @@ def test_an_initial_adapter_brings_its_bases_quantisation(runs, base, book, tmp_
     assert done.report["base_val_loss"] == runs["nf4"].report["base_val_loss"]
     done = trained("lora", base, book, tmp_path / "b", *start, "--quantise", "none")
     assert done.report["options"]["quantise"] is None
+
+
+def test_a_sum_keeps_its_bases_quantisation(runs, base, book, tmp_path):
+    nf4 = runs["nf4"].out
+    stdout_of(combine.main, nf4, nf4, "--weights", 0.5, 0.5, "--out", tmp_path / "sum")
+    assert read_metadata(tmp_path / "sum" / WEIGHTS)["base_quantised"] == "nf4"
+    start = ("--init-adapter", tmp_path / "sum", "--max-steps", 1)
+    done = trained("lora", base, book, tmp_path / "run", *start)
+    assert SAID.format("nf4") in done.stdout
+    assert done.report["base_val_loss"] == runs["nf4"].report["base_val_loss"]
+    assert abs(done.report["start_val_loss"] - runs["nf4"].report["best_val_loss"]) < 1e-4
+
+    said = stdout_of(gguf.main, tmp_path / "sum", "--base", base, "--out", tmp_path / "lora.gguf")
+    assert "--quantise nf4" in said
+
+    stdout_of(combine.main, runs[None].out, "--out", tmp_path / "plain")
+    assert "base_quantised" not in read_metadata(tmp_path / "plain" / WEIGHTS)
+
+
+@pytest.mark.parametrize("kinds", [("nf4", "int8"), ("nf4", None), (None, "int8")])
+def test_a_sum_of_two_quantisations_is_refused(runs, tmp_path, kinds):
+    one, other = kinds
+    parts = (runs[one].out, runs[other].out)
+    line = one_line(run(combine.main, *parts, "--out", tmp_path / "sum"), 2)
+    assert f"{parts[0]} ({one or 'none'}) and {parts[1]} ({other or 'none'}): were trained" in line
+    assert "--init-adapter A --quantise KIND" in line
+    assert not (tmp_path / "sum").exists()
 
 
 @pytest.mark.parametrize(

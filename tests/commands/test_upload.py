@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -20,9 +21,12 @@ from transformers import AutoTokenizer, pipeline
 
 import generate
 from adapters import merge
+from adapters.load import load_model
 from data.instructions import CHAT_TEMPLATE
 from storage.card import MARK, run_card
+from storage.hub import MINI
 from tests import runs as commands
+from tests.helpers import TINY, relative_difference
 from tests.runs import arguments, die, run, run_acting, stdout_of
 from train import main as train
 from training.options import ROOT
@@ -103,6 +107,13 @@ def test_a_text_longer_than_the_context_is_cut_instead_of_an_index_error(chat, n
     assert generation.pad_token_id == generation.eos_token_id == 8191
 
 
+def test_a_base_without_a_pad_token_or_a_context_in_its_settings_gets_them(runs):
+    for done in runs.values():
+        tokenizer = AutoTokenizer.from_pretrained(done.out)
+        assert tokenizer.pad_token_id == tokenizer.eos_token_id == TINY["vocab_size"] - 1
+        assert tokenizer.model_max_length == TINY["n_positions"]
+
+
 def test_the_template_goes_with_what_was_trained_on_conversations_and_nothing_else(chat, runs):
     for directory in chat.values():
         assert (directory / "chat_template.jinja").read_text() == CHAT_TEMPLATE
@@ -120,16 +131,56 @@ def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
         assert (card.data.library_name, card.data.license) == (library, None)
         assert card.data.base_model is None  # it is a directory
         assert card.data.pipeline_tag == "text-generation" and "gpt2" in card.data.tags
-        results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-        assert results.keys() == {"loss", "perplexity", "bits_per_byte"}
-        for metric, value in results.items():
-            assert value == pytest.approx(done.report[f"best_val_{metric}"], abs=0.006)
-        assert f"{done.report['base_val_loss']:.4f}" in card.text
+        for state in ("base", "best"):
+            loss, perplexity = (done.report[f"{state}_val_{x}"] for x in ("loss", "perplexity"))
+            assert f"| {loss:.4f} | {perplexity:.2f} |" in card.text
 
         on_hub = ModelCard(run_card("x", done.report | {"base": "gpt2"}))
         assert on_hub.data.base_model == "openai-community/gpt2"
     merged = ModelCard.load(chat["merged"] / "README.md")
-    assert merged.data.library_name == "transformers" and "`./model/mini`" in merged.text
+    assert merged.data.library_name == "transformers" and "./model/mini" in merged.text
+
+
+@pytest.fixture(scope="module")
+def on_nf4(book, tmp_path_factory) -> Path:
+    """An adapter that was trained on mini in four bits."""
+    out = tmp_path_factory.mktemp("nf4") / "lora"
+    options = ("--max-steps", 2, "--lr", 1e-2, "--block-size", 32, "--quantise", "nf4")
+    ending = run(
+        train, "lora", "--base", "mini", "--book", book, "--device", "cpu", *options, "--out", out
+    )
+    assert ending.status == 0, ending.stderr
+    return out
+
+
+@pytest.mark.parametrize("quantise", [None, "nf4"])
+@torch.no_grad()
+def test_the_cards_code_loads_what_was_measured_from_any_directory(
+    chat, on_nf4, quantise, tmp_path, monkeypatch
+):
+    directory = on_nf4 if quantise else chat["lora"]
+    if quantise:
+        pytest.importorskip("bitsandbytes")
+    (code,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
+    assert '"./model/mini"' in code and "give its path on your machine" in code
+    code = code.replace("OWNER/NAME", str(directory)).replace("./model/mini", str(MINI))
+    monkeypatch.chdir(tmp_path)
+    loaded: dict = {}
+    exec(code, loaded)
+    assert loaded["model"].dtype == torch.float32
+    ids = torch.arange(5, 64)[None]
+    expected = load_model("mini", directory).model(ids)
+    assert relative_difference(loaded["model"].eval()(ids).logits, expected) < 1e-5
+
+
+def test_a_card_names_the_quantised_base(runs, on_nf4, tmp_path):
+    report = json.loads((on_nf4 / "run.json").read_text())
+    text = run_card("x", report | {"base": "gpt2"})
+    row = f"| openai-community/gpt2 in NF4 | {report['base_val_loss']:.4f} |"
+    assert "of openai-community/gpt2 in NF4, trained on" in text and row in text
+    assert "in NF4" not in run_card("x", runs["lora"].report)
+    stdout_of(merge.main, "--adapter", on_nf4, "--out", tmp_path / "merged")
+    assert "./model/mini in NF4 with a" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_no_file_tells_of_a_path(base, book, runs, chat, tmp_path):
