@@ -15,6 +15,8 @@
 # make test | lint | setup | clean   ARGS="--device cuda" (or mps): the tests that compute, there
 # make test-lowest           the tests with the lowest versions that pyproject.toml allows
 #
+# For llama.cpp (docs/export.md), install one more package: .venv/bin/pip install -e '.[gguf]'
+#
 # Variables: BASE (auto, gpt2, mini, a directory, or OWNER/NAME on the hub), BOOK (a text file, or a
 # directory of .txt files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON
 # lines, in place of BOOK), OUT (a directory), RECIPE (of LoRA: reference or best), LR, R and SEEDS

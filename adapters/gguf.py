@@ -2,13 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from adapters.factors import Factors, read_factors
+from adapters.factors import read_factors
 from adapters.load import load_model
 from adapters.merge import chat_template, load_merged
 from adapters.quantisation import recorded_quantisation
@@ -16,49 +15,25 @@ from common.cli import BASE, NONE, QUANTISE, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import atomic_path
-from model.gpt2 import GPT2
-from storage.gguf import ARCHITECTURE, gguf_name, refuse_unknown_fields, save_gguf
-from storage.gguf_format import Value, write_gguf
+from storage.gguf import refuse_unknown_fields, save_adapter_gguf, save_gguf
 from storage.hub import find_adapter
 
 
-def save_adapter_gguf(
-    factors: Mapping[str, Factors], path: Path, name: str, dtype: torch.dtype
-) -> None:
-    """Write an adapter, its factors by PEFT's names of our GPT-2's layers, as llama.cpp reads it.
-
-    llama.cpp adds alpha / r * B A x, with one alpha for all layers, and r the rows of each A
-    (r, in). Here every A is padded with zeros to the largest rank, which is alpha: the factor is
-    1, and each B (out, r) holds its layer's own. Neither is transposed: llama.cpp holds W as
-    (out, in).
-    """
-    rank = max(change.rank for change in factors.values())
-    metadata: dict[str, Value] = {
-        "general.architecture": ARCHITECTURE,
-        "general.type": "adapter",
-        "general.name": name,
-        "adapter.type": "lora",
-        "adapter.lora.alpha": float(rank),
-    }
-    tensors: dict[str, Tensor] = {}
-    for layer, change in factors.items():
-        weight = f"{gguf_name(layer.removeprefix(GPT2.adapter_prefix))}.weight"
-        b, a = change.pad(rank)
-        tensors[f"{weight}.lora_a"] = a
-        tensors[f"{weight}.lora_b"] = b
-    write_gguf(path, metadata, tensors, dtype)
-
-
 def write_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
-    """Write the adapter alone; return what was written. Raises UserError if it is DoRA, or does not
-    fit the base, or for a base that llama.cpp would compute wrongly.
+    """Write the adapter alone, every layer padded to the largest rank; return what was written.
+
+    Raises UserError if it is DoRA, or does not fit the base, or for a base that llama.cpp would
+    compute wrongly.
     """
     adapter = find_adapter(str(adapter))
     factors = read_factors(adapter)
     loaded = load_model(base, adapter, quantise=NONE)
     refuse_unknown_fields(loaded.model.config, loaded.base)
+    rank = max(change.rank for change in factors.values())
+    padded = {layer: change.pad(rank) for layer, change in factors.items()}
+    n_layer = loaded.model.config.n_layer
     with atomic_path(out) as temporary:
-        save_adapter_gguf(factors, temporary, out.stem, dtype)
+        save_adapter_gguf(padded, rank, n_layer, temporary, out.stem, dtype)
 
     kind = recorded_quantisation(adapter)
     if kind:

@@ -1,53 +1,35 @@
-"""A GPT-2 as llama.cpp reads it: the names of its tensors, its metadata and its tokenizer."""
+"""Write a model or an adapter as a GGUF file for llama.cpp, with the package `gguf`."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import brief
-from data.tokenizer import LibraryTokenizer, Tokenizer
-from data.tokenizer_files import FAST, MERGES, SETTINGS, TEMPLATE, VOCAB, is_gpt2s
+from data.tokenizer import Tokenizer
 from model.gpt2 import GPT2, GPT2Config
-from storage.gguf_format import Value, write_gguf
+from storage.tensors import cast
 
-ARCHITECTURE = "gpt2"
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_f": "output_norm",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
+# The fields of a config that llama.cpp's GPT-2 ignores, and the values that it assumes.
+ASSUMED = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
 }
-# llama.cpp's numbers for kinds of tokens.
-NORMAL = 1
-CONTROL = 3
-UNUSED = 5
-
-
-def gguf_name(name: str) -> str:
-    """Return llama.cpp's name of a module: `h.3.attn.c_attn` -> `blk.3.attn_qkv`."""
-    if not name.startswith("h."):
-        return NAMES[name]
-    _, block, own = name.split(".", 2)
-    return f"blk.{block}.{NAMES[own]}"
+# The names in `gguf` of a tensor's type, and of a file's.
+TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+SUFFIXES = (".weight", ".bias", ".weight.lora_a", ".weight.lora_b")
 
 
 def refuse_unknown_fields(config: GPT2Config, base: str) -> None:
-    """Raise UserError for what llama.cpp's GPT-2 does not know, and would leave out in silence."""
-    known = {
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    }
-    for field, values in known.items():
+    """Raise UserError for a config that llama.cpp would load and compute differently."""
+    for field, values in ASSUMED.items():
         value = getattr(config, field)
         if value not in values:
             raise UserError(
@@ -64,98 +46,149 @@ def save_gguf(
     dtype: torch.dtype,
     chat_template: str | None = None,
 ) -> None:
-    """Write a whole model: matrices in `dtype`, (out, in), the tokenizer, and the template of
-    conversations (default: the tokenizer's, if it has one).
+    """Write a whole model: matrices (out, in) in `dtype`, the tokenizer, and the template of
+    conversations (default: the tokenizer's template, if it has one).
 
-    Raises UserError for a tokenizer that is not a byte-pair encoding with GPT-2's pattern.
+    Raises UserError for a tokenizer that is not a byte-level BPE with GPT-2's pattern.
     """
-    metadata: dict[str, Value] = {
-        "general.architecture": ARCHITECTURE,
-        "general.type": "model",
-        "general.name": name,
-        "general.file_type": FILE_TYPES[dtype],
-        **_sizes(model.config),
-        **_vocabulary(tokenizer),
-    }
-    template = chat_template or _chat_template(tokenizer)
-    if template:
-        metadata["tokenizer.chat_template"] = template
+    gguf = _library()
+    config = model.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    _add_tokenizer(writer, tokenizer, config.vocab_size, chat_template)
+    _write(writer, model.named_parameters(), config.n_layer, dtype)
+
+
+def save_adapter_gguf(
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    rank: int,
+    n_layer: int,
+    path: Path,
+    name: str,
+    dtype: torch.dtype,
+) -> None:
+    """Write an adapter, by PEFT's names of layers: B (out, rank), scaling included, A (rank, in).
+
+    llama.cpp adds alpha / rank * B A x, with one alpha for all layers. Here alpha is the rank, so
+    the factor is 1.
+    """
+    gguf = _library()
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(rank))
     tensors: dict[str, Tensor] = {}
-    for parameter, value in model.named_parameters():
-        module, _, part = parameter.rpartition(".")
-        tensors[f"{gguf_name(module)}.{part}"] = value
-    write_gguf(path, metadata, tensors, dtype)
+    for layer, (b, a) in factors.items():
+        tensors[f"{layer}.weight.lora_a"] = a
+        tensors[f"{layer}.weight.lora_b"] = b
+    _write(writer, tensors.items(), n_layer, dtype)
 
 
-def _sizes(config: GPT2Config) -> dict[str, Value]:
-    return {
-        "gpt2.context_length": config.n_positions,
-        "gpt2.embedding_length": config.n_embd,
-        "gpt2.feed_forward_length": config.n_inner or 4 * config.n_embd,
-        "gpt2.block_count": config.n_layer,
-        "gpt2.attention.head_count": config.n_head,
-        "gpt2.attention.layer_norm_epsilon": config.layer_norm_epsilon,
-    }
+def _write(
+    writer: Any, tensors: Iterable[tuple[str, Tensor]], n_layer: int, dtype: torch.dtype
+) -> None:
+    """Write the file: matrices in `dtype`, vectors in fp32, which llama.cpp needs.
 
-
-def _vocabulary(tokenizer: Tokenizer) -> dict[str, Value]:
-    """Return every token, as byte-level characters, its kind, and the merges in rank order."""
-    vocab, merges = _byte_pairs(tokenizer)
-    tokens: list[str] = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
-    kinds = [UNUSED] * tokenizer.vocab_size
-    for word, i in vocab.items():
-        tokens[i] = word
-        kinds[i] = NORMAL
-    for i in tokenizer.special.values():
-        tokens[i] = tokenizer.bytes_of[i].decode()
-        kinds[i] = CONTROL
-
-    metadata: dict[str, Value] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",  # the pattern that splits a text into words
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": False,
-    }
-    if tokenizer.end_of_text is not None:
-        metadata["tokenizer.ggml.bos_token_id"] = tokenizer.end_of_text
-        metadata["tokenizer.ggml.eos_token_id"] = tokenizer.end_of_text
-    return metadata
-
-
-def _chat_template(tokenizer: Tokenizer) -> str | None:
-    """Return the template in the tokenizer's files: one of its own, or a field of the settings."""
-    if TEMPLATE in tokenizer.files:
-        return tokenizer.files[TEMPLATE].decode()
-    settings = json.loads(tokenizer.files.get(SETTINGS, b"{}"))
-    template = settings.get("chat_template")
-    return template if isinstance(template, str) else None  # some settings list several
-
-
-def _byte_pairs(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]]:
-    """Return the vocabulary and the pairs of words that are merged, "a b".
-
-    Raises UserError unless the tokenizer is a byte-pair encoding with GPT-2's pattern.
+    Raises RunError for a number that is not finite.
     """
-    if isinstance(tokenizer, LibraryTokenizer):
-        stored = json.loads(tokenizer.engine.to_str())
-        if not is_gpt2s(stored):
-            raise UserError(
-                f"{tokenizer.source}: its tokenizer is no byte-pair encoding with GPT-2's pattern; "
-                "llama.cpp's own convert_hf_to_gguf.py may know it"
-            )
-    elif FAST in tokenizer.files:
-        stored = json.loads(tokenizer.files[FAST])
-    else:
-        return json.loads(tokenizer.files[VOCAB]), _lines(tokenizer.files[MERGES])
+    gguf = _library()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n_layer)
+    for name, tensor in tensors:
+        stored = dtype if tensor.ndim > 1 else torch.float32
+        value = cast(name, tensor, stored).view(torch.uint8)  # numpy has no bf16
+        kind = gguf.GGMLQuantizationType[TENSOR_TYPES[stored]]
+        writer.add_tensor(names.get_name(name, SUFFIXES), value.numpy(), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_tokenizer(
+    writer: Any, tokenizer: Tokenizer, vocab_size: int, chat_template: str | None
+) -> None:
+    """Add the tokens (byte-level characters), their types, the merges and the chat template."""
+    types = _library().TokenType
+    settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
+    stored = _tokenizer_json(tokenizer.files)
+    if settings.get("add_prefix_space") or not _is_gpt2s(stored):
+        raise UserError(
+            f"{tokenizer.source}: its tokenizer is not a byte-level BPE with GPT-2's pattern; "
+            "llama.cpp's convert_hf_to_gguf.py may know it"
+        )
+
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    kinds = [types.UNUSED] * vocab_size
+    for word, i in stored["model"]["vocab"].items():
+        tokens[i] = word
+        kinds[i] = types.NORMAL
+    for added in stored.get("added_tokens", ()):
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = types.CONTROL
+    end = tokenizer.end_of_text
+    if end is not None:
+        kinds[end] = types.CONTROL
+        writer.add_bos_token_id(end)
+        writer.add_eos_token_id(end)
     merges = [
         pair if isinstance(pair, str) else " ".join(pair) for pair in stored["model"]["merges"]
     ]
-    return stored["model"]["vocab"], merges
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")  # the pattern that splits a text into words
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_add_bos_token(False)
+
+    own = tokenizer.files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
+    template = chat_template or own
+    if isinstance(template, str):  # some settings list several
+        writer.add_chat_template(template)
 
 
-def _lines(merges: bytes) -> list[str]:
-    """Return the pairs in a merges.txt."""
-    lines = merges.decode().splitlines()
-    return [line for line in lines if line and not line.startswith("#version")]
+def _tokenizer_json(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return `tokenizer.json`, or `vocab.json` and the files beside it in the same form."""
+    if "tokenizer.json" in files:
+        return json.loads(files["tokenizer.json"])
+    if "vocab.json" not in files or "merges.txt" not in files:
+        return {"model": {"type": "unknown"}}
+    added = json.loads(files.get("added_tokens.json", b"{}"))
+    lines = files["merges.txt"].decode().splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return {
+        "model": {"vocab": json.loads(files["vocab.json"]), "merges": merges},
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "added_tokens": [{"content": text, "id": i} for text, i in added.items()],
+    }
+
+
+def _is_gpt2s(stored: Mapping[str, Any]) -> bool:
+    """Return whether a `tokenizer.json` is a byte-level BPE with GPT-2's pattern."""
+    model = stored["model"]
+    step = stored.get("pre_tokenizer") or {}
+    changes = (
+        stored.get("normalizer"),
+        model.get("continuing_subword_prefix"),
+        model.get("end_of_word_suffix"),
+        model.get("ignore_merges"),
+        step.get("add_prefix_space"),
+    )
+    is_byte_level = step.get("type") == "ByteLevel" and step.get("use_regex", True)
+    return model.get("type", "BPE") == "BPE" and is_byte_level and not any(changes)
+
+
+def _library() -> ModuleType:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("gguf is not installed; pip install -e '.[gguf]'") from error
+    return gguf

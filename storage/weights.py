@@ -1,4 +1,4 @@
-"""Read Hugging Face GPT-2 directories in all their forms; write transformers' own.
+"""Read Hugging Face GPT-2 directories in all their forms; write the form of transformers.
 
 Files on the hub name tensors `h.0.ln_1.weight` and carry the causal masks; transformers itself
 writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. In all of them
@@ -6,9 +6,8 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 """
 
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -59,8 +58,8 @@ def load_gpt2(
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
     Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.prepare` keeps a
-    frozen model; the whole is never held in fp32 first. With `quantise`, each linear layer is read
-    in fp32, and what `quantise` makes of it takes its place before the next is read.
+    frozen model. The whole model is never in memory in fp32. With `quantise`, each linear layer is
+    read in fp32 and replaced by `quantise(layer)` before the next is read.
 
     Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
     type, and for a config field that asks for another architecture.
@@ -90,19 +89,11 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
     """
     keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
-    embedding = f"{prefix}wte.weight"
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
-    tied = {HEAD} if embedding in keys else {embedding}  # a file may hold either, or both
+    shapes = _stored_shapes(keys, prefix, needed)
 
-    shapes = {HEAD: needed["wte.weight"].shape}
-    for name, parameter in needed.items():
-        shape = parameter.shape
-        if CONV1D.search(name):
-            shape = shape[::-1]
-        shapes[prefix + name] = shape
-
-    head = None  # `shapes`, and so the loop, begins with it
-    for key, tensor in read_tensors(path, shapes, optional=tied, unread=masks):
+    head = None  # the loop begins with it
+    for key, tensor in read_tensors(path, shapes, unread=masks):
         name = key.removeprefix(prefix)
         if key == HEAD:
             name = "wte.weight"
@@ -118,14 +109,35 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
         head = value if key == HEAD else None
 
 
+def _stored_shapes(
+    keys: Collection[str], prefix: str, needed: Mapping[str, Tensor]
+) -> dict[str, torch.Size]:
+    """Return the shapes that the file's tensors must have, the tied head first.
+
+    A file may have the head, the embedding or both.
+    """
+    shapes = {}
+    if HEAD in keys:
+        shapes[HEAD] = needed["wte.weight"].shape
+    for name, parameter in needed.items():
+        shape = parameter.shape
+        if CONV1D.search(name):
+            shape = shape[::-1]
+        shapes[prefix + name] = shape
+    embedding = f"{prefix}wte.weight"
+    if HEAD in keys and embedding not in keys:
+        del shapes[embedding]
+    return shapes
+
+
 def find_weights(directory: Path) -> Path | None:
     """Return the base's weights file, if any. Raises UserError if they are split into shards."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
         path = Path(directory) / name
-        if os.path.lexists(path):  # a broken link is an error, not a missing file
+        if path.exists():
             return path
-        index = f"{path}.index.json"
-        if os.path.exists(index):
+        index = Path(f"{path}.index.json")
+        if index.exists():
             raise UserError(
                 f"{index}: sharded weights are not read; save one file with "
                 "transformers' save_pretrained(..., max_shard_size='100GB')"
@@ -137,7 +149,10 @@ def weights_path(directory: Path) -> Path:
     """Return the base's weights file. Raises UserError if it is missing, or split into shards."""
     path = find_weights(directory)
     if path is None:
-        raise UserError(f"{directory}: holds neither {WEIGHTS} nor {PICKLED_WEIGHTS}")
+        raise UserError(
+            f"{directory}: has neither {WEIGHTS} nor {PICKLED_WEIGHTS}; weights in several files "
+            "are not read"
+        )
     return path
 
 
@@ -153,7 +168,7 @@ def base_hashes(directory: Path) -> dict[str, str]:
 def load_config(directory: Path) -> GPT2Config:
     """Read `config.json`. Raises UserError, naming the field, for anything but a GPT-2."""
     path = Path(directory) / CONFIG
-    if os.path.exists(path.with_name("adapter_config.json")) and not os.path.exists(path):
+    if path.with_name("adapter_config.json").exists() and not path.exists():
         raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
 
     stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
@@ -174,7 +189,7 @@ def _check_architecture(path: Path, stored: dict) -> None:
     # Older configs, as DialoGPT's, have no model_type.
     if "model_type" not in stored and not {"n_embd", "n_layer", "n_head"} <= stored.keys():
         raise UserError(
-            f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is known"
+            f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is read"
         )
     for field, known in SUPPORTED.items():
         if field in stored and stored[field] not in known:
@@ -197,10 +212,10 @@ def _check_field(path: Path, field: str, value: object) -> None:
 def save_gpt2(
     model: GPT2, directory: Path, dtype: torch.dtype | None = None, end_of_text: int | None = None
 ) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors` in transformers' own
-    layout, each atomically.
+    """Write `config.json`, `generation_config.json` and `model.safetensors` in the layout
+    of transformers, each atomically.
 
-    The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each's own.
+    The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each dtype.
     Raises RunError, and leaves what was there, if a number is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
@@ -218,7 +233,7 @@ def save_gpt2(
 
 
 def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
-    """Return the content of `config.json`; the base's own token ids stay but for the end."""
+    """Return the content of `config.json` with the base's token ids, except `end_of_text`."""
     fields = dataclasses.asdict(config)
     token_ids = {"bos_token_id": end_of_text} | fields.pop("token_ids")
     if end_of_text is not None:

@@ -61,7 +61,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
         (("--rank", 33), "--rank, --target-modules: rank 33 is out"),
         (("--target-modules", "wte"), "'wte' is refused"),
         (("--target-modules", "c_attn.q"), "a slice of c_attn is not"),
-        (("--full", "nowhere"), "nowhere: holds neither"),
+        (("--full", "nowhere"), "nowhere: has neither"),
         (("--out", base), "exists already"),
     ):
         ending = run(main, "--base", base, "--full", full, "--out", tmp_path / "out", *options)

@@ -1,18 +1,13 @@
 """Refuses files of tensors and of JSON that are damaged, in one line that says what is wrong."""
 
-import shutil
 import struct
-import sys
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
-import evaluate
 from common.files import read_json
 from storage.tensors import read_tensors
 from tests.helpers import refusal
-from tests.runs import one_line, run
 
 W, B = "h.0.c_fc.weight", "h.1.c_fc.bias"
 SHAPES = {W: (3, 4), B: (5,)}
@@ -77,14 +72,6 @@ def test_what_cannot_be_opened_is_refused_with_the_systems_reason(tmp_path):
     for read in (read_all, read_json):
         assert refusal(tmp_path, read) == "cannot be read (Is a directory)"
         assert refusal(tmp_path / "none", read) == "cannot be read (No such file or directory)"
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
-def test_a_path_that_is_not_utf8_is_no_damaged_file(base, tmp_path):
-    directory = tmp_path / "caf\udce9"
-    shutil.copytree(base, directory)
-    line = one_line(run(evaluate.main, "--base", directory, "--device", "cpu"), 2)
-    assert line.endswith("model.safetensors: cannot be read (the path is not UTF-8)")
 
 
 def test_a_file_that_is_not_a_json_object_is_refused(tmp_path):

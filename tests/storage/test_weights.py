@@ -121,17 +121,9 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
     path = rewrite(directory, tensors, "zip")
     whole = path.read_bytes()
     load_gpt2(directory)
-    odd = {
-        "not a tensor": [1.0, 2.0],
-        "sparse": tensors[FC].to_sparse(),
-        "no data": tensors[FC].to("meta"),
-    }
-    for words, value in odd.items():
-        torch.save({**tensors, FC: value}, path)
-        reason = refusal(path, load_gpt2, directory)
-        assert FC in reason and words in reason
-    torch.save({**tensors, 7: tensors[FC]}, path)
-    assert "unexpected tensor '7'" in refusal(path, load_gpt2, directory)
+    for odd in ([1.0, 2.0], tensors[FC].to_sparse(), tensors[FC].to("meta")):
+        torch.save({**tensors, FC: odd}, path)
+        assert "not a file of tensors" in refusal(path, load_gpt2, directory)
     torch.save([1], path)
     assert "not a file of tensors" in refusal(path, load_gpt2, directory)
     for content in (b"", whole[:99], whole[: len(whole) // 2], b"<!DOCTYPE html>\n" * 99):
@@ -145,10 +137,6 @@ def test_sharded_weights_are_refused_and_not_taken_for_none(tmp_path, name):
     (directory / SAFETENSORS).rename(directory / "model-00001-of-00001.safetensors")
     assert find_weights(directory) is None
     assert "neither model.safetensors nor pytorch_model.bin" in refusal(directory, load_gpt2)
-    (linked := directory / name).symlink_to("gone")
-    assert find_weights(directory) == linked
-    assert "cannot be read" in refusal(linked, load_gpt2, directory)
-    linked.unlink()
     (index := directory / f"{name}.index.json").write_text("{}")
     for read in (find_weights, load_gpt2):
         reason = refusal(index, read, directory)
