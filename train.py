@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.errors import run_command
 from data.windows import Batch
 from evaluate import Scores, evaluate
-from lora.inject import adapter_disabled
+from lora import adapter_disabled
 from lora.variants.plus import parameter_groups
 from model.gpt2 import GPT2
 from training.data import Data, load_data

@@ -6,16 +6,17 @@ The result is plain LoRA: lora_alpha = r, one rank for all layers, and no varian
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from adapters.factors import Factors, read_factors, truncate, write_factors
 from adapters.quantisation import common_quantisation
 from common.cli import Parser, number
-from common.errors import UserError, run_command
+from common.errors import UserError, as_failure, run_command
 from common.files import brief, new_directory, refuse_existing
-from lora.files import base_hash
-from lora.peft_config import base_name, stored_fields
+from lora.load import read_header, stored_base_fields
+from lora.save import BASE_SHA256, QUANTISED
 from storage.hub import find_adapter
 
 REMEDY = (
@@ -69,27 +70,30 @@ def _sum_of(
     return Factors(torch.cat(parts_b, dim=1), torch.cat(parts_a))
 
 
-def common_base(directories: Sequence[Path]) -> tuple[str, str, str | None]:
-    """Return the name, the weights' hash and the quantisation of the base of all these adapters.
+def common_base(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the fields and the header by which all these adapters record their base.
 
     Prints a note if two name different bases and no hash decides. Raises UserError if two record
     different hashes or quantisations.
     """
-    hashes = {directory: base_hash(directory) for directory in directories}
+    with as_failure():
+        hashes = {directory: read_header(directory).get(BASE_SHA256) for directory in directories}
+        fields = [stored_base_fields(directory) for directory in directories]
     hashed = [directory for directory in directories if hashes[directory]]
     for directory in hashed:
         if hashes[directory] != hashes[hashed[0]]:
             raise UserError(f"{hashed[0]} and {directory}: are adapters of different bases")
     quantisation = common_quantisation(directories, REMEDY)
 
-    names = dict.fromkeys(brief(base_name(directory)) for directory in directories)
+    names = dict.fromkeys(brief(base["base_model_name_or_path"]) for base in fields)
     if len(hashed) < len(directories) and len(names) > 1:
         print(
             f"note: these adapters name their bases {' and '.join(names)}; a sum needs adapters "
             "of one base"
         )
     source = hashed[0] if hashed else directories[0]
-    return str(base_name(source) or ""), hashes[source] or "", quantisation
+    header = {BASE_SHA256: hashes[source], QUANTISED: quantisation}
+    return stored_base_fields(source), {name: value for name, value in header.items() if value}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -125,13 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")
     refuse_existing(args.out)
     directories = [find_adapter(str(adapter)) for adapter in args.adapters]
-    base = common_base(directories)
+    base, header = common_base(directories)
 
     adapters = [read_factors(directory) for directory in directories]
     total, kept = combine(adapters, weights, args.rank)
-    fields = stored_fields(directories[0])
     with new_directory(args.out) as directory:
-        write_factors(total, fields, directory, *base)
+        write_factors(total, directory, base, header)
     rank = next(iter(total.values())).rank
     print(f"{args.out}: r = lora_alpha = {rank}, {kept:.2%} of the sum's squared norm")
 

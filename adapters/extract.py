@@ -13,14 +13,14 @@ from adapters.factors import Factors, truncate, write_factors
 from common.cli import BASE, Parser, number, print_table
 from common.errors import UserError, run_command
 from common.files import brief, file_sha256, new_directory, read_json, refuse_existing
-from lora.inject import inject, lora_layers
-from lora.layer import LoRAConfig
-from lora.peft_config import model_fields
-from lora.targets import full_name, target_modules
-from lora.variants import make_layer
+from lora import LoRAConfig, inject, lora_layers
+from lora.peft_view import peft_view
+from lora.save import BASE_SHA256, base_fields
+from lora.targets import target_modules
 from lora.variants.slices import SlicedLoRALinear
 from model.gpt2 import GPT2
-from storage.hub import find_base
+from storage.hf_compat import stock_name
+from storage.hub import find_base, split_revision
 from storage.weights import load_config, read_parameters, weights_path
 
 RUN = "run.json"  # train.py writes it beside a model
@@ -45,7 +45,7 @@ def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
     Raises UserError for a rank or targets that do not fit the model.
     """
     try:
-        inject(model, LoRAConfig(rank, target_modules=target_modules(targets)), make_layer)
+        inject(model, LoRAConfig(rank, target_modules=target_modules(targets)))
     except ValueError as error:
         raise UserError(f"--rank, --target-modules: {error}") from error
     layers = lora_layers(model)
@@ -134,9 +134,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     changes = read_changes(base_weights, weights_path(args.full), needed)
     found = extract(changes, layers, args.rank)
-    factors = {full_name(model, layer): change for layer, change in found.factors.items()}
+    prefix = peft_view(model).prefix
+    factors = {prefix + layer: change for layer, change in found.factors.items()}
+    fields = base_fields(model, *split_revision(stock_name(base)))
     with new_directory(args.out) as directory:
-        write_factors(factors, model_fields(model), directory, base, base_sha256)
+        write_factors(factors, directory, fields, {BASE_SHA256: base_sha256})
 
     explains = [f"rank {k} explains" for k in shown_ranks(args.rank)]
     print_table(["layer", "norm of the change", *explains], found.rows)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError
-from lora.files import PREFIX, adapter_path, write_adapter
-from lora.layer import LoRAConfig
-from lora.peft_config import load_adapter_config
+from common.errors import RunError, UserError, as_failure
+from lora import LoRAConfig
+from lora.load import adapter_path, load_adapter_config
+from lora.save import PREFIX, write_adapter
 from lora.targets import layer_config
 from lora.variants.dora import DoRAConfig
 from storage.tensors import read_shapes, read_tensors
@@ -70,7 +70,8 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     for each layer.
     """
     path = adapter_path(directory)
-    config = load_adapter_config(directory)
+    with as_failure():
+        config = load_adapter_config(directory)
     refuse_dora(config, directory)
     shapes = read_shapes(path)
     configs = {layer: layer_config(config, layer) for layer in _layer_names(path, shapes)}
@@ -110,16 +111,13 @@ def _keys(layer: str) -> tuple[str, str]:
 
 def write_factors(
     factors: dict[str, Factors],
-    fields: Mapping[str, Any],
     directory: Path,
-    base: str,
-    base_sha256: str,
-    quantised: str | None = None,
+    base: Mapping[str, Any],
+    header: Mapping[str, str],
 ) -> None:
     """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r.
 
-    `fields` come from `model_fields`, or from an adapter's `stored_fields`. `quantised` is how the
-    base was quantised in training.
+    `base` and `header` are those of `write_adapter`.
     """
     rank = next(iter(factors.values())).rank
     tensors = {}
@@ -128,4 +126,5 @@ def write_factors(
         tensors[a_key] = a
         tensors[b_key] = b
     config = LoRAConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=tuple(factors))
-    write_adapter(tensors, config, fields, directory, base, base_sha256, quantised)
+    with as_failure(RunError):
+        write_adapter(directory, tensors, config, base, header)

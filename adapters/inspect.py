@@ -17,9 +17,8 @@ from adapters.spectra import INTRUDER, amplification, cosines
 from common.cli import NONE, Parser, print_table
 from common.errors import run_command
 from common.figures import INK, PAGE_WIDTH, can_draw, new_figure, save_figure
-from lora.inject import lora_layers
-from lora.targets import full_name
-from model.gpt2 import GPT2
+from lora import lora_layers
+from lora.peft_view import GPT2_VIEW, peft_view
 
 
 def effective_rank(s: Tensor) -> float:
@@ -70,9 +69,10 @@ def beside_weights(
 ) -> dict[str, BesideWeight]:
     """Compare each layer's change with the base's own weight."""
     model = load_model(base, adapter, quantise=NONE).model
+    prefix = peft_view(model).prefix
     found = {}
     for own, layer in lora_layers(model).items():
-        name = full_name(model, own)
+        name = prefix + own
         weight = layer.base_layer.weight.detach().float()
         change = (factors[name].B @ factors[name].A).float()
         u, s, vh = (part.float() for part in factors[name].svd())
@@ -92,7 +92,7 @@ def print_changes(spectra: dict[str, Tensor], beside: dict[str, BesideWeight]) -
         columns += ["intruders", "least cosine", "amplification"]
     rows = []
     for name, s in spectra.items():
-        row = [name.removeprefix(GPT2.adapter_prefix), f"{s.norm().item():.4g}"]
+        row = [name.removeprefix(GPT2_VIEW.prefix), f"{s.norm().item():.4g}"]
         row += describe(s)
         if beside:
             row.insert(2, f"{beside[name].relative_norm:.2%}")
@@ -128,7 +128,7 @@ def draw(
 
     With the base's weights, two parts more: the cosines, and the amplification by block.
     """
-    places = {name: block_and_kind(name.removeprefix(GPT2.adapter_prefix)) for name in spectra}
+    places = {name: block_and_kind(name.removeprefix(GPT2_VIEW.prefix)) for name in spectra}
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     blocks = 1 + max(block for block, _ in places.values())
 

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 
 from adapters.quantisation import choose_quantisation
-from common.errors import UserError
+from common.errors import UserError, as_failure
 from common.files import brief, file_sha256
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import load_tokenizer
-from lora.files import load_adapter
-from lora.peft_config import base_name
+from lora.load import load_adapter, stored_base_fields
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
 from storage.hf_compat import stock_name
@@ -32,7 +31,8 @@ def named_base(adapter: Path) -> str:
 
     Raises UserError otherwise: a path in a file from elsewhere is not followed.
     """
-    named = base_name(adapter)
+    with as_failure():
+        named = stored_base_fields(adapter)["base_model_name_or_path"]
     repository, _ = split_revision(str(named))
     for name, known in REPOSITORIES.items():
         if repository in (name, known):
@@ -62,5 +62,6 @@ def load_model(
     kind = choose_quantisation(quantise, [adapter] if adapter else [])
     model = load_gpt2(directory, dtype, LAYERS[kind] if kind else None)
     if adapter:
-        load_adapter(model, adapter, file_sha256(weights_path(directory)))
+        with as_failure():
+            load_adapter(model, adapter, file_sha256(weights_path(directory)))
     return Loaded(name, model, load_tokenizer(directory, model.config.vocab_size))

@@ -13,39 +13,12 @@ from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import new_directory, open_file, refuse_existing
 from data.tokenizer_files import TEMPLATE
-from lora.inject import lora_layers
+from lora import lora_layers, merge, unwrap
 from lora.quantised import dequantise
 from storage.card import merge_card, save_card
 from storage.hf_compat import save_tokenizer
 from storage.hub import find_adapter
 from storage.weights import save_gpt2
-
-
-def merge(model: nn.Module) -> None:
-    """Add every LoRA layer's update to its W. Raises ValueError as `LoRALinear.merge` does."""
-    for name, layer in lora_layers(model).items():
-        try:
-            layer.merge()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, up to rounding."""
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-
-
-def unwrap(model: nn.Module) -> None:
-    """Put the plain linear layers, with what was merged into them, back in place.
-
-    Raises ValueError for PiSSA layers that are not merged: their W lacks its largest part.
-    """
-    for name, layer in lora_layers(model).items():
-        try:
-            model.set_submodule(name, layer.unwrapped())
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 
 from adapters.factors import Factors, refuse_dora
 from adapters.load import Loaded, load_model, named_base
-from adapters.merge import unwrap
 from adapters.quantisation import choose_quantisation
+from common.errors import as_failure
 from common.files import file_sha256
-from lora.files import load_adapter
-from lora.inject import lora_layers
+from lora import load_adapter, lora_layers, unwrap
 from model.gpt2 import GPT2
 from storage.hub import find_adapter, find_base
 from storage.weights import weights_path
@@ -73,7 +72,8 @@ def read_fitting_factors(model: GPT2, directory: Path, base_sha256: str) -> dict
 
     Return its factors by layer, in fp64, scaling included.
     """
-    config = load_adapter(model, directory, base_sha256)
+    with as_failure():
+        config = load_adapter(model, directory, base_sha256)
     layers = lora_layers(model)
     unwrap(model)
     refuse_dora(config, directory)

@@ -4,10 +4,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from common.cli import NONE
-from common.errors import UserError
+from common.errors import UserError, as_failure
 from common.files import brief
-from lora.files import QUANTISED, adapter_path, read_header
+from lora.load import adapter_path, read_header
 from lora.quantised import LAYERS
+from lora.save import QUANTISED
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
@@ -18,7 +19,8 @@ def recorded_quantisation(adapter: Path) -> str | None:
     path = adapter_path(adapter)
     if not path.exists():  # `load_adapter` reports the missing file
         return None
-    kind = read_header(adapter).get(QUANTISED)
+    with as_failure():
+        kind = read_header(adapter).get(QUANTISED)
     if kind is not None and kind not in LAYERS:
         raise UserError(f"{path}: its base was quantised to {brief(kind)}, which is not known here")
     return kind

@@ -9,23 +9,22 @@ import numpy as np
 from torch import Tensor, nn
 
 import train
-from adapters.merge import merge, unwrap
 from common.device import Device
 from common.signals import HANDLED
 from data.tokenizer import Tokenizer
 from data.tokenizer_files import load_tokenizer
 from data.windows import Batch, Windows
 from evaluate import evaluate as score
-from lora import files
-from lora.inject import inject
-from lora.layer import LoRAConfig
+from lora import LoRAConfig, inject, load_adapter, merge, save, unwrap
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels.fast import set_kernels
+from storage.hf_compat import stock_name
+from storage.hub import split_revision
 from storage.weights import load_config, load_gpt2, save_gpt2
 from training.data import load_data
 from training.launch import prepare_device
 from training.model import add_adapter, load_base
-from training.options import Options, lora_config, parse_options
+from training.options import Options, parse_options
 from training.ranks import Ranks
 from training.report import read_run
 from training.run import Run
@@ -136,7 +135,7 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     """Load a base and, if given, an adapter on it, as `evaluate.py` and `generate.py` do."""
     model = load_gpt2(base, device.dtype)
     if adapter:
-        files.load_adapter(model, adapter)
+        load_adapter(model, adapter)
     device.prepare(model)
     set_kernels(model, "fast")
     return model
@@ -144,12 +143,13 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's own tensors, not copies, by the names in PEFT's file."""
-    return files.adapter_tensors(model)
+    return save.adapter_tensors(model)
 
 
 def save_adapter(model: GPT2, made: Options, directory: Path) -> None:
     """Save the model's adapter in PEFT's format, as `train.py` does."""
-    files.save_adapter(model, lora_config(made), directory, made.base)
+    base, revision = split_revision(stock_name(made.base))
+    save.save_adapter(model, directory, base, revision=revision)
 
 
 def save_merged(model: GPT2, directory: Path) -> None:

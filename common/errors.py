@@ -18,6 +18,15 @@ class RunError(Exception):
     """A failure in the run itself, such as a loss that is not finite."""
 
 
+@contextmanager
+def as_failure(kind: type[Exception] = UserError) -> Iterator[None]:
+    """Turn a ValueError of a library such as `lora` into one that ends a command with one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise kind(str(error)) from error
+
+
 # torch's CPU allocator and cuBLAS have no exception of their own.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
 ADVICE = (

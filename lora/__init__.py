@@ -1,0 +1,32 @@
+"""LoRA for any PyTorch model, with files in PEFT's format. It needs PyTorch and safetensors.
+
+from lora import LoRAConfig, inject, save_adapter
+
+inject(model, LoRAConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+...  # train the parameters that require gradients
+save_adapter(model, "adapter")
+"""
+
+from lora.inject import adapter_disabled, inject, lora_layers
+from lora.layer import LoRAConfig, LoRALinear
+from lora.load import load_adapter
+from lora.merge import merge, unmerge, unwrap
+from lora.quantised import quantise
+from lora.save import save_adapter
+from lora.variants import make_config, make_layer
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALinear",
+    "adapter_disabled",
+    "inject",
+    "load_adapter",
+    "lora_layers",
+    "make_config",
+    "make_layer",
+    "merge",
+    "quantise",
+    "save_adapter",
+    "unmerge",
+    "unwrap",
+]

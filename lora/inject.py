@@ -1,42 +1,53 @@
 """Put LoRA layers into a model and freeze the rest."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
 from lora.layer import LoRAConfig, LoRALinear
-from lora.targets import find_targets, full_name, layer_config
-
-Make = Callable[[nn.Linear, LoRAConfig, Collection[str]], LoRALinear]
-
-
-def whole_layer(layer: nn.Linear, config: LoRAConfig, slices: Collection[str]) -> LoRALinear:
-    """Wrap a layer in plain LoRA. Raises ValueError for slices of it."""
-    if slices:
-        raise ValueError("slices of a layer need inject(..., make=lora.variants.make_layer)")
-    return LoRALinear(layer, config)
+from lora.peft_view import peft_view
+from lora.targets import find_targets, layer_config
+from lora.variants import make_layer
 
 
-def inject(model: nn.Module, config: LoRAConfig, make: Make = whole_layer) -> None:
+def inject(model: nn.Module, config: LoRAConfig) -> None:
     """Wrap every `nn.Linear` that `find_targets` names in a LoRA layer; freeze the rest.
 
-    `make` chooses the layer's class; `lora.variants.make_layer` knows them all. Raises
-    ValueError if a target, a rank or a combination of variants does not fit, or if the model has
-    an adapter already; no layer is wrapped then.
+    The config is kept as `model.lora_config`. Its class chooses the variant. Raises ValueError if a
+    target, a rank or a variant does not fit, or if the model has an adapter already. The model is
+    then unchanged.
     """
-    if lora_layers(model):
-        raise ValueError("the model has an adapter already; `unwrap` it first")
+    install(model, config, new_layers(model, config))
 
-    wrapped = {}
+
+def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
+    """Return the LoRA layers of a model by module name. `install` puts them into the model."""
+    prefix = peft_view(model).prefix
+    layers = {}
     for name, slices in find_targets(model, config).items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        wrapped[name] = make(layer, layer_config(config, full_name(model, name)), slices)
+        with naming(name):
+            layers[name] = make_layer(layer, layer_config(config, prefix + name), slices)
+    return layers
 
+
+def install(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
+    """Freeze the model, and put LoRA layers in place of the linear layers that they wrap."""
     model.requires_grad_(False)
-    for name, lora_layer in wrapped.items():
-        model.set_submodule(name, lora_layer)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    model.lora_config = config  # type: ignore[assignment]  # no tensor and no module
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Begin the message of a ValueError with the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{layer}: {error}") from error
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -51,7 +51,10 @@ class LoRALinear(nn.Module):
         fan_in = base_layer.in_features
         fan_out = base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
-            raise ValueError(f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}")
+            raise ValueError(
+                f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}; change it (rank_pattern: "
+                "for this layer alone), or leave the layer out"
+            )
 
         self.base_layer = base_layer
         self.config = config
@@ -72,12 +75,17 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return no row of W, (0, in): models such as T5 ask for its dtype or device.
+        """Return an empty slice of W, (0, in): models such as T5 read its dtype or device.
 
-        A model that computed with W past `forward` would leave the update out. With no row of it,
-        shapes do not fit, and PyTorch raises an error.
+        A model that read W past `forward` would leave the update out. An empty W does not fit its
+        shapes, and PyTorch raises an error.
         """
         return self.base_layer.weight[:0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return b, which the adapter does not change: models such as Mamba read it."""
+        return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
@@ -104,16 +112,25 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Set W to W + scaling * B A. The layer then runs as fast as a plain linear layer.
 
-        Does nothing if the layer is merged. Raises ValueError for a disabled adapter, and unless W
-        is in fp32: a sum in bf16 rounds a small update away, and one in four bits most of it.
+        Does nothing if the layer is merged. Raises ValueError as `check_mergeable` does.
         """
-        weight = self.base_layer.weight
-        in_fp32 = isinstance(weight, nn.Parameter) and weight.dtype == torch.float32
-        if not self.enabled or not in_fp32:
-            raise ValueError("only an enabled adapter is merged, and into fp32 weights")
         if not self.merged:
+            self.check_mergeable()
             self.base_layer.weight.data += self.delta_weight()
             self.merged = True
+
+    def check_mergeable(self) -> None:
+        """Raise ValueError for a disabled adapter, and unless W is stored in fp32 or fp64: a sum in
+        bf16 rounds a small update away.
+        """
+        if not self.enabled:
+            raise ValueError("the adapter is disabled; enable it before merging")
+        weight = stored_weight(self.base_layer)
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"the weight is in {weight.dtype}, and merging into it would round part of the "
+                "update away; convert the model to fp32 before merging"
+            )
 
     def unmerge(self) -> None:
         """Undo `merge`, up to rounding."""
@@ -134,16 +151,29 @@ class LoRALinear(nn.Module):
         return self.config
 
 
-def stacked(config: LoRAConfig, n: int) -> LoRAConfig:
-    """Return the config of n adapters stacked into one of rank n * r, with the same scaling."""
-    alpha_factor = math.sqrt(n) if config.use_rslora else n
-    return LoRAConfig(
-        r=n * config.r,
-        lora_alpha=alpha_factor * config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        use_rslora=config.use_rslora,
-    )
+def check_linear(layer: nn.Linear) -> None:
+    """Raise ValueError unless the layer's forward is W x + b, with `weight` as W.
+
+    A subclass of `nn.Linear` may compute anything. One that has another forward, but computes
+    W x + b, declares it with the class attribute `computes_linear = True`.
+    """
+    kind = type(layer)
+    if kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False):
+        raise ValueError(
+            f"{kind.__name__} has its own forward, which may not be W x + b; it takes only plain "
+            "LoRA, without merging"
+        )
+
+
+def stored_weight(layer: nn.Linear) -> nn.Parameter:
+    """Return the W of W x + b, to be changed. Raises ValueError if the layer has no such W."""
+    check_linear(layer)
+    if not isinstance(layer.weight, nn.Parameter):
+        raise ValueError(
+            "the weight is computed from other tensors, so a change of it would be lost; "
+            "`dequantise` the model, or remove a parametrization (weight_norm) before `inject`"
+        )
+    return layer.weight
 
 
 def _refuse_merged(layer: LoRALinear, *_: object) -> None:

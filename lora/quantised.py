@@ -3,8 +3,8 @@
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314 ("the paper" below). Its code is the library
 bitsandbytes; codes, scales and dequantised weights here equal that library's bit for bit.
 
-This file needs PyTorch alone. A quantised layer stands where a frozen `nn.Linear` stands, so that
-`LoRALinear` wraps either.
+A quantised layer takes the place of a frozen `nn.Linear`, and `LoRALinear` wraps either. `quantise`
+replaces a model's layers.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lora.inject import naming
+from lora.layer import LoRAConfig, check_linear
+from lora.targets import ALL_LINEAR, find_targets
 
 BLOCK = 64  # weights that share a scale (paper, section 3, Double Quantization)
 SCALE_BLOCK = 256  # scales that share a scale of their own
@@ -95,7 +99,8 @@ class QuantisedLinear(nn.Linear):
     nothing, and so adapters are not merged into it.
     """
 
-    kind: str  # the name by which options and files know the subclass
+    kind: str  # the name of the subclass in options and files
+    computes_linear = True
 
     def __init__(self, layer: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would make a weight
@@ -182,9 +187,9 @@ class Int8Linear(QuantisedLinear):
 class NF4Linear(QuantisedLinear):
     """W_i = level[code_i] * absmax_j: 4-bit NormalFloat in blocks j of 64 weights, row after row.
 
-    Shapes, for n weights: codes, two in a byte, uint8 (n / 2,); absmax (n / 64,): in fp32 or, with
-    `double` quantisation, as 8-bit codes with scales fp32 (n / 64 / 256,) and a mean. That is
-    4 + 32 / 64 = 4.5 bits a weight, or 4 + 8 / 64 + 32 / (64 * 256) = 4.127.
+    Shapes, for n weights: codes, two in a byte, uint8 (n / 2,); absmax (n / 64,), as 8-bit codes
+    with scales fp32 (n / 64 / 256,) and a mean (double quantisation). That is
+    4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight.
     """
 
     kind = "nf4"
@@ -195,27 +200,23 @@ class NF4Linear(QuantisedLinear):
     scales: Tensor
     mean: Tensor
 
-    def __init__(self, layer: nn.Linear, double: bool = True):
+    def __init__(self, layer: nn.Linear):
         super().__init__(layer)
-        self.double_quantised = double
         levels = nf4_levels()
         x, absmax = scaled_blocks(layer.weight.detach(), BLOCK)
         codes = nearest(x, levels)  # (n / 64, 64)
         self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # the first is high
         # What each byte stands for: dequantising looks two weights up at once.
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
-        if double:
-            absmax, scales, mean = quantise_scales(absmax)
-            self.register_buffer("scale_levels", scale_levels(), persistent=False)
-            self.register_buffer("scales", scales)
-            self.register_buffer("mean", mean)
+        absmax, scales, mean = quantise_scales(absmax)
+        self.register_buffer("scale_levels", scale_levels(), persistent=False)
+        self.register_buffer("scales", scales)
+        self.register_buffer("mean", mean)
         self.register_buffer("absmax", absmax)
         self.to(layer.weight.device)
 
     def block_scales(self) -> Tensor:
         """Return the absmax of each block, fp32 (n / 64,)."""
-        if not self.double_quantised:
-            return self.absmax
         levels = self.scale_levels[self.absmax.int()]
         scale_of_each = self.scales.repeat_interleave(SCALE_BLOCK)[: len(levels)]
         return levels * scale_of_each + self.mean
@@ -231,6 +232,28 @@ class NF4Linear(QuantisedLinear):
 
 
 LAYERS: dict[str, type[QuantisedLinear]] = {layer.kind: layer for layer in (NF4Linear, Int8Linear)}
+
+
+def quantise(
+    model: nn.Module, kind: str, target_modules: tuple[str, ...] | str = ALL_LINEAR
+) -> None:
+    """Quantise linear layers of a model to a kind of `LAYERS`. `target_modules` names the layers as
+    in `LoRAConfig`: by default all linear layers except the head.
+
+    Raises ValueError for another kind, for targets that do not fit, and for a layer whose forward
+    is not W x + b. The model is then unchanged.
+    """
+    if kind not in LAYERS:
+        raise ValueError(f"kind {kind!r} is not one of {', '.join(LAYERS)}")
+    layers = {}
+    for name in find_targets(model, LoRAConfig(target_modules=target_modules)):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        with naming(name):
+            check_linear(layer)
+        layers[name] = layer
+    for name, layer in layers.items():
+        model.set_submodule(name, LAYERS[kind](layer))
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:

@@ -1,7 +1,7 @@
 """Find the layers to adapt, and each one's rank and alpha, by PEFT's rules.
 
-Names are the model's own, after the prefix that it may say (`full_name`): `h.0.attn.c_attn` of our
-GPT-2 is `transformer.h.0.attn.c_attn`, as in transformers' GPT2LMHeadModel.
+Full names are those of PEFT's model (`lora/peft_view.py`): `h.0.attn.c_attn` of our GPT-2 is
+`transformer.h.0.attn.c_attn`, as in transformers' GPT2LMHeadModel.
 """
 
 import re
@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from lora.layer import LoRAConfig
+from lora.layer import LoRAConfig, LoRALinear
+from lora.peft_view import peft_view
 
 ALL_LINEAR = "all-linear"
 SLICES = ("q", "k", "v")  # of a fused layer's output, in this order
@@ -24,21 +25,19 @@ def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
     return tuple(names)
 
 
-def full_name(model: nn.Module, name: str) -> str:
-    """Return the name by which PEFT and its files know a module of the model."""
-    return getattr(model, "adapter_prefix", "") + name
-
-
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
-    """Return the linear layers to adapt, in module order, each with its slices (empty: all of it).
+    """Return the linear layers to adapt, in module order, each with its slices (empty: the whole).
 
-    `target_modules` is "all-linear" (all but the head), a regular expression that matches full
+    `target_modules` is "all-linear" (all except the head), a regular expression that matches full
     names, or a list of full names and their endings after a dot: GPT-2's `c_proj` is the
     attention's and the MLP's. `layers_to_transform` limits endings to these blocks, and
     `layers_pattern` to blocks of a list that is named so. Raises ValueError if a target, block or
-    pattern matches nothing, or a target cannot be adapted.
+    pattern matches nothing, if a target cannot be adapted, or if the model has an adapter already.
     """
-    names = {full_name(model, name): name for name, _ in model.named_modules() if name}
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model has an adapter already; `unwrap` it first")
+    view = peft_view(model)
+    names = {view.prefix + name: name for name, _ in model.named_modules() if name}
     modules = {name: model.get_submodule(own) for name, own in names.items()}
     tied = tied_modules(model)
 
@@ -48,12 +47,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
             slices: set[str] = set()
             matches = _all_linear(model, modules, tied)
         else:
-            suffix, slices = _split_slice(target, model)
+            suffix, slices = _split_slice(target, view.fused)
             matches = [name for name in (*modules, *tied) if _is_named(name, suffix, config)]
         if not matches:
             raise ValueError(_not_found(target, config, modules))
         for name in matches:
-            _check_target(target, name, model, tied)
+            _check_target(target, names.get(name, name), model, tied.get(name))
             if name in found and bool(found[name]) != bool(slices):
                 raise ValueError(f"target module {target!r} is named whole and by a slice")
             found[name] = found.get(name, set()) | slices
@@ -63,22 +62,22 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Return the modules that share their weight with another, by full name, and say with which.
-
-    An update of one would change both. A model may name more of them in `adapter_ties`.
+    """Return the modules that share their weight with another, by full name, and a sentence that
+    names the other. An update of one would change both.
     """
+    view = peft_view(model)
     sharing: dict[int, list[str]] = {}  # by parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, _, kind = name.rpartition(".")
         if kind == "weight":
-            sharing.setdefault(id(parameter), []).append(full_name(model, module))
+            sharing.setdefault(id(parameter), []).append(view.prefix + module)
 
     tied = {}
     for first, *others in sharing.values():
         for other in others:
             tied[first] = f"{first} is tied to {other}"
             tied[other] = f"{other} is tied to {first}"
-    return tied | getattr(model, "adapter_ties", {})
+    return tied | dict(view.ties)
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:
@@ -95,7 +94,7 @@ def _targets(config: LoRAConfig) -> tuple[str, ...]:
 def _all_linear(
     model: nn.Module, modules: Mapping[str, nn.Module], tied: Mapping[str, str]
 ) -> list[str]:
-    """Return what PEFT takes for linear layers, but for what is tied.
+    """Return the linear layers by PEFT's rules, without tied ones.
 
     PEFT leaves out the head of transformers' models, and takes their Conv1D in.
     """
@@ -109,9 +108,8 @@ def _all_linear(
     return matches
 
 
-def _split_slice(target: str, model: nn.Module) -> tuple[str, set[str]]:
-    """Split `c_attn.q` into the layer's name and its slice; other targets have no slice."""
-    fused = getattr(model, "adapter_fused", None)
+def _split_slice(target: str, fused: str | None) -> tuple[str, set[str]]:
+    """Split `c_attn.q` into the fused layer's name and its slice. Other targets have no slice."""
     layer, _, last = target.rpartition(".")
     if not fused or not layer or last not in SLICES:
         return target, set()
@@ -145,13 +143,15 @@ def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]
     return f"{message}; it has {', '.join(sorted(endings))}"
 
 
-def _check_target(target: str, name: str, model: nn.Module, tied: Mapping[str, str]) -> None:
-    """Raise ValueError unless the module that a target matches can be adapted."""
-    refused = f"target module {target!r} is refused:"
-    if name in tied:
-        raise ValueError(f"{refused} {tied[name]}, and an update of one would change both")
+def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> None:
+    """Raise ValueError unless the module `own` that a target matches can be adapted.
 
-    own = name.removeprefix(full_name(model, ""))
+    `tied` names the module that it shares its weight with, if any.
+    """
+    refused = f"target module {target!r} is refused:"
+    if tied:
+        raise ValueError(f"{refused} {tied}, and an update of one would change both")
+
     module = model.get_submodule(own)
     if isinstance(module, nn.Embedding):
         raise ValueError(f"{refused} {own} is an embedding, not a linear layer")

@@ -11,7 +11,6 @@ Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -167,17 +166,6 @@ class GPT2(nn.Module):
     Parity with PEFT relies on the order in which dropouts draw: embedding; in each block LoRA's on
     c_attn, attention weights, LoRA's on c_proj, attention output, LoRA's on the MLP, MLP output.
     """
-
-    # PEFT and its files know this model as transformers' GPT2LMHeadModel: `lora` and `adapters`
-    # read here what differs. There the modules are in `transformer`, the head is one of its own,
-    # and the projections are stored (in, out).
-    adapter_prefix = "transformer."
-    adapter_fields: ClassVar = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
-    adapter_ties: ClassVar = {
-        "lm_head": "the head is tied to wte",
-        "transformer.wte": "it is tied to the head",
-    }
-    adapter_fused = "c_attn"  # q, k and v can be adapted one by one
 
     def __init__(self, config: GPT2Config):
         super().__init__()

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.files import brief
 from data.tokenizer import Tokenizer
+from lora.tensors import is_finite
 from model.gpt2 import GPT2, GPT2Config
-from storage.tensors import cast
 
 # The fields of a config that llama.cpp's GPT-2 ignores, and the values that it assumes.
 ASSUMED = {
@@ -104,9 +104,12 @@ def _write(
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n_layer)
     for name, tensor in tensors:
         stored = dtype if tensor.ndim > 1 else torch.float32
-        value = cast(name, tensor, stored).view(torch.uint8)  # numpy has no bf16
+        value = tensor.detach().to("cpu", stored).contiguous()
+        if not is_finite(value):
+            raise RunError(f"{name} has numbers that are not finite in {stored}; not written")
         kind = gguf.GGMLQuantizationType[TENSOR_TYPES[stored]]
-        writer.add_tensor(names.get_name(name, SUFFIXES), value.numpy(), raw_dtype=kind)
+        data = value.view(torch.uint8).numpy()  # numpy has no bf16
+        writer.add_tensor(names.get_name(name, SUFFIXES), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,21 +1,17 @@
 """Read files of tensors, strictly, and write them: models, adapters and checkpoints."""
 
-import json
-import math
-import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.errors import RunError, UserError, first_line
-from common.files import brief, open_file
+from common.errors import UserError
+from common.files import brief
+from lora.tensors import DTYPES, is_finite, write_tensors
 
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+__all__ = ["read_metadata", "read_shapes", "read_tensors", "write_tensors"]
 
 
 def read_tensors(
@@ -52,7 +48,7 @@ def _checked(value: Tensor, shape: torch.Size, name: str) -> Tensor:
         raise UserError(f"{name} is not a tensor of fp32, fp16 or bf16 ({value.dtype})")
     if value.shape != shape:
         raise UserError(f"{name} is {brief(tuple(value.shape))} where {tuple(shape)} is needed")
-    if not _is_finite(value):
+    if not is_finite(value):
         raise UserError(f"{name} holds numbers that are not finite; the file is damaged")
     return value
 
@@ -68,56 +64,6 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors header. Raises UserError for any other file."""
     with _errors_that_name(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write a safetensors file, one tensor in memory at a time. `dtype` None keeps each dtype.
-
-    Format: 8 bytes of header length, the header in JSON, the tensors' bytes
-    (https://github.com/huggingface/safetensors). The writer of safetensors orders the metadata at
-    random, so that equal files differ. Raises RunError for a number that is not finite.
-    """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for key, tensor in tensors.items():
-        stored = dtype or tensor.dtype
-        begin = end
-        end = begin + tensor.numel() * stored.itemsize
-        header[key] = {
-            "dtype": DTYPES[stored],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key, tensor in tensors.items():
-            value = cast(key, tensor, dtype or tensor.dtype)
-            file.write(value.flatten().view(torch.uint8).numpy().data)
-
-
-def cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the CPU in `dtype`, contiguous, to be written.
-
-    Raises RunError, naming the tensor, for a number that is not finite.
-    """
-    value = tensor.detach().to("cpu", dtype).contiguous()
-    if not _is_finite(value):
-        raise RunError(f"{key} holds numbers that are not finite in {dtype}; not written")
-    return value
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite; any other is the minimum or the maximum."""
-    least, largest = tensor.aminmax()  # `torch.isfinite` takes 30 times as long
-    return math.isfinite(least) and math.isfinite(largest)
 
 
 def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
+from common.errors import RunError, UserError, as_failure
 from common.files import atomic_path, brief, check_number, file_sha256, read_json, write_json
 from model.gpt2 import GPT2, GPT2Config
 from storage.tensors import read_shapes, read_tensors, write_tensors
@@ -226,7 +226,7 @@ def save_gpt2(
         tensors[f"transformer.{name}"] = value
 
     config = _stored_config(model.config, dtype or model.wte.weight.dtype, end_of_text)
-    with atomic_path(Path(directory) / WEIGHTS) as temporary:
+    with atomic_path(Path(directory) / WEIGHTS) as temporary, as_failure(RunError):
         write_tensors(temporary, tensors, {"format": "pt"}, dtype)
         write_json(Path(directory) / CONFIG, config)
         write_json(Path(directory) / GENERATION, _generation_config(config))

@@ -67,10 +67,10 @@ def base(tmp_path_factory):
 @pytest.fixture
 def adapter(base, tmp_path):
     """Return the directory of an adapter of `base` on c_attn, r 4, as we write it."""
-    from lora.files import save_adapter
+    from lora.save import save_adapter
     from tests.pairs import adapted
 
-    save_adapter(*adapted(base, ("c_attn",), r=4), tmp_path / "adapter", "gpt2")
+    save_adapter(adapted(base, ("c_attn",), r=4), tmp_path / "adapter", "gpt2")
     return tmp_path / "adapter"
 
 

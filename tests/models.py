@@ -11,7 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from lora.inject import inject, lora_layers
-from lora.variants import make_config, make_layer
+from lora.variants import make_config
 from lora.variants.fa import freeze_a
 from lora.variants.plus import parameter_groups
 from tests.helpers import perturb, relative_difference, token_ids
@@ -131,7 +131,7 @@ def output(model: nn.Module, case: Case) -> Tensor:
 
 
 def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
-    """Return the model with our adapter and its config, and with PEFT's, of one seed."""
+    """Return the model with our adapter and with PEFT's, of one seed."""
     fields = {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1} | fields
     ours = make(case)
     as_tuples = {
@@ -140,14 +140,14 @@ def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
     }
     config = make_config(**as_tuples)
     torch.manual_seed(3)
-    inject(ours, config, make_layer)
+    inject(ours, config)
 
     task = {"task_type": case.task_type}
     torch.manual_seed(3)
     theirs = peft.get_peft_model(
         make(case), peft.LoraConfig(target_modules=targets, **fields, **task)
     )
-    return ours, config, theirs
+    return ours, theirs
 
 
 def steps(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.inject import inject
-from lora.layer import LoRAConfig, LoRALinear
-from lora.variants import make_config, make_layer
+from lora.layer import LoRALinear
+from lora.variants import make_config
 from lora.variants.dora import DoRALinear
 from lora.variants.pissa import PiSSALinear
 from model.gpt2 import GPT2
@@ -35,15 +35,12 @@ def randomize(model: nn.Module, seed: int = 2) -> None:
                 parameter.normal_(std=0.2, generator=generator)
 
 
-def adapted(
-    base: Path, targets: tuple[str, ...] = ALL_FOUR, **config: object
-) -> tuple[GPT2, LoRAConfig]:
-    """Load `base` and add a random adapter; return the model and the adapter's config."""
+def adapted(base: Path, targets: tuple[str, ...] = ALL_FOUR, **config: object) -> GPT2:
+    """Load `base` and add a random adapter."""
     model = load_gpt2(base)
-    lora_config = make_config(target_modules=targets, **config)
-    inject(model, lora_config, make_layer)
+    inject(model, make_config(target_modules=targets, **config))
     randomize(model)
-    return model, lora_config
+    return model
 
 
 def pair(

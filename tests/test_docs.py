@@ -118,13 +118,13 @@ def test_a_wrong_pointer_is_found(tmp_path):
         "`no.py` `Trainer.step` in `train.py`, `Trainer.stop` in `train.py`, "
         "`main` in\n[`train.py`](../train.py), `test_nothing`, "
         "`test_no_page_is_over_250_lines`\n```\n[d](fence.md) `fence.py`\n"
-        "make parity mistake\npython -m lora.merge; python -m adapters.merge\n```\n"
+        "make parity mistake\npython -m lora.combine; python -m adapters.merge\n```\n"
     )
     assert wrong_links(page) == ["#other", "none.md", "../train.py"]
     assert wrong_files(page) == ["no.py"]
     assert wrong_symbols(page) == ["Trainer.stop in train.py"]
     assert wrong_tests(page) == ["test_nothing"]
-    assert wrong_commands(page) == ["python -m lora.merge", "make mistake"]
+    assert wrong_commands(page) == ["python -m lora.combine", "make mistake"]
 
 
 def test_no_page_is_over_250_lines():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import RunError, UserError, as_failure
 from common.files import atomic_path, open_file
 from storage.tensors import read_metadata, write_tensors
 
@@ -32,7 +32,7 @@ def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
     metadata = {"sha256": content_sha256(tree, tensors), "state": tree}
-    with atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary:
+    with atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary, as_failure(RunError):
         write_tensors(temporary, tensors, metadata)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import file_sha256
-from lora.files import adapter_path
+from lora.load import adapter_path
 from storage.weights import base_hashes
 from training.options import MAY_CHANGE, Options, flag
 

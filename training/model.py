@@ -5,17 +5,16 @@ from pathlib import Path
 import torch
 
 from common.device import Device
-from common.errors import UserError
+from common.errors import RunError, UserError, as_failure
 from common.files import file_sha256
 from data.instructions import CHAT_TEMPLATE
 from data.tokenizer import Tokenizer
-from lora.files import load_adapter, save_adapter
-from lora.inject import inject
+from lora import inject, load_adapter, save_adapter
 from lora.quantised import LAYERS
-from lora.variants import make_layer
 from lora.variants.fa import freeze_a
 from model.gpt2 import GPT2
-from storage.hf_compat import save_tokenizer
+from storage.hf_compat import save_tokenizer, stock_name
+from storage.hub import split_revision
 from storage.weights import find_weights, load_config, load_gpt2, save_gpt2, weights_path
 from training.options import Options, lora_config
 
@@ -44,10 +43,11 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 def add_adapter(model: GPT2, options: Options, directory: Path) -> None:
     """Put a new adapter, or --init-adapter, on the base in `directory`; freeze the rest."""
     if options.init_adapter:
-        load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
+        with as_failure():
+            load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
     else:
         try:
-            inject(model, lora_config(options), make_layer)
+            inject(model, lora_config(options))
         except ValueError as error:
             raise UserError(f"--r, --layers, --target-modules: {error}") from error
     if options.freeze_a:
@@ -57,7 +57,9 @@ def add_adapter(model: GPT2, options: Options, directory: Path) -> None:
 def save_model(model: GPT2, tokenizer: Tokenizer, options: Options, base_sha256: str) -> None:
     """Write the adapter, or the whole model, with its tokenizer to `--out`."""
     if options.method == "lora":
-        save_adapter(model, lora_config(options), options.out, options.base, base_sha256)
+        name, revision = split_revision(stock_name(options.base))
+        with as_failure(RunError):
+            save_adapter(model, options.out, name, base_sha256, revision)
     else:
         save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
     template = CHAT_TEMPLATE if options.data else None

@@ -6,9 +6,9 @@ from typing import Any
 
 from adapters.quantisation import choose_quantisation
 from common.device import Device
-from common.errors import UserError
+from common.errors import UserError, as_failure
 from data.windows import Dataset
-from lora.peft_config import load_adapter_config
+from lora.load import load_adapter_config
 from lora.variants import config_fields
 from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options
@@ -34,7 +34,8 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
     adapters = []
     if options.init_adapter:
         adapters.append(options.init_adapter)
-        stored = config_fields(load_adapter_config(options.init_adapter))
+        with as_failure():
+            stored = config_fields(load_adapter_config(options.init_adapter))
         filled |= {name: stored[name] for name in LORA_FIELDS}
         filled["init_lora_weights"] = None  # the adapter's A and B
     if options.method == "lora":

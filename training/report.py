@@ -11,8 +11,8 @@ from torch import nn
 from common.errors import UserError
 from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
 from common.files import read_json, write_json
-from lora.files import WEIGHTS as ADAPTER_WEIGHTS
 from lora.quantised import quantised_weights
+from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import run_card, save_card
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS, RUN

@@ -13,16 +13,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from adapters.merge import unwrap
 from common.cli import Parser, add_device_options, number
 from common.device import Device
 from common.errors import run_command
 from common.files import refuse_existing
 from data.windows import Windows, split
 from lesson.examples.smollm2 import NAME, load
-from lora.files import save_adapter
-from lora.inject import inject
-from lora.layer import LoRAConfig
+from lora import LoRAConfig, inject, save_adapter, unwrap
 from train import learning_rate
 from training.recipe import best_rate
 
@@ -82,7 +79,7 @@ def train(model, training: Windows, validation: Windows, device: Device, args) -
             print(f"validation perplexity: {score:.4f}")
             if score < best and not args.peft:
                 best = score
-                save_adapter(model, LoRAConfig(**LORA), args.out, args.model or NAME)
+                save_adapter(model, args.out, args.model or NAME)
 
 
 def main(argv=None) -> None:

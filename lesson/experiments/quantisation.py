@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.merge import merge, unwrap
 from common.figures import (
     BASE,
     INK,
@@ -29,11 +28,10 @@ from common.figures import (
 )
 from lesson.experiments.common import Trainer, experiment, spread, trainer
 from lesson.experiments.sweep import train
-from lora.inject import lora_layers
+from lora import lora_layers, merge, quantise, unwrap
 from lora.quantised import (
     BLOCK,
     LAYERS,
-    NF4Linear,
     dequantise,
     nearest,
     nf4_levels,
@@ -140,9 +138,7 @@ def merged_losses(made: Trainer) -> dict[str, float]:
     unwrap(model)
     found["into the dequantised base"] = made.evaluate().loss
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.set_submodule(name, NF4Linear(module))
+    quantise(model, "nf4")
     found["into NF4 again"] = made.evaluate().loss
     return found
 

@@ -1,11 +1,11 @@
-"""Know the variants of LoRA: which config asks for which layer.
+"""The variants of LoRA: which config asks for which layer.
 
-A variant is a file of its own, with its field and its layer, and a line in `LAYERS`.
+A variant is a file with its config and its layer, and a line in `VARIANTS`.
 """
 
 from collections.abc import Collection
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -15,35 +15,47 @@ from lora.variants.lora_ga import LoRAGAConfig, LoRAGALinear
 from lora.variants.pissa import PiSSAConfig, PiSSALinear
 from lora.variants.slices import SlicedLoRALinear
 
-LAYERS: dict[type[LoRAConfig], type[LoRALinear]] = {
-    LoRAConfig: LoRALinear,
-    DoRAConfig: DoRALinear,
-    PiSSAConfig: PiSSALinear,
-    LoRAGAConfig: LoRAGALinear,
-}
-PLAIN = {"use_dora": False, "init_lora_weights": True}  # what PEFT's fields say of no variant
 EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
 
 
-def make_config(**asked: Any) -> LoRAConfig:
-    """Return the config that PEFT's fields ask for: plain LoRA's, or that of the one variant whose
-    own field has its value.
+class Variant(NamedTuple):
+    """A field of PEFT's config, its value in plain LoRA, and the config that changes it."""
 
-    Raises ValueError for variants that are not known here, or that exclude each other.
+    field: str
+    plain: bool
+    config: type[LoRAConfig]
+    layer: type[LoRALinear]
+
+
+VARIANTS = (
+    Variant("use_dora", False, DoRAConfig, DoRALinear),
+    Variant("init_lora_weights", True, PiSSAConfig, PiSSALinear),
+    Variant("init_lora_weights", True, LoRAGAConfig, LoRAGALinear),
+)
+PLAIN = {variant.field: variant.plain for variant in VARIANTS}
+
+
+def make_config(**asked: Any) -> LoRAConfig:
+    """Return a config from PEFT's fields. A variant's field chooses the variant's config.
+
+    Raises ValueError for a variant that is not known here, and for two of them.
     """
-    variants = {name: asked.pop(name, value) for name, value in PLAIN.items()}
     kinds = []
-    for name, value in variants.items():
-        if value == PLAIN[name]:
-            continue
-        known = [kind for kind in LAYERS if getattr(kind, name, None) == value]
-        if not known:
-            raise ValueError(f"{name} {value!r} is not supported")
-        kinds += known
+    for field, plain in PLAIN.items():
+        value = asked.pop(field, plain)
+        if value != plain:
+            kinds.append(_config_of(field, value))
     if len(kinds) > 1:
         raise ValueError(EXCLUSIVE)
     kind = kinds[0] if kinds else LoRAConfig
     return kind(**asked)
+
+
+def _config_of(field: str, value: object) -> type[LoRAConfig]:
+    for variant in VARIANTS:
+        if variant.field == field and getattr(variant.config, field) == value:
+            return variant.config
+    raise ValueError(f"{field} {value!r:.80} is not supported")
 
 
 def config_fields(config: LoRAConfig) -> dict[str, Any]:
@@ -52,9 +64,12 @@ def config_fields(config: LoRAConfig) -> dict[str, Any]:
 
 
 def make_layer(layer: nn.Linear, config: LoRAConfig, slices: Collection[str] = ()) -> LoRALinear:
-    """Wrap a layer, or slices of it, in what its config asks for: `inject`'s `make`."""
-    if not slices:
-        return LAYERS[type(config)](layer, config)
-    if type(config) is not LoRAConfig:
-        raise ValueError(EXCLUSIVE)
-    return SlicedLoRALinear(layer, config, slices)
+    """Wrap a layer, or slices of it, in the LoRA layer that the config asks for."""
+    if slices:
+        if type(config) is not LoRAConfig:
+            raise ValueError(EXCLUSIVE)
+        return SlicedLoRALinear(layer, config, slices)
+    for variant in VARIANTS:
+        if type(config) is variant.config:
+            return variant.layer(layer, config)
+    return LoRALinear(layer, config)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRAConfig, LoRALinear, check_linear
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class DoRALinear(LoRALinear):
     merged_norm: Tensor  # ||V|| of a merged layer
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
+        check_linear(base_layer)  # the norm is of the W in `weight`
         super().__init__(base_layer, config)
         norms = torch.linalg.norm(base_layer.weight.detach().float(), dim=1)
         self.lora_magnitude_vector = nn.Parameter(norms)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear, stacked
+from lora.layer import LoRAConfig, LoRALinear, stored_weight
+from lora.variants.stacked import stacked
 
 
 class OffsetLinear(LoRALinear):
@@ -23,14 +24,13 @@ class OffsetLinear(LoRALinear):
     initial_B: Tensor
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
-        limit = min(base_layer.weight.shape) // 2
+        limit = min(base_layer.in_features, base_layer.out_features) // 2
         if config.r > limit:
             raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the file has twice as many")
-        if not isinstance(base_layer.weight, nn.Parameter):
-            raise ValueError("this start changes W, which is quantised")
+        weight = stored_weight(base_layer)
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
         buffers = {
-            "original": base_layer.weight,
+            "original": weight,
             "initial_A": self.lora_A.weight.clone(),
             "initial_B": self.lora_B.weight.clone(),
         }

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear, stacked
+from lora.layer import LoRAConfig, LoRALinear
 from lora.targets import SLICES
+from lora.variants.stacked import stacked
 
 
 class SlicedLoRALinear(LoRALinear):

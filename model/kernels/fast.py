@@ -29,6 +29,8 @@ from model.kernels.cpu import causal_attention, dropout, gelu, linear
 class FastLinear(nn.Linear):
     """y = x W^T + b."""
 
+    computes_linear = True  # for `lora.layer.check_linear`
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 

@@ -12,9 +12,10 @@ from adapters.factors import Factors, read_factors, write_factors
 from adapters.inspect import main as inspect
 from adapters.load import load_model
 from common.errors import RunError, UserError
-from lora.files import PICKLED_WEIGHTS, WEIGHTS, base_hash, load_adapter, save_adapter
 from lora.inject import lora_layers
-from lora.peft_config import CONFIG, base_name
+from lora.load import PICKLED_WEIGHTS, load_adapter, read_header, stored_base_fields
+from lora.peft_config import CONFIG
+from lora.save import WEIGHTS, save_adapter
 from storage.tensors import read_shapes
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference
@@ -27,9 +28,9 @@ def adapters(base, tmp_path) -> list[Path]:
     """Two adapters of other ranks, scalings and layers; c_attn is in both."""
     one = adapted(base, ("c_attn",), r=3, lora_alpha=5)
     other = adapted(base, ("c_attn", "c_fc"), r=2, use_rslora=True)
-    randomize(other[0], seed=9)
-    for name, (model, config) in (("0", one), ("1", other)):
-        save_adapter(model, config, tmp_path / name, "gpt2", "a" * 64)
+    randomize(other, seed=9)
+    for name, model in (("0", one), ("1", other)):
+        save_adapter(model, tmp_path / name, "gpt2", "a" * 64)
     return [tmp_path / "0", tmp_path / "1"]
 
 
@@ -116,7 +117,7 @@ def test_one_adapter_becomes_plain_lora(base, tmp_path, targets, fields, rank, l
     assert stored["layers_to_transform"] is None and len(stored["target_modules"]) == layers
     assert {min(shape) for shape in read_shapes(out / WEIGHTS).values()} == {rank}
     assert (stored["base_model_name_or_path"], stored["revision"]) == ("owner/name", "v2")
-    assert base_hash(out) == "a" * 64
+    assert read_header(out)["base_sha256"] == "a" * 64
 
     expected = stock_model(base, tmp_path / "lora")(IDS).logits
     assert relative_difference(stock_model(base, out)(IDS).logits, expected) < 1e-5
@@ -131,7 +132,7 @@ def test_dora_is_refused(base, tmp_path):
 
 
 def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_path):
-    save_adapter(*adapted(base, ("c_proj",), r=20), tmp_path / "a", "gpt2")
+    save_adapter(adapted(base, ("c_proj",), r=20), tmp_path / "a", "gpt2")
     factors = read_factors(tmp_path / "a")
     combined, kept = combine([factors, factors], [1, 2])
     assert kept == pytest.approx(1) and {len(f.A) for f in combined.values()} == {32}
@@ -141,7 +142,7 @@ def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_p
 
 def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapters, tmp_path):
     other = tmp_path / "other"
-    save_adapter(*adapted(base, ("c_attn",), r=3), other, "gpt2", "b" * 64)
+    save_adapter(adapted(base, ("c_attn",), r=3), other, "gpt2", "b" * 64)
     for arguments, reason in (
         ((adapters[0], other), f"{adapters[0]} and {other}: are adapters of different bases"),
         ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters"),
@@ -157,14 +158,12 @@ def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapter
 
 def test_the_sum_names_the_base_whose_hash_it_has_and_two_names_are_noted(base, tmp_path):
     for name, sha256 in (("mini", ""), ("gpt2", "a" * 64), ("other", "")):
-        save_adapter(*adapted(base, ("c_attn",), r=3), tmp_path / name, name, sha256)
+        save_adapter(adapted(base, ("c_attn",), r=3), tmp_path / name, name, sha256)
     said = stdout_of(main, tmp_path / "mini", tmp_path / "gpt2", "--out", tmp_path / "sum")
-    assert said.startswith("note: these adapters name their bases './model/mini' and ")
-    assert (base_name(tmp_path / "sum"), base_hash(tmp_path / "sum")) == (
-        "openai-community/gpt2",
-        "a" * 64,
-    )
-    assert "'./model/mini' and 'other'" in stdout_of(
+    assert said.startswith("note: these adapters name their bases 'mini' and ")
+    assert stored_base_fields(tmp_path / "sum")["base_model_name_or_path"] == "gpt2"
+    assert read_header(tmp_path / "sum") == {"base_sha256": "a" * 64}
+    assert "'mini' and 'other'" in stdout_of(
         main, tmp_path / "mini", tmp_path / "other", "--out", tmp_path / "unhashed"
     )
 
@@ -178,7 +177,7 @@ def test_layers_of_two_shapes_are_refused(adapter):
 
 def test_patterns_of_rank_and_alpha_count(base, tmp_path):
     patterns = {"rank_pattern": {"h.0.attn.c_attn": 2}, "alpha_pattern": {"c_fc": 5}}
-    save_adapter(*adapted(base, ("c_attn", "c_fc"), r=3, **patterns), tmp_path / "plain", "gpt2")
+    save_adapter(adapted(base, ("c_attn", "c_fc"), r=3, **patterns), tmp_path / "plain", "gpt2")
     expected = changes(base, tmp_path / "plain")
     factors = read_factors(tmp_path / "plain")
     assert factors.keys() == {f"transformer.{name}" for name in expected}
@@ -190,7 +189,7 @@ def test_patterns_of_rank_and_alpha_count(base, tmp_path):
 def test_layers_are_read_block_by_block(tmp_path):
     factors = Factors(torch.ones(4, 1), torch.ones(1, 4))
     names = [f"model.layers.{block}.fc" for block in (0, 2, 10)]
-    write_factors(dict.fromkeys(reversed(names), factors), {}, tmp_path, "a-base", "")
+    write_factors(dict.fromkeys(reversed(names), factors), tmp_path, {}, {})
     assert list(read_factors(tmp_path)) == names
 
 
@@ -207,5 +206,5 @@ def test_a_file_without_a_layer_is_refused(adapter):
 def test_factors_out_of_the_reach_of_fp32_are_not_written(adapter, tmp_path):
     huge = {name: Factors(1e39 * f.B, f.A) for name, f in read_factors(adapter).items()}
     with pytest.raises(RunError, match="not written"):
-        write_factors(huge, {}, tmp_path / "out", "gpt2", "")
+        write_factors(huge, tmp_path / "out", {}, {})
     assert not list((tmp_path / "out").iterdir())

@@ -8,18 +8,18 @@ import torch
 from adapters.inspect import block_and_kind, describe, main
 from adapters.spectra import cosines, intruder_part
 from common.figures import PAGE_WIDTH
-from lora.files import save_adapter
 from lora.inject import lora_layers
+from lora.save import save_adapter
 from tests.legible import only_legible_pictures
 from tests.pairs import adapted
 from tests.runs import one_line, run, stdout_of, table
 
 
 def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
-    model, config = adapted(base, ("c_attn", "c_fc"), r=4, lora_alpha=6)
+    model = adapted(base, ("c_attn", "c_fc"), r=4, lora_alpha=6)
     zero = lora_layers(model)["h.1.mlp.c_fc"]
     zero.lora_B.weight.data.zero_()
-    save_adapter(model, config, tmp_path, "gpt2")
+    save_adapter(model, tmp_path, "gpt2")
     assert "of the weight's" not in stdout_of(main, tmp_path, "--out", tmp_path / "pictures")
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["spectrum.png"]
     assert "no such directory" in one_line(run(main, tmp_path, "--base", ""), 2)
@@ -59,8 +59,8 @@ def test_the_picture_of_many_kinds_of_layers_can_be_read(base, tmp_path, monkeyp
     """At a page's width, with three kinds, of which one has a row for itself, and with four."""
     monkeypatch.chdir(tmp_path)
     for targets in (("c_attn", "c_proj"), ("c_attn", "c_proj", "c_fc")):
-        model, config = adapted(base, targets, r=4)
-        save_adapter(model, config, tmp_path, "gpt2")
+        model = adapted(base, targets, r=4)
+        save_adapter(model, tmp_path, "gpt2")
         with only_legible_pictures() as pictures:
             stdout_of(main, ".", "--base", base)
         assert [figure.get_figwidth() for figure in pictures] == [PAGE_WIDTH]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapters.merge import main, merge, unmerge
-from lora.files import load_adapter, save_adapter
+from adapters.merge import main
 from lora.inject import adapter_disabled, lora_layers
+from lora.load import load_adapter
+from lora.merge import merge, unmerge
+from lora.save import save_adapter
 from storage.weights import load_gpt2
 from tests.fault.runs import ROOT
 from tests.helpers import relative_difference
@@ -24,7 +26,7 @@ def base_weights(model):
 
 
 def test_merging_changes_no_logit_and_unmerging_restores_the_base(base):
-    model, _ = adapted(base, lora_alpha=5)
+    model = adapted(base, lora_alpha=5)
     expected = model(IDS)
     original = base_weights(model)
     state = model.state_dict()
@@ -48,12 +50,12 @@ def test_merging_changes_no_logit_and_unmerging_restores_the_base(base):
 
 
 def test_only_an_enabled_adapter_is_merged_and_into_fp32(base):
-    model, _ = adapted(base)
+    model = adapted(base)
     original = base_weights(model)
-    with pytest.raises(ValueError, match="only an enabled adapter"), adapter_disabled(model):
+    with pytest.raises(ValueError, match="the adapter is disabled"), adapter_disabled(model):
         merge(model)
     assert all(torch.equal(w, original[name]) for name, w in base_weights(model).items())
-    with pytest.raises(ValueError, match="into fp32 weights"):
+    with pytest.raises(ValueError, match=r"in torch.bfloat16.* convert the model to fp32"):
         merge(model.bfloat16())
 
 
@@ -74,8 +76,8 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
     adapter = tmp_path / "adapter"
     out = tmp_path / "merged"
     before = {name: x.bfloat16().float() for name, x in load_gpt2(base).state_dict().items()}
-    model, config = adapted(base, ("c_attn",), r=4, lora_alpha=0.1)
-    save_adapter(model, config, adapter, "gpt2")
+    model = adapted(base, ("c_attn",), r=4, lora_alpha=0.1)
+    save_adapter(model, adapter, "gpt2")
     deltas = {name: layer.delta_weight() for name, layer in lora_layers(model).items()}
     model_options = ("--base", base, "--adapter", adapter)
     said = stdout_of(main, *model_options, "--out", out, "--precision", "bf16")

@@ -8,7 +8,7 @@ from adapters.load import load_model
 from adapters.multi_lora import Adapters
 from common.errors import UserError
 from common.files import file_sha256
-from lora.files import save_adapter
+from lora.save import save_adapter
 from model.sampling import generate, generate_rows
 from storage.weights import load_gpt2
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
@@ -26,10 +26,10 @@ def directories(base, tmp_path):
         ("b", ("c_attn", "c_proj"), 5, 3),
         ("c", ("c_fc",), 8, 8),
     ):
-        model, config = adapted(base, targets, r=r, lora_alpha=alpha)
+        model = adapted(base, targets, r=r, lora_alpha=alpha)
         randomize(model, seed=r)
         sha256 = file_sha256(base / "model.safetensors")
-        save_adapter(model, config, tmp_path / name, "gpt2", sha256)
+        save_adapter(model, tmp_path / name, "gpt2", sha256)
     return {name: tmp_path / name for name in "abc"}
 
 
@@ -104,10 +104,10 @@ def test_an_adapter_of_another_base_or_shape_and_a_dora_are_refused(base, direct
         load(other, a=directories["a"])
 
     deeper, _ = tiny_gpt2_directory(tmp_path / "deeper", n_layer=3)
-    save_adapter(*adapted(base, ("c_attn",)), tmp_path / "unhashed", "gpt2")
+    save_adapter(adapted(base, ("c_attn",)), tmp_path / "unhashed", "gpt2")
     with pytest.raises(UserError, match=r"tensor .*h\.2\.attn\.c_attn.* is missing"):
         load(deeper, unhashed=tmp_path / "unhashed")
 
-    save_adapter(*adapted(base, ("c_attn",), use_dora=True), tmp_path / "dora", "gpt2")
+    save_adapter(adapted(base, ("c_attn",), use_dora=True), tmp_path / "dora", "gpt2")
     with pytest.raises(UserError, match="dora: is DoRA, whose change is not B A alone; merge"):
         load(base, dora=tmp_path / "dora")

@@ -14,10 +14,10 @@ import generate
 import train
 from adapters import combine, gguf, merge
 from adapters.load import load_model
-from lora.files import WEIGHTS, load_adapter
 from lora.inject import inject
+from lora.load import load_adapter
 from lora.quantised import LAYERS, dequantise
-from lora.variants import make_layer
+from lora.save import WEIGHTS
 from lora.variants.pissa import PiSSAConfig
 from storage.tensors import read_metadata
 from storage.weights import load_gpt2
@@ -95,7 +95,7 @@ def test_merging_adds_to_the_dequantised_base(runs, base, book, tmp_path):
         == (scores(base, book, "--adapter", done.out, "--quantise", "none")[0])
     )
     model = load_model(str(base), done.out).model
-    with pytest.raises(ValueError, match="into fp32 weights"):
+    with pytest.raises(ValueError, match="`dequantise` the model"):
         merge.merge(model)
     expected = model(IDS)
     dequantise(model)
@@ -216,8 +216,8 @@ def test_full_fine_tuning_and_unknown_records_are_refused(runs, base, book, tmp_
     )
     ending = run(evaluate.main, "--base", base, "--adapter", tmp_path / "odd", "--text", book)
     assert "'fp4', which is not known here" in one_line(ending, 2)
-    with pytest.raises(ValueError, match="changes W"):
-        inject(load_gpt2(base, quantise=LAYERS["nf4"]), PiSSAConfig(), make_layer)
+    with pytest.raises(ValueError, match="`dequantise` the model"):
+        inject(load_gpt2(base, quantise=LAYERS["nf4"]), PiSSAConfig())
 
 
 def test_an_adapter_loads_onto_a_quantised_model(runs, base):

@@ -14,7 +14,7 @@ import generate
 import train
 from benchmarks.ours import Trainer
 from data.instructions import Instructions, read_examples
-from lora.files import save_adapter
+from lora.save import save_adapter
 from model.gpt2 import IGNORE_INDEX
 from storage.weights import CONV1D
 from tests import runs
@@ -111,7 +111,7 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
     base, data, tmp_path, method, parts, capsys
 ):
     adapter = tmp_path / "adapter"
-    save_adapter(*adapted(base, ("c_attn", "c_fc"), r=4, lora_dropout=0.0), adapter, "gpt2")
+    save_adapter(adapted(base, ("c_attn", "c_fc"), r=4, lora_dropout=0.0), adapter, "gpt2")
     argv = [method, base, data, tmp_path / "out", "--block-size", LENGTH, "--grad-accum", parts]
     argv += ["--clip", 0, "--val-fraction", 0.15, "--base-dropout", 0]
     if method == "lora":

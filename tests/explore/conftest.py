@@ -6,11 +6,11 @@ import pytest
 @pytest.fixture(scope="module")
 def every_layer(base, tmp_path_factory):
     """An adapter of all linear layers of `base`, r 3, alpha 2."""
-    from lora.files import save_adapter
+    from lora.save import save_adapter
     from tests.pairs import ALL_FOUR, adapted
 
     directory = tmp_path_factory.mktemp("explore") / "adapter"
-    save_adapter(*adapted(base, ALL_FOUR, r=3, lora_alpha=2), directory, "gpt2")
+    save_adapter(adapted(base, ALL_FOUR, r=3, lora_alpha=2), directory, "gpt2")
     return directory
 
 

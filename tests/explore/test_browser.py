@@ -7,7 +7,7 @@ import pytest
 
 from lesson.explore.browser import Browser, can_browse
 from lesson.explore.picture import SIZE, draw
-from lora.files import save_adapter
+from lora.save import save_adapter
 from storage.hub import MINI
 from tests.explore.client import serving
 from tests.pairs import adapted
@@ -17,7 +17,7 @@ from tests.pairs import adapted
 def mini_adapter(tmp_path_factory) -> Path:
     """A random adapter of mini, strong enough to change what it writes."""
     directory = tmp_path_factory.mktemp("explore") / "mini"
-    save_adapter(*adapted(MINI, ("c_attn",), r=2, lora_alpha=1), directory, "mini")
+    save_adapter(adapted(MINI, ("c_attn",), r=2, lora_alpha=1), directory, "mini")
     return directory
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from adapters.combine import main as combine
-from lora.files import WEIGHTS, save_adapter
 from lora.peft_config import CONFIG
+from lora.save import WEIGHTS, save_adapter
 from tests.explore.client import FULL, LAYERS, OPTIONS, PROMPT, TEXT, serving
 from tests.helpers import TINY, small_tokenizer
 from tests.pairs import adapted
@@ -131,7 +131,7 @@ def test_gains_and_likeliest_tokens_are_stock_pefts(base, every_layer, client):
     ids=["rslora", "pissa", "slices", "patterns", "int8"],
 )
 def test_variants_write_what_generate_writes(base, tmp_path, targets, config, quantise):
-    save_adapter(*adapted(base, targets, r=2, **config), tmp_path / "adapter", "gpt2")
+    save_adapter(adapted(base, targets, r=2, **config), tmp_path / "adapter", "gpt2")
     more = ("--quantise", quantise) if quantise else ()
     expected = by_generate(base, tmp_path / "adapter", *more)
     with serving(base, tmp_path / "adapter", quantise) as client:

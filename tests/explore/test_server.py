@@ -15,7 +15,7 @@ import pytest
 from common.errors import RunError
 from lesson.explore import __main__ as command
 from lesson.explore.explorer import MOST_NEW_TOKENS, Explorer
-from lora.files import save_adapter
+from lora.save import save_adapter
 from tests.explore.client import FULL, OPTIONS, PROMPT, TEXT
 from tests.pairs import adapted
 from tests.runs import one_line, run
@@ -156,7 +156,7 @@ def test_the_command_refuses_in_one_line(base, every_layer, runs, tmp_path):
         line = refused(every_layer, "--port", port)
     assert line == f"error: --port {port}: cannot be used (Address already in use); name another"
     assert "is a whole model, whose change has no A and B; make" in refused(runs["full"].out)
-    save_adapter(*adapted(base, use_dora=True), tmp_path / "dora", "gpt2")
+    save_adapter(adapted(base, use_dora=True), tmp_path / "dora", "gpt2")
     assert "is DoRA, whose change is not B A alone" in refused(tmp_path / "dora", "--port", 0)
     assert "cannot be read" in refused(tmp_path / "nothing", "--port", 0)
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, as_failure
 from data.tokenizer import TiktokenTokenizer
 from data.tokenizer_files import FAST, load_tokenizer
 from data.tokens import load_tokens
-from lora.files import WEIGHTS, load_adapter, save_adapter
 from lora.inject import lora_layers
+from lora.load import load_adapter
 from lora.peft_config import CONFIG
+from lora.save import WEIGHTS, save_adapter
 from storage.weights import CONV1D, load_gpt2
 from tests.fault.mutate import mutate_bytes, mutate_json, mutate_safetensors, mutate_text
 from tests.fault.runs import BOOK
@@ -47,7 +48,7 @@ def prepare(directory: Path) -> None:
     """Write good files of every kind; the targets' names are relative to `directory`."""
     torch.set_num_threads(1)  # a pool of more does not survive the reader's fork
     base, _ = tiny_gpt2_directory(directory / "base")
-    save_adapter(*adapted(base, r=3), directory / "adapter", "gpt2", "0" * 64)
+    save_adapter(adapted(base, r=3), directory / "adapter", "gpt2", "0" * 64)
     (directory / "book.txt").write_bytes(TEXT.encode())
     (directory / "whole.txt").write_bytes(TEXT.encode())
     trained("lora", base, directory / "book.txt", directory / "run", "--max-steps", 1)
@@ -61,7 +62,8 @@ def prepare(directory: Path) -> None:
 
 def check_adapter(directory: Path) -> None:
     model = load_gpt2(directory / "base")
-    config = load_adapter(model, directory / "adapter")
+    with as_failure():
+        config = load_adapter(model, directory / "adapter")
     layers = lora_layers(model)
     stored = _safetensors(directory / "adapter" / WEIGHTS)
     assert layers and 0 <= config.lora_alpha <= 3e6 and 0 <= config.lora_dropout <= 1

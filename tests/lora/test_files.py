@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from adapters.load import load_model, named_base
 from common.files import file_sha256
-from lora.files import BASE_SHA256, WEIGHTS, load_adapter, save_adapter
 from lora.inject import lora_layers
-from lora.peft_config import CONFIG, load_adapter_config
+from lora.load import load_adapter, load_adapter_config
+from lora.peft_config import CONFIG
+from lora.save import BASE_SHA256, WEIGHTS, save_adapter
 from storage.weights import load_gpt2
 from tests.helpers import refusal, relative_difference, tiny_gpt2, tiny_gpt2_directory, token_ids
 from tests.pairs import adapted
+from tests.runs import contents
 
 PREFIX = "base_model.model.transformer.h"
 LAST = f"{PREFIX}.1.attn.c_attn.lora_B.weight"
@@ -42,17 +44,16 @@ def refusal_of(adapter, file, base):
     expected = model(ids)
     reason = refusal(adapter / file, load_adapter, model, adapter)
     assert torch.equal(model(ids), expected) and not lora_layers(model) and len(reason) < 200
+    assert all(parameter.requires_grad for parameter in model.parameters())
     return reason
 
 
 def test_the_files_are_pefts(base, tmp_path):
-    model, config = adapted(
-        base, ("c_proj", "c_fc"), r=2, lora_alpha=3, lora_dropout=0.25, use_rslora=True
-    )
+    model = adapted(base, ("c_proj", "c_fc"), r=2, lora_alpha=3, lora_dropout=0.25, use_rslora=True)
     with pytest.raises(ValueError, match="no adapter to save"):
-        save_adapter(load_gpt2(base), config, tmp_path, "gpt2-medium")
+        save_adapter(load_gpt2(base), tmp_path)
     assert not any(tmp_path.iterdir())
-    save_adapter(torch.compile(model.to(torch.bfloat16)), config, tmp_path, "gpt2-medium")
+    save_adapter(torch.compile(model.to(torch.bfloat16)), tmp_path, "owner/name", revision="v2")
     assert {path.name for path in tmp_path.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -61,8 +62,8 @@ def test_the_files_are_pefts(base, tmp_path):
     assert stored == {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "openai-community/gpt2-medium",
-        "revision": None,
+        "base_model_name_or_path": "owner/name",
+        "revision": "v2",
         "r": 2,
         "lora_alpha": 3,
         "lora_dropout": 0.25,
@@ -80,7 +81,7 @@ def test_the_files_are_pefts(base, tmp_path):
         "inference_mode": True,
     }
     assert stored.keys() <= peft.LoraConfig().to_dict().keys()
-    assert load_adapter_config(tmp_path) == config
+    assert load_adapter_config(tmp_path) == model.lora_config
     with safe_open(tmp_path / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
     sizes = {"attn.c_proj": (32, 32), "mlp.c_fc": (32, 128), "mlp.c_proj": (128, 32)}
@@ -107,20 +108,20 @@ def test_adapters_are_read_exactly(base, adapter):
 
 
 def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
-    model, config = adapted(base)
+    model = adapted(base)
     other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)  # of the same shape
     adapter, sha256 = tmp_path / "adapter", file_sha256(base / "model.safetensors")
-    save_adapter(model, config, adapter, str(base), sha256)
+    save_adapter(model, adapter, str(base), sha256)
     with safe_open(adapter / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt", BASE_SHA256: sha256}
     ids = token_ids(model.config.vocab_size, 1, 8)
     assert torch.equal(load_model(str(base), adapter).model(ids), model(ids))
     theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), adapter)
     assert relative_difference(model(ids), theirs(ids).logits) < 1e-6
-    save_adapter(model, config, adapter, "\x1b[2J" * 999, "\x1b[2J" * 999)
+    save_adapter(model, adapter, "\x1b[2J" * 999, "\x1b[2J" * 999)
     reason = refusal(adapter / WEIGHTS, load_model, str(other), adapter)
     assert reason.startswith("was trained on another base (weights sha256 ") and len(reason) < 300
-    save_adapter(model, config, adapter, str(base))  # as PEFT's own: without a hash, any base fits
+    save_adapter(model, adapter, str(base))  # as PEFT's own: without a hash, any base fits
     load_model(str(other), adapter)
 
 
@@ -171,7 +172,7 @@ REFUSED = {
     "use_rslora": ["yes"],
     "target_modules": [ABSENT, [], "", ["c_attn", 3], {"c_attn": 1}, ["c_attn.q"]],
     "use_dora": ["yes", 2],
-    "layers_to_transform": [-1, [0, "1"], {"x": 2}],
+    "layers_to_transform": [True, [0, "1"], {"x": 2}],
     "layers_pattern": [True, 1, [0], {"x": 2}],
     "rank_pattern": [["x"], {"x": 0}, {"x": 2.5}, {"\n" * 999: 1 << 21}],
     "alpha_pattern": ["x", {"x": "2"}, {"x": -1}],
@@ -193,7 +194,72 @@ def test_fields_that_would_change_the_result_are_refused_by_name(adapter):
             assert len(reason) < 200
 
 
-# tests/storage/test_tensors.py lists the damaged files that read_json and read_tensors refuse.
+DAMAGED = [
+    (lambda t: t.pop(LAST), f"tensor {LAST} is missing (1 in all)"),
+    (lambda t: t.update({f"_orig_mod.{LAST}": t[LAST]}), f"unexpected tensor '_orig_mod.{LAST}'"),
+    (lambda t: t.update({"x\ny" * 333: t[LAST]}), r"unexpected tensor 'x\nyx"),
+    (lambda t: t.update({LAST: t[LAST].t()}), f"{LAST} is (4, 96) where (96, 4) is needed"),
+    (
+        lambda t: t.update({LAST: t[LAST].long()}),
+        f"{LAST} holds numbers that are not finite, or no",
+    ),
+    (lambda t: t[LAST][2].fill_(-math.inf), f"{LAST} holds numbers that are not finite"),
+]
+
+
+def test_wrong_tensors_are_refused_by_name(base, adapter):
+    original = (adapter / WEIGHTS).read_bytes()
+    for change, reason in DAMAGED:
+        (adapter / WEIGHTS).write_bytes(original)
+        change_weights(adapter, change)
+        assert refusal_of(adapter, WEIGHTS, base).startswith(reason)
+
+
+class Runs:
+    """A pickle of it would run code."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit",)
+
+
+def test_damaged_and_missing_files_are_refused_by_name(base, adapter):
+    whole = (adapter / WEIGHTS).read_bytes()
+    config = (adapter / CONFIG).read_bytes()
+    for content in (b"", whole[:100], whole[:-1], b"<!DOCTYPE html>" * 99):
+        (adapter / WEIGHTS).write_bytes(content)
+        assert "damaged, or not a file of plain tensors" in refusal_of(adapter, WEIGHTS, base)
+    (adapter / WEIGHTS).unlink()
+    assert refusal_of(adapter, WEIGHTS, base) == "cannot be read (No such file or directory)"
+    pickled = adapter / "adapter_model.bin"
+    for content in (Runs(), [1, 2], {LAST: 3}):
+        torch.save(content, pickled)
+        refusal_of(adapter, pickled.name, base)
+
+    (adapter / WEIGHTS).write_bytes(whole)
+    for content in (b"", b"{", b"[" * 500_000, b"\xff\xfe", b'{"r": ' + b"9" * 9999 + b"}"):
+        (adapter / CONFIG).write_bytes(content)
+        assert "not valid JSON" in refusal_of(adapter, CONFIG, base)
+    (adapter / CONFIG).write_bytes(b"[]")
+    assert refusal_of(adapter, CONFIG, base) == "holds a JSON list, not an object"
+    (adapter / CONFIG).unlink()
+    assert refusal_of(adapter, CONFIG, base) == "cannot be read (No such file or directory)"
+    (adapter / "config.json").write_bytes(config)
+    assert "is a whole model, not an adapter" in refusal(adapter, load_adapter_config)
+
+
+def test_equal_adapters_give_equal_bytes_and_a_failed_save_leaves_the_old_files(base, tmp_path):
+    model = adapted(base)
+    for name in ("a", "b"):
+        save_adapter(model, tmp_path / name, "gpt2", "a" * 64)
+    before = contents(tmp_path / "a")
+    assert before == contents(tmp_path / "b") and before.keys() == {WEIGHTS, CONFIG}
+    with torch.no_grad():
+        model.h[1].attn.c_attn.lora_B.weight[0] = math.nan
+    with pytest.raises(ValueError, match=r"c_attn.lora_B.weight holds numbers that are not finite"):
+        save_adapter(model, tmp_path / "a", "gpt2")
+    assert contents(tmp_path / "a") == before
+
+
 def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tmp_path):
     first = f"{PREFIX}.0.attn.c_attn.lora_A.weight"
     for field, value, reason in (
@@ -206,10 +272,10 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tm
     assert refusal_of(adapter, WEIGHTS, base).startswith(f"{LAST} holds numbers that are not fin")
     original = (adapter / CONFIG).read_text()
     for fields, reason in (
-        ({"target_modules": ["c_attn", "wte"]}, "does not fit this base: target module 'w"),
-        ({"target_modules": ["\x1b" * 99]}, r"does not fit this base: target module '\x1b"),
-        ({"target_modules": "c_("}, "does not fit this base: missing )"),
-        ({"target_modules": "c{99999999999}"}, "does not fit this base: the repetition number"),
+        ({"target_modules": ["c_attn", "wte"]}, "does not fit this model: target module 'w"),
+        ({"target_modules": ["\x1b" * 99]}, r"does not fit this model: target module '\x1b"),
+        ({"target_modules": "c_("}, "does not fit this model: missing )"),
+        ({"target_modules": "c{99999999999}"}, "does not fit this model: the repetition number"),
         ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression (untermin"),
         ({"rank_pattern": {3000 * "(": 2}}, "rank_pattern '(((((((((((("),
         ({"x\ny" * 99: 1}, r"'x\nyx\ny"),

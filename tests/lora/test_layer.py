@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.merge import merge
 from lora.layer import LoRAConfig, LoRALinear
+from lora.merge import merge
 from lora.variants.slices import SlicedLoRALinear
 from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora.files import WEIGHTS
 from lora.layer import LoRALinear
+from lora.save import WEIGHTS
 from lora.variants.lora_ga import LoRAGALinear, lora_ga_layers
 from tests import runs
 from tests.helpers import relative_difference

@@ -9,8 +9,8 @@ from torch import nn
 from common.device import Device
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
-from lora.quantised import Int8Linear, NF4Linear, dequantise, nf4_levels, scale_levels
-from lora.variants import make_config, make_layer
+from lora.quantised import Int8Linear, NF4Linear, dequantise, nf4_levels, quantise, scale_levels
+from lora.variants import make_config
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, losses_of_steps, parameters
@@ -21,7 +21,6 @@ FP32, BF16 = torch.float32, torch.bfloat16
 SHAPES = [(96, 64), (5, 7), (65, 3), (33, 77), (1000, 257), (1, 3)]
 LAYERS = {
     "nf4": NF4Linear,
-    "nf4, scales in fp32": lambda layer: NF4Linear(layer, double=False),
     "int8": Int8Linear,
 }
 
@@ -48,22 +47,18 @@ def test_the_levels_are_bitsandbytes(bnb):
     assert nf4_levels()[7] == 0
 
 
-@pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_codes_scales_and_weights_are_bitsandbytes_to_the_bit(bnb, shape, double):
+def test_codes_scales_and_weights_are_bitsandbytes_to_the_bit(bnb, shape):
     layer = linear(shape)
     codes, state = bnb.quantize_4bit(
-        layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=double
+        layer.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
     )
-    ours = NF4Linear(layer, double)
+    ours = NF4Linear(layer)
     assert torch.equal(ours.codes.flatten()[: codes.numel()], codes.flatten())
-    if not double:
+    if len(ours.absmax) > 1:  # less its mean, a single scale is 0, and every code gives 0
         assert torch.equal(ours.absmax, state.absmax)
-    else:
-        if len(ours.absmax) > 1:  # less its mean, a single scale is 0, which any code stands for
-            assert torch.equal(ours.absmax, state.absmax)
-        assert torch.equal(ours.scales, state.state2.absmax)
-        assert torch.equal(ours.mean, state.offset)
+    assert torch.equal(ours.scales, state.state2.absmax)
+    assert torch.equal(ours.mean, state.offset)
     for dtype in (FP32, BF16):
         state.dtype = dtype
         assert torch.equal(ours.dequantised(dtype), bnb.dequantize_4bit(codes, state))
@@ -139,12 +134,12 @@ def base(tmp_path_factory):
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_embd=64)[0]
 
 
-def stock_4bit(base, double):
+def stock_4bit(base):
     pytest.importorskip("bitsandbytes")
     settings = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=FP32,
     )
     return transformers.AutoModelForCausalLM.from_pretrained(
@@ -152,20 +147,20 @@ def stock_4bit(base, double):
     )
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4, scales in fp32"])
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}])
-def test_twenty_steps_are_pefts_on_bitsandbytes_4_bit_model(base, kind, fields):
+def test_twenty_steps_are_pefts_on_bitsandbytes_4_bit_model(base, fields):
     theirs = peft.get_peft_model(
-        stock_4bit(base, double=kind == "nf4"),
+        stock_4bit(base),
         peft.LoraConfig(
             r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["c_attn", "c_fc"], **fields
         ),
     )
-    ours = load_gpt2(base, quantise=LAYERS[kind])
+    ours = load_gpt2(base)
+    quantise(ours, "nf4")
     config = make_config(
         r=4, lora_alpha=8, lora_dropout=0, target_modules=("c_attn", "c_fc"), **fields
     )
-    inject(ours, config, make_layer)
+    inject(ours, config)
     assert all(isinstance(block.mlp.c_proj, NF4Linear) for block in ours.h)  # all linear layers
     theirs_by_name = {
         name.removeprefix("base_model.model.transformer."): p

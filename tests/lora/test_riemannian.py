@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lora.inject import inject, lora_layers
-from lora.variants import make_config, make_layer
+from lora.variants import make_config
 from lora.variants.riemannian import precondition
 from storage.weights import load_gpt2
 from tests import runs
@@ -66,7 +66,7 @@ def test_a_run_in_fp64_is_pefts(base, book, tmp_path, options):
 
 def with_gradients(base, targets):
     model = load_gpt2(base)
-    inject(model, make_config(r=3, lora_dropout=0.0, target_modules=targets), make_layer)
+    inject(model, make_config(r=3, lora_dropout=0.0, target_modules=targets))
     randomize(model)
     model.hidden(IDS).square().sum().backward()
     return model

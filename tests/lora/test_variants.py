@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from training.build import build_model
 
-from adapters.merge import merge, unmerge, unwrap
-from lora.files import WEIGHTS, load_adapter, save_adapter
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig, LoRALinear
+from lora.load import load_adapter
+from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
-from lora.variants import make_config, make_layer
+from lora.save import WEIGHTS, save_adapter
+from lora.variants import make_config
 from lora.variants.dora import DoRAConfig
 from lora.variants.fa import freeze_a
 from storage.weights import load_gpt2
@@ -30,7 +32,6 @@ from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize
 from tests.runs import arguments, run, stock_linear_model, stock_model, trained
 from train import learning_rate, main
-from training.build import build_model
 from training.options import parse_options
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -288,7 +289,7 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     model = load_gpt2(base)
     fields = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.3, "use_rslora": use_rslora}
     config = LoRAConfig(target_modules=targets, **fields)
-    inject(model, config, make_layer)
+    inject(model, config)
     layer = model.h[0].attn.c_attn
     n = sum(enabled)
     assert layer.lora_dropout.p == 0.3
@@ -310,7 +311,7 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     ):
         assert relative_difference(mine.flatten(0, -2), theirs) < 1e-5
 
-    save_adapter(model, config, tmp_path, "gpt2")
+    save_adapter(model, tmp_path, "gpt2")
     stored = json.loads((tmp_path / CONFIG).read_text())
     names = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
     assert file == tuple(stored[name] for name in names)
@@ -360,6 +361,6 @@ def test_no_python_number_becomes_a_tensor_in_a_step(base, fields):
             return operation(*args, **(kwargs or {}))
 
     model = load_gpt2(base)
-    inject(model, make_config(r=4, **fields), make_layer)
+    inject(model, make_config(r=4, **fields))
     with Seen():
         model.train().hidden(IDS).sum().backward()

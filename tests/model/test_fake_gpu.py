@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lora.inject import inject
 from lora.layer import LoRAConfig
-from lora.variants import make_config, make_layer
+from lora.variants import make_config
 from model.gpt2 import GPT2
 from model.kernels import cuda_loss, fast
 from model.kernels.fast import accelerate
@@ -146,7 +146,7 @@ def graphs_made(batches: tuple[int, ...], checkpointing: bool, **fields: object)
 
     torch.compiler.reset()
     model = GPT2(CONFIG).train()
-    inject(model, make_config(r=4, **fields), make_layer)
+    inject(model, make_config(r=4, **fields))
     accelerate(model)
     model.gradient_checkpointing = checkpointing
     hidden = torch.compile(model.hidden, backend=count, fullgraph=True)  # a break would raise

@@ -15,7 +15,7 @@ from torch import nn
 
 from adapters.gguf import main
 from adapters.load import load_model
-from lora.files import save_adapter
+from lora.save import save_adapter
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
 from tests.pairs import ALL_FOUR, adapted, randomize
 from tests.runs import one_line, run, stdout_of, stock_model, story
@@ -73,7 +73,7 @@ def assert_changes(path: Path, expected: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_ours_holds_the_update_that_peft_computes(base, tmp_path, name):
     targets, config = ADAPTERS[name]
-    save_adapter(*adapted(base, targets, **config), tmp_path / "lora", "gpt2")
+    save_adapter(adapted(base, targets, **config), tmp_path / "lora", "gpt2")
     out = tmp_path / "lora.gguf"
     said = stdout_of(main, tmp_path / "lora", "--base", base, "--out", out)
     assert said == f"{tmp_path / 'lora'}, an adapter of {base}, -> {out}\n"
@@ -162,7 +162,7 @@ def test_transformers_reads_our_logits_and_tokens_from_the_file(tmp_path):
 
 
 def test_dora_is_refused_as_an_adapter_and_written_merged(base, tmp_path):
-    save_adapter(*adapted(base, ALL_FOUR, r=3, use_dora=True), tmp_path / "dora", "gpt2")
+    save_adapter(adapted(base, ALL_FOUR, r=3, use_dora=True), tmp_path / "dora", "gpt2")
     out = tmp_path / "out.gguf"
     (tmp_path / "dora" / "chat_template.jinja").write_text("{{ messages }}")
     argv = (tmp_path / "dora", "--base", base, "--out", out)
@@ -237,7 +237,7 @@ def test_what_llama_cpp_would_leave_out_is_refused(adapter, tmp_path, field):
 def test_wrong_arguments_are_refused(base, adapter, tmp_path):
     out = tmp_path / "out.gguf"
     assert "--merge: needs an ADAPTER" in one_line(run(main, "--merge", "--out", out), 2)
-    save_adapter(*adapted(base, ("c_attn",), r=3), tmp_path / "other", "gpt2", "b" * 64)
+    save_adapter(adapted(base, ("c_attn",), r=3), tmp_path / "other", "gpt2", "b" * 64)
     argv = (tmp_path / "other", "--base", base, "--out", out)
     assert "was trained on another base" in one_line(run(main, *argv), 2)
     out.write_text("mine")

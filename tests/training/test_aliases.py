@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapters import combine, extract, merge
-from lora.files import WEIGHTS
+from lora.save import WEIGHTS
 from tests.runs import arguments, contents, one_line, questions, refused, run, trained
 from train import main
 

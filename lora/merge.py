@@ -1,0 +1,40 @@
+"""Fold an adapter into the weights of its base, and take it off a model."""
+
+from torch import nn
+
+from lora.inject import lora_layers, naming
+
+
+def merge(model: nn.Module) -> None:
+    """Add every LoRA layer's update to its W.
+
+    Raises ValueError, naming the layer, if one cannot be merged. Then none is merged.
+    """
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        with naming(name):
+            layer.check_mergeable()
+    for layer in layers.values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`, up to rounding."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def unwrap(model: nn.Module) -> None:
+    """Put the linear layers, with what was merged into them, back in place of the LoRA layers.
+
+    Raises ValueError for layers of PiSSA or LoRA-GA that are not merged, because part of their W is
+    in A and B. The model is then unchanged.
+    """
+    linear_layers = {}
+    for name, layer in lora_layers(model).items():
+        with naming(name):
+            linear_layers[name] = layer.unwrapped()
+    for name, linear in linear_layers.items():
+        model.set_submodule(name, linear)
+    if hasattr(model, "lora_config"):
+        del model.lora_config

@@ -1,0 +1,61 @@
+"""Say how PEFT knows a model: the names of its modules, and the class that wraps it.
+
+PEFT knows our GPT-2 as transformers' GPT2LMHeadModel. There the modules are in `transformer`, the
+head is a module, and projections are stored as (in, out).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora.layer import LoRALinear
+
+
+@dataclass(frozen=True)
+class PeftView:
+    """A model as PEFT knows it."""
+
+    prefix: str = ""  # before each module's name
+    task_type: str | None = None  # chooses PEFT's class; None is PEFT's plain one
+    fan_in_fan_out: bool = False  # whether W is stored as (in, out)
+    ties: Mapping[str, str] = field(default_factory=dict)  # tied modules, and why they are refused
+    fused: str | None = None  # the layer that computes q, k and v
+
+
+GPT2_VIEW = PeftView(
+    prefix="transformer.",
+    task_type="CAUSAL_LM",
+    fan_in_fan_out=True,
+    ties={"lm_head": "the head is tied to wte", "transformer.wte": "it is tied to the head"},
+    fused="c_attn",
+)
+
+
+def peft_view(model: nn.Module) -> PeftView:
+    """Return how PEFT knows a model: our GPT-2, a model of transformers, or any other module."""
+    if hasattr(model, "can_generate"):
+        return PeftView(task_type=_task_type(model))
+    if _is_our_gpt2(model):
+        return GPT2_VIEW
+    return PeftView()
+
+
+def _task_type(model: Any) -> str | None:
+    """Return the task of a model of transformers that reads tokens and generates text."""
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        return None
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+
+
+def _is_our_gpt2(model: Any) -> bool:
+    """Return whether a model has GPT-2's modules at its root, linear layers in its blocks, and no
+    head.
+    """
+    names = {name for name, _ in model.named_children()}
+    if not {"wte", "h", "ln_f"} <= names or names & {"transformer", "lm_head", "head"}:
+        return False
+    modules = dict(model.h.named_modules())
+    return isinstance(modules.get("0.attn.c_attn"), nn.Linear | LoRALinear)

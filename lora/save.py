@@ -1,0 +1,137 @@
+"""Write adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.inject import lora_layers
+from lora.layer import LoRAConfig, LoRALinear
+from lora.peft_config import CONFIG, peft_config
+from lora.peft_view import peft_view
+from lora.quantised import quantisation
+from lora.targets import layer_config
+from lora.tensors import write_tensors
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS, of the base's weights; PEFT ignores it
+QUANTISED = "base_quantised"  # also there: "nf4" or "int8", if the base was while training
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    base: str = "",
+    base_sha256: str = "",
+    revision: str | None = None,
+) -> None:
+    """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
+
+    `base` and `revision` name the base as it is on the hub. They are informational. A reader
+    compares `base_sha256`, the hash of the base's weights file. Raises ValueError for a model
+    without an adapter, and for a tensor that is not finite.
+    """
+    model = getattr(model, "_orig_mod", model)  # `torch.compile` would add this to each name
+    if not lora_layers(model):
+        raise ValueError("the model has no adapter to save; `inject` or `load_adapter` adds one")
+    header = {BASE_SHA256: base_sha256, QUANTISED: quantisation(model)}
+    write_adapter(
+        directory,
+        adapter_tensors(model),
+        saved_config(model),
+        base_fields(model, base, revision),
+        {name: value for name, value in header.items() if value},
+    )
+
+
+def base_fields(model: nn.Module, base: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the fields of PEFT's file that describe the base."""
+    view = peft_view(model)
+    return {
+        "task_type": view.task_type,
+        "fan_in_fan_out": view.fan_in_fan_out,
+        "base_model_name_or_path": base,
+        "revision": revision,
+    }
+
+
+def write_adapter(
+    directory: str | Path,
+    tensors: Mapping[str, Tensor],
+    config: LoRAConfig,
+    base: Mapping[str, Any],
+    header: Mapping[str, str],
+) -> None:
+    """Write an adapter's two files from its tensors, under PEFT's keys, and its config.
+
+    `base` is from `base_fields`. `header` is what the header of the tensors' file records.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / WEIGHTS) as weights, replacing(directory / CONFIG) as fields:
+        write_tensors(weights, tensors, {"format": "pt", **header}, torch.float32)
+        content = json.dumps(peft_config(config, base), indent=2)
+        fields.write_text(content + "\n", encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same directory. On success, rename it over `path`."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # the data are on the disk before the name is
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every layer's A and B, and DoRA's vector, under the key that PEFT gives it."""
+    return tensors_by_key(peft_view(model).prefix, lora_layers(model))
+
+
+def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
+    """Return the tensors of LoRA layers, whose names in PEFT's model begin with `prefix`."""
+    tensors = {}
+    for name, layer in layers.items():
+        for part, tensor in layer.saved_tensors().items():
+            tensors[f"{PREFIX}{prefix}{name}.{part}"] = tensor
+    return tensors
+
+
+def saved_config(model: nn.Module) -> LoRAConfig:
+    """Return the config of the model's adapter file.
+
+    That is `model.lora_config`, unless a layer saves other tensors than it trains, as PiSSA and
+    slices do. Then the config lists each layer's full name, rank and alpha.
+    """
+    config: LoRAConfig = model.lora_config  # type: ignore[assignment]
+    prefix = peft_view(model).prefix
+    saved = {prefix + name: layer.saved_config() for name, layer in lora_layers(model).items()}
+    if all(own == layer_config(config, name) for name, own in saved.items()):
+        return config
+
+    first = next(iter(saved.values()))
+    return replace(
+        first,
+        target_modules=tuple(saved),
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={name: own.r for name, own in saved.items() if own.r != first.r},
+        alpha_pattern={
+            name: own.lora_alpha
+            for name, own in saved.items()
+            if own.lora_alpha != first.lora_alpha
+        },
+    )

@@ -1,0 +1,138 @@
+"""Layers that are not quite `nn.Linear`, and models that read a layer's tensors: never silently."""
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+from transformers.integrations.bitnet import AutoBitLinear
+
+from lora import LoRAConfig, inject, lora_layers, make_config, merge, quantise, unmerge, unwrap
+from lora.quantised import NF4Linear
+from tests.helpers import relative_difference
+from tests.models import IDS, Case, assert_same, both, output, steps
+from tests.pairs import parameters, randomize
+
+X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+
+
+class Twice(nn.Linear):
+    """y = 2 W x + b, from a subclass of nn.Linear."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def eight_bits(*shape):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    return bitsandbytes.nn.Linear8bitLt(*shape, has_fp16_weights=False).to("cpu")
+
+
+@pytest.mark.parametrize("kind", [Twice, AutoBitLinear, eight_bits])
+def test_a_layer_with_its_own_forward_takes_plain_lora_and_nothing_that_changes_its_weight(kind):
+    model = nn.Sequential(nn.Linear(64, 64), kind(64, 32)).eval()
+    base = model(X)
+    for fields in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(ValueError, match=r"^1: .* has its own forward, which may not be W x"):
+            inject(model, make_config(target_modules="all-linear", **fields))
+    with pytest.raises(ValueError, match=r"^1: .* has its own forward"):
+        quantise(model, "int8")
+    assert type(model[0]) is nn.Linear and torch.equal(model(X), base)
+
+    inject(model, LoRAConfig(target_modules="all-linear"))
+    assert torch.equal(model(X), base)
+    randomize(model)
+    adapted = model(X)
+    assert relative_difference(adapted, base) > 0.1
+    with pytest.raises(ValueError, match=r"^1: .* has its own forward"):
+        merge(model)
+    assert not lora_layers(model)["0"].merged and torch.equal(model(X), adapted)
+
+
+def test_a_subclass_that_keeps_the_forward_is_merged():
+    model = nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(64, 32)).eval()
+    inject(model, LoRAConfig(target_modules="all-linear"))
+    randomize(model)
+    expected = model(X)
+    merge(model)
+    assert relative_difference(model(X), expected) < 1e-6
+
+
+def test_a_parametrized_weight_takes_lora_and_is_not_merged():
+    model = nn.Sequential(weight_norm(nn.Linear(64, 32))).eval()
+    base = model(X)
+    inject(model, LoRAConfig(target_modules="all-linear"))
+    assert torch.equal(model(X), base)
+    randomize(model)
+    adapted = model(X)
+    with pytest.raises(ValueError, match=r"^0: the weight is computed from other .*weight_norm"):
+        merge(model)
+    assert torch.equal(model(X), adapted)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_is_merged_into_fp64_weights(fields):
+    model = nn.Sequential(nn.Linear(64, 32)).double().eval()
+    before = model[0].weight.clone()
+    inject(model, make_config(target_modules=("0",), **fields))
+    randomize(model)
+    expected = model(X.double())
+    merge(model)
+    assert model[0].base_layer.weight.dtype == expected.dtype == torch.float64
+    assert relative_difference(model(X.double()), expected) < 1e-6
+    unmerge(model)
+    merge(model)
+    unwrap(model)
+    assert relative_difference(model(X.double()), expected) < 1e-6
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_a_rank_above_a_narrow_layers_width_names_the_layer_and_a_remedy():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    with pytest.raises(ValueError, match=r"^1: rank 8 is outside 1 \.\. 2; .*rank_pattern"):
+        inject(model, LoRAConfig(target_modules="all-linear"))
+    inject(model, LoRAConfig(target_modules="all-linear", rank_pattern={"1": 2}))
+    assert [layer.config.r for layer in lora_layers(model).values()] == [8, 2]
+
+
+def mamba() -> nn.Module:
+    config = transformers.MambaConfig(
+        vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4
+    )
+    return transformers.MambaForCausalLM(config)
+
+
+def test_mamba_trains_as_under_peft():
+    case = Case(mamba, {"input_ids": IDS}, ["in_proj", "x_proj"], "CAUSAL_LM")
+    ours, theirs = both(case, case.targets)
+    adamw = [torch.optim.AdamW(parameters(model).values(), lr=1e-2) for model in (ours, theirs)]
+    assert_same(steps(ours, case, adamw[0]), steps(theirs, case, adamw[1]))
+    assert_same(parameters(ours), parameters(theirs.base_model.model))
+
+
+def test_the_layer_of_mamba_that_is_read_past_its_forward_is_an_error_and_not_silence():
+    """Its bias is read as well. PEFT's update of it changes nothing."""
+    case = Case(mamba, {"input_ids": IDS}, ["dt_proj"], "CAUSAL_LM")
+    ours, theirs = both(case, case.targets)
+    before = output(theirs, case)
+    randomize(theirs)
+    assert isinstance(theirs, peft.PeftModel) and torch.equal(output(theirs, case), before)
+    with pytest.raises(RuntimeError, match="size"):
+        output(ours, case)
+
+
+def test_quantise_replaces_all_but_the_head_or_what_is_named():
+    class Model(nn.Sequential):
+        def get_output_embeddings(self):
+            return self[2]
+
+    def kinds(*arguments):
+        model = Model(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 5))
+        quantise(model, *arguments)
+        return [type(layer) for layer in model]
+
+    assert kinds("nf4") == [NF4Linear, NF4Linear, nn.Linear]
+    assert kinds("nf4", ("1",)) == [nn.Linear, NF4Linear, nn.Linear]
+    with pytest.raises(ValueError, match="'fp4' is not one of nf4, int8"):
+        kinds("fp4")
