@@ -7,7 +7,6 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 
 from adapters.choices import score_questions
@@ -29,34 +28,52 @@ from training.ranks import Ranks
 from training.scores import Scores
 
 
-@torch.no_grad()
 def evaluate(
     model: GPT2,
     dataset: Dataset,
-    tokenizer: Tokenizer,
     device: Device,
     ranks: Ranks | None = None,
     batch_size: int = 16,
 ) -> Scores:
-    """Score every token of a dataset's evaluation batches once.
+    """Score all of a text, or of conversations.
 
     Raises RunError if the loss is not finite, and UserError if every target is an end of text.
+    """
+    scored_bytes = dataset.scored_bytes
+    if not scored_bytes:
+        raise UserError("the text holds only end-of-text tokens: nothing to score")
+    batches = dataset.evaluation_batches(batch_size)
+    tokens, loss, hits = score_batches(model, batches, device, ranks)
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
+        )
+    return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)
+
+
+@torch.no_grad()
+def score_batches(
+    model: GPT2,
+    batches: Iterable[InputsAndTargets],
+    device: Device,
+    ranks: Ranks | None = None,
+) -> tuple[int, float, int]:
+    """Return the scored tokens of batches (B, T), their summed loss in nats, and the greedy hits.
+
+    Targets that are IGNORE_INDEX are left out. With several ranks, each scores a share.
     """
     ranks = ranks or Ranks()
     dtype = torch.float64
     if device.torch_device.type == "mps":  # it has no fp64
         dtype = torch.float32
     sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # of losses, and greedy hits
-    counts = torch.zeros(2, dtype=torch.int64)  # of tokens and bytes
+    count = torch.zeros(1, dtype=torch.int64)
 
     was_training = model.training
     model.eval()
     try:
-        batches = dataset.evaluation_batches(batch_size)
         for inputs, targets in islice(batches, ranks.rank, None, ranks.world_size):
-            scored = targets[targets != IGNORE_INDEX]  # (n,)
-            text_bytes = tokenizer.byte_counts[scored.numpy()].sum(dtype=np.int64)
-            counts += torch.tensor([len(scored), int(text_bytes)])
+            count += (targets != IGNORE_INDEX).sum()
             with device.autocast():
                 losses, hits = model.token_losses(
                     device.to_device(inputs), device.to_device(targets)
@@ -65,17 +82,10 @@ def evaluate(
     finally:
         model.train(was_training)
     ranks.all_reduce(sums)
-    ranks.all_reduce(counts)
+    ranks.all_reduce(count)
 
-    loss, hit_count = sums.tolist()
-    tokens, byte_count = counts.tolist()
-    if not byte_count:
-        raise UserError("the text holds only end-of-text tokens: nothing to score")
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
-        )
-    return Scores(tokens, byte_count, loss / tokens, hit_count / tokens)
+    loss, hits = sums.tolist()
+    return int(count), loss, int(hits)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,7 +117,7 @@ def score_text(
     """Score a text or conversations; print the scores and return them."""
     source, fraction = what_to_score(args)
     data = load_data(args, tokenizer, source, fraction)
-    scores = evaluate(model, data, tokenizer, device, batch_size=args.batch_size)
+    scores = evaluate(model, data, device, batch_size=args.batch_size)
     print(f"{source}{part_name(fraction)}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
     return {
@@ -149,7 +159,7 @@ def load_data(
     if len(tokens) <= args.label_shift:
         raise UserError(f"{source}: {len(tokens)} tokens; too short to score")
     stride = args.stride or args.block_size
-    return Windows(tokens, args.block_size, stride, args.label_shift)
+    return Windows(tokens.ids, args.block_size, stride, args.label_shift, tokens.byte_counts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Generate text from a base, with or without an adapter; with --chat, answer what you type."""
 
 import argparse
-import codecs
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -113,10 +112,10 @@ def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     print(ready, end="", flush=True)
     for line in sys.stdin:
         turns.append(("User", line.strip()))
-        ids, _ = encode(turns, tokenizer, ask=True)
+        ids = encode(turns, tokenizer, ask=True)[0]
         while len(ids) > room and len(turns) > 1:
             del turns[:2]
-            ids, _ = encode(turns, tokenizer, ask=True)
+            ids = encode(turns, tokenizer, ask=True)[0]
         answer = ""
         for _, text in stream(model, tokenizer, [ids], args, [generator]):
             print(text if answer.strip() else text.lstrip(), end="", flush=True)
@@ -139,8 +138,7 @@ def stream(
         torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device) for prompt in prompts
     ]
     left = [args.max_new_tokens] * len(prompts)  # tokens that a row may still get
-    # A token may end in the middle of a character.
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+    decoders = [StreamDecoder(tokenizer, prompt.tolist()) for prompt in prompts]
     for tokens in generate_rows(
         model,
         ids,
@@ -156,17 +154,43 @@ def stream(
                 left[row] = 0
             elif token >= 0 and left[row]:
                 left[row] -= 1
-                yield row, decoders[row].decode(tokenizer.bytes_of[token])
+                yield row, decoders[row].add(token)
         if not any(left):
             break
     for row, decoder in enumerate(decoders):
-        yield row, decoder.decode(b"", final=True)
+        yield row, decoder.finish()
+
+
+class StreamDecoder:
+    """Decode tokens one after another into whole characters; `ids` are those before the first.
+
+    It decodes all of them each time: a tokenizer may write a token after others in another way.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int] = ()):
+        self.tokenizer = tokenizer
+        self.ids = list(ids)
+        self.length = len(tokenizer.decode(self.ids))
+
+    def add(self, token: int) -> str:
+        """Return the characters that are whole with this token."""
+        self.ids.append(token)
+        return self._rest(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """Return U+FFFD if the last character is not whole."""
+        return self._rest(self.tokenizer.decode(self.ids))
+
+    def _rest(self, text: str) -> str:
+        rest = text[self.length :]
+        self.length += len(rest)
+        return rest
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
     """Return a mask, bool (V,), of the ids that only pad the model's vocabulary."""
     mask = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
-    mask[list(tokenizer.bytes_of)] = False
+    mask[list(tokenizer.vocabulary.values())] = False
     return mask
 
 

@@ -139,7 +139,7 @@ def validate_start(model: GPT2, data: Data, run: Run) -> None:
 def validate(model: GPT2, data: Data, run: Run) -> Scores:
     """Score the validation part, in batches no larger than training's."""
     size = min(16, run.micro_batch_size)
-    return evaluate(model, data.validation, data.tokenizer, run.device, run.ranks, size)
+    return evaluate(model, data.validation, run.device, run.ranks, size)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import torch
 from adapters.quantisation import choose_quantisation
 from common.errors import UserError, as_failure
 from common.files import brief, file_sha256
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from lora.load import load_adapter, stored_base_fields
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2

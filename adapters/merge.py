@@ -12,7 +12,7 @@ from common.cli import NONE, Parser, add_model_options
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import new_directory, open_file, refuse_existing
-from data.tokenizer_files import TEMPLATE
+from data.tokenizer import TEMPLATE
 from lora import lora_layers, merge, unwrap
 from lora.quantised import dequantise
 from storage.card import merge_card, save_card

@@ -8,12 +8,12 @@ from argparse import Namespace
 from itertools import islice
 
 import torch
+from training.graph import GraphedBackward
 
 from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report
 from common.device import Device
 from train import Trainer
-from training.graph import GraphedBackward
 from training.options import ROOT
 
 # Of a loss before the first step, relative: what rounding makes of one forward pass.
@@ -162,7 +162,7 @@ def waits_in_evaluation(opts: Namespace, count: int) -> int:
         warnings.simplefilter("always")
         set_sync_mode(opts, "warn")
         try:
-            ours.score(trainer.model, batches, trainer.data.tokenizer, device)
+            ours.mean_loss(trainer.model, batches, device)
         finally:
             set_sync_mode(opts, "default")
     return sum("synchroniz" in str(warning.message) for warning in said)

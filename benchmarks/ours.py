@@ -1,20 +1,20 @@
 """This project's side of every benchmark: the only file here that calls the training code."""
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor, nn
 
 import train
 from common.device import Device
 from common.signals import HANDLED
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import load_tokenizer
-from data.windows import Batch, Windows
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.windows import Batch, InputsAndTargets, Windows
 from evaluate import evaluate as score
+from evaluate import score_batches
 from lora import LoRAConfig, inject, load_adapter, merge, save, unwrap
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels.fast import set_kernels
@@ -29,8 +29,6 @@ from training.ranks import Ranks
 from training.report import read_run
 from training.run import Run
 from training.scores import Scores
-
-__all__ = ["score"]  # `evaluate` of evaluate.py
 
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:
@@ -113,11 +111,16 @@ def step(trainer: Trainer, batch: Batch) -> float:
     return trainer.step(batch).item() / batch.num_tokens
 
 
-def evaluate(
-    model: GPT2, tokens: np.ndarray, base: Path, device: Device, block_size: int
-) -> Scores:
-    """Return `evaluate.py`'s scores of these tokens, in consecutive windows."""
-    return score(model, Windows(tokens, block_size, block_size), tokenizer(base), device)
+def evaluate(model: GPT2, windows: Windows, device: Device, block_size: int) -> Scores:
+    """Return `evaluate.py`'s scores of the windows' text, in consecutive windows of this size."""
+    consecutive = replace(windows, block_size=block_size, stride=block_size, label_shift=1)
+    return score(model, consecutive, device)
+
+
+def mean_loss(model: GPT2, batches: Iterable[InputsAndTargets], device: Device) -> float:
+    """Return the loss in nats a token of batches (B, T), as `evaluate.py` computes it."""
+    tokens, loss, _ = score_batches(model, batches, device)
+    return loss / tokens
 
 
 def run(argv: Sequence[str]) -> dict:

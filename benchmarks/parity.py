@@ -204,7 +204,7 @@ def compare_readings(opts: Namespace, report: Report, what: str, sources: Source
         here = ours.load(base, adapter, device)
         there = peft_loop.load(base, adapter).to(device.torch_device)
         scores = {
-            "here": ours.evaluate(here, tokens, opts.directory, device, opts.block_size).loss,
+            "here": ours.evaluate(here, validation, device, opts.block_size).loss,
             "there": peft_loop.evaluate(there, tokens, opts.block_size),
         }
         cells = [f" {side} {loss:.7f} ({math.exp(loss):.5f}) " for side, loss in scores.items()]

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_args(argv)
     tokens = load_tokens(opts.book, ours.tokenizer(opts.directory))
     training, validation = split(tokens, VAL_FRACTION)
-    seen = share_seen(training, validation)
+    seen = share_seen(training.ids, validation.ids)
     print(
         f"base {Path(opts.base).name}, {opts.book.name}: {len(tokens):,} tokens, {machine()}\n"
         f"{seen:.1%} of the validation part's runs of {RUN_LENGTH} tokens are in the training "
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for method in opts.only:
         runs[method] = ours.run(arguments(opts, method))
 
-    windows = Windows(validation, SCORED, 1, SHIFT)
+    windows = Windows(validation.ids, SCORED, 1, SHIFT, validation.byte_counts)
     count = min(opts.val_windows or len(windows), len(windows))
     scored = np.linspace(0, len(windows) - 1, count).astype(int)  # evenly spaced
     figures = {}
@@ -157,13 +157,12 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
 
     # The mean over batches of each batch's mean; a last, smaller batch counts like the others.
     size = BATCH_SIZE[method]
-    tokenizer = ours.tokenizer(opts.directory)
     losses = []
     for batch in np.split(scored, range(size, len(scored), size)):
-        losses.append(ours.score(model, [windows.batch(batch)], tokenizer, opts.device).loss)
+        losses.append(ours.mean_loss(model, [windows.batch(batch)], opts.device))
     loss = float(np.mean(losses))
 
-    next_token = ours.evaluate(model, windows.tokens, opts.directory, opts.device, BLOCK)
+    next_token = ours.evaluate(model, windows, opts.device, BLOCK)
     return {
         "reference": {"loss": loss, "perplexity": perplexity(loss)},
         "next_token": asdict(next_token) | {"perplexity": next_token.perplexity},

@@ -181,10 +181,8 @@ def evaluate(task: Task, device: Device) -> Call:
     """Return either side's scoring of one batch."""
     inputs, targets = task.batch()
     if task.side == "ours":
-        base = Path(task.base)
-        model = ours.load(base, None, device)
-        tokenizer = ours.tokenizer(base)
-        return lambda: ours.score(model, [(inputs, targets)], tokenizer, device).loss
+        model = ours.load(Path(task.base), None, device)
+        return lambda: ours.mean_loss(model, [(inputs, targets)], device)
 
     from benchmarks.peft_loop import mean_loss
 

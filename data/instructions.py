@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from data.choices import question
-from data.json_lines import read_lines, refuse_unknown
+from data.json_lines import LONGEST_LINE, read_lines, refuse_unknown
 from data.tokenizer import Tokenizer
-from data.tokens import LONGEST_RUN, require_end_of_text
+from data.tokens import require_end_of_text
 from data.windows import InputsAndTargets, shuffled
 from model.gpt2 import IGNORE_INDEX
 
@@ -62,7 +62,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Instructions:
-    """Examples as rows (2, T), inputs over targets, with the interface of `Windows`."""
+    """Examples as rows of `make_row`, with the interface of `Windows`."""
 
     rows: list[np.ndarray]
 
@@ -75,7 +75,7 @@ class Instructions:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all rows end to end, (2, N). A run's identity holds their hash."""
+        """Return all rows end to end, (3, N). A run's identity holds their hash."""
         return np.concatenate(self.rows, axis=1)
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
@@ -87,12 +87,17 @@ class Instructions:
         longest = max((row.shape[1] for row in rows), default=1)
         padded = np.full((2, len(rows), longest), IGNORE_INDEX, dtype=np.int64)
         for i, row in enumerate(rows):
-            padded[:, i, : row.shape[1]] = row
+            padded[:, i, : row.shape[1]] = row[:2]
         inputs, targets = torch.from_numpy(padded)
         return inputs.clamp(min=0), targets
 
     def num_tokens(self, indices: np.ndarray) -> int:
         return sum(int((self.rows[i][1] != IGNORE_INDEX).sum()) for i in indices)
+
+    @property
+    def scored_bytes(self) -> int:
+        """Count the UTF-8 bytes of text that `evaluation_batches` scores."""
+        return sum(int(row[2][row[1] != IGNORE_INDEX].sum()) for row in self.rows)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)
@@ -124,51 +129,59 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
 
 
 def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np.ndarray:
-    """Return an example's inputs over its targets, (2, T), however long its beginning.
+    """Return an example's inputs, targets, and the bytes of text that each target covers, (3, T).
+
+    A long beginning is not cut.
 
     Raises ValueError if its last completion is longer than a block.
     """
-    ids, scored = encode(turns, tokenizer)
+    ids, scored, byte_counts = encode(turns, tokenizer)
     if scored[-block_size - 1 :].all():
         raise ValueError(
             f"its completion is longer than a block of {block_size}; "
             "shorten it, or use a larger --block-size"
         )
     labels = np.where(scored, ids, IGNORE_INDEX)
-    return np.stack((ids[:-1], labels[1:]))
+    return np.stack((ids[:-1], labels[1:], byte_counts[1:]))
 
 
 def encode(
     turns: Sequence[Turn], tokenizer: Tokenizer, ask: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token ids (N,) of turns such as ("User", "Who?"), and a mask of those scored.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the token ids (N,) of turns such as ("User", "Who?"), a mask of the scored tokens, and
+    the bytes of text that each token covers.
 
-    With `ask`, the assistant's name follows, for a model to go on from. What is between two scored
-    parts is tokenized as one text: an empty content's space and the new line can be one token.
-    Only the last `LONGEST_RUN` characters of a content are read: they fill any context, and
+    With `ask`, the assistant's name follows, for a model to go on from. Text between completions is
+    tokenized as one: the space of an empty content and the new line can be one token.
+    Only the last `LONGEST_LINE` characters of a content are read: they fill any context, and
     tiktoken's regex overflows on a million spaces.
     """
     ids: list[int] = []
     scored: list[bool] = []
+    byte_counts: list[int] = []
 
-    def add(tokens: list[int], is_scored: bool) -> None:
-        ids.extend(tokens)
+    def add(text: str, is_scored: bool) -> None:
+        tokens, counts = tokenizer.encode_with_bytes(text)
+        ids.extend(tokens.tolist())
         scored.extend([is_scored] * len(tokens))
+        byte_counts.extend(counts.tolist())
 
     given = ""
     for name, whole in turns:
-        content = whole[-LONGEST_RUN:]
+        content = whole[-LONGEST_LINE:]
         if name != "Assistant":
             given += f"{name}: {content}\n"
             continue
-        add(tokenizer.encode(f"{given}Assistant:").tolist(), False)
-        end = require_end_of_text(tokenizer)
-        add([*tokenizer.encode(f" {content}").tolist(), end], True)
+        add(f"{given}Assistant:", False)
+        add(f" {content}", True)
+        ids.append(require_end_of_text(tokenizer))
+        scored.append(True)
+        byte_counts.append(0)
         given = ""
     if ask:
         given += "Assistant:"
-    add(tokenizer.encode(given).tolist(), False)
-    return np.array(ids, dtype=np.int32), np.array(scored)
+    add(given, False)
+    return np.array(ids, dtype=np.int32), np.array(scored), np.array(byte_counts, dtype=np.int32)
 
 
 def _turns(example: dict) -> list[Turn]:

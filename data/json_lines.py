@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from common.errors import UserError
 from common.files import brief, open_file
-from data.tokens import LONGEST_RUN
 
+LONGEST_LINE = 1 << 16  # bytes, which fill any context
 T = TypeVar("T")
 
 
@@ -19,7 +19,7 @@ def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
     """
     found = []
     with open_file(path) as file:
-        lines = iter(lambda: file.readline(LONGEST_RUN + 1), b"")
+        lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -35,7 +35,7 @@ def _parse(line: bytes) -> dict:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"is not JSON in UTF-8 of at most {LONGEST_RUN:,} bytes ({error})"
+            f"is not JSON in UTF-8 of at most {LONGEST_LINE:,} bytes ({error})"
         ) from error
 
 

@@ -1,61 +1,54 @@
 """Turn text into token ids and back.
 
-GPT-2's own byte-pair encoding, and mini's, run on tiktoken; every other tokenizer is read by
-Hugging Face's `tokenizers`. `tokenizer_files.py` loads either from a base's files.
+tiktoken runs the byte-pair encodings of GPT-2 and mini. Hugging Face's `tokenizers` reads every
+other `tokenizer.json` as it is, and `vocab.json` with `merges.txt` as byte-level BPE.
 """
 
 import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tiktoken
 
 from common.errors import UserError, first_line
+from common.files import brief, open_file, read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
+FAST = "tokenizer.json"
+VOCAB = "vocab.json"
+MERGES = "merges.txt"
+SETTINGS = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
+ADDED = "added_tokens.json"
+TEMPLATE = "chat_template.jinja"
+FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED, TEMPLATE)
+FOREIGN = ("vocab.txt", "tokenizer.model", "spiece.model")  # of BERT and of SentencePiece
+GPT2_FILES = Path(__file__).with_name("gpt2_tokenizer")
+GPT2_SIZE = 50257
+MINI_FILES = Path(__file__).resolve().parents[1] / "model" / "mini"
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-LONGEST_BLANK = 1 << 17  # characters of white space in a row; tiktoken fails on much longer runs
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that stands for one byte in a SentencePiece model
-SPACE = "▁"  # the space in a SentencePiece model
 
 
 @dataclass(frozen=True)
 class Tokenizer(ABC):
-    """Turn text into token ids and back.
+    """Turn text into token ids and back."""
 
-    `special` tokens are never split. In a text, `<|endoftext|>` means `end_of_text`, unless the
-    base has a token of that name.
-    """
-
-    special: dict[str, int]
-    end_of_text: int | None
-    vocab_size: int  # the model's: it may be padded beyond the tokenizer's
+    vocabulary: Mapping[str, int]  # from each token, as its file spells it, to its id
+    vocab_size: int  # of the model: it may be larger than the vocabulary
+    eos_token: str | None  # the end of text
     source: Path  # the directory of the tokenizer's files
     files: Mapping[str, bytes]  # their contents by name, to be saved beside a model
-
-    @abstractmethod
-    def encode(self, text: str) -> np.ndarray:
-        """Return the token ids (N,), uint16 or, above 65,536 ids, uint32."""
-
-    @property
-    @abstractmethod
-    def bytes_of(self) -> dict[int, bytes]:
-        """Map each token's id to its bytes of text. An id that pads the vocabulary is missing."""
-
-    @property
-    @abstractmethod
-    def sha256(self) -> str:
-        """Hash all that decides the ids, so that a token cache knows its tokenizer."""
+    engine: Any  # the library's tokenizer
 
     @property
     @abstractmethod
@@ -64,199 +57,225 @@ class Tokenizer(ABC):
         the parts then have the tokens of the whole.
         """
 
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of these ids, with U+FFFD for a part of a character."""
+
+    @abstractmethod
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids (N,), and how many bytes of the text each covers (N,)."""
+
+    def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the token ids (N,), and how many UTF-8 bytes of the text each covers (N,) uint32.
+
+        The ids are uint16 or, above 65,536 ids, uint32. Text that the tokenizer skips counts for
+        the next token. An end of text counts 0. Raises UserError for a text that cannot be read.
+        """
+        try:
+            ids, byte_counts = self._encode(text)
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
+            raise
+        except Exception as error:  # the libraries have no class of their own
+            reason = f"{first_line(error):.200}"
+            raise UserError(f"the tokenizer cannot read the text ({reason})") from error
+        byte_counts = np.where(ids == self.end_of_text, 0, byte_counts)
+        return ids.astype(self.dtype), byte_counts.astype(np.uint32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids (N,), as `encode_with_bytes` does."""
+        return self.encode_with_bytes(text)[0]
+
+    @property
+    def end_of_text(self) -> int | None:
+        if self.eos_token is None:
+            return None
+        return self.vocabulary[self.eos_token]
+
     @property
     def dtype(self) -> type:
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @cached_property
-    def byte_counts(self) -> np.ndarray:
-        """Count the UTF-8 bytes that each id stands for, (V,) uint16; 0 for the end of text."""
-        counts = np.zeros(self.vocab_size, dtype=np.uint16)
-        for token, text in self.bytes_of.items():
-            counts[token] = len(text)
-        if self.end_of_text is not None:
-            counts[self.end_of_text] = 0
-        return counts
-
-
-@dataclass(frozen=True)
-class TiktokenTokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding on tiktoken, which merges the pair of the lowest rank first.
-
-    `merges` holds the single bytes and then the merged tokens, in rank order; `ids` the id of each.
-    """
-
-    merges: tuple[bytes, ...]
-    ids: tuple[int, ...]
-
-    @cached_property
-    def _engine(self) -> tiktoken.Encoding:
-        special = {text: len(self.merges) + i for i, text in enumerate(self.special)}
-        ranks = {text: rank for rank, text in enumerate(self.merges)}
-        return tiktoken.Encoding(
-            "base", pat_str=PATTERN, special_tokens=special, mergeable_ranks=ranks
-        )
-
-    @cached_property
-    def _id_of_rank(self) -> np.ndarray:
-        return np.array([*self.ids, *self.special.values()], dtype=self.dtype)
-
-    @cached_property
-    def bytes_of(self) -> dict[int, bytes]:
-        """Map each token's id to its bytes. An id that pads the vocabulary is missing."""
-        texts = dict(zip(self.ids, self.merges, strict=True))
-        for text, token in reversed(self.special.items()):
-            texts[token] = text.encode()
-        return texts
+    def definition(self) -> dict:
+        """Return the content of `tokenizer.json`, or what it would be for the other files."""
+        if FAST in self.files:
+            return json.loads(self.files[FAST])
+        return json.loads(self.engine.to_str())
 
     @cached_property
     def sha256(self) -> str:
-        parts = (PATTERN, self.merges, self.ids, self.special, self.vocab_size)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+        """Hash all that decides the ids, so that a token cache knows its tokenizer."""
+        digest = hashlib.sha256(repr((PATTERN, self.eos_token, self.vocab_size)).encode())
+        for name in (FAST, VOCAB, MERGES):
+            digest.update(self.files.get(name, b""))
+        return digest.hexdigest()
+
+
+class TiktokenTokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding on tiktoken: a token's id is the rank of its merge."""
+
+    engine: tiktoken.Encoding
+    splits_at_spaces = True  # GPT-2's pattern joins no visible character to a space after it
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.engine.decode([int(token) for token in ids])
+
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.engine.encode_to_numpy(text, allowed_special="all")
+        return ids, self._byte_counts[ids]
 
     @cached_property
-    def splits_at_spaces(self) -> bool:
-        """GPT-2's pattern never joins a visible character to white space that follows it; a special
-        token may.
-        """
-        return not any(_joins_words(text) for text in self.special)
-
-    def encode(self, text: str) -> np.ndarray:
-        """Return the token ids (N,). Raises UserError for a text with a very long run of blanks."""
-        if len(text) > LONGEST_BLANK:
-            for run in re.finditer(r"\s+", text):
-                if len(run[0]) > LONGEST_BLANK:
-                    raise UserError(f"a text with {len(run[0]):,} blanks in a row is not read")
-        return self._id_of_rank[self._engine.encode_to_numpy(text, allowed_special="all")]
+    def _byte_counts(self) -> np.ndarray:
+        counts = np.zeros(len(self.vocabulary), dtype=np.uint32)
+        for word, token in self.vocabulary.items():
+            counts[token] = len(word)  # it spells each byte as a character
+        return counts
 
 
-@dataclass(frozen=True)
 class LibraryTokenizer(Tokenizer):
-    """Any other tokenizer, on Hugging Face's `tokenizers`.
-
-    `end_text` is written as the end-of-text token. No tokens are added around a text.
-    """
+    """Any other tokenizer, on Hugging Face's `tokenizers`. No tokens are added around a text."""
 
     engine: "tokenizers.Tokenizer"
-    end_text: str | None
 
-    @cached_property
-    def _settings(self) -> dict:
-        settings = json.loads(self.engine.to_str())
-        del settings["model"]["vocab"]  # it is large, and `engine` has it
-        return settings
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.engine.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    @cached_property
-    def bytes_of(self) -> dict[int, bytes]:
-        """Map each token's id to the bytes that it adds to a text, as far as the tokenizer tells:
-        it may not keep capitals, unknown characters, or how many blanks there were.
-        """
-        texts = {}
-        for word, token in self.engine.get_vocab(with_added_tokens=False).items():
-            texts[token] = self._bytes_of_word(word)
-        for text, token in self.special.items():
-            if text != END_OF_TEXT or token not in texts:  # else it is another token's second name
-                texts[token] = text.encode()
-        return texts
-
-    def _bytes_of_word(self, word: str) -> bytes:
-        model = self._settings["model"]
-        if self._is_byte_level:
-            byte_of = byte_of_character()
-            if all(character in byte_of for character in word):
-                return bytes(byte_of[character] for character in word)
-            return word.encode()
-        if model["type"] == "WordPiece":
-            prefix = model["continuing_subword_prefix"]
-            if word.startswith(prefix):
-                return word.removeprefix(prefix).encode()
-            return word.encode() if _stands_without_space(word[0]) else f" {word}".encode()
-        byte = BYTE.fullmatch(word)
-        if byte:
-            return bytes([int(byte[1], 16)])
-        suffix = model.get("end_of_word_suffix")
-        if suffix and word.endswith(suffix):
-            return f"{word.removesuffix(suffix)} ".encode()
-        return word.replace(SPACE, " ").encode()
-
-    @cached_property
-    def _is_byte_level(self) -> bool:
-        return '"ByteLevel"' in json.dumps(
-            [self._settings["pre_tokenizer"], self._settings["decoder"]]
-        )
-
-    @cached_property
-    def byte_counts(self) -> np.ndarray:
-        """Count the UTF-8 bytes of `bytes_of`, (V,) uint16; 0 for end of text and unknown text."""
-        counts = super().byte_counts
-        model = self._settings["model"]
-        unknown = model.get("unk_id")
-        if model.get("unk_token"):
-            unknown = self.engine.token_to_id(model["unk_token"])
-        if unknown is not None:
-            counts[unknown] = 0
-        return counts
-
-    @cached_property
-    def sha256(self) -> str:
-        parts = (self.engine.to_str(), self.special, self.end_text, self.vocab_size)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        starts = _byte_starts(text)
+        encoding = self.engine.encode(text, add_special_tokens=False)
+        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)  # in characters
+        ends = np.maximum.accumulate(ends)  # the parts of a character end together
+        return np.array(encoding.ids, dtype=np.uint32), np.diff(starts[ends], prepend=0)
 
     @cached_property
     def splits_at_spaces(self) -> bool:
-        """BERT's words end at white space, and so do those of GPT-2's pattern."""
-        for text, added in self._added.items():
-            if added["rstrip"] or _joins_words(text):
+        """Whether GPT-2's pattern splits words, and no added token reaches over a space."""
+        for token in self.definition["added_tokens"]:
+            if token["rstrip"] or re.search(r"\S\s", token["content"]):
                 return False
-        normalizer = self._settings["normalizer"]
-        step = self._settings["pre_tokenizer"] or {}
-        if step.get("type") == "BertPreTokenizer":
-            return normalizer is None or normalizer["type"] == "BertNormalizer"
+        step = self.definition["pre_tokenizer"] or {}
         is_gpt2s = step.get("type") == "ByteLevel" and step.get("use_regex", True)
-        return is_gpt2s and not step["add_prefix_space"] and normalizer is None
+        return is_gpt2s and not step["add_prefix_space"] and not self.definition["normalizer"]
 
-    @cached_property
-    def _added(self) -> dict[str, dict]:
-        return {added["content"]: added for added in self._settings["added_tokens"]}
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return the token ids (N,). Raises UserError if the tokenizer cannot represent the text,
-        for example because it has no token for unknown characters.
-        """
-        if self.end_text and END_OF_TEXT not in self._added:
-            text = text.replace(END_OF_TEXT, self.end_text)
-        try:
-            ids = self.engine.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # a lone surrogate, such as JSON's "\ud800"
-            raise ValueError("the text is not Unicode") from error
-        except Exception as error:  # the library has no class of its own
+def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
+    """Load the tokenizer of the base in `directory`, whose config has this `vocab_size`.
+
+    Without tokenizer files, a vocabulary of GPT-2's size gets GPT-2's. Raises UserError, naming the
+    file, for one that cannot be read, and for tokens that the model does not have.
+    """
+    path = _main_file(Path(directory), vocab_size)
+    source = path.parent
+    files = {}
+    for name in FILES:
+        if (source / name).exists():
+            with open_file(source / name) as file:
+                files[name] = file.read()
+
+    engine: Any
+    kind: type[Tokenizer]
+    if files.get(FAST) in [(ours / FAST).read_bytes() for ours in (GPT2_FILES, MINI_FILES)]:
+        kind = TiktokenTokenizer
+        vocabulary = json.loads(files[FAST])["model"]["vocab"]
+        engine = _tiktoken_engine(vocabulary)
+    else:
+        kind = LibraryTokenizer
+        engine = _library_engine(path, files)
+        vocabulary = engine.get_vocab(with_added_tokens=True)
+
+    largest = max(vocabulary.values(), default=0)
+    if largest >= vocab_size:
+        raise UserError(f"{path}: has token {largest}; config.json's vocab_size is {vocab_size}")
+    eos_token = _end_of_text(source, vocabulary)
+    if eos_token and path.name == VOCAB:  # which does not say that it is never split
+        engine.add_special_tokens([eos_token])
+    return kind(vocabulary, vocab_size, eos_token, source, files, engine)
+
+
+def _main_file(directory: Path, vocab_size: int) -> Path:
+    """Return the file with the vocabulary. Raises UserError if there is none that is read."""
+    if (directory / FAST).exists():
+        return directory / FAST
+    for name in (*FOREIGN, ADDED):
+        if (directory / name).exists():
             raise UserError(
-                f"{self.source}: its tokenizer cannot read the text ({first_line(error):.200})"
-            ) from error
-        return np.array(ids, dtype=self.dtype)
+                f"{directory / name}: is not read; load the base's tokenizer with transformers' "
+                f"AutoTokenizer, and its save_pretrained writes {FAST}"
+            )
+    if (directory / VOCAB).exists() or (directory / MERGES).exists():
+        return directory / VOCAB
+    if vocab_size == GPT2_SIZE:
+        return GPT2_FILES / FAST
+    raise UserError(
+        f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and the base has no "
+        f"tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}"
+    )
 
 
-@cache
-def byte_of_character() -> dict[str, int]:
+def _tiktoken_engine(vocabulary: Mapping[str, int]) -> tiktoken.Encoding:
+    byte_of = _byte_of_character()
+    ranks = dict(vocabulary)
+    special = {END_OF_TEXT: ranks.pop(END_OF_TEXT)}
+    merges = {}
+    for word, rank in ranks.items():
+        merges[bytes([byte_of[character] for character in word])] = rank
+    return tiktoken.Encoding(
+        "base", pat_str=PATTERN, mergeable_ranks=merges, special_tokens=special
+    )
+
+
+def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Tokenizer":
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    except ImportError as error:
+        reason = "needs the library tokenizers; pip install -e '.[hub]'"
+        raise UserError(f"{path}: {reason}") from error
+    try:
+        if FAST in files:
+            engine = Tokenizer.from_buffer(files[FAST])
+        else:
+            engine = Tokenizer(models.BPE.from_file(str(path), str(path.with_name(MERGES))))
+            engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            engine.decoder = decoders.ByteLevel()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic in Rust is not an Exception
+        raise UserError(f"{path}: cannot be read ({first_line(error)!r:.200})") from error
+    engine.no_truncation()
+    engine.no_padding()
+    return engine
+
+
+def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
+    """Return the token that the base's settings name, or GPT-2's if the vocabulary has it."""
+    for path in (source / SETTINGS, source / SPECIAL):
+        if not path.exists():
+            continue
+        token = read_json(path).get("eos_token")
+        if isinstance(token, dict):
+            token = token["content"]
+        if token and token not in vocabulary:
+            raise UserError(f"{path}: its eos_token {brief(token)} is not in the vocabulary")
+        if token:
+            return token
+    if END_OF_TEXT in vocabulary:
+        return END_OF_TEXT
+    return None
+
+
+def _byte_of_character() -> dict[str, int]:
     """Map the printable character that spells each byte in a byte-level vocabulary to the byte.
 
-    It is the byte's own character if printable, else one from 256 on (Radford et al. 2019;
-    `bytes_to_unicode` in OpenAI's gpt-2 encoder.py).
+    A printable byte is spelt by the character of its number, any other by a character from 256 on
+    (Radford et al. 2019; `bytes_to_unicode` in OpenAI's gpt-2 encoder.py).
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
 
 
-def _joins_words(special: str) -> bool:
-    """Return whether white space follows a visible character in a special token."""
-    return len(f"{special}.".split()) > 1
-
-
-def _stands_without_space(character: str) -> bool:
-    """Return whether no space is written before a WordPiece token that begins so: it is punctuation
-    or one of BERT's Chinese characters.
-    """
-    code = ord(character)
-    is_chinese = 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x2FA1F
-    return is_chinese or not character.isalnum()
+def _byte_starts(text: str) -> np.ndarray:
+    """Return where each character begins in UTF-8, and the number of all bytes, (N + 1,)."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate(([0], np.cumsum(sizes)))

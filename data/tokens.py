@@ -1,29 +1,42 @@
-"""Turn a text file into a cached, memory-mapped file of token ids."""
+"""Turn a text file into token ids, and cache them as a memory-mapped file."""
 
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
 
 import numpy as np
 
 from common.errors import UserError
-from common.files import NotWritable, atomic_path, file_sha256, open_file
+from common.files import NotWritable, atomic_path, open_file
 from data.tokenizer import Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
-HEADER = hashlib.sha256().digest_size  # bytes before the ids in a cached file
+HEADER = hashlib.sha256().digest_size  # bytes before the numbers in a cached file
 BLOCK = 1 << 20  # bytes hashed at a time
-PIECE = 1 << 16  # characters read at a time, so that memory does not grow with the book
-LONGEST_RUN = 1 << 16  # characters without a boundary; tiktoken slows down and fails on long runs
-WORDS = re.compile(r"(.*\S(?=[ \n]))?", re.DOTALL)  # up to the last space that follows a word
+PIECE = 1 << 16  # characters tokenized at a time: a library needs far more memory than its ids
+BOUNDARY = re.compile(r"\S(?=[ \n])")
 
 
-def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
-    """Return the token ids (N,) of the books in this order, with an end-of-text token between them.
+@dataclass(frozen=True)
+class Tokens:
+    """A text's token ids (N,), and how many bytes of its UTF-8 each of them covers (N,)."""
+
+    ids: np.ndarray
+    byte_counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> "Tokens":
+        return Tokens(self.ids[part], self.byte_counts[part])
+
+
+def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
+    """Return the tokens of the books in this order, with an end of text between them.
 
     A directory stands for its `.txt` files, sorted by name. One book is memory-mapped; several are
     joined in memory. Raises UserError as `load_tokens` does, and if a directory has no such file.
@@ -36,11 +49,12 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> np.ndarray:
     if len(parts) == 1:
         return parts[0]
 
-    end: np.ndarray = np.array([require_end_of_text(tokenizer)], tokenizer.dtype)
+    end_of_text: np.ndarray = np.array([require_end_of_text(tokenizer)], tokenizer.dtype)
+    end = Tokens(end_of_text, np.zeros(1, np.uint32))
     joined = [parts[0]]
     for part in parts[1:]:
         joined += [end, part]
-    return np.concatenate(joined)
+    return _join(joined)
 
 
 def _texts_of(path: Path) -> list[Path]:
@@ -53,6 +67,11 @@ def _texts_of(path: Path) -> list[Path]:
     return books
 
 
+def _join(parts: Sequence[Tokens]) -> Tokens:
+    ids = np.concatenate([part.ids for part in parts])
+    return Tokens(ids, np.concatenate([part.byte_counts for part in parts]))
+
+
 def require_end_of_text(tokenizer: Tokenizer) -> int:
     """Return the end-of-text token's id. Raises UserError if the base has none."""
     if tokenizer.end_of_text is None:
@@ -63,46 +82,53 @@ def require_end_of_text(tokenizer: Tokenizer) -> int:
     return tokenizer.end_of_text
 
 
-def load_tokens(book: Path, tokenizer: Tokenizer, cache: Path = CACHE) -> np.ndarray:
-    """Return the book's token ids (N,), uint16 or uint32, memory-mapped from the cache.
+def load_tokens(book: Path, tokenizer: Tokenizer, cache: Path = CACHE) -> Tokens:
+    """Return the book's tokens, memory-mapped from the cache.
 
-    `<|endoftext|>` in the text separates documents; a byte order mark at the start is dropped, and
-    line ends are read as `\\n`. Raises UserError for a book that is missing, empty, not UTF-8 or
-    not a text.
+    The base's end-of-text token in the text separates documents. A byte order mark at the start is
+    dropped, and line ends are read as `\\n`. Raises UserError for a book that is missing, empty or
+    not a text in UTF-8.
 
     The cached file is named by the hashes of the book's bytes and of the tokenizer, and appears
-    when whole. It holds a sha256 of that name and the ids, then the ids. A file that does not match
-    its hash is made again.
+    when whole. It contains a sha256 of that name and the rest, then the byte counts and the ids. A
+    file that does not match its hash is made again.
     """
-    name = f"{file_sha256(book)[:32]}-{tokenizer.sha256[:32]}"
+    with open_file(book) as file:
+        content = file.read()  # once: a pipe cannot be read again, and a file may change
+    name = f"{hashlib.sha256(content).hexdigest()[:32]}-{tokenizer.sha256[:32]}"
     path = cache / f"{name}.bin"
     if os.path.exists(path):
         if _is_whole(path, name):
             return _map(path, tokenizer)
         print(f"warning: {path}: is damaged; making it again", file=sys.stderr)
 
+    parts = _tokenize(book, _decode(book, content), tokenizer)
     try:
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            _write(file, name, _encoded(book, tokenizer))
+        with atomic_path(path) as temporary:
+            _write(temporary, name, parts)
     except NotWritable as error:
         print(f"warning: {error}; keeping the tokens in memory", file=sys.stderr)
-        return np.concatenate([*_encoded(book, tokenizer)])
+        return _join(parts)
     return _map(path, tokenizer)
 
 
-def _map(path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    return np.memmap(path, dtype=tokenizer.dtype, mode="r", offset=HEADER)
+def _map(path: Path, tokenizer: Tokenizer) -> Tokens:
+    id_size = np.dtype(tokenizer.dtype).itemsize
+    count = (path.stat().st_size - HEADER) // (4 + id_size)
+    byte_counts = np.memmap(path, np.uint32, "r", HEADER, (count,))
+    ids = np.memmap(path, tokenizer.dtype, "r", HEADER + 4 * count, (count,))
+    return Tokens(ids, byte_counts)
 
 
-def _write(file: BinaryIO, name: str, parts: Iterable[np.ndarray]) -> None:
-    """Write the hash, then the ids."""
+def _write(path: Path, name: str, parts: Sequence[Tokens]) -> None:
     digest = hashlib.sha256(name.encode())
-    file.write(bytes(HEADER))  # space for the hash, which is known at the end
-    for ids in parts:
-        file.write(ids.data)
-        digest.update(ids.data)
-    file.seek(0)
-    file.write(digest.digest())
+    with open(path, "wb") as file:
+        file.write(bytes(HEADER))  # space for the hash, which is known at the end
+        for array in [part.byte_counts for part in parts] + [part.ids for part in parts]:
+            file.write(array.data)
+            digest.update(array.data)
+        file.seek(0)
+        file.write(digest.digest())
 
 
 def _is_whole(path: Path, name: str) -> bool:
@@ -118,58 +144,44 @@ def _is_whole(path: Path, name: str) -> bool:
     return digest.digest() == stored
 
 
-def _encoded(book: Path, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yield the book's token ids, piece by piece. Raises UserError if there are none."""
-    count = 0
-    for piece in _pieces(book, tokenizer):
-        ids = tokenizer.encode(piece)
-        count += len(ids)
-        yield ids
-    if not count:
+def _decode(book: Path, content: bytes) -> str:
+    """Return the text of a file. Raises UserError if it is not a text."""
+    try:
+        text = content.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{book}: not UTF-8 text (byte {error.start:,}: {error.reason}); save it as plain text"
+        ) from error
+    if not text:
+        raise UserError(f"{book}: is empty; give a text")
+    if "\0" in text:
+        raise UserError(f"{book}: holds a NUL character; not a text")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _tokenize(book: Path, text: str, tokenizer: Tokenizer) -> list[Tokens]:
+    """Return the tokens of each piece of a text. Raises UserError, naming the book, for no text."""
+    try:
+        pieces = _pieces(text, tokenizer.splits_at_spaces)
+        parts = [Tokens(*tokenizer.encode_with_bytes(piece)) for piece in pieces]
+    except UserError as error:
+        raise UserError(f"{book}: {error}") from error
+    if not any(map(len, parts)):
         raise UserError(f"{book}: holds no tokens; give a text")
+    return parts
 
 
-def _pieces(book: Path, tokenizer: Tokenizer) -> Iterator[str]:
+def _pieces(text: str, splits_at_spaces: bool) -> Iterator[str]:
     """Yield the text in pieces that tokenize as the whole does.
 
-    Each piece ends before the last white space that follows a visible character. With a tokenizer
-    that may join the two, the whole is one piece.
+    A piece ends before white space that follows a visible character. With a tokenizer that may join
+    the two, the whole is one piece.
     """
-    size = PIECE if tokenizer.splits_at_spaces else -1
-    rest = ""
-    empty = True
-    with open(book, encoding="utf-8-sig") as file:
-        while new := _read(file, size):
-            if "\0" in new:
-                raise UserError(f"{book}: holds a NUL character; not a text")
-            empty = False
-            text = rest + new
-            cut = _last_boundary(text) if tokenizer.splits_at_spaces else len(text)
-            if cut:
-                yield text[:cut]
-            rest = text[cut:]
-            if len(rest) > LONGEST_RUN:
-                raise UserError(
-                    f"{book}: {len(rest):,} characters without a space or a new line "
-                    "between words; not a text"
-                )
-    if empty:
-        raise UserError(f"{book}: is empty; give a text")
-    if rest:
-        yield rest
-
-
-def _last_boundary(text: str) -> int:
-    """Return where the last space or new line after a visible character is, or 0."""
-    match = WORDS.match(text)
-    return match.end() if match else 0
-
-
-def _read(file: TextIO, size: int) -> str:
-    try:
-        return file.read(size)
-    except UnicodeDecodeError as error:
-        offset = file.buffer.tell() - len(error.object) + error.start
-        raise UserError(
-            f"{file.name}: not UTF-8 text (byte {offset:,}: {error.reason}); save it as plain text"
-        ) from error
+    start = 0
+    while splits_at_spaces:
+        boundary = BOUNDARY.search(text, start + PIECE)
+        if boundary is None:
+            break
+        yield text[start : boundary.end()]
+        start = boundary.end()
+    yield text[start:]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class Dataset(Protocol):
     def num_tokens(self, indices: np.ndarray) -> int:
         """Return the number of scored tokens of these windows."""
 
+    @property
+    def scored_bytes(self) -> int:
+        """Return the bytes of the text that `evaluation_batches` scores."""
+
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the order of an epoch, a permutation (N,) of the windows' indices."""
 
@@ -55,7 +59,7 @@ class Batch:
             yield self.data.batch(self.indices[start : start + size])
 
 
-def split(tokens: np.ndarray | list, val_fraction: float) -> tuple:
+def split(tokens: Any, val_fraction: float) -> tuple:
     """Return the training part and the validation part, the last `val_fraction` of the tokens."""
     cut = len(tokens) - int(len(tokens) * val_fraction)
     return tokens[:cut], tokens[cut:]
@@ -82,6 +86,7 @@ class Windows:
     block_size: int
     stride: int
     label_shift: int = 1
+    byte_counts: np.ndarray | None = None  # of the text that each token covers, for bits per byte
 
     def __len__(self) -> int:
         last_start = len(self.tokens) - self.block_size - self.label_shift
@@ -102,6 +107,12 @@ class Windows:
 
     def num_tokens(self, indices: np.ndarray) -> int:
         return len(indices) * self.block_size  # every token of a window is scored
+
+    @property
+    def scored_bytes(self) -> int:
+        """Count the UTF-8 bytes of text that `evaluation_batches` scores."""
+        assert self.byte_counts is not None
+        return int(self.byte_counts[self.label_shift :].sum(dtype=np.int64))
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)

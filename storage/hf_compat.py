@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_path, display_path
-from data.tokenizer import END_OF_TEXT, Tokenizer
-from data.tokenizer_files import FAST, SETTINGS, SPECIAL, TEMPLATE
+from data.tokenizer import FAST, SETTINGS, SPECIAL, TEMPLATE, Tokenizer
 from storage.hub import REPOSITORIES
 
 PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # may name a machine's user
@@ -62,15 +61,7 @@ def _settings(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
     fast = FAST in tokenizer.files
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if fast else "GPT2Tokenizer")
     settings["model_max_length"] = longest
-    end = _end_name(tokenizer)
     for field in ("eos_token", "pad_token"):
-        if end and not named.get(field):
-            settings[field] = end
+        if tokenizer.eos_token and not named.get(field):
+            settings[field] = tokenizer.eos_token
     return settings
-
-
-def _end_name(tokenizer: Tokenizer) -> str | None:
-    """Return the end-of-text token's text. The base's name for it comes before <|endoftext|>."""
-    names = [text for text, token in tokenizer.special.items() if token == tokenizer.end_of_text]
-    own = [text for text in names if text != END_OF_TEXT]
-    return next(iter(own or names), None)

@@ -1,14 +1,17 @@
 """Read files of tensors, strictly, and write them: models, adapters and checkpoints."""
 
-from collections.abc import Collection, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import brief
+from common.errors import UserError, first_line
+from common.files import brief, open_file
 from lora.tensors import DTYPES, is_finite, write_tensors
 
 __all__ = ["read_metadata", "read_shapes", "read_tensors", "write_tensors"]

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from common.figures import can_draw
-from data.tokenizer import END_OF_TEXT, Tokenizer
-from data.tokenizer_files import FAST, GPT2_FILES, SETTINGS, load_tokenizer
+from data.tokenizer import END_OF_TEXT, FAST, GPT2_FILES, SETTINGS, Tokenizer, load_tokenizer
 from training import compare, report
 
 transformers.logging.disable_progress_bar()

@@ -23,9 +23,9 @@ def fresh():
     names that it defined.
     """
     script = SCRIPT.read_text()
-    assert "STEPS = 60" in script and "tokenizer), 0.1)" in script
+    assert "STEPS = 60" in script and "tokenizer).ids, 0.1)" in script
     short = script.replace("STEPS = 60", "STEPS = 12").replace(
-        "tokenizer), 0.1)", "tokenizer), 0.02)"
+        "tokenizer).ids, 0.1)", "tokenizer).ids, 0.02)"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(NOTEBOOK.parent)  # where Jupyter runs it

@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 from common.errors import UserError
 from data.instructions import Instructions, read_examples
-from data.tokenizer import Tokenizer
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import load_books
 from data.windows import Dataset, Windows, check_block_size, split
 from storage.weights import load_config
@@ -43,9 +42,9 @@ def load_data(options: Options, directory: Path) -> Data:
                 f"and a window needs {block + shift}; use a longer book or a smaller block"
             )
     return Data(
-        Windows(training, block, options.stride, shift),
+        Windows(training.ids, block, options.stride, shift, training.byte_counts),
         # Validation scores each token once, whatever the training windows' stride.
-        Windows(validation, block, block, shift),
+        Windows(validation.ids, block, block, shift, validation.byte_counts),
         tokenizer,
     )
 

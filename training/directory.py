@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import RunError, UserError
 from common.files import remove_stale
-from data.tokenizer_files import FILES as TOKENIZER_FILES
+from data.tokenizer import FILES as TOKENIZER_FILES
 from storage.card import CARD, is_ours
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.options import Options

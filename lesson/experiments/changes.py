@@ -112,6 +112,5 @@ def scores(made: Trainer, model: GPT2, weights: Weights, short: bool) -> list[fl
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
     device = Device.pick("cpu", "fp32")
-    validation = made.data.validation.evaluation_batches()
-    perplexity = evaluate(model, validation, made.data.tokenizer, device).perplexity
+    perplexity = evaluate(model, made.data.validation, device).perplexity
     return [perplexity, forgotten(model, device, short)]

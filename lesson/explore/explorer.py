@@ -1,6 +1,5 @@
 """Compute what the page shows: a base beside its adapter, changed as the page's knobs say."""
 
-import codecs
 from argparse import ArgumentTypeError
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
@@ -104,9 +103,9 @@ class Explorer:
         for part, targets in zip(hidden.split(CHUNK, 1), sequence[1:].split(CHUNK), strict=True):
             tokens += self.judge(part, targets)
 
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder = generate.StreamDecoder(self.tokenizer)
         for token, token_id in zip(tokens, ids.tolist(), strict=True):
-            token["text"] = decoder.decode(self.tokenizer.bytes_of[token_id])
+            token["text"] = decoder.add(token_id)
         base, adapter = mean_losses(tokens[1:])
         return {
             "tokens": tokens,
@@ -138,8 +137,8 @@ class Explorer:
             }
 
     def name(self, ids: list[int], log_p: list[float]) -> list[tuple[str, float]]:
-        """Return each token's text and log p; a byte that is no character is written as \\xe2."""
-        texts = [self.tokenizer.bytes_of[token].decode(errors="backslashreplace") for token in ids]
+        """Return each token's text and log p; U+FFFD is a part of a character."""
+        texts = [self.tokenizer.decode([token]) for token in ids]
         return list(zip(texts, log_p, strict=True))
 
     def change(self, request: Mapping[str, Any]) -> float:

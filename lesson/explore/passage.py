@@ -44,7 +44,7 @@ def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple
     """Begin at the first paragraph of the validation part; end with a sentence."""
     books = [Path(book) for book in options["book"]]
     _, validation = split(load_books(books, tokenizer), options["val_fraction"])
-    text = decode(tokenizer, validation[: 4 * length])
+    text = decode(tokenizer, validation.ids[: 4 * length])
     _, _, later = text.partition("\n\n")
     text = decode(tokenizer, tokenizer.encode(later if later.strip() else text)[:length])
     sentences = SENTENCES.match(text)
@@ -65,11 +65,10 @@ def of_instructions(options: dict[str, Any], tokenizer: Tokenizer, length: int) 
         _, validation = split(examples, options["val_fraction"])
     if not validation:
         raise UserError(f"{options['data']}: holds no example to validate on")
-    inputs, targets = validation[0]
+    inputs, targets, _ = validation[0]
     answer = int(np.argmax(targets != IGNORE_INDEX)) + 1
     return decode(tokenizer, inputs[:answer]), decode(tokenizer, inputs[:length])
 
 
 def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    text = b"".join(tokenizer.bytes_of[token] for token in ids.tolist())
-    return text.decode(errors="ignore")  # the last character may be cut
+    return tokenizer.decode(ids).strip("\ufffd")  # the first and last character may be cut

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.figures import BASE, FULL, LORA, RANDOM, STYLE, name_line
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer import load_tokenizer
 from data.tokens import load_books
 from data.windows import Windows, split
 from model.sampling import generate
@@ -57,7 +57,7 @@ plt.rcParams.update(STYLE)
 directory = find_base("mini")[1]
 base = load_gpt2(directory)
 tokenizer = load_tokenizer(directory, base.config.vocab_size)
-training_part, validation_part = split(load_books([root / "data/book.txt"], tokenizer), 0.1)
+training_part, validation_part = split(load_books([root / "data/book.txt"], tokenizer).ids, 0.1)
 windows = Windows(training_part, block_size=64, stride=64)
 validation = Windows(validation_part, block_size=64, stride=64)
 
@@ -76,7 +76,7 @@ def perplexity(model):
 
 inputs, targets = windows.batch(np.arange(1))
 for name, ids in (("read", inputs), ("predict", targets)):
-    print(f"{name:8}", [tokenizer.bytes_of[i].decode() for i in ids[0, :9].tolist()])
+    print(f"{name:8}", [tokenizer.decode([i]) for i in ids[0, :9]])
 base_perplexity = perplexity(base)
 print(f"perplexity of the base: {base_perplexity:.1f}")
 
@@ -377,7 +377,7 @@ plt.show()
 def write(model, prompt="You climb the stair and"):
     start = torch.from_numpy(tokenizer.encode(prompt).astype("int64"))
     drawn = generate(model, start, 40, generator=torch.Generator().manual_seed(1), top_k=50)
-    return prompt + b"".join(tokenizer.bytes_of[token] for token in drawn).decode(errors="replace")
+    return prompt + tokenizer.decode(drawn)
 
 
 before_text = write(base)

@@ -9,6 +9,7 @@ import torch
 
 from common.device import Device
 from common.errors import RunError, UserError
+from data.tokens import Tokens
 from data.windows import Windows
 from evaluate import Scores, evaluate
 from storage.weights import load_gpt2
@@ -42,8 +43,10 @@ def score(
     batch_size: int = 16,
     precision: str = "fp32",
 ) -> Scores:
-    batches = Windows(tokens, block, stride or block, shift).evaluation_batches(batch_size)
-    return evaluate(model, batches, TOKENIZER, Device.pick("cpu", precision))
+    if isinstance(tokens, np.ndarray):
+        tokens = Tokens(tokens, np.ones(len(tokens), dtype=np.uint32))
+    windows = Windows(tokens.ids, block, stride or block, shift, tokens.byte_counts)
+    return evaluate(model, windows, Device.pick("cpu", precision), batch_size=batch_size)
 
 
 @torch.no_grad()
@@ -80,12 +83,12 @@ def test_scores_are_those_of_a_plain_loop(models, block, stride, shift, batch_si
 
 def test_bits_per_byte_count_the_bytes_of_the_scored_tokens(models):
     ours, theirs, _ = models
-    text = "日本" + TEXT  # three tokens of a byte each for the first character
-    for skipped, shift in ((0, 1), (1, 2), (2, 1), (3, 2)):
-        tokens = TOKENIZER.encode(text)[skipped:]
-        scores = score(ours, tokens, 32, shift=shift)
-        loss, _ = reference(theirs, tokens, 32, 32, shift)
-        assert scores.bytes == len(text.encode()) - skipped - shift
+    text = f"abcd{TEXT}<|endoftext|>{TEXT}"  # a byte for each of the first tokens
+    tokens = Tokens(*TOKENIZER.encode_with_bytes(text))
+    for skipped, shift in ((0, 1), (1, 2), (2, 1)):
+        scores = score(ours, tokens[skipped:], 32, shift=shift)
+        loss, _ = reference(theirs, tokens.ids[skipped:], 32, 32, shift)
+        assert scores.bytes == len(f"abcd{TEXT}{TEXT}".encode()) - skipped - shift
         assert scores.bits_per_byte == pytest.approx(loss / math.log(2) / scores.bytes, rel=1e-6)
 
 
@@ -112,4 +115,4 @@ def test_a_loss_that_is_not_a_number_is_an_error(models):
     with pytest.raises(RunError, match="the loss on the text is nan"):
         score(broken, models[2], 16)
     with pytest.raises(UserError, match="only end-of-text tokens"):
-        score(models[0], np.array([0, TOKENIZER.end_of_text]), 16)
+        score(models[0], Tokens(np.array([0, TOKENIZER.end_of_text]), np.array([1, 0])), 16)

@@ -12,8 +12,7 @@ import torch
 
 import generate as command
 from common.errors import run_command
-from data.tokenizer import END_OF_TEXT
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer import END_OF_TEXT, load_tokenizer
 from generate import stream
 from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, next_tokens
@@ -192,9 +191,9 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(
     prompts = [ids for ids in model.read if len(ids) > 1]
     for turn, (ids, first) in enumerate(zip(prompts, starts, strict=True)):
         expected = "".join(said[first:turn]) + asks[turn]
-        assert "".join(tokenizer.bytes_of[i].decode() for i in ids) == expected
+        assert tokenizer.decode(ids) == expected
 
-    endless = replace(tokenizer, end_of_text=None)
+    endless = replace(tokenizer, eos_token=None)
     monkeypatch.setattr(command, "load_model", lambda *_: ("scripted", model, endless))
     assert "--chat" in one_line(run(command.main, "--chat", "--device", "cpu"), 2)
 

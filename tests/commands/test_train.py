@@ -10,7 +10,7 @@ import torch
 
 import train
 from common.errors import UserError
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer import load_tokenizer
 from data.tokens import load_tokens
 from model.gpt2 import GPT2
 from storage.weights import load_config

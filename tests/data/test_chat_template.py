@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.instructions import CHAT_TEMPLATE, NAMES, encode, read_examples
-from data.tokenizer_files import GPT2_FILES, GPT2_SIZE, load_tokenizer
+from data.tokenizer import GPT2_FILES, GPT2_SIZE, load_tokenizer
 from model.gpt2 import IGNORE_INDEX
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
@@ -51,7 +51,7 @@ def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on(directo
     rows = read_examples(EXAMPLES, ours, 1024)
     lines = [json.loads(line) for line in EXAMPLES.read_text().splitlines()]
     assert len(rows) == len(lines) == 331
-    for line, (inputs, targets) in zip(lines, rows, strict=True):
+    for line, (inputs, targets, _) in zip(lines, rows, strict=True):
         messages = line.get("messages") or [
             {"role": "user", "content": line["prompt"]},
             {"role": "assistant", "content": line["completion"]},
@@ -66,7 +66,7 @@ def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on(directo
 def test_ids_and_marks_of_any_conversation_are_ours(messages, ask):
     ours, theirs = pair(MINI, 8192)
     turns = [(NAMES[message["role"]], message["content"].strip()) for message in messages]
-    ids, scored = encode(turns, ours, ask)
+    ids, scored, _ = encode(turns, ours, ask)
     found, marks = rendered(theirs, messages, add_generation_prompt=ask)
     assert found == ids.tolist()
     assert np.array_equal(np.array(marks, bool), scored)

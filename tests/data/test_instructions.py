@@ -155,7 +155,7 @@ def test_both_forms_are_read_as_the_template_says(tmp_path):
     text = (
         f"System: Be brief.\nUser: Who?\nAssistant: You.{end}User: When?\nAssistant: At dusk.{end}"
     )
-    inputs, targets = long
+    inputs, targets, _ = long
     assert [*inputs.tolist(), END] == encoded(text)
     assert [t for t in targets.tolist() if t != IGNORE_INDEX] == encoded(
         f" You.{end} At dusk.{end}"
@@ -212,7 +212,7 @@ def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
     completion = "x" * (LENGTH - len(encoded(" ")))
     ids = [*encoded(f" {completion}"), END]
     path = write(tmp_path / "x.jsonl", example("Long?", completion[: LENGTH - len(ids)]))
-    ((inputs, targets),) = read_examples(path, TOKENIZER, LENGTH)
+    ((inputs, targets, _),) = read_examples(path, TOKENIZER, LENGTH)
     assert len(inputs) == LENGTH and (targets != IGNORE_INDEX).all() and targets[-1] == END
 
 

@@ -12,41 +12,76 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
-from data import tokenizer_files
 from data import tokens as tokens_module
-from data.tokenizer import END_OF_TEXT, TiktokenTokenizer, Tokenizer
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer import END_OF_TEXT, FAST, GPT2_FILES, Tokenizer, load_tokenizer
 from data.tokens import load_books, load_tokens
 from tests.helpers import refusal, small_tokenizer, write_small_tokenizer
 
 
-def other_pattern() -> Tokenizer:
-    """SMALL, where the word before a space is another than the one at the end of a piece."""
+def loaded(engine: tokenizers.Tokenizer) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as directory:
+        engine.save(str(Path(directory, FAST)))
+        return load_tokenizer(Path(directory), 400)
+
+
+def small_engine() -> tokenizers.Tokenizer:
+    """Return the library's form of SMALL, to be changed."""
     with tempfile.TemporaryDirectory() as directory:
         write_small_tokenizer(Path(directory), 300)
-        path = Path(directory, "tokenizer.json")
-        engine = tokenizers.Tokenizer.from_file(str(path))
-        split = pre_tokenizers.Split(Regex(r"\p{L}+(?= )|\s|."), "isolated")
-        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        engine.pre_tokenizer = pre_tokenizers.Sequence([split, last])
-        engine.save(str(path))
-        return load_tokenizer(Path(directory), 300)
+        return tokenizers.Tokenizer.from_file(str(Path(directory, FAST)))
+
+
+def other_pattern() -> Tokenizer:
+    """SMALL, where the word before a space is another than the one at the end of a piece."""
+    engine = small_engine()
+    split = pre_tokenizers.Split(Regex(r"\p{L}+(?= )|\s|."), "isolated")
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = pre_tokenizers.Sequence([split, last])
+    return loaded(engine)
+
+
+def prefixed() -> Tokenizer:
+    """SMALL, with a space before each text."""
+    engine = small_engine()
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return loaded(engine)
+
+
+def normalized() -> Tokenizer:
+    """SMALL, with one blank for several."""
+    engine = small_engine()
+    engine.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    return loaded(engine)
+
+
+def with_token(text: str, **how: bool) -> Tokenizer:
+    """SMALL, with one more token."""
+    engine = small_engine()
+    engine.add_tokens([AddedToken(text, **how)])
+    return loaded(engine)
 
 
 def bert() -> Tokenizer:
     """A WordPiece tokenizer of the characters in PARTS."""
-    with tempfile.TemporaryDirectory() as directory:
-        characters = [*"sa1.é汉😀'", *(f"##{c}" for c in "sa1é汉😀l"), "##ll"]
-        words = ["[UNK]", "[SEP]", "[MASK]", *characters]
-        Path(directory, "vocab.txt").write_text("\n".join(words))
-        return load_tokenizer(Path(directory), 300)
+    characters = [*"sa1.é汉😀'", *(f"##{c}" for c in "sa1é汉😀l"), "##ll"]
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *characters])}
+    engine = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    engine.normalizer = normalizers.BertNormalizer()
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return loaded(engine)
 
 
-GPT2, SMALL = load_tokenizer(tokenizer_files.GPT2_FILES, 50257), small_tokenizer(300)
+GPT2, SMALL = load_tokenizer(GPT2_FILES, 50257), small_tokenizer(300)
 OTHER_PATTERN, BERT = other_pattern(), bert()
-WHITE_SPACE = [replace(SMALL, special={text: 299}) for text in ("a '", "1 ", "\n\n")]
+WHITE_SPACE = [
+    with_token("a '"),
+    with_token("1 "),
+    with_token("\n\n"),
+    with_token("a", rstrip=True),
+]
+TOKENIZERS = [GPT2, SMALL, OTHER_PATTERN, BERT, prefixed(), normalized(), *WHITE_SPACE]
 TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
 PARTS = [*" \n\r\t'sa1.é汉\u00a0\u3000\x1c\x85\u200d\ufeff😀", END_OF_TEXT, "'ll", "  ", "\n\n\n"]
 
@@ -65,24 +100,28 @@ def write(directory: Path, content: str | bytes) -> Path:
 @given(
     parts=st.lists(st.sampled_from(PARTS)),
     piece=st.integers(1, 50),
-    tokenizer=st.sampled_from([GPT2, OTHER_PATTERN, BERT, *WHITE_SPACE]),
+    tokenizer=st.sampled_from(TOKENIZERS),
 )
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[0])
 @example(parts=["1", " ", "1", "a", " ", "'"], piece=2, tokenizer=WHITE_SPACE[1])
 @example(parts=["a", "\n", "\n", "a"], piece=2, tokenizer=WHITE_SPACE[2])
+@example(parts=["a", " ", "1"], piece=1, tokenizer=WHITE_SPACE[3])
 @example(parts=["'ll", " ", "a"], piece=4, tokenizer=OTHER_PATTERN)
 def test_a_book_read_in_pieces_has_the_tokens_of_the_whole(parts, piece, tokenizer):
     text = "".join(parts) + "."
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens_module, "PIECE", piece)
         tokens = load_tokens(write(Path(directory), text), tokenizer, Path(directory) / "cache")
-        assert tokens.tolist() == whole(text.removeprefix("\ufeff"), tokenizer)
+        text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        ids, byte_counts = tokenizer.encode_with_bytes(text)
+        assert tokens.ids.tolist() == ids.tolist()
+        assert tokens.byte_counts.tolist() == byte_counts.tolist()
 
 
 @pytest.mark.parametrize("tokenizer", [SMALL, replace(SMALL, vocab_size=70_000)])
 def test_a_book_of_several_pieces_with_a_byte_order_mark_and_a_separator(tmp_path, tokenizer):
     text = f"a{END_OF_TEXT}\n" + TEXT * (3 * tokens_module.PIECE // len(TEXT) + 1) + "end"
-    tokens = load_tokens(write(tmp_path, "\ufeff" + text), tokenizer, tmp_path / "cache")
+    tokens = load_tokens(write(tmp_path, "\ufeff" + text), tokenizer, tmp_path / "cache").ids
     assert tokens.tolist() == whole(text, tokenizer) != whole("\ufeff" + text, tokenizer)
     assert np.flatnonzero(tokens == tokenizer.end_of_text).tolist() == [1]
     assert isinstance(tokens, np.memmap)
@@ -104,27 +143,29 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
         ([texts, texts / "A.TXT"], a + end + b + end + a),
     ):
         tokens = load_books(paths, GPT2)
-        assert tokens.tolist() == ids and tokens.dtype == np.uint16
+        assert tokens.ids.tolist() == ids and tokens.ids.dtype == np.uint16
+        ends = ids.count(GPT2.end_of_text)
+        assert tokens.byte_counts.sum() == len(GPT2.decode(ids)) - ends * len(END_OF_TEXT)
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2  # an entry a book
-    assert isinstance(load_books([texts / "b.txt"], GPT2), np.memmap)
-    cache, endless = tmp_path / "cache", replace(GPT2, end_of_text=None)
+    assert isinstance(load_books([texts / "b.txt"], GPT2).ids, np.memmap)
+    cache, endless = tmp_path / "cache", replace(GPT2, eos_token=None)
     assert "holds no .txt files" in refusal(cache, load_books, [cache], GPT2)
     assert "no end-of-text token" in refusal(GPT2.source, load_books, [texts], endless)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_does_not_grow_with_the_book(tmp_path):
+def test_memory_grows_by_little_more_than_the_book(tmp_path):
+    """The library's own result takes hundreds of bytes a token, so a book is read in pieces."""
     line = "It was the best of times, it was the worst of times, it was the age of wisdom.\n"
-    for megabytes in (1, 8):
-        (tmp_path / f"{megabytes}.txt").write_text(line * (megabytes * 1_000_000 // len(line)))
-    # A tokenizer without files: the peak of reading them, and of importing torch, hid a book's.
+    for size in (500_000, 1_000_000):
+        (tmp_path / f"{size}.txt").write_text(line * (size // len(line)))
+    write_small_tokenizer(tmp_path, 300)
     script = f"""
 from pathlib import Path
+from data.tokenizer import load_tokenizer
 from data.tokens import load_tokens
-from data.tokenizer import TiktokenTokenizer
-letters = tuple(bytes([i]) for i in range(256))
-tokenizer = TiktokenTokenizer({{}}, None, 256, Path(), {{}}, letters, tuple(range(256)))
-for book in ("1.txt", "8.txt"):
+tokenizer = load_tokenizer(Path({str(tmp_path)!r}), 300)
+for book in ("500000.txt", "1000000.txt"):
     load_tokens(Path({str(tmp_path)!r}, book), tokenizer, Path({str(tmp_path / "cache")!r}))
     print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
 """
@@ -133,7 +174,7 @@ for book in ("1.txt", "8.txt"):
         [sys.executable, "-c", script], cwd=root, text=True, check=True, stdout=subprocess.PIPE
     ).stdout
     small, large = map(int, output.split())  # peak resident memory in KB
-    assert small > 10_000 and large - small < 4_000
+    assert small > 10_000 and large - small < 10_000
 
 
 def test_a_second_run_reads_the_cache(tmp_path):
@@ -142,7 +183,7 @@ def test_a_second_run_reads_the_cache(tmp_path):
     [path] = cache.iterdir()
     before = path.stat()
     copy = book.rename(tmp_path / "same content, other name")
-    assert load_tokens(copy, SMALL, cache).tolist() == whole(TEXT)
+    assert load_tokens(copy, SMALL, cache).ids.tolist() == whole(TEXT)
     assert [*cache.iterdir()] == [path]
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -168,10 +209,10 @@ def test_a_damaged_cache_is_made_again_with_one_line(damage, tmp_path, capsys):
     whole_file = path.read_bytes()
     path.write_bytes(DAMAGES[damage](whole_file))
     assert capsys.readouterr().err == ""
-    assert load_tokens(book, SMALL, cache).tolist() == whole(20 * TEXT)
+    assert load_tokens(book, SMALL, cache).ids.tolist() == whole(20 * TEXT)
     assert capsys.readouterr().err == f"warning: {path}: is damaged; making it again\n"
     assert path.read_bytes() == whole_file
-    assert load_tokens(book, SMALL, cache).tolist() == whole(20 * TEXT)
+    assert load_tokens(book, SMALL, cache).ids.tolist() == whole(20 * TEXT)
     assert capsys.readouterr().err == ""
 
 
@@ -182,37 +223,35 @@ def test_the_cache_of_another_book_is_not_believed(tmp_path, capsys):
     load_tokens(write(tmp_path, TEXT + "More."), SMALL, cache)
     [second] = {*cache.iterdir()} - {first}
     second.write_bytes(first.read_bytes())
-    assert load_tokens(tmp_path / "book.txt", SMALL, cache).tolist() == whole(TEXT + "More.")
+    assert load_tokens(tmp_path / "book.txt", SMALL, cache).ids.tolist() == whole(TEXT + "More.")
     assert "is damaged" in capsys.readouterr().err
 
 
 def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
-    cache, swapped = tmp_path / "cache", (*range(297), 298, 297)
+    cache = tmp_path / "cache"
     tokenizers = (
         SMALL,
         small_tokenizer(301),
-        replace(SMALL, ids=swapped),
         OTHER_PATTERN,
-        replace(SMALL, special={END_OF_TEXT: 299, "naïve": 3}),
+        with_token("naïve"),
         replace(SMALL, vocab_size=70_000),
     )
     for text in (TEXT, TEXT.replace("naïve", "naive"), TEXT + " "):
         for tokenizer in tokenizers:
             tokens = load_tokens(write(tmp_path, text), tokenizer, cache)
-            assert tokens.tolist() == whole(text, tokenizer)
+            assert tokens.ids.tolist() == whole(text, tokenizer)
     assert len(list(cache.iterdir())) == 3 * len(tokenizers)
 
 
 def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
-    def interrupt(*args):
+    def interrupt(path: Path, *_: object) -> None:
+        path.write_bytes(b"a part")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokens_module, "PIECE", 20)
-    calls = iter([TiktokenTokenizer.encode] * 2)
-    monkeypatch.setattr(TiktokenTokenizer, "encode", lambda *args: next(calls, interrupt)(*args))
+    monkeypatch.setattr(tokens_module, "_write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load_tokens(write(tmp_path, TEXT), SMALL, tmp_path / "cache")
-    assert next(calls, None) is None and list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 BAD_BOOKS = {
@@ -224,22 +263,50 @@ BAD_BOOKS = {
     "far into it": ("日本 ".encode() * 50_000 + b"\xe6 ", "byte 350,000: invalid continuation"),
     "NULs": (bytes(3000), "holds a NUL"),
     "a NUL": (b"a b" * 50_000 + b"\0", "holds a NUL"),
-    "no spaces": (b"a b" + b"x" * 300_000 + b" c", "characters without a space or a new line"),
-    "only blanks": (b"a" + b" " * 3_000_000, "characters without a space or a new line"),
+    "only blanks": (b"a" + b" " * 3_000_000, "the tokenizer cannot read the text"),
 }
 
 
 @pytest.mark.parametrize("content, reason", BAD_BOOKS.values(), ids=BAD_BOOKS)
 def test_a_book_that_is_not_a_text_is_refused(content, reason, tmp_path):
     book, cache = write(tmp_path, content), tmp_path / "cache"
-    assert reason in refusal(book, load_tokens, book, SMALL, cache)
+    assert reason in refusal(book, load_tokens, book, GPT2, cache)
     assert not list(cache.glob("*"))
+
+
+def test_a_text_that_a_tokenizer_drops_whole_is_refused(tmp_path):
+    book = write(tmp_path, " \n")
+    assert "holds no tokens" in refusal(book, load_tokens, book, BERT, tmp_path / "cache")
+
+
+def test_a_book_that_changes_meanwhile_is_cached_as_what_was_read(tmp_path, monkeypatch):
+    book, cache = write(tmp_path, TEXT), tmp_path / "cache"
+
+    def change(tokenizer: Tokenizer) -> str:
+        book.write_text("Another text.")
+        return "0" * 64
+
+    monkeypatch.setattr(type(SMALL), "sha256", property(change))  # needed once a book is hashed
+    for _ in range(2):
+        write(tmp_path, TEXT)
+        assert load_tokens(book, SMALL, cache).ids.tolist() == whole(TEXT)
+    assert book.read_text() == "Another text."
+    assert load_tokens(book, SMALL, cache).ids.tolist() == whole("Another text.")
+
+
+def test_a_book_from_a_pipe_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(load_tokens, "__defaults__", (tmp_path / "cache",))
+    end, start = os.pipe()
+    os.write(start, TEXT.encode())
+    os.close(start)
+    assert load_books([Path(f"/dev/fd/{end}")], SMALL).ids.tolist() == whole(TEXT)
+    os.close(end)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
     (cache := tmp_path / "cache").write_text("a file where the directory should be")
     monkeypatch.setattr(tokens_module, "PIECE", 20)
-    tokens = load_tokens(write(tmp_path, TEXT), SMALL, cache)
+    tokens = load_tokens(write(tmp_path, TEXT), SMALL, cache).ids
     assert tokens.tolist() == whole(TEXT) and tokens.dtype == np.uint16
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {cache}{os.sep}") and len(warning.splitlines()) == 1

@@ -72,7 +72,8 @@ def test_evaluation_scores_each_token_once_from_what_comes_before(
 ):
     stride = data.draw(st.integers(1, block))
     tokens = np.arange(length, dtype=np.uint16)  # each token is its own position
-    batches = list(Windows(tokens, block, stride, shift).evaluation_batches(batch_size))
+    windows = Windows(tokens, block, stride, shift, byte_counts=10 * tokens)
+    batches = list(windows.evaluation_batches(batch_size))
     assert all(len(inputs) == batch_size for inputs, _ in batches[:-1])
     scored = []
     for inputs, targets in batches:
@@ -85,3 +86,4 @@ def test_evaluation_scores_each_token_once_from_what_comes_before(
             assert seen == list(range(seen[0], seen[0] + len(seen))) and seen[0] % stride == 0
             scored += row_out[counts].tolist()
     assert scored == list(range(shift, length))
+    assert windows.scored_bytes == 10 * sum(scored)

@@ -109,9 +109,7 @@ def test_gains_and_likeliest_tokens_are_stock_pefts(base, every_layer, client):
         assert token["gain"] == pytest.approx(gain, abs=1e-4)
         for row in range(2):
             values, which = log_p[row][t].topk(5)
-            texts = [
-                tokenizer.bytes_of[i].decode(errors="backslashreplace") for i in which.tolist()
-            ]
+            texts = [tokenizer.decode([i]) for i in which]
             assert [text for text, _ in token["likeliest"][row]] == texts
             assert [p for _, p in token["likeliest"][row]] == pytest.approx(
                 values.tolist(), abs=1e-4

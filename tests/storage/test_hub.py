@@ -335,7 +335,7 @@ def test_mini_needs_neither_library():
     script = """
 import sys, train, generate
 from storage.hub import find_base
-from data.tokenizer_files import load_tokenizer
+from data.tokenizer import load_tokenizer
 load_tokenizer(find_base("mini")[1], 8192).encode("The sea")
 sys.exit(bool({"huggingface_hub", "tokenizers"} & {*sys.modules}))
 """

@@ -1,0 +1,422 @@
+"""Compare tokenizers with transformers' reading of the same files, and count a text's bytes."""
+
+import json
+import random
+import shutil
+import sys
+import unicodedata
+from base64 import b64encode
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer, UnigramTrainer
+from transformers import AutoTokenizer
+
+import generate as generate_command
+from data.tokenizer import (
+    END_OF_TEXT,
+    FAST,
+    FILES,
+    FOREIGN,
+    GPT2_FILES,
+    GPT2_SIZE,
+    SETTINGS,
+    SPECIAL,
+    load_tokenizer,
+)
+from generate import StreamDecoder
+from model.sampling import generate
+from storage.hf_compat import save_tokenizer
+from storage.hub import MINI
+from storage.weights import load_gpt2, save_gpt2
+from tests.helpers import refusal, tiny_gpt2, write_small_tokenizer
+from tests.runs import arguments, die, one_line, run, run_acting, scores, stdout_of, trained
+from training.options import BOOK
+
+ASSIGNED = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a", "1"], k=65_000))
+PARTS = [*" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>", "<user>"]
+TEXTS = st.lists(
+    st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
+).map("".join)
+LETTERS = sorted(ByteLevel.alphabet())
+# Of OpenAI's r50k_base.tiktoken, which has a token's bytes and its rank on each line.
+PUBLISHED = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
+def byte_level() -> Tokenizer:
+    """Train byte-level BPE on the book; some tokens come first, and some were added later."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    first = ["<s>", "</s>", END_OF_TEXT]
+    trainer = BpeTrainer(
+        vocab_size=500, special_tokens=first, initial_alphabet=LETTERS, show_progress=False
+    )
+    made.train([str(BOOK)], trainer)
+    made.add_tokens(["<pad>", "<user>"])
+    made.enable_truncation(9)  # as some bases have it; transformers does not cut a text either
+    made.enable_padding()
+    return made
+
+
+def bert() -> Tokenizer:
+    """Make a WordPiece tokenizer of lower case, which drops white space and what it lacks."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'", *"你好世界海"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters), "the"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.add_special_tokens(words[:4])
+    return made
+
+
+def llama() -> Tokenizer:
+    """Train SentencePiece's kind of BPE: spaces are in the words, rare characters are bytes."""
+    special = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    trainer = BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    made.train_from_iterator(BOOK.read_text().splitlines()[:500], trainer)
+    stored = json.loads(made.to_str())
+    stored["added_tokens"] = stored["added_tokens"][:2]  # the bytes are plain tokens
+    made = Tokenizer.from_str(json.dumps(stored))
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    made.add_tokens(["<user>"])
+    return made
+
+
+def unigram() -> Tokenizer:
+    """Train a unigram model, as SentencePiece's other kind is converted."""
+    made = Tokenizer(models.Unigram())
+    made.normalizer = normalizers.NFKC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    trainer = UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator(BOOK.read_text().splitlines()[:2000], trainer)
+    return made
+
+
+def write(directory: Path, made: Tokenizer, eos: str | None = None) -> Path:
+    """Write a base's tokenizer.json and, if it has an end of text, its settings."""
+    directory.mkdir(parents=True, exist_ok=True)
+    made.save(str(directory / FAST))
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    (directory / SETTINGS).write_text(json.dumps(fields))
+    return directory
+
+
+def write_pair(directory: Path) -> Path:
+    """Write mini's tokenizer as vocab.json and merges.txt alone, as the hub's first GPT-2 was."""
+    directory.mkdir()
+    Tokenizer.from_file(str(MINI / FAST)).model.save(str(directory))
+    return directory
+
+
+NAMES = ["GPT-2", "mini", "byte-level", "bert", "llama", "unigram", "vocab and merges"]
+TIKTOKEN = NAMES[:2]
+BYTE_LEVEL = ["GPT-2", "mini", "byte-level", "vocab and merges"]
+EXACT = [*BYTE_LEVEL, "llama"]  # they keep every character
+
+
+@cache
+def pair(name: str):
+    """Return our tokenizer and transformers' of one kind of files."""
+    with TemporaryDirectory() as place:
+        makers = {
+            "GPT-2": lambda: GPT2_FILES,
+            "mini": lambda: MINI,
+            "byte-level": lambda: write(Path(place), byte_level(), END_OF_TEXT),
+            "bert": lambda: write(Path(place), bert(), "[SEP]"),
+            "llama": lambda: write(Path(place), llama(), "</s>"),
+            "unigram": lambda: write(Path(place), unigram(), "</s>"),
+            "vocab and merges": lambda: write_pair(Path(place, "pair")),
+        }
+        directory = makers[name]()
+        stock = transformers.GPT2Tokenizer if name == "vocab and merges" else AutoTokenizer
+        return load_tokenizer(directory, GPT2_SIZE), stock.from_pretrained(directory)
+
+
+def covered(theirs, text: str) -> list[int]:
+    """Return the bytes that each token covers, from where it ends in transformers' reading."""
+    encoded = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
+    counts = []
+    before = 0
+    for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        reached = max(before, len(text[:end].encode()))
+        counts.append(0 if token == theirs.eos_token_id else reached - before)
+        before = reached
+    return counts
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=TEXTS, name=st.sampled_from(NAMES))
+def test_tokens_and_bytes_of_any_text_are_those_of_transformers(text, name):
+    ours, theirs = pair(name)
+    ids, byte_counts = ours.encode_with_bytes(text)
+    assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+    if name not in TIKTOKEN:  # there, each byte counts for its own token
+        assert byte_counts.tolist() == covered(theirs, text)
+    if name in BYTE_LEVEL:
+        assert ours.decode(ids) == text
+    if name in EXACT:
+        ends = ids.tolist().count(ours.end_of_text) * len(ours.eos_token)
+        assert byte_counts.sum() == len(text.encode()) - ends
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_of_a_book_and_of_mixed_unicode_are_those_of_transformers(name):
+    ours, theirs = pair(name)
+    for text in (BOOK.read_text(), MIXED):
+        ids = ours.encode(text)
+        assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+        assert ids.dtype == np.uint16
+    assert ours.encode(ours.eos_token).tolist() == [ours.end_of_text] == [theirs.eos_token_id]
+
+
+def test_a_token_of_tiktoken_counts_its_own_bytes():
+    for name in TIKTOKEN:
+        ours, _ = pair(name)
+        ids, byte_counts = ours.encode_with_bytes(f"日本 naïve{END_OF_TEXT} 😀")
+        sizes = [len(ours.engine.decode_single_token_bytes(token)) for token in ids.tolist()]
+        sizes[ids.tolist().index(ours.end_of_text)] = 0
+        assert byte_counts.tolist() == sizes
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=TEXTS, name=st.sampled_from(NAMES), prompt=st.sampled_from(["", "The sea", "汉 "]))
+def test_a_stream_of_tokens_is_the_text_in_whole_characters(text, name, prompt):
+    ours, _ = pair(name)
+    before = ours.encode(prompt).tolist()
+    ids = ours.encode(prompt + text).tolist()
+    if ids[: len(before)] != before:
+        return
+    decoder = StreamDecoder(ours, before)
+    pieces = [decoder.add(token) for token in ids[len(before) :]]
+    assert "�" in text or not any("�" in piece for piece in pieces)
+    whole = ours.decode(before) + "".join(pieces) + decoder.finish()
+    assert whole == ours.decode(ids)
+
+
+def test_more_ids_than_uint16_holds_are_uint32(tmp_path):
+    both = [(a, b) for a in LETTERS for b in LETTERS]
+    words = [END_OF_TEXT, *map("".join, both), *LETTERS]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, both))
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    ours = load_tokenizer(write(tmp_path, made), len(words))
+    [last] = ours.encode("a")
+    assert last.dtype == np.uint32 and last > 65_535 and ours.end_of_text == 0
+
+
+def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path):
+    save_gpt2(load_gpt2(base), tmp_path, end_of_text=316)
+    save_tokenizer(load_tokenizer(base, 317), tmp_path, 64)
+    for directory in (tmp_path, MINI):
+        stock = transformers.pipeline(  # it has what AutoModelForCausalLM and AutoTokenizer load
+            "text-generation", str(directory), device="cpu", dtype=torch.float32
+        )
+        ours = load_gpt2(directory)
+        tokenizer = load_tokenizer(directory, ours.config.vocab_size)
+        ids = tokenizer.encode(BOOK.read_text())
+        assert stock.tokenizer.encode(BOOK.read_text()) == ids.tolist()
+        assert stock.tokenizer.eos_token_id == tokenizer.end_of_text
+        batch = torch.from_numpy(ids[:60].astype(int))[None]
+        torch.testing.assert_close(ours(batch), stock.model(batch).logits, rtol=1e-4, atol=1e-4)
+        text = stock("The sea", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+        prompt = torch.from_numpy(tokenizer.encode(text[:7]).astype(int))
+        assert text[7:] == tokenizer.decode(generate(ours, prompt, 8, temperature=0))
+
+
+def test_merges_in_any_order_are_followed_as_hugging_face_does(tmp_path):
+    """tiktoken would merge any neighbours that spell a token; Hugging Face the listed pairs."""
+    draw = random.Random(0)
+    for _ in range(20):
+        merges, words = [], [*"abc"]
+        for _ in range(draw.randint(2, 9)):
+            merges.append((draw.choice(words), draw.choice(words)))
+            words.append("".join(merges[-1]))
+        vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*LETTERS, *words]))}
+        theirs = Tokenizer(models.BPE(vocabulary, merges))
+        theirs.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        ours = load_tokenizer(write(tmp_path, theirs), 300)
+        for _ in range(20):
+            text = "".join(draw.choices("abc", k=draw.randint(1, 15)))
+            assert ours.encode(text).tolist() == theirs.encode(text).ids, (merges, text)
+
+
+def test_a_file_that_differs_from_gpt2s_in_two_merges_is_not_taken_for_it(tmp_path):
+    content = (GPT2_FILES / FAST).read_text()
+    first = '"h e"'
+    second = '"e r"'
+    assert content.count(first) == content.count(second) == 1
+    path = tmp_path / FAST
+    path.write_text(content.replace(first, "\0").replace(second, first).replace("\0", second))
+    theirs = Tokenizer.from_file(str(path))
+    text = "her hers"
+    assert load_tokenizer(tmp_path, GPT2_SIZE).encode(text).tolist() == theirs.encode(text).ids
+    assert load_tokenizer(GPT2_FILES, GPT2_SIZE).encode(text).tolist() != theirs.encode(text).ids
+
+
+def test_without_files_it_is_gpt2s(tmp_path):
+    assert "300 is not GPT-2's 50257, " in refusal(tmp_path, load_tokenizer, tmp_path, 300)
+    whole = load_tokenizer(tmp_path, GPT2_SIZE)
+    assert whole.encode(f"Hello world{END_OF_TEXT}").tolist() == [15496, 995, 50256]
+    ranks = (whole.engine.decode_single_token_bytes(i) for i in range(50256))
+    lines = (b64encode(rank) + b" %d\n" % i for i, rank in enumerate(ranks))
+    assert sha256(b"".join(lines)).hexdigest() == PUBLISHED
+
+
+def test_other_files_are_refused_with_the_conversion(tmp_path):
+    for name in FOREIGN:
+        (other := tmp_path / name).touch()
+        reason = refusal(other, load_tokenizer, tmp_path, GPT2_SIZE)
+        assert "AutoTokenizer, and its save_pretrained writes tokenizer.json" in reason
+        other.unlink()
+    words = [*bert().get_vocab()]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / SETTINGS).write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    text = "The world, 世界."
+    ids = load_tokenizer(tmp_path, 400).encode(text).tolist()
+    assert ids == theirs.encode(text, add_special_tokens=False) and theirs.unk_token_id not in ids
+
+    both = write_pair(tmp_path / "pair")
+    (added := both / "added_tokens.json").write_text('{"<user>": 8192}')
+    assert "AutoTokenizer" in refusal(added, load_tokenizer, both, 8193)
+    write(both, byte_level())  # beside a tokenizer.json, they are not needed
+    assert load_tokenizer(both, 502).end_of_text == 2
+
+
+BROKEN = {
+    "not JSON": "{",
+    "not a model": json.dumps({"model": [1]}),
+    "not UTF-8": b"\xff\xfe",
+    "an id that is a text": '{"model": {"type": "BPE", "vocab": {"a": "1"}, "merges": []}}',
+}
+
+
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
+    path = tmp_path / FAST
+    for content in BROKEN.values():
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert "cannot be read" in refusal(path, load_tokenizer, tmp_path, 400)
+    byte_level().save(str(path))
+    reason = refusal(path, load_tokenizer, tmp_path, 501)
+    assert reason == "has token 501; config.json's vocab_size is 501"
+    path.unlink()
+    (tmp_path / "vocab.json").write_text("{}")  # alone it is not taken for GPT-2's
+    assert "cannot be read" in refusal(tmp_path / "vocab.json", load_tokenizer, tmp_path, GPT2_SIZE)
+
+
+def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
+    byte_level().save(str(tmp_path / FAST))
+    assert load_tokenizer(tmp_path, 502).end_of_text == 2
+    (tmp_path / SPECIAL).write_text('{"eos_token": "<s>"}')
+    assert load_tokenizer(tmp_path, 502).encode(f"<s>{END_OF_TEXT}").tolist() == [0, 2]
+    assert load_tokenizer(tmp_path, 502).end_of_text == 0
+    (tmp_path / SETTINGS).write_text('{"eos_token": {"content": "</s>"}}')
+    assert load_tokenizer(tmp_path, 502).end_of_text == 1
+    (tmp_path / SETTINGS).write_text('{"eos_token": "<|im_end|>"}')
+    reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
+    assert "its eos_token '<|im_end|>' is not in the vocabulary" in reason
+    for path in (tmp_path / SETTINGS, tmp_path / SPECIAL):
+        path.unlink()
+    bert().save(str(tmp_path / FAST))
+    assert load_tokenizer(tmp_path, 502).end_of_text is None
+
+
+def test_a_base_with_another_kind_of_tokenizer_trains_scores_and_resumes(book, tmp_path):
+    base = tmp_path / "base"
+    tiny_gpt2().save_pretrained(base)
+    tokenizer = load_tokenizer(write(base, bert(), "[SEP]"), 317)
+    often = ("--batch-size", 4, "--max-steps", 12, "--checkpoint-every", 2, "--lr", 1e-2)
+    options = ("full", base, book, tmp_path / "run", *often)
+    died = run_acting({5: die}, *arguments(*options))
+    assert died.status == 130
+    again = trained(*options, "--resume")
+    whole = trained("full", base, book, tmp_path / "whole", *often)
+    assert again.column("loss") == whole.column("loss")
+    assert again.column("val_loss")[-1] < whole.report["base_val_loss"]
+
+    score = scores(tmp_path / "s.json", "--base", whole.out, "--text", book, "--block-size", 16)[0]
+    text = book.read_text()
+    ids, byte_counts = tokenizer.encode_with_bytes(text)
+    assert score["tokens"] == len(ids) - 1
+    assert score["bytes"] == len(text.rstrip().encode()) - byte_counts[0]
+    said = stdout_of(
+        *(generate_command.main, "--base", whole.out, "--device", "cpu"),
+        *("--prompt", "The lamp", "--max-new-tokens", 5),
+    )
+    assert said.startswith("The lamp")
+
+
+def test_the_files_are_saved_though_the_base_has_gone(tmp_path):
+    """A run may take days, and its base may be on a disk that is unplugged."""
+    for make in (
+        lambda d: write(d, unigram(), "</s>"),
+        write_pair,
+        lambda d: shutil.copytree(MINI, d),
+    ):
+        base, out = tmp_path / "base", tmp_path / "out"
+        make(base)
+        names = {path.name for path in base.iterdir()} & {*FILES}
+        files = {name: (base / name).read_bytes() for name in names}
+        tokenizer = load_tokenizer(base, 8192)
+        shutil.rmtree(base)
+        out.mkdir()
+        save_tokenizer(tokenizer, out, 256)
+        written = {path.name: path.read_bytes() for path in out.iterdir()}
+        own = json.loads(files.pop(SETTINGS, "{}"))
+        written_settings = json.loads(written.pop(SETTINGS))
+        assert written_settings.items() >= own.items()
+        assert written_settings["model_max_length"] == 256
+        assert written_settings["pad_token"] == tokenizer.eos_token
+        assert written == files
+        assert load_tokenizer(out, 8192).sha256 == tokenizer.sha256
+        shutil.rmtree(out)
+
+
+def test_a_full_run_writes_the_tokenizer_though_its_base_has_gone(base, book, tmp_path):
+    copy = shutil.copytree(base, tmp_path / "base")
+    gone = {1: lambda trainer: shutil.rmtree(copy)}
+    argv = arguments("full", copy, book, tmp_path / "out", "--max-steps", 2)
+    assert run_acting(gone, *argv).status == 0 and not copy.exists()
+    assert (tmp_path / "out" / FAST).read_bytes() == (base / FAST).read_bytes()
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    write_small_tokenizer(tmp_path, 317)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "tokenizers", None)
+        missing = "needs the library tokenizers; pip install -e '.[hub]'"
+        assert missing in refusal(tmp_path / FAST, load_tokenizer, tmp_path, 317)
+        assert load_tokenizer(MINI, 8192).encode("The sea").size == 2
+
+
+def test_a_text_that_cannot_be_read_is_refused_in_one_line():
+    prompt = f"a{' ' * 1_000_000}b"  # tiktoken's regex overflows
+    ending = run(generate_command.main, "--base", "mini", "--device", "cpu", "--prompt", prompt)
+    assert "the tokenizer cannot read the text (Regex error" in one_line(ending, 2)
