@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from common.options import parse_evaluate
 from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
-from data.windows import Dataset, Windows, check_block_size, split
+from data.windows import Dataset, InputsAndTargets, Windows, check_block_size, split
 from lora.quantised import quantisation
 from model.gpt2 import GPT2, IGNORE_INDEX
 from model.kernels.fast import set_kernels

@@ -5,15 +5,13 @@ A part takes the options and adds to a report. Each case is tried by itself.
 
 import warnings
 from argparse import Namespace
-from itertools import islice
 
 import torch
-from training.graph import GraphedBackward
 
 from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report
-from common.device import Device
-from train import Trainer
+from data.windows import Windows
+from training.launch import GraphedGradients
 from training.options import ROOT
 
 # Of a loss before the first step, relative: what rounding makes of one forward pass.
@@ -28,22 +26,23 @@ LOW = ("--precision", "low")
 COMPILE = ("--compile",)
 CHECKPOINTING = ("--gradient-checkpointing",)
 PARTS = ("--grad-accum", "3")
-NO_GRAPH = ("--no-cuda-graph",)
+GRAPH = ("--cuda-graph",)
 CASES: dict[str, tuple[str, ...]] = {  # what changes a step's computation
     "fp32": (),
     "fp32, checkpointing": CHECKPOINTING,
     "fp32, 3 parts": PARTS,
-    "fp32, no graph": NO_GRAPH,
+    "fp32, graph": GRAPH,
     "TF32": ("--allow-tf32",),
     "fp32, compiled": COMPILE,
     "low": LOW,
     "low, 3 parts": (*LOW, *PARTS),
-    "low, no graph": (*LOW, *NO_GRAPH),
+    "low, graph": (*LOW, *GRAPH),
     "low, compiled": (*LOW, *COMPILE),
     "low, all": (*LOW, *COMPILE, *CHECKPOINTING, *PARTS),
 }
-TOO_LONG = {"--compile", "--data"}  # for a dry run: minutes; a completion of more than a block
-CUDA_ALONE = {"--allow-tf32", *COMPILE, *CHECKPOINTING, *NO_GRAPH}  # of these options
+# A dry run has no GPU for a graph, a compiler takes minutes, and a completion exceeds its block.
+NOT_DRY = {*GRAPH, *COMPILE, "--data"}
+CUDA_ALONE = {"--allow-tf32", *COMPILE, *CHECKPOINTING, *GRAPH}  # of these options
 CONVERSATIONS = ROOT / "data" / "instructions.jsonl"
 WAITING: dict[str, tuple[object, ...]] = {
     "lora, fp32": ("lora", "--precision", "fp32"),
@@ -51,7 +50,7 @@ WAITING: dict[str, tuple[object, ...]] = {
     "lora, fp16": ("lora", "--precision", "fp16"),
     "lora, 3 parts": ("lora", *LOW, *PARTS),
     "lora, checkpointing": ("lora", *LOW, *CHECKPOINTING),
-    "lora, no graph": ("lora", *LOW, *NO_GRAPH),
+    "lora, graph": ("lora", *LOW, *GRAPH),
     "lora, compiled": ("lora", *LOW, *COMPILE),
     "lora, --use-dora": ("lora", *LOW, "--use-dora"),
     "lora, slices": ("lora", *LOW, "--target-modules", "c_attn.q", "c_attn.v"),
@@ -75,14 +74,14 @@ def arguments(opts: Namespace, method: str, *more: object) -> list[str]:
     )
 
 
-def make_trainer(opts: Namespace, method: str, *more: object) -> Trainer:
+def make_trainer(opts: Namespace, method: str, *more: object) -> ours.Trainer:
     torch.compiler.reset()
-    return ours.make_trainer(ours.options(*arguments(opts, method, *more)))
+    return ours.Trainer(ours.options(*arguments(opts, method, *more)))
 
 
 def runs_here(opts: Namespace, more: tuple[object, ...]) -> bool:
     """Return whether the device, or the dry run, has these options."""
-    if opts.dry_run and not TOO_LONG.isdisjoint(more):
+    if opts.dry_run and not NOT_DRY.isdisjoint(more):
         return False
     return opts.device.torch_device.type != "mps" or CUDA_ALONE.isdisjoint(more)
 
@@ -146,23 +145,25 @@ def no_waiting(opts: Namespace, report: Report) -> None:
         report.check("evaluation: waits for two batches more", many - few, 0)
 
 
-def check_graph(report: Report, name: str, trainer: Trainer) -> None:
-    """Check that a run whose parts can be a CUDA graph has one: a failed capture is a warning."""
-    part = trainer.backward_of_part
-    if isinstance(part, GraphedBackward):
-        report.check(f"{name}: graphs that could not be captured", int(part.graph is None), 0)
+def check_graph(report: Report, name: str, trainer: ours.Trainer) -> None:
+    """Check that a run with --cuda-graph has its graph: for the run, a failed capture is a
+    warning.
+    """
+    backward = trainer.backward
+    if isinstance(backward, GraphedGradients):
+        report.check(f"{name}: graphs that could not be captured", int(backward.graph is None), 0)
 
 
 def waits_in_evaluation(opts: Namespace, count: int) -> int:
-    """Return how often scoring so many batches waits: once, for the sums, is right."""
+    """Return how often scoring `count` batches waits: once, for the sums, is right."""
     trainer = make_trainer(opts, "lora", *LOW)
-    device: Device = trainer.device
-    batches = islice(trainer.data.validation.evaluation_batches(2), count)
+    tokens = trainer.data.validation.tokens[: 2 * count * opts.block + 1]
+    text = Windows(tokens, opts.block, opts.block)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         set_sync_mode(opts, "warn")
         try:
-            ours.mean_loss(trainer.model, batches, device)
+            ours.score(trainer.model, text, trainer.run.device, batch_size=2)
         finally:
             set_sync_mode(opts, "default")
     return sum("synchroniz" in str(warning.message) for warning in said)

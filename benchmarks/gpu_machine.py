@@ -41,7 +41,7 @@ def describe_gpu() -> dict[str, object]:
 def describe_step(opts: Namespace, precision: str, report: Report) -> None:
     """Profile one LoRA step, dropouts on, after one that warms up."""
     argv = arguments(opts, "lora", "--precision", precision, "--base-dropout", 0.1)
-    trainer = ours.make_trainer(ours.options(*argv))
+    trainer = ours.Trainer(ours.options(*argv))
     batch = next(trainer.batches())
     ours.step(trainer, batch)
     with profile() as seen:

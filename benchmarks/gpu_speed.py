@@ -55,7 +55,7 @@ def timed_tasks(opts: Namespace, folder: str, method: str) -> list[Task]:
     tasks = []
     for compiled in (False, True):
         ours, *theirs = sides(replace(task, compile=compiled))
-        tasks += [ours, replace(ours, graph=False), *theirs]
+        tasks += [ours, replace(ours, graph=True), *theirs]
     return tasks
 
 

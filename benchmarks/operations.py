@@ -64,7 +64,7 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
         base_dropout=0.1,
         max_steps=1000,  # the schedule, and not what is run
     )
-    trainer = ours.make_trainer(options)
+    trainer = ours.Trainer(options)
     fast = partial(ours.step, trainer, next(trainer.batches()))
     fast()  # warms up
 

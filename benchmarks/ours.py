@@ -1,7 +1,7 @@
 """This project's side of every benchmark: the only file here that calls the training code."""
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,14 +12,11 @@ import train
 from common.device import Device
 from common.signals import HANDLED
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.windows import Batch, InputsAndTargets, Windows
+from data.windows import Batch, Windows
 from evaluate import evaluate as score
-from evaluate import score_batches
-from lora import LoRAConfig, inject, load_adapter, merge, save, unwrap
-from model.gpt2 import GPT2, GPT2Config
+from lora import load_adapter, merge, unwrap
+from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
-from storage.hf_compat import stock_name
-from storage.hub import split_revision
 from storage.weights import load_config, load_gpt2, save_gpt2
 from training.data import load_data
 from training.launch import prepare_device
@@ -67,21 +64,25 @@ class Trainer:
     """What `train.py` has before its first step, to take steps one by one. It writes no file."""
 
     def __init__(self, options: Options, ranks: Ranks | None = None):
-        device = Device.pick(options.device, options.precision, train=True)
-        prepare_device(options, device)
-        self.run = Run(options, device, ranks or Ranks())
+        self.device = Device.pick(options.device, options.precision, train=True)
+        prepare_device(options, self.device)
+        self.run = Run(options, self.device, ranks or Ranks())
         base = self.run.find_base()
         self.data = load_data(options, base)
         self.options = self.run.resolve(self.data)
-        self.model = load_base(self.options, base, device)
+        self.model = load_base(self.options, base, self.device)
         if options.method == "lora":
             add_adapter(self.model, self.options, base)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Prepare the model and make its optimizer. Call it again to train other parameters."""
         parts = train.prepare(self.model, self.data, self.run)
         self.optimizer, self.scaler, self.backward = parts
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters."""
+        """Return the trained parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
@@ -117,12 +118,6 @@ def evaluate(model: GPT2, windows: Windows, device: Device, block_size: int) -> 
     return score(model, consecutive, device)
 
 
-def mean_loss(model: GPT2, batches: Iterable[InputsAndTargets], device: Device) -> float:
-    """Return the loss in nats a token of batches (B, T), as `evaluate.py` computes it."""
-    tokens, loss, _ = score_batches(model, batches, device)
-    return loss / tokens
-
-
 def run(argv: Sequence[str]) -> dict:
     """Run `train.py ARGV` in this process; return its `run.json`."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
@@ -144,27 +139,8 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     return model
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the adapter's own tensors, not copies, by the names in PEFT's file."""
-    return save.adapter_tensors(model)
-
-
-def save_adapter(model: GPT2, made: Options, directory: Path) -> None:
-    """Save the model's adapter in PEFT's format, as `train.py` does."""
-    base, revision = split_revision(stock_name(made.base))
-    save.save_adapter(model, directory, base, revision=revision)
-
-
 def save_merged(model: GPT2, directory: Path) -> None:
     """Merge the model's adapter into it and save the whole; the adapter is gone."""
     merge(model)
     unwrap(model)
     save_gpt2(model, directory)
-
-
-def random_model(config: GPT2Config, rank: int | None) -> GPT2:
-    """Make a model with random weights and, with a rank, LoRA on c_attn."""
-    model = GPT2(config)
-    if rank:
-        inject(model, LoRAConfig(r=rank, target_modules=("c_attn",)))
-    return model

@@ -1,7 +1,7 @@
-"""The parity check's training runs: one here by `train.py`'s own step, one there by PEFT's loop.
+"""The parity check's training runs: here by `train.py`, there by PEFT's loop.
 
-Both start from the same initial adapter and see the same batches. `draws` seeds the dropouts, which
-both sides draw in one order (`GPT2` in model/gpt2.py).
+Both start from the same initial adapter and see the same batches. Both draw the dropouts in one
+order (`GPT2` in model/gpt2.py), from the random stream that `--seed` begins and A is drawn from.
 """
 
 from argparse import Namespace
@@ -10,13 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks import ours, peft_loop
 from benchmarks.parity_report import snapshot
 from common.device import Device
-from train import Trainer
+from data.json_lines import read_lines
+from lora.save import WEIGHTS, adapter_tensors
+from training.directory import METRICS
 from training.options import Options
 
 DROPOUT = 0.1  # GPT-2's own, in any base; mini's config turns it off
@@ -24,31 +28,39 @@ NO_DROPOUT = ("--base-dropout", "0", "--lora-dropout", "0")
 
 
 @dataclass
-class Run:
+class Result:
     """Hold the results of one training run. `means`, on PEFT's side, is each step's mean loss."""
 
     losses: list[float]  # nats a token, a step each
     initial: dict[str, Tensor]  # the adapter before the first step
     adapter: dict[str, Tensor]  # and after the last
-    model: Any  # GPT2 here; transformers' or PEFT's model there
+    model: Any = None  # on PEFT's side: PEFT's model, or transformers'
     means: list[float] | None = None
 
 
-def train_options(opts: Namespace, method: str, *more: str) -> Options:
-    """Return the options of one run: with all dropouts; `train.py`'s defaults for all the rest."""
-    return ours.options(
+def arguments(opts: Namespace, method: str, *more: object) -> list[str]:
+    """Return `train.py`'s arguments for a run of at most one epoch: all dropouts are on, and the
+    rest has its defaults.
+
+    Such a run validates before its first step and after its last, so it saves the last adapter.
+    """
+    return ours.command_line(
         method,
         *more,
         base=opts.directory,
         book=opts.book,
         precision="fp32",
         max_steps=opts.steps,
-        epochs=opts.steps,
+        epochs=1,
         device=opts.device,
         batch_size=opts.batch_size,
         block_size=opts.block_size,
         base_dropout=DROPOUT,
     )
+
+
+def train_options(opts: Namespace, method: str, *more: object) -> Options:
+    return ours.options(*arguments(opts, method, *more))
 
 
 @contextmanager
@@ -62,39 +74,38 @@ def to_the_bit() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def store_as_conv1d(model: nn.Module) -> None:
-    """Store the frozen projections as transformers does, (in, out): a BLAS may add up the products
-    with a transposed matrix in another order.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            module.weight.data = module.weight.data.t().contiguous().t()
+def run_here(argv: list[str]) -> tuple[Result, dict[str, Any]]:
+    """Run `train.py ARGV` itself. Return what it leaves in `--out`, and its `run.json`."""
+    args = ours.options(*argv)
+    initial = snapshot(adapter_tensors(ours.Trainer(args).model))
+    report = ours.run(argv)
+    losses = read_lines(args.out / METRICS, lambda line: line["loss"])
+    return Result(losses, initial, load_file(args.out / WEIGHTS)), report
 
 
-def train_here(args: Options, draws: int, exact: bool = False) -> tuple[Run, Trainer]:
-    """Run `train.py`'s steps; `exact`: by PyTorch's own operations, as transformers calls them."""
-    trainer = ours.make_trainer(args, fast=not exact)
-    if exact:
-        store_as_conv1d(trainer.model)
-    adapter = ours.adapter_tensors(trainer.model)
+def train_here(args: Options) -> Result:
+    """Take `train.py`'s steps without its files."""
+    trainer = ours.Trainer(args)
+    adapter = adapter_tensors(trainer.model)
     initial = snapshot(adapter)
-
-    torch.manual_seed(draws)
-    losses = [ours.step(trainer, batch) for batch in trainer.batches(0)]
-    return Run(losses, initial, snapshot(adapter), trainer.model), trainer
+    losses = [ours.step(trainer, batch) for batch in trainer.batches()]
+    return Result(losses, initial, snapshot(adapter))
 
 
-def train_there(args: Options, trainer: Trainer, draws: int) -> Run:
-    """Run the plain loop on the batches of `trainer`."""
+def train_there(args: Options, draws: int | None = None) -> Result:
+    """Run the plain loop on the same batches. `draws` seeds other dropouts."""
     model = peft_loop.build(args).to(Device.pick(args.device).torch_device)
     initial = snapshot(peft_loop.adapter_tensors(model))
+    if draws is not None:
+        torch.manual_seed(draws)
 
-    torch.manual_seed(draws)
-    batches = list(trainer.batches(0))
-    losses, means = peft_loop.train(model, args, trainer.data.training.tokens, batches)
-    return Run(losses, initial, snapshot(peft_loop.adapter_tensors(model)), model, means)
+    training, _ = ours.data(args)
+    size = args.batch_size
+    order = training.epoch_order(args.seed, 0)
+    batches = np.split(order, range(size, len(order), size))[: args.max_steps]
+    losses, means = peft_loop.train(model, args, training.tokens, batches)
+    return Result(losses, initial, snapshot(peft_loop.adapter_tensors(model)), model, means)
 
 
-def train_both(args: Options, exact: bool = False) -> tuple[Run, Run]:
-    here, trainer = train_here(args, 0, exact)
-    return here, train_there(args, trainer, draws=0)
+def train_both(args: Options) -> tuple[Result, Result]:
+    return train_here(args), train_there(args)

@@ -26,12 +26,7 @@ transformers.logging.disable_progress_bar()
 StockModel = Any  # transformers' GPT-2, or PEFT's model around it: no class has all we call
 
 
-def load(
-    directory: Path,
-    adapter: Path | None = None,
-    dropout: float | None = None,
-    trainable: bool = False,
-) -> StockModel:
+def load(directory: Path, adapter: Path | None = None, dropout: float | None = None) -> StockModel:
     """Load transformers' GPT-2 in fp32 and, if given, an adapter file on it. `dropout` None keeps
     the config's. Where transformers computes gelu_new or attention in several ways, equal up to
     rounding, take the way that this project takes.
@@ -47,30 +42,30 @@ def load(
     base = AutoModelForCausalLM.from_pretrained(directory, config=config).float()
     if adapter is None:
         return base
-    return PeftModel.from_pretrained(base, adapter, is_trainable=trainable)
+    return PeftModel.from_pretrained(base, adapter)
 
 
 def build(args: Options) -> StockModel:
     """Build what `args` trains: the base, for LoRA with a new adapter or `--init-adapter`."""
-    model = load(Path(args.base), args.init_adapter, args.base_dropout, trainable=True)
-    if args.method == "lora" and not args.init_adapter:
+    model = load(Path(args.base), dropout=args.base_dropout)
+    torch.manual_seed(args.seed)  # A's draws, then the dropouts
+    if args.init_adapter:
+        return PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
+    if args.method == "lora":
         return add_lora(model, args)
     return model
 
 
 def add_lora(base: StockModel, args: Options) -> PeftModel:
-    """Put PEFT's new adapter, seeded, into the base."""
-    lora = args.lora
-    assert lora
+    """Put PEFT's new adapter into the base."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float as well
-        lora_dropout=lora.lora_dropout,
-        target_modules=list(lora.target_modules),
+        r=args.r,
+        lora_alpha=args.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float as well
+        lora_dropout=args.lora_dropout,
+        target_modules=list(args.target_modules),
         fan_in_fan_out=True,
     )
-    torch.manual_seed(args.seed)
     return get_peft_model(base, config)
 
 
@@ -100,7 +95,7 @@ def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., 
     """Return a function that trains on one batch and returns its mean loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=args.peak_lr, weight_decay=args.weight_decay, fused=True
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=args.precision == "fp16")
     model.train()
@@ -151,8 +146,8 @@ def learning_rate(step: int, steps: int, args: Options) -> float:
     """Return the learning rate: linear warm-up, then half a cosine to zero."""
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:
-        return args.peak_lr * (step + 1) / warmup
-    return args.peak_lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+        return args.lr * (step + 1) / warmup
+    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
 def adapter_tensors(model: StockModel) -> dict[str, Tensor]:

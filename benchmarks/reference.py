@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks import ours
 from benchmarks.parity_report import machine
@@ -28,10 +29,11 @@ from common.errors import run_command
 from common.files import write_json
 from data.tokens import load_tokens
 from data.windows import Windows, check_block_size, split
+from model.gpt2 import GPT2
 from storage.hub import find_base
 from storage.weights import load_config
 from training.options import ROOT
-from training.report import perplexity
+from training.scores import perplexity
 
 BLOCK = 128  # tokens a window, there
 SCORED = 127  # those of them that are scored
@@ -159,7 +161,7 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
     size = BATCH_SIZE[method]
     losses = []
     for batch in np.split(scored, range(size, len(scored), size)):
-        losses.append(ours.mean_loss(model, [windows.batch(batch)], opts.device))
+        losses.append(mean_loss(model, *windows.batch(batch), opts.device))
     loss = float(np.mean(losses))
 
     next_token = ours.evaluate(model, windows, opts.device, BLOCK)
@@ -167,6 +169,14 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
         "reference": {"loss": loss, "perplexity": perplexity(loss)},
         "next_token": asdict(next_token) | {"perplexity": next_token.perplexity},
     }
+
+
+@torch.no_grad()
+def mean_loss(model: GPT2, inputs: Tensor, targets: Tensor, device: Device) -> float:
+    """Return the mean loss of one batch, inputs and targets (B, T), in nats a token."""
+    with device.autocast():
+        losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
+    return losses.mean().item()
 
 
 def facts_of(run: dict) -> dict:

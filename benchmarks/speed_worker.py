@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,11 +24,11 @@ from benchmarks import ours
 from benchmarks.speed_tasks import BASES, Task
 from common.device import PRECISIONS, Device, tune_process, use_full_fp32
 from common.errors import run_command
+from data.windows import Batch
 from model.gpt2 import GPT2
 from model.sampling import generate
 from storage.hub import MINI
 from storage.weights import load_config, save_gpt2
-from train import Trainer
 from training.ranks import Ranks
 
 # The last is oneDNN's. Matmuls inside a fused kernel of attention do not count.
@@ -165,9 +164,9 @@ def train(task: Task, device: Device) -> Call:
     """Return either side's step; theirs is the loop that users write, its rate as it is."""
     args = task.args()
     if task.side == "ours":
-        trainer = ours.make_trainer(args)
-        indices = next(trainer.batches())
-        return lambda: ours.step(trainer, indices)
+        trainer = ours.Trainer(args)
+        batch = next(trainer.batches())
+        return lambda: ours.step(trainer, batch)
 
     from benchmarks.peft_loop import make_step
 
@@ -179,14 +178,16 @@ def train(task: Task, device: Device) -> Call:
 
 def evaluate(task: Task, device: Device) -> Call:
     """Return either side's scoring of one batch."""
-    inputs, targets = task.batch()
+    text = task.text()
+    size = task.batch_size
     if task.side == "ours":
         model = ours.load(Path(task.base), None, device)
-        return lambda: ours.mean_loss(model, [(inputs, targets)], device)
+        return lambda: ours.score(model, text, device, batch_size=size).loss
 
     from benchmarks.peft_loop import mean_loss
 
     model = build_theirs(task, device).eval()
+    [(inputs, targets)] = text.evaluation_batches(size)
     inputs = inputs.to(device.torch_device)
     targets = targets.to(device.torch_device)
 
@@ -246,10 +247,10 @@ def measure_rank(task: Task, device: Device) -> dict:
     """Time a step of this rank, which has its share of the cores, and what it sends by itself."""
     cores = os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // task.ranks))
-    ranks = Ranks.of_torchrun()
+    ranks = Ranks.from_environment()
 
     with ranks.joined(device.torch_device):
-        trainer = ours.make_trainer(task.args(), ranks)
+        trainer = ours.Trainer(task.args(), ranks)
         batch = next(trainer.batches())
         timed(lambda: step_of_rank(trainer, batch, ranks), task.warm_up - 1, device)
         sent = what_a_step_sends(trainer, batch, ranks)
@@ -262,12 +263,12 @@ def measure_rank(task: Task, device: Device) -> dict:
     return found
 
 
-def step_of_rank(trainer: Trainer, batch: np.ndarray, ranks: Ranks) -> None:
+def step_of_rank(trainer: ours.Trainer, batch: Batch, ranks: Ranks) -> None:
     trainer.step(batch)
-    ranks.max_over_ranks(0, 0)  # as `Session.save_or_stop` does when nothing is due
+    ranks.max_over_ranks(0, 0)  # as `Run` does when nothing is due
 
 
-def what_a_step_sends(trainer: Trainer, batch: np.ndarray, ranks: Ranks) -> list[Tensor]:
+def what_a_step_sends(trainer: ours.Trainer, batch: Batch, ranks: Ranks) -> list[Tensor]:
     """Take a step; return tensors like those that it hands to all_reduce."""
     all_reduce = dist.all_reduce
     sent = []

@@ -7,7 +7,6 @@ backward pass of one step, without the parameters.
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +15,8 @@ from benchmarks.operations import in_turn
 from common.cli import Parser, number, print_table
 from common.device import tune_process
 from common.errors import run_command
+from data.windows import Batch
 from storage.hub import MINI
-from train import Trainer
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainers = {}
     for name, more in VARIANTS.items():
         options = ours.options("lora", *more, base=MINI, device="cpu", precision="fp32")
-        trainers[name] = ours.make_trainer(options)
+        trainers[name] = ours.Trainer(options)
     batch = next(trainers["plain"].batches())
 
     kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # warms up
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def kept_bytes(trainer: Trainer, batch: np.ndarray) -> int:
+def kept_bytes(trainer: ours.Trainer, batch: Batch) -> int:
     """Return the bytes of the tensors that autograd saves in a step, each storage counted once."""
     found = {}
 

@@ -39,12 +39,12 @@ from model.gpt2 import GPT2
 from storage.hub import MINI
 from storage.weights import load_config, load_gpt2
 from tests.legible import only_legible_pictures
-from training import build
+from training import data as training_data
 from training.options import ROOT
 from training.recipe import best_rate
 from training.report import count_parameters
 
-load_tokenizer = cache(build.load_tokenizer)
+load_tokenizer = cache(training_data.load_tokenizer)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def _nothing_is_known(monkeypatch, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _one_tokenizer(monkeypatch):
     """Every run here has mini's, which takes as long to load as a step."""
-    monkeypatch.setattr(build, "load_tokenizer", load_tokenizer)
+    monkeypatch.setattr(training_data, "load_tokenizer", load_tokenizer)
 
 
 FIGURES = ROOT / "docs" / "figures"

@@ -26,8 +26,8 @@ def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
     """Train the four layers' weights and nothing else; return what `learned` returns."""
     for name, parameter in made.model.named_parameters():
         parameter.requires_grad_(is_layer(name))
-    alone = Trainer(made.options, made.model, made.data, made.device)
-    return learned(alone)
+    made.prepare()
+    return learned(made)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Runs]:

@@ -23,13 +23,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.ours import Trainer
 from common.cli import number, print_table
-from common.device import Device, tune_process
+from common.device import tune_process
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
 from storage.weights import save_gpt2
-from train import make_trainer
-from training.build import load_data, resolve
 from training.options import ROOT, parse_options
 
 XL = GPT2Config(n_embd=1600, n_layer=48, n_head=25)
@@ -52,17 +51,15 @@ def save_random_base(directory: Path) -> None:
 def measure(base: Path, options: Sequence[str], steps: int) -> dict[str, Any]:
     """Take steps as `train.py` does; return the CPU seconds of all but the first, and the peak."""
     tune_process()
-    words = ["lora", "--base", str(base), "--batch-size", "4", "--precision", "bf16", *options]
-    device = Device.pick("cpu", "bf16", train=True)
-    asked = parse_options("-", words)
-    data = load_data(asked, base)
-    trainer = make_trainer(resolve(asked, str(base), device, data), base, data, device)
+    words = ["lora", "--base", str(base), "--batch-size", "4"]
+    words += ["--device", "cpu", "--precision", "bf16", *options]
+    trainer = Trainer(parse_options("-", words))
     seconds = []
     for _, batch in zip(range(steps), trainer.batches(), strict=False):
         began = time.process_time()
         trainer.step(batch)
         seconds.append(time.process_time() - began)
-    return {"seconds": seconds[1:], "peak_mb": device.peak_memory_mb()}
+    return {"seconds": seconds[1:], "peak_mb": trainer.device.peak_memory_mb()}
 
 
 def measure_apart(base: Path, name: str, steps: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import train
 from benchmarks import ours, parity
 from benchmarks.parity_report import Report
 from benchmarks.parity_runs import NO_DROPOUT, train_both, train_options
@@ -91,6 +92,11 @@ def a_by_the_wrong_fan_in(layer, *args, init=LoRALinear.__init__):
     nn.init.kaiming_uniform_(layer.lora_A.weight.data.t(), a=5**0.5)  # (in, r)
 
 
+def validation_that_draws(model, data, run, validate=train.validate):
+    torch.rand(1)  # from the stream that the dropouts read
+    return validate(model, data, run)
+
+
 def labels_not_shifted(windows, indices, batch=Windows.batch):
     inputs, _ = batch(windows, indices)
     return inputs, inputs
@@ -107,6 +113,7 @@ BEFORE = "adapter before the first step"
         (LoRALinear, "forward", dropout_after_a, AFTER),
         (LoRALinear, "__init__", a_by_the_wrong_fan_in, BEFORE),
         (Windows, "batch", labels_not_shifted, "loss of every step"),
+        (train, "validate", validation_that_draws, "loss of every step"),
     ],
 )
 def test_a_fault_breaks_parity(check, monkeypatch, kind, name, wrong, found):
@@ -130,12 +137,12 @@ def opts(base, book):
 
 
 def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
-    def make_trainer(args, make=ours.make_trainer, **fast):
-        trainer = make(args, **fast)
+    def make_trainer(args, make=ours.Trainer):
+        trainer = make(args)
         trainer.model.set_dropout(0.5)  # on our side alone, in place of 0.1
         return trainer
 
-    monkeypatch.setattr(ours, "make_trainer", make_trainer)
+    monkeypatch.setattr(ours, "Trainer", make_trainer)
     report = Report()
     parity.compare_independent_draws(report, train_options(opts, "lora"))
     assert report.broken() == ["fp32, independent dropout: loss, from PEFT's mean"]

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import reference
+from benchmarks import ours, reference
 from benchmarks.reference import METHODS, TEXT
 from tests.helpers import TINY, tiny_gpt2_directory
-from tests.runs import finished, one_line, run, stdout_of, stock_model, token_parts, trainer
+from tests.runs import finished, one_line, run, stdout_of, stock_model, token_parts
 from training.options import BOOK
 
 STEPS = 3
@@ -103,16 +103,17 @@ def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
 
 def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repeated):
     protocol = METHODS["lora"].split()
-    unused = repeated.out / "unused"
-    made = trainer("lora", repeated.base, repeated.book, unused, "--block-size", 128, *protocol)
+    device = ("--device", "cpu")
+    options = ours.options("lora", *protocol, *device, base=repeated.base, book=repeated.book)
+    made = ours.Trainer(options)
     made.model.eval()
     train_ids, _ = token_parts(repeated.book)
     x, y = reference_windows(train_ids)
     assert len(made.data.training) == len(x)
     inputs, targets = made.data.training.batch(np.arange(len(x)))
-    ours = made.summed_loss(inputs, targets) / targets.numel()
+    here = made.model.loss(inputs, targets) / targets.numel()
     theirs = stock_model(repeated.base)(input_ids=x, labels=y).loss
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert here.item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
 def test_the_runs_have_the_reference_s_options(repeated):

@@ -16,7 +16,7 @@ from lora.layer import LoRALinear
 from model.kernels import fast
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run
-from training.graph import GraphedBackward
+from training.launch import GraphedGradients
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +46,8 @@ def test_a_dry_run_runs_every_part_and_writes_one_report(tmp_path):
     for method in ("lora", "full"):
         for case in ("fp32", "fp32, checkpointing", "fp32, 3 parts", "bf16", "bf16, 3 parts"):
             assert f"{method}, {case}: what it learns, over PEFT's, from 1" in learned
-    assert len(learned) == 2 * 2 * 8
-    left_out = {"lora, compiled", "lora, --data"}
+    assert len(learned) == 2 * 2 * 6
+    left_out = {"lora, compiled", "lora, --data", "lora, graph"}
     assert parts["no-waiting"]["facts"].keys() == gpu_learning.WAITING.keys() - left_out
     rows = parts["speed"]["facts"]
     assert rows["this project, LoRA, bf16"]["time / ours"] == 1
@@ -61,12 +61,12 @@ def test_a_dry_run_runs_every_part_and_writes_one_report(tmp_path):
 
 
 def skip_the_optimizer(monkeypatch):
-    def make_trainer(*args, make=ours.make_trainer, **more):
-        trainer = make(*args, **more)
+    def make_trainer(args, make=ours.Trainer):
+        trainer = make(args)
         trainer.optimizer.step = lambda *_: None
         return trainer
 
-    monkeypatch.setattr(ours, "make_trainer", make_trainer)
+    monkeypatch.setattr(ours, "Trainer", make_trainer)
 
 
 def leave_the_scale_out(monkeypatch):
@@ -115,12 +115,12 @@ def test_a_mask_that_shows_the_next_token_fails_before_the_first_step(tmp_path, 
 
 
 def test_a_case_that_raises_fails_alone(tmp_path, monkeypatch):
-    def make_trainer(asked, *args, make=ours.make_trainer, **more):
-        if asked.gradient_checkpointing:
+    def make_trainer(args, make=ours.Trainer):
+        if args.gradient_checkpointing:
             raise RuntimeError("CUDA error: an illegal memory access\nmore")
-        return make(asked, *args, **more)
+        return make(args)
 
-    monkeypatch.setattr(ours, "make_trainer", make_trainer)
+    monkeypatch.setattr(ours, "Trainer", make_trainer)
     ending, parts = verify(tmp_path, "--only", "learning")
     error = "RuntimeError: CUDA error: an illegal memory access"
     assert ending.status == 1
@@ -128,7 +128,7 @@ def test_a_case_that_raises_fails_alone(tmp_path, monkeypatch):
         f"lora, fp32, checkpointing: {error}",
         f"full, fp32, checkpointing: {error}",
     ]
-    assert len(parts["learning"]["checks"]) == 2 * (2 * 7 + 1)
+    assert len(parts["learning"]["checks"]) == 2 * (2 * 5 + 1)
 
 
 def test_a_contender_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
@@ -146,25 +146,25 @@ def test_a_contender_that_fails_is_named_and_the_others_are_measured(tmp_path, m
     assert facts["this project, full, bf16"]["launches"] == 0
 
 
-def test_on_cuda_our_step_is_timed_with_its_graph_and_without_compiled_and_not():
+def test_on_cuda_our_step_is_timed_with_a_graph_and_without_compiled_and_not():
     opts = Namespace(device=ON_CUDA, dry_run=False, low="bf16", batch=16, block=128, steps=20)
     names = [task.contender for task in gpu_speed.timed_tasks(opts, "base", "lora")]
     assert names == [
         "this project, LoRA, bf16",
-        "this project, LoRA, bf16, no graph",
+        "this project, LoRA, bf16, graph",
         "PEFT, LoRA, bf16 autocast",
         "PEFT, LoRA, bf16 weights",
         "this project, LoRA, bf16, compiled",
-        "this project, LoRA, bf16, compiled, no graph",
+        "this project, LoRA, bf16, compiled, graph",
         "PEFT, LoRA, bf16 autocast, compiled",
     ]
 
 
 @pytest.mark.parametrize("graph, failed", [(None, ["lora: " + GRAPH]), (mock.Mock(), [])])
 def test_a_capture_that_failed_is_no_secret(graph, failed):
-    part = mock.Mock(spec=GraphedBackward, graph=graph)
+    backward = mock.Mock(spec=GraphedGradients, graph=graph)
     report = gpu_learning.Report()
-    gpu_learning.check_graph(report, "lora", mock.Mock(backward_of_part=part))
+    gpu_learning.check_graph(report, "lora", mock.Mock(backward=backward))
     assert report.broken() == failed
 
 
