@@ -144,7 +144,6 @@ class LibraryTokenizer(Tokenizer):
         starts = _byte_starts(text)
         encoding = self.engine.encode(text, add_special_tokens=False)
         ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)  # in characters
-        ends = np.maximum.accumulate(ends)  # the parts of a character end together
         return np.array(encoding.ids, dtype=np.uint32), np.diff(starts[ends], prepend=0)
 
     @cached_property

@@ -34,7 +34,7 @@ def peft_start(base, trainer):
 
     def backward():
         for batch in list(trainer.batches())[:8]:
-            inputs, targets = trainer.data.training.batch(batch)
+            [(inputs, targets)] = batch.micro_batches()
             logits = stock(input_ids=inputs).logits
             F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
 
@@ -56,7 +56,7 @@ def signs(ours, theirs, dim):
 
 def test_the_start_is_pefts_up_to_the_signs_of_singular_vectors(base, book, tmp_path):
     options = (*SMALL, "--target-modules", "c_attn", "c_proj", *runs.NO_DROPOUT["lora"])
-    trainer = runs.trainer("lora", base, book, tmp_path, *options, fast=False)
+    trainer = runs.trainer("lora", base, book, tmp_path, *options, "--kernels", "plain")
     theirs = peft_start(base, trainer)
     layers = lora_ga_layers(trainer.model)
     assert len(layers) == 6

@@ -140,11 +140,11 @@ def test_below_the_lowest_adapted_block_no_gradient_is_computed(base, layers, be
 
 def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
     asked = parse_options("-", ["lora", "--layers", "4-6", "0", "5"])
-    assert asked.lora.layers_to_transform == (0, 4, 5, 6)
+    assert asked.layers_to_transform == (0, 4, 5, 6)
     model = trainer("lora", base, book, tmp_path, "--layers", "1-2").model
     assert list(lora_layers(model)) == ["h.1.attn.c_attn", "h.2.attn.c_attn"]
     asked = parse_options("-", ["lora", "--target-modules", "all-linear"])
-    assert asked.lora.target_modules == "all-linear"
+    assert asked.target_modules == "all-linear"
 
 
 def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):

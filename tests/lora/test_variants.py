@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training.build import build_model
 
+from common.device import Device
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig, LoRALinear
 from lora.load import load_adapter
@@ -32,6 +32,7 @@ from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize
 from tests.runs import arguments, run, stock_linear_model, stock_model, trained
 from train import learning_rate, main
+from training.model import add_adapter, load_base
 from training.options import parse_options
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -117,7 +118,7 @@ RUNS = {
 def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     """The dropouts are on; the start is the seeded adapter, and each step is train.py's own."""
     short = split("--max-steps 20 --batch-size 4 --lr 3e-3")
-    ours = runs.trainer("lora", base, book, tmp_path, *short, *split(options), fast=False)
+    ours = runs.trainer("lora", base, book, tmp_path, *short, *split(options), "--kernels", "plain")
     args = ours.options
     stock = stock_linear_model(base)
     torch.manual_seed(args.seed)
@@ -146,13 +147,12 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     initial = {key: x.detach().clone() for key, x in raw_tensors(ours.model).items()}
     assert_equal(initial, peft.get_peft_model_state_dict(theirs))
     batches = list(ours.batches())
-    ours.meter.restart()
     torch.manual_seed(0)
     for batch in batches:
         ours.step(batch)
     torch.manual_seed(0)
     for step, batch in enumerate(batches):
-        inputs, targets = ours.data.training.batch(batch)
+        [(inputs, targets)] = batch.micro_batches()
         F.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1), targets.flatten()).backward()
         nn.utils.clip_grad_norm_(mine, args.clip)
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
@@ -337,7 +337,9 @@ def test_pissa_decomposes_weights_where_they_will_be_trained(base, book, tmp_pat
 
     monkeypatch.setattr(torch.linalg, "svd", svd)
     argv = arguments("lora", base, book, tmp_path, "--init-lora-weights", "pissa", "--r", 4)
-    model = build_model(parse_options("-", argv), base, device="meta")
+    options = parse_options("-", argv)
+    model = load_base(options, base, Device(torch.device("meta"), "fp32"))
+    add_adapter(model, options, base)
     assert places == ["meta", "meta"]
     assert all(p.is_meta for p in (*model.parameters(), *model.buffers()))
 
