@@ -155,12 +155,8 @@ def exact(opts: Namespace, report: Report, folder: Path) -> Result:
 
 
 def compare_counts(report: Report, counted: dict[str, Any], there: Result) -> None:
-    numbers = {
-        "trainable": counted["trainable_parameters"],
-        "all": counted["total_parameters"],
-    }
+    numbers = {"trainable": counted["trainable_parameters"], "all": counted["total_parameters"]}
     report.facts["parameters"] = numbers
-
     theirs = there.model.get_nb_trainable_parameters()
     for (kind, n), m in zip(numbers.items(), theirs, strict=True):
         report.check(f"{kind} parameters, {n:,} here and {m:,} there", abs(n - m), 0)

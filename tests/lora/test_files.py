@@ -201,7 +201,7 @@ DAMAGED = [
     (lambda t: t.update({LAST: t[LAST].t()}), f"{LAST} is (4, 96) where (96, 4) is needed"),
     (
         lambda t: t.update({LAST: t[LAST].long()}),
-        f"{LAST} holds numbers that are not finite, or no",
+        f"{LAST} is in torch.int64, not in fp32",
     ),
     (lambda t: t[LAST][2].fill_(-math.inf), f"{LAST} holds numbers that are not finite"),
 ]
