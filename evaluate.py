@@ -27,13 +27,15 @@ from training.options import BOOK
 from training.ranks import Ranks
 from training.scores import Scores
 
+EVAL_BATCH = 16  # windows scored at a time
+
 
 def evaluate(
     model: GPT2,
     dataset: Dataset,
     device: Device,
     ranks: Ranks | None = None,
-    batch_size: int = 16,
+    batch_size: int = EVAL_BATCH,
 ) -> Scores:
     """Score all of a text, or of conversations.
 
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, model, tokenizer = load_model(args.base, args.adapter, device.dtype, args.quantise)
     check_block_size(args.block_size, model.config)
     kind = quantisation(model)
-    device.prepare(model)
+    device.cast_frozen(model)
     set_kernels(model, args.kernels)
     score = score_questions if args.choices else score_text
     found = score(args, model, tokenizer, device)
@@ -116,7 +118,7 @@ def score_text(
 ) -> dict[str, Any]:
     """Score a text or conversations; print the scores and return them."""
     source, fraction = what_to_score(args)
-    data = load_data(args, tokenizer, source, fraction)
+    data = load_dataset(args, tokenizer, source, fraction)
     scores = evaluate(model, data, device, batch_size=args.batch_size)
     print(f"{source}{part_name(fraction)}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
@@ -144,7 +146,7 @@ def what_to_score(args: argparse.Namespace) -> tuple[str, float]:
     return source, args.val_fraction or 1.0
 
 
-def load_data(
+def load_dataset(
     args: argparse.Namespace, tokenizer: Tokenizer, source: str, fraction: float
 ) -> Windows | Instructions:
     """Load what is scored. Raises UserError if it is too short."""

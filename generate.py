@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     adapter = args.adapter[0] if args.adapter else None
     base, model, tokenizer = load_model(args.base, adapter, device.dtype, args.quantise)
-    device.prepare(model)
+    device.cast_frozen(model)
     set_kernels(model, args.kernels)
     with device.autocast():
         if args.chat:
@@ -52,7 +52,7 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
     """Continue each prompt with every adapter, all in one batch."""
     loaded, adapters = load_several(args.base, args.adapter, device.dtype, args.quantise)
     base, model, tokenizer = loaded
-    device.prepare(model)
+    device.cast_frozen(model)
     set_kernels(model, args.kernels)
 
     names: list[str | None] = [str(adapter) for adapter in args.adapter]

@@ -1,10 +1,10 @@
-"""Fine-tune GPT-2 on a book: `python train.py lora` or `python train.py full`.
+"""Fine-tune GPT-2 on a book or on conversations: `python train.py lora` or `full`.
 
 One loop serves both methods. They differ in which parameters are trained and in what is saved.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,29 +12,28 @@ from torch import Tensor, nn
 
 from common.errors import run_command
 from data.windows import Batch
-from evaluate import Scores, evaluate
+from evaluate import EVAL_BATCH, Scores, evaluate
 from lora import adapter_disabled
-from lora.variants.plus import parameter_groups
 from model.gpt2 import GPT2
 from training.data import Data, load_data
 from training.model import add_adapter, load_base
 from training.optimizer import AdamW
 from training.options import parse_options
-from training.run import Run, open_run
-from training.variants import start_variant
-
-Backward = Callable[[Tensor, Tensor, int], Tensor]
+from training.report import describe_parameters
+from training.run import AddGradients, Run, open_run
+from training.variants import parameter_groups, start_variant
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     with open_run(parse_options(__doc__, argv)) as run:
         base = run.find_base()
         data = load_data(run.options, base)
-        options = run.resolve(data)  # the precision and the learning rate, if they were left open
+        options = run.resolve(data)  # fills in what was left open, such as the learning rate
         model = load_base(options, base, run.device)
         if options.method == "lora":
-            add_adapter(model, options, base)  # A and B are trained, everything else is frozen
-        run.lock(model, data)
+            add_adapter(model, options, base)  # freezes the base
+        print(describe_parameters(model))
+        run.claim_out(data)
         if not run.finished:
             train(model, data, run)
 
@@ -42,39 +41,39 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(model: GPT2, data: Data, run: Run) -> None:
     """Take every step. Validate when due, and keep the best model."""
     options = run.options
-    optimizer, scaler, backward = prepare(model, data, run)
-    run.begin(model, optimizer=optimizer, scaler=scaler)  # or resume
+    optimizer, scaler, add_gradients = set_up(model, data, run)
+    run.begin(model, optimizer=optimizer, scaler=scaler)  # resumes, or empties --out
     if run.step == 0:
         validate_start(model, data, run)
     for batch in run.steps(data.training):
         lr = learning_rate(run.step, run.total_steps, options.lr, options.warmup_ratio)
-        loss, grad_norm = train_step(model, optimizer, scaler, backward, batch, lr, run)
-        run.log(loss, grad_norm, batch.num_tokens, lr)
+        loss, grad_norm = train_step(model, optimizer, scaler, add_gradients, batch, lr, run)
+        run.count_step(loss, grad_norm, batch.num_tokens, lr)
         if run.should_validate():
             run.keep_best(model, validate(model, data, run))
     run.finish(model)
 
 
-def prepare(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScaler, Backward]:
+def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScaler, AddGradients]:
     """Return what a step needs: the optimizer, the scaler of the loss for fp16, and the function
     that adds a micro-batch's gradients.
     """
     options = run.options
-    run.prepare(model)  # on the device, frozen weights in --precision
+    run.set_up_model(model)  # casts frozen weights, chooses --kernels, compiles
     # One group of parameters, or two under LoRA+. Each has `lr_scale`, the factor of its rate.
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
-    backward = partial(add_gradients, model, scaler, run)
-    start_variant(model, optimizer, run, data.training, backward)
-    return optimizer, scaler, run.graphed(backward, model)
+    add_gradients: AddGradients = partial(backward, model, scaler, run)
+    start_variant(model, optimizer, run, data.training, add_gradients)  # LoRA-GA, --riemannian
+    return optimizer, scaler, run.with_cuda_graph(add_gradients, model)
 
 
 def train_step(
     model: GPT2,
     optimizer: AdamW,
     scaler: torch.amp.GradScaler,
-    backward: Backward,
+    add_gradients: AddGradients,
     batch: Batch,
     lr: float,
     run: Run,
@@ -84,8 +83,8 @@ def train_step(
     """
     loss = torch.zeros((), device=run.device.torch_device)
     for inputs, targets in batch.micro_batches():
-        loss += backward(inputs, targets, batch.num_tokens)
-    run.ranks.all_reduce_gradients(model, loss)
+        loss += add_gradients(inputs, targets, batch.num_tokens)
+    run.ranks.all_reduce_gradients(model, loss)  # sums the loss, too
 
     scaler.unscale_(optimizer)  # clipping compares true norms
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.options.clip or math.inf)
@@ -97,7 +96,7 @@ def train_step(
     return loss, grad_norm
 
 
-def add_gradients(
+def backward(
     model: GPT2,
     scaler: torch.amp.GradScaler,
     run: Run,
@@ -111,8 +110,9 @@ def add_gradients(
     of micro-batches, and of ranks, add up to those of the batch's mean loss.
     """
     with run.device.autocast():
+        # With --kernels fast, the default, FastGPT2.loss in model/kernels/fast.py computes it.
         loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
-    # In fp16 small gradients vanish: the scaler multiplies the loss, and `unscale_` divides.
+    # Small gradients vanish in fp16: scale the loss up. `unscale_` divides the gradients.
     scaler.scale(loss / num_tokens).backward()
     return loss.detach()
 
@@ -129,7 +129,7 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 def validate_start(model: GPT2, data: Data, run: Run) -> None:
-    """Score the validation part by the base and, if there is one, by the initial adapter."""
+    """Score the validation part with the base and, if there is one, with the initial adapter."""
     with adapter_disabled(model):
         run.keep_base(model, validate(model, data, run))
     if run.options.init_adapter:
@@ -137,8 +137,8 @@ def validate_start(model: GPT2, data: Data, run: Run) -> None:
 
 
 def validate(model: GPT2, data: Data, run: Run) -> Scores:
-    """Score the validation part, in batches no larger than training's."""
-    size = min(16, run.micro_batch_size)
+    """Score the validation part, in batches no larger than those of training."""
+    size = min(EVAL_BATCH, run.micro_batch_size)
     return evaluate(model, data.validation, run.device, run.ranks, size)
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from adapters.factors import Factors, truncate, write_factors
-from common.cli import BASE, Parser, number, print_table
+from common.cli import BASE_OPTION, Parser, number, print_table
 from common.errors import UserError, run_command
 from common.files import brief, file_sha256, new_directory, read_json, refuse_existing
 from lora import LoRAConfig, inject, lora_layers
 from lora.peft_view import peft_view
 from lora.save import BASE_SHA256, base_fields
 from lora.targets import target_modules
-from lora.variants.slices import SlicedLoRALinear
+from lora.variants.qkv import SlicedLoRALinear
 from model.gpt2 import GPT2
 from storage.hf_compat import stock_name
 from storage.hub import find_base, split_revision
@@ -102,7 +102,7 @@ def shown_ranks(rank: int) -> list[int]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="adapters.extract", description=__doc__)
-    parser.add_argument("--base", **BASE)
+    parser.add_argument("--base", **BASE_OPTION)
     parser.add_argument(
         "--full",
         type=Path,

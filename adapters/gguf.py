@@ -11,7 +11,7 @@ from adapters.factors import read_factors
 from adapters.load import load_model
 from adapters.merge import chat_template, load_merged
 from adapters.quantisation import recorded_quantisation
-from common.cli import BASE, NONE, QUANTISE, Parser
+from common.cli import BASE_OPTION, NONE, QUANTISE_OPTION, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import atomic_path
@@ -19,7 +19,7 @@ from storage.gguf import refuse_unknown_fields, save_adapter_gguf, save_gguf
 from storage.hub import find_adapter
 
 
-def write_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
+def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
     """Write the adapter alone, every layer padded to the largest rank; return what was written.
 
     Raises UserError if it is DoRA, or does not fit the base, or for a base that llama.cpp would
@@ -43,7 +43,7 @@ def write_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> st
     return f"{adapter}, an adapter of {loaded.base},"
 
 
-def write_model(
+def export_model(
     base: str, adapter: Path | None, out: Path, dtype: torch.dtype, quantise: str | None
 ) -> str:
     """Write the base, with the adapter, if any, merged into it; return what was written."""
@@ -64,8 +64,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="ADAPTER",
         help="in PEFT's format, or OWNER/NAME on the hub; without it, the base is written",
     )
-    parser.add_argument("--base", **BASE)
-    parser.add_argument("--quantise", "--quantize", **QUANTISE)
+    parser.add_argument("--base", **BASE_OPTION)
+    parser.add_argument("--quantise", "--quantize", **QUANTISE_OPTION)
     parser.add_argument(
         "--merge",
         action="store_true",
@@ -90,9 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     dtype = PRECISIONS[args.precision]
     if args.adapter and not args.merge:
-        written = write_adapter(args.base, args.adapter, args.out, dtype)
+        written = export_adapter(args.base, args.adapter, args.out, dtype)
     else:
-        written = write_model(args.base, args.adapter, args.out, dtype, args.quantise)
+        written = export_model(args.base, args.adapter, args.out, dtype, args.quantise)
     print(f"{written} -> {args.out}")
 
 

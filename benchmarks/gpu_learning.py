@@ -149,7 +149,7 @@ def check_graph(report: Report, name: str, trainer: ours.Trainer) -> None:
     """Check that a run with --cuda-graph has its graph: for the run, a failed capture is a
     warning.
     """
-    backward = trainer.backward
+    backward = trainer.add_gradients
     if isinstance(backward, GraphedGradients):
         report.check(f"{name}: graphs that could not be captured", int(backward.graph is None), 0)
 
@@ -157,8 +157,11 @@ def check_graph(report: Report, name: str, trainer: ours.Trainer) -> None:
 def waits_in_evaluation(opts: Namespace, count: int) -> int:
     """Return how often scoring `count` batches waits: once, for the sums, is right."""
     trainer = make_trainer(opts, "lora", *LOW)
-    tokens = trainer.data.validation.tokens[: 2 * count * opts.block + 1]
-    text = Windows(tokens, opts.block, opts.block)
+    validation = trainer.data.validation
+    assert isinstance(validation, Windows) and validation.byte_counts is not None
+    end = 2 * count * opts.block + 1
+    counts = validation.byte_counts[:end]
+    text = Windows(validation.tokens[:end], opts.block, opts.block, byte_counts=counts)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         set_sync_mode(opts, "warn")

@@ -73,12 +73,12 @@ class Trainer:
         self.model = load_base(self.options, base, self.device)
         if options.method == "lora":
             add_adapter(self.model, self.options, base)
-        self.prepare()
+        self.set_up()
 
-    def prepare(self) -> None:
-        """Prepare the model and make its optimizer. Call it again to train other parameters."""
-        parts = train.prepare(self.model, self.data, self.run)
-        self.optimizer, self.scaler, self.backward = parts
+    def set_up(self) -> None:
+        """Make what a step needs. Call it again to train other parameters."""
+        parts = train.set_up(self.model, self.data, self.run)
+        self.optimizer, self.scaler, self.add_gradients = parts
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -98,7 +98,7 @@ class Trainer:
         done = self.run.progress.step
         lr = train.learning_rate(done, self.total_steps, options.lr, options.warmup_ratio)
         loss, _ = train.train_step(
-            self.model, self.optimizer, self.scaler, self.backward, batch, lr, self.run
+            self.model, self.optimizer, self.scaler, self.add_gradients, batch, lr, self.run
         )
         self.run.progress.step += 1
         return loss
@@ -134,7 +134,7 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     model = load_gpt2(base, device.dtype)
     if adapter:
         load_adapter(model, adapter)
-    device.prepare(model)
+    device.cast_frozen(model)
     set_kernels(model, "fast")
     return model
 

@@ -32,7 +32,7 @@ from benchmarks.parity_runs import (
     train_options,
     train_there,
 )
-from common.cli import DEVICE, Parser, number
+from common.cli import DEVICE_OPTION, Parser, number
 from common.device import Device, use_full_fp32
 from common.errors import UserError, run_command
 from storage.hub import find_base
@@ -92,7 +92,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     parser.add_argument("--batch-size", type=number(int, 1), default=2)
     parser.add_argument("--block-size", type=number(int, 1), default=128)
-    device: dict[str, Any] = {**DEVICE, "help": "of all but the bit-exact part (CPU)"}
+    device: dict[str, Any] = {**DEVICE_OPTION, "help": "of all but the bit-exact part (CPU)"}
     parser.add_argument("--device", **device)
     parser.add_argument("--exact-only", action="store_true", help="only the bit-exact part")
     parser.add_argument(

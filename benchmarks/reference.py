@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import ours
 from benchmarks.parity_report import machine
-from common.cli import BASE, Parser, number, print_table
+from common.cli import BASE_OPTION, Parser, number, print_table
 from common.device import Device
 from common.errors import run_command
 from common.files import write_json
@@ -105,7 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         description=__doc__,
         epilog="Further options are those of train.py.",
     )
-    base: dict[str, Any] = {**BASE}
+    base: dict[str, Any] = {**BASE_OPTION}
     parser.add_argument("--base", **base)
     parser.add_argument(
         "--book", type=Path, default=TEXT, help="UTF-8 text file (default: pseudo-Latin)"

@@ -115,7 +115,10 @@ class Task:
         """Return the first windows of the book, one batch, which every call scores."""
         windows, _ = ours.data(self.args())
         length = self.batch_size * self.block_size + 1
-        return Windows(windows.tokens[:length], self.block_size, self.block_size)
+        counts = windows.byte_counts
+        assert counts is not None
+        block = self.block_size
+        return Windows(windows.tokens[:length], block, block, byte_counts=counts[:length])
 
 
 def compare(opts: Namespace) -> list[Task]:

@@ -1,4 +1,4 @@
-"""Parse the options that commands share, and print tables. Torch is not imported here."""
+"""Parse the options that commands share, and print tables."""
 
 import argparse
 import math
@@ -96,30 +96,30 @@ def steps_or_seconds(text: str) -> Interval:
         raise argparse.ArgumentTypeError(f"{error}, nor a time such as 90s or 10m") from error
 
 
-BASE: dict[str, Any] = {
+BASE_OPTION: dict[str, Any] = {
     "default": "auto",
     "metavar": "B",
     "help": "directory, gpt2[-medium|-large|-xl], distilgpt2, mini, OWNER/NAME[@REVISION] on the "
     "Hugging Face hub, or auto: gpt2 where it can be had, else mini",
 }
-DEVICE: dict[str, Any] = {
+DEVICE_OPTION: dict[str, Any] = {
     "default": "auto",
     "choices": ("auto", "cpu", "cuda", "mps"),
     "help": "auto: CUDA, else MPS, else the CPU",
 }
-PRECISION: dict[str, Any] = {
+PRECISION_OPTION: dict[str, Any] = {
     "default": "auto",
     "choices": ("auto", "fp32", "bf16", "fp16"),
     "help": "of the matmuls; auto: by the device (docs/howto.md)",
 }
-KERNELS: dict[str, Any] = {
+KERNELS_OPTION: dict[str, Any] = {
     "default": "fast",
     "choices": ("fast", "plain"),
     "help": "fast: operations of model/kernels. plain: PyTorch's own operations, as model/gpt2.py "
     "has them (default: fast)",
 }
 NONE = "none"  # the base as it is stored, whatever an adapter says
-QUANTISE: dict[str, Any] = {
+QUANTISE_OPTION: dict[str, Any] = {
     "choices": ("nf4", "int8", NONE),
     "help": "hold the blocks' linear layers in 4 bits (nf4, as QLoRA) or 8 (int8) a weight; none: "
     "as they are (default: as when the adapter was trained)",
@@ -127,7 +127,7 @@ QUANTISE: dict[str, Any] = {
 
 
 def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("--base", **BASE)
+    parser.add_argument("--base", **BASE_OPTION)
     parser.add_argument(
         "--adapter",
         type=Path,
@@ -136,12 +136,12 @@ def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None)
         help="an adapter in PEFT's format, or OWNER/NAME on the hub; with --base auto, the base "
         "that it names is loaded",
     )
-    parser.add_argument("--quantise", "--quantize", **QUANTISE)
+    parser.add_argument("--quantise", "--quantize", **QUANTISE_OPTION)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", **DEVICE)
-    parser.add_argument("--precision", **PRECISION)
+    parser.add_argument("--device", **DEVICE_OPTION)
+    parser.add_argument("--precision", **PRECISION_OPTION)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

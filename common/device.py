@@ -72,7 +72,7 @@ class Device:
             return x.pin_memory().to(self.torch_device, non_blocking=True)
         return x.to(self.torch_device)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def cast_frozen(self, model: nn.Module) -> nn.Module:
         """Move the model to the device and cast its frozen matrices to `precision`.
 
         Autocast would cast them again at every step.

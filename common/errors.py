@@ -20,11 +20,13 @@ class RunError(Exception):
 
 @contextmanager
 def as_failure(kind: type[Exception] = UserError) -> Iterator[None]:
-    """Turn a ValueError of a library such as `lora` into one that ends a command with one line."""
+    """Turn an error of a library such as `lora` into one that ends a command with one line."""
     try:
         yield
     except ValueError as error:
         raise kind(str(error)) from error
+    except OSError as error:
+        raise kind(f"{error.filename}: {error.strerror}") from error
 
 
 # torch's CPU allocator and cuBLAS have no exception of their own.

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.signals import unfinished
 
 UNFINISHED = ".tmp"
-BLOCK = 1 << 20  # bytes read at a time
+READ_SIZE = 1 << 20  # bytes read at a time
 
 
 class NotWritable(UserError):
@@ -120,7 +120,7 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
     with open_file(path) as file:
-        for block in iter(lambda: file.read(BLOCK), b""):
+        for block in iter(lambda: file.read(READ_SIZE), b""):
             digest.update(block)
     return digest.hexdigest()
 

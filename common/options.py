@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.cli import (
-    KERNELS,
+    KERNELS_OPTION,
     Parser,
     add_device_options,
     add_model_options,
@@ -53,7 +53,7 @@ def parse_evaluate(
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
     add_device_options(parser)
-    parser.add_argument("--kernels", **KERNELS)
+    parser.add_argument("--kernels", **KERNELS_OPTION)
     args = parser.parse_args(argv)
 
     if args.compare:
@@ -152,7 +152,7 @@ def parse_generate(
         help="first show what the base alone writes, for comparison",
     )
     add_device_options(parser)
-    parser.add_argument("--kernels", **KERNELS)
+    parser.add_argument("--kernels", **KERNELS_OPTION)
     args = parser.parse_args(argv)
 
     for prompt in args.prompt or ():

@@ -16,7 +16,7 @@ from data.tokenizer import Tokenizer
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tokens"
 HEADER = hashlib.sha256().digest_size  # bytes before the numbers in a cached file
-BLOCK = 1 << 20  # bytes hashed at a time
+READ_SIZE = 1 << 20  # bytes hashed at a time
 PIECE = 1 << 16  # characters tokenized at a time: a library needs far more memory than its ids
 BOUNDARY = re.compile(r"\S(?=[ \n])")
 
@@ -139,7 +139,7 @@ def _is_whole(path: Path, name: str) -> bool:
     digest = hashlib.sha256(name.encode())
     with open_file(path) as file:
         stored = file.read(HEADER)
-        while block := file.read(BLOCK):
+        while block := file.read(READ_SIZE):
             digest.update(block)
     return digest.digest() == stored
 

@@ -59,10 +59,10 @@ class Batch:
             yield self.data.batch(self.indices[start : start + size])
 
 
-def split(tokens: Any, val_fraction: float) -> tuple:
-    """Return the training part and the validation part, the last `val_fraction` of the tokens."""
-    cut = len(tokens) - int(len(tokens) * val_fraction)
-    return tokens[:cut], tokens[cut:]
+def split(items: Any, val_fraction: float) -> tuple:
+    """Return the training part and the validation part, the last `val_fraction` of the items."""
+    cut = len(items) - int(len(items) * val_fraction)
+    return items[:cut], items[cut:]
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -94,7 +94,7 @@ class Windows:
 
     @property
     def passes_per_epoch(self) -> float:
-        """Return how often an epoch reads each token, on average: where windows overlap, often."""
+        """Return how often an epoch reads each token, on average."""
         return len(self) * self.block_size / len(self.tokens)
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
@@ -125,7 +125,8 @@ class Windows:
         is not scored.
         """
         length = len(self.tokens)
-        last_start = max(0, length - self.label_shift - self.block_size)  # its window ends the text
+        # A window that starts at `last_start` ends the text.
+        last_start = max(0, length - self.label_shift - self.block_size)
         starts = np.arange(0, last_start + self.stride, self.stride)
         columns = np.arange(self.block_size)
         in_overlap = columns < self.block_size - self.stride  # with the window before

@@ -11,7 +11,7 @@ from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig, LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
-from lora.quantised import quantise
+from lora.quantised import dequantise, quantise
 from lora.save import save_adapter
 from lora.variants import make_config, make_layer
 
@@ -19,6 +19,7 @@ __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "adapter_disabled",
+    "dequantise",
     "inject",
     "load_adapter",
     "lora_layers",

@@ -12,7 +12,7 @@ from lora.variants import make_layer
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> None:
-    """Wrap every `nn.Linear` that `find_targets` names in a LoRA layer; freeze the rest.
+    """Put a LoRA layer around each `nn.Linear` that `find_targets` returns. Freeze the rest.
 
     The config is kept as `model.lora_config`. Its class chooses the variant. Raises ValueError if a
     target, a rank or a variant does not fit, or if the model has an adapter already. The model is
@@ -23,12 +23,12 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     """Return the LoRA layers of a model by module name. `install` puts them into the model."""
-    prefix = peft_view(model).prefix
+    prefix = peft_view(model).prefix  # before our GPT-2's names in PEFT's files: "transformer."
     layers = {}
-    for name, slices in find_targets(model, config).items():
+    for name, slices in find_targets(model, config).items():  # slices: q, k, v of c_attn, or none
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        with naming(name):
+        with errors_that_name(name):
             layers[name] = make_layer(layer, layer_config(config, prefix + name), slices)
     return layers
 
@@ -42,7 +42,7 @@ def install(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinea
 
 
 @contextmanager
-def naming(layer: str) -> Iterator[None]:
+def errors_that_name(layer: str) -> Iterator[None]:
     """Begin the message of a ValueError with the layer's name."""
     try:
         yield

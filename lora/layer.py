@@ -1,6 +1,6 @@
 """The LoRA layer: a frozen linear layer plus a trained low-rank update.
 
-This file needs PyTorch alone: copy it anywhere, and it adapts any `nn.Linear`.
+This file needs PyTorch alone. Copied anywhere, it adapts any `nn.Linear` that you freeze first.
 """
 
 import math
@@ -20,7 +20,7 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` says what names match
+    target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` matches them
     use_rslora: bool = False
     layers_to_transform: tuple[int, ...] | None = None  # only these blocks; None: all
     layers_pattern: tuple[str, ...] | None = None  # the blocks' list, such as "h"; None: any
@@ -38,7 +38,7 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + scaling * B A dropout(x) (paper, equation 3); `inject` freezes W and b.
+    """y = W x + b + scaling * B A dropout(x) (paper, equation 3). `inject` freezes W and b.
 
     Shapes: x (..., in), A = lora_A.weight (r, in), B = lora_B.weight (out, r), y (..., out).
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zero, so a new adapter changes nothing.
@@ -89,17 +89,20 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base_layer(x)  # (..., out)
-        if self.merged or not self.enabled:  # merged: W holds the update already
+        if self.merged or not self.enabled:  # a merged W contains the update
             return y
         update = self.update(self.in_adapter_precision(x), y)
         return (y + update).to(y.dtype)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what the adapter adds to y = W x + b: scaling * B A dropout(x), (..., out)."""
+        """Return what the adapter adds to y = W x + b: scaling * B A dropout(x), (..., out).
+
+        Only DoRA reads y.
+        """
         return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
 
     def in_adapter_precision(self, x: Tensor) -> Tensor:
-        """Return x in the precision of A and B; under autocast, x itself: each matmul casts it."""
+        """Return x in the precision of A and B. Under autocast each matmul casts x by itself."""
         if torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.lora_A.weight.dtype)

@@ -24,7 +24,7 @@ PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.7
 def load_adapter(
     model: nn.Module, directory: str | Path, base_sha256: str | None = None
 ) -> LoRAConfig:
-    """Inject the adapter in `directory` into `model`, A and B as stored; return its config.
+    """Inject the adapter in `directory` into `model`, A and B as stored. Return its config.
 
     Raises ValueError if the file records another base than `base_sha256`, and if a tensor is
     missing, unexpected, misshapen or not finite. The model is then unchanged.

@@ -1,8 +1,8 @@
-"""Fold an adapter into the weights of its base, and take it off a model."""
+"""Add an adapter to the weights of its base, or remove it from a model."""
 
 from torch import nn
 
-from lora.inject import lora_layers, naming
+from lora.inject import errors_that_name, lora_layers
 
 
 def merge(model: nn.Module) -> None:
@@ -12,7 +12,7 @@ def merge(model: nn.Module) -> None:
     """
     layers = lora_layers(model)
     for name, layer in layers.items():
-        with naming(name):
+        with errors_that_name(name):
             layer.check_mergeable()
     for layer in layers.values():
         layer.merge()
@@ -26,13 +26,14 @@ def unmerge(model: nn.Module) -> None:
 
 def unwrap(model: nn.Module) -> None:
     """Put the linear layers, with what was merged into them, back in place of the LoRA layers.
+    Their weights stay frozen.
 
     Raises ValueError for layers of PiSSA or LoRA-GA that are not merged, because part of their W is
     in A and B. The model is then unchanged.
     """
     linear_layers = {}
     for name, layer in lora_layers(model).items():
-        with naming(name):
+        with errors_that_name(name):
             linear_layers[name] = layer.unwrapped()
     for name, linear in linear_layers.items():
         model.set_submodule(name, linear)

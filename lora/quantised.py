@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.inject import naming
+from lora.inject import errors_that_name
 from lora.layer import LoRAConfig, check_linear
 from lora.targets import ALL_LINEAR, find_targets
 
@@ -249,7 +249,7 @@ def quantise(
     for name in find_targets(model, LoRAConfig(target_modules=target_modules)):
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        with naming(name):
+        with errors_that_name(name):
             check_linear(layer)
         layers[name] = layer
     for name, layer in layers.items():

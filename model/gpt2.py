@@ -1,7 +1,8 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
 Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ...). It stores the
-projections (in, out); here they are `nn.Linear`s, (out, in), and `weights.py` transposes them.
+projections (in, out). Here they are `nn.Linear`s, (out, in): `storage/weights.py` transposes
+them.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 This file needs PyTorch alone. `accelerate` (`model/kernels/fast.py`) makes its models faster.
@@ -170,7 +171,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep only blocks' inputs, recompute the rest
+        self.gradient_checkpointing = False  # True: keep only blocks' inputs, recompute the rest
         self.wte = new_embedding(config.vocab_size, config.n_embd)
         self.wpe = new_embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -196,7 +197,7 @@ class GPT2(nn.Module):
         positions = torch.arange(past, total, device=idx.device)  # (T,)
         x = self.drop(self.embed(idx, positions))  # (B, T, C)
         for block in self.h:
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, cache)
@@ -205,9 +206,9 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        A frozen model holds its embeddings in the run's precision, a trained one in fp32. Under
-        autocast, evaluation rounds these as well, so that a model has one loss, in training and
-        after.
+        Full fine-tuning trains the embeddings in fp32. A saved model is loaded in the run's
+        precision. So evaluation under autocast rounds them, and the reloaded model has the same
+        loss.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)

@@ -57,9 +57,9 @@ def load_gpt2(
 ) -> GPT2:
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
-    Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.prepare` keeps a
-    frozen model. The whole model is never in memory in fp32. With `quantise`, each linear layer is
-    read in fp32 and replaced by `quantise(layer)` before the next is read.
+    Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.cast_frozen`
+    casts a frozen model. The whole model is never in memory in fp32. With `quantise`, each linear
+    layer is read in fp32 and replaced by `quantise(layer)` before the next is read.
 
     Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
     type, and for a config field that asks for another architecture.
@@ -226,7 +226,7 @@ def save_gpt2(
         tensors[f"transformer.{name}"] = value
 
     config = _stored_config(model.config, dtype or model.wte.weight.dtype, end_of_text)
-    with atomic_path(Path(directory) / WEIGHTS) as temporary, as_failure(RunError):
+    with as_failure(RunError), atomic_path(Path(directory) / WEIGHTS) as temporary:
         write_tensors(temporary, tensors, {"format": "pt"}, dtype)
         write_json(Path(directory) / CONFIG, config)
         write_json(Path(directory) / GENERATION, _generation_config(config))

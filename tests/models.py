@@ -182,10 +182,9 @@ def optimizers(ours: nn.Module, theirs: nn.Module, variant: str) -> tuple:
         for name, parameter in theirs.named_parameters():
             if "lora_A" in name:
                 parameter.requires_grad_(False)
-    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
-    groups = parameter_groups(trained, 4 if variant == "loraplus" else None)
+    groups = parameter_groups(ours, 4 if variant == "loraplus" else None)
     for group in groups:
-        group["lr"] = lr * group.pop("scale")
+        group["lr"] = lr * group.pop("lr_scale")
     mine = torch.optim.AdamW(groups, lr=lr, weight_decay=0)
     if variant == "loraplus":
         adamw = torch.optim.AdamW

@@ -147,11 +147,11 @@ def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
     """Let `train.py` act at the start of some steps."""
     step = train.train_step
 
-    def act(model, optimizer, scaler, backward, batch, lr, run):
+    def act(model, optimizer, scaler, add_gradients, batch, lr, run):
         action = actions.get(run.step + 1)
         if action:
             action(Moment(model, optimizer, scaler, run))
-        return step(model, optimizer, scaler, backward, batch, lr, run)
+        return step(model, optimizer, scaler, add_gradients, batch, lr, run)
 
     with mock.patch.object(train, "train_step", act):
         yield
@@ -281,7 +281,8 @@ def stock_linear_model(base: Path) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             linear = nn.Linear(*module.weight.shape)
-            linear.load_state_dict({"weight": module.weight.t(), "bias": module.bias})
+            linear.weight = nn.Parameter(module.weight.detach().t().contiguous())
+            linear.bias = module.bias
             model.set_submodule(name, linear)
     return model
 

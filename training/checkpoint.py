@@ -32,7 +32,7 @@ def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
     metadata = {"sha256": content_sha256(tree, tensors), "state": tree}
-    with atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary, as_failure(RunError):
+    with as_failure(RunError), atomic_path(out / CHECKPOINT, backup=out / PREVIOUS) as temporary:
         write_tensors(temporary, tensors, metadata)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import file_sha256
 from lora.load import adapter_path
+from lora.peft_config import CONFIG
 from storage.weights import base_hashes
 from training.options import MAY_CHANGE, Options, flag
 
@@ -22,7 +23,7 @@ class RunIdentity:
     options: dict[str, Any]
     base_sha256: dict[str, str]  # of its config and, if there are any, its weights
     book_sha256: str  # of the token ids
-    init_adapter_sha256: str | None
+    init_adapter_sha256: dict[str, str] | None  # of its config and weights
 
 
 def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunIdentity:
@@ -32,7 +33,10 @@ def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunI
         book.update(np.ascontiguousarray(part))
     init_adapter_sha256 = None
     if options.init_adapter:
-        init_adapter_sha256 = file_sha256(adapter_path(options.init_adapter))
+        init_adapter_sha256 = {
+            "config": file_sha256(options.init_adapter / CONFIG),
+            "weights": file_sha256(adapter_path(options.init_adapter)),
+        }
     return RunIdentity(
         method=options.method,
         options=options.as_json(),
@@ -75,10 +79,16 @@ def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
 
     contents = {
         "--base": (then["base_sha256"], now.base_sha256),
-        "--data" if now.options["data"] else "--book": (then["book_sha256"], now.book_sha256),
+        _text_options(now.options): (then["book_sha256"], now.book_sha256),
         "--init-adapter": (then["init_adapter_sha256"], now.init_adapter_sha256),
     }
     for option, (before, asked) in contents.items():
         if before != asked:
             return f"{option}: its content is not what the run began with"
     return None
+
+
+def _text_options(options: dict[str, Any]) -> str:
+    if options["val_data"]:
+        return "--data or --val-data"
+    return "--data" if options["data"] else "--book"

@@ -20,6 +20,7 @@ from model.gpt2 import GPT2, KVCache
 from training.options import Options
 
 WARM_UP = 3  # runs before the capture, as in PyTorch's documentation
+# (inputs, targets, num_tokens) -> the loss, summed over the tokens
 AddGradients = Callable[[Tensor, Tensor, int], Tensor]
 
 

@@ -16,14 +16,14 @@ from model.gpt2 import GPT2
 from storage.hf_compat import save_tokenizer, stock_name
 from storage.hub import split_revision
 from storage.weights import find_weights, load_config, load_gpt2, save_gpt2, weights_path
-from training.options import Options, lora_config
+from training.options import Options, adapter_config
 
 
 def load_base(options: Options, directory: Path, device: Device) -> GPT2:
     """Load the base on the device: for LoRA, with matrices in the run's precision; for full
     fine-tuning in fp32 or, if `directory` has no weights, with random ones.
 
-    Seeds torch with `options.seed`, which decides how A starts.
+    Seeds torch with `options.seed`, for A's start and the dropout masks.
     """
     torch.manual_seed(options.seed)
     if options.method == "lora":
@@ -47,7 +47,7 @@ def add_adapter(model: GPT2, options: Options, directory: Path) -> None:
             load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
     else:
         try:
-            inject(model, lora_config(options))
+            inject(model, adapter_config(options))
         except ValueError as error:
             raise UserError(f"--r, --layers, --target-modules: {error}") from error
     if options.freeze_a:

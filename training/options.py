@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import (
-    BASE,
-    DEVICE,
-    KERNELS,
+    BASE_OPTION,
+    DEVICE_OPTION,
+    KERNELS_OPTION,
     NONE,
-    PRECISION,
-    QUANTISE,
+    PRECISION_OPTION,
+    QUANTISE_OPTION,
     Interval,
     Parser,
     number,
@@ -77,7 +77,7 @@ class Options:
     """The options of a run, as they were typed or by default."""
 
     method: str
-    base: str = option(**BASE, may_change=True)
+    base: str = option(**BASE_OPTION, may_change=True)
 
     # data
     book: tuple[Path, ...] = option(
@@ -149,9 +149,9 @@ class Options:
     seed: int = option(
         42, number(int, 0, 2**63 - 1), "for the adapter's start, the order of windows and dropout"
     )
-    device: str = option(**DEVICE, may_change=True)
-    precision: str = option(**PRECISION)
-    kernels: str = option(**KERNELS)
+    device: str = option(**DEVICE_OPTION, may_change=True)
+    precision: str = option(**PRECISION_OPTION)
+    kernels: str = option(**KERNELS_OPTION)
     compile: bool = option(False, help="torch.compile the model. Not on a CPU, where it is slower")
     cuda_graph: bool = option(
         False,
@@ -178,8 +178,8 @@ class Options:
     checkpoint_every: Interval = option(
         steps_or_seconds("10m"),
         steps_or_seconds,
-        "save every N steps, or after a time such as 90s or 10m, as well as after an epoch "
-        "(default: 10m)",
+        "save every N steps, or after a time such as 90s or 10m, as well as after an epoch if the "
+        "last save is 10 s old (default: 10m)",
         metavar="N",
         may_change=True,
     )
@@ -194,7 +194,7 @@ class Options:
         "as in the reference run. best: c_attn c_proj c_fc, 16 at any rank, and "
         "0.035 / (steps * passes^2)^(1/3), from 5e-4 to 8e-3, where passes counts how often the "
         "run reads a token of its training part: 8 times per epoch if windows of 128 start "
-        "every 16 tokens (default: best for --data, reference for a book)",
+        "every 16 tokens (default: best for a new adapter on --data, otherwise reference)",
         choices=tuple(RECIPES),
         method="lora",
     )
@@ -244,7 +244,7 @@ class Options:
     quantise: str | None = option(
         help="store the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 bits (int8) per "
         "weight (default: none; with --init-adapter, as when it was trained)",
-        choices=QUANTISE["choices"],
+        choices=QUANTISE_OPTION["choices"],
         names=["--quantize"],
         method="lora",
     )
@@ -278,7 +278,7 @@ LORA_FIELDS = tuple(f.name for f in options_of("lora") if f.metadata.get("lora")
 MAY_CHANGE = {f.name for f in options_of("lora") if f.metadata.get("may_change")}
 
 
-def lora_config(options: Options) -> LoRAConfig:
+def adapter_config(options: Options) -> LoRAConfig:
     """Return the adapter's hyper-parameters. Raises UserError for variants that exclude each
     other.
     """
@@ -313,7 +313,7 @@ def make_parser(description: str | None) -> Parser:
 
 def _add(group: Any, name: str, settings: Mapping[str, Any], default: object) -> None:
     """Add an option to a parser or to a group of it. Its help ends with its default."""
-    ours = ("names", "method", "excludes", "default", "lora", "may_change")
+    ours = ("names", "method", "excludes", "lora", "may_change")
     known = {key: value for key, value in settings.items() if key not in ours}
     has_value = default is not None and not isinstance(default, bool)
     if has_value and "default: " not in known["help"]:
@@ -334,7 +334,8 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
 
     defaults = DEFAULTS[typed["method"]]
     if typed["method"] == "lora":
-        typed.setdefault("recipe", BEST if "data" in typed else REFERENCE)
+        on_data = "data" in typed and "init_adapter" not in typed
+        typed.setdefault("recipe", BEST if on_data else REFERENCE)
         defaults = defaults | RECIPES[typed["recipe"]]
         if "target_modules" in typed:
             typed["target_modules"] = target_modules(typed["target_modules"])
@@ -343,7 +344,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
             typed["layers_to_transform"] = tuple(sorted(numbers))
     options = Options(**defaults | typed)
     if options.method == "lora":
-        lora_config(options)  # refuses variants that exclude each other
+        adapter_config(options)  # refuses variants that exclude each other
     return options
 
 

@@ -1,4 +1,4 @@
-"""Fill in the options that were left open: precision, learning rate, an initial adapter's."""
+"""Fill in what was left open: precision, learning rate, the fields of an initial adapter."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from lora.variants import config_fields
 from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options
 
-RATES = (5e-4, 8e-3)  # the smallest and the largest that were best somewhere
+RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
 
 
 def best_rate(steps: int, passes: float) -> float:
@@ -37,7 +37,7 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
         with as_failure():
             stored = config_fields(load_adapter_config(options.init_adapter))
         filled |= {name: stored[name] for name in LORA_FIELDS}
-        filled["init_lora_weights"] = None  # the adapter's A and B
+        filled["init_lora_weights"] = None  # A and B start as stored
     if options.method == "lora":
         filled["quantise"] = choose_quantisation(options.quantise, adapters)
     if options.init_lora_weights == "lora_ga" and device.precision == "fp16":

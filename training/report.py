@@ -53,8 +53,8 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
         "best_val_perplexity": perplexity(best),
     }
     save_card(options.out, run_card(options.out.resolve().name, content))
-    write_json(options.out / RUN, content)
     draw_loss(options, base, report["start_val_loss"])
+    write_json(options.out / RUN, content)  # last: it means that the run is complete
 
     print(
         f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "

@@ -18,8 +18,8 @@ from training.ranks import Ranks
 
 
 class Saver:
-    """Save and restore a run: objects with `state_dict()` and `load_state_dict()`, PyTorch's
-    `Stateful` protocol, the random generators of all ranks, time and peak memory.
+    """Save and restore a run: its `stateful` objects, the random generators of all ranks, the time
+    and the peak memory. The objects have `state_dict()` and `load_state_dict()`.
 
     `directory` is None in all ranks but rank 0, which reads and writes the files.
     """
@@ -80,7 +80,7 @@ class Saver:
         self.saved_at = time.perf_counter()
 
     def restore(self) -> None:
-        """Restore the last checkpoint. Raises UserError if it is another run's."""
+        """Restore the last checkpoint. Raises UserError if it is of another run."""
         state = self.ranks.from_main(read_checkpoint(self.out) if self.directory else {})
         try:
             refuse_another(self.out / CHECKPOINT, state["run"], self.identity)

@@ -21,11 +21,13 @@ from tqdm import tqdm
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, on_signals, say
+from data.tokenizer import Tokenizer
 from data.windows import Batch, Dataset
 from lora.variants.lora_ga import GradientStart
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
-from storage.hub import find_base
+from storage import hub
+from training import recipe
 from training.data import Data
 from training.directory import RUN, RunDirectory, refuse_inputs_as_output, refuse_used_directory
 from training.identity import RunIdentity, refuse_another, run_identity
@@ -34,20 +36,18 @@ from training.meter import Meter, Progress
 from training.model import save_model
 from training.options import Options
 from training.ranks import Ranks
-from training.recipe import count_steps, resolve
 from training.report import (
     best_weights,
     count_parameters,
-    describe_parameters,
     read_run,
     write_report,
 )
 from training.resume import Saver
 from training.scores import Scores
 
-# Save at an epoch's end if the last checkpoint is this old: on a GPU, saving can take longer than
-# the epoch.
-YOUNG_SECONDS = 10.0
+# Save at an epoch's end if the last checkpoint is this many seconds old: on a GPU, saving can take
+# longer than the epoch.
+MIN_CHECKPOINT_AGE = 10.0
 
 
 @contextmanager
@@ -79,14 +79,15 @@ def open_run(options: Options) -> Iterator["Run"]:
 class Run:
     """One run of `train.py` in `--out`. Only rank 0 writes files and prints."""
 
+    base: str  # its name
+    base_directory: Path
     identity: RunIdentity
+    tokenizer: Tokenizer
 
     def __init__(self, options: Options, device: Device, ranks: Ranks):
         self.options = options
         self.device = device
         self.ranks = ranks
-        self.base_directory = Path()
-        self.tokenizer: Any = None
         self.progress = Progress()
         self.meter = Meter(device.precision == "fp16")
         self.steps_per_epoch = 0
@@ -94,8 +95,8 @@ class Run:
         self.largest_batch = 0
         self.micro_batch_size = 0
 
-        self.directory: RunDirectory | None = None  # rank 0's, while it has the lock
-        self.finished = False  # before it began: --resume has nothing to do
+        self.directory: RunDirectory | None = None  # in rank 0, while it has the lock
+        self.finished = False  # whether --resume found the run complete
         self.saver: Saver | None = None  # once the run has begun
         self.line: dict[str, Any] = {}  # of metrics.jsonl, if this step writes one
         self.stop_signal: int | None = None
@@ -108,29 +109,28 @@ class Run:
         reads.
         """
         with self.ranks.main_first():
-            self.base, self.base_directory = find_base(self.options.base)
+            self.base, self.base_directory = hub.find_base(self.options.base)
         if self.ranks.is_main:
             refuse_inputs_as_output(self.options, self.base_directory)
         return self.base_directory
 
     def resolve(self, data: Data) -> Options:
         """Fill in the options that were left open, and count the steps. Return the options."""
-        self.options = resolve(self.options, self.base, self.device, data.training)
+        self.options = recipe.resolve(self.options, self.base, self.device, data.training)
         self.tokenizer = data.tokenizer
         windows = len(data.training)
-        self.steps_per_epoch, self.total_steps = count_steps(self.options, windows)
+        self.steps_per_epoch, self.total_steps = recipe.count_steps(self.options, windows)
         self.largest_batch = min(self.options.batch_size, windows)
         share = math.ceil(self.largest_batch / self.ranks.world_size)
         self.micro_batch_size = math.ceil(share / self.options.grad_accum)
         return self.options
 
-    def lock(self, model: GPT2, data: Data) -> None:
-        """Print the parameter count, and lock `--out`. Set `finished` if --resume finds the run
-        complete there.
+    def claim_out(self, data: Data) -> None:
+        """Identify the run by its inputs, and lock `--out`. Set `finished` if --resume finds the
+        run complete there.
 
         Raises UserError if another run is in `--out`, or at work there.
         """
-        print(describe_parameters(model))
         tokens = data.training.tokens, data.validation.tokens
         self.identity = run_identity(self.options, self.base_directory, *tokens)
         self.ranks.check_same(asdict(self.identity))
@@ -149,10 +149,10 @@ class Run:
         print(f"{out}: this run is finished; nothing to resume")
         return True
 
-    def prepare(self, model: GPT2) -> None:
-        """Move the model to the device, cast its frozen weights, and choose its kernels."""
+    def set_up_model(self, model: GPT2) -> None:
+        """Cast what was frozen since loading, choose the kernels, and compile."""
         model.train()
-        self.device.prepare(model)
+        self.device.cast_frozen(model)
         set_kernels(model, self.options.kernels)
         self.ranks.broadcast(*(p for p in model.parameters() if p.requires_grad))
         if self.options.compile:
@@ -165,7 +165,7 @@ class Run:
         scaler.scale(torch.zeros((), device=device))  # makes its scale: a rank may have no loss
         return scaler
 
-    def graphed(self, add_gradients: AddGradients, model: GPT2) -> AddGradients:
+    def with_cuda_graph(self, add_gradients: AddGradients, model: GPT2) -> AddGradients:
         """Return the function itself or, with --cuda-graph, a CUDA graph of it."""
         if not self.options.cuda_graph:
             return add_gradients
@@ -230,16 +230,17 @@ class Run:
     def steps(self, training: Dataset) -> Iterator[Batch]:
         """Yield the batch of each step that is left. After the step, log, save and stop when due.
 
-        A signal lets the step end and saves.
+        After a signal the step ends, a checkpoint is saved, and the process exits.
         """
         on_signals(self._on_signal)
         self._leave_out()  # validation before the first step
-        hidden = None if self.directory else True  # None hides the bar if stderr is no terminal
-        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=hidden)
+        disable = None if self.directory else True  # None: show the bar on a terminal only
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=disable)
         with bar:
             for batch in self.batches(training, self.step):
                 yield batch
                 self._end_step(bar)
+        on_signals(end_at_once)  # all is saved
 
     def batches(self, training: Dataset, first: int = 0) -> Iterator[Batch]:
         """Yield each step's batch from step `first` on. Each epoch has its own order."""
@@ -256,8 +257,8 @@ class Run:
         mine = np.array_split(indices, self.ranks.world_size)[self.ranks.rank]
         return Batch(training, mine, self.micro_batch_size, training.num_tokens(indices))
 
-    def log(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
-        """Count a step: its loss, summed over `num_tokens`, and its gradient norm."""
+    def count_step(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
+        """Add 1 to `step`. Count its loss, summed over `num_tokens`, and its gradient norm."""
         self.progress.step += 1
         self.meter.count(self.step, loss, num_tokens, grad_norm)
         self.line = {}
@@ -266,7 +267,7 @@ class Run:
             self.line = {
                 "step": self.step,
                 "epoch": self.step / self.steps_per_epoch,
-                "loss": metrics["loss"],
+                "loss": metrics.pop("loss"),
                 "lr": lr,
                 **metrics,
             }
@@ -342,7 +343,8 @@ class Run:
         Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
         closed terminal and its shell both send it.
         """
-        if number == self.stop_signal != signal.SIGINT:
+        repeated = number == self.stop_signal
+        if repeated and number != signal.SIGINT:
             return
         if self.stop_signal:
             end_at_once(number, frame)
@@ -365,7 +367,7 @@ class Run:
     def _is_due(self) -> bool:
         assert self.saver
         age = self.saver.age()
-        if self.step == self.total_steps or (self.epoch_ends() and age >= YOUNG_SECONDS):
+        if self.step == self.total_steps or (self.epoch_ends() and age >= MIN_CHECKPOINT_AGE):
             return True
         return self.options.checkpoint_every.is_due(self.step, age)
 

@@ -1,18 +1,21 @@
 """Let the variants of LoRA take part in a run: how A and B start, and how a step changes them."""
 
-from collections.abc import Callable
 from itertools import islice
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from data.windows import Batch, Dataset
 from lora.variants.lora_ga import lora_ga_layers, weight_gradients
+from lora.variants.plus import parameter_groups
 from lora.variants.riemannian import precondition
+from training.launch import AddGradients
 from training.ranks import Ranks
 from training.run import Run
 
-BATCHES = 8  # whose gradient LoRA-GA starts from
+__all__ = ["parameter_groups", "start_variant"]
+
+BATCHES = 8  # LoRA-GA starts from the gradient of this many
 
 
 def start_variant(
@@ -20,16 +23,16 @@ def start_variant(
     optimizer: Optimizer,
     run: Run,
     training: Dataset,
-    backward: Callable[[Tensor, Tensor, int], object],
+    add_gradients: AddGradients,
 ) -> None:
     """Start LoRA-GA along the gradient of the run's first batches. With --riemannian, precondition
     the gradients of each step.
 
-    `backward(inputs, targets, num_tokens)` adds the gradients of the loss / num_tokens.
+    `add_gradients(inputs, targets, num_tokens)` adds those of the loss / num_tokens.
     """
     if run.options.init_lora_weights == "lora_ga":
         first = list(islice(run.batches(training), BATCHES))
-        start_along_gradient(model, first, backward, run.ranks)
+        start_along_gradient(model, first, add_gradients, run.ranks)
     if run.options.riemannian:
         optimizer.register_step_pre_hook(lambda *_: precondition(model))
 
@@ -37,7 +40,7 @@ def start_variant(
 def start_along_gradient(
     model: nn.Module,
     batches: list[Batch],
-    backward: Callable[[Tensor, Tensor, int], object],
+    add_gradients: AddGradients,
     ranks: Ranks,
 ) -> None:
     """Start each layer from dL/dW, the mean over the tokens of these batches."""
@@ -45,11 +48,11 @@ def start_along_gradient(
     with weight_gradients(model) as gradients:
         for batch in batches:
             for inputs, targets in batch.micro_batches():
-                backward(inputs, targets, num_tokens)
+                add_gradients(inputs, targets, num_tokens)
     model.zero_grad()  # B has gradients too
 
     ranks.all_reduce(*gradients.values())
     for name, layer in lora_ga_layers(model).items():
-        start = layer.along(gradients[name])
+        start = layer.initial_factors(gradients[name])
         ranks.broadcast(*start)  # another machine may choose other signs
         layer.start_at(*start)

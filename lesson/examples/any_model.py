@@ -105,7 +105,7 @@ def main(argv=None) -> None:
         model = get_peft_model(model, LoraConfig(**LORA))
     else:
         inject(model, LoRAConfig(**LORA))
-    device.prepare(model)
+    device.cast_frozen(model)
     print(f"validation perplexity: {perplexity(model, validation, device):.4f}")
     write(model, tokenizer, device)  # as the base does: a new adapter changes nothing
     train(model, training, validation, device, args)

@@ -26,7 +26,7 @@ def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
     """Train the four layers' weights and nothing else; return what `learned` returns."""
     for name, parameter in made.model.named_parameters():
         parameter.requires_grad_(is_layer(name))
-    made.prepare()
+    made.set_up()
     return learned(made)
 
 

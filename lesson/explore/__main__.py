@@ -15,7 +15,7 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 from typing import Any
 
-from common.cli import BASE, QUANTISE, Parser, add_device_options, number
+from common.cli import BASE_OPTION, QUANTISE_OPTION, Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, describe_failure, run_command
 from lesson.explore.explorer import Explorer
@@ -197,8 +197,8 @@ def refuse_model(directory: Path) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="lesson.explore", description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="DIR", help="a finished run, or any adapter")
-    parser.add_argument("--base", **BASE)
-    parser.add_argument("--quantise", "--quantize", **QUANTISE)
+    parser.add_argument("--base", **BASE_OPTION)
+    parser.add_argument("--quantise", "--quantize", **QUANTISE_OPTION)
     parser.add_argument(
         "--port",
         type=number(int, 0, 65535),

@@ -42,7 +42,7 @@ class Explorer:
         self.rank = max(factors.rank for factors in self.factors.values())
         self.adapter = adapter
         self.device = device
-        device.prepare(self.model)
+        device.cast_frozen(self.model)
         accelerate(self.model)
         self.unnamed = generate.padding(self.model, self.tokenizer)
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.cli import BASE, Parser
+from common.cli import BASE_OPTION, Parser
 from common.device import Device, tune_process
 from common.errors import run_command
 from common.files import atomic_path
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="lesson.explore.picture", description=__doc__)
     parser.add_argument("adapter", type=Path, metavar="DIR")
-    parser.add_argument("--base", **BASE)
+    parser.add_argument("--base", **BASE_OPTION)
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="FILE", help="default: %(default)s"
     )

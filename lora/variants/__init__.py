@@ -13,7 +13,7 @@ from lora.layer import LoRAConfig, LoRALinear
 from lora.variants.dora import DoRAConfig, DoRALinear
 from lora.variants.lora_ga import LoRAGAConfig, LoRAGALinear
 from lora.variants.pissa import PiSSAConfig, PiSSALinear
-from lora.variants.slices import SlicedLoRALinear
+from lora.variants.qkv import SlicedLoRALinear
 
 EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
 

@@ -32,11 +32,11 @@ class LoRAGALinear(OffsetLinear):
     As PEFT's `lora_ga` does by default, B0 is multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). The
     authors' code multiplies A0 and B0 by out^(1/4) / sqrt(GAMMA), and neither by S.
 
-    Before `start_at(*along(gradient))` the layer is as plain LoRA starts.
+    Before `start_at(*initial_factors(gradient))` the layer is as plain LoRA starts.
     """
 
     @torch.no_grad()
-    def along(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def initial_factors(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Return A0 (r, in) and B0 (out, r) for a gradient (out, in)."""
         r = self.config.r
         u, s, vt = torch.linalg.svd(gradient.float(), full_matrices=False)

@@ -29,14 +29,14 @@ def onednn_dtypes() -> set[torch.dtype]:
 ONEDNN_DTYPES = onednn_dtypes()
 
 
-def is_ours(x: Tensor) -> bool:
+def is_faster_here(x: Tensor) -> bool:
     """Return whether the operations here are faster for x than PyTorch's."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `F.linear` for 2 or more dimensions: by oneDNN, if W is wide."""
-    if not is_ours(x) or not x.numel() or min(weight.shape) < NARROW:
+    if not is_faster_here(x) or not x.numel() or min(weight.shape) < NARROW:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -90,7 +90,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """Compute `F.gelu(x, approximate="tanh")`."""
-    if not is_ours(x) or x.dtype not in ONEDNN_DTYPES or x.numel() % IDENTITY:
+    if not is_faster_here(x) or x.dtype not in ONEDNN_DTYPES or x.numel() % IDENTITY:
         return F.gelu(x, approximate="tanh")
     if torch.is_grad_enabled():
         return _GELU.apply(x)
@@ -122,7 +122,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Compute `F.dropout`, with other random numbers."""
     if not training or p == 0:
         return x
-    if not is_ours(x) or p == 1:
+    if not is_faster_here(x) or p == 1:
         return F.dropout(x, p)
     return _Dropout.apply(x, p)
 
@@ -174,7 +174,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """
     # PyTorch's fused kernel has no dropout, and is slow in low precision while T is small.
     fused_is_faster = p == 0 and (q.dtype == torch.float32 or q.size(2) > LONGEST_MATRIX)
-    if not is_ours(q) or fused_is_faster:
+    if not is_faster_here(q) or fused_is_faster:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     return _Attention.apply(q, k, v, p)
 

@@ -11,9 +11,9 @@ of one model these classes; parameters, buffers and names stay as they are.
 | attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
 | the loss and the scores | logits in chunks | whole, they would be the largest tensor |
 
-On other devices they call what they replace, the loss excepted; so do, under torch.compile, all
-but the loss. `python -m benchmarks.operations` measures what each of them gains (docs/speed.md),
-and tests/model/test_fast.py holds each to its parent.
+On other devices each calls its parent, except the loss. Under torch.compile each does, except the
+loss. `python -m benchmarks.operations` measures what each gains (docs/speed.md), and
+tests/model/test_fast.py compares each with its parent.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = FAST) -> None:
-    """Replace, in this model, each module's class by its fast one. Call it after `inject`."""
+    """Replace, in this model, each module's class by its fast one. Call it after `inject`, so
+    that A, B and LoRA's dropout get fast classes."""
     for module in model.modules():
         kind = type(module)
         if kind in classes:
@@ -99,11 +100,14 @@ def set_kernels(model: GPT2, kernels: str) -> None:
     """Let the model compute by the "fast" operations here, or by PyTorch's own ("plain").
 
     Plain, its frozen projections are laid out in memory as transformers' are, (in, out): a BLAS may
-    add up the products with a transposed matrix in another order.
+    add up the products with a transposed matrix in another order. An adapter's A and B are not;
+    they have no bias.
     """
     if kernels == "fast":
         accelerate(model)
         return
     for module in model.modules():
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+        if not isinstance(module, nn.Linear) or module.bias is None:
+            continue
+        if not module.weight.requires_grad:
             module.weight.data = module.weight.data.t().contiguous().t()

@@ -16,7 +16,7 @@ from model.kernels.cpu import linear, matmul
 
 CHUNK = 1 << 24  # logits at a time, to save memory
 LARGE_CHUNK = 1 << 26  # if each chunk costs an addition to the head's gradient
-BLOCK = 1 << 19  # logits whose softmax stays in the cache
+CACHED_LOGITS = 1 << 19  # logits whose softmax stays in the cache
 TILE = 128  # tokens: with a multiple of it, matmuls are faster
 SLICE_BYTES = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
 SMALLEST = 1e-30  # no logarithm of a smaller probability: from 1e-38 down, fp32 loses digits
@@ -77,7 +77,7 @@ def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     n, V = z.shape
     size = n
     if z.is_cpu:
-        size = max(1, BLOCK // V)
+        size = max(1, CACHED_LOGITS // V)
     return zip(z.split(size), targets.split(size), strict=True)
 
 

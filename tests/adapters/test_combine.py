@@ -108,7 +108,8 @@ def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path
 )
 def test_one_adapter_becomes_plain_lora(base, tmp_path, targets, fields, rank, layers):
     """A server that knows no variant then computes the adapter's logits."""
-    save_adapter(*adapted(base, targets, **fields), tmp_path / "lora", "owner/name@v2", "a" * 64)
+    model = adapted(base, targets, **fields)
+    save_adapter(model, tmp_path / "lora", "owner/name", "a" * 64, "v2")
     out = tmp_path / "plain"
     stdout_of(main, tmp_path / "lora", "--out", out)
     stored = json.loads((out / CONFIG).read_text())
@@ -125,7 +126,7 @@ def test_one_adapter_becomes_plain_lora(base, tmp_path, targets, fields, rank, l
 
 
 def test_dora_is_refused(base, tmp_path):
-    save_adapter(*adapted(base, ("c_attn",), r=3, use_dora=True), tmp_path / "dora", "gpt2")
+    save_adapter(adapted(base, ("c_attn",), r=3, use_dora=True), tmp_path / "dora", "gpt2")
     line = one_line(run(main, tmp_path / "dora", "--out", tmp_path / "out"), 2)
     assert line.endswith("is DoRA, whose change is not B A alone; merge it instead")
     assert not (tmp_path / "out").exists()

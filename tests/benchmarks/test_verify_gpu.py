@@ -162,9 +162,9 @@ def test_on_cuda_our_step_is_timed_with_a_graph_and_without_compiled_and_not():
 
 @pytest.mark.parametrize("graph, failed", [(None, ["lora: " + GRAPH]), (mock.Mock(), [])])
 def test_a_capture_that_failed_is_no_secret(graph, failed):
-    backward = mock.Mock(spec=GraphedGradients, graph=graph)
+    gradients = mock.Mock(spec=GraphedGradients, graph=graph)
     report = gpu_learning.Report()
-    gpu_learning.check_graph(report, "lora", mock.Mock(backward=backward))
+    gpu_learning.check_graph(report, "lora", mock.Mock(add_gradients=gradients))
     assert report.broken() == failed
 
 

@@ -40,7 +40,7 @@ def test_the_first_kernel_runs_on_the_ranks_own_gpu(gpu, monkeypatch):
 def test_a_rank_for_which_there_is_no_gpu_is_refused(gpu, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with (
-        pytest.raises(UserError, match="this machine has 2 GPUs; one rank a GPU"),
+        pytest.raises(UserError, match="this machine has 2 GPUs; one rank per GPU"),
         Ranks(2, 3).joined(torch.device("cuda")),
     ):
         pass
@@ -71,7 +71,7 @@ def test_what_fails_on_mps_is_refused_and_its_generator_is_saved(base, tmp_path,
     with pytest.raises(UserError, match="--precision fp16: on MPS"):
         Device.pick("mps", "fp16", train=True)
     assert Device.pick("mps", "fp16").precision == "fp16"  # to evaluate
-    assert Device.pick("mps", "bf16", train=True).random is torch.mps
+    assert Device.pick("mps", "bf16", train=True).rng is torch.mps
 
 
 def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeypatch):
@@ -115,7 +115,7 @@ def test_compile_is_refused_on_a_cpu_before_anything_is_written(base, book, tmp_
     ],
 )
 def test_out_of_memory_while_the_model_is_moved_is_one_line(error, base, monkeypatch):
-    monkeypatch.setattr(Device, "prepare", mock.Mock(side_effect=error))
+    monkeypatch.setattr(Device, "cast_frozen", mock.Mock(side_effect=error))
     ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
     assert one_line(ending).startswith("error: out of memory; try a smaller --batch")
 

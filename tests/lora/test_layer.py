@@ -10,7 +10,7 @@ from torch import nn
 
 from lora.layer import LoRAConfig, LoRALinear
 from lora.merge import merge
-from lora.variants.slices import SlicedLoRALinear
+from lora.variants.qkv import SlicedLoRALinear
 from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 from training.options import ROOT

@@ -81,9 +81,9 @@ def test_the_start_is_pefts_up_to_the_signs_of_singular_vectors(base, book, tmp_
         assert relative_difference(layer.base_layer.weight, original) > 1e-3
 
 
-def flipped(layer, gradient, along=LoRAGALinear.along):
+def flipped(layer, gradient, original=LoRAGALinear.initial_factors):
     """Return a start with other signs, as another machine's SVD may give."""
-    a, b = along(layer, gradient)
+    a, b = original(layer, gradient)
     return -a, b
 
 
@@ -92,7 +92,7 @@ def test_a_resumed_run_takes_its_start_from_the_checkpoint(base, book, tmp_path,
     argv = arguments("lora", base, book, tmp_path / "run", *SMALL)
     stop = {7: lambda trainer: signal.raise_signal(signal.SIGINT)}
     assert runs.run_acting(stop, *argv).status == 130
-    monkeypatch.setattr(LoRAGALinear, "along", flipped)
+    monkeypatch.setattr(LoRAGALinear, "initial_factors", flipped)
     assert run(main, *argv, "--resume").status == 0
     assert runs.contents(tmp_path / "run")[WEIGHTS] == runs.contents(whole.out)[WEIGHTS]
     other = trained("lora", base, book, tmp_path / "other", *SMALL)

@@ -30,13 +30,13 @@ LINEAR = (*ADAPTED, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def model_on_cuda(precision: str, method: str = "lora", layers: int = 2) -> GPT2:
-    """Return a model as `Device.prepare` casts it, with fake parameters on CUDA."""
+    """Return a model as `Device.cast_frozen` casts it, with fake parameters on CUDA."""
     with unset_fake_temporarily():
         model = GPT2(replace(CONFIG, n_layer=layers))
         if method == "lora":
             inject(model, LoRAConfig(r=4))
         accelerate(model)
-        Device.pick("cpu", precision).prepare(model)
+        Device.pick("cpu", precision).cast_frozen(model)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             fake = torch.empty(p.shape, dtype=p.dtype, device="cuda")

@@ -150,7 +150,7 @@ def test_a_whole_model_is_that_of_transformers_with_its_tokenizer(tmp_path):
 @torch.no_grad()
 def test_transformers_reads_our_logits_and_tokens_from_the_file(tmp_path):
     base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=1024)  # it reads no other length
-    save_adapter(*adapted(base, ALL_FOUR, r=3), tmp_path / "lora", "gpt2")
+    save_adapter(adapted(base, ALL_FOUR, r=3), tmp_path / "lora", "gpt2")
     ours = load_model(str(base), tmp_path / "lora")
     stdout_of(main, tmp_path / "lora", "--base", base, "--merge", "--out", tmp_path / "model.gguf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")

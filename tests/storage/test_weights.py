@@ -272,7 +272,7 @@ def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
     tensors = {name: p.detach().to(stored) for name, p in theirs.named_parameters()}
     rewrite(directory, LAYOUTS[layout](tensors), "safetensors")
     precision = {value: name for name, value in PRECISIONS.items()}[dtype]
-    wanted = Device.pick("cpu", precision).place(load_gpt2(directory).requires_grad_(False))
+    wanted = Device.pick("cpu", precision).cast_frozen(load_gpt2(directory).requires_grad_(False))
 
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])

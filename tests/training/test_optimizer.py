@@ -1,5 +1,7 @@
 """Our AdamW is PyTorch's to the bit: its steps, its state, and what it refuses."""
 
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -8,6 +10,7 @@ from torch import nn
 
 from tests.helpers import DEVICE
 from training.optimizer import AdamW
+from training.options import ROOT
 
 SHAPES = ((5, 3), (7,))
 
@@ -64,3 +67,17 @@ def test_a_parameter_in_two_groups_is_refused():
     parameter = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match="more than one"):
         AdamW([{"params": [parameter]}, {"params": [parameter]}])
+
+
+def test_a_step_does_not_import_the_compiler():
+    """The import would take longer than that of torch."""
+    code = """if True:
+        import sys, torch
+        from training.optimizer import AdamW
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer = AdamW([parameter], fused=True)
+        parameter.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sys.exit(3 if "torch._dynamo" in sys.modules else 0)"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

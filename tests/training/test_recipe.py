@@ -97,4 +97,4 @@ def test_a_sweep_leaves_the_rate_to_the_recipe(tmp_path):
     asked = Namespace(method="lora", lr=None, r=[4], seed=[1], out=tmp_path)
     (best,) = sweep.plan(asked, ["--recipe", "best"])
     (plain,) = sweep.plan(asked, [])
-    assert (best.out.name, plain.out.name) == ("r=4,seed=1", "lr=0.0003,r=4,seed=1")
+    assert (best.name, plain.name) == ("r=4,seed=1", "lr=0.0003,r=4,seed=1")
