@@ -100,12 +100,12 @@ BASE_OPTION: dict[str, Any] = {
     "default": "auto",
     "metavar": "B",
     "help": "directory, gpt2[-medium|-large|-xl], distilgpt2, mini, OWNER/NAME[@REVISION] on the "
-    "Hugging Face hub, or auto: gpt2 where it can be had, else mini",
+    "Hugging Face hub, or auto: gpt2 if it is available, otherwise mini",
 }
 DEVICE_OPTION: dict[str, Any] = {
     "default": "auto",
     "choices": ("auto", "cpu", "cuda", "mps"),
-    "help": "auto: CUDA, else MPS, else the CPU",
+    "help": "auto: CUDA, otherwise MPS, otherwise the CPU",
 }
 PRECISION_OPTION: dict[str, Any] = {
     "default": "auto",
@@ -121,7 +121,7 @@ KERNELS_OPTION: dict[str, Any] = {
 NONE = "none"  # the base as it is stored, whatever an adapter says
 QUANTISE_OPTION: dict[str, Any] = {
     "choices": ("nf4", "int8", NONE),
-    "help": "hold the blocks' linear layers in 4 bits (nf4, as QLoRA) or 8 (int8) a weight; none: "
+    "help": "store the blocks' linear layers in 4 bits (nf4: QLoRA) or 8 (int8) per weight; none: "
     "as they are (default: as when the adapter was trained)",
 }
 

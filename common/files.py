@@ -147,7 +147,7 @@ def check_number(
 def display_path(path: Path) -> str:
     """Return the path from the working directory, or the name alone if it lies elsewhere.
 
-    A file that may be published names paths so: a whole path tells of a machine and its user.
+    Files that may be published name paths so: absolute paths leak machine and user names.
     """
     relative = os.path.relpath(path)
     if relative.startswith(os.pardir):

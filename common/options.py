@@ -36,7 +36,7 @@ def parse_evaluate(
     parser.add_argument(
         "--stride",
         type=number(int, 1),
-        help="a window starts every so many tokens (default: the block size)",
+        help="tokens from one window's start to the next (default: the block size)",
     )
     parser.add_argument(
         "--label-shift",

@@ -38,10 +38,8 @@ BEST = "best"
 # The defaults that a recipe sets. An explicit option wins.
 RECIPES: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    BEST: {
-        "target_modules": ("c_attn", "c_proj", "c_fc"),
-        "lr": None,
-    },  # `resolve` chooses the rate
+    # `resolve` chooses the rate.
+    BEST: {"target_modules": ("c_attn", "c_proj", "c_fc"), "lr": None},
 }
 
 

@@ -1,4 +1,4 @@
-"""LoRA-GA: start LoRA so that its first step changes W as nearly as it can as a full step would."""
+"""LoRA-GA: start LoRA so that its first step approximates a step of full fine-tuning."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
