@@ -323,7 +323,6 @@ class Run:
         if not self.directory:
             return
         assert self.saver
-        self.directory.check()
         device = self.device.name
         if self.ranks.world_size > 1:
             device = f"{self.ranks.world_size} x {device}"

@@ -15,9 +15,9 @@ from data.tokens import load_tokens
 from model.gpt2 import GPT2
 from storage.weights import load_config
 from tests import runs
-from tests.helpers import TINY
+from tests.helpers import TINY, drawing
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
-from training import meter, resume
+from training import meter, report, resume
 from training import run as training_run
 from training.options import BOOK, parse_options
 
@@ -126,6 +126,16 @@ def test_the_best_model_is_kept_when_validation_gets_worse(base, book, tmp_path)
     kept = runs.validation_loss(stock_result(done), token_parts(book)[1])
     assert kept == pytest.approx(min(losses), rel=1e-5)
     assert done.report["best_val_loss"] == min(losses)
+
+
+def test_the_curve_begins_with_the_initial_adapter(runs, monkeypatch):
+    shown = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: shown.append(figure))
+    with drawing():
+        report.draw_loss(parse_options("-", ["lora", "--out", str(runs["lora"].out)]), 5.0, 4.0)
+    curves = {line.get_label(): list(line.get_ydata()) for line in shown[0].axes[0].lines}
+    assert curves["validation"] == [4.0, *runs["lora"].column("val_loss")]
+    assert curves["base, validation"] == [5.0, 5.0]
 
 
 def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(base, book, tmp_path):

@@ -258,6 +258,7 @@ def test_too_few_examples_and_options_for_books_are_refused(base, book, data, tm
         (book, ("--val-data", data), alone),
         (data, ("--val-data", data, "--val-fraction", 0.5), alone),
         (data, ("--label-shift", 2), "--label-shift are for books"),
+        (data, ("--stride", 4), "--label-shift are for books"),
     ):
         argv = runs.arguments(
             "lora", base, source, tmp_path / "no", "--block-size", LENGTH, *options

@@ -17,7 +17,7 @@ import evaluate
 from common.errors import UserError
 from storage import hub
 from storage.weights import CONFIG, PICKLED_WEIGHTS, WEIGHTS
-from tests.runs import run, scores, stdout_of
+from tests.runs import run, scores, stdout_of, trained
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -161,6 +161,7 @@ def make_model(directory: Path, weights: str = WEIGHTS) -> Path:
 
 
 def test_a_repository_is_downloaded_and_scores_as_the_directory(fake, base, book, tmp_path):
+    fake.repositories["someone/tiny"]["chat_template.jinja"] = b"{{ messages }}"
     options = ("--text", book, "--block-size", 16)
     there = scores(tmp_path / "there.json", "--base", base, *options)[0]
     ending = run(evaluate.main, "--base", "someone/tiny", "--device", "cpu", *options)
@@ -171,9 +172,16 @@ def test_a_repository_is_downloaded_and_scores_as_the_directory(fake, base, book
     assert {path.name for path in directory.iterdir()} == {
         CONFIG,
         WEIGHTS,
+        "chat_template.jinja",
         "tokenizer.json",
         "tokenizer_config.json",
     }
+
+
+def test_an_adapter_names_the_repository_and_the_revision_of_its_base(fake, book, tmp_path):
+    trained("lora", "someone/tiny@v1", book, tmp_path, "--max-steps", 1)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", "v1")
 
 
 def test_pickled_weights_are_taken_where_there_are_no_others(fake):

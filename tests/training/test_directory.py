@@ -9,7 +9,7 @@ import train
 from common.errors import RunError
 from tests.fault.runs import differences, result
 from tests.helpers import drawing
-from tests.runs import arguments, contents, one_line, refused, run, run_acting, trained
+from tests.runs import WEIGHTS, arguments, contents, one_line, refused, run, run_acting, trained
 from train import main
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.directory import RunDirectory
@@ -98,6 +98,12 @@ def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, bo
     assert done.report["method"] == "full" and done.column("step") == [1]
 
 
+def test_metrics_without_a_checkpoint_are_somebodys(argv, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("mine")
+    assert "contains a run (metrics.jsonl)" in refused(tmp_path / "run", *argv)
+
+
 def test_two_runs_do_not_share_a_directory(argv, tmp_path):
     held = RunDirectory(tmp_path / "run")
     for options in ((), ("--overwrite",), ("--resume",)):
@@ -154,7 +160,7 @@ def test_metrics_that_are_a_link_are_refused(argv, tmp_path, option, target):
 def test_what_a_killed_process_left_half_written_is_removed(argv, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    stale = [out / f".{name}.x1.tmp" for name in (CHECKPOINT, "adapter_model.safetensors")]
+    stale = [out / f".{name}.x1.tmp" for name in (CHECKPOINT, "README.md", WEIGHTS["lora"])]
     for path in (*stale, out / ".notes.tmp"):
         path.write_text("half")
     assert run(main, *argv, *SHORT).status == 0

@@ -15,11 +15,15 @@ import train
 import training.run
 from benchmarks import ours
 from common.device import Device
+from common.errors import UserError
+from model.gpt2 import GPT2, GPT2Config
 from model.kernels import cuda_loss, fast
 from tests import runs
 from tests.helpers import DEVICE, FP32_CLOSE, relative_difference
 from tests.training import fake_graph
 from tests.training.fake_graph import FakeGraph
+from training.launch import compile_hidden, prepare_device
+from training.options import parse_options
 
 pytestmark = pytest.mark.device
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has graphs of its own")
@@ -29,6 +33,7 @@ WHOLE = ("--batch-size", 45, "--epochs", 2, "--lr", 1e-2)
 # Micro-batches of 15, 15 and 14 windows in each batch, and of 3 in the last.
 UNEVEN = (*WHOLE, "--grad-accum", 3, "--batch-size", 44)
 GRAPH = "--cuda-graph"
+ON_CUDA = Device(torch.device("cuda"), "bf16")
 ALLOWED = 0 if DEVICE == "cpu" else FP32_CLOSE
 
 
@@ -166,7 +171,45 @@ def test_a_resumed_run_captures_anew_and_ends_as_the_whole_run(base, book, tmp_p
         assert torch.equal(resumed.weights[name], tensor)
 
 
+@on_cpu
+def test_a_full_micro_batch_of_a_smaller_batch_is_not_replayed(make):
+    """The graph divides by the number of tokens that a whole batch has."""
+    trainer = make("lora", *WHOLE, GRAPH)
+    batch = next(trainer.batches())
+    [(inputs, targets)] = batch.micro_batches()
+    for num_tokens, replays in ((batch.num_tokens, 1), (batch.num_tokens, 2), (7, 2)):
+        trainer.add_gradients(inputs, targets, num_tokens)
+        assert FakeGraph.replayed == replays
+
+
+@pytest.mark.parametrize("other", ["--data x.jsonl", "--gradient-checkpointing"])
+def test_what_cannot_be_captured_is_refused(other):
+    options = parse_options("-", ["lora", GRAPH, *split(other)])
+    with pytest.raises(UserError, match=f"{GRAPH}: cannot be combined"):
+        prepare_device(options, ON_CUDA)
+
+
+def test_a_compiler_that_fails_is_named_before_the_run(monkeypatch):
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no g++")))
+    with pytest.raises(UserError, match=r"^--compile: needs a C\+\+ compiler.*\(no g\+\+\)$"):
+        prepare_device(parse_options("-", ["lora", "--compile"]), ON_CUDA)
+
+
+def test_training_alone_is_compiled_and_its_batches_are_padded(monkeypatch):
+    rows = []
+
+    def compiled(function):
+        return lambda idx: rows.append(len(idx)) or function(idx)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model = GPT2(GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=1, n_head=2)).train()
+    compile_hidden(model, rows=4)
+    ids = torch.zeros(3, 8, dtype=torch.int64)
+    assert len(model.hidden(ids)) == 3 and rows == [4]
+    assert len(model.eval().hidden(ids)) == 3 and rows == [4]
+
+
 def test_what_is_on_the_gpu_is_not_pinned():
     there = mock.Mock(is_cuda=True)
-    Device(torch.device("cuda"), "bf16").to_device(there)
+    ON_CUDA.to_device(there)
     assert not there.pin_memory.called

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import train
 from benchmarks.ours import Trainer
+from common.device import Device
 from common.errors import RunError
 from model.kernels import fast
 from tests import runs
@@ -26,14 +27,31 @@ from tests.helpers import relative_difference
 from tests.ranks import fork, torchrun
 from tests.runs import acting, arguments, finished, run, trained, trainer
 from train import main
+from training.data import load_data
 from training.options import parse_options
 from training.ranks import Ranks
+from training.run import Run
 
 # 37 divides by no number of ranks, and an epoch's last batch is one window: others' share is none.
 SAME = split("--batch-size 37 --stride 11 --grad-accum 2 --max-steps 18 --eval-every 5 --lr 3e-3")
 # The dropouts are on.
 DROPPING = split("--batch-size 8 --max-steps 16 --eval-every 10 --checkpoint-every 4 --lr 3e-3")
 LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
+
+
+def test_without_torchrun_a_clusters_variables_mean_nothing(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Ranks.from_environment() == Ranks(0, 1)
+
+
+def test_a_micro_batch_is_a_share_of_the_ranks_own(base, book, tmp_path):
+    options = parse_options("-", arguments("lora", base, book, tmp_path, *SAME))
+    of_two = Run(options, Device.pick("cpu"), Ranks(0, 2))
+    of_two.base = str(base)
+    of_two.resolve(load_data(options, base))
+    assert of_two.micro_batch_size == 10  # 19 of the 37 windows, in two micro-batches
 
 
 def name_threads() -> None:

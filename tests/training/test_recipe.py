@@ -87,6 +87,12 @@ def test_a_run_of_a_version_without_recipes_cannot_be_resumed(base, book, tmp_pa
     assert "of another version (KeyError('recipe')); start again" in one_line(run(main, *argv), 2)
 
 
+def test_on_data_a_new_adapter_alone_has_the_best_recipe():
+    argv = ["lora", "--data", "data.jsonl"]
+    assert parse_options("-", argv).recipe == "best"
+    assert parse_options("-", [*argv, "--init-adapter", "other"]).recipe == "reference"
+
+
 def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):
     argv = arguments("full", base, book, tmp_path / "run", "--recipe", "best")
     assert "--recipe best" in one_line(run(main, *argv), 2)

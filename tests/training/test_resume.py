@@ -8,16 +8,28 @@ from shlex import split
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common.device import Device
+from common.errors import RunError
 from tests import runs
 from tests.fault.runs import differences, result
 from tests.helpers import tiny_gpt2_directory
-from tests.runs import WEIGHTS, arguments, contents, finished, refused, run, run_acting, trained
+from tests.runs import (
+    WEIGHTS,
+    arguments,
+    contents,
+    finished,
+    one_line,
+    refused,
+    run,
+    run_acting,
+    trained,
+)
 from train import main
 from training import meter, resume
 from training import run as training_run
-from training.checkpoint import CHECKPOINT, read_checkpoint
+from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 
 # Logging, validation and epochs (23 steps) all end at different steps; dropouts are on.
 OPTIONS = ("--batch-size", 8, "--max-steps", 30, "--log-every", 7, "--eval-every", 10, "--lr", 3e-3)
@@ -246,6 +258,7 @@ def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
     assert (ending.status, ending.stderr) == (0, "") and contents(out) == before
     assert f"{out}: this run is finished" in ending.stdout
     assert "--lr was 0.003 and is now 0.0001" in refused(out, *argv, "--lr", "1e-4")
+    assert "--kernels was fast and is now plain" in refused(out, *argv, "--kernels", "plain")
 
 
 def test_another_machine_is_warned_of(stopped, monkeypatch):
@@ -255,6 +268,26 @@ def test_another_machine_is_warned_of(stopped, monkeypatch):
     assert ending.status == 0
     for change, line in zip(("torch", "threads"), ending.stderr.splitlines(), strict=True):
         assert line.startswith(f"warning: the run began with {change} ")
+
+
+def test_on_another_kind_of_device_the_random_state_is_left(stopped, tmp_path):
+    """A GPU's generator has another state than the CPU's."""
+    state = read_checkpoint(tmp_path / "run")
+    state["machine"]["device"] = "cuda"
+    state["random"] = [bytes(16).hex()]
+    write_checkpoint(tmp_path / "run", state)
+    ending = run(main, *stopped, "--resume")
+    assert ending.status == 0
+    assert ending.stderr.startswith("warning: the run began with device cuda and resumes with")
+
+
+def test_a_resumed_run_that_fails_names_the_checkpoint_from_which_it_began(stopped):
+    ending = run_acting({14: fail}, *stopped, "--resume")
+    assert one_line(ending, 1) == "error: broken; the last checkpoint is from step 12"
+
+
+def fail(moment):
+    raise RunError("broken")
 
 
 def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, tmp_path):
@@ -267,6 +300,10 @@ def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, 
     argv[argv.index(str(adapter))] = str(tmp_path / "moved")
     line = refused(tmp_path / "run", *argv, "--resume", "--init-adapter", whole.out)
     assert "--init-adapter: its content is not what the run began with" in line
+    other = shutil.copytree(tmp_path / "moved", tmp_path / "other")  # the config is the same
+    tensors = load_file(other / WEIGHTS["lora"])
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / WEIGHTS["lora"])
+    assert line == refused(tmp_path / "run", *argv, "--resume", "--init-adapter", other)
     assert run(main, *argv, "--resume").status == 0
     assert contents(tmp_path / "run")[WEIGHTS["lora"]] == contents(whole.out)[WEIGHTS["lora"]]
     assert finished(tmp_path / "run").report["options"]["r"] == 4

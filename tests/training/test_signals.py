@@ -45,6 +45,15 @@ def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd, s
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
 
 
+def test_a_signal_after_the_last_save_ends_at_once(base, book, tmp_path, monkeypatch):
+    """Nothing would look at a request to stop."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(training.run, "write_report", lambda *_: raise_signal(SIGTERM))
+    ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 2))
+    assert ending.status == 143
+    assert read_checkpoint(tmp_path)["progress"]["step"] == 2
+
+
 @pytest.mark.parametrize(
     "module, where, step, before",
     [(train, "evaluate", 4, 3), (training.resume, "write_checkpoint", 7, 6)],

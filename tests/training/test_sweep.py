@@ -1,6 +1,8 @@
 """Check `python -m training.sweep`: its runs, going on, the table, failures, signals."""
 
+import os
 import signal
+import sys
 from statistics import mean
 from unittest import mock
 
@@ -93,10 +95,13 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
 def test_a_signal_ends_the_sweep_even_if_the_run_was_done(number, tmp_path, monkeypatch):
     child = mock.Mock()
     child.wait.side_effect = lambda: signal.raise_signal(number) or 0
+    monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
     before = {handled: signal.getsignal(handled) for handled in HANDLED}
     try:
         assert sweep.train([], tmp_path) == 128 + number
+        with pytest.raises(SystemExit):  # at once, between two runs
+            signal.raise_signal(number)
     finally:
         for handled, handler in before.items():
             signal.signal(handled, handler)
