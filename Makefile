@@ -149,7 +149,8 @@ verify-gpu: .venv/dev
 
 # The reference run's protocol and measure (docs/reference-run.md); ARGS: --only lora, and train.py's.
 reference: .venv/run
-	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(ARGS)
+	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") \
+		$(ARGS)
 
 # How model/mini was made; CORPUS is a directory of UTF-8 texts (model/mini/README.md lists them).
 MINI := .cache/mini

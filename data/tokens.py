@@ -150,7 +150,7 @@ def _decode(book: Path, content: bytes) -> str:
         text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{book}: not UTF-8 text (byte {error.start:,}: {error.reason}); save it as plain text"
+            f"{book}: not UTF-8 text (byte {error.start:,}: {error.reason}); save it as UTF-8"
         ) from error
     if not text:
         raise UserError(f"{book}: is empty; give a text")

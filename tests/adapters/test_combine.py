@@ -125,6 +125,12 @@ def test_one_adapter_becomes_plain_lora(base, tmp_path, targets, fields, rank, l
     assert relative_difference(expected, stock_model(base)(IDS).logits) > 0.01
 
 
+def test_a_sum_that_is_zero_can_be_cut():
+    factors = {"layer": Factors(torch.ones(4, 2), torch.ones(2, 4))}
+    combined, kept = combine([factors], [0], rank=1)
+    assert kept == 0 and not (combined["layer"].B @ combined["layer"].A).any()
+
+
 def test_dora_is_refused(base, tmp_path):
     save_adapter(adapted(base, ("c_attn",), r=3, use_dora=True), tmp_path / "dora", "gpt2")
     line = one_line(run(main, tmp_path / "dora", "--out", tmp_path / "out"), 2)

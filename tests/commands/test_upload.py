@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,9 +24,10 @@ from adapters import merge
 from adapters.load import load_model
 from data.instructions import CHAT_TEMPLATE
 from storage.card import MARK, run_card
+from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
 from tests import runs as commands
-from tests.helpers import TINY, relative_difference
+from tests.helpers import TINY, relative_difference, small_tokenizer
 from tests.runs import arguments, die, run, run_acting, stdout_of
 from train import main as train
 from training.options import ROOT
@@ -122,6 +124,15 @@ def test_the_template_goes_with_what_was_trained_on_conversations_and_nothing_el
         assert AutoTokenizer.from_pretrained(done.out).chat_template is None
 
 
+def test_our_template_replaces_the_bases(tmp_path):
+    settings = json.dumps({"chat_template": "{{ 'old' }}"}).encode()
+    tokenizer = replace(small_tokenizer(331), files={"tokenizer_config.json": settings})
+    save_tokenizer(tokenizer, tmp_path, 64, "{{ 'new' }}")
+    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    save_tokenizer(tokenizer, tmp_path, 64, "{{ 'newer' }}")  # what exists may be the user's
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ 'new' }}"
+
+
 def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
     for method, library in (("lora", "peft"), ("full", "transformers")):
         done = runs[method]
@@ -134,6 +145,9 @@ def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
             loss, perplexity = (done.report[f"{state}_val_{x}"] for x in ("loss", "perplexity"))
             assert f"| {loss:.4f} | {perplexity:.2f} |" in card.text
 
+        options = done.report["options"] | {"val_data": "held/out.jsonl"}
+        assert "the last 10 % of book.txt" in card.text
+        assert "out.jsonl" in run_card("x", done.report | {"options": options})
         on_hub = ModelCard(run_card("x", done.report | {"base": "gpt2"}))
         assert on_hub.data.base_model == "openai-community/gpt2"
     merged = ModelCard.load(chat["merged"] / "README.md")

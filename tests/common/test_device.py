@@ -11,6 +11,7 @@ import generate
 import train
 from benchmarks import speed_worker
 from benchmarks.speed_worker import Task
+from common import device
 from common.device import Device
 from common.errors import UserError
 from tests.runs import arguments, one_line, run
@@ -29,6 +30,12 @@ def gpu(monkeypatch):
     first_kernel = mock.Mock(side_effect=lambda *size, device=None: ones(*size))
     monkeypatch.setattr(torch, "ones", first_kernel)
     return first_kernel
+
+
+def test_the_cpus_bf16_is_for_training(monkeypatch):
+    monkeypatch.setattr(device, "_cpu_has_bf16", lambda: True)
+    assert Device.pick("cpu").precision == "fp32"
+    assert Device.pick("cpu", train=True).precision == "bf16"
 
 
 def test_the_first_kernel_runs_on_the_ranks_own_gpu(gpu, monkeypatch):

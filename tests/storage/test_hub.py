@@ -266,6 +266,10 @@ def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
     for name in ("mine", "./gpt2", "someone/tiny", str(tmp_path / "mine")):
         assert hub.find_base(name) == (name, Path(name))
     assert hub.find_base("mini") == ("mini", hub.MINI)
+    assert hub.find_adapter("someone/tiny") == Path("someone/tiny")
+    (tmp_path / "someone" / "tiny@v2").mkdir()
+    assert hub.split_revision("someone/tiny@v2") == ("someone/tiny@v2", None)
+    assert hub.split_revision("someone/other@v2") == ("someone/other", "v2")
     assert (fake.requests, *capsys.readouterr()) == ([], "", "")
 
 

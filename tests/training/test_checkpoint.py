@@ -59,6 +59,7 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
 DAMAGES = {
     "cut": lambda data: data[:-1],
     "no checksum": lambda data: bytes([2, *[0] * 7]) + b"{}",
+    "another type": lambda data: data.replace(b'"F32"', b'"I32"', 1),
     "a pickle": lambda data: pickle.dumps(STATE),
 }
 
