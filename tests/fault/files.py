@@ -20,7 +20,7 @@ import train
 from data.tokens import CACHE
 from tests.fault.runs import BOOK, Outcome, differences, result, scratch
 from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import Ending, arguments, contents, run, run_acting
+from tests.runs import Ending, Moment, arguments, contents, run, run_acting
 
 METHODS = ("lora", "full")
 OPTIONS = ("--max-steps", 12, "--eval-every", 4, "--checkpoint-every", 3, "--lr", 3e-3)
@@ -94,7 +94,7 @@ def prepare(material: Material) -> None:
     ending = run(train.main, *material.command(material.whole))
     assert ending.status == 0, ending.stderr
 
-    def stop(trainer: train.Trainer) -> None:
+    def stop(moment: Moment) -> None:
         signal.raise_signal(signal.SIGTERM)
 
     for out, more in ((material.stopped, ()), (material.other, ("--seed", 1, "--lr", 1e-3))):
