@@ -26,7 +26,7 @@ def as_failure(kind: type[Exception] = UserError) -> Iterator[None]:
     except ValueError as error:
         raise kind(str(error)) from error
     except OSError as error:
-        raise kind(f"{error.filename}: {error.strerror}") from error
+        raise kind(_with_file(error)) from error
 
 
 # torch's CPU allocator and cuBLAS have no exception of their own.
@@ -92,10 +92,17 @@ def describe_failure(error: BaseException | None) -> str | None:
     if isinstance(error, UserError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return _with_file(error)
     if _is_out_of_memory(error):
         return f"out of memory; try {ADVICE}"
     return None
+
+
+def _with_file(error: OSError) -> str:
+    """Return the system's reason, after the file's name if the error has one."""
+    if not error.filename:
+        return str(error.strerror or error)
+    return f"{error.filename}: {error.strerror}"
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

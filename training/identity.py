@@ -1,4 +1,4 @@
-"""Identify a run by content: its method and options, and hashes of what it reads."""
+"""Identify a run by content: its method, its options, and hashes of its inputs."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from training.options import MAY_CHANGE, Options, flag
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What makes a run this run. `run.json` and the checkpoints contain it."""
+    """The content that identifies a run. `run.json` and the checkpoints contain it."""
 
     method: str
     options: dict[str, Any]
@@ -63,7 +63,7 @@ def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
 
 
 def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
-    """Name the first difference: in the method, in options, or in the content of what is read."""
+    """Name the first difference: in the method, in the options, or in the inputs' content."""
     if then["method"] != now.method:
         return f"the run is of `train.py {then['method']!s:.80}`, not {now.method}"
 

@@ -56,7 +56,7 @@ def test_a_picture_that_cannot_be_saved_is_a_warning(base, adapter, tmp_path):
 
 
 def test_the_picture_of_many_kinds_of_layers_can_be_read(base, tmp_path, monkeypatch):
-    """At a page's width, with three kinds, of which one has a row for itself, and with four."""
+    """At a page's width, with three kinds, one in a row of its own, and with four."""
     monkeypatch.chdir(tmp_path)
     for targets in (("c_attn", "c_proj"), ("c_attn", "c_proj", "c_fc")):
         model = adapted(base, targets, r=4)
@@ -89,7 +89,7 @@ def test_an_intruder_is_found_and_removed_as_by_peft():
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"])
     model = peft.get_peft_model(torch.nn.Sequential(linear), config)
     layer = model.base_model.model[0]
-    outside = torch.linalg.svd(weight).U[:, -1]  # 20 dimensions, of which W reaches 12
+    outside = torch.linalg.svd(weight).U[:, -1]  # W reaches 12 of the 20 dimensions
     layer.lora_B["default"].weight.data.zero_()
     layer.lora_B["default"].weight.data[:, 0] = 9 * outside
     change = layer.get_delta_weight("default").detach()

@@ -152,7 +152,7 @@ def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, ca
     config.write_text(json.dumps(json.loads(config.read_text()) | tokens | {"eos_token_id": 3}))
     out, stored_dtype = tmp_path / "out", dtype or torch.float32
     save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)
-    save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)  # in place of what is there
+    save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)  # replaces those files
     log = logging.getLogger("transformers")
     log.addHandler(caplog.handler)
     with warnings.catch_warnings():
@@ -169,7 +169,7 @@ def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, ca
     assert relative_difference(again.float()(IDS).logits, expected) < 1e-5
 
     assert sorted(os.listdir(out)) == ["config.json", "generation_config.json", SAFETENSORS]
-    save_gpt2(load_gpt2(directory), tmp_path / "kept", end_of_text=None)  # the tokenizer has none
+    save_gpt2(load_gpt2(directory), tmp_path / "kept", end_of_text=None)  # the tokenizer lacks it
     assert load_config(tmp_path / "kept").token_ids["eos_token_id"] == 3
     assert load_config(out) == replace(load_config(directory), token_ids=tokens)
     with safe_open(out / SAFETENSORS, "pt") as file:
@@ -187,7 +187,7 @@ def test_values_out_of_reach_of_fp16_are_not_saved(tmp_path):
     with pytest.raises(RunError, match=r"ln_f.bias .* finite in torch.float16; not written$"):
         save_gpt2(model, out, torch.float16)
     assert contents(out) == before
-    save_gpt2(model, out, torch.bfloat16)  # whose reach is that of fp32
+    save_gpt2(model, out, torch.bfloat16)  # it has the range of fp32
     assert load_gpt2(out).ln_f.bias[0] > 9e4
 
 

@@ -1,4 +1,4 @@
-"""Our AdamW is PyTorch's to the bit: its steps, its state, and what it refuses."""
+"""Compare our AdamW with PyTorch's AdamW, bit for bit: steps, state and refusals."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_steps_and_state_are_pytorchs_to_the_bit_also_after_resuming(fused):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
     resumed, copied = optimizer(AdamW, fused)
-    resumed.load_state_dict(deepcopy(theirs.state_dict()))  # else it shares their tensors
+    resumed.load_state_dict(deepcopy(theirs.state_dict()))  # a copy: tensors are shared
     with torch.no_grad():
         for parameter, value in zip(copied, found, strict=True):
             parameter.copy_(value)
@@ -70,7 +70,7 @@ def test_a_parameter_in_two_groups_is_refused():
 
 
 def test_a_step_does_not_import_the_compiler():
-    """The import would take longer than that of torch."""
+    """Importing the compiler takes longer than importing torch."""
     code = """if True:
         import sys, torch
         from training.optimizer import AdamW
