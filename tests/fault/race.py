@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.fault.runs import Outcome, Process, differences, scratch, train_command, uninterrupted
 
 STEPS = 20
-KNOWN = ("another run is using it", "holds a run")  # what the refused one may say
+KNOWN = ("another run is using it", "contains a run")  # what the refused one may say
 
 
 def campaign(short: bool, seed: int) -> Iterator[Outcome]:
