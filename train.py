@@ -5,7 +5,6 @@ One loop serves both methods. They differ in which parameters are trained and in
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from training.model import add_adapter, load_base
 from training.optimizer import AdamW
 from training.options import parse_options
 from training.report import describe_parameters
-from training.run import AddGradients, Run, open_run
+from training.run import Run, open_run
 from training.variants import parameter_groups, start_variant
 
 
@@ -41,39 +40,36 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(model: GPT2, data: Data, run: Run) -> None:
     """Take every step. Validate when due, and keep the best model."""
     options = run.options
-    optimizer, scaler, add_gradients = set_up(model, data, run)
+    optimizer, scaler = set_up(model, data, run)
     run.begin(model, optimizer=optimizer, scaler=scaler)  # resumes, or empties --out
     if run.step == 0:
         validate_start(model, data, run)
     for batch in run.steps(data.training):
         lr = learning_rate(run.step, run.total_steps, options.lr, options.warmup_ratio)
-        loss, grad_norm = train_step(model, optimizer, scaler, add_gradients, batch, lr, run)
+        loss, grad_norm = train_step(model, optimizer, scaler, batch, lr, run)
         run.count_step(loss, grad_norm, batch.num_tokens, lr)
         if run.should_validate():
             run.keep_best(model, validate(model, data, run))
     run.finish(model)
 
 
-def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScaler, AddGradients]:
-    """Return what a step needs: the optimizer, the scaler of the loss for fp16, and the function
-    that adds a micro-batch's gradients.
-    """
+def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScaler]:
+    """Return the optimizer, and the scaler of the loss for fp16."""
     options = run.options
     run.set_up_model(model)  # casts frozen weights, chooses --kernels, compiles
     # One group of parameters, or two under LoRA+. Each has `lr_scale`, the factor of its rate.
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
-    add_gradients: AddGradients = partial(backward, model, scaler, run)
-    start_variant(model, optimizer, run, data.training, add_gradients)  # LoRA-GA, --riemannian
-    return optimizer, scaler, run.with_cuda_graph(add_gradients, model)
+    start_variant(model, optimizer, data.training, run)  # LoRA-GA, --riemannian
+    run.use_cuda_graph(model)  # with --cuda-graph
+    return optimizer, scaler
 
 
 def train_step(
     model: GPT2,
     optimizer: AdamW,
     scaler: torch.amp.GradScaler,
-    add_gradients: AddGradients,
     batch: Batch,
     lr: float,
     run: Run,
@@ -81,10 +77,17 @@ def train_step(
     """Take one optimizer step. Return the batch's loss, summed over its tokens, and the norm of its
     gradient before clipping.
     """
-    loss = torch.zeros((), device=run.device.torch_device)
+    total_loss = torch.zeros((), device=run.device.torch_device)
     for inputs, targets in batch.micro_batches():
-        loss += add_gradients(inputs, targets, batch.num_tokens)
-    run.ranks.all_reduce_gradients(model, loss)  # sums the loss, too
+        with run.device.autocast():
+            # With --kernels fast, the default, FastGPT2.loss in model/kernels/fast.py computes it.
+            loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
+        # Divided by the whole batch's number of tokens, the gradients of micro-batches, and of
+        # ranks, add up to the gradient of the batch's mean loss. Small gradients vanish in fp16:
+        # the scaler multiplies the loss, and `unscale_` divides the gradients.
+        scaler.scale(loss / batch.num_tokens).backward()
+        total_loss += loss.detach()
+    run.ranks.all_reduce_gradients(model, total_loss)  # sums the loss, too
 
     scaler.unscale_(optimizer)  # clipping compares true norms
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.options.clip or math.inf)
@@ -93,28 +96,7 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph's gradients stay in place
-    return loss, grad_norm
-
-
-def backward(
-    model: GPT2,
-    scaler: torch.amp.GradScaler,
-    run: Run,
-    inputs: Tensor,
-    targets: Tensor,
-    num_tokens: int,
-) -> Tensor:
-    """Add the gradients of a micro-batch's loss / num_tokens. Return the loss, summed over tokens.
-
-    inputs and targets (B, T). `num_tokens` counts the whole batch's tokens, so that the gradients
-    of micro-batches, and of ranks, add up to those of the batch's mean loss.
-    """
-    with run.device.autocast():
-        # With --kernels fast, the default, FastGPT2.loss in model/kernels/fast.py computes it.
-        loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
-    # Small gradients vanish in fp16: scale the loss up. `unscale_` divides the gradients.
-    scaler.scale(loss / num_tokens).backward()
-    return loss.detach()
+    return total_loss, grad_norm
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:

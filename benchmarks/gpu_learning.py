@@ -11,7 +11,7 @@ import torch
 from benchmarks import ours, peft_loop
 from benchmarks.parity_report import Report
 from data.windows import Windows
-from training.launch import GraphedGradients
+from training.launch import GraphedLoss
 from training.options import ROOT
 
 # Of a loss before the first step, relative: what rounding makes of one forward pass.
@@ -149,9 +149,9 @@ def check_graph(report: Report, name: str, trainer: ours.Trainer) -> None:
     """Check that a run with --cuda-graph has its graph: for the run, a failed capture is a
     warning.
     """
-    backward = trainer.add_gradients
-    if isinstance(backward, GraphedGradients):
-        report.check(f"{name}: graphs that could not be captured", int(backward.graph is None), 0)
+    loss = trainer.model.loss
+    if isinstance(loss, GraphedLoss):
+        report.check(f"{name}: graphs that could not be captured", int(loss.graphed is None), 0)
 
 
 def waits_in_evaluation(opts: Namespace, count: int) -> int:

@@ -77,8 +77,7 @@ class Trainer:
 
     def set_up(self) -> None:
         """Make what a step needs. Call it again to train other parameters."""
-        parts = train.set_up(self.model, self.data, self.run)
-        self.optimizer, self.scaler, self.add_gradients = parts
+        self.optimizer, self.scaler = train.set_up(self.model, self.data, self.run)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -97,9 +96,7 @@ class Trainer:
         options = self.options
         done = self.run.progress.step
         lr = train.learning_rate(done, self.total_steps, options.lr, options.warmup_ratio)
-        loss, _ = train.train_step(
-            self.model, self.optimizer, self.scaler, self.add_gradients, batch, lr, self.run
-        )
+        loss, _ = train.train_step(self.model, self.optimizer, self.scaler, batch, lr, self.run)
         self.run.progress.step += 1
         return loss
 

@@ -58,11 +58,11 @@ class Device:
             return torch.cuda.get_device_name(self.torch_device)
         return self.torch_device.type
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self, cache_enabled: bool = True) -> AbstractContextManager:
         """Return a context in which matmuls run in `precision`; parameters stay as they are."""
         if self.precision == "fp32":  # on MPS, torch 2.8 and 2.9 warn of an autocast to fp32
             return nullcontext()
-        return torch.autocast(self.torch_device.type, self.dtype)
+        return torch.autocast(self.torch_device.type, self.dtype, cache_enabled=cache_enabled)
 
     def to_device(self, x: Tensor) -> Tensor:
         """Copy to the device, unless x is there. To a CUDA GPU, copy from pinned memory without

@@ -147,11 +147,11 @@ def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
     """Let `train.py` act at the start of some steps."""
     step = train.train_step
 
-    def act(model, optimizer, scaler, add_gradients, batch, lr, run):
+    def act(model, optimizer, scaler, batch, lr, run):
         action = actions.get(run.step + 1)
         if action:
             action(Moment(model, optimizer, scaler, run))
-        return step(model, optimizer, scaler, add_gradients, batch, lr, run)
+        return step(model, optimizer, scaler, batch, lr, run)
 
     with mock.patch.object(train, "train_step", act):
         yield

@@ -3,12 +3,12 @@
 Without a CUDA graph the CPU launches some 600 kernels per micro-batch, one by one, and a fast GPU
 waits for it (docs/scaling.md). A graph is captured once, by running the Python code on a stream
 that records its kernels instead of running them. A replay runs them on the same memory. Python
-control flow is frozen at capture. So everything that changes from step to step must change in
-place: weights, gradients, the scaler's scale, the random generator's state, inputs and targets.
+control flow is frozen at capture. So weights and the random generator's state must change in place.
 """
 
 import sys
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,6 @@ from common.device import Device
 from common.errors import UserError, first_line
 from model.gpt2 import GPT2, KVCache
 from training.options import Options
-
-WARM_UP = 3  # runs before the capture, as in PyTorch's documentation
-# (inputs, targets, num_tokens) -> the loss, summed over the tokens
-AddGradients = Callable[[Tensor, Tensor, int], Tensor]
 
 
 def prepare_device(options: Options, device: Device) -> None:
@@ -64,80 +60,60 @@ def compile_hidden(model: GPT2, rows: int) -> None:
     model.hidden = hidden  # type: ignore[method-assign]
 
 
-class GraphedGradients:
-    """Compute what `eager` does, by a CUDA graph if the micro-batch is full.
+class GraphedLoss:
+    """`model.loss(inputs, targets)` as CUDA graphs of its forward and its backward.
 
-    `eager(inputs, targets, num_tokens)` adds the gradients of a micro-batch's loss / num_tokens to
-    permanent buffers, and returns the loss. Inputs and targets (B, T) come from the CPU. A
-    micro-batch is full if it has `shape` and belongs to a batch of `num_tokens`. The first full one
-    is captured. If the capture fails, a warning says why, and `eager` computes every micro-batch.
+    The graphs serve training on micro-batches (B, T) of one shape. Other calls run `eager`. Each
+    parameter gets a permanent gradient buffer: without one, PyTorch would take the graph's own
+    memory for the gradient, which the next replay overwrites. If the capture fails, a warning says
+    why, and `eager` serves every call. The random generator's state is as before in both cases.
     """
 
-    def __init__(
-        self, eager: AddGradients, model: nn.Module, shape: tuple[int, int], num_tokens: int
-    ):
-        self.eager = eager
+    def __init__(self, model: GPT2, shape: tuple[int, int], device: Device):
+        self.model = model
+        self.eager = model.loss
         self.shape = shape
-        self.num_tokens = num_tokens
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.tried = False
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        # Where the graph reads and writes:
-        device = self.parameters[0].device
-        self.inputs = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.targets = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
-
-    def __call__(self, inputs: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
-        if inputs.shape != self.shape or num_tokens != self.num_tokens:
-            return self.eager(inputs, targets, num_tokens)
-        if not self.tried:
-            self.tried = True
-            self.try_to_capture()
-        if self.graph is None:
-            return self.eager(inputs, targets, num_tokens)
-        self.inputs.copy_(inputs.pin_memory(), non_blocking=True)
-        self.targets.copy_(targets.pin_memory(), non_blocking=True)
-        self.graph.replay()
-        return self.loss
-
-    def try_to_capture(self) -> None:
-        """Capture the graph. Afterwards gradients and the random generator are as before, even if
-        the capture fails.
-        """
-        gradients = [p.grad.clone() for p in self.parameters if p.grad is not None]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
         state = torch.cuda.get_rng_state()
-        failure = self._capture()
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+        self.graphed, failure = _capture(model, shape, device)
         torch.cuda.set_rng_state(state)
         if failure:
-            self.graph = None
             torch.cuda.empty_cache()
             print(f"warning: training without a CUDA graph ({failure})", file=sys.stderr)
 
-    def _capture(self) -> str:
-        """Warm up, so that nothing is compiled or chosen during the capture, then capture.
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self.graphed and self.model.training and inputs.shape == self.shape:
+            return self.graphed(inputs, targets)
+        return self.eager(inputs, targets)
 
-        Return why it failed, or "". No local may keep the exception: its frames would keep the
-        activations alive.
-        """
-        try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self.eager(self.inputs, self.targets, self.num_tokens)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            # NCCL's own thread may look for its messages meanwhile. By default that is an error.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.loss = self.eager(self.inputs, self.targets, self.num_tokens)
-        except Exception as error:  # whatever it is, the run does not need a graph
-            return _reason(error)
-        return ""
+
+class _Loss(nn.Module):
+    """The loss as a module's forward. PyTorch then knows whose gradients to compute."""
+
+    def __init__(self, model: GPT2):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(inputs, targets)
+
+
+def _capture(
+    model: GPT2, shape: tuple[int, int], device: Device
+) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
+    """Return the graphed loss and "", or None and why the capture failed.
+
+    No local may keep the exception: its frames would keep the activations alive.
+    """
+    ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
+    try:
+        with device.autocast(cache_enabled=False):  # a cached copy would belong to one replay
+            graphed = torch.cuda.make_graphed_callables(_Loss(model), (ids, ids.clone()))
+    except Exception as error:  # whatever it is, the run does not need a graph
+        return None, _reason(error)
+    return cast(nn.Module, graphed), ""
 
 
 def _reason(error: Exception) -> str:

@@ -31,7 +31,7 @@ from training import recipe
 from training.data import Data
 from training.directory import RUN, RunDirectory, refuse_inputs_as_output, refuse_used_directory
 from training.identity import RunIdentity, refuse_another, run_identity
-from training.launch import AddGradients, GraphedGradients, compile_hidden, prepare_device
+from training.launch import GraphedLoss, compile_hidden, prepare_device
 from training.meter import Meter, Progress
 from training.model import save_model
 from training.options import Options
@@ -165,13 +165,11 @@ class Run:
         scaler.scale(torch.zeros((), device=device))  # makes its scale: a rank may have no loss
         return scaler
 
-    def with_cuda_graph(self, add_gradients: AddGradients, model: GPT2) -> AddGradients:
-        """Return the function itself or, with --cuda-graph, a CUDA graph of it."""
-        if not self.options.cuda_graph:
-            return add_gradients
-        block = self.options.block_size
-        shape = (self.micro_batch_size, block)
-        return GraphedGradients(add_gradients, model, shape, self.largest_batch * block)
+    def use_cuda_graph(self, model: GPT2) -> None:
+        """With --cuda-graph, capture the loss of a full micro-batch."""
+        if self.options.cuda_graph:
+            shape = (self.micro_batch_size, self.options.block_size)
+            model.loss = GraphedLoss(model, shape, self.device)  # type: ignore[method-assign, assignment]
 
     def begin(self, model: GPT2, **stateful: Any) -> None:
         """Resume from the checkpoint if --resume finds one. Otherwise empty `--out`.

@@ -2,15 +2,13 @@
 
 from itertools import islice
 
-from torch import nn
 from torch.optim import Optimizer
 
 from data.windows import Batch, Dataset
 from lora.variants.lora_ga import lora_ga_layers, weight_gradients
 from lora.variants.plus import parameter_groups
 from lora.variants.riemannian import precondition
-from training.launch import AddGradients
-from training.ranks import Ranks
+from model.gpt2 import GPT2
 from training.run import Run
 
 __all__ = ["parameter_groups", "start_variant"]
@@ -18,41 +16,30 @@ __all__ = ["parameter_groups", "start_variant"]
 BATCHES = 8  # LoRA-GA starts from the gradient of this many
 
 
-def start_variant(
-    model: nn.Module,
-    optimizer: Optimizer,
-    run: Run,
-    training: Dataset,
-    add_gradients: AddGradients,
-) -> None:
+def start_variant(model: GPT2, optimizer: Optimizer, training: Dataset, run: Run) -> None:
     """Start LoRA-GA along the gradient of the run's first batches. With --riemannian, precondition
     the gradients of each step.
-
-    `add_gradients(inputs, targets, num_tokens)` adds those of the loss / num_tokens.
     """
     if run.options.init_lora_weights == "lora_ga":
         first = list(islice(run.batches(training), BATCHES))
-        start_along_gradient(model, first, add_gradients, run.ranks)
+        start_along_gradient(model, first, run)
     if run.options.riemannian:
         optimizer.register_step_pre_hook(lambda *_: precondition(model))
 
 
-def start_along_gradient(
-    model: nn.Module,
-    batches: list[Batch],
-    add_gradients: AddGradients,
-    ranks: Ranks,
-) -> None:
+def start_along_gradient(model: GPT2, batches: list[Batch], run: Run) -> None:
     """Start each layer from dL/dW, the mean over the tokens of these batches."""
     num_tokens = sum(batch.num_tokens for batch in batches)
     with weight_gradients(model) as gradients:
         for batch in batches:
             for inputs, targets in batch.micro_batches():
-                add_gradients(inputs, targets, num_tokens)
+                with run.device.autocast():
+                    loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
+                (loss / num_tokens).backward()
     model.zero_grad()  # B has gradients too
 
-    ranks.all_reduce(*gradients.values())
+    run.ranks.all_reduce(*gradients.values())
     for name, layer in lora_ga_layers(model).items():
         start = layer.initial_factors(gradients[name])
-        ranks.broadcast(*start)  # another machine may choose other signs
+        run.ranks.broadcast(*start)  # another machine may choose other signs
         layer.start_at(*start)

@@ -16,7 +16,7 @@ from lora.layer import LoRALinear
 from model.kernels import fast
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run
-from training.launch import GraphedGradients
+from training.launch import GraphedLoss
 
 
 @pytest.fixture(autouse=True)
@@ -162,9 +162,9 @@ def test_on_cuda_our_step_is_timed_with_a_graph_and_without_compiled_and_not():
 
 @pytest.mark.parametrize("graph, failed", [(None, ["lora: " + GRAPH]), (mock.Mock(), [])])
 def test_a_capture_that_failed_is_no_secret(graph, failed):
-    gradients = mock.Mock(spec=GraphedGradients, graph=graph)
+    loss = mock.Mock(spec=GraphedLoss, graphed=graph)
     report = gpu_learning.Report()
-    gpu_learning.check_graph(report, "lora", mock.Mock(add_gradients=gradients))
+    gpu_learning.check_graph(report, "lora", mock.Mock(**{"model.loss": loss}))
     assert report.broken() == failed
 
 

@@ -6,7 +6,6 @@ Python code of the model's runs. What would wait for the GPU raises.
 """
 
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -98,13 +97,12 @@ class FakeGraph:
 
 
 def install(monkeypatch) -> None:
-    """Put doubles in the place of what training/launch.py calls of torch.cuda."""
+    """Put doubles in the place of what `make_graphed_callables` calls of torch.cuda."""
     FakeGraph.captured = 0
     FakeGraph.replayed = 0
 
     @contextmanager
-    def capture(graph, stream, capture_error_mode):
-        assert stream is side and capture_error_mode == "thread_local"
+    def capture(graph, pool):
         state = torch.get_rng_state()
         with Recorder() as recorder:
             yield
@@ -113,18 +111,16 @@ def install(monkeypatch) -> None:
         graph.calls = recorder.calls
         FakeGraph.captured += 1
 
-    main = SimpleNamespace(wait_stream=lambda other: None)
-    side = SimpleNamespace(wait_stream=lambda other: None)
     doubles = {
         "CUDAGraph": FakeGraph,
         "graph": capture,
-        "Stream": lambda: side,
-        "current_stream": lambda: main,
+        "Stream": lambda: None,
         "stream": lambda stream: nullcontext(),
+        "synchronize": lambda: None,
         "get_rng_state": torch.get_rng_state,
         "set_rng_state": torch.set_rng_state,
         "empty_cache": lambda: None,
     }
     for name, double in doubles.items():
         monkeypatch.setattr(torch.cuda, name, double)
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
