@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,13 @@ BEST = "best"
 # The defaults that a recipe sets. An explicit option wins.
 RECIPES: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    # `resolve` chooses the rate.
-    BEST: {"target_modules": ("c_attn", "c_proj", "c_fc"), "lr": None},
+    # `resolve` chooses the rate. Without a stride, windows do not overlap.
+    BEST: {
+        "target_modules": ("c_attn", "c_proj", "c_fc"),
+        "lr": None,
+        "batch_size": 2,
+        "stride": None,
+    },
 }
 
 
@@ -104,7 +109,12 @@ class Options:
         may_change=True,
     )
     block_size: int = option(128, number(int, 1), "tokens per window")
-    stride: int = option(16, number(int, 1), "tokens from one training window's start to the next")
+    stride: int = option(
+        16,
+        number(int, 1),
+        "tokens from one training window's start to the next (default: lora, the recipe's; full, "
+        "16)",
+    )
     val_fraction: float = option(
         0.1,
         number(float, 0.001, 0.9),
@@ -121,7 +131,9 @@ class Options:
         number(int, 1),
         "stop after this many steps. The schedule ends there too",
     )
-    batch_size: int = option(16, number(int, 1), "windows per step")
+    batch_size: int = option(
+        16, number(int, 1), "windows per step (default: lora, the recipe's; full, 64)"
+    )
     grad_accum: int = option(
         1,
         number(int, 1),
@@ -188,11 +200,10 @@ class Options:
 
     # the adapter
     recipe: str | None = option(
-        help="defaults of --target-modules, --lora-alpha and --lr. reference: c_attn, 16 and 3e-4, "
-        "as in the reference run. best: c_attn c_proj c_fc, 16 at any rank, and "
-        "0.035 / (steps * passes^2)^(1/3), from 5e-4 to 8e-3, where passes counts how often the "
-        "run reads a token of its training part: 8 times per epoch if windows of 128 start "
-        "every 16 tokens (default: best for a new adapter on --data, otherwise reference)",
+        help="which defaults. reference, as in the reference run: c_attn, batches of 16, stride "
+        "16, lr 3e-4. best: c_attn c_proj c_fc, batches of 2, windows without overlap, and a rate "
+        "by steps, passes and kind of adapter (docs/howto.md) (default: best for a new adapter on "
+        "--data, otherwise reference)",
         choices=tuple(RECIPES),
         method="lora",
     )
@@ -341,6 +352,8 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
             numbers = set().union(*typed["layers_to_transform"])
             typed["layers_to_transform"] = tuple(sorted(numbers))
     options = Options(**defaults | typed)
+    if options.stride is None:
+        options = replace(options, stride=options.block_size)
     if options.method == "lora":
         adapter_config(options)  # refuses variants that exclude each other
     return options

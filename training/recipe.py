@@ -11,21 +11,52 @@ from data.windows import Dataset
 from lora.load import load_adapter_config
 from lora.variants import config_fields
 from storage.hf_compat import portable_name
-from training.options import BEST, LORA_FIELDS, Options
+from training.options import BEST, LORA_FIELDS, Options, adapter_config
 
 RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
+# The best rate of a variant beside plain LoRA's, at rank 8 (docs/variants.md)
+STARTS = {"pissa": 1 / 4, "lora_ga": 1.0}
+FREEZE_A = 2.0
+ONE_LAYER = 2.0  # one kind of layer in place of all four (docs/experiments.md)
 
 
 def best_rate(steps: int, passes: float) -> float:
-    """Return the peak learning rate, to two digits, of LoRA on all layers with alpha 16:
+    """Return the peak learning rate, to two digits, of plain LoRA on all layers with alpha 16:
     0.035 / (steps * passes^2)^(1/3), within `RATES`.
 
     `passes` counts how often the run reads a token of its training part, on average. The rule was
     fitted to runs of 15 to 960 steps and 1.4 to 23 passes on `mini`. The rank hardly matters.
     """
     smallest, largest = RATES
-    rate = 0.035 / (steps * passes**2) ** (1 / 3)
-    return float(f"{min(max(rate, smallest), largest):.1e}")
+    return two_digits(min(max(0.035 / (steps * passes**2) ** (1 / 3), smallest), largest))
+
+
+def rate_factor(options: Options) -> float:
+    """Return the factor from plain LoRA's best rate, on all layers with alpha 16, to the rate of
+    this adapter.
+
+    With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s r = 16 the best
+    rate is nearly the same for every rank. From s r = 2 to 128 it falls about as (s r)^(-2/3).
+    Under LoRA+ with B's rate at 16 times A's, A's best rate is an eighth: ratio^(-3/4). Between the
+    measured values, the factors are interpolated (docs/experiments.md, docs/variants.md).
+    """
+    config = adapter_config(options)
+    factor = (16 / (config.scaling * config.r)) ** (2 / 3)
+    factor *= (options.loraplus_lr_ratio or 1) ** (-3 / 4)
+    factor *= STARTS.get(options.init_lora_weights or "", 1)
+    if options.freeze_a:
+        factor *= FREEZE_A
+    if adapts_one_layer(options.target_modules):
+        factor *= ONE_LAYER
+    return min(factor, 2)  # no larger one was measured
+
+
+def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
+    """Return whether the targets name one of a block's four layers. `c_proj` names two."""
+    if isinstance(targets, str):  # all-linear
+        return False
+    kinds = {tuple(name.split(".")[-2:]) for name in targets}  # without the block
+    return len(kinds) == 1 and kinds != {("c_proj",)}
 
 
 def resolve(options: Options, base: str, device: Device, training: Dataset) -> Options:
@@ -46,7 +77,8 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
             "use --precision bf16 or fp32"
         )
     if options.lr is None:
-        filled["lr"] = recipe_rate(options, training)
+        rate = recipe_rate(options, training)
+        filled["lr"] = two_digits(rate * rate_factor(replace(options, **filled)))
     resolved = replace(options, **filled)
     if options.recipe == BEST:
         print(describe_recipe(resolved))
@@ -54,7 +86,7 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
 
 
 def recipe_rate(options: Options, training: Dataset) -> float:
-    """Return the best recipe's rate for this run's steps and passes."""
+    """Return plain LoRA's best rate for this run's steps and passes."""
     _, steps = count_steps(options, len(training))
     windows = min(options.epochs * len(training), steps * options.batch_size)
     passes = training.passes_per_epoch * windows / len(training)
@@ -73,4 +105,11 @@ def count_steps(options: Options, windows: int) -> tuple[int, int]:
 def describe_recipe(options: Options) -> str:
     layers = options.target_modules
     names = layers if isinstance(layers, str) else " ".join(layers)
-    return f"recipe best: lr {options.lr:g}, layers {names}, alpha {options.lora_alpha:g}"
+    return (
+        f"recipe best: lr {options.lr:g}, layers {names}, alpha {options.lora_alpha:g}, "
+        f"batch {options.batch_size}; compare half and twice this rate"
+    )
+
+
+def two_digits(rate: float) -> float:
+    return float(f"{rate:.1e}")

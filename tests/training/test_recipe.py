@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from shlex import split
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from tests import runs
 from tests.runs import arguments, one_line, run, trained
 from train import main
 from training import sweep
-from training.options import parse_options
-from training.recipe import best_rate
+from training.options import ROOT, parse_options
+from training.recipe import best_rate, rate_factor
 
 ALL_LAYERS = ["c_attn", "c_proj", "c_fc"]
 SHORT = ("--max-steps", 2, "--batch-size", 4)
@@ -52,7 +53,7 @@ def test_the_reference_is_the_default_for_a_book_and_the_best_for_data(base, boo
     small = ("--batch-size", 4, "--block-size", 64)  # three epochs
     best = trained("lora", base, data, tmp_path / "best", *small)
     assert chosen(best) == ["best", 6.8e-3, ALL_LAYERS, 16, 8]  # 15 steps, 3 passes
-    assert "recipe best: lr 0.0068, layers c_attn c_proj c_fc, alpha 16\n" in best.stdout
+    assert "recipe best: lr 0.0068, layers c_attn c_proj c_fc, alpha 16, batch 4;" in best.stdout
     assert max(best.column("lr")) == pytest.approx(6.8e-3)
     asked = trained("lora", base, data, tmp_path / "asked", *small, "--recipe", "reference")
     assert chosen(asked) == ["reference", 3e-4, ["c_attn"], 16, 8]
@@ -62,11 +63,17 @@ def test_what_is_typed_overrides_the_recipe(base, book, tmp_path):
     argv = split("--recipe best --lr 5e-3 --target-modules c_attn.q --lora-alpha 4 --r 2")
     done = trained("lora", base, book, tmp_path / "run", *SHORT, *argv)
     assert chosen(done) == ["best", 5e-3, ["c_attn.q"], 4, 2]
-    assert "recipe best: lr 0.005, layers c_attn.q, alpha 4\n" in done.stdout
+    assert "recipe best: lr 0.005, layers c_attn.q, alpha 4, batch 4;" in done.stdout
 
     more = ("--init-adapter", done.out, "--recipe", "best")  # which brings its layers and alpha
     again = trained("lora", base, book, tmp_path / "again", *SHORT, *more)
-    assert chosen(again) == ["best", 8e-3, [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)], 4, 2]
+    assert chosen(again) == [
+        "best",
+        1.6e-2,
+        [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)],
+        4,
+        2,
+    ]
 
 
 def test_a_run_of_the_best_recipe_resumes_as_itself(base, book, tmp_path):
@@ -97,6 +104,32 @@ def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):
     argv = arguments("full", base, book, tmp_path / "run", "--recipe", "best")
     assert "--recipe best" in one_line(run(main, *argv), 2)
     assert parse_options("-", ["full"]).as_json().keys().isdisjoint({"recipe"})
+
+
+@pytest.mark.parametrize(
+    "figure, label, options",
+    [
+        ("variants", "rsLoRA", "--use-rslora"),
+        ("variants", "DoRA", "--use-dora"),
+        ("variants", "PiSSA", "--init-lora-weights pissa"),
+        ("variants", "LoRA-GA", "--init-lora-weights lora_ga"),
+        ("variants", "LoRA+, ratio 16", "--loraplus-lr-ratio 16"),
+        ("variants", "LoRA-FA", "--freeze-a"),
+        ("targets", "c_attn: r = 20", "--target-modules c_attn --r 20"),
+        ("targets", "c_fc, mlp.c_proj: r = 8", "--target-modules c_fc mlp.c_proj"),
+        ("scaling", "alpha = 2 r: s = 2/1", "--lora-alpha 2 --r 1"),
+        ("scaling", "alpha = 2 r: s = 2/64", "--lora-alpha 128 --r 64"),
+    ],
+)
+def test_the_recipes_rate_is_near_the_best_one_that_was_measured(figure, label, options):
+    """The runs have 60 steps and read the text 1.45 times."""
+    data = json.loads((ROOT / "docs" / "figures" / f"{figure}.json").read_text())
+    for key in label.split("/"):
+        data = data[key]
+    with_neighbours = {float(lr): mean(found) for lr, found in data.items() if len(found) == 3}
+    best = min(with_neighbours, key=with_neighbours.__getitem__)
+    factor = rate_factor(parse_options("-", ["lora", "--recipe", "best", *split(options)]))
+    assert 0.7 < best_rate(60, 1.45) * factor / best < 1.4
 
 
 def test_a_sweep_leaves_the_rate_to_the_recipe(tmp_path):
