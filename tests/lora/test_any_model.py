@@ -2,7 +2,6 @@
 
 import json
 
-import matplotlib.figure  # noqa: F401 (now: an old one warns, and warnings are errors below)
 import peft
 import pytest
 import torch
@@ -11,21 +10,19 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
+from adapters import inspect
 from adapters.combine import main as combine
-from adapters.inspect import main as inspect
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
-from lora.save import WEIGHTS, adapter_tensors, save_adapter
+from lora.save import WEIGHTS, save_adapter
 from lora.variants import make_config
 from tests.helpers import relative_difference, tiny_gpt2
 from tests.models import (
     CASES,
-    IDS,
     VARIANTS,
-    Case,
     Plain,
     assert_same,
     both,
@@ -39,14 +36,17 @@ from tests.pairs import parameters, randomize
 from tests.runs import stdout_of, table
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
+# Each model, and each variant on Llama.
+PAIRS = [("llama", variant) for variant in VARIANTS]
+PAIRS += [("llama-tied", "plain"), ("qwen", "dora"), ("t5", "plain"), ("vit", "loraplus")]
+PAIRS += [("plain", "rslora")]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "variant"), PAIRS)
 def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
-    """Every linear layer: from the seeded adapter over 10 steps to both files.
+    """Every linear layer: from the seeded adapter over 5 steps to both files.
 
-    Bit for bit, but for DoRA's norm: PEFT multiplies B A as B (A I), which rounds in another way.
+    Bit for bit, except DoRA's norm: PEFT multiplies B A as B (A I), which rounds in another way.
     """
     case = CASES[name]
     close = 1e-5 if variant == "dora" else 0.0
@@ -59,7 +59,7 @@ def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
     mine, other = optimizers(ours, theirs, variant)
     seen = steps(ours, case, mine)
     assert_same(seen, steps(theirs, case, other), close)
-    assert seen["loss 9"] < seen["loss 0"]
+    assert seen["loss 4"] < seen["loss 0"]
     assert_same(parameters(ours), parameters(theirs.base_model.model), close)
     trained = output(ours, case)
     evaluated = 1e-6 if variant == "pissa" else close  # our PiSSA evaluates with the saved adapter
@@ -74,7 +74,7 @@ def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
     with loaded.disable_adapter():
         assert relative_difference(output(loaded, case), base) < 1e-5  # so that the file counts
 
-    if variant != "pissa":  # PEFT's own file of it is of another base, and refused
+    if variant != "pissa":  # PEFT's file of PiSSA needs another base, and is refused
         theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
         again = make(case)
         load_adapter(again, tmp_path / "theirs")
@@ -99,49 +99,36 @@ def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
     assert not any(isinstance(module, LoRALinear) for module in ours.modules())
 
 
-@pytest.mark.parametrize(("variant", "close"), [("plain", 0.0), ("dora", 0.05)])
-def test_a_model_in_bf16_trains_as_under_peft(variant, close, tmp_path):
+def test_a_model_in_bf16_trains_as_under_peft(tmp_path):
     case = CASES["llama"]
     bf16 = case._replace(make=lambda: case.make().to(torch.bfloat16))
-    ours, theirs = both(bf16, "all-linear", **VARIANTS[variant])
+    ours, theirs = both(bf16, case.targets)
     start = parameters(theirs.base_model.model)
     with torch.no_grad():
         for name, parameter in parameters(ours).items():
             start[name].copy_(parameter)  # PEFT rounds what it draws to bf16
-    mine, other = optimizers(ours, theirs, variant)
-    assert_same(steps(ours, bf16, mine), steps(theirs, bf16, other), close)
+    mine, other = optimizers(ours, theirs, "plain")
+    assert_same(steps(ours, bf16, mine), steps(theirs, bf16, other))
     save_adapter(ours, tmp_path, "a-base")
     assert {x.dtype for x in load_file(tmp_path / WEIGHTS).values()} == {torch.float32}
-    loaded = peft.PeftModel.from_pretrained(make(bf16), tmp_path).eval()
-    assert relative_difference(output(loaded, bf16), output(ours, bf16)) <= close
 
 
 PATTERNS = {"rank_pattern": {"q_proj": 1, r"1\.mlp\..*": 3}, "alpha_pattern": {"up_proj": 7}}
 
 
+def second_block(*pattern: str) -> dict:
+    return {"layers_to_transform": [1], "layers_pattern": [*pattern]}
+
+
 @pytest.mark.parametrize(
     ("name", "targets", "fields", "count"),
     [
-        *((name, case.targets, {}, None) for name, case in CASES.items()),
         ("llama", ["lm_head", "1.mlp.up_proj"], {}, 2),
-        ("llama-tied", ["model.layers.0.self_attn.q_proj"], {}, 1),
         ("llama", r".*layers\.1\.(mlp|self_attn)\.[a-q]*_proj", {}, 3),
-        (
-            "qwen",
-            ["k_proj", "up_proj"],
-            {"layers_to_transform": [1], "layers_pattern": "layers"},
-            2,
-        ),
+        ("qwen", ["k_proj", "up_proj"], second_block("layers"), 2),
         ("qwen", ["k_proj", "up_proj", "q_proj"], PATTERNS, 6),
-        ("t5", ["SelfAttention.q"], {}, 4),
-        (
-            "t5",
-            ["q", "wi_0"],
-            {"layers_to_transform": [1], "layers_pattern": ["layer", "layers"]},
-            4,
-        ),
-        ("t5", ["EncDecAttention.v", "wo"], {"layers_to_transform": [0, 1]}, 6),
-        ("vit", ["q_proj"], {"layers_to_transform": [1]}, 1),
+        ("t5", ["q", "wi_0"], second_block("layer", "layers"), 4),
+        ("vit", ["attention.q_proj"], {"layers_to_transform": [1]}, 1),
         ("plain", ["blocks.0.c_attn", "enter"], {}, 2),
     ],
 )
@@ -149,21 +136,15 @@ def test_targets_are_pefts(name, targets, fields, count, tmp_path):
     case = CASES[name]
     if transformers.__version__ < "5" and name in ("vit", "t5"):
         pytest.skip("transformers 4 names ViT's layers, and orders T5's, in another way")
-    if fields.get("layers_pattern"):
-        pattern = fields["layers_pattern"]
-        own = fields | {"layers_pattern": [pattern] if isinstance(pattern, str) else pattern}
-    else:
-        own = fields
-    ours, theirs = both(case, targets, **own)
+    ours, theirs = both(case, targets, **fields)
     names = list(lora_layers(ours))
-    assert names == theirs.base_model.targeted_module_names and count in (None, len(names))
+    assert names == theirs.base_model.targeted_module_names and len(names) == count
     for layer in names:
         scaling = theirs.base_model.model.get_submodule(layer).scaling["default"]
         assert lora_layers(ours)[layer].scaling == scaling
     assert_same(parameters(ours), parameters(theirs.base_model.model))
 
     randomize(theirs)
-    theirs.peft_config["default"].layers_pattern = fields.get("layers_pattern")
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     again = make(case)
     load_adapter(again, tmp_path)
@@ -177,8 +158,8 @@ def test_targets_are_pefts(name, targets, fields, count, tmp_path):
 
 def test_pissa_of_some_blocks_is_written_by_full_names_which_peft_loads(tmp_path):
     case = CASES["qwen"]
-    blocks = {"layers_to_transform": [1], "layers_pattern": ["layers"]}
-    ours, _ = both(case, ["q_proj", "up_proj"], init_lora_weights="pissa", **blocks)
+    fields = {"init_lora_weights": "pissa", **second_block("layers")}
+    ours, _ = both(case, ["q_proj", "up_proj"], **fields)
     randomize(ours)
     save_adapter(ours, tmp_path, "a-base")
     loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
@@ -186,37 +167,13 @@ def test_pissa_of_some_blocks_is_written_by_full_names_which_peft_loads(tmp_path
     assert relative_difference(output(loaded, case), output(make(case), case)) > 0.01
 
 
-def whisper() -> nn.Module:
-    config = transformers.WhisperConfig(
-        vocab_size=97,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        num_mel_bins=8,
-        max_source_positions=10,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    return transformers.WhisperForConditionalGeneration(config)
-
-
 def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):
     """PEFT's class for CAUSAL_LM or SEQ_2_SEQ_LM would pass it tokens as its input."""
-    sound = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(1))
-    inputs = {"input_features": sound, "decoder_input_ids": IDS}
-    case = Case(whisper, inputs, ["q_proj", "v_proj"], None)
-    ours, _ = both(case, case.targets)
-    randomize(ours)
-    save_adapter(ours, tmp_path, "a-base")
-    loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
-    assert relative_difference(output(loaded, case), output(ours.eval(), case)) < 1e-5
-    assert relative_difference(output(loaded, case), output(make(case), case)) > 0.01
+    config = transformers.WhisperConfig(d_model=24, encoder_layers=1, decoder_layers=1)
+    model = transformers.WhisperForConditionalGeneration(config)
+    inject(model, make_config(target_modules=("q_proj",)))
+    save_adapter(model, tmp_path, "a-base")
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] is None
 
 
 class TiedPlain(Plain):
@@ -231,13 +188,8 @@ class TiedPlain(Plain):
 def test_the_output_head_and_tied_layers_are_left_out_of_all_linear():
     model = TiedPlain()
     inject(model, make_config(target_modules="all-linear"))
-    assert list(lora_layers(model)) == [
-        "enter",
-        "blocks.0.q",
-        "blocks.0.c_attn",
-        "blocks.1.q",
-        "blocks.1.c_attn",
-    ]
+    adapted = ["enter", "blocks.0.q", "blocks.0.c_attn", "blocks.1.q", "blocks.1.c_attn"]
+    assert list(lora_layers(model)) == adapted
 
 
 def encoder() -> nn.Module:
@@ -248,10 +200,8 @@ def encoder() -> nn.Module:
     ("build", "targets", "reason"),
     [
         (lambda: make(CASES["llama-tied"]), ("lm_head",), "lm_head is tied to model.embed_tokens"),
-        (lambda: make(CASES["llama-tied"]), ("embed_tokens",), "embed_tokens is tied to lm_head"),
         (lambda: make(CASES["llama"]), ("embed_tokens",), "model.embed_tokens is an embedding"),
         (TiedPlain, ("head",), "head is tied to embedding, and an update of one would change"),
-        (tiny_gpt2, ("c_attn",), "a Conv1D; only linear layers, nn.Linear, are adapted"),
         (tiny_gpt2, "all-linear", "a Conv1D; only linear layers, nn.Linear, are adapted"),
         (lambda: nn.Sequential(nn.Conv1d(3, 3, 1)), "all-linear", "no linear layer, nn.Linear"),
         (
@@ -260,19 +210,16 @@ def encoder() -> nn.Module:
             "TransformerEncoderLayer reads the weight of layers.0.linear1 past",
         ),
         (encoder, ("out_proj",), "MultiheadAttention reads the weight of layers.0.self_attn.out_p"),
-        (encoder, "all-linear", "past its forward"),
-        (lambda: nn.TransformerEncoderLayer(32, 4), ("linear2",), "the weight of linear2 past its"),
         (Plain, ("c_attn.q",), "'c_attn.q' is not in the model; it has c_attn, enter, head, q"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_in_one_line(build, targets, reason):
     model = build()
-    before = dict(model.named_parameters())
     with pytest.raises(ValueError, match=reason) as refused:
         inject(model, make_config(target_modules=targets))
     assert "\n" not in str(refused.value)
     assert not lora_layers(model)
-    assert all(parameter.requires_grad for parameter in before.values())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_model_that_reads_a_weight_past_its_forward_gets_an_error():
@@ -282,49 +229,31 @@ def test_a_model_that_reads_a_weight_past_its_forward_gets_an_error():
             self.linear = nn.Linear(32, 32)
 
         def forward(self, x):
-            return F.linear(x, self.linear.weight)
+            return F.linear(x, self.linear.weight, self.linear.bias)
 
     model = Reads()
     inject(model, make_config(target_modules=("linear",)))
     assert model.linear.weight.dtype == torch.float32
     with pytest.raises(RuntimeError, match="size"):
-        model(torch.randn(2, 32)) + torch.randn(2, 32)
+        model(torch.randn(2, 32))
 
 
-def test_an_adapter_of_another_model_is_refused_and_the_model_left_alone(tmp_path):
-    ours, _ = both(CASES["llama"], ["q_proj"])
-    save_adapter(ours, tmp_path, "a-base")
-    other = make(CASES["plain"])
-    expected = output(other, CASES["plain"])
-    with pytest.raises(ValueError, match="'q_proj' is not in the model; it has"):
-        load_adapter(other, tmp_path)
-    assert torch.equal(output(other, CASES["plain"]), expected)
-
-
-@pytest.mark.parametrize("name", ["llama-tied", "t5"])
-def test_combine_and_inspect_take_any_models_adapters(name, tmp_path):
-    case = CASES[name]
+def test_combine_and_inspect_take_any_models_adapters(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect, "can_draw", lambda: False)
+    case = CASES["llama-tied"]
     expected = make(case)
-    for seed, targets in enumerate((["q_proj", "q"], ["q_proj", "up_proj", "q", "wi_1"])):
-        here = [target for target in targets if target in endings(expected)]
-        ours, _ = both(case, here)
-        randomize(ours, seed)
-        save_adapter(ours, tmp_path / str(seed), "a-base")
-        for layer_name, layer in lora_layers(ours).items():
-            expected.get_submodule(layer_name).weight.data += (1, -2)[seed] * layer.delta_weight()
+    parts = []
+    for weight, targets in ((1, ["q_proj"]), (-2, ["q_proj", "up_proj"])):
+        ours, _ = both(case, targets)
+        randomize(ours, seed=len(targets))
+        parts.append(tmp_path / str(weight))
+        save_adapter(ours, parts[-1], "a-base")
+        for name, layer in lora_layers(ours).items():
+            expected.get_submodule(name).weight.data += weight * layer.delta_weight()
 
-    parts = [tmp_path / "0", tmp_path / "1"]
     stdout_of(combine, *parts, "--weights", 1, -2, "--out", tmp_path / "sum")
     theirs = peft.PeftModel.from_pretrained(make(case), tmp_path / "sum").eval()
-    assert type(theirs) is not peft.PeftModel  # the task was kept
+    assert isinstance(theirs, peft.PeftModelForCausalLM)  # the task was kept
     assert relative_difference(output(theirs, case), output(expected, case)) < 1e-5
-    rows = table(stdout_of(inspect, tmp_path / "sum", "--out", tmp_path / "pictures"))
-    again = make(case)
-    load_adapter(again, tmp_path / "sum")
-    assert {row[0] for row in rows[2:]} == set(lora_layers(again))
-    assert adapter_tensors(again).keys() == load_file(tmp_path / "sum" / WEIGHTS).keys()
-    assert (tmp_path / "pictures" / "spectrum.png").exists()
-
-
-def endings(model: nn.Module) -> set[str]:
-    return {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    rows = table(stdout_of(inspect.main, tmp_path / "sum"))
+    assert {row[0] for row in rows[2:]} == set(lora_layers(ours))

@@ -45,7 +45,7 @@ def test_the_layer_of_the_readme_is_ours():
 
 @pytest.mark.parametrize(
     ("shape", "r", "use_rslora"),
-    [(SQUARE, 4, False), (SQUARE, 32, True), (WIDE, 4, True), (TALL, 1, False)],
+    [(SQUARE, 32, True), (WIDE, 4, True), (TALL, 1, False)],
 )
 def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora):
     fields = {"r": r, "lora_alpha": 3, "lora_dropout": 0.5, "use_rslora": use_rslora}
@@ -66,14 +66,10 @@ def test_output_and_merged_weight_are_the_formulas_in_fp64(shape, r, use_rslora)
 @pytest.mark.parametrize(
     ("dtype", "autocast", "shape", "config"),
     [
-        (FP32, False, SQUARE, DROPOUT),
         (FP32, False, WIDE, RSLORA),
         (FP32, False, TALL, DROPOUT),
-        (FP32, True, SQUARE, RSLORA),
         (FP32, True, WIDE, DROPOUT),
         (BF16, False, SQUARE, DROPOUT),
-        (BF16, False, WIDE, RSLORA),
-        (FP16, False, SQUARE, RSLORA),
         (FP16, False, WIDE, DROPOUT),
     ],
 )

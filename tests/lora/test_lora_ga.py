@@ -17,7 +17,7 @@ from tests.ranks import fork
 from tests.runs import arguments, run, trained
 from train import main
 
-SMALL = split("--max-steps 12 --batch-size 8 --eval-every 4 --lr 1e-2 --init-lora-weights lora_ga")
+SMALL = split("--max-steps 6 --batch-size 8 --eval-every 2 --lr 1e-2 --init-lora-weights lora_ga")
 
 
 def peft_start(base, trainer):
@@ -90,11 +90,15 @@ def flipped(layer, gradient, original=LoRAGALinear.initial_factors):
 def test_a_resumed_run_takes_its_start_from_the_checkpoint(base, book, tmp_path, monkeypatch):
     whole = trained("lora", base, book, tmp_path / "whole", *SMALL)
     argv = arguments("lora", base, book, tmp_path / "run", *SMALL)
-    stop = {7: lambda trainer: signal.raise_signal(signal.SIGINT)}
+    stop = {4: lambda trainer: signal.raise_signal(signal.SIGINT)}
     assert runs.run_acting(stop, *argv).status == 130
     monkeypatch.setattr(LoRAGALinear, "initial_factors", flipped)
     assert run(main, *argv, "--resume").status == 0
     assert runs.contents(tmp_path / "run")[WEIGHTS] == runs.contents(whole.out)[WEIGHTS]
+    report = whole.report
+    _, ids = runs.token_parts(book)
+    best = runs.validation_loss(runs.stock_model(base, whole.out), ids)
+    assert report["best_val_loss"] == pytest.approx(best, rel=1e-5)
     other = trained("lora", base, book, tmp_path / "other", *SMALL)
     assert runs.contents(other.out)[WEIGHTS] != runs.contents(whole.out)[WEIGHTS]
 

@@ -9,7 +9,15 @@ from torch import nn
 from common.device import Device
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
-from lora.quantised import Int8Linear, NF4Linear, dequantise, nf4_levels, quantise, scale_levels
+from lora.quantised import (
+    LAYERS,
+    Int8Linear,
+    NF4Linear,
+    dequantise,
+    nf4_levels,
+    quantise,
+    scale_levels,
+)
 from lora.variants import make_config
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory
@@ -18,11 +26,7 @@ from training.report import count_parameters
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # bitsandbytes 0.50 on a CPU dequantises widths of 32, 96, 160, ... wrongly: none of those.
-SHAPES = [(96, 64), (5, 7), (65, 3), (33, 77), (1000, 257), (1, 3)]
-LAYERS = {
-    "nf4": NF4Linear,
-    "int8": Int8Linear,
-}
+SHAPES = [(33, 77), (200, 97), (1, 3)]  # one block of scales, two, and a single scale
 
 
 def linear(shape: tuple[int, int]) -> nn.Linear:
@@ -75,17 +79,9 @@ def test_int8_is_bitsandbytes_to_the_bit(bnb, shape):
     assert torch.equal(ours.weight, bnb.int8_vectorwise_dequant(codes, absmax))
 
 
-def test_a_layer_of_zeros_stays_zero():
-    layer = nn.Linear(40, 10)
-    layer.weight.data.zero_()
-    for make in LAYERS.values():
-        assert torch.equal(make(layer).weight, layer.weight)
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("rows", [(5,), (2, 3)])
-def test_gradients_are_autograds_through_the_dequantised_weight(kind, autocast, rows):
+def test_gradients_are_autograds_through_the_dequantised_weight(kind, autocast):
     quantised = LAYERS[kind](linear((33, 77)))
     plain = quantised.to_linear().requires_grad_(False)
     config = LoRAConfig(r=4, lora_dropout=0.3)
@@ -94,7 +90,7 @@ def test_gradients_are_autograds_through_the_dequantised_weight(kind, autocast, 
         torch.manual_seed(1)
         layer = LoRALinear(base_layer, config)
         nn.init.normal_(layer.lora_B.weight)
-        x = torch.randn(*rows, 77, requires_grad=True)
+        x = torch.randn(2, 3, 77, requires_grad=True)
         with torch.autocast("cpu", BF16, enabled=autocast):
             y = layer(x)
         y.float().square().sum().backward()
@@ -147,20 +143,13 @@ def stock_4bit(base):
     )
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}])
-def test_twenty_steps_are_pefts_on_bitsandbytes_4_bit_model(base, fields):
-    theirs = peft.get_peft_model(
-        stock_4bit(base),
-        peft.LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["c_attn", "c_fc"], **fields
-        ),
-    )
+def test_twenty_steps_are_pefts_on_bitsandbytes_4_bit_model(base):
+    fields = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_dora": True}
+    config = peft.LoraConfig(target_modules=["c_attn", "c_fc"], **fields)
+    theirs = peft.get_peft_model(stock_4bit(base), config)
     ours = load_gpt2(base)
     quantise(ours, "nf4")
-    config = make_config(
-        r=4, lora_alpha=8, lora_dropout=0, target_modules=("c_attn", "c_fc"), **fields
-    )
-    inject(ours, config)
+    inject(ours, make_config(target_modules=("c_attn", "c_fc"), **fields))
     assert all(isinstance(block.mlp.c_proj, NF4Linear) for block in ours.h)  # all linear layers
     theirs_by_name = {
         name.removeprefix("base_model.model.transformer."): p
@@ -199,7 +188,5 @@ def test_a_quantised_base_is_the_same_in_every_precision_and_counts_the_same(bas
         inside = name.endswith("weight") and ".ln_" not in name and name.startswith("h.")
         assert torch.equal(p, q) != inside, name
         assert not inside or 0.02 < relative_difference(q, p) < 0.2
-    assert (
-        count_parameters(models[1])["total_parameters"]
-        == count_parameters(plain)["total_parameters"]
-    )
+    counts = [count_parameters(model)["total_parameters"] for model in (plain, models[1])]
+    assert counts[0] == counts[1]

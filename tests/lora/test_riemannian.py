@@ -111,12 +111,3 @@ def test_a_step_projects_the_gradient_however_the_product_is_split(base, targets
     precondition(model)
     for one, other in zip(lora_layers(plain).values(), lora_layers(model).values(), strict=True):
         assert relative_difference(change(other), change(one)) < 1e-3
-
-
-def test_the_option_changes_the_steps_alone(base, book, tmp_path):
-    argv = ("--max-steps", "4", "--batch-size", "4", "--lr", "3e-3")
-    plain = runs.trained("lora", base, book, tmp_path / "plain", *argv)
-    other = runs.trained("lora", base, book, tmp_path / "other", *argv, "--riemannian")
-    assert other.column("loss")[0] == plain.column("loss")[0]
-    assert other.column("grad_norm")[0] == plain.column("grad_norm")[0]
-    assert other.column("loss")[2] != plain.column("loss")[2]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.errors import UserError
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.load import load_adapter
@@ -18,7 +19,6 @@ from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
 from tests.pairs import IDS, adapted
 from tests.runs import trainer
-from training.options import parse_options
 from training.report import describe_parameters
 
 PATTERNS = {
@@ -76,7 +76,6 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
 REFUSED = [
     ({"target_modules": r".*\.c_attn\.x"}, "by a full name; it has c_attn, c_fc, c_proj"),
     # A regular expression must match a whole name.
-    ({"target_modules": "c_attn"}, "'c_attn' is not in the model"),
     ({"target_modules": "transformer.h.0.attn.c_a"}, "c_a' is not in the model"),
     ({"target_modules": r".*\.attn"}, "matches h.0.attn, a Attention; only linear layers"),
     ({"target_modules": ("lm_head",)}, "the head is tied to wte"),
@@ -84,19 +83,15 @@ REFUSED = [
     ({"target_modules": ("wpe",)}, "embedding"),
     ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
     ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # after a dot
-    ({"target_modules": ("",)}, "'' is not in the model"),
     ({"layers_pattern": ("h",)}, "layers_pattern needs layers_to_transform"),
     ({"layers_to_transform": (1,), "layers_pattern": ("block",)}, "in these layers"),
     ({"r": 0}, r"rank 0 is outside 1 \.\. 32"),
-    ({"r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": "all-linear", "layers_to_transform": (0,)}, "needs a list"),
     ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
     ({"target_modules": ("h.1.attn.c_attn",), "layers_to_transform": (2,)}, "in these layers"),
     ({"rank_pattern": {"attn": 2}}, "pattern 'attn' matches no adapted layer"),
-    ({"alpha_pattern": {"_attn": 2}}, "pattern '_attn' matches no adapted layer"),
     ({"rank_pattern": {"h.2.attn.c_attn": 33}}, r"rank 33 is outside 1 \.\. 32"),
-    ({"target_modules": ("q",)}, "'q' is not in the model"),
     ({"target_modules": ("c_attn.q", "c_proj.v")}, "'c_proj.v': only c_attn has slices"),
     ({"target_modules": ("c_attn.q", "c_attn")}, "is named whole and by a slice"),
     ({"target_modules": ("c_attn.q",), "init_lora_weights": "pissa"}, "exclude each other"),
@@ -138,15 +133,6 @@ def test_below_the_lowest_adapted_block_no_gradient_is_computed(base, layers, be
     assert needed == [i >= below for i in range(3)]
 
 
-def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
-    asked = parse_options("-", ["lora", "--layers", "4-6", "0", "5"])
-    assert asked.layers_to_transform == (0, 4, 5, 6)
-    model = trainer("lora", base, book, tmp_path, "--layers", "1-2").model
-    assert list(lora_layers(model)) == ["h.1.attn.c_attn", "h.2.attn.c_attn"]
-    asked = parse_options("-", ["lora", "--target-modules", "all-linear"])
-    assert asked.target_modules == "all-linear"
-
-
 def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):
     """A pickle in place of safetensors, and `bias: lora_only` without any bias tensor."""
     model = adapted(base, ("c_attn",))
@@ -167,3 +153,11 @@ def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):
         load_adapter(load_gpt2(base), tmp_path)
     save_adapter(model, tmp_path, "gpt2")  # which is read in the pickle's place
     load_adapter(load_gpt2(base), tmp_path)
+
+
+def test_layers_and_all_linear_on_the_command_line(base, book, tmp_path):
+    argv = ("--layers", "0", "2-2", "--target-modules", "all-linear")
+    with pytest.raises(UserError, match="layers_to_transform needs a list"):
+        trainer("lora", base, book, tmp_path, *argv)
+    model = trainer("lora", base, book, tmp_path, *argv[:3]).model
+    assert list(lora_layers(model)) == ["h.0.attn.c_attn", "h.2.attn.c_attn"]

@@ -16,7 +16,6 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.device import Device
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig, LoRALinear
 from lora.load import load_adapter
@@ -33,11 +32,9 @@ from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize
 from tests.runs import arguments, run, stock_linear_model, stock_model, trained
 from train import learning_rate, main
-from training.model import add_adapter, load_base
-from training.options import parse_options
 
 FP32, BF16 = torch.float32, torch.bfloat16
-SQUARE, WIDE, TALL = (32, 32), (32, 96), (96, 32)
+WIDE, TALL = (32, 96), (96, 32)
 DORA = {"use_dora": True}
 PISSA = {"init_lora_weights": "pissa"}
 
@@ -57,7 +54,7 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("kind", ["dora", "pissa"])
 @pytest.mark.parametrize(
     ("shape", "fields"),
-    [(SQUARE, {"lora_dropout": 0.3}), (WIDE, {"use_rslora": True}), (TALL, {"lora_dropout": 0.3})],
+    [(WIDE, {"use_rslora": True}), (TALL, {"lora_dropout": 0.3})],
 )
 def test_gradients_and_the_merge_are_pefts(kind, shape, fields):
     """The steps of a whole run follow below."""
@@ -86,7 +83,7 @@ def test_gradients_and_the_merge_are_pefts(kind, shape, fields):
 
 
 @pytest.mark.parametrize("kind", ["dora", "pissa"])
-@pytest.mark.parametrize(("dtype", "autocast"), [(FP32, True), (BF16, True), (BF16, False)])
+@pytest.mark.parametrize(("dtype", "autocast"), [(FP32, True), (BF16, False)])
 def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype, autocast):
     ours, theirs, _ = pair(kind, WIDE, dtype, lora_dropout=0.3)
     perturb_alike(ours, theirs)
@@ -177,17 +174,15 @@ def raw_tensors(model):
     [
         TOGETHER,
         "--init-lora-weights pissa",
-        "--init-lora-weights lora_ga",
         "--riemannian --precision bf16",
-        "--precision bf16 --use-dora",
         "--target-modules c_attn.q c_attn.v c_proj --use-rslora --freeze-a",
     ],
 )
 def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, options):
-    options = split(f"--max-steps 12 --batch-size 8 --eval-every 4 --lr 1e-2 {options}")
+    options = split(f"--max-steps 6 --batch-size 8 --eval-every 2 --lr 1e-2 {options}")
     whole = trained("lora", base, book, tmp_path / "whole", *options)
     argv = arguments("lora", base, book, tmp_path / "run", *options)
-    stop = {7: lambda trainer: signal.raise_signal(signal.SIGINT)}
+    stop = {4: lambda trainer: signal.raise_signal(signal.SIGINT)}
     assert runs.run_acting(stop, *argv).status == 130
     assert run(main, *argv, "--resume").status == 0
     done = runs.finished(tmp_path / "run")
@@ -210,16 +205,7 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
 
 def test_a_pissa_run_in_bf16_prints_what_evaluate_py_computes(base, book, tmp_path):
     """Of the base and of the best adapter, as it was saved."""
-    options = [
-        "--init-lora-weights",
-        "pissa",
-        "--precision",
-        "bf16",
-        "--max-steps",
-        "6",
-        "--lr",
-        "3e-3",
-    ]
+    options = split("--init-lora-weights pissa --precision bf16 --max-steps 4 --lr 3e-3")
     done = trained("lora", base, book, tmp_path / "run", *options)
     scored = ("--base", base, "--text", book, "--val-fraction", 0.1, "--block-size", runs.BLOCK)
     for name, more in (("base", ()), ("best", ("--adapter", done.out))):
@@ -231,9 +217,7 @@ def test_a_dora_of_peft_loads_and_merges_to_its_logits(base, tmp_path):
     fields = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], **DORA}
     config = peft.LoraConfig(**fields, fan_in_fan_out=True, task_type="CAUSAL_LM")
     theirs = peft.get_peft_model(stock_model(base), config).eval()
-    with torch.no_grad():
-        for parameter in parameters(theirs).values():
-            parameter += 0.05 * torch.randn_like(parameter)
+    randomize(theirs)
     theirs.save_pretrained(tmp_path)
     expected = theirs(IDS).logits
     ours = load_gpt2(base)
@@ -275,8 +259,6 @@ NAMED = "transformer.h.1.attn.c_attn"
     ("targets", "enabled", "use_rslora", "file"),
     [
         (("c_attn.q", "attn.c_attn.v"), [True, False, True], True, (8, 6 * 2**0.5, {}, {})),
-        (("c_attn.v",), [False, False, True], False, (4, 6, {}, {})),
-        (("c_attn.v", "c_attn.k", "c_attn.q"), [True, True, True], False, (12, 18, {}, {})),
         (
             ("c_attn.v", "mlp.c_proj", "h.1.attn.c_attn.k"),
             [False, False, True],
@@ -329,33 +311,10 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     assert relative_difference(model(IDS), expected) < 1e-5
 
 
-def test_pissa_decomposes_weights_where_they_will_be_trained(base, book, tmp_path, monkeypatch):
-    """On a CPU that would take minutes for a large base. `meta` stands in for a GPU."""
-    places = []
-
-    def svd(x, decompose=torch.linalg.svd, **options):
-        places.append(x.device.type)
-        return decompose(x, **options)
-
-    monkeypatch.setattr(torch.linalg, "svd", svd)
-    argv = arguments("lora", base, book, tmp_path, "--init-lora-weights", "pissa", "--r", 4)
-    options = parse_options("-", argv)
-    model = load_base(options, base, Device(torch.device("meta"), "fp32"))
-    add_adapter(model, options, base)
-    assert places == ["meta", "meta"]
-    assert all(p.is_meta for p in (*model.parameters(), *model.buffers()))
-
-
-KINDS = {
-    "plain": {},
-    "dora": DORA,
-    "pissa": PISSA,
-    "lora_ga": {"init_lora_weights": "lora_ga"},
-    "slices": {"target_modules": ("c_attn.q", "c_attn.v")},
-}
-
-
-@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, DORA, PISSA, {"init_lora_weights": "lora_ga"}, {"target_modules": ("c_attn.q",)}],
+)
 def test_no_python_number_becomes_a_tensor_in_a_step(base, fields):
     """On a GPU each would be a copy that the step waits for."""
 
