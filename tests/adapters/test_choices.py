@@ -9,10 +9,9 @@ import torch
 
 import evaluate
 import train
-from adapters.choices import read_tasks, score_choices, summary
+from adapters.choices import read_tasks, score_choices
 from common.device import Device
 from common.errors import RunError
-from data.choices import Question
 from data.instructions import read_examples
 from storage.weights import load_gpt2
 from tests import runs
@@ -25,11 +24,7 @@ QUESTIONS = [
     ("Who winds it?", ("Orla", "Jory and the goat", "…"), 1),
     (" Who\nasks? ", (" Orla ", "Orla Venn"), 1),
     ("", ("x", "y", "z", "zz"), 3),
-    (
-        "A question longer than the block of forty tokens, which loses its beginning?",
-        ("a", "bcd"),
-        0,
-    ),
+    ("A question longer than the block of forty tokens: it loses its beginning", ("a", "bcd"), 0),
 ]
 
 
@@ -81,6 +76,8 @@ def test_scores_are_those_of_a_plain_transformers_loop(base, file, tmp_path):
     )
     assert found["accuracy_sum"] == sum(right_by_sum) / len(QUESTIONS)
     assert found["accuracy_mean"] == sum(right_by_mean) / len(QUESTIONS)
+    assert found["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4)
+    assert found["majority"] == 0.5 and "confusion" not in found
     assert right_by_sum != right_by_mean
 
 
@@ -109,7 +106,7 @@ def test_training_on_questions_teaches_the_answers(base, tmp_path):
         kind = i % 2
         lines.append(line(f"{('gull', 'lamp')[kind]} {i}?", ["salt", "night"], kind))
     file = written(tmp_path / "task.jsonl", *lines)
-    options = ("--block-size", 40, "--epochs", 12, "--batch-size", 4, "--lr", 1e-2)
+    options = ("--block-size", 40, "--epochs", 8, "--batch-size", 4, "--lr", 1e-2)
     done = runs.trained("full", base, file, tmp_path / "run", *options, "--base-dropout", 0)
 
     argv = ("--choices", file, "--block-size", 40)
@@ -132,32 +129,15 @@ def test_a_score_that_is_not_a_number_is_an_error(base, file):
         score_choices(broken, task, CPU)
 
 
-def test_a_summary_has_a_table_if_all_questions_have_the_same_choices(file):
-    questions = [task.question for task in read_tasks(file, TOKENIZER, 64)]
-    assert summary(questions, by_sum=[1, 0, 3, 0], by_mean=[0, 0, 3, 1]) == {
-        "questions": 4,
-        "accuracy_sum": 0.75,
-        "accuracy_mean": 0.25,
-        "chance": pytest.approx((1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 4),
-        "majority": 0.5,
-    }
-    same = [Question("Who?", ("Orla", "Jory"), answer) for answer in (0, 0, 1)]
-    assert summary(same, by_sum=[1, 0, 1], by_mean=[0, 0, 0])["confusion"] == [[1, 1], [0, 1]]
-
-
 BAD = [
     ("not json", "is not JSON"),
-    ("7", "needs the text"),
     (line("a", "bc", 0), "needs the text"),
     (line("a", ["b"], 0), "needs the text"),
-    (line("a", ["b", 3], 0), "needs the text"),
     (json.dumps({"choices": ["b", "c"], "answer": 0}), "needs the text"),
     (json.dumps({"prompt": "a", "choices": ["b", "c"]}), "its answer is None"),
     (line("a", ["b", "c"], 2), "its answer is 2, of 2 choices from 0 on"),
-    (line("a", ["b", "c"], -1), "its answer is -1"),
     (line("a", ["b", "c"], True), "its answer is True"),
     (line("a", ["b", "c"], "b"), "its answer is 'b'"),
-    (line("a", ["b", " "], 0), "an empty choice, or one twice"),
     (line("a", ["b", " b "], 0), "an empty choice, or one twice"),
     (line("a", ["b", "c\0"], 0), "holds a NUL"),
     (line("a", ["b", "c"], 0, label="c"), "the unknown key 'label'"),

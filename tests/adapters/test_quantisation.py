@@ -15,7 +15,6 @@ import train
 from adapters import combine, gguf, merge
 from adapters.load import load_model
 from lora.inject import inject
-from lora.load import load_adapter
 from lora.quantised import LAYERS, dequantise
 from lora.save import WEIGHTS
 from lora.variants.pissa import PiSSAConfig
@@ -90,10 +89,8 @@ def test_merging_adds_to_the_dequantised_base(runs, base, book, tmp_path):
     merged, _ = scores(tmp_path / "merged", book)
     assert abs(merged - done.report["best_val_loss"]) < 1e-4
     stdout_of(merge.main, *argv, "--out", tmp_path / "original", "--quantise", "none")
-    assert (
-        scores(tmp_path / "original", book)[0]
-        == (scores(base, book, "--adapter", done.out, "--quantise", "none")[0])
-    )
+    expected, _ = scores(base, book, "--adapter", done.out, "--quantise", "none")
+    assert scores(tmp_path / "original", book)[0] == expected
     model = load_model(str(base), done.out).model
     with pytest.raises(ValueError, match="`dequantise` the model"):
         merge.merge(model)
@@ -104,21 +101,12 @@ def test_merging_adds_to_the_dequantised_base(runs, base, book, tmp_path):
 
 
 def test_generation_takes_one_adapter_or_several_on_one_kind_of_base(runs, base):
-    argv = (
-        "--prompt",
-        "You",
-        "--base",
-        base,
-        "--max-new-tokens",
-        3,
-        "--device",
-        "cpu",
-        "--adapter",
-    )
+    argv = ("--prompt", "You", "--base", base, "--max-new-tokens", 3, "--device", "cpu")
+    argv += ("--adapter",)
     nf4, plain = runs["nf4"].out, runs[None].out
     one = stdout_of(generate.main, *argv, nf4)
     assert one.startswith(SAID.format("nf4"))
-    both = stdout_of(generate.main, *argv, nf4, nf4, "--precision", "bf16")
+    both = stdout_of(generate.main, *argv, nf4, nf4)
     assert both.startswith(SAID.format("nf4"))
     ending = run(generate.main, *argv, nf4, plain)
     mixture = f"{nf4} (nf4) and {plain} (none): were trained on bases quantised in different ways"
@@ -166,12 +154,10 @@ def test_a_sum_keeps_its_bases_quantisation(runs, base, book, tmp_path):
     assert "base_quantised" not in read_metadata(tmp_path / "plain" / WEIGHTS)
 
 
-@pytest.mark.parametrize("kinds", [("nf4", "int8"), ("nf4", None), (None, "int8")])
-def test_a_sum_of_two_quantisations_is_refused(runs, tmp_path, kinds):
-    one, other = kinds
-    parts = (runs[one].out, runs[other].out)
+def test_a_sum_of_two_quantisations_is_refused(runs, tmp_path):
+    parts = (runs[None].out, runs["int8"].out)
     line = one_line(run(combine.main, *parts, "--out", tmp_path / "sum"), 2)
-    assert f"{parts[0]} ({one or 'none'}) and {parts[1]} ({other or 'none'}): were trained" in line
+    assert f"{parts[0]} (none) and {parts[1]} (int8): were trained" in line
     assert "--init-adapter A --quantise KIND" in line
     assert not (tmp_path / "sum").exists()
 
@@ -179,11 +165,8 @@ def test_a_sum_of_two_quantisations_is_refused(runs, tmp_path, kinds):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--use-dora",),
-        ("--target-modules", "c_attn.q", "c_attn.v"),
-        ("--freeze-a",),
-        ("--precision", "bf16", "--gradient-checkpointing"),
-        ("--loraplus-lr-ratio", 4),
+        ("--use-dora", "--loraplus-lr-ratio", 4, "--gradient-checkpointing"),
+        ("--target-modules", "c_attn.q", "c_attn.v", "--freeze-a"),
     ],
 )
 def test_variants_learn_on_a_quantised_base(base, book, tmp_path, options):
@@ -211,16 +194,9 @@ def test_full_fine_tuning_and_unknown_records_are_refused(runs, base, book, tmp_
     assert "--quantise" in one_line(ending, 2)
     shutil.copytree(runs["nf4"].out, tmp_path / "odd")
     path = tmp_path / "odd" / WEIGHTS
-    path.write_bytes(
-        path.read_bytes().replace(b'"base_quantised": "nf4"', b'"base_quantised": "fp4"')
-    )
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"base_quantised": "nf4"', b'"base_quantised": "fp4"'))
     ending = run(evaluate.main, "--base", base, "--adapter", tmp_path / "odd", "--text", book)
     assert "'fp4', which is not known here" in one_line(ending, 2)
     with pytest.raises(ValueError, match="`dequantise` the model"):
         inject(load_gpt2(base, quantise=LAYERS["nf4"]), PiSSAConfig())
-
-
-def test_an_adapter_loads_onto_a_quantised_model(runs, base):
-    model = load_gpt2(base, quantise=LAYERS["nf4"])
-    load_adapter(model, runs["nf4"].out)
-    assert torch.equal(model(IDS), load_model(str(base), runs["nf4"].out).model(IDS))

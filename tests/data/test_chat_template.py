@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.instructions import CHAT_TEMPLATE, NAMES, encode, read_examples
-from data.tokenizer import GPT2_FILES, GPT2_SIZE, load_tokenizer
+from data.tokenizer import load_tokenizer
 from model.gpt2 import IGNORE_INDEX
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
@@ -29,9 +29,9 @@ MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONT
 
 
 @cache
-def pair(directory: Path, size: int):
-    """Return our tokenizer, and transformers' as it stands beside what we trained on --data."""
-    ours = load_tokenizer(directory, size)
+def pair():
+    """Return our tokenizer, and transformers' as a run on --data writes it beside the model."""
+    ours = load_tokenizer(MINI, 8192)
     with TemporaryDirectory() as out:
         save_tokenizer(ours, Path(out), 1024, CHAT_TEMPLATE)
         return ours, AutoTokenizer.from_pretrained(out)
@@ -45,9 +45,8 @@ def rendered(theirs, messages: list[dict], **more) -> tuple[list[int], list[int]
     return encoded["input_ids"], encoded["assistant_masks"]
 
 
-@pytest.mark.parametrize("directory, size", [(MINI, 8192), (GPT2_FILES, GPT2_SIZE)])
-def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on(directory, size):
-    ours, theirs = pair(directory, size)
+def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on():
+    ours, theirs = pair()
     rows = read_examples(EXAMPLES, ours, 1024)
     lines = [json.loads(line) for line in EXAMPLES.read_text().splitlines()]
     assert len(rows) == len(lines) == 331
@@ -61,10 +60,10 @@ def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on(directo
         assert [bool(mark) for mark in marks[1:]] == (targets != IGNORE_INDEX).tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(MESSAGE, min_size=1, max_size=4), st.booleans())
 def test_ids_and_marks_of_any_conversation_are_ours(messages, ask):
-    ours, theirs = pair(MINI, 8192)
+    ours, theirs = pair()
     turns = [(NAMES[message["role"]], message["content"].strip()) for message in messages]
     ids, scored, _ = encode(turns, ours, ask)
     found, marks = rendered(theirs, messages, add_generation_prompt=ask)
@@ -73,6 +72,6 @@ def test_ids_and_marks_of_any_conversation_are_ours(messages, ask):
 
 
 def test_another_role_is_refused_by_the_template():
-    _, theirs = pair(MINI, 8192)
+    _, theirs = pair()
     with pytest.raises(Exception, match="the roles are user, assistant and system"):
         rendered(theirs, [{"role": "tool", "content": "x"}])

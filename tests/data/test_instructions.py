@@ -163,15 +163,7 @@ def test_both_forms_are_read_as_the_template_says(tmp_path):
     assert (inputs[1:] == targets[:-1])[targets[:-1] != IGNORE_INDEX].all()
 
 
-def test_an_example_as_long_as_the_block_loses_nothing(tmp_path, capsys):
-    path = write(tmp_path / "data.jsonl", example(*PAIRS[0]))
-    [row] = read_examples(path, TOKENIZER, 999)
-    [same] = read_examples(path, TOKENIZER, row.shape[1])
-    assert np.array_equal(same, row) and capsys.readouterr().out == ""
-
-
 BAD = [
-    ("not json", "is not JSON"),
     ("[" * 9000, "is not JSON"),
     (r'{"prompt": "a\u0000", "completion": "b"}', "holds a NUL"),
     (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
@@ -179,13 +171,10 @@ BAD = [
     (example("a", "\ud800"), "surrogates not allowed"),
     ('{"prompt": "a"}', "needs the texts"),
     ("7", "needs the texts"),
-    ('{"prompt": 1, "completion": "b"}', "needs the texts"),
     ('{"messages": {}}', "none at"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
     (json.dumps({"messages": [turn("assistant", "b") | {"weight": 0}]}), "has a weight"),
     ('{"prompt": "a", "completion": "b", "system": "c"}', "has the unknown key 'system'"),
-    ('{"messages": [], "prompt": "a"}', "has the unknown key 'prompt'"),
-    (json.dumps({"messages": [turn("assistant", "b") | {"name": "c"}]}), "unknown key 'name'"),
     (example("a", " \n"), "an empty completion"),
     (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "none at its end"),
     (example("a", "word " * 40), "its completion is longer than a block of 40; shorten it"),
@@ -204,8 +193,6 @@ def test_a_bad_line_is_named(tmp_path):
         path = write(tmp_path / "bad.jsonl", example("a", "b"), line, example("a", "b"))
         reason = refusal(f"{path}, line 2", read_examples, path, TOKENIZER, LENGTH)
         assert words in reason, line[:80]
-    path = write(tmp_path / "longest.jsonl", example("a", "b").ljust(65_536), "7")
-    refusal(f"{path}, line 2", read_examples, path, TOKENIZER, LENGTH)
 
 
 def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
@@ -214,6 +201,11 @@ def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
     path = write(tmp_path / "x.jsonl", example("Long?", completion[: LENGTH - len(ids)]))
     ((inputs, targets, _),) = read_examples(path, TOKENIZER, LENGTH)
     assert len(inputs) == LENGTH and (targets != IGNORE_INDEX).all() and targets[-1] == END
+
+    path = write(tmp_path / "x.jsonl", example(*PAIRS[0]))
+    [row] = read_examples(path, TOKENIZER, 999)
+    [same] = read_examples(path, TOKENIZER, row.shape[1])
+    assert np.array_equal(same, row)
 
 
 def test_padding_leaves_every_token_as_it_is():
@@ -247,17 +239,12 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(ba
 
 
 def test_too_few_examples_and_options_for_books_are_refused(base, book, data, tmp_path):
-    empty = write(tmp_path / "empty.jsonl")
     too_few = "7 examples to train on and 0 to validate on"
     alone = "--val-data: needs --data, and no --val-fraction"
     for source, options, words in (
-        (data, ("--val-data", empty), too_few),
         (data, ("--val-fraction", 0.1), too_few),
-        (empty, (), "0 examples to train on"),
         (data, ("--book", book), "not allowed with"),
         (book, ("--val-data", data), alone),
-        (data, ("--val-data", data, "--val-fraction", 0.5), alone),
-        (data, ("--label-shift", 2), "--label-shift are for books"),
         (data, ("--stride", 4), "--label-shift are for books"),
     ):
         argv = runs.arguments(
@@ -266,7 +253,6 @@ def test_too_few_examples_and_options_for_books_are_refused(base, book, data, tm
         assert words in one_line(run(train.main, *argv), 2)
     for options, words in (
         (("--val-fraction", 0.1), f"{data}: 0 examples; too short to score"),
-        (("--label-shift", 2), "--label-shift are for texts"),
         (("--stride", 4), "--label-shift are for texts"),
     ):
         argv = ("--base", base, "--data", data, "--block-size", LENGTH, *options)

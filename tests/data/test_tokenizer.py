@@ -26,7 +26,6 @@ import generate as generate_command
 from data.tokenizer import (
     END_OF_TEXT,
     FAST,
-    FILES,
     FOREIGN,
     GPT2_FILES,
     GPT2_SIZE,
@@ -44,7 +43,7 @@ from tests.runs import arguments, die, one_line, run, run_acting, scores, stdout
 from training.options import BOOK
 
 ASSIGNED = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs")]
-MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a", "1"], k=65_000))
+MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a", "1"], k=20_000))
 PARTS = [*" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>", "<user>"]
 TEXTS = st.lists(
     st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
@@ -171,14 +170,18 @@ def covered(theirs, text: str) -> list[int]:
     return counts
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=70)
 @given(text=TEXTS, name=st.sampled_from(NAMES))
 def test_tokens_and_bytes_of_any_text_are_those_of_transformers(text, name):
     ours, theirs = pair(name)
     ids, byte_counts = ours.encode_with_bytes(text)
     assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
-    if name not in TIKTOKEN:  # there, each byte counts for its own token
-        assert byte_counts.tolist() == covered(theirs, text)
+    if name in TIKTOKEN:  # there, each byte counts for its own token
+        sizes = [len(ours.engine.decode_single_token_bytes(token)) for token in ids.tolist()]
+        sizes = np.where(ids == ours.end_of_text, 0, sizes).tolist()
+    else:
+        sizes = covered(theirs, text)
+    assert byte_counts.tolist() == sizes
     if name in BYTE_LEVEL:
         assert ours.decode(ids) == text
     if name in EXACT:
@@ -189,23 +192,14 @@ def test_tokens_and_bytes_of_any_text_are_those_of_transformers(text, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_of_a_book_and_of_mixed_unicode_are_those_of_transformers(name):
     ours, theirs = pair(name)
-    for text in (BOOK.read_text(), MIXED):
-        ids = ours.encode(text)
-        assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
-        assert ids.dtype == np.uint16
+    text = BOOK.read_text()[:100_000] + MIXED
+    ids = ours.encode(text)
+    assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+    assert ids.dtype == np.uint16
     assert ours.encode(ours.eos_token).tolist() == [ours.end_of_text] == [theirs.eos_token_id]
 
 
-def test_a_token_of_tiktoken_counts_its_own_bytes():
-    for name in TIKTOKEN:
-        ours, _ = pair(name)
-        ids, byte_counts = ours.encode_with_bytes(f"日本 naïve{END_OF_TEXT} 😀")
-        sizes = [len(ours.engine.decode_single_token_bytes(token)) for token in ids.tolist()]
-        sizes[ids.tolist().index(ours.end_of_text)] = 0
-        assert byte_counts.tolist() == sizes
-
-
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(text=TEXTS, name=st.sampled_from(NAMES), prompt=st.sampled_from(["", "The sea", "汉 "]))
 def test_a_stream_of_tokens_is_the_text_in_whole_characters(text, name, prompt):
     ours, _ = pair(name)
@@ -221,10 +215,8 @@ def test_a_stream_of_tokens_is_the_text_in_whole_characters(text, name, prompt):
 
 
 def test_more_ids_than_uint16_holds_are_uint32(tmp_path):
-    both = [(a, b) for a in LETTERS for b in LETTERS]
-    words = [END_OF_TEXT, *map("".join, both), *LETTERS]
-    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, both))
-    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    words = [END_OF_TEXT, *(f"a{i}" for i in range(65_536)), "a"]
+    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     ours = load_tokenizer(write(tmp_path, made), len(words))
     [last] = ours.encode("a")
     assert last.dtype == np.uint32 and last > 65_535 and ours.end_of_text == 0
@@ -239,8 +231,8 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
         )
         ours = load_gpt2(directory)
         tokenizer = load_tokenizer(directory, ours.config.vocab_size)
-        ids = tokenizer.encode(BOOK.read_text())
-        assert stock.tokenizer.encode(BOOK.read_text()) == ids.tolist()
+        ids = tokenizer.encode(BOOK.read_text()[:1000])
+        assert stock.tokenizer.encode(BOOK.read_text()[:1000]) == ids.tolist()
         assert stock.tokenizer.eos_token_id == tokenizer.end_of_text
         batch = torch.from_numpy(ids[:60].astype(int))[None]
         torch.testing.assert_close(ours(batch), stock.model(batch).logits, rtol=1e-4, atol=1e-4)
@@ -252,7 +244,7 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
 def test_merges_in_any_order_are_followed_as_hugging_face_does(tmp_path):
     """tiktoken would merge any neighbours that spell a token; Hugging Face the listed pairs."""
     draw = random.Random(0)
-    for _ in range(20):
+    for _ in range(10):
         merges, words = [], [*"abc"]
         for _ in range(draw.randint(2, 9)):
             merges.append((draw.choice(words), draw.choice(words)))
@@ -294,15 +286,6 @@ def test_other_files_are_refused_with_the_conversion(tmp_path):
         reason = refusal(other, load_tokenizer, tmp_path, GPT2_SIZE)
         assert "AutoTokenizer, and its save_pretrained writes tokenizer.json" in reason
         other.unlink()
-    words = [*bert().get_vocab()]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    (tmp_path / SETTINGS).write_text('{"tokenizer_class": "BertTokenizer", "eos_token": "[SEP]"}')
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path)
-    text = "The world, 世界."
-    ids = load_tokenizer(tmp_path, 400).encode(text).tolist()
-    assert ids == theirs.encode(text, add_special_tokens=False) and theirs.unk_token_id not in ids
-
     both = write_pair(tmp_path / "pair")
     (added := both / "added_tokens.json").write_text('{"<user>": 8192}')
     assert "AutoTokenizer" in refusal(added, load_tokenizer, both, 8193)
@@ -310,25 +293,14 @@ def test_other_files_are_refused_with_the_conversion(tmp_path):
     assert load_tokenizer(both, 502).end_of_text == 2
 
 
-BROKEN = {
-    "not JSON": "{",
-    "not a model": json.dumps({"model": [1]}),
-    "not UTF-8": b"\xff\xfe",
-    "an id that is a text": '{"model": {"type": "BPE", "vocab": {"a": "1"}, "merges": []}}',
-}
-
-
 def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
     path = tmp_path / FAST
-    for content in BROKEN.values():
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for content in (b"{", b'{"model": [1]}', b"\xff\xfe"):
+        path.write_bytes(content)
         assert "cannot be read" in refusal(path, load_tokenizer, tmp_path, 400)
     byte_level().save(str(path))
     reason = refusal(path, load_tokenizer, tmp_path, 501)
     assert reason == "has token 501; config.json's vocab_size is 501"
-    path.unlink()
-    (tmp_path / "vocab.json").write_text("{}")  # alone it is not taken for GPT-2's
-    assert "cannot be read" in refusal(tmp_path / "vocab.json", load_tokenizer, tmp_path, GPT2_SIZE)
 
 
 def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
@@ -342,61 +314,46 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / SETTINGS).write_text('{"eos_token": "<|im_end|>"}')
     reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
     assert "its eos_token '<|im_end|>' is not in the vocabulary" in reason
-    for path in (tmp_path / SETTINGS, tmp_path / SPECIAL):
-        path.unlink()
-    bert().save(str(tmp_path / FAST))
-    assert load_tokenizer(tmp_path, 502).end_of_text is None
 
 
 def test_a_base_with_another_kind_of_tokenizer_trains_scores_and_resumes(book, tmp_path):
     base = tmp_path / "base"
     tiny_gpt2().save_pretrained(base)
     tokenizer = load_tokenizer(write(base, bert(), "[SEP]"), 317)
-    often = ("--batch-size", 4, "--max-steps", 12, "--checkpoint-every", 2, "--lr", 1e-2)
+    often = ("--batch-size", 4, "--max-steps", 4, "--checkpoint-every", 2, "--lr", 1e-2)
     options = ("full", base, book, tmp_path / "run", *often)
-    died = run_acting({5: die}, *arguments(*options))
-    assert died.status == 130
-    again = trained(*options, "--resume")
-    whole = trained("full", base, book, tmp_path / "whole", *often)
-    assert again.column("loss") == whole.column("loss")
-    assert again.column("val_loss")[-1] < whole.report["base_val_loss"]
+    assert run_acting({4: die}, *arguments(*options)).status == 130
+    done = trained(*options, "--resume")
+    assert done.column("val_loss")[-1] < done.report["base_val_loss"]
 
-    score = scores(tmp_path / "s.json", "--base", whole.out, "--text", book, "--block-size", 16)[0]
+    score = scores(tmp_path / "s.json", "--base", done.out, "--text", book, "--block-size", 16)[0]
     text = book.read_text()
     ids, byte_counts = tokenizer.encode_with_bytes(text)
     assert score["tokens"] == len(ids) - 1
     assert score["bytes"] == len(text.rstrip().encode()) - byte_counts[0]
     said = stdout_of(
-        *(generate_command.main, "--base", whole.out, "--device", "cpu"),
+        *(generate_command.main, "--base", done.out, "--device", "cpu"),
         *("--prompt", "The lamp", "--max-new-tokens", 5),
     )
     assert said.startswith("The lamp")
 
 
-def test_the_files_are_saved_though_the_base_has_gone(tmp_path):
+@pytest.mark.parametrize("make", [lambda path: write(path, bert(), "[SEP]"), write_pair])
+def test_the_files_are_saved_though_the_base_has_gone(tmp_path, make):
     """A run may take days, and its base may be on a disk that is unplugged."""
-    for make in (
-        lambda d: write(d, unigram(), "</s>"),
-        write_pair,
-        lambda d: shutil.copytree(MINI, d),
-    ):
-        base, out = tmp_path / "base", tmp_path / "out"
-        make(base)
-        names = {path.name for path in base.iterdir()} & {*FILES}
-        files = {name: (base / name).read_bytes() for name in names}
-        tokenizer = load_tokenizer(base, 8192)
-        shutil.rmtree(base)
-        out.mkdir()
-        save_tokenizer(tokenizer, out, 256)
-        written = {path.name: path.read_bytes() for path in out.iterdir()}
-        own = json.loads(files.pop(SETTINGS, "{}"))
-        written_settings = json.loads(written.pop(SETTINGS))
-        assert written_settings.items() >= own.items()
-        assert written_settings["model_max_length"] == 256
-        assert written_settings["pad_token"] == tokenizer.eos_token
-        assert written == files
-        assert load_tokenizer(out, 8192).sha256 == tokenizer.sha256
-        shutil.rmtree(out)
+    base = make(tmp_path / "base")
+    files = {path.name: path.read_bytes() for path in base.iterdir()}
+    tokenizer = load_tokenizer(base, 8192)
+    shutil.rmtree(base)
+    out = tmp_path / "out"
+    out.mkdir()
+    save_tokenizer(tokenizer, out, 256)
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    stored = json.loads(written.pop(SETTINGS))
+    assert stored.items() >= json.loads(files.pop(SETTINGS, "{}")).items()
+    assert stored["model_max_length"] == 256 and stored["pad_token"] == tokenizer.eos_token
+    assert written == files
+    assert load_tokenizer(out, 8192).sha256 == tokenizer.sha256
 
 
 def test_a_full_run_writes_the_tokenizer_though_its_base_has_gone(base, book, tmp_path):

@@ -1,8 +1,6 @@
 """A book becomes tokens in a cache, whatever the book holds and whatever becomes of the cache."""
 
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +94,7 @@ def write(directory: Path, content: str | bytes) -> Path:
     return book
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     parts=st.lists(st.sampled_from(PARTS)),
     piece=st.integers(1, 50),
@@ -120,9 +118,22 @@ def test_a_book_read_in_pieces_has_the_tokens_of_the_whole(parts, piece, tokeniz
 
 
 @pytest.mark.parametrize("tokenizer", [SMALL, replace(SMALL, vocab_size=70_000)])
-def test_a_book_of_several_pieces_with_a_byte_order_mark_and_a_separator(tmp_path, tokenizer):
-    text = f"a{END_OF_TEXT}\n" + TEXT * (3 * tokens_module.PIECE // len(TEXT) + 1) + "end"
+def test_a_book_of_several_pieces_with_a_byte_order_mark_and_a_separator(
+    tmp_path, tokenizer, monkeypatch
+):
+    """The library needs hundreds of bytes a token, so it never gets a large piece."""
+    monkeypatch.setattr(tokens_module, "PIECE", 100)
+    text = f"a{END_OF_TEXT}\n" + TEXT * 9 + "end"
+    pieces = []
+    encode = type(tokenizer).encode_with_bytes
+
+    def seen(self, piece):
+        pieces.append(piece)
+        return encode(self, piece)
+
+    monkeypatch.setattr(type(tokenizer), "encode_with_bytes", seen)
     tokens = load_tokens(write(tmp_path, "\ufeff" + text), tokenizer, tmp_path / "cache").ids
+    assert len(pieces) > 10 and max(map(len, pieces)) < 200
     assert tokens.tolist() == whole(text, tokenizer) != whole("\ufeff" + text, tokenizer)
     assert np.flatnonzero(tokens == tokenizer.end_of_text).tolist() == [1]
     assert isinstance(tokens, np.memmap)
@@ -137,12 +148,7 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
         (texts / name).write_text(f"The text of {name}.\n")
     a, b = (GPT2.encode(f"The text of {name}.\n").tolist() for name in ("A.TXT", "b.txt"))
     end = [GPT2.end_of_text]
-    for paths, ids in (
-        ([texts / "b.txt"], b),
-        ([texts], a + end + b),
-        ([texts / "b.txt", texts / "A.TXT"], b + end + a),
-        ([texts, texts / "A.TXT"], a + end + b + end + a),
-    ):
+    for paths, ids in (([texts / "b.txt"], b), ([texts, texts / "A.TXT"], a + end + b + end + a)):
         tokens = load_books(paths, GPT2)
         assert tokens.ids.tolist() == ids and tokens.ids.dtype == np.uint16
         ends = ids.count(GPT2.end_of_text)
@@ -154,50 +160,10 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path, monkeyp
     assert "no end-of-text token" in refusal(GPT2.source, load_books, [texts], endless)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_grows_by_little_more_than_the_book(tmp_path):
-    """The library's own result takes hundreds of bytes a token, so a book is read in pieces."""
-    line = "It was the best of times, it was the worst of times, it was the age of wisdom.\n"
-    for size in (500_000, 1_000_000):
-        (tmp_path / f"{size}.txt").write_text(line * (size // len(line)))
-    write_small_tokenizer(tmp_path, 300)
-    script = f"""
-from pathlib import Path
-from data.tokenizer import load_tokenizer
-from data.tokens import load_tokens
-tokenizer = load_tokenizer(Path({str(tmp_path)!r}), 300)
-for book in ("500000.txt", "1000000.txt"):
-    load_tokens(Path({str(tmp_path)!r}, book), tokenizer, Path({str(tmp_path / "cache")!r}))
-    print(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
-"""
-    root = Path(tokens_module.__file__).parents[1]
-    output = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, text=True, check=True, stdout=subprocess.PIPE
-    ).stdout
-    small, large = map(int, output.split())  # peak resident memory in KB
-    assert small > 10_000 and large - small < 10_000
-
-
-def test_a_second_run_reads_the_cache(tmp_path):
-    book, cache = write(tmp_path, TEXT), tmp_path / "cache"
-    load_tokens(book, SMALL, cache)
-    [path] = cache.iterdir()
-    before = path.stat()
-    copy = book.rename(tmp_path / "same content, other name")
-    assert load_tokens(copy, SMALL, cache).ids.tolist() == whole(TEXT)
-    assert [*cache.iterdir()] == [path]
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
 DAMAGES = {
     "cut": lambda data: data[:1000],
-    "cut to an odd length": lambda data: data[:-1],
-    "cut in the hash": lambda data: data[:7],
     "empty": lambda data: b"",
-    "zeroed": lambda data: bytes(len(data)),
-    "zeroed at the end": lambda data: data[:-512] + bytes(512),
     "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 4]) + data[-8:],
-    "one bit of the hash": lambda data: bytes([data[0] ^ 1]) + data[1:],
     "longer": lambda data: data + b"ab",
 }
 
@@ -213,8 +179,12 @@ def test_a_damaged_cache_is_made_again_with_one_line(damage, tmp_path, capsys):
     assert load_tokens(book, SMALL, cache).ids.tolist() == whole(20 * TEXT)
     assert capsys.readouterr().err == f"warning: {path}: is damaged; making it again\n"
     assert path.read_bytes() == whole_file
-    assert load_tokens(book, SMALL, cache).ids.tolist() == whole(20 * TEXT)
+    before = path.stat()
+    copy = book.rename(tmp_path / "same content, other name")
+    assert load_tokens(copy, SMALL, cache).ids.tolist() == whole(20 * TEXT)
     assert capsys.readouterr().err == ""
+    assert [*cache.iterdir()] == [path]
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_the_cache_of_another_book_is_not_believed(tmp_path, capsys):
@@ -230,18 +200,12 @@ def test_the_cache_of_another_book_is_not_believed(tmp_path, capsys):
 
 def test_another_book_or_tokenizer_has_its_own_tokens(tmp_path):
     cache = tmp_path / "cache"
-    tokenizers = (
-        SMALL,
-        small_tokenizer(301),
-        OTHER_PATTERN,
-        with_token("naïve"),
-        replace(SMALL, vocab_size=70_000),
-    )
-    for text in (TEXT, TEXT.replace("naïve", "naive"), TEXT + " "):
+    tokenizers = (SMALL, OTHER_PATTERN, with_token("naïve"), replace(SMALL, vocab_size=70_000))
+    for text in (TEXT, TEXT + " "):
         for tokenizer in tokenizers:
             tokens = load_tokens(write(tmp_path, text), tokenizer, cache)
             assert tokens.ids.tolist() == whole(text, tokenizer)
-    assert len(list(cache.iterdir())) == 3 * len(tokenizers)
+    assert len(list(cache.iterdir())) == 2 * len(tokenizers)
 
 
 def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
@@ -255,29 +219,19 @@ def test_an_interrupted_run_leaves_no_cache(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-BAD_BOOKS = {
-    "empty": (b"", "is empty"),
-    "only a byte order mark": (b"\xef\xbb\xbf", "is empty"),
-    "Latin-1": ("café au lait".encode("latin-1"), "byte 3: invalid continuation byte"),
-    "after a byte order mark": (b"\xef\xbb\xbfabc\xffdef", "byte 6: invalid start byte"),
-    "cut in a character": ("日本".encode()[:-1], "byte 3: unexpected end of data"),
-    "far into it": ("日本 ".encode() * 50_000 + b"\xe6 ", "byte 350,000: invalid continuation"),
-    "NULs": (bytes(3000), "holds a NUL"),
-    "a NUL": (b"a b" * 50_000 + b"\0", "holds a NUL"),
-    "only blanks": (b"a" + b" " * 3_000_000, "the tokenizer cannot read the text"),
-}
-
-
-@pytest.mark.parametrize("content, reason", BAD_BOOKS.values(), ids=BAD_BOOKS)
-def test_a_book_that_is_not_a_text_is_refused(content, reason, tmp_path):
-    book, cache = write(tmp_path, content), tmp_path / "cache"
-    assert reason in refusal(book, load_tokens, book, GPT2, cache)
-    assert not list(cache.glob("*"))
-
-
-def test_a_text_that_a_tokenizer_drops_whole_is_refused(tmp_path):
-    book = write(tmp_path, " \n")
-    assert "holds no tokens" in refusal(book, load_tokens, book, BERT, tmp_path / "cache")
+def test_a_book_that_is_not_a_text_is_refused(tmp_path):
+    cache = tmp_path / "cache"
+    for content, tokenizer, reason in (
+        (b"\xef\xbb\xbf", GPT2, "is empty"),
+        ("café au lait".encode("latin-1"), GPT2, "byte 3: invalid continuation byte"),
+        ("日本 ".encode() * 50_000 + b"\xe6 ", GPT2, "byte 350,000: invalid continuation"),
+        (b"a b" * 50_000 + b"\0", GPT2, "holds a NUL"),
+        (b"a" + b" " * 3_000_000, GPT2, "the tokenizer cannot read the text"),
+        (b" \n", BERT, "holds no tokens"),
+    ):
+        book = write(tmp_path, content)
+        assert reason in refusal(book, load_tokens, book, tokenizer, cache)
+        assert not list(cache.glob("*"))
 
 
 def test_a_book_that_changes_meanwhile_is_cached_as_what_was_read(tmp_path, monkeypatch):

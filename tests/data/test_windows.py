@@ -59,7 +59,7 @@ def test_each_epoch_has_its_own_order_and_repeats_it():
         assert order(seed, epoch) == windows
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(
     data=st.data(),
     length=st.integers(3, 60),

@@ -13,7 +13,7 @@ from model.gpt2 import GPT2, IGNORE_INDEX, GPT2Config
 from model.kernels import cpu as ops
 from model.kernels import loss as head
 from model.kernels.fast import FAST, accelerate
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, Operations
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 2e-6 if DEVICE == "cpu" else 5e-5, BF16: 2e-2, FP16: 3e-3}
@@ -59,8 +59,6 @@ def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
     ("shape", "dtype", "strided"),
     [
         ((2, 3, 5, 8), FP32, True),
-        ((1, 1, 1, 8), BF16, False),
-        ((2, 3, 33, 16), BF16, True),
         ((2, 1, 300, 4), BF16, True),
         ((1, 2, 8, 8), FP16, False),
     ],
@@ -75,7 +73,6 @@ def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, strided)
     ("shape", "dtype"),
     [  # T = D, for `unit`
         ((2, 3, 8, 8), FP32),
-        ((1, 2, 33, 33), BF16),
         ((1, 2, 33, 33), FP16),
     ],
 )
@@ -109,11 +106,9 @@ def test_attention_with_dropout_keeps_one_matrix_and_a_byte_an_element():
 @pytest.mark.parametrize(
     ("shape", "dtype", "strided"),
     [
-        ((2, 5, 48), FP32, False),
         ((16, 4), FP32, True),
         ((3, 5), FP32, False),  # not a multiple of the identity's width
         ((2, 5, 48), BF16, False),
-        ((2, 5, 48), FP16, False),
     ],
 )
 def test_gelu_and_its_gradient_are_those_of_pytorch(shape, dtype, strided):
@@ -127,10 +122,10 @@ def test_gelu_and_its_gradient_are_those_of_pytorch(shape, dtype, strided):
         assert_close(ops.gelu(20 * x), plain(20 * x.double()), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("p", "dtype"), [(0.05, FP32), (0.9, FP16), (1e-9, FP32), (0.99, BF16)])
+@pytest.mark.parametrize(("p", "dtype"), [(0.05, FP32), (0.9, FP16), (1e-9, FP32)])
 def test_dropout_keeps_as_many_as_it_should_and_scales_them(p, dtype):
     torch.manual_seed(0)
-    n = 1_000_003  # not a multiple of the four that one random word decides
+    n = 300_003  # not a multiple of the four that one random word decides
     y = ops.dropout(torch.ones(n, dtype=dtype), p, training=True)
     kept = y != 0
     p = round(p * 2**16) / 2**16  # it is drawn in these steps
@@ -175,13 +170,11 @@ def test_dropout_is_off_in_evaluation_and_at_zero_and_drops_all_at_one():
 @pytest.mark.parametrize(
     ("shape", "out", "bias", "frozen", "dtype", "strided"),
     [
-        ((1, 1, 24), 7, True, True, FP32, False),
         ((3, 24), 24, False, False, FP32, True),
         ((2, 5, 24), 7, True, False, FP32, False),
         ((2, 5, 24), 24, True, True, FP32, True),
         ((0, 24), 7, True, False, FP32, False),
         ((1, 24), 7, True, True, BF16, True),
-        ((2, 5, 24), 7, False, False, BF16, False),
         ((2, 5, 24), 7, True, False, FP16, True),
     ],
 )
@@ -216,11 +209,8 @@ def assert_same_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("N", "C", "V", "chunk", "frozen", "dtype"),
     [
-        (1, 4, 7, 7, True, FP32),
-        (5, 8, 11, 11, False, FP32),
         (16, 16, 16, 100, False, FP32),
         (33, 16, 101, 1000, True, FP32),
-        (33, 16, 101, 1000, True, BF16),
         (33, 16, 101, 1000, False, BF16),
         (64, 16, 101, 1, True, FP16),
         (50, 8, 257, 10**9, False, FP16),
@@ -266,7 +256,7 @@ def test_loss_is_right_where_a_probability_underflows_and_shows_what_is_not_a_nu
 
 
 @pytest.mark.device
-@pytest.mark.parametrize("chunk", [1, 20, 1000])
+@pytest.mark.parametrize("chunk", [1, 20])
 def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
     monkeypatch.setattr(head, "CHUNK", chunk)
     hidden = normal(30, 8, seed=1)
@@ -286,13 +276,12 @@ def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
     hidden = normal(512, 8, seed=1).requires_grad_(gradient)
     weight = normal(1024, 8).detach()
     targets = torch.zeros(512, dtype=torch.int64)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with Operations() as operations:
         if gradient:
             head.tied_cross_entropy(hidden, weight, targets).backward()
         else:
             head.token_losses(hidden, weight, targets)
-    largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 4096 * 4 <= largest < 512 * 1024 * 4 / 8
+    assert 4096 * 4 <= operations.largest < 512 * 1024 * 4 / 8
 
 
 @pytest.mark.device

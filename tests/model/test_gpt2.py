@@ -12,18 +12,16 @@ from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory, token_ids
 
 CONFIGS = [
-    {},
     {
         "activation_function": "gelu_new",
         "n_embd": 24,
         "n_head": 3,
-        "n_layer": 5,
+        "n_layer": 3,
         "n_inner": 7,
         "n_positions": 17,
         "vocab_size": 499,
         "layer_norm_epsilon": 1e-3,
     },
-    {"n_embd": 40, "n_head": 1, "n_layer": 1, "n_positions": 33, "vocab_size": 512},
     # transformers 4.56 heeds these two in its eager attention alone
     {"activation_function": "gelu", "scale_attn_weights": False, "attn_implementation": "eager"},
     {"scale_attn_by_inverse_layer_idx": True, "attn_implementation": "eager"},
