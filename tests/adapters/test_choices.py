@@ -145,12 +145,6 @@ BAD = [
 ]
 
 
-def test_a_choice_of_two_lines_is_one_row_of_the_table(base, tmp_path):
-    file = written(tmp_path / "choices.jsonl", line("Who?", ("Orla\n and Jory", "Venn"), 0))
-    said = runs.stdout_of(evaluate.main, "--base", base, "--choices", file, "--block-size", 40)
-    assert "\n| Orla and Jory " in said and said.count("\n|") == 4  # two heads, two rows
-
-
 def test_a_bad_line_is_named(tmp_path):
     for bad, words in BAD:
         path = written(tmp_path / "bad.jsonl", line("a", ["b", "c"], 0), bad)

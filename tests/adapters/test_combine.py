@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from adapters.combine import combine, main
-from adapters.factors import Factors, read_factors, write_factors
-from adapters.inspect import main as inspect
+from adapters.factors import read_factors
 from adapters.load import load_model
-from common.errors import RunError, UserError
+from common.errors import UserError
 from lora.inject import lora_layers
 from lora.load import PICKLED_WEIGHTS, load_adapter, read_header, stored_base_fields
 from lora.peft_config import CONFIG
@@ -163,20 +162,3 @@ def test_the_sum_names_the_base_whose_hash_it_has_and_two_names_are_noted(base, 
     assert "'mini' and 'other'" in stdout_of(
         main, tmp_path / "mini", tmp_path / "other", "--out", tmp_path / "unhashed"
     )
-
-
-def test_a_file_without_a_layer_is_refused(adapter):
-    for tensors in (
-        {},  # what PEFT leaves if it finds no layer's name in a state dict
-        {f"h.0.attn.c_attn.lora_{part}.weight": torch.ones(4, 4) for part in "AB"},  # no prefix
-    ):
-        save_file(tensors, adapter / WEIGHTS)
-        line = one_line(run(inspect, adapter), 2)
-        assert line == f"error: {adapter / WEIGHTS}: holds no layer of an adapter"
-
-
-def test_factors_out_of_the_reach_of_fp32_are_not_written(adapter, tmp_path):
-    huge = {name: Factors(1e39 * f.B, f.A) for name, f in read_factors(adapter).items()}
-    with pytest.raises(RunError, match="not written"):
-        write_factors(huge, tmp_path / "out", {}, {})
-    assert not list((tmp_path / "out").iterdir())

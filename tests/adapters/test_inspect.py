@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from adapters.inspect import describe, main
+from adapters.inspect import main
 from adapters.spectra import cosines, intruder_part
 from common.figures import PAGE_WIDTH
 from lora.inject import lora_layers
@@ -94,9 +94,3 @@ def test_an_intruder_is_found_and_removed_as_by_peft():
 
     torch.testing.assert_close(cosines(weight, weight), torch.ones(10))
     assert not intruder_part(weight, weight).any()
-
-
-def test_the_cells_of_known_singular_values():
-    assert describe(torch.tensor([3.0, 3.0, 3.0, 0.0])) == ["3", "3", "3", "3 of 4", "3.0"]
-    assert describe(torch.tensor([4.0, 1.0, 1.0]))[3] == "2 of 3"  # 16/18, 17/18
-    assert describe(torch.tensor([2.0])) == ["2", "0", "0", "1 of 1", "1.0"]

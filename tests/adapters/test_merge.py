@@ -18,7 +18,7 @@ from lora.save import save_adapter
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference
 from tests.pairs import IDS, adapted
-from tests.runs import one_line, run, stdout_of
+from tests.runs import run, stdout_of
 
 
 def base_weights(model):
@@ -89,15 +89,6 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
         lost.append(kept - delta)
     share = torch.cat(lost).norm() / torch.cat(list(deltas.values())).norm()
     assert 0.01 < share < 0.5 and f"changes the update by {share:.1%} of its norm" in said
-
-
-def test_without_an_adapter_there_is_nothing_to_merge_in_fp32(base, tmp_path):
-    for quantise in ((), ("--quantise", "nf4")):
-        ending = run(main, "--base", base, *quantise, "--out", tmp_path / "out")
-        line = one_line(ending, 2)
-        assert "--adapter is missing: without one, only --precision bf16 or fp16 writes" in line
-        assert "no option writes a model in four or eight bits" in line
-        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

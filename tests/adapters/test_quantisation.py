@@ -14,12 +14,9 @@ import generate
 import train
 from adapters import combine, gguf, merge
 from adapters.load import load_model
-from lora.inject import inject
 from lora.quantised import LAYERS, dequantise
 from lora.save import WEIGHTS
-from lora.variants.pissa import PiSSAConfig
 from storage.tensors import read_metadata
-from storage.weights import load_gpt2
 from tests.fault.runs import differences, result
 from tests.helpers import relative_difference
 from tests.pairs import IDS
@@ -100,20 +97,6 @@ def test_merging_adds_to_the_dequantised_base(runs, base, book, tmp_path):
     assert relative_difference(model(IDS), expected) < 1e-5
 
 
-def test_generation_takes_one_adapter_or_several_on_one_kind_of_base(runs, base):
-    argv = ("--prompt", "You", "--base", base, "--max-new-tokens", 3, "--device", "cpu")
-    argv += ("--adapter",)
-    nf4, plain = runs["nf4"].out, runs[None].out
-    one = stdout_of(generate.main, *argv, nf4)
-    assert one.startswith(SAID.format("nf4"))
-    both = stdout_of(generate.main, *argv, nf4, nf4)
-    assert both.startswith(SAID.format("nf4"))
-    ending = run(generate.main, *argv, nf4, plain)
-    mixture = f"{nf4} (nf4) and {plain} (none): were trained on bases quantised in different ways"
-    assert f"{mixture}; choose one by --quantise" in one_line(ending, 2)
-    assert "quantised" not in stdout_of(generate.main, *argv, nf4, plain, "--quantise", "int8")
-
-
 def test_a_resumed_run_is_the_run_that_nobody_stopped(runs, base, book, tmp_path):
     argv = arguments("lora", base, book, tmp_path / "run", *STEPS, "--quantise", "nf4")
     ending = run_acting({3: lambda trainer: signal.raise_signal(signal.SIGINT)}, *argv)
@@ -176,27 +159,23 @@ def test_variants_learn_on_a_quantised_base(base, book, tmp_path, options):
     assert abs(loss - done.report["best_val_loss"]) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--quantise", "fp4"), "--quantise"),
-        (("--quantise", "nf4", "--init-lora-weights", "pissa"), "--init-lora-weights"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_one_line(base, book, tmp_path, options, said):
-    ending = run(train.main, *arguments("lora", base, book, tmp_path / "out", *options))
-    assert said in one_line(ending, 2)
-    assert not (tmp_path / "out").exists()
+def test_what_cannot_be_is_refused_in_one_line(runs, base, book, tmp_path):
+    for method, *options in (
+        ("lora", "--quantise", "fp4"),
+        ("lora", "--quantise", "nf4", "--init-lora-weights", "pissa"),
+        ("full", "--quantise", "nf4"),
+    ):
+        ending = run(train.main, *arguments(method, base, book, tmp_path / "out", *options))
+        assert "--quantise" in one_line(ending, 2)
+        assert not (tmp_path / "out").exists()
 
+    adapters = (runs["nf4"].out, runs[None].out)
+    ending = run(generate.main, "--base", base, "--prompt", "You", "--adapter", *adapters)
+    assert "quantised in different ways; choose one by --quantise" in one_line(ending, 2)
 
-def test_full_fine_tuning_and_unknown_records_are_refused(runs, base, book, tmp_path):
-    ending = run(train.main, *arguments("full", base, book, tmp_path / "out", "--quantise", "nf4"))
-    assert "--quantise" in one_line(ending, 2)
     shutil.copytree(runs["nf4"].out, tmp_path / "odd")
     path = tmp_path / "odd" / WEIGHTS
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"base_quantised": "nf4"', b'"base_quantised": "fp4"'))
     ending = run(evaluate.main, "--base", base, "--adapter", tmp_path / "odd", "--text", book)
     assert "'fp4', which is not known here" in one_line(ending, 2)
-    with pytest.raises(ValueError, match="`dequantise` the model"):
-        inject(load_gpt2(base, quantise=LAYERS["nf4"]), PiSSAConfig())

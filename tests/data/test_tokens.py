@@ -249,15 +249,6 @@ def test_a_book_that_changes_meanwhile_is_cached_as_what_was_read(tmp_path, monk
     assert load_tokens(book, SMALL, cache).ids.tolist() == whole("Another text.")
 
 
-def test_a_book_from_a_pipe_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(load_tokens, "__defaults__", (tmp_path / "cache",))
-    end, start = os.pipe()
-    os.write(start, TEXT.encode())
-    os.close(start)
-    assert load_books([Path(f"/dev/fd/{end}")], SMALL).ids.tolist() == whole(TEXT)
-    os.close(end)
-
-
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
     (cache := tmp_path / "cache").write_text("a file where the directory should be")
     monkeypatch.setattr(tokens_module, "PIECE", 20)

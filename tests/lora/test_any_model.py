@@ -99,20 +99,6 @@ def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
     assert not any(isinstance(module, LoRALinear) for module in ours.modules())
 
 
-def test_a_model_in_bf16_trains_as_under_peft(tmp_path):
-    case = CASES["llama"]
-    bf16 = case._replace(make=lambda: case.make().to(torch.bfloat16))
-    ours, theirs = both(bf16, case.targets)
-    start = parameters(theirs.base_model.model)
-    with torch.no_grad():
-        for name, parameter in parameters(ours).items():
-            start[name].copy_(parameter)  # PEFT rounds what it draws to bf16
-    mine, other = optimizers(ours, theirs, "plain")
-    assert_same(steps(ours, bf16, mine), steps(theirs, bf16, other))
-    save_adapter(ours, tmp_path, "a-base")
-    assert {x.dtype for x in load_file(tmp_path / WEIGHTS).values()} == {torch.float32}
-
-
 PATTERNS = {"rank_pattern": {"q_proj": 1, r"1\.mlp\..*": 3}, "alpha_pattern": {"up_proj": 7}}
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lora.layer import LoRALinear
 from lora.save import WEIGHTS
 from lora.variants.lora_ga import LoRAGALinear, lora_ga_layers
 from tests import runs
@@ -112,12 +111,3 @@ def test_two_ranks_start_and_train_as_one_does(base, book, tmp_path):
     ranks = runs.finished(tmp_path / "ranks")
     for column in ("loss", "grad_norm", "val_loss"):
         assert ranks.column(column) == pytest.approx(alone.column(column), rel=1e-3), column
-
-
-def test_the_gradient_leaves_no_trace_but_the_start(base, book, tmp_path):
-    trainer = runs.trainer("lora", base, book, tmp_path, *SMALL)
-    for parameter in trainer.model.parameters():
-        assert parameter.grad is None
-    plain = runs.trainer("lora", base, book, tmp_path, *SMALL[:-2])
-    assert trainer.parameters.keys() == plain.parameters.keys()
-    assert type(next(iter(plain.model.h)).attn.c_attn) is LoRALinear

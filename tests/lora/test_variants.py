@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig, LoRALinear
@@ -22,8 +21,6 @@ from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
-from lora.variants import make_config
-from lora.variants.dora import DoRAConfig
 from lora.variants.fa import freeze_a
 from model.kernels.fast import set_kernels
 from storage.weights import load_gpt2
@@ -213,22 +210,6 @@ def test_a_pissa_run_in_bf16_prints_what_evaluate_py_computes(base, book, tmp_pa
         assert found["loss"] == pytest.approx(done.report[f"{name}_val_loss"], rel=1e-6), name
 
 
-def test_a_dora_of_peft_loads_and_merges_to_its_logits(base, tmp_path):
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"], **DORA}
-    config = peft.LoraConfig(**fields, fan_in_fan_out=True, task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(stock_model(base), config).eval()
-    randomize(theirs)
-    theirs.save_pretrained(tmp_path)
-    expected = theirs(IDS).logits
-    ours = load_gpt2(base)
-    assert relative_difference(ours(IDS), expected) > 0.1
-    assert isinstance(load_adapter(ours, tmp_path), DoRAConfig)
-    assert relative_difference(ours(IDS), expected) < 1e-5
-    merge(ours)
-    unwrap(ours)
-    assert relative_difference(ours(IDS), expected) < 1e-5
-
-
 def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
     kept = []
     for freeze in (lambda model: None, freeze_a):
@@ -309,21 +290,3 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     assert all(type(layer) is LoRALinear for layer in lora_layers(again).values())
     merge(model)
     assert relative_difference(model(IDS), expected) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{}, DORA, PISSA, {"init_lora_weights": "lora_ga"}, {"target_modules": ("c_attn.q",)}],
-)
-def test_no_python_number_becomes_a_tensor_in_a_step(base, fields):
-    """On a GPU each would be a copy that the step waits for."""
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            assert operation is not torch.ops.aten.lift_fresh.default
-            return operation(*args, **(kwargs or {}))
-
-    model = load_gpt2(base)
-    inject(model, make_config(r=4, **fields))
-    with Seen():
-        model.train().hidden(IDS).sum().backward()
