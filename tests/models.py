@@ -7,13 +7,10 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
-from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
-from lora.inject import inject, lora_layers
+from lora.inject import inject
 from lora.variants import make_config
-from lora.variants.fa import freeze_a
-from lora.variants.plus import parameter_groups
 from tests.helpers import perturb, relative_difference, token_ids
 from tests.pairs import our_name
 
@@ -106,14 +103,6 @@ CASES = {
     "vit": Case(vit, {"pixel_values": IMAGES}, ["attention.q_proj", "v_proj"], None),
     "plain": Case(Plain, {"x": VECTORS}, ["q", "head"], None),
 }
-VARIANTS = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "loraplus": {},
-    "freeze-a": {},
-}
 
 
 def make(case: Case) -> nn.Module:
@@ -150,8 +139,10 @@ def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
     return ours, theirs
 
 
-def steps(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def steps(model: nn.Module, case: Case) -> dict[str, Tensor]:
     """Take 5 steps with all dropouts on; return the losses, and the first and last gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0)
     seen = {}
     for step in range(5):
         torch.manual_seed(step)
@@ -174,25 +165,6 @@ def short(name: str) -> str:
     return our_name(name).removeprefix("base_model.model.")
 
 
-def optimizers(ours: nn.Module, theirs: nn.Module, variant: str) -> tuple:
-    """Return AdamW for both, with the groups of LoRA+ or without A."""
-    lr = 1e-2
-    if variant == "freeze-a":
-        freeze_a(ours)
-        for name, parameter in theirs.named_parameters():
-            if "lora_A" in name:
-                parameter.requires_grad_(False)
-    groups = parameter_groups(ours, 4 if variant == "loraplus" else None)
-    for group in groups:
-        group["lr"] = lr * group.pop("lr_scale")
-    mine = torch.optim.AdamW(groups, lr=lr, weight_decay=0)
-    if variant == "loraplus":
-        adamw = torch.optim.AdamW
-        return mine, create_loraplus_optimizer(theirs, adamw, lr=lr, loraplus_lr_ratio=4)
-    theirs_trained = [p for p in theirs.parameters() if p.requires_grad]
-    return mine, torch.optim.AdamW(theirs_trained, lr=lr, weight_decay=0)
-
-
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
     assert ours.keys() == theirs.keys() and ours
     for name, value in ours.items():
@@ -200,12 +172,3 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         assert value.dtype == expected.dtype
         if not torch.equal(value, expected):
             assert relative_difference(value, expected) < tolerance, name
-
-
-def weights_in(ours: nn.Module, theirs: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return each adapted layer's W in our model and in PEFT's."""
-    pairs = []
-    for name, layer in lora_layers(ours).items():
-        other = theirs.base_model.model.get_submodule(name)
-        pairs.append((layer.base_layer.weight, other.base_layer.weight))
-    return pairs

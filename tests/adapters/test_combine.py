@@ -12,7 +12,7 @@ from adapters.factors import read_factors
 from adapters.load import load_model
 from common.errors import UserError
 from lora.inject import lora_layers
-from lora.load import PICKLED_WEIGHTS, load_adapter, read_header, stored_base_fields
+from lora.load import PICKLED_WEIGHTS, load_adapter, read_header
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
 from storage.tensors import read_shapes
@@ -120,13 +120,6 @@ def test_one_adapter_becomes_plain_lora(base, tmp_path, targets, fields, rank, l
     assert relative_difference(expected, stock_model(base)(IDS).logits) > 0.01
 
 
-def test_dora_is_refused(base, tmp_path):
-    save_adapter(adapted(base, ("c_attn",), r=3, use_dora=True), tmp_path / "dora", "gpt2")
-    line = one_line(run(main, tmp_path / "dora", "--out", tmp_path / "out"), 2)
-    assert line.endswith("is DoRA, whose change is not B A alone; merge it instead")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_path):
     save_adapter(adapted(base, ("c_proj",), r=20), tmp_path / "a", "gpt2")
     factors = read_factors(tmp_path / "a")
@@ -139,8 +132,11 @@ def test_a_sum_of_more_ranks_than_a_layer_holds_is_cut_to_what_loads(base, tmp_p
 def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapters, tmp_path):
     other = tmp_path / "other"
     save_adapter(adapted(base, ("c_attn",), r=3), other, "gpt2", "b" * 64)
+    dora = tmp_path / "dora"
+    save_adapter(adapted(base, ("c_attn",), r=3, use_dora=True), dora, "gpt2")
     for arguments, reason in (
         ((adapters[0], other), f"{adapters[0]} and {other}: are adapters of different bases"),
+        ((dora,), f"{dora}: is DoRA, whose change is not B A alone; merge it instead"),
         ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters"),
         ((other, "--out", other), f"--out {other}: exists already; name a new directory"),
     ):
@@ -150,15 +146,3 @@ def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapter
     assert run(main, other, "--out", tmp_path / "out").status == 0
     with pytest.raises(UserError, match="another base"):  # the hash goes along
         load_model(str(base), tmp_path / "out")
-
-
-def test_the_sum_names_the_base_whose_hash_it_has_and_two_names_are_noted(base, tmp_path):
-    for name, sha256 in (("mini", ""), ("gpt2", "a" * 64), ("other", "")):
-        save_adapter(adapted(base, ("c_attn",), r=3), tmp_path / name, name, sha256)
-    said = stdout_of(main, tmp_path / "mini", tmp_path / "gpt2", "--out", tmp_path / "sum")
-    assert said.startswith("note: these adapters name their bases 'mini' and ")
-    assert stored_base_fields(tmp_path / "sum")["base_model_name_or_path"] == "gpt2"
-    assert read_header(tmp_path / "sum") == {"base_sha256": "a" * 64}
-    assert "'mini' and 'other'" in stdout_of(
-        main, tmp_path / "mini", tmp_path / "other", "--out", tmp_path / "unhashed"
-    )

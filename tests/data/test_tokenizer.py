@@ -199,14 +199,6 @@ def test_a_stream_of_tokens_is_the_text_in_whole_characters(text, name, prompt):
     assert whole == ours.decode(ids)
 
 
-def test_more_ids_than_uint16_holds_are_uint32(tmp_path):
-    words = [END_OF_TEXT, *(f"a{i}" for i in range(65_536)), "a"]
-    made = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    ours = load_tokenizer(write(tmp_path, made), len(words))
-    [last] = ours.encode("a")
-    assert last.dtype == np.uint32 and last > 65_535 and ours.end_of_text == 0
-
-
 def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path):
     save_gpt2(load_gpt2(base), tmp_path, end_of_text=316)
     save_tokenizer(load_tokenizer(base, 317), tmp_path, 64)

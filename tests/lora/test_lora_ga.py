@@ -5,18 +5,23 @@ from shlex import split
 
 import peft
 import pytest
-import torch
 import torch.nn.functional as F
 
 from lora.save import WEIGHTS
 from lora.variants.lora_ga import LoRAGALinear, lora_ga_layers
 from tests import runs
-from tests.helpers import relative_difference
+from tests.helpers import relative_difference, tiny_gpt2_directory
 from tests.ranks import fork
 from tests.runs import arguments, run, trained
 from train import main
 
 SMALL = split("--max-steps 6 --batch-size 8 --eval-every 2 --lr 1e-2 --init-lora-weights lora_ga")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    rates = {"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0}
+    return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), **rates)[0]
 
 
 def peft_start(base, trainer):
@@ -37,11 +42,6 @@ def peft_start(base, trainer):
             logits = stock(input_ids=inputs).logits
             F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
 
-    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        setattr(stock.config, name, 0.0)
-    for module in stock.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     loraga.preprocess_loraga(stock, config, backward)
     return peft.get_peft_model(stock, config).base_model.model.transformer
 

@@ -14,12 +14,18 @@ from lora.variants.riemannian import precondition
 from model.kernels.fast import set_kernels
 from storage.weights import load_gpt2
 from tests import runs
-from tests.helpers import relative_difference
+from tests.helpers import relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, parameters, randomize
 from train import learning_rate
 
 optimizers = pytest.importorskip("peft.optimizers", reason="an old PEFT")
 SMALL = split("--max-steps 12 --batch-size 4 --lr 3e-3 --clip 0.1 --riemannian")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    rates = {"embd_pdrop": 0, "attn_pdrop": 0, "resid_pdrop": 0}
+    return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), **rates)[0]
 
 
 @pytest.mark.skipif(not hasattr(optimizers, "create_riemannian_optimizer"), reason="an old PEFT")
@@ -36,12 +42,6 @@ def test_a_run_in_fp64_is_pefts(base, book, tmp_path, options):
     config = peft.LoraConfig(**fields, use_dora=made.use_dora)
     theirs = peft.get_peft_model(stock, config).double().train()
     set_kernels(theirs, "plain")  # the frozen weights lie in memory as ours
-    for module in theirs.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for block in theirs.base_model.model.transformer.h:
-        block.attn.attn_dropout.p = 0.0
-        block.attn.config.attn_pdrop = 0.0
     optimizer = optimizers.create_riemannian_optimizer(
         theirs, torch.optim.AdamW, lr=made.lr, reg=1e-6, weight_decay=made.weight_decay
     )
