@@ -85,9 +85,6 @@ def test_merging_adds_to_the_dequantised_base(runs, base, book, tmp_path):
     assert printed.startswith(SAID.format("nf4"))
     merged, _ = scores(tmp_path / "merged", book)
     assert abs(merged - done.report["best_val_loss"]) < 1e-4
-    stdout_of(merge.main, *argv, "--out", tmp_path / "original", "--quantise", "none")
-    expected, _ = scores(base, book, "--adapter", done.out, "--quantise", "none")
-    assert scores(tmp_path / "original", book)[0] == expected
     model = load_model(str(base), done.out).model
     with pytest.raises(ValueError, match="`dequantise` the model"):
         merge.merge(model)
@@ -129,12 +126,8 @@ def test_a_sum_keeps_its_bases_quantisation(runs, base, book, tmp_path):
     assert SAID.format("nf4") in done.stdout
     assert done.report["base_val_loss"] == runs["nf4"].report["base_val_loss"]
     assert abs(done.report["start_val_loss"] - runs["nf4"].report["best_val_loss"]) < 1e-4
-
     said = stdout_of(gguf.main, tmp_path / "sum", "--base", base, "--out", tmp_path / "lora.gguf")
     assert "--quantise nf4" in said
-
-    stdout_of(combine.main, runs[None].out, "--out", tmp_path / "plain")
-    assert "base_quantised" not in read_metadata(tmp_path / "plain" / WEIGHTS)
 
 
 def test_a_sum_of_two_quantisations_is_refused(runs, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -69,9 +68,3 @@ def test_ids_and_marks_of_any_conversation_are_ours(messages, ask):
     found, marks = rendered(theirs, messages, add_generation_prompt=ask)
     assert found == ids.tolist()
     assert np.array_equal(np.array(marks, bool), scored)
-
-
-def test_another_role_is_refused_by_the_template():
-    _, theirs = pair()
-    with pytest.raises(Exception, match="the roles are user, assistant and system"):
-        rendered(theirs, [{"role": "tool", "content": "x"}])

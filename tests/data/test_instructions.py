@@ -131,35 +131,6 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
     assert abs(model(**unmasked).loss.item() - loss) > 1e-3
 
 
-def test_both_forms_are_read_as_the_template_says(tmp_path):
-    talk = [
-        turn("system", "Be brief."),
-        turn("user", "Who?"),
-        turn("assistant", "You."),
-        turn("user", "When?"),
-        turn("assistant", "At dusk."),
-    ]
-    path = write(
-        tmp_path / "x.jsonl",
-        example(" Who?", "You.\n"),
-        "",
-        json.dumps({"messages": [turn("user", "Who?"), turn("assistant", "You.")]}),
-        b"\xef\xbb\xbf" + json.dumps({"messages": talk}).encode(),
-    )
-    short, same, long = read_examples(path, TOKENIZER, 200)
-    assert np.array_equal(short, same)
-    end = "<|endoftext|>"
-    text = (
-        f"System: Be brief.\nUser: Who?\nAssistant: You.{end}User: When?\nAssistant: At dusk.{end}"
-    )
-    inputs, targets, _ = long
-    assert [*inputs.tolist(), END] == encoded(text)
-    assert [t for t in targets.tolist() if t != IGNORE_INDEX] == encoded(
-        f" You.{end} At dusk.{end}"
-    )
-    assert (inputs[1:] == targets[:-1])[targets[:-1] != IGNORE_INDEX].all()
-
-
 BAD = [
     ("[" * 9000, "is not JSON"),
     (r'{"prompt": "a\u0000", "completion": "b"}', "holds a NUL"),
@@ -212,7 +183,8 @@ def test_a_completion_as_long_as_a_block_is_taken_whole(tmp_path):
 
 
 def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(base, data, tmp_path):
-    others = write(tmp_path / "val.jsonl", *(example(*pair) for pair in PAIRS[1::2]))
+    lines = [example(*pair) for pair in PAIRS[1::2]]
+    others = write(tmp_path / "val.jsonl", b"\xef\xbb\xbf", lines[0], "", *lines[1:])
 
     def losses(pairs) -> float:
         return stock_model(base)(**stock_batch(pairs)).loss.item()

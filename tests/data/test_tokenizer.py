@@ -253,7 +253,7 @@ def test_other_files_are_refused_with_the_conversion(tmp_path):
     assert load_tokenizer(both, 502).end_of_text == 2
 
 
-def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
+def test_a_file_without_a_tokenizer_is_refused_in_one_line(tmp_path):
     path = tmp_path / FAST
     for content in (b"{", b'{"model": [1]}', b"\xff\xfe"):
         path.write_bytes(content)

@@ -75,14 +75,6 @@ def test_an_adapter_is_merged_into_fp64_weights(fields):
     assert not torch.equal(model[0].weight, before)
 
 
-def test_a_rank_above_a_narrow_layers_width_names_the_layer_and_a_remedy():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
-    with pytest.raises(ValueError, match=r"^1: rank 8 is outside 1 \.\. 2; .*rank_pattern"):
-        inject(model, LoRAConfig(target_modules="all-linear"))
-    inject(model, LoRAConfig(target_modules="all-linear", rank_pattern={"1": 2}))
-    assert [layer.config.r for layer in lora_layers(model).values()] == [8, 2]
-
-
 def test_quantise_replaces_all_but_the_head_or_what_is_named():
     class Model(nn.Sequential):
         def get_output_embeddings(self):
