@@ -123,13 +123,8 @@ def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
     """Return the model with our adapter and with PEFT's, of one seed."""
     fields = {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1} | fields
     ours = make(case)
-    as_tuples = {"target_modules": targets, **fields}
-    for name, value in as_tuples.items():
-        if isinstance(value, list):
-            as_tuples[name] = tuple(value)
-    config = make_config(**as_tuples)
     torch.manual_seed(3)
-    inject(ours, config)
+    inject(ours, make_config(target_modules=targets, **fields))
 
     task = {"task_type": case.task_type}
     torch.manual_seed(3)

@@ -82,7 +82,7 @@ def test_scores_are_those_of_a_plain_transformers_loop(base, file, tmp_path):
 
 
 def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
-    """--data reads the same file, and its loss is that of the right answers."""
+    """--data reads the same file, and measures the loss of the right answers."""
     pairs = [{"prompt": p, "completion": choices[answer]} for p, choices, answer in QUESTIONS]
     same = written(tmp_path / "pairs.jsonl", *map(json.dumps, pairs))
     rows = read_examples(file, TOKENIZER, 200)

@@ -70,7 +70,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
 
 
 def test_another_base_than_the_run_records_is_refused(runs, base, tmp_path):
-    """A run is known by what its run.json says; a directory without one is taken as it is."""
+    """A run is recognised by its run.json. A directory without one is accepted."""
     other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
     full = shutil.copytree(runs["full"].out, tmp_path / "full")
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""`--quantise`: what each command does with a base in four or eight bits."""
+"""Each command with `--quantise`, a base in four or eight bits."""
 
 import json
 import re
@@ -105,16 +105,6 @@ def test_a_resumed_run_is_the_run_that_nobody_stopped(runs, base, book, tmp_path
         assert "--quantise was nf4 and is now" in one_line(refused, 2)
     assert run(train.main, *argv, "--resume").status == 0
     assert differences(tmp_path / "run", result(runs["nf4"].out)) == []
-
-
-def test_an_initial_adapter_brings_its_bases_quantisation(runs, base, book, tmp_path):
-    start = ("--init-adapter", runs["nf4"].out, "--max-steps", 1)
-    done = trained("lora", base, book, tmp_path / "a", *start)
-    assert SAID.format("nf4") in done.stdout
-    assert done.report["options"]["quantise"] == "nf4"
-    assert done.report["base_val_loss"] == runs["nf4"].report["base_val_loss"]
-    done = trained("lora", base, book, tmp_path / "b", *start, "--quantise", "none")
-    assert done.report["options"]["quantise"] is None
 
 
 def test_a_sum_keeps_its_bases_quantisation(runs, base, book, tmp_path):

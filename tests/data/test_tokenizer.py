@@ -241,11 +241,10 @@ def test_without_files_it_is_gpt2s(tmp_path):
 
 
 def test_other_files_are_refused_with_the_conversion(tmp_path):
-    for name in FOREIGN:
-        (other := tmp_path / name).touch()
-        reason = refusal(other, load_tokenizer, tmp_path, GPT2_SIZE)
-        assert "AutoTokenizer, and its save_pretrained writes tokenizer.json" in reason
-        other.unlink()
+    other = tmp_path / FOREIGN[0]
+    other.touch()
+    reason = refusal(other, load_tokenizer, tmp_path, GPT2_SIZE)
+    assert "AutoTokenizer, and its save_pretrained writes tokenizer.json" in reason
     both = write_pair(tmp_path / "pair")
     (added := both / "added_tokens.json").write_text('{"<user>": 8192}')
     assert "AutoTokenizer" in refusal(added, load_tokenizer, both, 8193)

@@ -1,4 +1,4 @@
-"""Check adapter files: what is written, and that nothing else is read."""
+"""Check the content of adapter files, and that all other files are refused."""
 
 import json
 import math

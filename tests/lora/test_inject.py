@@ -1,4 +1,4 @@
-"""Check injection into GPT-2: what is trained, what is counted, and what stays as it was."""
+"""Check injection into GPT-2: the trained parameters, their count, and the frozen rest."""
 
 import pytest
 import torch

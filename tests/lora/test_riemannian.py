@@ -1,4 +1,4 @@
-"""Compare Riemannian preconditioning with PEFT's, with its definition, and with what it is for."""
+"""Compare Riemannian preconditioning with PEFT's code, and with its definition."""
 
 from shlex import split
 

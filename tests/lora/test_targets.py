@@ -29,7 +29,7 @@ PATTERNS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Return a base of three blocks, so that a range of blocks is not all but one."""
+    """Return a base of three blocks, so that a range of blocks leaves out more than one."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_layer=3)[0]
 
 

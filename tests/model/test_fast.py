@@ -38,7 +38,7 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
-    """Hold `fast`'s values and gradients to those of `plain` in double; return `fast`'s result."""
+    """Compare values and gradients of `fast` with `plain` in double. Return `fast`'s value."""
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     tolerance = TOLERANCE[inputs[0].dtype]
     y = fast(*inputs)
