@@ -1,24 +1,28 @@
-"""The lesson's experiments in their short form, and its formulas against autograd."""
+"""The lesson's formulas against autograd or a count by hand; a few experiments in a tiny form."""
 
+import contextlib
+import io
 import math
 import shutil
 from functools import cache
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from common.device import Device
 from lesson.experiments import (
     alone,
     amplification,
     changes,
     diagram,
     first_step,
+    forgetting,
     gradients,
     initialisation,
     intruders,
-    learning_rate,
     memory,
     merge_error,
     quantisation,
@@ -30,14 +34,15 @@ from lesson.experiments import (
     step_time,
     sweep,
     targets,
-    variants,
 )
 from lesson.experiments.common import SHORT, trainer
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
-from model.gpt2 import GPT2
+from lora.quantised import nf4_levels
+from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
 from storage.weights import load_config, load_gpt2
+from tests.helpers import tiny_gpt2_directory, token_ids
 from tests.legible import only_legible_pictures
 from training import data as training_data
 from training.options import ROOT
@@ -45,36 +50,29 @@ from training.recipe import best_rate
 from training.report import count_parameters
 
 load_tokenizer = cache(training_data.load_tokenizer)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_known(monkeypatch, tmp_path_factory):
-    """Every test trains its own runs."""
-    monkeypatch.setattr(sweep, "CELLS", tmp_path_factory.mktemp("runs") / "cells.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def _one_tokenizer(monkeypatch):
-    """Every run here has mini's, which takes as long to load as a step."""
-    monkeypatch.setattr(training_data, "load_tokenizer", load_tokenizer)
-
-
 FIGURES = ROOT / "docs" / "figures"
 
 
-def experiments_with_data():
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tmp_path):
+    """Make a short version's runs tiny. Each test trains its own runs, with one tokenizer."""
+    monkeypatch.setattr(sweep, "CELLS", tmp_path / "known" / "cells.jsonl")
+    monkeypatch.setattr(training_data, "load_tokenizer", load_tokenizer)
+    for name, value in {"batch_size": 2, "block_size": 16, "max_steps": 2}.items():
+        monkeypatch.setitem(SHORT, name, value)
+
+
+def drawn_experiments():
     """Return the experiments that can draw again, by the names of their published data."""
     names = [path.stem for path in sorted(FIGURES.glob("*.json"))]
     modules = [import_module(f"lesson.experiments.{name}") for name in names]
     return [module for module in modules if hasattr(module, "measure")]
 
 
-@pytest.mark.parametrize("experiment", experiments_with_data(), ids=lambda module: module.__name__)
+@pytest.mark.parametrize("experiment", drawn_experiments(), ids=lambda module: module.__name__)
 def test_the_published_pictures_can_be_read(experiment, tmp_path):
-    """At a page's width no word is too small, on another, or cut off; none needs a new run."""
+    """At a page's width no word is too small, on another, or cut off. None needs a new run."""
     name = experiment.__name__.rpartition(".")[2]
-    with pytest.raises(SystemExit, match="2"):  # there is no data yet
-        experiment.main(["--draw", "--out", str(tmp_path)])
     shutil.copy(FIGURES / f"{name}.json", tmp_path)
     with only_legible_pictures() as pictures:
         experiment.main(["--draw", "--out", str(tmp_path)])
@@ -84,28 +82,31 @@ def test_the_published_pictures_can_be_read(experiment, tmp_path):
     assert all((FIGURES / f"{picture}.png").exists() for picture in drawn)
 
 
-def run(experiment, tmp_path):
-    """Run the short version, which must leave data and a picture; return the data."""
-    data = experiment.main(["--short", "--out", str(tmp_path)])
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
+def run(experiment, out):
+    """Run the short version, which must leave data and a picture. Return the data."""
+    data = experiment.main(["--short", "--out", str(out)])
+    name = experiment.__name__.rpartition(".")[2]
+    assert {path.name for path in out.glob("*.*")} == {f"{name}.json", f"{name}.png"}
     return data
 
 
-def test_an_experiment_that_cannot_be_saved_does_not_begin(tmp_path, capsys):
+def test_an_experiment_that_cannot_be_saved_or_drawn_does_not_begin(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(SystemExit, match="2"):
-        targets.main(["--out", str(file)])
-    assert f"error: --out {file}: File exists" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        targets.main(["--seeds", "0"])
+    for words, line in (
+        (["--out", str(file)], f"error: --out {file}: File exists"),
+        (["--seeds", "0"], "error: argument --seeds"),
+        (["--draw", "--out", str(tmp_path)], "targets.json is missing: run without --draw first"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            targets.main(words)
+        assert line in capsys.readouterr().err
 
 
-def test_diagrams(tmp_path):
-    """The numbers in the pictures are those of GPT-2's c_attn and attn.c_proj at rank 8."""
+def test_the_diagrams_have_the_numbers_of_c_attn_and_attn_c_proj_at_rank_8(tmp_path):
     with only_legible_pictures():
         diagram.main(["--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"lora.png", "product.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"lora.png", "product.png"}
 
     said = " ".join(words for words, *_ in diagram.LAYER_TEXTS)
     trained, frozen = parameters_of_a_layer(768, 2304)
@@ -122,7 +123,7 @@ def test_diagrams(tmp_path):
 
 
 def parameters_of_a_layer(inputs, outputs):
-    """Return how many parameters LoRA of rank 8 trains, and how many of W it leaves alone."""
+    """Return how many parameters LoRA of rank 8 trains, and how many W has."""
     layer = LoRALinear(nn.Linear(inputs, outputs), LoRAConfig(r=8, lora_alpha=16))
     trained = sum(p.numel() for p in layer.saved_tensors().values())
     return trained, layer.base_layer.weight.numel()
@@ -138,14 +139,11 @@ def test_alpha_is_the_learning_rate_of_b():
         torch.manual_seed(1)
         layer = LoRALinear(nn.Linear(12, 20), LoRAConfig(r=3, lora_alpha=alpha, lora_dropout=0))
         layer.double()
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": layer.lora_A.parameters(), "lr": 0.01},
-                {"params": layer.lora_B.parameters(), "lr": rate_of_b},
-            ],
-            eps=1e-30,
-            weight_decay=0,
-        )
+        groups = [
+            {"params": layer.lora_A.parameters(), "lr": 0.01},
+            {"params": layer.lora_B.parameters(), "lr": rate_of_b},
+        ]
+        optimizer = torch.optim.AdamW(groups, eps=1e-30, weight_decay=0)
         for x in batches:
             optimizer.zero_grad()
             (layer(x) - target).square().sum().backward()
@@ -155,22 +153,33 @@ def test_alpha_is_the_learning_rate_of_b():
     assert results[0].abs().max() > 0.01
 
 
-def test_first_step():
-    """A step moves W as far as the formula says; at a fixed alpha it gains as much at any rank."""
-    found = first_step.main(["--short"])["mini"]
-    move_of_rank_8 = 2 * (8 / (3 * 256)) ** 0.5
-    assert found["r 8, alpha 16"]["h.0.attn.c_attn"] == pytest.approx(move_of_rank_8, rel=0.05)
-    assert found["r 8, alpha 16"]["h.0.mlp.c_proj"] == pytest.approx(move_of_rank_8 / 2, rel=0.05)
+def test_a_first_step_moves_w_by_the_formula_and_gains_as_much_at_any_rank():
+    """The model is random. At a fixed alpha the gain does not depend on the rank."""
+    config = GPT2Config(vocab_size=97, n_positions=16, n_embd=256, n_layer=1, n_head=4)
+    ids = token_ids(97, 4, 17)
 
-    gain = {kind: measured["gain"] for kind, measured in found.items()}
-    assert gain["r 64, alpha 16"] == pytest.approx(gain["r 8, alpha 16"], rel=0.1)
-    assert gain["r 1, alpha 16"] == pytest.approx(gain["r 8, alpha 16"], rel=0.1)
-    assert gain["r 64, alpha 128"] == pytest.approx(8 * gain["r 8, alpha 16"], rel=0.1)
-    assert gain["full"] > 10 * gain["r 8, alpha 16"]
+    def model():
+        torch.manual_seed(0)
+        return GPT2(config)
+
+    gains = {}
+    for r, alpha in ((8, 16), (64, 16), (64, 128)):
+        moved, gains[r, alpha] = first_step.lora_step(model(), ids, first_step.config_of(r, alpha))
+        for name, fan_in in (("h.0.attn.c_attn", 256), ("h.0.mlp.c_proj", 1024)):
+            expected = alpha / r * math.sqrt(r / (3 * fan_in))
+            assert moved[name] == pytest.approx(expected, rel=0.1)
+    assert gains[64, 16] == pytest.approx(gains[8, 16], rel=0.1)
+    assert gains[64, 128] == pytest.approx(8 * gains[64, 16], rel=1e-4)
+    assert first_step.full_gain(model(), ids) > 2 * gains[8, 16]
 
 
-def test_initialisation(tmp_path):
-    """Where B is zero A's first gradient is, and the other way round; both zero never move."""
+def test_where_b_starts_at_zero_so_does_the_gradient_of_a(tmp_path, monkeypatch):
+    """The same holds with A and B exchanged. If both are zero, neither ever moves."""
+
+    def small(**options):
+        return trainer(**options | {"batch_size": 4, "block_size": 32})
+
+    monkeypatch.setattr(initialisation, "trainer", small)
     data = run(initialisation, tmp_path)["runs"]
     (zero,) = data["both zero"]
     assert zero["loss"] == zero["A"] == zero["B"] == [0.0] * 3
@@ -178,12 +187,11 @@ def test_initialisation(tmp_path):
     (lora,) = data["A random, B zero (LoRA)"]
     assert lora["loss"][0] == lora["A"][0] == 0 < lora["B"][0]
     assert lora["A"][1] > 0
-    assert lora["loss"][-1] < -0.01
 
     (swapped,) = data["A zero, B random"]
     assert swapped["loss"][0] == swapped["B"][0] == 0 < swapped["A"][0]
     assert swapped["B"][1] > 0
-    assert swapped["loss"][-1] < -0.01
+    assert max(lora["loss"][-1], swapped["loss"][-1]) < -0.01
 
     (random,) = data["both random"]
     assert random["loss"][0] > 0.1
@@ -191,25 +199,24 @@ def test_initialisation(tmp_path):
     assert random["B"][0] > 0
 
 
-def test_gradients(tmp_path):
-    """Without the scaler fp16 loses many gradients, or their last bits; with it next to none."""
+def test_without_the_scaler_fp16_loses_gradients_and_with_it_almost_none(tmp_path):
     data = run(gradients, tmp_path)
     assert data["zero_in_fp16"] < data["subnormal_in_fp16"]
     assert data["subnormal_in_fp16"] > 0.1
     assert data["below_normal_after_scaling"] < 1e-3
 
 
-def test_learning_rate(tmp_path):
-    """A higher rate learns more and forgets more; LoRA needs a higher one than full."""
-    data = run(learning_rate, tmp_path)
-    base = data["base"]
-    for method in ("lora", "full"):
-        low, high = (run for (run,) in data[method].values())  # one seed at each of two rates
-        low_perplexity, low_kl = low
-        high_perplexity, high_kl = high
-        assert high_perplexity < low_perplexity < base
-        assert 0 < low_kl < high_kl
-    assert data["full"][1e-3][0] < data["lora"][1e-2][0]
+def test_only_the_base_has_forgotten_nothing():
+    device = Device.pick("cpu", "fp32")
+    model = load_gpt2(MINI)
+    assert forgetting.forgotten(model, device, short=True) == pytest.approx(0, abs=1e-5)
+    model.ln_f.weight.data *= 0.9
+    texts, base_log_p = forgetting.base_texts(True, "fp32")
+    with torch.no_grad():
+        log_p = model(texts).log_softmax(-1)
+    kl = nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="sum") / texts.numel()
+    found = forgetting.forgotten(model, device, short=True)
+    assert found == pytest.approx(kl.item(), rel=1e-4) and found > 0.01
 
 
 def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
@@ -219,13 +226,13 @@ def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
             inject(model, LoRAConfig(r=r, target_modules=names))
         assert count_parameters(model)["trainable_parameters"] == 122_880
 
-    compared = {("c_attn",): 20, ("c_fc", "mlp.c_proj"): 8}
-    monkeypatch.setattr(targets, "RANKS", compared)
-    monkeypatch.setattr(targets, "GUESS", 8e-3)
+    monkeypatch.setattr(targets, "RANKS", {("c_attn",): 20, ("c_fc", "mlp.c_proj"): 8})
+    monkeypatch.setattr(targets, "GUESS", 2e-3)
     data = run(targets, tmp_path)
     (c_attn,) = data["c_attn: r = 20"][targets.GUESS]
     (mlp,) = data["c_fc, mlp.c_proj: r = 8"][targets.GUESS]
-    assert mlp < c_attn - 1
+    assert c_attn != mlp
+    assert max(c_attn, mlp) < trainer(short=True).evaluate().perplexity
 
 
 def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
@@ -234,28 +241,8 @@ def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
         assert LoRAConfig(r=64, **rule(64)).scaling == pytest.approx(r64)
 
 
-def test_scaling(tmp_path):
-    """A higher rank learns more, by each rule at the rate that suits it."""
-    data = run(scaling, tmp_path)
-    for rule in scaling.RULES:
-        (low,) = data[rule][1].values()
-        (high,) = data[rule][64].values()
-        assert high < low
-    assert len(data["full"]) == 1
-
-
-def test_rates(tmp_path, monkeypatch):
-    """A run's passes count what it reads of what it may read."""
-    monkeypatch.setattr(rates, "RUNS", ((60, 8, 64, 8, 8e-3), (240, 2, 256, 1, 2e-3)))
-    data = run(rates, tmp_path)
-    whole, quarter = data.values()
-    tokens = len(trainer(max_steps=1).data.training.tokens)
-    assert whole["passes"] == pytest.approx(60 * 8 * 64 / tokens)
-    assert quarter["passes"] == pytest.approx(240 * 2 * 64 / (tokens / 4))
-
-
 def test_the_best_rate_between_those_tried_and_the_rule_of_many():
-    """The parabola finds its own lowest point; the fit finds the powers in made-up runs."""
+    """The parabola finds the lowest point, and the fit the powers, in made-up runs."""
 
     def around(best):
         tried = [2.0**k for k in range(-14, -2)]
@@ -271,21 +258,6 @@ def test_the_best_rate_between_those_tried_and_the_rule_of_many():
     assert best_rate(60, 5.8) == pytest.approx(rates.rule(60, 5.8), rel=0.05)  # the recipe's
 
 
-def test_regret(tmp_path, monkeypatch):
-    """Full fine-tuning learns more than LoRA, a high rank more than a low one."""
-    monkeypatch.setattr(regret, "BATCHES", {8: (60, 5e-4, 4e-3)})
-    # At 4e-3 the two ranks' training losses are closer than rounding moves them.
-    monkeypatch.setattr(regret, "SHARES", {64: ("all", 5e-4, 8e-3)})
-    data = run(regret, tmp_path)
-    (full,), (high,), (low,) = (runs[8].values() for runs in data["by batch"].values())
-    assert full < high < low
-    losses = []
-    for runs in data["by share"].values():
-        (loss,) = runs[64]["training"].values()
-        losses += loss
-    assert losses == sorted(losses)
-
-
 def test_gaps_are_those_of_the_best_rates_in_nats():
     full = {8: {1e-3: [20.0, 22.0], 2e-3: [1.0]}}
     lora = {8: {1e-2: [42.0, 42.0], 2e-2: [50.0, 50.0]}}
@@ -298,86 +270,68 @@ def test_alone_trains_nothing_but_the_four_layers():
     alone.learned_by_the_layers_alone(made)
     moved = set()
     for name, parameter in made.model.named_parameters():
-        if not torch.equal(parameter.float(), base.get_parameter(name)):
+        if not torch.equal(parameter, base.get_parameter(name)):
             moved.add(name.split(".", 2)[-1])
-    embeddings = {"wte.weight", "wpe.weight"}  # frozen, so held in the run's precision
-    assert moved - embeddings == {f"{layer}.weight" for layer in changes.LAYERS}
-
-
-def test_intruders(tmp_path, monkeypatch):
-    """LoRA brings intruders and full fine-tuning none; a smaller change forgets less."""
-    adapter = {"r": 1, "lr": 8e-3, "target_modules": sweep.ALL}
-    compared = {"r = 1": ("lora", adapter), "full": ("full", {"lr": 1e-3})}
-    monkeypatch.setattr(intruders, "RUNS", compared)
-    monkeypatch.setattr(intruders, "SHOWN", ("r = 1",))
-    data = run(intruders, tmp_path)
-    (lora,) = data["r = 1"]
-    (full,) = data["full"]
-    assert lora["intruders"] > 0 == full["intruders"]
-    assert lora["weights"] == full["weights"] == 24
-    assert full["intruders scaled"] == {}
-    for found in (lora, full):
-        forgotten = [found["scores"][1], *(kl for _, kl in found["change scaled"].values())]
-        assert forgotten == sorted(forgotten, reverse=True)
-        assert forgotten[-1] > 0
-    assert lora["intruders scaled"]["0.0"] != lora["scores"]
+    assert moved == {f"{layer}.weight" for layer in changes.LAYERS}
 
 
 def test_forgetting_at_one_perplexity():
-    """It is read off the change's own curve, on the side where less change learns less."""
+    """It is read off the change's curve, on the side where less change learns less."""
     curve = {0.9: (29, 0.8), 0.8: (31, 0.4), 0.6: (35, 0.2)}
     found = [{"scores": (30, 0.9), "change scaled": curve}]
     assert intruders.kl_at(30, found) == pytest.approx(0.6)
-    assert intruders.kl_at(29.5, found) == pytest.approx(0.7)
     assert intruders.kl_at(33, found) == pytest.approx(0.3)
     assert math.isnan(intruders.kl_at(28, found))
     assert math.isnan(intruders.kl_at(40, found))
 
 
-def test_amplification(tmp_path, monkeypatch):
-    """The change lies where W is larger than in random directions, and far from its largest."""
-    monkeypatch.setattr(amplification, "SHOWN", ("r = 8",))
-    data = run(amplification, tmp_path)
-    for kind in changes.LAYERS:
-        (found,) = data["r = 8"][kind]
-        assert found["to its own"] < 0.3
-        assert found["to random"] > 1
+def test_a_change_is_compared_with_w_in_the_changes_directions():
+    """Two random directions have what is expected of random ones, and W's largest all of it."""
     torch.manual_seed(0)
     weight = torch.randn(30, 20)
-    u = torch.linalg.qr(torch.randn(4000, 30, 2)).Q
-    v = torch.linalg.qr(torch.randn(4000, 20, 2)).Q
-    there = (u.mT @ weight @ v).square().sum((1, 2)).mean().sqrt().item()
-    layer = {"layer": "h.0.mlp.c_fc.weight", "change": 1.0, "weight": weight.norm().item()}
-    layer |= {"weight in the change's directions": there, "weight in its own": 1.0}
-    found = amplification.ratios([layer], "mlp.c_fc", rank=2, size=600)
-    assert found["to random"] == pytest.approx(1, rel=0.03)
+    u, s, vh = torch.linalg.svd(weight)
+
+    def ratios(b, a):
+        layer = changes.described("h.0.mlp.c_fc.weight", weight, b @ a)
+        return amplification.ratios([layer], "mlp.c_fc", rank=2, size=600) | layer
+
+    largest = ratios(u[:, :2] * s[:2] / 4, vh[:2])
+    assert largest["to its own"] == pytest.approx(1, rel=1e-5)
+    assert largest["amplification"] == pytest.approx(1 / 4, rel=1e-5)
+    assert largest["intruders"] == 0
+
+    random = [ratios(torch.randn(30, 2), torch.randn(2, 20)) for _ in range(400)]
+    squares = [found["to random"] ** 2 for found in random]
+    assert sum(squares) / len(squares) == pytest.approx(1, rel=0.1)
 
 
 def test_a_run_whose_result_is_known_is_not_run_again(monkeypatch):
-    """What is kept is found again; another option, seed or measure is another run."""
+    """What is kept is found again. Another option, seed or measure is another run."""
     trained = []
 
-    def make(method, seed, *_, **options):
-        trained.append((method, seed, options["lr"]))
-        return trainer(method, seed, "auto", True, **options)
+    def make(method, seed, *_, lr, **options):
+        trained.append((method, seed, lr))
+        return len(trained)
+
+    def counted(made):
+        return made
 
     def doubled(made):
-        return 2 * sweep.learned(made)["end"]
+        return 2 * made
 
     monkeypatch.setattr(sweep, "trainer", make)
-    (first,) = sweep.finetune("lora", short=True, lr=1e-2)
-    assert sweep.finetune("lora", short=True, lr=1e-2) == [first]
-    assert trained == [("lora", 0, 1e-2)]
 
-    known, other = sweep.finetune("lora", (0, 1), short=True, lr=1e-2)
-    assert known == first != other
+    def finetune(seeds=(0,), measure=counted, **options):
+        return sweep.finetune("lora", seeds, True, measure, lr=1e-2, **options)
+
+    assert finetune() == finetune() == [1]
+    assert trained == [("lora", 0, 1e-2)]
+    assert finetune((0, 1)) == [1, 2]
     assert trained[1:] == [("lora", 1, 1e-2)]
-    assert sweep.finetune("lora", short=True, lr=1e-2, measure=doubled) == [2 * first["end"]]
-    assert sweep.finetune("lora", short=True, lr=1e-2, freeze_a=True) != [first]
-    assert len(trained) == 4
+    assert finetune(measure=doubled) == [6]
+    assert finetune(freeze_a=True) == [4]
     sweep.CELLS.unlink()
-    assert sweep.finetune("lora", short=True, lr=1e-2) == [first]
-    assert len(trained) == 5
+    assert finetune() == [5]
 
 
 def test_a_result_that_a_kill_cut_off_costs_no_other():
@@ -408,24 +362,6 @@ def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
     assert sweep.tune("lora", 0.5, (0,), short=True) == {0.5: [{"end": 4.0}]}
 
 
-def test_variants(tmp_path, monkeypatch):
-    """At LoRA's rate rsLoRA, LoRA+, PiSSA and LoRA-GA learn more, and DoRA as much."""
-    trained = {}
-    for name, (_, options) in variants.CHOICES.items():
-        model = trainer(max_steps=1, batch_size=1, **variants.SIZE | options).model
-        trained[name] = count_parameters(model)["trainable_parameters"]
-        monkeypatch.setitem(variants.CHOICES, name, (1e-3, options))
-    assert trained.pop("LoRA-FA") < 196_608 < trained.pop("DoRA")
-    assert set(trained.values()) == {196_608}
-
-    for slow in ("LoRA-FA", "Riemannian"):
-        monkeypatch.delitem(variants.CHOICES, slow)
-    data = {name: runs[1e-3][0] for name, runs in run(variants, tmp_path).items()}
-    lora = data.pop("LoRA")
-    assert data.pop("DoRA") == pytest.approx(lora, abs=1)
-    assert max(data.values()) < lora - 1
-
-
 def test_similarity_is_that_of_hu_et_al():
     """phi is 1 for one subspace, 0 for orthogonal ones, and does not depend on the basis."""
     torch.manual_seed(0)
@@ -433,72 +369,36 @@ def test_similarity_is_that_of_hu_et_al():
     v = torch.linalg.svd(some).Vh
     w = torch.linalg.svd(others).Vh
     found = spectrum.similarity(v, w)
-    for k in range(1, 13):
+    for k in (1, 5, 12):
         norms = [torch.linalg.matrix_norm(v[block, :k] @ w[block, :k].T) for block in range(3)]
         by_hand = torch.stack(norms).square().mean() / k
         torch.testing.assert_close(found[k - 1], by_hand)
     torch.testing.assert_close(spectrum.similarity(v, -v), torch.ones(12))
-
-    reads_the_first_half = some.clone()
-    reads_the_first_half[..., 6:] = 0
-    reads_the_second_half = some.clone()
-    reads_the_second_half[..., :6] = 0
-    v = torch.linalg.svd(reads_the_first_half).Vh
-    w = torch.linalg.svd(reads_the_second_half).Vh
-    assert spectrum.similarity(v, w)[:6].max() < 1e-6
+    assert spectrum.similarity(v[:, :6], v[:, 6:]).max() < 1e-6
 
 
-def test_spectrum(tmp_path, monkeypatch):
-    monkeypatch.setattr(spectrum, "RANKS", (512, 256, 32, 0))
-    monkeypatch.setitem(SHORT, "stride", 128)  # little text, so none of it twice
-    data = run(spectrum, tmp_path)
-    assert_shares_of_the_norm(data)
-    assert_similar_directions(data)
-    perplexity = {k: runs[0] for k, runs in data["cut"].items()}
-    assert perplexity[512] == pytest.approx(perplexity[256], rel=1e-4)
-    assert perplexity[256] < perplexity[32] < perplexity[0]
+def test_a_change_is_cut_to_its_largest_terms(monkeypatch):
+    """W + 3 u1 v1 + 1 u2 v2 becomes W + 3 u1 v1, then W."""
+    torch.manual_seed(0)
+    base, b, a = torch.randn(6, 5), torch.linalg.qr(torch.randn(6, 2)).Q, torch.eye(2, 5)
+    terms = [3 * b[:, :1] @ a[:1], b[:, 1:] @ a[1:]]
+    model = nn.Linear(5, 6)
+    model.weight.data = base + sum(terms)
+    cuts = []
+
+    def evaluate():
+        cuts.append(model.weight.detach().clone())
+        return SimpleNamespace(perplexity=len(cuts))
+
+    monkeypatch.setattr(spectrum, "RANKS", (5, 1, 0))
+    svds = spectrum.decomposed({"weight": sum(terms)})
+    assert spectrum.cut(SimpleNamespace(model=model, evaluate=evaluate), svds) == [1, 2, 3]
+    expected = [base + sum(terms), base + terms[0], base]
+    torch.testing.assert_close(cuts, expected, atol=1e-5, rtol=0)
 
 
-def test_cut_to_rank_0_the_matrices_are_the_bases(monkeypatch):
-    monkeypatch.setattr(spectrum, "RANKS", (512, 4, 0))
-    made, changes = sweep.tuned("full", 0, short=True)
-    spectrum.cut(made, spectrum.decomposed(changes))
-    base = load_gpt2(MINI)
-    for name, change in changes.items():
-        assert change.abs().max() > 1e-3
-        cut = made.model.get_parameter(name).detach()
-        torch.testing.assert_close(cut, base.get_parameter(name).detach(), atol=1e-5, rtol=0)
-
-
-def assert_shares_of_the_norm(data):
-    """LoRA's change has rank 8; full fine-tuning's is far from random, and not of rank 32."""
-    lora = data["c_attn: LoRA"][0]
-    full = data["c_attn: full"][0]
-    random = data["c_attn: random"][0]
-    assert lora[7] == pytest.approx(1)
-    assert lora[6] < 0.9999
-    assert full[7] > 2 * random[7]
-    assert full[31] < 0.99
-    assert data["mlp.c_proj: full"][0][7] < full[7]
-
-
-def assert_similar_directions(data):
-    """Two full fine-tunings change like directions, two LoRAs unlike ones; chance gives k / n."""
-    full = torch.tensor(data["full and full"]).mean(0)
-    lora = torch.tensor(data["LoRA and LoRA"]).mean(0)
-    both = torch.tensor(data["LoRA and full"]).mean(0)
-    chance = torch.tensor(data["random and random"]).mean(0)
-    torch.testing.assert_close(chance, torch.arange(1, 257) / 256, atol=0.05, rtol=0)
-    assert full[-1] == pytest.approx(1)  # all directions are the same space
-    assert len(lora) == len(both) == 8
-    assert (full[:8] > 0.15).all()
-    assert (lora < 0.1).all()
-    assert (both < full[:8] / 4).all()
-
-
-def test_step_time(tmp_path, monkeypatch):
-    """LoRA spares the weights' gradients and no other matmul; the parts add up to the step."""
-    monkeypatch.setattr(step_time, "BATCH", 3)
+def test_the_parts_of_a_step_add_up_and_lora_spares_the_weights_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_time, "BATCH", 1)
     data = run(step_time, tmp_path)
     ways = {name.partition(": ")[0] for name in data}
     assert {"by hand", "fp32"} <= ways
@@ -522,8 +422,9 @@ def only_step(shares):
     return {part: share for part, (share,) in shares.items()}
 
 
-def test_memory(tmp_path):
-    """The count by hand is exact, but for activations below one part in a hundred each."""
+def test_memory_is_counted_exactly_by_hand(tmp_path, monkeypatch):
+    """Of the activations, terms below one part in a hundred are left out."""
+    monkeypatch.setattr(memory, "BATCH", 4)
     data = run(memory, tmp_path)
     for sides in data.values():
         for part, counted in sides["predicted"].items():
@@ -534,39 +435,58 @@ def test_memory(tmp_path):
     assert memory.predicted("full", memory.GPT2Config(), 1)["weights"] == 4 * 124_439_808
 
 
-def test_merge_error(tmp_path):
-    data = run(merge_error, tmp_path)
-    for name in ("fp32", "fp16", "bf16"):
-        errors = data[name]["error"]
-        assert errors == sorted(errors, reverse=True)  # smaller updates lose more
-    assert data["bf16"]["unmoved"][0] > 0.99
-    assert data["fp32"]["unmoved"][0] < 0.1
-    assert data["fp32"]["error"][3] < 1e-3 < data["fp16"]["error"][3] < data["bf16"]["error"][3]
+def test_merging_loses_more_of_a_smaller_update_and_in_a_coarser_precision():
+    torch.manual_seed(0)
+    base, ba = torch.randn(2, 64, 64).double()
+    sizes = [1e-6, 1e-4, 1e-2]
+    found = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        found[dtype] = merge_error.losses(base, ba, sizes, dtype)
+        errors = found[dtype]["error"]
+        assert errors == sorted(errors, reverse=True)
+    fp32, fp16, bf16 = found.values()
+    assert bf16["unmoved"][0] > 0.99 and fp32["unmoved"][0] < 0.1
+    assert fp32["error"][2] < 1e-3 < fp16["error"][2] < bf16["error"][2]
 
 
-def test_quantisation(tmp_path):
-    """Finer blocks and NF4's levels err less; merging into the dequantised base loses nothing."""
-    data = run(quantisation, tmp_path)
-    nf4 = data["error by block size"]["NF4"]
-    even = data["error by block size"]["even levels"]
+def test_finer_blocks_and_the_levels_of_nf4_err_less(monkeypatch):
+    monkeypatch.setattr(quantisation, "BLOCK_SIZES", [16, 64, 256])
+    torch.manual_seed(0)
+    weights = {"h.0": torch.randn(64, 64)}
+    nf4 = quantisation.errors_by_block(weights, nf4_levels())
+    even = quantisation.errors_by_block(weights, quantisation.EVEN)
     assert nf4 == sorted(nf4)
     assert all(a < b for a, b in zip(nf4, even, strict=True))
-    by_layer = data["error by layer"]
-    assert max(by_layer["int8"].values()) < 0.02 < 0.08 < min(by_layer["nf4"].values())
-    assert sum(data["histogram"]) == pytest.approx(1)
-
-    ((fp32,), (int8,), (four_bits,)) = data["losses"].values()
-    assert abs(int8["base"] - fp32["base"]) < 0.002
-    assert 0.002 < four_bits["base"] - fp32["base"] < 0.05
-    assert all(found["trained"] < found["base"] - 0.05 for found in (fp32, int8, four_bits))
-    trained = four_bits["trained"]
-    assert four_bits["into the dequantised base"] == pytest.approx(trained, abs=1e-5)
-    assert four_bits["into NF4 again"] > trained + 0.01
-    assert four_bits["into the original base"] != trained
+    by_layer = quantisation.errors_by_layer(weights)
+    assert by_layer["int8"]["h.0"] < 0.02 < by_layer["nf4"]["h.0"]
+    assert by_layer["nf4"]["h.0"] == pytest.approx(nf4[1], rel=0.02)  # blocks of 64
+    assert sum(quantisation.shares(weights, 81)) == pytest.approx(1)
 
 
-def test_quantised_memory(capsys):
-    found = quantised_memory.main(["--short", "--only", "nf4"])
-    (nf4,) = found["nf4"]
-    assert nf4["peak_mb"] > 0 and len(nf4["seconds"]) == 1
+def test_merging_into_the_dequantised_base_alone_loses_nothing():
+    found = quantisation.losses("nf4", 0, short=True)
+    trained = found["trained"]
+    assert trained < found["base"] - 0.01
+    assert found["into the dequantised base"] == pytest.approx(trained, abs=1e-5)
+    assert abs(found["into NF4 again"] - trained) > 1e-4
+    assert abs(found["into the original base"] - trained) > 1e-4
+
+
+def test_quantised_memory_is_measured_by_a_process_for_each_run(tmp_path, monkeypatch, capsys):
+    base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=128, n_layer=1)
+    started = []
+
+    def run_here(command, **options):
+        started.append(command[:3])
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            quantised_memory.main(command[3:])
+        return SimpleNamespace(stdout=said.getvalue())
+
+    monkeypatch.setattr(quantised_memory.subprocess, "run", run_here)
+    found = quantised_memory.main(["--base", str(base), "--only", "bf16", "nf4"])
+    assert [command[1:] for command in started] == 2 * [["-m", quantised_memory.__name__]]
+    for name in ("bf16", "nf4"):
+        (measured,) = found[name]
+        assert measured["peak_mb"] > 0 and len(measured["seconds"]) == 1
     assert "| nf4" in capsys.readouterr().out
