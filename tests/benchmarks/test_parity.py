@@ -170,7 +170,7 @@ def test_a_difference_in_every_step_is_found_though_none_is_large():
     ids=["the width of 124M", "the gelu of erf"],
 )
 def test_steps_of_other_models_are_pefts_to_the_last_bit(check, tmp_path, config):
-    base, _ = tiny_gpt2_directory(tmp_path / "base", **config)
+    base, _ = tiny_gpt2_directory(tmp_path / "base", n_layer=1, **config)
     ending, result = check("--base", base, "--exact-only", "--steps", 3, "--batch-size", 1)
     assert ending.status == 0, ending.stdout
     losses = result["curves"]["exact"]

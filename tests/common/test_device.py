@@ -113,18 +113,15 @@ def test_compile_is_refused_on_a_cpu_before_anything_is_written(base, book, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_out_of_memory_while_the_model_is_moved_is_one_line(base, monkeypatch):
+    for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
         MemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ],
-)
-def test_out_of_memory_while_the_model_is_moved_is_one_line(error, base, monkeypatch):
-    monkeypatch.setattr(Device, "cast_frozen", mock.Mock(side_effect=error))
-    ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
-    assert one_line(ending).startswith("error: out of memory; try a smaller --batch")
+    ):
+        monkeypatch.setattr(Device, "cast_frozen", mock.Mock(side_effect=error))
+        ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
+        assert one_line(ending).startswith("error: out of memory; try a smaller --batch")
 
 
 def test_tf32_is_for_cuda_and_only_if_asked():

@@ -50,10 +50,7 @@ def by_generate(base: Path, adapter: Path, *more: object) -> list[str]:
     "knobs",
     [
         {},
-        {"strength": 0.35},
-        {"strength": 2},
         {"rank": 1},
-        {"layers": LAYERS[4:]},
         {"layers": [LAYERS[2], LAYERS[6]]},
         {"strength": 1.5, "rank": 2, "layers": LAYERS[:4]},
     ],
@@ -120,13 +117,12 @@ def test_gains_and_likeliest_tokens_are_stock_pefts(base, every_layer, client):
 @pytest.mark.parametrize(
     ("targets", "config", "quantise"),
     [
-        (("c_attn",), {"use_rslora": True}, None),
         (("c_attn", "c_fc"), {"init_lora_weights": "pissa"}, None),
         (("c_attn.q", "c_attn.v"), {}, None),
         (("c_fc", "c_attn"), {"rank_pattern": {"c_fc": 1}, "alpha_pattern": {"h.0.*": 9}}, None),
         (("c_attn",), {}, "int8"),
     ],
-    ids=["rslora", "pissa", "slices", "patterns", "int8"],
+    ids=["pissa", "slices", "patterns", "int8"],
 )
 def test_variants_write_what_generate_writes(base, tmp_path, targets, config, quantise):
     save_adapter(adapted(base, targets, r=2, **config), tmp_path / "adapter", "gpt2")
@@ -151,16 +147,6 @@ def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs, monkey
         client.scores(text=about["text"], rank=8, layers=[])
 
 
-def test_the_page_begins_with_a_book_whose_end_is_empty_lines(base, book, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    own = tmp_path / "own.txt"
-    own.write_text(book.read_text()[:2000].replace("\n\n", "\n") + "\n\n\n")
-    out = trained("lora", base, own, tmp_path / "run", "--block-size", 16, "--max-steps", 1).out
-    with serving(base, out) as client:
-        about = json.loads(client.send("GET", "/api/about")[2])
-    assert about["prompt"] and about["text"] in own.read_text()
-
-
 def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = tmp_path / "data.jsonl"
@@ -173,9 +159,8 @@ def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_pa
     assert about["text"] == "User: Gull 18?\nAssistant: At sea."
 
 
-@pytest.mark.parametrize("gone", ["nowhere.txt", "white.txt", "empty.jsonl"])
+@pytest.mark.parametrize("gone", ["nowhere.txt", "empty.jsonl"])
 def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path, gone):
-    (tmp_path / "white.txt").write_text("A gull." + "\n" * 100)
     (tmp_path / "empty.jsonl").touch()
     adapter = tmp_path / "adapter"
     adapter.mkdir()

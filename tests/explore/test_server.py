@@ -27,29 +27,20 @@ ROOT = Path(__file__).resolve().parents[2]
     ("change", "status", "words"),
     [
         ({"Host": "lora.example:80"}, 403, "this server answers on 127.0.0.1:"),
-        ({"Host": "127.0.0.1:1"}, 403, "this server answers on"),
         ({"Origin": "http://lora.example"}, 403, "answers its own page only"),
-        ({"Origin": "null"}, 403, "answers its own page only"),
         ({"Content-Length": "-1"}, 411, "how long it is"),
         ({"Content-Length": str(10**9)}, 413, "at most 65,536 are read"),
-        ({"path": "/api/other"}, 404, "no such thing"),
         ({"path": "/../README.md", "method": "GET"}, 404, "no such thing"),
-        ({"method": "GET"}, 404, "no such thing"),
-        ({"body": '{"text": '}, 400, "is not JSON"),
         ({"body": "[" * 60_000}, 400, "is not JSON"),
         ({"body": "[]"}, 400, "is not a JSON object"),
-        ({"text": " \n"}, 400, "text: is empty"),
         ({"text": ["a"]}, 400, "text: is empty"),
         ({"text": "\ud800"}, 400, "text: is not UTF-8 text"),
         ({"text": "a"}, 400, "is a single token"),
         ({"text": "é" * 40}, 400, "text: has 80 tokens; with"),
         ({"strength": 2.1}, 400, "strength: '2.1' is not a number from 0 to 2"),
-        ({"strength": None}, 400, "strength: 'None' is not a number"),
         ({"strength": float("nan")}, 400, "strength: 'nan' is not a number"),
         ({"rank": 4}, 400, "rank: '4' is not a whole number from 1 to 3"),
         ({"layers": ["h.9.attn.c_attn"]}, 400, "layers: is not a list"),
-        ({"layers": [{}]}, 400, "layers: is not a list"),
-        ({"layers": "h.0.attn.c_attn"}, 400, "layers: is not a list"),
     ],
 )
 def test_a_request_that_is_foreign_wrong_or_too_large_is_refused_in_one_line(
@@ -72,11 +63,8 @@ def test_a_request_that_is_foreign_wrong_or_too_large_is_refused_in_one_line(
     ("change", "words"),
     [
         ({"prompt": ""}, "prompt: is empty"),
-        ({"prompt": "é" * 40}, "prompt: has 80 tokens"),
         ({"max_new_tokens": MOST_NEW_TOKENS + 1}, "max_new_tokens: 401 is above 400"),
-        ({"temperature": -1}, "--temperature: '-1' is not a number from 0 to 100"),
         ({"top_k": "5 --adapter x"}, "--top-k: '5 --adapter x' is not a whole number"),
-        ({"seed": None}, "--seed: 'None' is not"),
     ],
 )
 def test_generations_options_are_refused_as_on_its_command_line(client, change, words):

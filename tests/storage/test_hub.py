@@ -191,8 +191,8 @@ def test_pickled_weights_are_taken_where_there_are_no_others(fake):
     assert (directory / PICKLED_WEIGHTS).read_bytes() == files[PICKLED_WEIGHTS]
 
 
-@pytest.mark.parametrize("name", ["gpt2-xl", "distilgpt2"])
-def test_a_base_known_by_name_needs_no_network_once_it_is_cached(fake, name):
+def test_a_base_known_by_name_needs_no_network_once_it_is_cached(fake):
+    name = "distilgpt2"
     fake.repositories[hub.REPOSITORIES[name]] = fake.repositories["someone/tiny"]
     found, directory = hub.find_base(name)
     assert found == name and {path.name for path in directory.iterdir()} == {CONFIG, WEIGHTS}
@@ -251,11 +251,11 @@ def test_what_is_not_there_is_refused_in_one_line(fake):
         assert refusal(base=name).startswith(f"--base {name!r}: no such directory, and none of")
 
 
-@pytest.mark.parametrize("name", ["someone/tiny", "gpt2", "gpt2-large"])
-def test_a_base_that_is_named_is_refused_at_once_without_a_network(fake, monkeypatch, name):
+def test_a_base_that_is_named_is_refused_at_once_without_a_network(fake, monkeypatch):
     set_environment(monkeypatch, HF_ENDPOINT="http://127.0.0.1:1")
     began = time.monotonic()
-    assert "Connect" in refusal(base=name)
+    for name in ("someone/tiny", "gpt2"):
+        assert "Connect" in refusal(base=name)
     assert time.monotonic() - began < 5  # huggingface_hub would ask six times, in 23 s
 
 
@@ -276,7 +276,6 @@ def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("place", "weights"),
     [
-        (f"hf/hub/models--openai-community--gpt2/snapshots/{hub.GPT2_REVISION}", WEIGHTS),
         (f"hf/hub/models--gpt2/snapshots/{hub.GPT2_REVISION}", PICKLED_WEIGHTS),
         ("project/gpt2", WEIGHTS),  # by hand
     ],
@@ -292,12 +291,9 @@ def test_gpt2_is_found_in_a_cache(fake, tmp_path, capsys, place, weights):
 
 
 AUTO = {
-    "offline": ({"HF_HUB_OFFLINE": "1"}, {}, "HF_HUB_OFFLINE"),
     "closed port": ({"HF_ENDPOINT": "http://127.0.0.1:1"}, {}, "Connect"),
-    "no such host": ({"HF_ENDPOINT": "http://no.such.host.invalid"}, {}, "Connect"),
     "silent": ({}, {"silence": 5}, "Timeout"),
     "503": ({}, {"status": 503}, "503"),
-    "a mirror without it": ({}, {}, "401"),
 }
 
 
