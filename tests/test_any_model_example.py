@@ -10,7 +10,7 @@ import transformers
 from lesson.examples.any_model import main
 from lora.peft_config import CONFIG
 from tests.helpers import relative_difference, write_small_tokenizer
-from tests.runs import one_line, run, stdout_of
+from tests.runs import stdout_of
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,3 @@ def test_it_trains_as_peft_does_and_peft_loads_what_it_saves(llama, tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     assert relative_difference(loaded(input_ids=ids).logits, expected) > 0.01
-
-
-def test_mistakes_end_in_one_line(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    for arguments, reason in (
-        (("--out", tmp_path / "full"), "exists already"),
-        (("--out", tmp_path / "out", "--steps", 0), "--steps"),
-    ):
-        assert reason in one_line(run(main, *arguments), 2)

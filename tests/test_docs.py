@@ -111,22 +111,6 @@ def test_what_the_pages_point_at_exists(check):
     assert wrong == {}
 
 
-def test_a_wrong_pointer_is_found(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# A heading: `x`\n[a](#a-heading-x) [b](#other) [c](none.md) `train.py` "
-        "`no.py` `Run.step` in `training/run.py`, `Run.halt` in `training/run.py`, "
-        "`main` in\n[`train.py`](../train.py), `test_nothing`, "
-        "`test_no_page_is_over_250_lines`\n```\n[d](fence.md) `fence.py`\n"
-        "make parity mistake\npython -m lora.combine; python -m adapters.merge\n```\n"
-    )
-    assert wrong_links(page) == ["#other", "none.md", "../train.py"]
-    assert wrong_files(page) == ["no.py"]
-    assert wrong_symbols(page) == ["Run.halt in training/run.py"]
-    assert wrong_tests(page) == ["test_nothing"]
-    assert wrong_commands(page) == ["python -m lora.combine", "make mistake"]
-
-
 def test_no_page_is_over_250_lines():
     assert [page.name for page in PAGES if len(page.read_text().splitlines()) > 250] == []
 

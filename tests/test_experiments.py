@@ -17,21 +17,18 @@ from lesson.experiments import (
     alone,
     amplification,
     changes,
-    diagram,
     first_step,
     forgetting,
     gradients,
     initialisation,
     intruders,
     memory,
-    merge_error,
     quantisation,
     quantised_memory,
     rates,
     regret,
     scaling,
     spectrum,
-    step_time,
     sweep,
     targets,
 )
@@ -101,32 +98,6 @@ def test_an_experiment_that_cannot_be_saved_or_drawn_does_not_begin(tmp_path, ca
         with pytest.raises(SystemExit, match="2"):
             targets.main(words)
         assert line in capsys.readouterr().err
-
-
-def test_the_diagrams_have_the_numbers_of_c_attn_and_attn_c_proj_at_rank_8(tmp_path):
-    with only_legible_pictures():
-        diagram.main(["--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.glob("*.png")} == {"lora.png", "product.png"}
-
-    said = " ".join(words for words, *_ in diagram.LAYER_TEXTS)
-    trained, frozen = parameters_of_a_layer(768, 2304)
-    assert f"{trained:,} parameters" in said
-    assert f"{frozen:,} parameters" in said
-    assert f"{100 * trained / frozen:.1f} %" in said
-
-    said = " ".join(words for words, *_ in diagram.PRODUCT_TEXTS)
-    trained, frozen = parameters_of_a_layer(768, 768)
-    assert f"{trained:,} numbers are trained\nin place of {frozen:,}" in said
-    assert f"a {frozen / trained:.0f}th" in said
-    b, a, product = [width * height for _, _, width, height, *_ in diagram.PRODUCT_BOXES]
-    assert (b + a) / product == pytest.approx(trained / frozen)
-
-
-def parameters_of_a_layer(inputs, outputs):
-    """Return how many parameters LoRA of rank 8 trains, and how many W has."""
-    layer = LoRALinear(nn.Linear(inputs, outputs), LoRAConfig(r=8, lora_alpha=16))
-    trained = sum(p.numel() for p in layer.saved_tensors().values())
-    return trained, layer.base_layer.weight.numel()
 
 
 def test_alpha_is_the_learning_rate_of_b():
@@ -397,31 +368,6 @@ def test_a_change_is_cut_to_its_largest_terms(monkeypatch):
     torch.testing.assert_close(cuts, expected, atol=1e-5, rtol=0)
 
 
-def test_the_parts_of_a_step_add_up_and_lora_spares_the_weights_gradients(tmp_path, monkeypatch):
-    monkeypatch.setattr(step_time, "BATCH", 1)
-    data = run(step_time, tmp_path)
-    ways = {name.partition(": ")[0] for name in data}
-    assert {"by hand", "fp32"} <= ways
-    for way in ways:
-        full = only_step(data[f"{way}: full"])
-        lora = only_step(data[f"{way}: LoRA"])
-        assert sum(full.values()) == pytest.approx(1), way
-        assert lora["weight gradients"] == 0 < full["weight gradients"], way
-        assert lora["input gradients"] > 0, way
-        assert lora["forward"] > 0, way
-        assert lora["A and B"] > 0 == full.get("A and B", 0), way
-
-    full = only_step(data["by hand: full"])
-    lora = only_step(data["by hand: LoRA"])
-    assert lora["forward"] == lora["input gradients"] == full["weight gradients"]
-    assert sum(lora.values()) == pytest.approx(0.69, abs=0.01)
-
-
-def only_step(shares):
-    """Return by part the share in the one step that was measured."""
-    return {part: share for part, (share,) in shares.items()}
-
-
 def test_memory_is_counted_exactly_by_hand(tmp_path, monkeypatch):
     """Of the activations, terms below one part in a hundred are left out."""
     monkeypatch.setattr(memory, "BATCH", 4)
@@ -433,20 +379,6 @@ def test_memory_is_counted_exactly_by_hand(tmp_path, monkeypatch):
     assert data["lora"]["measured"]["AdamW moments"] > 2 * data["lora"]["measured"]["gradients"]
     assert memory.predicted("lora", memory.GPT2Config(), 1)["gradients"] == 4 * 294_912
     assert memory.predicted("full", memory.GPT2Config(), 1)["weights"] == 4 * 124_439_808
-
-
-def test_merging_loses_more_of_a_smaller_update_and_in_a_coarser_precision():
-    torch.manual_seed(0)
-    base, ba = torch.randn(2, 64, 64).double()
-    sizes = [1e-6, 1e-4, 1e-2]
-    found = {}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        found[dtype] = merge_error.losses(base, ba, sizes, dtype)
-        errors = found[dtype]["error"]
-        assert errors == sorted(errors, reverse=True)
-    fp32, fp16, bf16 = found.values()
-    assert bf16["unmoved"][0] > 0.99 and fp32["unmoved"][0] < 0.1
-    assert fp32["error"][2] < 1e-3 < fp16["error"][2] < bf16["error"][2]
 
 
 def test_finer_blocks_and_the_levels_of_nf4_err_less(monkeypatch):

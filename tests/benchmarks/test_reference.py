@@ -167,11 +167,6 @@ def test_finished_runs_are_scored_again_on_fewer_windows_and_it_says_so(repeated
     assert again["reference"]["loss"] != before["reference"]["loss"]
 
 
-def test_runs_are_not_lost(repeated):
-    ending = run(reference.main, *arguments(repeated.base, repeated.book, repeated.out))
-    assert "--overwrite" in one_line(ending, 2)
-
-
 def test_train_py_s_options_change_the_protocol_and_what_each_label_learns(
     wide_base, short_text, tmp_path
 ):

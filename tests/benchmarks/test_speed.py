@@ -16,7 +16,7 @@ import torch
 import train
 from benchmarks import speed, speed_worker
 from benchmarks.gpu_memory import parameters
-from benchmarks.speed_tasks import AXES, BASES, Task, along, compare, sides
+from benchmarks.speed_tasks import AXES, BASES, Task, sides
 from common.device import Device
 from common.errors import RunError
 from model.gpt2 import GPT2Config
@@ -222,15 +222,6 @@ for task in sys.argv[1:]:
     assert len(kept) == 2 and max(kept) < 100
 
 
-def test_where_the_allocator_has_no_setting_theirs_is_measured_once():
-    tasks = sides(Task("evaluate", "base", "cuda", precision="bf16"))
-    assert [task.contender for task in tasks] == [
-        "this project, evaluate, bf16",
-        "transformers, evaluate, bf16 autocast",
-        "transformers, evaluate, bf16 weights",
-    ]
-
-
 def test_the_matmuls_share_is_their_own_time_over_that_of_all(base):
     """It is near 1 if a call only multiplies matrices, and 0 if it only adds."""
     x = torch.ones(512, 512)
@@ -330,27 +321,3 @@ def test_a_process_that_fails_is_one_line_and_status_1(base, tmp_path, monkeypat
         f"error: this project, evaluate, fp32: {reason}; left out from here on",
         f"error: transformers, evaluate, fp32: {reason}; left out from here on",
     ]
-
-
-def test_a_gpu_gets_the_ranks_and_the_compiled_runs_that_it_can_have(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    opts = mock.Mock(
-        task=Task("train", "base", "cuda"),
-        device="cuda",
-        precision=["bf16"],
-        config=GPT2Config(),
-        only=["train"],
-    )
-    assert {task.ranks for task in along(opts, "scaling")} == {1, 2}
-    assert [task.name for task in compare(opts) if task.compile] == [
-        "this project, LoRA, bf16, compiled",
-        "PEFT, LoRA, bf16 autocast, compiled",
-        "this project, full, bf16, compiled",
-        "transformers, full, bf16 autocast, compiled",
-    ]
-
-
-def test_a_gpu_that_emulates_bf16_is_measured_without_it(monkeypatch):
-    device = Device(torch.device("cuda"), "fp16")
-    monkeypatch.setattr(Device, "pick", lambda *asked, **settings: device)
-    assert speed.parse_args([]).precision == ["fp32", "fp16"]

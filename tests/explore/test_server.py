@@ -8,13 +8,11 @@ import sys
 import threading
 from http.client import HTTPConnection
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
-from common.errors import RunError
 from lesson.explore import __main__ as command
-from lesson.explore.explorer import MOST_NEW_TOKENS, Explorer
+from lesson.explore.explorer import MOST_NEW_TOKENS
 from lora.save import save_adapter
 from tests.explore.client import FULL, OPTIONS, PROMPT, TEXT
 from tests.pairs import adapted
@@ -71,22 +69,6 @@ def test_generations_options_are_refused_as_on_its_command_line(client, change, 
     request = FULL | OPTIONS | {"prompt": PROMPT} | change
     status, _, text = client.send("POST", "/api/write", json.dumps(request))
     assert status == 400 and words in json.loads(text)["error"]
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (RunError("not finite numbers"), "not finite numbers"),
-        (ZeroDivisionError("in line 3"), "a bug of this server: ZeroDivisionError"),
-    ],
-)
-def test_a_failure_of_the_server_is_one_line_too(client, error, line):
-    with (
-        mock.patch.object(Explorer, "score", side_effect=error),
-        mock.patch.object(command.Server, "handle_error"),  # the terminal has the traceback
-    ):
-        status, _, text = client.send("POST", "/api/score", "{}")
-    assert (status, json.loads(text)) == (500, {"error": line})
 
 
 def test_requests_wait_for_each_other(client, monkeypatch):

@@ -184,13 +184,6 @@ def test_an_adapter_names_the_repository_and_the_revision_of_its_base(fake, book
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", "v1")
 
 
-def test_pickled_weights_are_taken_where_there_are_no_others(fake):
-    files = fake.repositories["someone/tiny"]
-    files[PICKLED_WEIGHTS] = files.pop(WEIGHTS)
-    directory = hub.find_base("someone/tiny@v1")[1]
-    assert (directory / PICKLED_WEIGHTS).read_bytes() == files[PICKLED_WEIGHTS]
-
-
 def test_a_base_known_by_name_needs_no_network_once_it_is_cached(fake):
     name = "distilgpt2"
     fake.repositories[hub.REPOSITORIES[name]] = fake.repositories["someone/tiny"]
