@@ -194,19 +194,21 @@ def draw_errors(axis: Any, data: dict[str, Any]) -> None:
 
 
 def draw_losses(axis: Any, losses: dict[str, list[dict[str, float]]]) -> None:
-    """Draw the loss of each base, and of LoRA trained on it with each seed."""
-    for row, kind in enumerate(KINDS):
-        for what, colour in (("base", BASE), ("trained", LORA)):
-            found = [run[what] for run in losses[kind]]
-            axis.plot(found, [row] * len(found), "o", color=colour)
-            place = (mean(found), row)
-            name_line(axis, f"{mean(found):.3f}", place, colour, (-14, 12))
-    first = losses[KINDS[0]]
-    for what, words, colour in (("base", "the base", BASE), ("trained", "LoRA on it", LORA)):
-        name_line(axis, words, (mean(run[what] for run in first), -0.7), colour, (-26, 0))
-    axis.set(yticks=range(len(KINDS)), yticklabels=KINDS, ylim=(len(KINDS) - 0.6, -1))
-    axis.set(xmargin=0.2, xlabel="nats a token")
-    axis.set_title("validation loss, by how the base is held")
+    """Draw how much each base, and LoRA on it with each seed, loses against fp32."""
+    kinds = KINDS[1:]
+    for what, words, colour, side in (
+        ("base", "the base", BASE, -1),
+        ("trained", "LoRA on it, by seed", LORA, 1),
+    ):
+        for row, kind in enumerate(kinds):
+            pairs = zip(losses[kind], losses["fp32"], strict=True)
+            extra = [1000 * (run[what] - fp32[what]) for run, fp32 in pairs]
+            axis.plot(extra, [row + 0.12 * side] * len(extra), "o", color=colour)
+        name_line(axis, words, (mean(extra), row + 0.26 * side), colour, (0, 0), "center")
+    axis.axvline(0, color=INK, linestyle=":", linewidth=1)
+    axis.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5))
+    axis.set(xmargin=0.2, xlabel="thousandths of a nat per token")
+    axis.set_title("validation loss minus fp32's, same seed")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
