@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.inject import lora_layers
+from lora.inject import lora_layers, misread_by_peft
 from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_config import CONFIG, peft_config
 from lora.peft_view import peft_view
 from lora.quantised import quantisation
-from lora.targets import layer_config
+from lora.targets import expert_weights, layer_config
 from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -36,11 +36,15 @@ def save_adapter(
 
     `base` and `revision` name the base as it is on the hub. They are informational. A reader
     compares `base_sha256`, the hash of the base's weights file. Raises ValueError for a model
-    without an adapter, and for a tensor that is not finite.
+    without an adapter, for a layer that PEFT would take for another, and for a tensor that is not
+    finite.
     """
     model = getattr(model, "_orig_mod", model)  # `torch.compile` would add this to each name
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save; `inject` or `load_adapter` adds one")
+    misread = misread_by_peft(model, lora_layers(model))
+    if misread:
+        raise ValueError(f"the adapter cannot be saved in PEFT's format: {misread}")
     header = {BASE_SHA256: base_sha256, QUANTISED: quantisation(model)}
     write_adapter(
         directory,
@@ -114,12 +118,14 @@ def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
     That is `model.lora_config`, unless a layer saves other tensors than it trains, as PiSSA and
-    slices do. Then the config lists each layer's full name, rank and alpha.
+    slices do, or PEFT would match experts as well. Then the config lists each layer's full name,
+    rank and alpha.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix
     saved = {prefix + name: layer.saved_config() for name, layer in lora_layers(model).items()}
-    if all(own == layer_config(config, name) for name, own in saved.items()):
+    as_trained = all(own == layer_config(config, name) for name, own in saved.items())
+    if as_trained and not expert_weights(model):
         return config
 
     first = next(iter(saved.values()))
