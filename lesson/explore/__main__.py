@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from itertools import chain
 from pathlib import Path
@@ -119,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
 
         By DNS rebinding, a foreign host name may stand for this machine; then Host is that name.
         """
-        hosts = [f"{ADDRESS}:{self.server.port}", f"localhost:{self.server.port}"]
+        port = "" if self.server.port == 80 else f":{self.server.port}"  # browsers leave out 80
+        hosts = [f"{ADDRESS}{port}", f"localhost{port}"]
         if self.headers.get("Host") not in hosts:
             raise Refusal(403, f"this server answers on {hosts[0]} and {hosts[1]} only")
         origin = self.headers.get("Origin")  # only browsers send it
@@ -217,8 +218,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = Device.pick(args.device, args.precision)
     with Server(args.port) as server:
         server.explorer = Explorer(args.base, args.adapter, device, args.quantise)
-        print(f"open http://{ADDRESS}:{server.port} (Ctrl-C ends)", flush=True)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):  # the usual end
+            print(f"open http://{ADDRESS}:{server.port} (Ctrl-C ends)", flush=True)
+            server.serve_forever()
 
 
 if __name__ == "__main__":

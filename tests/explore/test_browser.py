@@ -75,6 +75,7 @@ def test_in_a_browser(mini_adapter, tmp_path):
 
         browser.type("#temperature", "-")
         browser.wait("document.getElementById('write-error').textContent.includes('temperature')")
+        assert text_of("#by-base") == text_of("#by-adapter") == "" != text_of("#summary")
         asked = browser.run("return performance.getEntriesByType('resource').map((e) => e.name)")
         assert len(asked) > 5 and all(url.startswith(f"{address}/api/") for url in asked)
         blocked = """
