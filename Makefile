@@ -57,7 +57,7 @@ help:
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"error: Python 3.10 or later is needed; name one: make ... PYTHON=python3.12")'
-	$(PYTHON) -m venv --clear .venv
+	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --editable '.[plots,hub]'
 	@touch $@
 
@@ -109,6 +109,8 @@ EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate
 	targets variants intruders amplification alone spectrum step_time quantisation
 
 figures: .venv/run
+	$(if $(ARGS),@test -f lesson/experiments/$(firstword $(ARGS)).py || { \
+		echo "error: ARGS begins with none of $(EXPERIMENTS)" >&2; exit 2; })
 	$(if $(ARGS),$(PY) -m lesson.experiments.$(ARGS),\
 	for name in $(EXPERIMENTS); do $(PY) -m lesson.experiments.$$name || exit; done)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.errors import RunError, UserError, as_failure
 from lora import LoRAConfig
 from lora.load import adapter_path, load_adapter_config
+from lora.peft_config import CONFIG
 from lora.save import PREFIX, write_adapter
 from lora.targets import layer_config
 from lora.variants.dora import DoRAConfig
@@ -63,12 +64,22 @@ def refuse_dora(config: LoRAConfig, directory: Path) -> None:
         raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
 
 
+def refuse_model(directory: Path) -> None:
+    """Raise UserError for a whole model, such as full fine-tuning writes."""
+    if (directory / "config.json").exists() and not (directory / CONFIG).exists():
+        raise UserError(
+            f"{directory}: is a whole model, whose change has no A and B; make an adapter of it: "
+            f"python -m adapters.extract --full {directory} --base B --out DIR"
+        )
+
+
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Read an adapter by layer, under PEFT's names.
 
     Raises UserError for DoRA, and for a file with anything but an A and a B of the configured rank
     for each layer.
     """
+    refuse_model(directory)
     path = adapter_path(directory)
     with as_failure():
         config = load_adapter_config(directory)

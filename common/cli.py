@@ -44,11 +44,11 @@ def typed_options(argv: Sequence[str] | None = None) -> set[str]:
 
 
 def number(
-    kind: type[int] | type[float], low: float, high: float = 1e9, below: bool = False
+    kind: type[int] | type[float], low: float, high: float = 10**9, below: bool = False
 ) -> Callable[[str], Any]:
     """Return an option's type: an int or float from `low` to `high`, or to just below `high`."""
     what = "a whole number" if kind is int else "a number"
-    limit = f"below {high:g}" if below else f"{high:g}"
+    limit = f"below {high:,}" if below else f"{high:,}"
 
     def parse(text: str) -> int | float:
         try:

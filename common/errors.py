@@ -79,7 +79,7 @@ def failures_in_one_line() -> Iterator[None]:
     except BrokenPipeError:  # the reader of the output has ended, as in `| head`
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
-        sys.exit(1)
+        fail("the program that reads the output has ended", 1)
     except Exception as error:
         line = describe_failure(error)
         if line is None:

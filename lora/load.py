@@ -104,8 +104,12 @@ def _refuse_another_base(directory: Path, base_sha256: str) -> None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
-    if os.path.exists(directory / "config.json") and not os.path.exists(path):
-        raise ValueError(f"{directory}: is a whole model, not an adapter; load it as the base")
+    if not os.path.isdir(directory):
+        raise ValueError(f"{directory}: no such directory; name an adapter")
+    if not os.path.exists(path):
+        if os.path.exists(directory / "config.json"):
+            raise ValueError(f"{directory}: is a whole model, not an adapter; load it as the base")
+        raise ValueError(f"{directory}: contains no {CONFIG}; name an adapter")
     try:
         stored = json.loads(path.read_bytes())
     except OSError as error:

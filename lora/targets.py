@@ -151,6 +151,10 @@ def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]
     message = f"target module {target!r} is not in the model"
     if config.layers_to_transform:
         message += " in these layers"
+        found = [_block(name, config) for name in modules if name.endswith(f".{target}")]
+        blocks = [block for block in found if block is not None]
+        if blocks:
+            return f"{message}, only in layers {min(blocks)} .. {max(blocks)}"
     if isinstance(config.target_modules, str):
         message += " by a full name"
     return f"{message}; it has {', '.join(sorted(endings))}"

@@ -55,7 +55,7 @@ def find_base(base: str) -> tuple[str, Path]:
     if os.path.isdir(base):
         return base, Path(base)
 
-    match = REPOSITORY.fullmatch(base)
+    match = _as_repository(base)
     if match is None:
         names = ", ".join(("auto", "mini", *HUB_NAMES))
         raise UserError(
@@ -74,8 +74,8 @@ def find_adapter(adapter: str) -> Path:
 
     Raises UserError for a repository that is not available. Anything else is taken for a directory.
     """
-    match = REPOSITORY.fullmatch(adapter)
-    if match is None or os.path.exists(adapter):
+    match = _as_repository(adapter)
+    if match is None:
         return Path(adapter)
     repository, revision = match.groups()
     return _snapshot(repository, revision, ADAPTER)
@@ -87,6 +87,13 @@ def split_revision(base: str) -> tuple[str, str | None]:
     if match is None or os.path.isdir(base):
         return base, None
     return match[1], match[2]
+
+
+def _as_repository(name: str) -> re.Match | None:
+    """Match OWNER/NAME[@REVISION]. Return None for a path: it exists here, or its parent does."""
+    if os.path.exists(name) or os.path.isdir(os.path.dirname(name)):
+        return None
+    return REPOSITORY.fullmatch(name)
 
 
 def _gpt2_or_mini() -> tuple[str, Path]:

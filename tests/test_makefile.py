@@ -43,6 +43,25 @@ def test_quotes_and_dollars_are_left_alone(made, tmp_path):
     assert said == [*split("train.py lora --base auto"), *book, *split("--lr 1e-3 --r 4")]
 
 
+def test_packages_are_installed_into_an_environment_that_exists(made, tmp_path):
+    (tmp_path / ".venv" / "run").unlink()
+    (tmp_path / ".venv" / "mine").touch()
+    installed, train = made("train-lora")[:5], made("train-lora")
+    assert installed == split("-m pip install --quiet --editable")
+    assert train[0] == "train.py" and (tmp_path / ".venv" / "mine").exists()
+
+
+def test_a_figure_that_does_not_exist_is_an_error_in_one_line(made, tmp_path):
+    experiment = tmp_path / "lesson" / "experiments" / "rates.py"
+    experiment.parent.mkdir(parents=True)
+    experiment.touch()
+    assert made("figures", "ARGS=rates --x 1") == split("-m lesson.experiments.rates --x 1")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        made("figures", "ARGS=nosuch --x 1")
+    error, _ = failed.value.stderr.splitlines()  # the last line is make's
+    assert error.startswith("error: ARGS begins with none of diagram ") and not failed.value.stdout
+
+
 def test_what_is_not_given_is_the_commands_default(made):
     said = made("train-lora", "RECIPE=best", "LR=1e-3", "R=4", "SEEDS=2")
     assert said == split("train.py lora --base auto --recipe best --lr 1e-3 --r 4 --seed 2")

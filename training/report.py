@@ -10,7 +10,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
-from common.files import read_json, write_json
+from common.files import open_file, read_json, write_json
 from lora.quantised import quantised_weights
 from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import run_card, save_card
@@ -73,9 +73,17 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`."""
-    text = (out / METRICS).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """Return the lines of a run's `metrics.jsonl`. Raises UserError if it is damaged."""
+    path = out / METRICS
+    with open_file(path) as file:
+        text = file.read().decode(errors="replace")
+    try:
+        lines = [json.loads(line) for line in text.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON lines ({error})") from error
+    if not all(isinstance(line, dict) and {"step", "loss"} <= line.keys() for line in lines):
+        raise UserError(f"{path}: a line has no step or no loss")
+    return lines
 
 
 def best_weights(out: Path, method: str) -> Path:
@@ -88,7 +96,11 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     """Draw `loss.png`: training loss, validation loss, and the base's validation loss."""
     if not can_draw():
         return
-    lines = read_metrics(options.out)
+    try:
+        lines = read_metrics(options.out)
+    except UserError as error:  # of the part before a resumed run's checkpoint
+        print(f"warning: {error}; loss.png is not drawn", file=sys.stderr)
+        return
     steps = [line["step"] for line in lines]
     losses = [line["loss"] for line in lines]
     validations = [line for line in lines if "val_loss" in line]

@@ -15,11 +15,11 @@ from pathlib import Path
 from socketserver import ThreadingTCPServer
 from typing import Any
 
+from adapters.factors import refuse_model
 from common.cli import BASE_OPTION, QUANTISE_OPTION, Parser, add_device_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, describe_failure, run_command
 from lesson.explore.explorer import Explorer
-from lora.peft_config import CONFIG
 
 PAGE = Path(__file__).with_name("page.html")
 ADDRESS = "127.0.0.1"  # no other machine can connect
@@ -184,15 +184,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Print nothing: each move of a knob is a request."""
-
-
-def refuse_model(directory: Path) -> None:
-    """Raise UserError for a whole model, such as full fine-tuning writes."""
-    if (directory / "config.json").exists() and not (directory / CONFIG).exists():
-        raise UserError(
-            f"{directory}: is a whole model, whose change has no A and B; make an adapter of it: "
-            f"python -m adapters.extract --full {directory} --base B --out DIR"
-        )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

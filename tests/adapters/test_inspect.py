@@ -12,7 +12,7 @@ from lora.inject import lora_layers
 from lora.save import save_adapter
 from tests.legible import only_legible_pictures
 from tests.pairs import adapted
-from tests.runs import run, stdout_of, table
+from tests.runs import one_line, run, stdout_of, table
 
 
 def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
@@ -24,6 +24,7 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     ending = run(main, tmp_path, "--out", tmp_path / "file")  # no picture can be written there
     assert ending.status == 0 and "of the weight's" not in ending.stdout
     assert ending.stderr.startswith(f"warning: {tmp_path / 'file' / 'spectrum.png'}: cannot be w")
+    assert "make an adapter of it: python -m adapters.extract" in one_line(run(main, base), 2)
     rows = table(stdout_of(main, tmp_path, "--base", base))
     assert rows[0][1:3] == ["norm", "of the weight's"]
     assert [row[0] for row in rows[2:]] == list(lora_layers(model))

@@ -1,12 +1,14 @@
 """Check that a mistake is one line that names the option or file, status 2, and writes nothing."""
 
 import argparse
+import io
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import generate
 import train
 from adapters import merge
 from common.cli import Interval, number, steps_or_seconds
+from common.errors import run_command
 from storage.hub import GPT2_REVISION
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
@@ -136,6 +139,8 @@ MISTAKES = [
     ("evaluate --base llama", "llama/config.json"),
     ("generate --base cut", f"cut/{MODEL}"),
     ("lora --r 33", "--r"),
+    ("lora --r 0", "argument --r/--rank: '0' is not a whole number from 1 to 1,000,000,000"),
+    ("lora --layers 9", "'c_attn' is not in the model in these layers, only in layers 0 .. 1"),
     ("lora --target-modules", "--target-modules"),
     ("full --r 8", "--r"),
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
@@ -152,8 +157,9 @@ MISTAKES = [
     ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("lora --layers 1-", "--layers: '' is not a whole number"),
     ("full --init-adapter directory", "--init-adapter"),
-    ("evaluate --adapter missing", "missing/adapter_config.json: cannot be read"),
-    ("generate --adapter directory --base auto", "directory/adapter_config.json: cannot be read"),
+    ("evaluate --adapter missing", "error: missing: no such directory; name an adapter"),
+    ("evaluate --adapter directory/lroa", "error: directory/lroa: no such directory"),
+    ("generate --adapter directory --base auto", "directory: contains no adapter_config.json; na"),
     ("evaluate --adapter run --base other", OF_ANOTHER_BASE),
     ("generate --adapter run --base other", OF_ANOTHER_BASE),
     ("merge --adapter run --base other", OF_ANOTHER_BASE),
@@ -257,6 +263,21 @@ def test_each_command_would_succeed_without_its_mistake(tmp_path):
     for name, (main, _) in COMMANDS.items():
         ending = run(main, *arguments(name), *more[name])
         assert ending.status == 0 and "error" not in ending.stderr, ending
+
+
+def test_a_reader_that_ends_is_named():
+    reader, writer = os.pipe()
+    os.close(reader)
+    errors = io.StringIO()
+    with (
+        open(writer, "w") as output,
+        redirect_stdout(output),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as ended,
+    ):
+        run_command(lambda _: print("text"))
+    assert ended.value.code == 1
+    assert errors.getvalue() == "error: the program that reads the output has ended\n"
 
 
 def test_closed_streams_change_no_exit_status():

@@ -220,7 +220,7 @@ def test_damaged_and_missing_files_are_refused_by_name(base, adapter):
     (adapter / CONFIG).write_bytes(b"[]")
     assert refusal_of(adapter, CONFIG, base) == "holds a JSON list, not an object"
     (adapter / CONFIG).unlink()
-    assert refusal_of(adapter, CONFIG, base) == "cannot be read (No such file or directory)"
+    assert f"contains no {CONFIG}; name an adapter" in refusal(adapter, load_adapter_config)
     (adapter / "config.json").write_bytes(config)
     assert "is a whole model, not an adapter" in refusal(adapter, load_adapter_config)
 

@@ -89,7 +89,10 @@ REFUSED = [
     ({"target_modules": ("mlp.c_proj",), "r": 33}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": "all-linear", "layers_to_transform": (0,)}, "needs a list"),
     ({"layers_to_transform": (1, 3)}, "layer 3 has no target module"),
-    ({"target_modules": ("h.1.attn.c_attn",), "layers_to_transform": (2,)}, "in these layers"),
+    (
+        {"target_modules": ("h.1.attn.c_attn",), "layers_to_transform": (2,)},
+        r"only in layers 1 \.\. 1",
+    ),
     ({"rank_pattern": {"attn": 2}}, "pattern 'attn' matches no adapted layer"),
     ({"rank_pattern": {"h.2.attn.c_attn": 33}}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": ("c_attn.q", "c_proj.v")}, "'c_proj.v': only c_attn has slices"),

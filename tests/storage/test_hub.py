@@ -235,11 +235,15 @@ def test_a_private_repository_needs_a_token(fake, monkeypatch):
     assert hub.find_base("someone/tiny")[1].is_dir()
 
 
-def test_what_is_not_there_is_refused_in_one_line(fake):
+def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
     assert "someone/tiny is neither a directory nor " in refusal(base="someone/tiny@v2")
     assert "RevisionNotFoundError" in refusal(base="someone/tiny@v2")
     for find in (hub.find_base, hub.find_adapter):
-        assert refusal(find, "runs/ful").startswith("runs/ful is neither a directory nor available")
+        assert refusal(find, "nuns/ful").startswith("nuns/ful is neither a directory nor available")
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()  # so runs/ful is a path, and the hub is not asked
+    assert refusal(base="runs/ful").startswith("--base 'runs/ful': no such directory")
+    assert hub.find_adapter("runs/ful") == Path("runs/ful")
     for name in ("nowhere", "/no/where", "./no/where", "a/b/c", "-a/b", ""):
         assert refusal(base=name).startswith(f"--base {name!r}: no such directory, and none of")
 
@@ -317,7 +321,7 @@ def test_an_adapter_is_fetched_the_same_way(fake, adapter, base, book, monkeypat
     for path in (adapter, "nowhere", "no/such/place"):
         assert hub.find_adapter(str(path)) == Path(path)
     ending = run(evaluate.main, *options, "--adapter", "someone/tiny")  # a base
-    assert ending.status == 2 and "adapter_config.json: cannot be read" in ending.stderr
+    assert ending.status == 2 and "no such directory; name an adapter" in ending.stderr
 
 
 def test_without_the_library_mini_and_what_is_placed_by_hand_work(fake, monkeypatch, capsys):

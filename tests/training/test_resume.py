@@ -14,7 +14,7 @@ from common.device import Device
 from common.errors import RunError
 from tests import runs
 from tests.fault.runs import differences, result
-from tests.helpers import tiny_gpt2_directory
+from tests.helpers import drawing, tiny_gpt2_directory
 from tests.runs import (
     WEIGHTS,
     arguments,
@@ -259,6 +259,18 @@ def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
     assert f"{out}: this run is finished" in ending.stdout
     assert "--lr was 0.003 and is now 0.0001" in refused(out, *argv, "--lr", "1e-4")
     assert "--kernels was fast and is now plain" in refused(out, *argv, "--kernels", "plain")
+
+
+def test_damaged_metrics_cost_a_resumed_run_its_picture_alone(stopped, tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(b"\0" + metrics.read_bytes()[1:])
+    with drawing():
+        ending = run(main, *stopped, "--resume")
+    assert ending.status == 0
+    assert ending.stderr.startswith(f"warning: {metrics}: not JSON lines (")
+    assert ending.stderr.endswith("loss.png is not drawn\n") and ending.stderr.count("\n") == 1
+    assert (tmp_path / "run" / "run.json").exists()
+    assert not (tmp_path / "run" / "loss.png").exists()
 
 
 def test_another_machine_is_warned_of(stopped, monkeypatch):
