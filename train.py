@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = run.resolve(data)  # fills in what was left open, such as the learning rate
         model = load_base(options, base, run.device)
         if options.method == "lora":
-            add_adapter(model, options, base)  # freezes the base
+            add_adapter(model, options, run.base_sha256)  # freezes the base
         print(describe_parameters(model))
         run.claim_out(data)
         if not run.finished:

@@ -72,7 +72,7 @@ class Trainer:
         self.options = self.run.resolve(self.data)
         self.model = load_base(self.options, base, self.device)
         if options.method == "lora":
-            add_adapter(self.model, self.options, base)
+            add_adapter(self.model, self.options, self.run.base_sha256)
         self.set_up()
 
     def set_up(self) -> None:

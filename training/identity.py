@@ -11,7 +11,6 @@ from common.errors import UserError
 from common.files import file_sha256
 from lora.load import adapter_path
 from lora.peft_config import CONFIG
-from storage.weights import base_hashes
 from training.options import MAY_CHANGE, Options, flag
 
 
@@ -26,8 +25,8 @@ class RunIdentity:
     init_adapter_sha256: dict[str, str] | None  # of its config and weights
 
 
-def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunIdentity:
-    """Identify a run on the base in `directory` and these token ids."""
+def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndarray) -> RunIdentity:
+    """Identify a run on the base with these hashes and these token ids."""
     book = hashlib.sha256()
     for part in tokens:
         book.update(np.ascontiguousarray(part))
@@ -40,7 +39,7 @@ def run_identity(options: Options, directory: Path, *tokens: np.ndarray) -> RunI
     return RunIdentity(
         method=options.method,
         options=options.as_json(),
-        base_sha256=base_hashes(directory),
+        base_sha256=base_sha256,
         book_sha256=book.hexdigest(),
         init_adapter_sha256=init_adapter_sha256,
     )

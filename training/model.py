@@ -1,12 +1,12 @@
 """Load the model that a run trains, put the adapter on it, and save the best state."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from common.device import Device
 from common.errors import RunError, UserError, as_failure
-from common.files import file_sha256
 from data.instructions import CHAT_TEMPLATE
 from data.tokenizer import Tokenizer
 from lora import inject, load_adapter, save_adapter
@@ -15,7 +15,7 @@ from lora.variants.fa import freeze_a
 from model.gpt2 import GPT2
 from storage.hf_compat import save_tokenizer, stock_name
 from storage.hub import split_revision
-from storage.weights import find_weights, load_config, load_gpt2, save_gpt2, weights_path
+from storage.weights import find_weights, load_config, load_gpt2, save_gpt2
 from training.options import Options, adapter_config
 
 
@@ -40,11 +40,11 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
     return model.to(device.torch_device)
 
 
-def add_adapter(model: GPT2, options: Options, directory: Path) -> None:
-    """Put a new adapter, or --init-adapter, on the base in `directory`; freeze the rest."""
+def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
+    """Put a new adapter, or --init-adapter, on the base with these hashes; freeze the rest."""
     if options.init_adapter:
         with as_failure():
-            load_adapter(model, options.init_adapter, file_sha256(weights_path(directory)))
+            load_adapter(model, options.init_adapter, base_sha256["weights"])
     else:
         try:
             inject(model, adapter_config(options))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lora.variants.lora_ga import GradientStart
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
 from storage import hub
+from storage.weights import base_hashes
 from training import recipe
 from training.data import Data
 from training.directory import RUN, RunDirectory, refuse_inputs_as_output, refuse_used_directory
@@ -114,6 +116,11 @@ class Run:
             refuse_inputs_as_output(self.options, self.base_directory)
         return self.base_directory
 
+    @cached_property
+    def base_sha256(self) -> dict[str, str]:
+        """Hash the base's config and weights, once: the weights can be large."""
+        return base_hashes(self.base_directory)
+
     def resolve(self, data: Data) -> Options:
         """Fill in the options that were left open, and count the steps. Return the options."""
         self.options = recipe.resolve(self.options, self.base, self.device, data.training)
@@ -132,7 +139,7 @@ class Run:
         Raises UserError if another run is in `--out`, or at work there.
         """
         tokens = data.training.tokens, data.validation.tokens
-        self.identity = run_identity(self.options, self.base_directory, *tokens)
+        self.identity = run_identity(self.options, self.base_sha256, *tokens)
         self.ranks.check_same(asdict(self.identity))
         if self.ranks.is_main:
             self.directory = RunDirectory(self.options.out)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from common.cli import Parser, add_device_options, number
@@ -102,6 +101,8 @@ def main(argv=None) -> None:
     training, validation = (Windows(part, 128, 128) for part in split(np.array(tokens), 0.1))
     torch.manual_seed(args.seed)
     if args.peft:
+        from peft import LoraConfig, get_peft_model
+
         model = get_peft_model(model, LoraConfig(**LORA))
     else:
         inject(model, LoRAConfig(**LORA))
@@ -110,6 +111,8 @@ def main(argv=None) -> None:
     write(model, tokenizer, device)  # as the base does: a new adapter changes nothing
     train(model, training, validation, device, args)
     if not args.peft:
+        from peft import PeftModel  # it imports bitsandbytes, which can warn of what it lacks
+
         unwrap(model)  # a plain model again, for PEFT
         theirs = PeftModel.from_pretrained(model, args.out)
         print(f"in PEFT, from {args.out}: {perplexity(theirs, validation, device):.4f}")

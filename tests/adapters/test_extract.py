@@ -56,6 +56,13 @@ def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
     assert f"{1 - inside / whole:.2%} of the whole change's squared norm is out" in said
 
 
+def test_a_layer_that_did_not_change_is_zero(base, tmp_path):
+    said = stdout_of(main, "--base", base, "--full", base, "--out", tmp_path / "out")
+    cells = ["0", "0.00%", "0.00%", "0.00%", "0.00%"]
+    assert [row[1:] for row in table(said)[2:]] == [cells, cells]
+    assert "\n0.00% of the whole change's squared norm is outside" in said
+
+
 def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
     for options, reason in (
         (("--rank", 33), "--rank, --target-modules: h.0.attn.c_attn: rank 33 is out"),

@@ -61,17 +61,24 @@ def test_a_run_names_its_base_and_its_adapter_is_an_ordinary_one(runs, base):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_base_is_quantised_as_in_training_unless_told_otherwise(runs, base, book, kind):
+def test_the_base_is_quantised_as_in_training_unless_told_otherwise(
+    runs, base, book, kind, tmp_path
+):
     done = runs[kind]
     best = done.report["best_val_loss"]
-    loss, printed = scores(base, book, "--adapter", done.out)
+    report = tmp_path / "scores.json"
+    loss, printed = scores(base, book, "--adapter", done.out, "--json", report)
+    assert json.loads(report.read_text())["quantise"] == kind
     assert printed.startswith(SAID.format(kind))
     assert abs(loss - best) < 1e-4
     assert scores(base, book, "--adapter", done.out, "--quantize", kind) == (
         loss,
         printed.removeprefix(SAID.format(kind)),
     )
-    original, printed = scores(base, book, "--adapter", done.out, "--quantise", "none")
+    original, printed = scores(
+        base, book, "--adapter", done.out, "--quantise", "none", "--json", report
+    )
+    assert "quantise" not in json.loads(report.read_text())
     assert "quantised" not in printed
     assert original != loss
     base_loss, _ = scores(base, book, "--quantise", kind)

@@ -207,6 +207,7 @@ def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
     for options, words in (
         (("--prompt", "x"), "not allowed with"),
         (("--adapter", "x", "--with-base"), "give --adapter and --prompt"),
+        (("--adapter", "x", "y"), "--chat answers with one adapter"),
     ):
         assert words in one_line(chat(base, monkeypatch, b"x", *options), 2)
 

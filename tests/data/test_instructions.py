@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import evaluate
 import train
 from benchmarks.ours import Trainer
-from data.instructions import Instructions, read_examples
+from data.instructions import Instructions, encode, read_examples
+from data.json_lines import LONGEST_LINE
 from lora.save import save_adapter
 from model.gpt2 import IGNORE_INDEX
 from storage.weights import CONV1D
@@ -160,6 +161,12 @@ def test_every_token_of_every_example_is_scored_whatever_the_batch_size():
                 assert torch.equal(row[scored], target[scored])
                 seen.append(target[scored].tolist())
         assert seen == [row[1].tolist() for row in rows]
+
+
+def test_the_end_of_a_chat_line_is_read_and_its_start_is_cut():
+    ids = encode([("User", "start" + LONGEST_LINE * "x" + " end?")], TOKENIZER, ask=True)[0]
+    text = TOKENIZER.decode(ids)
+    assert text.startswith("User: xx") and text.endswith("xx end?\nAssistant:")
 
 
 def test_a_bad_line_is_named(tmp_path):

@@ -5,10 +5,12 @@ from shlex import split
 
 import peft
 import pytest
+import torch
 import torch.nn.functional as F
 
+from lora.inject import inject
 from lora.save import WEIGHTS
-from lora.variants.lora_ga import LoRAGALinear, lora_ga_layers
+from lora.variants.lora_ga import LoRAGAConfig, LoRAGALinear, lora_ga_layers, weight_gradients
 from tests import runs
 from tests.helpers import relative_difference, tiny_gpt2_directory
 from tests.ranks import fork
@@ -111,3 +113,12 @@ def test_two_ranks_start_and_train_as_one_does(base, book, tmp_path):
     ranks = runs.finished(tmp_path / "ranks")
     for column in ("loss", "grad_norm", "val_loss"):
         assert ranks.column(column) == pytest.approx(alone.column(column), rel=1e-3), column
+
+
+def test_gradients_in_bf16_are_summed_in_fp32():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16))
+    inject(model, LoRAGAConfig(r=1, target_modules=("0",)))
+    with weight_gradients(model) as sums:
+        for x in (256.0, 1.0):  # bf16 has no 257
+            model(torch.full((1, 2), x, dtype=torch.bfloat16)).sum().backward()
+    assert sums["0"].tolist() == [[257.0, 257.0], [257.0, 257.0]]

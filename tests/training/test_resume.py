@@ -5,11 +5,13 @@ import shutil
 import signal
 from pathlib import Path
 from shlex import split
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from common import files
 from common.device import Device
 from common.errors import RunError
 from tests import runs
@@ -304,7 +306,10 @@ def fail(moment):
 
 def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, tmp_path):
     options = ("--init-adapter", adapter, *OPTIONS)
-    whole = trained("lora", base, book, tmp_path / "whole", *options)
+    with mock.patch.object(files, "open_file", wraps=files.open_file) as opened:
+        whole = trained("lora", base, book, tmp_path / "whole", *options)
+    hashed = [call.args[0] for call in opened.call_args_list]
+    assert hashed.count(base / WEIGHTS["full"]) == 1  # it can be large
     argv = arguments("lora", base, book, tmp_path / "run", *options)
     assert stop_in_step(signal.SIGINT, 12, argv).status == 130
     adapter.rename(tmp_path / "moved")
@@ -318,4 +323,5 @@ def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, 
     assert line == refused(tmp_path / "run", *argv, "--resume", "--init-adapter", other)
     assert run(main, *argv, "--resume").status == 0
     assert contents(tmp_path / "run")[WEIGHTS["lora"]] == contents(whole.out)[WEIGHTS["lora"]]
-    assert finished(tmp_path / "run").report["options"]["r"] == 4
+    resumed = finished(tmp_path / "run").report["options"]
+    assert (resumed["r"], resumed["init_lora_weights"]) == (4, None)
