@@ -91,6 +91,32 @@ def test_stock_tools_load_it_and_answer_a_batch_and_messages(chat, name, said):
     assert said() == []
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        code
+        for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+        if "runs/" in code and "trl" not in code  # its ten steps can take minutes
+    ],
+)
+def test_the_pages_code_runs_as_it_is_written(chat, code, tmp_path, monkeypatch):
+    runs = {"lora": chat["lora"], "full": chat["full"], "chat": chat["lora"]}
+    for name in ("runs", "model"):
+        (tmp_path / name).mkdir()
+    for name, directory in runs.items():
+        (tmp_path / "runs" / name).symlink_to(directory)
+    (tmp_path / "model" / "mini").symlink_to(MINI)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(code.replace("/path/to/project", str(tmp_path)), {})
+    except ModuleNotFoundError as error:
+        if error.name != "tensorboard":
+            raise
+        pytest.skip("tensorboard is not among the tests' packages")
+
+
 def chatted(*argv: object) -> str:
     """Return what `generate.py --chat` answers to QUESTION."""
     with mock.patch.object(sys, "stdin", io.StringIO(QUESTION)):
@@ -104,6 +130,9 @@ def test_a_text_longer_than_the_context_is_cut_instead_of_an_index_error(chat, n
     model = transformers.AutoModelForCausalLM.from_pretrained(chat["full"])
     assert ids.shape == (1, 256) and model(ids).logits.isfinite().all()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 8191
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    how = {"max_new_tokens": 2, "handle_long_generation": "hole", "return_full_text": False}
+    assert pipe("word " * 2000, **how)[0]["generated_text"]
     generation = transformers.GenerationConfig.from_pretrained(chat["merged"])
     assert generation.pad_token_id == generation.eos_token_id == 8191
 

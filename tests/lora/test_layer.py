@@ -43,6 +43,20 @@ def test_the_layer_of_the_readme_is_ours():
     assert trained == ["A", "B"]
 
 
+def test_the_pages_forward_is_the_layers():
+    names = {}
+    page = (ROOT / "docs" / "lora.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    model = nn.Sequential(nn.Linear(32, 96))
+    exec(second, {"model": model})
+    layer = model[0].eval()
+    randomize(model)
+    exec(first, names)
+    x = torch.randn(5, 32)
+    assert torch.equal(names["forward"](layer, x), layer(x))
+    assert not torch.allclose(layer(x), layer.base_layer(x))
+
+
 @pytest.mark.parametrize(
     ("shape", "r", "use_rslora"),
     [(SQUARE, 32, True), (WIDE, 4, True), (TALL, 1, False)],
