@@ -98,7 +98,7 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
         return
     try:
         lines = read_metrics(options.out)
-    except UserError as error:  # of the part before a resumed run's checkpoint
+    except UserError as error:  # the file was damaged before --resume
         print(f"warning: {error}; loss.png is not drawn", file=sys.stderr)
         return
     steps = [line["step"] for line in lines]
