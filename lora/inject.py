@@ -1,14 +1,14 @@
 """Put LoRA layers into a model and freeze the rest."""
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
+from lora.experts import warn_about_experts
 from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_view import peft_view
-from lora.targets import ALL_LINEAR, expert_weights, find_targets, layer_config
+from lora.targets import find_targets, layer_config
 from lora.variants import make_layer
 
 
@@ -21,7 +21,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
     `save_adapter` will refuse the adapter.
     """
     layers = new_layers(model, config)
-    _warn_about_experts(model, config, layers)
+    warn_about_experts(model, config, layers)
     install(model, config, layers)
 
 
@@ -43,34 +43,6 @@ def install(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinea
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     model.lora_config = config  # type: ignore[assignment]  # no tensor and no module
-
-
-def _warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> None:
-    experts = expert_weights(model)
-    if experts and config.target_modules == ALL_LINEAR:
-        total = sum(weight.numel() for weight in model.parameters())
-        share = sum(weight.numel() for weight in experts.values()) / total
-        names = sorted({name.rpartition(".")[2] for name in experts})
-        warnings.warn(
-            f"all-linear leaves out {share:.0%} of the model's weights, because the experts are "
-            f"not nn.Linear: {', '.join(names)} (the first is {next(iter(experts))})",
-            stacklevel=3,
-        )
-    misread = misread_by_peft(model, layers)
-    if misread:
-        warnings.warn(f"save_adapter will refuse this adapter: {misread}", stacklevel=3)
-
-
-def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
-    """Return a sentence about adapted layers that PEFT takes for experts, or None."""
-    expert_names = peft_view(model).expert_names
-    misread = [name for name in layers if name.rpartition(".")[2] in expert_names]
-    if not misread:
-        return None
-    return (
-        f"PEFT takes {misread[0]} for the experts in this model, and loses the update; choose "
-        f"target_modules without {', '.join(expert_names)}"
-    )
 
 
 @contextmanager

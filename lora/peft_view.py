@@ -4,7 +4,6 @@ PEFT knows our GPT-2 as transformers' GPT2LMHeadModel. There the modules are in 
 head is a module, and projections are stored as (in, out).
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,6 @@ class PeftView:
     fan_in_fan_out: bool = False  # whether W is stored as (in, out)
     ties: Mapping[str, str] = field(default_factory=dict)  # tied modules, and why they are refused
     fused: str | None = None  # the layer that computes q, k and v
-    expert_names: tuple[str, ...] = ()  # PEFT takes layers with these names for fused experts
 
 
 GPT2_VIEW = PeftView(
@@ -33,18 +31,12 @@ GPT2_VIEW = PeftView(
     ties={"lm_head": "the head is tied to wte", "transformer.wte": "it is tied to the head"},
     fused="c_attn",
 )
-# In these families of mixtures of experts, PEFT reads the names as parameters that contain all
-# experts (`_MOE_TARGET_MODULE_MAPPING`), even if a dense layer or a shared expert has the name.
-EXPERT_NAMES: dict[str, tuple[str, ...]] = {
-    "mixtral": ("gate", "w1", "w2", "w3"),
-    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
-}
 
 
 def peft_view(model: nn.Module) -> PeftView:
     """Return how PEFT knows a model: our GPT-2, a model of transformers, or any other module."""
     if hasattr(model, "can_generate"):
-        return PeftView(task_type=_task_type(model), expert_names=_expert_names(model))
+        return PeftView(task_type=_task_type(model))
     if _is_our_gpt2(model):
         return GPT2_VIEW
     return PeftView()
@@ -56,13 +48,6 @@ def _task_type(model: Any) -> str | None:
         return None
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
-
-
-def _expert_names(model: Any) -> tuple[str, ...]:
-    """Return the names of the model's family, from the table of transformers that PEFT reads."""
-    conversions = sys.modules.get("transformers.conversion_mapping")
-    families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return EXPERT_NAMES.get(families.get(model.config.model_type, ""), ())
 
 
 def _is_our_gpt2(model: Any) -> bool:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.inject import lora_layers, misread_by_peft
+from lora.experts import expert_weights, misread_by_peft
+from lora.inject import lora_layers
 from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_config import CONFIG, peft_config
 from lora.peft_view import peft_view
 from lora.quantised import quantisation
-from lora.targets import expert_weights, layer_config
+from lora.targets import layer_config
 from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_view import peft_view
@@ -78,19 +78,6 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
             tied[first] = f"{first} is tied to {other}"
             tied[other] = f"{other} is tied to {first}"
     return tied | dict(view.ties)
-
-
-def expert_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that contain the matrices of all experts, (experts, m, n), by name."""
-    return {
-        name: weight
-        for name, weight in model.named_parameters()
-        if weight.ndim == 3 and min(weight.shape) > 1 and not _is_convolution(model, name)
-    }
-
-
-def _is_convolution(model: nn.Module, parameter: str) -> bool:
-    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.modules.conv._ConvNd)
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:

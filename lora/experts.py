@@ -1,0 +1,67 @@
+"""Know a mixture of experts, whose expert weights are 3-D parameters and not `nn.Linear`s."""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora.layer import LoRAConfig
+from lora.targets import ALL_LINEAR
+
+# In these families of mixtures of experts, PEFT reads the names as parameters that contain all
+# experts (`_MOE_TARGET_MODULE_MAPPING`), even if a dense layer or a shared expert has the name.
+EXPERT_NAMES: dict[str, tuple[str, ...]] = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> None:
+    """Warn if "all-linear" leaves out experts, and if `save_adapter` will refuse the adapter."""
+    experts = expert_weights(model)
+    if experts and config.target_modules == ALL_LINEAR:
+        total = sum(weight.numel() for weight in model.parameters())
+        share = sum(weight.numel() for weight in experts.values()) / total
+        names = sorted({name.rpartition(".")[2] for name in experts})
+        warnings.warn(
+            f"all-linear leaves out {share:.0%} of the model's weights, because the experts are "
+            f"not nn.Linear: {', '.join(names)} (the first is {next(iter(experts))})",
+            stacklevel=4,
+        )
+    misread = misread_by_peft(model, layers)
+    if misread:
+        warnings.warn(f"save_adapter will refuse this adapter: {misread}", stacklevel=4)
+
+
+def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
+    """Return a sentence about adapted layers that PEFT takes for experts, or None."""
+    expert_names = _expert_names(model)
+    misread = [name for name in layers if name.rpartition(".")[2] in expert_names]
+    if not misread:
+        return None
+    return (
+        f"PEFT takes {misread[0]} for the experts in this model, and loses the update; choose "
+        f"target_modules without {', '.join(expert_names)}"
+    )
+
+
+def expert_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that contain the matrices of all experts, (experts, m, n), by name."""
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.ndim == 3 and min(weight.shape) > 1 and not _is_convolution(model, name)
+    }
+
+
+def _is_convolution(model: nn.Module, parameter: str) -> bool:
+    return isinstance(model.get_submodule(parameter.rpartition(".")[0]), nn.modules.conv._ConvNd)
+
+
+def _expert_names(model: Any) -> tuple[str, ...]:
+    """Return the names of the model's family, from the table of transformers that PEFT reads."""
+    conversions = sys.modules.get("transformers.conversion_mapping")
+    families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
+    return EXPERT_NAMES.get(families.get(model.config.model_type, ""), ())
