@@ -8,7 +8,7 @@ import torch
 from torch.profiler import profile
 
 from benchmarks import ours
-from benchmarks.gpu_learning import arguments
+from benchmarks.gpu_checks import options
 from benchmarks.parity_report import Report, machine, versions
 
 SLOWEST = 12  # kernels in the table
@@ -40,8 +40,7 @@ def describe_gpu() -> dict[str, object]:
 
 def describe_step(opts: Namespace, precision: str, report: Report) -> None:
     """Profile one LoRA step, dropouts on, after one that warms up."""
-    argv = arguments(opts, "lora", "--precision", precision, "--base-dropout", 0.1)
-    trainer = ours.Trainer(ours.options(*argv))
+    trainer = ours.Trainer(options(opts, f"lora --precision {precision} --base-dropout 0.1"))
     batch = next(trainer.batches())
     ours.step(trainer, batch)
     with profile() as seen:

@@ -9,24 +9,27 @@ import torch
 from benchmarks.parity_report import Report
 from benchmarks.speed import run_apart
 from benchmarks.speed_tasks import Task, sides
+from benchmarks.speed_worker import measure
 from common.errors import RunError
 
 
 def speed(opts: Namespace, report: Report) -> None:
-    """Time a step of GPT-2 124M, random weights, each contender in a process of its own.
+    """Time a step of GPT-2 124M, random weights, each contender in a process of its own. A dry run
+    times the tiny base in this process.
 
     Ratios are to this project's step as users have it, which comes first of each method.
     """
+    run = measure if opts.dry_run else run_apart
     if opts.device.is_cuda:
         torch.cuda.empty_cache()
     with TemporaryDirectory() as folder:
         if not opts.dry_run:
-            run_apart(Task("base", folder))
+            run(Task("base", folder))
         for method in ("lora", "full"):
             first: dict = {}
             for task in timed_tasks(opts, folder, method):
                 try:
-                    found = run_apart(task)
+                    found = run(task)
                 except RunError as error:
                     report.facts[f"{task.contender}, failed"] = str(error)
                     if task.side == "ours":
@@ -37,7 +40,7 @@ def speed(opts: Namespace, report: Report) -> None:
 
 
 def timed_tasks(opts: Namespace, folder: str, method: str) -> list[Task]:
-    """Return all sides' tasks, on the base in `folder`; a dry run has its own base."""
+    """Return all sides' tasks, on the base in `folder`, or on the tiny base of a dry run."""
     task = Task(
         "train",
         str(opts.base) if opts.dry_run else folder,
@@ -46,17 +49,29 @@ def timed_tasks(opts: Namespace, folder: str, method: str) -> list[Task]:
         precision=opts.low,
         batch_size=opts.batch,
         block_size=opts.block,
-        warm_up=5,
-        steps=opts.steps,
+        warm_up=1 if opts.dry_run else 5,
+        steps=1 if opts.dry_run else 20,
         profile=True,
     )
-    if opts.dry_run or not opts.device.is_cuda:
+    if opts.dry_run:
+        return sides(task)[:2]
+    if not opts.device.is_cuda:
         return sides(task)
     tasks = []
     for compiled in (False, True):
         ours, *theirs = sides(replace(task, compile=compiled))
         tasks += [ours, replace(ours, graph=True), *theirs]
     return tasks
+
+
+def graph_speed(facts: dict) -> float | None:
+    """Return how many times as fast LoRA's step is with a graph, if both were timed."""
+    names = [name for name in facts if name.startswith("this project, LoRA")]
+    with_graph = [name for name in names if name.endswith(", graph") and "compiled" not in name]
+    if not with_graph:
+        return None
+    without = with_graph[0].removesuffix(", graph")
+    return facts[without]["ms a step"] / facts[with_graph[0]]["ms a step"]
 
 
 def figures(opts: Namespace, found: dict, first: dict) -> dict[str, object]:

@@ -65,6 +65,9 @@ def add_lora(base: StockModel, args: Options) -> PeftModel:
         lora_dropout=args.lora_dropout,
         target_modules=list(args.target_modules),
         fan_in_fan_out=True,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        init_lora_weights=args.init_lora_weights or True,  # type: ignore[arg-type]
     )
     return get_peft_model(base, config)
 

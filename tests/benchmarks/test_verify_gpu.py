@@ -1,58 +1,174 @@
-"""The GPU's report: all of its script runs on a CPU, and a fault does not stay hidden."""
+"""The GPU's report: its checks pass on a CPU, and no seeded fault passes them."""
 
 import json
 import math
 from argparse import Namespace
-from unittest import mock
+from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu_learning, gpu_speed, ours, speed_worker, verify_gpu
+import evaluate
+import train
+from benchmarks import gpu_checks, gpu_speed, verify_gpu
+from benchmarks.gpu_checks import GRAPH, Steps, all_checks, compare
+from benchmarks.parity_report import Report
 from common.device import Device
 from common.errors import RunError
+from data.windows import Batch
 from lora.layer import LoRALinear
 from model.kernels import fast
-from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run
-from training.launch import GraphedLoss
+from training import variants
+from training.optimizer import AdamW
+from training.run import Run
+
+ON_CUDA = Device(torch.device("cuda"), "fp32")
 
 
-@pytest.fixture(autouse=True)
-def small(tmp_path_factory, monkeypatch):
-    """Take a tiny base in place of mini, and measure in this process."""
-    base, _ = tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_head=2)
-    monkeypatch.setattr(verify_gpu, "MINI", base)
-    monkeypatch.setattr(gpu_speed, "run_apart", speed_worker.measure)
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    made = verify_gpu.parse_args(["--dry-run"])
+    gpu_checks.make_inputs(made, tmp_path_factory.mktemp("verify"))
+    steps_of_peft = cache(partial(gpu_checks.steps_of_peft, made))
+    with pytest.MonkeyPatch.context() as patch:  # no fault changes them
+        patch.setattr(gpu_checks, "steps_of_peft", lambda opts, command: steps_of_peft(command))
+        yield made
 
 
-def verify(out, *argv):
-    ending = run(verify_gpu.main, "--dry-run", "--out", out, *argv)
-    report = json.loads((out / "gpu-report.json").read_text())
-    return ending, {part["name"]: part for part in report["parts"]}
+@pytest.fixture
+def opts(inputs):
+    inputs.known.clear()  # what was computed with another fault
+    return inputs
 
 
-def broken(part) -> list[str]:
-    return [check["name"] for check in part["checks"] if not check["ok"]]
+def eighth(patch):
+    real = torch.amp.GradScaler.scale
+    patch.setattr(torch.amp.GradScaler, "scale", lambda self, loss: real(self, loss / 8))
 
 
-def test_a_dry_run_runs_every_part_and_writes_one_report(tmp_path):
-    ending, parts = verify(tmp_path)
+def first_batch(patch):
+    def batches(self, training, first=0):
+        for _ in range(self.total_steps):
+            yield next(real(self, training))
+
+    real = Run.batches
+    patch.setattr(Run, "batches", batches)
+
+
+def one_nat(patch):
+    def score_batches(*given):
+        tokens, loss, hits = real(*given)
+        return tokens, loss + tokens, hits
+
+    real = evaluate.score_batches
+    patch.setattr(evaluate, "score_batches", score_batches)
+
+
+def reseed(patch):
+    def step(*given):
+        torch.manual_seed(0)
+        return real(*given)
+
+    real = train.train_step
+    patch.setattr(train, "train_step", step)
+
+
+def no_scaling(patch):
+    patch.setattr(LoRALinear, "update", lambda self, x, y: self.lora_B(self.lora_A(x)))
+
+
+def next_token_shown(patch):
+    def attend(q, k, v, p):
+        length = q.size(-2)
+        mask = torch.ones(length, length, dtype=torch.bool).tril(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+
+    patch.setattr(fast, "causal_attention", attend)
+
+
+def moments_lost(patch):
+    patch.setattr(AdamW, "load_state_dict", lambda *_: None)
+
+
+def micro_batch_mean(patch):
+    real = Batch.micro_batches
+
+    def micro_batches(self):
+        for inputs, targets in real(self):
+            object.__setattr__(self, "num_tokens", targets.numel())
+            yield inputs, targets
+
+    patch.setattr(Batch, "micro_batches", micro_batches)
+
+
+def dropout_in_evaluation(patch):
+    real = fast.dropout
+    patch.setattr(fast, "dropout", lambda x, p, training: real(x, p, True))
+
+
+def no_schedule(patch):
+    patch.setattr(train, "learning_rate", lambda step, total, peak, warmup: peak)
+
+
+def option_ignored(patch):
+    patch.setattr(variants, "precondition", lambda model: None)
+
+
+def last_token_of_the_vocabulary_lost(patch):
+    real = fast.loss.tied_cross_entropy
+    short = SimpleNamespace(
+        tied_cross_entropy=lambda h, w, y: real(h, w[:-1], y), token_losses=fast.loss.token_losses
+    )
+    patch.setattr(fast, "loss", short)
+
+
+FAULTS = {
+    eighth: "lora, beside PEFT",
+    first_batch: "lora, beside PEFT",
+    one_nat: "lora, beside PEFT",
+    reseed: "dropout",
+    no_scaling: "lora, beside PEFT",
+    next_token_shown: "full --precision fp32",
+    moments_lost: "--resume",
+    micro_batch_mean: "lora --precision fp32 --grad-accum 4",
+    dropout_in_evaluation: "dropout",
+    no_schedule: "lora, beside PEFT",
+    option_ignored: "lora --riemannian --precision fp32",
+    last_token_of_the_vocabulary_lost: "full --precision fp32",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_fails_the_dry_run(opts, monkeypatch, fault):
+    fault(monkeypatch)
+    figures = all_checks(opts)[FAULTS[fault]]().values()
+    assert any(not figure <= limit for figure, limit in figures)
+
+
+def test_a_dry_run_passes_and_writes_one_report(opts, tmp_path, monkeypatch):
+    """With the checks of the faults; `make verify-gpu ARGS=--dry-run` makes every check."""
+    few = {*FAULTS.values(), "two ranks"}
+    every = gpu_checks.all_checks
+
+    def some(opts):
+        return {name: check for name, check in every(opts).items() if name in few}
+
+    monkeypatch.setattr(gpu_checks, "all_checks", some)
+    ending = run(verify_gpu.main, "--dry-run", "--out", tmp_path)
     assert ending.status == 0, ending
-    assert parts.keys() == verify_gpu.PARTS.keys()
+    assert ending.stdout.endswith("leave it off, because no check has run it here\n")
+    report = json.loads((tmp_path / "gpu-report.json").read_text())
+    parts = {part["name"]: part for part in report["parts"]}
+    assert list(parts) == list(verify_gpu.PARTS)
     assert {part["result"] for part in parts.values()} == {"ok"}
-    learned = [check["name"] for check in parts["learning"]["checks"]]
-    for method in ("lora", "full"):
-        for case in ("fp32", "fp32, checkpointing", "fp32, 3 parts", "bf16", "bf16, 3 parts"):
-            assert f"{method}, {case}: what it learns, over PEFT's, from 1" in learned
-    assert len(learned) == 2 * 2 * 6
-    left_out = {"lora, compiled", "lora, --data", "lora, graph"}
-    assert parts["no-waiting"]["facts"].keys() == gpu_learning.WAITING.keys() - left_out
+    names = [check["name"] for check in parts["checks"]["checks"]]
+    assert {name.split(": ")[0] for name in names} == few
     rows = parts["speed"]["facts"]
     assert rows["this project, LoRA, bf16"]["time / ours"] == 1
     assert rows["PEFT, LoRA, bf16 autocast"]["ms a step"] > 0
-    assert rows["transformers, full, bf16 autocast"]["peak / ours"] > 0
 
     text = (tmp_path / "gpu-report.md").read_text()
     assert text.startswith("# GPU report: dry run on a CPU")
@@ -60,94 +176,67 @@ def test_a_dry_run_runs_every_part_and_writes_one_report(tmp_path):
     assert str(tmp_path) not in text
 
 
-def skip_the_optimizer(monkeypatch):
-    def make_trainer(args, make=ours.Trainer):
-        trainer = make(args)
-        trainer.optimizer.step = lambda *_: None
-        return trainer
-
-    monkeypatch.setattr(ours, "Trainer", make_trainer)
-
-
-def leave_the_scale_out(monkeypatch):
-    def update(layer, x, y):
-        return layer.lora_B(layer.lora_A(layer.lora_dropout(x)))
-
-    monkeypatch.setattr(LoRALinear, "update", update)
+def test_on_cuda_every_way_and_variant_is_checked(opts):
+    cuda = Namespace(device=ON_CUDA, low="fp16")
+    found = " ".join(gpu_checks.commands(cuda)).split()
+    every = "--cuda-graph --compile --allow-tf32 --gradient-checkpointing --grad-accum --use-dora"
+    assert {*every.split(), "--quantise", "--riemannian", "--freeze-a", "--data"} <= set(found)
+    low = [command for command in gpu_checks.commands(cuda) if "fp16" in command]
+    assert not any("lora_ga" in command for command in low)
+    assert not any(GRAPH in command for command in gpu_checks.commands(opts))
 
 
-def show_the_next_token(monkeypatch):
-    def attend(q, k, v, p):
-        length = q.size(-2)
-        mask = torch.ones(length, length, dtype=torch.bool).tril(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-
-    monkeypatch.setattr(fast, "causal_attention", attend)
-
-
-GRAPH = "graphs that could not be captured"
-ON_CUDA = Device(torch.device("cuda"), "fp32")
-LEARNS = "what it learns, over PEFT's, from 1"
+def test_what_is_not_a_number_and_a_capture_that_failed_fail(opts, monkeypatch):
+    nan = Steps([math.nan], [{"a": torch.full((2,), math.nan)}], {"a": torch.ones(2)}, math.nan)
+    good = Steps([1.0], [{"a": torch.ones(2)}], {"a": torch.ones(2)}, 1.0)
+    limits = gpu_checks.LIMITS["bf16"]
+    found = compare("lora", nan, good, limits)
+    assert sum(not figure <= limit for figure, limit in found.values()) == 4
+    monkeypatch.setattr(gpu_checks, "take_steps", lambda *_: good)
+    made = Namespace(known={})
+    for command, failures in (("lora --precision fp32", 0), (f"lora --precision fp32 {GRAPH}", 1)):
+        figures = gpu_checks.beside_the_cpu(made, command).values()
+        assert sum(figure > limit for figure, limit in figures) == failures
 
 
 @pytest.mark.parametrize(
-    "spoil, found",
-    [
-        (skip_the_optimizer, {"lora, fp32", "lora, bf16", "full, fp32", "full, bf16"}),
-        (leave_the_scale_out, {"lora, fp32", "lora, bf16"}),
-    ],
+    ("ok", "with_graph", "verdict"),
+    [(True, 4.0, "turn it on"), (True, 6.0, "leave it off"), (False, 4.0, "leave it off")],
 )
-def test_a_run_that_learns_too_little_fails_in_every_precision(tmp_path, monkeypatch, spoil, found):
-    spoil(monkeypatch)
-    ending, parts = verify(tmp_path, "--only", "learning")
-    assert ending.status == 1 and "failed: learning" in ending.stdout
-    names = broken(parts["learning"])
-    assert {f"{case}: {LEARNS}" for case in found} <= set(names)
-    assert not any("start" in name for name in names)
+def test_the_last_line_is_the_default_that_the_machine_supports(ok, with_graph, verdict):
+    checks = [{"name": f"lora {GRAPH}: a loss differs", "ok": ok}]
+    name = "this project, LoRA, bf16"
+    facts = {name: {"ms a step": 5.0}, f"{name}, graph": {"ms a step": with_graph}}
+    line = verify_gpu.graph_default([{"checks": checks, "facts": facts}])
+    assert line.startswith(f"--cuda-graph: {verdict}")
 
 
-def test_a_mask_that_shows_the_next_token_fails_before_the_first_step(tmp_path, monkeypatch):
-    show_the_next_token(monkeypatch)
-    ending, parts = verify(tmp_path, "--only", "learning")
-    assert ending.status == 1
-    for case in ("lora, fp32", "lora, fp32, 3 parts", "full, fp32"):
-        assert f"{case}: loss at the start, relative" in broken(parts["learning"])
+def test_a_check_or_a_contender_that_fails_fails_alone(opts, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access\nmore")
 
+    checks = {"one": broken, "two": lambda: {"a loss differs": (0, 0)}}
+    monkeypatch.setattr(gpu_checks, "all_checks", lambda opts: checks)
+    report = Report()
+    gpu_checks.checks(opts, report)
+    assert report.broken() == ["one: RuntimeError: CUDA error: an illegal memory access"]
+    assert len(report.checks) == 2
 
-def test_a_case_that_raises_fails_alone(tmp_path, monkeypatch):
-    def make_trainer(args, make=ours.Trainer):
-        if args.gradient_checkpointing:
-            raise RuntimeError("CUDA error: an illegal memory access\nmore")
-        return make(args)
-
-    monkeypatch.setattr(ours, "Trainer", make_trainer)
-    ending, parts = verify(tmp_path, "--only", "learning")
-    error = "RuntimeError: CUDA error: an illegal memory access"
-    assert ending.status == 1
-    assert broken(parts["learning"]) == [
-        f"lora, fp32, checkpointing: {error}",
-        f"full, fp32, checkpointing: {error}",
-    ]
-    assert len(parts["learning"]["checks"]) == 2 * (2 * 5 + 1)
-
-
-def test_a_contender_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
-    def measure(task, measure=speed_worker.measure):
-        if task.method == "lora" and (task.side == "ours" or task.weights == "low"):
+    def measure(task):
+        if task.method == "lora":
             raise RunError("out of memory")
-        return measure(task)
+        return {"median": 1.0, "busy_ms": 0.0, "launches": 0, "peak_mb": 1.0, "reserved_mb": 0.0}
 
-    monkeypatch.setattr(gpu_speed, "run_apart", measure)
-    ending, parts = verify(tmp_path, "--only", "speed")
-    assert ending.status == 1
-    assert broken(parts["speed"]) == ["this project, LoRA, bf16: out of memory"]  # theirs may fail
-    facts = parts["speed"]["facts"]
-    assert facts["PEFT, LoRA, bf16 weights, failed"] == "out of memory"
-    assert facts["this project, full, bf16"]["launches"] == 0
+    monkeypatch.setattr(gpu_speed, "measure", measure)
+    report = Report()
+    gpu_speed.speed(opts, report)
+    assert report.broken() == ["this project, LoRA, bf16: out of memory"]  # theirs may fail
+    assert report.facts["PEFT, LoRA, bf16 autocast, failed"] == "out of memory"
+    assert report.facts["this project, full, bf16"]["launches"] == 0
 
 
 def test_on_cuda_our_step_is_timed_with_a_graph_and_without_compiled_and_not():
-    opts = Namespace(device=ON_CUDA, dry_run=False, low="bf16", batch=16, block=128, steps=20)
+    opts = Namespace(device=ON_CUDA, dry_run=False, low="bf16", batch=16, block=128)
     names = [task.contender for task in gpu_speed.timed_tasks(opts, "base", "lora")]
     assert names == [
         "this project, LoRA, bf16",
@@ -158,20 +247,6 @@ def test_on_cuda_our_step_is_timed_with_a_graph_and_without_compiled_and_not():
         "this project, LoRA, bf16, compiled, graph",
         "PEFT, LoRA, bf16 autocast, compiled",
     ]
-
-
-@pytest.mark.parametrize("graph, failed", [(None, ["lora: " + GRAPH]), (mock.Mock(), [])])
-def test_a_capture_that_failed_is_no_secret(graph, failed):
-    loss = mock.Mock(spec=GraphedLoss, graphed=graph)
-    report = gpu_learning.Report()
-    gpu_learning.check_graph(report, "lora", mock.Mock(**{"model.loss": loss}))
-    assert report.broken() == failed
-
-
-def test_what_is_no_number_fails():
-    report = gpu_learning.Report()
-    gpu_learning.compare(report, "lora, fp32", [math.nan, math.nan], [4.0, 3.0])
-    assert len(report.broken()) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
