@@ -76,10 +76,14 @@ class GraphedLoss:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        state = torch.cuda.get_rng_state()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = generator.clone_state()
         self.graphed, failure = _capture(model, shape, device)
-        torch.cuda.set_rng_state(state)
-        if failure:
+        if not failure:
+            generator.set_state(before.get_state())  # in place: the graphs read it
+        else:
+            # Another object: torch 2.8 leaves the first one in the mode of a capture.
+            generator.graphsafe_set_state(before)
             torch.cuda.empty_cache()
             print(f"warning: training without a CUDA graph ({failure})", file=sys.stderr)
 
@@ -108,8 +112,10 @@ def _capture(
     No local may keep the exception: its frames would keep the activations alive.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
+    # A capture whose end fails does not leave its stream: the outer `with` does.
+    here = torch.cuda.stream(torch.cuda.current_stream())
     try:
-        with device.autocast(cache_enabled=False):  # a cached copy would belong to one replay
+        with here, device.autocast(cache_enabled=False):  # a cached copy would belong to one replay
             graphed = torch.cuda.make_graphed_callables(_Loss(model), (ids, ids.clone()))
     except Exception as error:  # whatever it is, the run does not need a graph
         return None, _reason(error)

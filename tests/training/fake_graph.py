@@ -1,11 +1,13 @@
-"""A CUDA graph on a CPU: it notes PyTorch's operations and their memory, and runs them again.
+"""A CUDA graph on a CPU: it records PyTorch's operations and their memory, and runs them again.
 
-As on a GPU, a capture computes nothing: what it writes is put back, and what it makes is NaN until
-the first replay. A replay runs the same operations with the same numbers on the same memory; no
-Python code of the model's runs. What would wait for the GPU raises.
+As on a GPU, a capture computes nothing: memory that it writes to is restored, and what it makes is
+NaN until the first replay. A replay runs the same operations with the same numbers on the same
+memory, and no Python code of the model. What would wait for the GPU raises. A capture that fails
+leaves the stream and the random generator as an old torch does.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -16,62 +18,51 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique2"
 MAKES_NO_NUMBERS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
-def storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def storages(tree: object) -> set[int]:
+    return {t.untyped_storage()._cdata for t in tree_flatten(tree)[0] if isinstance(t, Tensor)}
 
 
-def tensors_in(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+def new_tensors(result: object, arguments: object) -> list[Tensor]:
+    """Return the tensors of a result whose memory is not an argument's."""
+    given = storages(arguments)
+    tensors = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+    return [t for t in tensors if t.untyped_storage()._cdata not in given]
 
 
 class Recorder(TorchDispatchMode):
-    """Note every operation inside the `with`: its arguments, and what it makes."""
+    """Record every operation inside the `with`: its arguments, and what it makes."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
-        self.made = {}  # a tensor of each storage that is new, by storage
-        self.before = {}  # each older storage that is written to, and its content
-
-    @classmethod
-    def ignore_compile_internals(cls):
-        """Let compiled code run inside the `with`."""
-        return True
+        self.made = []
+        self.written = {}  # each older storage that may be written to, and its content
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = operation.overloadpacket.__name__
         if name in WAITING:
             raise RuntimeError("operation not permitted when stream is capturing")
-
         # Memory, not the tensor: a parameter may be given other memory later.
-        held = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        given = {storage_of(tensor) for tensor in tensors_in(held)}
-        self.keep_what_is_written(operation, args, kwargs)
+        arguments = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        if operation._schema.is_mutable:
+            ours = storages(self.made)
+            for tensor in tree_flatten(arguments)[0]:
+                if isinstance(tensor, Tensor) and not storages(tensor) & ours:
+                    storage = tensor.untyped_storage()
+                    self.written.setdefault(storage._cdata, (storage, storage.clone()))
         result = operation(*args, **kwargs)
-        made = [t for t in tensors_in(result) if storage_of(t) not in given]
-        made = [t.detach() for t in made]
-        for tensor in made:
-            self.made[storage_of(tensor)] = tensor
+        made = [tensor.detach() for tensor in new_tensors(result, arguments)]
+        self.made += made
         if name not in MAKES_NO_NUMBERS:
-            self.calls.append((operation, *held, made))
+            self.calls.append((operation, *arguments, made))
         return result
-
-    def keep_what_is_written(self, operation, args, kwargs):
-        for i, argument in enumerate(operation._schema.arguments):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            for tensor in tensors_in(value):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.made and storage._cdata not in self.before:
-                    self.before[storage._cdata] = (storage, storage.clone())
 
     def forget_numbers(self):
         """Leave memory as if nothing had been computed."""
-        for storage, content in self.before.values():
+        for storage, content in self.written.values():
             storage.copy_(content)
-        for tensor in self.made.values():
+        for tensor in self.made:
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)
 
@@ -79,48 +70,74 @@ class Recorder(TorchDispatchMode):
 class FakeGraph:
     """`torch.cuda.CUDAGraph`."""
 
-    captured = 0  # by all of them
-    replayed = 0
-
-    def __init__(self):
-        self.calls = []
+    replayed = 0  # by all of them
 
     @torch.no_grad()
     def replay(self):
         FakeGraph.replayed += 1
         for operation, args, kwargs, made in self.calls:
             result = operation(*args, **kwargs)
-            given = {storage_of(tensor) for tensor in tensors_in((args, kwargs))}
-            fresh = [t for t in tensors_in(result) if storage_of(t) not in given]
-            for tensor, value in zip(made, fresh, strict=True):
+            for tensor, value in zip(made, new_tensors(result, (args, kwargs)), strict=True):
                 tensor.copy_(value)
 
 
-def install(monkeypatch) -> None:
-    """Put doubles in the place of what `make_graphed_callables` calls of torch.cuda."""
-    FakeGraph.captured = 0
+class FakeGenerator:
+    """The CPU's generator as one of CUDA: its state is an object, which a graph may own."""
+
+    capturing = False
+
+    def clone_state(self):
+        state = torch.get_rng_state()
+        return SimpleNamespace(get_state=lambda: state)
+
+    def set_state(self, state):
+        torch.set_rng_state(state)
+
+    def graphsafe_set_state(self, state):
+        torch.set_rng_state(state.get_state())
+        self.capturing = False
+
+
+def install(monkeypatch) -> SimpleNamespace:
+    """Put doubles in the place of what `make_graphed_callables` and training/launch.py call of
+    torch.cuda. Return the machine: its `generator` and its current `stream`.
+    """
     FakeGraph.replayed = 0
+    machine = SimpleNamespace(generator=FakeGenerator(), stream="default")
+
+    @contextmanager
+    def on_stream(stream):
+        before, machine.stream = machine.stream, stream
+        try:
+            yield
+        finally:
+            machine.stream = before
 
     @contextmanager
     def capture(graph, pool):
+        machine.generator.capturing = True
+        before, machine.stream = machine.stream, "capture"
         state = torch.get_rng_state()
         with Recorder() as recorder:
             yield
         torch.set_rng_state(state)
         recorder.forget_numbers()
         graph.calls = recorder.calls
-        FakeGraph.captured += 1
+        machine.stream = before
+        machine.generator.capturing = False
 
     doubles = {
         "CUDAGraph": FakeGraph,
         "graph": capture,
-        "Stream": lambda: None,
-        "stream": lambda stream: nullcontext(),
+        "Stream": lambda: "warm-up",
+        "current_stream": lambda: machine.stream,
+        "stream": on_stream,
+        "current_device": lambda: 0,
+        "default_generators": [machine.generator],
         "synchronize": lambda: None,
-        "get_rng_state": torch.get_rng_state,
-        "set_rng_state": torch.set_rng_state,
         "empty_cache": lambda: None,
     }
     for name, double in doubles.items():
         monkeypatch.setattr(torch.cuda, name, double)
     monkeypatch.setattr(torch.cuda.graphs, "graph_pool_handle", lambda: None)
+    return machine

@@ -1,9 +1,7 @@
 """A run with a CUDA graph takes the steps of a run without: on a CPU, by a graph's double."""
 
 import gc
-import signal
 import weakref
-from functools import partial
 from shlex import split
 from unittest import mock
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 import torch._dynamo  # now: it would take a double of torch's for torch's own
 
-import train
 import training.run
 from benchmarks import ours
 from common.device import Device
@@ -28,154 +25,128 @@ from training.options import parse_options
 pytestmark = pytest.mark.device
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has graphs of its own")
 
-# Two epochs of 179 windows, the last batch of which has 44.
-WHOLE = ("--batch-size", 45, "--epochs", 2, "--lr", 1e-2)
-# Micro-batches of 15, 15 and 14 windows in each batch, and of 3 in the last.
-UNEVEN = (*WHOLE, "--grad-accum", 3, "--batch-size", 44)
-GRAPH = "--cuda-graph"
+# Of 179 windows. Micro-batches of 20, 20 and 20 windows; in the third step of 20, 20 and 19.
+UNEVEN = split("--batch-size 60 --grad-accum 3 --max-steps 4 --lr 1e-2")
+SMALL = split("--batch-size 4 --max-steps 3 --lr 1e-2")
+WARM_UP = 3  # runs, as `make_graphed_callables` has by default
 ON_CUDA = Device(torch.device("cuda"), "bf16")
 ALLOWED = 0 if DEVICE == "cpu" else FP32_CLOSE
 
 
 @pytest.fixture(autouse=True)
-def cuda(monkeypatch):
+def machine(monkeypatch):
     """Compute as on CUDA, by its loss; on a CPU, with a double of its graphs."""
     if DEVICE != "cpu":
-        return
+        return None
     memory = 20 * 320 * 8 * cuda_loss.SHARE
     monkeypatch.setattr(cuda_loss, "card_memory", lambda device: memory)
     monkeypatch.setattr(fast, "loss", cuda_loss)
     for module in (ours, training.run):
         monkeypatch.setattr(module, "prepare_device", lambda options, device: None)
-    fake_graph.install(monkeypatch)
+    return fake_graph.install(monkeypatch)
 
 
 @pytest.fixture
 def make(base, book, tmp_path):
     """Return a function that makes the trainer of a small run."""
-    return partial(make_trainer, base, book, tmp_path)
+    return lambda method, *options: runs.trainer(method, base, book, tmp_path, *options)
 
 
-def make_trainer(base, book, out, method: str, *options: object) -> ours.Trainer:
-    return runs.trainer(method, base, book, out, *options)
+def steps_of(trainer: ours.Trainer) -> list[torch.Tensor]:
+    """Take every step; return their losses, gradients, and the weights after each."""
+    seen = []
+    parameters = trainer.parameters.values()
 
+    def note(*_):
+        seen.extend(p.grad.clone() for p in parameters)
 
-def steps_of(trainer: ours.Trainer) -> dict[str, list]:
-    """Take every step; return their losses and gradients, and the weights after each."""
-    seen: dict[str, list] = {"losses": [], "gradients": [], "weights": []}
-    zero_grad = trainer.optimizer.zero_grad
-
-    def note(**how):
-        seen["gradients"].append([p.grad.clone() for p in trainer.parameters.values()])
-        zero_grad(**how)
-
-    trainer.optimizer.zero_grad = note
+    trainer.optimizer.register_step_pre_hook(note)
     for batch in trainer.batches():
-        seen["losses"].append([trainer.step(batch)])
-        seen["weights"].append([p.detach().clone() for p in trainer.parameters.values()])
+        seen += [trainer.step(batch), *(p.detach().clone() for p in parameters)]
     return seen
 
 
-def assert_same_steps(one: dict[str, list], other: dict[str, list]) -> None:
-    """Check them, on a CPU to the bit."""
-    for kind in one:
-        assert len(one[kind]) == len(other[kind])
-        for step, (mine, theirs) in enumerate(zip(one[kind], other[kind], strict=True), 1):
-            for a, b in zip(mine, theirs, strict=True):
-                same = torch.equal(a, b) or relative_difference(a, b) < ALLOWED
-                assert same, f"{kind} of step {step}"
-
-
-@pytest.mark.parametrize("options, replays", [(WHOLE, 6), (UNEVEN, 16)])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_losses_gradients_and_weights_are_those_of_a_run_without(make, method, options, replays):
-    """Dropouts are on: a replay draws what the eager micro-batch would."""
+def assert_graph_changes_nothing(make, method: str, *options: object) -> ours.Trainer:
+    """Check every step, on a CPU to the bit, and that a graph was captured."""
     without = steps_of(make(method, *options))
-    assert FakeGraph.captured == 0
-    assert_same_steps(steps_of(make(method, *options, GRAPH)), without)
-    if DEVICE == "cpu":
-        # a graph of the forward and one of the backward
-        assert (FakeGraph.captured, FakeGraph.replayed) == (2, 2 * replays)
-
-
-@pytest.mark.parametrize(
-    "options", ["--use-dora", "--quantise nf4", "--riemannian", "--kernels plain"]
-)
-def test_variants_and_plain_kernels_are_captured_too(make, options):
-    trainer = make("lora", *WHOLE, *split(options), GRAPH)
-    assert_same_steps(steps_of(trainer), steps_of(make("lora", *WHOLE, *split(options))))
+    trainer = make(method, *options, "--cuda-graph")
+    with_graph = steps_of(trainer)
     assert trainer.model.loss.graphed is not None
+    assert len(with_graph) == len(without) > 8
+    for a, b in zip(with_graph, without, strict=True):
+        assert torch.equal(a, b) or relative_difference(a, b) < ALLOWED
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_losses_gradients_and_weights_are_those_of_a_run_without(make, method):
+    """Dropouts are on: a replay draws what the eager micro-batch would."""
+    assert_graph_changes_nothing(make, method, *UNEVEN)
+    if DEVICE == "cpu":
+        assert FakeGraph.replayed == 2 * (3 + 3 + 2 + 3)  # each of a forward and a backward pass
+
+
+@pytest.mark.parametrize("options", ["--quantise nf4 --use-dora --riemannian", "--kernels plain"])
+def test_variants_and_plain_kernels_are_captured_too(make, options):
+    assert_graph_changes_nothing(make, "lora", *SMALL, *split(options))
 
 
 def test_in_fp16_a_replay_takes_the_scale_that_the_scaler_has_now(make):
-    def scaled_steps(*options):
-        trainer = make("full", *WHOLE, "--precision", "fp16", *options)
-        trainer.scaler.set_growth_interval(2)
-        seen = steps_of(trainer)
-        return seen, trainer.scaler.get_scale()
+    def make_growing(*options):
+        trainer = make(*options)
+        trainer.scaler.set_growth_interval(1)
+        return trainer
 
-    without, scale = scaled_steps()
-    with_graph, same_scale = scaled_steps(GRAPH)
-    assert scale == same_scale != 2**16
-    assert_same_steps(with_graph, without)
+    trainer = assert_graph_changes_nothing(make_growing, "lora", *SMALL, "--precision", "fp16")
+    assert trainer.scaler.get_scale() == 2.0 ** (16 + 3)
 
 
 @on_cpu
-@pytest.mark.parametrize("wait", [torch.Tensor.item, None])
+@pytest.mark.parametrize(
+    ("fails_in", "runs_before", "reason"),
+    [
+        ("the warm-up", 1, "CUDA out of memory"),
+        ("the capture", WARM_UP, "CUDA out of memory"),
+        ("the capture, by a wait", WARM_UP, "operation not permitted when stream is capturing"),
+    ],
+)
 def test_after_a_failed_capture_nothing_stays_alive_and_the_run_goes_on(
-    make, monkeypatch, capsys, wait
+    make, machine, monkeypatch, capsys, fails_in, runs_before, reason
 ):
     """It fails after the dropout in the embedding, whose mask is then drawn again. No activation
     outlives the capture, without a garbage collection.
     """
     alive = []
+    attend = fast.causal_attention
 
-    def attend(q, k, v, p, attend=fast.causal_attention):
-        if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-            alive.append(weakref.ref(q))
-            if wait is None:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
-            wait(q.sum())
+    def failing(q, k, v, p):
+        alive.append(weakref.ref(q))
+        if len(alive) > 2 * runs_before:  # of two layers
+            monkeypatch.setattr(fast, "causal_attention", attend)
+            if fails_in.endswith("wait"):
+                q.sum().item()
+            raise torch.OutOfMemoryError("CUDA out of memory\nmore")
         return attend(q, k, v, p)
 
-    without = steps_of(make("lora", *UNEVEN))
-    monkeypatch.setattr(fast, "causal_attention", attend)
+    without = steps_of(make("lora", *SMALL))
+    monkeypatch.setattr(fast, "causal_attention", failing)
     gc.disable()
     try:
-        trainer = make("lora", *UNEVEN, GRAPH)
-        trainer.step(next(trainer.batches()))
+        trainer = make("lora", *SMALL, "--cuda-graph")
+        with_graph = steps_of(trainer)
         assert alive and all(tensor() is None for tensor in alive)
     finally:
         gc.enable()
-    reason = "CUDA out of memory. Tried to allocate 2 GiB"
-    if wait:
-        reason = "operation not permitted when stream is capturing"
+    assert len(with_graph) == len(without) and all(map(torch.equal, with_graph, without))
     assert f"warning: training without a CUDA graph ({reason})\n" in capsys.readouterr().err
-    assert_same_steps(steps_of(make("lora", *UNEVEN, GRAPH)), without)
-    assert (FakeGraph.captured, FakeGraph.replayed) == (0, 0)
-
-
-@on_cpu
-def test_a_resumed_run_captures_anew_and_ends_as_the_whole_run(base, book, tmp_path):
-    options = (*UNEVEN, "--eval-every", 2)
-    whole = runs.trained("lora", base, book, tmp_path / "whole", *options)
-    argv = runs.arguments("lora", base, book, tmp_path / "run", *options, GRAPH)
-    stop = {6: lambda moment: signal.raise_signal(signal.SIGINT)}
-    assert runs.run_acting(stop, *argv).status == 130
-    before = FakeGraph.captured
-    assert runs.run(train.main, *argv, "--resume").status == 0
-    assert FakeGraph.captured == before + 2
-    resumed = runs.finished(tmp_path / "run")
-    for column in ("loss", "grad_norm", "val_loss"):
-        assert resumed.column(column) == whole.column(column)
-    for name, tensor in whole.weights.items():
-        assert torch.equal(resumed.weights[name], tensor)
+    assert trainer.model.loss.graphed is None and FakeGraph.replayed == 0
+    assert machine.stream == "default" and not machine.generator.capturing
 
 
 @pytest.mark.parametrize("other", ["--data x.jsonl", "--gradient-checkpointing"])
 def test_what_cannot_be_captured_is_refused(other):
-    options = parse_options("-", ["lora", GRAPH, *split(other)])
-    with pytest.raises(UserError, match=f"{GRAPH}: cannot be combined"):
+    options = parse_options("-", ["lora", "--cuda-graph", *split(other)])
+    with pytest.raises(UserError, match="--cuda-graph: cannot be combined"):
         prepare_device(options, ON_CUDA)
 
 
@@ -197,9 +168,3 @@ def test_training_alone_is_compiled_and_its_batches_are_padded(monkeypatch):
     ids = torch.zeros(3, 8, dtype=torch.int64)
     assert len(model.hidden(ids)) == 3 and rows == [4]
     assert len(model.eval().hidden(ids)) == 3 and rows == [4]
-
-
-def test_what_is_on_the_gpu_is_not_pinned():
-    there = mock.Mock(is_cuda=True)
-    ON_CUDA.to_device(there)
-    assert not there.pin_memory.called
