@@ -25,8 +25,6 @@ from model.kernels import fast as ops
 from model.kernels.fast import accelerate
 
 CONFIG = GPT2Config(vocab_size=331, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-ADAPTED = ("attn.c_attn", "attn.c_attn.base_layer", "attn.c_attn.lora_A", "attn.c_attn.lora_B")
-LINEAR = (*ADAPTED, "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def model_on_cuda(precision: str, method: str = "lora", layers: int = 2) -> GPT2:
@@ -44,62 +42,20 @@ def model_on_cuda(precision: str, method: str = "lora", layers: int = 2) -> GPT2
     return model
 
 
-def check(precision: str, gradients: bool) -> None:
-    """Check the types of a step.
-
-    They are fp32 between blocks and of the loss; autocast's out of every linear layer and in the
-    attention.
+def check_loss(precision: str) -> None:
+    """Check that the loss, the scores and a trained head's gradient run in the precision, and give
+    fp32; and that the head got room for its zeros.
     """
-    device = Device(torch.device("cuda"), precision)
-    types = {}
-
-    def look(name: str):
-        def hook(module, inputs, output):
-            assert inputs[0].is_cuda and output.is_cuda, name
-            types[name] = inputs[0].dtype, output.dtype
-
-        return hook
-
-    model = model_on_cuda(precision).train(gradients)
-    for name, module in model.named_modules():
-        if name.startswith(("h.1", "ln_f")):
-            module.register_forward_hook(look(name))
+    model = model_on_cuda(precision)
     ids = torch.zeros(3, 32, dtype=torch.int64, device="cuda")
-    attention = mock.Mock(side_effect=ops.causal_attention)
-    with (
-        torch.set_grad_enabled(gradients),
-        device.autocast(),
-        mock.patch.object(ops, "causal_attention", attention),
-    ):
-        if gradients:
-            loss = model.loss(ids, ids)
-            head = nn.Parameter(torch.empty_like(model.wte.weight, dtype=torch.float32))
-            hidden = model.hidden(ids).flatten(0, 1)
-            assert cuda_loss.tied_cross_entropy(hidden, head, ids.flatten()).requires_grad
-        else:
-            loss, _ = model.token_losses(ids, ids)
-    low = PRECISIONS[precision]
-    fp32 = torch.float32
-    for name in LINEAR:
-        assert types[f"h.1.{name}"][1] == low, name
-    assert attention.call_args.args[0].dtype == low
-    for name in ("h.1", "h.1.ln_1", "h.1.ln_2", "ln_f"):
-        assert types[name] == (fp32, fp32), name
-    assert loss.dtype == fp32
-    assert model.wte.weight.untyped_storage().nbytes() == 384 * 32 * low.itemsize  # with its zeros
-
-
-def cases_that_hold(guard: Path) -> list[tuple[str, bool]]:
-    """Load the library with the guard, which this process keeps, and check every case."""
-    ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
-    torch.cuda.is_bf16_supported = lambda: True
-    cuda_loss.card_memory = lambda device: 16 * 10**9
-    cases = list(product(PRECISIONS, (True, False)))
-    with FakeTensorMode():
-        for precision, gradients in cases:
-            check(precision, gradients)
-    return cases
+    with Device(torch.device("cuda"), precision).autocast():
+        assert model.loss(ids, ids).dtype == torch.float32
+        assert model.token_losses(ids, ids)[0].dtype == torch.float32
+        head = nn.Parameter(torch.empty_like(model.wte.weight, dtype=torch.float32))
+        hidden = model.hidden(ids).flatten(0, 1)
+        assert cuda_loss.tied_cross_entropy(hidden, head, ids.flatten()).requires_grad
+    item = PRECISIONS[precision].itemsize
+    assert model.wte.weight.untyped_storage().nbytes() == 384 * 32 * item
 
 
 def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
@@ -107,6 +63,7 @@ def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
     model = model_on_cuda(precision, method, layers).train()
     ids = torch.zeros(windows, 32, dtype=torch.int64, device="cuda")
     storages = {}  # so that a view counts once
+    attention = efficient_attention if precision == "fp32" else flash_attention
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -115,7 +72,7 @@ def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
     with (
         Device(torch.device("cuda"), precision).autocast(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        mock.patch.object(ops, "causal_attention", fused_attention),
+        mock.patch.object(ops, "causal_attention", attention),
     ):
         hidden = model.hidden(ids)
     assert hidden.requires_grad
@@ -124,19 +81,21 @@ def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def fused_attention(q, k, v, p):
-    """Call the kernel that a GPU takes; a build for the CPU would choose another."""
-    if q.dtype == torch.float32:
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        return efficient(q, k, v, None, True, p, True)[0]
+def efficient_attention(q, k, v, p):
+    """Call the kernel that a GPU takes in fp32; a build for the CPU would choose another."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(q, k, v, None, True, p, True)[0]
+
+
+def flash_attention(q, k, v, p):
+    """Call the kernel that a GPU takes in low precision."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, p, True)[0]
 
 
-def block_that_fits(precision: str, method: str) -> bool:
-    """Return whether a block keeps for each token what benchmarks/gpu_memory.py says.
+def check_block(precision: str, method: str) -> None:
+    """Check that a block keeps for each token what benchmarks/gpu_memory.py says.
 
-    What does not grow with layers and tokens, such as casts of weights, falls out of the
-    differences.
+    What does not grow with layers and tokens, such as casts of weights, cancels in the differences.
     """
     grown = {}
     for layers in (2, 3):
@@ -146,10 +105,16 @@ def block_that_fits(precision: str, method: str) -> bool:
     item = PRECISIONS[precision].itemsize
     expected = block_bytes(CONFIG, Case("", method, item), rank=4)
     assert measured == expected, (precision, method, measured, expected)
-    return True
 
 
-def blocks_that_fit() -> int:
-    """Check every method and precision; `cases_that_hold` has loaded the guard."""
+def check_all(guard: Path) -> None:
+    """Load the library with the guard, which this process keeps, and check every case."""
+    ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
+    torch.cuda.is_bf16_supported = lambda: True
+    cuda_loss.card_memory = lambda device: 16 * 10**9
     with FakeTensorMode():
-        return sum(block_that_fits(*case) for case in product(PRECISIONS, ("lora", "full")))
+        for precision in PRECISIONS:
+            check_loss(precision)
+        for precision, method in product(("fp32", "bf16"), ("lora", "full")):
+            check_block(precision, method)
