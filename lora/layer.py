@@ -99,7 +99,10 @@ class LoRALinear(nn.Module):
 
         Only DoRA reads y.
         """
-        return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+        small = self.lora_A(self.lora_dropout(x))  # (..., r)
+        if math.frexp(self.scaling)[0] == 0.5:  # a power of two: exact, and fewer numbers to scale
+            return self.lora_B(small * self.scaling)
+        return self.lora_B(small) * self.scaling
 
     def in_adapter_precision(self, x: Tensor) -> Tensor:
         """Return x in the precision of A and B. Under autocast each matmul casts x by itself."""
