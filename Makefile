@@ -6,7 +6,7 @@
 # make sweep                 train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
 # make parity                this project against PEFT and transformers, number by number
 # make bench                 how fast and how small, beside PEFT and transformers (ARGS=--quick)
-# make verify-gpu            on a GPU: what holds there, and how fast (ARGS=--dry-run: on a CPU)
+# make verify-gpu            check a GPU's numbers, and time it (ARGS=--dry-run: on a CPU)
 # make reference             the reference run's protocol, and what its numbers mean
 # make example               LoRA on real weights that are no GPT-2 (MODEL: a directory, OWNER/NAME)
 # make notebook              LoRA from scratch, a story that runs: opens lesson/notebook in Jupyter
@@ -145,7 +145,7 @@ fault: .venv/dev
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
 
-# What a first GPU is to show: runs/gpu/gpu-report.md; ARGS=--dry-run tries the script on a CPU.
+# Checks of a first GPU (docs/scaling.md): runs/gpu/gpu-report.md; ARGS=--dry-run: on a CPU.
 verify-gpu: .venv/dev
 	$(PY) -m benchmarks.verify_gpu $(ARGS)
 

@@ -1,8 +1,9 @@
 """A part of `verify_gpu.py`: a device computes the numbers that a CPU computes in fp32.
 
-On the CPU, `train.py`'s steps with plain kernels must be PEFT's. The device's steps, by every
-command line in `commands`, must be the CPU's: losses, gradients, weights and scores, on a new batch
-each. AdamW hides a gradient's scale, and a single batch hides which batch it was.
+On the CPU, `train.py --kernels plain` must take the steps of PEFT's loop. The device, by every
+command line in `commands`, must take the steps of the CPU. Compared are losses, gradients, weights
+and scores, on a new batch in each step. AdamW hides a gradient's scale, and a single batch hides
+which batch it was, so a loss that falls proves little.
 """
 
 import gc
@@ -72,7 +73,7 @@ VARIANTS = (
     "lora --use-dora",
     "lora --init-lora-weights pissa",
     "lora --init-lora-weights lora_ga",
-    "lora --loraplus-lr-ratio 16",
+    "lora --loraplus-lr-ratio 4",
     "lora --freeze-a",
     "lora --riemannian",
     "lora --quantise nf4",
@@ -94,7 +95,7 @@ LIMITS = {
     "fp32": Limits(1e-5, 1e-3, 1e-5),
     "tf32": Limits(2e-3, 2e-2, 5e-3),
     "fp16": Limits(2e-3, 2e-2, 5e-3),
-    "bf16": Limits(2e-3, 5e-2, 3e-2),
+    "bf16": Limits(4e-3, 5e-2, 3e-2),
 }
 
 
@@ -138,9 +139,13 @@ def commands(opts: Namespace) -> list[str]:
     found = [f"{method} {way}" for method in NO_DROPOUT for way in WAYS]
     found += [f"{variant} {way}" for variant in VARIANTS for way in WAYS_OF_VARIANTS]
     found += [f"lora --data {CONVERSATIONS} --precision {p}" for p in ("fp32", "low")]
-    if not opts.device.is_cuda:  # no graph; and a CPU compiles for minutes
-        found = [c for c in found if "--compile" not in c and "--allow-tf32" not in c]
+    lacking = []
+    if not opts.device.is_cuda:
+        lacking = ["--compile", "--allow-tf32"]
         found = [c.replace(f" {GRAPH}", "") for c in found]
+    if opts.device.torch_device.type == "mps":
+        lacking.append("--gradient-checkpointing")
+    found = [c for c in found if not any(option in c for option in lacking)]
     if opts.low == "fp16":  # LoRA-GA refuses it
         found = [c for c in found if "lora_ga --precision low" not in c]
     low = f"--precision {opts.low}"
@@ -198,7 +203,7 @@ def arguments(opts: Namespace, command: str) -> list[str]:
         max_steps=STEPS,
         batch_size=opts.batch,
         block_size=opts.block,
-        lr=1e-2,
+        lr=2e-3,
         weight_decay=1,  # shows in few steps
         warmup_ratio=0.4,  # two steps
         clip=1e9,  # every gradient as it is
@@ -386,10 +391,11 @@ def dropout(opts: Namespace) -> Findings:
     batch = next(still.batches())
     losses = [ours.step(still, batch) for _ in range(STEPS)]
     scores = [still.evaluate().loss for _ in range(2)]
+    closest = torch.pdist(torch.tensor(losses, dtype=torch.float64)[:, None]).min() / losses[0]
     again = GRAPH if opts.device.is_cuda else "--precision fp32"  # the same command
     here, there = (take_steps(opts, line).losses for line in (f"{command} {again}", command))
     return {
-        "steps that draw the masks of another step": (STEPS - len(set(losses)), 0),
+        "two steps draw the same masks": (float(closest < 1e-6), 0),
         "the scores of an evaluation differ from the next, relative": (
             relative(scores[:1], scores[1:]),
             LIMITS["fp32"].loss,
@@ -468,6 +474,7 @@ def two_ranks(opts: Namespace) -> Findings:
     """Check that two ranks compute what one process does."""
     out = opts.folder / "ranks"
     launch = LaunchConfig(
+        run_id="verify-gpu",
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=2,

@@ -39,7 +39,9 @@ def describe_gpu() -> dict[str, object]:
 
 
 def describe_step(opts: Namespace, precision: str, report: Report) -> None:
-    """Profile one LoRA step, dropouts on, after one that warms up."""
+    """Profile one LoRA step, dropouts on, after one that warms up. It has no graph: a replay's
+    kernels belong to no operation.
+    """
     trainer = ours.Trainer(options(opts, f"lora --precision {precision} --base-dropout 0.1"))
     batch = next(trainer.batches())
     ours.step(trainer, batch)
