@@ -95,7 +95,7 @@ LIMITS = {
     "fp32": Limits(1e-5, 1e-3, 1e-5),
     "tf32": Limits(2e-3, 2e-2, 5e-3),
     "fp16": Limits(2e-3, 2e-2, 5e-3),
-    "bf16": Limits(4e-3, 5e-2, 3e-2),
+    "bf16": Limits(4e-3, 5e-2, 1e-1),
 }
 
 
