@@ -64,4 +64,5 @@ def _expert_names(model: Any) -> tuple[str, ...]:
     """Return the names of the model's family, from the table of transformers that PEFT reads."""
     conversions = sys.modules.get("transformers.conversion_mapping")
     families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
-    return EXPERT_NAMES.get(families.get(model.config.model_type, ""), ())
+    family = getattr(getattr(model, "config", None), "model_type", "")
+    return EXPERT_NAMES.get(families.get(family, ""), ())
