@@ -202,9 +202,11 @@ def processor(device: str) -> str:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        model = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
-        if model:
-            return f"{os.cpu_count()}-{model[1]}"
+        x86 = r"cpu family\s*: (\d+)\nmodel\s*: (\d+)\nmodel name\s*: (.+)"
+        found = re.search(x86, cpuinfo.read_text())
+        if found:
+            family, model, name = found.groups()  # a virtual machine's name may hide the model
+            return f"{os.cpu_count()}-{name}-family-{family}-model-{model}"
     return f"{os.cpu_count()}-{platform.machine()}"
 
 
