@@ -1,0 +1,97 @@
+"""The tables of experiments.md and findings.md, recomputed from docs/figures without lesson/."""
+
+import json
+import math
+from pathlib import Path
+from statistics import mean
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TEXT = "".join((DOCS / f"{page}.md").read_text() for page in ("experiments", "findings"))
+ROWS = [
+    [cell.strip() for cell in line.replace("*", "").strip("|").split("|")]
+    for line in TEXT.splitlines()
+    if line.startswith("|")
+]
+
+
+def stored(name):
+    return json.loads((DOCS / "figures" / f"{name}.json").read_text())
+
+
+def is_printed(*cells):
+    """Return whether a row of a table contains these cells, one after another."""
+    return any(row[i : i + len(cells)] == list(cells) for row in ROWS for i in range(len(row)))
+
+
+def best(runs):
+    """Return the best rate and its results, among the rates with every seed."""
+    most = max(map(len, runs.values()))
+    means = {lr: mean(found) for lr, found in runs.items() if len(found) == most}
+    lr = min(means, key=means.__getitem__)
+    return float(lr), runs[lr]
+
+
+def vertex(runs):
+    """Return the minimum of the parabola through the best rate and its neighbours."""
+    lr, _ = best(runs)
+    y = {float(other): math.log(mean(found)) for other, found in runs.items()}
+    low, middle, high = y[lr / 2], y[lr], y[lr * 2]
+    return lr * 2 ** ((low - high) / (2 * (low - 2 * middle + high)))
+
+
+def spread(runs):
+    found = best(runs)[1]
+    return f"{mean(found):.1f} ({min(found):.1f} .. {max(found):.1f})"
+
+
+def rate(lr):
+    return f"{lr:.1e}".replace("e-0", "e-").replace(".0e", "e")
+
+
+def gap(runs, full):
+    return f"{math.log(mean(best(runs)[1]) / mean(best(full)[1])):.2f}"
+
+
+def test_learning_rates_and_ranks():
+    for method in ("lora", "full"):
+        for lr, found in stored("learning_rate")[method].items():
+            perplexity, kl = (mean(x) for x in zip(*found, strict=True))
+            assert is_printed(rate(float(lr)), f"{perplexity:.1f}", f"{kl:.2f}")
+    *rules, full = stored("scaling").values()
+    assert is_printed("full", spread(full), rate(vertex(full)))
+    for r in ("1", "64"):
+        both = [(spread(rule[r]), rate(vertex(rule[r]))) for rule in rules]
+        assert is_printed(r, *(cell for pair in both for cell in pair))
+    ratios = [[round(vertex(runs) / vertex(full), 1) for runs in rule.values()] for rule in rules]
+    assert ratios[:2] == [[7.2, 10.1, 10.8], [19.8, 10.1, 3.5]]  # rounded on the page
+
+
+def test_the_rule_for_the_rate():
+    off = []
+    for run in stored("rates").values():
+        off.append(vertex(run["runs"]) / (0.035 / (run["steps"] * run["passes"] ** 2) ** (1 / 3)))
+        assert rate(vertex(run["runs"])) in TEXT
+    assert round(math.exp(math.sqrt(mean(math.log(x) ** 2 for x in off))), 1) == 1.3
+
+
+def test_layers_variants_and_intruders():
+    for figure in ("targets", "variants", "alone"):
+        for runs in stored(figure).values():
+            assert is_printed(rate(best(runs)[0]), spread(runs))
+    for seeds in stored("intruders").values():
+        perplexity, kl = (mean(x) for x in zip(*(s["scores"] for s in seeds), strict=True))
+        counts = ", ".join(str(seed["intruders"]) for seed in seeds)
+        assert is_printed(counts, f"{perplexity:.1f}, {kl:.3f}")
+
+
+def test_gaps_to_full_fine_tuning():
+    full, *lora = stored("regret")["by batch"].values()
+    for batch in ("2", "8", "32"):
+        gaps = [(spread(runs[batch]), gap(runs[batch], full[batch])) for runs in lora]
+        assert is_printed(spread(full[batch]), *(cell for pair in gaps for cell in pair))
+    full, *lora = stored("regret")["by share"].values()
+    for share in ("64", "256", "1024"):
+        base = full[share]["validation"]
+        found = [runs[share]["validation"] for runs in lora]
+        gaps = [f"{mean(best(runs)[1]):.1f} ({gap(runs, base)})" for runs in found]
+        assert is_printed(f"{mean(best(base)[1]):.1f}", *gaps)
