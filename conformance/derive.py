@@ -1,0 +1,165 @@
+"""LoRA and DoRA in NumPy and fp64, with gradients and AdamW written out by hand.
+
+The test vectors come from this file. It shares no code with `lora/`. Every sum is `math.fsum`, which
+rounds once. Its result does not depend on the machine or on the order of the terms.
+
+Shapes: x (n, in), W (out, in), b (out,), A (r, in), B (out, r), y and g = dL/dy (n, out).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Settings = Mapping[str, Any]
+LR, BETA1, BETA2, EPS, WEIGHT_DECAY = 0.01, 0.9, 0.999, 1e-8, 0.01
+STEPS = 10
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Return a b for a (n, k) and b (k, m)."""
+    return np.array([[math.fsum(row * column) for column in b.T] for row in a])
+
+
+def row_sums(a: Array) -> Array:
+    return np.array([math.fsum(row) for row in a])
+
+
+def scaling(settings: Settings) -> float:
+    """Return alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    r = settings["r"]
+    return settings["alpha"] / (math.sqrt(r) if settings["use_rslora"] else r)
+
+
+class LoRA:
+    """y = W x + b + s B A h, with h = x, or h = mask * x / (1 - p) for a dropout's mask (n, in)."""
+
+    trained = ("A", "B")
+
+    def __init__(self, settings: Settings, tensors: Mapping[str, Array]):
+        self.s = scaling(settings)
+        self.t = dict(tensors)  # W (out, in), b, A, B
+        self.keep = tensors["mask"] / (1 - settings["dropout"]) if "mask" in tensors else 1.0
+
+    def forward(self, x: Array) -> Array:
+        t = self.t
+        update = matmul(matmul(x * self.keep, t["A"].T), t["B"].T)
+        return matmul(x, t["W"].T) + t["b"] + self.s * update
+
+    def gradients(self, x: Array, g: Array) -> dict[str, Array]:
+        """dB = s g^T (h A^T), dA = s (g B)^T h, dx = g W + s g B A * keep."""
+        t = self.t
+        h = x * self.keep
+        gb = matmul(g, t["B"])  # (n, r)
+        return {
+            "dA": self.s * matmul(gb.T, h),
+            "dB": self.s * matmul(g.T, matmul(h, t["A"].T)),
+            "dx": matmul(g, t["W"]) + self.s * matmul(gb, t["A"]) * self.keep,
+        }
+
+    def merged(self) -> Array:
+        """Return W + s B A."""
+        return self.t["W"] + self.s * matmul(self.t["B"], self.t["A"])
+
+
+class DoRA(LoRA):
+    """y = f V x + b with V = W + s B A and f = m / ||V||, the norm of each row of V, which counts as
+    a constant in the gradients. m (out,) is trained, too.
+    """
+
+    trained = ("A", "B", "m")
+
+    def direction(self) -> tuple[Array, Array]:
+        """Return V (out, in) and its rows' norms (out,)."""
+        v = super().merged()
+        return v, np.sqrt(row_sums(v * v))
+
+    def forward(self, x: Array) -> Array:
+        return matmul(x, self.merged().T) + self.t["b"]
+
+    def gradients(self, x: Array, g: Array) -> dict[str, Array]:
+        """With G = (f g)^T x, the gradient of V: dA = s B^T G, dB = s G A^T, dx = f g V, and
+        dm = sum of g * V x / ||V|| over the n rows.
+        """
+        v, norm = self.direction()
+        fg = g * (self.t["m"] / norm)
+        dv = matmul(fg.T, x)
+        return {
+            "dA": self.s * matmul(self.t["B"].T, dv),
+            "dB": self.s * matmul(dv, self.t["A"].T),
+            "dx": matmul(fg, v),
+            "dm": row_sums((g * matmul(x, v.T)).T) / norm,
+        }
+
+    def merged(self) -> Array:
+        """Return f V."""
+        v, norm = self.direction()
+        return (self.t["m"] / norm)[:, None] * v
+
+
+class Fused:
+    """LoRA on slices of a layer whose output is q, k and v: W (3 d, in). Slice i has A[i] (r, in)
+    and B[i] (d, r). A (slices, r, in), B (slices, d, r). The other rows of W get no update.
+    """
+
+    trained = ("A", "B")
+
+    def __init__(self, settings: Settings, tensors: Mapping[str, Array]):
+        self.s = scaling(settings)
+        self.t = dict(tensors)
+        width = len(tensors["W"]) // 3
+        self.rows = [slice(i * width, (i + 1) * width) for i in settings["slices"]]
+
+    def merged(self) -> Array:
+        merged = self.t["W"].copy()
+        for rows, a, b in zip(self.rows, self.t["A"], self.t["B"], strict=True):
+            merged[rows] += self.s * matmul(b, a)
+        return merged
+
+    def forward(self, x: Array) -> Array:
+        return matmul(x, self.merged().T) + self.t["b"]
+
+    def gradients(self, x: Array, g: Array) -> dict[str, Array]:
+        pairs = list(zip(self.rows, self.t["A"], self.t["B"], strict=True))
+        return {
+            "dA": np.stack([self.s * matmul(matmul(g[:, i], b).T, x) for i, _, b in pairs]),
+            "dB": np.stack([self.s * matmul(g[:, i].T, matmul(x, a.T)) for i, a, _ in pairs]),
+            "dx": matmul(g, self.merged()),
+        }
+
+
+def loss_and_gradient(y: Array, target: Array) -> tuple[float, Array]:
+    """Return L = mean((y - target)^2) and dL/dy."""
+    difference = y - target
+    return math.fsum((difference**2).ravel()) / y.size, 2 * difference / y.size
+
+
+class AdamW:
+    """AdamW as in PyTorch: the decay first, then a step with corrected moments."""
+
+    def __init__(self) -> None:
+        self.power1 = self.power2 = 1.0  # beta^t
+        self.moments: dict[str, tuple[Array, Array]] = {}
+
+    def step(self, parameters: dict[str, Array], gradients: Mapping[str, Array]) -> None:
+        """Replace each parameter. Gradients have the parameters' names with a d in front."""
+        self.power1 *= BETA1
+        self.power2 *= BETA2
+        for name, p in parameters.items():
+            g = gradients["d" + name]
+            m, v = self.moments.get(name, (np.zeros_like(p), np.zeros_like(p)))
+            m = BETA1 * m + (1 - BETA1) * g
+            v = BETA2 * v + (1 - BETA2) * g * g
+            self.moments[name] = m, v
+            m_hat = m / (1 - self.power1)
+            v_hat = v / (1 - self.power2)
+            parameters[name] = p * (1 - LR * WEIGHT_DECAY) - LR * m_hat / (np.sqrt(v_hat) + EPS)
+
+
+def round_to_bf16(a: Array) -> Array:
+    """Return the nearest bf16 numbers (eight significant bits, ties to even), as fp64."""
+    mantissa, exponent = np.frexp(a)  # 0.5 <= |mantissa| < 1
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
