@@ -1,1 +1,1 @@
-"""A referee for implementations of LoRA: test vectors, and a bench of checks (docs/conformance.md)."""
+"""A referee for implementations of LoRA: test vectors and a bench (docs/conformance.md)."""

@@ -1,7 +1,7 @@
 """LoRA and DoRA in NumPy and fp64, with gradients and AdamW written out by hand.
 
-The test vectors come from this file. It shares no code with `lora/`. Every sum is `math.fsum`, which
-rounds once. Its result does not depend on the machine or on the order of the terms.
+The test vectors come from this file. It shares no code with `lora/`. Every sum is `math.fsum`,
+which rounds once. Its result does not depend on the machine or on the order of the terms.
 
 Shapes: x (n, in), W (out, in), b (out,), A (r, in), B (out, r), y and g = dL/dy (n, out).
 """
@@ -66,8 +66,9 @@ class LoRA:
 
 
 class DoRA(LoRA):
-    """y = f V x + b with V = W + s B A and f = m / ||V||, the norm of each row of V, which counts as
-    a constant in the gradients. m (out,) is trained, too.
+    """y = f V x + b with V = W + s B A and f = m / ||V||. m (out,) is trained, too.
+
+    ||V|| (out,) is the norm of each row of V. It counts as a constant in the gradients.
     """
 
     trained = ("A", "B", "m")

@@ -55,8 +55,8 @@ TWO_LAYERS = "two-layers"
 LAYERS = [PLAIN | {"r": 1, "alpha": 2, "out": 7}, PLAIN | {"r": 3, "alpha": 12, "in": 7}]
 
 ABOUT = {
-    "format": "All tensors are fp64 and row-major. A case's settings are under `cases`. Its tensors "
-    "are in the file of its name.",
+    "format": "All tensors are fp64 and row-major. `cases` has the settings of each case. The "
+    "tensors are in the file of the case's name.",
     "tensors": {
         "x": "input (n, in)",
         "W, b": "the frozen base. W is in the case's layout, (out, in) or (in, out)",

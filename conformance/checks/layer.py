@@ -1,0 +1,248 @@
+"""Checks of one layer in training: start, scale, dropout, gradients, precision."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from conformance import vectors
+from conformance.bench import Implementation, check, expect
+from conformance.models import (
+    adapted,
+    expect_same,
+    factors,
+    off_by,
+    others,
+    trained,
+    weight_of,
+)
+
+
+@check("B starts at random, so training does not start from the base.", "FastVideo #781")
+def new_adapter_changes_nothing(lora: Implementation) -> None:
+    """A new adapter changes no output, in training or evaluation, whatever the dropout."""
+    base = nn.Linear(12, 20)
+    x = torch.randn(5, 12)
+    expected = base(x)
+    layer = lora.wrap(deepcopy(base), 4, 12, 0.5)
+    for mode in (True, False):
+        layer.train(mode)
+        expect_same(layer(x), expected, "the output", 1e-6)
+
+
+@check(
+    "The update is scaled by alpha, and not by alpha / r.",
+    "LLMs-from-scratch #821",
+    "mlx-vlm #845",
+    "minimind #577",
+)
+def update_is_alpha_over_r(lora: Implementation) -> None:
+    """The update is alpha / r * B A x for any r and alpha."""
+    for r, alpha in ((4, 12), (2, 1), (8, 8)):
+        expect_scaling(lora, r, alpha, alpha / r)
+
+
+@check(
+    "An rsLoRA adapter is scaled by alpha / r.",
+    "TensorRT-LLM #1668",
+    "vLLM #6909",
+    "SGLang #40835",
+)
+def rslora_is_alpha_over_root_r(lora: Implementation) -> None:
+    """With use_rslora the update is alpha / sqrt(r) * B A x."""
+    expect_scaling(lora, 4, 12, 6, use_rslora=True)
+
+
+def expect_scaling(
+    lora: Implementation, r: int, alpha: float, scaling: float, **options: bool
+) -> None:
+    layer, base, a, b = adapted(lora, r=r, alpha=alpha, **options)
+    x = torch.randn(5, 12).double()
+    update = layer(x) - base(x)
+    expected = scaling * x @ a.T @ b.T
+    ratio = (update * expected).sum() / expected.square().sum()
+    expect(abs(ratio - 1) < 1e-6, f"r {r}, alpha {alpha}: the update has {ratio:.3g} of its size")
+    expect_same(update, expected, "the update")
+
+
+@check("A is drawn for a fan-in of r, too wide at low ranks, or A and B are both zero.")
+def start_of_a(lora: Implementation) -> None:
+    """A is random. Its width is about 1 / sqrt(in), and does not depend on the rank."""
+    widths = {}
+    for r in (2, 8, 32):
+        a, _ = factors(lora, lora.wrap(nn.Linear(256, 64), r, 16, 0.0), r)
+        widths[r] = a.detach().std().item() * 256**0.5
+    seen = ", ".join(f"{width:.2f} at r {r}" for r, width in widths.items())
+    expect(
+        all(0.1 < width < 3 for width in widths.values()),
+        f"A's standard deviation, in units of 1 / sqrt(in), is {seen}",
+    )
+    expect(max(widths.values()) < 1.4 * min(widths.values()), f"A's width is {seen}")
+
+
+@check("A loaded adapter is put on a base that was never frozen.", "mlx-vlm #2178")
+def base_is_frozen(lora: Implementation) -> None:
+    """Only A and B are trained. The base's weight and bias do not move."""
+    layer, base, a, b = adapted(lora)
+    numbers = sum(p.numel() for p in trained(layer))
+    expected = a.numel() + b.numel()
+    expect(numbers == expected, f"it trains {numbers} numbers; A and B have {expected}")
+
+    optimizer = torch.optim.AdamW(trained(layer), lr=0.1)
+    x = torch.randn(5, 12).double()
+    layer(x).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        b.zero_()
+    expect_same(layer(x), base(x), "the base's output after a step")
+
+
+@check("Dropout is never applied, or its argument never arrives.", "torchtune #996")
+def dropout_only_in_training(lora: Implementation) -> None:
+    """Dropout is random in training and absent in evaluation."""
+    layer, base, a, b = adapted(lora, dropout=0.5)
+    x = torch.randn(5, 12).double()
+    layer.train()
+    expect(off_by(layer(x), layer(x)) > 0.01, "two passes in training have equal outputs")
+    layer.eval()
+    expect_same(layer(x), base(x) + 3 * x @ a.T @ b.T, "the output in evaluation")
+
+
+@check("Dropout removes elements of A x. At r = 1 a token loses all of its update or nothing.")
+def dropout_before_a(lora: Implementation) -> None:
+    """Dropout removes elements of x, before A."""
+    layer, base, a, b = adapted(lora, r=1, dropout=0.5)
+    layer.train()
+    x = torch.randn(1, 12).double().expand(200, 12)
+    sizes = ((layer(x) - base(x)) @ b).round(decimals=6)  # proportional to A dropout(x)
+    different = len(sizes.unique())
+    expect(different > 20, f"200 passes of one token have {different} different updates")
+
+
+@check("Kept elements are not divided by 1 - p, so training sees a weaker update.")
+def dropout_is_unbiased(lora: Implementation) -> None:
+    """The mean update in training is the update in evaluation."""
+    layer, base, a, b = adapted(lora, dropout=0.5)
+    layer.train()
+    x = torch.randn(12).double()
+    update = (layer(x.expand(8000, 12)) - base(x)).mean(0)
+    expected = 3 * x @ a.T @ b.T
+    ratio = (update * expected).sum() / expected.square().sum()
+    expect(abs(ratio - 1) < 0.1, f"the mean update in training is {ratio:.2f} of the update")
+
+
+@check("The input's gradient ignores the dropout's mask.", "fms-acceleration #97")
+def input_gradient_passes_dropout(lora: Implementation) -> None:
+    """The gradient of x goes through the mask that the forward pass used."""
+    layer, *_ = adapted(lora, dropout=0.5)
+    layer.train()
+    x, h, g = (torch.randn(5, n).double() for n in (12, 12, 20))
+
+    def loss(x: Tensor) -> Tensor:
+        torch.manual_seed(1)  # the same mask each time; y is then linear in x
+        return (layer(x) * g).sum()
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    expect_same((leaf.grad * h).sum(), loss(x + h) - loss(x), "the derivative along a direction")
+
+
+def expect_vectors(lora: Implementation, case: str, tolerance: float, **options: bool) -> None:
+    """Compare output, gradients and ten steps with a test vector."""
+    settings = vectors.cases()[case]
+    expected = {name: torch.from_numpy(value) for name, value in vectors.tensors(case).items()}
+    base = nn.Linear(settings["in"], settings["out"])
+    with torch.no_grad():
+        base.weight.copy_(expected["W"])
+        base.bias.copy_(expected["b"])
+    layer = lora.wrap(base, settings["r"], settings["alpha"], 0.0, **options).double()
+    a, b = lora.factors(layer)
+    parameters = {"A": a, "B": b}
+    if options:
+        [parameters["m"]] = others(layer, a, b)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(fitted(expected[name], parameter))
+
+    def loss(x: Tensor) -> Tensor:
+        y = layer(x)
+        return (y - expected["target"]).square().mean()
+
+    expect_same(layer(expected["x"]), expected["y"], "the output", tolerance)
+    x = expected["x"].clone().requires_grad_()
+    loss(x).backward()
+    expect_same(x.grad, expected["dx"], "the gradient of x", tolerance)
+    for name, parameter in parameters.items():
+        gradient = fitted(expected["d" + name], parameter)
+        expect_same(parameter.grad, gradient, f"the gradient of {name}", tolerance)
+
+    optimizer = torch.optim.AdamW(trained(layer), lr=0.01, weight_decay=0.01)
+    for step, expected_loss in enumerate(expected["losses"]):
+        optimizer.zero_grad()
+        found = loss(expected["x"])
+        expect_same(found, expected_loss, f"the loss of step {step + 1}", tolerance)
+        found.backward()
+        optimizer.step()
+    for name, parameter in parameters.items():
+        final = fitted(expected[f"{name}_steps"][-1], parameter)
+        expect_same(parameter, final, f"{name} after ten steps", tolerance)
+
+
+def fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Return the tensor in the orientation in which an implementation has the parameter."""
+    same = tensor.numel() != parameter.numel() or tensor.shape[0] == parameter.shape[0]
+    return (tensor if same else tensor.T).reshape(parameter.shape)
+
+
+@check("A is frozen, a gradient is detached, or a weight is trained that should not be.")
+def ten_steps(lora: Implementation) -> None:
+    """Output, gradients and ten steps of AdamW are those of the test vectors, in fp64."""
+    expect_vectors(lora, "lora-r2-alpha32", 1e-9)
+
+
+@check("DoRA's norm is taken along the wrong axis of W + s B A.", "peft #1588")
+def dora_ten_steps(lora: Implementation) -> None:
+    """With use_dora, output, gradients and ten steps are those of the test vectors."""
+    expect_vectors(lora, "dora", 1e-4, use_dora=True)
+
+
+@check("x is flattened by a view, or split at fixed dimensions.")
+def any_input_shape(lora: Implementation) -> None:
+    """x may be empty, one token, of any number of dimensions, and not contiguous."""
+    layer, *_ = adapted(lora)
+    weight = weight_of(layer, 12)
+    shift = layer(torch.zeros(1, 12).double())[0].detach()
+    inputs = [torch.randn(*shape, 12).double() for shape in ((0,), (2, 0), (), (1, 1), (2, 3, 4))]
+    inputs += [torch.randn(12, 5).double().T, torch.randn(3, 12, 4).double().mT]
+    for x in inputs:
+        expected = x @ weight.T + shift
+        expect_same(layer(x), expected, f"the output for {tuple(x.shape)}")
+
+
+@check("A and B take the base's half precision, and GradScaler refuses them.", "peft #1249")
+def factors_stay_fp32(lora: Implementation) -> None:
+    """A and B are fp32 on a bf16 base, so that small steps are not rounded away."""
+    layer = lora.wrap(nn.Linear(12, 20).bfloat16(), 4, 12, 0.0)
+    kinds = {str(p.dtype).removeprefix("torch.") for p in lora.factors(layer)}
+    expect(kinds == {"float32"}, f"A and B are {', '.join(kinds)}")
+
+
+@check("The fp32 update promotes the output, and all that follows runs in fp32.", "mflux #740")
+def output_keeps_its_precision(lora: Implementation) -> None:
+    """The output has the dtype of the base's output, on a bf16 base and under autocast."""
+    x = torch.randn(5, 12)
+    half = lora.wrap(nn.Linear(12, 20).bfloat16(), 4, 12, 0.0)
+    kind = half(x.bfloat16()).dtype
+    expect(kind is torch.bfloat16, f"the output on a bf16 base is {kind}")
+
+    layer, base, a, b = adapted(lora)
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    expect(y.dtype is torch.bfloat16, f"the output under autocast to bf16 is {y.dtype}")
+    x = x.double()
+    expect_same(y, base(x) + 3 * x @ a.double().T @ b.double().T, "the autocast output", 0.02)
+    y.float().sum().backward()
+    kind = lora.factors(layer)[0].grad.dtype
+    expect(kind is torch.float32, f"the gradient of A under autocast is {kind}")

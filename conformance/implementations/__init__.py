@@ -1,0 +1,1 @@
+"""Implementations of LoRA on the bench. Each file is glue: it calls a package and contains no LoRA."""

@@ -1,0 +1,72 @@
+"""PEFT: pip install peft."""
+
+from __future__ import annotations
+
+import peft
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def wrap(linear, r, alpha, dropout, use_rslora=False, use_dora=False, fan_in_fan_out=False):
+    if fan_in_fan_out:
+        stored = linear
+        linear = Conv1D(*reversed(stored.weight.shape))
+        linear.weight, linear.bias = stored.weight, stored.bias
+    config = peft.LoraConfig(
+        target_modules=["0"],
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    return peft.get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+
+
+def factors(layer):
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def merge(module):
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+
+
+def unmerge(module):
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            layer.unmerge()
+
+
+def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):
+    config = peft.LoraConfig(
+        target_modules=targets,
+        r=r,
+        lora_alpha=alpha,
+        layers_to_transform=layers,
+        rank_pattern=ranks or {},
+        alpha_pattern=alphas or {},
+    )
+    return peft.get_peft_model(model, config)
+
+
+def save(model, path):
+    model.save_pretrained(path)
+
+
+def load(model, path, **settings):
+    return peft.PeftModel.from_pretrained(model, path)
+
+
+def combine(paths, weights, out):
+    from conformance.models import Model
+
+    model = peft.PeftModel.from_pretrained(Model(), paths[0], "adapter_0")
+    names = [f"adapter_{i}" for i in range(len(paths))]
+    for name, path in zip(names[1:], paths[1:], strict=True):
+        model.load_adapter(path, name)
+    model.add_weighted_adapter(names, weights, out.name, combination_type="cat")
+    model.save_pretrained(out.parent, selected_adapters=[out.name])

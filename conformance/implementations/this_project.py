@@ -1,0 +1,65 @@
+"""This project."""
+
+import contextlib
+import os
+
+from torch import nn
+
+import lora
+from adapters import combine as adapters_combine
+from lora import merge, unmerge  # noqa: F401  # they take a model or a layer
+
+
+def wrap(
+    linear,
+    r,
+    alpha,
+    dropout,
+    use_rslora=False,
+    use_dora=False,
+    fan_in_fan_out=False,
+    slices=(),
+):
+    linear.requires_grad_(False)
+    if fan_in_fan_out:  # reading GPT-2's file makes an nn.Linear of (in, out) weights
+        stored = linear
+        linear = nn.Linear(*stored.weight.shape).requires_grad_(False)
+        linear.weight.data, linear.bias.data = stored.weight.data.T, stored.bias.data
+    config = lora.make_config(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora
+    )
+    return lora.make_layer(linear, config, ["qkv"[i] for i in slices])
+
+
+def factors(layer):
+    return layer.lora_A.weight, layer.lora_B.weight
+
+
+def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):
+    config = lora.make_config(
+        target_modules=tuple(targets),
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        layers_to_transform=layers,
+        rank_pattern=ranks or {},
+        alpha_pattern=alphas or {},
+    )
+    lora.inject(model, config)
+    return model
+
+
+def save(model, path):
+    lora.save_adapter(model, path)
+
+
+def load(model, path, **settings):
+    lora.load_adapter(model, path)
+    return model
+
+
+def combine(paths, weights, out):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        adapters_combine.main(
+            [*map(str, paths), "--weights", *map(str, weights), "--out", str(out)]
+        )

@@ -1,0 +1,124 @@
+"""What the checks adapt: linear layers, a small model, and helpers to look inside."""
+
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from conformance.bench import Implementation, expect
+
+
+class InOutLinear(nn.Module):
+    """y = x W + b with W (in, out), as GPT-2's files have it."""
+
+    def __init__(self, fan_in: int, fan_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(fan_in, fan_out) / fan_in**0.5)
+        self.bias = nn.Parameter(torch.randn(fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Block(nn.Module):
+    """x + c_proj(relu(proj(x))). The name of one layer ends in the name of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 12)
+        self.c_proj = nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.c_proj(self.proj(x).relu())
+
+
+class Model(nn.Module):
+    """Token ids to logits. The head shares the embedding's weight. Layers: `transformer.h.0.proj`."""
+
+    def __init__(self, blocks: int = 2, name: str = "h"):
+        super().__init__()
+        self.config = {"model_type": "custom", "tie_word_embeddings": True}  # for PEFT
+        self.embed_tokens = nn.Embedding(17, 8)
+        stack = nn.ModuleList(Block() for _ in range(blocks))
+        self.transformer = nn.ModuleDict({name: stack})
+        self.lm_head = nn.Linear(8, 17, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        [blocks] = self.transformer.values()
+        for block in blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+class Adapted(NamedTuple):
+    """An adapted layer in fp64, a copy of its base, and A (r, in) and B (out, r)."""
+
+    layer: nn.Module
+    base: nn.Linear
+    a: Tensor
+    b: Tensor
+
+
+def adapted(
+    lora: Implementation,
+    fan_in: int = 12,
+    fan_out: int = 20,
+    r: int = 4,
+    alpha: float = 12,
+    dropout: float = 0.0,
+    **options: Any,
+) -> Adapted:
+    """Wrap a linear layer and draw A and B at random, as after training."""
+    base = nn.Linear(fan_in, fan_out)
+    layer = lora.wrap(deepcopy(base), r, alpha, dropout, **options).double()
+    a, b = factors(lora, layer, r)
+    draw(a, b)
+    if options.get("use_dora"):
+        for magnitude in others(layer, a, b):
+            magnitude.data *= 1 + 0.2 * torch.rand_like(magnitude)
+    return Adapted(layer, base.double().requires_grad_(False), a, b)
+
+
+def factors(lora: Implementation, layer: nn.Module, r: int) -> tuple[Tensor, Tensor]:
+    """Return A (r, in) and B (out, r): views of the parameters, whatever their orientation."""
+    a, b = lora.factors(layer)
+    return (a if len(a) == r else a.T), (b if b.size(1) == r else b.T)
+
+
+def others(layer: nn.Module, *known: Tensor) -> list[Tensor]:
+    """Return the trained parameters that are not among the known: DoRA's magnitude."""
+    places = {tensor.data_ptr() for tensor in known}
+    return [p for p in trained(layer) if p.data_ptr() not in places]
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def draw(*tensors: Tensor) -> None:
+    """Draw tensors from N(0, 0.3), in place: as after training, B is not zero."""
+    for tensor in tensors:
+        tensor.normal_(std=0.3)
+
+
+@torch.no_grad()
+def weight_of(layer: nn.Module, fan_in: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the W (out, in) that a layer applies, with its update."""
+    zero = torch.zeros(1, fan_in, dtype=dtype)
+    return (layer(torch.eye(fan_in, dtype=dtype)) - layer(zero)).T
+
+
+def off_by(value: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, as a share of the norm of the expected."""
+    difference = (value.detach().double() - expected.detach().double()).norm()
+    return (difference / expected.detach().double().norm().clamp_min(1e-30)).item()
+
+
+def expect_same(value: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
+    expect(value.shape == expected.shape, f"{what} has shape {tuple(value.shape)}")
+    error = off_by(value, expected)
+    expect(error <= tolerance, f"{what} is off by {error:.2g} of its norm")

@@ -1,0 +1,202 @@
+"""A small right implementation, and for every check a toy: the same with one thing wrong.
+
+The tests put each toy on the bench. It fails the check of its name.
+"""
+
+import json
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class Layer(nn.Module):
+    """y = base(x) + D dropout(x), where D (out, in) is what merging adds to W."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        fan_in_fan_out: bool = False,
+        slices: tuple[int, ...] = (),
+    ):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.r, self.alpha, self.p = r, alpha, dropout
+        self.use_rslora, self.use_dora, self.transposed = use_rslora, use_dora, fan_in_fan_out
+        self.slices = slices
+        self.unmerged: Tensor | None = None  # a copy of W while the layer is merged
+        fan_out, fan_in = self.weight().shape
+        if slices:
+            self.A = nn.Parameter(torch.empty(len(slices), r, fan_in))
+            self.B = nn.Parameter(torch.zeros(len(slices), fan_out // 3, r))
+        else:
+            self.A = nn.Parameter(torch.empty(r, fan_in))
+            self.B = nn.Parameter(torch.zeros(fan_out, r))
+        self.start()
+        if use_dora:
+            self.m = nn.Parameter(self.norm(self.weight().detach()))
+
+    def weight(self) -> Tensor:
+        return self.base.weight.T if self.transposed else self.base.weight
+
+    def start(self) -> None:
+        bound = self.A.size(-1) ** -0.5
+        nn.init.uniform_(self.A, -bound, bound)
+
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def norm(self, v: Tensor) -> Tensor:
+        return v.norm(dim=1)
+
+    def delta(self) -> Tensor:
+        if self.slices:
+            return self.sliced()
+        update = self.scaling() * self.B @ self.A
+        if not self.use_dora:
+            return update
+        v = self.weight() + update
+        return (self.m / self.norm(v).detach())[:, None] * v - self.weight()
+
+    def sliced(self) -> Tensor:
+        delta = list(torch.zeros_like(self.weight(), dtype=self.A.dtype).chunk(3))
+        for place, a, b in zip(self.slices, self.A, self.B, strict=True):
+            delta[place] = self.scaling() * b @ a
+        return torch.cat(delta)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training)
+
+    def update(self, x: Tensor) -> Tensor:
+        return F.linear(self.dropout(x), self.delta())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if self.unmerged is not None:
+            return y
+        return y + self.update(x.to(self.A.dtype)).to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if self.unmerged is None:
+            delta = self.delta().T if self.transposed else self.delta()
+            self.unmerged = self.base.weight.clone()
+            self.base.weight.copy_(self.base.weight + delta)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self.unmerged is not None:
+            self.base.weight.copy_(self.unmerged)
+            self.unmerged = None
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        if self.unmerged is not None:
+            raise ValueError("the layer is merged; unmerge it first")
+        return super().state_dict(*args, **options)
+
+
+class Right:
+    """The functions of the bench, for a class of layers."""
+
+    layer: type[Layer] = Layer
+
+    def wrap(
+        self,
+        linear,
+        r,
+        alpha,
+        dropout,
+        use_rslora=False,
+        use_dora=False,
+        fan_in_fan_out=False,
+        slices=(),
+    ):
+        return self.layer(linear, r, alpha, dropout, use_rslora, use_dora, fan_in_fan_out, slices)
+
+    def factors(self, layer):
+        return layer.A, layer.B
+
+    def layers(self, module):
+        return [(name, m) for name, m in module.named_modules() if isinstance(m, Layer)]
+
+    def merge(self, module):
+        for _, layer in self.layers(module):
+            layer.merge()
+
+    def unmerge(self, module):
+        for _, layer in self.layers(module):
+            layer.unmerge()
+
+    def matches(self, name, target):
+        return f".{name}".endswith(f".{target}")
+
+    def in_blocks(self, name, blocks):
+        return any(f".{block}." in name for block in blocks)
+
+    def value(self, name, patterns, common):
+        return next((v for k, v in patterns.items() if self.matches(name, k)), common)
+
+    def inject(self, model, targets, r, alpha, layers=None, ranks=None, alphas=None):
+        ranks, alphas = ranks or {}, alphas or {}
+        self.refuse_tied(model, targets)
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if not any(self.matches(name, target) for target in targets):
+                continue
+            if layers is not None and not self.in_blocks(name, layers):
+                continue
+            rank, own = self.value(name, ranks, r), self.value(name, alphas, alpha)
+            model.set_submodule(name, self.wrap(module, rank, own, 0.0))
+        model.settings = [targets, r, alpha, layers, ranks, alphas]
+        return model
+
+    def refuse_tied(self, model, targets):
+        if "lm_head" in targets:
+            raise ValueError("lm_head is tied to the embedding")
+
+    def save(self, model, path):
+        model = getattr(model, "_orig_mod", model)
+        path.mkdir()
+        tensors = {}
+        for name, layer in self.layers(model):
+            tensors |= {f"{name}.A": layer.A, f"{name}.B": layer.B}
+        save_file({key: t.detach().contiguous() for key, t in tensors.items()}, path / "tensors")
+        (path / "settings").write_text(json.dumps(model.settings))
+
+    def load(self, model, path, **settings):
+        self.inject(model, *json.loads((path / "settings").read_text()))
+        tensors = load_file(path / "tensors")
+        if not tensors or {key[:-2] for key in tensors} != dict(self.layers(model)).keys():
+            raise ValueError("the file does not fit the model")
+        with torch.no_grad():
+            for name, layer in self.layers(model):
+                layer.A.copy_(tensors[f"{name}.A"])
+                layer.B.copy_(tensors[f"{name}.B"])
+        return model
+
+    def combine(self, paths, weights, out):
+        """Stack the A, and the B times their weights. The rank is the sum of the ranks."""
+        files = [load_file(path / "tensors") for path in paths]
+        targets, r, alpha, *rest = json.loads((paths[0] / "settings").read_text())
+        total = {}
+        for key in files[0]:
+            if key.endswith(".A"):
+                total[key] = torch.cat([file[key] for file in files])
+            else:
+                scaled = [self.weighted(file[key], w) for file, w in zip(files, weights)]
+                total[key] = torch.cat(scaled, dim=1)
+        out.mkdir()
+        save_file(total, out / "tensors")
+        n = len(paths)
+        (out / "settings").write_text(json.dumps([targets, n * r, n * alpha, *rest]))
+
+    def weighted(self, b, weight):
+        return b * weight
