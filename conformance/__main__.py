@@ -12,8 +12,8 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-from conformance import checks as _  # registers them
-from conformance.bench import CHECKS, report
+from conformance.bench import report
+from conformance.checks import CHECKS
 
 IMPLEMENTATIONS = Path(__file__).parent / "implementations"
 

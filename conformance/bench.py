@@ -1,7 +1,7 @@
 """The bench: what an implementation supplies, what a check is, and how checks run.
 
-An implementation is a Python file or module with some of these functions. Checks that need a missing
-function, or a missing keyword of `wrap` or `inject`, are skipped.
+An implementation is a Python file or module with some of these functions. A check that needs a
+missing function, or a missing keyword of `wrap` or `inject`, is skipped.
 
 wrap(linear, r, alpha, dropout) -> module   adapt one nn.Linear and freeze it. Optional keywords:
     use_rslora=True, use_dora=True

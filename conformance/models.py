@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Token ids to logits. The head shares the embedding's weight. Layers: `transformer.h.0.proj`."""
+    """Token ids to logits, with layers such as `transformer.h.0.proj`. The head is tied."""
 
     def __init__(self, blocks: int = 2, name: str = "h"):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checks of whole models: which layers are adapted, tied heads, checkpointing, compiling, copies."""
+"""Checks of models: which layers are adapted, tied heads, checkpointing, compiling, copies."""
 
 import warnings
 from copy import deepcopy
@@ -71,7 +71,7 @@ def ranks_and_alphas_by_layer(lora: Implementation) -> None:
 
 @check("Merging a head that shares the embedding's weight changes the embedding.", "peft #2972")
 def tied_head(lora: Implementation) -> None:
-    """Adapting a head that is tied to the embedding is refused or warned of, or spares the latter."""
+    """Adapting a head tied to the embedding is refused, or warned of, or spares the embedding."""
     model = Model()
     embedding = model.embed_tokens.weight.detach().clone()
     with warnings.catch_warnings(record=True) as caught:

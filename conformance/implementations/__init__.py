@@ -1,1 +1,1 @@
-"""Implementations of LoRA on the bench. Each file is glue: it calls a package and contains no LoRA."""
+"""Implementations of LoRA on the bench: glue that calls a package and contains no LoRA."""

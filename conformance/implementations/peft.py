@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import peft
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -30,15 +29,14 @@ def factors(layer):
 
 
 def merge(module):
-    for layer in module.modules():
-        if isinstance(layer, LoraLayer):
-            layer.merge()
+    if isinstance(module, peft.PeftModel):
+        module.merge_adapter()
+    else:
+        module.merge()
 
 
 def unmerge(module):
-    for layer in module.modules():
-        if isinstance(layer, LoraLayer):
-            layer.unmerge()
+    module.unmerge()
 
 
 def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):

@@ -1,0 +1,35 @@
+"""The bench: every check fails on its toy, and passes on this project."""
+
+import pytest
+
+from conformance.bench import run
+from conformance.checks import CHECKS
+from conformance.implementations import peft, this_project
+from conformance.toys import TOYS, Right
+
+PEFT_FAILS = {  # docs/conformance.md explains them
+    "unmerging_from_bf16_restores_the_base",
+    "state_dict_while_merged",
+    "patterns_keep_their_order",
+}
+
+
+def outcomes(functions, names=()):
+    return {result.check.name: result for result in run(functions, names)}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_fails_on_its_toy(name):
+    [result] = run(TOYS[name], [name])
+    assert result.outcome == "FAIL"
+
+
+def test_the_right_implementation_and_this_project_pass_every_check():
+    for functions in (Right(), this_project):
+        assert {r.outcome for r in run(functions)} == {"pass"}
+
+
+def test_peft_fails_only_what_the_page_explains():
+    found = outcomes(peft)
+    assert {name for name, r in found.items() if r.outcome == "FAIL"} == PEFT_FAILS
+    assert {name for name, r in found.items() if r.outcome == "skip"} == {"slices_of_a_fused_layer"}
