@@ -54,12 +54,19 @@ class Model(nn.Module):
 
 
 class Adapted(NamedTuple):
-    """An adapted layer in fp64, a copy of its base, and A (r, in) and B (out, r)."""
+    """An adapted layer in fp64, a copy of its base, A (r, in) and B (out, r), and the factor of
+    B A x that the layer applies, measured. Only the checks of the scale ask whether it is right.
+    """
 
     layer: nn.Module
     base: nn.Linear
     a: Tensor
     b: Tensor
+    scaling: float
+
+    def weight(self) -> Tensor:
+        """Return W + scaling * B A, (out, in)."""
+        return (self.base.weight + self.scaling * self.b @ self.a).detach()
 
 
 def adapted(
@@ -74,12 +81,18 @@ def adapted(
     """Wrap a linear layer and draw A and B at random, as after training."""
     base = nn.Linear(fan_in, fan_out)
     layer = lora.wrap(deepcopy(base), r, alpha, dropout, **options).double()
+    base.double().requires_grad_(False)
     a, b = factors(lora, layer, r)
     draw(a, b)
     if options.get("use_dora"):
         for magnitude in others(layer, a, b):
             magnitude.data *= 1 + 0.2 * torch.rand_like(magnitude)
-    return Adapted(layer, base.double().requires_grad_(False), a, b)
+    layer.eval()
+    update = weight_of(layer, fan_in) - base.weight
+    layer.train()
+    product = (b @ a).detach()
+    scaling = ((update * product).sum() / product.square().sum()).item()
+    return Adapted(layer, base, a, b, scaling)
 
 
 def factors(lora: Implementation, layer: nn.Module, r: int) -> tuple[Tensor, Tensor]:

@@ -280,7 +280,7 @@ class DropsWithoutScaling(Layer):
         return x * (torch.rand_like(x) > self.p) if self.training else x
 
 
-@toy("input_gradient_passes_dropout")
+@toy("gradient_of_x")
 class ForgetsTheMask(Layer):
     def dropout(self, x):
         return x + (super().dropout(x) - x).detach()

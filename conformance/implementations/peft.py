@@ -1,7 +1,5 @@
 """PEFT: pip install peft."""
 
-from __future__ import annotations
-
 import peft
 from torch import nn
 from transformers.pytorch_utils import Conv1D

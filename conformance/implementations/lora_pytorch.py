@@ -1,0 +1,13 @@
+"""lora-pytorch: pip install lora-pytorch. It has no alpha."""
+
+from lora_pytorch import LoRA
+
+
+def wrap(linear, r, alpha, dropout):
+    layer = LoRA.from_module(linear, rank=r)
+    layer.lora_module.dropout.p = dropout
+    return layer
+
+
+def factors(layer):
+    return layer.lora_module.in_proj, layer.lora_module.out_proj

@@ -1,0 +1,45 @@
+"""LyCORIS: pip install lycoris-lora."""
+
+from lycoris import LoConModule
+from torch import nn
+
+
+class Layer(nn.Module):
+    """The module that LyCORIS makes, and the layer whose forward it replaces."""
+
+    def __init__(self, linear, update):
+        super().__init__()
+        self.linear = linear
+        self.update = update
+        update.apply_to()
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def wrap(linear, r, alpha, dropout, use_rslora=False, use_dora=False):
+    linear.requires_grad_(False)
+    update = LoConModule(
+        "update",
+        linear,
+        lora_dim=r,
+        alpha=alpha,
+        dropout=dropout,
+        weight_decompose=use_dora,
+        rs_lora=use_rslora,
+    )
+    return Layer(linear, update)
+
+
+def factors(layer):
+    return layer.update.lora_down.weight, layer.update.lora_up.weight
+
+
+def merge(layer):
+    layer.update.restore()
+    layer.update.merge_to()
+
+
+def unmerge(layer):
+    layer.update.merge_to(-1.0)
+    layer.update.apply_to()
