@@ -16,6 +16,9 @@ class Layer(nn.Module):
     def forward(self, x):
         return self.linear(x)
 
+    def state_dict(self, *args, **options):
+        raise NotImplementedError("LyCORIS saves a network of updates, apart from the model")
+
 
 def wrap(linear, r, alpha, dropout, use_rslora=False, use_dora=False):
     linear.requires_grad_(False)
@@ -36,10 +39,10 @@ def factors(layer):
 
 
 def merge(layer):
-    layer.update.restore()
-    layer.update.merge_to()
+    layer.update.restore()  # the forward
+    layer.update.onfly_merge()
 
 
 def unmerge(layer):
-    layer.update.merge_to(-1.0)
+    layer.update.onfly_restore()
     layer.update.apply_to()
