@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -37,12 +38,12 @@ def describe() -> None:
             print(f"  shipped: {', '.join(one.shipped)}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
     parser.add_argument("implementation", nargs="?", metavar="IMPLEMENTATION")
     parser.add_argument("checks", nargs="*", choices=[[], *CHECKS], metavar="CHECK")
     parser.add_argument("--list", action="store_true", help="describe the checks")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.list or not args.implementation:
         describe()
         return 0

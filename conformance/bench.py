@@ -1,4 +1,4 @@
-"""The bench: what an implementation supplies, what a check is, and how checks run.
+"""The bench: the functions of an implementation, the definition of a check, and the runner.
 
 An implementation is a Python file or module with some of these functions. A check that needs a
 missing function, or a missing keyword of `wrap` or `inject`, is skipped.

@@ -37,7 +37,7 @@ def scaling(settings: Settings) -> float:
 class LoRA:
     """y = W x + b + s B A h, with h = x, or h = mask * x / (1 - p) for a dropout's mask (n, in)."""
 
-    trained = ("A", "B")
+    trained: tuple[str, ...] = ("A", "B")
 
     def __init__(self, settings: Settings, tensors: Mapping[str, Array]):
         self.s = scaling(settings)

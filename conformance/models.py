@@ -1,4 +1,4 @@
-"""What the checks adapt: linear layers, a small model, and helpers to look inside."""
+"""Linear layers and a small model for the checks to adapt, and helpers to look inside."""
 
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -47,10 +47,13 @@ class Model(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
-        [blocks] = self.transformer.values()
-        for block in blocks:
+        for block in self.blocks():
             x = block(x)
         return self.lm_head(x)
+
+    def blocks(self) -> Any:
+        [blocks] = self.transformer.values()
+        return blocks
 
 
 class Adapted(NamedTuple):

@@ -19,7 +19,7 @@ LAYERS = [
     "lora",
     "common",
 ]
-OURS = {*LAYERS, "lesson", "benchmarks", "tests"}
+OURS = {*LAYERS, "conformance", "lesson", "benchmarks", "tests"}
 
 
 def imported(path: Path) -> set[str]:
@@ -42,6 +42,12 @@ def test_the_layer_and_the_model_need_pytorch_alone(path):
 def test_lora_imports_nothing_but_lora():
     for path in (ROOT / "lora").rglob("*.py"):
         assert imported(path) <= {"lora"}, path
+
+
+def test_the_bench_imports_this_project_as_it_imports_any_other():
+    for path in (ROOT / "conformance").rglob("*.py"):
+        if path.name not in ("this_project.py", "adapterhub.py"):  # a package named adapters
+            assert {name.partition(".")[0] for name in imported(path)} <= {"conformance"}, path
 
 
 @pytest.mark.parametrize("folder", LAYERS[3:])

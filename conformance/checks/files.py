@@ -66,7 +66,7 @@ def file_of_another_model_is_noticed(lora: Implementation) -> None:
 
 @check("The file sorts its patterns, and the first that matches counts.", "peft 0.21.2")
 def patterns_keep_their_order(lora: Implementation) -> None:
-    """Patterns of which two match a layer mean the same after saving and loading."""
+    """Where two patterns match a layer, they mean the same after saving and loading."""
     base = Model()
     alphas = {"h.0.proj": 48, "0.proj": 12}  # the first that matches counts
     model, handle = trained_adapter(lora, base, alphas=alphas)
@@ -83,15 +83,15 @@ def weighted_sum_with_a_negative_weight(lora: Implementation) -> None:
     base = Model()
     total = deepcopy(base)
     x = torch.randn(5, 8)
-    linear = base.transformer.h[0].proj
+    linear = base.blocks()[0].proj
     with TemporaryDirectory() as directory:
         paths = [Path(directory) / name for name in ("one", "two", "sum")]
         updates = []
         for path in paths[:2]:
             model, handle = trained_adapter(lora, base)
             lora.save(handle, path)
-            updates.append(model.transformer.h[0].proj(x) - linear(x))
+            updates.append(model.blocks()[0].proj(x) - linear(x))
         lora.combine(paths[:2], [1.0, -0.5], paths[2])
         lora.load(total, paths[2], **SETTINGS)
-    update = total.transformer.h[0].proj(x) - linear(x)
+    update = total.blocks()[0].proj(x) - linear(x)
     expect_same(update, updates[0] - 0.5 * updates[1], "the sum of the updates", 1e-4)

@@ -169,6 +169,7 @@ def expect_vectors(lora: Implementation, case: str, tolerance: float, **options:
     expect_same(layer(expected["x"]), expected["y"], "the output", tolerance)
     x = expected["x"].clone().requires_grad_()
     loss(x).backward()
+    assert x.grad is not None
     expect_same(x.grad, expected["dx"], "the gradient of x", tolerance)
     for name, parameter in parameters.items():
         expect(parameter.grad is not None, f"{name} has no gradient")
@@ -188,20 +189,20 @@ def expect_vectors(lora: Implementation, case: str, tolerance: float, **options:
 
 
 def fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor in the orientation in which an implementation has the parameter."""
+    """Return the tensor in the orientation of an implementation's parameter."""
     same = tensor.numel() != parameter.numel() or tensor.shape[0] == parameter.shape[0]
     return (tensor if same else tensor.T).reshape(parameter.shape)
 
 
 @check("A is frozen, a gradient is detached, or a weight is trained that should not be.")
 def ten_steps(lora: Implementation) -> None:
-    """Output, gradients and ten steps of AdamW are those of the test vectors, in fp64."""
+    """Output, gradients and ten steps of AdamW equal the test vectors, in fp64."""
     expect_vectors(lora, "lora-r1-alpha1", 1e-9)
 
 
 @check("DoRA's norm is taken along the wrong axis of W + s B A.", "peft #1588")
 def dora_ten_steps(lora: Implementation) -> None:
-    """With use_dora, output, gradients and ten steps are those of the test vectors."""
+    """With use_dora, output, gradients and ten steps equal the test vectors."""
     for case in ("dora-in-out-square", "dora"):
         expect_vectors(lora, case, 1e-4, use_dora=True)
 

@@ -62,10 +62,10 @@ def ranks_and_alphas_by_layer(lora: Implementation) -> None:
     draw(*trained(model))
     model.double()
     for i, (r, scaling) in enumerate(((4, 3), (2, 5), (2, 6))):
-        layer = model.transformer.h[i].proj
+        layer = model.blocks()[i].proj
         a, b = factors(lora, layer, r)
         expect(len(a) == r, f"h.{i}.proj has rank {len(a)}, not {r}")
-        expected = base.transformer.h[i].proj.weight.double() + scaling * b @ a
+        expected = base.blocks()[i].proj.weight.double() + scaling * b @ a
         expect_same(weight_of(layer, 8), expected, f"the weight of h.{i}.proj", 1e-6)
 
 

@@ -1,4 +1,4 @@
-"""AdapterHub: pip install adapters. A layer of a small BERT, which the package adapts as a model."""
+"""AdapterHub: pip install adapters. It adapts models: the layer here is one of a small BERT."""
 
 import torch
 from transformers import BertConfig, BertModel

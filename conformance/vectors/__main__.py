@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,10 +190,10 @@ def ten_steps(layers: list[Any], x: Array, target: Array, names: list[str]) -> d
     return {"losses": np.array(losses)} | {name: np.stack(value) for name, value in seen.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="conformance.vectors", description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE, metavar="DIRECTORY")
-    out = parser.parse_args().out
+    out = parser.parse_args(argv).out
     made = {name: one_layer(np.random.default_rng(7), s) for name, s in CASES.items()}
     made[TWO_LAYERS] = two_layers(np.random.default_rng(7))
     for name, tensors in made.items():

@@ -1,9 +1,7 @@
 """The test vectors agree with stock PEFT, with this project, and with the code that wrote them."""
 
-import sys
 from collections.abc import Mapping
 from typing import Any
-from unittest import mock
 
 import peft
 import pytest
@@ -198,8 +196,7 @@ def test_rounding_to_bf16_is_that_of_pytorch():
 
 
 def test_the_vectors_are_what_the_command_writes(tmp_path):
-    with mock.patch.object(sys, "argv", ["vectors", "--out", str(tmp_path)]):
-        main()
+    main(["--out", str(tmp_path)])
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     kept = {p.name: p.read_bytes() for p in vectors.HERE.glob("*.[js]*")}
     assert written == kept
