@@ -122,7 +122,7 @@ def _add_tokenizer(
     """Add the tokens (byte-level characters), their types, the merges and the chat template."""
     types = _library().TokenType
     settings = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    stored = _tokenizer_json(tokenizer.files)
+    stored = tokenizer.definition
     if settings.get("add_prefix_space") or not _is_gpt2s(stored):
         raise UserError(
             f"{tokenizer.source}: its tokenizer is not a byte-level BPE with GPT-2's pattern; "
@@ -156,22 +156,6 @@ def _add_tokenizer(
     template = chat_template or own
     if isinstance(template, str):  # some settings list several
         writer.add_chat_template(template)
-
-
-def _tokenizer_json(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return `tokenizer.json`, or `vocab.json` and the files beside it in the same form."""
-    if "tokenizer.json" in files:
-        return json.loads(files["tokenizer.json"])
-    if "vocab.json" not in files or "merges.txt" not in files:
-        return {"model": {"type": "unknown"}}
-    added = json.loads(files.get("added_tokens.json", b"{}"))
-    lines = files["merges.txt"].decode().splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return {
-        "model": {"vocab": json.loads(files["vocab.json"]), "merges": merges},
-        "pre_tokenizer": {"type": "ByteLevel"},
-        "added_tokens": [{"content": text, "id": i} for text, i in added.items()],
-    }
 
 
 def _is_gpt2s(stored: Mapping[str, Any]) -> bool:
