@@ -175,6 +175,6 @@ pretrain-mini: .venv/run
 
 # What was trained (runs) and placed by hand (.cache/hub) stays.
 clean:
-	rm -rf .venv .venv-lowest .cache/tokens .pytest_cache .hypothesis .ruff_cache .mypy_cache \
+	rm -rf .venv .venv-lowest .pytest_cache .hypothesis .ruff_cache .mypy_cache \
 		*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

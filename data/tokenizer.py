@@ -4,9 +4,7 @@ tiktoken runs the byte-pair encodings of GPT-2 and mini. Hugging Face's `tokeniz
 other `tokenizer.json` as it is, and `vocab.json` with `merges.txt` as byte-level BPE.
 """
 
-import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -50,13 +48,6 @@ class Tokenizer(ABC):
     files: Mapping[str, bytes]  # their contents by name, to be saved beside a model
     engine: Any  # the library's tokenizer
 
-    @property
-    @abstractmethod
-    def splits_at_spaces(self) -> bool:
-        """Whether a text may be cut before a space or new line that follows a visible character:
-        the parts then have the tokens of the whole.
-        """
-
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of these ids, with U+FFFD for a part of a character."""
@@ -95,27 +86,18 @@ class Tokenizer(ABC):
     def dtype(self) -> type:
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
-    @cached_property
+    @property
     def definition(self) -> dict:
         """Return the content of `tokenizer.json`, or what it would be for the other files."""
         if FAST in self.files:
             return json.loads(self.files[FAST])
         return json.loads(self.engine.to_str())
 
-    @cached_property
-    def sha256(self) -> str:
-        """Hash all that decides the ids, so that a token cache knows its tokenizer."""
-        digest = hashlib.sha256(repr((PATTERN, self.eos_token, self.vocab_size)).encode())
-        for name in (FAST, VOCAB, MERGES):
-            digest.update(self.files.get(name, b""))
-        return digest.hexdigest()
-
 
 class TiktokenTokenizer(Tokenizer):
     """GPT-2's byte-pair encoding on tiktoken: a token's id is the rank of its merge."""
 
     engine: tiktoken.Encoding
-    splits_at_spaces = True  # GPT-2's pattern joins no visible character to a space after it
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.engine.decode([int(token) for token in ids])
@@ -145,16 +127,6 @@ class LibraryTokenizer(Tokenizer):
         encoding = self.engine.encode(text, add_special_tokens=False)
         ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)  # in characters
         return np.array(encoding.ids, dtype=np.uint32), np.diff(starts[ends], prepend=0)
-
-    @cached_property
-    def splits_at_spaces(self) -> bool:
-        """Whether GPT-2's pattern splits words, and no added token reaches over a space."""
-        for token in self.definition["added_tokens"]:
-            if token["rstrip"] or re.search(r"\S\s", token["content"]):
-                return False
-        step = self.definition["pre_tokenizer"] or {}
-        is_gpt2s = step.get("type") == "ByteLevel" and step.get("use_regex", True)
-        return is_gpt2s and not step["add_prefix_space"] and not self.definition["normalizer"]
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:

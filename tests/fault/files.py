@@ -1,8 +1,8 @@
 """Every file of a stopped run damaged in turn: no difference goes unsaid.
 
 Each is cut, zeroed, changed in one bit, or replaced by another run's. Then the run is resumed or
-overwritten, or a text is scored with the damaged token cache. What comes out must be the same
-bytes as without damage, or one line that names the file, with status 2.
+overwritten. What comes out must be the same bytes as without damage, or one line that names the
+file, with status 2.
 """
 
 import contextlib
@@ -15,9 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import evaluate
 import train
-from data.tokens import CACHE
 from tests.fault.runs import BOOK, Outcome, differences, result, scratch
 from tests.helpers import drawing, tiny_gpt2_directory
 from tests.runs import Ending, Moment, arguments, contents, run, run_acting
@@ -85,13 +83,11 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
         base, _ = tiny_gpt2_directory(folder / "base", n_embd=16, n_layer=1, n_head=2)
         book = folder / "book.txt"
         book.write_text(f"{seed}: {BOOK[:6000]}")
-        before = set(CACHE.glob("*"))
         for method in METHODS:
             material = Material(method, folder, base, book)
             prepare(material)
             yield damaged_runs(material, "--resume", BITS[short], rng)
             yield damaged_runs(material, "--overwrite", 1, rng)
-        yield damaged_cache(material, set(CACHE.glob("*")) - before, BITS[short], rng)
 
 
 def prepare(material: Material) -> None:
@@ -151,31 +147,6 @@ def try_command(command: list[str], out: Path, name: str, expected: dict) -> lis
         for file, data in contents(out).items()
         if damaged.get(file) != data
     ]
-
-
-def damaged_cache(material: Material, caches: set[Path], bits: int, rng: Random) -> Outcome:
-    """Damage the book's cached tokens; score the book again."""
-    outcome = Outcome("token cache, scored")
-    command = ["--base", material.base, "--text", material.book, "--block-size", 16]
-    expected = end(evaluate.main, command)
-    other = material.folder / "other.txt"
-    other.write_text("Another book. " * 200)
-    known = set(CACHE.glob("*"))
-    run(evaluate.main, *command, "--text", other)
-    [another] = set(CACHE.glob("*")) - known
-
-    for path in sorted(caches):
-        good = path.read_bytes()
-        for damage in DAMAGES:
-            for _ in range(bits if damage.name == "one bit" else 1):
-                path.write_bytes(damage.spoil(rng, good, another.read_bytes()))
-                ending = end(evaluate.main, command)
-                same = ending.status == 0 and ending.stdout.endswith(expected.stdout)
-                problems = [] if same else said_in_one_line(ending, path.name)
-                outcome.add(damage.name, problems)
-    for path in (*caches, another):
-        path.unlink(missing_ok=True)
-    return outcome
 
 
 def said_in_one_line(ending: Ending, name: str) -> list[str]:
