@@ -9,8 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from common.errors import UserError
 from common.signals import unfinished
@@ -131,17 +130,6 @@ def open_file(path: Path) -> BinaryIO:
         return open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def check_number(
-    path: Path, field: str, value: Any, kind: type | UnionType, low: float, high: float
-) -> Any:
-    """Return a number from a file. Raises UserError unless it is from `low` to `high`."""
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if is_number and low <= value <= high:
-        return value
-    what = "a whole number" if kind is int else "a number"
-    raise UserError(f"{path}: {field} {brief(value)} is not {what} from {low} to {high:,.0f}")
 
 
 def display_path(path: Path) -> str:

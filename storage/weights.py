@@ -9,12 +9,13 @@ import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import RunError, UserError, as_failure
-from common.files import atomic_path, brief, check_number, file_sha256, read_json, write_json
+from common.files import atomic_path, brief, file_sha256, read_json, write_json
 from model.gpt2 import GPT2, GPT2Config
 from storage.tensors import read_shapes, read_tensors, write_tensors
 
@@ -29,25 +30,13 @@ HEAD = "lm_head.weight"
 SUPPORTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
-    "scale_attn_weights": (True, False),
-    "scale_attn_by_inverse_layer_idx": (False, True),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-ALIASES = {  # transformers takes either name
-    "max_position_embeddings": "n_positions",
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-}
-WHOLE_NUMBERS = {  # fields of config.json, and the largest value that is read
-    "n_layer": 512,
-    "vocab_size": 1 << 20,
-    "n_positions": 1 << 20,
-    "n_embd": 1 << 20,
-    "n_head": 1 << 20,
-    "n_inner": 1 << 20,
-}
+WHOLE_NUMBERS = ("n_layer", "vocab_size", "n_positions", "n_embd", "n_head", "n_inner")
+MOST_LAYERS = 512  # so that a damaged file does not make us build a million
 
 
 def load_gpt2(
@@ -171,7 +160,7 @@ def load_config(directory: Path) -> GPT2Config:
     if path.with_name("adapter_config.json").exists() and not path.exists():
         raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
 
-    stored = {ALIASES.get(name, name): value for name, value in read_json(path).items()}
+    stored = read_json(path)
     _check_architecture(path, stored)
     fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
     for field, value in fields.items():
@@ -186,11 +175,6 @@ def load_config(directory: Path) -> GPT2Config:
 
 def _check_architecture(path: Path, stored: dict) -> None:
     """Raise UserError for another model's config, or a variant of GPT-2 that is not supported."""
-    # Older configs, as DialoGPT's, have no model_type.
-    if "model_type" not in stored and not {"n_embd", "n_layer", "n_head"} <= stored.keys():
-        raise UserError(
-            f"{path}: has neither a model_type nor GPT-2's own fields; only GPT-2 is read"
-        )
     for field, known in SUPPORTED.items():
         if field in stored and stored[field] not in known:
             raise UserError(
@@ -199,14 +183,17 @@ def _check_architecture(path: Path, stored: dict) -> None:
             )
 
 
-def _check_field(path: Path, field: str, value: object) -> None:
+def _check_field(path: Path, field: str, value: Any) -> None:
     """Raise UserError for a number that is out of range."""
     if field in SUPPORTED or (field == "n_inner" and value is None):
         return
     if field in WHOLE_NUMBERS:
-        check_number(path, field, value, int, 1, WHOLE_NUMBERS[field])
+        largest = MOST_LAYERS if field == "n_layer" else 1 << 20
+        fits = type(value) is int and 1 <= value <= largest
     else:  # dropouts and the LayerNorm's epsilon
-        check_number(path, field, value, int | float, 0, 1)
+        fits = type(value) in (int, float) and 0 <= value <= 1
+    if not fits:
+        raise UserError(f"{path}: {field} {brief(value)} is out of range")
 
 
 def save_gpt2(
