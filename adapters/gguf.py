@@ -15,7 +15,7 @@ from common.cli import BASE_OPTION, NONE, QUANTISE_OPTION, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import atomic_path
-from storage.gguf import refuse_unknown_fields, save_adapter_gguf, save_gguf
+from storage.gguf import refuse_erf_gelu, save_adapter_gguf, save_gguf
 from storage.hub import find_adapter
 
 
@@ -28,7 +28,7 @@ def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> s
     adapter = find_adapter(str(adapter))
     factors = read_factors(adapter)
     loaded = load_model(base, adapter, quantise=NONE)
-    refuse_unknown_fields(loaded.model.config, loaded.base)
+    refuse_erf_gelu(loaded.model.config, loaded.base)
     rank = max(change.rank for change in factors.values())
     padded = {layer: change.pad(rank) for layer, change in factors.items()}
     n_layer = loaded.model.config.n_layer
@@ -48,7 +48,7 @@ def export_model(
 ) -> str:
     """Write the base, with the adapter, if any, merged into it; return what was written."""
     loaded = load_merged(base, adapter, dtype, quantise)
-    refuse_unknown_fields(loaded.model.config, loaded.base)
+    refuse_erf_gelu(loaded.model.config, loaded.base)
     template = chat_template(adapter) if adapter else None
     with atomic_path(out) as temporary:
         save_gguf(loaded.model, loaded.tokenizer, temporary, out.stem, dtype, template)

@@ -37,8 +37,6 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     activation_function: str = "gelu_new"  # GPT-2's tanh form; "gelu" is the erf form
-    scale_attn_weights: bool = True  # by 1 / sqrt(D)
-    scale_attn_by_inverse_layer_idx: bool = False  # also by 1 / (layer + 1), layers from 0
     token_ids: dict = field(default_factory=dict)  # `bos_token_id` etc.: unused here, saved again
 
 
@@ -70,7 +68,6 @@ class Attention(nn.Module):
         self.layer = layer
         self.n_head = config.n_head
         self.attn_pdrop = config.attn_pdrop
-        self.q_scale = extra_scale_of_q(config, layer)
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -78,15 +75,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = map(self.split_heads, self.c_attn(x).split(C, dim=2))  # (B, H, T, D) each
-        if self.q_scale != 1:
-            q = q * self.q_scale
-
         if cache is None:
             y = self.attend(q, k, v)
         else:
             k, v = cache.extend(self.layer, k, v)
+            # The first call is causal. A later call has one token, which sees all that came before.
             # Up to torch 2.11, Apple's GPU misreads a q that is a view (pytorch#163597).
-            y = attend_to_past(q.contiguous(), k, v)
+            y = F.scaled_dot_product_attention(q.contiguous(), k, v, is_causal=T > 1)
 
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -103,32 +98,6 @@ class Attention(nn.Module):
         """
         p = self.attn_pdrop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-
-
-def extra_scale_of_q(config: GPT2Config, layer: int) -> float:
-    """Return q's factor besides attention's own 1 / sqrt(D): 1 unless the config says otherwise."""
-    scale = 1.0
-    if not config.scale_attn_weights:
-        scale *= math.sqrt(config.n_embd / config.n_head)
-    if config.scale_attn_by_inverse_layer_idx:
-        scale /= layer + 1
-    return scale
-
-
-def attend_to_past(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention of the last T tokens, q (B, H, T, D), to all tokens, k and v."""
-    T = q.size(2)
-    past = k.size(2) - T
-    if past == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if T == 1:  # it sees every token: no mask
-        return F.scaled_dot_product_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, past, q.device))
-
-
-def causal_mask(new: int, past: int, device: torch.device) -> Tensor:
-    """Return (new, past + new) booleans, True where new token i sees token j: j <= past + i."""
-    return torch.ones(new, past + new, dtype=torch.bool, device=device).tril(past)
 
 
 class MLP(nn.Module):
@@ -187,9 +156,12 @@ class GPT2(nn.Module):
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
 
-        Raises ValueError for more tokens, those in the cache included, than `n_positions`.
+        With a cache that is not empty, T is 1. Raises ValueError for more tokens, and for more
+        tokens, those in the cache included, than `n_positions`.
         """
         past = 0 if cache is None else len(cache)
+        if past and idx.size(1) > 1:
+            raise ValueError("a cache that is not empty takes one token at a time")
         total = past + idx.size(1)
         if total > self.config.n_positions:
             raise ValueError(f"{total} tokens are more than n_positions {self.config.n_positions}")
