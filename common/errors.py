@@ -1,6 +1,5 @@
 """End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,16 +34,6 @@ ADVICE = (
     "a smaller --batch-size, --block-size or --base, --precision bf16 or, in training, "
     "--grad-accum or --gradient-checkpointing"
 )
-# Failures of the machine. Any other OSError is a bug, unless its caller knows better.
-FULL_OR_BROKEN = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EROFS,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ESTALE,
-}
 
 
 def run_command(
@@ -54,26 +43,10 @@ def run_command(
 
     `argv` is the command's arguments (default: the command line's).
     """
-    if sys.platform == "win32":  # it has no fcntl, and no fsync of a directory
-        fail("Windows is supported under WSL only; start this command there", 2)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller, as with `>&-`
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     replace_default_handlers()
-    with failures_in_one_line():
+    try:
         status = main(argv) or 0
         sys.stdout.flush()
-    sys.exit(status)
-
-
-@contextmanager
-def failures_in_one_line() -> Iterator[None]:
-    """Exit with one line on stderr if the block fails in a known way."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack some characters
-    try:
-        yield
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of the output has ended, as in `| head`
@@ -85,13 +58,14 @@ def failures_in_one_line() -> Iterator[None]:
         if line is None:
             raise
         fail(line, 2 if isinstance(error, UserError) else 1)
+    sys.exit(status)
 
 
 def describe_failure(error: BaseException | None) -> str | None:
     """Return the line for a known failure. Return None for a bug in the program, or no error."""
     if isinstance(error, UserError | RunError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # as a full disk
         return _with_file(error)
     if _is_out_of_memory(error):
         return f"out of memory; try {ADVICE}"

@@ -24,7 +24,7 @@ from common.errors import run_command
 from storage.hub import GPT2_REVISION
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import run, story, trained
-from training.options import ROOT, flag, options_of
+from training.options import flag, options_of
 
 TRAIN = "--base base --book book.txt --out out --block-size 16 --device cpu"
 COMMANDS = {  # each would succeed

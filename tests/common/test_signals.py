@@ -46,17 +46,6 @@ def test_a_command_under_nohup_outlives_its_terminal(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_an_import_neither_opens_closed_streams_nor_handles_signals(tmp_path):
-    code = """if True:
-        import signal, sys
-        before = signal.getsignal(signal.SIGTERM)
-        import common.cli, common.errors
-        unchanged = sys.stdout is None and signal.getsignal(signal.SIGTERM) is before
-        sys.exit(0 if unchanged else 3)"""
-    command = f'exec "{sys.executable}" -c "$CODE" >&-'
-    subprocess.run(["sh", "-c", command], cwd=ROOT, env={**os.environ, "CODE": code}, check=True)
-
-
 def test_a_run_whose_terminal_is_closed_saves(base, book, tmp_path):
     out = tmp_path / "run"
     metrics = out / "metrics.jsonl"
