@@ -29,31 +29,16 @@ def replace_default_handlers() -> None:
     """
     for number in HANDLED:
         if signal.getsignal(number) is signal.SIG_DFL:
-            _handle(number, end_at_once)
+            signal.signal(number, end_at_once)
 
 
 def on_signals(handler: Handler) -> None:
     """Handle SIGINT, SIGTERM and SIGHUP with `handler`."""
     for number in HANDLED:
-        _handle(number, handler)
+        signal.signal(number, handler)
 
 
-def _handle(number: int, handler: Handler) -> None:
-    """Set the handler. After SIGHUP, leave a closed terminal before it is called."""
-    if number == signal.SIGHUP and not isinstance(handler, signal.Handlers):  # not SIG_IGN
-        handler = _after_hangup(handler)
-    signal.signal(number, handler)
-
-
-def _after_hangup(handler: Callable[[int, FrameType | None], object]) -> Handler:
-    def handle(number: int, frame: FrameType | None) -> None:
-        _leave_closed_terminals()
-        handler(number, frame)
-
-    return handle
-
-
-def _leave_closed_terminals() -> None:
+def leave_closed_terminals() -> None:
     """Discard further output to a terminal that was closed: writing there raises OSError."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in TERMINALS:

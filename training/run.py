@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, describe_failure
-from common.signals import end_at_once, on_signals, say
+from common.signals import end_at_once, leave_closed_terminals, on_signals, say
 from data.tokenizer import Tokenizer
 from data.windows import Batch, Dataset
 from lora.variants.lora_ga import GradientStart
@@ -347,6 +347,7 @@ class Run:
         Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
         closed terminal and its shell both send it.
         """
+        leave_closed_terminals()  # SIGHUP says that one was
         repeated = number == self.stop_signal
         if repeated and number != signal.SIGINT:
             return

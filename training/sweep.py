@@ -14,7 +14,6 @@ from pathlib import Path
 
 from common.cli import Parser
 from common.errors import run_command
-from common.signals import end_at_once, on_signals
 from training.compare import Setting, report_sweep
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
@@ -39,22 +38,14 @@ def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:
 
 
 def train(arguments: list[str], out: Path) -> int:
-    """Run train.py. Return its exit status, or 128 + n if signal n came meanwhile."""
+    """Run train.py, and return its exit status: 128 + n if signal n stopped it."""
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     if (out / METRICS).exists() and "--overwrite" not in arguments:
         command.append("--resume")
-    child = subprocess.Popen(command)
-    stops = []  # the child may still exit with 0, if its last step was done
-
-    def stop(number: int, frame: object) -> None:
-        stops.append(128 + number)
-        if number != signal.SIGINT:  # a terminal's SIGINT also reaches the child
-            child.send_signal(number)
-
-    on_signals(stop)
-    status = child.wait()
-    on_signals(end_at_once)
-    return stops[0] if stops else status
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # a terminal also sends it to train.py
+    ended = subprocess.run(command)
+    signal.signal(signal.SIGINT, before)
+    return ended.returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

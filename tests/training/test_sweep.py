@@ -1,15 +1,11 @@
 """Check `python -m training.sweep`: its runs, going on, the table, failures, signals."""
 
-import os
-import signal
-import sys
 from statistics import mean
 from unittest import mock
 
 import pytest
 
 import train
-from common.signals import HANDLED
 from tests.helpers import drawing
 from tests.runs import arguments, contents, die, run, run_acting, table, trained
 from training import sweep
@@ -22,14 +18,11 @@ def children(monkeypatch) -> list:
     """Return how each train.py ended. They run in this process, which saves the time to start."""
     endings = []
 
-    class Child:
-        def __init__(self, command):
-            endings.append(run(train.main, *command[2:]))
+    def train_here(command):
+        endings.append(run(train.main, *command[2:]))
+        return mock.Mock(returncode=endings[-1].status)
 
-        def wait(self) -> int:
-            return endings[-1].status
-
-    monkeypatch.setattr(sweep.subprocess, "Popen", Child)
+    monkeypatch.setattr(sweep.subprocess, "run", train_here)
     return endings
 
 
@@ -83,32 +76,11 @@ def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, ch
 
 @pytest.mark.parametrize("status", [129, 130, 143])
 def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch, status):
-    child = mock.Mock()
-    child.wait.return_value = status
-    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
+    ended = mock.Mock(returncode=status)
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command: ended)
     ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
     assert ending.status == status and ending.stdout.count("---") == 1
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
-
-
-@pytest.mark.parametrize("number", HANDLED)
-def test_a_signal_ends_the_sweep_even_if_the_run_was_done(number, tmp_path, monkeypatch):
-    child = mock.Mock()
-    child.wait.side_effect = lambda: signal.raise_signal(number) or 0
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: child)
-    before = {handled: signal.getsignal(handled) for handled in HANDLED}
-    try:
-        assert sweep.train([], tmp_path) == 128 + number
-        with pytest.raises(SystemExit):  # at once, between two runs
-            signal.raise_signal(number)
-    finally:
-        for handled, handler in before.items():
-            signal.signal(handled, handler)
-    passed_on = [mock.call(number)]
-    if number == signal.SIGINT:  # a terminal sends it to both
-        passed_on = []
-    assert child.send_signal.mock_calls == passed_on
 
 
 def test_the_command_runs_train_py(base, book, tmp_path):
