@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,29 +17,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **settings: Any):
         first_line = (description or "").partition("\n")[0]  # None: `python -OO`
         super().__init__(description=first_line, allow_abbrev=False, **settings)
-        self.register("type", Path, _path)
-
-    def _parse_optional(self, arg_string: str):
-        """Take a word as a value, even one such as -1, unless it begins with "--" or is -h."""
-        if arg_string.startswith("--") or arg_string == "-h":
-            return super()._parse_optional(arg_string)
-        return None
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def _path(text: str) -> Path:
-    if not text:  # a script's unset variable; Path("") would be the current directory
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
-def typed_options(argv: Sequence[str] | None = None) -> set[str]:
-    """Return the options that the command line names, such as {"--lr"}."""
-    if argv is None:
-        argv = sys.argv[1:]
-    return {word.partition("=")[0] for word in argv if word.startswith("--")}
 
 
 def number(

@@ -10,7 +10,6 @@ from common.cli import (
     add_device_options,
     add_model_options,
     number,
-    typed_options,
 )
 from common.errors import UserError
 
@@ -56,10 +55,6 @@ def parse_evaluate(
     parser.add_argument("--kernels", **KERNELS_OPTION)
     args = parser.parse_args(argv)
 
-    if args.compare:
-        others = sorted(typed_options(argv) - {"--compare"})
-        if others:
-            raise UserError(f"--compare reads finished runs; {others[0]} is for a text")
     if (args.data or args.choices) and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if args.stride and args.stride > args.block_size:
@@ -155,19 +150,10 @@ def parse_generate(
     parser.add_argument("--kernels", **KERNELS_OPTION)
     args = parser.parse_args(argv)
 
-    for prompt in args.prompt or ():
-        check_prompt(prompt)
+    if not all(prompt.strip() for prompt in args.prompt or ()):
+        raise UserError("--prompt is empty: give the text to continue")
     if args.with_base and not (args.adapter and args.prompt):
         raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
     if args.chat and args.adapter and len(args.adapter) > 1:
         raise UserError("--chat answers with one adapter: give one --adapter")
     return args
-
-
-def check_prompt(prompt: str) -> None:
-    if not prompt.strip():
-        raise UserError("--prompt is empty: give the text to continue")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError("--prompt: is not UTF-8 text") from error

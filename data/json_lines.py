@@ -25,7 +25,7 @@ def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
                 continue
             try:
                 found.append(read(_parse(line)))
-            except ValueError as error:
+            except (ValueError, UserError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from error
     return found
 

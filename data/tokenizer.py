@@ -64,8 +64,6 @@ class Tokenizer(ABC):
         """
         try:
             ids, byte_counts = self._encode(text)
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can hold
-            raise
         except Exception as error:  # the libraries have no class of their own
             reason = f"{first_line(error):.200}"
             raise UserError(f"the tokenizer cannot read the text ({reason})") from error
