@@ -24,13 +24,6 @@ def cosines(weight: Tensor, changed: Tensor) -> Tensor:
     return (before.T @ after).abs().amax(0)
 
 
-def intruder_part(weight: Tensor, changed: Tensor) -> Tensor:
-    """Return the part of the changed weight that its intruders make up: their sum of s u v^T."""
-    u, s, vh = torch.linalg.svd(changed, full_matrices=False)
-    found = (cosines(weight, changed) < INTRUDER).nonzero().flatten()
-    return (u[:, found] * s[found]) @ vh[found]
-
-
 def projected_norm(weight: Tensor, u: Tensor, vh: Tensor) -> float:
     """Return ||U^T W V||_F: how large W is in these directions, U (out, r) and V^T (r, in)."""
     return (u.T @ weight @ vh.T).norm().item()

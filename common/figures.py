@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 BASE = "#5f6368"
 LORA = "#c85200"
 FULL = "#0068a8"
-RANDOM = "#7f9f7b"
 OTHER = "#8e3a80"
 METHODS = {"base": BASE, "lora": LORA, "full": FULL}
 INK = "#2b2d33"  # words and outlines
@@ -91,42 +90,16 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
 def shades(colour: str, count: int) -> list[str]:
     """Return `count` shades of a colour `#rrggbb`, from dark to light."""
-    return [_shade(colour, (i + 0.5) / count) for i in range(count)]
+    return [shade(colour, (i + 0.5) / count) for i in range(count)]
 
 
-def _shade(colour: str, lightness: float) -> str:
+def shade(colour: str, lightness: float) -> str:
     """Mix a colour with black (lightness 0 to 0.5) or with white (0.5 to 1); 0.5 is the colour."""
     end = 0 if lightness < 0.5 else 255
     share = 1.2 * abs(lightness - 0.5)  # of black or white: 3/5 at most
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     mixed = [round(channel + share * (end - channel)) for channel in channels]
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
-
-
-def name_line(
-    axes: Any,
-    words: str,
-    place: tuple[float, float],
-    colour: str,
-    offset: tuple[float, float] = (5, 0),
-    side: str = "left",
-) -> None:
-    """Write a line's name beside it: at a point of the data, `offset` points off.
-
-    Its colour is the line's, darker, as thin letters need. `side` is the end of the words that
-    stands there.
-    """
-    axes.annotate(
-        words,
-        place,
-        offset,
-        textcoords="offset points",
-        color=_shade(colour, 0.3),
-        ha=side,
-        va="center",
-        annotation_clip=False,
-        parse_math=False,
-    )
 
 
 def scientific(number: float, position: object = None) -> str:

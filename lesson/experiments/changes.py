@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.spectra import INTRUDER, cosines, intruder_part, projected_norm
+from adapters.spectra import INTRUDER, cosines, projected_norm
 from common.device import Device
 from evaluate import evaluate
 from lesson.experiments.common import Trainer
@@ -27,6 +27,13 @@ INTRUDER_FACTORS = (0.75, 0.5, 0.0)
 CHANGE_FACTORS = (0.9, 0.8, 0.6)
 
 Weights = dict[str, Tensor]
+
+
+def intruder_part(weight: Tensor, changed: Tensor) -> Tensor:
+    """Return the part of the changed weight that its intruders make up: their sum of s u v^T."""
+    u, s, vh = torch.linalg.svd(changed, full_matrices=False)
+    found = (cosines(weight, changed) < INTRUDER).nonzero().flatten()
+    return (u[:, found] * s[found]) @ vh[found]
 
 
 def load_base() -> GPT2:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.figures import INK, LORA, draw_at, name_line, shades
+from common.figures import INK, LORA, draw_at, shades
 from lesson.experiments.common import experiment, gradient, mean_loss, panels, trainer
+from lesson.figures import name_line
 
 # Powers of two: fp16 rounds to zero what is below ZERO, and stores what is below NORMAL with fewer
 # bits; from INFINITY on it overflows.

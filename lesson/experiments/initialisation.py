@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.figures import BASE, INK, LORA, OTHER, draw_at, name_line, shades
+from common.figures import BASE, INK, LORA, OTHER, draw_at, shades
 from lesson.experiments.common import band, experiment, gradient, mean_loss, panels, trainer
+from lesson.figures import name_line
 from lora.inject import adapter_disabled
 
 # name: which of A and B are random, the colour, and how far off its line's end the name stands

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from common.device import PRECISIONS
-from common.figures import INK, LORA, OTHER, draw_at, name_line, scientific, shades
+from common.figures import INK, LORA, OTHER, draw_at, scientific, shades
 from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import tuned
+from lesson.figures import name_line
 from lora.inject import lora_layers
 
 # The coarser the format, the darker.

@@ -15,19 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.figures import (
-    BASE,
-    INK,
-    LORA,
-    OTHER,
-    PAGE_WIDTH,
-    draw_at,
-    name_line,
-    new_figure,
-    shades,
-)
+from common.figures import BASE, INK, LORA, OTHER, PAGE_WIDTH, draw_at, new_figure, shades
 from lesson.experiments.common import Trainer, experiment, spread, trainer
 from lesson.experiments.sweep import train
+from lesson.figures import name_line
 from lora import lora_layers, merge, quantise, unwrap
 from lora.quantised import (
     BLOCK,

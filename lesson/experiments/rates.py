@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from common.figures import LORA, draw_at, name_line, scientific, shades
+from common.figures import LORA, draw_at, scientific, shades
 from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
+from lesson.figures import name_line
 
 # Steps, windows a step, stride, rank, and the rate at which the search begins. A stride of 64 reads
 # the whole training part, one of 256 every fourth window of 64 tokens, one of 1024 every 16th.

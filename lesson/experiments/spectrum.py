@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.figures import BASE, FULL, INK, LORA, RANDOM, draw_at, name_line, shades
+from common.figures import BASE, FULL, INK, LORA, draw_at, shades
 from lesson.experiments.common import Trainer, band, experiment, panels
 from lesson.experiments.sweep import tuned
+from lesson.figures import RANDOM, name_line
 
 SVDs = dict[str, Any]  # by a matrix's name, the U, S and Vh of its change
 

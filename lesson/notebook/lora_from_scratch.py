@@ -34,10 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.figures import BASE, FULL, LORA, RANDOM, STYLE, name_line
+from common.figures import BASE, FULL, LORA, STYLE
 from data.tokenizer import load_tokenizer
 from data.tokens import load_books
 from data.windows import Windows, split
+from lesson.figures import RANDOM, name_line
 from model.sampling import generate
 from storage.hub import find_base
 from storage.weights import load_gpt2

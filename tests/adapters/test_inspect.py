@@ -5,9 +5,10 @@ import peft
 import pytest
 import torch
 
-from adapters.inspect import main
-from adapters.spectra import cosines, intruder_part
+from adapters.inspect import block_and_kind, describe, main
+from adapters.spectra import cosines
 from common.figures import PAGE_WIDTH
+from lesson.experiments.changes import intruder_part
 from lora.inject import lora_layers
 from lora.save import save_adapter
 from tests.legible import only_legible_pictures

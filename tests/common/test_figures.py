@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import parity_report, speed_report
-from common.figures import BASE, FULL, LORA, PAGE_WIDTH, RANDOM, scientific, subplots
+from common.figures import BASE, FULL, LORA, PAGE_WIDTH, scientific, shades, subplots
+from lesson.figures import RANDOM
 from tests.helpers import drawing
 from tests.legible import faults, only_legible_pictures
 from training.compare import Setting, draw_sweep
