@@ -128,31 +128,23 @@ def _pick_device(asked: str) -> str:
         device = next(name for name, there in present.items() if there)
     if not present[device]:
         raise UserError(f"--device {device}: this machine or this build of torch has none; use cpu")
-    if device == "cuda" and not _cuda_works(asked):
-        return "cpu"
+    if device == "cuda":
+        _check_cuda()
     return device
 
 
-def _cuda_works(asked: str) -> bool:
-    """Return whether the GPU runs a kernel: a wheel of torch has kernels for some GPUs only.
-
-    `auto` may fall back to the CPU (False, after a warning) if the GPU is too old. Raises UserError
-    if CUDA was asked for, or if the failure may pass, as with a full or busy GPU: training would
-    take hours on the CPU.
+def _check_cuda() -> None:
+    """Raise UserError unless the GPU runs a kernel: a wheel of torch has kernels for some GPUs
+    only, and a GPU may be full.
     """
     gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # this rank's
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
     except RuntimeError as error:
-        reason = f"the GPU's first kernel fails ({first_line(error)})"
-        too_old = "no kernel image" in reason
-        if too_old:
-            reason += "; a GPU older than Turing needs torch from PyTorch's cu126 index"
-        if asked == "cuda" or not too_old:
-            raise UserError(f"--device cuda: {reason}") from error
-        print(f"warning: the CPU is used: {reason}", file=sys.stderr)
-        return False
-    return True
+        raise UserError(
+            f"--device cuda: the GPU's first kernel fails ({first_line(error)}); use --device cpu, "
+            "or, for a GPU older than Turing, torch from PyTorch's cu126 index"
+        ) from error
 
 
 def _pick_precision(device: str, train: bool) -> str:
