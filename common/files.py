@@ -1,6 +1,5 @@
 """Write files whole or not at all; read small ones with errors that name them."""
 
-import glob
 import hashlib
 import json
 import os
@@ -61,17 +60,13 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary directory; on success, rename it to `out`, a new or empty one.
 
-    So all of its files appear, or none. What a killed command left of `out` before is removed.
-    Raises NotWritable if the place cannot be written.
+    So all of its files appear, or none. Raises NotWritable if the place cannot be written.
     """
     out = Path(os.path.realpath(out))
     temporary = out.parent / f".{out.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)
     try:
         temporary.mkdir(parents=True)
-        for path in out.parent.glob(f".{glob.escape(out.name)}.????????{UNFINISHED}"):
-            if path != temporary:
-                shutil.rmtree(path, ignore_errors=True)
         yield temporary
         os.replace(temporary, out)
         _sync(out.parent)
@@ -147,8 +142,6 @@ def refuse_existing(out: Path) -> None:
     """Raise UserError unless `out` is a new or empty directory, for `new_directory`."""
     if not os.path.lexists(out):
         return
-    if os.path.ismount(out):
-        raise UserError(f"--out {out}: is a mount point; name a new directory in it")
     if os.path.isdir(out) and not os.listdir(out):
         return
     raise UserError(f"--out {out}: exists already; name a new directory")
