@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from adapters.load import load_model
 from adapters.spectra import INTRUDER, amplification, cosines
 from common.cli import NONE, Parser, print_table
 from common.errors import run_command
-from common.figures import INK, PAGE_WIDTH, can_draw, new_figure, save_figure
+from common.figures import PAGE_WIDTH, can_draw, save_figure, subplots
 from lora import lora_layers
 from lora.peft_view import GPT2_VIEW, peft_view
 
@@ -113,71 +112,34 @@ def block_and_kind(name: str) -> tuple[int, str]:
     return int(number), f"{blocks}*.{kind}"
 
 
-# The title of each part of the picture, and its x axis. Without a base, only the first is drawn.
-PARTS = (
-    ("k-th singular value of scaling * B A", "k"),
-    ("largest cosine of W + change's k-th singular vector with any of W's", "k"),
-    ("amplification factor", "block"),
-)
-
-
-def draw(
-    spectra: dict[str, Tensor], beside: dict[str, BesideWeight], title: str, path: Path
-) -> None:
-    """Draw the singular values: a panel for each kind of layer, a line for each block.
-
-    With the base's weights, two parts more: the cosines, and the amplification by block.
-    """
+def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
+    """Draw the singular values: a panel for each kind of layer, a line for each block."""
     places = {name: block_and_kind(name.removeprefix(GPT2_VIEW.prefix)) for name in spectra}
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     blocks = 1 + max(block for block, _ in places.values())
 
-    parts = PARTS if beside else PARTS[:1]
     rows = math.ceil(len(kinds) / 2)
-    figure = new_figure((PAGE_WIDTH, 0.4 + len(parts) * (0.4 + 2 * rows)))
+    columns = min(2, len(kinds))
+    size = (PAGE_WIDTH, 0.8 + 2 * rows)
+    figure, grid = subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
     figure.suptitle(title, parse_math=False)  # a $ in a path is a $
-    grid = []
-    for part, (words, x) in zip(
-        figure.subfigures(len(parts), 1, squeeze=False), parts, strict=True
-    ):
-        grid.append(draw_panels(part[0], words, x, kinds))
-        colours = grid[-1][0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
-        ticks = range(0, blocks, 1 + blocks // 12)
-        part[0].colorbar(colours, ax=grid[-1], label="block", ticks=ticks)
-
-    for name, s in spectra.items():
-        block, kind = places[name]
-        column = [panels[kinds.index(kind)] for panels in grid]
-        colour = colours.to_rgba(block)
-        draw_line(column[0], s, colour)
-        if beside:
-            draw_line(column[1], beside[name].cosines, colour)
-            column[2].plot(block, beside[name].amplification, "o", color=colour)
-
-    for panels in grid:
-        panels[0].set(ylim=(0, None))
-    if beside:
-        grid[1][0].set(ylim=(0, 1.03))
-        for axes in grid[1]:
-            axes.axhline(INTRUDER, color=INK, linewidth=1, linestyle="--")
-    save_figure(figure, path)
-
-
-def draw_panels(part: Any, words: str, x: str, kinds: Sequence[str]) -> list[Any]:
-    """Return a panel for each kind of layer, two in a row, with one y axis for all."""
-    part.suptitle(words)
-    rows = math.ceil(len(kinds) / 2)
-    panels = part.subplots(rows, min(2, len(kinds)), sharey=True, squeeze=False).flatten()
+    panels = grid.flatten()
     for axes in panels[len(kinds) :]:
         axes.remove()
     for axes, kind in zip(panels, kinds, strict=False):
-        axes.set(title=kind, xlabel=x)
+        axes.set(title=kind, xlabel="k")
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    return list(panels[: len(kinds)])
+    panels[0].set_ylabel("k-th singular value")
 
-
-def draw_line(axes: Any, values: Tensor, colour: Any) -> None:
-    axes.plot(range(1, len(values) + 1), values, "o-", markersize=3, color=colour)
+    colours = panels[0].scatter([], [], c=[], cmap="viridis", vmin=0, vmax=max(1, blocks - 1))
+    ticks = range(0, blocks, 1 + blocks // 12)
+    figure.colorbar(colours, ax=list(panels[: len(kinds)]), label="block", ticks=ticks)
+    for name, s in spectra.items():
+        block, kind = places[name]
+        axes = panels[kinds.index(kind)]
+        axes.plot(range(1, len(s) + 1), s, "o-", markersize=3, color=colours.to_rgba(block))
+    panels[0].set(ylim=(0, None))
+    save_figure(figure, path)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -205,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if can_draw():
         directory = args.out or args.adapter
         title = f"The change that {args.adapter} makes"
-        draw(spectra, beside, title, directory / "spectrum.png")
+        draw(spectra, title, directory / "spectrum.png")
 
 
 if __name__ == "__main__":
