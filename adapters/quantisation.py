@@ -6,9 +6,9 @@ from pathlib import Path
 from common.cli import NONE
 from common.errors import UserError, as_failure
 from common.files import brief
-from lora.load import adapter_path, read_header
+from lora.load import read_header
 from lora.quantised import LAYERS
-from lora.save import QUANTISED
+from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
@@ -16,7 +16,7 @@ def recorded_quantisation(adapter: Path) -> str | None:
 
     Raises UserError for an unknown kind.
     """
-    path = adapter_path(adapter)
+    path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None
     with as_failure():

@@ -2,23 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from lora.inject import install, new_layers
 from lora.layer import LoRAConfig
 from lora.peft_config import BAD_PATTERN, CONFIG, brief, parse_config
 from lora.peft_view import peft_view
 from lora.save import BASE_SHA256, WEIGHTS, tensors_by_key
-from lora.tensors import DTYPES, is_finite
-
-PICKLED_WEIGHTS = "adapter_model.bin"  # written by PEFT before 0.7
+from lora.tensors import check_names, checked, read_metadata, readable
 
 
 def load_adapter(
@@ -40,12 +36,11 @@ def load_adapter(
         raise ValueError(f"{path}: does not fit this model: {error!s:.150}") from error
 
     parameters = tensors_by_key(peft_view(model).prefix, layers)
-    path = adapter_path(directory)
-    tensors = _read_tensors(path)
-    _check_tensors(path, tensors, parameters)
-    with torch.no_grad():
+    path = directory / WEIGHTS
+    with torch.no_grad(), readable(path), safe_open(path, framework="pt") as file:
+        check_names(path, file.keys(), parameters)
         for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(checked(file.get_tensor(key), parameter.shape, f"{path}: {key}"))
     install(model, config, layers)
     return config
 
@@ -74,22 +69,9 @@ def stored_base_fields(directory: str | Path) -> dict[str, Any]:
 
 
 def read_header(directory: str | Path) -> dict[str, str]:
-    """Return what the header of the adapter's file records of its base. A pickle has no header."""
-    path = adapter_path(directory)
-    if path.name == PICKLED_WEIGHTS:
-        return {}
-    with _readable(path), safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
+    """Return what the header of the adapter's file records of its base."""
+    header = read_metadata(Path(directory) / WEIGHTS)
     return {name: value for name, value in header.items() if name != "format"}
-
-
-def adapter_path(directory: str | Path) -> Path:
-    """Return the file of A and B: safetensors, unless there is only PEFT's older pickle."""
-    path = Path(directory) / WEIGHTS
-    pickled = Path(directory) / PICKLED_WEIGHTS
-    if pickled.exists() and not path.exists():
-        return pickled
-    return path
 
 
 def _refuse_another_base(directory: Path, base_sha256: str) -> None:
@@ -97,7 +79,7 @@ def _refuse_another_base(directory: Path, base_sha256: str) -> None:
     if recorded not in (None, base_sha256):
         name = stored_base_fields(directory)["base_model_name_or_path"]
         raise ValueError(
-            f"{adapter_path(directory)}: was trained on another base (weights sha256 "
+            f"{directory / WEIGHTS}: was trained on another base (weights sha256 "
             f"{brief(recorded)}, not {brief(base_sha256)}); use that base, {brief(name)}"
         )
 
@@ -119,58 +101,3 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise ValueError(f"{path}: holds a JSON {type(stored).__name__}, not an object")
     return stored
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return a file's tensors by name. Raises ValueError for a damaged file, and for a pickle of
-    anything but plain data, which could run code.
-    """
-    with _readable(path):
-        if path.name == PICKLED_WEIGHTS:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-            return {str(key): value for key, value in loaded.items()}
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises into a ValueError that names the file."""
-    try:
-        open(path, "rb").close()
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # each reader has its own
-        kind = type(error).__name__
-        raise ValueError(f"{path}: damaged, or not a file of plain tensors ({kind})") from error
-
-
-def _check_tensors(
-    path: Path, tensors: Mapping[str, object], parameters: Mapping[str, Tensor]
-) -> None:
-    """Raise ValueError, naming a tensor, unless these are the parameters' names and shapes, and all
-    numbers are finite.
-    """
-    missing = sorted(parameters.keys() - tensors.keys())
-    if missing:
-        raise ValueError(
-            f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); "
-            "the file is of another model"
-        )
-    extra = sorted(tensors.keys() - parameters.keys())
-    if extra:
-        raise ValueError(
-            f"{path}: unexpected tensor {extra[0]!r:.120}; the file is of another model"
-        )
-    for key, parameter in parameters.items():
-        value = tensors[key]
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-            raise ValueError(f"{path}: {key} is not a dense tensor")
-        if value.dtype not in DTYPES:
-            raise ValueError(f"{path}: {key} is in {value.dtype}, not in fp32, fp16 or bf16")
-        if value.shape != parameter.shape:
-            needed = tuple(parameter.shape)
-            raise ValueError(f"{path}: {key} is {tuple(value.shape)} where {needed} is needed")
-        if not is_finite(value):
-            raise ValueError(f"{path}: {key} holds numbers that are not finite; it is damaged")

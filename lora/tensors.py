@@ -1,6 +1,6 @@
-"""Write safetensors files: equal tensors and metadata give equal bytes.
+"""Read tensors strictly, and write safetensors files: equal content gives equal bytes.
 
-Safetensors' writer orders the metadata at random, and before version 0.8 it copies all tensors
+Safetensors' own writer orders the metadata at random, and before version 0.8 it copies all tensors
 first. Format: 8 bytes of header length, the header in JSON, the tensors' bytes
 (https://github.com/huggingface/safetensors).
 """
@@ -8,10 +8,12 @@ first. Format: 8 bytes of header length, the header in JSON, the tensors' bytes
 import ctypes
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -55,6 +57,54 @@ def tensor_bytes(key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
     if not is_finite(value):
         raise ValueError(f"{key} holds numbers that are not finite in {dtype}; not written")
     return ctypes.string_at(value.data_ptr(), value.nbytes)  # numpy may not be installed
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors header. Raises ValueError for any other file."""
+    with readable(path), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises into a ValueError that names the file."""
+    try:
+        open(path, "rb").close()
+        yield
+    except ValueError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # each reader has its own
+        reason = ascii(str(error).strip().partition("\n")[0][:120])  # it may quote the file
+        raise ValueError(f"{path}: damaged, or not a file of tensors ({reason})") from error
+
+
+def check_names(path: Path, stored: Collection[str], needed: Collection[str]) -> None:
+    """Raise ValueError, naming a tensor, unless the file has these tensors and no others."""
+    missing = sorted(set(needed) - set(stored))
+    if missing:
+        raise ValueError(
+            f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); "
+            "the file is of another model"
+        )
+    extra = sorted(set(stored) - set(needed))
+    if extra:
+        raise ValueError(
+            f"{path}: unexpected tensor {extra[0]!r:.120}; the file is of another model"
+        )
+
+
+def checked(value: Tensor, shape: torch.Size, name: str) -> Tensor:
+    """Return a tensor from a file. Raises ValueError unless it is finite and of `shape`."""
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} is not a tensor of fp32, fp16 or bf16 ({value.dtype})")
+    if value.shape != shape:
+        found = f"{tuple(value.shape)!s:.120}"
+        raise ValueError(f"{name} is {found} where {tuple(shape)} is needed")
+    if not is_finite(value):
+        raise ValueError(f"{name} holds numbers that are not finite; the file is damaged")
+    return value
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -31,7 +31,7 @@ GPT2_SHA256 = {
 }
 TEMPLATE = "chat_template.jinja"
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", TEMPLATE)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
 # How long the hub may take to answer. Each address of the host is tried for that long, and the hub
 # has four, so `auto` waits for 4 seconds at most.
 AUTO_SECONDS = 1

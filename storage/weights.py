@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from common.errors import RunError, UserError, as_failure
 from common.files import atomic_path, brief, file_sha256, read_json, write_json
+from lora.tensors import write_tensors
 from model.gpt2 import GPT2, GPT2Config
-from storage.tensors import read_shapes, read_tensors, write_tensors
+from storage.tensors import read_shapes, read_tensors
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import RunError, UserError, as_failure
 from common.files import atomic_path, open_file
-from storage.tensors import read_metadata, write_tensors
+from lora.tensors import read_metadata, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
@@ -64,7 +64,8 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the state in a file. Raises UserError unless the file is as it was written."""
-    metadata = read_metadata(path)
+    with as_failure():
+        metadata = read_metadata(path)
     tensors = load_file(path)
     tree = metadata.get("state", "")
     if metadata.get("sha256") != content_sha256(tree, tensors):

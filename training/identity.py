@@ -9,7 +9,6 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import file_sha256
-from lora.load import adapter_path
 from lora.peft_config import CONFIG
 from training.options import MAY_CHANGE, Options, flag
 
@@ -34,7 +33,7 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
     if options.init_adapter:
         init_adapter_sha256 = {
             "config": file_sha256(options.init_adapter / CONFIG),
-            "weights": file_sha256(adapter_path(options.init_adapter)),
+            "weights": file_sha256(options.init_adapter / WEIGHTS),
         }
     return RunIdentity(
         method=options.method,

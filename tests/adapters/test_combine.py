@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 from adapters.combine import combine, main
 from adapters.factors import read_factors
 from adapters.load import load_model
 from common.errors import UserError
 from lora.inject import lora_layers
-from lora.load import PICKLED_WEIGHTS, load_adapter, read_header
+from lora.load import load_adapter, read_header, stored_base_fields
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
 from storage.tensors import read_shapes
@@ -61,9 +61,6 @@ def dense_sum(base, adapters, weights):
 def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters, tmp_path):
     weights = (0.5, -2)
     out = tmp_path / "out"
-    tensors = load_file(adapters[1] / WEIGHTS)
-    torch.save(tensors, adapters[1] / PICKLED_WEIGHTS)  # as PEFT wrote them before 0.7
-    (adapters[1] / WEIGHTS).unlink()
     said = stdout_of(main, *adapters, "--weights", *weights, "--out", out)
     assert said == f"{out}: r = lora_alpha = 5, 100.00% of the sum's squared norm\n"
 
