@@ -1,4 +1,4 @@
-"""Compare finished runs: the tables and pictures of `evaluate.py --compare` and of a sweep."""
+"""Compare finished runs: `evaluate.py --compare`, and the table of a sweep."""
 
 import math
 import os
@@ -11,17 +11,7 @@ from typing import Any, NamedTuple
 
 from common.cli import print_table
 from common.errors import UserError
-from common.figures import (
-    INK,
-    METHODS,
-    PAGE_WIDTH,
-    can_draw,
-    draw_at,
-    save_figure,
-    scientific,
-    shades,
-    subplots,
-)
+from common.figures import METHODS, PAGE_WIDTH, can_draw, draw_at, save_figure, subplots
 from common.files import atomic_path
 from training.directory import RUN
 from training.report import best_weights, read_run
@@ -157,53 +147,22 @@ class Setting(NamedTuple):
 
 
 def report_sweep(method: str, losses: Mapping[Setting, Sequence[float]], out: Path) -> None:
-    """Print each setting's mean loss over its runs, write the table, and draw the perplexities."""
-    scores = {}
+    """Print each setting's mean loss and perplexity over its runs, and write the table."""
     rows = []
     for setting, values in losses.items():
         name = f"lr {setting.lr:g}"
         if setting.r:
             name += f", r {setting.r}"
-        scores[setting] = [perplexity(loss) for loss in values]
-        cells = _mean_and_range(values, digits=4) + _mean_and_range(scores[setting], digits=2)
+        perplexities = [perplexity(loss) for loss in values]
+        cells = _mean_and_range(values, digits=4) + _mean_and_range(perplexities, digits=2)
         rows.append([name, str(len(values)), *cells])
     columns = (method, "runs", "val loss", "min .. max", "perplexity", "min .. max")
     text = print_table(columns, rows)
     with atomic_path(out / "sweep.md") as temporary:
         temporary.write_text(text + "\n")
-    draw_sweep(method, scores, out / "sweep.png")
 
 
 def _mean_and_range(values: Sequence[float], digits: int) -> list[str]:
     least = f"{min(values):.{digits}f}"
     most = f"{max(values):.{digits}f}"
     return [f"{mean(values):.{digits}f}", f"{least} .. {most}"]
-
-
-def draw_sweep(method: str, scores: Mapping[Setting, Sequence[float]], path: Path) -> None:
-    """Draw perplexity against the learning rate: a line for each rank, and the range of seeds."""
-    if not can_draw():
-        return
-    figure, axes = subplots(figsize=(PAGE_WIDTH, 4.5))
-    ranks = list(dict.fromkeys(setting.r for setting in scores))
-    for rank, colour in zip(ranks, shades(METHODS[method], len(ranks)), strict=True):
-        line = sorted(setting for setting in scores if setting.r == rank)
-        lrs = [setting.lr for setting in line]
-        means = [mean(scores[setting]) for setting in line]
-        axes.plot(lrs, means, "o-", color=colour, label=f"r = {rank}" if rank else None)
-        lows = [min(scores[setting]) for setting in line]
-        highs = [max(scores[setting]) for setting in line]
-        axes.vlines(lrs, lows, highs, color=colour)
-    best = min(scores, key=lambda setting: mean(scores[setting]))
-    star = {"color": INK, "markersize": 18, "markerfacecolor": "none", "zorder": 9}
-    axes.plot(best.lr, mean(scores[best]), "*", label="best mean", **star)
-    axes.set(
-        xscale="log",
-        xlabel="peak learning rate",
-        ylabel="best validation perplexity",
-        title=f"{method}: mean over seeds, and range from the minimum to the maximum",
-    )
-    lrs = sorted({setting.lr for setting in scores})
-    draw_at(axes.xaxis, lrs, [scientific(lr) for lr in lrs])
-    axes.legend()
-    save_figure(figure, path)

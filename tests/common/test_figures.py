@@ -13,7 +13,6 @@ from common.figures import BASE, FULL, LORA, PAGE_WIDTH, scientific, shades, sub
 from lesson.figures import RANDOM
 from tests.helpers import drawing
 from tests.legible import faults, only_legible_pictures
-from training.compare import Setting, draw_sweep
 from training.options import ROOT
 
 # What is left of linear red, green and blue for the three kinds of colour-blindness
@@ -60,9 +59,7 @@ def test_numbers_of_all_sizes_are_written_alike():
 
 @drawing()
 def test_pictures_of_commands_can_be_read(tmp_path):
-    """Those of a sweep, of both sorts of benchmark, and of the parity report."""
-    rates = (1e-4, 3e-4, 1e-3, 3e-3)
-    swept = {Setting(lr, r): [40 + r + 1e3 * lr, 41.0] for lr in rates for r in (4, 8, 16)}
+    """Those of both sorts of benchmark, and of the parity report."""
     spread = {"median": 1.5, "min": 1.25, "max": 2.0}
     machine = {"base": "mini", "machine": "2-core x86-64 CPU", "date": "2026-11-28", "rounds": 3}
     along = [
@@ -79,13 +76,12 @@ def test_pictures_of_commands_can_be_read(tmp_path):
     report.curves |= curves
 
     with only_legible_pictures() as pictures:
-        draw_sweep("lora", swept, tmp_path / "sweep.png")
         summary = {"contenders": dict(enumerate(along)), "ratios": []}
         speed_report.draw(machine | {"summary": summary}, tmp_path / "axes.png")
         summary = {"contenders": {"here": {"axis": ""}}, "ratios": [ratio, ratio]}
         speed_report.draw(machine | {"summary": summary}, tmp_path / "ratios.png")
         report.draw(tmp_path / "parity.png")
-    assert len(pictures) == 4
+    assert len(pictures) == 3
 
 
 def test_what_cannot_be_read_is_found():

@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 
 import train
-from tests.helpers import drawing
 from tests.runs import arguments, contents, die, run, run_acting, table, trained
 from training import sweep
 
@@ -26,7 +25,6 @@ def children(monkeypatch) -> list:
     return endings
 
 
-@drawing()
 def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, children):
     out = tmp_path / "sweep"
     options = (*SHORT, "--lr", 0.01, "--r", 2)
@@ -54,7 +52,6 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
     [_, _, row] = table(written)
     spread = f"{min(losses):.4f} .. {max(losses):.4f}"
     assert row[:4] == ["lr 0.01, r 2", "2", f"{mean(losses):.4f}", spread]
-    assert (out / "sweep.png").stat().st_size > 10_000
 
 
 def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, children):
