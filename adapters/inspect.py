@@ -4,8 +4,8 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,24 +43,11 @@ def describe(s: Tensor) -> list[str]:
     return [*largest, f"{holding} of {len(s)}", f"{effective_rank(s):.1f}"]
 
 
-@dataclass(frozen=True)
-class BesideWeight:
-    """Hold how a change compares with the weight that it changes."""
+class BesideWeight(NamedTuple):
+    """The table cells that compare a change with the weight that it changes."""
 
-    relative_norm: float
-    cosines: Tensor  # (10,), as `cosines` in adapters/spectra.py
-    amplification: float
-
-    def cells(self) -> list[str]:
-        """Return the table cells."""
-        if math.isnan(self.amplification):
-            return ["B is zero"] * 3
-        intruders = int((self.cosines < INTRUDER).sum())
-        return [
-            f"{intruders} of {len(self.cosines)}",
-            f"{self.cosines.min().item():.2f}",
-            f"{self.amplification:.3g}",
-        ]
+    relative_norm: str
+    spectra: list[str]  # intruders, the least cosine, amplification
 
 
 def beside_weights(
@@ -75,11 +62,15 @@ def beside_weights(
         weight = layer.base_layer.weight.detach().float()
         change = (factors[name].B @ factors[name].A).float()
         u, s, vh = (part.float() for part in factors[name].svd())
-        found[name] = BesideWeight(
-            relative_norm=(change.norm() / weight.norm()).item(),
-            cosines=cosines(weight, weight + change),
-            amplification=amplification(weight, u, s, vh),
-        )
+        cells = ["B is zero"] * 3
+        if s.any():
+            largest = cosines(weight, weight + change)  # (10,)
+            cells = [
+                f"{int((largest < INTRUDER).sum())} of {len(largest)}",
+                f"{largest.min().item():.2f}",
+                f"{amplification(weight, u, s, vh):.3g}",
+            ]
+        found[name] = BesideWeight(f"{change.norm() / weight.norm():.2%}", cells)
     return found
 
 
@@ -94,8 +85,8 @@ def print_changes(spectra: dict[str, Tensor], beside: dict[str, BesideWeight]) -
         row = [name.removeprefix(GPT2_VIEW.prefix), f"{s.norm().item():.4g}"]
         row += describe(s)
         if beside:
-            row.insert(2, f"{beside[name].relative_norm:.2%}")
-            row += beside[name].cells()
+            row.insert(2, beside[name].relative_norm)
+            row += beside[name].spectra
         rows.append(row)
     print_table(columns, rows)
 

@@ -3,8 +3,6 @@
 W (out, in) is the weight, dW its change; all in fp32 or fp64.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,8 +29,6 @@ def projected_norm(weight: Tensor, u: Tensor, vh: Tensor) -> float:
 
 def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
     """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T: how much larger the change is than W in the
-    change's own directions (Hu et al. 2021, 7.3); nan for no change.
+    change's own directions (Hu et al. 2021, 7.3).
     """
-    if not s.any():
-        return math.nan
     return s.norm().item() / projected_norm(weight, u, vh)
