@@ -14,7 +14,7 @@ from adapters.factors import Factors, read_factors, truncate, write_factors
 from adapters.quantisation import common_quantisation
 from common.cli import Parser, number
 from common.errors import UserError, as_failure, run_command
-from common.files import brief, new_directory, refuse_existing
+from common.files import new_directory, refuse_existing
 from lora.load import read_header, stored_base_fields
 from lora.save import BASE_SHA256, QUANTISED
 from storage.hub import find_adapter
@@ -73,27 +73,21 @@ def _sum_of(
 def common_base(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the fields and the header by which all these adapters record their base.
 
-    Prints a note if two name different bases and no hash decides. Raises UserError if two record
-    different hashes or quantisations.
+    Raises UserError if two record different hashes or quantisations.
     """
     with as_failure():
         hashes = {directory: read_header(directory).get(BASE_SHA256) for directory in directories}
-        fields = [stored_base_fields(directory) for directory in directories]
     hashed = [directory for directory in directories if hashes[directory]]
     for directory in hashed:
         if hashes[directory] != hashes[hashed[0]]:
             raise UserError(f"{hashed[0]} and {directory}: are adapters of different bases")
     quantisation = common_quantisation(directories, REMEDY)
 
-    names = dict.fromkeys(brief(base["base_model_name_or_path"]) for base in fields)
-    if len(hashed) < len(directories) and len(names) > 1:
-        print(
-            f"note: these adapters name their bases {' and '.join(names)}; a sum needs adapters "
-            "of one base"
-        )
     source = hashed[0] if hashed else directories[0]
     header = {BASE_SHA256: hashes[source], QUANTISED: quantisation}
-    return stored_base_fields(source), {name: value for name, value in header.items() if value}
+    with as_failure():
+        fields = stored_base_fields(source)
+    return fields, {name: value for name, value in header.items() if value}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
