@@ -90,14 +90,9 @@ def extract(
             continue
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
         factors[layer] = truncate(u, s, vh, rank)
-        explained = [s[:k].square().sum().item() / (squares or 1.0) for k in shown_ranks(rank)]
-        rows.append([layer, f"{squares**0.5:.4g}", *(f"{share:.2%}" for share in explained)])
+        explained = s[:rank].square().sum().item() / (squares or 1.0)
+        rows.append([layer, f"{squares**0.5:.4g}", f"{explained:.2%}"])
     return Extraction(factors, rows, outside / (whole or 1.0))
-
-
-def shown_ranks(rank: int) -> list[int]:
-    """Return the ranks for which the table says how much of a change they explain."""
-    return [k for k in (1, 2, 4, 8, 16, 32, 64) if k < rank] + [rank]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -140,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with new_directory(args.out) as directory:
         write_factors(factors, directory, fields, {BASE_SHA256: base_sha256})
 
-    explains = [f"rank {k} explains" for k in shown_ranks(args.rank)]
-    print_table(["layer", "norm of the change", *explains], found.rows)
+    print_table(["layer", "norm of the change", f"rank {args.rank} explains"], found.rows)
     print(
         f"{found.outside:.2%} of the whole change's squared norm is outside these layers\n"
         f"{base} + {args.out} approximates {args.full} in these layers at rank {args.rank}"
