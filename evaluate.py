@@ -2,9 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from common.options import parse_evaluate
 from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
-from data.windows import Dataset, InputsAndTargets, Windows, check_block_size, split
+from data.windows import Dataset, Windows, check_block_size, split
 from lora.quantised import quantisation
 from model.gpt2 import GPT2, IGNORE_INDEX
 from model.kernels.fast import set_kernels
@@ -30,6 +31,7 @@ from training.scores import Scores
 EVAL_BATCH = 16  # windows scored at a time
 
 
+@torch.no_grad()
 def evaluate(
     model: GPT2,
     dataset: Dataset,
@@ -37,33 +39,13 @@ def evaluate(
     ranks: Ranks | None = None,
     batch_size: int = EVAL_BATCH,
 ) -> Scores:
-    """Score all of a text, or of conversations.
+    """Score all of a text, or of conversations. With several ranks, each scores a share.
 
     Raises RunError if the loss is not finite, and UserError if every target is an end of text.
     """
     scored_bytes = dataset.scored_bytes
     if not scored_bytes:
         raise UserError("the text holds only end-of-text tokens: nothing to score")
-    batches = dataset.evaluation_batches(batch_size)
-    tokens, loss, hits = score_batches(model, batches, device, ranks)
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
-        )
-    return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)
-
-
-@torch.no_grad()
-def score_batches(
-    model: GPT2,
-    batches: Iterable[InputsAndTargets],
-    device: Device,
-    ranks: Ranks | None = None,
-) -> tuple[int, float, int]:
-    """Return the scored tokens of batches (B, T), their summed loss in nats, and the greedy hits.
-
-    Targets that are IGNORE_INDEX are left out. With several ranks, each scores a share.
-    """
     ranks = ranks or Ranks()
     dtype = torch.float64
     if device.torch_device.type == "mps":  # it has no fp64
@@ -73,21 +55,23 @@ def score_batches(
 
     was_training = model.training
     model.eval()
-    try:
-        for inputs, targets in islice(batches, ranks.rank, None, ranks.world_size):
-            count += (targets != IGNORE_INDEX).sum()
-            with device.autocast():
-                losses, hits = model.token_losses(
-                    device.to_device(inputs), device.to_device(targets)
-                )
-            sums += torch.stack([losses.sum(dtype=dtype), hits.sum(dtype=dtype)])
-    finally:
-        model.train(was_training)
+    batches = dataset.evaluation_batches(batch_size)
+    for inputs, targets in islice(batches, ranks.rank, None, ranks.world_size):
+        count += (targets != IGNORE_INDEX).sum()
+        with device.autocast():
+            losses, hits = model.token_losses(device.to_device(inputs), device.to_device(targets))
+        sums += torch.stack([losses.sum(dtype=dtype), hits.sum(dtype=dtype)])
+    model.train(was_training)
     ranks.all_reduce(sums)
     ranks.all_reduce(count)
 
-    loss, hits = sums.tolist()
-    return int(count), loss, int(hits)
+    tokens = int(count)
+    loss, accuracy = (sums / tokens).tolist()
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
+        )
+    return Scores(tokens, scored_bytes, loss, accuracy)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,11 +100,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def score_text(
     args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
 ) -> dict[str, Any]:
-    """Score a text or conversations; print the scores and return them."""
-    source, fraction = what_to_score(args)
-    data = load_dataset(args, tokenizer, source, fraction)
-    scores = evaluate(model, data, device, batch_size=args.batch_size)
-    print(f"{source}{part_name(fraction)}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
+    """Score a text or conversations. Print the scores and return them."""
+    texts = [args.data] if args.data else args.text or [BOOK]
+    source = ", ".join(map(str, texts))
+    fraction = args.val_fraction or 1.0
+    if not (args.val_fraction or args.data or args.text):
+        fraction = 0.1  # the book's validation part
+    part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
+
+    scores = evaluate(
+        model, load_dataset(args, tokenizer, texts, fraction), device, batch_size=args.batch_size
+    )
+    print(f"{source}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
     return {
         "text": source,
@@ -131,35 +122,20 @@ def score_text(
     }
 
 
-def part_name(fraction: float) -> str:
-    return "" if fraction == 1 else f", the last {100 * fraction:g} %"
-
-
-def what_to_score(args: argparse.Namespace) -> tuple[str, float]:
-    """Return the name of the text or data, and which share of it, at its end, is scored."""
-    if args.data:
-        source = str(args.data)
-    elif args.text:
-        source = ", ".join(map(str, args.text))
-    else:  # the book's validation part
-        return str(BOOK), args.val_fraction or 0.1
-    return source, args.val_fraction or 1.0
-
-
 def load_dataset(
-    args: argparse.Namespace, tokenizer: Tokenizer, source: str, fraction: float
-) -> Windows | Instructions:
+    args: argparse.Namespace, tokenizer: Tokenizer, texts: Sequence[Path], fraction: float
+) -> Dataset:
     """Load what is scored. Raises UserError if it is too short."""
     if args.data:
         examples = read_examples(args.data, tokenizer, args.block_size)
         chosen = split(examples, fraction)[1]
         if not chosen:
-            raise UserError(f"{source}: 0 examples; too short to score")
+            raise UserError(f"{args.data}: 0 examples; too short to score")
         return Instructions(chosen)
 
-    tokens = split(load_books(args.text or [BOOK], tokenizer), fraction)[1]
+    tokens = split(load_books(texts, tokenizer), fraction)[1]
     if len(tokens) <= args.label_shift:
-        raise UserError(f"{source}: {len(tokens)} tokens; too short to score")
+        raise UserError(f"{texts[0]}: {len(tokens)} tokens; too short to score")
     stride = args.stride or args.block_size
     return Windows(tokens.ids, args.block_size, stride, args.label_shift, tokens.byte_counts)
 
