@@ -59,19 +59,19 @@ def evaluate(
     for inputs, targets in islice(batches, ranks.rank, None, ranks.world_size):
         count += (targets != IGNORE_INDEX).sum()
         with device.autocast():
-            losses, hits = model.token_losses(device.to_device(inputs), device.to_device(targets))
-        sums += torch.stack([losses.sum(dtype=dtype), hits.sum(dtype=dtype)])
+            losses, right = model.token_losses(device.to_device(inputs), device.to_device(targets))
+        sums += torch.stack([losses.sum(dtype=dtype), right.sum(dtype=dtype)])
     model.train(was_training)
     ranks.all_reduce(sums)
     ranks.all_reduce(count)
 
     tokens = int(count)
-    loss, accuracy = (sums / tokens).tolist()
+    loss, hits = sums.tolist()
     if not math.isfinite(loss):
         raise RunError(
             f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
         )
-    return Scores(tokens, scored_bytes, loss, accuracy)
+    return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,9 +108,8 @@ def score_text(
         fraction = 0.1  # the book's validation part
     part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
 
-    scores = evaluate(
-        model, load_dataset(args, tokenizer, texts, fraction), device, batch_size=args.batch_size
-    )
+    data = load_dataset(args, tokenizer, texts, fraction)
+    scores = evaluate(model, data, device, batch_size=args.batch_size)
     print(f"{source}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
     return {
