@@ -88,7 +88,7 @@ class Ranks:
                 dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
             raise RunError(
                 f"rank {self.rank} of {self.world_size}: the connection to another rank is "
-                f"lost ({_reason(error)}); its own message says why"
+                f"lost ({first_line(error)}); its own message says why"
             ) from error
 
     def _abort_nccl(self) -> None:
@@ -171,12 +171,3 @@ class Ranks:
         if self.world_size > 1:
             self._call(lambda: dist.broadcast_object_list(values))
         return values[0]
-
-
-def _reason(error: RuntimeError) -> str:
-    """Return an error's first line and, from NCCL, the line under "Last error:": its cause."""
-    _, _, cause = str(error).partition("Last error:\n")
-    reason = first_line(error)
-    if cause.strip():
-        reason += f"; {cause.strip().splitlines()[0]}"
-    return reason

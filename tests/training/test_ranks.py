@@ -301,15 +301,12 @@ def test_an_error_ends_nccls_part_of_the_group_without_waiting(backend):
 
 
 def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
-    error = RuntimeError(
-        "NCCL error in: X.cpp:1, unhandled system error\nncclSystemError: System call failed\n"
-        "Last error:\nsocketPollConnect: Connect to 10.0.0.2 failed\n"
-    )
+    error = RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nncclSystemError: ...")
     monkeypatch.setattr(dist, "all_reduce", mock.Mock(side_effect=error))
     with pytest.raises(RunError) as failure:
         Ranks(rank=1, world_size=2).max_over_ranks(0)
     message = str(failure.value)
     assert LOST.fullmatch(f"error: {message}")
-    assert "(NCCL error in: X.cpp:1, unhandled system error; socketPollConnect: " in message
+    assert "(NCCL error in: X.cpp:1, unhandled system error)" in message
     dist.destroy_process_group.assert_called_once_with()
     assert dist.group.WORLD.abort.called == ("nccl" in backend)
