@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from data.choices import question
-from data.json_lines import LONGEST_LINE, read_lines, refuse_unknown
+from data.json_lines import read_lines, refuse_unknown
 from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
 from data.windows import InputsAndTargets, shuffled
@@ -153,8 +153,6 @@ def encode(
 
     With `ask`, the assistant's name follows, for a model to go on from. Text between completions is
     tokenized as one: the space of an empty content and the new line can be one token.
-    Only the last `LONGEST_LINE` characters of a content are read: they fill any context, and
-    tiktoken's regex overflows on a million spaces.
     """
     ids: list[int] = []
     scored: list[bool] = []
@@ -167,8 +165,7 @@ def encode(
         byte_counts.extend(counts.tolist())
 
     given = ""
-    for name, whole in turns:
-        content = whole[-LONGEST_LINE:]
+    for name, content in turns:
         if name != "Assistant":
             given += f"{name}: {content}\n"
             continue
@@ -192,8 +189,6 @@ def _turns(example: dict) -> list[Turn]:
         raise ValueError(f"needs {FORMS}") from error
     if not turns or turns[-1][0] != "Assistant" or ("Assistant", "") in turns:
         raise ValueError("has an empty completion, or none at its end")
-    if any("\0" in content for _, content in turns):
-        raise ValueError("holds a NUL, which is not text")
     return turns
 
 
@@ -214,7 +209,5 @@ def _messages(example: dict) -> list[dict]:
 
 
 def _turn(message: dict) -> Turn:
-    if message.get("weight", 1) != 1:
-        raise ValueError("has a weight, which is not supported: every completion is scored")
-    refuse_unknown(message, {"role", "content", "weight"}, FORMS)
+    refuse_unknown(message, {"role", "content"}, FORMS)
     return NAMES[message["role"]], message["content"].strip()

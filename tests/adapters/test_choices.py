@@ -139,7 +139,6 @@ BAD = [
     (line("a", ["b", "c"], True), "its answer is True"),
     (line("a", ["b", "c"], "b"), "its answer is 'b'"),
     (line("a", ["b", " b "], 0), "an empty choice, or one twice"),
-    (line("a", ["b", "c\0"], 0), "holds a NUL"),
     (line("a", ["b", "c"], 0, label="c"), "the unknown key 'label'"),
     (line("a", ["b", "word " * 40], 0), "its completion is longer than a block of 40"),
 ]
