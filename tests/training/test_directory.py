@@ -66,26 +66,6 @@ def test_a_line_of_which_the_disk_takes_only_a_part_is_an_error(tmp_path, size_l
     directory.close()
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_a_directory_that_vanishes_or_is_another_ends_the_run_and_is_left_alone(
-    argv, tmp_path, again
-):
-    out = tmp_path / "run"
-
-    def replace(moment):
-        out.rename(tmp_path / "away")
-        if again:
-            out.mkdir()
-            (out / "metrics.jsonl").write_text("mine")
-
-    line = one_line(run_acting({7: replace}, *argv))
-    assert (
-        f"{out / 'metrics.jsonl'}: was removed or replaced during the run" in line
-        and "step 6" in line
-    )
-    assert contents(out) == {"metrics.jsonl": b"mine"} if again else not out.exists()
-
-
 @drawing()
 def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, book, tmp_path):
     trained("lora", base, book, tmp_path, "--max-steps", 2)
