@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import nn
 
 from lora.inject import install, new_layers
 from lora.layer import LoRAConfig
-from lora.peft_config import BAD_PATTERN, CONFIG, brief, parse_config
+from lora.peft_config import CONFIG, brief, parse_config
 from lora.peft_view import peft_view
 from lora.save import BASE_SHA256, WEIGHTS, tensors_by_key
 from lora.tensors import check_names, checked, read_metadata, readable
+
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # the errors of a regular expression
 
 
 def load_adapter(
