@@ -19,10 +19,6 @@ from lora.load import read_header, stored_base_fields
 from lora.save import BASE_SHA256, QUANTISED
 from storage.hub import find_adapter
 
-REMEDY = (
-    "first continue one on the base of the other: train.py lora --init-adapter A --quantise KIND"
-)
-
 
 def combine(
     adapters: Sequence[dict[str, Factors]], weights: Sequence[float], rank: int | None = None
@@ -81,7 +77,7 @@ def common_base(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, 
     for directory in hashed:
         if hashes[directory] != hashes[hashed[0]]:
             raise UserError(f"{hashed[0]} and {directory}: are adapters of different bases")
-    quantisation = common_quantisation(directories, REMEDY)
+    quantisation = common_quantisation(directories)
 
     source = hashed[0] if hashed else directories[0]
     header = {BASE_SHA256: hashes[source], QUANTISED: quantisation}

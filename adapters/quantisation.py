@@ -26,10 +26,10 @@ def recorded_quantisation(adapter: Path) -> str | None:
     return kind
 
 
-def common_quantisation(adapters: Collection[Path], remedy: str) -> str | None:
+def common_quantisation(adapters: Collection[Path]) -> str | None:
     """Return the kind of `LAYERS` that all these adapters record, or None.
 
-    Raises UserError, with this remedy, if two record different kinds.
+    Raises UserError if two record different kinds.
     """
     kinds = {adapter: recorded_quantisation(adapter) for adapter in adapters}
     if not kinds:
@@ -39,7 +39,8 @@ def common_quantisation(adapters: Collection[Path], remedy: str) -> str | None:
         if kind != expected:
             raise UserError(
                 f"{first} ({expected or NONE}) and {adapter} ({kind or NONE}): were trained on "
-                f"bases quantised in different ways; {remedy}"
+                "bases quantised in different ways; give --quantise, or first continue one on the "
+                "base of the other: train.py lora --init-adapter A --quantise KIND"
             )
     return expected
 
@@ -55,7 +56,7 @@ def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | 
     if asked is not None:
         return asked
 
-    kind = common_quantisation(adapters, "choose one by --quantise")
+    kind = common_quantisation(adapters)
     if kind:
         print(f"the base is quantised to {kind}, as in the adapter's training (--quantise)")
     return kind

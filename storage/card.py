@@ -65,9 +65,7 @@ QUANTISATION = {
     quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),""",
-    # bitsandbytes would also round the inputs to 8 bits. Weights in fp32 are closer to training.
-    "int8": """
-    # Training rounded these weights to int8. `python evaluate.py --adapter ...` does the same.""",
+    "int8": "",  # bitsandbytes would also round the inputs: fp32 is closer to training
 }
 LOAD_MODEL = """\
 from transformers import pipeline

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from common.errors import UserError, first_line
 from common.files import file_sha256
+from data.tokenizer import TEMPLATE
 from storage.weights import CONFIG, PICKLED_WEIGHTS, WEIGHTS, find_weights
 
 REPOSITORIES = {
@@ -29,7 +30,6 @@ GPT2_SHA256 = {
     CONFIG: "0daed7749b4f02b8f76240d5444551d7b08712dab4d0adb8239c56ba823bb7b4",
     WEIGHTS: "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
 }
-TEMPLATE = "chat_template.jinja"
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
 # How long the hub may take to answer. Each address of the host is tried for that long, and the hub
