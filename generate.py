@@ -39,13 +39,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.chat:
             chat(model, tokenizer, args)
             return
-        rows = [("", prompt) for prompt in args.prompt]
         if args.with_base:
             print(f"=== {base}\n")
             with adapter_disabled(model):
-                write_texts(model, tokenizer, args, rows)
+                write_texts(model, tokenizer, args)
             print(f"=== {base} with {adapter}\n")
-        write_texts(model, tokenizer, args, rows)
+        write_texts(model, tokenizer, args)
 
 
 def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
@@ -58,38 +57,33 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
     names: list[str | None] = [str(adapter) for adapter in args.adapter]
     if args.with_base:
         names.insert(0, None)
-    rows = []
-    for prompt in args.prompt:
-        for name in names:
-            heading = f"{base} with {name}" if name else base
-            rows.append((f"=== {heading}\n\n", prompt))
-    adapters.use(names * len(args.prompt))
+    adapters.use(names)
+    headings = [f"=== {base} with {name}\n\n" if name else f"=== {base}\n\n" for name in names]
     with device.autocast():
-        write_texts(model, tokenizer, args, rows)
+        write_texts(model, tokenizer, args, headings)
 
 
 def write_texts(
-    model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, rows: list[tuple[str, str]]
+    model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """Print each row's heading, prompt and continuation.
+    """Print each prompt and its continuation under each heading: the rows of a batch.
 
-    A single row is printed token by token; several, when all are done. They share a batch, but each
-    is continued as if it were the only one.
+    A single row is printed token by token. Several are printed when all are done.
     """
-    alone = len(rows) == 1
-    texts = [heading + prompt for heading, prompt in rows]
-    prompts = [tokenizer.encode(prompt) for _, prompt in rows]
-    generators = [seeded(model, args) for _ in rows]
-    if alone:
-        print(texts[0], end="", flush=True)
-    for row, text in stream(model, tokenizer, prompts, args, generators):
-        texts[row] += text
+    alone = len(headings) == 1
+    for prompt in args.prompt:
+        texts = [heading + prompt for heading in headings]
+        generators = [seeded(model, args) for _ in headings]
         if alone:
-            print(text, end="", flush=True)
-    if alone:
-        print("\n")
-    else:
-        print("\n\n".join(texts) + "\n")
+            print(texts[0], end="", flush=True)
+        for row, text in stream(model, tokenizer, tokenizer.encode(prompt), args, generators):
+            texts[row] += text
+            if alone:
+                print(text, end="", flush=True)
+        if alone:
+            print("\n")
+        else:
+            print("\n\n".join(texts) + "\n")
 
 
 def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
@@ -117,7 +111,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
             del turns[:2]
             ids = encode(turns, tokenizer, ask=True)[0]
         answer = ""
-        for _, text in stream(model, tokenizer, [ids], args, [generator]):
+        for _, text in stream(model, tokenizer, ids, args, [generator]):
             print(text if answer.strip() else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
@@ -127,21 +121,20 @@ def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
 def stream(
     model: GPT2,
     tokenizer: Tokenizer,
-    prompts: list[np.ndarray],
+    prompt: np.ndarray,
     args,
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
-    """Continue each prompt's ids up to an end of text; yield a row and the next piece of its text,
-    in whole characters.
+    """Continue a prompt's ids up to an end of text, in a row for each generator. Yield a row and
+    the next piece of its text, in whole characters.
     """
-    ids = [
-        torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device) for prompt in prompts
-    ]
-    left = [args.max_new_tokens] * len(prompts)  # tokens that a row may still get
-    decoders = [StreamDecoder(tokenizer, prompt.tolist()) for prompt in prompts]
+    rows = len(generators)
+    ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
+    ended = [False] * rows
+    decoders = [StreamDecoder(tokenizer, prompt.tolist()) for _ in range(rows)]
     for tokens in generate_rows(
         model,
-        ids,
+        ids.expand(rows, -1),
         args.max_new_tokens,
         generators,
         temperature=args.temperature,
@@ -150,12 +143,10 @@ def stream(
         suppress_tokens=padding(model, tokenizer),
     ):
         for row, token in enumerate(tokens.tolist()):
-            if token == tokenizer.end_of_text:
-                left[row] = 0
-            elif token >= 0 and left[row]:
-                left[row] -= 1
+            ended[row] |= token == tokenizer.end_of_text
+            if not ended[row]:
                 yield row, decoders[row].add(token)
-        if not any(left):
+        if all(ended):
             break
     for row, decoder in enumerate(decoders):
         yield row, decoder.finish()

@@ -77,10 +77,9 @@ class Explorer:
             raise UserError(f"max_new_tokens: {args.max_new_tokens:,} is above {MOST_NEW_TOKENS}")
         self.change(request)
 
-        prompts = [ids, ids]
-        generators = [generate.seeded(self.model, args) for _ in prompts]
+        generators = [generate.seeded(self.model, args) for _ in range(2)]
         with self.device.autocast():
-            pieces = generate.stream(self.model, self.tokenizer, prompts, args, generators)
+            pieces = generate.stream(self.model, self.tokenizer, ids, args, generators)
             for row, text in pieces:
                 yield {"row": row, "text": text}
 

@@ -76,15 +76,13 @@ def test_each_rows_tokens_are_those_of_its_adapter_alone(base, model, directorie
         return [torch.Generator().manual_seed(7) for _ in range(count)]
 
     sampling = {"temperature": 1.0, "top_k": 20}
-    prompts = [IDS[0], IDS[0, :3], IDS[0], token_ids(TINY["vocab_size"], length)]
-    steps = list(generate_rows(model, prompts, length, generators(4), **sampling))
+    prompt = IDS[0]
+    steps = list(generate_rows(model, prompt.expand(4, -1), length, generators(4), **sampling))
     rows = torch.stack(steps, dim=1)
-    for name, prompt, row in zip(names, prompts, rows, strict=True):
+    for name, row in zip(names, rows, strict=True):
         single = alone(base, directories, name)
         expected = generate(single, prompt, length, generator=generators(1)[0], **sampling)
-        assert row[row >= 0][:length].tolist() == list(expected)
-    pauses = [(row < 0).sum().item() for row in rows]
-    assert pauses == [13, 0, 13, CONTEXT - 3]
+        assert row.tolist() == list(expected)
 
 
 def test_the_command_writes_each_text_under_its_heading(base, directories):

@@ -71,9 +71,8 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | choice
         generator = torch.Generator().manual_seed(0)
         drawn = []
-        nothing_given = [torch.empty(0)]
         for _ in range(draws):
-            drawn.append(next_tokens(LOGITS[None], nothing_given, [generator], **options)[0])
+            drawn.append(next_tokens(LOGITS[None], [generator], **options)[0])
         counted = torch.bincount(torch.cat(drawn), minlength=4) / draws
         assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
 
@@ -85,12 +84,12 @@ def test_rows_are_prepared_for_drawing_together():
     rows = 5
     generators = [torch.Generator().manual_seed(i) for i in range(rows)]
     with Operations() as seen:
-        drawn = next_tokens(LOGITS.expand(rows, -1), [torch.empty(0)] * rows, generators, **options)
+        drawn = next_tokens(LOGITS.expand(rows, -1), generators, **options)
     assert seen.names.count("_softmax") == 2
     assert seen.names.count("multinomial") == rows
     for i, token in enumerate(drawn):
         alone = [torch.Generator().manual_seed(i)]
-        expected = next_tokens(LOGITS[None], [torch.empty(0)], alone, **options)
+        expected = next_tokens(LOGITS[None], alone, **options)
         assert torch.equal(token[None], expected)
 
 
@@ -119,8 +118,8 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     def pieces(tokens, tokenizer):
         args = Namespace(temperature=0, top_k=0, top_p=1.0, max_new_tokens=99)
         scripted = Scripted(model.config, tokens)
-        prompts = [tokenizer.encode("x")]
-        return [text for _, text in stream(scripted, tokenizer, prompts, args, [None])]
+        prompt = tokenizer.encode("x")
+        return [text for _, text in stream(scripted, tokenizer, prompt, args, [None])]
 
     tokenizer = small_tokenizer(VOCAB)
     text = "naïve ☂ 🕯 end"
@@ -143,14 +142,14 @@ def test_rows_end_apart_and_share_no_character(model, monkeypatch, capsys):
     a, *half, b, end = tokenizer.encode(f"aéb{END_OF_TEXT}").tolist()
     assert len(half) == 2
     rows = [
-        [-1, half[0], half[1], b, end, a],  # -1: still reading
-        [a, b, end, a, a, a],
+        [half[0], half[1], b, end, a],
+        [a, b, end, a, a],
     ]
     steps = iter(torch.tensor(rows).T)
     monkeypatch.setattr(command, "generate_rows", lambda *_, **__: steps)
-    args = Namespace(seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
-    command.write_texts(model, tokenizer, args, [("", "x"), ("=", "y")])
-    assert capsys.readouterr().out == "xéb\n\n=yab\n\n"
+    args = Namespace(prompt=["x"], seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
+    command.write_texts(model, tokenizer, args, ["", "="])
+    assert capsys.readouterr().out == "xéb\n\n=xab\n\n"
     assert next(steps).tolist() == [a, a]  # which nobody needed
 
 
