@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from adapters.combine import combine, main
 from adapters.factors import read_factors
 from adapters.load import load_model
 from common.errors import UserError
 from lora.inject import lora_layers
-from lora.load import load_adapter, read_header, stored_base_fields
+from lora.load import load_adapter, read_header
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
 from storage.tensors import read_shapes
@@ -143,53 +142,3 @@ def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapter
     assert run(main, other, "--out", tmp_path / "out").status == 0
     with pytest.raises(UserError, match="another base"):  # the hash goes along
         load_model(str(base), tmp_path / "out")
-
-
-def test_the_sum_names_the_base_whose_hash_it_has(base, tmp_path):
-    for name, sha256 in (("mini", ""), ("gpt2", "a" * 64)):
-        save_adapter(adapted(base, ("c_attn",), r=3), tmp_path / name, name, sha256)
-    stdout_of(main, tmp_path / "mini", tmp_path / "gpt2", "--out", tmp_path / "sum")
-    assert stored_base_fields(tmp_path / "sum")["base_model_name_or_path"] == "gpt2"
-    assert read_header(tmp_path / "sum") == {"base_sha256": "a" * 64}
-
-
-def test_layers_of_two_shapes_are_refused(adapter):
-    factors = read_factors(adapter)
-    narrower = {name: Factors(f.B, f.A[:, 1:]) for name, f in factors.items()}
-    with pytest.raises(UserError, match="its shapes differ; these adapters are of different bases"):
-        combine([factors, narrower], [1, 1])
-
-
-def test_patterns_of_rank_and_alpha_count(base, tmp_path):
-    patterns = {"rank_pattern": {"h.0.attn.c_attn": 2}, "alpha_pattern": {"c_fc": 5}}
-    save_adapter(adapted(base, ("c_attn", "c_fc"), r=3, **patterns), tmp_path / "plain", "gpt2")
-    expected = changes(base, tmp_path / "plain")
-    factors = read_factors(tmp_path / "plain")
-    assert factors.keys() == {f"transformer.{name}" for name in expected}
-    for name, change in expected.items():
-        of_layer = factors[f"transformer.{name}"]
-        assert relative_difference((of_layer.B @ of_layer.A).float(), change) < 1e-6
-
-
-def test_layers_are_read_block_by_block(tmp_path):
-    factors = Factors(torch.ones(4, 1), torch.ones(1, 4))
-    names = [f"model.layers.{block}.fc" for block in (0, 2, 10)]
-    write_factors(dict.fromkeys(reversed(names), factors), tmp_path, {}, {})
-    assert list(read_factors(tmp_path)) == names
-
-
-def test_a_file_without_a_layer_is_refused(adapter):
-    for tensors in (
-        {},  # what PEFT leaves if it finds no layer's name in a state dict
-        {f"h.0.attn.c_attn.lora_{part}.weight": torch.ones(4, 4) for part in "AB"},  # no prefix
-    ):
-        save_file(tensors, adapter / WEIGHTS)
-        line = one_line(run(inspect, adapter), 2)
-        assert line == f"error: {adapter / WEIGHTS}: holds no layer of an adapter"
-
-
-def test_factors_out_of_the_reach_of_fp32_are_not_written(adapter, tmp_path):
-    huge = {name: Factors(1e39 * f.B, f.A) for name, f in read_factors(adapter).items()}
-    with pytest.raises(RunError, match="not written"):
-        write_factors(huge, tmp_path / "out", {}, {})
-    assert not list((tmp_path / "out").iterdir())

@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from adapters.inspect import block_and_kind, describe, main
+from adapters.inspect import main
 from adapters.spectra import cosines
 from common.figures import PAGE_WIDTH
 from lesson.experiments.changes import intruder_part

@@ -17,8 +17,6 @@ from adapters.load import load_model
 from lora.quantised import LAYERS, dequantise
 from lora.save import WEIGHTS
 from lora.tensors import read_metadata
-from lora.variants.pissa import PiSSAConfig
-from storage.weights import load_gpt2
 from tests.fault.runs import differences, result
 from tests.helpers import relative_difference
 from tests.pairs import IDS

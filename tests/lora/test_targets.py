@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
 from lora.inject import inject, lora_layers
 from lora.layer import LoRAConfig
 from lora.load import load_adapter
@@ -18,7 +17,6 @@ from model.gpt2 import GPT2, GPT2Config
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2, tiny_gpt2_directory
 from tests.pairs import IDS, adapted
-from tests.runs import trainer
 from training.report import describe_parameters
 
 PATTERNS = {

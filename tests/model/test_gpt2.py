@@ -22,7 +22,6 @@ CONFIGS = [
         "vocab_size": 499,
         "layer_norm_epsilon": 1e-3,
     },
-    {"n_embd": 40, "n_head": 1, "n_layer": 1, "n_positions": 33, "vocab_size": 512},
     {"activation_function": "gelu"},
 ]
 
