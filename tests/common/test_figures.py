@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import parity_report, speed_report
-from common.figures import BASE, FULL, LORA, PAGE_WIDTH, scientific, shades, subplots
+from common.figures import BASE, FULL, LORA, PAGE_WIDTH, scientific, subplots
 from lesson.figures import RANDOM
 from tests.helpers import drawing
 from tests.legible import faults, only_legible_pictures
