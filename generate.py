@@ -91,9 +91,7 @@ def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
 
 
 def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Answer stdin line by line, with all earlier turns as context. The oldest turns are dropped
-    when the context has no room for them and an answer.
-    """
+    """Answer stdin line by line, after as many of the earlier turns as the context has room for."""
     require_end_of_text(tokenizer)  # now, and not after the first answer
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -153,10 +151,7 @@ def stream(
 
 
 class StreamDecoder:
-    """Decode tokens one after another into whole characters; `ids` are those before the first.
-
-    It decodes all of them each time: a tokenizer may write a token after others in another way.
-    """
+    """Decode tokens one after another into whole characters; `ids` are those before the first."""
 
     def __init__(self, tokenizer: Tokenizer, ids: Sequence[int] = ()):
         self.tokenizer = tokenizer

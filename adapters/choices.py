@@ -30,10 +30,7 @@ class Task(NamedTuple):
 def score_questions(
     args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
 ) -> dict[str, Any]:
-    """Answer the questions of `--choices`, print how often the answers are right, and return it.
-
-    Raises UserError if the file has no questions.
-    """
+    """Answer the questions of `--choices`, print how often the answers are right, and return it."""
     fraction = args.val_fraction or 1.0
     tasks = split(read_tasks(args.choices, tokenizer, args.block_size), fraction)[1]
     if not tasks:

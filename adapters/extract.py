@@ -40,10 +40,7 @@ def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
 
 
 def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
-    """Inject LoRA into a model on the meta device; return the names of the adapted layers.
-
-    Raises UserError for a rank or targets that do not fit the model.
-    """
+    """Inject LoRA into a model on the meta device, and return the names of the adapted layers."""
     try:
         inject(model, LoRAConfig(rank, target_modules=target_modules(targets)))
     except ValueError as error:
@@ -64,13 +61,9 @@ def read_changes(
 
 
 class Extraction(NamedTuple):
-    """Each layer's factors and its row of the table, and the share of the whole change's squared
-    norm that is outside these layers.
-    """
-
     factors: dict[str, Factors]
-    rows: list[list[str]]
-    outside: float
+    rows: list[list[str]]  # of the table
+    outside: float  # share of the whole change's squared norm that is outside these layers
 
 
 def extract(

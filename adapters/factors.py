@@ -42,9 +42,7 @@ class Factors(NamedTuple):
         return Factors(F.pad(self.B, (0, more)), F.pad(self.A, (0, 0, 0, more)))
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U (out, k), S (k,) and V^T (k, in) of B A. With B = Q1 R1 and A^T = Q2 R2, only
-        R1 R2^T, at most (r, r), is decomposed.
-        """
+        """Return U (out, k), S (k,) and V^T (k, in) of B A, from an SVD of R1 R2^T (r, r)."""
         q1, r1 = torch.linalg.qr(self.B)
         q2, r2 = torch.linalg.qr(self.A.T)
         u, s, vh = torch.linalg.svd(r1 @ r2.T)
@@ -76,8 +74,7 @@ def refuse_model(directory: Path) -> None:
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Read an adapter by layer, under PEFT's names.
 
-    Raises UserError for DoRA, and for a file with anything but an A and a B of the configured rank
-    for each layer.
+    Raises UserError for DoRA, and for tensors other than an A and a B of the configured ranks.
     """
     refuse_model(directory)
     path = adapter_path(directory)
@@ -126,10 +123,7 @@ def write_factors(
     base: Mapping[str, Any],
     header: Mapping[str, str],
 ) -> None:
-    """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r.
-
-    `base` and `header` are those of `write_adapter`.
-    """
+    """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r."""
     rank = next(iter(factors.values())).rank
     tensors = {}
     for layer, (b, a) in factors.items():

@@ -20,11 +20,7 @@ from storage.hub import find_adapter
 
 
 def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
-    """Write the adapter alone, every layer padded to the largest rank; return what was written.
-
-    Raises UserError if it is DoRA, or does not fit the base, or for a base that llama.cpp would
-    compute wrongly.
-    """
+    """Write the adapter alone, every layer padded to the largest rank; return what was written."""
     adapter = find_adapter(str(adapter))
     factors = read_factors(adapter)
     loaded = load_model(base, adapter, quantise=NONE)

@@ -31,9 +31,7 @@ def effective_rank(s: Tensor) -> float:
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return the table cells of a change that has these singular values: the three largest, how
-    many hold 90 % of the squared norm, and the effective rank.
-    """
+    """Return the three largest of these, how many hold 90 % of the squared norm, and their rank."""
     if not s.any():
         return ["B is zero"] * 5
     largest = [f"{value:.3g}" for value in s[:3]]

@@ -62,10 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_merged(
     base: str, adapter: Path | None, dtype: torch.dtype, quantise: str | None
 ) -> Loaded:
-    """Load a base in fp32, as plain layers, with the adapter, if any, merged into it.
-
-    Prints how much of the adapter's update a file in `dtype` rounds away.
-    """
+    """Load a base in fp32 with the adapter merged, and print what a file in `dtype` rounds away."""
     loaded = load_model(base, adapter, quantise=quantise)
     dequantise(loaded.model)  # the adapter corrects these weights, errors included
     merge(loaded.model)

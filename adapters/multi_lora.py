@@ -68,10 +68,7 @@ class Adapters:
 
 
 def read_fitting_factors(model: GPT2, directory: Path, base_sha256: str) -> dict[str, Factors]:
-    """Put the adapter on the model, which refuses it if it does not fit, and take it off again.
-
-    Return its factors by layer, in fp64, scaling included.
-    """
+    """Return an adapter's factors by layer, fp64. Raises UserError if it does not fit."""
     with as_failure():
         config = load_adapter(model, directory, base_sha256)
     layers = lora_layers(model)
@@ -91,10 +88,7 @@ def load_several(
     dtype: torch.dtype,
     quantise: str | None,
 ) -> tuple[Loaded, Adapters]:
-    """Load a base in `dtype`, and the adapters, each named by its path.
-
-    The base `auto` is the one that the first adapter names.
-    """
+    """Load a base, or the one that the first adapter names, and the adapters by their paths."""
     named = {str(directory): find_adapter(str(directory)) for directory in directories}
     if base == "auto":
         base = named_base(named[str(directories[0])])

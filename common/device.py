@@ -65,9 +65,7 @@ class Device:
         return torch.autocast(self.torch_device.type, self.dtype, cache_enabled=cache_enabled)
 
     def to_device(self, x: Tensor) -> Tensor:
-        """Copy to the device, unless x is there. To a CUDA GPU, copy from pinned memory without
-        waiting for it.
-        """
+        """Copy to the device: to a CUDA GPU from pinned memory, without waiting for it."""
         if self.is_cuda and not x.is_cuda:
             return x.pin_memory().to(self.torch_device, non_blocking=True)
         return x.to(self.torch_device)
@@ -134,9 +132,7 @@ def _pick_device(asked: str) -> str:
 
 
 def _check_cuda() -> None:
-    """Raise UserError unless the GPU runs a kernel: a wheel of torch has kernels for some GPUs
-    only, and a GPU may be full.
-    """
+    """Raise UserError unless the GPU runs a kernel: it may be full, or too old for this torch."""
     gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # this rank's
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()

@@ -128,10 +128,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def display_path(path: Path) -> str:
-    """Return the path from the working directory, or the name alone if it lies elsewhere.
-
-    Files that may be published name paths so: absolute paths leak machine and user names.
-    """
+    """Return a path for a file that may be published: absolute ones leak machine and user names."""
     relative = os.path.relpath(path)
     if relative.startswith(os.pardir):
         return os.path.basename(os.path.abspath(path))

@@ -51,9 +51,7 @@ def _task_type(model: Any) -> str | None:
 
 
 def _is_our_gpt2(model: Any) -> bool:
-    """Return whether a model has GPT-2's modules at its root, linear layers in its blocks, and no
-    head.
-    """
+    """Return whether a model has GPT-2's modules at its root, linear layers, and no head."""
     names = {name for name, _ in model.named_children()}
     if not {"wte", "h", "ln_f"} <= names or names & {"transformer", "lm_head", "head"}:
         return False

@@ -13,9 +13,7 @@ PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # may nam
 
 
 def portable_name(base: str) -> str:
-    """Return a base's name for a file that may be published: a directory begins with ./, so that it
-    cannot be mistaken for a repository.
-    """
+    """Return a base's name for a file that may be published: ./ marks a directory."""
     is_name = base == "mini" or base in REPOSITORIES
     if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
         return base

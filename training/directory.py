@@ -35,9 +35,7 @@ RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # nothing else writes these nam
 
 
 def refuse_used_directory(options: Options) -> None:
-    """Raise UserError if `--out` contains a run, without --resume or --overwrite; if --resume finds
-    no run; and if `--out` contains a model or an adapter that no run has written.
-    """
+    """Raise UserError if `--out` contains what these options do not resume or overwrite."""
     out = options.out
     if os.path.exists(out) and not os.path.isdir(out):  # Path's own tests raise for a long name
         raise UserError(f"--out {out}: is a file; name a directory")
@@ -148,9 +146,7 @@ class RunDirectory:
         os.ftruncate(self.file, 0)
 
     def append(self, metrics: dict[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`. JSON has no infinity: the gradient norm of an fp16 step
-        that overflowed is null.
-        """
+        """Add a line to `metrics.jsonl`. A number that is not finite, as fp16 has, is null."""
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         line = (json.dumps(finite) + "\n").encode()
         try:
@@ -160,9 +156,7 @@ class RunDirectory:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
 
     def sync(self) -> int:
-        """Bring the metrics to the disk, before a checkpoint whose steps are not run again. Return
-        their length in bytes, for `cut`.
-        """
+        """Bring the metrics to the disk. Return their length in bytes, for `cut`."""
         os.fsync(self.file)
         return os.fstat(self.file).st_size
 

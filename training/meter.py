@@ -71,9 +71,7 @@ class Meter:
         self.unread.append((step, loss, grad_norm))
 
     def check(self) -> None:
-        """Read the steps so far, all in one copy. Raises RunError that names the first faulty
-        step.
-        """
+        """Read the steps so far, in one copy. Raises RunError, naming the first faulty step."""
         if self.unread:
             steps, losses, grad_norms = zip(*self.unread, strict=True)
             self.unread = []

@@ -46,9 +46,7 @@ class Ranks:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Let the ranks exchange tensors inside the `with`: by gloo on a CPU, by NCCL on CUDA. Only
-        rank 0 prints there.
-        """
+        """Let the ranks exchange tensors inside the `with`. Only rank 0 prints there."""
         if self.world_size == 1:
             yield
             return
@@ -148,10 +146,7 @@ class Ranks:
         self.all_reduce(loss, *(p.grad for p in trained if p.grad is not None))
 
     def max_over_ranks(self, *values: int) -> list[int]:
-        """Return each number's largest over the ranks, all in one message.
-
-        The exchange is on the CPU and waits for no GPU.
-        """
+        """Return each number's largest over the ranks. The exchange waits for no GPU."""
         if self.world_size == 1:
             return list(values)
         shared = torch.tensor(values)

@@ -107,9 +107,7 @@ class Run:
     # Before the first step
 
     def find_base(self) -> Path:
-        """Return the directory of the base. Raises UserError if the run would overwrite what it
-        reads.
-        """
+        """Find the base. Raises UserError if the run would overwrite what it reads."""
         with self.ranks.main_first():
             self.base, self.base_directory = hub.find_base(self.options.base)
         if self.ranks.is_main:
@@ -181,8 +179,7 @@ class Run:
     def begin(self, model: GPT2, **stateful: Any) -> None:
         """Resume from the checkpoint if --resume finds one. Otherwise empty `--out`.
 
-        A checkpoint contains the trained parameters and the `stateful` objects, which have
-        `state_dict()` and `load_state_dict()`.
+        A checkpoint contains the trained parameters and the state of the `stateful` objects.
         """
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # torch allows no dot in these names
