@@ -7,7 +7,7 @@ the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out,
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,44 +80,28 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
     keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
-    shapes = _stored_shapes(keys, prefix, needed)
-
-    head = None  # the loop begins with it
-    for key, tensor in read_tensors(path, shapes, unread=masks):
-        name = key.removeprefix(prefix)
-        if key == HEAD:
-            name = "wte.weight"
-        # A copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
-        value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
-        if CONV1D.search(key):
-            tensor = tensor.t()
-        value.copy_(tensor)
-        if name != "wte.weight" or head is None:
-            yield name, value
-        elif not torch.equal(head, value):
-            raise UserError(f"{path}: {HEAD} differs from wte.weight; GPT-2's head is tied to it")
-        head = value if key == HEAD else None
-
-
-def _stored_shapes(
-    keys: Collection[str], prefix: str, needed: Mapping[str, Tensor]
-) -> dict[str, torch.Size]:
-    """Return the shapes that the file's tensors must have, the tied head first.
-
-    A file may have the head, the embedding or both.
-    """
-    shapes = {}
-    if HEAD in keys:
-        shapes[HEAD] = needed["wte.weight"].shape
+    shapes = {HEAD: needed["wte.weight"].shape} if HEAD in keys else {}
     for name, parameter in needed.items():
         shape = parameter.shape
         if CONV1D.search(name):
             shape = shape[::-1]
         shapes[prefix + name] = shape
-    embedding = f"{prefix}wte.weight"
-    if HEAD in keys and embedding not in keys:
-        del shapes[embedding]
-    return shapes
+
+    head = None
+    for key, tensor in read_tensors(path, shapes, unread=masks):
+        if key == HEAD:  # the first
+            head = tensor
+            continue
+        name = key.removeprefix(prefix)
+        # A copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
+        value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
+        if name == "wte.weight" and head is not None:
+            if not torch.equal(head, tensor):
+                raise UserError(f"{path}: {HEAD} differs from wte.weight, which GPT-2's head is")
+            head = None  # large
+        if CONV1D.search(key):
+            tensor = tensor.t()
+        yield name, value.copy_(tensor)
 
 
 def find_weights(directory: Path) -> Path | None:

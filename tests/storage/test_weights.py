@@ -52,7 +52,6 @@ LAYOUTS = {
     "hub": hub_layout,
     "transformers": dict,
     "with head": lambda t: {**t, "lm_head.weight": t["transformer.wte.weight"].clone()},
-    "head alone": lambda t: {"lm_head.weight": t.pop("transformer.wte.weight"), **t},
     "old transformers": lambda t: {f"transformer.{key}": x for key, x in hub_layout(t).items()},
 }
 
@@ -64,7 +63,6 @@ LAYOUTS = {
         ("transformers", "zip", torch.bfloat16),
         ("with head", "safetensors", torch.float16),
         ("old transformers", "legacy", torch.float32),
-        ("head alone", "legacy", torch.float16),
     ],
 )
 @torch.no_grad()
@@ -248,7 +246,7 @@ def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
     ("layout", "stored", "dtype"),
     [
         ("transformers", torch.float32, torch.bfloat16),
-        ("head alone", torch.float32, torch.float16),
+        ("with head", torch.float32, torch.float16),
         ("transformers", torch.float16, torch.float32),
     ],
 )
