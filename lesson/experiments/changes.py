@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.spectra import INTRUDER, cosines, projected_norm
+from adapters.inspect import INTRUDER, cosines, projected_norm
 from common.device import Device
 from evaluate import evaluate
 from lesson.experiments.common import Trainer

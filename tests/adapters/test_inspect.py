@@ -5,8 +5,7 @@ import peft
 import pytest
 import torch
 
-from adapters.inspect import main
-from adapters.spectra import cosines
+from adapters.inspect import cosines, main
 from common.figures import PAGE_WIDTH
 from lesson.experiments.changes import intruder_part
 from lora.inject import lora_layers
