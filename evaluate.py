@@ -109,7 +109,7 @@ def score_text(
     part = "" if fraction == 1 else f", the last {100 * fraction:g} %"
 
     data = load_dataset(args, tokenizer, texts, fraction)
-    scores = evaluate(model, data, device, batch_size=args.batch_size)
+    scores = evaluate(model, data, device)
     print(f"{source}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
     return {

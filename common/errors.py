@@ -67,7 +67,8 @@ def describe_failure(error: BaseException | None) -> str | None:
         return str(error)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # as a full disk
         return _with_file(error)
-    if _is_out_of_memory(error):
+    no_memory = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    if no_memory or isinstance(error, MemoryError):
         return f"out of memory; try {ADVICE}"
     return None
 
@@ -77,12 +78,6 @@ def _with_file(error: OSError) -> str:
     if not error.filename:
         return str(error.strerror or error)
     return f"{error.filename}: {error.strerror}"
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    if isinstance(error, RuntimeError):
-        return any(text in str(error) for text in NO_MEMORY)
-    return isinstance(error, MemoryError)
 
 
 def first_line(error: BaseException) -> str:

@@ -44,12 +44,6 @@ def parse_evaluate(
         metavar="{1,2}",
         help="1: next token (default); 2: the reference run's measure",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=16,
-        help="windows at a time; it changes no result (default: %(default)s)",
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
     add_device_options(parser)
     parser.add_argument("--kernels", **KERNELS_OPTION)

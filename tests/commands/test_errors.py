@@ -215,7 +215,7 @@ def test_numbers(parse, taken, refused):
 DROPOUTS = {"base_dropout", "lora_dropout"}
 MAY_BE_0 = {"seed", "weight_decay", "warmup_ratio", "clip", "layers_to_transform"} | DROPOUTS
 NUMBERS = {
-    "evaluate": ("block_size", "stride", "batch_size", "val_fraction", "label_shift"),
+    "evaluate": ("block_size", "stride", "val_fraction", "label_shift"),
     "generate": ("max_new_tokens", "top_p"),
 }
 
