@@ -66,10 +66,7 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """Print each prompt and its continuation under each heading: the rows of a batch.
-
-    A single row is printed token by token. Several are printed when all are done.
-    """
+    """Print each prompt's continuation under each heading. A single row is printed as it comes."""
     alone = len(headings) == 1
     for prompt in args.prompt:
         texts = [heading + prompt for heading in headings]

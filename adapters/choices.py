@@ -68,10 +68,7 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 
 @torch.no_grad()
 def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tensor]:
-    """Return each choice's log p, summed over its tokens, fp64, and their number.
-
-    The model is in evaluation mode. Raises RunError if a sum is not finite.
-    """
+    """Return each choice's log p, summed over its tokens, fp64, and their number."""
     inputs, targets = Instructions(task.rows).batch(np.arange(len(task.rows)))  # (choices, T)
     with device.autocast():
         losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))

@@ -51,10 +51,7 @@ def combine(
 def _sum_of(
     layer: str, adapters: Sequence[dict[str, Factors]], weights: Sequence[float]
 ) -> Factors:
-    """Return one layer's sum: B = [w_1 B_1, w_2 B_2, ...] side by side, and A_1, A_2, ... stacked.
-
-    Raises UserError if shapes differ.
-    """
+    """Return one layer's sum: B = [w_1 B_1, w_2 B_2, ...] side by side, and the A_i stacked."""
     parts_b = []
     parts_a = []
     for adapter, weight in zip(adapters, weights, strict=True):
@@ -67,10 +64,7 @@ def _sum_of(
 
 
 def common_base(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the fields and the header by which all these adapters record their base.
-
-    Raises UserError if two record different hashes or quantisations.
-    """
+    """Return the fields and the header by which all these adapters record their base."""
     with as_failure():
         hashes = {directory: read_header(directory).get(BASE_SHA256) for directory in directories}
     hashed = [directory for directory in directories if hashes[directory]]

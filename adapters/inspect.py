@@ -116,10 +116,7 @@ def print_changes(spectra: dict[str, Tensor], beside: dict[str, BesideWeight]) -
 
 
 def block_and_kind(name: str) -> tuple[int, str]:
-    """Return a layer's block and kind: `h.3.attn.c_attn` gives 3 and `h.*.attn.c_attn`.
-
-    A layer outside the blocks gives 0 and its name.
-    """
+    """Return a layer's block and kind: `h.3.attn.c_attn` gives 3 and `h.*.attn.c_attn`."""
     match = re.fullmatch(r"(.*?)\b(\d+)\.(.+)", name)
     if not match:
         return 0, name

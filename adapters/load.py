@@ -26,10 +26,7 @@ class Loaded(NamedTuple):
 
 
 def named_base(adapter: Path) -> str:
-    """Return the base that the adapter names, if it is a hub name or `mini`.
-
-    Raises UserError otherwise: a path in a file from elsewhere is not followed.
-    """
+    """Return the base that the adapter names. A path in a file from elsewhere is not followed."""
     with as_failure():
         named = stored_base_fields(adapter)["base_model_name_or_path"]
     repository, _ = split_revision(str(named))

@@ -83,10 +83,7 @@ def chat_template(adapter: Path) -> str | None:
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:
-    """Return how much of all merged layers' updates a file in `dtype` rounds away.
-
-    It is the norm of the error over the norm of the updates; the base is rounded, too.
-    """
+    """Return the norm of what a file in `dtype` rounds away, over the norm of all updates."""
     squared_error = 0.0
     squared_norm = 0.0
     for layer in lora_layers(model).values():

@@ -12,10 +12,7 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return how the base was quantised when the adapter was trained, by its file's header.
-
-    Raises UserError for an unknown kind.
-    """
+    """Return how the base was quantised when the adapter was trained, by its file's header."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None
@@ -27,10 +24,7 @@ def recorded_quantisation(adapter: Path) -> str | None:
 
 
 def common_quantisation(adapters: Collection[Path]) -> str | None:
-    """Return the kind of `LAYERS` that all these adapters record, or None.
-
-    Raises UserError if two record different kinds.
-    """
+    """Return the kind of `LAYERS` that all these adapters record, or None."""
     kinds = {adapter: recorded_quantisation(adapter) for adapter in adapters}
     if not kinds:
         return None

@@ -71,10 +71,7 @@ class Device:
         return x.to(self.torch_device)
 
     def cast_frozen(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device and cast its frozen matrices to `precision`.
-
-        Autocast would cast them again at every step.
-        """
+        """Move the model, and cast its frozen matrices, which autocast would cast at every step."""
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and _is_frozen(module):
                 module.to(self.dtype)

@@ -39,10 +39,7 @@ ADVICE = (
 def run_command(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Run `main` and exit with its status. Known failures end with one line on stderr.
-
-    `argv` is the command's arguments (default: the command line's).
-    """
+    """Run `main` and exit with its status. Known failures end with one line on stderr."""
     replace_default_handlers()
     try:
         status = main(argv) or 0

@@ -58,10 +58,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory; on success, rename it to `out`, a new or empty one.
-
-    So all of its files appear, or none. Raises NotWritable if the place cannot be written.
-    """
+    """Yield a temporary directory. On success, rename it to `out`: all of its files, or none."""
     out = Path(os.path.realpath(out))
     temporary = out.parent / f".{out.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)

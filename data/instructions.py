@@ -129,12 +129,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
 
 
 def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np.ndarray:
-    """Return an example's inputs, targets, and the bytes of text that each target covers, (3, T).
-
-    A long beginning is not cut.
-
-    Raises ValueError if its last completion is longer than a block.
-    """
+    """Return an example's inputs, targets, and the bytes that each target covers, (3, T)."""
     ids, scored, byte_counts = encode(turns, tokenizer)
     if scored[-block_size - 1 :].all():
         raise ValueError(

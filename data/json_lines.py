@@ -13,10 +13,7 @@ T = TypeVar("T")
 
 
 def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
-    """Return what `read` makes of each line's JSON; empty lines are skipped.
-
-    Raises UserError, naming the line, if it is not JSON or `read` raises ValueError.
-    """
+    """Return what `read` makes of each line's JSON. Raises UserError that names a bad line."""
     found = []
     with open_file(path) as file:
         lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")

@@ -49,10 +49,7 @@ def write_tensors(
 
 
 def tensor_bytes(key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Return a tensor's numbers in `dtype`, as a file stores them.
-
-    Raises ValueError, naming the tensor, for a number that is not finite.
-    """
+    """Return a tensor's numbers in `dtype`. Raises ValueError for one that is not finite."""
     value = tensor.detach().to("cpu", dtype).contiguous()
     if not is_finite(value):
         raise ValueError(f"{key} holds numbers that are not finite in {dtype}; not written")

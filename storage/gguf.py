@@ -87,10 +87,7 @@ def save_adapter_gguf(
 def _write(
     writer: Any, tensors: Iterable[tuple[str, Tensor]], n_layer: int, dtype: torch.dtype
 ) -> None:
-    """Write the file: matrices in `dtype`, vectors in fp32, which llama.cpp needs.
-
-    Raises RunError for a number that is not finite.
-    """
+    """Write the file: matrices in `dtype`, vectors in fp32, which llama.cpp needs."""
     gguf = _library()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n_layer)
     for name, tensor in tensors:

@@ -128,10 +128,7 @@ def _revision(name: str) -> str | None:
 
 
 def _download(name: str, seconds: float) -> Path:
-    """Download the base of this name; the project has a copy of GPT-2's tokenizer.
-
-    Raises UserError if the hub does not answer within `seconds`, or sends another GPT-2.
-    """
+    """Download the base of this name. The project has a copy of GPT-2's tokenizer."""
     repository = REPOSITORIES[name]
     directory = _snapshot(repository, _revision(name), (CONFIG, WEIGHTS), seconds)
     if name != "gpt2":

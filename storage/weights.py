@@ -73,10 +73,7 @@ def load_gpt2(
 
 
 def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters one by one, with the shapes, (out, in), and dtypes of `needed`.
-
-    The file's causal masks are skipped. Raises UserError as `load_gpt2` does.
-    """
+    """Yield a model's parameters one by one, with the shapes, (out, in), and dtypes of `needed`."""
     keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}

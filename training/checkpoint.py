@@ -41,10 +41,7 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    """Return the newest undamaged state. If a newer one is damaged, warn and replace it.
-
-    Raises UserError if both are damaged, or if one cannot be opened.
-    """
+    """Return the newest undamaged state. If a newer one is damaged, warn and replace it."""
     damaged = []
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):

@@ -47,11 +47,7 @@ class Entry(NamedTuple):
 
 
 def compare(paths: Sequence[Path]) -> None:
-    """Print a table of finished runs and their bases, and draw it beside the first run.
-
-    Files among the paths are skipped: `runs/*` also names the pictures of earlier comparisons.
-    Raises UserError for a directory without a finished run.
-    """
+    """Print a table of finished runs and their bases, and draw it beside the first run."""
     directories = [path for path in paths if not path.is_file()] or paths
     parent = os.path.commonpath([directory.resolve().parent for directory in directories])
     groups: dict[str, list[Entry]] = {}

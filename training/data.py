@@ -21,10 +21,7 @@ class Data(NamedTuple):
 
 
 def load_data(options: Options, directory: Path) -> Data:
-    """Load both parts of the book or, with --data, of the examples, for the base in `directory`.
-
-    Raises UserError as `load_books` and `read_examples` do, and for a part that is too short.
-    """
+    """Load both parts of the book or, with --data, of the examples, for the base in `directory`."""
     config = load_config(directory)
     check_block_size(options.block_size, config)
     tokenizer = load_tokenizer(directory, config.vocab_size)

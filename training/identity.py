@@ -45,10 +45,7 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
 
 
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError, naming what differs, if the run in `--out` is not the one asked for.
-
-    `then` was read from the file `path`, which is refused if it contains no identity.
-    """
+    """Raise UserError, naming what differs, if the file `path` is not of the run asked for."""
     try:
         difference = _difference(then, now)
     except (KeyError, TypeError, AttributeError) as error:

@@ -21,10 +21,7 @@ from training.scores import perplexity
 
 
 def count_parameters(model: nn.Module) -> dict[str, float]:
-    """Count the model's parameters by the names in `run.json`. A tied weight counts once.
-
-    A quantised weight counts as the weight that it replaces.
-    """
+    """Count the model's parameters, quantised ones too. A tied weight counts once."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + quantised_weights(model)
     return {

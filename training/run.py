@@ -54,10 +54,7 @@ MIN_CHECKPOINT_AGE = 10.0
 
 @contextmanager
 def open_run(options: Options) -> Iterator["Run"]:
-    """Join the other ranks, and yield the run. A known failure names the last checkpoint.
-
-    Raises UserError if `--out` is in use, and for what the device cannot do.
-    """
+    """Join the other ranks, and yield the run. A known failure names the last checkpoint."""
     tune_process()
     ranks = Ranks.from_environment()
     device = Device.pick(options.device, options.precision, train=True)

@@ -21,10 +21,7 @@ from training.report import read_run
 
 
 def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:
-    """Return train.py's arguments for each learning rate, rank and seed, by the run's directory.
-
-    All runs get the options `others`. Raises UserError if train.py would refuse a run's options.
-    """
+    """Return train.py's arguments for each run, by its directory. Raises UserError as train.py."""
     default = parse_options("-", [args.method, *others])
     planned = {}
     for values in product(args.lr or [default.lr], args.r or [None], args.seed or [default.seed]):
