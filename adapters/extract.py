@@ -2,9 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,25 +50,12 @@ def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
     return set(layers)
 
 
-def read_changes(
-    before: Path, after: Path, needed: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield each parameter's name and its change between two weights files, in fp64."""
-    pairs = zip(read_parameters(before, needed), read_parameters(after, needed), strict=True)
-    for (name, old), (_, new) in pairs:
-        yield name, new.double() - old
-
-
-class Extraction(NamedTuple):
-    factors: dict[str, Factors]
-    rows: list[list[str]]  # of the table
-    outside: float  # share of the whole change's squared norm that is outside these layers
-
-
 def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
-) -> Extraction:
-    """Return the best approximation of that rank of each layer's change."""
+) -> tuple[dict[str, Factors], list[list[str]], float]:
+    """Return the best approximation of that rank of each layer's change, the rows of the table, and
+    the share of the whole change's squared norm that is outside these layers.
+    """
     factors = {}
     rows = []
     whole = 0.0
@@ -85,7 +71,7 @@ def extract(
         factors[layer] = truncate(u, s, vh, rank)
         explained = s[:rank].square().sum().item() / (squares or 1.0)
         rows.append([layer, f"{squares**0.5:.4g}", f"{explained:.2%}"])
-    return Extraction(factors, rows, outside / (whole or 1.0))
+    return factors, rows, outside / (whole or 1.0)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -120,17 +106,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     needed = dict(model.named_parameters())
     layers = find_layers(model, args.rank, args.target_modules)
 
-    changes = read_changes(base_weights, weights_path(args.full), needed)
-    found = extract(changes, layers, args.rank)
+    before = read_parameters(base_weights, needed)
+    after = read_parameters(weights_path(args.full), needed)
+    pairs = zip(before, after, strict=True)
+    changes = ((name, new.double() - old) for (name, old), (_, new) in pairs)
+    found, rows, outside = extract(changes, layers, args.rank)
     prefix = peft_view(model).prefix
-    factors = {prefix + layer: change for layer, change in found.factors.items()}
+    factors = {prefix + layer: change for layer, change in found.items()}
     fields = base_fields(model, *split_revision(stock_name(base)))
     with new_directory(args.out) as directory:
         write_factors(factors, directory, fields, {BASE_SHA256: base_sha256})
 
-    print_table(["layer", "norm of the change", f"rank {args.rank} explains"], found.rows)
+    print_table(["layer", "norm of the change", f"rank {args.rank} explains"], rows)
     print(
-        f"{found.outside:.2%} of the whole change's squared norm is outside these layers\n"
+        f"{outside:.2%} of the whole change's squared norm is outside these layers\n"
         f"{base} + {args.out} approximates {args.full} in these layers at rank {args.rank}"
     )
 
