@@ -10,7 +10,7 @@ from adapters.load import Loaded, load_model
 from adapters.quantisation import choose_quantisation
 from common.cli import NONE, Parser, add_model_options
 from common.device import PRECISIONS
-from common.errors import UserError, run_command
+from common.errors import run_command
 from common.files import new_directory, open_file, refuse_existing
 from data.tokenizer import TEMPLATE
 from lora import lora_layers, merge, unwrap
@@ -39,11 +39,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "printed; without --adapter, the base alone is written",
     )
     args = parser.parse_args(argv)
-    if not args.adapter and args.precision == "fp32":
-        raise UserError(
-            "--adapter is missing: without one, only --precision bf16 or fp16 writes the base; "
-            "no option writes a model in four or eight bits"
-        )
     refuse_existing(args.out)
 
     dtype = PRECISIONS[args.precision]
