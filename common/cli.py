@@ -44,33 +44,29 @@ def number(
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of steps or of seconds, whichever is not None; `text` is what the user typed."""
+    """A number of steps or of seconds. `text` is what the user typed."""
 
     text: str
-    steps: int | None = None
-    seconds: float | None = None
+    number: int
+    is_time: bool
 
     def __str__(self) -> str:
         return self.text
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Return whether to act after `step`, so many seconds after the last time."""
-        if self.steps is not None:
-            return step % self.steps == 0
-        return self.seconds is not None and seconds >= self.seconds
+        if self.is_time:
+            return seconds >= self.number
+        return step % self.number == 0
 
 
 def steps_or_seconds(text: str) -> Interval:
     """Parse a number of steps, such as 50, or a time, such as 90s or 10m."""
     time = re.fullmatch(r"([1-9]\d{0,6})([sm])", text)
     if time:
-        amount, unit = time.groups()
-        seconds = float(amount)
-        if unit == "m":
-            seconds *= 60
-        return Interval(text, seconds=seconds)
+        return Interval(text, int(time[1]) * {"s": 1, "m": 60}[time[2]], True)
     try:
-        return Interval(text, steps=number(int, 1)(text))
+        return Interval(text, number(int, 1)(text), False)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, nor a time such as 90s or 10m") from error
 

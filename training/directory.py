@@ -5,7 +5,6 @@ import fcntl
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,12 +125,8 @@ class RunDirectory:
                 f"--out {self.out}: another run is using it; wait until it ends, or "
                 "name another directory"
             ) from error
-        except OSError as error:  # some network file systems have no locks
-            print(
-                f"warning: {self.metrics}: cannot be locked ({error.strerror}); start no other "
-                "run in that directory",
-                file=sys.stderr,
-            )
+        except OSError:
+            print(f"warning: {self.metrics}: cannot be locked; start no other run there")
 
     def close(self) -> None:
         os.close(self.file)

@@ -186,9 +186,9 @@ def test_mistakes_are_named_in_one_line(name, monkeypatch):
 
 NO_NUMBERS = ("nan", "inf", "-inf", "-1", "1e999", "many", "", 400 * "9")
 INTERVALS = {
-    "5": Interval("5", steps=5),
-    "90s": Interval("90s", seconds=90.0),
-    "10m": Interval("10m", seconds=600.0),
+    "5": Interval("5", 5, False),
+    "90s": Interval("90s", 90, True),
+    "10m": Interval("10m", 600, True),
 }
 NO_INTERVALS = ("0", "1.5", "0s", "1.5m", "-1s", "10h", "m", "99999999s", "1000000000000")
 
