@@ -14,9 +14,9 @@ from torch import Tensor
 
 from common.errors import RunError, UserError, as_failure
 from lora import LoRAConfig
-from lora.load import adapter_path, load_adapter_config
+from lora.load import load_adapter_config
 from lora.peft_config import CONFIG
-from lora.save import PREFIX, write_adapter
+from lora.save import PREFIX, WEIGHTS, write_adapter
 from lora.targets import layer_config
 from lora.variants.dora import DoRAConfig
 from storage.tensors import read_shapes, read_tensors
@@ -77,7 +77,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     Raises UserError for DoRA, and for tensors other than an A and a B of the configured ranks.
     """
     refuse_model(directory)
-    path = adapter_path(directory)
+    path = directory / WEIGHTS
     with as_failure():
         config = load_adapter_config(directory)
     refuse_dora(config, directory)

@@ -10,6 +10,7 @@ import numpy as np
 from common.errors import UserError
 from common.files import file_sha256
 from lora.peft_config import CONFIG
+from lora.save import WEIGHTS
 from training.options import MAY_CHANGE, Options, flag
 
 
