@@ -1,5 +1,6 @@
 """End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,17 @@ ADVICE = (
     "--grad-accum or --gradient-checkpointing"
 )
 
+# Failures of the machine. Any other OSError is a bug, unless its caller knows better.
+FULL_OR_BROKEN = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+}
+
 
 def run_command(
     main: Callable[[Sequence[str] | None], int | None], argv: Sequence[str] | None = None
@@ -62,7 +74,7 @@ def describe_failure(error: BaseException | None) -> str | None:
     """Return the line for a known failure. Return None for a bug in the program, or no error."""
     if isinstance(error, UserError | RunError):
         return str(error)
-    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # as a full disk
+    if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:
         return _with_file(error)
     no_memory = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
     if no_memory or isinstance(error, MemoryError):
