@@ -6,7 +6,6 @@ import shutil
 import sys
 import unicodedata
 from base64 import b64encode
-from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -38,7 +37,7 @@ from model.sampling import generate
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
 from storage.weights import load_gpt2, save_gpt2
-from tests.helpers import refusal, small_tokenizer, tiny_gpt2, write_small_tokenizer
+from tests.helpers import refusal, tiny_gpt2, write_small_tokenizer
 from tests.runs import arguments, die, run_acting, scores, trained
 from training.options import BOOK
 
@@ -309,12 +308,6 @@ def test_the_files_are_saved_though_the_base_has_gone(tmp_path, make):
     assert stored["model_max_length"] == 256 and stored["pad_token"] == tokenizer.eos_token
     assert written == files
     assert load_tokenizer(out, 8192).vocabulary == tokenizer.vocabulary
-
-
-def test_another_end_of_text_is_another_tokenizer():
-    """It decides where a text is split, so the cached ids are not the same."""
-    tokenizer = small_tokenizer(331)
-    assert replace(tokenizer, eos_token="e").sha256 != tokenizer.sha256
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
