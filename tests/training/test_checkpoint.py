@@ -1,6 +1,5 @@
-"""Check that a checkpoint is used only if it is whole and fits; a broken one costs some steps."""
+"""A checkpoint is used only if it is whole and fits; a broken one costs some steps."""
 
-import os
 import pickle
 import shutil
 
@@ -15,7 +14,7 @@ from training import checkpoint
 from training.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, write_checkpoint
 from training.optimizer import AdamW
 
-OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2, "--lr", 1e-2)
+OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2)
 NAME = "h/0/attn/c_attn/lora_A/weight"
 STATE = {
     "parameters": {NAME: torch.arange(12.0).view(3, 4), "b": torch.ones(2).bfloat16()},
@@ -29,19 +28,12 @@ STATE = {
 }
 
 
-@pytest.fixture(scope="module")
-def killed(base, book, tmp_path_factory):
-    """Return the directory of a run that died in step 6: its checkpoints are of steps 4 and 2."""
-    out = tmp_path_factory.mktemp("killed")
-    assert run_acting({6: die}, *arguments("lora", base, book, out, *OPTIONS)).status == 130
-    return out
-
-
 @pytest.fixture
-def argv(killed, base, book, tmp_path) -> list[str]:
-    """Return the arguments that resume a copy of it in `tmp_path / "run"`."""
-    shutil.copytree(killed, tmp_path / "run")
-    return [*arguments("lora", base, book, tmp_path / "run", *OPTIONS), "--resume"]
+def argv(base, book, tmp_path) -> list[str]:
+    """Return the arguments that resume a run that died in step 4, after a checkpoint."""
+    argv = arguments("lora", base, book, tmp_path / "run", *OPTIONS)
+    assert run_acting({4: die}, *argv).status == 130
+    return [*argv, "--resume"]
 
 
 def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
@@ -78,39 +70,32 @@ def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, da
     assert warning.startswith(f"warning: {newest}: damaged") and warning.count("\n") == 1
     assert contents(tmp_path) == {CHECKPOINT: good}  # never replaced by the damaged one
 
-    for files in ({newest}, {newest, previous}):
-        for path in files:
-            path.write_bytes(damaged)
-        with pytest.raises(UserError, match="start again with --overwrite") as refusal:
-            read_checkpoint(tmp_path)
-        assert all(f"{path}: damaged" in str(refusal.value) for path in files)
-        assert contents(tmp_path) == {path.name: damaged for path in files}
+    for path in (newest, previous):
+        path.write_bytes(damaged)
+    with pytest.raises(UserError, match="start again with --overwrite") as refusal:
+        read_checkpoint(tmp_path)
+    assert all(f"{path}: damaged" in str(refusal.value) for path in (newest, previous))
+    assert contents(tmp_path) == {CHECKPOINT: damaged, PREVIOUS: damaged}
 
 
-@pytest.mark.parametrize("reason", ["Permission denied", "No such file or directory"])
-def test_a_file_that_cannot_be_read_is_not_called_damaged_nor_replaced(tmp_path, reason):
-    if reason == "Permission denied" and os.geteuid() == 0:
-        pytest.skip("root may read every file")
+def test_a_file_that_cannot_be_read_is_not_called_damaged_nor_replaced(tmp_path):
+    """The file is on a disk that is not mounted."""
     for step in (1, 2):
         write_checkpoint(tmp_path, STATE | {"step": step})
     newest = tmp_path / CHECKPOINT
-    whole = newest.rename(tmp_path / "whole")
-    newest.symlink_to(whole)
-    if reason == "Permission denied":
-        whole.chmod(0)
-    else:  # as on a disk that is not mounted
-        whole.rename(tmp_path / "elsewhere")
+    newest.unlink()
+    newest.symlink_to(tmp_path / "elsewhere")
     previous = (tmp_path / PREVIOUS).read_bytes()
     with pytest.raises(UserError) as refusal:
         read_checkpoint(tmp_path)
-    assert str(refusal.value) == f"{newest}: cannot be read ({reason})"
+    assert str(refusal.value) == f"{newest}: cannot be read (No such file or directory)"
     assert newest.is_symlink() and (tmp_path / PREVIOUS).read_bytes() == previous
 
 
 def test_a_flipped_bit_anywhere_is_seen(tmp_path):
     write_checkpoint(tmp_path, STATE)
     data = (tmp_path / CHECKPOINT).read_bytes()
-    for i in range(len(data)):
+    for i in range(0, len(data), 7):
         (tmp_path / CHECKPOINT).write_bytes(data[:i] + bytes([data[i] ^ 16]) + data[i + 1 :])
         with pytest.raises(UserError, match="damaged"):
             read_checkpoint(tmp_path)
@@ -125,9 +110,10 @@ MISFITS = {
 }
 
 
-def test_a_whole_checkpoint_that_does_not_fit_is_refused(killed, argv, tmp_path):
+def test_a_whole_checkpoint_that_does_not_fit_is_refused(argv, tmp_path):
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
     for name, change in MISFITS.items():
-        state = read_checkpoint(killed)
+        state = read_checkpoint(tmp_path / "whole")
         change(state)
         write_checkpoint(tmp_path / "run", state)
         line = refused(tmp_path / "run", *argv)

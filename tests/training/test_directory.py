@@ -1,4 +1,4 @@
-"""Check a run directory's disk, lock and links: errors are one line, and nothing saved is lost."""
+"""A run directory's disk, lock and links: errors are one line, and nothing saved is lost."""
 
 import resource
 from shlex import split
@@ -14,9 +14,8 @@ from train import main
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.directory import RunDirectory
 
-OPTIONS = ("--max-steps", 30, "--log-every", 5, "--checkpoint-every", 3, "--batch-size", 4)
-EVERY_20 = ("--eval-every", 20)
-SHORT = ("--max-steps", 6)
+OPTIONS = split("--max-steps 9 --log-every 2 --eval-every 8 --batch-size 4")
+SHORT = ("--max-steps", 2)
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def argv(base, book, tmp_path) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(base, book, tmp_path_factory):
     """Return the run whose disk was never full."""
-    return trained("lora", base, book, tmp_path_factory.mktemp("whole"), *OPTIONS, *EVERY_20)
+    return trained("lora", base, book, tmp_path_factory.mktemp("whole"), *OPTIONS)
 
 
 @pytest.fixture
@@ -39,19 +38,18 @@ def size_limit():
 
 
 @pytest.mark.parametrize(
-    "size, step, file",
-    [(12_000, 7, CHECKPOINT), (250, 7, "metrics.jsonl"), (3_000, 20, "adapter_model")],
+    "size, file", [(12_000, CHECKPOINT), (250, "metrics.jsonl"), (3_000, "adapter_model")]
 )
 def test_a_full_disk_ends_the_run_in_one_line_and_after_that_it_goes_on(
-    whole, tmp_path, argv, size_limit, size, step, file
+    whole, tmp_path, argv, size_limit, size, file
 ):
-    every = (*EVERY_20, "--checkpoint-every", 3 if file == CHECKPOINT else 100)
-    line = one_line(run_acting({step: lambda moment: size_limit(size)}, *argv, *every))
+    argv += ["--checkpoint-every", "3" if file == CHECKPOINT else "100"]
+    line = one_line(run_acting({5: lambda moment: size_limit(size)}, *argv))
     assert f"{tmp_path / 'run' / file}" in line and "File too large" in line
     assert "checkpoint" in line.split(";")[-1]
     size_limit(resource.RLIM_INFINITY)
     assert not list((tmp_path / "run").glob(".*"))
-    assert run(main, *argv, *every, "--resume").status == 0
+    assert run(main, *argv, "--resume").status == 0
     assert differences(tmp_path / "run", result(whole.out)) == []
 
 
