@@ -1,4 +1,4 @@
-"""Check what is kept in memory, in which precision, and that saving it changes no result."""
+"""What is kept in memory, in which precision, and that saving memory changes no result."""
 
 import platform
 import subprocess
@@ -19,7 +19,7 @@ from training.options import ROOT
 
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_path, method):
-    options = ("--max-steps", 4, "--lr", 1e-2)
+    options = ("--max-steps", 3, "--lr", 1e-2)
     checkpointing = "--gradient-checkpointing"
     plain = trained(method, base, book, tmp_path / "plain", *options)
     checkpointed = trained(method, base, book, tmp_path / "other", *options, checkpointing)
@@ -39,6 +39,7 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
     base, book, tmp_path, method, compute
 ):
     argv = arguments(method, base, book, tmp_path, "--precision", "bf16", "--max-steps", 1)
+    argv += ["--batch-size", "1", "--val-fraction", "0.02"]
     trainers = []
     assert run_acting({1: trainers.append}, *argv).status == 0
     (made,) = trainers
@@ -53,9 +54,10 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[int, int, int, int]:
-    """Return the size of a base's file and the peak memory of loading it, in bytes; then the page
-    faults of tensors that are freed and made again, before and after `tune_process`.
+def measured(tmp_path_factory) -> tuple[int, ...]:
+    """Return numbers of a fresh process: the size of a base's file and the peak memory of loading
+    it, in bytes; the page faults of tensors that are freed and made again, before and after
+    `tune_process`; and whether a step of AdamW imported PyTorch's compiler.
     """
     directory = tmp_path_factory.mktemp("large")
     with torch.device("meta"):
@@ -70,6 +72,7 @@ def measured(tmp_path_factory) -> tuple[int, int, int, int]:
         from common.device import tune_process
         from storage.hub import MINI
         from storage.weights import load_gpt2
+        from training.optimizer import AdamW
         def resident(name):
             lines = open("/proc/self/status").read().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
@@ -83,7 +86,13 @@ def measured(tmp_path_factory) -> tuple[int, int, int, int]:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             for _ in range(5):
                 torch.zeros(1 << 24)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        parameter = torch.nn.Parameter(torch.ones(2))
+        optimizer = AdamW([parameter], fused=True)
+        parameter.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(int("torch._dynamo" in sys.modules))"""
     command = [sys.executable, "-c", code, directory]
     said = subprocess.run(command, cwd=ROOT, check=True, text=True, capture_output=True).stdout
     return (directory / MODEL_WEIGHTS).stat().st_size, *map(int, said.split())
@@ -98,5 +107,10 @@ def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(measured):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_once_asked(measured):
     """All of a tensor's 4 KB pages are faults, or none."""
-    *_, given_back, kept = measured
+    *_, given_back, kept, _ = measured
     assert kept < 100 < given_back / 100
+
+
+def test_a_step_does_not_import_the_compiler(measured):
+    """Importing the compiler takes longer than importing torch."""
+    assert measured[-1] == 0
