@@ -6,20 +6,19 @@ They print into the files `out` and `err` of a folder.
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
-import pytest
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+import torch.distributed.run
+from torch.distributed.launcher.api import elastic_launch
 
 import train
 from common.errors import run_command
 from tests.fault.runs import PATIENCE
-from tests.helpers import DEVICE
-from training.options import ROOT
 
 
 def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
@@ -36,69 +35,54 @@ def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], li
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    ranks = [environment | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(len(commands))]
-    if DEVICE == "cpu":
-        calls = [
-            (be_rank, folder, command, during, rank)
-            for command, rank in zip(commands, ranks, strict=True)
-        ]
-        statuses = _run(*calls)
-    else:
-        statuses = _start(folder, commands, ranks)
-    return statuses, (folder / "err").read_text().splitlines()
+    calls = []
+    for rank, command in enumerate(commands):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        calls.append((_train, command, during, own))
+    return _run(folder, *calls)
 
 
-def torchrun(folder: Path, command: list[str], during=None) -> tuple[int, list[str]]:
-    """Start two ranks by torchrun's agent, their parent; return how it ends, and their stderr."""
+def torchrun(folder: Path, *words: str) -> tuple[int, list[str]]:
+    """Run `torchrun WORDS`, which must run `train.py`; return how it ends, and its stderr."""
     folder.mkdir()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=2,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="fork",
-    )
-    [status] = _run((elastic_launch(config, be_rank), folder, command, during))
-    return status, (folder / "err").read_text().splitlines()
+    [status], lines = _run(folder, (_torchrun, words))
+    return status, lines
 
 
-def _start(folder: Path, commands: tuple[list[str], ...], ranks: list[dict]) -> list[int]:
-    """Start each rank anew, on a GPU of its own: a process that has used one cannot be forked."""
-    if DEVICE != "cuda" or torch.cuda.device_count() < len(ranks):
-        pytest.skip(f"needs {len(ranks)} GPUs")
-    with open(folder / "out", "a") as out, open(folder / "err", "a") as err:
-        processes = []
-        for command, rank in zip(commands, ranks, strict=True):
-            words = [sys.executable, "train.py", *command]
-            process = subprocess.Popen(
-                words, cwd=ROOT, env=os.environ | rank, stdout=out, stderr=err
-            )
-            processes.append(process)
-        return [process.wait(PATIENCE) for process in processes]
-
-
-def _run(*calls: tuple) -> list[int]:
-    """Make each call in a process of its own; return the exit statuses."""
+def _run(folder: Path, *calls: tuple) -> tuple[list[int], list[str]]:
+    """Make each call in its own process."""
     context = multiprocessing.get_context("fork")
     processes = []
     for call, *arguments in calls:
-        process = context.Process(target=call, args=arguments)
+        process = context.Process(target=_print_into, args=(folder, call, *arguments))
         process.start()
         processes.append(process)
     for process in processes:
         process.join(PATIENCE)
-    return [process.exitcode for process in processes]
+    statuses = [process.exitcode for process in processes]
+    return statuses, (folder / "err").read_text().splitlines()
 
 
-def be_rank(folder: Path, command: list[str], during, environment: dict | None = None) -> None:
-    """Run `train.py` in this process, with its output in the folder's files."""
+def _print_into(folder: Path, call, *arguments) -> None:
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, number)
     sys.stdout = open(1, "w")  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+    call(*arguments)
+
+
+def _train(command: Sequence[str], during=None, environment: dict | None = None) -> None:
     os.environ |= environment or {}
     torch.set_num_threads(1)  # a pool of more does not survive the fork
     with during or nullcontext():
         run_command(train.main, command)
+
+
+def _torchrun(words: tuple[str, ...]) -> None:
+    def fork_ranks(config, entrypoint):
+        config.start_method = "fork"
+        return lambda _, script, *argv: elastic_launch(config, _train)(argv)
+
+    with mock.patch.object(torch.distributed.run, "elastic_launch", fork_ranks):
+        torch.distributed.run.main(words)

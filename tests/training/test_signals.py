@@ -1,4 +1,4 @@
-"""Check that a first signal lets the step end and saves, and that a second ends the run at once."""
+"""A first signal lets the step end and saves. A second signal ends the run at once."""
 
 import os
 import sys
@@ -67,7 +67,7 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
 
     def interrupted(*arguments, **options):
         calls.append(None)
-        if len(calls) == 2:  # of evaluate, the first is the base's; of saves, that of step 3
+        if len(calls) == 2:  # the first evaluation is the base's, the first save is of step 3
             raise_signal(SIGTERM)
             raise_signal(SIGTERM)
         return real(*arguments, **options)

@@ -1,5 +1,6 @@
 """Check `python -m training.sweep`: its runs, going on, the table, failures, signals."""
 
+import sys
 from statistics import mean
 from unittest import mock
 
@@ -8,8 +9,9 @@ import pytest
 import train
 from tests.runs import arguments, contents, die, run, run_acting, table, trained
 from training import sweep
+from training.options import ROOT
 
-SHORT = ("--max-steps", 4, "--checkpoint-every", 1)
+SHORT = ("--max-steps", 4, "--checkpoint-every", 1, "--batch-size", 4)
 
 
 @pytest.fixture
@@ -18,6 +20,7 @@ def children(monkeypatch) -> list:
     endings = []
 
     def train_here(command):
+        assert command[:2] == [sys.executable, str(ROOT / "train.py")]
         endings.append(run(train.main, *command[2:]))
         return mock.Mock(returncode=endings[-1].status)
 
@@ -80,7 +83,9 @@ def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypa
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
 
 
-def test_the_command_runs_train_py(base, book, tmp_path):
+def test_a_sweep_of_full_fine_tuning_has_no_rank_and_a_mistake_is_one_line(
+    base, book, tmp_path, children
+):
     command = arguments("full", base, book, tmp_path / "sweep", *SHORT, "--lr", "1e-3")
     ending = run(sweep.main, *command)
     assert ending.status == 0, ending.stderr
