@@ -1,4 +1,4 @@
-"""Compare scores with those of a token-by-token loop over a stock transformers model."""
+"""Compare scores with a token-by-token loop over a stock transformers model."""
 
 import copy
 import math
@@ -68,7 +68,7 @@ def reference(model, tokens, block: int, stride: int, shift: int) -> tuple[float
 
 @pytest.mark.parametrize(
     "block, stride, shift, batch_size",
-    [(16, 7, 2, 1), (16, 1, 1, 3), (1, 1, 2, 16), (64, 50, 2, 3)],
+    [(16, 7, 2, 1), (16, 1, 1, 3), (64, 50, 2, 3)],
 )
 def test_scores_are_those_of_a_plain_loop(models, block, stride, shift, batch_size):
     ours, theirs, tokens = models

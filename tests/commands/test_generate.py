@@ -1,4 +1,4 @@
-"""Check generation: its cache, sampling by the options, streams of whole characters, chats."""
+"""Generation: the cache, sampling by the options, streams of whole characters, chats."""
 
 import io
 import sys
@@ -69,17 +69,14 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
     allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3 * (expected > 0)
     for choice in choices:
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | choice
-        generator = torch.Generator().manual_seed(0)
-        drawn = []
-        for _ in range(draws):
-            drawn.append(next_tokens(LOGITS[None], [generator], **options)[0])
-        counted = torch.bincount(torch.cat(drawn), minlength=4) / draws
+        generators = [torch.Generator().manual_seed(0)] * draws
+        drawn = next_tokens(LOGITS.expand(draws, -1), generators, **options)
+        counted = torch.bincount(drawn.flatten(), minlength=4) / draws
         assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
 
 
 def test_rows_are_prepared_for_drawing_together():
     """Each row by itself would cost a GPU eight launches a token."""
-
     options = {"temperature": 0.7, "top_k": 3, "top_p": 0.9}
     rows = 5
     generators = [torch.Generator().manual_seed(i) for i in range(rows)]
@@ -196,7 +193,7 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(
 
 
 def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
-    options = ("--max-new-tokens", 100, "--seed", 3)
+    options = ("--max-new-tokens", 20, "--seed", 3)
     said = chat(base, monkeypatch, b"Who lights it?\nAnd caf\xe9?\n", *options)
     assert (said.status, said.stderr) == (0, "") and said.stdout.count("\n") >= 2
     assert said.stdout == chat(base, monkeypatch, b"Who lights it?\nAnd caf\xe9?", *options).stdout

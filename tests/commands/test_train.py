@@ -1,4 +1,4 @@
-"""Check a run's files, and its numbers against stock transformers and PEFT."""
+"""A run's files, and its numbers against stock transformers and PEFT."""
 
 import hashlib
 import math
@@ -213,7 +213,7 @@ def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path)
     """Frozen tables are held in bf16 and trained ones in fp32; an evaluation rounds both. DoRA's
     norms are of fp32 A and B.
     """
-    options = split("--max-steps 3 --precision bf16 --lr 1e-2")
+    options = split("--max-steps 2 --batch-size 8 --precision bf16 --lr 1e-2")
     dora_options = ("--use-dora", "--weight-decay", 0)
     done = {
         "lora": trained("lora", base, book, tmp_path / "lora", *options),
@@ -259,7 +259,7 @@ def test_what_goes_badly_is_said(base, book, tmp_path):
     """Warn of a text that the base cannot read, and of a result that is worse than the base."""
     (tmp_path / "blank.txt").write_text(" \n\t" * 1500)
     (tmp_path / "book.txt").write_text(BOOK.read_text()[:12_000])
-    options = ("--max-steps", 1, "--block-size", 64, "--batch-size", 1)
+    options = ("--max-steps", 1, "--block-size", 32, "--batch-size", 1, "--val-fraction", 0.02)
     for text, said in ((tmp_path / "blank.txt", True), (tmp_path / "book.txt", False)):
         printed = trained("lora", "mini", text, tmp_path / text.stem, *options).stdout
         assert ("worse than by guessing" in printed) == said
