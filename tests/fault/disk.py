@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from errno import EROFS
 from pathlib import Path
 
-from tests.fault.runs import Outcome, Process, go_on, left, scratch, train_command, uninterrupted
+from tests.fault.runs import Fork, Outcome, arguments, go_on, left, scratch, uninterrupted
 
 STEPS = 20
 SIZE = 16 << 20  # bytes
@@ -57,20 +57,19 @@ def filled(place: Path) -> Iterator[None]:
 def fills_up(folder: Path, place: Path, expected: dict) -> list[str]:
     """Fill the disk in the middle of a run, which goes on when there is space again."""
     out = place / "run"
-    command = train_command("lora", folder, out, STEPS)
-    process = Process(command, folder)
+    argv = arguments("lora", folder, out, STEPS)
+    process = Fork(argv, folder)
     process.wait_until(lambda: (out / "checkpoint.previous.safetensors").exists())
     with filled(place):
         failures = check_ending(process, out, 1, "cannot be written")
-    return failures + go_on([*command, "--resume"], folder, out, expected)
+    return failures + go_on([*argv, "--resume"], folder, out, expected)
 
 
 def refused(folder: Path, out: Path, wanted: int, words: str) -> list[str]:
-    process = Process(train_command("lora", folder, out, STEPS), folder)
-    return check_ending(process, out, wanted, words)
+    return check_ending(Fork(arguments("lora", folder, out, STEPS), folder), out, wanted, words)
 
 
-def check_ending(process: Process, out: Path, wanted: int, words: str) -> list[str]:
+def check_ending(process: Fork, out: Path, wanted: int, words: str) -> list[str]:
     status, lines = process.end()
     failures = left(out)
     if status != wanted or len(lines) != 1 or words not in lines[0]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.fault.runs import Outcome, Process, differences, scratch, train_command, uninterrupted
+from tests.fault.runs import Fork, Outcome, arguments, differences, scratch, uninterrupted
 
 STEPS = 20
 KNOWN = ("another run is using it", "contains a run")  # what the refused one may say
@@ -12,7 +12,7 @@ KNOWN = ("another run is using it", "contains a run")  # what the refused one ma
 def campaign(short: bool, seed: int) -> Iterator[Outcome]:
     outcome = Outcome("two racing runs")
     expected = uninterrupted("lora", STEPS).result
-    count = 1 if short else 10
+    count = 2 if short else 20
     with scratch() as folder:
         for i in range(count):
             outcome.add(f"race {i}", race(folder, folder / str(i), expected))
@@ -20,12 +20,12 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
 
 
 def race(folder: Path, out: Path, expected: dict) -> list[str]:
-    command = train_command("lora", folder, out, STEPS)
+    argv = arguments("lora", folder, out, STEPS)
     both = []
     for name in ("a", "b"):
         place = folder / name
         place.mkdir(exist_ok=True)
-        both.append(Process(command, place))
+        both.append(Fork(argv, place))
 
     (first, _), (second, lines) = sorted(process.end() for process in both)
     refused = len(lines) == 1 and any(known in lines[0] for known in KNOWN)

@@ -1,18 +1,31 @@
-"""Small runs of `train.py` in processes of their own, and what they leave."""
+"""Small runs of `train.py` in other processes, and what they leave."""
 
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from shlex import split
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import torch
+
+import train
+from common.errors import run_command
+from common.signals import HANDLED
+from data.tokenizer import FAST, SETTINGS
+from model.gpt2 import GPT2, GPT2Config
+from storage.hub import MINI
+from storage.weights import save_gpt2
 from training.directory import MODEL_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,23 +58,19 @@ def scratch() -> Iterator[Path]:
         yield Path(folder).resolve()
 
 
-class Process(subprocess.Popen):
-    """A command at work in the project's directory; what it prints goes into `folder`."""
+class Watched:
+    """A process that prints into the files `out_file` and `err_file` of a folder."""
 
-    def __init__(self, command: list[str], folder: Path):
+    def __init__(self, folder: Path):
         self.out_file = folder / "stdout"
         self.err_file = folder / "stderr"
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-        with open(self.out_file, "w") as out, open(self.err_file, "w") as err:
-            super().__init__(
-                command, cwd=ROOT, stdout=out, stderr=err, env=environment, start_new_session=True
-            )  # Ctrl-C here does not reach it
+        self.out_file.write_text("")
 
     def has_begun(self) -> bool:
         return any(mark in self.out_file.read_text() for mark in BEGUN)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-        """Wait until the condition holds, the process ends, or the time is over."""
+        """Wait until the condition is true, the process ends, or the time is over."""
         end = time.perf_counter() + seconds
         while self.poll() is None and time.perf_counter() < end and not condition():
             time.sleep(0.0005)
@@ -71,55 +80,85 @@ class Process(subprocess.Popen):
         return self.wait(PATIENCE), self.err_file.read_text().splitlines()
 
 
-def options(folder: Path, out: Path, steps: int, *more: object) -> list[str]:
-    """Ask for a run on `mini` and the beginning of the book, with a checkpoint at each step."""
+class Process(Watched, subprocess.Popen):
+    """A command at work in the project's directory."""
+
+    def __init__(self, command: list[str], folder: Path):
+        Watched.__init__(self, folder)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        with open(self.out_file, "w") as out, open(self.err_file, "w") as err:
+            subprocess.Popen.__init__(
+                self,
+                command,
+                cwd=ROOT,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                start_new_session=True,  # Ctrl-C here does not reach it
+            )
+
+
+class Fork(Watched):
+    """`train.py` in a fork of this process, which has imported what takes seconds to import."""
+
+    def __init__(self, argv: Sequence[str], folder: Path, prepare=nullcontext):
+        Watched.__init__(self, folder)
+        context = multiprocessing.get_context("fork")
+        self.child = context.Process(target=self._train, args=(argv, prepare))
+        self.child.start()
+
+    def _train(self, argv: Sequence[str], prepare: Callable[[], object]) -> None:
+        for number in HANDLED:
+            signal.signal(number, signal.SIG_DFL)
+        torch.set_num_threads(1)  # a pool of more does not survive the fork
+        for number, file in ((1, self.out_file), (2, self.err_file)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+        prepare()
+        run_command(train.main, argv)
+
+    def poll(self) -> int | None:
+        return self.child.exitcode
+
+    def kill(self) -> None:
+        self.child.kill()
+
+    def wait(self, seconds: float) -> int:
+        self.child.join(seconds)
+        assert self.child.exitcode is not None, "the process hangs"
+        return self.child.exitcode
+
+
+def small_base(folder: Path) -> Path:
+    """Return the directory of a random GPT-2 with the tokenizer of `mini`."""
+    directory = folder / "base"
+    if not directory.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            save_gpt2(
+                GPT2(GPT2Config(8192, n_positions=32, n_embd=64, n_layer=1, n_head=2)), directory
+            )
+        for name in (FAST, SETTINGS):
+            shutil.copy(MINI / name, directory)
+    return directory
+
+
+def arguments(method: str, folder: Path, out: Path, steps: int, *more: object) -> list[str]:
+    """Ask for a run on a small base and the book's beginning, with a checkpoint at each step."""
     book = folder / "book.txt"
     if not book.exists():
         book.write_text(BOOK[:12_000])
-    return list(
-        map(
-            str,
-            (
-                "--base",
-                "mini",
-                "--book",
-                book,
-                "--out",
-                out,
-                "--block-size",
-                32,
-                "--stride",
-                32,
-                "--batch-size",
-                4,
-                "--max-steps",
-                steps,
-                "--eval-every",
-                4,
-                "--log-every",
-                1,
-                "--checkpoint-every",
-                1,
-                "--val-fraction",
-                0.05,
-                "--device",
-                "cpu",
-                *more,
-            ),
-        )
-    )
+    small = "--block-size 32 --stride 32 --batch-size 4 --val-fraction 0.05 "
+    often = "--eval-every 4 --log-every 1 --checkpoint-every 1 --device cpu --max-steps"
+    files = ("--base", small_base(folder), "--book", book, "--out", out)
+    words = [method, *split(small + often), steps, *files, *more]
+    return [str(word) for word in words]
 
 
-def train_command(method: str, *arguments: object) -> list[str]:
-    """Return the command of such a run; the arguments are those of `options`."""
-    return [sys.executable, "train.py", method, *options(*arguments)]
-
-
-def resume_command(command: list[str], out: Path) -> list[str]:
-    """Return the command that goes on, where there is anything to go on with."""
-    if (out / "metrics.jsonl").exists():
-        return [*command, "--resume"]
-    return command
+def with_resume(argv: list[str], out: Path) -> list[str]:
+    """Return the arguments that go on, where there is anything to go on with."""
+    return [*argv, "--resume"] if (out / "metrics.jsonl").exists() else argv
 
 
 def result(out: Path) -> dict:
@@ -142,21 +181,23 @@ class Whole(NamedTuple):
 
 
 @cache
-def uninterrupted(method: str, *arguments: object) -> Whole:
-    """Run `train_command` in a folder of its own; it must succeed."""
-    began = time.perf_counter()
+def uninterrupted(method: str, *more: object) -> Whole:
+    """Run `train.py` to the end, by the arguments of `arguments` after `out`."""
     with scratch() as folder:
-        process = Process(train_command(method, folder, folder / "whole", *arguments), folder)
+        argv = arguments(method, folder, folder / "whole", *more)
+        status, lines = Fork(argv, folder).end()  # it imports and caches what the next finds
+        assert status == 0, lines
+        began = time.perf_counter()
+        process = Fork([*argv, "--overwrite"], folder)
         process.wait_until(process.has_begun)
         startup = time.perf_counter() - began
-        status, lines = process.end()
-        assert status == 0, lines
+        assert process.end() == (0, [])
         return Whole(result(folder / "whole"), startup, time.perf_counter() - began - startup)
 
 
-def go_on(command: list[str], folder: Path, out: Path, expected: dict) -> list[str]:
-    """Run the command that goes on; return how it failed, or what in `out` is not as expected."""
-    status, lines = Process(command, folder).end()
+def go_on(argv: list[str], folder: Path, out: Path, expected: dict) -> list[str]:
+    """Run to the end; return how that failed, or what in `out` is not as expected."""
+    status, lines = Fork(argv, folder).end()
     if status:
         return [f"going on ends with {status}: {lines[-3:]}"]
     return differences(out, expected)

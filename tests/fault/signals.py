@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.fault import runs
 
-STEPS = 20
+STEPS = 60
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE = "stopping once the step is done and saved; Ctrl-C stops at once"
 AT_ONCE = "error: interrupted"
@@ -33,10 +33,13 @@ def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
 def one_signal(
     folder: Path, out: Path, number: int, whole: runs.Whole, draw: random.Random, twice: bool
 ) -> list[str]:
-    command = make_command(folder, out)
-    process = runs.Process(command, folder)
-    process.wait_until(lambda: catches_sigterm(process))
-    time.sleep(draw.uniform(0, 0.95 * (whole.startup + whole.steps)))
+    argv = runs.arguments("lora", folder, out, STEPS)
+    process = runs.Process(make_command(argv), folder)
+    if draw.random() < 0.3:
+        process.wait_until(lambda: catches_sigterm(process))  # modules are still imported
+    else:
+        process.wait_until(process.has_begun)
+    time.sleep(draw.uniform(0, 0.95 * whole.steps))
     process.send_signal(number)
     if twice:
         time.sleep(draw.uniform(0, 0.05))
@@ -45,14 +48,13 @@ def one_signal(
     failures = check_ending(status, 128 + number, lines, out)
     if (out / "run.json").exists():
         return failures + runs.differences(out, whole.result)
-    return failures + runs.go_on(runs.resume_command(command, out), folder, out, whole.result)
+    return failures + runs.go_on(runs.with_resume(argv, out), folder, out, whole.result)
 
 
-def make_command(folder: Path, out: Path) -> list[str]:
+def make_command(argv: list[str]) -> list[str]:
     """Return what `make train-lora` would run with small ARGS."""
-    arguments = shlex.join(runs.options(folder, out, STEPS))
     said = subprocess.run(
-        ["make", "--no-print-directory", "-n", "train-lora", f"ARGS={arguments}"],
+        ["make", "--no-print-directory", "-n", "train-lora", f"ARGS={shlex.join(argv[1:])}"],
         cwd=runs.ROOT,
         capture_output=True,
         text=True,
