@@ -1,6 +1,7 @@
 """Damaged files by the thousand: each is loaded correctly, or refused with one line that names it.
 
-It may take four seconds of processor time and 1 GiB. `run(range(N, N + 1), seed)` repeats case N.
+A reader may take four seconds of processor time and 1 GiB. `run(range(N, N + 1), seed)` repeats
+case N.
 """
 
 import multiprocessing
@@ -16,7 +17,7 @@ from tests.fault.runs import Outcome, scratch
 from tests.fault.targets import TARGETS, Target, prepare, problem_of
 
 LONG = 24_000  # cases
-SHORT = 1_000
+SHORT = 400
 SECONDS = 4.0  # of processor time
 HANG = 30  # of the clock: the machine may be busy
 MEMORY = 1 << 30

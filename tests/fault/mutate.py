@@ -1,6 +1,7 @@
 """Seeded damage: each mutator takes a generator and a good file's bytes, and gives bad bytes."""
 
 import json
+import math
 import struct
 from contextlib import suppress
 from random import Random
@@ -10,52 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-NUMBERS = (
-    0,
-    1,
-    -1,
-    2,
-    7,
-    255,
-    65535,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**53,
-    2**63 - 1,
-    2**63,
-    2**64,
-    10**30,
-    10**400,
-    -(2**63),
-    0.5,
-    -0.0,
-    1e-320,
-    1e308,
-    float("nan"),
-    float("inf"),
-)
-TEXTS = (
-    "",
-    "gpt2",
-    "LORA",
-    "c_attn",
-    "wte",
-    "../../etc/passwd",
-    "/dev/zero",
-    "a\nb",
-    "\x1b[2J",
-    "\0",
-    "\ud800",
-    "\u202e",
-    "x" * 7_000,
-    "$x_{",
-    "{}",
-    "%s",
-    "é" * 40,
-    "true",
-    "9" * 5000,
-)
+FINITE = (0, 1, -1, 2, 7, 255, 65535, 0.5, -0.0, 1e-320, 1e308)
+LARGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, -(2**63))
+NOT_FINITE = (math.nan, math.inf)
+NUMBERS = (*FINITE, *LARGE, *NOT_FINITE)
+NAMES = ("", "gpt2", "LORA", "c_attn", "wte", "true", "../../etc/passwd", "/dev/zero")
+CHARACTERS = ("a\nb", "\x1b[2J", "\0", "\ud800", "\u202e", "$x_{", "{}", "%s")
+TEXTS = (*NAMES, *CHARACTERS, "é" * 40, "x" * 7_000, "9" * 5000)
+PIECES = (*" \n\r\t\0\ufeff\u3000汉😀é\x1c\x85\u2028a7!", "<|endoftext|>", "'ll")
 DTYPES = ("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X", "", None)
 
 
@@ -71,18 +34,17 @@ def mutate_bytes(rng: Random, data: bytes) -> bytes:
         if data:
             for _ in range(rng.choice((1, 1, 1, 8, 64))):
                 flipped[_place(rng, data) % len(data)] ^= 1 << rng.randrange(8)
-        data = rng.choice(
-            (
-                bytes(flipped),
-                bytes(flipped),
-                data[:b],
-                data[:a] + fill + data[a + len(fill) :],
-                data[:b] + data[b + span :],
-                data[:b] + rng.randbytes(span) + data[b:],
-                data[: b + span] + data[b:],
-                data[:a] + data[b:c] + data[a:b] + data[c:],
-            )
+        changes = (
+            bytes(flipped),
+            bytes(flipped),
+            data[:b],
+            data[:a] + fill + data[a + len(fill) :],
+            data[:b] + data[b + span :],
+            data[:b] + rng.randbytes(span) + data[b:],
+            data[: b + span] + data[b:],
+            data[:a] + data[b:c] + data[a:b] + data[c:],
         )
+        data = rng.choice(changes)
     return data
 
 
@@ -142,28 +104,7 @@ def mutate_text(rng: Random, data: bytes) -> bytes:
     """Insert white space, controls, separators, other scripts, long runs; or change the bytes."""
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(data) + 1)
-        piece = rng.choice(
-            (
-                " ",
-                "\n",
-                "\r",
-                "\t",
-                "\0",
-                "\ufeff",
-                "\u3000",
-                "<|endoftext|>",
-                "汉",
-                "😀",
-                "'ll",
-                "é",
-                "\x1c",
-                "\x85",
-                "\u2028",
-                "a",
-                "7",
-                "!",
-            )
-        )
+        piece = rng.choice(PIECES)
         times = rng.choice((1, 2, 50, 70_000))
         data = data[:start] + (piece * times).encode() + data[start:]
     if rng.random() < 0.5:
@@ -192,9 +133,9 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
         text = text[:-1] + ", " + json.dumps(again)[1:]
     if rng.random() < 0.1:
         start = rng.randrange(len(body) // 4) * 4
-        infinite = body[:start] + struct.pack("<f", rng.choice(NUMBERS[-2:])) + body[start + 4 :]
+        infinite = body[:start] + struct.pack("<f", rng.choice(NOT_FINITE)) + body[start + 4 :]
         body = rng.choice((body[:-4], body + bytes(4), b"", infinite))
-    claimed = rng.choice(NUMBERS[:15]) if rng.random() < 0.1 else len(text)  # json.dumps: ASCII
+    claimed = rng.choice(LARGE) if rng.random() < 0.1 else len(text)  # json.dumps: ASCII
     return struct.pack("<Q", claimed % 2**64) + text.encode() + body
 
 
@@ -208,27 +149,13 @@ def _change_tensors(rng: Random, tensors: dict[str, Tensor]) -> dict[str, Tensor
             flat[rng.randrange(len(flat))] = rng.choice((1e38, -1e-40, float("nan"), float("-inf")))
         changed = flat.view(value.shape)
         if rng.random() < 0.8:
-            tensors[key] = rng.choice(
-                (
-                    changed,
-                    changed,
-                    value.half(),
-                    value.bfloat16(),
-                    value.double(),
-                    value.int(),
-                    value > 0,
-                    value.t() if value.ndim == 2 else value[None],
-                    flat,
-                    flat[:1],
-                    flat[:0],
-                    torch.zeros(value.shape),
-                    torch.zeros(()),
-                    value + 1,
-                    torch.zeros(2),
-                )
-            ).contiguous()
+            casts = (value.half(), value.bfloat16(), value.double(), value.int(), value > 0)
+            shapes = (value.t() if value.ndim == 2 else value[None], flat, flat[:1], flat[:0])
+            others = (torch.zeros(value.shape), torch.zeros(()), torch.zeros(2), value + 1)
+            choices = (changed, changed, *casts, *shapes, *others)
+            tensors[key] = rng.choice(choices).contiguous()
         elif rng.random() < 0.8:
-            name = rng.choice((*TEXTS[:-1], f"_orig_mod.{key}", f"transformer.{key}"))
+            name = rng.choice((*NAMES, *CHARACTERS, f"_orig_mod.{key}", f"transformer.{key}"))
             tensors[name.encode("utf-8", "replace").decode()] = value
     return tensors
 
@@ -248,20 +175,8 @@ def _change_header(rng: Random, header: dict) -> None:
             shift = rng.choice((-8, -4, 1, 4, 2**40))
             entry["data_offsets"] = [x + shift * rng.randrange(2) for x in entry["data_offsets"]]
         case 3:
-            entry["shape"] = rng.choice(
-                (
-                    shape[::-1],
-                    [],
-                    [-1],
-                    [*shape, 1],
-                    [2**62, 4],
-                    shape * 99,
-                    [0, 2**63],
-                    [2**32, 2**32],
-                    [1.5],
-                    [True],
-                )
-            )
+            shapes = ([], [-1], [2**62, 4], [0, 2**63], [2**32, 2**32], [1.5], [True])
+            entry["shape"] = rng.choice((*shapes, shape[::-1], [*shape, 1], shape * 99))
         case 4:
             entry["dtype"] = rng.choice(DTYPES)
         case 5:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from data.tokenizer import FAST, SETTINGS
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
 from storage.weights import save_gpt2
+from training import report
 from training.directory import MODEL_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,13 +102,19 @@ class Process(Watched, subprocess.Popen):
 class Fork(Watched):
     """`train.py` in a fork of this process, which has imported what takes seconds to import."""
 
-    def __init__(self, argv: Sequence[str], folder: Path, prepare=nullcontext):
-        Watched.__init__(self, folder)
+    def __init__(
+        self,
+        argv: Sequence[str],
+        folder: Path,
+        prepare: Callable[[], object] = lambda: None,
+        draw: bool = False,  # a picture takes as long as many steps
+    ):
+        super().__init__(folder)
         context = multiprocessing.get_context("fork")
-        self.child = context.Process(target=self._train, args=(argv, prepare))
+        self.child = context.Process(target=self._train, args=(argv, prepare, draw))
         self.child.start()
 
-    def _train(self, argv: Sequence[str], prepare: Callable[[], object]) -> None:
+    def _train(self, argv: Sequence[str], prepare: Callable[[], object], draw: bool) -> None:
         for number in HANDLED:
             signal.signal(number, signal.SIG_DFL)
         torch.set_num_threads(1)  # a pool of more does not survive the fork
@@ -115,6 +122,8 @@ class Fork(Watched):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+        if not draw:
+            report.can_draw = lambda: False
         prepare()
         run_command(train.main, argv)
 
@@ -185,13 +194,12 @@ def uninterrupted(method: str, *more: object) -> Whole:
     """Run `train.py` to the end, by the arguments of `arguments` after `out`."""
     with scratch() as folder:
         argv = arguments(method, folder, folder / "whole", *more)
-        status, lines = Fork(argv, folder).end()  # it imports and caches what the next finds
-        assert status == 0, lines
         began = time.perf_counter()
-        process = Fork([*argv, "--overwrite"], folder)
+        process = Fork(argv, folder)
         process.wait_until(process.has_begun)
         startup = time.perf_counter() - began
-        assert process.end() == (0, [])
+        status, lines = process.end()
+        assert status == 0, lines
         return Whole(result(folder / "whole"), startup, time.perf_counter() - began - startup)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.fault import runs
 
-STEPS = 60
+STEPS = 30
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICE = "stopping once the step is done and saved; Ctrl-C stops at once"
 AT_ONCE = "error: interrupted"
