@@ -11,29 +11,20 @@ import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from itertools import cycle, islice
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 import evaluate
 import train
 from data.tokens import CACHE
 from tests.fault.runs import BOOK, Outcome, differences, result, scratch
 from tests.helpers import drawing, tiny_gpt2_directory
-from tests.runs import Ending, Moment, arguments, contents, run, run_acting
+from tests.runs import Ending, arguments, contents, run, run_acting
 from training.checkpoint import CHECKPOINT, PREVIOUS
 
-METHODS = ("lora", "full")
 OPTIONS = ("--max-steps", 6, "--eval-every", 2, "--checkpoint-every", 2, "--lr", 3e-3)
 STOP = 4  # in this step, after which a checkpoint is saved; the one before is of step 2
-
-
-class Damage(NamedTuple):
-    """A way to spoil a file's bytes, given the bytes of another run's file of the same name."""
-
-    name: str
-    spoil: Callable[[Random, bytes, bytes], bytes]
+BITS = 30  # flipped in each file, one at a time, in the long form
 
 
 def flip_bit(rng: Random, data: bytes, other: bytes) -> bytes:
@@ -43,105 +34,69 @@ def flip_bit(rng: Random, data: bytes, other: bytes) -> bytes:
     return bytes(changed)
 
 
-DAMAGES = (
-    Damage("cut", lambda rng, data, other: data[: rng.randrange(1, len(data))]),
-    Damage("zeroed", lambda rng, data, other: bytes(len(data))),
-    Damage("one bit", flip_bit),
-    Damage("another run's", lambda rng, data, other: other),
-)
-
-
-MORE_BITS = [DAMAGES[2]] * 29  # in the long form
-
-# A resumed run verifies what it reads. It does not look at the other files of an unfinished run.
-RESUMED_FROM = {CHECKPOINT, PREVIOUS, "run.json"}
-
-
-class Material(NamedTuple):
-    """Hold what each trial starts from: a base, a book, and the runs of one method."""
-
-    method: str
-    folder: Path
-    base: Path
-    book: Path
-
-    @property
-    def whole(self) -> Path:
-        return self.folder / f"{self.method}-whole"
-
-    @property
-    def stopped(self) -> Path:
-        return self.folder / f"{self.method}-stopped"
-
-    @property
-    def other(self) -> Path:
-        return self.folder / f"{self.method}-other"
-
-    def command(self, out: Path, *more: object) -> list[str]:
-        return arguments(self.method, self.base, self.book, out, *OPTIONS, *more)
+# Ways to spoil a file's bytes, given the bytes of another run's file of the same name.
+DAMAGES = {
+    "cut": lambda rng, data, other: data[: rng.randrange(1, len(data))],
+    "zeroed": lambda rng, data, other: bytes(len(data)),
+    "another run's": lambda rng, data, other: other,
+    "one bit": flip_bit,
+}
 
 
 def campaign(short: bool, seed: int) -> Iterator[Outcome]:
     rng = Random(seed)
-    damages = DAMAGES if short else (*DAMAGES, *MORE_BITS)
+    names = [*DAMAGES, *["one bit"] * (0 if short else BITS - 1)]
     with scratch() as folder, drawing(lambda: False):
         base, _ = tiny_gpt2_directory(folder / "base", n_embd=16, n_layer=1, n_head=2)
         book = folder / "book.txt"
         book.write_text(f"{seed}: {BOOK[:6000]}")
         before = set(CACHE.glob("*"))
-        for method in METHODS:
-            material = Material(method, folder, base, book)
-            prepare(material)
-            yield damaged_runs(material, "--resume", damages, len(damages), rng)
-            yield damaged_runs(material, "--overwrite", DAMAGES, 1 if short else 4, rng)
+        for method in ("lora", "full"):
+            yield damaged_runs(method, base, book, folder / method, names, rng)
         caches = set(CACHE.glob("*")) - before
-        yield damaged_cache(material, caches, damages, rng)
-
-
-def prepare(material: Material) -> None:
-    """Train one run to the end, stop another like it half-way, and stop one of other options."""
-    ending = run(train.main, *material.command(material.whole))
-    assert ending.status == 0, ending.stderr
-
-    def stop(moment: Moment) -> None:
-        signal.raise_signal(signal.SIGTERM)
-
-    for out, more in ((material.stopped, ()), (material.other, ("--seed", 1, "--lr", 1e-3))):
-        ending = run_acting({STOP: stop}, *material.command(out, *more))
-        assert ending.status == 128 + signal.SIGTERM, ending.stderr
+        yield damaged_cache(base, book, caches, names, rng)
 
 
 def damaged_runs(
-    material: Material, option: str, damages: tuple[Damage, ...], each: int, rng: Random
+    method: str, base: Path, book: Path, folder: Path, names: list[str], rng: Random
 ) -> Outcome:
-    """Give each file of the stopped run the next `each` damages; resume or overwrite."""
-    turns = cycle(damages)
-    done = {"--resume": "resumed", "--overwrite": "overwritten"}[option]
-    outcome = Outcome(f"{material.method}, {done}")
-    expected = result(material.whole)
-    for name, good, other in files_of(material):
-        if option == "--resume" and name not in RESUMED_FROM:
-            continue
-        for damage in islice(turns, each):
-            out = material.folder / "run"
-            shutil.copytree(material.stopped, out)
-            (out / name).write_bytes(damage.spoil(rng, good, other))
-            problems = try_command(material.command(out, option), out, name, expected)
-            outcome.add(f"{name}, {damage.name}", problems)
+    """Damage each file that --resume reads, and resume; damage all files, and overwrite."""
+
+    def command(out: Path, *more: object) -> list[str]:
+        return arguments(method, base, book, out, *OPTIONS, *more)
+
+    def stop(moment: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    whole, stopped, other, out = (folder / x for x in ("whole", "stopped", "other", "run"))
+    assert run(train.main, *command(whole)).status == 0
+    for place, more in ((stopped, ()), (other, ("--seed", 1, "--lr", 1e-3))):
+        assert run_acting({STOP: stop}, *command(place, *more)).status == 128 + signal.SIGTERM
+
+    outcome = Outcome(f"{method}, resumed or overwritten")
+    expected = result(whole)
+    good = contents(stopped)
+    another = contents(other)
+    # A stopped run has no run.json. If there is one, another run wrote it.
+    report = (whole / "run.json").read_bytes().replace(b'"seed": 42', b'"seed": 43')
+    good["run.json"] = another["run.json"] = report
+
+    for file in (CHECKPOINT, PREVIOUS, "run.json"):  # a resumed run looks at no other file
+        for name in names:
+            shutil.copytree(stopped, out)
+            (out / file).write_bytes(DAMAGES[name](rng, good[file], another[file]))
+            outcome.add(
+                f"{file}, {name}", try_command(command(out, "--resume"), out, file, expected)
+            )
             shutil.rmtree(out)
+
+    for name in DAMAGES:
+        shutil.copytree(stopped, out)
+        for file in good:
+            (out / file).write_bytes(DAMAGES[name](rng, good[file], another[file]))
+        outcome.add(f"all, {name}", try_command(command(out, "--overwrite"), out, "run", expected))
+        shutil.rmtree(out)
     return outcome
-
-
-def files_of(material: Material) -> Iterator[tuple[str, bytes, bytes]]:
-    """Yield each file's name, its bytes, and the bytes of another run's file.
-
-    A stopped run has no run.json. If there is one, another run wrote it.
-    """
-    for path in sorted(material.stopped.iterdir()):
-        yield path.name, path.read_bytes(), (material.other / path.name).read_bytes()
-    report = (material.whole / "run.json").read_bytes()
-    another = report.replace(b'"seed": 42', b'"seed": 43')
-    yield "run.json", another, another
 
 
 def try_command(command: list[str], out: Path, name: str, expected: dict) -> list[str]:
@@ -160,13 +115,13 @@ def try_command(command: list[str], out: Path, name: str, expected: dict) -> lis
 
 
 def damaged_cache(
-    material: Material, caches: set[Path], damages: tuple[Damage, ...], rng: Random
+    base: Path, book: Path, caches: set[Path], names: list[str], rng: Random
 ) -> Outcome:
     """Damage the book's cached tokens; score the book again."""
     outcome = Outcome("token cache, scored")
-    command = ["--base", material.base, "--text", material.book, "--block-size", 16]
+    command = ["--base", base, "--text", book, "--block-size", 16]
     expected = end(evaluate.main, command)
-    other = material.folder / "other.txt"
+    other = book.with_name("other.txt")
     other.write_text("Another book. " * 200)
     known = set(CACHE.glob("*"))
     run(evaluate.main, *command, "--text", other)
@@ -174,12 +129,11 @@ def damaged_cache(
 
     for path in sorted(caches):
         good = path.read_bytes()
-        for damage in damages:
-            path.write_bytes(damage.spoil(rng, good, another.read_bytes()))
+        for name in names:
+            path.write_bytes(DAMAGES[name](rng, good, another.read_bytes()))
             ending = end(evaluate.main, command)
             same = ending.status == 0 and ending.stdout.endswith(expected.stdout)
-            problems = [] if same else said_in_one_line(ending, path.name)
-            outcome.add(damage.name, problems)
+            outcome.add(name, [] if same else said_in_one_line(ending, path.name))
     for path in (*caches, another):
         path.unlink(missing_ok=True)
     return outcome

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ import torch
 
 import train
 from common.errors import run_command
-from common.signals import HANDLED
 from data.tokenizer import FAST, SETTINGS
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
@@ -115,8 +113,6 @@ class Fork(Watched):
         self.child.start()
 
     def _train(self, argv: Sequence[str], prepare: Callable[[], object], draw: bool) -> None:
-        for number in HANDLED:
-            signal.signal(number, signal.SIG_DFL)
         torch.set_num_threads(1)  # a pool of more does not survive the fork
         for number, file in ((1, self.out_file), (2, self.err_file)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
