@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 import evaluate
 import generate
@@ -19,7 +18,6 @@ import train
 from adapters import merge
 from common.cli import Interval, number, steps_or_seconds
 from common.errors import run_command
-from storage.hub import GPT2_REVISION
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run, story, trained
 from training.options import flag, options_of
@@ -34,7 +32,6 @@ COMMANDS = {  # each would succeed
     "merge": (merge.main, "--base base --adapter run --out out"),
 }
 MODEL = "model.safetensors"
-HUB = f"hub/models--openai-community--gpt2/snapshots/{GPT2_REVISION}"
 LONG = 300 * "x"
 OF_ANOTHER_BASE = "run/adapter_model.safetensors: was trained on another base"
 
@@ -43,7 +40,7 @@ OF_ANOTHER_BASE = "run/adapter_model.safetensors: was trained on another base"
 def workspace(base, tmp_path_factory):
     """Return a directory with a good base and book, and with spoilt ones of each."""
     place = tmp_path_factory.mktemp("workspace")
-    for name in ("base", "llama", "cut", HUB):
+    for name in ("base", "llama", "cut"):
         shutil.copytree(base, place / name)
     config = json.loads((base / "config.json").read_text())
     for name, content in {
@@ -68,7 +65,6 @@ def workspace(base, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(workspace / "hub"))  # read at import
 
 
 def state(place: Path) -> dict[Path, tuple[int, int]]:
@@ -95,18 +91,13 @@ def refusal(line: str) -> str:
 # is each kind of mistake, with one command or two.
 MISTAKES = [
     ("lora --book missing.txt", "missing.txt"),
-    ("full --book 'a\nb'", "a b"),
     ("lora --book short.txt", "short.txt: its validation part"),
     ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
-    ("evaluate --json directory", "directory"),
     ("evaluate --text one.txt", "1 tokens; too short"),
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # or /dev/stdout
     ("full --block-size 65", "--block-size 65"),
     ("evaluate --block-size 65", "--block-size 65"),
-    ("evaluate --stride 17", "--stride 17"),
-    ("evaluate --json book.txt/scores.json", "book.txt/s"),
-    ("compare missing", "missing/run.json: cannot be read"),
     ("compare held", "run.json: has no method"),
     ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
@@ -115,18 +106,13 @@ MISTAKES = [
     ("lora --out held", "--out held: contains a run (run.json); --resume continues it, --ove"),
     ("lora --out book.txt", "--out book.txt: is a file"),
     (f"full --out {LONG}", LONG),
-    ("lora --out book.txt/out", "book.txt/out"),
     ("full --out base", "--out base: contains config.json, but no run"),
     ("full --out base --overwrite", "--out base: contains config.json, but no run"),
     ("lora --out ./directory/../base --overwrite", "contains config.json, but no run"),
-    (f"lora --base gpt2 --out {HUB} --overwrite", "contains config.json, but no run"),
     ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
     ("lora --resume", "--resume: out contains no checkpoint"),
     ("lora --resume --overwrite", "--over"),
-    ("full --out directory --resume", "--resume: directory contains no checkpoint"),
     ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2"),
-    ("full --base ''", "--base ''"),
-    ("full --base directory", "directory"),
     ("evaluate --base run", "run: is an adapter"),
     ("evaluate --adapter other", "a whole model"),
     ("generate --adapter other --base auto", "other: is a whole model, not an adapter"),
@@ -140,16 +126,13 @@ MISTAKES = [
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
     ("lora --freeze-a --loraplus-lr-ratio 2", "--freeze-a cannot be combined with"),
     ("lora --freeze-a --init-adapter run", "--freeze-a cannot be combined with"),
-    ("lora --freeze-a --init-lora-weights pissa", "--freeze-a cannot be combined with"),
     ("lora --freeze-a --riemannian", "--freeze-a cannot be combined with"),
     ("lora --init-lora-weights lora_ga --precision fp16", "--init-lora-weights lora_ga: in fp16"),
     ("full --riemannian", "--riemannian"),
     ("lora --init-adapter run --lora-alpha=16", "--init-adapter brings its own"),
-    ("lora --init-adapter run --layers 1", "--init-adapter brings its own"),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"),
     ("lora --layers 2-1", "--layers: '1' is not a whole number"),
-    ("lora --layers 1-", "--layers: '' is not a whole number"),
     ("full --init-adapter directory", "--init-adapter"),
     ("evaluate --adapter missing", "error: missing: no such directory; name an adapter"),
     ("evaluate --adapter directory/lroa", "error: directory/lroa: no such directory"),
@@ -161,13 +144,9 @@ MISTAKES = [
     ("evaluate --adapter run --base auto", "/base'; give --base the base's directory"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --device tpu", "--device"),
-    ("lora --kernels slow", "--kernels"),
     ("lora --cuda-graph", "--cuda-graph: needs a CUDA GPU"),
     ("lora --out 'a\udcffb'", "is not UTF-8; name another directory"),
-    ("full --precision fp64", "--precision"),
     ("generate --nonsense 1", "--nonsense"),
-    ("evaluate stray", "stray"),
-    ("lora --devic cpu", "--devic"),
     ("evaluate --device mps", "--device mps: this machine"),
 ]
 

@@ -16,7 +16,7 @@ from model.gpt2 import GPT2, GPT2Config
 from model.sampling import generate, next_tokens
 from storage.hf_compat import save_tokenizer
 from storage.weights import load_gpt2, save_gpt2
-from tests.helpers import TINY, Operations, small_tokenizer, token_ids
+from tests.helpers import TINY, small_tokenizer, token_ids
 from tests.runs import Ending, one_line, run, stdout_of
 
 CONTEXT = TINY["n_positions"]
@@ -73,21 +73,6 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
         drawn = next_tokens(LOGITS.expand(draws, -1), generators, **options)
         counted = torch.bincount(drawn.flatten(), minlength=4) / draws
         assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
-
-
-def test_rows_are_prepared_for_drawing_together():
-    """Each row by itself would cost a GPU eight launches a token."""
-    options = {"temperature": 0.7, "top_k": 3, "top_p": 0.9}
-    rows = 5
-    generators = [torch.Generator().manual_seed(i) for i in range(rows)]
-    with Operations() as seen:
-        drawn = next_tokens(LOGITS.expand(rows, -1), generators, **options)
-    assert seen.names.count("_softmax") == 2
-    assert seen.names.count("multinomial") == rows
-    for i, token in enumerate(drawn):
-        alone = [torch.Generator().manual_seed(i)]
-        expected = next_tokens(LOGITS[None], alone, **options)
-        assert torch.equal(token[None], expected)
 
 
 class Scripted(torch.nn.Module):

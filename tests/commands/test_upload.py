@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard, metadata_load
-from huggingface_hub.utils import filter_repo_objects
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
@@ -242,14 +241,6 @@ def test_no_file_names_a_path(base, book, runs, chat, tmp_path):
             assert not [needle for needle in needles if needle in data], path
     assert {"README.md", "run.json", "checkpoint.safetensors"} < seen
     assert needles[2] in (told / "tokenizer_config.json").read_bytes()  # it would be found
-
-
-def test_what_docs_say_leaves_out_the_checkpoints_alone(runs):
-    page = (ROOT / "docs" / "upload.md").read_text()
-    assert '--exclude "checkpoint*"' in page
-    names = {path.name for path in runs["full"].out.iterdir()}
-    sent = set(filter_repo_objects(names, ignore_patterns=["checkpoint*"]))
-    assert names - sent == {"checkpoint.safetensors", "checkpoint.previous.safetensors"}
 
 
 def test_the_users_own_card_stays_whatever_the_run(base, book, tmp_path):

@@ -49,18 +49,3 @@ def test_steps_and_state_are_pytorchs_to_the_bit_also_after_resuming(fused):
     for parameters in (found, copied):
         assert all(map(torch.equal, parameters, expected))
     assert torch.is_grad_enabled()
-
-
-def test_a_hook_of_a_step_is_called():
-    """PyTorch wraps `step` for the profiler and for hooks: this stays."""
-    ours, parameters = optimizer(AdamW)
-    calls = []
-    ours.register_step_post_hook(lambda *_: calls.append(1))
-    take_steps(ours, parameters, 2)
-    assert calls == [1, 1]
-
-
-def test_a_parameter_in_two_groups_is_refused():
-    parameter = nn.Parameter(torch.zeros(2))
-    with pytest.raises(ValueError, match="more than one"):
-        AdamW([{"params": [parameter]}, {"params": [parameter]}])

@@ -13,12 +13,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 import train
 from benchmarks.ours import Trainer
 from common.device import Device
-from common.errors import RunError
 from model.kernels import fast
 from tests import runs
 from tests.fault.runs import differences, result
@@ -270,34 +268,3 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]
     assert not any(t.any() for t in sent)
-
-
-@pytest.fixture(params=["gloo", "cpu:gloo,cuda:nccl"])
-def backend(monkeypatch, request) -> str:
-    """Join a group of this backend that is not there."""
-    monkeypatch.setattr(dist, "init_process_group", mock.Mock())
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_backend", lambda: request.param)
-    monkeypatch.setattr(dist, "group", mock.Mock())
-    monkeypatch.setattr(dist, "destroy_process_group", mock.Mock())
-    return request.param
-
-
-def test_an_error_ends_nccls_part_of_the_group_without_waiting(backend):
-    """Destroyed in good order, it would wait for the others; left alone, it would warn."""
-    with pytest.raises(RunError), Ranks(rank=0, world_size=2).joined(torch.device("cpu")):
-        raise RunError("a loss that is not finite")
-    assert dist.group.WORLD.abort.called == ("nccl" in backend)
-    assert not dist.destroy_process_group.called
-
-
-def test_a_lost_connection_says_why_and_leaves_no_thread(monkeypatch, backend):
-    error = RuntimeError("NCCL error in: X.cpp:1, unhandled system error\nncclSystemError: ...")
-    monkeypatch.setattr(dist, "all_reduce", mock.Mock(side_effect=error))
-    with pytest.raises(RunError) as failure:
-        Ranks(rank=1, world_size=2).max_over_ranks(0)
-    message = str(failure.value)
-    assert LOST.fullmatch(f"error: {message}")
-    assert "(NCCL error in: X.cpp:1, unhandled system error)" in message
-    dist.destroy_process_group.assert_called_once_with()
-    assert dist.group.WORLD.abort.called == ("nccl" in backend)

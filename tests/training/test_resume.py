@@ -31,7 +31,7 @@ from tests.runs import (
 from train import main
 from training import meter, resume
 from training import run as training_run
-from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from training.checkpoint import CHECKPOINT, read_checkpoint
 
 # Logging, validation and epochs (12 steps) all end at different steps; dropouts are on.
 OPTIONS = ("--batch-size", 16, "--max-steps", 18, "--log-every", 5, "--eval-every", 8, "--lr", 3e-3)
@@ -275,17 +275,6 @@ def test_another_machine_is_warned_of(stopped, monkeypatch):
     assert ending.status == 0
     for change, line in zip(("torch", "threads"), ending.stderr.splitlines(), strict=True):
         assert line.startswith(f"warning: the run began with {change} ")
-
-
-def test_on_another_kind_of_device_the_random_state_is_left(stopped, tmp_path):
-    """A GPU's generator has another state than the CPU's."""
-    state = read_checkpoint(tmp_path / "run")
-    state["machine"]["device"] = "cuda"
-    state["random"] = [bytes(16).hex()]
-    write_checkpoint(tmp_path / "run", state)
-    ending = run(main, *stopped, "--resume")
-    assert ending.status == 0
-    assert ending.stderr.startswith("warning: the run began with device cuda and resumes with")
 
 
 def test_a_resumed_run_that_fails_names_the_checkpoint_from_which_it_began(stopped):

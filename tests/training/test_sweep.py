@@ -74,12 +74,11 @@ def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, ch
     assert "resum" not in children[-1].stdout
 
 
-@pytest.mark.parametrize("status", [129, 130, 143])
-def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch, status):
-    ended = mock.Mock(returncode=status)
+def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch):
+    ended = mock.Mock(returncode=130)
     monkeypatch.setattr(sweep.subprocess, "run", lambda command: ended)
     ending = run(sweep.main, *arguments("lora", base, book, tmp_path / "sweep", "--seed", 1, 2))
-    assert ending.status == status and ending.stdout.count("---") == 1
+    assert ending.status == 130 and ending.stdout.count("---") == 1
     assert ending.stderr == "the same command, without --overwrite, resumes the sweep\n"
 
 
