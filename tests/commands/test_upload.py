@@ -244,22 +244,14 @@ def test_no_file_names_a_path(base, book, runs, chat, tmp_path):
 
 
 def test_the_users_own_card_stays_whatever_the_run(base, book, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "README.md").write_text("mine")
-    argv = arguments("lora", base, book, out, "--max-steps", 2, "--checkpoint-every", 1)
-    run_acting({2: die}, *argv)
-    ending = run(train, *argv, "--resume")
-    assert ending.status == 0 and f"{out / 'README.md'}: is not ours" in ending.stdout
-    assert run(train, *argv, "--overwrite").status == 0
-    assert (out / "README.md").read_text() == "mine"
-
-    (out / "README.md").unlink()
-    assert run(train, *argv, "--overwrite").status == 0
-    ours = (out / "README.md").read_text()
+    card = tmp_path / "run" / "README.md"
+    argv = arguments("lora", base, book, tmp_path / "run", "--max-steps", 2)
+    assert run(train, *argv).status == 0
+    ours = card.read_text()
     assert run_acting({1: die}, *argv, "--overwrite").status == 130
-    assert not (out / "README.md").exists()  # an old run's card says nothing of this one
+    assert not card.exists()  # the old card describes another run
     claimed = ours.replace(f"{MARK}\n", "")
-    (out / "README.md").write_text(claimed)
-    assert run(train, *argv, "--overwrite").status == 0
-    assert (out / "README.md").read_text() == claimed != ours
+    card.write_text(claimed)
+    ending = run(train, *argv, "--overwrite")
+    assert ending.status == 0 and f"{card}: is not ours" in ending.stdout
+    assert card.read_text() == claimed != ours
