@@ -12,6 +12,7 @@ from tests.fault import runs
 
 STEPS = 30
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MOMENTS = ("in start-up", "twice", "in the steps", "in the steps")
 NOTICE = "stopping once the step is done and saved; Ctrl-C stops at once"
 AT_ONCE = "error: interrupted"
 
@@ -24,25 +25,26 @@ def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
     with runs.scratch() as folder:
         for i in range(count):
             number = NUMBERS[i % 3]
-            twice = i % 4 == 2
-            problems = one_signal(folder, folder / f"run{i}", number, whole, draw, twice)
-            outcome.add(f"run {i}, {number.name}", problems)
+            moment = MOMENTS[i % 4]
+            problems = one_signal(folder, folder / f"run{i}", number, whole, draw, moment)
+            outcome.add(f"run {i}, {number.name} {moment}", problems)
     yield outcome
 
 
 def one_signal(
-    folder: Path, out: Path, number: int, whole: runs.Whole, draw: random.Random, twice: bool
+    folder: Path, out: Path, number: int, whole: runs.Whole, draw: random.Random, moment: str
 ) -> list[str]:
     argv = runs.arguments("lora", folder, out, STEPS)
     process = runs.Process(make_command(argv), folder)
-    if draw.random() < 0.3:
-        process.wait_until(lambda: catches_sigterm(process))  # modules are still imported
+    if moment == "in start-up":
+        process.wait_until(lambda: catches_sigterm(process))
+        time.sleep(draw.uniform(0, whole.startup))
     else:
         process.wait_until(process.has_begun)
-    time.sleep(draw.uniform(0, 0.95 * whole.steps))
+        time.sleep(draw.uniform(0, 0.95 * whole.steps))
     process.send_signal(number)
-    if twice:
-        time.sleep(draw.uniform(0, 0.05))
+    if moment == "twice":
+        time.sleep(draw.uniform(0, 0.01))
         process.send_signal(number)
     status, lines = process.end()
     failures = check_ending(status, 128 + number, lines, out)
