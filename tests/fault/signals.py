@@ -44,7 +44,7 @@ def one_signal(
         time.sleep(draw.uniform(0, 0.95 * whole.steps))
     process.send_signal(number)
     if moment == "twice":
-        time.sleep(draw.uniform(0, 0.01))
+        time.sleep(draw.uniform(0, 0.03))
         process.send_signal(number)
     status, lines = process.end()
     failures = check_ending(status, 128 + number, lines, out)
