@@ -1,8 +1,8 @@
 """Every file of a stopped run damaged in turn: no difference goes unnoticed.
 
 Each is cut, zeroed, changed in one bit, or replaced by another run's. Then the run is resumed or
-overwritten, or a text is scored with the damaged token cache. The command must write the same bytes
-as without damage, or one line that names the file, with status 2.
+overwritten. The command must write the same bytes as without damage, or one line that names the
+file, with status 2.
 """
 
 import contextlib
@@ -10,13 +10,11 @@ import io
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import evaluate
 import train
-from data.tokens import CACHE
 from tests.fault.runs import BOOK, Outcome, differences, result, scratch
 from tests.helpers import drawing, tiny_gpt2_directory
 from tests.runs import Ending, arguments, contents, run, run_acting
@@ -50,11 +48,8 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
         base, _ = tiny_gpt2_directory(folder / "base", n_embd=16, n_layer=1, n_head=2)
         book = folder / "book.txt"
         book.write_text(f"{seed}: {BOOK[:6000]}")
-        before = set(CACHE.glob("*"))
         for method in ("lora", "full"):
             yield damaged_runs(method, base, book, folder / method, names, rng)
-        caches = set(CACHE.glob("*")) - before
-        yield damaged_cache(base, book, caches, names, rng)
 
 
 def damaged_runs(
@@ -102,7 +97,7 @@ def damaged_runs(
 def try_command(command: list[str], out: Path, name: str, expected: dict) -> list[str]:
     """Return what is wrong with how the command meets the damaged file."""
     damaged = contents(out)
-    ending = end(train.main, command)
+    ending = end(command)
     if ending.status == 0:
         if contents(out) == damaged:
             return ["the command found nothing to do"]
@@ -114,31 +109,6 @@ def try_command(command: list[str], out: Path, name: str, expected: dict) -> lis
     ]
 
 
-def damaged_cache(
-    base: Path, book: Path, caches: set[Path], names: list[str], rng: Random
-) -> Outcome:
-    """Damage the book's cached tokens; score the book again."""
-    outcome = Outcome("token cache, scored")
-    command = ["--base", base, "--text", book, "--block-size", 16]
-    expected = end(evaluate.main, command)
-    other = book.with_name("other.txt")
-    other.write_text("Another book. " * 200)
-    known = set(CACHE.glob("*"))
-    run(evaluate.main, *command, "--text", other)
-    [another] = set(CACHE.glob("*")) - known
-
-    for path in sorted(caches):
-        good = path.read_bytes()
-        for name in names:
-            path.write_bytes(DAMAGES[name](rng, good, another.read_bytes()))
-            ending = end(evaluate.main, command)
-            same = ending.status == 0 and ending.stdout.endswith(expected.stdout)
-            outcome.add(name, [] if same else said_in_one_line(ending, path.name))
-    for path in (*caches, another):
-        path.unlink(missing_ok=True)
-    return outcome
-
-
 def said_in_one_line(ending: Ending, name: str) -> list[str]:
     """Return what is wrong unless one line refuses, and names the file."""
     lines = ending.stderr.splitlines()
@@ -147,10 +117,10 @@ def said_in_one_line(ending: Ending, name: str) -> list[str]:
     return [f"exit status {ending.status}, {ending.stdout[-60:]!r}, {lines[-3:]}"]
 
 
-def end(main: Callable, command: list) -> Ending:
-    """Run the command; an error that it did not expect is an ending, too."""
+def end(command: list) -> Ending:
+    """Run `train.py`; an error that it did not expect is an ending, too."""
     try:
-        return run(main, *command)
+        return run(train.main, *command)
     except BaseException as error:
         with contextlib.redirect_stderr(io.StringIO()) as said:
             traceback.print_exception(error)
