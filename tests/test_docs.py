@@ -129,10 +129,3 @@ def test_a_toy_prints_what_the_page_says(block, printed, capsys):
     assert capsys.readouterr().out == printed
     assert "wrong:" in printed
     assert "fixed:" in printed
-
-
-def test_the_rule_for_rank_alpha_and_rate_is_the_same_on_every_page():
-    pages = [page for page in PAGES if "| peak rate |" in page.read_text()]
-    tables = {re.search(r"\| choose \|.*?\n\n", page.read_text(), re.DOTALL)[0] for page in pages}
-    assert len(pages) == 3
-    assert len(tables) == 1
