@@ -116,7 +116,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     """
 
     def read(example: dict) -> np.ndarray:
-        return make_row(_turns(example), tokenizer, block_size)
+        return make_row(turns(example), tokenizer, block_size)
 
     rows = read_lines(path, read)
     longer = sum(row.shape[1] > block_size for row in rows)
@@ -176,7 +176,7 @@ def encode(
     return np.array(ids, dtype=np.int32), np.array(scored), np.array(byte_counts, dtype=np.int32)
 
 
-def _turns(example: dict) -> list[Turn]:
+def turns(example: dict) -> list[Turn]:
     """Return an example's turns. Raises ValueError if it is not an example."""
     try:
         turns = [_turn(message) for message in _messages(example)]

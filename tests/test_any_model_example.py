@@ -1,19 +1,26 @@
 """The example on real weights, on a tiny random Llama: `python -m lesson.examples.any_model`."""
 
 import json
-import runpy
-import sys
-from unittest import mock
+import math
+import re
+import shutil
 
 import peft
 import pytest
 import torch
 import transformers
 
+from common.device import Device
+from common.errors import UserError
+from data.instructions import CHAT_TEMPLATE
+from data.tokenizer import END_OF_TEXT
+from lesson.examples import any_model
 from lesson.examples.any_model import main
+from lesson.examples.chat import encode, examples, read_conversations
+from lora import load_adapter
 from lora.peft_config import CONFIG
 from tests.helpers import relative_difference, write_small_tokenizer
-from tests.runs import stdout_of
+from tests.runs import one_line, questions, run, stdout_of
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,114 @@ def test_it_trains_as_peft_does_and_peft_loads_what_it_saves(llama, tmp_path):
     assert relative_difference(loaded(input_ids=ids).logits, expected) > 0.01
 
 
-def test_peft_and_bitsandbytes_are_imported_only_where_they_are_used():
-    """bitsandbytes can print a warning when it is imported."""
-    with mock.patch.dict(sys.modules, {"peft": None, "bitsandbytes": None}):
-        assert runpy.run_module("lesson.examples.any_model")["main"]
+CHATML = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHm.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKS = re.compile(r"{%-? *(?:end)?generation *-?%}")
+TALK = [
+    {"role": "user", "content": "Who keeps the light?"},
+    {"role": "assistant", "content": "You do."},
+    {"role": "user", "content": "And the bell?"},
+    {"role": "assistant", "content": "Nobody.\nIt keeps itself."},
+]
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize("template", [CHATML, CHAT_TEMPLATE], ids=["ChatML", "ours"])
+@pytest.mark.parametrize(
+    "messages", [TALK[:2], TALK, [{"role": "system", "content": "Hm."}, *TALK]]
+)
+def test_masks_are_transformers(llama, template, messages):
+    """A template that marks answers, as transformers reads it, and the same without its marks."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>" if template == CHATML else END_OF_TEXT})
+    tokenizer.chat_template = template
+    expected = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert 0 < sum(expected["assistant_masks"]) < len(expected["input_ids"])
+    for chat_template in (template, MARKS.sub("", template)):
+        tokenizer.chat_template = chat_template
+        ids, scored = encode(messages, tokenizer)
+        assert ids.tolist() == expected["input_ids"]
+        assert scored.tolist() == [bool(x) for x in expected["assistant_masks"]]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(llama):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        encode(TALK, tokenizer)
+
+
+@pytest.fixture
+def chatting(llama, tmp_path):
+    """The Llama with a chat template, and a file of conversations."""
+    directory = tmp_path / "chatting"
+    shutil.copytree(llama, directory)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory, questions(tmp_path / "questions.jsonl")
+
+
+def test_conversations_train_as_under_peft_and_only_answers_count(chatting, tmp_path):
+    base, file = chatting
+    options = ("--model", base, "--data", file, "--steps", 6, "--lr", 2e-2, "--precision", "fp32")
+    ours = stdout_of(main, *options, "--out", tmp_path / "ours").splitlines()
+    theirs = stdout_of(main, *options, "--out", tmp_path / "theirs", "--peft").splitlines()
+    assert ours[: len(theirs)] == theirs
+
+    before = float(ours[0].split()[-1])
+    model = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    losses, count = 0.0, 0
+    for messages in read_conversations(file)[-2:]:  # the last tenth of 20
+        rendered = tokenizer.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids = torch.tensor([rendered["input_ids"]])
+        answer = torch.tensor([rendered["assistant_masks"]]) == 1
+        mean = model(input_ids=ids, labels=ids.masked_fill(~answer, -100)).loss.item()
+        losses += mean * answer.sum().item()
+        count += answer.sum().item()
+    assert before == pytest.approx(math.exp(losses / count), rel=1e-5)
+    assert f"{messages[0]['content']!r} " in "".join(ours[1:3])
+
+
+def test_ctrl_c_leaves_the_best_adapter(chatting, tmp_path, monkeypatch):
+    base, file = chatting
+    rate = any_model.learning_rate
+
+    def interrupt_late(step, *rest, **named):
+        if step == 14:
+            raise KeyboardInterrupt
+        return rate(step, *rest, **named)
+
+    monkeypatch.setattr(any_model, "learning_rate", interrupt_late)
+    options = ("--data", file, "--steps", 20, "--lr", 2e-2, "--precision", "fp32")
+    ended = run(main, "--model", base, *options, "--out", tmp_path / "out")
+    assert (ended.status, ended.stderr) == (130, "error: interrupted\n")
+    printed = re.findall("validation perplexity: (.*)", ended.stdout)
+    assert len(printed) == 2
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    load_adapter(model, tmp_path / "out")
+    validation = examples(read_conversations(file)[-2:], tokenizer)
+    score = any_model.perplexity(model, validation, Device(torch.device("cpu"), "fp32"))
+    assert score == pytest.approx(float(printed[1]), abs=1e-3) and score < float(printed[0])
+
+
+def test_mistakes_end_in_one_line(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for arguments, reason in (
+        (("--out", tmp_path / "full"), "exists already"),
+        (("--out", tmp_path / "out", "--steps", 0), "--steps"),
+    ):
+        assert reason in one_line(run(main, *arguments), 2)

