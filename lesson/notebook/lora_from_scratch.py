@@ -482,6 +482,57 @@ else:
     print("logits differ by up to", peft_difference)
 
 # %% [markdown]
-# Ten lines of ours compute what PEFT computes. What to read next:
+# Ten lines of ours compute what PEFT computes.
+
+# %% [markdown]
+# ## 17. On a model of your own
+#
+# From a model of transformers to an adapter, and to a merged model. It is a text and not a cell,
+# because it downloads a model.
+#
+# ```python
+# import torch
+# from peft import PeftModel
+# from transformers import AutoModelForCausalLM, AutoTokenizer
+#
+# from lora import LoRAConfig, inject, load_adapter, merge, save_adapter, unwrap
+#
+# name = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub, or a directory
+# steps, batch_size, block_size, peak = 40, 8, 128, 2e-3
+# device = "cuda" if torch.cuda.is_available() else "cpu"
+# tokenizer = AutoTokenizer.from_pretrained(name)
+# model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device)
+# ids = tokenizer(open("data/book.txt").read(), return_tensors="pt").input_ids[0]
+# windows = ids[: len(ids) // block_size * block_size].view(-1, block_size)  # (N, T)
+#
+# inject(model, LoRAConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
+# trained = [p for p in model.parameters() if p.requires_grad]  # A and B
+# optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
+# schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)
+# model.train()
+# for step in range(steps):
+#     batch = windows[torch.randint(len(windows), (batch_size,))].to(device)  # (B, T)
+#     with torch.autocast(device, torch.bfloat16):
+#         loss = model(input_ids=batch, labels=batch).loss  # it shifts the labels itself
+#     optimizer.zero_grad()
+#     loss.backward()
+#     torch.nn.utils.clip_grad_norm_(trained, 1.0)
+#     optimizer.step()
+#     schedule.step()  # a warm-up of 4 steps, then a cosine
+#     print(f"step {step + 1}: loss {loss.item():.4f}")
+# save_adapter(model, "adapter", name)  # two files in PEFT's format
+#
+# base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+# in_peft = PeftModel.from_pretrained(base, "adapter")  # stock PEFT reads them
+#
+# model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+# load_adapter(model, "adapter")  # so does this project
+# merge(model)  # W + (alpha / r) B A
+# unwrap(model)  # a plain model again, which transformers can save
+# model.save_pretrained("merged")
+# tokenizer.save_pretrained("merged")
+# ```
+#
+# What to read next: [real weights](../../docs/real-weights.md),
 # [LoRA in ten minutes](../../docs/lora.md), [LoRA in depth](../../docs/lora-in-depth.md), and the
 # [exercises](../../docs/exercises.md).

@@ -1,0 +1,191 @@
+"""The page of real weights: its code runs, and its tables are what `inject` and PEFT do."""
+
+import re
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+from lesson.notebook.make import SCRIPT
+from lora import LoRAConfig, inject, load_adapter, lora_layers, save_adapter
+from tests import models
+from tests.helpers import relative_difference, write_small_tokenizer
+from tests.models import IDS, Case, make, output
+from tests.pairs import randomize
+from tests.runs import story
+from training.options import ROOT
+
+PAGE = (ROOT / "docs" / "real-weights.md").read_text()
+SOUND = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(1))
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def snippet(text: str) -> str:
+    """Return the one block of Python that loads a model, trains it and merges the adapter."""
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "merge(" in b]
+    return block
+
+
+def test_three_pages_share_one_text():
+    script = re.sub("^# ?", "", SCRIPT.read_text(), flags=re.MULTILINE)
+    lora = (ROOT / "docs" / "lora.md").read_text()
+    assert snippet(lora) == snippet(PAGE) == snippet(script)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_the_code_on_the_page(family, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        **SMALL | {"vocab_size": 317}, num_key_value_heads=2, bos_token_id=316, eos_token_id=316
+    )
+    base = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    write_small_tokenizer(tmp_path / "base", 317)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "book.txt").write_text(story(400))
+    monkeypatch.chdir(tmp_path)
+    code = snippet(PAGE)
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in code and "= 40, 8, 128, 2e-3" in code
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base")
+    names: dict = {}
+    exec(code.replace("= 40, 8, 128, 2e-3", "= 20, 4, 32, 2e-2"), names)
+
+    with torch.no_grad():
+        before = base(IDS).logits
+        expected = names["in_peft"](IDS).logits
+        merged = names["model"](IDS).logits
+        stored = transformers.AutoModelForCausalLM.from_pretrained("merged")(IDS).logits
+    assert relative_difference(before, expected) > 0.05
+    assert relative_difference(merged, expected) < 1e-5
+    assert torch.equal(stored, merged)
+    load_adapter(base, "adapter")
+    assert relative_difference(base(IDS).logits, expected) < 1e-6
+
+    (count,) = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "meta" in b]
+    exec(count, names)
+    stored = load_file("adapter/adapter_model.safetensors")
+    trained = sum(tensor.numel() for tensor in stored.values())
+    assert capsys.readouterr().out.split()[-1] == str(trained)
+
+
+def causal(family: str, **config: object) -> Case:
+    def build() -> nn.Module:
+        return getattr(transformers, f"{family}ForCausalLM")(
+            getattr(transformers, f"{family}Config")(**SMALL | config)
+        )
+
+    return Case(build, {"input_ids": IDS}, [], "CAUSAL_LM")
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(**SMALL, num_labels=5)
+    return transformers.BertForSequenceClassification(config)
+
+
+def whisper() -> nn.Module:
+    config = transformers.WhisperConfig(
+        vocab_size=97,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_mel_bins=8,
+        max_source_positions=10,
+        decoder_start_token_id=1,
+        **TOKENS,
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+GROUPED = {"num_key_value_heads": 2, **TOKENS}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+CASES = {
+    "Llama": causal("Llama", **GROUPED),
+    "Qwen2": causal("Qwen2", **GROUPED),
+    "Gemma": causal("Gemma", **GROUPED, head_dim=8),
+    "Mixtral": causal("Mixtral", **GROUPED, num_local_experts=4),
+    "Qwen2-MoE": causal(
+        "Qwen2Moe", **GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=24
+    ),
+    "GPT-NeoX": causal("GPTNeoX", **TOKENS),
+    "Falcon": causal("Falcon", ffn_hidden_size=48),
+    "Phi": causal("Phi", **TOKENS),
+    "BERT": Case(bert, {"input_ids": IDS}, [], None),
+    "T5": models.CASES["t5"],
+    "ViT": models.CASES["vit"],
+    "Whisper": Case(whisper, {"input_features": SOUND, "decoder_input_ids": IDS}, [], None),
+}
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the page's table below a heading, row by row."""
+    below = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    _, *rows = re.findall(r"^\| (.*) \|$", below, re.MULTILINE)
+    return [row.split(" | ") for row in rows]
+
+
+LAYERS = {
+    name: set(re.findall(r"`(\w+)`", layers))
+    for names, layers, _ in table("Which layers")
+    for name in names.split(", ")
+}
+
+
+def test_every_model_is_in_the_table():
+    assert LAYERS.keys() == CASES.keys()
+
+
+@pytest.mark.filterwarnings("ignore")  # of experts
+@pytest.mark.parametrize("name", CASES)
+def test_all_linear_adapts_what_peft_adapts(name, tmp_path):
+    case = CASES[name]
+    fields = {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.0}
+    if name == "Qwen2-MoE":
+        fields["rank_pattern"] = {"shared_expert_gate": 1}
+    ours = make(case)
+    inject(ours, LoRAConfig(**fields))
+    theirs = peft.get_peft_model(make(case), peft.LoraConfig(**fields)).base_model
+    layers = list(lora_layers(ours))
+    assert layers == theirs.targeted_module_names
+    if transformers.__version__ >= "5":  # 4 has other names in ViT, and a layer for each expert
+        assert {layer.rpartition(".")[2] for layer in layers} == LAYERS[name]
+        experts = {target.rpartition(".mlp.")[2] for target in theirs.targeted_parameter_names}
+        mixtral = {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}
+        assert experts == (mixtral if name == "Mixtral" else set())
+
+    randomize(ours)
+    save_adapter(ours, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
+    assert relative_difference(output(loaded, case), output(ours, case)) < 1e-5
+    assert relative_difference(output(make(case), case), output(ours, case)) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("modules_to_save", ["lm_head"]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["mlp.up_proj.weight"]),
+    ],
+)
+def test_adapters_of_peft_that_are_refused_by_name(field, value, tmp_path):
+    case = CASES["Llama"]
+    config = peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.0, **{field: value})
+    theirs = peft.get_peft_model(make(case), config)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    with pytest.raises(ValueError, match=f"'{field}' .* is not supported"):
+        load_adapter(make(case), tmp_path)
+    assert f"`{field}`" in [row[0] for row in table("Adapters of PEFT that are refused")]
