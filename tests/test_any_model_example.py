@@ -169,11 +169,16 @@ def test_ctrl_c_leaves_the_best_adapter(chatting, tmp_path, monkeypatch):
     assert score == pytest.approx(float(printed[1]), abs=1e-3) and score < float(printed[0])
 
 
-def test_mistakes_end_in_one_line(tmp_path):
+def test_mistakes_end_in_one_line(llama, tmp_path):
+    enough = questions(tmp_path / "enough.jsonl")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(enough.read_text().splitlines(keepends=True)[:9]))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, reason in (
         (("--out", tmp_path / "full"), "exists already"),
         (("--out", tmp_path / "out", "--steps", 0), "--steps"),
+        (("--model", llama, "--data", few, "--out", tmp_path / "out"), "ten conversations"),
+        (("--model", llama, "--data", enough, "--out", tmp_path / "out"), "no chat template"),
     ):
         assert reason in one_line(run(main, *arguments), 2)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from common.cli import Parser, add_device_options, number
 from common.device import Device
-from common.errors import run_command
+from common.errors import UserError, run_command
 from common.files import refuse_existing
 from data.windows import Dataset, Windows, split
 from lesson.examples.chat import examples, read_conversations, template_ids
@@ -32,7 +32,7 @@ PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
 
 
 def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
-    """Return -log p of the targets (B, T), in nats; those of IGNORE_INDEX do not count."""
+    """Return -log p of the targets (B, T), in nats. IGNORE_INDEX is not a target."""
     with device.autocast():
         logits = model(input_ids=device.to_device(inputs)).logits.float()  # (B, T, V)
     targets = device.to_device(targets).flatten()
@@ -41,12 +41,12 @@ def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
 
 @dataclass
 class Task:
-    """What to learn, and what to write before and after: prompts by text, and their token ids."""
+    """Two parts of a text, and prompts to continue before and after training."""
 
     training: Dataset
     validation: Dataset  # the last tenth
-    prompts: dict[str, list[int]]
-    sampling: dict[str, float]
+    prompts: dict[str, list[int]]  # token ids by text
+    sampling: dict[str, float]  # options of `generate`
 
 
 def book(tokenizer) -> Task:
@@ -63,6 +63,8 @@ def conversations(path: Path, tokenizer) -> Task:
     The prompts are the first three of the validation part, without their last answers.
     """
     training, validation = split(read_conversations(path), 0.1)
+    if not validation:
+        raise UserError(f"{path}: needs ten conversations or more; the last tenth is validated on")
     prompts = {}
     for messages in validation[:3]:
         ids = template_ids(messages[:-1], tokenizer, add_generation_prompt=True)
@@ -104,7 +106,7 @@ def train(model, training: Dataset, validation: Dataset, device: Device, args) -
     print(f"peak lr: {peak:g}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
-    order = np.concatenate([training.epoch_order(args.seed, i) for i in range(args.steps)])
+    order = np.concatenate([training.epoch_order(args.seed, i) for i in range(8 * args.steps)])
     torch.manual_seed(args.seed)  # of the dropouts
     best = math.inf
     for step in range(args.steps):

@@ -42,13 +42,13 @@ def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     template adds to the question with the opening of an answer, up to the end-of-turn token.
     Raises UserError if the template writes an earlier turn in another way once a later one follows.
     """
+    ids = template_ids(messages, tokenizer)
     if re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
         marked = tokenizer.apply_chat_template(
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
-        return np.array(marked["input_ids"]), np.array(marked["assistant_masks"], dtype=bool)
+        return ids, np.array(marked["assistant_masks"], dtype=bool)
 
-    ids = template_ids(messages, tokenizer)
     scored = np.zeros(len(ids), dtype=bool)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -66,6 +66,8 @@ def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def template_ids(messages: Messages, tokenizer: Any, **options: bool) -> np.ndarray:
-    """Return the token ids (N,) of messages in the template."""
+    """Return the token ids (N,) of messages. Raises UserError if there is no template."""
+    if not tokenizer.chat_template:
+        raise UserError("the model has no chat template; an Instruct or Chat model has one")
     found = tokenizer.apply_chat_template(messages, return_dict=True, **options)
     return np.array(found["input_ids"])
