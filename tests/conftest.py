@@ -12,7 +12,9 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles progr
 
 import pytest
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else a `nohup` around the tests would hide it
+# A `nohup`, or a background job of a shell, would hide these from the tests.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

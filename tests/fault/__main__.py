@@ -16,7 +16,9 @@ PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz", "files")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else runs started under `nohup` ignore it
+    # Under `nohup`, and in a shell's background job, runs would ignore these.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = Parser(prog="tests.fault", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--short", action="store_true", help="the form that CI runs")

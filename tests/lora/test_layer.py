@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
 from lora.merge import merge
 from lora.variants.qkv import SlicedLoRALinear
@@ -46,9 +47,9 @@ def test_the_layer_of_the_readme_is_ours():
 def test_the_pages_forward_is_the_layers():
     names = {}
     page = (ROOT / "docs" / "lora.md").read_text()
-    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    first, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     model = nn.Sequential(nn.Linear(32, 96))
-    exec(second, {"model": model})
+    inject(model, LoRAConfig(target_modules="all-linear"))
     layer = model[0].eval()
     randomize(model)
     exec(first, names)
