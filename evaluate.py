@@ -124,7 +124,7 @@ def score_text(
 def load_dataset(
     args: argparse.Namespace, tokenizer: Tokenizer, texts: Sequence[Path], fraction: float
 ) -> Dataset:
-    """Load what is scored. Raises UserError if it is too short."""
+    """Load the texts or conversations to score. Raises UserError if they are too short."""
     if args.data:
         examples = read_examples(args.data, tokenizer, args.block_size)
         chosen = split(examples, fraction)[1]

@@ -1,4 +1,4 @@
-"""Generate text from a base, with or without an adapter; with --chat, answer what you type."""
+"""Generate text from a base, with or without an adapter. With --chat, answer the user's lines."""
 
 import argparse
 import io
@@ -66,7 +66,7 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """Print each prompt's continuation under each heading. A single row is printed as it comes."""
+    """Print each prompt's continuation under each heading. A single row is streamed."""
     alone = len(headings) == 1
     for prompt in args.prompt:
         texts = [heading + prompt for heading in headings]
@@ -88,8 +88,8 @@ def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
 
 
 def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Answer stdin line by line, after as many of the earlier turns as the context has room for."""
-    require_end_of_text(tokenizer)  # now, and not after the first answer
+    """Answer stdin line by line. Drop the oldest turns when they do not fit into the context."""
+    require_end_of_text(tokenizer)  # fail now, not after the first answer
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     ready = "> " if sys.stdin.isatty() else ""
@@ -120,8 +120,8 @@ def stream(
     args,
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt's ids up to an end of text, in a row for each generator. Yield a row and
-    the next piece of its text, in whole characters.
+    """Continue a prompt's ids up to an end of text, in one row per generator. Yield the row's
+    number and the next piece of its text, in whole characters.
     """
     rows = len(generators)
     ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
@@ -148,7 +148,7 @@ def stream(
 
 
 class StreamDecoder:
-    """Decode tokens one after another into whole characters; `ids` are those before the first."""
+    """Decode tokens one by one into whole characters. `ids` are the tokens before the first."""
 
     def __init__(self, tokenizer: Tokenizer, ids: Sequence[int] = ()):
         self.tokenizer = tokenizer
@@ -156,7 +156,7 @@ class StreamDecoder:
         self.length = len(tokenizer.decode(self.ids))
 
     def add(self, token: int) -> str:
-        """Return the characters that are whole with this token."""
+        """Return the characters that this token completes."""
         self.ids.append(token)
         return self._rest(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
 

@@ -1,6 +1,6 @@
 """Fine-tune GPT-2 on a book or on conversations: `python train.py lora` or `full`.
 
-One loop serves both methods. They differ in which parameters are trained and in what is saved.
+One loop serves both methods. They train and save different parameters.
 """
 
 import math
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with open_run(parse_options(__doc__, argv)) as run:
         base = run.find_base()
         data = load_data(run.options, base)
-        options = run.resolve(data)  # fills in what was left open, such as the learning rate
+        options = run.resolve(data)  # fills in open options, such as the learning rate
         model = load_base(options, base, run.device)
         if options.method == "lora":
             add_adapter(model, options, run.base_sha256)  # freezes the base
@@ -57,7 +57,7 @@ def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScal
     """Return the optimizer, and the scaler of the loss for fp16."""
     options = run.options
     run.set_up_model(model)  # casts frozen weights, chooses --kernels, compiles
-    # One group of parameters, or two under LoRA+. Each has `lr_scale`, the factor of its rate.
+    # One group of parameters, or two under LoRA+. Each has `lr_scale`, a factor of the rate.
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
@@ -95,7 +95,7 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph's gradients stay in place
+    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph needs these tensors
     return total_loss, grad_norm
 
 
@@ -119,7 +119,7 @@ def validate_start(model: GPT2, data: Data, run: Run) -> None:
 
 
 def validate(model: GPT2, data: Data, run: Run) -> Scores:
-    """Score the validation part, in batches no larger than those of training."""
+    """Score the validation part, in batches no larger than a micro-batch of training."""
     size = min(EVAL_BATCH, run.micro_batch_size)
     return evaluate(model, data.validation, run.device, run.ranks, size)
 
