@@ -23,10 +23,10 @@ from storage.hub import find_adapter
 def combine(
     adapters: Sequence[dict[str, Factors]], weights: Sequence[float], rank: int | None = None
 ) -> tuple[dict[str, Factors], float]:
-    """Return sum_i w_i B_i A_i for each layer, and the share of its squared norm that is kept.
+    """Return sum_i w_i B_i A_i for each layer, and the kept share of the total squared norm.
 
-    If the sum's rank is above `rank`, or above a layer's smaller side, every layer is cut to its
-    nearest matrix of that rank. A layer that an adapter lacks counts as zero. Raises UserError if
+    Every layer is truncated by SVD to the smallest of `rank`, the sum's largest rank and the
+    smallest side of any layer. A layer that an adapter lacks counts as zero. Raises UserError if
     shapes differ.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
@@ -64,7 +64,7 @@ def _sum_of(
 
 
 def common_base(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the fields and the header by which all these adapters record their base."""
+    """Return the config fields and the header that record the common base of these adapters."""
     with as_failure():
         hashes = {directory: read_header(directory).get(BASE_SHA256) for directory in directories}
     hashed = [directory for directory in directories if hashes[directory]]

@@ -53,8 +53,8 @@ def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
 def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
 ) -> tuple[dict[str, Factors], list[list[str]], float]:
-    """Return the best approximation of that rank of each layer's change, the rows of the table, and
-    the share of the whole change's squared norm that is outside these layers.
+    """Return the best approximation of rank `rank` of each layer's change, the rows of the table,
+    and the share of the whole change's squared norm that is outside these layers.
     """
     factors = {}
     rows = []

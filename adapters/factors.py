@@ -50,7 +50,7 @@ class Factors(NamedTuple):
 
 
 def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
-    """Return the nearest matrix of that rank in the Frobenius norm (Eckart & Young 1936,
+    """Return the nearest matrix of rank `rank` in the Frobenius norm (Eckart & Young 1936,
     https://doi.org/10.1007/BF02288367), split evenly: B = U sqrt(S), A = sqrt(S) V^T.
     """
     root = s[:rank].sqrt()
@@ -84,7 +84,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     shapes = read_shapes(path)
     configs = {layer: layer_config(config, layer) for layer in _layer_names(path, shapes)}
 
-    wanted = {}  # the config's rank, and the file's in and out features
+    wanted = {}  # shapes: r from the config, in and out features from the file
     for layer, own in configs.items():
         a_key, b_key = _keys(layer)
         wanted[a_key] = [own.r, *shapes[a_key][1:]]
@@ -103,12 +103,12 @@ def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
     keys = [key for key in shapes if key.startswith(PREFIX) and key.endswith(A_KEY)]
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
     if not names:
-        raise UserError(f"{path}: holds no layer of an adapter")
+        raise UserError(f"{path}: contains no layer of an adapter")
     return sorted(names, key=_by_block)
 
 
 def _by_block(name: str) -> list[int | str]:
-    """Return a key that sorts h.10 after h.9: every second part of it is a number."""
+    """Return a key that sorts h.10 after h.9: every second item is a number."""
     return [int(part) if part.isdigit() else part for part in NUMBER.split(name)]
 
 

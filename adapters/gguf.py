@@ -20,7 +20,7 @@ from storage.hub import find_adapter
 
 
 def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
-    """Write the adapter alone, every layer padded to the largest rank; return what was written."""
+    """Write the adapter alone, every layer padded to the largest rank. Return a description."""
     adapter = find_adapter(str(adapter))
     factors = read_factors(adapter)
     loaded = load_model(base, adapter, quantise=NONE)
@@ -42,7 +42,7 @@ def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> s
 def export_model(
     base: str, adapter: Path | None, out: Path, dtype: torch.dtype, quantise: str | None
 ) -> str:
-    """Write the base, with the adapter, if any, merged into it; return what was written."""
+    """Write the base, with the adapter (if any) merged into it. Return a description."""
     loaded = load_merged(base, adapter, dtype, quantise)
     refuse_erf_gelu(loaded.model.config, loaded.base)
     template = chat_template(adapter) if adapter else None

@@ -23,10 +23,10 @@ INTRUDER = 0.5  # a vector with a cosine below this is an intruder
 
 
 def cosines(weight: Tensor, changed: Tensor) -> Tensor:
-    """Return for each of the TOP largest left singular vectors of the changed weight its largest
-    absolute cosine with any left singular vector of W, (TOP,).
+    """Return, for the TOP largest left singular vectors of the changed weight, the largest absolute
+    cosine of each with any left singular vector of W, (TOP,).
 
-    One below INTRUDER belongs to an intruder dimension (Shuttleworth et al. 2024,
+    A cosine below INTRUDER marks an intruder dimension (Shuttleworth et al. 2024,
     https://arxiv.org/abs/2410.21228, algorithm 1).
     """
     before = torch.linalg.svd(weight, full_matrices=False).U  # (out, k)
@@ -49,15 +49,15 @@ def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
 def effective_rank(s: Tensor) -> float:
     """Return exp(-sum p_i log p_i) with p_i = s_i^2 / sum s^2: k for k equal singular values.
 
-    After Roy & Vetterli 2007 (https://ieeexplore.ieee.org/document/7098875), whose p_i are shares
-    of sum s; these are shares of the squared norm.
+    After Roy & Vetterli 2007 (https://ieeexplore.ieee.org/document/7098875). Their p_i are shares
+    of sum s. Here p_i are shares of the squared norm.
     """
     shares = s.square() / s.square().sum()
     return torch.special.entr(shares).sum().exp().item()
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return the three largest of these, how many hold 90 % of the squared norm, and their rank."""
+    """Return cells: the three largest s_i, how many make up 90 % of sum s^2, the effective rank."""
     if not s.any():
         return ["B is zero"] * 5
     largest = [f"{value:.3g}" for value in s[:3]]
@@ -68,7 +68,7 @@ def describe(s: Tensor) -> list[str]:
 
 
 class BesideWeight(NamedTuple):
-    """The table cells that compare a change with the weight that it changes."""
+    """The table cells that compare a layer's change with the layer's weight."""
 
     relative_norm: str
     spectra: list[str]  # intruders, the least cosine, amplification
@@ -77,7 +77,7 @@ class BesideWeight(NamedTuple):
 def beside_weights(
     base: str, adapter: Path, factors: dict[str, Factors]
 ) -> dict[str, BesideWeight]:
-    """Compare each layer's change with the base's own weight."""
+    """Compare each layer's change with the layer's weight in the base."""
     model = load_model(base, adapter, quantise=NONE).model
     prefix = peft_view(model).prefix
     found = {}
@@ -99,7 +99,7 @@ def beside_weights(
 
 
 def print_changes(spectra: dict[str, Tensor], beside: dict[str, BesideWeight]) -> None:
-    """Print a row for each layer. With a base, the row also compares the change with its weight."""
+    """Print a row for each layer. With a base, the row also compares the change with the weight."""
     columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
     if beside:
         columns.insert(2, "of the weight's")
@@ -160,10 +160,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base",
         metavar="B",
-        help="compare the changes with its weights, too: their norms, intruder dimensions, "
+        help="also compare the changes with this base's weights: norms, intruder dimensions, "
         "amplification; auto: the base that the adapter names",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of spectrum.png (default: DIR)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for spectrum.png (default: DIR)")
     return parser.parse_args(argv)
 
 

@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
 
 
 def named_base(adapter: Path) -> str:
-    """Return the base that the adapter names. A path in a file from elsewhere is not followed."""
+    """Return the known base that the adapter names. Raises UserError for a path or another base."""
     with as_failure():
         named = stored_base_fields(adapter)["base_model_name_or_path"]
     repository, _ = split_revision(str(named))
@@ -46,9 +46,9 @@ def load_model(
 ) -> Loaded:
     """Load a base in `dtype`, with an adapter if there is one.
 
-    The adapter is a directory, or OWNER/NAME on the hub. The base `auto` is the one that the
-    adapter names. `quantise` is the option of that name. Raises UserError if the adapter records
-    another base's hash.
+    The adapter is a directory, or OWNER/NAME on the hub. With the base `auto`, the adapter names
+    the base. `quantise` is the option --quantise. Raises UserError if the adapter records the hash
+    of another base.
     """
     if adapter:
         adapter = find_adapter(str(adapter))

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="of the file; below fp32, rounding loses a part of the update, and the share is "
+        help="of the file; below fp32, rounding changes the update, and the relative error is "
         "printed; without --adapter, the base alone is written",
     )
     args = parser.parse_args(argv)
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_merged(
     base: str, adapter: Path | None, dtype: torch.dtype, quantise: str | None
 ) -> Loaded:
-    """Load a base in fp32 with the adapter merged, and print what a file in `dtype` rounds away."""
+    """Load a base in fp32 with the adapter merged. Print the update's rounding error in `dtype`."""
     loaded = load_model(base, adapter, quantise=quantise)
-    dequantise(loaded.model)  # the adapter corrects these weights, errors included
+    dequantise(loaded.model)  # the adapter was trained on these weights, errors included
     merge(loaded.model)
     if adapter and dtype != torch.float32:
         share = rounding_cost(loaded.model, dtype)
@@ -69,7 +69,7 @@ def load_merged(
 
 
 def chat_template(adapter: Path) -> str | None:
-    """Return the template of the conversations on which an adapter was trained, if there is one."""
+    """Return the chat template that was saved with the adapter, or None."""
     path = find_adapter(str(adapter)) / TEMPLATE
     if not path.exists():
         return None
@@ -78,7 +78,7 @@ def chat_template(adapter: Path) -> str | None:
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:
-    """Return the norm of what a file in `dtype` rounds away, over the norm of all updates."""
+    """Return the relative error, by norm, of all updates once weights are rounded to `dtype`."""
     squared_error = 0.0
     squared_norm = 0.0
     for layer in lora_layers(model).values():

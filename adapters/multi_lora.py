@@ -1,4 +1,4 @@
-"""Run several adapters on one base in one batch: each row has its own."""
+"""Run several adapters on one base in one batch: each row has its own adapter."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ class BatchedLoRALinear(nn.Module):
 class Adapters:
     """The adapters of one base, and the adapter of each row of a batch. After
     `Adapters(model, base_sha256, {"poet": directory}).use(["poet", None])`, model(ids) with ids
-    (2, T) gives the poet's logits and the base's.
+    (2, T) returns logits of the poet in row 0 and of the base in row 1.
 
     Raises UserError for an adapter that does not fit the base, or is DoRA.
     """
@@ -51,12 +51,12 @@ class Adapters:
         self.layers: dict[str, BatchedLoRALinear] = {}
         for layer in dict.fromkeys(layer for factors in self.factors.values() for layer in factors):
             base_layer = model.get_submodule(layer)
-            assert isinstance(base_layer, nn.Linear)  # LoRA wraps nothing else
+            assert isinstance(base_layer, nn.Linear)  # LoRA wraps only these
             self.layers[layer] = BatchedLoRALinear(base_layer)
             model.set_submodule(layer, self.layers[layer])
 
     def use(self, names: Sequence[str | None]) -> None:
-        """Give row i of the next batches the adapter names[i]; pad lower ranks with zeros."""
+        """Use adapter names[i] for row i of the next batches. Pad lower ranks with zeros."""
         for layer, module in self.layers.items():
             weight = module.base_layer.weight  # (out, in)
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))
@@ -88,7 +88,7 @@ def load_several(
     dtype: torch.dtype,
     quantise: str | None,
 ) -> tuple[Loaded, Adapters]:
-    """Load a base, or the one that the first adapter names, and the adapters by their paths."""
+    """Load a base and its adapters. With the base `auto`, the first adapter names the base."""
     named = {str(directory): find_adapter(str(directory)) for directory in directories}
     if base == "auto":
         base = named_base(named[str(directories[0])])

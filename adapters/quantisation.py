@@ -12,7 +12,7 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return how the base was quantised when the adapter was trained, by its file's header."""
+    """Return how the base was quantised in training, from the header of the adapter's file."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None
