@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake in one line, as every command does."""
 
     def __init__(self, description: str | None = None, **settings: Any):
-        first_line = (description or "").partition("\n")[0]  # None: `python -OO`
+        first_line = (description or "").partition("\n")[0]  # None under `python -OO`
         super().__init__(description=first_line, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -54,7 +54,7 @@ class Interval:
         return self.text
 
     def is_due(self, step: int, seconds: float) -> bool:
-        """Return whether to act after `step`, so many seconds after the last time."""
+        """Return whether to act after `step`, with `seconds` since the last time."""
         if self.is_time:
             return seconds >= self.number
         return step % self.number == 0
@@ -93,7 +93,7 @@ KERNELS_OPTION: dict[str, Any] = {
     "help": "fast: operations of model/kernels. plain: PyTorch's own operations, as model/gpt2.py "
     "has them (default: fast)",
 }
-NONE = "none"  # the base as it is stored, whatever an adapter says
+NONE = "none"  # the base as it is stored, whatever an adapter records
 QUANTISE_OPTION: dict[str, Any] = {
     "choices": ("nf4", "int8", NONE),
     "help": "store the blocks' linear layers in 4 bits (nf4: QLoRA) or 8 (int8) per weight; none: "

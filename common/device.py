@@ -21,7 +21,7 @@ M_MMAP_MAX = -4
 
 @dataclass(frozen=True)
 class Device:
-    """Where a command computes, and in which precision its matmuls run."""
+    """The device that a command computes on, and the precision of its matmuls."""
 
     torch_device: torch.device
     precision: str
@@ -30,9 +30,9 @@ class Device:
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
         """Resolve `auto`, and check that the device works.
 
-        The device is CUDA, else MPS, else the CPU. The precision is bf16 on CUDA, or fp16 where the
-        GPU lacks bf16; bf16 to train on a CPU with bf16 instructions; else fp32. Raises UserError
-        for a device that is missing or runs no kernel, and for training on MPS in fp16.
+        The device is CUDA, otherwise MPS, otherwise the CPU. The precision is bf16 on CUDA (fp16 if
+        the GPU lacks bf16), bf16 to train on a CPU with bf16 instructions, and otherwise fp32.
+        Raises UserError for a missing or broken device, and for training on MPS in fp16.
         """
         device = _pick_device(device)
         if train and device == "mps" and precision == "fp16":  # pytorch#186360
@@ -59,13 +59,13 @@ class Device:
         return self.torch_device.type
 
     def autocast(self, cache_enabled: bool = True) -> AbstractContextManager:
-        """Return a context in which matmuls run in `precision`; parameters stay as they are."""
+        """Return a context that runs matmuls in `precision`. It does not change parameters."""
         if self.precision == "fp32":  # on MPS, torch 2.8 and 2.9 warn of an autocast to fp32
             return nullcontext()
         return torch.autocast(self.torch_device.type, self.dtype, cache_enabled=cache_enabled)
 
     def to_device(self, x: Tensor) -> Tensor:
-        """Copy to the device: to a CUDA GPU from pinned memory, without waiting for it."""
+        """Copy to the device. The copy to a CUDA GPU is asynchronous, from pinned memory."""
         if self.is_cuda and not x.is_cuda:
             return x.pin_memory().to(self.torch_device, non_blocking=True)
         return x.to(self.torch_device)
@@ -78,7 +78,7 @@ class Device:
         return model.to(self.torch_device)
 
     def set_tf32(self, allowed: bool) -> None:
-        """Say whether fp32 matmuls on CUDA may round their inputs to TF32's 10-bit mantissa."""
+        """Set whether fp32 matmuls on CUDA may round their inputs to TF32's 10-bit mantissa."""
         if self.is_cuda:
             torch.set_float32_matmul_precision("high" if allowed else "highest")
 
@@ -86,7 +86,7 @@ class Device:
         """Raise UserError if torch.compile does not work here."""
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.torch_device))
-        except Exception as error:  # each backend has exceptions of its own
+        except Exception as error:  # each backend raises other exceptions
             reason = first_line(getattr(error, "inner_exception", error))
             raise UserError(
                 f"--compile: needs a C++ compiler and, on a GPU, Python's headers ({reason})"
@@ -94,12 +94,12 @@ class Device:
 
     @property
     def rng(self) -> ModuleType:
-        """Return the module whose get_rng_state and set_rng_state are for this device."""
+        """Return the torch module with this device's get_rng_state and set_rng_state."""
         modules = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
         return modules[self.torch_device.type]
 
     def peak_memory_mb(self) -> float:
-        """Return the peak memory so far, of CUDA's allocator or the process, in 10^6 bytes."""
+        """Return the peak memory so far in 10^6 bytes, of CUDA's allocator or of the process."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch_device) / 1e6
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -130,7 +130,7 @@ def _pick_device(asked: str) -> str:
 
 def _check_cuda() -> None:
     """Raise UserError unless the GPU runs a kernel: it may be full, or too old for this torch."""
-    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # this rank's
+    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # of this rank
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
     except RuntimeError as error:
@@ -141,7 +141,7 @@ def _check_cuda() -> None:
 
 
 def _pick_precision(device: str, train: bool) -> str:
-    """Resolve `auto`, as `Device.pick` says."""
+    """Resolve `auto` by the rules of `Device.pick`."""
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp16"
@@ -156,19 +156,19 @@ def _cpu_has_bf16() -> bool:
 
 
 def tune_process() -> None:
-    """Apply the process-wide settings with which our commands run fastest."""
-    # By default glibc gives large blocks back to the kernel, and a fresh one costs a page fault
-    # every 4 KiB (mallopt(3)). Full fine-tuning, with new gradients at each step, waits longest.
+    """Apply the process-wide settings that make commands fastest."""
+    # By default glibc returns large blocks to the kernel, and each new block costs a page fault per
+    # 4 KiB (mallopt(3)). Full fine-tuning loses most: it allocates new gradients at each step.
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap, too
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's memory back
-    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
-    # new shape: in generation, at each token (transformers#48163).
+    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention. It makes a plan for every new
+    # shape, so for each generated token (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)
     use_full_fp32()
 
 
 def use_full_fp32() -> None:
-    """Undo an image's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE: fp32 matmuls then round to TF32."""
+    """Undo a container's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds fp32 matmuls to TF32."""
     torch.set_float32_matmul_precision("highest")

@@ -11,7 +11,7 @@ from common.signals import replace_default_handlers
 
 
 class UserError(Exception):
-    """A mistake that the user can fix: one line that says what is wrong and what to do."""
+    """A mistake that the user can fix. Its message is one line: the mistake and the remedy."""
 
 
 class RunError(Exception):
@@ -20,7 +20,7 @@ class RunError(Exception):
 
 @contextmanager
 def as_failure(kind: type[Exception] = UserError) -> Iterator[None]:
-    """Turn an error of a library such as `lora` into one that ends a command with one line."""
+    """Turn a library's ValueError or OSError into `kind`, which ends a command with one line."""
     try:
         yield
     except ValueError as error:
@@ -29,14 +29,14 @@ def as_failure(kind: type[Exception] = UserError) -> Iterator[None]:
         raise kind(_with_file(error)) from error
 
 
-# torch's CPU allocator and cuBLAS have no exception of their own.
+# torch's CPU allocator and cuBLAS raise a plain RuntimeError with one of these texts.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
 ADVICE = (
     "a smaller --batch-size, --block-size or --base, --precision bf16 or, in training, "
     "--grad-accum or --gradient-checkpointing"
 )
 
-# Failures of the machine. Any other OSError is a bug, unless its caller knows better.
+# Failures of the machine. Any other OSError that nobody catches is a bug.
 FULL_OR_BROKEN = {
     errno.ENOSPC,
     errno.EDQUOT,

@@ -1,8 +1,8 @@
 """Draw with matplotlib, an optional dependency: no result needs it.
 
-A colour means one thing in every picture, and stays apart from the others for the colour-blind
+A colour has one meaning in every picture, and the colour-blind can tell all colours apart
 (tests/common/test_figures.py). Other series of one picture, such as ranks, precisions or parts,
-are `shades` of what they belong to, or of OTHER.
+are `shades` of a method's colour, or of OTHER.
 """
 
 import os
@@ -60,8 +60,8 @@ def can_draw() -> bool:
 
 
 def new_figure(size: tuple[float, float]) -> "Figure":
-    """Return an empty figure of that width and height in inches, in this project's style."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's `!` inherits its own, which may be missing
+    """Return an empty figure of this width and height in inches, in this project's style."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's `!` inherits a backend that may be missing
     import matplotlib  # slow to import, and few commands draw
     from matplotlib.figure import Figure
 
@@ -78,7 +78,7 @@ def subplots(
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write the figure as PNG and print its path; a path that cannot be written is a warning."""
+    """Write the figure as PNG and print its path. Warn if the path cannot be written."""
     try:
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=160, format="png")
@@ -94,7 +94,7 @@ def shades(colour: str, count: int) -> list[str]:
 
 
 def shade(colour: str, lightness: float) -> str:
-    """Mix a colour with black (lightness 0 to 0.5) or with white (0.5 to 1); 0.5 is the colour."""
+    """Mix a colour with black (lightness 0 to 0.5) or white (0.5 to 1). 0.5 keeps the colour."""
     end = 0 if lightness < 0.5 else 255
     share = 1.2 * abs(lightness - 0.5)  # of black or white: 3/5 at most
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
@@ -103,12 +103,12 @@ def shade(colour: str, lightness: float) -> str:
 
 
 def scientific(number: float, position: object = None) -> str:
-    """Return a number as 3e-4, whatever its size; an axis can use this to write its ticks."""
+    """Return a number as 3e-4, whatever its size. matplotlib can format ticks with it."""
     digits, exponent = f"{number:e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
 
 
 def draw_at(axis: Any, numbers: Sequence[float], names: Sequence[object] | None = None) -> None:
-    """Put ticks on a matplotlib axis at these numbers and nowhere else, under their names."""
+    """Put the only ticks of a matplotlib axis at these numbers, labelled with these names."""
     axis.set_ticks(numbers, names or [f"{number:g}" for number in numbers])
     axis.set_ticks([], minor=True)

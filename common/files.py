@@ -1,4 +1,4 @@
-"""Write files whole or not at all; read small ones with errors that name them."""
+"""Write files atomically, and read small files with errors that name them."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ class NotWritable(UserError):
 
 @contextmanager
 def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path; on success, rename it over `path`.
+    """Yield a temporary path. On success, rename it over `path`.
 
     fsync brings the data to the disk before the rename makes it visible. If `backup` is given, the
-    old `path` is kept under that name. Raises NotWritable if the place cannot be written.
+    old `path` is kept under that name. Raises NotWritable if `path` cannot be written.
     """
     path = Path(path)
     try:
@@ -46,7 +46,7 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield an unused path in the same directory; remove what is still there at the end."""
+    """Yield an unused path in the same directory. Remove the file if it is left at the end."""
     temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)
     try:
@@ -58,7 +58,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory. On success, rename it to `out`: all of its files, or none."""
+    """Yield a temporary directory. On success, rename it to `out`, with all files at once."""
     out = Path(os.path.realpath(out))
     temporary = out.parent / f".{out.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)
@@ -95,7 +95,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON object. Raises UserError if the file cannot be read or holds something else."""
+    """Read a JSON object. Raises UserError if the file cannot be read or is not a JSON object."""
     with open_file(path) as file:
         text = file.read()
     try:
@@ -125,7 +125,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def display_path(path: Path) -> str:
-    """Return a path for a file that may be published: absolute ones leak machine and user names."""
+    """Return a path that may be published: absolute paths leak machine and user names."""
     relative = os.path.relpath(path)
     if relative.startswith(os.pardir):
         return os.path.basename(os.path.abspath(path))

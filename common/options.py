@@ -1,4 +1,4 @@
-"""Declare the options of `evaluate.py` and `generate.py`: `training/options.py` has the others."""
+"""Declare the options of evaluate.py and generate.py. For train.py: `training/options.py`."""
 
 import argparse
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def parse_evaluate(
 
 
 def _add_sources(parser: Parser) -> None:
-    """Add the options for what is scored; only one of them can be given."""
+    """Add the options that name the data to score. They exclude each other."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--text",
@@ -77,7 +77,7 @@ def _add_sources(parser: Parser) -> None:
         "--choices",
         type=Path,
         metavar="FILE",
-        help="questions in JSON lines, of whose choices the likeliest is taken "
+        help="questions in JSON lines, each answered by its likeliest choice "
         "(docs/classification.md)",
     )
     source.add_argument(

@@ -13,7 +13,7 @@ Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 unfinished: set[Path] = set()  # temporary files and directories that are being written
 
-# Leave SIGHUP alone where `nohup` ignores it: the run is to outlive its terminal.
+# Under `nohup`, keep ignoring SIGHUP: the run outlives its terminal.
 HANDLED = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
@@ -24,7 +24,7 @@ TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at
 def replace_default_handlers() -> None:
     """On SIGTERM or SIGHUP, if nothing handles it yet, print one line and exit.
 
-    By default either kills the process and leaves its unfinished files. SIGINT needs no handler: it
+    By default, both kill the process and leave its unfinished files. SIGINT needs no handler: it
     raises KeyboardInterrupt.
     """
     for number in HANDLED:
