@@ -1,8 +1,8 @@
-"""Questions with choices, of which one is right: classification without a classifier's head.
+"""Questions with choices, one of them right: classification without a classifier's head.
 
-    {"prompt": "Who says it?", "choices": ["Orla", "Jory"], "answer": 1}
+    {"prompt": "Who speaks?", "choices": ["Orla", "Jory"], "answer": 1}
 
-`answer` is the right choice's place, counted from 0. A model reads prompt and choice as the two
+`answer` is the index of the right choice, from 0. A model reads prompt and choice as the two
 turns of a conversation (`data/instructions.py`).
 """
 
@@ -19,7 +19,7 @@ FORM = (
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, the answers to choose from, and the place of the right one, from 0."""
+    """A prompt, its choices, and the index of the right choice, from 0."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -27,7 +27,7 @@ class Question:
 
 
 def question(example: dict) -> Question:
-    """Read the question in a line's JSON. Raises ValueError if it is not one."""
+    """Return the question in a line's JSON. Raises ValueError if it is not a question."""
     if not isinstance(example, dict):
         raise ValueError(f"needs {FORM}")
     refuse_unknown(example, {"prompt", "choices", "answer"}, FORM)

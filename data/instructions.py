@@ -1,20 +1,20 @@
-"""Read conversations, one per line of a JSON lines file; only the assistant's part is scored.
+"""Read conversations, one per line of a JSON lines file. Only the assistant's text is scored.
 
     {"prompt": "Who keeps the light?", "completion": "You do."}
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
     {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-are the same; the third form is a question of `data/choices.py`, and its right answer is the
-completion. The third role is `system`. Any other key is refused. White space around a content is
-dropped; the model reads
+are the same. The third form is a question of `data/choices.py`: its right choice is the completion.
+The third role is `system`. Any other key is refused. White space around a content is dropped. The
+model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
 
 and is scored on the assistant's content, the space before it and the end-of-text token after it.
-That token ends the assistant's line; the other lines end with a newline. `CHAT_TEMPLATE` says the
-same to transformers and other programs.
+That token ends the assistant's line. The other lines end with a newline. `CHAT_TEMPLATE` is the
+same form for transformers and other programs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,13 +31,13 @@ from data.tokens import require_end_of_text
 from data.windows import InputsAndTargets, shuffled
 from model.gpt2 import IGNORE_INDEX
 
-Turn = tuple[str, str]  # a name, such as "User", and what is said
+Turn = tuple[str, str]  # a name, such as "User", and a text
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
 FORMS = (
     'the texts "prompt" and "completion", or "messages", a list of '
     '{"role": "user", "assistant" or "system", "content": text}'
 )
-# In Jinja, as transformers and llama.cpp render it. `generation` marks what is scored.
+# In Jinja, as transformers and llama.cpp render it. `generation` marks the scored text.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
   {%- set content = message['content'] | trim -%}
@@ -75,11 +75,11 @@ class Instructions:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all rows end to end, (3, N). A run's identity holds their hash."""
+        """Return all rows end to end, (3, N). A run's identity contains their hash."""
         return np.concatenate(self.rows, axis=1)
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
-        """Return inputs and targets, (B, T) int64 each; T is the longest of these examples.
+        """Return inputs and targets, (B, T) int64 each. T is the length of the longest example.
 
         Padding is on the right, where a causal model cannot see, and is not scored.
         """
@@ -110,9 +110,9 @@ class Instructions:
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    A longer example loses its beginning, and a printed line says how many do. Empty lines are
-    skipped. Raises UserError, naming the line, if it is not an example, or if its last completion
-    alone is longer than a block.
+    Longer examples lose their beginning, and their number is printed. Empty lines are skipped.
+    Raises UserError, naming the line, if it is not an example, or if its last completion alone is
+    longer than a block.
     """
 
     def read(example: dict) -> np.ndarray:
@@ -146,8 +146,8 @@ def encode(
     """Return the token ids (N,) of turns such as ("User", "Who?"), a mask of the scored tokens, and
     the bytes of text that each token covers.
 
-    With `ask`, the assistant's name follows, for a model to go on from. Text between completions is
-    tokenized as one: the space of an empty content and the new line can be one token.
+    With `ask`, the assistant's name comes last, for a model to continue. Text between completions
+    is tokenized in one piece: the space of an empty content and the new line can be one token.
     """
     ids: list[int] = []
     scored: list[bool] = []

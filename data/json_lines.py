@@ -8,12 +8,12 @@ from typing import TypeVar
 from common.errors import UserError
 from common.files import brief, open_file
 
-LONGEST_LINE = 1 << 16  # bytes, which fill any context
+LONGEST_LINE = 1 << 16  # bytes: enough to fill any context
 T = TypeVar("T")
 
 
 def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
-    """Return what `read` makes of each line's JSON. Raises UserError that names a bad line."""
+    """Apply `read` to each line's JSON. Raises UserError that names a bad line."""
     found = []
     with open_file(path) as file:
         lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")
@@ -37,7 +37,7 @@ def _parse(line: bytes) -> dict:
 
 
 def refuse_unknown(fields: dict, known: Collection[str], forms: str) -> None:
-    """Raise ValueError for a key that would be ignored; `forms` says what a line may hold."""
+    """Raise ValueError for a key that would be ignored. `forms` describes a valid line."""
     unknown = sorted(fields.keys() - known)
     if unknown:
         raise ValueError(f"has the unknown key {brief(unknown[0])}; an example has {forms}")

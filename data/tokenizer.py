@@ -41,8 +41,8 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 class Tokenizer(ABC):
     """Turn text into token ids and back."""
 
-    vocabulary: Mapping[str, int]  # from each token, as its file spells it, to its id
-    vocab_size: int  # of the model: it may be larger than the vocabulary
+    vocabulary: Mapping[str, int]  # from each token, as spelt in its file, to its id
+    vocab_size: int  # of the model, which may be larger than the vocabulary
     eos_token: str | None  # the end of text
     source: Path  # the directory of the tokenizer's files
     files: Mapping[str, bytes]  # their contents by name, to be saved beside a model
@@ -59,12 +59,12 @@ class Tokenizer(ABC):
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids (N,), and how many UTF-8 bytes of the text each covers (N,) uint32.
 
-        The ids are uint16 or, above 65,536 ids, uint32. Text that the tokenizer skips counts for
-        the next token. An end of text counts 0. Raises UserError for a text that cannot be read.
+        The ids are uint16 or, above 65,536 ids, uint32. Bytes that the tokenizer skips count for
+        the next token. An end of text covers 0. Raises UserError for a text that cannot be read.
         """
         try:
             ids, byte_counts = self._encode(text)
-        except Exception as error:  # the libraries have no class of their own
+        except Exception as error:  # the libraries raise various exceptions
             reason = f"{first_line(error):.200}"
             raise UserError(f"the tokenizer cannot read the text ({reason})") from error
         byte_counts = np.where(ids == self.end_of_text, 0, byte_counts)
@@ -86,7 +86,7 @@ class Tokenizer(ABC):
 
     @property
     def definition(self) -> dict:
-        """Return the content of `tokenizer.json`, or what it would be for the other files."""
+        """Return the content of `tokenizer.json`, or its equivalent for the other files."""
         if FAST in self.files:
             return json.loads(self.files[FAST])
         return json.loads(self.engine.to_str())
@@ -108,7 +108,7 @@ class TiktokenTokenizer(Tokenizer):
     def _byte_counts(self) -> np.ndarray:
         counts = np.zeros(len(self.vocabulary), dtype=np.uint32)
         for word, token in self.vocabulary.items():
-            counts[token] = len(word)  # it spells each byte as a character
+            counts[token] = len(word)  # one character per byte
         return counts
 
 
@@ -130,8 +130,8 @@ class LibraryTokenizer(Tokenizer):
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """Load the tokenizer of the base in `directory`, whose config has this `vocab_size`.
 
-    Without tokenizer files, a vocabulary of GPT-2's size gets GPT-2's. Raises UserError, naming the
-    file, for one that cannot be read, and for tokens that the model does not have.
+    Without tokenizer files, a model with GPT-2's vocab_size gets GPT-2's tokenizer. Raises
+    UserError, naming the file, if it cannot be read or has tokens that the model lacks.
     """
     path = _main_file(Path(directory), vocab_size)
     source = path.parent
@@ -156,13 +156,13 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     if largest >= vocab_size:
         raise UserError(f"{path}: has token {largest}; config.json's vocab_size is {vocab_size}")
     eos_token = _end_of_text(source, vocabulary)
-    if eos_token and path.name == VOCAB:  # which does not say that it is never split
+    if eos_token and path.name == VOCAB:  # these files do not mark it as special
         engine.add_special_tokens([eos_token])
     return kind(vocabulary, vocab_size, eos_token, source, files, engine)
 
 
 def _main_file(directory: Path, vocab_size: int) -> Path:
-    """Return the file with the vocabulary. Raises UserError if there is none that is read."""
+    """Return the file with the vocabulary. Raises UserError without a supported file."""
     if (directory / FAST).exists():
         return directory / FAST
     for name in (*FOREIGN, ADDED):
@@ -216,7 +216,7 @@ def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Token
 
 
 def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
-    """Return the token that the base's settings name, or GPT-2's if the vocabulary has it."""
+    """Return the token that the base's settings name, or GPT-2's token if in the vocabulary."""
     for path in (source / SETTINGS, source / SPECIAL):
         if not path.exists():
             continue
@@ -233,10 +233,10 @@ def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Map the printable character that spells each byte in a byte-level vocabulary to the byte.
+    """Map each character of a byte-level vocabulary to the byte that it spells.
 
-    A printable byte is spelt by the character of its number, any other by a character from 256 on
-    (Radford et al. 2019; `bytes_to_unicode` in OpenAI's gpt-2 encoder.py).
+    A printable byte is spelt by the character with its number, other bytes by characters from 256
+    on (Radford et al. 2019, `bytes_to_unicode` in OpenAI's gpt-2 encoder.py).
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
@@ -244,7 +244,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _byte_starts(text: str) -> np.ndarray:
-    """Return where each character begins in UTF-8, and the number of all bytes, (N + 1,)."""
+    """Return the byte offset of each character in UTF-8, and of the text's end, (N + 1,)."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
     return np.concatenate(([0], np.cumsum(sizes)))

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text's token ids (N,), and how many bytes of its UTF-8 each of them covers (N,)."""
+    """A text's token ids (N,), and how many UTF-8 bytes of the text each token covers (N,)."""
 
     ids: np.ndarray
     byte_counts: np.ndarray
@@ -29,7 +29,7 @@ class Tokens:
 def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
     """Return the tokens of the books in this order, with an end of text between them.
 
-    A directory stands for its `.txt` files, sorted by name. Raises UserError as `load_tokens` does,
+    A directory means its `.txt` files, sorted by name. Raises UserError as `load_tokens` does,
     and if a directory has no such file.
     """
     books: list[Path] = []
@@ -51,7 +51,7 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
 
 def _texts_of(path: Path) -> list[Path]:
     """Return the directory's `.txt` files, sorted by name, or the file itself."""
-    if not os.path.isdir(path):  # Path's own test raises where a name is too long
+    if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
         return [path]
     books = sorted(book for book in path.glob("*") if book.suffix.lower() == ".txt")
     if not books:
@@ -60,7 +60,7 @@ def _texts_of(path: Path) -> list[Path]:
 
 
 def require_end_of_text(tokenizer: Tokenizer) -> int:
-    """Return the end-of-text token's id. Raises UserError if the base has none."""
+    """Return the end-of-text token's id. Raises UserError if the base lacks it."""
     if tokenizer.end_of_text is None:
         raise UserError(
             f"{tokenizer.source}: its tokenizer has no end-of-text token, which "

@@ -15,7 +15,7 @@ InputsAndTargets = tuple[Tensor, Tensor]  # (B, T) int64 each, on the CPU
 
 
 class Dataset(Protocol):
-    """What training and evaluation need of `Windows` and of `Instructions`."""
+    """The interface of `Windows` and `Instructions` that training and evaluation use."""
 
     def __len__(self) -> int: ...
 
@@ -80,7 +80,7 @@ def check_block_size(block_size: int, config: GPT2Config) -> None:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `block_size` inputs every `stride` tokens; position t predicts t + label_shift."""
+    """Windows of `block_size` inputs every `stride` tokens. Position t predicts t + label_shift."""
 
     tokens: np.ndarray
     block_size: int
@@ -118,7 +118,7 @@ class Windows:
         return shuffled(len(self), seed, epoch)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
-        """Yield inputs and targets (B, T) that score every token but the first `label_shift` once.
+        """Yield inputs and targets (B, T) that score each token after the first `label_shift` once.
 
         The stride must be at most the block size. Where windows overlap, the first one scores. A
         shorter last window is padded on the right, where a causal model cannot see, and the padding
