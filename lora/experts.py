@@ -1,4 +1,4 @@
-"""Know a mixture of experts, whose expert weights are 3-D parameters and not `nn.Linear`s."""
+"""Recognise mixtures of experts: expert weights are 3-D parameters and not `nn.Linear`s."""
 
 import sys
 import warnings
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# In these families of mixtures of experts, PEFT reads the names as parameters that contain all
-# experts (`_MOE_TARGET_MODULE_MAPPING`), even if a dense layer or a shared expert has the name.
+# In these families of models, PEFT takes the names for parameters that contain all experts
+# (`_MOE_TARGET_MODULE_MAPPING`), even if a dense layer or a shared expert has the name.
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -36,7 +36,7 @@ def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[st
 
 
 def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
-    """Return a sentence about adapted layers that PEFT takes for experts, or None."""
+    """Return a message if PEFT takes an adapted layer for experts, otherwise None."""
     expert_names = _expert_names(model)
     misread = [name for name in layers if name.rpartition(".")[2] in expert_names]
     if not misread:
@@ -61,7 +61,7 @@ def _is_convolution(model: nn.Module, parameter: str) -> bool:
 
 
 def _expert_names(model: Any) -> tuple[str, ...]:
-    """Return the names of the model's family, from the table of transformers that PEFT reads."""
+    """Return the model's `EXPERT_NAMES`, by the table of families in transformers, as in PEFT."""
     conversions = sys.modules.get("transformers.conversion_mapping")
     families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
     family = getattr(getattr(model, "config", None), "model_type", "")

@@ -27,9 +27,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     """Return the LoRA layers of a model by module name. `install` puts them into the model."""
-    prefix = peft_view(model).prefix  # before our GPT-2's names in PEFT's files: "transformer."
+    prefix = peft_view(model).prefix  # of names in PEFT's files: "transformer." for GPT-2
     layers = {}
-    for name, slices in find_targets(model, config).items():  # slices: q, k, v of c_attn, or none
+    for name, slices in find_targets(model, config).items():  # slices: of c_attn, or empty
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         with errors_that_name(name):
@@ -61,7 +61,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Make the model compute what its base does inside the `with`. Raises ValueError if merged."""
+    """Switch the adapter off inside the `with`. Raises ValueError if it is merged."""
     layers = [layer for layer in lora_layers(model).values() if layer.enabled]
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged into the base; unmerge it first")

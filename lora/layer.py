@@ -22,8 +22,8 @@ class LoRAConfig:
     lora_dropout: float = 0.05
     target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` matches them
     use_rslora: bool = False
-    layers_to_transform: tuple[int, ...] | None = None  # only these blocks; None: all
-    layers_pattern: tuple[str, ...] | None = None  # the blocks' list, such as "h"; None: any
+    layers_to_transform: tuple[int, ...] | None = None  # only these blocks (None: all)
+    layers_pattern: tuple[str, ...] | None = None  # the blocks' list, such as "h" (None: any)
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> r of matching layers
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> their lora_alpha
 
@@ -77,8 +77,8 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """Return an empty slice of W, (0, in): models such as T5 read its dtype or device.
 
-        A model that read W past `forward` would leave the update out. An empty W does not fit its
-        shapes, and PyTorch raises an error.
+        A model that reads W past `forward` would omit the update. With an empty W, its shapes do
+        not fit, and PyTorch raises an error.
         """
         return self.base_layer.weight[:0]
 
@@ -112,7 +112,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return scaling * B A, (out, in) in fp32: what merging adds to W."""
+        """Return scaling * B A, (out, in) in fp32, which merging adds to W."""
         return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
 
     def merge(self) -> None:
@@ -145,7 +145,7 @@ class LoRALinear(nn.Module):
             self.merged = False
 
     def unwrapped(self) -> nn.Linear:
-        """Return the linear layer inside, with what was merged into it."""
+        """Return the linear layer inside, including a merged update."""
         return self.base_layer
 
     def saved_tensors(self) -> dict[str, Tensor]:
@@ -153,15 +153,15 @@ class LoRALinear(nn.Module):
         return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
 
     def saved_config(self) -> LoRAConfig:
-        """Return the config with which `saved_tensors` are to be read."""
+        """Return the config that fits `saved_tensors`."""
         return self.config
 
 
 def check_linear(layer: nn.Linear) -> None:
     """Raise ValueError unless the layer's forward is W x + b, with `weight` as W.
 
-    A subclass of `nn.Linear` may compute anything. One that has another forward, but computes
-    W x + b, declares it with the class attribute `computes_linear = True`.
+    A subclass of `nn.Linear` with another forward may compute anything. If it computes W x + b, it
+    declares the class attribute `computes_linear = True`.
     """
     kind = type(layer)
     if kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False):
@@ -172,7 +172,7 @@ def check_linear(layer: nn.Linear) -> None:
 
 
 def stored_weight(layer: nn.Linear) -> nn.Parameter:
-    """Return the W of W x + b, to be changed. Raises ValueError if the layer has no such W."""
+    """Return W, to be changed in place. Raises ValueError unless y = W x + b with a stored W."""
     check_linear(layer)
     if not isinstance(layer.weight, nn.Parameter):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Read adapters in PEFT's format, strictly: what does not fit is refused by name."""
+"""Read adapters in PEFT's format, strictly. Errors name the field or tensor that does not fit."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def load_adapter(
 def load_adapter_config(directory: str | Path) -> LoRAConfig:
     """Read the adapter's hyper-parameters.
 
-    Raises ValueError, naming the field, for anything but LoRA and DoRA on linear layers.
+    Raises ValueError, naming the field, unless the adapter is LoRA or DoRA on linear layers.
     """
     stored = _read_config(Path(directory))
     try:
@@ -72,7 +72,7 @@ def stored_base_fields(directory: str | Path) -> dict[str, Any]:
 
 
 def read_header(directory: str | Path) -> dict[str, str]:
-    """Return what the header of the adapter's file records of its base."""
+    """Return the fields about the base in the header of the adapter's file."""
     header = read_metadata(Path(directory) / WEIGHTS)
     return {name: value for name, value in header.items() if name != "format"}
 

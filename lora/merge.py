@@ -8,7 +8,7 @@ from lora.inject import errors_that_name, lora_layers
 def merge(model: nn.Module) -> None:
     """Add every LoRA layer's update to its W.
 
-    Raises ValueError, naming the layer, if one cannot be merged. Then none is merged.
+    Raises ValueError, naming the layer, if one cannot be merged. Then no layer is merged.
     """
     layers = lora_layers(model)
     for name, layer in layers.items():
@@ -25,8 +25,8 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Put the linear layers, with what was merged into them, back in place of the LoRA layers.
-    Their weights stay frozen.
+    """Replace the LoRA layers by the linear layers inside, including merged updates. The weights
+    stay frozen.
 
     Raises ValueError for layers of PiSSA or LoRA-GA that are not merged, because part of their W is
     in A and B. The model is then unchanged.

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: compose our own, and read any, strictly."""
+"""Compose PEFT's `adapter_config.json`, and read it strictly."""
 
 import re
 import reprlib
@@ -28,7 +28,7 @@ IGNORED = {
     "revision",
     "runtime_config",
 }
-# Fields that may change it, and the values that are supported.
+# Fields that may change the result, and their supported values.
 SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", None),
@@ -44,9 +44,9 @@ ALPHAS = (0, 3e6)
 
 
 def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of PEFT's file. `base_fields` in `lora/save.py` makes `base_fields`.
+    """Return the content of PEFT's file. `base_fields` is from `lora.save.base_fields`.
 
-    It lacks `peft_version`: PEFT fills it in, and before 0.18 warns about it.
+    `peft_version` is left out: PEFT fills it in, and versions before 0.18 warn about it.
     """
     return {
         "peft_type": "LORA",
@@ -62,7 +62,7 @@ def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str,
 def parse_config(stored: Mapping[str, Any]) -> LoRAConfig:
     """Return the hyper-parameters in PEFT's file.
 
-    Raises ValueError, naming the field, for anything but LoRA and DoRA on linear layers.
+    Raises ValueError, naming the field, unless the adapter is LoRA or DoRA on linear layers.
     """
     stored = {"peft_type": None, "lora_dropout": 0.0} | dict(stored)
     for field, value in stored.items():
@@ -93,7 +93,7 @@ def _number(field: str, value: Any, kind: Any, low: float, high: float) -> Any:
 
 
 def _items(stored: Mapping[str, Any], field: str, kind: type) -> tuple | None:
-    """Return a field's one value or its list, or None if it is empty."""
+    """Return a field's value or list of values as a tuple, or None if it is empty."""
     value = stored.get(field)
     if value in (None, "", []):
         return None

@@ -1,6 +1,6 @@
-"""Say how PEFT knows a model: the names of its modules, and the class that wraps it.
+"""Describe how PEFT sees a model: the names of its modules, and the class that wraps it.
 
-PEFT knows our GPT-2 as transformers' GPT2LMHeadModel. There the modules are in `transformer`, the
+PEFT sees our GPT-2 as transformers' GPT2LMHeadModel. There the modules are in `transformer`, the
 head is a module, and projections are stored as (in, out).
 """
 
@@ -15,10 +15,10 @@ from lora.layer import LoRALinear
 
 @dataclass(frozen=True)
 class PeftView:
-    """A model as PEFT knows it."""
+    """A model as PEFT sees it."""
 
     prefix: str = ""  # before each module's name
-    task_type: str | None = None  # chooses PEFT's class; None is PEFT's plain one
+    task_type: str | None = None  # chooses PEFT's class (None: PeftModel)
     fan_in_fan_out: bool = False  # whether W is stored as (in, out)
     ties: Mapping[str, str] = field(default_factory=dict)  # tied modules, and why they are refused
     fused: str | None = None  # the layer that computes q, k and v
@@ -34,7 +34,7 @@ GPT2_VIEW = PeftView(
 
 
 def peft_view(model: nn.Module) -> PeftView:
-    """Return how PEFT knows a model: our GPT-2, a model of transformers, or any other module."""
+    """Return how PEFT sees a model: our GPT-2, a model of transformers, or any other module."""
     if hasattr(model, "can_generate"):
         return PeftView(task_type=_task_type(model))
     if _is_our_gpt2(model):

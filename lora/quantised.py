@@ -1,7 +1,7 @@
-"""QLoRA's frozen base: linear layers that hold W in four or eight bits a weight.
+"""QLoRA's frozen base: linear layers that store W in four or eight bits per weight.
 
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314 ("the paper" below). Its code is the library
-bitsandbytes; codes, scales and dequantised weights here equal that library's bit for bit.
+bitsandbytes. Codes, scales and dequantised weights here are bitwise equal to that library.
 
 A quantised layer takes the place of a frozen `nn.Linear`, and `LoRALinear` wraps either. `quantise`
 replaces a model's layers.
@@ -18,7 +18,7 @@ from lora.layer import LoRAConfig, check_linear
 from lora.targets import ALL_LINEAR, find_targets
 
 BLOCK = 64  # weights that share a scale (paper, section 3, Double Quantization)
-SCALE_BLOCK = 256  # scales that share a scale of their own
+SCALE_BLOCK = 256  # scales that share a second scale
 
 
 def nf4_levels() -> Tensor:
@@ -27,12 +27,12 @@ def nf4_levels() -> Tensor:
     Weights are close to normally distributed, so the levels are quantiles of the normal
     distribution: close together where weights are many (paper, section 3). Evenly spaced
     probabilities from the tail to 1/2, where the quantile is 0, give 8 levels above 0 and 7 below.
-    The 16th is 0 itself, so that a weight of 0 stays 0. Division by the largest puts them into
-    [-1, 1].
+    The 16th is 0 itself, so that a weight of 0 stays 0. Division by the largest level scales them
+    to [-1, 1].
 
-    The paper's equation 4 takes the means of neighbouring quantiles; its appendix E and its code
-    have the quantiles themselves. They begin at (1 - 1/32 + 1 - 1/30) / 2, since the quantile of 1
-    is infinite; the code has seven digits of it.
+    The paper's equation 4 takes the means of neighbouring quantiles. Its appendix E and its code
+    have the quantiles themselves. The quantile of 1 is infinite, so the tail probability is
+    (1 - 1/32 + 1 - 1/30) / 2, to seven digits as in the code.
     """
     tail = 0.9677083
     above = torch.special.ndtri(torch.linspace(tail, 0.5, 9)[:-1].double())  # (8,)
@@ -45,8 +45,8 @@ def scale_levels() -> Tensor:
     """Return the 256 levels of an 8-bit scale, fp32 (256,), ascending from -0.993 to 1.
 
     Of each sign, 64 levels are spaced evenly in 0.1 .. 1, 32 in 0.01 .. 0.1, and so on, down to one
-    in 1e-7 .. 1e-6; 0 and 1 are the last two (Dettmers et al. 2022,
-    https://arxiv.org/abs/2110.02861, section 1.3). The paper says 8-bit floats; its code has these.
+    in 1e-7 .. 1e-6. The last two are 0 and 1 (Dettmers et al. 2022, section 1.3,
+    https://arxiv.org/abs/2110.02861). QLoRA's code has these, not the paper's 8-bit floats.
     """
     decades = []
     for i in range(7):
@@ -80,8 +80,8 @@ def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise scales (n,), which are all positive, to 8 bits each (paper, section 3, Double
     Quantization).
 
-    Return their codes, uint8 (n,), the scale of each block of 256, fp32, and the mean, which is
-    taken out first, since the levels lie around 0.
+    Return their codes, uint8 (n,), the scale of each block of 256, fp32, and the mean. The mean is
+    subtracted first, because the levels lie around 0.
     """
     mean = absmax.mean()
     x, scales = scaled_blocks(absmax - mean, SCALE_BLOCK)
@@ -92,18 +92,18 @@ def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class QuantisedLinear(nn.Linear):
-    """y = x W^T + b with a frozen W that a subclass holds in few bits.
+    """y = x W^T + b with a frozen W that a subclass stores in few bits.
 
     x (..., in), y (..., out). W is dequantised for each product, to the precision of x or, under
-    autocast, to autocast's. `weight` returns it in fp32, as a new tensor: to change that changes
-    nothing, and so adapters are not merged into it.
+    autocast, to the precision of autocast. `weight` returns W in fp32, as a new tensor. A change of
+    that tensor has no effect, so adapters are not merged into it.
     """
 
     kind: str  # the name of the subclass in options and files
     computes_linear = True
 
     def __init__(self, layer: nn.Linear):
-        nn.Module.__init__(self)  # nn.Linear's would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.bias = layer.bias
@@ -115,7 +115,7 @@ class QuantisedLinear(nn.Linear):
         raise NotImplementedError
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]  # nn.Linear's is a parameter
+    def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in nn.Linear
         return self.dequantised(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class QuantisedLinear(nn.Linear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantisedLinear":
-        """Move the layer with its model. A cast to bf16 is for the bias: scales stay in fp32."""
+        """Move the layer with its model. A cast applies only to the bias: scales stay in fp32."""
         scales = {name: x for name, x in self.named_buffers() if x.is_floating_point()}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
@@ -144,8 +144,8 @@ class QuantisedLinear(nn.Linear):
 class _DequantisedLinear(torch.autograd.Function):
     """Compute `F.linear`, and dL/dx = dL/dy W for frozen W and b.
 
-    Autograd would keep the dequantised W of every layer until the backward pass. This keeps the
-    layer alone, and dequantises again (paper, section 3, equations 5 and 6).
+    Autograd would keep the dequantised W of every layer until the backward pass. This function
+    keeps only the layer, and dequantises again (paper, section 3, equations 5 and 6).
     """
 
     @staticmethod
@@ -187,7 +187,7 @@ class Int8Linear(QuantisedLinear):
 class NF4Linear(QuantisedLinear):
     """W_i = level[code_i] * absmax_j: 4-bit NormalFloat in blocks j of 64 weights, row after row.
 
-    Shapes, for n weights: codes, two in a byte, uint8 (n / 2,); absmax (n / 64,), as 8-bit codes
+    Shapes, for n weights: codes uint8 (n / 2,), two per byte, and absmax (n / 64,), as 8-bit codes
     with scales fp32 (n / 64 / 256,) and a mean (double quantisation). That is
     4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight.
     """
@@ -205,8 +205,8 @@ class NF4Linear(QuantisedLinear):
         levels = nf4_levels()
         x, absmax = scaled_blocks(layer.weight.detach(), BLOCK)
         codes = nearest(x, levels)  # (n / 64, 64)
-        self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # the first is high
-        # What each byte stands for: dequantising looks two weights up at once.
+        self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # first: high bits
+        # The two levels of each byte: dequantising looks up two weights at once.
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
         absmax, scales, mean = quantise_scales(absmax)
         self.register_buffer("scale_levels", scale_levels(), persistent=False)
@@ -262,19 +262,19 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
 
 
 def quantisation(model: nn.Module) -> str | None:
-    """Return the kind of the model's quantised layers, or None if it has none."""
+    """Return the kind of the model's quantised layers, or None without such layers."""
     for layer in quantised_layers(model).values():
         return layer.kind
     return None
 
 
 def quantised_weights(model: nn.Module) -> int:
-    """Return how many weights the model holds quantised: they are no parameters."""
+    """Count the model's quantised weights, which are not parameters."""
     layers = quantised_layers(model).values()
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def dequantise(model: nn.Module) -> None:
-    """Put a plain linear layer, of the dequantised W in fp32, in place of each quantised one."""
+    """Replace each quantised layer by a plain linear layer of the dequantised W, in fp32."""
     for name, layer in quantised_layers(model).items():
         model.set_submodule(name, layer.to_linear())

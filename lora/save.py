@@ -22,8 +22,8 @@ from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS, of the base's weights; PEFT ignores it
-QUANTISED = "base_quantised"  # also there: "nf4" or "int8", if the base was while training
+BASE_SHA256 = "base_sha256"  # of the base's weights, in the header of WEIGHTS. PEFT ignores it
+QUANTISED = "base_quantised"  # also there: "nf4" or "int8", if the base was quantised
 
 
 def save_adapter(
@@ -35,12 +35,12 @@ def save_adapter(
 ) -> None:
     """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
 
-    `base` and `revision` name the base as it is on the hub. They are informational. A reader
-    compares `base_sha256`, the hash of the base's weights file. Raises ValueError for a model
+    `base` and `revision` name the base on the hub, for information. A reader checks
+    `base_sha256`, the hash of the base's weights file. Raises ValueError for a model
     without an adapter, for a layer that PEFT would take for another, and for a tensor that is not
     finite.
     """
-    model = getattr(model, "_orig_mod", model)  # `torch.compile` would add this to each name
+    model = getattr(model, "_orig_mod", model)  # `torch.compile` adds this to each name
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save; `inject` or `load_adapter` adds one")
     misread = misread_by_peft(model, lora_layers(model))
@@ -76,7 +76,7 @@ def write_adapter(
 ) -> None:
     """Write an adapter's two files from its tensors, under PEFT's keys, and its config.
 
-    `base` is from `base_fields`. `header` is what the header of the tensors' file records.
+    `base` is from `base_fields`. `header` goes into the header of the tensors' file.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # the data are on the disk before the name is
+            os.fsync(file.fileno())  # the data reach the disk before the rename
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
@@ -102,7 +102,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every layer's A and B, and DoRA's vector, under the key that PEFT gives it."""
+    """Return every layer's A and B, and DoRA's vector, under PEFT's keys."""
     return tensors_by_key(peft_view(model).prefix, lora_layers(model))
 
 
@@ -118,9 +118,9 @@ def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, T
 def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
-    That is `model.lora_config`, unless a layer saves other tensors than it trains, as PiSSA and
-    slices do, or PEFT would match experts as well. Then the config lists each layer's full name,
-    rank and alpha.
+    It is `model.lora_config`, unless a layer saves other tensors than it trains, as PiSSA and
+    slices do, or the model has experts, which PEFT might match as well. Then the config lists each
+    layer's full name, rank and alpha.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix

@@ -1,6 +1,6 @@
-"""Find the layers to adapt, and each one's rank and alpha, by PEFT's rules.
+"""Find the layers to adapt, and the rank and alpha of each layer, by PEFT's rules.
 
-Full names are those of PEFT's model (`lora/peft_view.py`): `h.0.attn.c_attn` of our GPT-2 is
+Full names are PEFT's names (`lora/peft_view.py`): `h.0.attn.c_attn` of our GPT-2 is
 `transformer.h.0.attn.c_attn`, as in transformers' GPT2LMHeadModel.
 """
 
@@ -29,9 +29,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     """Return the linear layers to adapt, in module order, each with its slices (empty: the whole).
 
     `target_modules` is "all-linear" (all except the head), a regular expression that matches full
-    names, or a list of full names and their endings after a dot: GPT-2's `c_proj` is the
-    attention's and the MLP's. `layers_to_transform` limits endings to these blocks, and
-    `layers_pattern` to blocks of a list that is named so. Raises ValueError if a target, block or
+    names, or a list of full names and their endings after a dot: `c_proj` matches a layer of
+    GPT-2's attention and one of its MLP. `layers_to_transform` limits endings to these blocks, and
+    `layers_pattern` to lists of blocks with this name. Raises ValueError if a target, block or
     pattern matches nothing, if a target cannot be adapted, or if the model has an adapter already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
@@ -62,8 +62,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Return the modules that share their weight with another, by full name, and a sentence that
-    names the other. An update of one would change both.
+    """Map the full name of each module that shares its weight with another to a sentence that names
+    the other. An update of one would change both.
     """
     view = peft_view(model)
     sharing: dict[int, list[str]] = {}  # by parameter
@@ -81,7 +81,7 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:
-    """Return the names, or the one expression. Raises ValueError for blocks that do not fit it."""
+    """Return the names, or the one expression. Raises ValueError if blocks cannot limit them."""
     if config.layers_pattern and not config.layers_to_transform:
         raise ValueError("layers_pattern needs layers_to_transform, as in PEFT")
     if not isinstance(config.target_modules, str):
@@ -96,7 +96,7 @@ def _all_linear(
 ) -> list[str]:
     """Return the linear layers by PEFT's rules, without tied ones.
 
-    PEFT leaves out the head of transformers' models, and takes their Conv1D in.
+    PEFT leaves out the head of transformers' models, and includes their Conv1D layers.
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None
@@ -119,8 +119,8 @@ def _split_slice(target: str, fused: str | None) -> tuple[str, set[str]]:
 
 
 def _is_named(name: str, target: str, config: LoRAConfig) -> bool:
-    """Return whether a target names this module: by an expression that matches its full name, by
-    that name, or by an ending after a dot.
+    """Return whether a target names this module: by an expression that matches the full name, by
+    the full name, or by its ending after a dot.
     """
     if isinstance(config.target_modules, str):
         return re.fullmatch(target, name) is not None
@@ -150,7 +150,7 @@ def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]
 def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> None:
     """Raise ValueError unless the module `own` that a target matches can be adapted.
 
-    `tied` names the module that it shares its weight with, if any.
+    `tied` is the sentence of `tied_modules` about it, if any.
     """
     refused = f"target module {target!r} is refused:"
     if tied:
@@ -183,8 +183,8 @@ def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
-    """Return `config` with the rank and alpha of the layer that has this full name: those of the
-    first pattern that matches.
+    """Return `config` with the rank and alpha of the layer with this full name, by the first
+    pattern that matches.
     """
     r = config.r
     for pattern, rank in config.rank_pattern.items():
@@ -205,7 +205,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _block(name: str, config: LoRAConfig) -> int | None:
-    """Return the number of the block that a module is in: transformer.h.3.attn -> 3, as PEFT."""
+    """Return the number of a module's block, by PEFT's rule: 3 for transformer.h.3.attn.c_attn."""
     match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     for pattern in config.layers_pattern or ():
         match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name)

@@ -26,7 +26,7 @@ def write_tensors(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write a safetensors file, one tensor in memory at a time. A `dtype` of None keeps each
-    tensor's. Raises ValueError for a number that is not finite.
+    tensor's dtype. Raises ValueError for a number that is not finite.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -64,7 +64,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises into a ValueError that names the file."""
+    """Turn any exception of a reader into a ValueError that names the file."""
     try:
         open(path, "rb").close()
         yield
@@ -72,8 +72,8 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # each reader has its own
-        reason = ascii(str(error).strip().partition("\n")[0][:120])  # it may quote the file
+    except Exception as error:  # readers raise various exceptions
+        reason = ascii(str(error).strip().partition("\n")[0][:120])  # the error may quote the file
         raise ValueError(f"{path}: damaged, or not a file of tensors ({reason})") from error
 
 
@@ -105,7 +105,7 @@ def checked(value: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite: another one shows in the minimum or the maximum."""
+    """Return whether all numbers are finite. NaN and inf show in the minimum or the maximum."""
     if tensor.numel() == 0:
         return True
     least, largest = tensor.aminmax()  # unlike torch.isfinite, it makes no second tensor

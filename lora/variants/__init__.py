@@ -19,7 +19,7 @@ EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
 
 
 class Variant(NamedTuple):
-    """A field of PEFT's config, its value in plain LoRA, and the config that changes it."""
+    """A field of PEFT's config, its value in plain LoRA, and the variant's config and layer."""
 
     field: str
     plain: bool
@@ -38,7 +38,7 @@ PLAIN = {variant.field: variant.plain for variant in VARIANTS}
 def make_config(**asked: Any) -> LoRAConfig:
     """Return a config from PEFT's fields. A variant's field chooses the variant's config.
 
-    Raises ValueError for a variant that is not known here, and for two of them.
+    Raises ValueError for an unknown variant, and for two variants at once.
     """
     kinds = []
     for field, plain in PLAIN.items():

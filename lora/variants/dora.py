@@ -1,4 +1,4 @@
-"""DoRA: train a weight's direction by LoRA, and its magnitude by a vector of its own."""
+"""DoRA: train a weight's direction by LoRA, and its magnitude as a vector."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from lora.layer import LoRAConfig, LoRALinear, check_linear
 
 @dataclass(frozen=True)
 class DoRAConfig(LoRAConfig):
-    """LoRA's hyper-parameters, and the field by which PEFT knows DoRA."""
+    """LoRA's hyper-parameters, and PEFT's field for DoRA."""
 
     use_dora: bool = True
 
@@ -20,7 +20,7 @@ class DoRALinear(LoRALinear):
     """y = m / ||V|| * V x + b, with V = W + scaling * B A (Liu et al. 2024,
     https://arxiv.org/abs/2402.09353, equation 5).
 
-    ||V|| (out,) holds the norm of each row of V. m = lora_magnitude_vector (out,) starts as ||W||
+    ||V|| (out,) is the norm of each row of V. m = lora_magnitude_vector (out,) starts as ||W||
     and is trained, so a new adapter changes nothing. ||V|| counts as a constant in the gradients
     (4.3). As in PEFT, dropout also applies to the x that m / ||V|| - 1 scales:
 
@@ -30,7 +30,7 @@ class DoRALinear(LoRALinear):
     merged_norm: Tensor  # ||V|| of a merged layer
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
-        check_linear(base_layer)  # the norm is of the W in `weight`
+        check_linear(base_layer)  # the norm is computed from `weight`
         super().__init__(base_layer, config)
         norms = torch.linalg.norm(base_layer.weight.detach().float(), dim=1)
         self.lora_magnitude_vector = nn.Parameter(norms)
@@ -59,7 +59,7 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return m / ||V|| * V - W, (out, in) in fp32; up to rounding if the layer is merged."""
+        """Return m / ||V|| * V - W, (out, in) in fp32, up to rounding if the layer is merged."""
         update = super().delta_weight()  # scaling * B A
         weight = self.base_layer.weight.float()
         if self.merged:  # weight is factor * (W + update)

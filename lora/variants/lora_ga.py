@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.variants.offset import OffsetLinear
 
-GAMMA = 16  # the paper's and PEFT's; a larger one starts nearer to zero
+GAMMA = 16  # as in the paper and in PEFT. A larger value starts nearer to zero
 
 
 @dataclass(frozen=True)
 class LoRAGAConfig(LoRAConfig):
-    """LoRA's hyper-parameters, and the field by which PEFT knows LoRA-GA."""
+    """LoRA's hyper-parameters, and PEFT's field for LoRA-GA."""
 
     init_lora_weights: str = "lora_ga"
 
@@ -32,7 +32,7 @@ class LoRAGALinear(OffsetLinear):
     As PEFT's `lora_ga` does by default, B0 is multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). The
     authors' code multiplies A0 and B0 by out^(1/4) / sqrt(GAMMA), and neither by S.
 
-    Before `start_at(*initial_factors(gradient))` the layer is as plain LoRA starts.
+    Before `start_at(*initial_factors(gradient))` the layer equals a new layer of plain LoRA.
     """
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ def lora_ga_layers(model: nn.Module) -> dict[str, LoRAGALinear]:
 def weight_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yield, by layer, the sum (out, in) of dL/dW over the backward passes inside the `with`.
 
-    It is in fp32 whatever W's precision. Each pass's own gradient of W is freed at once.
+    The sum is in fp32 whatever W's precision. The gradient of each pass is freed at once.
     """
     sums: dict[str, Tensor] = {}
     hooks = []
@@ -82,10 +82,10 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
 
 
 class GradientStart:
-    """Hold what a checkpoint saves of LoRA-GA: each layer's A0 and B0.
+    """The state of LoRA-GA in a checkpoint: each layer's A0 and B0.
 
-    A gradient that is computed again may differ in its last bits, and its singular vectors then in
-    their signs.
+    It cannot be recomputed exactly: the gradient may differ in its last bits, and its singular
+    vectors then differ in their signs.
     """
 
     def __init__(self, model: nn.Module):

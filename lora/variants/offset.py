@@ -13,7 +13,7 @@ from lora.variants.stacked import stacked
 class OffsetLinear(LoRALinear):
     """`LoRALinear` on W - scaling * B0 A0, with A and B started at A0 (r, in) and B0 (out, r).
 
-    A subclass says what A0 and B0 are. A new adapter changes nothing, up to rounding. In evaluation
+    A subclass chooses A0 and B0. A new adapter changes nothing, up to rounding. In evaluation
     mode the layer computes W x + b + scaling * (B A - B0 A0) x, as the saved adapter does. The
     given layer is copied, not changed. Raises ValueError for a rank outside 1 .. min(in, out) / 2:
     the saved adapter, which fits W, has twice the rank.
@@ -26,7 +26,7 @@ class OffsetLinear(LoRALinear):
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         limit = min(base_layer.in_features, base_layer.out_features) // 2
         if config.r > limit:
-            raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the file has twice as many")
+            raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the file has rank 2 r")
         weight = stored_weight(base_layer)
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
         buffers = {
@@ -46,7 +46,7 @@ class OffsetLinear(LoRALinear):
 
     @torch.no_grad()
     def subtract(self, a: Tensor, b: Tensor) -> None:
-        """Set A0 and B0, and W to the remainder; leave A and B as they are."""
+        """Set A0 and B0, and W to the remainder. Leave A and B unchanged."""
         self.initial_A.copy_(a)
         self.initial_B.copy_(b)
         start = self.scaling * self.initial_B @ self.initial_A
@@ -59,10 +59,10 @@ class OffsetLinear(LoRALinear):
         return self.as_saved(x)
 
     def as_saved(self, x: Tensor) -> Tensor:
-        """Return what the base computes and, unless disabled, the saved adapter on it.
+        """Return the output of the base with, unless disabled, the saved adapter.
 
-        In low precision the remainder is rounded, so that remainder + B0 A0 is not quite W. A
-        validation must measure what is saved.
+        In low precision the remainder is rounded, so that remainder + B0 A0 is not quite W.
+        Validation must measure the saved adapter.
         """
         y = F.linear(x, self.original.to(self.base_layer.weight.dtype), self.base_layer.bias)
         if not self.enabled:
@@ -74,7 +74,7 @@ class OffsetLinear(LoRALinear):
     def unwrapped(self) -> nn.Linear:
         """Return the linear layer inside. Raises ValueError unless the adapter is merged."""
         if not self.merged:
-            raise ValueError("the start of A and B was taken out of W; merge it first")
+            raise ValueError("W lacks the start of A and B; merge the adapter first")
         return self.base_layer
 
     def saved_tensors(self) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from lora.variants.offset import OffsetLinear
 
 @dataclass(frozen=True)
 class PiSSAConfig(LoRAConfig):
-    """LoRA's hyper-parameters, and the field by which PEFT knows PiSSA."""
+    """LoRA's hyper-parameters, and PEFT's field for PiSSA."""
 
     init_lora_weights: str = "pissa"
 

@@ -1,4 +1,4 @@
-"""Adapt single slices of GPT-2's fused c_attn: q, k or v, each with an A and a B of its own."""
+"""Adapt single slices of GPT-2's fused c_attn: q, k or v, each with a separate A and B."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -33,7 +33,7 @@ class SlicedLoRALinear(LoRALinear):
 
 
 class _BlockSparseLinear(nn.Module):
-    """A linear layer n r -> 3 d whose weight is zero but for n trained blocks (d, r)."""
+    """A linear layer n r -> 3 d whose weight is zero except in n trained blocks (d, r)."""
 
     def __init__(self, places: list[int], width: int, r: int):
         super().__init__()

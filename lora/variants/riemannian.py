@@ -11,15 +11,15 @@ DAMPING = 1e-6  # delta, as in the authors' code
 @torch.no_grad()
 def precondition(model: nn.Module) -> None:
     """Precondition the gradients of A and B in every LoRA layer (Zhang & Pilanci 2024,
-    https://arxiv.org/abs/2402.02347); an optimizer then takes its step with them:
+    https://arxiv.org/abs/2402.02347), before the optimizer's step:
 
     dA <- (B^T B + delta I)^-1 dA    dB <- dB (A A^T + delta I)^-1
 
-    B A = (B R^-1) (R A) for every invertible R (r, r). A gradient step changes the product in
-    another way for each R; a preconditioned one does not, up to delta. Slices are preconditioned
-    each by itself. Other gradients, such as those of DoRA's vectors, stay.
+    B A = (B R^-1) (R A) for every invertible R (r, r). The change of the product in a gradient step
+    depends on R. In a preconditioned step it does not, up to delta. Each slice is preconditioned
+    separately. Other gradients, such as for DoRA's vectors, stay unchanged.
 
-    Computed in fp64, since B^T B can be nearly singular; on MPS, which has none, in fp32.
+    Computed in fp64, since B^T B can be nearly singular. MPS lacks fp64 and uses fp32.
     """
     for layer in lora_layers(model).values():
         weight_b = next(layer.lora_B.parameters())  # (out, r), or a block (d, r) for each of n
