@@ -1,8 +1,8 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
-Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ...). It stores the
-projections (in, out). Here they are `nn.Linear`s, (out, in): `storage/weights.py` transposes
-them.
+Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ...). The checkpoint
+stores the projections as (in, out). Here they are `nn.Linear`s, (out, in): `storage/weights.py`
+transposes them.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 This file needs PyTorch alone. `accelerate` (`model/kernels/fast.py`) makes its models faster.
@@ -30,13 +30,13 @@ class GPT2Config:
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
-    n_inner: int | None = None  # width of the MLP; None is 4 * n_embd
+    n_inner: int | None = None  # width of the MLP (None: 4 * n_embd)
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     resid_pdrop: float = 0.1
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
-    activation_function: str = "gelu_new"  # GPT-2's tanh form; "gelu" is the erf form
+    activation_function: str = "gelu_new"  # GPT-2's tanh form ("gelu": the erf form)
     token_ids: dict = field(default_factory=dict)  # `bos_token_id` etc.: unused here, saved again
 
 
@@ -50,12 +50,12 @@ class KVCache:
         return self.blocks[0][0].size(2) if self.blocks else 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a block's new keys and values; return all of the block's."""
+        """Append a block's new keys and values. Return all keys and values of the block."""
         if layer in self.blocks:
             past_k, past_v = self.blocks[layer]
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         else:
-            k, v = k.contiguous(), v.contiguous()  # as views they would keep q as well
+            k, v = k.contiguous(), v.contiguous()  # a view would keep q in memory
         self.blocks[layer] = k, v
         return k, v
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
             y = self.attend(q, k, v)
         else:
             k, v = cache.extend(self.layer, k, v)
-            # The first call is causal. A later call has one token, which sees all that came before.
+            # The first call is causal. A later call has one token, which sees all earlier tokens.
             # Up to torch 2.11, Apple's GPU misreads a q that is a view (pytorch#163597).
             y = F.scaled_dot_product_attention(q.contiguous(), k, v, is_causal=T > 1)
 
@@ -94,7 +94,7 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return dropout(softmax(q k^T / sqrt(D) + mask)) v, all (B, H, T, D).
 
-        The mask is -inf where a key comes after the query, else 0.
+        The mask is -inf where a key comes after the query, otherwise 0.
         """
         p = self.attn_pdrop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
@@ -133,8 +133,8 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The language model, with random weights. Its head is `wte` itself, so they stay tied.
 
-    Parity with PEFT relies on the order in which dropouts draw: embedding; in each block LoRA's on
-    c_attn, attention weights, LoRA's on c_proj, attention output, LoRA's on the MLP, MLP output.
+    Parity with PEFT relies on the order of the dropouts: embedding, then in each block c_attn's
+    LoRA, attention weights, c_proj's LoRA, attention output, the MLP's LoRA, MLP output.
     """
 
     def __init__(self, config: GPT2Config):
@@ -150,14 +150,14 @@ class GPT2(nn.Module):
             self.init_weights()
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues what it holds."""
+        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues its tokens."""
         return self.logits(self.hidden(idx, cache))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
 
-        With a cache that is not empty, T is 1. Raises ValueError for more tokens, and for more
-        tokens, those in the cache included, than `n_positions`.
+        With a cache that is not empty, T is 1. Raises ValueError for a larger T, and for more than
+        `n_positions` tokens, including the cache.
         """
         past = 0 if cache is None else len(cache)
         if past and idx.size(1) > 1:
@@ -179,8 +179,8 @@ class GPT2(nn.Module):
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
         Full fine-tuning trains the embeddings in fp32. A saved model is loaded in the run's
-        precision. So evaluation under autocast rounds them, and the reloaded model has the same
-        loss.
+        precision. So evaluation under autocast rounds the embeddings, and the reloaded model has
+        the same loss.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)
@@ -206,8 +206,7 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return each target's -log p in nats, fp32 (B, T), and whether it is the likeliest token,
-        bool (B, T). They are 0 and False where the target is
-        IGNORE_INDEX.
+        bool (B, T). They are 0 and False where the target is IGNORE_INDEX.
         """
         logits = self(idx)  # (B, T, V)
         losses = F.cross_entropy(logits.float().mT, targets, reduction="none")
@@ -243,8 +242,8 @@ class GPT2(nn.Module):
 
 
 def new_embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding whose weight is yet to be set, by `init_weights` or from a file.
+    """Return an embedding with an uninitialised weight, for `init_weights` or a file to set.
 
-    `nn.Embedding(rows, width)` would draw it, which on the meta device imports PyTorch's compiler.
+    `nn.Embedding(rows, width)` draws a weight, which imports PyTorch's compiler on the meta device.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

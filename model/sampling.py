@@ -18,7 +18,7 @@ def generate(
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
-    """Draw tokens one by one after `ids` (T,), T >= 1; the caller decides when to stop."""
+    """Draw tokens one by one after `ids` (T,), T >= 1. The caller decides when to stop."""
     for tokens in generate_rows(model, ids[None], max_new_tokens, [generator], **sampling):
         yield int(tokens.item())
 
@@ -35,8 +35,8 @@ def generate_rows(
     top_p: float = 1.0,
     suppress_tokens: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield ids (n,) step by step: the next token of each row of `ids` (n, T), drawn with the row's
-    own generator. Tokens marked in `suppress_tokens`, bool (V,), are not drawn.
+    """Yield ids (n,) step by step: the next token of each row of `ids` (n, T), drawn with the
+    generator of the row. Tokens marked in `suppress_tokens`, bool (V,), are not drawn.
 
     Keys and values of past tokens are cached. When the context is full, its older half is
     forgotten and the rest is read again: learned positions cannot be shifted in the cache.
@@ -53,7 +53,7 @@ def generate_rows(
             window = window[:, -max(1, context // 2) :]
             new = window
             cache = KVCache()
-        hidden = model.hidden(new, cache)[:, -1]  # (n, C); the other tokens need no logits
+        hidden = model.hidden(new, cache)[:, -1]  # (n, C): of the last token only
         logits = model.logits(hidden).float()  # (n, V)
         if not torch.isfinite(logits).all():
             raise RunError(
@@ -87,7 +87,7 @@ def next_tokens(
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Return what each row of logits (n, V) is drawn by: temperature, top-k and nucleus (top-p)
+    """Return the probabilities (n, V) of logits (n, V) under temperature, top-k and nucleus (top-p)
     sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
 
     The likeliest token always stays.

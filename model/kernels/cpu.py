@@ -1,8 +1,7 @@
 """Operations that are faster on a CPU than PyTorch's own: linear, GELU, dropout, attention.
 
-`model/kernels/fast.py` gives them to a model. Each computes what its docstring names, with its
-gradients.
-On other devices, and under torch.compile, each calls what it replaces.
+`model/kernels/fast.py` gives them to a model. Each computes the function that its docstring names,
+with gradients. On other devices, and under torch.compile, each calls that function.
 """
 
 import math
@@ -11,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NARROW = 64  # a weight with a smaller side, as A and B have, stays PyTorch's: oneDNN is slower
-LONGEST_MATRIX = 256  # tokens; in low precision, up to here the (T, T) matrix is faster
+NARROW = 64  # weights with a smaller side, such as A and B, are left to PyTorch: oneDNN is slower
+LONGEST_MATRIX = 256  # tokens: up to here, the (T, T) matrix is faster in low precision
 IDENTITY = 16  # the width of the identity that GELU is computed with
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def onednn_dtypes() -> set[torch.dtype]:
-    """Return the precisions in which oneDNN computes linear layers here without emulation."""
+    """Return the precisions of linear layers that oneDNN does not emulate on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return set()
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -30,7 +29,7 @@ ONEDNN_DTYPES = onednn_dtypes()
 
 
 def is_faster_here(x: Tensor) -> bool:
-    """Return whether the operations here are faster for x than PyTorch's."""
+    """Return whether this file's operations serve x: on a CPU, outside torch.compile."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -82,7 +81,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b; a (N, S), b (S, T). In bf16 PyTorch's own is faster than oneDNN's linear."""
+    """Return a b for a (N, S), b (S, T). In bf16, PyTorch's matmul beats oneDNN's linear."""
     if a.dtype == torch.float32:
         return linear(a, b.T)
     return a @ b
@@ -98,8 +97,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _onednn_gelu(x: Tensor) -> Tensor:
-    """Compute GELU as the activation of a product with the identity, which is exact: PyTorch has
-    oneDNN's GELU only after a linear layer, and there x, which the gradient needs, is lost.
+    """Compute GELU as the activation of a product with the identity, which is exact. PyTorch has
+    oneDNN's GELU only fused to a linear layer, which does not return the x that gradients need.
     """
     identity = torch.eye(IDENTITY, dtype=x.dtype)
     return _onednn(x.reshape(-1, IDENTITY), identity, None, "gelu").view(x.shape)
@@ -142,11 +141,10 @@ class _Dropout(torch.autograd.Function):
 
 
 def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """Return an int8 tensor that is 0 with probability p, else -1; and 1 / (1 - p).
+    """Return an int8 tensor, 0 with probability p and otherwise -1, and the scale 1 / (1 - p).
 
-    An element has 16 random bits, and four share a 64-bit word: a quarter of the draws, which are
-    the bottleneck. It is kept for `kept` of the 2^16 values, so p is rounded to a multiple of
-    2^-16.
+    Draws are the bottleneck, so four elements share a 64-bit word, 16 bits each. An element is kept
+    for `kept` of the 2^16 values, so p is rounded to a multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)
     kept = min(max(1, kept), 2**16 - 1)
@@ -182,8 +180,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 class _Attention(torch.autograd.Function):
     """Compute Y = dropout(P) V with P = softmax(Q K^T / sqrt(D) + mask), (B * H, T, T).
 
-    P and a byte an element for the dropout are kept. With G = dL/dY:
-    dL/dV = dropout(P)^T G, dL/dP = dropout(G V^T), and from dL/dS, what softmax makes of dL/dP,
+    P and a dropout mask of one byte per element are kept. With G = dL/dY and scores S:
+    dL/dV = dropout(P)^T G and dL/dP = dropout(G V^T). The softmax turns dL/dP into dL/dS, and
     dL/dQ = dL/dS K / sqrt(D) and dL/dK = dL/dS^T Q / sqrt(D).
     """
 
@@ -227,5 +225,5 @@ class _Attention(torch.autograd.Function):
 
 
 def scaled_bmm(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """Return factor * a b in one pass; a (N, T, S), b (N, S, D)."""
+    """Return factor * a b in one pass, for a (N, T, S) and b (N, S, D)."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=factor)

@@ -2,7 +2,7 @@
 
 It differs from `model/kernels/loss.py` in two ways. GPT-2's vocabulary of 50,257 is odd, which
 makes matmuls with the head unaligned and slow, so the head gets rows of 0 up to a multiple of 64.
-And it uses few kernels: each is a launch, and reads and writes the logits, the largest tensor.
+And it uses few kernels: each one costs a launch and a pass over the logits, the largest tensor.
 
 Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W) with W >= V aligned columns.
 """
@@ -41,12 +41,12 @@ def aligned_head(weight: Tensor) -> Tensor:
 
 
 def card_memory(device: torch.device) -> int:
-    """Return the card's memory in bytes. It is the same in a resumed run; what is free is not."""
+    """Return the card's total memory in bytes. Unlike free memory, a resume does not change it."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def logits(h: Tensor, w: Tensor) -> Tensor:
-    """Return h W^T in fp32: cuBLAS adds up in it, so that a rounded copy costs a kernel more."""
+    """Return h W^T in fp32. cuBLAS accumulates in fp32: a rounded result would cost a cast more."""
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, w.T, out_dtype=torch.float32)
     return (h @ w.T).float()
@@ -57,7 +57,7 @@ def head_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield for each chunk its rows, targets (n, 1) and log softmax of the logits, fp32 (n, W).
 
-    It is -inf in columns from `vocab_size` on.
+    The log softmax is -inf in columns from `vocab_size` on.
     """
     bytes_a_token = 2 * 4 * len(w)  # of logits and of their log softmax
     most = max(1, card_memory(h.device) // SHARE // bytes_a_token)
@@ -68,7 +68,7 @@ def head_chunks(
         if len(w) > vocab_size:
             z[:, vocab_size:].fill_(-math.inf)
         log_p = torch.log_softmax(z, -1)
-        del z  # its memory is the next one's
+        del z  # the next chunk takes its memory
         yield rows, targets[rows, None], log_p
 
 
@@ -88,8 +88,8 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Compute `loss.tied_cross_entropy`, on all rows: a search for the scored ones would make the
-    CPU wait for the GPU.
+    """Compute `loss.tied_cross_entropy`, on all rows: selecting the scored rows would make the CPU
+    wait for the GPU.
     """
     return _TiedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
 
@@ -114,7 +114,7 @@ class _TiedCrossEntropy(LossAndGradient):
             of_targets = torch.gather(log_p, 1, y, out=log_p_of_targets[rows])
             grad_z = log_p if dtype == log_p.dtype else torch.empty_like(log_p, dtype=dtype)
             torch.exp(log_p, out=grad_z)  # p
-            # p - 1 = expm1(log p): in low precision, p near 1 minus 1 would lose its digits.
+            # p - 1 is expm1(log p): in low precision, p - 1 would lose its digits for p near 1.
             grad_z.scatter_(1, y, of_targets.expm1().to(dtype))
             torch.mm(grad_z, w, out=grad_h[rows])
             if grad_w is not None:

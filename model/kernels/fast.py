@@ -1,18 +1,18 @@
 """Make a GPT-2 faster: `accelerate(model)`.
 
-Each class here computes what its plain parent does, in another way. `accelerate` gives the modules
-of one model these classes; parameters, buffers and names stay as they are.
+Each class computes the same as its plain parent, in another way. `accelerate` gives these classes
+to the modules of one model. Parameters, buffers and names stay unchanged.
 
 | replaced | by | why |
 |---|---|---|
-| `nn.Linear` on a CPU, not narrow | oneDNN's matmul | faster than MKL's; in bf16 it adds the bias |
-| `nn.GELU` on a CPU | oneDNN's, after a product with the identity | PyTorch's tanh is slow |
+| `nn.Linear` on a CPU, not narrow | oneDNN's matmul | faster than MKL, adds the bias in bf16 |
+| `nn.GELU` on a CPU | oneDNN's GELU of a product with the identity | PyTorch's tanh is slow |
 | `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
 | attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
 | the loss and the scores | logits in chunks | whole, they would be the largest tensor |
 
-On other devices each calls its parent, except the loss. Under torch.compile each does, except the
-loss. `python -m benchmarks.operations` measures what each gains (docs/speed.md), and
+On other devices and under torch.compile, each class calls its parent, except for the loss.
+`python -m benchmarks.operations` measures the gain of each (docs/speed.md), and
 tests/model/test_fast.py compares each with its parent.
 """
 
@@ -36,7 +36,7 @@ class FastLinear(nn.Linear):
 
 
 class FastGELU(nn.GELU):
-    """GELU, in the form that `approximate` names; only the tanh form is faster."""
+    """GELU, in the form that `approximate` names. Only the tanh form is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.approximate == "tanh":
@@ -52,7 +52,7 @@ class FastDropout(nn.Dropout):
 
 
 class FastAttention(Attention):
-    """Causal self-attention; `attend` is `causal_attention`."""
+    """Causal self-attention, computed by `causal_attention`."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         p = self.attn_pdrop if self.training else 0.0
@@ -99,9 +99,9 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
 def set_kernels(model: GPT2, kernels: str) -> None:
     """Let the model compute by the "fast" operations here, or by PyTorch's own ("plain").
 
-    Plain, its frozen projections are laid out in memory as transformers' are, (in, out): a BLAS may
-    add up the products with a transposed matrix in another order. An adapter's A and B are not;
-    they have no bias.
+    "plain" lays out frozen projections in memory as transformers does, (in, out), because a BLAS
+    may add up products with a transposed matrix in another order. An adapter's A and B, which have
+    no bias, keep their layout.
     """
     if kernels == "fast":
         accelerate(model)

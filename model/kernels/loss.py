@@ -1,4 +1,4 @@
-"""The loss and the scores of a tied head, without storing all logits: the largest tensor.
+"""The loss and the scores of a tied head, without storing all logits, the largest tensor.
 
 This file is for a CPU or Apple's GPU, `model/kernels/cuda_loss.py` for CUDA.
 
@@ -15,9 +15,9 @@ from model.gpt2 import IGNORE_INDEX
 from model.kernels.cpu import linear, matmul
 
 CHUNK = 1 << 24  # logits at a time, to save memory
-LARGE_CHUNK = 1 << 26  # if each chunk costs an addition to the head's gradient
+LARGE_CHUNK = 1 << 26  # where each chunk is also added to the head's gradient
 CACHED_LOGITS = 1 << 19  # logits whose softmax stays in the cache
-TILE = 128  # tokens: with a multiple of it, matmuls are faster
+TILE = 128  # tokens: matmuls are faster on a multiple of this
 SLICE_BYTES = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
 SMALLEST = 1e-30  # no logarithm of a smaller probability: from 1e-38 down, fp32 loses digits
 
@@ -51,7 +51,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def scored_rows(targets: Tensor) -> Tensor:
-    """Return the places (n,) of the scored targets."""
+    """Return the indices (n,) of the scored targets."""
     return (targets != IGNORE_INDEX).nonzero().squeeze(1)
 
 
@@ -72,7 +72,7 @@ def chunk_size(vocab_size: int, logits: int) -> int:
 def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split logits z (n, V) and their targets (n,) into blocks of a few rows.
 
-    What is read and written several times stays in a CPU's cache.
+    A block is read and written several times, and stays in a CPU's cache.
     """
     n, V = z.shape
     size = n
@@ -82,7 +82,7 @@ def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def losses_of_logits(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `token_losses` does, (n,) both."""
+    """Return the results of `token_losses` for logits z (n, V), (n,) each."""
     losses = []
     hits = []
     for rows, y in blocks(z, targets):
@@ -114,7 +114,7 @@ def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
 
 class LossAndGradient(torch.autograd.Function):
     """A loss of hidden and weight whose forward pass also computes the gradient, and saves dL/dh
-    and dL/dW (or None). The loss comes last, so the backward pass only applies a factor.
+    and dL/dW (or None). The loss is a scalar, so the backward pass only applies a factor.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ class LossAndGradient(torch.autograd.Function):
 class _TiedCrossEntropy(LossAndGradient):
     """Compute the loss and its gradient.
 
-    With z = h W^T, dL/dh = dL/dz W and dL/dW = dL/dz^T h. Nothing (N, V) is kept.
+    With z = h W^T, dL/dh = dL/dz W and dL/dW = dL/dz^T h. No tensor (N, V) is kept.
     """
 
     @staticmethod
@@ -167,7 +167,7 @@ def add_gradient_of_hidden(total: Tensor, dz: Tensor, w: Tensor) -> None:
 def add_gradient_of_weight(total: Tensor, dz: Tensor, h: Tensor) -> None:
     """Add dL/dz^T h to `total` (V, C)."""
     if dz.dtype == torch.float32:
-        total += matmul(h.T, dz).T  # the transposed matmul, whole, is faster
+        total += matmul(h.T, dz).T  # one transposed matmul is faster than slices
         return
     size = slice_width(dz)
     for rows, dz_slice in zip(total.split(size), dz.split(size, 1), strict=True):
