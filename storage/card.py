@@ -122,7 +122,7 @@ def _base_name(base: str, quantise: str | None) -> str:
 
 
 def _card(name: str, base: str, quantise: str | None, tag: str, text: str) -> str:
-    """Fill the template. `tag` is one of the hub's: "lora" is an adapter, others are models."""
+    """Fill the template. `tag` is a tag of the hub: "lora" for an adapter, others for models."""
     repository, revision = split_revision(stock_name(base))
     base_model = f"base_model: {repository}"
     if repository.startswith("./"):

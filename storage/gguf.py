@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 from lora.tensors import is_finite
 from model.gpt2 import GPT2, GPT2Config
 
-# The names in `gguf` of a tensor's type, and of a file's.
+# The names in `gguf` of a tensor's type, and of a file's type.
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 SUFFIXES = (".weight", ".bias", ".weight.lora_a", ".weight.lora_b")
@@ -66,7 +66,7 @@ def save_adapter_gguf(
     name: str,
     dtype: torch.dtype,
 ) -> None:
-    """Write an adapter, by PEFT's names of layers: B (out, rank), scaling included, A (rank, in).
+    """Write an adapter, by PEFT's layer names: B (out, rank), scaling included, and A (rank, in).
 
     llama.cpp adds alpha / rank * B A x, with one alpha for all layers. Here alpha is the rank, so
     the factor is 1.
@@ -142,7 +142,7 @@ def _add_tokenizer(
 
     own = tokenizer.files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
     template = chat_template or own
-    if isinstance(template, str):  # some settings list several
+    if isinstance(template, str):  # some settings list several templates
         writer.add_chat_template(template)
 
 

@@ -1,4 +1,4 @@
-"""Write what stock tools look for beside a model: the base's name and the tokenizer's settings."""
+"""Name a base, and write a tokenizer's files, as stock tools expect them beside a model."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def save_tokenizer(
 
 
 def _settings(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`: the base's fields, and those it lacks."""
+    """Return the content of `tokenizer_config.json`: the base's fields, and the missing ones."""
     settings = json.loads(tokenizer.files.get(SETTINGS, b"{}"))
     named = json.loads(tokenizer.files.get(SPECIAL, b"{}")) | settings
     for field in PATHS:

@@ -1,7 +1,7 @@
 """Find a base or an adapter: a directory, the bundled mini, or a repository on the hub.
 
-The hub is Hugging Face's, and its library `huggingface_hub` downloads and caches. The library is
-imported only where a repository is asked for, and its environment variables apply.
+The library `huggingface_hub` downloads from the Hugging Face hub and caches. It is imported only
+to find a repository, and its environment variables apply.
 """
 
 import os
@@ -32,8 +32,8 @@ GPT2_SHA256 = {
 }
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
-# How long the hub may take to answer. Each address of the host is tried for that long, and the hub
-# has four, so `auto` waits for 4 seconds at most.
+# Timeouts for the hub's answer, for each address of the host. The hub has four addresses, so `auto`
+# waits for 4 seconds at most.
 AUTO_SECONDS = 1
 NAMED_SECONDS = 10
 
@@ -42,9 +42,9 @@ def find_base(base: str) -> tuple[str, Path]:
     """Return the name and the directory of a base.
 
     `base` is a directory, one of HUB_NAMES, `mini`, `auto`, or a repository OWNER/NAME[@REVISION].
-    `auto` is gpt2 if it is cached or can be downloaded, and mini otherwise. It prints which and
-    why. A name such as `gpt2` wins over a directory of that name, a directory over a repository.
-    Raises UserError for a base that is not available.
+    `auto` is gpt2 if it is cached or can be downloaded, and mini otherwise. The choice is printed
+    with its reason. A name such as `gpt2` wins over a directory with this name, and a directory
+    over a repository. Raises UserError for a base that is not available.
     """
     if base == "auto":
         return _gpt2_or_mini()
@@ -82,7 +82,7 @@ def find_adapter(adapter: str) -> Path:
 
 
 def split_revision(base: str) -> tuple[str, str | None]:
-    """Return a base's name and, of OWNER/NAME@REVISION, the revision."""
+    """Split OWNER/NAME@REVISION into name and revision. Other bases have no revision."""
     match = REPOSITORY.fullmatch(base)
     if match is None or os.path.isdir(base):
         return base, None
@@ -111,7 +111,7 @@ def _gpt2_or_mini() -> tuple[str, Path]:
 
 
 def _cached(name: str) -> Path | None:
-    """Return where the base of this name lies: placed by hand, or in the library's cache."""
+    """Return the directory of a base in `CACHE` or in the library's cache, or None."""
     by_hand = CACHE / name
     if (by_hand / CONFIG).exists() and find_weights(by_hand):
         return by_hand
@@ -128,7 +128,7 @@ def _revision(name: str) -> str | None:
 
 
 def _download(name: str, seconds: float) -> Path:
-    """Download the base of this name. The project has a copy of GPT-2's tokenizer."""
+    """Download the config and weights of a base: the project has a copy of GPT-2's tokenizer."""
     repository = REPOSITORIES[name]
     directory = _snapshot(repository, _revision(name), (CONFIG, WEIGHTS), seconds)
     if name != "gpt2":
@@ -149,8 +149,8 @@ def _snapshot(
     """Return the directory of the repository's `files` in the library's cache, downloaded if they
     are not cached. Raises UserError with the library's reason if they are not available.
 
-    With `seconds`, ask the hub once first. The library asks six times for a commit, which takes 23
-    seconds without a network.
+    With `seconds`, first ask the hub once, with this timeout. The library would ask six times,
+    which takes 23 seconds without a network.
     """
     hub = _library()
     try:
@@ -158,7 +158,7 @@ def _snapshot(
             url = hub.hf_hub_url(repository, CONFIG, revision=revision)
             hub.get_session().head(url, timeout=seconds).raise_for_status()
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=files))
-    except Exception as error:  # each version of the library has other exceptions
+    except Exception as error:  # versions of the library raise different exceptions
         raise UserError(
             f"{repository} is neither a directory nor available on the hub: "
             f"{type(error).__name__}: {first_line(error):.300}"

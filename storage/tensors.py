@@ -1,4 +1,4 @@
-"""Read a model's tensors, strictly, from safetensors or from what torch.save wrote."""
+"""Read a model's tensors, strictly, from a file of safetensors or of torch.save."""
 
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -32,7 +32,7 @@ def read_tensors(
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises UserError for any other file."""
+    """Return the shapes of a file's tensors. Raises UserError if it is not a file of tensors."""
     with as_failure(), readable(path):
         shapes, _ = _open(path)
         return shapes

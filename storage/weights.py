@@ -1,8 +1,8 @@
-"""Read Hugging Face GPT-2 directories in all their forms; write the form of transformers.
+"""Read Hugging Face GPT-2 directories in all their forms. Write the form of transformers.
 
-Files on the hub name tensors `h.0.ln_1.weight` and carry the causal masks; transformers itself
-writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. In all of them
-the four projections are Conv1D weights, (in, out); `nn.Linear` here holds (out, in).
+Files on the hub name tensors `h.0.ln_1.weight` and contain the causal masks. transformers itself
+writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All of them store
+the four projections as Conv1D weights, (in, out). `nn.Linear` here has (out, in).
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ SUPPORTED = {
     "tie_word_embeddings": (True,),
 }
 WHOLE_NUMBERS = ("n_layer", "vocab_size", "n_positions", "n_embd", "n_head", "n_inner")
-MOST_LAYERS = 512  # so that a damaged file does not make us build a million
+MOST_LAYERS = 512  # a damaged config must not make us build a million layers
 
 
 def load_gpt2(
@@ -60,14 +60,14 @@ def load_gpt2(
     rounded = nn.Embedding if quantise else nn.Linear | nn.Embedding
     for module in model.modules():
         if isinstance(module, rounded):
-            module.to(dtype)  # on meta: a type and no data
+            module.to(dtype)  # on meta: sets the dtype, without data
 
     model.eval()
     for name, value in read_parameters(weights_path(directory), dict(model.named_parameters())):
         place, _, part = name.rpartition(".")
         module = model.get_submodule(place)
         setattr(module, part, nn.Parameter(value))
-        if quantise and isinstance(module, nn.Linear) and part == "bias":  # its last parameter
+        if quantise and isinstance(module, nn.Linear) and part == "bias":  # read last
             model.set_submodule(place, quantise(module))
     return model
 
@@ -86,16 +86,16 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
 
     head = None
     for key, tensor in read_tensors(path, shapes, unread=masks):
-        if key == HEAD:  # the first
+        if key == HEAD:  # the first tensor
             head = tensor
             continue
         name = key.removeprefix(prefix)
-        # A copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
+        # Copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
         if name == "wte.weight" and head is not None:
             if not torch.equal(head, tensor):
                 raise UserError(f"{path}: {HEAD} differs from wte.weight, which GPT-2's head is")
-            head = None  # large
+            head = None  # free it: it is large
         if CONV1D.search(key):
             tensor = tensor.t()
         yield name, value.copy_(tensor)
@@ -137,7 +137,7 @@ def base_hashes(directory: Path) -> dict[str, str]:
 
 
 def load_config(directory: Path) -> GPT2Config:
-    """Read `config.json`. Raises UserError, naming the field, for anything but a GPT-2."""
+    """Read `config.json`. Raises UserError, naming the field, unless it is a GPT-2."""
     path = Path(directory) / CONFIG
     if path.with_name("adapter_config.json").exists() and not path.exists():
         raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
@@ -185,7 +185,7 @@ def save_gpt2(
     of transformers, each atomically.
 
     The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each dtype.
-    Raises RunError, and leaves what was there, if a number is not finite in `dtype`.
+    Raises RunError, and keeps the old files, if a number is not finite in `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -219,7 +219,7 @@ def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | No
 
 
 def _generation_config(config: dict) -> dict:
-    """Return the content of `generation_config.json`: what ends a text, and what pads a batch."""
+    """Return the content of `generation_config.json`: the ids that begin, end and pad a text."""
     ids = {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if ids["pad_token_id"] is None:
         ids["pad_token_id"] = ids["eos_token_id"]
