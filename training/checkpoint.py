@@ -1,7 +1,7 @@
-"""Write checkpoint.safetensors whole, keep the one before it, and verify what is read back.
+"""Write checkpoint.safetensors atomically, keep the previous one, and verify it when it is read.
 
-The tensors of a nested state go into the file as tensors. The rest, with the tensors' names in
-their places, is JSON in the header, with the sha256 of both.
+The tensors of a nested state go into the file as tensors. The header contains the rest as JSON,
+with a tensor's name in place of each tensor, and the sha256 of both.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        open_file(path).close()  # an error here is no damage: do not replace the file
+        open_file(path).close()  # an unreadable file is not damaged: do not replace it
         try:
             state = _read(path)
         except UserError as error:

@@ -17,7 +17,7 @@ from training.directory import RUN
 from training.report import best_weights, read_run
 from training.scores import perplexity
 
-# The columns of a comparison, and the panels of its picture: a number of `Entry`, and its format.
+# The columns of the table and the panels of the picture: a key of `Entry.numbers`, and its format.
 COLUMNS = {
     "batch": ("batch_size", "{:,}"),
     "peak lr": ("lr", "{:g}"),
@@ -72,7 +72,7 @@ def compare(paths: Sequence[Path]) -> None:
 
 
 def _measure(run: Mapping[str, Any]) -> str:
-    """Return what runs with comparable losses have in common: the base and the scored tokens."""
+    """Return a key that runs with comparable losses share: the base and the scored tokens."""
     names = ("quantise", "val_fraction", "block_size", "label_shift")
     options = [run["options"].get(name) for name in names]
     return str([run["base_sha256"], run["book_sha256"], options])

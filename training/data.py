@@ -13,7 +13,7 @@ from training.options import Options
 
 
 class Data(NamedTuple):
-    """What a run trains on, what it validates on, and the tokenizer of both."""
+    """A run's training data, its validation data, and the tokenizer of both."""
 
     training: Dataset
     validation: Dataset
@@ -47,7 +47,7 @@ def load_data(options: Options, directory: Path) -> Data:
 
 
 def split_examples(options: Options, path: Path, tokenizer: Tokenizer) -> tuple[list, list]:
-    """Return the examples of `path` to train on, and those to validate on."""
+    """Return the training examples and the validation examples."""
     training = read_examples(path, tokenizer, options.block_size)
     if options.val_data:
         validation = read_examples(options.val_data, tokenizer, options.block_size)

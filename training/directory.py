@@ -1,4 +1,4 @@
-"""Guard `--out`: refuse what would lose something, lock the directory, write metrics.jsonl."""
+"""Guard `--out`: refuse to lose files, lock the directory, write metrics.jsonl."""
 
 import errno
 import fcntl
@@ -27,16 +27,16 @@ MODEL_FILES = (
     *TOKENIZER_FILES,
 )
 # Everything that a run writes except the model card, which the user may have claimed.
-# `--overwrite` removes these names and no others, in this order: what is left at any moment is a
-# run that can be resumed, or none.
+# `--overwrite` removes only these names, in this order: at any moment, the files that are left are
+# a run that can be resumed, or not a run.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
 RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # nothing else writes these names
 
 
 def refuse_used_directory(options: Options) -> None:
-    """Raise UserError if `--out` contains what these options do not resume or overwrite."""
+    """Raise UserError if `--out` contains files that these options do not resume or overwrite."""
     out = options.out
-    if os.path.exists(out) and not os.path.isdir(out):  # Path's own tests raise for a long name
+    if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises for a long name
         raise UserError(f"--out {out}: is a file; name a directory")
     try:
         str(out).encode()
@@ -57,7 +57,7 @@ def refuse_used_directory(options: Options) -> None:
 
 
 def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
-    """Raise UserError if the run would overwrite what it reads, by whatever name or link."""
+    """Raise UserError if the run would overwrite an input, under any name or link."""
     out = options.out
     written = {}
     for name in RUN_FILES:
@@ -90,7 +90,7 @@ def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]
 
 
 def _inode(path: Path) -> tuple[int, int]:
-    """Return what two names of one file have in common: links, bind mounts, other cases."""
+    """Return a key that all names of a file share: links, bind mounts, names in other cases."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -100,7 +100,7 @@ class RunDirectory:
 
     The system drops the lock when the process ends, however it ends. No symbolic link is followed:
     metrics.jsonl is opened with O_NOFOLLOW, and all other files are replaced by renaming. Raises
-    UserError if the directory cannot be written or another run has it.
+    UserError if the directory cannot be written or another run has the lock.
     """
 
     def __init__(self, out: Path):
@@ -141,7 +141,7 @@ class RunDirectory:
         os.ftruncate(self.file, 0)
 
     def append(self, metrics: dict[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`. A number that is not finite, as fp16 has, is null."""
+        """Add a line to `metrics.jsonl`. Numbers that overflowed in fp16 become null."""
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         line = (json.dumps(finite) + "\n").encode()
         try:

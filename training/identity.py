@@ -20,9 +20,9 @@ class RunIdentity:
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of its config and, if there are any, its weights
+    base_sha256: dict[str, str]  # of the base's config and, if any, its weights
     book_sha256: str  # of the token ids
-    init_adapter_sha256: dict[str, str] | None  # of its config and weights
+    init_adapter_sha256: dict[str, str] | None  # of its config and its weights
 
 
 def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndarray) -> RunIdentity:
@@ -46,7 +46,7 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
 
 
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError, naming what differs, if the file `path` is not of the run asked for."""
+    """Raise UserError, naming the difference, if the file `path` is of another run than `now`."""
     try:
         difference = _difference(then, now)
     except (KeyError, TypeError, AttributeError) as error:
@@ -64,7 +64,7 @@ def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
         return f"the run is of `train.py {then['method']!s:.80}`, not {now.method}"
 
     names = now.options.keys() - MAY_CHANGE
-    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # it sets others
+    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # sets others
         before = then["options"][name]
         asked = now.options[name]
         if before != asked:

@@ -21,7 +21,7 @@ from training.options import Options
 
 
 def prepare_device(options: Options, device: Device) -> None:
-    """Set the device up for a run. Raises UserError for what it cannot do."""
+    """Set the device up for a run. Raises UserError for options that it does not support."""
     device.set_tf32(options.allow_tf32)
     kind = device.torch_device.type
     if options.compile:
@@ -43,10 +43,10 @@ def prepare_device(options: Options, device: Device) -> None:
 
 
 def compile_hidden(model: GPT2, rows: int) -> None:
-    """Compile the model's hidden states, which take most of a step.
+    """Compile `model.hidden`, which takes most of a step.
 
-    The loss stays: the compiler would unroll its loop over chunks. In training, a batch of fewer
-    rows is padded to `rows`, to avoid recompilation.
+    The loss is not compiled: the compiler would unroll its loop over chunks. In training, a batch
+    of fewer rows is padded to `rows`, to avoid recompilation.
     """
     plain = model.hidden
     compiled = torch.compile(plain)
@@ -66,7 +66,7 @@ class GraphedLoss:
     The graphs serve training on micro-batches (B, T) of one shape. Other calls run `eager`. Each
     parameter gets a permanent gradient buffer: without one, PyTorch would take the graph's own
     memory for the gradient, which the next replay overwrites. If the capture fails, a warning says
-    why, and `eager` serves every call. The random generator's state is as before in both cases.
+    why, and `eager` serves every call. In both cases the random generator's state is restored.
     """
 
     def __init__(self, model: GPT2, shape: tuple[int, int], device: Device):
@@ -82,7 +82,7 @@ class GraphedLoss:
         if not failure:
             generator.set_state(before.get_state())  # in place: the graphs read it
         else:
-            # Another object: torch 2.8 leaves the first one in the mode of a capture.
+            # Use another state object: torch 2.8 leaves the first one in capture mode.
             generator.graphsafe_set_state(before)
             torch.cuda.empty_cache()
             print(f"warning: training without a CUDA graph ({failure})", file=sys.stderr)
@@ -94,7 +94,7 @@ class GraphedLoss:
 
 
 class _Loss(nn.Module):
-    """The loss as a module's forward. PyTorch then knows whose gradients to compute."""
+    """The loss as a module's forward. PyTorch then finds the parameters that need gradients."""
 
     def __init__(self, model: GPT2):
         super().__init__()
@@ -112,7 +112,7 @@ def _capture(
     No local may keep the exception: its frames would keep the activations alive.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
-    # A capture whose end fails does not leave its stream: the outer `with` does.
+    # If the end of a capture fails, its stream stays current: the outer `with` leaves it.
     here = torch.cuda.stream(torch.cuda.current_stream())
     try:
         with here, device.autocast(cache_enabled=False):  # a cached copy would belong to one replay

@@ -1,4 +1,4 @@
-"""Measure the training loop, so that no step waits for the GPU."""
+"""Measure the training loop without making a step wait for the GPU."""
 
 import math
 import time
@@ -20,7 +20,7 @@ class Progress:
 
     step: int = 0
     base_val_loss: float = math.nan
-    start_val_loss: float = math.nan  # the base's, or the initial adapter's
+    start_val_loss: float = math.nan  # of the base, or of the initial adapter
     best_val_loss: float = math.inf
     best_val_bits_per_byte: float = math.inf
 
@@ -39,11 +39,11 @@ class Progress:
 class Meter:
     """Sum loss, tokens and time since the last line of metrics, and find the first faulty step.
 
-    A step's loss and gradient norm stay on the device until a line is due. So to count a step
+    A step's loss and gradient norm stay on the device until a line is due. So counting a step
     neither launches a kernel nor waits for one.
 
     A step is faulty if its loss or gradient is not finite. In fp16 such a gradient is normal: the
-    scaler skips the step and halves its scale. There, `MOST_SKIPS` skips in a row are a fault.
+    scaler skips the step and halves its scale. Only `MOST_SKIPS` skips in a row are a fault.
     """
 
     def __init__(self, fp16: bool):

@@ -20,8 +20,8 @@ from training.options import Options, adapter_config
 
 
 def load_base(options: Options, directory: Path, device: Device) -> GPT2:
-    """Load the base on the device: for LoRA, with matrices in the run's precision; for full
-    fine-tuning in fp32 or, if `directory` has no weights, with random ones.
+    """Load the base on the device: for LoRA, with matrices in the run's precision, for full
+    fine-tuning in fp32, with random weights if `directory` has no weights.
 
     Seeds torch with `options.seed`, for A's start and the dropout masks.
     """
@@ -41,7 +41,7 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 
 
 def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
-    """Put a new adapter, or --init-adapter, on the base with these hashes; freeze the rest."""
+    """Put a new adapter, or --init-adapter, on the base with these hashes. Freeze the rest."""
     if options.init_adapter:
         with as_failure():
             load_adapter(model, options.init_adapter, base_sha256["weights"])

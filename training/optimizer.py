@@ -10,8 +10,8 @@ class AdamW(torch.optim.AdamW):
     does not compile its step.
 
     PyTorch wraps these methods to hide them from torch.compile. A wrapper's first call imports
-    torch._dynamo, and with it sympy, which takes longer than torch itself. Take what is wrapped;
-    where PyTorch wraps nothing, `unwrap` changes nothing.
+    torch._dynamo, and with it sympy, which takes longer than torch itself. So these are the wrapped
+    methods. `unwrap` returns a method without a wrapper unchanged.
     """
 
     add_param_group = unwrap(torch.optim.AdamW.add_param_group)

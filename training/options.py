@@ -27,7 +27,7 @@ from lora.variants import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
-# What differs between the methods. All defaults are the reference run's (docs/reference-run.md).
+# Defaults that differ between the methods. All are from the reference run (docs/reference-run.md).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"batch_size": 16, "lr": 3e-4, "out": ROOT / "runs" / "lora"},
     "full": {"batch_size": 64, "lr": 3e-5, "out": ROOT / "runs" / "full"},
@@ -51,8 +51,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
     """Declare a field that argparse reads as an option. A default of False makes a switch.
 
-    `settings` are argparse's, and ours: `names` (other names), `method` (the only method that has
-    the option), `excludes` (a group of options, of which one can be given), `lora` (a field of
+    `settings` go to argparse, except `names` (other names), `method` (the only method that has the
+    option), `excludes` (a group of options that exclude each other), `lora` (a field of
     `LoRAConfig`) and `may_change` (a resumed run may have another value).
     """
     if default is False:
@@ -77,7 +77,7 @@ def blocks(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, as they were typed or by default."""
+    """The options of a run, typed or default."""
 
     method: str
     base: str = option(**BASE_OPTION, may_change=True)
@@ -118,7 +118,7 @@ class Options:
     val_fraction: float = option(
         0.1,
         number(float, 0.001, 0.9),
-        "share of the book or data, at its end, that is the validation part",
+        "share of the book or data, from its end, to validate on",
     )
     label_shift: int = option(
         1, number(int, 1, 2), "1: next token. 2: the reference run's measure", metavar="{1,2}"
@@ -139,7 +139,7 @@ class Options:
         number(int, 1),
         "compute a batch in this many micro-batches, to save memory. Only the dropout masks change",
     )
-    lr: float = option(  # None until `resolve` chooses the best recipe's
+    lr: float = option(  # None: `resolve` chooses the best recipe's rate
         3e-4,
         number(float, 1e-12, 10.0),
         "peak learning rate (default: lora, the recipe's; full, 3e-05)",
@@ -293,7 +293,7 @@ def adapter_config(options: Options) -> LoRAConfig:
     """
     asked = {name: getattr(options, name) for name in LORA_FIELDS}
     if asked["init_lora_weights"] is None:
-        asked["init_lora_weights"] = True  # PEFT's name of LoRA's own start
+        asked["init_lora_weights"] = True  # PEFT's name of LoRA's usual start
     try:
         return make_config(**asked)
     except ValueError as error:
@@ -305,7 +305,7 @@ def flag(name: str) -> str:
 
 
 def make_parser(description: str | None) -> Parser:
-    """Return the parser of `train.py`'s command line. It sets only what is typed."""
+    """Return the parser of `train.py`'s command line. It sets only typed options."""
     parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
@@ -321,7 +321,7 @@ def make_parser(description: str | None) -> Parser:
 
 
 def _add(group: Any, name: str, settings: Mapping[str, Any], default: object) -> None:
-    """Add an option to a parser or to a group of it. Its help ends with its default."""
+    """Add an option to a parser or to one of its groups. The help ends with the default."""
     ours = ("names", "method", "excludes", "lora", "may_change")
     known = {key: value for key, value in settings.items() if key not in ours}
     has_value = default is not None and not isinstance(default, bool)

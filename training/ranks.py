@@ -1,8 +1,8 @@
 """Train in parallel: `torchrun` starts processes, the ranks, each with its share of a batch.
 
-Every rank has the whole model and computes the gradient of its own windows' summed loss. The sum
+Every rank has the whole model and computes the gradient of the summed loss of its windows. The sum
 over ranks is the whole batch's gradient, so the number of ranks changes the speed but not the
-result, except for the dropouts, which each rank draws by itself.
+result, except for dropout masks, which each rank draws separately.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: imported later, its defaults would keep the group alive
+import torch.distributed.nn  # a later import's defaults would keep the group alive
 from torch import Tensor, nn
 
 from common.errors import RunError, UserError, first_line
@@ -66,7 +66,7 @@ class Ranks:
                 dist.destroy_process_group()
                 raise
             except BaseException:
-                self._abort_nccl()  # it would wait for the others, and warn as Python ends
+                self._abort_nccl()  # NCCL would wait for the others, and warn as Python ends
                 raise
         dist.destroy_process_group()
 
@@ -80,13 +80,13 @@ class Ranks:
     def _call(self, collective: Callable[[], object]) -> None:
         try:
             collective()
-        except RuntimeError as error:  # gloo has no exception of its own
+        except RuntimeError as error:  # gloo raises a plain RuntimeError
             if dist.is_initialized():
-                self._abort_nccl()  # it would wait for the rank that has ended
-                dist.destroy_process_group()  # or a thread of gloo's can abort Python's exit
+                self._abort_nccl()  # NCCL would wait for the rank that has ended
+                dist.destroy_process_group()  # otherwise a gloo thread can abort Python's exit
             raise RunError(
                 f"rank {self.rank} of {self.world_size}: the connection to another rank is "
-                f"lost ({first_line(error)}); its own message says why"
+                f"lost ({first_line(error)}); the message of that rank says why"
             ) from error
 
     def _abort_nccl(self) -> None:
@@ -146,7 +146,7 @@ class Ranks:
         self.all_reduce(loss, *(p.grad for p in trained if p.grad is not None))
 
     def max_over_ranks(self, *values: int) -> list[int]:
-        """Return each number's largest over the ranks. The exchange waits for no GPU."""
+        """Return the largest of each number over the ranks. This does not wait for a GPU."""
         if self.world_size == 1:
             return list(values)
         shared = torch.tensor(values)

@@ -1,4 +1,4 @@
-"""Fill in what was left open: precision, learning rate, the fields of an initial adapter."""
+"""Fill in the open options: precision, learning rate, the fields of an initial adapter."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options, adapter_config
 
 RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
-# The best rate of a variant beside plain LoRA's, at rank 8 (docs/variants.md)
+# A variant's best rate as a factor of plain LoRA's rate, at rank 8 (docs/variants.md)
 STARTS = {"pissa": 1 / 4, "lora_ga": 1.0}
 FREEZE_A = 2.0
 ONE_LAYER = 2.0  # one kind of layer in place of all four (docs/experiments.md)
@@ -48,7 +48,7 @@ def rate_factor(options: Options) -> float:
         factor *= FREEZE_A
     if adapts_one_layer(options.target_modules):
         factor *= ONE_LAYER
-    return min(factor, 2)  # no larger one was measured
+    return min(factor, 2)  # no larger factor was measured
 
 
 def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
@@ -60,7 +60,7 @@ def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
 
 
 def resolve(options: Options, base: str, device: Device, training: Dataset) -> Options:
-    """Return the options with nothing left open. Raises UserError for LoRA-GA in fp16."""
+    """Return the options, all filled in. Raises UserError for LoRA-GA in fp16."""
     filled: dict[str, Any] = {"base": portable_name(base), "precision": device.precision}
     adapters = []
     if options.init_adapter:

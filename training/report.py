@@ -62,7 +62,7 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """Read a finished run's `run.json`. Raises UserError if there is no such JSON object."""
+    """Read a finished run's `run.json`. Raises UserError if it is missing or damaged."""
     path = directory / RUN
     if os.path.exists(directory / METRICS) and not os.path.exists(path):
         raise UserError(f"{directory}: the run is not finished; --resume continues it")

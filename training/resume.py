@@ -1,4 +1,4 @@
-"""Save checkpoints of a run, and resume it to the byte."""
+"""Save checkpoints of a run, and resume the run bit for bit."""
 
 import sys
 import time
@@ -21,7 +21,7 @@ class Saver:
     """Save and restore a run: its `stateful` objects, the random generators of all ranks, the time
     and the peak memory. The objects have `state_dict()` and `load_state_dict()`.
 
-    `directory` is None in all ranks but rank 0, which reads and writes the files.
+    `directory` is None except in rank 0, which reads and writes the files.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Saver:
         return f"the last checkpoint is from step {self.step}"
 
     def cost(self) -> dict[str, float]:
-        """Return the run's time and peak memory so far, including those before a resume."""
+        """Return the run's time and peak memory so far, including the time before a resume."""
         self.peak_memory_mb = max(self.peak_memory_mb, self.device.peak_memory_mb())
         seconds = time.perf_counter() - self.began_at
         return {"seconds": seconds, "peak_memory_mb": self.peak_memory_mb}
@@ -107,7 +107,7 @@ class Saver:
             if self.directory and then[name] != value:
                 print(
                     f"warning: the run began with {name} {then[name]} and resumes with {value}: "
-                    "its last bits may differ from an uninterrupted run's",
+                    "the result may differ in its last bits from an uninterrupted run",
                     file=sys.stderr,
                 )
         if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
@@ -115,7 +115,7 @@ class Saver:
             self.device.rng.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
 
     def _machine(self) -> dict[str, Any]:
-        """Return what may change the last bits of a result."""
+        """Return the facts that may change the last bits of a result."""
         return {
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),

@@ -78,7 +78,7 @@ def open_run(options: Options) -> Iterator["Run"]:
 class Run:
     """One run of `train.py` in `--out`. Only rank 0 writes files and prints."""
 
-    base: str  # its name
+    base: str  # the base's name
     base_directory: Path
     identity: RunIdentity
     tokenizer: Tokenizer
@@ -104,7 +104,7 @@ class Run:
     # Before the first step
 
     def find_base(self) -> Path:
-        """Find the base. Raises UserError if the run would overwrite what it reads."""
+        """Find the base. Raises UserError if the run would overwrite its inputs."""
         with self.ranks.main_first():
             self.base, self.base_directory = hub.find_base(self.options.base)
         if self.ranks.is_main:
@@ -131,7 +131,7 @@ class Run:
         """Identify the run by its inputs, and lock `--out`. Set `finished` if --resume finds the
         run complete there.
 
-        Raises UserError if another run is in `--out`, or at work there.
+        Raises UserError if `--out` contains another run, or a run that is still at work.
         """
         tokens = data.training.tokens, data.validation.tokens
         self.identity = run_identity(self.options, self.base_sha256, *tokens)
@@ -152,7 +152,7 @@ class Run:
         return True
 
     def set_up_model(self, model: GPT2) -> None:
-        """Cast what was frozen since loading, choose the kernels, and compile."""
+        """Cast weights that were frozen after loading, choose the kernels, and compile."""
         model.train()
         self.device.cast_frozen(model)
         set_kernels(model, self.options.kernels)
@@ -164,7 +164,7 @@ class Run:
         """Return a scaler of the loss for fp16. In other precisions it does nothing."""
         device = self.device.torch_device
         scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
-        scaler.scale(torch.zeros((), device=device))  # makes its scale: a rank may have no loss
+        scaler.scale(torch.zeros((), device=device))  # makes the scale: a rank may have no loss
         return scaler
 
     def use_cuda_graph(self, model: GPT2) -> None:
@@ -341,7 +341,7 @@ class Run:
         Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
         closed terminal and its shell both send it.
         """
-        leave_closed_terminals()  # SIGHUP says that one was
+        leave_closed_terminals()  # SIGHUP means that one was closed
         repeated = number == self.stop_signal
         if repeated and number != signal.SIGINT:
             return
@@ -354,7 +354,7 @@ class Run:
     def _save_or_stop(self) -> None:
         """Save a checkpoint if one is due. If any rank has a signal, save and end the process.
 
-        The signal is read once: one that comes later finds the next step.
+        `stop_signal` is read once. A later signal takes effect at the next step.
         """
         assert self.saver
         due, number = self.ranks.max_over_ranks(self._is_due(), self.stop_signal or 0)
@@ -372,11 +372,11 @@ class Run:
 
     def _stop(self, number: int) -> None:
         """End the process as the signal asks. All is saved."""
-        on_signals(signal.SIG_IGN)  # a second one while Python ends would change the status
+        on_signals(signal.SIG_IGN)  # another signal while Python ends would change the status
         if self.directory:
             print(
                 f"stopped after step {self.step}; the same command with --resume continues",
                 file=sys.stderr,
             )
-        self.ranks.barrier()  # torchrun ends the others as soon as one has ended
+        self.ranks.barrier()  # torchrun kills the others as soon as one rank ends
         sys.exit(128 + number)

@@ -21,7 +21,7 @@ from training.report import read_run
 
 
 def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:
-    """Return train.py's arguments for each run, by its directory. Raises UserError as train.py."""
+    """Return train.py's arguments for each run, by directory. Raises UserError as train.py does."""
     default = parse_options("-", [args.method, *others])
     planned = {}
     for values in product(args.lr or [default.lr], args.r or [None], args.seed or [default.seed]):
@@ -47,7 +47,7 @@ def train(arguments: list[str], out: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
-        prog="training.sweep", description=__doc__, epilog="All other options are train.py's."
+        prog="training.sweep", description=__doc__, epilog="Other options go to train.py."
     )
     parser.add_argument("method", choices=DEFAULTS)
     parser.add_argument("--lr", type=float, nargs="+", metavar="X")

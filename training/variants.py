@@ -13,7 +13,7 @@ from training.run import Run
 
 __all__ = ["parameter_groups", "start_variant"]
 
-BATCHES = 8  # LoRA-GA starts from the gradient of this many
+BATCHES = 8  # LoRA-GA starts from the gradient of this many batches
 
 
 def start_variant(model: GPT2, optimizer: Optimizer, training: Dataset, run: Run) -> None:
@@ -41,5 +41,5 @@ def start_along_gradient(model: GPT2, batches: list[Batch], run: Run) -> None:
     run.ranks.all_reduce(*gradients.values())
     for name, layer in lora_ga_layers(model).items():
         start = layer.initial_factors(gradients[name])
-        run.ranks.broadcast(*start)  # another machine may choose other signs
+        run.ranks.broadcast(*start)  # another machine may compute other signs
         layer.start_at(*start)
