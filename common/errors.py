@@ -71,7 +71,7 @@ def run_command(
 
 
 def describe_failure(error: BaseException | None) -> str | None:
-    """Return the line for a known failure. Return None for a bug in the program, or no error."""
+    """Return the line for a known failure, or None for a bug in the program and for None."""
     if isinstance(error, UserError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:

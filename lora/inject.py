@@ -42,7 +42,7 @@ def install(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinea
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    model.lora_config = config  # type: ignore[assignment]  # no tensor and no module
+    model.lora_config = config  # type: ignore[assignment]  # neither a tensor nor a module
 
 
 @contextmanager

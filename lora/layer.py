@@ -1,6 +1,6 @@
 """The LoRA layer: a frozen linear layer plus a trained low-rank update.
 
-This file needs PyTorch alone. Copied anywhere, it adapts any `nn.Linear` that you freeze first.
+This file needs only PyTorch. Copied anywhere, it adapts any `nn.Linear` that you freeze first.
 """
 
 import math
@@ -95,7 +95,7 @@ class LoRALinear(nn.Module):
         return (y + update).to(y.dtype)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what the adapter adds to y = W x + b: scaling * B A dropout(x), (..., out).
+        """Return the adapter's term, scaling * B A dropout(x), (..., out), to add to y = W x + b.
 
         Only DoRA reads y.
         """

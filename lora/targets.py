@@ -173,7 +173,7 @@ def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> 
 
 
 def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
-    """Raise ValueError for a block or a pattern that no adapted layer has."""
+    """Raise ValueError for a block without an adapted layer, or a pattern that matches none."""
     missing = set(config.layers_to_transform or ()) - {_block(name, config) for name in found}
     if missing:
         raise ValueError(f"layer {min(missing)} has no target module")

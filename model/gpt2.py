@@ -5,7 +5,7 @@ stores the projections as (in, out). Here they are `nn.Linear`s, (out, in): `sto
 transposes them.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
-This file needs PyTorch alone. `accelerate` (`model/kernels/fast.py`) makes its models faster.
+This file needs only PyTorch. `accelerate` (`model/kernels/fast.py`) makes its models faster.
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """

@@ -1,4 +1,4 @@
-"""LoRA-FA: keep A as it was drawn, and train B alone."""
+"""LoRA-FA: keep A at its random start, and train only B."""
 
 from torch import nn
 

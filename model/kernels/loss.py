@@ -19,7 +19,7 @@ LARGE_CHUNK = 1 << 26  # where each chunk is also added to the head's gradient
 CACHED_LOGITS = 1 << 19  # logits whose softmax stays in the cache
 TILE = 128  # tokens: matmuls are faster on a multiple of this
 SLICE_BYTES = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
-SMALLEST = 1e-30  # no logarithm of a smaller probability: from 1e-38 down, fp32 loses digits
+SMALLEST = 1e-30  # the smallest probability to take a log of: fp32 loses digits below 1e-38
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def scored_rows(targets: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision of a matmul with x: autocast's, if it is on."""
+    """Return the precision of a matmul with x. Under autocast, it is the precision of autocast."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
