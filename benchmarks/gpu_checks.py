@@ -1,9 +1,9 @@
-"""A part of `verify_gpu.py`: a device computes the numbers that a CPU computes in fp32.
+"""Part of `verify_gpu.py`: check that a device computes the numbers that a CPU computes in fp32.
 
-On the CPU, `train.py --kernels plain` must take the steps of PEFT's loop. The device, by every
-command line in `commands`, must take the steps of the CPU. Compared are losses, gradients, weights
-and scores, on a new batch in each step. AdamW hides a gradient's scale, and a single batch hides
-which batch it was, so a loss that falls proves little.
+On the CPU, the steps of `train.py --kernels plain` must equal the steps of PEFT's loop. On the
+device, every command line in `commands` must take the CPU's steps. The checks compare losses,
+gradients, weights and scores on a new batch in each step: a falling loss proves little, because
+AdamW hides the gradient's scale, and a single batch hides which batch it was.
 """
 
 import gc
@@ -35,7 +35,7 @@ from training import report
 from training.directory import METRICS
 from training.options import BOOK, Options, parse_options
 
-Findings = dict[str, tuple[float, float]]  # what differs, in English: the figure and its limit
+Findings = dict[str, tuple[float, float]]  # by a check's name in English: the figure and its limit
 
 STEPS = 4
 EXAMPLES = 48  # of conversations
@@ -57,7 +57,7 @@ WAYS = (
     "--precision low --grad-accum 4 --cuda-graph",
     "--precision low --compile --gradient-checkpointing --grad-accum 4",
 )
-# What PEFT and transformers compute as well.
+# The commands that PEFT and transformers can also run.
 BESIDE_PEFT = (
     "lora",
     "full",
@@ -83,14 +83,14 @@ WAYS_OF_VARIANTS = ("--precision fp32", "--precision low --cuda-graph")
 
 
 class Limits(NamedTuple):
-    """The largest differences: of a loss and of a norm, relative; of directions, 1 - cosine."""
+    """The largest allowed differences: relative for loss and norm, 1 - cosine for directions."""
 
     loss: float
     norm: float
     direction: float
 
 
-# Rounding changes a gradient by some 2^-24 to 2^-8 of it, and its direction by the square.
+# Rounding changes a gradient by about 2^-24 to 2^-8, and its direction by the square of that.
 LIMITS = {
     "fp32": Limits(1e-5, 1e-3, 1e-5),
     "tf32": Limits(2e-3, 2e-2, 5e-3),
@@ -101,18 +101,18 @@ LIMITS = {
 
 @dataclass
 class Steps:
-    """What a run's first steps compute."""
+    """The results of a run's first steps."""
 
-    losses: list[float]  # of each step, nats a token
-    gradients: list[dict[str, Tensor]]  # of each step, by the parameter's name
-    moved: dict[str, Tensor]  # how far the trained weights moved in all steps
-    score: float  # nats a token of the validation part, afterwards
-    waits: int = 0  # of the last step for the GPU
+    losses: list[float]  # one per step, nats per token
+    gradients: list[dict[str, Tensor]]  # one per step, by the parameter's name
+    moved: dict[str, Tensor]  # how far the trained weights moved over all steps
+    score: float  # nats per token on the validation part, after the last step
+    waits: int = 0  # how often the last step waited for the GPU
     captured: bool = False  # whether there is a CUDA graph
 
 
 def checks(opts: Namespace, into: Report) -> None:
-    """Make every check. An exception is the failure of one check alone."""
+    """Run every check. An exception fails only the check that raised it."""
     for name, check in all_checks(opts).items():
         with into.trying(name):
             for what, (figure, limit) in check().items():
@@ -153,18 +153,18 @@ def commands(opts: Namespace) -> list[str]:
 
 
 def make_inputs(opts: Namespace, folder: Path) -> None:
-    """Write a base of random weights, whose vocabulary is odd, the start of the book, and short
+    """Write a base of random weights with an odd vocabulary size, the start of the book, and short
     conversations.
     """
     opts.folder = folder
     opts.base = folder / "base"
     opts.book = folder / "book.txt"
-    opts.known = {}  # steps on the CPU, by command line
+    opts.known = {}  # the CPU's steps, by command line
 
     torch.manual_seed(0)
     model = GPT2(opts.config)
     with torch.no_grad():
-        for parameter in model.parameters():  # as they start, biases are 0 and logits alike
+        for parameter in model.parameters():  # new biases are 0, new logits nearly equal
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     save_gpt2(model, opts.base)
     write_tokenizer(opts.base, opts.config.vocab_size)
@@ -178,7 +178,7 @@ def make_inputs(opts: Namespace, folder: Path) -> None:
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Write GPT-2's tokenizer, cut to its first tokens and the end of text."""
+    """Write GPT-2's tokenizer, cut to its first tokens and the end-of-text token."""
     stored = json.loads((GPT2_FILES / FAST).read_text(encoding="utf-8"))
     model = stored["model"]
     end = vocab_size - 1
@@ -204,9 +204,9 @@ def arguments(opts: Namespace, command: str) -> list[str]:
         batch_size=opts.batch,
         block_size=opts.block,
         lr=2e-3,
-        weight_decay=1,  # shows in few steps
+        weight_decay=1,  # large enough to show within a few steps
         warmup_ratio=0.4,  # two steps
-        clip=1e9,  # every gradient as it is
+        clip=1e9,  # no clipping
         log_every=1,
     )
 
@@ -217,7 +217,7 @@ def options(opts: Namespace, command: str) -> Options:
 
 @contextmanager
 def recorded_gradients(parameters: dict[str, nn.Parameter]) -> Iterator[list[dict[str, Tensor]]]:
-    """Yield a list that gets the gradients of each optimizer's step inside the `with`."""
+    """Yield a list that collects the gradients of each optimizer step inside the `with`."""
     seen: list[dict[str, Tensor]] = []
 
     def record(*_: object) -> None:
@@ -233,7 +233,7 @@ def recorded_gradients(parameters: dict[str, nn.Parameter]) -> Iterator[list[dic
 def take_steps(opts: Namespace, command: str) -> Steps:
     """Take the first steps of `train.py COMMAND`."""
     torch.compiler.reset()
-    gc.collect()  # the last model: a compiled or graphed one refers to itself
+    gc.collect()  # frees the last model: a compiled or captured model refers to itself
     trainer = ours.Trainer(options(opts, command))
     parameters = trainer.parameters
     before = snapshot(dict(parameters))
@@ -300,10 +300,10 @@ def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def beside_peft(opts: Namespace, command: str) -> Findings:
-    """Compare the CPU's steps with PEFT's, without dropout, and with the same dropouts."""
+    """Compare the CPU's steps with PEFT's steps, without dropout and with equal dropouts."""
     here = steps_on_the_cpu(opts, command)
     found = compare(command, here, steps_of_peft(opts, command), LIMITS["fp32"])
-    if SVD not in command:  # PEFT also draws an A that it then replaces
+    if SVD not in command:  # PEFT also draws an A, and then replaces it
         dropping = f"{command} {DROPOUT[command.split()[0]]}"
         here, there = take_steps(opts, f"{dropping} {ON_THE_CPU}"), steps_of_peft(opts, dropping)
         found["with dropout, a loss differs, relative"] = (
@@ -333,11 +333,11 @@ def beside_the_cpu(opts: Namespace, command: str) -> Findings:
 
 
 def compare(command: str, here: Steps, there: Steps, limits: Limits) -> Findings:
-    """Return how far the steps differ, at most."""
+    """Return the largest differences of the steps."""
     norms, directions = [], []
     for mine, theirs in zip(here.gradients, there.gradients, strict=True):
         norms.append(relative([norm(mine)], [norm(theirs)]))
-        if SVD in command:  # singular vectors have no sign
+        if SVD in command:  # the sign of a singular vector is arbitrary
             mine, theirs = absolute(mine), absolute(theirs)
         directions.append(angle(mine, theirs))
     return {
@@ -385,7 +385,7 @@ def absolute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dropout(opts: Namespace) -> Findings:
-    """Check that every step draws new masks, and a graph the same masks as a run without."""
+    """Check that every step draws new masks, and that a graph draws the masks of an eager run."""
     command = f"lora --precision fp32 {DROPOUT['lora']}"
     still = ours.Trainer(options(opts, f"{command} --lr 1e-12"))
     batch = next(still.batches())
@@ -410,7 +410,7 @@ def evaluation(opts: Namespace) -> Findings:
 
 
 def waits_in_evaluation(opts: Namespace, count: int) -> int:
-    """Return how often scoring `count` batches waits: once, for the sums, is right."""
+    """Return how often scoring `count` batches waits. One wait, for the sums, is right."""
     trainer = ours.Trainer(options(opts, f"lora --precision {opts.low}"))
     validation = trainer.data.validation
     assert isinstance(validation, Windows) and validation.byte_counts is not None
@@ -424,7 +424,7 @@ def waits_in_evaluation(opts: Namespace, count: int) -> int:
 
 @contextmanager
 def counted_waits(opts: Namespace) -> Iterator[list[str]]:
-    """Yield a list that afterwards has a line for each time that the CPU waited for the GPU."""
+    """Yield a list that receives a line for each time that the CPU waited for the GPU."""
     found: list[str] = []
     if not opts.device.is_cuda:
         yield found
@@ -446,11 +446,11 @@ def logged(out: Path) -> list[float]:
 
 
 class Stopped(Exception):
-    """Raised in a step, to end a run."""
+    """Raised inside a step to end a run."""
 
 
 def resume(opts: Namespace) -> Findings:
-    """Check that a run that ended in its third step resumes as if it had not."""
+    """Check that a run that was stopped in its third step resumes without a difference."""
     whole, parted = opts.folder / "whole", opts.folder / "parted"
     argv = arguments(opts, f"lora --precision fp32 {DROPOUT['lora']} --checkpoint-every 2")
     real = train.train_step
@@ -471,7 +471,7 @@ def resume(opts: Namespace) -> Findings:
 
 
 def two_ranks(opts: Namespace) -> Findings:
-    """Check that two ranks compute what one process does."""
+    """Check that two ranks compute the same as one process."""
     out = opts.folder / "ranks"
     launch = LaunchConfig(
         run_id="verify-gpu",
@@ -480,7 +480,7 @@ def two_ranks(opts: Namespace) -> Findings:
         nproc_per_node=2,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        start_method="spawn" if opts.device.is_cuda else "fork",  # which need not import torch
+        start_method="spawn" if opts.device.is_cuda else "fork",  # a fork need not import torch
     )
     with mock.patch.object(report, "can_draw", lambda: False):
         command = arguments(opts, "lora --precision fp32")

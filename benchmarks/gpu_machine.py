@@ -1,4 +1,4 @@
-"""A part of `verify_gpu.py`: what the machine is, and which kernels a training step takes there."""
+"""Part of `verify_gpu.py`: describe the machine and the kernels of a training step."""
 
 import subprocess
 from argparse import Namespace
@@ -39,8 +39,8 @@ def describe_gpu() -> dict[str, object]:
 
 
 def describe_step(opts: Namespace, precision: str, report: Report) -> None:
-    """Profile one LoRA step, dropouts on, after one that warms up. It has no graph: a replay's
-    kernels belong to no operation.
+    """Profile one LoRA step with dropout, after a warm-up step. The step runs without a graph,
+    because the profiler cannot assign a replay's kernels to operations.
     """
     trainer = ours.Trainer(options(opts, f"lora --precision {precision} --base-dropout 0.1"))
     batch = next(trainer.batches())

@@ -1,9 +1,9 @@
 """Count how much of a GPU's memory training takes: `python -m benchmarks.gpu_memory`.
 
-It adds up what a step keeps, for each base, method and precision: nothing is run. What it leaves
-out: CUDA's own context, some 0.5 GB of every process, and what the allocator holds in reserve.
+It adds up the tensors that a step keeps, for each base, method and precision, and runs nothing. The
+sum leaves out the CUDA context (about 0.5 GB per process) and the allocator's reserve.
 
-Shapes: B windows of T tokens, n = B T; C = n_embd, L = n_layer, V the vocabulary in rows of 64.
+Shapes: B windows of T tokens, n = B T, C = n_embd, L = n_layer, V the vocabulary in rows of 64.
 """
 
 import math
@@ -21,9 +21,9 @@ BASES = {
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # a weight: docs/qlora.md
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes per weight: docs/qlora.md
 CARDS = (8, 12, 16, 24)  # GB
-CONTEXT = 0.5e9  # of CUDA's own, and of the allocator's
+CONTEXT = 0.5e9  # for the CUDA context and the allocator's reserve
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Case:
 
     name: str
     method: str  # lora or full
-    item: int  # bytes of a number in the run's precision
+    item: int  # bytes per number in the run's precision
     nf4: bool = False
     checkpointing: bool = False
 
@@ -52,16 +52,16 @@ CASES = (
 def step_bytes(
     config: GPT2Config, case: Case, windows: int, length: int, rank: int = 8, card: float = 16e9
 ) -> dict[str, float]:
-    """Return what a step holds at its peak, by part, in bytes."""
+    """Return a step's memory at its peak, in bytes, by part."""
     tokens = windows * length
     blocks = block_bytes(config, case, rank)
     kept = config.n_layer * blocks
-    if case.checkpointing:  # of each block its input; of one block, all
+    if case.checkpointing:  # one input per block, and all tensors of a single block
         kept = config.n_layer * 4 * config.n_embd + blocks
     parts = weight_bytes(config, case, rank)
     parts["activations"] = tokens * (kept + around_bytes(config))
     parts["loss"] = loss_bytes(config, case, tokens, card)
-    if case.method == "full":  # by the time all gradients exist, activations and loss are gone
+    if case.method == "full":  # once all gradients exist, activations and loss are freed
         gradients = 4 * parameters(config)
         in_backward = gradients - parts["activations"] - parts["loss"]
         parts["gradients"] = max(0.0, in_backward)
@@ -74,7 +74,7 @@ def parameters(config: GPT2Config) -> int:
 
 
 def weight_bytes(config: GPT2Config, case: Case, rank: int) -> dict[str, float]:
-    """Return the bytes of weights, of what is trained beside them, and of copies of them."""
+    """Return the bytes of the weights, of the trained weights beside them, and of their copies."""
     C = config.n_embd
     matrices = config.n_layer * 12 * C**2
     others = parameters(config) - matrices
@@ -82,7 +82,7 @@ def weight_bytes(config: GPT2Config, case: Case, rank: int) -> dict[str, float]:
         return {
             "weights": 4.0 * parameters(config),
             "AdamW": 8.0 * parameters(config),
-            "copies": 0.0 if case.item == 4 else case.item * matrices,  # autocast's
+            "copies": 0.0 if case.item == 4 else case.item * matrices,  # made by autocast
         }
 
     adapter = config.n_layer * 4 * C * rank  # A (r, C) and B (3 C, r)
@@ -90,20 +90,21 @@ def weight_bytes(config: GPT2Config, case: Case, rank: int) -> dict[str, float]:
     copies = 0.0
     if case.nf4:
         frozen = NF4_BYTES * matrices + case.item * others
-        copies = 4 * C**2 * (2 + 4 + case.item)  # of one layer: its codes, its levels, its weights
+        copies = 4 * C**2 * (2 + 4 + case.item)  # of one layer: codes, levels, weights
     return {"weights": frozen, "adapter and AdamW": 16.0 * adapter, "copies": copies}
 
 
 def block_bytes(config: GPT2Config, case: Case, rank: int) -> float:
-    """Return the bytes a token that one block keeps for its backward pass.
+    """Return the bytes per token that one block keeps for its backward pass.
 
-    In C bytes: the inputs of two norms, fp32; the bool masks of dropouts; in the run's precision
-    q, k and v, the attention's output and that of c_fc, and for LoRA the input of A. If W is
-    trained, the inputs of its matmuls as well; the attention's output is c_proj's.
+    A block keeps the inputs of two norms in fp32 and the bool masks of its dropouts. In the run's
+    precision it keeps q, k, v, and the outputs of the attention and of c_fc. LoRA also keeps the
+    input of A. If W is trained, the inputs of its matmuls are kept too. The attention's output is
+    the input of c_proj and counts once.
     """
     C = config.n_embd
     norms = 2 * 4 + 16 / C
-    attention = (3 + 1) * case.item + 4 * config.n_head / C  # and the log of its sums
+    attention = (3 + 1) * case.item + 4 * config.n_head / C  # plus the log of the softmax's sums
     inner = 4 * case.item
     if case.method == "lora":
         return C * (norms + attention + inner + 3 + case.item + rank * case.item / C)
@@ -111,7 +112,7 @@ def block_bytes(config: GPT2Config, case: Case, rank: int) -> float:
 
 
 def around_bytes(config: GPT2Config) -> float:
-    """Return the bytes a token of what is around the blocks: the embedding's mask, the last norm's
+    """Return the bytes per token outside the blocks: the embedding's mask, and the last norm's
     input and output.
     """
     return config.n_embd * (1 + 4 + 4)
@@ -123,7 +124,7 @@ def loss_bytes(config: GPT2Config, case: Case, tokens: int, card: float) -> floa
     most = max(1, int(card // SHARE // (8 * columns)))
     chunk = math.ceil(tokens / math.ceil(tokens / most))
     total = 8.0 * columns * chunk + 2 * case.item * config.n_embd * tokens
-    if case.method == "full":  # the head's gradient, and its product before it is added
+    if case.method == "full":  # the head's gradient, and the product that is added to it
         total += (4 + 2 * case.item) * columns * config.n_embd
     return total
 
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def smallest_card(total: float) -> str:
-    """Return the smallest of the cards of which the total is at most 95 %, in GB."""
+    """Return the smallest card, in GB, that the total fills to at most 95 %."""
     for card in CARDS:
         if total <= 0.95e9 * card:
             return str(card)

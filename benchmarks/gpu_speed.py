@@ -1,4 +1,4 @@
-"""A part of `verify_gpu.py`: time, memory and launches of a step beside PEFT's."""
+"""Part of `verify_gpu.py`: compare the time, memory and launches of a step with PEFT's step."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -14,10 +14,10 @@ from common.errors import RunError
 
 
 def speed(opts: Namespace, report: Report) -> None:
-    """Time a step of GPT-2 124M, random weights, each contender in a process of its own. A dry run
-    times the tiny base in this process.
+    """Time a step of GPT-2 124M with random weights. Each contender runs in a separate process. A
+    dry run times the tiny base in this process.
 
-    Ratios are to this project's step as users have it, which comes first of each method.
+    All ratios are relative to this project's default step, the first row of each method.
     """
     run = measure if opts.dry_run else run_apart
     if opts.device.is_cuda:
@@ -40,7 +40,7 @@ def speed(opts: Namespace, report: Report) -> None:
 
 
 def timed_tasks(opts: Namespace, folder: str, method: str) -> list[Task]:
-    """Return all sides' tasks, on the base in `folder`, or on the tiny base of a dry run."""
+    """Return the tasks of all sides, on the base in `folder`, or on the tiny base of a dry run."""
     task = Task(
         "train",
         str(opts.base) if opts.dry_run else folder,
@@ -65,7 +65,7 @@ def timed_tasks(opts: Namespace, folder: str, method: str) -> list[Task]:
 
 
 def graph_speed(facts: dict) -> float | None:
-    """Return how many times as fast LoRA's step is with a graph, if both were timed."""
+    """Return the speed-up of LoRA's step by a graph, if both steps were timed."""
     names = [name for name in facts if name.startswith("this project, LoRA")]
     with_graph = [name for name in names if name.endswith(", graph") and "compiled" not in name]
     if not with_graph:
@@ -75,7 +75,7 @@ def graph_speed(facts: dict) -> float | None:
 
 
 def figures(opts: Namespace, found: dict, first: dict) -> dict[str, object]:
-    """Return the figures of a row of the report's table."""
+    """Return the figures for one row of the report's table."""
     seconds = found["median"]
     share: object = "-"
     if "matmuls_share" in found:

@@ -1,7 +1,8 @@
-"""Measure what each operation of model/kernels/fast.py gains: `python -m benchmarks.operations`.
+"""Measure the gain of each operation of model/kernels/fast.py: `python -m benchmarks.operations`.
 
-A training step with all of them, then one with each replaced by its plain twin, round after round
-in one process; the ratio of two steps is taken within a round.
+A round takes a training step with all fast operations, then one step per operation with that
+operation replaced by its plain twin. All rounds run in one process, and ratios are taken within a
+round.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[str, ...]]:
-    """Return a row for each operation that is replaced, with the ratio of its step."""
+    """Return a row for each replaced operation, with the ratio of the steps."""
     options = ours.options(
         method,
         base=base,
@@ -62,7 +63,7 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
         batch_size=16,
         block_size=min(128, load_config(base).n_positions),
         base_dropout=0.1,
-        max_steps=1000,  # the schedule, and not what is run
+        max_steps=1000,  # sets the schedule, not the steps that run
     )
     trainer = ours.Trainer(options)
     fast = partial(ours.step, trainer, next(trainer.batches()))
@@ -79,7 +80,7 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
 def run_plain(
     model: nn.Module, kinds: Sequence[type[nn.Module]], step: Callable[[], object]
 ) -> None:
-    """Run a step with these plain classes in place of their fast ones; put those back."""
+    """Run a step with these plain classes in place of the fast classes, then restore the latter."""
     accelerate(model, {FAST[kind]: kind for kind in kinds})
     try:
         step()
@@ -88,7 +89,7 @@ def run_plain(
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, str]:
-    """Time each call once a round; return its time over the first call's in the same round, as
+    """Time each call once a round. Return its time relative to the first call of the same round, as
     median (least..most).
     """
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -30,7 +30,7 @@ from training.scores import Scores
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:
     """Return arguments of `train.py`. A keyword is an option: `max_steps=3` is `--max-steps 3`, and
-    True or False a switch that is on or off. `more` comes last, so it wins.
+    True or False switches a flag on or off. `more` comes last, so `more` wins.
     """
     argv = [method]
     for name, value in values.items():
@@ -43,17 +43,17 @@ def command_line(method: str, *more: object, **values: object) -> list[str]:
 
 
 def options(method: str, *more: object, **values: object) -> Options:
-    """Return `train.py`'s options by `command_line`, defaults included."""
+    """Return the options of `train.py` for a `command_line`, defaults included."""
     return parse_options("-", command_line(method, *more, **values))
 
 
-@cache  # so that what is timed does not load it
+@cache  # cached, so that a timed call does not load it
 def tokenizer(base: Path) -> Tokenizer:
     return load_tokenizer(base, load_config(base).vocab_size)
 
 
 def data(made: Options) -> tuple[Windows, Windows]:
-    """Return the windows of the book's two parts; `--base` is a directory."""
+    """Return the windows of the book's two parts. `--base` must be a directory."""
     loaded = load_data(made, Path(made.base))
     assert isinstance(loaded.training, Windows)
     assert isinstance(loaded.validation, Windows)
@@ -61,7 +61,7 @@ def data(made: Options) -> tuple[Windows, Windows]:
 
 
 class Trainer:
-    """What `train.py` has before its first step, to take steps one by one. It writes no file."""
+    """The state of `train.py` before its first step, for taking single steps. Writes no file."""
 
     def __init__(self, options: Options, ranks: Ranks | None = None):
         self.device = Device.pick(options.device, options.precision, train=True)
@@ -76,7 +76,7 @@ class Trainer:
         self.set_up()
 
     def set_up(self) -> None:
-        """Make what a step needs. Call it again to train other parameters."""
+        """Set up a step. Call this again to train other parameters."""
         self.optimizer, self.scaler = train.set_up(self.model, self.data, self.run)
 
     @property
@@ -105,18 +105,18 @@ class Trainer:
 
 
 def step(trainer: Trainer, batch: Batch) -> float:
-    """Train on one batch; return its loss in nats a token."""
+    """Train on one batch. Return its loss in nats per token."""
     return trainer.step(batch).item() / batch.num_tokens
 
 
 def evaluate(model: GPT2, windows: Windows, device: Device, block_size: int) -> Scores:
-    """Return `evaluate.py`'s scores of the windows' text, in consecutive windows of this size."""
+    """Return the scores of `evaluate.py` on the windows' text, in consecutive windows."""
     consecutive = replace(windows, block_size=block_size, stride=block_size, label_shift=1)
     return score(model, consecutive, device)
 
 
 def run(argv: Sequence[str]) -> dict:
-    """Run `train.py ARGV` in this process; return its `run.json`."""
+    """Run `train.py ARGV` in this process. Return its `run.json`."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     try:
         train.main(argv)
@@ -137,7 +137,7 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
 
 
 def save_merged(model: GPT2, directory: Path) -> None:
-    """Merge the model's adapter into it and save the whole; the adapter is gone."""
+    """Merge the model's adapter into the model and save it. This removes the adapter."""
     merge(model)
     unwrap(model)
     save_gpt2(model, directory)

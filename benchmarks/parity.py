@@ -1,9 +1,9 @@
-"""Is this LoRA LoRA? The same training by this project and by PEFT, compared number by number.
+"""Is this LoRA LoRA? Run the same training here and in PEFT, and compare number by number.
 
 `python -m benchmarks.parity` trains one base on one book twice, from the same initial adapter and
-on the same batches: here by `train.py`, there by the loop in `peft_loop.py`. With plain kernels the
-command itself must equal that loop bit for bit. With its fast kernels it must come close. The check
-exits with 1 when a figure is above its limit.
+on the same batches: with `train.py`, and with the loop in `peft_loop.py`. With plain kernels, the
+command must equal that loop bit for bit. With fast kernels, it must come close. The check exits
+with 1 if a figure is above its limit.
 """
 
 import math
@@ -39,12 +39,12 @@ from storage.hub import find_base
 from storage.weights import load_config
 from training.options import BOOK, Options
 
-CLOSE = 1e-5  # relative: the same computation, up to the order of its sums
+CLOSE = 1e-5  # relative: same computation, other order of the sums
 LAST_BIT = 2.0**-23  # relative: fp32's unit in the last place
-DRAWS = (1, 2, 3)  # of the PEFT runs whose spread is measured
+DRAWS = (1, 2, 3)  # seeds of the PEFT runs whose spread is measured
 PLAIN = ("--kernels", "plain", "--device", "cpu")
 RESUMED_STEPS = 10
-Sources = dict[str, tuple[Path, Path | None]]  # by name: a base and an adapter on it
+Sources = dict[str, tuple[Path, Path | None]]  # by name: a base, and an adapter for that base
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,8 +115,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def compare(opts: Namespace, report: Report) -> None:
-    """Run every part of the check, or the bit-exact part alone."""
-    warnings.simplefilter("ignore", FutureWarning)  # PEFT's and transformers', about each other
+    """Run every part of the check, or only the bit-exact part."""
+    warnings.simplefilter("ignore", FutureWarning)  # of PEFT and transformers, about each other
     with TemporaryDirectory() as name:
         folder = Path(name)
         there = exact(opts, report, folder)
@@ -130,8 +130,8 @@ def compare(opts: Namespace, report: Report) -> None:
 
 @to_the_bit()
 def exact(opts: Namespace, report: Report, folder: Path) -> Result:
-    """Check that in fp32, on one thread, no bit differs between what `train.py --kernels plain`
-    writes to `folder`/ours and PEFT's run, which is returned.
+    """Check fp32 on one thread: every bit that `train.py --kernels plain` writes to `folder`/ours
+    must equal PEFT's run. Return PEFT's run.
     """
     argv = arguments(opts, "lora", *PLAIN, "--log-every", 1, "--out", folder / "ours")
     args = ours.options(*argv)
@@ -144,7 +144,7 @@ def exact(opts: Namespace, report: Report, folder: Path) -> Result:
 
     compare_counts(report, counted, there)
     compare_exactly(report, "exact", here, there)
-    # What PEFT's side minimises is the mean; dividing a sum may round it otherwise.
+    # PEFT's side minimises the mean. Dividing a sum may round differently.
     assert there.means is not None
     report.check(
         "exact: loss of every step, by cross_entropy's mean there, relative",
@@ -170,7 +170,7 @@ def compare_exactly(report: Report, name: str, here: Result, there: Result) -> N
 
 
 def exchange(opts: Namespace, report: Report, folder: Path, there: Result) -> None:
-    """Let each side read what the other wrote: adapters, and models with the adapter merged."""
+    """Let each side read the other side's files: adapters and merged models."""
     print("\nfiles exchanged: validation loss (perplexity), each file scored by both sides")
     there.model.save_pretrained(folder / "peft")
     trained_here = ours.load(opts.directory, folder / "ours", Device.pick("cpu", "fp32"))
@@ -190,8 +190,8 @@ def exchange(opts: Namespace, report: Report, folder: Path, there: Result) -> No
 
 @torch.no_grad()
 def compare_readings(opts: Namespace, report: Report, what: str, sources: Sources) -> None:
-    """Check that these files hold one model, by both evaluators' losses on the validation part and
-    both sides' logits on its first window.
+    """Check that these files describe one model, by the validation losses of both evaluators and
+    the logits of both sides on the first window.
     """
     device = Device.pick(opts.device, "fp32")
     _, validation = ours.data(train_options(opts, "lora"))
@@ -200,7 +200,7 @@ def compare_readings(opts: Namespace, report: Report, what: str, sources: Source
     window = window.to(device.torch_device)
 
     losses: list[float] = []
-    logits: list[Tensor] = []  # (1, T, V) each
+    logits: list[Tensor] = []  # each (1, T, V)
     for name, (base, adapter) in sources.items():
         here = ours.load(base, adapter, device)
         there = peft_loop.load(base, adapter).to(device.torch_device)
@@ -216,7 +216,7 @@ def compare_readings(opts: Namespace, report: Report, what: str, sources: Source
         logits += [here(window).cpu(), there(input_ids=window).logits.cpu()]
 
     report.check(f"{what}: validation losses, relative", np.ptp(losses) / min(losses), CLOSE)
-    reference = logits[1]  # the first source as read there
+    reference = logits[1]  # the first source, as PEFT's side reads it
     difference = (torch.stack(logits) - reference).abs().max()
     report.check(
         f"{what}: logits, relative to the largest",
@@ -227,7 +227,7 @@ def compare_readings(opts: Namespace, report: Report, what: str, sources: Source
 
 @to_the_bit()
 def resume(opts: Namespace, report: Report, folder: Path) -> None:
-    """Go on here from the adapter that PEFT saved, and there from the one saved here."""
+    """Continue here from PEFT's saved adapter, and continue there from ours."""
     print(f"\nresumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")
     more = (*PLAIN, "--max-steps", RESUMED_STEPS, "--init-adapter")
     here = train_here(train_options(opts, "lora", *more, folder / "peft"))
@@ -236,9 +236,9 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
 
 
 def trained_path(opts: Namespace, report: Report) -> None:
-    """Check the path that users train on: any device, all threads, fp32 and bf16 or fp16."""
+    """Check the path of users: any device, all threads, fp32 and bf16 or fp16."""
     device = Device.pick(opts.device)
-    low = device.precision if device.is_cuda else "bf16"  # not emulated
+    low = device.precision if device.is_cuda else "bf16"  # avoids emulation
     print(f"\nas trained: {device.name}, {torch.get_num_threads()} threads")
 
     here, fp32 = train_both(train_options(opts, "lora", *NO_DROPOUT))
@@ -256,9 +256,9 @@ def trained_path(opts: Namespace, report: Report) -> None:
 def compare_rounding(
     report: Report, precision: str, here: list[float], there: list[float], fp32: list[float]
 ) -> None:
-    """Allow twice the difference that rounding makes on PEFT's own side: here, too, one rounds.
+    """Allow twice the difference that rounding makes on PEFT's side, because both sides round.
 
-    The largest difference hides a small one in every step; the root mean square does not.
+    The root mean square also finds a small difference in every step, which the largest hides.
     """
     name = f"{precision}, no dropout: loss"
     largest_difference = relative(here, there)
@@ -269,8 +269,8 @@ def compare_rounding(
 
 
 def compare_independent_draws(report: Report, args: Options) -> None:
-    """Compare runs whose dropouts are drawn anew: our curve may lie as far from the mean of PEFT's
-    curves as those lie apart, both as root mean squares over the steps.
+    """Compare runs with independent dropouts. Our curve may differ from the mean of PEFT's curves
+    as much as PEFT's curves differ from each other, both as root mean squares over the steps.
     """
     here = train_here(args)
     curves = np.array([train_there(args, draws).losses for draws in DRAWS])
@@ -287,8 +287,8 @@ def compare_independent_draws(report: Report, args: Options) -> None:
 
 
 def full(opts: Namespace, report: Report) -> None:
-    """Train all weights. Four a block are stored transposed there: their gradients add up in
-    another order; where a gradient is tiny, Adam makes a whole step of its rounding.
+    """Train all weights. Transformers stores four weights per block transposed, so gradients add up
+    in another order. Where a gradient is tiny, Adam turns that rounding into a whole step.
     """
     print("\nfull fine-tuning, fp32, no dropout")
     here, there = train_both(train_options(opts, "full", "--base-dropout", "0"))

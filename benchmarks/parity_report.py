@@ -1,4 +1,4 @@
-"""Print the parity check's tables and verdicts; write `parity.json` and `parity.png`."""
+"""Print the parity check's tables and verdicts. Write `parity.json` and `parity.png`."""
 
 import math
 import os
@@ -27,12 +27,12 @@ from common.figures import (
 )
 from common.files import write_json
 
-ROWS = 5  # of a printed curve
-FLOOR = 1e-10  # where the logarithmic axis draws a difference of 0
+ROWS = 5  # printed for each curve
+FLOOR = 1e-10  # the place of a zero difference on the logarithmic axis
 
 
 class Report:
-    """Print every figure as it comes, and keep it with what it was allowed to be."""
+    """Print each figure at once, and record it with its limit."""
 
     def __init__(self) -> None:
         self.checks: list[dict] = []
@@ -40,7 +40,7 @@ class Report:
         self.facts: dict = {}
 
     def curve(self, name: str, here: list[float], there: list[float], **more: list[float]) -> None:
-        """Keep the losses of each step on both sides, and print some."""
+        """Record the losses of each step on both sides, and print some of them."""
         self.curves[name] = {"here": here, "there": there, **more}
         print(f"    {name}\n      step     loss here    loss there    difference")
 
@@ -53,7 +53,7 @@ class Report:
             )
 
     def check(self, name: str, value: float, allowed: float) -> None:
-        """Give a verdict: `value` may be at most `allowed`, and must be a number."""
+        """Give a verdict: `value` must be a number, and at most `allowed`."""
         ok = bool(value <= allowed)
         self.checks.append(
             {"name": name, "value": float(value), "allowed": float(allowed), "ok": ok}
@@ -62,7 +62,7 @@ class Report:
         print(f"{verdict:6}  {name}: {value:.2g} (allowed: {allowed:.2g})")
 
     def fail(self, name: str, why: str) -> None:
-        """Note that what `name` says could not even be tried."""
+        """Record that the check `name` could not be made."""
         self.checks.append(
             {"name": f"{name}: {why}", "value": math.inf, "allowed": 0.0, "ok": False}
         )
@@ -70,7 +70,7 @@ class Report:
 
     @contextmanager
     def trying(self, name: str) -> Iterator[None]:
-        """Let an exception inside the `with` be the failure of `name` alone."""
+        """Turn an exception inside the `with` into a failure of `name` only."""
         try:
             yield
         except Exception as error:
@@ -97,8 +97,8 @@ class Report:
             self.draw(out / "parity.png")
 
     def draw(self, path: Path) -> None:
-        """Draw both sides' curves of the exact run, and every pair's difference."""
-        rows = math.ceil(len(self.curves) / 2)  # of the lower panel's legend
+        """Draw both sides' curves of the exact run, and the differences of every pair."""
+        rows = math.ceil(len(self.curves) / 2)  # in the lower panel's legend
         size = (PAGE_WIDTH, 6.5 + 0.25 * rows)
         figure, (upper, lower) = subplots(2, 1, figsize=size)
         draw_exact(upper, self.curves["exact"])
@@ -123,7 +123,7 @@ def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
 
 
 def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> None:
-    """Draw each pair's difference and, where PEFT's seeds were compared, how far those differ."""
+    """Draw the differences of each pair and, if PEFT ran with several seeds, their spread."""
     colours = shades(OTHER, len(curves))
     for (name, pair), colour in zip(curves.items(), colours, strict=True):
         here = np.array(pair["here"])
@@ -153,7 +153,7 @@ def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Return the largest difference of two sets of parameters; infinite if their names differ."""
+    """Return the largest difference of two sets of parameters. It is inf if their names differ."""
     if a.keys() != b.keys():
         return math.inf
     differences = [(a[name] - b[name]).abs().max() for name in a]

@@ -1,7 +1,7 @@
-"""The parity check's training runs: here by `train.py`, there by PEFT's loop.
+"""The parity check's training runs: `train.py` here, and PEFT's loop there.
 
-Both start from the same initial adapter and see the same batches. Both draw the dropouts in one
-order (`GPT2` in model/gpt2.py), from the random stream that `--seed` begins and A is drawn from.
+Both start from the same initial adapter and see the same batches. Both draw the dropouts in the
+order of `GPT2` in model/gpt2.py, from the random stream that `--seed` starts and that A uses first.
 """
 
 from argparse import Namespace
@@ -23,24 +23,24 @@ from lora.save import WEIGHTS, adapter_tensors
 from training.directory import METRICS
 from training.options import Options
 
-DROPOUT = 0.1  # GPT-2's own, in any base; mini's config turns it off
+DROPOUT = 0.1  # GPT-2's default, for any base: mini's config turns dropout off
 NO_DROPOUT = ("--base-dropout", "0", "--lora-dropout", "0")
 
 
 @dataclass
 class Result:
-    """Hold the results of one training run. `means`, on PEFT's side, is each step's mean loss."""
+    """The results of one training run. `means`, only on PEFT's side, has each step's mean loss."""
 
-    losses: list[float]  # nats a token, a step each
+    losses: list[float]  # one per step, nats per token
     initial: dict[str, Tensor]  # the adapter before the first step
-    adapter: dict[str, Tensor]  # and after the last
-    model: Any = None  # on PEFT's side: PEFT's model, or transformers'
+    adapter: dict[str, Tensor]  # the adapter after the last step
+    model: Any = None  # only on PEFT's side: the model of PEFT or transformers
     means: list[float] | None = None
 
 
 def arguments(opts: Namespace, method: str, *more: object) -> list[str]:
-    """Return `train.py`'s arguments for a run of at most one epoch: all dropouts are on, and the
-    rest has its defaults.
+    """Return `train.py`'s arguments for a run of at most one epoch with all dropouts on, and
+    defaults otherwise.
 
     Such a run validates before its first step and after its last, so it saves the last adapter.
     """
@@ -65,7 +65,7 @@ def train_options(opts: Namespace, method: str, *more: object) -> Options:
 
 @contextmanager
 def to_the_bit() -> Iterator[None]:
-    """Use one thread: more split sums, and not every time alike."""
+    """Use one thread: several threads split sums, in an order that varies."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,7 +75,7 @@ def to_the_bit() -> Iterator[None]:
 
 
 def run_here(argv: list[str]) -> tuple[Result, dict[str, Any]]:
-    """Run `train.py ARGV` itself. Return what it leaves in `--out`, and its `run.json`."""
+    """Run `train.py ARGV`. Return the contents of `--out` and its `run.json`."""
     args = ours.options(*argv)
     initial = snapshot(adapter_tensors(ours.Trainer(args).model))
     report = ours.run(argv)
@@ -84,7 +84,7 @@ def run_here(argv: list[str]) -> tuple[Result, dict[str, Any]]:
 
 
 def train_here(args: Options) -> Result:
-    """Take `train.py`'s steps without its files."""
+    """Take the steps of `train.py` without writing files."""
     trainer = ours.Trainer(args)
     adapter = adapter_tensors(trainer.model)
     initial = snapshot(adapter)
@@ -93,7 +93,7 @@ def train_here(args: Options) -> Result:
 
 
 def train_there(args: Options, draws: int | None = None) -> Result:
-    """Run the plain loop on the same batches. `draws` seeds other dropouts."""
+    """Run the plain loop on the same batches. `draws` is the seed of independent dropouts."""
     model = peft_loop.build(args).to(Device.pick(args.device).torch_device)
     initial = snapshot(peft_loop.adapter_tensors(model))
     if draws is not None:

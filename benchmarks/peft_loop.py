@@ -1,7 +1,7 @@
-"""The reference implementation: GPT-2 by transformers, LoRA by PEFT, a plain loop that trains them.
+"""The reference implementation: transformers' GPT-2, PEFT's LoRA, and a plain training loop.
 
-It takes the options (`args`, those of `train.py`), the token ids and the order of the windows from
-this project. The model, the adapter, the windows, the loss and the schedule are not ours.
+It takes the options (`args`, the options of `train.py`), the token ids and the order of the windows
+from this project. It has a separate model, adapter, windows, loss and schedule.
 """
 
 import math
@@ -23,13 +23,13 @@ from training.options import Options
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-StockModel = Any  # transformers' GPT-2, or PEFT's model around it: no class has all we call
+StockModel = Any  # of transformers or PEFT: no class declares all the methods that we call
 
 
 def load(directory: Path, adapter: Path | None = None, dropout: float | None = None) -> StockModel:
-    """Load transformers' GPT-2 in fp32 and, if given, an adapter file on it. `dropout` None keeps
-    the config's. Where transformers computes gelu_new or attention in several ways, equal up to
-    rounding, take the way that this project takes.
+    """Load transformers' GPT-2 in fp32 and, if given, an adapter file. With `dropout` None, the
+    config decides. Where transformers can compute gelu_new or attention in several ways that agree
+    up to rounding, take the way of this project.
     """
     dropouts = {}
     if dropout is not None:
@@ -46,9 +46,9 @@ def load(directory: Path, adapter: Path | None = None, dropout: float | None = N
 
 
 def build(args: Options) -> StockModel:
-    """Build what `args` trains: the base, for LoRA with a new adapter or `--init-adapter`."""
+    """Build the trained model: the base, and for LoRA a new adapter or `--init-adapter`."""
     model = load(Path(args.base), dropout=args.base_dropout)
-    torch.manual_seed(args.seed)  # A's draws, then the dropouts
+    torch.manual_seed(args.seed)  # for A, then for the dropouts
     if args.init_adapter:
         return PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
     if args.method == "lora":
@@ -57,11 +57,11 @@ def build(args: Options) -> StockModel:
 
 
 def add_lora(base: StockModel, args: Options) -> PeftModel:
-    """Put PEFT's new adapter into the base."""
+    """Add a new PEFT adapter to the base."""
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.r,
-        lora_alpha=args.lora_alpha,  # type: ignore[arg-type]  # PEFT takes a float as well
+        lora_alpha=args.lora_alpha,  # PEFT also takes a float
         lora_dropout=args.lora_dropout,
         target_modules=list(args.target_modules),
         fan_in_fan_out=True,
@@ -79,7 +79,7 @@ def mean_loss(
     precision: str,
     sums: list[float] | None = None,
 ) -> Tensor:
-    """Return `cross_entropy`'s mean under autocast; append its sum / number of tokens to `sums`.
+    """Return the mean of `cross_entropy` under autocast. Append sum / number of tokens to `sums`.
 
     `inputs` and `targets` are (B, T).
     """
@@ -121,8 +121,8 @@ def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., 
 def train(
     model: nn.Module, args: Options, tokens: np.ndarray, batches: list[np.ndarray]
 ) -> tuple[list[float], list[float]]:
-    """Train on windows of `tokens`. Returns each step's loss twice: the sum over its tokens
-    divided by their number, and `cross_entropy`'s own mean, which is what is minimised.
+    """Train on windows of `tokens`. Return each step's loss twice: the sum over its tokens divided
+    by their number, and the mean of `cross_entropy`, which is minimised.
     """
     device = next(model.parameters()).device
     step = make_step(model, args, args.precision)
@@ -139,7 +139,7 @@ def train(
 def windows(
     tokens: np.ndarray, starts: np.ndarray, block_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return `block_size` tokens from each start, and the token after each of them: (B, T) both."""
+    """Return `block_size` tokens from each start, and the tokens one place later: both (B, T)."""
     spans = [tokens[start : start + block_size + 1] for start in starts]
     rows = torch.from_numpy(np.stack(spans).astype(np.int64)).to(device)
     return rows[:, :-1], rows[:, 1:]
@@ -154,7 +154,7 @@ def learning_rate(step: int, steps: int, args: Options) -> float:
 
 
 def adapter_tensors(model: StockModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors by the names in PEFT's file, if there is an adapter."""
+    """Return the adapter's tensors by their names in PEFT's file, if there is an adapter."""
     if not isinstance(model, PeftModel):
         return {}
     return get_peft_model_state_dict(model)
@@ -162,7 +162,7 @@ def adapter_tensors(model: StockModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: StockModel, tokens: np.ndarray, block_size: int) -> float:
-    """Return the mean over all tokens but the first of transformers' own loss, by its own shift."""
+    """Return transformers' loss, with its label shift, averaged over all tokens but the first."""
     model.eval()
     total = 0.0
     for start in range(0, len(tokens) - 1, block_size):

@@ -1,14 +1,14 @@
-"""The reference run, repeated: its table beside ours, and what the same models really predict.
+"""Repeat the reference run: its table beside ours, and how well the models predict the next token.
 
-`python -m benchmarks.reference` trains LoRA and then the whole base by the reference's protocol,
-and scores both by its measure and as language models, by the next token. Without `--book` the text
-is pseudo-Latin, as the reference's was filler. Further options are `train.py`'s: those that change
-the protocol show what its figures depend on (docs/reference-run.md).
+`python -m benchmarks.reference` trains LoRA and then the whole base by the reference's protocol.
+It scores both by the reference's measure, and as language models by the next token. Without
+`--book`, the text is pseudo-Latin, because the reference used filler text. All options of
+`train.py` are accepted: they show how the figures depend on the protocol (docs/reference-run.md).
 
-A window there is x = tokens[i : i+128] with labels tokens[i+1 : i+129], for every i, and its
-library shifts the labels once more. So position t is scored on token t + 2 for t = 0 ... 126, and
-the last position on nothing. As no position sees a later one, that is to the letter a window of
-127 tokens with `--label-shift 2`.
+The reference's windows are x = tokens[i : i+128] with labels tokens[i+1 : i+129], for every i, and
+its library shifts the labels once more. So position t is scored on token t + 2 for t = 0 ... 126,
+and the last position is not scored. No position sees a later one, so such a window is exactly a
+window of 127 tokens with `--label-shift 2`.
 """
 
 from argparse import Namespace
@@ -35,8 +35,8 @@ from storage.weights import load_config
 from training.options import ROOT
 from training.scores import perplexity
 
-BLOCK = 128  # tokens a window, there
-SCORED = 127  # those of them that are scored
+BLOCK = 128  # tokens per window in the reference run
+SCORED = 127  # scored tokens per window
 SHIFT = 2
 VAL_FRACTION = 0.1
 COMMON = (
@@ -54,8 +54,8 @@ PUBLISHED = {
     "full": ("about 124.7 million", "-", "-", "1.1211", "-", "-"),
 }
 COLUMNS = ("", "trainable", "share", "best val loss", "perplexity", "next-token loss", "perplexity")
-RUN_LENGTH = 16  # tokens in a row, looked for in the training part
-TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences, drawn at random
+RUN_LENGTH = 16  # length of the runs of tokens that are looked up in the training part
+TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences in random order
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def arguments(opts: Namespace, method: str) -> list[str]:
-    """Return `train.py`'s, with `--resume` only for a run that has begun."""
+    """Return the arguments of `train.py`, with `--resume` only if the run has begun."""
     out = opts.out / method
     more = opts.more
     if not out.exists():
@@ -146,8 +146,8 @@ def arguments(opts: Namespace, method: str) -> list[str]:
 
 
 def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) -> dict:
-    """Score the base, or what a run kept of it, by the reference's measure and by this project's:
-    each token once, in consecutive windows, the mean over tokens.
+    """Score the base or a run's model by the reference's measure and by this project's measure:
+    each token once, in consecutive windows, averaged over tokens.
     """
     base = opts.directory
     adapter = None
@@ -157,7 +157,7 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
         adapter = opts.out / method
     model = ours.load(base, adapter, opts.device)
 
-    # The mean over batches of each batch's mean; a last, smaller batch counts like the others.
+    # The mean over batches of each batch's mean. A smaller last batch has the same weight.
     size = BATCH_SIZE[method]
     losses = []
     for batch in np.split(scored, range(size, len(scored), size)):
@@ -173,20 +173,20 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
 
 @torch.no_grad()
 def mean_loss(model: GPT2, inputs: Tensor, targets: Tensor, device: Device) -> float:
-    """Return the mean loss of one batch, inputs and targets (B, T), in nats a token."""
+    """Return the mean loss of one batch, inputs and targets (B, T), in nats per token."""
     with device.autocast():
         losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
     return losses.mean().item()
 
 
 def facts_of(run: dict) -> dict:
-    """Return what the table and the figures take from `run.json`; 0 for the base, not trained."""
+    """Return the facts for the table and the figures from `run.json`, or 0 for the base."""
     keys = ("trainable_parameters", "trainable_percent", "steps", "seconds")
     return {key: run.get(key, 0) for key in keys}
 
 
 def share_seen(training: np.ndarray, validation: np.ndarray) -> float:
-    """Return the share of the validation part's runs of tokens that the training part has."""
+    """Return the share of the validation part's runs of tokens that the training part contains."""
     known = set(runs_of_tokens(training))
     runs = runs_of_tokens(validation)
     seen = sum(run in known for run in runs)
@@ -199,7 +199,7 @@ def runs_of_tokens(tokens: np.ndarray) -> list[bytes]:
 
 
 def report(opts: Namespace, figures: dict[str, dict], count: int, windows: int) -> None:
-    """Print the table, and on what it was measured: `count` of so many `windows`."""
+    """Print the table, and that `count` of `windows` were measured."""
     rows: list[tuple[str, ...]] = []
     for method, here in figures.items():
         if method in PUBLISHED:

@@ -1,20 +1,20 @@
 """Measure time and memory: this project against PEFT and transformers, side by side.
 
-`python -m benchmarks.speed` runs every contender in a process of its own, one after the other,
-round after round, so that a machine that slows down slows all of them; ratios are taken within a
-round. The machine's load average is noted as each round begins; from the second on, the benchmark's
-own processes are in it. The base is a GPT-2 124M of random weights, made on the spot. All sides
-have the same batch, at every step, and the same dropouts, optimizer (fused AdamW) and clipping. The
-others run as they come: stock activation and attention, cross-entropy over their logits, mixed
-precision by autocast, and for LoRA, evaluation and generation also with the frozen weights
-themselves in low precision. Our side keeps freed memory, as its commands do (`tune_process`); on a
-CPU under Linux, theirs is measured a second time with the allocator alike. The matmuls' share is
-their own time over that of all operations, in one more step under torch.profiler.
+`python -m benchmarks.speed` runs each contender in a separate process, one after the other, for
+several rounds, so that a machine that slows down slows every contender. Ratios are taken within a
+round. Each round begins by recording the load average, which from the second round on includes the
+benchmark. The base is a GPT-2 124M with random weights, made on the spot. All sides have the same
+batch in every step, and the same dropouts, optimizer (fused AdamW) and clipping. The other side
+runs with its defaults: stock activation and attention, cross-entropy over its logits, and mixed
+precision by autocast. LoRA, evaluation and generation also run with the frozen weights in low
+precision. Our side keeps freed memory, like its commands (`tune_process`). On a CPU under Linux,
+the other side is measured a second time with the same allocator setting. The matmuls' share is
+their self time over the self time of all operations, in one more step under torch.profiler.
 
-`--only growth` is LoRA against batch, context, rank and model size (mini to gpt2-xl), the allocator
-alike: an exponent of 1 is a time or a memory that doubles with the size. `--only scaling` is one
-batch shared by the ranks that torchrun starts, all on this machine; its bytes are those that a
-rank's step hands to all_reduce.
+`--only growth` measures LoRA by batch, context, rank and model size (mini to gpt2-xl), with one
+allocator setting: an exponent of 1 means that time or memory doubles with the size. `--only
+scaling` shares one batch among the ranks that torchrun starts on this machine, and reports the
+bytes that a rank passes to all_reduce per step.
 """
 
 import json
@@ -51,7 +51,7 @@ KINDS = ("train", "evaluate", "generate")
 
 def main(argv: Sequence[str] | None = None) -> int:
     opts = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the process measured as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the measured process
     with TemporaryDirectory() as folder:
         prepare(opts, folder)
         failed = [measure_rounds(opts, name, tasks) for name, tasks in plans(opts).items()]
@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def set_defaults(opts: Namespace) -> None:
-    """Set what was not given, by the device and by `--quick`."""
+    """Set the options that were not given, by the device and by `--quick`."""
     device = Device.pick(opts.device, train=True)
     opts.device = device.torch_device.type
 
@@ -119,7 +119,7 @@ def set_defaults(opts: Namespace) -> None:
     if device.is_cuda:
         steps = 20
         warm_up = 3
-        native = device.precision  # fp16 where bf16 would be emulated
+        native = device.precision  # fp16 where bf16 is emulated
         precisions = list(dict.fromkeys(("fp32", native, "fp16")))
     if opts.quick:
         precisions = [device.precision]
@@ -131,9 +131,9 @@ def set_defaults(opts: Namespace) -> None:
 
 
 def prepare(opts: Namespace, folder: str) -> None:
-    """Make bases of random weights in `folder`, find the base, and set what tasks have in common.
+    """Make bases of random weights in `folder`, find the base, and set the tasks' shared options.
 
-    `opts.models` are the directories of what is made, by the number of parameters.
+    `opts.models` maps the number of parameters to the directories of these bases.
     """
     wanted = []
     if not opts.base:
@@ -166,7 +166,7 @@ def made(folder: str, name: str) -> str:
 
 
 def plans(opts: Namespace) -> dict[str, list[Task]]:
-    """Return the tasks of a round for each file of figures, by its name."""
+    """Return the tasks of a round, by the name of their file of figures."""
     found = {part: along(opts, part) for part in AXES if part in opts.only}
     compared = [kind for kind in KINDS if kind in opts.only]
     if compared == list(KINDS):
@@ -177,16 +177,16 @@ def plans(opts: Namespace) -> dict[str, list[Task]]:
 
 
 def facts(opts: Namespace) -> dict[str, Any]:
-    """Return what the figures depend on, and nothing that names a machine."""
+    """Return the facts that the figures depend on, without the machine's name."""
     base = Path(opts.base).name if opts.base else "GPT-2 124M, random weights"
     machine = f"{opts.device}-{processor(opts.device)}"
-    how = __doc__ or ""  # None: `python -OO`
+    how = __doc__ or ""  # None under `python -OO`
     return {
         "base": base,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-"),
         "threads": torch.get_num_threads(),
-        "load_average": [],  # over 1, 5 and 15 minutes, as each round begins
+        "load_average": [],  # over 1, 5 and 15 minutes, at the start of each round
         "versions": versions(),
         "rounds": opts.rounds,
         "steps": opts.steps,
@@ -197,7 +197,7 @@ def facts(opts: Namespace) -> dict[str, Any]:
 
 
 def processor(device: str) -> str:
-    """Return the GPU's name, or the number of cores and the CPU's."""
+    """Return the GPU's name, or the CPU's name and its number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -211,8 +211,8 @@ def processor(device: str) -> str:
 
 
 def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
-    """Run every task once a round, every other round in reverse. A task that fails is left out
-    from then on; returns whether one did.
+    """Run every task once a round, in reverse order every other round. A task that fails is left
+    out of the later rounds. Return whether a task failed.
     """
     results = facts(opts)
     prefix = "quick-" if opts.quick else ""
@@ -236,7 +236,7 @@ def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
 
 
 def measure(task: Task, i: int, results: dict[str, Any]) -> None:
-    """Run the task, keep and print its figures; of a failure the reason."""
+    """Run the task. Record and print its figures, or the reason of its failure."""
     try:
         figures = run_apart(task)
     except RunError as error:
@@ -250,17 +250,17 @@ def measure(task: Task, i: int, results: dict[str, Any]) -> None:
         "round": i,
         **asdict(task),
         **figures,
-        "base": results["base"],  # not its path
+        "base": results["base"],  # without its path
     }
     results["measurements"].append(record)
     print(f"round {i + 1}: {task.name}: {figures['median']:.4g} s", flush=True)
 
 
 def run_apart(task: Task) -> dict:
-    """Return the figures of a task measured in a process of its own, or in its ranks. Raises
-    RunError if that fails.
+    """Return the figures of a task, measured in a separate process or in its ranks. Raises RunError
+    if that fails.
 
-    Linux starts a process's peak memory at that of the one which starts it: stay small here.
+    On Linux a process inherits the peak memory of its parent, so this process must stay small.
     """
     command = [sys.executable, "-m"]
     if task.ranks:
@@ -277,11 +277,11 @@ def run_apart(task: Task) -> dict:
 
 
 def reason(ended: subprocess.CompletedProcess[str]) -> str:
-    """Return why a process failed: its own line of error, else the last that it wrote."""
+    """Return why a process failed: its line of error, or else the last line that it wrote."""
     lines = [f"exit status {ended.returncode}", *re.findall(r".*\w.*", ended.stderr)]
     for line in lines:
         if line.startswith("error: "):
-            return line.removeprefix("error: ")  # torchrun's own lines come after it
+            return line.removeprefix("error: ")  # torchrun writes more lines after it
     return lines[-1]
 
 

@@ -56,7 +56,7 @@ def summarise(measurements: list[dict]) -> dict:
 
 
 def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
-    """Return a contender's figures over the rounds; `rounds` has all the contenders'."""
+    """Return a contender's figures over the rounds. `rounds` contains all contenders."""
     first = next(iter(records.values()))
     found = {}
     for key in ("peak_mb", "matmuls_share", "bytes", "all_reduce"):
@@ -77,7 +77,7 @@ def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
 
 
 def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
-    """Yield, for the same work, their time over ours and our memory over theirs, by rounds."""
+    """Yield, for equal work and by round, their time over our time and our memory over theirs."""
     for (ours, here), (theirs, there) in product(rounds.items(), repeat=2):
         if compares(next(iter(here.values())), next(iter(there.values()))):
             pair = {
@@ -93,8 +93,8 @@ def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
 
 
 def compares(here: dict, there: dict) -> bool:
-    """Return whether these are records of ours and of theirs as it comes, for the same work. Ours
-    compiled is compared with theirs not compiled, too.
+    """Return whether to compare these records: ours, and their side with its defaults, for equal
+    work. Ours with --compile is compared with their side not compiled.
     """
     if here["side"] != "ours" or there["side"] != "theirs":
         return False
@@ -106,13 +106,13 @@ def compares(here: dict, there: dict) -> bool:
 
 
 def quotients(over: Rounds, under: Rounds, key: str) -> list[float]:
-    """Return the quotient of each round that both have."""
+    """Return the quotient of each round that both records have."""
     return [over[i][key] / under[i][key] for i in sorted(over.keys() & under.keys())]
 
 
 def exponents(contenders: list[dict]) -> Iterator[dict]:
-    """Yield, for each axis and measure, each contender's value at the least and the largest size
-    that all of them have, and the slope of log(value) against log(size) by least squares.
+    """Yield, for each axis and measure, each contender's value at the smallest and the largest size
+    that all have, and the slope of log(value) against log(size) by least squares.
     """
     for axis, key in product(axes_of(contenders), MEASURES):
         lines: dict[str, dict[int, float]] = {}
@@ -143,7 +143,7 @@ def axes_of(contenders: list[dict]) -> list[str]:
 
 
 def text(values: Spread, form: str = "{:.2f}") -> str:
-    """Write the median, and from where to where the rounds reach."""
+    """Format the median, and the range over the rounds."""
     median = form.format(values["median"])
     if values["min"] == values["max"]:
         return median
@@ -220,7 +220,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def points(spreads: list[Spread]) -> tuple[list[float], np.ndarray]:
-    """Return medians, and how far below and above each the rounds reach: matplotlib's errors."""
+    """Return the medians, and the distances to the minimum and maximum as matplotlib's errors."""
     medians = [values["median"] for values in spreads]
     below = [values["median"] - values["min"] for values in spreads]
     above = [values["max"] - values["median"] for values in spreads]
@@ -229,7 +229,7 @@ def points(spreads: list[Spread]) -> tuple[list[float], np.ndarray]:
 
 def draw_ratios(ratios: list[dict]) -> Any:
     figure, axes = subplots(figsize=(PAGE_WIDTH, 1.6 + 0.32 * len(ratios)))
-    rows = range(len(ratios), 0, -1)  # the first on top
+    rows = range(len(ratios), 0, -1)  # the first ratio on top
     kinds = {"alike": (LORA, "allocator alike"), "as_it_comes": (OTHER, "theirs as it comes")}
 
     for key, (colour, label) in kinds.items():
@@ -249,7 +249,7 @@ def draw_ratios(ratios: list[dict]) -> Any:
 
 
 def draw_axes(contenders: list[dict]) -> Any:
-    """Draw step time on the left, peak memory on the right; a row for each axis.
+    """Draw step time on the left and peak memory on the right, with a row for each axis.
 
     Both scales are logarithmic: there the slope of a line is its exponent.
     """
@@ -260,7 +260,7 @@ def draw_axes(contenders: list[dict]) -> Any:
         len(shown), 2, figsize=size, squeeze=False, sharey="col", subplot_kw=scales
     )
 
-    for axes, key in zip(panels[0], MEASURES, strict=True):  # and so for those below
+    for axes, key in zip(panels[0], MEASURES, strict=True):  # the panels below share these axes
         values = [found[key]["median"] for found in contenders]
         axes.set_ylim(min(values) / 2, max(values) * 2)
     for axes, (axis, key) in zip(panels.flat, product(shown, MEASURES), strict=True):
@@ -286,7 +286,7 @@ def draw_axis(axes: Any, contenders: list[dict], key: str) -> None:
 
 
 def short(size: int) -> str:
-    """Write a size, from a million on as a number of millions."""
+    """Format a size, in millions if it is large."""
     if size < 1e6:
         return str(size)
     return f"{size / 1e6:,.0f}M"

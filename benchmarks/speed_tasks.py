@@ -1,4 +1,4 @@
-"""List what `speed.py` measures: a task is one measurement, a plan the list of a round's tasks."""
+"""List what `speed.py` measures. A task is one measurement, a plan the tasks of one round."""
 
 import sys
 from argparse import Namespace
@@ -28,36 +28,36 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "scaling": {"ranks": (1, 2, 4)},
 }
-SMALL_BATCH = 4  # while the block or the model grows
+SMALL_BATCH = 4  # for growth by block or model
 
 
 @dataclass(frozen=True)
 class Task:
-    """Describe one measurement. `axis` is the field that differs from task to task."""
+    """One measurement. `axis` is the field that varies between tasks."""
 
-    kind: str  # a key of BASES, which makes that base, or of speed_worker's CALLS
+    kind: str  # a key of BASES, which makes that base, or a key of speed_worker's CALLS
     base: str
     device: str = "cpu"
     side: str = "ours"  # or theirs
     method: str = "lora"  # or full
     precision: str = "fp32"
-    weights: str = "fp32"  # low: their frozen weights are in `precision`, and there is no autocast
-    allocator_alike: bool = False  # they keep freed memory, as ours always does (tune_process)
+    weights: str = "fp32"  # low: their frozen weights are in `precision`, without autocast
+    allocator_alike: bool = False  # their side keeps freed memory, as ours does (tune_process)
     compile: bool = False
-    graph: bool = False  # ours on CUDA: each micro-batch's kernels in one launch
+    graph: bool = False  # on our side on CUDA: one launch per micro-batch
     batch_size: int = 16
     block_size: int = 128
     r: int = 8
-    ranks: int = 0  # data-parallel processes, of which this is one
-    parameters: int = 0  # the base's, where it is another for each task
+    ranks: int = 0  # number of data-parallel processes
+    parameters: int = 0  # of the base, where the base varies by task
     axis: str = ""
-    profile: bool = False  # one more step, for what the profiler says of it
+    profile: bool = False  # run one more step under the profiler
     warm_up: int = 1
     steps: int = 3
 
     @property
     def contender(self) -> str:
-        """Name who computes what, such as "PEFT, LoRA, bf16 autocast"."""
+        """Name the contender, such as "PEFT, LoRA, bf16 autocast"."""
         what = self.kind
         if self.kind == "train":
             what = self.method.replace("lora", "LoRA")
@@ -83,7 +83,7 @@ class Task:
         return f"{self.contender}, {self.axis} {getattr(self, self.axis):,}"
 
     def args(self) -> Options:
-        """Return `train.py`'s options, for one step more than is timed, which may be profiled."""
+        """Return `train.py`'s options, for the timed steps and one step to profile."""
         rank: dict[str, object] = {"r": self.r} if self.method == "lora" else {}
         return ours.options(
             self.method,
@@ -105,14 +105,14 @@ class Task:
         return self.precision
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Return the inputs and targets (B, T) of training's first batch, which every call has."""
+        """Return the inputs and targets (B, T) of the first training batch, for every call."""
         args = self.args()
         windows, _ = ours.data(args)
         first = windows.epoch_order(args.seed, 0)[: self.batch_size]
         return windows.batch(first)
 
     def text(self) -> Windows:
-        """Return the first windows of the book, one batch, which every call scores."""
+        """Return the first windows of the book, one batch, for every call to score."""
         windows, _ = ours.data(self.args())
         length = self.batch_size * self.block_size + 1
         counts = windows.byte_counts
@@ -122,7 +122,7 @@ class Task:
 
 
 def compare(opts: Namespace) -> list[Task]:
-    """Return the tasks of one round, all sides."""
+    """Return the tasks of one round, for all sides."""
     compiled_or_not = (False, True) if opts.device == "cuda" else (False,)
     tasks = []
     for precision in opts.precision:
@@ -135,8 +135,8 @@ def compare(opts: Namespace) -> list[Task]:
 
 
 def sides(task: Task) -> list[Task]:
-    """Return ours and theirs; theirs also with frozen weights in low precision, where it is low,
-    and all of theirs also with our allocator's setting.
+    """Return both sides' tasks. Their side also runs with frozen weights in low precision, where
+    the precision is low, and each of their tasks also runs with our allocator setting.
     """
     theirs = [replace(task, side="theirs")]
     if task.precision != "fp32" and task.method == "lora" and not task.compile:
@@ -154,15 +154,16 @@ def tunes_allocator(device: str) -> bool:
 def along(opts: Namespace, part: str) -> list[Task]:
     """Return training tasks at each size that the base allows.
 
-    For growth our LoRA and PEFT's, the allocator alike, in bf16 if that is among the precisions;
-    also on each base of `opts.models`. For scaling both of our methods, in the first precision.
+    Growth compares our LoRA with PEFT, with one allocator setting, in bf16 if that is among the
+    precisions, and also on each base of `opts.models`. Scaling runs both of our methods in the
+    first precision.
     """
     axes = dict(AXES[part])
     first = replace(opts.task, precision=opts.precision[0])
     other: dict[str, object] = {"method": "full"}
     if part == "growth":
         axes["parameters"] = tuple(sorted(opts.models))
-        first = replace(first, warm_up=1)  # a step is long, and there are many
+        first = replace(first, warm_up=1)  # steps are long and numerous
         other = {"side": "theirs", "allocator_alike": tunes_allocator(opts.device)}
         if "bf16" in opts.precision:
             first = replace(first, precision="bf16")

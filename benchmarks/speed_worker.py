@@ -1,6 +1,6 @@
-"""One measurement of `speed.py`, in a process of its own: a task as JSON in, its figures out.
+"""One measurement of `speed.py`, in a separate process: a task as JSON in, its figures out.
 
-PEFT and transformers are imported only where they are measured: their memory is not ours.
+PEFT and transformers are imported only to be measured, so that they add no memory to our side.
 """
 
 import json
@@ -31,16 +31,16 @@ from storage.hub import MINI
 from storage.weights import load_config, save_gpt2
 from training.ranks import Ranks
 
-# The last is oneDNN's. Matmuls inside a fused kernel of attention do not count.
+# oneDNN calls the last one. Matmuls inside a fused attention kernel are not counted.
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 PROMPT_TOKENS = 16
 NEW_TOKENS = 256
 WARM_UP_TOKENS = 8
-Call = Callable[[], object]  # what is timed; its value shows that both sides computed the same
+Call = Callable[[], object]  # the timed call. Its value shows that both sides computed the same
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    warnings.simplefilter("ignore")  # the libraries', about each other
+    warnings.simplefilter("ignore")  # of the libraries, about each other
     [task_as_json] = sys.argv[1:] if argv is None else argv
     figures = json.dumps(measure(Task(**json.loads(task_as_json))))
     if os.environ.get("RANK", "0") == "0":
@@ -65,17 +65,17 @@ def measure(task: Task) -> dict:
     found = timed(call, task.steps, device)
     if task.profile:
         found |= profiled(call, device)
-    if task.graph:  # a replay's kernels belong to no operation
+    if task.graph:  # the profiler cannot assign a replay's kernels to operations
         found.pop("matmuls_share", None)
     return found
 
 
 def make_base(name: str, directory: Path) -> None:
-    """Save a base of random weights: gpt2-xl in fp16, which takes half of the disk."""
+    """Save a base of random weights. gpt2-xl is in fp16 to save disk space."""
     config = BASES[name]
     dtype = torch.float16 if name == "gpt2-xl" else torch.float32
     save_gpt2(GPT2(config), directory, dtype)
-    if name == "mini":  # its vocabulary is no GPT-2's
+    if name == "mini":  # mini's vocabulary differs from GPT-2's vocabulary
         for file in MINI.glob("tokenizer*.json"):
             shutil.copy(file, directory)
 
@@ -102,8 +102,8 @@ def wait_for(device: Device) -> None:
 
 
 def profiled(call: Call, device: Device) -> dict:
-    """Return what the profiler says of one call: the time on the GPU, ms, launches there, and the
-    matmuls' share of the time. Also return the memory reserved so far on the GPU, MB.
+    """Profile one call. Return the time on the GPU in ms, the launches, the matmuls' share of the
+    time, and the memory reserved so far on the GPU in MB.
     """
     reserved = 0.0
     if device.is_cuda:
@@ -121,18 +121,18 @@ def profiled(call: Call, device: Device) -> dict:
             launches += event.count
 
     found = {"reserved_mb": reserved, "busy_ms": busy / 1e3, "launches": launches}
-    if device.torch_device.type != "mps":  # there the profiler sees no kernel
+    if device.torch_device.type != "mps":  # the profiler sees no kernels on MPS
         found["matmuls_share"] = matmuls_share(profile, device)
     return found
 
 
 def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
-    """Return the time of the matmuls themselves over that of all operations; on CUDA of kernels."""
+    """Return the matmuls' share of the self time of all operations, or on CUDA of all kernels."""
     kind = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
     total = 0.0
     matmuls = 0.0
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:  # knows its kernels' time, too
+        if event.device_type == torch.autograd.DeviceType.CPU:  # includes its kernels' time
             own = getattr(event, kind)
             total += own
             if event.name in MATMULS and not of_gelu(event):
@@ -141,13 +141,13 @@ def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
 
 
 def of_gelu(event: Any) -> bool:
-    """Return whether this is the product with the identity that gives the fast GELU."""
+    """Return whether this is the product with the identity inside the fast GELU."""
     parent = event.cpu_parent
     return parent is not None and parent.name == "_GELU"
 
 
 def build_theirs(task: Task, device: Device) -> Any:
-    """Build transformers' model by its defaults, dropouts included; for LoRA with PEFT's."""
+    """Build transformers' model with its defaults and dropouts, and PEFT's adapter for LoRA."""
     from transformers import AutoModelForCausalLM
 
     from benchmarks.peft_loop import add_lora
@@ -163,7 +163,7 @@ def build_theirs(task: Task, device: Device) -> Any:
 
 
 def train(task: Task, device: Device) -> Call:
-    """Return either side's step; theirs is the loop that users write, its rate as it is."""
+    """Return either side's step. Their side is a common training loop with a constant rate."""
     args = task.args()
     if task.side == "ours":
         trainer = ours.Trainer(args)
@@ -201,7 +201,7 @@ def evaluate(task: Task, device: Device) -> Call:
 
 
 def write_text(task: Task, device: Device) -> Call:
-    """Continue a prompt by NEW_TOKENS, or as many as the base sees; warms up by itself."""
+    """Continue a prompt by NEW_TOKENS, or as far as the context allows. The call warms up."""
     inputs, _ = task.batch()
     prompt = inputs[0, :PROMPT_TOKENS].to(device.torch_device)
     make_writer = our_writer if task.side == "ours" else their_writer
@@ -223,7 +223,7 @@ def our_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], li
 
 def their_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], list[int]]:
     model = build_theirs(task, device).eval()
-    model.generation_config.eos_token_id = None  # no end, and no processor that forbids it
+    model.generation_config.eos_token_id = None  # no end, and no logits processor that forbids it
 
     def write(count: int) -> list[int]:
         rows = model.generate(
@@ -246,7 +246,7 @@ CALLS: dict[str, Callable[[Task, Device], Call]] = {
 
 
 def measure_rank(task: Task, device: Device) -> dict:
-    """Time a step of this rank, which has its share of the cores, and what it sends by itself."""
+    """Time a step of this rank, with its share of the cores, and its communication alone."""
     cores = os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // task.ranks))
     ranks = Ranks.from_environment()
@@ -267,11 +267,11 @@ def measure_rank(task: Task, device: Device) -> dict:
 
 def step_of_rank(trainer: ours.Trainer, batch: Batch, ranks: Ranks) -> None:
     trainer.step(batch)
-    ranks.max_over_ranks(0, 0)  # as `Run` does when nothing is due
+    ranks.max_over_ranks(0, 0)  # as `Run` does when no checkpoint is due
 
 
 def what_a_step_sends(trainer: ours.Trainer, batch: Batch, ranks: Ranks) -> list[Tensor]:
-    """Take a step; return tensors like those that it hands to all_reduce."""
+    """Take a step. Return tensors of the shapes that the step passes to all_reduce."""
     all_reduce = dist.all_reduce
     sent = []
 

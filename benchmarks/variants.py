@@ -1,7 +1,7 @@
-"""Measure the variants' steps against plain LoRA's: `python -m benchmarks.variants`.
+"""Compare the variants' steps with plain LoRA: `python -m benchmarks.variants`.
 
-On mini in fp32, in turn with plain LoRA on one core; and the bytes that autograd keeps for the
-backward pass of one step, without the parameters.
+Measures the time on mini in fp32 on one core, in turn with plain LoRA, and the bytes that autograd
+keeps for the backward pass of one step, without the parameters.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainers[name] = ours.Trainer(options)
     batch = next(trainers["plain"].batches())
 
-    kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # warms up
+    kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # also warms up
     steps = {name: partial(ours.step, trainer, batch) for name, trainer in trainers.items()}
     ratios = in_turn(steps, args.rounds)
     print_table(

@@ -1,10 +1,10 @@
 """Verify this project on a GPU: `python -m benchmarks.verify_gpu` (`make verify-gpu`).
 
-It checks what the tests cannot, which `make test ARGS="--device cuda"` runs on the GPU: that every
-kind of run computes what a CPU computes in fp32, and the CPU what PEFT does; that no step waits for
-the GPU; and how fast and large a step is beside PEFT's. It writes gpu-report.md and
-gpu-report.json, ends with the default that --cuda-graph deserves on this machine, and exits with 1
-when a check fails. `--dry-run` makes the same checks on a CPU, with a tiny model.
+This is the part that `make test ARGS="--device cuda"` cannot check. Every kind of run must give the
+CPU's numbers in fp32, the CPU must give PEFT's numbers, and no step may wait for the GPU. A step's
+speed and memory are compared with PEFT's step. The command writes gpu-report.md and
+gpu-report.json, recommends a default of --cuda-graph for this machine, and exits with 1 if a check
+fails. `--dry-run` runs the same checks on a CPU with a tiny model.
 """
 
 import time
@@ -30,7 +30,7 @@ from training.options import ROOT
 
 Part = Callable[[Namespace, Report], None]
 PARTS: dict[str, Part] = {"machine": describe, "checks": checks, "speed": speed}
-SUMMARY = ("name", "result", "checks made", "seconds")  # of a part, in the report's first table
+SUMMARY = ("name", "result", "checks made", "seconds")  # columns of the first table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_inputs(opts, Path(folder))
         for name in opts.only:
             parts.append(run_part(name, opts))
-            write(parts, opts)  # at each: a crash leaves what was found
+            write(parts, opts)  # after each part, so that a crash loses nothing
 
     failed = [part["name"] for part in parts if part["result"] == "failed"]
     print(f"\nfailed: {', '.join(failed) or 'nothing'}; saved in {opts.out / 'gpu-report.md'}")
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     opts = parser.parse_args(argv)
     if opts.dry_run:
-        torch.set_num_threads(1)  # a pool of more does not survive the fork of two ranks
+        torch.set_num_threads(1)  # the fork of two ranks breaks a larger pool
         opts.device = Device.pick("cpu", "fp32")
         opts.low = "bf16"
         opts.batch = 8
@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def graph_default(parts: list[dict[str, Any]]) -> str:
-    """Return whether this machine's runs should have --cuda-graph, and why."""
+    """Return whether --cuda-graph should be the default on this machine, and why."""
     made = [check for part in parts for check in part["checks"] if GRAPH in check["name"]]
     broken = [check["name"] for check in made if not check["ok"]]
     if broken:
@@ -99,7 +99,7 @@ def graph_default(parts: list[dict[str, Any]]) -> str:
 
 
 def run_part(name: str, opts: Namespace) -> dict[str, Any]:
-    """Run a part; what it raises is its failure, and the next part begins."""
+    """Run a part. An exception is that part's failure, and the next part still runs."""
     use_full_fp32()
     report = Report()
     began = time.perf_counter()
@@ -140,9 +140,9 @@ def write(parts: list[dict[str, Any]], opts: Namespace) -> None:
 
 
 def print_part(part: dict[str, Any]) -> None:
-    """Print what was found: facts one by one, checks and measured figures as tables."""
+    """Print the results: facts one by one, checks and measured figures as tables."""
     print(f"\n## {part['name']}\n")
-    tables: dict[tuple, list[tuple]] = {}  # rows of figures, by their columns
+    tables: dict[tuple, list[tuple]] = {}  # the rows of figures, by their columns
     for name, fact in part["facts"].items():
         if isinstance(fact, dict):
             tables.setdefault(tuple(fact), []).append((name, *map(str, fact.values())))
