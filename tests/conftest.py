@@ -1,18 +1,18 @@
-"""Make a small base on disk, a good adapter of it, a book, and a finished run of each method.
+"""Make a small base on disk, an adapter for it, a book, and a finished run of each method.
 
-Fixtures import what they need: pytest-xdist imports this file before it starts its workers.
+Fixtures import their modules late: pytest-xdist imports this file before it starts its workers.
 """
 
 import os
 import signal
 from shlex import split
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else it compiles programs to test the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models gain nothing from threads
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # skips compiling CPU test programs
 
 import pytest
 
-# A `nohup`, or a background job of a shell, would hide these from the tests.
+# `nohup` and background jobs of a shell ignore these signals, which the tests need.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Tell the tests their device, before any is imported (`helpers.DEVICE`)."""
+    """Set the tests' device, `helpers.DEVICE`, before any test is imported."""
     device = config.getoption("--device")
     os.environ["TEST_DEVICE"] = device
     if device == "cpu":
@@ -37,8 +37,8 @@ def pytest_configure(config):
     present = {"cuda": torch.cuda, "mps": torch.backends.mps}
     if not present[device].is_available():
         raise pytest.UsageError(f"--device {device}: torch finds none on this machine")
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic matmuls need
-    torch.use_deterministic_algorithms(True)  # a resumed run is compared byte by byte
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # needed by deterministic matmuls
+    torch.use_deterministic_algorithms(True)  # resumed runs are compared byte by byte
 
 
 def pytest_collection_modifyitems(config, items):
@@ -68,7 +68,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def adapter(base, tmp_path):
-    """Return the directory of an adapter of `base` on c_attn, r 4, as we write it."""
+    """Return the directory of an adapter of `base` on c_attn, r 4, written by this project."""
     from lora.save import save_adapter
     from tests.pairs import adapted
 
@@ -88,7 +88,7 @@ def book(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(base, book, tmp_path_factory):
-    """Train two epochs by each method, with pictures; return the two `runs.Run`, to read only."""
+    """Train two epochs by each method, with pictures. Return both `runs.Run`, to read only."""
     from tests.helpers import drawing
     from tests.runs import trained
 

@@ -23,8 +23,8 @@ from training import compare, report
 
 transformers.logging.disable_progress_bar()
 
-DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # conftest.py sets it by --device
-# How closely two ways to add up in fp32 agree, relative: a GPU's kernels add in other orders.
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # conftest.py sets it from --device
+# Relative tolerance between two orders of sums in fp32. A GPU's kernels use other orders.
 FP32_CLOSE = 1e-6 if DEVICE == "cpu" else 1e-5
 
 TINY = {
@@ -38,9 +38,9 @@ TINY = {
 
 
 def tiny_gpt2(seed: int = 0, **config: object) -> transformers.GPT2LMHeadModel:
-    """Return a stock GPT-2 in evaluation mode, random in every parameter; `config` changes `TINY`.
+    """Return a stock GPT-2 in evaluation mode with random parameters. `config` overrides `TINY`.
 
-    If a bias stayed at its initial 0, or a LayerNorm at 1, no test would see it lost.
+    Biases and LayerNorms are random too: with their initial values, no test would notice a loss.
     """
     fields = {**TINY, **config}
     end = fields["vocab_size"] - 1
@@ -63,7 +63,7 @@ def perturb(model: nn.Module, std: float = 0.1) -> None:
 def tiny_gpt2_directory(
     directory: Path, seed: int = 0, **config: object
 ) -> tuple[Path, transformers.GPT2LMHeadModel]:
-    """Save `tiny_gpt2` by transformers itself, with a tokenizer; return directory and model."""
+    """Save `tiny_gpt2` with transformers, and a tokenizer. Return the directory and the model."""
     model = tiny_gpt2(seed, **config)
     model.save_pretrained(directory)
     write_small_tokenizer(Path(directory), model.config.vocab_size)
@@ -72,7 +72,7 @@ def tiny_gpt2_directory(
 
 @cache
 def small_tokenizer(vocab_size: int) -> Tokenizer:
-    """Return a tokenizer of GPT-2's first ranks and `<|endoftext|>`."""
+    """Return a tokenizer with GPT-2's first ranks and `<|endoftext|>`."""
     with TemporaryDirectory() as directory:
         write_small_tokenizer(Path(directory), vocab_size)
         return load_tokenizer(directory, vocab_size)
@@ -86,7 +86,7 @@ def write_small_tokenizer(directory: Path, vocab_size: int) -> None:
 
 @cache
 def _small_tokenizer_json(vocab_size: int) -> str:
-    """Return GPT-2's `tokenizer.json` cut: each rank is a merge of two lower ones."""
+    """Return GPT-2's `tokenizer.json`, cut. Each rank merges two lower ranks."""
     stored = json.loads((GPT2_FILES / FAST).read_text())
     model = stored["model"]
     end = vocab_size - 1
@@ -98,21 +98,21 @@ def _small_tokenizer_json(vocab_size: int) -> str:
 
 
 def token_ids(vocab_size: int, *shape: int, seed: int = 1) -> torch.Tensor:
-    """Return random token ids of that shape, seeded."""
+    """Return seeded random token ids of this shape."""
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def relative_difference(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return the largest difference, as a share of the largest reference value."""
+    """Return the largest difference, relative to the largest reference value."""
     value = value.detach().double()
     reference = reference.detach().double()
     return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
 class Operations(TorchDispatchMode):
-    """Note the name of every operation of PyTorch's inside the `with` that is no view.
+    """Record the name of every PyTorch operation inside the `with`, except views and `empty`.
 
-    On a GPU each would launch a kernel or more, `empty` excepted, which is not noted.
+    On a GPU each of them would launch at least one kernel.
     """
 
     VIEWS = ("as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze")
@@ -121,7 +121,7 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
-        self.largest = 0  # bytes of what one of them made
+        self.largest = 0  # bytes of the largest result
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
@@ -134,9 +134,9 @@ class Operations(TorchDispatchMode):
 
 
 def refusal(name: object, read: Callable, *arguments: object) -> str:
-    """Return what `read` says, after the name, when it refuses its arguments (default: the name).
+    """Return the reason, without the name, when `read` refuses its arguments (default: the name).
 
-    That is one printable line.
+    The message must be one printable line.
     """
     with pytest.raises((UserError, ValueError)) as refused:
         read(*arguments or (name,))
@@ -148,7 +148,7 @@ def refusal(name: object, read: Callable, *arguments: object) -> str:
 
 @contextmanager
 def drawing(draw: Callable[[], bool] = can_draw) -> Iterator[None]:
-    """Draw a run's pictures, in a `with` or for a whole test; conftest.py turns drawing off."""
+    """Draw a run's pictures in a `with` or for a whole test. conftest.py switches drawing off."""
     with (
         mock.patch.object(report, "can_draw", draw),
         mock.patch.object(compare, "can_draw", draw),

@@ -1,4 +1,4 @@
-"""Find what a reader could not read in a picture: small words, words on words, words cut off."""
+"""Find unreadable words in a picture: small words, overlapping words, words cut off."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from matplotlib.text import Text
 
 from common.figures import PAGE_WIDTH, SMALLEST_TEXT
 
-EXPONENT = 0.7  # matplotlib's size of an exponent in a formula
+EXPONENT = 0.7  # matplotlib's relative size of an exponent
 
 
 @contextmanager
 def only_legible_pictures() -> Iterator[list[Figure]]:
-    """Instead of writing pictures, check them; yield the list to which each is added."""
+    """Check pictures instead of writing them. Yield the list of checked pictures."""
     pictures = []
 
     def check(figure: Figure, path: Path, **_: object) -> None:
@@ -30,7 +30,7 @@ def only_legible_pictures() -> Iterator[list[Figure]]:
 
 
 def faults(figure: Figure) -> list[str]:
-    """Return a line for each of the picture's words that cannot be read at a page's width."""
+    """Return a line for each word that is unreadable at a page's width."""
     figure.draw_without_rendering()
     texts = shown_texts(figure)
     found = []
@@ -42,7 +42,7 @@ def faults(figure: Figure) -> list[str]:
         if size < SMALLEST_TEXT:
             found.append(f"{text.get_text()!r} has {size:.1f} points")
 
-    # Without an annotation's arrow; and letters may come as close as a pixel.
+    # An annotation counts without its arrow, and letters may overlap by a pixel.
     boxes = [(text, Text.get_window_extent(text).padded(-1)) for text in texts]
     for text, box in boxes:
         if not figure.bbox.containsx(box.x0) or not figure.bbox.containsx(box.x1):
@@ -56,7 +56,7 @@ def faults(figure: Figure) -> list[str]:
 
 
 def shown_texts(figure: Figure) -> list[Text]:
-    """Return the picture's words; matplotlib also keeps ticks that are out of view."""
+    """Return the picture's words, without ticks outside the view."""
     hidden = set()
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):

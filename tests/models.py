@@ -1,4 +1,4 @@
-"""Small models of transformers, and a plain one, with our adapter and with PEFT's."""
+"""Small models of transformers, and a plain model, with our adapter and with PEFT's adapter."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,7 +28,7 @@ DECODER = {
 
 
 class Plain(nn.Module):
-    """Residual blocks whose linear layers have GPT-2's and T5's names, a head, and no config."""
+    """Residual blocks whose linear layers have names of GPT-2 and T5, a head, and no config."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Plain(nn.Module):
 
 
 class Case(NamedTuple):
-    """A model, its inputs, what names its layers by endings, and the file's task."""
+    """A model, its inputs, the endings of its layers' names, and the file's task."""
 
     make: Callable[[], nn.Module]
     inputs: dict[str, Tensor]
@@ -106,7 +106,7 @@ CASES = {
 
 
 def make(case: Case) -> nn.Module:
-    """Return the model in evaluation mode, the same each time, random in every parameter."""
+    """Return the model in evaluation mode, with random but reproducible parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = case.make()
@@ -120,7 +120,7 @@ def output(model: nn.Module, case: Case) -> Tensor:
 
 
 def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
-    """Return the model with our adapter and with PEFT's, of one seed."""
+    """Return the model with our adapter and with PEFT's adapter, from one seed."""
     fields = {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1} | fields
     ours = make(case)
     torch.manual_seed(3)
@@ -135,7 +135,7 @@ def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
 
 
 def steps(model: nn.Module, case: Case) -> dict[str, Tensor]:
-    """Take 5 steps with all dropouts on; return the losses, and the first and last gradients."""
+    """Take 5 steps with all dropouts on. Return the losses, and the first and last gradients."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0)
     seen = {}

@@ -1,4 +1,4 @@
-"""Make adapters that look trained, ours and PEFT's, and take a few steps of training."""
+"""Make adapters of this project and of PEFT that look trained, and take training steps."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +18,7 @@ from storage.weights import load_gpt2
 from tests.helpers import TINY, token_ids
 
 IDS = token_ids(TINY["vocab_size"], 2, 16)
-ALL_FOUR = ("c_attn", "c_proj", "c_fc")  # c_proj is two of them
+ALL_FOUR = ("c_attn", "c_proj", "c_fc")  # two layers are named c_proj
 KINDS = {
     "lora": (LoRALinear, {}),
     "dora": (DoRALinear, {"use_dora": True}),
@@ -27,7 +27,7 @@ KINDS = {
 
 
 def randomize(model: nn.Module, seed: int = 2) -> None:
-    """Draw every A and B, ours or PEFT's, from N(0, 0.2): as after training, B is not zero."""
+    """Draw every A and B of either side from N(0, 0.2), so that B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -46,7 +46,7 @@ def adapted(base: Path, targets: tuple[str, ...] = ALL_FOUR, **config: object) -
 def pair(
     kind: str, shape: tuple[int, int], dtype: torch.dtype = torch.float32, **config: object
 ) -> tuple[LoRALinear, nn.Module, nn.Linear]:
-    """Return one linear layer as ours and as PEFT's, the base frozen, and without an adapter."""
+    """Return one linear layer with our adapter, with PEFT's adapter, and without an adapter."""
     torch.manual_seed(0)
     made, fields = KINDS[kind]
     linear = nn.Linear(*shape, dtype=dtype)
@@ -64,20 +64,20 @@ def our_name(theirs: str) -> str:
 
 
 def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what an adapter, ours or PEFT's, trains, by our names."""
+    """Return the trained parameters of our adapter or PEFT's adapter, by our names."""
     return {our_name(n): p for n, p in module.named_parameters() if "lora_" in n}
 
 
 @torch.no_grad()
 def perturb_alike(ours: nn.Module, theirs: nn.Module) -> None:
-    """Move every parameter away from its start, and give both the same."""
+    """Move every parameter from its start, equally on both sides."""
     for name, parameter in parameters(ours).items():
         parameter += 0.1 * torch.randn_like(parameter)
         parameters(theirs)[name].copy_(parameter)
 
 
 def output_and_gradients(layer: nn.Module, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
-    """Return a layer's output in training, of seeded dropouts, and its squares' gradients."""
+    """Return a layer's output in training, with seeded dropout, and the gradients of its square."""
     x = x.clone().requires_grad_()
     torch.manual_seed(5)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -93,14 +93,14 @@ def output_and_gradients(layer: nn.Module, x: Tensor, autocast: bool = False) ->
 def losses_of_steps(
     model: nn.Module, ids: Tensor, steps: int, seed: int = 0, autocast: bool = False
 ) -> list[float]:
-    """Take AdamW steps on A and B, each step's dropouts drawn from the seed and its number."""
+    """Take AdamW steps on A and B. A step's number seeds its dropouts."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(steps):
         torch.manual_seed(seed + step)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = model(ids[:, :-1])
-        logits = getattr(output, "logits", output)  # transformers' models return more
+        logits = getattr(output, "logits", output)  # transformers' models return an object
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         losses.append(loss.item())
         optimizer.zero_grad()

@@ -1,6 +1,6 @@
-"""Start ranks of `train.py` as torchrun does, but by a fork: this process has imported torch.
+"""Start ranks of `train.py` like torchrun, but by a fork, because this process imported torch.
 
-They print into the files `out` and `err` of a folder.
+The ranks print into the files `out` and `err` of a folder.
 """
 
 import multiprocessing
@@ -22,9 +22,9 @@ from tests.fault.runs import PATIENCE
 
 
 def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
-    """Start a rank for each of these arguments of `train.py`, inside the context `during`.
+    """Start a rank for each list of arguments of `train.py`, inside the context `during`.
 
-    Return how they end, and what they wrote on stderr.
+    Return the ranks' statuses and lines on stderr.
     """
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -43,14 +43,14 @@ def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], li
 
 
 def torchrun(folder: Path, *words: str) -> tuple[int, list[str]]:
-    """Run `torchrun WORDS`, which must run `train.py`; return how it ends, and its stderr."""
+    """Run `torchrun WORDS`, which must run `train.py`. Return its status and its stderr."""
     folder.mkdir()
     [status], lines = _run(folder, (_torchrun, words))
     return status, lines
 
 
 def _run(folder: Path, *calls: tuple) -> tuple[list[int], list[str]]:
-    """Make each call in its own process."""
+    """Make each call in a separate process."""
     context = multiprocessing.get_context("fork")
     processes = []
     for call, *arguments in calls:
@@ -74,7 +74,7 @@ def _print_into(folder: Path, call, *arguments) -> None:
 
 def _train(command: Sequence[str], during=None, environment: dict | None = None) -> None:
     os.environ |= environment or {}
-    torch.set_num_threads(1)  # a pool of more does not survive the fork
+    torch.set_num_threads(1)  # a larger pool does not survive the fork
     with during or nullcontext():
         run_command(train.main, command)
 

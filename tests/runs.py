@@ -1,4 +1,4 @@
-"""Run the project's commands inside this process, and compute the same with stock libraries."""
+"""Run the project's commands in this process, and compute the same with stock libraries."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ Main = Callable[[Sequence[str] | None], int | None]  # the `main` of a command
 
 
 class Clock:
-    """Stand in for a module's `time`: Python's clock, which a test can set forward."""
+    """A module's `time`: Python's clock, which a test can advance."""
 
     def __init__(self):
         self.later = 0.0
@@ -50,7 +50,7 @@ class Clock:
 
 @dataclass
 class Ending:
-    """Hold how a command ended and what it printed."""
+    """The status and the output of a command."""
 
     status: int
     stdout: str
@@ -59,7 +59,7 @@ class Ending:
 
 @dataclass
 class Run:
-    """Hold a finished training run: its directory, `run.json` and `metrics.jsonl`; its base."""
+    """A finished training run: its directory, `run.json`, `metrics.jsonl` and base."""
 
     out: Path
     report: dict
@@ -68,7 +68,7 @@ class Run:
     base: Path | None = None
 
     def column(self, name: str) -> list[float]:
-        """Return the metric's values, from the lines that have it."""
+        """Return the metric's values, from the lines with this metric."""
         return [line[name] for line in self.metrics if name in line]
 
     @property
@@ -78,7 +78,7 @@ class Run:
 
 
 def run(main: Main, *argv: object) -> Ending:
-    """Run the command with this `main` and these arguments; return how it ends."""
+    """Run the command of this `main` with these arguments. Return its ending."""
     handlers = {number: signal.getsignal(number) for number in HANDLED}
     out = io.StringIO()
     err = io.StringIO()
@@ -96,9 +96,9 @@ def run(main: Main, *argv: object) -> Ending:
 
 
 def arguments(method: str, base: Path, book: Path, out: Path, *options: object) -> list[str]:
-    """Return `train.py`'s arguments for a small run; `options` come last and win.
+    """Return `train.py`'s arguments for a small run. `options` come last and win.
 
-    A `book` of JSON lines is its `--data`.
+    A `book` of JSON lines is passed as `--data`.
     """
     if Path(book).suffix == ".jsonl":
         source = ["--data", book]
@@ -110,27 +110,27 @@ def arguments(method: str, base: Path, book: Path, out: Path, *options: object) 
 
 
 def trained(method: str, base: Path, book: Path, out: Path, *options: object) -> Run:
-    """Train with these `arguments`, which must succeed; return the run."""
+    """Train with these `arguments`, which must succeed. Return the run."""
     ending = run(train.main, *arguments(method, base, book, out, *options))
     assert ending.status == 0, ending.stderr
     return finished(out, ending.stdout, base)
 
 
 def finished(out: Path, stdout: str = "", base: Path | None = None) -> Run:
-    """Return the run in that directory."""
+    """Return the run in this directory."""
     report = json.loads((out / "run.json").read_text())
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return Run(out, report, [json.loads(line) for line in lines], stdout, base)
 
 
 def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> Trainer:
-    """Make what `train.main` has before its first step."""
+    """Make the state of `train.main` before its first step."""
     return Trainer(parse_options("-", arguments(method, base, book, out, *options)))
 
 
 @dataclass
 class Moment:
-    """What a step of `train.py` is given, for an action in that step."""
+    """The state of `train.py` in a step, for an action in that step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -144,7 +144,7 @@ class Moment:
 
 @contextlib.contextmanager
 def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
-    """Let `train.py` act at the start of some steps."""
+    """Run actions at the start of some steps of `train.py`."""
     step = train.train_step
 
     def act(model, optimizer, scaler, batch, lr, run):
@@ -158,19 +158,19 @@ def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
 
 
 def run_acting(actions: dict[int, Callable[[Moment], None]], *argv: object) -> Ending:
-    """Run `train.py` with an action at the start of some steps; return how it ends."""
+    """Run `train.py` with actions at the start of some steps. Return its ending."""
     with acting(actions):
         return run(train.main, *argv)
 
 
 def scores(path: Path, *argv: object) -> tuple[dict, str]:
-    """Return what `evaluate.py --json path` writes and prints."""
+    """Return the file and the output of `evaluate.py --json path`."""
     said = stdout_of(evaluate.main, *argv, "--device", "cpu", "--json", path)
     return json.loads(path.read_text()), said
 
 
 def stdout_of(main: Main, *argv: object) -> str:
-    """Return what the command prints. It must succeed and write nothing to stderr."""
+    """Return the command's output. It must succeed and write nothing to stderr."""
     ending = run(main, *argv)
     assert (ending.status, ending.stderr) == (0, "")
     return ending.stdout
@@ -189,7 +189,7 @@ def table(said: str) -> list[list[str]]:
 
 
 def one_line(ending: Ending, status: int = 1) -> str:
-    """Return the one line of error with which a command ended, with this status."""
+    """Return the single error line of a command that ended with this status."""
     lines = ending.stderr.splitlines()
     assert ending.status == status, ending
     assert len(lines) == 1 and lines[0].startswith("error: "), ending
@@ -197,7 +197,7 @@ def one_line(ending: Ending, status: int = 1) -> str:
 
 
 def refused(out: Path, *argv: object) -> str:
-    """Return the line with which `train.py` refuses these arguments. `out` must not change."""
+    """Return the line of `train.py` that refuses these arguments. `out` must not change."""
     before = contents(out)
     line = one_line(run(train.main, *argv), 2)
     assert contents(out) == before
@@ -205,7 +205,7 @@ def refused(out: Path, *argv: object) -> str:
 
 
 def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
-    """Count the bytes beside parameters that `model.hidden` keeps for its backward pass."""
+    """Count the bytes, except parameters, that `model.hidden` keeps for its backward pass."""
     storages = {}  # by address, so that a view counts once
 
     def keep(tensor: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
 
 
 def die(moment: Moment) -> None:
-    """End the process with nothing saved: an action for `run_acting`."""
+    """End the process without saving: an action for `run_acting`."""
     raise KeyboardInterrupt
 
 
@@ -230,7 +230,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def story(sentences: int = 120, seed: int = 0) -> str:
-    """Return prose of a kind, always the same: a few thousand tokens of a small vocabulary."""
+    """Return reproducible prose: a few thousand tokens of a small vocabulary."""
     rng = random.Random(seed)
     text = ""
     for _ in range(sentences):
@@ -241,7 +241,7 @@ def story(sentences: int = 120, seed: int = 0) -> str:
 
 
 def questions(path: Path) -> Path:
-    """Write 20 examples of many lengths as JSON lines, always the same; return the path."""
+    """Write 20 reproducible examples of many lengths as JSON lines. Return the path."""
     sentences = story(40, seed=3).replace("!", ".").split(".")[:40]
     lines = []
     for prompt, completion in zip(sentences[::2], sentences[1::2], strict=True):
@@ -259,7 +259,7 @@ def token_parts(book: Path) -> tuple[Tensor, Tensor]:
 
 
 def windows(ids: Tensor, shift: int = 1) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets (B, T) of all whole windows."""
+    """Return the inputs and targets (B, T) of all whole windows."""
     spans = ids.unfold(0, BLOCK + shift, BLOCK)
     return spans[:, :BLOCK], spans[:, shift:]
 
@@ -275,7 +275,7 @@ def stock_model(base: Path, adapter: Path | None = None) -> nn.Module:
 def stock_linear_model(base: Path) -> nn.Module:
     """Return transformers' model with an `nn.Linear` in place of each Conv1D.
 
-    That is what is adapted here, and PEFT's code for Conv1D has had errors of its own.
+    This project adapts linear layers too, and PEFT's code for Conv1D has had bugs.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
     for name, module in list(model.named_modules()):
@@ -288,7 +288,7 @@ def stock_linear_model(base: Path) -> nn.Module:
 
 
 def stock_result(run: Run) -> nn.Module:
-    """Load what the run left into stock libraries."""
+    """Load a run's result into stock libraries."""
     if run.report["method"] == "full":
         return stock_model(run.out)
     assert run.base

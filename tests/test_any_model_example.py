@@ -1,4 +1,4 @@
-"""The example on real weights, on a tiny random Llama: `python -m lesson.examples.any_model`."""
+"""The example on real weights, with a tiny random Llama: `python -m lesson.examples.any_model`."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tests.runs import one_line, questions, run, stdout_of
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A Llama of random weights as transformers saves one, with a tokenizer."""
+    """A random Llama in transformers' format, with a tokenizer."""
     directory = tmp_path_factory.mktemp("llama")
     config = transformers.LlamaConfig(
         vocab_size=317,
@@ -50,7 +50,7 @@ def test_it_trains_as_peft_does_and_peft_loads_what_it_saves(llama, tmp_path):
     options = ("--model", llama, "--steps", 12, "--lr", 2e-2, "--precision", "fp32")
     ours = stdout_of(main, *options, "--out", tmp_path / "ours").splitlines()
     theirs = stdout_of(main, *options, "--out", tmp_path / "theirs", "--peft").splitlines()
-    shared = len(theirs)  # before and while training
+    shared = len(theirs)  # before and during training
     assert ours[:shared] == theirs and sum(": loss " in line for line in theirs) == 12
     scores = [float(line.split()[-1]) for line in ours if line.startswith("validation perplexity")]
     assert len(scores) == 3 and scores[-1] < 0.95 * scores[0]
@@ -95,7 +95,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 @pytest.mark.parametrize("template", [CHATML, CHAT_TEMPLATE], ids=["ChatML", "ours"])
 @pytest.mark.parametrize("messages", [TALK[:2], [SYSTEM, *TALK]], ids=["one turn", "system"])
 def test_masks_are_transformers(llama, template, messages):
-    """A template that marks answers, as transformers reads it, and the same without its marks."""
+    """A template that marks answers, read by transformers, and the same template without marks."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>" if template == CHATML else END_OF_TEXT})
     tokenizer.chat_template = template

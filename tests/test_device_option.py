@@ -1,4 +1,4 @@
-"""Check the option by which the tests run on a GPU."""
+"""Check the option that runs the tests on a GPU."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""The pages: links, files, symbols and commands exist; the toy bugs print what the pages say."""
+"""The pages: links, files, symbols and commands exist, and the toy bugs print the pages' output."""
 
 import re
 from functools import cache
@@ -31,7 +31,7 @@ def prose(page: Path) -> str:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """The anchors that a code host gives the page's headings."""
+    """Return the anchors that a code host gives the page's headings."""
     found = set()
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         words = re.sub(r"[^\w\- ]", "", heading.lower()).strip()
@@ -40,7 +40,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def defines(path: Path, symbol: str) -> bool:
-    """Say whether the file defines each part of `symbol`: a function, a class, a name or field."""
+    """Return whether the file defines each part of `symbol`: a function, class, name or field."""
     code = path.read_text()
     for part in symbol.split("."):
         if not re.search(rf"(def|class) {part}\b|^ *{part}\b.*[:=]", code, re.MULTILINE):
@@ -85,7 +85,7 @@ def wrong_tests(page: Path) -> list[str]:
 
 
 def wrong_commands(page: Path) -> list[str]:
-    """Return the modules and the targets of make that a page, its blocks included, has wrong."""
+    """Return the wrong modules and make targets on a page, code blocks included."""
     text = page.read_text()
     modules = [f"python -m {name}" for name in MODULE.findall(text) if not is_module(name)]
     named = " ".join(MADE.findall(text)).replace("`", " ").split()
@@ -95,7 +95,7 @@ def wrong_commands(page: Path) -> list[str]:
 def is_module(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # its package
+    except ModuleNotFoundError:  # the package is missing
         return False
 
 
@@ -122,7 +122,7 @@ def test_every_bug_has_its_toy():
     assert len(TOYS) == len(headings) == 11
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # one of the bugs
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # from one of the bugs
 @pytest.mark.parametrize(("block", "printed"), TOYS)
 def test_a_toy_prints_what_the_page_says(block, printed, capsys):
     exec(block, {})

@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def printed(capsys, monkeypatch, made=None):
-    """Train on TRL's pairs at its constant rate; return the numbers of each step's line."""
+    """Train on TRL's pairs at TRL's constant rate. Return the numbers of each step's line."""
     monkeypatch.setattr(dpo, "learning_rate", lambda step, total, peak, warmup_ratio: peak)
     model = tiny_llama()
     inject(model, LoRAConfig(**LORA))
@@ -39,7 +39,7 @@ def printed(capsys, monkeypatch, made=None):
 
 
 def equals_trl(lines):
-    """Return whether the twelve losses, margins and accuracies are TRL's."""
+    """Return whether the twelve losses, margins and accuracies equal TRL's numbers."""
     expected = json.loads(LOSSES.read_text())
     assert len(lines) == len(expected) == 12
     for (loss, margin, accuracy, *_), step in zip(lines, expected, strict=True):
@@ -70,7 +70,7 @@ def test_a_reference_that_is_not_switched_off_or_swapped_answers_differ_from_trl
 
 @torch.no_grad()
 def test_only_the_answers_tokens_are_scored():
-    """Each pair's log p as transformers computes it alone; the means as TRL reports them."""
+    """Compare with transformers on each pair alone, and with the means that TRL reports."""
     model = tiny_llama().eval()
     made = [Pair(*pair.values()) for pair in pairs()]
     for kind in ("chosen", "rejected"):
@@ -92,9 +92,9 @@ def test_only_the_answers_tokens_are_scored():
     [
         ([[1, 2, 9], [3, 9], [4, 5, 6, 7]], [3, 9], [4, 5, 6, 7]),
         ([[1, 2, 9], [3, 9]], [3, 9], [1, 2, 9]),  # both end
-        ([[3, 9], [4]], [3, 9], [4]),  # one was cut, however short
+        ([[3, 9], [4]], [3, 9], [4]),  # one was cut, though it is shorter
         ([[1, 2], [3]], None, None),  # none ends
-        ([[3, 9], [4, 9]], None, None),  # both are as long
+        ([[3, 9], [4, 9]], None, None),  # equal lengths
     ],
 )
 def test_the_shortest_answer_that_ends_is_chosen(answers, chosen, rejected):
@@ -104,10 +104,10 @@ def test_the_shortest_answer_that_ends_is_chosen(answers, chosen, rejected):
 
 @pytest.fixture
 def model(tmp_path):
-    """A tiny Llama and its tokenizer with a chat template, as files."""
+    """A tiny Llama and a tokenizer with a chat template, as files."""
     directory = tmp_path / "llama"
     llama = tiny_llama()
-    llama.lm_head.weight.data[316] *= 3  # some answers end
+    llama.lm_head.weight.data[316] *= 3  # makes some answers end
     llama.save_pretrained(directory)
     write_small_tokenizer(directory, 317)
     (directory / "chat_template.jinja").write_text(TEMPLATE)

@@ -24,7 +24,7 @@ SOLUTIONS = re.findall(
 
 @pytest.fixture(autouse=True)
 def perplexities(monkeypatch):
-    """Take exercise 12's perplexities from the table in docs/solutions.md. A run takes seconds."""
+    """Take exercise 12's perplexities from the table in docs/solutions.md, to save seconds."""
     page = (ROOT / "docs/solutions.md").read_text()
     found = re.search(r"^\| perplexity (.*)", page, re.MULTILINE)[1]
     full, *by_rank = [float(number) for number in re.findall(r"\d+\.\d", found)]
@@ -53,7 +53,7 @@ def test_a_check_refuses_the_start_and_accepts_the_solution(n, block):
 
 
 def solved(block):
-    """The answers, with one exercise's replaced by its solution."""
+    """Return the answers, with one exercise replaced by its solution."""
     names = vars(answers) | {"math": math}
     exec(block, names)
     return SimpleNamespace(**names)
@@ -64,7 +64,7 @@ def keep_a(layer):
 
 
 def count_one_c_proj(n_layer, n_embd, r, target_modules):
-    """Count the attention's c_proj, and not the MLP's."""
+    """Count the attention's c_proj but not the MLP's c_proj."""
     if target_modules == ("c_attn",):
         return n_layer * r * 4 * n_embd
     return n_layer * r * 2 * n_embd
@@ -86,7 +86,7 @@ def nf4_always(weight, levels, block):
 
 
 def largest_not_largest_size(weight, levels, block):
-    """Divide by max w, and not by max |w|."""
+    """Divide by max w instead of max |w|."""
     blocks = weight.view(-1, block or weight.numel())
     largest = blocks.amax(1, keepdim=True)
     codes = (blocks[..., None] / largest[..., None] - levels).abs().argmin(-1)
@@ -144,7 +144,7 @@ def test_the_table_of_exercise_13_is_what_its_solution_computes():
 
 
 def test_the_command_says_what_is_wrong(capsys, monkeypatch):
-    """The answers are one not given, a wrong one, one that fails, and a right one."""
+    """The answers are a missing answer, a wrong one, one that raises, and a right one."""
     monkeypatch.setattr(answers, "accumulate", solved(dict(SOLUTIONS)["9"]).accumulate)
     monkeypatch.setattr(answers, "alpha_for", lambda scaling, r, use_rslora: None)  # no return
     assert exercises.main(["2", "10", "3", "9"]) == 1

@@ -1,4 +1,4 @@
-"""The lesson's formulas against autograd or a count by hand; a few experiments in a tiny form."""
+"""The lesson's formulas against autograd or counts by hand, and a few tiny experiments."""
 
 import contextlib
 import io
@@ -52,7 +52,7 @@ FIGURES = ROOT / "docs" / "figures"
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
-    """Make a short version's runs tiny. Each test trains its own runs, with one tokenizer."""
+    """Make a short version's runs tiny. Each test trains new runs, and all share a tokenizer."""
     monkeypatch.setattr(sweep, "CELLS", tmp_path / "known" / "cells.jsonl")
     monkeypatch.setattr(training_data, "load_tokenizer", load_tokenizer)
     for name, value in {"batch_size": 2, "block_size": 16, "max_steps": 2}.items():
@@ -68,7 +68,7 @@ def drawn_experiments():
 
 @pytest.mark.parametrize("experiment", drawn_experiments(), ids=lambda module: module.__name__)
 def test_the_published_pictures_can_be_read(experiment, tmp_path):
-    """At a page's width no word is too small, on another, or cut off. None needs a new run."""
+    """At a page's width no word is too small, overlaps another, or is cut off."""
     name = experiment.__name__.rpartition(".")[2]
     shutil.copy(FIGURES / f"{name}.json", tmp_path)
     with only_legible_pictures() as pictures:
@@ -80,7 +80,7 @@ def test_the_published_pictures_can_be_read(experiment, tmp_path):
 
 
 def run(experiment, out):
-    """Run the short version, which must leave data and a picture. Return the data."""
+    """Run the short version, which must write data and a picture. Return the data."""
     data = experiment.main(["--short", "--out", str(out)])
     name = experiment.__name__.rpartition(".")[2]
     assert {path.name for path in out.glob("*.*")} == {f"{name}.json", f"{name}.png"}
@@ -101,12 +101,12 @@ def test_an_experiment_that_cannot_be_saved_or_drawn_does_not_begin(tmp_path, ca
 
 
 def test_alpha_is_the_learning_rate_of_b():
-    """AdamW on s B A at one rate is AdamW on B' A with B' = s B at s times the rate for B'."""
+    """AdamW on s B A at one rate equals AdamW on B' A with B' = s B, at s times the rate for B'."""
     torch.manual_seed(0)
     batches = torch.randn(5, 7, 12).double()
     target = torch.randn(7, 20).double()
     results = []
-    for alpha, rate_of_b in ((12, 0.01), (3, 0.04)):  # s is 4, and 1
+    for alpha, rate_of_b in ((12, 0.01), (3, 0.04)):  # s is 4 and 1
         torch.manual_seed(1)
         layer = LoRALinear(nn.Linear(12, 20), LoRAConfig(r=3, lora_alpha=alpha, lora_dropout=0))
         layer.double()
@@ -125,7 +125,7 @@ def test_alpha_is_the_learning_rate_of_b():
 
 
 def test_a_first_step_moves_w_by_the_formula_and_gains_as_much_at_any_rank():
-    """The model is random. At a fixed alpha the gain does not depend on the rank."""
+    """The model is random. At a fixed alpha, the gain does not depend on the rank."""
     config = GPT2Config(vocab_size=97, n_positions=16, n_embd=256, n_layer=1, n_head=4)
     ids = token_ids(97, 4, 17)
 
@@ -145,7 +145,7 @@ def test_a_first_step_moves_w_by_the_formula_and_gains_as_much_at_any_rank():
 
 
 def test_where_b_starts_at_zero_so_does_the_gradient_of_a(tmp_path, monkeypatch):
-    """The same holds with A and B exchanged. If both are zero, neither ever moves."""
+    """The same holds with A and B exchanged. If both are zero, both stay zero."""
 
     def small(**options):
         return trainer(**options | {"batch_size": 4, "block_size": 32})
@@ -213,7 +213,7 @@ def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
 
 
 def test_the_best_rate_between_those_tried_and_the_rule_of_many():
-    """The parabola finds the lowest point, and the fit the powers, in made-up runs."""
+    """On made-up runs, the parabola finds the lowest point, and the fit finds the powers."""
 
     def around(best):
         tried = [2.0**k for k in range(-14, -2)]
@@ -226,7 +226,7 @@ def test_the_best_rate_between_those_tried_and_the_rule_of_many():
             best = 0.04 * steps**-0.4 * passes**-0.6
             data[f"{steps}, {passes}"] = {"steps": steps, "passes": passes, "runs": around(best)}
     assert rates.fit(data) == pytest.approx((0.04, -0.4, -0.6, 1))
-    assert best_rate(60, 5.8) == pytest.approx(rates.rule(60, 5.8), rel=0.05)  # the recipe's
+    assert best_rate(60, 5.8) == pytest.approx(rates.rule(60, 5.8), rel=0.05)  # the recipe's rule
 
 
 def test_gaps_are_those_of_the_best_rates_in_nats():
@@ -247,7 +247,7 @@ def test_alone_trains_nothing_but_the_four_layers():
 
 
 def test_forgetting_at_one_perplexity():
-    """It is read off the change's curve, on the side where less change learns less."""
+    """The value is read from the change's curve, on the side where less change learns less."""
     curve = {0.9: (29, 0.8), 0.8: (31, 0.4), 0.6: (35, 0.2)}
     found = [{"scores": (30, 0.9), "change scaled": curve}]
     assert intruders.kl_at(30, found) == pytest.approx(0.6)
@@ -257,7 +257,7 @@ def test_forgetting_at_one_perplexity():
 
 
 def test_a_change_is_compared_with_w_in_the_changes_directions():
-    """Two random directions have what is expected of random ones, and W's largest all of it."""
+    """Two random directions match the expectation, and W's largest directions contain all."""
     torch.manual_seed(0)
     weight = torch.randn(30, 20)
     u, s, vh = torch.linalg.svd(weight)
@@ -277,7 +277,7 @@ def test_a_change_is_compared_with_w_in_the_changes_directions():
 
 
 def test_a_run_whose_result_is_known_is_not_run_again(monkeypatch):
-    """What is kept is found again. Another option, seed or measure is another run."""
+    """A stored result is found again. Another option, seed or measure is another run."""
     trained = []
 
     def make(method, seed, *_, lr, **options):
@@ -315,7 +315,7 @@ def test_a_result_that_a_kill_cut_off_costs_no_other():
 
 
 def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
-    """The search walks to the least mean over the seeds, not to the first seed's least."""
+    """The search goes to the least mean over the seeds, not to the first seed's least."""
     best = {0: 8.0, 1: 2.0, 2: 2.0}
     tried = []
 
@@ -334,9 +334,9 @@ def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
 
 
 def test_similarity_is_that_of_hu_et_al():
-    """phi is 1 for one subspace, 0 for orthogonal ones, and does not depend on the basis."""
+    """phi is 1 for equal subspaces, 0 for orthogonal ones, and independent of the basis."""
     torch.manual_seed(0)
-    some, others = torch.randn(2, 3, 20, 12)  # 3 blocks each
+    some, others = torch.randn(2, 3, 20, 12)  # three blocks each
     v = torch.linalg.svd(some).Vh
     w = torch.linalg.svd(others).Vh
     found = spectrum.similarity(v, w)
@@ -369,12 +369,12 @@ def test_a_change_is_cut_to_its_largest_terms(monkeypatch):
 
 
 def test_memory_is_counted_exactly_by_hand(tmp_path, monkeypatch):
-    """Of the activations, terms below one part in a hundred are left out."""
+    """For activations, terms below one part in a hundred are left out."""
     monkeypatch.setattr(memory, "BATCH", 4)
     data = run(memory, tmp_path)
     for sides in data.values():
         for part, counted in sides["predicted"].items():
-            tolerance = 0.04 if part == "activations" else 2e-4  # AdamW counts its steps, too
+            tolerance = 0.04 if part == "activations" else 2e-4  # AdamW also stores its steps
             assert counted == pytest.approx(sides["measured"][part], rel=tolerance), part
     assert data["lora"]["measured"]["AdamW moments"] > 2 * data["lora"]["measured"]["gradients"]
     assert memory.predicted("lora", memory.GPT2Config(), 1)["gradients"] == 4 * 294_912

@@ -1,4 +1,4 @@
-"""The tables of experiments.md and findings.md, recomputed from docs/figures without lesson/."""
+"""Recompute the tables of experiments.md and findings.md from docs/figures, without lesson/."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def stored(name):
 
 
 def is_printed(*cells):
-    """Return whether a row of a table contains these cells, one after another."""
+    """Return whether a table row contains these cells in sequence."""
     return any(row[i : i + len(cells)] == list(cells) for row in ROWS for i in range(len(row)))
 
 

@@ -1,4 +1,4 @@
-"""What `pip install` of a checkout gives: `lora`, which needs PyTorch and safetensors."""
+"""`pip install` of a checkout gives only `lora`, which needs PyTorch and safetensors."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ def test_lora_installed_alone_works_outside_the_checkout(tmp_path):
     command = (sys.executable, "-m", "pip", "install", *offline, "--target", site, checkout)
     subprocess.run(command, check=True, capture_output=True)
     names = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
-    assert names == {"lora"}  # and no generic name
+    assert names == {"lora"}  # no generic name
 
     environment = os.environ | {"PYTHONPATH": str(site)}  # before an editable install
     command = (sys.executable, "-W", "ignore", "-c", USE, str(site))

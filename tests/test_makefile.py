@@ -1,4 +1,4 @@
-"""Check that what a user types to make reaches the commands unchanged."""
+"""Check that text typed after make reaches the commands unchanged."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ MAKEFILE = Path(__file__).resolve().parents[1] / "Makefile"
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Call make in a project whose python prints its arguments, a line each."""
+    """Call make in a project whose python prints its arguments, one per line."""
     shutil.copy(MAKEFILE, tmp_path)
     (tmp_path / "pyproject.toml").touch()
     python = tmp_path / ".venv" / "bin" / "python"
@@ -21,7 +21,7 @@ def made(tmp_path, monkeypatch):
     python.chmod(0o755)
     for stamp in ("run", "dev", "examples", "notebook"):
         (tmp_path / ".venv" / stamp).touch()
-    for name in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # an outer make's
+    for name in ("MAKEFLAGS", "MFLAGS", "ARGS"):  # set by an outer make
         monkeypatch.delenv(name, raising=False)
 
     def make(*arguments: str) -> list[str]:
@@ -58,7 +58,7 @@ def test_a_figure_that_does_not_exist_is_an_error_in_one_line(made, tmp_path):
     assert made("figures", "ARGS=rates --x 1") == split("-m lesson.experiments.rates --x 1")
     with pytest.raises(subprocess.CalledProcessError) as failed:
         made("figures", "ARGS=nosuch --x 1")
-    error, _ = failed.value.stderr.splitlines()  # the last line is make's
+    error, _ = failed.value.stderr.splitlines()  # the last line comes from make
     assert error.startswith("error: ARGS begins with none of diagram ") and not failed.value.stdout
 
 

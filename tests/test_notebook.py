@@ -1,4 +1,4 @@
-"""The notebook is its script, its stored outputs are what a run shows, and its story holds."""
+"""The notebook equals its script, its stored outputs equal a run, and its claims are true."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STORED = json.loads(NOTEBOOK.read_text())["cells"]
 
 @pytest.fixture(scope="module")
 def fresh():
-    """Run the script with a fifth of its steps, on a quarter of the tokens. Return its cells and
+    """Run the script with a fifth of its steps on a quarter of the tokens. Return its cells, and
     the names that it defined.
     """
     short = SCRIPT.read_text()
@@ -31,14 +31,14 @@ def fresh():
         assert whole in short
         short = short.replace(whole, small)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(NOTEBOOK.parent)  # where Jupyter runs it
+        patch.chdir(NOTEBOOK.parent)  # Jupyter's working directory
         patch.setattr(sys, "path", list(sys.path))
         made = cells(short)
         return made, run(made)
 
 
 def said(notebook_cells):
-    """Return all that the cells printed."""
+    """Return everything that the cells printed."""
     texts = []
     for cell in notebook_cells:
         for output in cell.get("outputs", ()):
@@ -56,7 +56,7 @@ def kinds(notebook_cells):
 
 
 def numbers_after(words):
-    """Return the numbers in the line of the stored outputs that begins with these words."""
+    """Return the numbers in the stored output line that begins with these words."""
     (line,) = re.findall(rf"^{re.escape(words)}(.*)$", said(STORED), re.MULTILINE)
     return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
@@ -80,7 +80,7 @@ def test_what_is_stored_has_the_shape_of_a_fresh_run(fresh):
 
 
 def test_the_three_starts(fresh):
-    """Both zero never moves, both random begins above the base, A random and B zero at it."""
+    """Both zero never moves. Both random begins above the base. A random, B zero begins at it."""
     _, names = fresh
     base = names["base_losses"]
     assert names["zero_losses"] == base
@@ -119,7 +119,7 @@ def test_what_it_writes_its_rank_merging_and_peft(fresh):
 
 
 def test_the_stored_story_holds():
-    """What the texts between the cells say of the whole run."""
+    """The claims of the texts between the cells, about the whole run."""
     base, full = numbers_after("perplexity: ")
     (cut,) = numbers_after("rank   8: perplexity")
     full_again, slow = numbers_after("full fine-tuning: ")
@@ -135,7 +135,7 @@ def test_the_stored_story_holds():
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="no checkout")
 def test_elsewhere_the_first_cell_fetches_the_project(tmp_path):
-    """As on a hosted service: from an empty folder, with pip that installs nothing here."""
+    """As on a hosted service: an empty folder, and a pip that installs nothing here."""
     first = next(cell for cell in STORED if cell["cell_type"] == "code")
     code = "".join(first["source"])
     begins = [sys.executable, "-c"]

@@ -1,4 +1,4 @@
-"""The page of real weights: its code runs, and its tables are what `inject` and PEFT do."""
+"""The page of real weights: its code runs, and its tables equal `inject` and PEFT."""
 
 import re
 
@@ -31,7 +31,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def snippet(text: str) -> str:
-    """Return the one block of Python that loads a model, trains it and merges the adapter."""
+    """Return the one Python block that loads a model, trains it and merges the adapter."""
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "merge(" in b]
     return block
 
@@ -148,7 +148,7 @@ def test_every_model_is_in_the_table():
     assert LAYERS.keys() == CASES.keys()
 
 
-@pytest.mark.filterwarnings("ignore")  # of experts
+@pytest.mark.filterwarnings("ignore")  # from mixtures of experts
 @pytest.mark.parametrize("name", CASES)
 def test_all_linear_adapts_what_peft_adapts(name, tmp_path):
     case = CASES[name]
@@ -160,7 +160,7 @@ def test_all_linear_adapts_what_peft_adapts(name, tmp_path):
     theirs = peft.get_peft_model(make(case), peft.LoraConfig(**fields)).base_model
     layers = list(lora_layers(ours))
     assert layers == theirs.targeted_module_names
-    if transformers.__version__ >= "5":  # 4 has other names in ViT, and a layer for each expert
+    if transformers.__version__ >= "5":  # version 4 has other names in ViT, and a layer per expert
         assert {layer.rpartition(".")[2] for layer in layers} == LAYERS[name]
         experts = {target.rpartition(".mlp.")[2] for target in theirs.targeted_parameter_names}
         mixtral = {"gate.weight", "experts.gate_up_proj", "experts.down_proj"}

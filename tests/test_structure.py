@@ -1,4 +1,4 @@
-"""Check that the core can be copied out, and that a folder imports only from those below it."""
+"""Check that the core can be copied out, and that a folder imports only from lower folders."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# From the commands down: a file imports from its own folder and from those after it.
+# From the commands down. A file imports from its folder and the folders after it.
 LAYERS = [
     "train",
     "evaluate",
@@ -23,7 +23,7 @@ OURS = {*LAYERS, "conformance", "lesson", "benchmarks", "tests"}
 
 
 def imported(path: Path) -> set[str]:
-    """Return our top-level modules that a file imports, anywhere in it."""
+    """Return our top-level modules that a file imports anywhere."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,7 +1,7 @@
-"""Write what TRL's DPOTrainer computes to tests/trl_losses.json: `python -m tests.trl_losses`.
+"""Write the losses of TRL's DPOTrainer to tests/trl_losses.json: `python -m tests.trl_losses`.
 
-TRL needs `datasets` with pandas and pyarrow, so it is no requirement of the tests. Made with
-trl 1.16.0, transformers 5.24.0, peft 0.21.2 and torch 2.13.0, by `pip install trl`.
+TRL needs `datasets` with pandas and pyarrow, so the tests do not require TRL. Made with trl 1.16.0,
+transformers 5.24.0, peft 0.21.2 and torch 2.13.0, by `pip install trl`.
 """
 
 import json
@@ -20,7 +20,7 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-lin
 
 
 def tiny_llama() -> transformers.LlamaForCausalLM:
-    """Return a Llama whose every weight depends on its place alone, in any version."""
+    """Return a Llama whose weights depend only on their index, in any version."""
     config = transformers.LlamaConfig(
         vocab_size=317,
         hidden_size=32,
@@ -39,7 +39,7 @@ def tiny_llama() -> transformers.LlamaForCausalLM:
 
 
 def start(model: torch.nn.Module) -> torch.nn.Module:
-    """Draw every A, ours or PEFT's. B stays at 0."""
+    """Draw every A of our adapter or PEFT's adapter. B stays 0."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,7 +49,7 @@ def start(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def pairs() -> list[dict[str, list[int]]]:
-    """Return token ids of 36 questions with a short answer and a long one."""
+    """Return the token ids of 36 questions, each with a short and a long answer."""
     made = []
     for i in range(STEPS * PAIRS):
         ids = token_ids(316, 24, seed=i).tolist()

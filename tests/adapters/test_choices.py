@@ -44,7 +44,7 @@ def file(tmp_path) -> Path:
 
 @torch.no_grad()
 def plain_score(model, prompt: str, choice: str, dropped: int) -> float:
-    """Return log p of the answer and its end of text, token by token: no padding, no batch."""
+    """Return log p of the answer and its end of text, token by token, without padding or batch."""
     before = TOKENIZER.encode(f"User: {prompt.strip()}\nAssistant:").astype(int).tolist()
     answer = [*TOKENIZER.encode(f" {choice.strip()}").astype(int).tolist(), TOKENIZER.end_of_text]
     ids = [*before, *answer][dropped:]
@@ -82,7 +82,7 @@ def test_scores_are_those_of_a_plain_transformers_loop(base, file, tmp_path):
 
 
 def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
-    """--data reads the same file, and measures the loss of the right answers."""
+    """--data reads the same file and measures the loss of the right answers."""
     pairs = [{"prompt": p, "completion": choices[answer]} for p, choices, answer in QUESTIONS]
     same = written(tmp_path / "pairs.jsonl", *map(json.dumps, pairs))
     rows = read_examples(file, TOKENIZER, 200)
@@ -100,7 +100,7 @@ def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
 
 
 def test_training_on_questions_teaches_the_answers(base, tmp_path):
-    """Two kinds of prompt, two answers: chance before training, all right after it."""
+    """With two kinds of prompt and two answers, accuracy rises from chance to 1."""
     lines = []
     for i in range(24):
         kind = i % 2

@@ -1,4 +1,4 @@
-"""`python -m adapters.combine`: exact sums, truncation, and stock PEFT on what comes out."""
+"""`python -m adapters.combine`: exact sums, truncation, and loading the result into stock PEFT."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ PATTERNS = {
 
 @pytest.fixture
 def adapters(base, tmp_path) -> list[Path]:
-    """Two adapters of other ranks, scalings and layers; c_attn is in both."""
+    """Two adapters with different ranks, scalings and layers. Both adapt c_attn."""
     one = adapted(base, ("c_attn",), r=3, lora_alpha=5)
     other = adapted(base, ("c_attn", "c_fc"), r=2, use_rslora=True)
     randomize(other, seed=9)
@@ -46,7 +46,7 @@ def changes(base, directory) -> dict[str, torch.Tensor]:
 
 
 def dense_sum(base, adapters, weights):
-    """Return the base with the weighted sum of changes in its weights, and the sum."""
+    """Return the base with the weighted sum of changes added, and the sum."""
     total = {}
     for directory, weight in zip(adapters, weights, strict=True):
         for name, change in changes(base, directory).items():
@@ -73,7 +73,7 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
 
 
 def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):
-    """Eckart-Young, by the SVD of the dense sum."""
+    """The lost norm follows Eckart-Young, by the SVD of the dense sum."""
     said = stdout_of(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
     cut = changes(base, tmp_path / "out")
     _, total = dense_sum(base, adapters, (1, 1))
@@ -98,7 +98,7 @@ def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path
     ids=["patterns", "slices"],
 )
 def test_one_adapter_becomes_plain_lora(base, tmp_path, targets, fields, rank, layers):
-    """A server that knows no variant then computes the adapter's logits."""
+    """A server that does not support the variant then computes the adapter's logits."""
     model = adapted(base, targets, **fields)
     save_adapter(model, tmp_path / "lora", "owner/name", "a" * 64, "v2")
     out = tmp_path / "plain"
@@ -140,5 +140,5 @@ def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapter
         assert ending.stdout == "" and not (tmp_path / "out").exists()
         assert one_line(ending, 2) == f"error: {reason}"
     assert run(main, other, "--out", tmp_path / "out").status == 0
-    with pytest.raises(UserError, match="another base"):  # the hash goes along
+    with pytest.raises(UserError, match="another base"):  # the copy keeps the hash
         load_model(str(base), tmp_path / "out")

@@ -15,7 +15,7 @@ from tests.runs import one_line, run, stdout_of, stock_model, table
 
 @pytest.fixture
 def full(base, tmp_path):
-    """A model that differs from the base in every parameter, the biases included."""
+    """A model that differs from the base in every parameter, including biases."""
     model = load_gpt2(base)
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -49,7 +49,7 @@ def test_each_layers_change_is_the_best_of_its_rank(base, full, tmp_path, rank):
         assert cells[1:] == [f"{change.norm():.4g}", f"{share:.2%}"]
         inside += change.square().sum()
         if rank == 32:
-            merged = theirs.transformer.get_submodule(name).weight.T  # Conv1D's
+            merged = theirs.transformer.get_submodule(name).weight.T  # stored as Conv1D's (in, out)
             assert relative_difference(merged, after[f"{name}.weight"]) < 1e-6
     whole = sum((after[name] - before[name]).double().square().sum() for name in before)
     assert f"{1 - inside / whole:.2%} of the whole change's squared norm is out" in said
@@ -75,7 +75,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
 
 
 def test_another_base_than_the_run_records_is_refused(runs, base, tmp_path):
-    """A run is recognised by its run.json. A directory without one is accepted."""
+    """A directory counts as a run if it has a run.json. Any other directory is accepted."""
     other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
     full = shutil.copytree(runs["full"].out, tmp_path / "full")
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""`python -m adapters.inspect`: its table against dense matrices, and its picture."""
+"""`python -m adapters.inspect`: the table against dense matrices, and the picture."""
 
 import numpy as np
 import peft
@@ -21,7 +21,7 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     zero.lora_B.weight.data.zero_()
     save_adapter(model, tmp_path, "gpt2")
     (tmp_path / "file").touch()
-    ending = run(main, tmp_path, "--out", tmp_path / "file")  # no picture can be written there
+    ending = run(main, tmp_path, "--out", tmp_path / "file")  # no picture can be written
     assert ending.status == 0 and "of the weight's" not in ending.stdout
     assert ending.stderr.startswith(f"warning: {tmp_path / 'file' / 'spectrum.png'}: cannot be w")
     assert "make an adapter of it: python -m adapters.extract" in one_line(run(main, base), 2)
@@ -49,7 +49,7 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
 
 
 def test_the_picture_of_many_kinds_of_layers_can_be_read(base, tmp_path, monkeypatch):
-    """At a page's width, with three kinds, one of them in a row of its own."""
+    """Three kinds of layers, one of them in a separate row, at a page's width."""
     monkeypatch.chdir(tmp_path)
     save_adapter(adapted(base, ("c_attn", "c_proj"), r=4), tmp_path, "gpt2")
     with only_legible_pictures() as pictures:
@@ -58,7 +58,7 @@ def test_the_picture_of_many_kinds_of_layers_can_be_read(base, tmp_path, monkeyp
 
 
 def beside_the_weight(weight, change, rank):
-    """Return by numpy's SVD how many intruders there are, the least cosine, the amplification."""
+    """Return the number of intruders, the least cosine and the amplification, by numpy's SVD."""
     before = np.linalg.svd(weight)[0][:, : min(weight.shape)]
     after = np.linalg.svd(weight + change)[0]
     largest = [
@@ -72,7 +72,7 @@ def beside_the_weight(weight, change, rank):
 
 
 def test_an_intruder_is_found_and_removed_as_by_peft():
-    """A large new direction is the one intruder; scaled, it leaves PEFT's mitigated weight."""
+    """A large new direction is the one intruder. Scaling it gives PEFT's mitigated weight."""
     theirs = pytest.importorskip("peft.tuners.lora.intruders", reason="this PEFT has none")
     torch.manual_seed(0)
     linear = torch.nn.Linear(12, 20, bias=False)

@@ -38,7 +38,7 @@ def test_merging_changes_no_logit_and_unmerging_restores_the_base(base):
         model.state_dict()
     with pytest.raises(ValueError, match="unmerge it before"):
         model.load_state_dict(state)
-    merge(model)  # a second merge is none
+    merge(model)  # a second merge changes nothing
     assert all(torch.equal(w, merged[name]) for name, w in base_weights(model).items())
     unmerge(model)
     unmerge(model)
@@ -94,7 +94,7 @@ def test_a_lower_precision_is_written_and_what_it_costs_printed(base, tmp_path):
 def test_a_merge_that_is_stopped_leaves_no_part_and_can_be_repeated(
     base, adapter, tmp_path, monkeypatch
 ):
-    """A signal arrives when the model is whole and the tokenizer is missing."""
+    """The signal arrives when the model is complete and the tokenizer is missing."""
     out = tmp_path / "merged[1]"
     argv = ["--base", str(base), "--adapter", str(adapter), "--out", str(out)]
     command = multiprocessing.get_context("fork").Process(target=run_command, args=(main, argv))
@@ -107,6 +107,6 @@ def test_a_merge_that_is_stopped_leaves_no_part_and_can_be_repeated(
     assert command.exitcode == 128 + signal.SIGTERM
     assert not out.exists() and not list(tmp_path.glob(".merged*"))
 
-    out.mkdir()  # an empty directory may be there
+    out.mkdir()  # --out may be an empty directory
     assert run(main, *argv).status == 0
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(out))

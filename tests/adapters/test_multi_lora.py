@@ -1,4 +1,4 @@
-"""One adapter a row of a batch: each row is what it is alone."""
+"""A batch with one adapter per row: each row equals a run of that adapter alone."""
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ CONTEXT = 24
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Return a base of a short context, which few tokens pass."""
+    """Return a base whose context is short, so that few tokens fill it."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_positions=CONTEXT)[0]
 
 
 @pytest.fixture
 def directories(base, tmp_path):
-    """Three adapters, of other ranks, scalings and layers."""
+    """Three adapters with different ranks, scalings and layers."""
     for name, targets, r, alpha in (
         ("a", ("c_attn",), 1, 16),
         ("b", ("c_attn", "c_proj"), 5, 3),
@@ -47,7 +47,7 @@ def model(base):
 
 @pytest.fixture
 def several(base, model, directories) -> Adapters:
-    """The three adapters on `model`."""
+    """Load the three adapters on `model`."""
     return Adapters(model, file_sha256(base / "model.safetensors"), directories)
 
 

@@ -1,4 +1,4 @@
-"""Each command with `--quantise`, a base in four or eight bits."""
+"""Each command with `--quantise`: a base in four or eight bits."""
 
 import json
 import re
@@ -29,7 +29,7 @@ SAID = "the base is quantised to {}, as in the adapter's training (--quantise)\n
 
 @pytest.fixture(scope="module")
 def runs(base, book, tmp_path_factory):
-    """A run on each kind of base."""
+    """One run on each kind of base."""
     out = {}
     for kind in (*LAYERS, None):
         option = ("--quantise", kind) if kind else ()
@@ -106,7 +106,7 @@ def test_a_resumed_run_is_the_run_that_nobody_stopped(runs, base, book, tmp_path
     ending = run_acting({3: lambda trainer: signal.raise_signal(signal.SIGINT)}, *argv)
     assert ending.status == 130
     sizes = [(out / CHECKPOINT).stat().st_size for out in (tmp_path / "run", runs[None].out)]
-    assert abs(sizes[0] - sizes[1]) < 100  # in bytes: it holds no base
+    assert abs(sizes[0] - sizes[1]) < 100  # in bytes: the adapter does not contain the base
     for other in ("int8", "none"):
         refused = run(train.main, *argv[:-1], other, "--resume")
         assert "--quantise was nf4 and is now" in one_line(refused, 2)

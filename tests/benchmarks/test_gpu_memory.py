@@ -1,6 +1,6 @@
-"""The table of a GPU's memory: the page has the command's, and its sizes are the model's.
+"""The GPU memory table: the page shows the command's table, with the model's true sizes.
 
-tests/model/fake_cuda.py holds what a block keeps to what autograd keeps.
+tests/model/fake_cuda.py compares the bytes per block with the bytes that autograd keeps.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The benchmark of single operations: it replaces one at a time, and puts all back."""
+"""The benchmark of single operations: it replaces one operation at a time and restores it."""
 
 from benchmarks import operations, ours
 from model.kernels.fast import FAST

@@ -1,4 +1,4 @@
-"""The parity check: it holds, and each fault that it is there to find breaks it."""
+"""The parity check passes, and each fault that it must detect makes it fail."""
 
 import json
 import math
@@ -23,13 +23,13 @@ LOW = Device.pick().precision if DEVICE == "cuda" else "bf16"  # fp16 where bf16
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny base with heads of 16, for which 1/sqrt(16) is the same number however computed."""
+    """A tiny base with heads of 16: 1/sqrt(16) is exact however it is computed."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_head=2)[0]
 
 
 @pytest.fixture
 def check(base, book, tmp_path):
-    """Run the parity check with these options; how it ends, and its `parity.json`."""
+    """Run the parity check with these options. Return its ending and its `parity.json`."""
     standard = ["--base", base, "--book", book, "--out", tmp_path]
     standard += ["--block-size", 16, "--device", "cpu"]
 
@@ -68,7 +68,7 @@ def test_every_section_holds_and_says_so_and_is_pefts_to_the_last_bit(check, bas
         "full",
     }
     losses = result["validation_losses"]
-    assert losses["trained here"]["there"] < losses["base"]["there"] - 0.01  # it did train
+    assert losses["trained here"]["there"] < losses["base"]["there"] - 0.01  # it has trained
 
 
 def scaled_by_one_percent_more(config, scaling=LoRAConfig.scaling.fget):
@@ -86,7 +86,7 @@ def a_by_the_wrong_fan_in(layer, *args, init=LoRALinear.__init__):
 
 
 def validation_that_draws(model, data, run, validate=train.validate):
-    torch.rand(1)  # from the stream that the dropouts read
+    torch.rand(1)  # advances the stream of the dropouts
     return validate(model, data, run)
 
 
@@ -132,7 +132,7 @@ def opts(base, book):
 def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
     def make_trainer(args, make=ours.Trainer):
         trainer = make(args)
-        trainer.model.set_dropout(0.5)  # on our side alone, in place of 0.1
+        trainer.model.set_dropout(0.5)  # only on our side, instead of 0.1
         return trainer
 
     monkeypatch.setattr(ours, "Trainer", make_trainer)
@@ -152,7 +152,7 @@ def test_a_difference_that_is_not_a_number_breaks_parity():
 
 
 def test_a_difference_in_every_step_is_found_though_none_is_large():
-    """PEFT's own rounding shows in one step alone; ours, as large as is allowed there, in all."""
+    """PEFT's rounding error occurs in one step, our equally large error in every step."""
     fp32 = [2.0] * 10
     there = [2.0] * 9 + [2.02]
     here = [loss + 0.03 for loss in there]
@@ -164,7 +164,7 @@ def test_a_difference_in_every_step_is_found_though_none_is_large():
 @pytest.mark.parametrize(
     "config",
     [
-        {"n_embd": 768, "n_head": 12},  # GPT-2 124M's
+        {"n_embd": 768, "n_head": 12},  # the sizes of GPT-2 124M
         {"n_head": 2, "activation_function": "gelu"},
     ],
     ids=["the width of 124M", "the gelu of erf"],

@@ -1,4 +1,4 @@
-"""The reference run, repeated: its protocol and measure against the reference's own loop."""
+"""The repeated reference run: its protocol and measure against the reference's training loop."""
 
 import json
 import math
@@ -23,7 +23,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def wide_base(tmp_path_factory):
-    """A tiny base that sees the protocol's 128 tokens."""
+    """A tiny base with the protocol's context of 128 tokens."""
     return tiny_gpt2_directory(
         tmp_path_factory.mktemp("wide"), n_positions=128, n_embd=16, n_head=2, n_layer=1
     )[0]
@@ -42,7 +42,7 @@ def arguments(base: Path, book: Path, out: Path, *options: object) -> list[objec
 
 
 def repeat(base: Path, book: Path, out: Path, *options: object) -> tuple[str, dict]:
-    """Return what the command prints, and its figures."""
+    """Return the command's output and its figures."""
     said = stdout_of(reference.main, *arguments(base, book, out, *options))
     return said, json.loads((out / "reference.json").read_text())
 
@@ -55,13 +55,13 @@ def repeated(wide_base, short_text, tmp_path_factory):
 
 
 def reference_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the reference's dataset does, x and y (N, 128)."""
+    """Return the windows of the reference's dataset, x and y (N, 128)."""
     return ids[:-1].unfold(0, 128, 1), ids[1:].unfold(0, 128, 1)
 
 
 @torch.no_grad()
 def reference_validation(model: nn.Module, ids: Tensor, batch_size: int) -> float:
-    """The reference's validation loop, on its own library."""
+    """Run the reference's validation loop, with the reference's library."""
     x, y = reference_windows(ids)
     losses = []
     for inputs, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
@@ -71,7 +71,7 @@ def reference_validation(model: nn.Module, ids: Tensor, batch_size: int) -> floa
 
 @torch.no_grad()
 def next_token_loss(model: nn.Module, ids: Tensor) -> float:
-    """Each token but the first once, in windows of 128."""
+    """Score each token except the first once, in windows of 128."""
     total = 0.0
     for start in range(0, len(ids) - 1, 128):
         span = ids[start : start + 129]
@@ -89,7 +89,7 @@ def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
         ("lora", 16, stock_model(base, out / "lora")),
         ("full", 64, stock_model(out / "full")),
     ):
-        assert (len(ids) - 128) % batch_size  # the mean of batches is not that of windows
+        assert (len(ids) - 128) % batch_size  # so means over batches and over windows differ
         here = repeated.figures["here"][method]
         expected = reference_validation(model, ids, batch_size)
         assert here["reference"]["loss"] == pytest.approx(expected, rel=1e-5)
@@ -149,7 +149,7 @@ def test_finished_runs_are_scored_again_on_fewer_windows_and_it_says_so(repeated
     kept = weights.stat().st_mtime_ns
     _, ids = token_parts(repeated.book)
     total = len(ids) - 128
-    shutil.rmtree(repeated.out / "full")  # which then has not begun, and is not resumed
+    shutil.rmtree(repeated.out / "full")  # a run that has not begun is not resumed
 
     said, found = repeat(
         repeated.base, repeated.book, repeated.out, "--resume", "--val-windows", 20
@@ -170,7 +170,7 @@ def test_finished_runs_are_scored_again_on_fewer_windows_and_it_says_so(repeated
 def test_train_py_s_options_change_the_protocol_and_what_each_label_learns(
     wide_base, short_text, tmp_path
 ):
-    """Each label makes its own measure better, and the other worse."""
+    """Each label improves the measure that it trains, and worsens the other."""
     fast = ["--only", "lora", "--max-steps", 30, "--lr", 5e-3, "--batch-size", 4]
     fast += ["--target-modules", "c_attn", "c_fc", "c_proj"]
     losses = {}

@@ -52,7 +52,7 @@ ALIKE = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny base that sees a window of 32, without dropout."""
+    """A tiny base with a context of 32 tokens, without dropout."""
     dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0)
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), **BASE, **dropouts)[0]
 
@@ -64,7 +64,7 @@ def quickly():
 
 
 def bench(base: Path, out: Path, *options: object, measure=speed.run_apart):
-    """The command; with `measure` in place of a process for each measurement."""
+    """Run the command. `measure` replaces the separate process for each measurement."""
     standard = ["--base", base, "--out", out, "--device", "cpu", "--rounds", ROUNDS, "--steps", 3]
     with mock.patch.object(speed, "run_apart", measure):
         return run(speed.main, *standard, *options)
@@ -79,7 +79,7 @@ def test_every_contender_is_timed_in_every_round_the_second_in_reverse(base, tmp
     measured = cache(speed_worker.measure)
 
     def measure(task):
-        """Measure once what differs in the round and the allocator's setting alone."""
+        """Measure once all tasks that differ only in the round or the allocator's setting."""
         return measured(replace(task, allocator_alike=False))
 
     ending = bench(base, tmp_path, "--precision", "bf16", "--steps", 1, measure=measure)
@@ -100,7 +100,7 @@ def test_every_contender_is_timed_in_every_round_the_second_in_reverse(base, tmp
 
 
 def test_the_first_ratio_is_with_the_allocator_alike_the_second_as_they_come(base, tmp_path):
-    """Their time is 3 times ours as they come, and 2 times with our allocator's setting."""
+    """Their side takes 3 times our time by default, and 2 times with our allocator setting."""
 
     def measure(task):
         seconds = 1.0
@@ -165,7 +165,7 @@ def test_growth_and_scaling_have_every_size_that_the_base_allows(base, tmp_path)
 
 
 def test_exponents_are_the_slopes_of_what_was_measured(base, tmp_path):
-    """Time grows as the square of the batch for us, and memory as its root; as itself for PEFT."""
+    """For us, time grows as the square of the batch and memory as its root. PEFT is linear."""
 
     def measure(task):
         size = float(task.batch_size)
@@ -189,9 +189,9 @@ def test_exponents_are_the_slopes_of_what_was_measured(base, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no allocator's setting there")
 def test_theirs_keeps_freed_memory_in_its_second_measurement_alone(base):
-    """A large block that is freed goes back to the kernel, or stays in the process.
+    """By default, freeing a large block returns it to the kernel. With the setting, it stays.
 
-    The setting lasts as long as a process: theirs alike comes after theirs as it comes.
+    The setting lasts as long as a process, so the default is measured first.
     """
     measured = """
 import json, resource, sys
@@ -223,7 +223,7 @@ for task in sys.argv[1:]:
 
 
 def test_the_matmuls_share_is_their_own_time_over_that_of_all(base):
-    """It is near 1 if a call only multiplies matrices, and 0 if it only adds."""
+    """The share is near 1 if a call only multiplies matrices, and 0 if it only adds."""
     x = torch.ones(512, 512)
 
     def share(call):
@@ -231,7 +231,7 @@ def test_the_matmuls_share_is_their_own_time_over_that_of_all(base):
 
     assert share(lambda: [x @ x for _ in range(20)]) > 0.9
     assert share(lambda: [x + x for _ in range(20)]) == 0
-    assert share(lambda: fast.linear(x, x)) > 0.5  # oneDNN's
+    assert share(lambda: fast.linear(x, x)) > 0.5  # computed by oneDNN
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_two_ranks_are_processes_of_their_own_and_what_a_step_sends_is_counted(
 
     monkeypatch.setattr(speed.subprocess, "run", torchrun)
     found = speed.run_apart(task)
-    # Gradients and loss in one message; whether a checkpoint is due and a signal came, in another.
+    # One message has the gradients and the loss. Another asks for checkpoints and signals.
     assert found["bytes"] == 4 * (trainable + 1) + 2 * 8
     assert len(found["seconds"]) == 2
     assert found["all_reduce"] > 0

@@ -1,4 +1,4 @@
-"""The benchmark of the variants: what each keeps for the backward pass."""
+"""The benchmark of the variants: the bytes that each keeps for the backward pass."""
 
 from benchmarks import variants
 from tests.runs import stdout_of, table

@@ -1,4 +1,4 @@
-"""The GPU's report: its checks pass on a CPU, and no seeded fault passes them."""
+"""The GPU report: its checks pass on a CPU, and every seeded fault fails a check."""
 
 import json
 import math
@@ -34,14 +34,14 @@ def inputs(tmp_path_factory):
     made = verify_gpu.parse_args(["--dry-run"])
     gpu_checks.make_inputs(made, tmp_path_factory.mktemp("verify"))
     steps_of_peft = cache(partial(gpu_checks.steps_of_peft, made))
-    with pytest.MonkeyPatch.context() as patch:  # no fault changes them
+    with pytest.MonkeyPatch.context() as patch:  # the faults do not change these
         patch.setattr(gpu_checks, "steps_of_peft", lambda opts, command: steps_of_peft(command))
         yield made
 
 
 @pytest.fixture
 def opts(inputs):
-    inputs.known.clear()  # what was computed with another fault
+    inputs.known.clear()  # forget the steps of another fault
     return inputs
 
 
@@ -153,7 +153,7 @@ def test_a_seeded_fault_fails_the_dry_run(opts, monkeypatch, fault):
 
 
 def test_a_dry_run_passes_and_writes_one_report(opts, tmp_path, monkeypatch):
-    """With the checks of the faults; `make verify-gpu ARGS=--dry-run` makes every check."""
+    """Only the checks of the faults run. `make verify-gpu ARGS=--dry-run` runs all checks."""
     few = {*FAULTS.values(), "two ranks"}
     every = gpu_checks.all_checks
 
@@ -234,7 +234,7 @@ def test_a_check_or_a_contender_that_fails_fails_alone(opts, monkeypatch):
     monkeypatch.setattr(gpu_speed, "measure", measure)
     report = Report()
     gpu_speed.speed(opts, report)
-    assert report.broken() == ["this project, LoRA, bf16: out of memory"]  # theirs may fail
+    assert report.broken() == ["this project, LoRA, bf16: out of memory"]  # the other may fail
     assert report.facts["PEFT, LoRA, bf16 autocast, failed"] == "out of memory"
     assert report.facts["this project, full, bf16"]["launches"] == 0
 

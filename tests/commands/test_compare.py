@@ -1,4 +1,4 @@
-"""`evaluate.py`: a model's scores as JSON, and the table and picture of finished runs."""
+"""`evaluate.py`: a model's scores as JSON, and a table and a picture of finished runs."""
 
 import shutil
 import struct
@@ -15,7 +15,7 @@ NOTE = "Compare losses only between a base and the runs below it"
 
 
 def score(book, tmp_path, *options: object) -> dict:
-    """Return the scores of the book's last tenth, on which training validates."""
+    """Return the scores of the book's last tenth, the validation part of training."""
     part = ("--text", book, "--val-fraction", 0.1, "--block-size", BLOCK)
     found, said = scores(tmp_path / "scores.json", *part, *options)
     assert f"{book}, the last {100 * found['val_fraction']:.3g} %: " in said
@@ -41,13 +41,13 @@ def test_the_scores_are_those_that_training_reported(runs, base, book, tmp_path)
 def test_a_part_a_whole_text_or_the_default_is_scored(base, book, tmp_path):
     path = tmp_path / "scores.json"
     options = ("--base", base, "--block-size", BLOCK)
-    score(book, tmp_path, *options, "--val-fraction", 0.004)  # printed as 0.4 %
+    score(book, tmp_path, *options, "--val-fraction", 0.004)  # prints as 0.4 %
 
     whole, said = scores(path, *options, "--text", book)
     assert said.startswith(f"{book}: ") and whole["val_fraction"] == 1
     assert whole["bytes"] > 0.99 * book.stat().st_size
 
-    strided, _ = scores(path, *options, "--text", book, "--stride", 4)  # with more context
+    strided, _ = scores(path, *options, "--text", book, "--stride", 4)  # more context per token
     assert strided["tokens"] == whole["tokens"] and strided["loss"] != whole["loss"]
 
     default, _ = scores(path, *options)
@@ -62,7 +62,7 @@ def test_training_validates_as_evaluation_does_whatever_its_stride(base, book, t
 
 
 def compare(*directories: object) -> tuple[list[list[str]], str]:
-    """Return the table's cells, row by row, and all that was printed."""
+    """Return the table's cells, row by row, and the whole output."""
     said = stdout_of(evaluate.main, "--compare", *directories)
     return table(said), said
 
@@ -105,7 +105,7 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
 
 
 def first_cells(*directories: object) -> list[str]:
-    """Return the names in the table of these runs."""
+    """Return the names of these runs in the table."""
     (_, _, *rows), _ = compare(*directories)
     return [row[0] for row in rows]
 
@@ -116,7 +116,7 @@ def test_a_run_is_named_after_its_directory(runs, tmp_path, monkeypatch):
     other = shutil.copytree(one, tmp_path / "other" / "one")
     assert first_cells(one, two)[1:] == ["lora (one)", "lora (two)"]
     assert first_cells(one, other)[1:] == ["lora (one)", "lora (other/one)"]
-    (tmp_path / "sweep.md").touch()  # `sweep/*` also names files
+    (tmp_path / "sweep.md").touch()  # `sweep/*` also matches files
     assert first_cells(one, tmp_path / "sweep.md")[1:] == ["lora (one)"]
     monkeypatch.chdir(one)
     assert first_cells(".")[1:] == ["lora (one)"]
@@ -144,11 +144,11 @@ def test_runs_are_told_apart_by_content_and_not_by_path(runs, base, book, tmp_pa
     monkeypatch.chdir(tmp_path)
 
     def train(name: str, *options: object):
-        """Train on the base and the book that now stand at the same two paths."""
+        """Train on the base and the book that are at the same two paths at this time."""
         return trained("lora", "base", "book.txt", tmp_path / name, "--max-steps", 1, *options).out
 
     first = train("first")
-    rows, printed = compare(first, runs["lora"].out)  # one base, at two paths
+    rows, printed = compare(first, runs["lora"].out)  # the same base at two paths
     assert len(rows) == 2 + 3 and NOTE not in printed
 
     (tmp_path / "book.txt").write_text(story(seed=1))

@@ -1,4 +1,4 @@
-"""A mistake is one line that names the option or file, has status 2, and writes nothing."""
+"""A mistake gives one line with the option or file, has status 2, and writes nothing."""
 
 import argparse
 import io
@@ -23,7 +23,7 @@ from tests.runs import one_line, run, story, trained
 from training.options import flag, options_of
 
 TRAIN = "--base base --book book.txt --out out --block-size 16 --device cpu"
-COMMANDS = {  # each would succeed
+COMMANDS = {  # each of them would succeed
     "lora": (train.main, f"lora {TRAIN}"),
     "full": (train.main, f"full {TRAIN}"),
     "evaluate": (evaluate.main, "--base base --text book.txt --block-size 16 --device cpu"),
@@ -38,7 +38,7 @@ OF_ANOTHER_BASE = "run/adapter_model.safetensors: was trained on another base"
 
 @pytest.fixture(scope="module")
 def workspace(base, tmp_path_factory):
-    """Return a directory with a good base and book, and with spoilt ones of each."""
+    """Return a directory with a good base and book, and with damaged copies of each."""
     place = tmp_path_factory.mktemp("workspace")
     for name in ("base", "llama", "cut"):
         shutil.copytree(base, place / name)
@@ -57,7 +57,7 @@ def workspace(base, tmp_path_factory):
         (place / name).write_text(content)
     os.mkfifo(place / "pipe")
     (place / "latin1.txt").write_text("café au lait", encoding="latin-1")
-    tiny_gpt2_directory(place / "other", seed=1)  # of the same shapes
+    tiny_gpt2_directory(place / "other", seed=1)  # with the same shapes
     trained("lora", place / "base", place / "book.txt", place / "run", "--max-steps", 2)
     return place
 
@@ -72,13 +72,13 @@ def state(place: Path) -> dict[Path, tuple[int, int]]:
 
 
 def arguments(line: str) -> list[str]:
-    """Return the arguments of a line that begins with a key of COMMANDS; its options win."""
+    """Return the arguments of a line that begins with a key of COMMANDS. Its options win."""
     name, *options = shlex.split(line)
     return [*COMMANDS[name][1].split(), *options]
 
 
 def refusal(line: str) -> str:
-    """Return the one line with which the command ends. Every file must be as it was."""
+    """Return the command's single error line. No file may change."""
     before = state(Path.cwd())
     ending = run(COMMANDS[line.split()[0]][0], *arguments(line))
     assert ending.status == 2, ending
@@ -87,15 +87,15 @@ def refusal(line: str) -> str:
     return ending.stderr
 
 
-# The tests of the functions that read bases, adapters, targets and texts have the full lists. Here
-# is each kind of mistake, with one command or two.
+# The tests of the readers of bases, adapters, targets and texts have the full lists. This list
+# has each kind of mistake, with one command or two.
 MISTAKES = [
     ("lora --book missing.txt", "missing.txt"),
     ("lora --book short.txt", "short.txt: its validation part"),
     ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
     ("evaluate --text one.txt", "1 tokens; too short"),
-    ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # or /dev/stdout
+    ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # such as /dev/stdout
     ("full --block-size 65", "--block-size 65"),
     ("evaluate --block-size 65", "--block-size 65"),
     ("compare held", "run.json: has no method"),
@@ -198,14 +198,14 @@ NUMBERS = {
 
 
 def numbers_of_training() -> list[str]:
-    """Return the names of `train.py lora`'s options whose values are numbers or ranges of them."""
+    """Return the options of `train.py lora` whose values are numbers or ranges of numbers."""
     declared = {f.name: f.metadata for f in options_of("lora")}
     return [name for name, option in declared.items() if option.get("type") not in (None, Path)]
 
 
 @pytest.mark.parametrize("command", ["lora", *NUMBERS])
 def test_every_number_has_its_limits(command):
-    """No option takes a negative or an infinite number, nor 0 where that makes no sense."""
+    """No option accepts a negative or an infinite number, or a 0 that makes no sense."""
     main, _ = COMMANDS[command]
     names = NUMBERS.get(command) or numbers_of_training()
     assert command != "lora" or len(names) > 20
@@ -225,7 +225,7 @@ def test_a_method_must_be_named():
 
 
 def test_each_command_would_succeed_without_its_mistake(tmp_path):
-    shutil.copytree("base", "moved")  # the adapter's base is known by its content
+    shutil.copytree("base", "moved")  # the adapter finds its base by content
     more = {
         "lora": ["--base", "moved", "--max-steps", 1, "--out", tmp_path / "lora"],
         "full": ["--base", "moved", "--max-steps", 1, "--out", tmp_path / "full"],

@@ -22,9 +22,9 @@ TOKENIZER = small_tokenizer(TINY["vocab_size"])
 
 @pytest.fixture(scope="module")
 def models(base):
-    """Return our model and transformers', of the same weights, and a text as tokens.
+    """Return our model and transformers' model with the same weights, and a text as tokens.
 
-    The model itself continues the text, so that it guesses some tokens right.
+    The model continues the text, so that it guesses some tokens right.
     """
     theirs = stock_model(base)
     ids = TOKENIZER.encode(TEXT).astype(int)
@@ -83,7 +83,7 @@ def test_scores_are_those_of_a_plain_loop(models, block, stride, shift, batch_si
 
 def test_bits_per_byte_count_the_bytes_of_the_scored_tokens(models):
     ours, theirs, _ = models
-    text = f"abcd{TEXT}<|endoftext|>{TEXT}"  # a byte for each of the first tokens
+    text = f"abcd{TEXT}<|endoftext|>{TEXT}"  # each of the first tokens is one byte
     tokens = Tokens(*TOKENIZER.encode_with_bytes(text))
     for skipped, shift in ((0, 1), (1, 2), (2, 1)):
         scores = score(ours, tokens[skipped:], 32, shift=shift)

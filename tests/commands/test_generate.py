@@ -1,4 +1,4 @@
-"""Generation: the cache, sampling by the options, streams of whole characters, chats."""
+"""Generation: the cache, sampling options, streams of whole characters, chats."""
 
 import io
 import sys
@@ -29,7 +29,7 @@ def model(base) -> GPT2:
 
 
 def without_cache(model: GPT2, ids: torch.Tensor, new_tokens: int) -> list[int]:
-    """Return greedy tokens, reading everything again at each; a full context forgets half."""
+    """Return greedy tokens, reading all tokens again for each. A full context drops half."""
     window = ids[-CONTEXT:]
     out = []
     for _ in range(new_tokens):
@@ -65,7 +65,7 @@ LOGITS = torch.tensor([0.5, 0.4, 0.06, 0.04]).log()
 def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices, expected):
     expected = torch.tensor(expected, dtype=torch.float32)
     draws = 4000
-    # Five standard deviations of a binomial share; what is excluded must never be drawn.
+    # Five standard deviations of a binomial share. Excluded tokens must never be drawn.
     allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3 * (expected > 0)
     for choice in choices:
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | choice
@@ -76,7 +76,7 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices,
 
 
 class Scripted(torch.nn.Module):
-    """Say these tokens one after another, whatever is read; id 5 is always second likeliest."""
+    """Returns these tokens in turn for any input. Id 5 is always the second likeliest."""
 
     def __init__(self, config: GPT2Config, tokens: list[int]):
         super().__init__()
@@ -112,11 +112,11 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     assert len(found) > 3 and not any("\ufffd" in piece for piece in found)
 
     cut = [*tokenizer.encode("☂")[:1], tokenizer.end_of_text]
-    assert "".join(pieces(cut, tokenizer)) == "\ufffd"  # the end comes within a character
+    assert "".join(pieces(cut, tokenizer)) == "\ufffd"  # the text ends inside a character
 
     padded = replace(small_tokenizer(VOCAB - 9), vocab_size=VOCAB)
     tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
-    assert "".join(pieces(tokens, padded)) == "&a&"  # id 5 in place of what no token has
+    assert "".join(pieces(tokens, padded)) == "&a&"  # id 5 replaces an id without a token
 
 
 def test_rows_end_apart_and_share_no_character(model, monkeypatch, capsys):
@@ -132,7 +132,7 @@ def test_rows_end_apart_and_share_no_character(model, monkeypatch, capsys):
     args = Namespace(prompt=["x"], seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
     command.write_texts(model, tokenizer, args, ["", "="])
     assert capsys.readouterr().out == "xéb\n\n=xab\n\n"
-    assert next(steps).tolist() == [a, a]  # which nobody needed
+    assert next(steps).tolist() == [a, a]  # the next step was not computed
 
 
 def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
@@ -144,10 +144,10 @@ def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
 def test_a_chat_answers_every_line_after_what_was_said_before_it(
     monkeypatch, answer_tokens, starts
 ):
-    """`starts` has, for each line, the number of the first line that is read with it.
+    """`starts` has, for each line, the number of the first line in its context.
 
-    Read from the first line on, they have 26, 51, 71 and 157 tokens; from the second, 20, 40 and
-    126. The context of 100 keeps room for an answer, but no more than half of it.
+    From the first line on, the contexts have 26, 51, 71 and 157 tokens. From the second line on,
+    they have 20, 40 and 126. The context of 100 keeps room for an answer, at most half of it.
     """
     lines = ["Who lights it? ", "And then?", "When?", f"Does {30 * 'it '}"]
     tokenizer = small_tokenizer(VOCAB)
@@ -222,7 +222,7 @@ def test_with_base_shows_what_the_base_alone_writes_and_then_the_adapter(base, a
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_that_are_not_finite_end_the_command_in_one_line(base, tmp_path, temperature):
-    """As those of a model trained at a hundred times the right rate: its weights are finite."""
+    """The weights are finite, like the weights of a model trained at 100 times the right rate."""
     broken = load_gpt2(base)
     with torch.no_grad():
         broken.ln_f.weight.fill_(1e38)

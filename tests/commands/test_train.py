@@ -72,7 +72,7 @@ def test_each_logged_step_is_a_line_of_metrics(done, book):
     validation = ["val_loss", "val_perplexity", "val_bits_per_byte"]
     batch_size = done.report["options"]["batch_size"]
     epoch = math.ceil(len(windows(token_parts(book)[0])[0]) / batch_size)
-    assert done.report["steps"] == 2 * epoch  # the fixture's
+    assert done.report["steps"] == 2 * epoch  # the steps of the fixture
     assert done.column("step") == list(range(1, 2 * epoch + 1))
     for line in done.metrics:
         validates = line["step"] % 3 == 0 or line["step"] % epoch == 0
@@ -115,7 +115,7 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     train_part, val_part = token_parts(book)
     options = split("--epochs 3 --r 4 --lora-alpha 4 --lr 1e-2")
     first = trained("lora", base, book, tmp_path / "first", *options, *runs.NO_DROPOUT["lora"])
-    # One step on the whole training part; LoRA's own dropout is the first run's.
+    # One step on the whole training part. LoRA's dropout is the dropout of the first run.
     step = ("--init-adapter", first.out, *split("--epochs 1 --batch-size 1000 --base-dropout 0"))
     second = trained("lora", base, book, tmp_path / "second", *step)
     loss = runs.mean_loss(stock_result(first), *windows(train_part)).item()
@@ -129,7 +129,7 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
         runs.validation_loss(stock_result(second), val_part), rel=1e-6
     )
 
-    # It is scored before it is trained, and kept if training makes it worse.
+    # The initial adapter is scored first, and kept if training makes it worse.
     high_rate = split("--lr 10 --warmup-ratio 0 --clip 0")
     worse = trained("lora", base, book, tmp_path / "worse", *step, *high_rate)
     torch.testing.assert_close(worse.weights, first.weights, rtol=0, atol=0)
@@ -160,7 +160,7 @@ def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_w
         (tmp_path / "base" / name).write_bytes((base / name).read_bytes())
     done = trained("full", tmp_path / "base", book, tmp_path / "run", "--epochs", 1)
     assert "has no weights" in done.stdout
-    # An untrained model of small weights takes all tokens for equally likely.
+    # An untrained model with small weights gives all tokens nearly the same probability.
     assert done.report["base_val_loss"] == pytest.approx(math.log(TINY["vocab_size"]), abs=0.1)
 
 
@@ -170,8 +170,8 @@ def test_what_auto_stands_for_identifies_the_run(base, book, tmp_path):
 
 
 def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path):
-    """Frozen tables are held in bf16 and trained ones in fp32; an evaluation rounds both. DoRA's
-    norms are of fp32 A and B.
+    """Frozen tables are stored in bf16 and trained tables in fp32, and an evaluation rounds both.
+    DoRA computes its norms from A and B in fp32.
     """
     options = split("--max-steps 2 --batch-size 8 --precision bf16 --lr 1e-2")
     dora_options = ("--use-dora", "--weight-decay", 0)
@@ -195,7 +195,7 @@ def test_in_bf16_a_model_has_one_loss_whoever_evaluates_it(base, book, tmp_path)
 
 
 def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monkeypatch):
-    """Neither validation nor saving is training time."""
+    """Validation and saving do not count as training time."""
     clock = runs.Clock()
 
     def slowly(function):
@@ -216,7 +216,7 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
 
 
 def test_what_goes_badly_is_said(base, book, tmp_path):
-    """Warn of a text that the base cannot read, and of a result that is worse than the base."""
+    """Warn of a text that the base cannot read, and of a model that is worse than the base."""
     (tmp_path / "blank.txt").write_text(" \n\t" * 1500)
     (tmp_path / "book.txt").write_text(BOOK.read_text()[:12_000])
     options = ("--max-steps", 1, "--block-size", 32, "--batch-size", 1, "--val-fraction", 0.02)
@@ -233,7 +233,7 @@ def test_what_goes_badly_is_said(base, book, tmp_path):
 def test_validation_takes_no_more_windows_at_a_time_than_training(
     base, book, tmp_path, monkeypatch
 ):
-    """A smaller --batch-size helps where validation runs out of memory."""
+    """A smaller --batch-size helps if validation runs out of memory."""
     seen = []
     token_losses = GPT2.token_losses
 

@@ -1,4 +1,4 @@
-"""What a run or a merge leaves can be uploaded: stock tools read it, and it names no path."""
+"""Runs and merges can be uploaded: stock tools read their files, and no file names a path."""
 
 import io
 import json
@@ -32,13 +32,13 @@ from train import main as train
 from training.options import ROOT
 
 QUESTION = "Who keeps the light?"
-DEPRECATED = (DeprecationWarning, FutureWarning)  # of the libraries' own code
+DEPRECATED = (DeprecationWarning, FutureWarning)  # from the libraries' code
 CHAT = [{"role": "user", "content": QUESTION}]
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory) -> dict[str, Path]:
-    """Train mini on conversations by each method, and merge the adapter; return the directories."""
+    """Train mini on conversations by each method, and merge the adapter. Return the directories."""
     folder = tmp_path_factory.mktemp("chat")
     data = folder / "data.jsonl"
     lines = (ROOT / "data" / "instructions.jsonl").read_text().splitlines()
@@ -54,7 +54,7 @@ def chat(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """Collect what transformers and PEFT warn of; work in the project's directory."""
+    """Collect the warnings of transformers and PEFT. Work in the project's directory."""
     monkeypatch.chdir(ROOT)
     transformers.logging.enable_propagation()
     with warnings.catch_warnings(record=True) as found, caplog.at_level(logging.WARNING):
@@ -83,7 +83,7 @@ def test_stock_tools_load_it_and_answer_a_batch_and_messages(chat, name, said):
     both = [texts[0]["generated_text"] for texts in pipe(prompts, batch_size=2, **how)]
     assert both == alone
 
-    # What generate.py answers to the same message, without its own first space:
+    # The answer of generate.py to the same message, without the leading space:
     answer = pipe(CHAT, **how)[0]["generated_text"][-1]["content"]
     place = ["--adapter", directory] if name == "lora" else ["--base", directory]
     options = ("--chat", "--max-new-tokens", 4, "--temperature", 0, "--device", "cpu")
@@ -97,7 +97,7 @@ def test_stock_tools_load_it_and_answer_a_batch_and_messages(chat, name, said):
         code
         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
         for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-        if "runs/" in code and "trl" not in code  # its ten steps can take minutes
+        if "runs/" in code and "trl" not in code  # trl's ten steps can take minutes
     ],
 )
 def test_the_pages_code_runs_as_it_is_written(chat, code, tmp_path, monkeypatch):
@@ -118,13 +118,13 @@ def test_the_pages_code_runs_as_it_is_written(chat, code, tmp_path, monkeypatch)
 
 
 def chatted(*argv: object) -> str:
-    """Return what `generate.py --chat` answers to QUESTION."""
+    """Return the answer of `generate.py --chat` to QUESTION."""
     with mock.patch.object(sys, "stdin", io.StringIO(QUESTION)):
         return stdout_of(generate.main, *argv).strip()
 
 
 def test_a_text_longer_than_the_context_is_cut_instead_of_an_index_error(chat, runs):
-    """The base's settings need neither a pad token nor a context."""
+    """The base's settings need no pad token and no context."""
     places = [(directory, 256, 8191) for directory in chat.values()]
     places += [(done.out, TINY["n_positions"], TINY["vocab_size"] - 1) for done in runs.values()]
     for directory, context, end in places:
@@ -153,7 +153,7 @@ def test_our_template_replaces_the_bases(tmp_path):
     tokenizer = replace(small_tokenizer(331), files={"tokenizer_config.json": settings})
     save_tokenizer(tokenizer, tmp_path, 64, "{{ 'new' }}")
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
-    save_tokenizer(tokenizer, tmp_path, 64, "{{ 'newer' }}")  # what exists may be the user's
+    save_tokenizer(tokenizer, tmp_path, 64, "{{ 'newer' }}")  # an existing file may be the user's
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ 'new' }}"
 
 
@@ -163,7 +163,7 @@ def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
         card = ModelCard.load(done.out / "README.md")
         assert metadata_load(done.out / "README.md") == card.data.to_dict()
         assert (card.data.library_name, card.data.license) == (library, None)
-        assert card.data.base_model is None  # it is a directory
+        assert card.data.base_model is None  # the base is a directory
         assert card.data.pipeline_tag == "text-generation" and "gpt2" in card.data.tags
         for state in ("base", "best"):
             loss, perplexity = (done.report[f"{state}_val_{x}"] for x in ("loss", "perplexity"))
@@ -180,7 +180,7 @@ def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
 
 @pytest.fixture(scope="module")
 def on_nf4(book, tmp_path_factory) -> Path:
-    """An adapter that was trained on mini in four bits."""
+    """An adapter trained on mini in four bits."""
     out = tmp_path_factory.mktemp("nf4") / "lora"
     options = ("--max-steps", 1, "--lr", 1e-2, "--block-size", 32, "--quantise", "nf4")
     small = ("--batch-size", 2, "--val-fraction", 0.03, "--device", "cpu", "--out", out)
@@ -220,7 +220,7 @@ def test_a_card_names_the_quantised_base(runs, on_nf4, tmp_path):
 
 
 def test_no_file_names_a_path(base, book, runs, chat, tmp_path):
-    """The paths are of the run, the base, the book, the project and the user's home."""
+    """The paths are of the run, the base, the book, the project and the home directory."""
     told = shutil.copytree(base, tmp_path / "base")
     settings = json.loads((told / "tokenizer_config.json").read_text())
     settings |= {"name_or_path": str(told), "special_tokens_map_file": str(told / "x")}
@@ -240,7 +240,7 @@ def test_no_file_names_a_path(base, book, runs, chat, tmp_path):
             data = path.read_bytes()
             assert not [needle for needle in needles if needle in data], path
     assert {"README.md", "run.json", "checkpoint.safetensors"} < seen
-    assert needles[2] in (told / "tokenizer_config.json").read_bytes()  # it would be found
+    assert needles[2] in (told / "tokenizer_config.json").read_bytes()  # the search finds a path
 
 
 def test_the_users_own_card_stays_whatever_the_run(base, book, tmp_path):
@@ -249,7 +249,7 @@ def test_the_users_own_card_stays_whatever_the_run(base, book, tmp_path):
     assert run(train, *argv).status == 0
     ours = card.read_text()
     assert run_acting({1: die}, *argv, "--overwrite").status == 130
-    assert not card.exists()  # the old card describes another run
+    assert not card.exists()  # the old card described another run
     claimed = ours.replace(f"{MARK}\n", "")
     card.write_text(claimed)
     ending = run(train, *argv, "--overwrite")

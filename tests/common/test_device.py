@@ -1,4 +1,4 @@
-"""Check the choice of a device; mocks stand in for a GPU."""
+"""Check the choice of a device, with a mock GPU."""
 
 from unittest import mock
 
@@ -22,7 +22,7 @@ TOO_OLD = "CUDA error: no kernel image is available for execution on the device"
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that is there, and runs `torch.ones`."""
+    """A mock GPU that runs `torch.ones`."""
     ones = torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -55,7 +55,7 @@ def test_a_rank_for_which_there_is_no_gpu_is_refused(gpu, monkeypatch):
 
 def test_a_gpu_that_runs_no_kernel_is_refused_in_one_line(gpu):
     gpu.side_effect = RuntimeError(f"{TOO_OLD}\nCompile with `TORCH_USE_CUDA_DSA`")
-    for asked in ("auto", "cuda"):  # and no hours on the CPU
+    for asked in ("auto", "cuda"):  # instead of hours on the CPU
         with pytest.raises(UserError, match=r"^--device cuda: .*no kernel image.*cu126[^\n]*$"):
             Device.pick(asked)
     assert Device.pick("cpu").torch_device.type == "cpu"
@@ -72,12 +72,12 @@ def test_what_fails_on_mps_is_refused_and_its_generator_is_saved(base, tmp_path,
         pass
     with pytest.raises(UserError, match="--precision fp16: on MPS"):
         Device.pick("mps", "fp16", train=True)
-    assert Device.pick("mps", "fp16").precision == "fp16"  # to evaluate
+    assert Device.pick("mps", "fp16").precision == "fp16"  # for evaluation
     assert Device.pick("mps", "bf16", train=True).rng is torch.mps
 
 
 def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeypatch):
-    """No side computes fp32 in TF32, which an image may switch on."""
+    """All sides compute fp32 without TF32, even if the image enables TF32."""
     monkeypatch.setitem(speed_worker.CALLS, "train", lambda *_: lambda: None)
     for main, *argv in ((train.main, "lora"), (evaluate.main,), (generate.main, "--prompt", "x")):
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -121,7 +121,7 @@ def test_out_of_memory_while_the_model_is_moved_is_one_line(base, monkeypatch):
 
 def test_tf32_is_for_cuda_and_only_if_asked():
     try:
-        torch.set_float32_matmul_precision("high")  # as an image may have it
+        torch.set_float32_matmul_precision("high")  # as some images do
         for device, allowed, expected in (
             ("cpu", False, "high"),
             ("cuda", False, "highest"),

@@ -1,4 +1,4 @@
-"""Pictures are drawn to files, whatever shows pictures elsewhere, and can be read by everyone."""
+"""Pictures are drawn to files with any matplotlib backend, and everyone can read them."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from tests.helpers import drawing
 from tests.legible import faults, only_legible_pictures
 from training.options import ROOT
 
-# What is left of linear red, green and blue for the three kinds of colour-blindness
+# How the three kinds of colour-blindness transform linear red, green and blue
 # (Machado et al. 2009, https://doi.org/10.1109/TVCG.2009.113, severity 1).
 SEEN_BY = {
     "all three": np.eye(3),
@@ -28,7 +28,7 @@ WHITE = XYZ.sum(1)
 
 
 def test_a_notebooks_backend_is_not_needed():
-    """Jupyter and Colab name theirs to what `!make train-lora` starts; .venv does not have it."""
+    """Jupyter and Colab export a backend to `!make train-lora`. .venv does not contain it."""
     code = "from common.figures import subplots; subplots(figsize=(1, 1))"
     environment = os.environ | {"MPLBACKEND": "not installed"}
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
@@ -36,20 +36,20 @@ def test_a_notebooks_backend_is_not_needed():
 
 @pytest.mark.parametrize("eyes", SEEN_BY)
 def test_the_colours_differ_for_everyone(eyes):
-    """Their distance in CIELAB, in which 2.3 is just noticeable, is at least 20."""
+    """The distance in CIELAB is at least 20. A distance of 2.3 is just noticeable."""
     seen = [lab(np.array(SEEN_BY[eyes]) @ linear(c)) for c in (BASE, LORA, FULL, RANDOM)]
     for one, other in combinations(seen, 2):
         assert np.linalg.norm(one - other) > 20
 
 
 def linear(colour: str) -> np.ndarray:
-    """Return sRGB's red, green and blue as amounts of light."""
+    """Return sRGB's red, green and blue as linear light."""
     channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
 
 
 def lab(light: np.ndarray) -> np.ndarray:
-    x, y, z = np.cbrt(XYZ @ light.clip(0, 1) / WHITE)  # no colour here is so dark as to need more
+    x, y, z = np.cbrt(XYZ @ light.clip(0, 1) / WHITE)  # dark colours would need a linear part
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
@@ -59,7 +59,7 @@ def test_numbers_of_all_sizes_are_written_alike():
 
 @drawing()
 def test_pictures_of_commands_can_be_read(tmp_path):
-    """Those of both sorts of benchmark, and of the parity report."""
+    """Pictures of both kinds of benchmark, and of the parity report."""
     spread = {"median": 1.5, "min": 1.25, "max": 2.0}
     machine = {"base": "mini", "machine": "2-core x86-64 CPU", "date": "2026-11-28", "rounds": 3}
     along = [
@@ -85,7 +85,7 @@ def test_pictures_of_commands_can_be_read(tmp_path):
 
 
 def test_what_cannot_be_read_is_found():
-    """The check that tests/test_experiments.py makes of every published picture."""
+    """tests/test_experiments.py makes this check on every published picture."""
     figure, axes = subplots(figsize=(PAGE_WIDTH, 3))
     axes.set(title="a title", xlabel="x")
     assert faults(figure) == []

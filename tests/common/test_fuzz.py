@@ -1,4 +1,4 @@
-"""A few cases of the campaign of damaged files (`make fault`)."""
+"""A few cases of the campaign with damaged files (`make fault`)."""
 
 import time
 from pathlib import Path

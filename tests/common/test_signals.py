@@ -1,4 +1,4 @@
-"""A signal ends a command with its exit status, and leaves nothing half-written."""
+"""A signal ends a command with the signal's exit status, and leaves no partial file."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ from training.checkpoint import CHECKPOINT, read_checkpoint
 pytestmark = pytest.mark.skipif(
     signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="the tests run under nohup"
 )
-# A command that writes a file and is sent a signal meanwhile, as by `kill` during a merge.
+# A command that writes a file and receives a signal meanwhile, such as `kill` during a merge.
 WRITING = """
 import os, sys
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_command_under_nohup_outlives_its_terminal(tmp_path):
 def test_a_run_whose_terminal_is_closed_saves(base, book, tmp_path):
     out = tmp_path / "run"
     metrics = out / "metrics.jsonl"
-    # Validation after each step prints, which fails once the terminal is gone.
+    # Validation prints after each step, which fails once the terminal is gone.
     argv = arguments("lora", base, book, out, "--epochs", 10_000, "--eval-every", 1)
     terminal, theirs = os.openpty()
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The bench: every check fails on its toy, and passes on this project."""
+"""The bench: every check fails on its toy and passes on this project."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""docs/conformance.md: its layer passes on the bench, its lines for the vectors print True."""
+"""docs/conformance.md: its layer passes the bench, and its lines for the vectors print True."""
 
 import re
 from pathlib import Path

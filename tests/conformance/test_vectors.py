@@ -1,4 +1,4 @@
-"""The test vectors agree with stock PEFT, with this project, and with the code that wrote them."""
+"""The test vectors agree with stock PEFT, with this project, and with their generator."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def tensors(case: str) -> Tensors:
 
 
 def linear(weight: Tensor, bias: Tensor, layout: str = "(out, in)") -> nn.Module:
-    """Return the frozen base: nn.Linear, or the Conv1D of transformers for (in, out)."""
+    """Return the frozen base: nn.Linear, or transformers' Conv1D for (in, out)."""
     layer = nn.Linear(*weight.T.shape) if layout == "(out, in)" else Conv1D(*weight.T.shape)
     layer.weight = nn.Parameter(weight.clone())
     layer.bias = nn.Parameter(bias.clone())
@@ -94,7 +94,7 @@ def set_parameters(parameters: Mapping[str, Tensor], expected: Tensors, suffix: 
 def assert_trains_alike(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], expected: Tensors, tolerance: float
 ) -> None:
-    """Compare the output, the gradients and ten steps. Names may end in a layer's number."""
+    """Compare the output, the gradients and ten steps. A name may end in a layer's number."""
     x = expected["x"].clone().requires_grad_()
     y = model(x)
     assert_close(y, expected["y"], tolerance)
@@ -116,7 +116,7 @@ def assert_trains_alike(
 
 
 def block_sparse(b: Tensor, slices: list[int]) -> Tensor:
-    """Return the B (out, slices * r) of a whole layer that has the slices' B as blocks."""
+    """Return a whole layer's B (out, slices * r) with the slices' B as blocks."""
     count, width, r = b.shape
     whole = b.new_zeros(3, width, count, r)
     for i, place in enumerate(slices):
@@ -152,17 +152,17 @@ def test_peft_agrees_on_slices_of_a_fused_layer_with_a_block_sparse_b():
 @pytest.mark.parametrize("case", CASES)
 def test_this_project_agrees(case):
     settings, expected = vectors.cases()[case], tensors(case)
-    if settings["layout"] == "(in, out)":  # this project transposes when it reads a file
+    if settings["layout"] == "(in, out)":  # this project transposes when it loads a file
         expected |= {name: expected[name].T for name in ("W", "merged_W")}
     layer = our_layer(settings, linear(expected["W"], expected["b"]))
     if "mask" in expected:
         layer.lora_dropout = Mask(expected["mask"], settings["dropout"])
     parameters = our_parameters(layer)
     set_parameters(parameters, expected)
-    tolerance = 1e-5 if settings["use_dora"] else 1e-12  # DoRA's norm is in fp32
+    tolerance = 1e-5 if settings["use_dora"] else 1e-12  # DoRA computes the norm in fp32
     assert_trains_alike(layer, parameters, expected, tolerance)
     set_parameters(parameters, expected)
-    layer.merge()  # adds in fp32
+    layer.merge()  # the sum is in fp32
     assert_close(layer.base_layer.weight, expected["merged_W"], 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The chat template against `encode`: the same ids, and marks on the same tokens."""
+"""The chat template against `encode`: the same ids, and the same tokens marked."""
 
 import json
 from functools import cache
@@ -18,7 +18,7 @@ from storage.hub import MINI
 from training.options import ROOT
 
 EXAMPLES = ROOT / "data" / "instructions.jsonl"
-# GPT-2 tokenizes blanks and new lines around a name, and empty contents, in its own ways.
+# GPT-2 tokenizes blanks and new lines around names, and empty contents, in unusual ways.
 CONTENT = st.one_of(
     st.text(st.sampled_from(" \n\ta.'é日0\u00a0:"), max_size=8),
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12),
@@ -29,7 +29,7 @@ MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": CONT
 
 @cache
 def pair():
-    """Return our tokenizer, and transformers' as a run on --data writes it beside the model."""
+    """Return our tokenizer, and transformers' tokenizer from the files of a run on --data."""
     ours = load_tokenizer(MINI, 8192)
     with TemporaryDirectory() as out:
         save_tokenizer(ours, Path(out), 1024, CHAT_TEMPLATE)
@@ -37,7 +37,7 @@ def pair():
 
 
 def rendered(theirs, messages: list[dict], **more) -> tuple[list[int], list[int]]:
-    """Return transformers' ids and its marks of the assistant's tokens."""
+    """Return transformers' ids and the marks of the assistant's tokens."""
     encoded = theirs.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True, **more
     )

@@ -1,4 +1,4 @@
-"""Instructions: rows, masks and refusals; a step's loss and gradients against stock libraries'."""
+"""Instructions: rows, masks, refusals, and a step's loss and gradients against stock libraries."""
 
 import json
 
@@ -21,7 +21,7 @@ from tests.runs import one_line, run, stock_model
 
 TOKENIZER = small_tokenizer(TINY["vocab_size"])
 END = TOKENIZER.end_of_text
-LENGTH = 40  # the block: the longest example below is cut
+LENGTH = 40  # the block size: the longest example below is cut
 PAIRS = [
     ("Who lights it?", "You."),
     ("And then?", "Nobody. The gull does, in fact."),
@@ -42,7 +42,7 @@ def turn(role: str, content: str) -> dict:
 
 
 def write(path, *lines: str | bytes):
-    """Write these lines; return the path. Bytes are written as they are, with no new line."""
+    """Write these lines. Return the path. Bytes are written unchanged, without a new line."""
     with open(path, "wb") as file:
         for line in lines:
             file.write(f"{line}\n".encode() if isinstance(line, str) else line)
@@ -54,7 +54,7 @@ def encoded(text: str) -> list[int]:
 
 
 def labelled(prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Return an example's ids and labels, aligned (label t is for id t) as in transformers."""
+    """Return an example's ids and labels. Label t belongs to id t, as in transformers."""
     before = encoded(f"User: {prompt.strip()}\nAssistant:")
     after = [*encoded(f" {completion.strip()}"), END]
     ids = before + after
@@ -83,15 +83,15 @@ def data(tmp_path):
 
 
 def stepped(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
-    """Return the loss of a step on all examples but the last, and its gradients."""
-    trainer.optimizer.zero_grad = lambda set_to_none: None  # keep them
+    """Return the loss of a step on all examples except the last, and the gradients."""
+    trainer.optimizer.zero_grad = lambda set_to_none: None  # keeps the gradients
     batch = trainer.run.batch(trainer.data.training, np.arange(len(PAIRS) - 1))
     loss = trainer.step(batch).item() / batch.num_tokens
     return loss, {name: p.grad for name, p in trainer.parameters.items()}
 
 
 def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients by our names and in our shapes."""
+    """Return the gradients with our names and shapes."""
     found = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -120,7 +120,7 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
     wanted = model(**stock_batch(PAIRS[:-1])).loss
     wanted.backward()
     theirs = stock_gradients(model)
-    # The fast operations add in another order: stock gradients in fp32 are as far from fp64's.
+    # The fast operations add in another order. Stock fp32 gradients differ as much from fp64.
     for (loss, gradients), tolerance in ((plain, 1e-6), (fast, 2e-6)):
         assert loss == pytest.approx(wanted.item(), rel=1e-6)
         assert gradients.keys() == theirs.keys()
@@ -149,7 +149,7 @@ BAD = [
 
 
 def test_every_token_of_every_example_is_scored_whatever_the_batch_size():
-    """The first id of a vocabulary, 0, is a token, not padding."""
+    """Id 0, the first of the vocabulary, is a token and not padding."""
     rows = [np.array([[i] * n, [i] * n]) for i, n in enumerate((3, 1, 4, 1, 5))]
     for size in (2, 9):
         seen = []

@@ -1,4 +1,4 @@
-"""Compare tokenizers with transformers' reading of the same files, and count a text's bytes."""
+"""Compare tokenizers with transformers on the same files, and count a text's bytes."""
 
 import json
 import random
@@ -48,12 +48,12 @@ TEXTS = st.lists(
     st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
 ).map("".join)
 LETTERS = sorted(ByteLevel.alphabet())
-# Of OpenAI's r50k_base.tiktoken, which has a token's bytes and its rank on each line.
+# Lines of OpenAI's r50k_base.tiktoken, each with a token's bytes and rank.
 PUBLISHED = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 
 def byte_level() -> Tokenizer:
-    """Train byte-level BPE on the book; some tokens come first, and some were added later."""
+    """Train byte-level BPE on the book, with special tokens first and tokens added later."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -63,13 +63,13 @@ def byte_level() -> Tokenizer:
     )
     made.train([str(BOOK)], trainer)
     made.add_tokens(["<pad>", "<user>"])
-    made.enable_truncation(9)  # as some bases have it; transformers does not cut a text either
+    made.enable_truncation(9)  # some bases store a truncation, which transformers ignores
     made.enable_padding()
     return made
 
 
 def bert() -> Tokenizer:
-    """Make a WordPiece tokenizer of lower case, which drops white space and what it lacks."""
+    """Make a WordPiece tokenizer of lower case. It drops white space and unknown words."""
     letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'", *"你好世界海"]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters), "the"]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -83,14 +83,14 @@ def bert() -> Tokenizer:
 
 
 def llama() -> Tokenizer:
-    """Train SentencePiece's kind of BPE: spaces are in the words, rare characters are bytes."""
+    """Train BPE like SentencePiece: words include spaces, and rare characters are bytes."""
     special = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     trainer = BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
     made.train_from_iterator(BOOK.read_text().splitlines()[:500], trainer)
     stored = json.loads(made.to_str())
-    stored["added_tokens"] = stored["added_tokens"][:2]  # the bytes are plain tokens
+    stored["added_tokens"] = stored["added_tokens"][:2]  # the bytes are ordinary tokens
     made = Tokenizer.from_str(json.dumps(stored))
     made.decoder = decoders.Sequence(
         [
@@ -105,7 +105,7 @@ def llama() -> Tokenizer:
 
 
 def write(directory: Path, made: Tokenizer, eos: str | None = None) -> Path:
-    """Write a base's tokenizer.json and, if it has an end of text, its settings."""
+    """Write a base's tokenizer.json and, if it has an end-of-text token, its settings."""
     directory.mkdir(parents=True, exist_ok=True)
     made.save(str(directory / FAST))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
@@ -114,7 +114,7 @@ def write(directory: Path, made: Tokenizer, eos: str | None = None) -> Path:
 
 
 def write_pair(directory: Path) -> Path:
-    """Write mini's tokenizer as vocab.json and merges.txt alone, as the hub's first GPT-2 was."""
+    """Write mini's tokenizer only as vocab.json and merges.txt, as in the hub's first GPT-2."""
     directory.mkdir()
     Tokenizer.from_file(str(MINI / FAST)).model.save(str(directory))
     return directory
@@ -123,12 +123,12 @@ def write_pair(directory: Path) -> Path:
 NAMES = ["GPT-2", "mini", "byte-level", "bert", "llama", "vocab and merges"]
 TIKTOKEN = NAMES[:2]
 BYTE_LEVEL = ["GPT-2", "mini", "byte-level", "vocab and merges"]
-EXACT = [*BYTE_LEVEL, "llama"]  # they keep every character
+EXACT = [*BYTE_LEVEL, "llama"]  # these keep every character
 
 
 @cache
 def pair(name: str):
-    """Return our tokenizer and transformers' of one kind of files."""
+    """Return our tokenizer and transformers' tokenizer for one kind of files."""
     with TemporaryDirectory() as place:
         makers = {
             "GPT-2": lambda: GPT2_FILES,
@@ -144,7 +144,7 @@ def pair(name: str):
 
 
 def covered(theirs, text: str) -> list[int]:
-    """Return the bytes that each token covers, from where it ends in transformers' reading."""
+    """Return the bytes that each token covers, from the token's end in transformers' reading."""
     encoded = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
     counts = []
     before = 0
@@ -161,7 +161,7 @@ def test_tokens_and_bytes_of_any_text_are_those_of_transformers(text, name):
     ours, theirs = pair(name)
     ids, byte_counts = ours.encode_with_bytes(text)
     assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
-    if name in TIKTOKEN:  # there, each byte counts for its own token
+    if name in TIKTOKEN:  # here each byte counts for the token that contains it
         sizes = [len(ours.engine.decode_single_token_bytes(token)) for token in ids.tolist()]
         sizes = np.where(ids == ours.end_of_text, 0, sizes).tolist()
     else:
@@ -203,7 +203,7 @@ def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path
     save_gpt2(load_gpt2(base), tmp_path, end_of_text=316)
     save_tokenizer(load_tokenizer(base, 317), tmp_path, 64)
     for directory in (tmp_path, MINI):
-        stock = transformers.pipeline(  # it has what AutoModelForCausalLM and AutoTokenizer load
+        stock = transformers.pipeline(  # loads as AutoModelForCausalLM and AutoTokenizer do
             "text-generation", str(directory), device="cpu", dtype=torch.float32
         )
         ours = load_gpt2(directory)
@@ -248,7 +248,7 @@ def test_other_files_are_refused_with_the_conversion(tmp_path):
     both = write_pair(tmp_path / "pair")
     (added := both / "added_tokens.json").write_text('{"<user>": 8192}')
     assert "AutoTokenizer" in refusal(added, load_tokenizer, both, 8193)
-    write(both, byte_level())  # beside a tokenizer.json, they are not needed
+    write(both, byte_level())  # not read if there is a tokenizer.json
     assert load_tokenizer(both, 502).end_of_text == 2
 
 
@@ -294,7 +294,7 @@ def test_a_base_with_another_kind_of_tokenizer_trains_scores_and_resumes(book, t
 
 @pytest.mark.parametrize("make", [lambda path: write(path, bert(), "[SEP]"), write_pair])
 def test_the_files_are_saved_though_the_base_has_gone(tmp_path, make):
-    """A run may take days, and its base may be on a disk that is unplugged."""
+    """A run may take days, and the base's disk may be unplugged meanwhile."""
     base = make(tmp_path / "base")
     files = {path.name: path.read_bytes() for path in base.iterdir()}
     tokenizer = load_tokenizer(base, 8192)

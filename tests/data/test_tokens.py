@@ -21,7 +21,7 @@ def loaded(engine: tokenizers.Tokenizer) -> Tokenizer:
 
 
 def small_engine() -> tokenizers.Tokenizer:
-    """Return the library's form of SMALL, to be changed."""
+    """Return the tokenizers library's form of SMALL, for changes."""
     with tempfile.TemporaryDirectory() as directory:
         write_small_tokenizer(Path(directory), 300)
         return tokenizers.Tokenizer.from_file(str(Path(directory, FAST)))

@@ -35,7 +35,7 @@ def test_windows_are_those_of_a_plain_loop(length, block, stride, shift):
     tokens = list(range(100, 100 + length))
     expected = []
     for start in range(0, length, stride):
-        if start + block + shift <= length:  # the last, shorter one is dropped
+        if start + block + shift <= length:  # a shorter last window is dropped
             expected.append(
                 (tokens[start : start + block], tokens[start + shift : start + shift + block])
             )
@@ -55,7 +55,7 @@ def test_each_epoch_has_its_own_order_and_repeats_it():
     assert len(set(orders.values())) == len(orders)
     for (seed, epoch), windows in orders.items():
         assert sorted(windows) == list(range(164)) != list(windows)
-        np.random.seed(7)  # the state of others' generators does not matter
+        np.random.seed(7)  # the global random state has no effect
         assert order(seed, epoch) == windows
 
 
@@ -71,7 +71,7 @@ def test_evaluation_scores_each_token_once_from_what_comes_before(
     data, length, block, shift, batch_size
 ):
     stride = data.draw(st.integers(1, block))
-    tokens = np.arange(length, dtype=np.uint16)  # each token is its own position
+    tokens = np.arange(length, dtype=np.uint16)  # each token equals its position
     windows = Windows(tokens, block, stride, shift, byte_counts=10 * tokens)
     batches = list(windows.evaluation_batches(batch_size))
     assert all(len(inputs) == batch_size for inputs, _ in batches[:-1])

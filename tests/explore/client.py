@@ -1,4 +1,4 @@
-"""Serve the page of `make explore` inside this process, and ask it."""
+"""Serve the page of `make explore` inside this process, and send requests."""
 
 import json
 import threading
@@ -18,12 +18,12 @@ LAYERS = [
 ]
 FULL = {"strength": 1, "rank": 3, "layers": LAYERS}
 OPTIONS = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "seed": 5, "max_new_tokens": 25}
-PROMPT = "-You climb “the stair” <b>"  # no option, no markup; characters of several tokens
+PROMPT = "-You climb “the stair” <b>"  # like an option and markup; characters of several tokens
 TEXT = "The keeper turns “naïve”."
 
 
 class Client:
-    """Ask a page's server; `explorer` and `port` are for tests."""
+    """A client of a page's server. Tests read `explorer` and `port`."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -46,7 +46,7 @@ class Client:
         return [json.loads(line) for line in text.splitlines()]
 
     def texts(self, **request: object) -> list[str]:
-        """Return what the base and the adapter write after PROMPT, which is included."""
+        """Return the texts of the base and the adapter after PROMPT, which is included."""
         *pieces, end = self.ask("write", prompt=PROMPT, **request)
         assert end == {"done": True}
         rows = [PROMPT, PROMPT]

@@ -1,4 +1,4 @@
-"""The page in Chromium, where it is installed."""
+"""The page in Chromium, if Chromium is installed."""
 
 import struct
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.pairs import adapted
 
 @pytest.fixture(scope="module")
 def mini_adapter(tmp_path_factory) -> Path:
-    """A random adapter of mini, strong enough to change what it writes."""
+    """A random adapter of mini, strong enough to change the text."""
     directory = tmp_path_factory.mktemp("explore") / "mini"
     save_adapter(adapted(MINI, ("c_attn",), r=2, lora_alpha=1), directory, "mini")
     return directory
@@ -43,7 +43,7 @@ def test_in_a_browser(mini_adapter, tmp_path):
         assert text_of("#by-base") != by_base != ""
 
         gain = text_of("#summary b")
-        browser.type("#strength", "\ue011")  # Home: to 0
+        browser.type("#strength", "\ue011")  # Home sets the strength to 0
         browser.wait("document.querySelector('#summary b').textContent === '+0.00'")
         browser.wait(written)
         assert gain != "+0.00" and text_of("#by-base") == text_of("#by-adapter")
@@ -53,7 +53,7 @@ def test_in_a_browser(mini_adapter, tmp_path):
 
         browser.run("document.querySelector('#tokens span').focus()")
         assert "nothing comes before it" in text_of("#likeliest")
-        browser.type("#tokens span", "\ue014")  # to the right
+        browser.type("#tokens span", "\ue014")  # right arrow
         assert "was expected with" in text_of("#likeliest")
         assert browser.run(
             "return document.activeElement.previousElementSibling === "

@@ -1,4 +1,4 @@
-"""Each knob of the page does what the commands do with an adapter changed accordingly."""
+"""Each knob of the page equals the commands on an adapter that is changed in the same way."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def changed_file(adapter: Path, knobs: dict, out: Path) -> Path:
 
 
 def by_generate(base: Path, adapter: Path, *more: object) -> list[str]:
-    """Return what `Client.texts` does, by the command."""
+    """Return the texts of `Client.texts`, from generate.py."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     model = ("--base", base, "--device", "cpu", *more)
     prompt = f"--prompt={PROMPT}"
@@ -136,7 +136,7 @@ def test_variants_write_what_generate_writes(base, tmp_path, targets, config, qu
 
 
 def test_the_page_begins_with_what_the_run_has_not_seen(base, book, runs, monkeypatch):
-    monkeypatch.chdir(book.parent)  # run.json names the book from there
+    monkeypatch.chdir(book.parent)  # run.json has the book's path relative to this directory
     with serving(base, runs["lora"].out) as client:
         about = json.loads(client.send("GET", "/api/about")[2])
         whole = book.read_text()
@@ -155,7 +155,7 @@ def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_pa
     out = trained("lora", base, data, tmp_path / "run", "--block-size", 60, "--max-steps", 1).out
     with serving(base, out) as client:
         about = json.loads(client.send("GET", "/api/about")[2])
-    assert about["prompt"] == "User: Gull 18?\nAssistant:"  # of 20, the last two are not trained on
+    assert about["prompt"] == "User: Gull 18?\nAssistant:"  # 2 of 20 are for validation
     assert about["text"] == "User: Gull 18?\nAssistant: At sea."
 
 

@@ -1,4 +1,4 @@
-"""The server of the page: what it refuses, one computation at a time, and how it ends."""
+"""The page's server: refusals, one computation at a time, and the shutdown."""
 
 import json
 import signal
@@ -50,11 +50,11 @@ def test_a_request_that_is_foreign_wrong_or_too_large_is_refused_in_one_line(
     headers = {name: change.pop(name) for name in list(change) if name[0].isupper()}
     body = change.pop("body", None) or json.dumps(FULL | {"text": TEXT} | change)
     if "Content-Length" in headers:
-        body = None  # nothing of it is sent
+        body = None  # not sent
     answered, _, text = client.send(method, path, body, **headers)
     assert answered == status
     assert words in json.loads(text)["error"] and text.count("\n") == 1
-    assert client.scores()["mean_gain"] != 0  # the server goes on
+    assert client.scores()["mean_gain"] != 0  # the server still works
 
 
 def test_on_port_80_the_page_is_served_without_a_port_in_its_address(client, monkeypatch):

@@ -1,6 +1,6 @@
 """Run the fault campaign: `python -m tests.fault [--short] [--seed N] [PART ...]`, or `make fault`.
 
-Prints a Markdown table of what was tried; ends with 1 if anything failed.
+Prints a Markdown table of the trials. Exits with 1 if anything failed.
 """
 
 import importlib
@@ -16,7 +16,7 @@ PARTS = ("kill", "inject", "signals", "disk", "race", "fuzz", "files")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    # Under `nohup`, and in a shell's background job, runs would ignore these.
+    # Runs under `nohup` or in a shell's background job would ignore these signals.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = Parser(prog="tests.fault", description=__doc__)

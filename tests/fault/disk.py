@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: one line; and with space again the run goes on."""
+"""A full or read-only disk gives one line, and the run continues once there is space."""
 
 import os
 import subprocess
@@ -34,14 +34,14 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
 
 
 def mount(place: Path, options: str) -> bool:
-    """Mount a small file system there, if this user may."""
+    """Mount a small file system, if this user is allowed to."""
     command = f"mount {options} tmpfs '{place}'"
     return subprocess.run(command, shell=True, capture_output=True).returncode == 0
 
 
 @contextmanager
 def filled(place: Path) -> Iterator[None]:
-    """Take all of the disk until the end of the `with`."""
+    """Fill the disk until the end of the `with`."""
     filler = place / "filler"
     with open(filler, "wb", buffering=0) as file, suppress(OSError):
         while file.write(bytes(4096)):
@@ -53,7 +53,7 @@ def filled(place: Path) -> Iterator[None]:
 
 
 def fills_up(folder: Path, place: Path, expected: dict) -> list[str]:
-    """Fill the disk in the middle of a run, which goes on when there is space again."""
+    """Fill the disk in the middle of a run. The run continues once there is space again."""
     out = place / "run"
     argv = arguments("lora", folder, out, STEPS)
     process = Fork(argv, folder)

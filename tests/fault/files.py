@@ -1,8 +1,8 @@
-"""Every file of a stopped run damaged in turn: no difference goes unnoticed.
+"""Damage every file of a stopped run in turn: every difference is noticed.
 
-Each is cut, zeroed, changed in one bit, or replaced by another run's. Then the run is resumed or
-overwritten. The command must write the same bytes as without damage, or one line that names the
-file, with status 2.
+Each file is cut, zeroed, changed in one bit, or replaced by another run's file. Then the run is
+resumed or overwritten. The command must write the same bytes as without damage, or one line that
+names the file, with status 2.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from tests.runs import Ending, arguments, contents, run, run_acting
 from training.checkpoint import CHECKPOINT, PREVIOUS
 
 OPTIONS = ("--max-steps", 6, "--eval-every", 2, "--checkpoint-every", 2, "--lr", 3e-3)
-STOP = 4  # in this step, after which a checkpoint is saved; the one before is of step 2
-BITS = 30  # flipped in each file, one at a time, in the long form
+STOP = 4  # the step of the stop, with a checkpoint. The previous checkpoint is of step 2
+BITS = 30  # bits to flip in each file, one at a time, in the long form
 
 
 def flip_bit(rng: Random, data: bytes, other: bytes) -> bytes:
@@ -32,7 +32,7 @@ def flip_bit(rng: Random, data: bytes, other: bytes) -> bytes:
     return bytes(changed)
 
 
-# Ways to spoil a file's bytes, given the bytes of another run's file of the same name.
+# Ways to damage a file's bytes, given the bytes of another run's file with the same name.
 DAMAGES = {
     "cut": lambda rng, data, other: data[: rng.randrange(1, len(data))],
     "zeroed": lambda rng, data, other: bytes(len(data)),
@@ -55,7 +55,7 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
 def damaged_runs(
     method: str, base: Path, book: Path, folder: Path, names: list[str], rng: Random
 ) -> Outcome:
-    """Damage each file that --resume reads, and resume; damage all files, and overwrite."""
+    """Damage each file that --resume reads, and resume. Damage all files, and overwrite."""
 
     def command(out: Path, *more: object) -> list[str]:
         return arguments(method, base, book, out, *OPTIONS, *more)
@@ -72,11 +72,11 @@ def damaged_runs(
     expected = result(whole)
     good = contents(stopped)
     another = contents(other)
-    # A stopped run has no run.json. If there is one, another run wrote it.
+    # A stopped run has no run.json, so any run.json was written by another run.
     report = (whole / "run.json").read_bytes().replace(b'"seed": 42', b'"seed": 43')
     good["run.json"] = another["run.json"] = report
 
-    for file in (CHECKPOINT, PREVIOUS, "run.json"):  # a resumed run looks at no other file
+    for file in (CHECKPOINT, PREVIOUS, "run.json"):  # a resumed run reads no other file
         for name in names:
             shutil.copytree(stopped, out)
             (out / file).write_bytes(DAMAGES[name](rng, good[file], another[file]))
@@ -95,7 +95,7 @@ def damaged_runs(
 
 
 def try_command(command: list[str], out: Path, name: str, expected: dict) -> list[str]:
-    """Return what is wrong with how the command meets the damaged file."""
+    """Return the problems of running the command on the damaged file."""
     damaged = contents(out)
     ending = end(command)
     if ending.status == 0:
@@ -110,7 +110,7 @@ def try_command(command: list[str], out: Path, name: str, expected: dict) -> lis
 
 
 def said_in_one_line(ending: Ending, name: str) -> list[str]:
-    """Return what is wrong unless one line refuses, and names the file."""
+    """Return a problem unless one line refuses the file by its name."""
     lines = ending.stderr.splitlines()
     if ending.status == 2 and len(lines) == 1 and name in lines[0]:
         return []
@@ -118,7 +118,7 @@ def said_in_one_line(ending: Ending, name: str) -> list[str]:
 
 
 def end(command: list) -> Ending:
-    """Run `train.py`; an error that it did not expect is an ending, too."""
+    """Run `train.py`. An unexpected exception also counts as an ending."""
     try:
         return run(train.main, *command)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Damaged files by the thousand: each is loaded correctly, or refused with one line that names it.
+"""Thousands of damaged files: each loads correctly, or is refused with a line that names it.
 
 A reader may take four seconds of processor time and 1 GiB. `run(range(N, N + 1), seed)` repeats
 case N.
@@ -16,10 +16,10 @@ from random import Random
 from tests.fault.runs import Outcome, scratch
 from tests.fault.targets import TARGETS, Target, prepare, problem_of
 
-LONG = 24_000  # cases
+LONG = 24_000  # number of cases
 SHORT = 400
 SECONDS = 4.0  # of processor time
-HANG = 30  # of the clock: the machine may be busy
+HANG = 30  # seconds of wall-clock time, because the machine may be busy
 MEMORY = 1 << 30
 
 
@@ -29,7 +29,7 @@ def campaign(short: bool, seed: int) -> list[Outcome]:
 
 
 def run(cases: range, seed: int) -> list[Outcome]:
-    """Return the outcomes, target by target; a process of its own reads, and may die of it."""
+    """Return the outcomes by target. A separate process reads the files, and may die."""
     outcomes = {target.name: Outcome(target.name) for target in TARGETS}
     with scratch() as directory:
         prepare(directory)
@@ -47,7 +47,7 @@ def target_of(case: int) -> Target:
 
 
 def _results(directory: Path, cases: range, seed: int) -> Iterator[tuple[int, str | None, float]]:
-    """Yield each case, what is wrong, and the seconds; a reader that dies or hangs is replaced."""
+    """Yield each case, its problem and the seconds. A dead or hanging reader is replaced."""
     good = {target.file: (directory / target.file).read_bytes() for target in TARGETS}
     while cases:
         ours, theirs = multiprocessing.Pipe(duplex=False)
@@ -75,7 +75,7 @@ def _results(directory: Path, cases: range, seed: int) -> Iterator[tuple[int, st
 
 
 def _read(results: Connection, directory: Path, good: dict, cases: range, seed: int) -> None:
-    """Damage, read, report and mend, case after case."""
+    """Damage, read, report and restore the files, case after case."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
     sys.stderr = open("/dev/null", "w")  # noqa: SIM115

@@ -1,7 +1,7 @@
-"""System calls that write a run's files, spoilt in turn: failed, cut short, crashed at.
+"""Faults in system calls that write a run's files: calls that fail, are cut short, or crash.
 
-A preloaded library (faulty.c) spoils the n-th call under the run's directory, in a fork that runs
-`train.py` there. Another fork then goes on without faults.
+A preloaded library (faulty.c) changes the n-th call under the run's directory, in a fork that runs
+`train.py`. Another fork then continues without faults.
 """
 
 import ctypes
@@ -43,12 +43,12 @@ KINDS = {  # numbered as in faulty.c
 OF_WRITES = (3, 4)
 CRASHES = (5, 6)
 CRASHED = 99  # the exit status
-LOG = 100  # a descriptor that nothing else has
+LOG = 100  # an unused descriptor
 SHORT = 2  # trials of each kind and method in the short form
 
 
 def campaign(short: bool, seed: int) -> Iterator[Outcome]:
-    """Run in another process, because the library must be there from the start."""
+    """Run in another process, because the library must be preloaded."""
     with scratch() as folder:
         library = folder / "faulty.so"
         source = Path(__file__).with_name("faulty.c")
@@ -68,7 +68,7 @@ def campaign(short: bool, seed: int) -> Iterator[Outcome]:
 
 
 class Injector:
-    """Runs of `train.py` with a fault or without."""
+    """Runs of `train.py`, with or without a fault."""
 
     def __init__(self, folder: Path, library: Path, method: str, draw: bool):
         self.folder = folder
@@ -81,7 +81,7 @@ class Injector:
         return arguments(self.method, self.folder, out, 4, *small)
 
     def run(self, out: Path, target: int = 0, kind: int = 0) -> tuple[int, list[str], list[str]]:
-        """Return the exit status, the lines on stderr, and the calls that were counted."""
+        """Return the exit status, the lines on stderr, and the counted calls."""
         calls = self.folder / "calls"
 
         def arm() -> None:
@@ -92,10 +92,10 @@ class Injector:
         return status, lines, calls.read_text().splitlines()
 
     def problems(self, out: Path, target: int, kind: int, expected: dict) -> list[str]:
-        """Return what is wrong after this call was spoilt in this way."""
+        """Return the problems after a fault of this kind in this call."""
         status, lines, _ = self.run(out, target, kind)
         wrong = half_files(out)
-        if status == 0:  # a short write is completed, a call may not come
+        if status == 0:  # a short write is completed, and a call may not occur
             wrong += differences(out, expected)
         elif kind not in CRASHES:
             one_line = status in (1, 2) and len(lines) == 1
@@ -108,7 +108,7 @@ class Injector:
 
 
 def half_files(out: Path) -> list[str]:
-    """Return the files under their final names that are not whole."""
+    """Return the incomplete files among those with final names."""
     wrong = []
     for path in out.glob("[!.]*"):
         try:

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, resumed each time: the result is that of a run that nobody killed."""
+"""SIGKILL at random moments, with a resume each time, gives an undisturbed run's result."""
 
 import random
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.fault import runs
 
 PAIRS = (("lora", "fp32"), ("full", "fp32"), ("lora", "bf16"), ("full", "bf16"))
-SHORT_PAIRS = 2  # a processor may lack bf16's instructions
+SHORT_PAIRS = 2  # some processors lack bf16 instructions
 STEPS = {"lora": 20, "full": 8}
 KILLED = -signal.SIGKILL
 UNFINISHED = ".checkpoint.safetensors.*"
@@ -29,7 +29,7 @@ def campaign(short: bool, seed: int) -> Iterator[runs.Outcome]:
 
 
 def kill_often(method: str, precision: str, count: int, draw: random.Random) -> runs.Outcome:
-    """Kill `count` times; whenever a run gets to its end all the same, begin another."""
+    """Kill `count` times. If a run reaches its end first, begin another."""
     outcome = runs.Outcome(f"SIGKILL, {method}, {precision}")
     options = (STEPS[method], "--precision", precision)
     whole = runs.uninterrupted(method, *options)
@@ -60,7 +60,7 @@ def kill_often(method: str, precision: str, count: int, draw: random.Random) -> 
 def kill(
     argv: list[str], folder: Path, out: Path, moment: str, whole: runs.Whole, draw: random.Random
 ) -> tuple[int, list[str]]:
-    """Start or resume the run, and kill it. Return its status, 0 if it was over, and its stderr."""
+    """Start or resume the run, and kill it. Return its status (0 if it ended) and its stderr."""
     process = runs.Fork(runs.with_resume(argv, out), folder)
     if moment == "during start-up":
         time.sleep(draw.uniform(0, whole.startup))

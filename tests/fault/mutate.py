@@ -1,4 +1,4 @@
-"""Seeded damage: each mutator takes a generator and a good file's bytes, and gives bad bytes."""
+"""Seeded damage: each mutator gets a generator and a good file's bytes, and returns bad bytes."""
 
 import json
 import math
@@ -23,7 +23,7 @@ DTYPES = ("F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X"
 
 
 def mutate_bytes(rng: Random, data: bytes) -> bytes:
-    """Flip, set, cut, insert, double or move bytes, one to four times; seldom give only noise."""
+    """Flip, set, cut, insert, double or move bytes, one to four times. Rarely return noise."""
     if rng.random() < 0.02:
         return rng.randbytes(rng.choice((0, 1, 8, 100, 5000)))
     for _ in range(rng.randint(1, 4)):
@@ -49,13 +49,13 @@ def mutate_bytes(rng: Random, data: bytes) -> bytes:
 
 
 def _place(rng: Random, data: bytes) -> int:
-    """Prefer a file's ends, where its headers are: most of a file is numbers."""
+    """Prefer a file's ends, where the headers are. Most of a file is numbers."""
     near = rng.randrange(min(len(data), 600) + 1)
     return rng.choice((near, len(data) - near, rng.randrange(len(data) + 1)))
 
 
 def _nested(rng: Random, fields: dict) -> dict:
-    """Return this object or, as often, one somewhere inside it."""
+    """Return this object or, with equal chance, an object inside it."""
     children = []
     for value in fields.values():
         children += value if isinstance(value, list) else [value]
@@ -66,7 +66,7 @@ def _nested(rng: Random, fields: dict) -> dict:
 
 
 def mutate_json(rng: Random, data: bytes) -> bytes:
-    """Change, drop, add or repeat a field; or change the bytes."""
+    """Change, drop, add or repeat a field, or change the bytes."""
     if rng.random() < 0.2:
         return mutate_bytes(rng, data)
     value = json.loads(data)
@@ -101,7 +101,7 @@ def _hostile(rng: Random, depth: int = 3) -> Any:
 
 
 def mutate_text(rng: Random, data: bytes) -> bytes:
-    """Insert white space, controls, separators, other scripts, long runs; or change the bytes."""
+    """Insert white space, controls, separators, other scripts or long runs, or change bytes."""
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(data) + 1)
         piece = rng.choice(PIECES)
@@ -113,7 +113,7 @@ def mutate_text(rng: Random, data: bytes) -> bytes:
 
 
 def mutate_safetensors(rng: Random, data: bytes) -> bytes:
-    """Change the bytes, or the tensors in a file that is whole, or the header's entries."""
+    """Change the bytes, the tensors of a whole file, or the header's entries."""
     chance = rng.random()
     if chance < 0.2:
         return mutate_bytes(rng, data)
@@ -121,14 +121,14 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
     header = json.loads(data[8 : 8 + length])
     body = data[8 + length :]
     if chance < 0.6:
-        # Sorted, because the reader returns them in another order each time.
+        # Sorted, because the reader's order varies.
         tensors = dict(sorted(safetensors.torch.load(data).items()))
         return safetensors.torch.save(_change_tensors(rng, tensors), header["__metadata__"])
     for _ in range(rng.choice((1, 1, 2))):
-        with suppress(KeyError, TypeError, AttributeError):  # what an earlier change spoilt
+        with suppress(KeyError, TypeError, AttributeError):  # after an earlier change
             _change_header(rng, header)
     text = json.dumps(header)
-    if rng.random() < 0.1:  # a name twice, the second time for other bytes
+    if rng.random() < 0.1:  # a duplicate name, with other bytes
         again = {rng.choice([*header, "x"]): rng.choice([*header.values(), {}])}
         text = text[:-1] + ", " + json.dumps(again)[1:]
     if rng.random() < 0.1:
@@ -140,12 +140,12 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
 
 
 def _change_tensors(rng: Random, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace, rename or drop one tensor or two."""
+    """Replace, rename or drop one or two tensors."""
     for _ in range(rng.choice((1, 1, 2))):
         key = rng.choice(list(tensors))
         value = tensors.pop(key)
         flat = value.flatten().clone()
-        if len(flat) and value.is_floating_point():  # the first change may have made it another
+        if len(flat) and value.is_floating_point():  # the first change may have changed the type
             flat[rng.randrange(len(flat))] = rng.choice((1e38, -1e-40, float("nan"), float("-inf")))
         changed = flat.view(value.shape)
         if rng.random() < 0.8:

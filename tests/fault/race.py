@@ -1,4 +1,4 @@
-"""Two runs into one directory at the same moment: exactly one trains."""
+"""Two runs start in one directory at the same moment: exactly one trains."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.fault.runs import Fork, Outcome, arguments, differences, scratch, uninterrupted
 
 STEPS = 20
-KNOWN = ("another run is using it", "contains a run")  # what the refused one may say
+KNOWN = ("another run is using it", "contains a run")  # the allowed reasons of the refused run
 
 
 def campaign(short: bool, seed: int) -> Iterator[Outcome]:

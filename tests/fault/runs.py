@@ -30,13 +30,13 @@ from training.directory import MODEL_FILES
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = (ROOT / "data" / "book.txt").read_text(encoding="utf-8")
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb", "options"}
-BEGUN = ("base: val", "resuming after")  # what a run prints just before its steps
-PATIENCE = 300  # seconds that no run here takes
+BEGUN = ("base: val", "resuming after")  # printed by a run just before its steps
+PATIENCE = 300  # seconds: no run here takes so long
 
 
 @dataclass
 class Outcome:
-    """Hold what a part of the campaign tried, and what went wrong."""
+    """The trials of a part of the campaign, and their problems."""
 
     name: str
     tried: int = 0
@@ -51,7 +51,7 @@ class Outcome:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """Give a folder, in memory where the system has that: a busy disk's fsync takes seconds."""
+    """Yield a folder, in memory if possible, because fsync on a busy disk takes seconds."""
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with TemporaryDirectory(dir=memory) as folder:
         yield Path(folder).resolve()
@@ -69,18 +69,18 @@ class Watched:
         return any(mark in self.out_file.read_text() for mark in BEGUN)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-        """Wait until the condition is true, the process ends, or the time is over."""
+        """Wait until the condition is true, the process ends, or the time is up."""
         end = time.perf_counter() + seconds
         while self.poll() is None and time.perf_counter() < end and not condition():
             time.sleep(0.0005)
 
     def end(self) -> tuple[int, list[str]]:
-        """Wait for the end; return the exit status and the lines on stderr."""
+        """Wait for the end. Return the exit status and the lines on stderr."""
         return self.wait(PATIENCE), self.err_file.read_text().splitlines()
 
 
 class Process(Watched, subprocess.Popen):
-    """A command at work in the project's directory."""
+    """A command that runs in the project's directory."""
 
     def __init__(self, command: list[str], folder: Path):
         Watched.__init__(self, folder)
@@ -93,19 +93,19 @@ class Process(Watched, subprocess.Popen):
                 stdout=out,
                 stderr=err,
                 env=environment,
-                start_new_session=True,  # Ctrl-C here does not reach it
+                start_new_session=True,  # isolates it from Ctrl-C here
             )
 
 
 class Fork(Watched):
-    """`train.py` in a fork of this process, which has imported what takes seconds to import."""
+    """`train.py` in a fork of this process, which has already imported the slow modules."""
 
     def __init__(
         self,
         argv: Sequence[str],
         folder: Path,
         prepare: Callable[[], object] = lambda: None,
-        draw: bool = False,  # a picture takes as long as many steps
+        draw: bool = False,  # a picture takes as long as several steps
     ):
         super().__init__(folder)
         context = multiprocessing.get_context("fork")
@@ -113,7 +113,7 @@ class Fork(Watched):
         self.child.start()
 
     def _train(self, argv: Sequence[str], prepare: Callable[[], object], draw: bool) -> None:
-        torch.set_num_threads(1)  # a pool of more does not survive the fork
+        torch.set_num_threads(1)  # a larger pool does not survive the fork
         for number, file in ((1, self.out_file), (2, self.err_file)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = open(1, "w", buffering=1)  # noqa: SIM115
@@ -150,7 +150,7 @@ def small_base(folder: Path) -> Path:
 
 
 def arguments(method: str, folder: Path, out: Path, steps: int, *more: object) -> list[str]:
-    """Ask for a run on a small base and the book's beginning, with a checkpoint at each step."""
+    """Return arguments of a small run on the book's beginning, with a checkpoint per step."""
     book = folder / "book.txt"
     if not book.exists():
         book.write_text(BOOK[:12_000])
@@ -162,12 +162,12 @@ def arguments(method: str, folder: Path, out: Path, steps: int, *more: object) -
 
 
 def with_resume(argv: list[str], out: Path) -> list[str]:
-    """Return the arguments that go on, where there is anything to go on with."""
+    """Return the arguments that resume the run, if there is a run to resume."""
     return [*argv, "--resume"] if (out / "metrics.jsonl").exists() else argv
 
 
 def result(out: Path) -> dict:
-    """Return all of a finished run that must not depend on how often it was stopped."""
+    """Return everything in a finished run that must not depend on interruptions."""
     report = json.loads((out / "run.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for values in (report, *lines):
@@ -178,7 +178,7 @@ def result(out: Path) -> dict:
 
 
 class Whole(NamedTuple):
-    """Hold the result of an uninterrupted run, and the seconds of its start-up and of its steps."""
+    """The result of an uninterrupted run, and the seconds of its start-up and of its steps."""
 
     result: dict
     startup: float
@@ -187,7 +187,7 @@ class Whole(NamedTuple):
 
 @cache
 def uninterrupted(method: str, *more: object) -> Whole:
-    """Run `train.py` to the end, by the arguments of `arguments` after `out`."""
+    """Run `train.py` to the end, with `more` added to `arguments`."""
     with scratch() as folder:
         argv = arguments(method, folder, folder / "whole", *more)
         began = time.perf_counter()
@@ -200,7 +200,7 @@ def uninterrupted(method: str, *more: object) -> Whole:
 
 
 def go_on(argv: list[str], folder: Path, out: Path, expected: dict) -> list[str]:
-    """Run to the end; return how that failed, or what in `out` is not as expected."""
+    """Run to the end. Return the failure, or how `out` differs from the expected result."""
     status, lines = Fork(argv, folder).end()
     if status:
         return [f"going on ends with {status}: {lines[-3:]}"]
@@ -208,7 +208,7 @@ def go_on(argv: list[str], folder: Path, out: Path, expected: dict) -> list[str]
 
 
 def differences(out: Path, expected: dict) -> list[str]:
-    """Return what of a finished run is not as expected, and what it left behind."""
+    """Return the differences from the expected result, and the files that were left behind."""
     try:
         found = result(out)
     except (OSError, ValueError) as error:
@@ -218,5 +218,5 @@ def differences(out: Path, expected: dict) -> list[str]:
 
 
 def left(out: Path) -> list[str]:
-    """Return the unfinished files that should not be there."""
+    """Return unfinished files that should be absent."""
     return [f"left behind {path.name}" for path in out.glob(".*")]

@@ -1,4 +1,4 @@
-"""Signals at random moments of what `make train-lora` runs: exit code, words, resume."""
+"""Signals at random moments of `make train-lora`: exit code, messages, resume."""
 
 import random
 import shlex
@@ -54,7 +54,7 @@ def one_signal(
 
 
 def make_command(argv: list[str]) -> list[str]:
-    """Return what `make train-lora` would run with small ARGS."""
+    """Return the command of `make train-lora`, with small ARGS."""
     said = subprocess.run(
         ["make", "--no-print-directory", "-n", "train-lora", f"ARGS={shlex.join(argv[1:])}"],
         cwd=runs.ROOT,
@@ -66,15 +66,15 @@ def make_command(argv: list[str]) -> list[str]:
 
 
 def catches_sigterm(process: runs.Process) -> bool:
-    """Say whether train.py's first line has run; before that, Python itself is starting."""
+    """Return whether train.py's first line has run. Before that, Python is still starting."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def check_ending(status: int, wanted: int, lines: list[str], out: Path) -> list[str]:
-    """Return what is wrong with how a run ended after the signal."""
-    # It came after the last step, or when Python, its handlers gone, was ending.
+    """Return the problems of a run's ending after the signal."""
+    # The signal came after the last step, or while Python ended without its handlers.
     if status in (0, 128 - wanted) and lines in ([], [NOTICE]):
         if (out / "run.json").exists():
             return []

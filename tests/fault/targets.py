@@ -1,4 +1,4 @@
-"""List the files that the campaign damages, each with its reader and the check of its result."""
+"""The files that the campaign damages, each with a reader and a check of the result."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ TOKENIZER = small_tokenizer(VOCAB)
 
 @dataclass(frozen=True)
 class Target:
-    """A file, its damage, and its reader's check: AssertionError for a wrong answer."""
+    """A file, its mutator, and its reader's check: AssertionError for a wrong result."""
 
     name: str
     file: str
@@ -42,14 +42,14 @@ class Target:
 
 
 def prepare(directory: Path) -> None:
-    """Write good files of every kind; the targets' names are relative to `directory`."""
-    torch.set_num_threads(1)  # a pool of more does not survive the reader's fork
+    """Write good files of every kind. The targets' names are relative to `directory`."""
+    torch.set_num_threads(1)  # a larger pool does not survive the reader's fork
     base, _ = tiny_gpt2_directory(directory / "base")
     save_adapter(adapted(base, r=3), directory / "adapter", "gpt2", "0" * 64)
     (directory / "book.txt").write_bytes(TEXT.encode())
     trained("lora", base, directory / "book.txt", directory / "run", "--max-steps", 1)
     shutil.copy(directory / "run" / CHECKPOINT, directory / "saved")
-    for target in TARGETS:  # and what a first call imports is not the damaged file's cost
+    for target in TARGETS:  # the first call also pays for imports
         target.check(directory)
 
 
@@ -82,7 +82,7 @@ def check_base(directory: Path) -> None:
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the format as its description has it, by other code than the library's."""
+    """Read the format by its specification, without the library."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -99,7 +99,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_checkpoint(directory: Path) -> None:
-    """Only what was written is believed, whatever the header's order."""
+    """Only the written values are accepted, in any order of the header."""
     write_checkpoint(directory, read_checkpoint(directory / "run"))
     assert (directory / CHECKPOINT).read_bytes() == (directory / "saved").read_bytes()
 
@@ -111,12 +111,12 @@ def check_tokens(directory: Path) -> None:
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Every id is one of the model's, and the tokens cover no more than the text."""
+    """Every id is in the model's vocabulary, and the tokens cover at most the text."""
     tokenizer = load_tokenizer(directory / "base", VOCAB)
     try:
         ids, byte_counts = tokenizer.encode_with_bytes(TEXT)
     except UserError as error:
-        raise UserError(f"{directory}: {error}") from error  # of a text, not of a file
+        raise UserError(f"{directory}: {error}") from error  # raised for a text, without the file
     assert all(token < VOCAB for token in ids.tolist())
     assert byte_counts.sum() <= len(TEXT.encode())
 
@@ -133,7 +133,7 @@ TARGETS = (
 
 
 def problem_of(target: Target, directory: Path) -> str | None:
-    """Return what is wrong with how the target's reader meets the file that stands there."""
+    """Return the problem of reading the file at the target's path, or None."""
     try:
         target.check(directory)
     except UserError as error:

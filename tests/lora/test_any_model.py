@@ -24,7 +24,7 @@ from tests.models import CASES, DECODER, IDS, Case, Plain, assert_same, both, ma
 from tests.pairs import parameters, randomize
 from tests.runs import stdout_of, table
 
-pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # including PEFT's warnings
 VARIANTS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -38,16 +38,16 @@ PAIRS += [("plain", "plain")]
 
 @pytest.mark.parametrize(("name", "variant"), PAIRS)
 def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
-    """Every linear layer: from the seeded adapter over 5 steps to both files.
+    """Every linear layer, from the seeded adapter over 5 steps to both files.
 
-    Bit for bit, except DoRA's norm: PEFT multiplies B A as B (A I), which rounds in another way.
+    Bit for bit, except DoRA's norm: PEFT computes B A as B (A I), which rounds differently.
     """
     case = CASES[name]
     close = 1e-5 if variant == "dora" else 0.0
     ours, theirs = both(case, "all-linear", **VARIANTS[variant])
     assert list(lora_layers(ours)) == theirs.base_model.targeted_module_names
     base = output(make(case), case)
-    assert relative_difference(output(ours, case), base) < 1e-5  # PiSSA's is rounded
+    assert relative_difference(output(ours, case), base) < 1e-5  # PiSSA rounds
     assert_same(parameters(ours), parameters(theirs.base_model.model))
 
     seen = steps(ours, case)
@@ -65,9 +65,9 @@ def test_training_files_and_merge_are_pefts(name, variant, tmp_path):
     loaded = peft.PeftModel.from_pretrained(make(case), tmp_path / "ours").eval()
     assert relative_difference(output(loaded, case), trained) < 1e-5
     with loaded.disable_adapter():
-        assert relative_difference(output(loaded, case), base) < 1e-5  # so that the file counts
+        assert relative_difference(output(loaded, case), base) < 1e-5  # so the file has an effect
 
-    if variant != "pissa":  # PEFT's file of PiSSA needs another base, and is refused
+    if variant != "pissa":  # PEFT's PiSSA file needs another base, and is refused
         theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
         again = make(case)
         load_adapter(again, tmp_path / "theirs")
@@ -148,7 +148,7 @@ def test_pissa_of_some_blocks_is_written_by_full_names_which_peft_loads(tmp_path
 
 
 def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):
-    """PEFT's class for CAUSAL_LM or SEQ_2_SEQ_LM would pass it tokens as its input."""
+    """With CAUSAL_LM or SEQ_2_SEQ_LM, PEFT would pass tokens to the model's sound input."""
     config = transformers.WhisperConfig(d_model=24, encoder_layers=1, decoder_layers=1)
     model = transformers.WhisperForConditionalGeneration(config)
     inject(model, make_config(target_modules=("q_proj",)))
@@ -157,7 +157,7 @@ def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):
 
 
 class TiedPlain(Plain):
-    """A plain module whose head's weight is also an embedding's."""
+    """A plain module whose head shares its weight with an embedding."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ def test_combine_and_inspect_take_any_models_adapters(tmp_path, monkeypatch):
 
     stdout_of(combine, *parts, "--weights", 1, -2, "--out", tmp_path / "sum")
     theirs = peft.PeftModel.from_pretrained(make(case), tmp_path / "sum").eval()
-    assert isinstance(theirs, peft.PeftModelForCausalLM)  # the task was kept
+    assert isinstance(theirs, peft.PeftModelForCausalLM)  # the file kept the task
     assert relative_difference(output(theirs, case), output(expected, case)) < 1e-5
     rows = table(stdout_of(inspect.main, tmp_path / "sum"))
     assert {row[0] for row in rows[2:]} == set(lora_layers(ours))
@@ -246,7 +246,7 @@ NEEDS_FUSED_EXPERTS = pytest.mark.skipif(
 
 
 def mixture(kind: str, **config: object) -> Case:
-    """Return a mixture of experts of transformers: "Qwen2Moe", for instance."""
+    """Return a mixture-of-experts model of transformers, such as "Qwen2Moe"."""
     config_class = getattr(transformers, f"{kind}Config")
     model_class = getattr(transformers, f"{kind}ForCausalLM")
     fields = DECODER | {"eos_token_id": None, "pad_token_id": None} | config
@@ -254,7 +254,7 @@ def mixture(kind: str, **config: object) -> Case:
 
 
 @NEEDS_FUSED_EXPERTS
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # from PEFT
 @pytest.mark.parametrize(
     ("case", "share", "count"),
     [

@@ -1,4 +1,4 @@
-"""Check the content of adapter files, and that all other files are refused."""
+"""Check the content of adapter files, and the refusal of all other files."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def change_config(adapter, fields):
 
 
 def refusal_of(adapter, file, base):
-    """Return why `file` is refused. The model must go on computing what its base does."""
+    """Return the reason why `file` is refused. The model must still compute the base's output."""
     model = load_gpt2(base)
     ids = token_ids(model.config.vocab_size, 1, 8)
     expected = model(ids)
@@ -83,7 +83,7 @@ def test_the_files_are_pefts(base, tmp_path):
         assert file.metadata() == {"format": "pt"}
     tensors = load_file(tmp_path / WEIGHTS)
     assert len(tensors) == 12 and tensors[f"{PREFIX}.1.mlp.c_proj.lora_A.weight"].shape == (2, 128)
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}  # they were in bf16
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}  # bf16 in the model
 
 
 def test_adapters_are_read_exactly(base, adapter):
@@ -100,7 +100,7 @@ def test_adapters_are_read_exactly(base, adapter):
 
 def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
     model = adapted(base)
-    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)  # of the same shape
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)  # with the same shapes
     adapter, sha256 = tmp_path / "adapter", file_sha256(base / "model.safetensors")
     save_adapter(model, adapter, str(base), sha256)
     with safe_open(adapter / WEIGHTS, "pt") as file:
@@ -111,7 +111,7 @@ def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
     assert relative_difference(model(ids), theirs(ids).logits) < 1e-6
     reason = refusal(adapter / WEIGHTS, load_model, str(other), adapter)
     assert reason.startswith("was trained on another base (weights sha256 ")
-    save_adapter(model, adapter, str(base))  # like PEFT's file: without a hash, any base fits
+    save_adapter(model, adapter, str(base))  # no hash, as in PEFT's file: any base is accepted
     load_model(str(other), adapter)
 
 
@@ -125,7 +125,7 @@ def test_only_a_known_name_is_taken_for_the_base(adapter):
         assert "give --base the base's directory" in refusal(adapter, named_base)
 
 
-# Whatever these say, a trained adapter computes the same.
+# With any of these settings, a trained adapter computes the same.
 IGNORED = split("""
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode
     loftq_config lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config

@@ -1,4 +1,4 @@
-"""Check injection into GPT-2: the trained parameters, their count, and the frozen rest."""
+"""Check injection into GPT-2: the trained parameters, their number, and the frozen rest."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from training.report import describe_parameters
 
 
 def test_counts_of_the_released_sizes():
-    """Count GPT-2's parameters with the default adapter: the smallest model and the largest."""
+    """Count the default adapter's parameters on the smallest and the largest GPT-2."""
     for size, trainable, total, percent in (
         ({}, "294,912", "124,734,720", "0.2364"),
         ({"n_embd": 1600, "n_layer": 48}, "2,457,600", "1,560,068,800", "0.1575"),
@@ -54,7 +54,7 @@ def test_a_disabled_adapter_leaves_the_base_and_a_second_one_is_refused(base):
         assert torch.equal(model(IDS), without)
         with adapter_disabled(model):
             pass
-        assert torch.equal(model(IDS), without)  # the inner block leaves the outer one be
+        assert torch.equal(model(IDS), without)  # the inner block does not change the outer block
         raise KeyError
     assert torch.equal(model(IDS), with_adapter)
     with pytest.raises(ValueError, match="has an adapter already; `unwrap` it first"):

@@ -1,4 +1,4 @@
-"""Compare the LoRA layer with PEFT's and with the formula in fp64."""
+"""Compare the LoRA layer with PEFT's layer and with the formula in fp64."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def test_the_layer_of_the_readme_is_ours():
     x = torch.randn(5, 32)
     assert torch.equal(theirs(x), base(x))  # B is zero
     bound = 1 / math.sqrt(32)
-    assert 0.9 * bound < theirs.A.abs().max() <= bound  # as `LoRALinear` draws it
+    assert 0.9 * bound < theirs.A.abs().max() <= bound  # the range of `LoRALinear`
 
     with torch.no_grad():
         ours.lora_A.weight.copy_(theirs.A)

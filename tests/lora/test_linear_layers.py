@@ -1,4 +1,4 @@
-"""Layers that are not quite `nn.Linear` are never adapted or merged silently wrong."""
+"""Layers that differ from `nn.Linear` are never adapted or merged with wrong results."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
 
 
 class Twice(nn.Linear):
-    """y = 2 W x + b, from a subclass of nn.Linear."""
+    """y = 2 W x + b, in a subclass of nn.Linear."""
 
     def forward(self, x):
         return 2 * super().forward(x)

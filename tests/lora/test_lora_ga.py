@@ -1,4 +1,4 @@
-"""Compare LoRA-GA's start with PEFT's from the same batches, and follow it through a run."""
+"""Compare LoRA-GA's start with PEFT's start on the same batches, and check a run with it."""
 
 import signal
 from shlex import split
@@ -27,7 +27,7 @@ def base(tmp_path_factory):
 
 
 def peft_start(base, trainer):
-    """Return PEFT's layers, started from the mean gradient of the trainer's first batches."""
+    """Return PEFT's layers, initialised from the mean gradient of the trainer's first batches."""
     loraga = pytest.importorskip("peft.tuners.lora.loraga", reason="an old PEFT")
     stock = runs.stock_linear_model(base)
     config = peft.LoraConfig(
@@ -49,7 +49,7 @@ def peft_start(base, trainer):
 
 
 def signs(ours, theirs, dim):
-    """Return the sign of each singular vector's product with its like: they must be parallel."""
+    """Return the sign of each pair of singular vectors, which must be parallel."""
     cosines = F.cosine_similarity(ours, theirs, dim=dim)
     assert cosines.abs().min() > 1 - 1e-5
     return cosines.sign()
@@ -83,7 +83,7 @@ def test_the_start_is_pefts_up_to_the_signs_of_singular_vectors(base, book, tmp_
 
 
 def flipped(layer, gradient, original=LoRAGALinear.initial_factors):
-    """Return a start with other signs, as another machine's SVD may give."""
+    """Return a start with other signs, as the SVD of another machine may give."""
     a, b = original(layer, gradient)
     return -a, b
 
@@ -119,6 +119,6 @@ def test_gradients_in_bf16_are_summed_in_fp32():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False, dtype=torch.bfloat16))
     inject(model, LoRAGAConfig(r=1, target_modules=("0",)))
     with weight_gradients(model) as sums:
-        for x in (256.0, 1.0):  # bf16 has no 257
+        for x in (256.0, 1.0):  # bf16 cannot represent 257
             model(torch.full((1, 2), x, dtype=torch.bfloat16)).sum().backward()
     assert sums["0"].tolist() == [[257.0, 257.0], [257.0, 257.0]]

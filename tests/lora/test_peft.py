@@ -15,11 +15,11 @@ from storage.weights import load_gpt2, save_gpt2
 from tests.helpers import relative_difference, tiny_gpt2
 from tests.pairs import IDS, randomize
 
-pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # including PEFT's warnings
 FP32, BF16 = torch.float32, torch.bfloat16
 MATRIX = [
     (BF16, {"r": 8, "lora_alpha": 12, "use_rslora": True}, ["c_fc", "attn.c_proj"]),
-    (FP32, {"r": 2}, "all-linear"),  # PEFT writes the full names in transformers' model
+    (FP32, {"r": 2}, "all-linear"),  # PEFT then writes full names of transformers' model
     (
         FP32,
         {"rank_pattern": {r"h\.1\..*": 3}, "alpha_pattern": {"transformer.h.0.mlp.c_proj": 2.5}},
@@ -31,7 +31,7 @@ MATRIX = [
 
 @pytest.fixture
 def base(dtype, tmp_path):
-    """Return a base stored by transformers in `dtype`."""
+    """Return a base that transformers stored in `dtype`."""
     tiny_gpt2().to(dtype).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
@@ -41,7 +41,7 @@ def stock(directory, dtype=FP32):
 
 
 def peft_adapter(base, directory, config, targets):
-    """Make a random adapter with PEFT and save it; return the model."""
+    """Make and save a random adapter with PEFT. Return the model."""
     settings = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, "target_modules": targets}
     model = peft.get_peft_model(stock(base), peft.LoraConfig(**settings, **config))
     randomize(model)
@@ -64,7 +64,7 @@ def test_each_loads_the_others_adapter_and_merges_to_the_same_weights(
     ours = load_gpt2(base)
     loaded = load_adapter(ours, tmp_path)
     assert_same_logits(ours, theirs, base)
-    assert config.items() <= json.loads(json.dumps(vars(loaded))).items()  # tuples are lists
+    assert config.items() <= json.loads(json.dumps(vars(loaded))).items()  # tuples become lists
     save_adapter(ours, tmp_path / "again", str(base))
     first = load_file(tmp_path / WEIGHTS)
     again = load_file(tmp_path / "again" / WEIGHTS)

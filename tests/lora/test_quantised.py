@@ -1,4 +1,4 @@
-"""NF4 and int8 layers against bitsandbytes on the CPU, and PEFT's steps on its 4-bit model."""
+"""NF4 and int8 layers against bitsandbytes on a CPU, and steps against PEFT's 4-bit model."""
 
 import peft
 import pytest
@@ -25,12 +25,12 @@ from tests.pairs import IDS, losses_of_steps, parameters
 from training.report import count_parameters
 
 FP32, BF16 = torch.float32, torch.bfloat16
-# bitsandbytes 0.50 on a CPU dequantises widths of 32, 96, 160, ... wrongly: none of those.
+# bitsandbytes 0.50 on a CPU dequantises widths of 32, 96, 160, ... wrongly: avoid these.
 SHAPES = [(33, 77), (200, 97), (1, 3)]  # one block of scales, two, and a single scale
 
 
 def linear(shape: tuple[int, int]) -> nn.Linear:
-    """A layer whose rows are large and small, with an outlier and a zero."""
+    """Make a layer with large rows, small rows, an outlier and a zero."""
     torch.manual_seed(0)
     out, width = shape
     layer = nn.Linear(width, out)
@@ -59,7 +59,7 @@ def test_codes_scales_and_weights_are_bitsandbytes_to_the_bit(bnb, shape):
     )
     ours = NF4Linear(layer)
     assert torch.equal(ours.codes.flatten()[: codes.numel()], codes.flatten())
-    if len(ours.absmax) > 1:  # less its mean, a single scale is 0, and every code gives 0
+    if len(ours.absmax) > 1:  # minus the mean, a single scale is 0, and every code gives 0
         assert torch.equal(ours.absmax, state.absmax)
     assert torch.equal(ours.scales, state.state2.absmax)
     assert torch.equal(ours.mean, state.offset)

@@ -1,4 +1,4 @@
-"""Compare Riemannian preconditioning with PEFT's code, and with its definition."""
+"""Compare Riemannian preconditioning with PEFT's code and with the definition."""
 
 from shlex import split
 
@@ -31,7 +31,7 @@ def base(tmp_path_factory):
 @pytest.mark.skipif(not hasattr(optimizers, "create_riemannian_optimizer"), reason="an old PEFT")
 @pytest.mark.parametrize("options", ["", "--use-dora --target-modules c_attn c_proj"])
 def test_a_run_in_fp64_is_pefts(base, book, tmp_path, options):
-    """PEFT inverts by an SVD, and so differs in the last digits; rounding must not hide more."""
+    """PEFT inverts by an SVD, so the last digits differ. Rounding must not hide more."""
     argv = (*SMALL, *split(options), *runs.NO_DROPOUT["lora"])
     ours = runs.trainer("lora", base, book, tmp_path, *argv, "--kernels", "plain")
     ours.model.double()
@@ -41,7 +41,7 @@ def test_a_run_in_fp64_is_pefts(base, book, tmp_path, options):
     fields = {"r": 8, "lora_alpha": 16, "target_modules": list(made.target_modules)}
     config = peft.LoraConfig(**fields, use_dora=made.use_dora)
     theirs = peft.get_peft_model(stock, config).double().train()
-    set_kernels(theirs, "plain")  # the frozen weights lie in memory as ours
+    set_kernels(theirs, "plain")  # the same memory layout of the frozen weights
     optimizer = optimizers.create_riemannian_optimizer(
         theirs, torch.optim.AdamW, lr=made.lr, reg=1e-6, weight_decay=made.weight_decay
     )
@@ -53,7 +53,7 @@ def test_a_run_in_fp64_is_pefts(base, book, tmp_path, options):
         [(inputs, targets)] = batch.micro_batches()
         F.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1), targets.flatten()).backward()
         norm = nn.utils.clip_grad_norm_(trained, made.clip)
-        assert norm > made.clip  # so that the order of clipping and preconditioning counts
+        assert norm > made.clip  # so the order of clipping and preconditioning matters
         optimizer.param_groups[0]["lr"] = learning_rate(
             step, len(batches), made.lr, made.warmup_ratio
         )
@@ -62,7 +62,7 @@ def test_a_run_in_fp64_is_pefts(base, book, tmp_path, options):
     expected = parameters(theirs.base_model.model.transformer)
     assert expected.keys() == parameters(ours.model).keys() and len(expected) >= 4
     for name, parameter in parameters(ours.model).items():
-        # DoRA computes the norm of V in fp32, and Adam magnifies its rounding.
+        # DoRA computes the norm of V in fp32, and Adam amplifies the rounding error.
         assert relative_difference(parameter, expected[name]) < (1e-5 if made.use_dora else 1e-6)
 
 
@@ -75,14 +75,14 @@ def with_gradients(base, targets):
 
 
 def change(layer):
-    """Return how a gradient step changes B A, to first order: dB A + B dA, (out, in) in fp64."""
+    """Return a gradient step's change of B A to first order: dB A + B dA, (out, in) in fp64."""
     b = layer.lora_B.weight.detach().double()
     a = layer.lora_A.weight.detach().double()
     factor = next(layer.lora_B.parameters())
     db = torch.zeros_like(b)
     if factor.ndim == 2:
         db = factor.grad.double()
-    else:  # each slice's block lies in its rows and its columns
+    else:  # each slice's block is in its rows and its columns
         d = factor.shape[1]
         for i, place in enumerate(layer.lora_B.places):
             db[place * d : (place + 1) * d, 3 * i : 3 * i + 3] = factor.grad[i].double()
@@ -91,11 +91,11 @@ def change(layer):
 
 @pytest.mark.parametrize("targets", [("c_attn", "mlp.c_proj"), ("c_attn.q", "c_attn.v")])
 def test_a_step_projects_the_gradient_however_the_product_is_split(base, targets):
-    """dB A + B dA is G P_A + P_B G, with G the product's gradient and P the projections on the rows
-    of A and the columns of B, slice by slice: no split changes it.
+    """dB A + B dA is G P_A + P_B G, slice by slice. G is the product's gradient, and P are the
+    projections on the rows of A and the columns of B. The split of the product has no effect.
     """
     plain, model = (with_gradients(base, targets) for _ in range(2))
-    sizes = torch.tensor([[5.0, 1.0, 0.2], [0.2, 1.0, 5.0]])  # of the first slice, the second
+    sizes = torch.tensor([[5.0, 1.0, 0.2], [0.2, 1.0, 5.0]])  # of the two slices
     with torch.no_grad():
         for layer in lora_layers(model).values():
             b = next(layer.lora_B.parameters())

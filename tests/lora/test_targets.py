@@ -1,4 +1,4 @@
-"""Check targets and patterns against PEFT's, in files written by either side."""
+"""Check targets and patterns against PEFT, in files of both sides."""
 
 import json
 
@@ -27,11 +27,11 @@ PATTERNS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Return a base of three blocks, so that a range of blocks leaves out more than one."""
+    """Return a base of three blocks, so that a range of blocks omits more than one."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_layer=3)[0]
 
 
-@pytest.mark.filterwarnings("error::UserWarning")  # PEFT's, too
+@pytest.mark.filterwarnings("error::UserWarning")  # including PEFT's warnings
 @pytest.mark.parametrize(
     ("targets", "fields", "adapted_layers"),
     [
@@ -39,7 +39,7 @@ def base(tmp_path_factory):
         (("mlp.c_proj", "1.attn.c_attn", "transformer.h.0.mlp.c_fc"), {}, 5),
         (r"transformer\.h\.[02]\..*c_(attn|fc)", {}, 4),
         (("c_attn", "mlp.c_proj"), {"layers_to_transform": (1, 2)}, 4),
-        # A whole name counts in every block.
+        # A whole name matches in every block.
         (("c_attn", "transformer.h.0.mlp.c_fc"), {"layers_to_transform": (1,)}, 2),
         (("c_attn", "c_proj"), PATTERNS, 9),
         (("c_attn", "c_proj"), PATTERNS | {"use_rslora": True, "layers_to_transform": (0, 2)}, 6),
@@ -54,7 +54,7 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
     torch.manual_seed(3)
     inject(ours, config)
     torch.manual_seed(3)
-    lists = json.loads(json.dumps({"target_modules": targets, **fields}))  # in place of tuples
+    lists = json.loads(json.dumps({"target_modules": targets, **fields}))  # lists instead of tuples
     peft_config = peft.LoraConfig(**lists, fan_in_fan_out=True)
     theirs = peft.get_peft_model(tiny_gpt2(n_layer=3), peft_config)
     theirs.print_trainable_parameters()
@@ -64,7 +64,7 @@ def test_layers_ranks_scalings_counts_and_tensors_are_pefts(
     for name, layer in lora_layers(ours).items():
         their_layer = theirs.base_model.model.transformer.get_submodule(name)
         assert layer.scaling == their_layer.scaling["default"]
-    # PEFT 0.17 would look for the base's config on the hub, to see whether its vocabulary grew.
+    # PEFT 0.17 would read the base's config on the hub, to compare vocabulary sizes.
     expected = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
     tensors = adapter_tensors(ours)
     assert tensors.keys() == expected.keys()
@@ -80,7 +80,7 @@ REFUSED = [
     ({"target_modules": ("wte",)}, "tied to the head"),
     ({"target_modules": ("wpe",)}, "embedding"),
     ({"target_modules": ("c_attn", "q_proj")}, "'q_proj' is not in the model; it has c_attn, c_fc"),
-    ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # after a dot
+    ({"target_modules": ("n.c_attn",)}, "'n.c_attn' is not in the model"),  # not after a dot
     ({"layers_pattern": ("h",)}, "layers_pattern needs layers_to_transform"),
     ({"layers_to_transform": (1,), "layers_pattern": ("block",)}, "in these layers"),
     ({"r": 0}, r"rank 0 is outside 1 \.\. 32"),
@@ -135,7 +135,7 @@ def test_below_the_lowest_adapted_block_no_gradient_is_computed(base, layers, be
 
 
 def test_an_adapter_of_pefts_first_versions_loads(base, tmp_path):
-    """`bias: lora_only` without any bias tensor."""
+    """The config has `bias: lora_only`, and the file has no bias tensor."""
     model = adapted(base, ("c_attn",))
     save_adapter(model, tmp_path, "gpt2")
     stored = json.loads((tmp_path / CONFIG).read_text())

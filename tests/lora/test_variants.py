@@ -1,7 +1,7 @@
-"""Compare the variants of LoRA with PEFT's, and slices with loralib's formula.
+"""Compare the variants of LoRA with PEFT, and slices with loralib's formula.
 
-PEFT's side is a model of `nn.Linear` layers: that is what is adapted here, and on GPT-2's Conv1D
-PEFT's DoRA has been wrong (peft#3531: unmerging forgot the transpose). Files meet stock GPT-2.
+PEFT's side is a model of `nn.Linear` layers, like ours. On GPT-2's Conv1D, PEFT's DoRA has been
+wrong (peft#3531: unmerging forgot the transpose). Files are tested on stock GPT-2.
 """
 
 import json
@@ -38,7 +38,7 @@ PISSA = {"init_lora_weights": "pissa"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Return a base with heads of 16: 1/sqrt(16) is the same number however computed."""
+    """Return a base with heads of 16: 1/sqrt(16) is exact however it is computed."""
     return tiny_gpt2_directory(tmp_path_factory.mktemp("base"), n_head=2)[0]
 
 
@@ -54,9 +54,9 @@ def assert_equal(ours, theirs):
     [(WIDE, {"use_rslora": True}), (TALL, {"lora_dropout": 0.3})],
 )
 def test_gradients_and_the_merge_are_pefts(kind, shape, fields):
-    """The steps of a whole run follow below."""
+    """Another test below compares the steps of a whole run."""
     ours, theirs, linear = pair(kind, shape, **fields)
-    assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)  # for PiSSA: the residual
+    assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)  # for PiSSA, the residual
     x = torch.randn(5, shape[0])
     assert relative_difference(ours.eval()(x), linear(x)) < 1e-6
     perturb_alike(ours, theirs)
@@ -100,7 +100,7 @@ def test_doras_norm_is_in_fp32_under_autocast():
 
 
 TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
-# By the options of train.py: PEFT's fields.
+# PEFT's fields for options of train.py.
 RUNS = {
     "--init-lora-weights pissa": PISSA,
     "--loraplus-lr-ratio 16": {},
@@ -111,7 +111,7 @@ RUNS = {
 
 @pytest.mark.parametrize("options", RUNS)
 def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
-    """The dropouts are on; the start is the seeded adapter, and each step is train.py's own."""
+    """Dropout is on. The start is the seeded adapter, and train.py's code takes each step."""
     short = split("--max-steps 20 --batch-size 4 --lr 3e-3")
     ours = runs.trainer("lora", base, book, tmp_path, *short, *split(options), "--kernels", "plain")
     args = ours.options
@@ -119,7 +119,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     torch.manual_seed(args.seed)
     fields = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
     theirs = peft.get_peft_model(stock, peft.LoraConfig(**fields | RUNS[options])).train()
-    set_kernels(theirs, "plain")  # the frozen weights lie in memory as ours
+    set_kernels(theirs, "plain")  # the same memory layout of the frozen weights
     named = {}
     for name, parameter in parameters(theirs.base_model.model).items():
         if args.freeze_a and "lora_A" in name:
@@ -127,7 +127,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
         else:
             named[name.removeprefix("transformer.")] = parameter
     assert named.keys() == ours.parameters.keys()
-    mine = [named[name] for name in ours.parameters]  # in one order: the gradient norm is a sum
+    mine = [named[name] for name in ours.parameters]  # in one order, for the gradient norm
     optimizer = torch.optim.AdamW(mine, lr=args.lr, weight_decay=0.01, fused=True)
     if args.loraplus_lr_ratio:
         optimizer = create_loraplus_optimizer(
@@ -162,7 +162,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
 
 
 def raw_tensors(model):
-    """Return the trained tensors; for PiSSA a file holds others."""
+    """Return the trained tensors. For PiSSA, a file stores other tensors."""
     return {f"base_model.model.transformer.{n}": p for n, p in parameters(model).items()}
 
 
@@ -201,7 +201,7 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
 
 
 def test_a_pissa_run_in_bf16_prints_what_evaluate_py_computes(base, book, tmp_path):
-    """Of the base and of the best adapter, as it was saved."""
+    """Compare the losses of the base and of the best adapter, as saved."""
     options = split("--init-lora-weights pissa --precision bf16 --max-steps 4 --lr 3e-3")
     done = trained("lora", base, book, tmp_path / "run", *options)
     scored = ("--base", base, "--text", book, "--val-fraction", 0.1, "--block-size", runs.BLOCK)

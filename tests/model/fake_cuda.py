@@ -1,8 +1,8 @@
-"""A training step on a GPU that is not there.
+"""A training step on a fake GPU.
 
-Fake tensors have a shape, a type and the device `cuda`, and no data; PyTorch runs its real rules of
-autocast on them. They need a device guard, which a build for the CPU lacks: a library brings
-an empty one. Backward does not work so.
+Fake tensors have a shape, a type and the device `cuda`, but no data, and PyTorch applies its real
+autocast rules to them. Fake tensors need a device guard, which a CPU build lacks, so a library
+brings an empty guard. The backward pass does not work in this way.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ CONFIG = GPT2Config(vocab_size=331, n_positions=32, n_embd=32, n_layer=2, n_head
 
 
 def model_on_cuda(precision: str, method: str = "lora", layers: int = 2) -> GPT2:
-    """Return a model as `Device.cast_frozen` casts it, with fake parameters on CUDA."""
+    """Return a model, cast by `Device.cast_frozen`, with fake parameters on CUDA."""
     with unset_fake_temporarily():
         model = GPT2(replace(CONFIG, n_layer=layers))
         if method == "lora":
@@ -43,8 +43,8 @@ def model_on_cuda(precision: str, method: str = "lora", layers: int = 2) -> GPT2
 
 
 def check_loss(precision: str) -> None:
-    """Check that the loss, the scores and a trained head's gradient run in the precision, and give
-    fp32; and that the head got room for its zeros.
+    """Check that the loss, the scores and a trained head's gradient run in the precision and return
+    fp32, and that the head is padded with zeros.
     """
     model = model_on_cuda(precision)
     ids = torch.zeros(3, 32, dtype=torch.int64, device="cuda")
@@ -59,10 +59,10 @@ def check_loss(precision: str) -> None:
 
 
 def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
-    """Return the bytes beside parameters that the model keeps for its backward pass."""
+    """Return the bytes, except parameters, that the model keeps for its backward pass."""
     model = model_on_cuda(precision, method, layers).train()
     ids = torch.zeros(windows, 32, dtype=torch.int64, device="cuda")
-    storages = {}  # so that a view counts once
+    storages = {}  # by address, so that a view counts once
     attention = efficient_attention if precision == "fp32" else flash_attention
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,20 +82,20 @@ def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
 
 
 def efficient_attention(q, k, v, p):
-    """Call the kernel that a GPU takes in fp32; a build for the CPU would choose another."""
+    """Call the GPU's kernel for fp32. A CPU build would choose another kernel."""
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     return kernel(q, k, v, None, True, p, True)[0]
 
 
 def flash_attention(q, k, v, p):
-    """Call the kernel that a GPU takes in low precision."""
+    """Call the GPU's kernel for low precision."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, p, True)[0]
 
 
 def check_block(precision: str, method: str) -> None:
-    """Check that a block keeps for each token what benchmarks/gpu_memory.py says.
+    """Check that a block keeps the bytes per token of benchmarks/gpu_memory.py.
 
-    What does not grow with layers and tokens, such as casts of weights, cancels in the differences.
+    Terms that do not grow with layers and tokens, such as casts of weights, cancel.
     """
     grown = {}
     for layers in (2, 3):
@@ -108,9 +108,9 @@ def check_block(precision: str, method: str) -> None:
 
 
 def check_all(guard: Path) -> None:
-    """Load the library with the guard, which this process keeps, and check every case."""
+    """Load the library with the guard for this process, and check every case."""
     ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # else autocast is off
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False  # enables autocast
     torch.cuda.is_bf16_supported = lambda: True
     cuda_loss.card_memory = lambda device: 16 * 10**9
     with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""Compare CUDA's loss and scores with PyTorch's own; on a CPU the same code runs on CPU tensors."""
+"""Compare CUDA's loss and scores with PyTorch's functions. On a CPU, CUDA's code runs there."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.device
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
-    """A card that has room for the logits of 20 tokens at a time and 101 words, 128 with zeros."""
+    """A device with memory for the logits of 20 tokens at a time and 101 words (padded to 128)."""
     memory = 20 * 128 * 8 * cuda_loss.SHARE
     monkeypatch.setattr(cuda_loss, "card_memory", lambda device: memory)
 
@@ -65,7 +65,7 @@ def test_scores_are_those_of_cross_entropy_and_argmax(n, vocab, dtype):
 
 
 def test_a_likely_token_keeps_its_small_gradient():
-    """In bf16, p = 0.9999 is 1, and p - 1 would be 0."""
+    """In bf16, p = 0.9999 rounds to 1, and p - 1 to 0."""
     hidden = torch.tensor([[9.25]], device=DEVICE, dtype=BF16, requires_grad=True)
     weight = torch.tensor([[1.0], [0.0]], device=DEVICE, dtype=BF16)
     targets = torch.zeros(1, dtype=torch.int64, device=DEVICE)
@@ -94,8 +94,8 @@ def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
         fast(targets)(hidden, head)
     assert head.data_ptr() == place and torch.equal(head, before)
     assert head.shape == (101, 16) and head.is_contiguous()
-    # Which targets count; the matmul, the padding's -inf, the softmax; of each target; the
-    # gradient; the sum.
+    # Operations: the mask of targets, then per chunk the matmul, the padding's -inf, the softmax,
+    # the targets' values and the gradient, and at last the sum.
     assert seen.names == [
         "eq",
         "masked_fill",
@@ -127,7 +127,7 @@ def test_a_trained_head_stays_where_it_is_and_its_padding_zero():
     padded = cuda_loss.aligned_head(head)
     assert len(places) == 1
     assert torch.equal(padded[:101], head) and not padded[101:].any()
-    head.data = head.data.bfloat16()  # elsewhere again
+    head.data = head.data.bfloat16()  # changes the weight's address
     assert torch.equal(cuda_loss.aligned_head(head)[:101], padded[:101].bfloat16())
 
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._dynamo  # now: it would take a mock of a function of torch for the function
+import torch._dynamo  # imported first: later it would capture the mocks
 import torch.nn.functional as F
 
 from lora.inject import inject
@@ -32,7 +32,7 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new 
 
 
 def test_on_cuda_a_block_keeps_the_bytes_that_the_table_says_and_the_loss_is_fp32(tmp_path):
-    """Run `fake_cuda.py` in a process of its own: a second guard would end this one."""
+    """Run `fake_cuda.py` in a separate process, because a second guard would abort this one."""
     if torch.__version__ < "2.9" and torch.version.cuda:
         pytest.skip("torch 2.8 built for CUDA asks the driver which attention kernel to take")
     if not shutil.which("g++"):
@@ -48,13 +48,13 @@ def test_on_cuda_a_block_keeps_the_bytes_that_the_table_says_and_the_loss_is_fp3
 
     start = "spawn"
     if sys.platform == "linux":
-        start = "fork"  # it need not import torch again
+        start = "fork"  # a fork need not import torch again
     with ProcessPoolExecutor(1, get_context(start)) as child:
         child.submit(check_all, guard).result()
 
 
 def operations_of(layers: int) -> tuple[Counter, Counter]:
-    """Count a LoRA step's operations without data, forward and backward, as CUDA would run them."""
+    """Count a LoRA step's operations, forward and backward, as on CUDA, without data."""
     with (
         torch.device("meta"),
         mock.patch.object(torch, "is_autocast_enabled", lambda device: False),
@@ -72,7 +72,9 @@ def operations_of(layers: int) -> tuple[Counter, Counter]:
 
 
 def test_a_block_launches_what_the_page_says():
-    """In fp32: bf16 adds 5 casts forward and 7 back. Attention's backward pass is 3 kernels."""
+    """The numbers are for fp32. bf16 adds 5 casts forward and 7 backward. Attention's backward
+    pass is 3 kernels.
+    """
     two = operations_of(2)
     three = operations_of(3)
     forward = three[0] - two[0]
@@ -101,7 +103,7 @@ def test_a_block_launches_what_the_page_says():
 
 
 def test_dynamo_makes_few_whole_graphs_of_changing_batches():
-    """It makes one of 4 windows, and one of any number, of a variant with checkpointing."""
+    """For a variant with checkpointing, a graph for 4 windows and a graph for any number."""
     graphs = []
 
     def count(graph, inputs):
@@ -112,7 +114,7 @@ def test_dynamo_makes_few_whole_graphs_of_changing_batches():
     inject(model, make_config(r=4, use_dora=True))
     accelerate(model)
     model.gradient_checkpointing = True
-    hidden = torch.compile(model.hidden, backend=count, fullgraph=True)  # a break would raise
+    hidden = torch.compile(model.hidden, backend=count, fullgraph=True)  # a graph break would raise
     made = []
     for batch in (4, 3, 2):
         hidden(torch.zeros(batch, 4, dtype=torch.int64)).sum().backward()

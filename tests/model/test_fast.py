@@ -1,4 +1,4 @@
-"""Compare the fast operations with PyTorch's own: values, gradients, statistics, memory."""
+"""Compare the fast operations with PyTorch's: values, gradients, statistics, memory."""
 
 from copy import deepcopy
 
@@ -24,7 +24,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def normal(*shape: int, seed: int = 0, dtype=FP32, strided=False) -> Tensor:
-    """Return a tensor of N(0, 1) with a gradient; `strided` ones are transposed views."""
+    """Return a tensor of N(0, 1) with a gradient. `strided` gives a transposed view."""
     generator = torch.Generator().manual_seed(seed)
     if strided:
         x = torch.randn(shape[::-1], generator=generator).to(DEVICE, dtype).requires_grad_()
@@ -38,7 +38,7 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 
 def assert_same(fast, plain, *inputs: Tensor, strided=False) -> Tensor:
-    """Compare values and gradients of `fast` with `plain` in double. Return `fast`'s value."""
+    """Compare values and gradients of `fast` with `plain` in fp64. Return `fast`'s value."""
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     tolerance = TOLERANCE[inputs[0].dtype]
     y = fast(*inputs)
@@ -71,14 +71,14 @@ def test_attention_and_its_gradients_are_those_of_pytorch(shape, dtype, strided)
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [  # T = D, for `unit`
+    [  # T = D, as `unit` requires
         ((2, 3, 8, 8), FP32),
         ((1, 2, 33, 33), FP16),
     ],
 )
 def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shape, dtype):
     q, k, v = (normal(*shape, seed=i, dtype=dtype) for i in range(3))
-    unit = torch.eye(shape[2], dtype=dtype).expand(*shape[:2], -1, -1)  # the result: the matrix
+    unit = torch.eye(shape[2], dtype=dtype).expand(*shape[:2], -1, -1)  # gives the attention matrix
 
     def drawn(q, k, v):
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ def test_attention_with_dropout_and_its_gradients_are_those_of_what_it_drew(shap
         return (plain_attention(q, k, unit.double()) * kept / 0.75) @ v
 
     kept = drawn(q, k, unit) != 0
-    assert len(kept.flatten(0, 1).unique(dim=0)) == shape[0] * shape[1]  # each head has its own
+    assert len(kept.flatten(0, 1).unique(dim=0)) == shape[0] * shape[1]  # all heads differ
     assert_same(drawn, plain, q, k, v)
 
 
@@ -115,10 +115,10 @@ def test_gelu_and_its_gradient_are_those_of_pytorch(shape, dtype, strided):
 @pytest.mark.parametrize(("p", "dtype"), [(0.05, FP32), (0.9, FP16), (1e-9, FP32)])
 def test_dropout_keeps_as_many_as_it_should_and_scales_them(p, dtype):
     torch.manual_seed(0)
-    n = 300_003  # not a multiple of the four that one random word decides
+    n = 300_003  # not a multiple of 4, the numbers per random word
     y = ops.dropout(torch.ones(n, dtype=dtype), p, training=True)
     kept = y != 0
-    p = round(p * 2**16) / 2**16  # it is drawn in these steps
+    p = round(p * 2**16) / 2**16  # p is rounded to these steps
     p = min(max(p, 2**-16), 1 - 2**-16)
     sigma = (p * (1 - p) / n) ** 0.5
     assert abs(kept.double().mean().item() - (1 - p)) < 5 * sigma
@@ -164,7 +164,7 @@ def test_dropout_is_off_in_evaluation_and_at_zero_and_drops_all_at_one():
 def test_linear_and_its_gradients_are_those_of_pytorch(
     monkeypatch, shape, out, bias, frozen, dtype, strided
 ):
-    monkeypatch.setattr(ops, "NARROW", 1)  # these are small, and must still take oneDNN's way
+    monkeypatch.setattr(ops, "NARROW", 1)  # so that these small layers also use oneDNN
     x = normal(*shape, dtype=dtype, strided=strided)
     parameters = [normal(out, 24, seed=1, dtype=dtype).requires_grad_(not frozen)]
     if bias:
@@ -177,7 +177,7 @@ def test_linear_and_its_gradients_are_those_of_pytorch(
 
 
 def assert_same_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Hold the loss and its gradients to PyTorch's own; return the loss."""
+    """Compare the loss and its gradients with PyTorch's functions. Return the loss."""
 
     def fast(h, w):
         return head.tied_cross_entropy(h, w, targets)
@@ -201,7 +201,7 @@ def assert_same_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 )
 def test_loss_and_gradients_are_those_of_cross_entropy(monkeypatch, N, C, V, chunk, frozen, dtype):
     monkeypatch.setattr(head, "CHUNK" if frozen else "LARGE_CHUNK", chunk)
-    monkeypatch.setattr(head, "SLICE_BYTES", 64)  # bytes: the vocabulary in several parts
+    monkeypatch.setattr(head, "SLICE_BYTES", 64)  # bytes: splits the vocabulary
     hidden = normal(N, C, seed=1, dtype=dtype)
     weight = normal(V, C, seed=2, dtype=dtype).requires_grad_(not frozen)
     targets = (torch.arange(N, device=DEVICE) * 7) % V
@@ -254,7 +254,7 @@ def test_scores_are_those_of_cross_entropy_and_argmax(monkeypatch, chunk):
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
-    """No tensor that is made on the way is as large as (N, V)."""
+    """No intermediate tensor is as large as (N, V)."""
     monkeypatch.setattr(head, "CHUNK", 4096)
     hidden = normal(512, 8, seed=1).requires_grad_(gradient)
     weight = normal(1024, 8).detach()
@@ -270,7 +270,7 @@ def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
 @pytest.mark.device
 @pytest.mark.parametrize("attn_pdrop", [0.0, 0.25])
 def test_accelerate_replaces_what_one_model_computes_and_nothing_else(attn_pdrop):
-    """Values and gradients are the plain model's; dropouts draw other numbers."""
+    """Values and gradients equal the plain model. Dropouts draw other numbers."""
     config = GPT2Config(
         vocab_size=101, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=attn_pdrop
     )
@@ -281,7 +281,7 @@ def test_accelerate_replaces_what_one_model_computes_and_nothing_else(attn_pdrop
     fast = deepcopy(model)
     accelerate(fast)
     assert not any(type(m) in FAST for m in fast.modules())
-    assert any(type(m) in FAST for m in model.modules())  # the other model is as it was
+    assert any(type(m) in FAST for m in model.modules())  # the other model is unchanged
     assert fast.state_dict().keys() == model.state_dict().keys()
 
     ids = torch.arange(32, device=DEVICE).view(2, 16)
@@ -304,4 +304,4 @@ def test_accelerate_replaces_what_one_model_computes_and_nothing_else(attn_pdrop
     for each in (model.train(), fast.train()):
         torch.manual_seed(3)
         drawn.append(each(ids))
-    assert torch.equal(*drawn) == (DEVICE != "cpu")  # there both have PyTorch's dropout
+    assert torch.equal(*drawn) == (DEVICE != "cpu")  # except on a CPU, both use PyTorch's dropout

@@ -1,4 +1,4 @@
-"""Compare the model with transformers': logits, gradients, dropout, initial weights, sizes."""
+"""Compare the model with transformers: logits, gradients, dropout, initial weights, sizes."""
 
 from unittest import mock
 
@@ -63,7 +63,7 @@ def test_cached_logits_are_those_without_a_cache(model):
 
 @torch.no_grad()
 def test_with_a_cache_the_attention_reads_no_views(model):
-    """Up to torch 2.11 the kernel of Apple's GPU for few tokens misreads them."""
+    """Up to torch 2.11, the kernel of Apple's GPU for few tokens misreads views."""
 
     def attend(*qkv, attend=F.scaled_dot_product_attention, **options):
         assert all(x.is_contiguous() for x in qkv)

@@ -1,4 +1,4 @@
-"""`python -m adapters.gguf`: what the `gguf` package reads, against stock PEFT and transformers."""
+"""`python -m adapters.gguf`: read by the `gguf` package, against stock PEFT and transformers."""
 
 import json
 import sys
@@ -34,19 +34,19 @@ LAYERS = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, TINY["n_layer"])
 
 
 def theirs_name(name: str) -> str:
-    """Return llama.cpp's name for a parameter of transformers', by the `gguf` package's map."""
+    """Return llama.cpp's name for a parameter of transformers, by the `gguf` package's map."""
     return LAYERS.get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return a file's metadata and its tensors, (out, in)."""
+    """Return a file's metadata, and its tensors as (out, in)."""
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     return fields, {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
 
 
 def expected_changes(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return PEFT's own update of each layer of its model, (out, in), by llama.cpp's name."""
+    """Return PEFT's update of each layer of its model, (out, in), by llama.cpp's name."""
     changes = {}
     for name, layer in model.base_model.model.named_modules():
         if isinstance(layer, peft.tuners.lora.LoraLayer):
@@ -98,10 +98,10 @@ def test_an_adapter_of_peft_with_expressions_and_rslora_is_written_alike(base, t
 
 
 def assert_weights(path: Path, model: nn.Module) -> dict:
-    """Compare the file's tensors with those of transformers' model; return its metadata."""
+    """Compare the file's tensors with transformers' model. Return its metadata."""
     fields, tensors = read(path)
     expected = {theirs_name(name): value for name, value in model.state_dict().items()}
-    del expected["output.weight"]  # the tied head
+    del expected["output.weight"]  # tied to the embedding
     assert tensors.keys() == expected.keys()
     for name, value in expected.items():
         if value.ndim == 2 and name.startswith("blk."):
@@ -124,7 +124,7 @@ def test_a_whole_model_is_that_of_transformers_with_its_tokenizer(tmp_path):
     assert stdout_of(main, "--base", base, "--out", out) == f"{base} -> {out}\n"
 
     fields = assert_weights(out, model)
-    assert fields["general.name"] == "model"  # and no local path
+    assert fields["general.name"] == "model"  # instead of a local path
     assert fields["gpt2.feed_forward_length"] == 48
     assert fields["gpt2.attention.head_count"] == TINY["n_head"]
     assert fields["gpt2.context_length"] == TINY["n_positions"]
@@ -148,7 +148,7 @@ def test_a_whole_model_is_that_of_transformers_with_its_tokenizer(tmp_path):
 
 @torch.no_grad()
 def test_transformers_reads_our_logits_and_tokens_from_the_file(tmp_path):
-    base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=1024)  # it reads no other length
+    base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=1024)  # transformers requires it
     save_adapter(adapted(base, ALL_FOUR, r=3), tmp_path / "lora", "gpt2")
     ours = load_model(str(base), tmp_path / "lora")
     stdout_of(main, tmp_path / "lora", "--base", base, "--merge", "--out", tmp_path / "model.gguf")

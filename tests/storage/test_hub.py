@@ -1,4 +1,4 @@
-"""Finds and downloads bases and adapters, from a server on this machine that answers as the hub."""
+"""Find and download bases and adapters, from a local server that acts as the hub."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ API = re.compile(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/?]+)")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answer as https://huggingface.co does, without its CDN for large files."""
+    """Answers like https://huggingface.co, without the CDN for large files."""
 
     protocol_version = "HTTP/1.1"
 
@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         fake = self.server
         asked = RESOLVE.fullmatch(self.path) or API.match(self.path)
-        if asked is None:  # the library asks of itself
+        if asked is None:  # a request of the library
             return self.answer(404)
         fake.requests.append(f"{self.command} {self.path}")
         if fake.status:
@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(data, {"ETag": f'"{sha1(data)}"', "X-Repo-Commit": commit})
 
     def send_list(self, kind: str, repository: str, commit: str, files: dict):
-        """Answer the library's two calls that list a repository's files."""
+        """Answer the library's two requests that list a repository's files."""
         if kind == "revision":
             names = [{"rfilename": name} for name in files]
             listed = {"id": repository, "sha": commit, "siblings": names}
@@ -104,12 +104,12 @@ class FakeHub(ThreadingHTTPServer):
         self.requests = []
 
     def handle_error(self, request, client_address):
-        """Say nothing of a client that went away."""
+        """Ignore a client that disconnected."""
 
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch, base):
-    """A hub on this machine, with `base` as `someone/tiny`, and nothing of the user's."""
+    """A hub on this machine, with `base` as `someone/tiny`, and without the user's settings."""
     for variable in [name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE_"))]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -120,7 +120,7 @@ def fake(tmp_path, monkeypatch, base):
             path.name: path.read_bytes() for path in base.iterdir()
         } | {"README.md": b"not asked for"}
         threading.Thread(target=fake.serve_forever, args=(0.01,), daemon=True).start()
-        others = {name: sys.modules[name] for name in library_modules()}  # which PEFT uses
+        others = {name: sys.modules[name] for name in library_modules()}  # PEFT uses these
         set_environment(monkeypatch, HF_ENDPOINT=fake.url)
         yield fake
         for name in library_modules():
@@ -130,7 +130,7 @@ def fake(tmp_path, monkeypatch, base):
 
 
 def set_environment(monkeypatch, **variables: str) -> None:
-    """Set the variables that huggingface_hub reads; `storage.hub` then imports it again."""
+    """Set the variables that huggingface_hub reads. `storage.hub` then imports it again."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for name in library_modules():
@@ -241,7 +241,7 @@ def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
     for find in (hub.find_base, hub.find_adapter):
         assert refusal(find, "nuns/ful").startswith("nuns/ful is neither a directory nor available")
     monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()  # so runs/ful is a path, and the hub is not asked
+    Path("runs").mkdir()  # so runs/ful is a path, and no request is sent
     assert refusal(base="runs/ful").startswith("--base 'runs/ful': no such directory")
     assert hub.find_adapter("runs/ful") == Path("runs/ful")
     for name in ("nowhere", "/no/where", "./no/where", "a/b/c", "-a/b", ""):
@@ -253,7 +253,7 @@ def test_a_base_that_is_named_is_refused_at_once_without_a_network(fake, monkeyp
     began = time.monotonic()
     for name in ("someone/tiny", "gpt2"):
         assert "Connect" in refusal(base=name)
-    assert time.monotonic() - began < 5  # huggingface_hub would ask six times, in 23 s
+    assert time.monotonic() - began < 5  # huggingface_hub would try six times, in 23 s
 
 
 def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
@@ -274,7 +274,7 @@ def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
     ("place", "weights"),
     [
         (f"hf/hub/models--gpt2/snapshots/{hub.GPT2_REVISION}", PICKLED_WEIGHTS),
-        ("project/gpt2", WEIGHTS),  # by hand
+        ("project/gpt2", WEIGHTS),  # placed by hand
     ],
 )
 def test_gpt2_is_found_in_a_cache(fake, tmp_path, capsys, place, weights):
@@ -320,7 +320,7 @@ def test_an_adapter_is_fetched_the_same_way(fake, adapter, base, book, monkeypat
     assert stdout_of(evaluate.main, *options, "--adapter", directory) == there
     for path in (adapter, "nowhere", "no/such/place"):
         assert hub.find_adapter(str(path)) == Path(path)
-    ending = run(evaluate.main, *options, "--adapter", "someone/tiny")  # a base
+    ending = run(evaluate.main, *options, "--adapter", "someone/tiny")  # a base, not an adapter
     assert ending.status == 2 and "no such directory; name an adapter" in ending.stderr
 
 

@@ -1,4 +1,4 @@
-"""Refuses files of tensors and of JSON that are damaged, in one line that says what is wrong."""
+"""Damaged files of tensors and of JSON are refused in one line with the reason."""
 
 import struct
 
@@ -60,7 +60,7 @@ def test_files_that_are_cut_or_of_something_else_are_refused(tmp_path):
         path.write_bytes(content)
         assert "damaged, or not a file of tensors (" in refusal(path, read_all)
     path.write_bytes(b"")
-    assert "header" in refusal(path, read_all)  # the reader's own reason
+    assert "header" in refusal(path, read_all)  # the reason of the reader
 
 
 def test_what_cannot_be_opened_is_refused_with_the_systems_reason(tmp_path):

@@ -1,4 +1,4 @@
-"""Model directories: each layout they come in, what is refused, and what transformers reads."""
+"""Model directories: their layouts, refusals, and reading by transformers."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ IDS = token_ids(317, 2, 64)
 
 
 def rewrite(directory: Path, tensors: dict, file_format: str) -> Path:
-    """Replace the directory's weights; returns the new file."""
+    """Replace the directory's weights. Return the new file."""
     (directory / SAFETENSORS).unlink()
     path = directory / FORMATS[file_format]
     if file_format == "safetensors":
@@ -39,7 +39,7 @@ def rewrite(directory: Path, tensors: dict, file_format: str) -> Path:
 
 
 def hub_layout(tensors):
-    """No prefix, no head; the causal masks that the hub's and older files carry."""
+    """No prefix and no head, but the causal masks of the hub's and older files."""
     stripped = {key.removeprefix("transformer."): t for key, t in tensors.items()}
     mask = torch.ones(64, 64).tril().view(1, 1, 64, 64)
     for layer in range(2):
@@ -71,7 +71,7 @@ def test_every_file_layout_gives_the_logits_of_transformers(tmp_path, layout, fi
     stored = {key: t.to(dtype) for key, t in load_file(directory / SAFETENSORS).items()}
     path = rewrite(directory, LAYOUTS[layout](stored), file_format)
     model = load_gpt2(directory)
-    with open(path, "r+b") as file:  # the loaded model must not change with its file
+    with open(path, "r+b") as file:  # the loaded model must not depend on its file
         file.write(bytes(path.stat().st_size))
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -93,7 +93,7 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path):
 
 
 class Touch(str):
-    """A path; unpickling it makes the file."""
+    """A path. Unpickling it creates the file."""
 
     def __reduce__(self):
         return Path.touch, (Path(str(self)),)
@@ -109,7 +109,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, file_format, recwarn)
     assert "`False`" not in reason and not recwarn.list  # torch's advice for every pickle
     assert not mark.exists()
     torch.load(path, weights_only=False)
-    assert mark.exists()  # the file was what it is meant to be
+    assert mark.exists()  # so the pickle was dangerous
 
 
 def test_a_pickle_of_something_else_is_refused(tmp_path):
@@ -149,7 +149,7 @@ def test_what_is_saved_is_what_transformers_writes_and_loads(tmp_path, dtype, ca
     config.write_text(json.dumps(json.loads(config.read_text()) | tokens | {"eos_token_id": 3}))
     out, stored_dtype = tmp_path / "out", dtype or torch.float32
     save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)
-    save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)  # replaces those files
+    save_gpt2(load_gpt2(directory), out, dtype, end_of_text=316)  # replaces the files
     log = logging.getLogger("transformers")
     log.addHandler(caplog.handler)
     with warnings.catch_warnings():
@@ -184,7 +184,7 @@ def test_values_out_of_reach_of_fp16_are_not_saved(tmp_path):
     with pytest.raises(RunError, match=r"ln_f.bias .* finite in torch.float16; not written$"):
         save_gpt2(model, out, torch.float16)
     assert contents(out) == before
-    save_gpt2(model, out, torch.bfloat16)  # it has the range of fp32
+    save_gpt2(model, out, torch.bfloat16)  # has the range of fp32
     assert load_gpt2(out).ln_f.bias[0] > 9e4
 
 
@@ -265,4 +265,4 @@ def test_a_model_read_in_its_precision_is_the_one_read_in_fp32_and_cast(
     for (name, p), (_, q) in zip(found.named_parameters(), wanted.named_parameters(), strict=True):
         assert p.dtype == q.dtype and torch.equal(p, q), name
     large = {t.dtype for t in made if t.ndim == 2 and not t.is_meta}
-    assert large == {dtype}  # and in no other precision
+    assert large == {dtype}  # only in this precision

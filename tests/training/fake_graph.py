@@ -1,9 +1,9 @@
 """A CUDA graph on a CPU: it records PyTorch's operations and their memory, and runs them again.
 
-As on a GPU, a capture computes nothing: memory that it writes to is restored, and what it makes is
-NaN until the first replay. A replay runs the same operations with the same numbers on the same
-memory, and no Python code of the model. What would wait for the GPU raises. A capture that fails
-leaves the stream and the random generator as an old torch does.
+As on a GPU, a capture computes nothing: changed memory is restored, and new tensors are NaN until
+the first replay. A replay runs the same operations with the same numbers on the same memory, and
+none of the model's Python code. An operation that would wait for the GPU raises. A failed capture
+leaves the stream and the random generator in the same state as an old torch.
 """
 
 from contextlib import contextmanager
@@ -23,27 +23,27 @@ def storages(tree: object) -> set[int]:
 
 
 def new_tensors(result: object, arguments: object) -> list[Tensor]:
-    """Return the tensors of a result whose memory is not an argument's."""
+    """Return the tensors of a result that do not share memory with an argument."""
     given = storages(arguments)
     tensors = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
     return [t for t in tensors if t.untyped_storage()._cdata not in given]
 
 
 class Recorder(TorchDispatchMode):
-    """Record every operation inside the `with`: its arguments, and what it makes."""
+    """Record every operation inside the `with`: its arguments and its result."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
         self.made = []
-        self.written = {}  # each older storage that may be written to, and its content
+        self.written = {}  # each older storage that may be written to, with its content
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = operation.overloadpacket.__name__
         if name in WAITING:
             raise RuntimeError("operation not permitted when stream is capturing")
-        # Memory, not the tensor: a parameter may be given other memory later.
+        # The storage, not the tensor: a parameter may get other memory later.
         arguments = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         if operation._schema.is_mutable:
             ours = storages(self.made)
@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def forget_numbers(self):
-        """Leave memory as if nothing had been computed."""
+        """Restore memory as if nothing had been computed."""
         for storage, content in self.written.values():
             storage.copy_(content)
         for tensor in self.made:
@@ -68,9 +68,9 @@ class Recorder(TorchDispatchMode):
 
 
 class FakeGraph:
-    """`torch.cuda.CUDAGraph`."""
+    """A fake `torch.cuda.CUDAGraph`."""
 
-    replayed = 0  # by all of them
+    replayed = 0  # counts the replays of all graphs
 
     @torch.no_grad()
     def replay(self):
@@ -82,7 +82,7 @@ class FakeGraph:
 
 
 class FakeGenerator:
-    """The CPU's generator as one of CUDA: its state is an object, which a graph may own."""
+    """The CPU's generator with CUDA's interface: its state is an object that a graph may own."""
 
     capturing = False
 
@@ -99,8 +99,8 @@ class FakeGenerator:
 
 
 def install(monkeypatch) -> SimpleNamespace:
-    """Put doubles in the place of what `make_graphed_callables` and training/launch.py call of
-    torch.cuda. Return the machine: its `generator` and its current `stream`.
+    """Replace the functions of torch.cuda that `make_graphed_callables` and training/launch.py call
+    with fakes. Return the machine, with its `generator` and its current `stream`.
     """
     FakeGraph.replayed = 0
     machine = SimpleNamespace(generator=FakeGenerator(), stream="default")

@@ -1,4 +1,4 @@
-"""No command writes over what it reads, by whatever name or link `--out` leads there."""
+"""No command overwrites its inputs, whatever name or link leads `--out` to them."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ def link_directory(directory, out):
 
 
 def soft_link_back(directory, out):
-    """Make the base's weights a link to a file in `--out`."""
+    """Replace the base's weights by a link to a file in `--out`."""
     out.mkdir()
     (out / "metrics.jsonl").touch()
     (directory / "model.safetensors").rename(out / "model.safetensors")
@@ -34,7 +34,7 @@ def hard_link(directory, out):
 @pytest.mark.parametrize("alias", [link_directory, soft_link_back, hard_link])
 def test_overwriting_the_base_by_another_name_is_refused(base, book, tmp_path, alias):
     copy = shutil.copytree(base, tmp_path / "base")
-    (copy / "metrics.jsonl").touch()  # it looks like a run
+    (copy / "metrics.jsonl").touch()  # looks like a run
     out = tmp_path / "out"
     alias(copy, out)
     before = contents(copy)
@@ -45,7 +45,7 @@ def test_overwriting_the_base_by_another_name_is_refused(base, book, tmp_path, a
 
 @pytest.mark.parametrize("option", ["--book", "--data", "--val-data", "--init-adapter"])
 def test_overwriting_another_input_by_a_link_is_refused(base, book, adapter, tmp_path, option):
-    """A file of the run that `--overwrite` would remove is also the input."""
+    """A file that `--overwrite` would remove from the run is also the input."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").touch()
@@ -90,7 +90,7 @@ def test_a_model_that_no_run_wrote_is_left_alone(base, book, adapter, tmp_path, 
 
 @pytest.mark.parametrize("mark", ["run.json", "checkpoint.safetensors", "metrics.jsonl"])
 def test_overwrite_replaces_a_run_that_any_of_its_own_files_shows(base, book, tmp_path, mark):
-    """A run killed after its first best model, or while it was overwritten, has only some."""
+    """A run killed after its first best model, or while it was overwritten, has few files."""
     out = tmp_path / "run"
     trained("lora", base, book, out, "--max-steps", 1)
     for name in {"run.json", "checkpoint.safetensors", "metrics.jsonl"} - {mark}:

@@ -1,4 +1,4 @@
-"""A checkpoint is used only if it is whole and fits; a broken one costs some steps."""
+"""Only a complete and matching checkpoint is used. A damaged checkpoint costs some steps."""
 
 import pickle
 import shutil
@@ -43,7 +43,7 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, PREVIOUS}
     tensors = load_file(tmp_path / CHECKPOINT)  # a plain safetensors file
     assert torch.equal(tensors[f"parameters.{NAME}"], STATE["parameters"][NAME])
-    (tmp_path / CHECKPOINT).unlink()  # as after a kill between the two renames
+    (tmp_path / CHECKPOINT).unlink()  # as after a kill between two renames
     assert checkpoint.has_checkpoint(tmp_path)
     assert repr(read_checkpoint(tmp_path)) == repr(STATE | {"step": 2})
 
@@ -68,7 +68,7 @@ def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, da
     assert read_checkpoint(tmp_path)["step"] == 1
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {newest}: damaged") and warning.count("\n") == 1
-    assert contents(tmp_path) == {CHECKPOINT: good}  # never replaced by the damaged one
+    assert contents(tmp_path) == {CHECKPOINT: good}  # the damaged checkpoint never replaces it
 
     for path in (newest, previous):
         path.write_bytes(damaged)
@@ -79,7 +79,7 @@ def test_a_damaged_file_gives_the_one_before_it_or_is_named(capsys, tmp_path, da
 
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged_nor_replaced(tmp_path):
-    """The file is on a disk that is not mounted."""
+    """The file is on an unmounted disk."""
     for step in (1, 2):
         write_checkpoint(tmp_path, STATE | {"step": step})
     newest = tmp_path / CHECKPOINT

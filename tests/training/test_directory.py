@@ -1,4 +1,4 @@
-"""A run directory's disk, lock and links: errors are one line, and nothing saved is lost."""
+"""A run directory's disk, lock and links: errors are one line, and saved data is never lost."""
 
 import resource
 from shlex import split
@@ -25,13 +25,13 @@ def argv(base, book, tmp_path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(base, book, tmp_path_factory):
-    """Return the run whose disk was never full."""
+    """Return a run whose disk was never full."""
     return trained("lora", base, book, tmp_path_factory.mktemp("whole"), *OPTIONS)
 
 
 @pytest.fixture
 def size_limit():
-    """Limit the files that this process may write to a size, as a full disk would."""
+    """Limit the size of files that this process writes, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -60,7 +60,7 @@ def test_a_line_of_which_the_disk_takes_only_a_part_is_an_error(tmp_path, size_l
         try:
             directory.append({"step": 1, "loss": 2.5})
         finally:
-            size_limit(resource.RLIM_INFINITY)  # or pytest could not write its own output
+            size_limit(resource.RLIM_INFINITY)  # pytest must write its output
     directory.close()
 
 
@@ -92,7 +92,7 @@ def test_two_runs_do_not_share_a_directory(argv, tmp_path):
 
 
 def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_path, monkeypatch):
-    """The second run looks before the first has begun, and takes the lock after its end."""
+    """The second run looks before the first begins, and takes the lock after it ends."""
     load = train.load_data
 
     def slowly(*arguments):

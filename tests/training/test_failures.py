@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and a lack of memory, end a run in one line."""
+"""Numbers that are not finite, and a lack of memory, end a run with one line."""
 
 import errno
 import math
@@ -20,7 +20,7 @@ def argv(base, book, tmp_path) -> list[str]:
 
 
 def poison(moment):
-    """Spoil one weight of the base that every window meets."""
+    """Set one weight of the base, used by every window, to NaN."""
     moment.model.ln_f.weight.data[0] = math.nan
 
 
@@ -60,7 +60,7 @@ def test_a_faulty_step_that_ends_an_epoch_leaves_the_best_model_as_it_was(argv, 
     assert all(tensor.isfinite().all() for tensor in adapter.values())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     line = one_line(run_acting({2: spoil_gradient}, *argv, "--batch-size", 1000, "--overwrite"))
-    assert "step 2: the gradient is not finite; " in line  # one step an epoch
+    assert "step 2: the gradient is not finite; " in line  # one step per epoch
 
 
 def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_path):
@@ -79,9 +79,9 @@ def test_steps_that_fp16_skips_are_counted_and_survive_a_stop(base, book, tmp_pa
 
 
 def test_twenty_skipped_steps_in_a_row_are_a_fault(argv):
-    """That is so even if the next step is good, and no step between was logged.
+    """The failure comes even if the next step is good and no step between was logged.
 
-    A good step begins a new row.
+    A good step starts a new count.
     """
     argv += [*FP16, "--max-steps", 44, "--log-every", 100, "--checkpoint-every", 100, "--overwrite"]
     argv += ["--batch-size", 1]

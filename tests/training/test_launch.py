@@ -1,4 +1,4 @@
-"""A run with a CUDA graph takes the steps of a run without: on a CPU, by a graph's double."""
+"""A run with a CUDA graph takes the steps of a run without it, on a CPU with a fake graph."""
 
 import gc
 import weakref
@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._dynamo  # now: it would take a double of torch's for torch's own
+import torch._dynamo  # imported first: later it would capture the fakes
 
 import training.run
 from benchmarks import ours
@@ -25,17 +25,17 @@ from training.options import parse_options
 pytestmark = pytest.mark.device
 on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has graphs of its own")
 
-# Of 179 windows. Micro-batches of 20, 20 and 20 windows; in the third step of 20, 20 and 19.
+# There are 179 windows: micro-batches of 20, 20 and 20, and in the third step of 20, 20 and 19.
 UNEVEN = split("--batch-size 60 --grad-accum 3 --max-steps 4 --lr 1e-2")
 SMALL = split("--batch-size 4 --max-steps 3 --lr 1e-2")
-WARM_UP = 3  # runs, as `make_graphed_callables` has by default
+WARM_UP = 3  # runs, the default of `make_graphed_callables`
 ON_CUDA = Device(torch.device("cuda"), "bf16")
 ALLOWED = 0 if DEVICE == "cpu" else FP32_CLOSE
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """Compute as on CUDA, by its loss; on a CPU, with a double of its graphs."""
+    """Compute with CUDA's loss, on a CPU with fake graphs."""
     if DEVICE != "cpu":
         return None
     memory = 20 * 320 * 8 * cuda_loss.SHARE
@@ -48,12 +48,12 @@ def machine(monkeypatch):
 
 @pytest.fixture
 def make(base, book, tmp_path):
-    """Return a function that makes the trainer of a small run."""
+    """Return a function that makes a small run's trainer."""
     return lambda method, *options: runs.trainer(method, base, book, tmp_path, *options)
 
 
 def steps_of(trainer: ours.Trainer) -> list[torch.Tensor]:
-    """Take every step; return their losses, gradients, and the weights after each."""
+    """Take every step. Return the losses, the gradients, and the weights after each."""
     seen = []
     parameters = trainer.parameters.values()
 
@@ -67,7 +67,7 @@ def steps_of(trainer: ours.Trainer) -> list[torch.Tensor]:
 
 
 def assert_graph_changes_nothing(make, method: str, *options: object) -> ours.Trainer:
-    """Check every step, on a CPU to the bit, and that a graph was captured."""
+    """Check every step, on a CPU bit for bit, and that a graph was captured."""
     without = steps_of(make(method, *options))
     trainer = make(method, *options, "--cuda-graph")
     with_graph = steps_of(trainer)
@@ -80,10 +80,10 @@ def assert_graph_changes_nothing(make, method: str, *options: object) -> ours.Tr
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_losses_gradients_and_weights_are_those_of_a_run_without(make, method):
-    """Dropouts are on: a replay draws what the eager micro-batch would."""
+    """Dropout is on: a replay draws the masks of the eager micro-batch."""
     assert_graph_changes_nothing(make, method, *UNEVEN)
     if DEVICE == "cpu":
-        assert FakeGraph.replayed == 2 * (3 + 3 + 2 + 3)  # each of a forward and a backward pass
+        assert FakeGraph.replayed == 2 * (3 + 3 + 2 + 3)  # forward and backward of each
 
 
 @pytest.mark.parametrize("options", ["--quantise nf4 --use-dora --riemannian", "--kernels plain"])
@@ -113,15 +113,15 @@ def test_in_fp16_a_replay_takes_the_scale_that_the_scaler_has_now(make):
 def test_after_a_failed_capture_nothing_stays_alive_and_the_run_goes_on(
     make, machine, monkeypatch, capsys, fails_in, runs_before, reason
 ):
-    """It fails after the dropout in the embedding, whose mask is then drawn again. No activation
-    outlives the capture, without a garbage collection.
+    """The capture fails after the embedding's dropout, whose mask must be drawn again. No
+    activation outlives the capture, even without a garbage collection.
     """
     alive = []
     attend = fast.causal_attention
 
     def failing(q, k, v, p):
         alive.append(weakref.ref(q))
-        if len(alive) > 2 * runs_before:  # of two layers
+        if len(alive) > 2 * runs_before:  # the model has two layers
             monkeypatch.setattr(fast, "causal_attention", attend)
             if fails_in.endswith("wait"):
                 q.sum().item()

@@ -1,4 +1,4 @@
-"""What is kept in memory, in which precision, and that saving memory changes no result."""
+"""The content of memory and its precision. Saving memory changes no result."""
 
 import platform
 import subprocess
@@ -26,7 +26,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_pa
     assert plain.column("loss") == checkpointed.column("loss")
     name = WEIGHTS[method]
     assert (plain.out / name).read_bytes() == (checkpointed.out / name).read_bytes()
-    assert plain.column("val_loss")[-1] < plain.report["base_val_loss"]  # gradients did arrive
+    assert plain.column("val_loss")[-1] < plain.report["base_val_loss"]  # gradients arrived
 
     without = trainer(method, base, book, tmp_path)
     with_it = trainer(method, base, book, tmp_path, checkpointing)
@@ -48,16 +48,16 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
         small = ".lora_" in name or name.startswith(tuple(norms))
         assert parameter.dtype == (torch.float32 if small else compute), name
 
-    # It is loaded so already, and not cast afterwards.
+    # The weights are loaded in this precision, and not cast afterwards.
     loaded = load_base(made.run.options, base, Device(torch.device("cpu"), "bf16"))
     assert loaded.h[0].mlp.c_fc.weight.dtype == compute
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> tuple[int, ...]:
-    """Return numbers of a fresh process: the size of a base's file and the peak memory of loading
-    it, in bytes; the page faults of tensors that are freed and made again, before and after
-    `tune_process`; and whether a step of AdamW imported PyTorch's compiler.
+    """Return numbers of a fresh process. In bytes: the size of a base's file, and the peak memory
+    of loading it. The page faults of tensors that are freed and made again, before and after
+    `tune_process`. Whether a step of AdamW imported PyTorch's compiler.
     """
     directory = tmp_path_factory.mktemp("large")
     with torch.device("meta"):
@@ -101,12 +101,12 @@ def measured(tmp_path_factory) -> tuple[int, ...]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_base_is_loaded_in_the_memory_of_its_weights_and_one_tensor(measured):
     stored, grown, *_ = measured
-    assert 0.9 * stored < grown < 1.25 * stored  # 2: the file's pages beside the weights
+    assert 0.9 * stored < grown < 1.25 * stored  # 2 if the file's pages stay as well
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_once_asked(measured):
-    """All of a tensor's 4 KB pages are faults, or none."""
+    """Either all of a tensor's 4 KB pages fault, or no page does."""
     *_, given_back, kept, _ = measured
     assert kept < 100 < given_back / 100
 

@@ -1,4 +1,4 @@
-"""Check what the training loop counts, and that counting costs a GPU nothing."""
+"""Check the training loop's counters, and that counting costs a GPU nothing."""
 
 import math
 

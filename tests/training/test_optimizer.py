@@ -1,4 +1,4 @@
-"""Compare our AdamW with PyTorch's AdamW, bit for bit: steps, state and refusals."""
+"""Compare our AdamW with PyTorch's AdamW bit for bit: steps, state and refusals."""
 
 from copy import deepcopy
 
@@ -31,7 +31,7 @@ def take_steps(made, parameters, count):
         assert all(parameter.grad is None for parameter in parameters)
 
 
-@pytest.mark.parametrize("fused", [True, False])  # the other way fails outside of no_grad
+@pytest.mark.parametrize("fused", [True, False])  # the other kind fails outside of no_grad
 def test_steps_and_state_are_pytorchs_to_the_bit_also_after_resuming(fused):
     theirs, expected = optimizer(torch.optim.AdamW, fused)
     take_steps(theirs, expected, 5)
@@ -40,7 +40,7 @@ def test_steps_and_state_are_pytorchs_to_the_bit_also_after_resuming(fused):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
     resumed, copied = optimizer(AdamW, fused)
-    resumed.load_state_dict(deepcopy(theirs.state_dict()))  # a copy: tensors are shared
+    resumed.load_state_dict(deepcopy(theirs.state_dict()))  # load_state_dict shares tensors
     with torch.no_grad():
         for parameter, value in zip(copied, found, strict=True):
             parameter.copy_(value)

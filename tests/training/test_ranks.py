@@ -1,4 +1,4 @@
-"""Real ranks compute what one process does, and go on after one has died."""
+"""Real ranks compute the same as one process, and continue after a rank has died."""
 
 import os
 import re
@@ -29,9 +29,9 @@ from training.options import parse_options
 from training.ranks import Ranks
 from training.run import Run
 
-# 37 is odd, and an epoch's last batch is one window: rank 1 has no share of it.
+# 37 is odd, and an epoch's last batch is one window: rank 1 gets no window.
 SAME = split("--batch-size 37 --stride 11 --grad-accum 2 --max-steps 9 --eval-every 5 --lr 3e-3")
-# The dropouts are on.
+# Dropout is on.
 DROPPING = split("--batch-size 8 --max-steps 8 --eval-every 5 --checkpoint-every 2 --lr 3e-3")
 LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
 
@@ -57,7 +57,7 @@ def name_threads() -> None:
 
 
 def errors(lines: list[str]) -> set[str]:
-    """Return the error lines, without those of ranks that only saw another end."""
+    """Return the error lines, without the ranks that only report another rank's end."""
     found = {line for line in lines if line.startswith("error: ")}
     lost = {line for line in found if LOST.fullmatch(line)}
     return found - lost - {"error: interrupted"}
@@ -66,7 +66,7 @@ def errors(lines: list[str]) -> set[str]:
 def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that a gradient moves: everything except the keys' bias.
 
-    That bias adds the same to all scores of a query. Its gradient is only rounding, and AdamW
+    The keys' bias adds the same to all scores of a query. Its gradient is only rounding, and AdamW
     normalises it to whole steps.
     """
     if name.endswith("c_attn.bias"):
@@ -81,8 +81,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(base, book, folder) -> list[str]:
-    """Return what two undisturbed ranks write on stderr: their threads in step 2 and at the end.
-    Their run is in `folder / "whole"`.
+    """Return the stderr of two undisturbed ranks: their threads in step 2 and at the end. Their run
+    is in `folder / "whole"`.
     """
 
     @contextmanager
@@ -124,28 +124,28 @@ def test_two_ranks_change_no_number_and_one_rank_writes_and_prints(base, book, t
     said = (tmp_path / "said" / "out").read_text()
     expected = [line.split()[:2] for line in alone.stdout.splitlines()]
     told = [line.split()[:2] for line in said.splitlines()]
-    if torch.__version__ < "2.9":  # gloo prints there, past Python's stdout, rank through rank
+    if torch.__version__ < "2.9":  # gloo prints there, bypassing Python's stdout
         told = [words for words in told if words in expected]
     assert told == expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_the_connections_threads_end_with_it(whole):
-    """If a thread were still busy when Python ends, it would abort the process, and torchrun would
-    report a complete run as failed.
+    """A thread that is busy when Python ends would abort the process, and torchrun would report a
+    complete run as failed.
     """
     named = [
         line.removeprefix("threads: ").split(", ") for line in whole if line.startswith("threads: ")
     ]
     *in_a_step, first, second = sorted(named, key=len)[::-1]
-    # Two run collectives and one listens; torch 2.8 gives them no names of their own. Rank 0 has
-    # one more, for the ranks to meet.
+    # Two threads run collectives and one listens. torch 2.8 does not name them. Rank 0 has one
+    # more, for the rendezvous.
     assert [len(names) - len(first) for names in in_a_step] == [4, 3] and len(second) == len(first)
     assert not any("gloo" in name for name in (*first, *second))
 
 
 def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
-    """The first step's loss is that of its batch's two halves, each under a seed of its own."""
+    """The first step's loss equals the loss of the batch's two halves, each with another seed."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
     first, second = np.split(next(made.batches()).indices, 2)
 
@@ -196,7 +196,7 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
 
 
 def test_the_command_of_the_docs(base, book, tmp_path):
-    """Without the `--`, torchrun reads --r as an abbreviation of one of its options."""
+    """Without the `--`, torchrun takes --r for an abbreviation of a torchrun option."""
     argv = arguments("lora", base, book, tmp_path / "run", "--max-steps", 1, "--r", 4)
     options = split("--standalone --nproc-per-node 2 --")
     status, lines = torchrun(tmp_path / "said", *options, "train.py", *argv)
@@ -206,7 +206,7 @@ def test_the_command_of_the_docs(base, book, tmp_path):
 
 
 def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):
-    data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: the last batch is one rank's
+    data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: one rank has the last batch
     options = split("--batch-size 17 --block-size 64 --max-steps 3 --lr 3e-3")
     options += runs.NO_DROPOUT["lora"]
     argv = arguments("lora", base, data, tmp_path / "ranks", *options)
@@ -263,7 +263,7 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     monkeypatch.setattr(
         Ranks, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
     )
-    batch = made.run.batch(made.data.training, np.array([3]))  # which rank 0 computes
+    batch = made.run.batch(made.data.training, np.array([3]))  # in rank 0's share
     assert len(list(batch.micro_batches())) == 0 and batch.num_tokens == made.options.block_size
     assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]

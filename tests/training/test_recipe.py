@@ -1,4 +1,4 @@
-"""The recipes: what each sets, what the user's options override, and what `run.json` records."""
+"""The recipes: their settings, the user's overriding options, and the fields in `run.json`."""
 
 import json
 from argparse import Namespace
@@ -36,7 +36,7 @@ def test_the_rate_follows_the_steps_and_how_often_a_token_is_read(base, book, tm
             reads[start : start + made.options.block_size] += 1
     rate = 0.035 / np.cbrt(steps * reads.mean() ** 2)
     assert 5e-4 < rate < 8e-3
-    assert made.options.lr == pytest.approx(rate, rel=0.02)  # it is rounded to two digits
+    assert made.options.lr == pytest.approx(rate, rel=0.02)  # rounded to two digits
 
 
 def test_the_best_rate_is_within_the_measured_ones():
@@ -67,7 +67,7 @@ def test_what_is_typed_overrides_the_recipe(base, book, tmp_path):
     assert chosen(done) == ["best", 5e-3, ["c_attn.q"], 4, 2]
     assert "recipe best: lr 0.005, layers c_attn.q, alpha 4, batch 4;" in done.stdout
 
-    more = ("--init-adapter", done.out, "--recipe", "best")  # which brings its layers and alpha
+    more = ("--init-adapter", done.out, "--recipe", "best")  # the adapter sets layers and alpha
     again = trained("lora", base, book, tmp_path / "again", *SHORT, *more)
     layers = [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
     assert chosen(again) == ["best", 1.6e-2, layers, 4, 2]

@@ -1,4 +1,4 @@
-"""A stopped and resumed run is the run that nobody stopped, to the byte."""
+"""A stopped and resumed run equals an undisturbed run byte for byte."""
 
 import os
 import shutil
@@ -33,13 +33,13 @@ from training import meter, resume
 from training import run as training_run
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
-# Logging, validation and epochs (12 steps) all end at different steps; dropouts are on.
+# Logging, validation and epochs (12 steps) all end at different steps. Dropout is on.
 OPTIONS = ("--batch-size", 16, "--max-steps", 18, "--log-every", 5, "--eval-every", 8, "--lr", 3e-3)
 
 
 @pytest.fixture(scope="module")
 def whole(base, book, tmp_path_factory):
-    """Return the run that nobody stopped, by method."""
+    """Return an undisturbed run, by method."""
     return {
         method: trained(method, base, book, tmp_path_factory.mktemp(method), *OPTIONS)
         for method in WEIGHTS
@@ -47,7 +47,7 @@ def whole(base, book, tmp_path_factory):
 
 
 def stop_in_step(number: int, last_step: int, argv: list[str], change=lambda: None):
-    """Send the signal in that step, just after `change`; return how the command ends."""
+    """Send the signal in that step, just after `change`. Return the command's ending."""
 
     def act(moment):
         change()
@@ -67,7 +67,7 @@ def stopped_run(base, book, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_run, base, book, tmp_path) -> list[str]:
-    """Return the arguments of a copy of it in `tmp_path / "run"`."""
+    """Return arguments for a copy of the stopped run, in `tmp_path / "run"`."""
     shutil.copytree(stopped_run, tmp_path / "run")
     return arguments("lora", base, book, tmp_path / "run", *OPTIONS)
 
@@ -93,14 +93,14 @@ def test_a_stopped_run_says_how_to_resume_and_ends_as_if_it_never_stopped(
     ending = run(main, *argv, "--resume")
     assert ending.status == 0 and f"resuming after step {step} of 18" in ending.stdout
     assert differences(tmp_path, result(whole[method].out)) == []
-    speeds = finished(tmp_path).column("tokens_per_second")  # of intervals that cover a step once
+    speeds = finished(tmp_path).column("tokens_per_second")  # the intervals count every step once
     assert min(speeds) <= finished(tmp_path).report["tokens_per_second"] <= max(speeds)
 
 
 def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
     whole, base, book, tmp_path
 ):
-    """It is stopped twice."""
+    """The run is stopped twice."""
     old = tmp_path / "old"
     new = tmp_path / "new"
     shutil.copytree(base, old / "base")
@@ -118,7 +118,7 @@ def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
 
 
 def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_path):
-    """Resume as after a crash: metrics are ahead of the checkpoint, and the last line is torn."""
+    """Resume as after a crash: the metrics are ahead of the checkpoint, and a line is cut."""
     out = tmp_path / "run"
     kept = tmp_path / "kept"
     metrics = out / "metrics.jsonl"
@@ -128,7 +128,7 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
     shutil.copy(kept, out / CHECKPOINT)
     os.truncate(metrics, metrics.stat().st_size - 9)
     assert "resuming after step 12" in run(main, *argv, "--resume").stdout
-    assert differences(out, result(whole["lora"].out)) == []  # which saved less often
+    assert differences(out, result(whole["lora"].out)) == []  # saves less often
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
         ("2", 0, [None, None, 2, 2, 4, 4, 6]),
         ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
         ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
-        ("10m", 2, [None, None, None, None, None, None, 6]),  # the first ends too soon to save
+        ("10m", 2, [None, None, None, None, None, None, 6]),  # the first run ends too soon to save
     ],
 )
 def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
     base, book, tmp_path, monkeypatch, every, seconds, saved
 ):
-    """The clock goes forward by `seconds` in each step."""
+    """The clock advances by `seconds` in each step."""
     seen = []
     clock = runs.Clock()
     for module in (meter, resume, training_run):
@@ -177,7 +177,7 @@ def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     whole, base, book, tmp_path, step, more
 ):
-    """If that was before its first line of metrics, --resume is not needed."""
+    """If it was killed before its first line of metrics, --resume is not needed."""
     argv = arguments("lora", base, book, tmp_path, *OPTIONS)
     killed = run_acting({step: runs.die}, *argv)
     assert killed.status == 130 and bool((tmp_path / "metrics.jsonl").read_text()) == (step > 5)
@@ -207,7 +207,7 @@ def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base,
     line = refused(tmp_path / "run", *argv, "--resume")
     assert "--data: its content is not what the run began with" in line
     data.write_text(text)
-    argv[argv.index(str(data))] = data.rename(tmp_path / "moved.jsonl")  # it may be elsewhere
+    argv[argv.index(str(data))] = data.rename(tmp_path / "moved.jsonl")  # the file may have moved
     assert "resuming after step 5 of 7" in run(main, *argv, "--resume").stdout
     assert differences(tmp_path / "run", result(whole.out)) == []
 
@@ -222,7 +222,7 @@ def test_a_run_is_not_resumed_on_a_changed_base(stopped, base, tmp_path):
 
 
 def test_a_resume_without_the_best_model_is_refused(stopped, tmp_path):
-    """The run could end complete without a model."""
+    """Otherwise the run could complete without a model."""
     path = tmp_path / "run" / WEIGHTS["lora"]
     path.unlink()
     assert str(path) in refused(tmp_path / "run", *stopped, "--resume")
@@ -291,13 +291,13 @@ def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, 
     with mock.patch.object(files, "open_file", wraps=files.open_file) as opened:
         whole = trained("lora", base, book, tmp_path / "whole", *options)
     hashed = [call.args[0] for call in opened.call_args_list]
-    assert hashed.count(base / WEIGHTS["full"]) == 1  # it can be large
+    assert hashed.count(base / WEIGHTS["full"]) == 1  # the file can be large
     argv = arguments("lora", base, book, tmp_path / "run", *options)
     assert stop_in_step(signal.SIGINT, 2, argv).status == 130
     adapter.rename(tmp_path / "moved")
     assert str(adapter) in refused(tmp_path / "run", *argv, "--resume")
     argv[argv.index(str(adapter))] = str(tmp_path / "moved")
-    other = shutil.copytree(tmp_path / "moved", tmp_path / "other")  # the config is the same
+    other = shutil.copytree(tmp_path / "moved", tmp_path / "other")  # with the same config
     tensors = load_file(other / WEIGHTS["lora"])
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / WEIGHTS["lora"])
     line = refused(tmp_path / "run", *argv, "--resume", "--init-adapter", other)

@@ -25,7 +25,7 @@ def test_a_process_in_its_steps(base, book, tmp_path):
     process.wait_until(lambda: metrics.exists() and metrics.stat().st_size)
     process.send_signal(SIGINT)
     process.wait_until(lambda: "stopped after" in process.err_file.read_text())
-    process.send_signal(SIGTERM)  # all is saved: it changes nothing
+    process.send_signal(SIGTERM)  # everything is saved, so this changes nothing
     status, (notice, told) = process.end()
     assert status == 130 and notice == NOTICE and told.startswith("stopped after step")
     assert (out / CHECKPOINT).exists()
@@ -46,7 +46,7 @@ def test_another_signal_ends_at_once(base, book, tmp_path, monkeypatch, capfd, s
 
 
 def test_a_signal_after_the_last_save_ends_at_once(base, book, tmp_path, monkeypatch):
-    """Nothing would look at a request to stop."""
+    """After the last save, the run no longer checks for a request to stop."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(training.run, "write_report", lambda *_: raise_signal(SIGTERM))
     ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 2))
@@ -61,13 +61,13 @@ def test_a_signal_after_the_last_save_ends_at_once(base, book, tmp_path, monkeyp
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     base, book, tmp_path, monkeypatch, module, where, step, before
 ):
-    """The run is saved once, though SIGTERM comes twice, as from `timeout` through `make`."""
+    """The run saves once, though SIGTERM comes twice, as from `timeout` through `make`."""
     real = getattr(module, where)
     calls = []
 
     def interrupted(*arguments, **options):
         calls.append(None)
-        if len(calls) == 2:  # the first evaluation is the base's, the first save is of step 3
+        if len(calls) == 2:  # the first evaluation is of the base, the first save in step 3
             raise_signal(SIGTERM)
             raise_signal(SIGTERM)
         return real(*arguments, **options)
@@ -83,10 +83,10 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
 
 
 def test_a_signal_while_a_step_ends_is_left_to_the_next_step(base, book, tmp_path, monkeypatch):
-    """It comes after the step has looked for signals. It must not end the run unsaved."""
+    """The signal comes after the step's check. It must not end the run unsaved."""
 
     class Late(training.run.Ranks):
-        """Let a signal come right after the ranks have exchanged theirs."""
+        """Sends a signal right after the ranks have exchanged their signals."""
 
         def max_over_ranks(self, *values):
             found = super().max_over_ranks(*values)

@@ -1,4 +1,4 @@
-"""Compare steps of training with AdamW on stock models."""
+"""Compare training steps with AdamW on stock models."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.runs import BLOCK, mean_loss, stock_model, token_parts, trained, wind
 from train import learning_rate
 from training.options import parse_options
 
-WHOLE = ("--batch-size", 1000)  # every window in each step, so that their order does not matter
+WHOLE = ("--batch-size", 1000)  # every window in each step, so their order has no effect
 NO_DROPOUT = runs.NO_DROPOUT["lora"]
 
 
@@ -32,7 +32,7 @@ def exact_loss(base, book, shift: int = 1) -> float:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Return a base, all of whose positions a window uses, and an adapter that stock PEFT made."""
+    """Return a base whose positions are all used, and an adapter made by stock PEFT."""
     base, _ = tiny_gpt2_directory(tmp_path_factory.mktemp("short"), n_positions=BLOCK)
     adapter = tmp_path_factory.mktemp("adapter")
     fields = {"r": 4, "lora_alpha": 12, "target_modules": ["c_attn", "c_fc"]}
@@ -50,10 +50,10 @@ def adamw_steps(
     weight_decay: float,
     clip: float,
 ) -> tuple[list[float], list[float], list[Tensor]]:
-    """Train `model` by PyTorch's plain AdamW.
+    """Train `model` with PyTorch's AdamW.
 
-    Return the losses, the gradient norms, and for each weight whether all its gradients were clear
-    of rounding.
+    Return the losses, the gradient norms, and for each weight whether its gradients were all well
+    above rounding.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=weight_decay, foreach=False)
@@ -74,7 +74,7 @@ def adamw_steps(
 
 
 def cosine_rates(total: int, warmup: int, peak: float) -> list[float]:
-    """Return transformers' schedule, without the 0 at which its warm-up begins."""
+    """Return transformers' schedule, without the initial 0 of its warm-up."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, total)
     rates = []
@@ -106,7 +106,7 @@ def test_steps_are_those_of_adamw_on_stock_models(start, book, tmp_path, method,
     assert run.column("loss") == pytest.approx(losses, rel=FP32_CLOSE)
     assert run.column("grad_norm") == pytest.approx(norms, rel=1e-4)  # before clipping
     assert not clip or min(norms) > 2 * clip
-    assert run.column("val_loss")[-1] == run.report["best_val_loss"]  # so these are step 4's:
+    assert run.column("val_loss")[-1] == run.report["best_val_loss"]  # the weights after step 4:
     after = [p for p in runs.stock_result(run).parameters() if p.requires_grad]
     for mine, theirs, old, sure in zip(after, hand, before, clear, strict=True):
         assert sure.float().mean() > 0.6
@@ -187,7 +187,7 @@ def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, t
 
 
 def compiled_trainer(base, book, tmp_path, *options) -> Trainer:
-    """Return a trainer with --compile, which is refused on a CPU because it is slow there."""
+    """Return a trainer with --compile, which the command refuses on a CPU because it is slow."""
     argv = runs.arguments("lora", base, book, tmp_path, *options)
     made = replace(parse_options("-", argv), compile=True)
     with mock.patch.object(ours, "prepare_device"):
@@ -204,7 +204,7 @@ def test_compiled_training_is_the_same(base, book, tmp_path):
 
 
 def test_compiled_training_makes_one_graph_though_batches_differ(base, book, tmp_path, monkeypatch):
-    """An epoch has batches of 89, 89 and 1; the rows that fill up the last change no number."""
+    """Epochs have batches of 89, 89 and 1. Padding rows in the last batch have no effect."""
     graphs = []
 
     def count(graph, inputs):
@@ -222,7 +222,7 @@ def test_compiled_training_makes_one_graph_though_batches_differ(base, book, tmp
 
 
 def assert_same_steps(plain: Trainer, compiled: Trainer) -> None:
-    """Take every step of both; compare the losses and the weights."""
+    """Take every step of both. Compare the losses and the weights."""
     for batch in plain.batches():
         losses = [each.step(batch).item() for each in (plain, compiled)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Check `python -m training.sweep`: its runs, going on, the table, failures, signals."""
+"""Check `python -m training.sweep`: its runs, continuing, the table, failures, signals."""
 
 import sys
 from statistics import mean
@@ -16,7 +16,7 @@ SHORT = ("--max-steps", 4, "--checkpoint-every", 1, "--batch-size", 4)
 
 @pytest.fixture
 def children(monkeypatch) -> list:
-    """Return how each train.py ended. They run in this process, which saves the time to start."""
+    """Return the ending of each train.py. They run in this process to save start-up time."""
     endings = []
 
     def train_here(command):
@@ -66,7 +66,7 @@ def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, ch
 
     assert run(sweep.main, *command).status == 0
     assert "nothing to resume" in children[-1].stdout
-    assert run(sweep.main, *command, "--epochs", 7).status == 1  # another run's options
+    assert run(sweep.main, *command, "--epochs", 7).status == 1  # the options of another run
     assert contents(out / "lr=0.01,seed=1") == before
     assert (out / "sweep.md").read_text() == written
 
