@@ -1,4 +1,4 @@
-"""Draw what only the lesson's pictures have."""
+"""Drawing functions for the lesson's pictures."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ def name_line(
     offset: tuple[float, float] = (5, 0),
     side: str = "left",
 ) -> None:
-    """Write a line's name beside it: at a point of the data, `offset` points off.
+    """Write a line's name beside it: at a data point, with an offset of `offset` points.
 
-    Its colour is the line's, darker, as thin letters need. `side` is the end of the words that
-    stands there.
+    The name has a darker shade of the line's colour, because letters are thin. `side` is the end of
+    the words that is placed at the point.
     """
     axes.annotate(
         words,

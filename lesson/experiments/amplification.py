@@ -3,9 +3,9 @@
 Varied: the method, and LoRA's rank on all four layers.
 Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
 Measured for each weight W and its change dW = U S V^T, as in Hu et al. 2021, 7.3: the norm of W in
-the change's own directions, ||U^T W V||, beside that in as many of W's own largest directions and
-in random ones; and the amplification factor ||dW|| / ||U^T W V||. The squares of norms are added up
-over the blocks. Of full fine-tuning's change the 64 largest directions count.
+the change's directions, ||U^T W V||, compared with equally many of W's largest directions and of
+random ones, and the amplification factor ||dW|| / ||U^T W V||. Squared norms are summed over the
+blocks. For full fine-tuning, only the change's 64 largest directions count.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHOWN = ("r = 1", "r = 8", "r = 64", "full")  # of RUNS
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return by run and layer what `ratios` returns, for each seed."""
+    """Return the result of `ratios` by run and layer, for each seed."""
     base = load_base()
     data: dict[str, Any] = {}
     for name in SHOWN:
@@ -39,11 +39,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratios(layers: list[dict[str, Any]], kind: str, rank: int, size: int) -> dict[str, float]:
-    """Return one layer's amplification factor, and how large W is in the change's directions
-    relative to random ones and to its own largest.
+    """Return one layer's amplification factor, and the size of W in the change's directions
+    relative to random directions and to W's largest directions.
 
-    In r random directions on either side ||U^T W V||^2 is r^2 ||W||^2 / size on average, for a W of
-    that many numbers.
+    For r random directions on either side, the mean of ||U^T W V||^2 is r^2 ||W||^2 / size, where
+    size is the number of entries of W.
     """
     blocks = [layer for layer in layers if layer["layer"].endswith(f"{kind}.weight")]
     there = norm(blocks, "weight in the change's directions")
@@ -60,7 +60,7 @@ def norm(blocks: list[dict[str, Any]], key: str) -> float:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the amplification by layer, and how large W is where it is changed."""
+    """Draw the amplification by layer, and the size of W in the changed directions."""
     titles = {
         "amplification": "amplification factor,\n||dW|| / ||U^T W V||",
         "to random": "||U^T W V||, relative to\nrandom directions",

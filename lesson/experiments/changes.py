@@ -1,6 +1,6 @@
-"""Train, and take the change apart: its intruders, what it amplifies, what it costs when scaled.
+"""Train, and analyse the change: its intruders, what it amplifies, and what scaling it costs.
 
-Used by lesson.experiments.intruders and lesson.experiments.amplification, which share these runs.
+lesson.experiments.intruders and lesson.experiments.amplification share these runs.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from storage.hub import find_base
 from storage.weights import load_gpt2
 
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-TOP = 64  # so many of a change's directions are looked at
+TOP = 64  # the number of a change's directions that are analysed
 INTRUDER_FACTORS = (0.75, 0.5, 0.0)
 CHANGE_FACTORS = (0.9, 0.8, 0.6)
 
@@ -30,7 +30,7 @@ Weights = dict[str, Tensor]
 
 
 def intruder_part(weight: Tensor, changed: Tensor) -> Tensor:
-    """Return the part of the changed weight that its intruders make up: their sum of s u v^T."""
+    """Return the intruders' part of the changed weight: the sum of their s u v^T."""
     u, s, vh = torch.linalg.svd(changed, full_matrices=False)
     found = (cosines(weight, changed) < INTRUDER).nonzero().flatten()
     return (u[:, found] * s[found]) @ vh[found]
@@ -45,7 +45,7 @@ def load_base() -> GPT2:
 
 
 def changes(made: Trainer, base: Weights) -> Weights:
-    """Return the change of every parameter that training has changed."""
+    """Return the change of every changed parameter."""
     layers = lora_layers(made.model)
     if layers:
         return {f"{name}.weight": layer.delta_weight() for name, layer in layers.items()}
@@ -58,9 +58,9 @@ def is_layer(name: str) -> bool:
 
 
 def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
-    """Return what the change of one weight does to its singular vectors.
+    """Return the effect of one weight's change on its singular vectors.
 
-    Directions count up to the change's rank, and TOP.
+    The number of directions is the change's rank, and at most TOP.
     """
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     rank = min(TOP, int((s > 1e-5 * s[0]).sum()))
@@ -79,8 +79,8 @@ def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
 
 def taken_apart(short: bool) -> Callable[[Trainer], dict[str, Any]]:
     """Return a measure: the perplexity, the forgetting and every layer's singular vectors, and the
-    first two again with the intruders, or the whole change, scaled down. All but the training
-    itself is in fp32.
+    first two again with the intruders, or the whole change, scaled down. Everything except the
+    training runs in fp32.
     """
 
     def change_taken_apart(made: Trainer) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def taken_apart(short: bool) -> Callable[[Trainer], dict[str, Any]]:
 
 @torch.no_grad()
 def scores(made: Trainer, model: GPT2, weights: Weights, short: bool) -> list[float]:
-    """Return the perplexity on the book and the KL from the base of a model with these weights."""
+    """Return the book's perplexity, and the KL from the base, of a model with these weights."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
     device = Device.pick("cpu", "fp32")

@@ -1,4 +1,4 @@
-"""Give experiments their options, a trainer on mini, and data saved beside the picture."""
+"""Options of experiments, a trainer on mini, and data saved beside the picture."""
 
 import argparse
 import json
@@ -19,17 +19,17 @@ from training.options import ROOT, Options, parse_options
 
 Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a figure
 
-# Every short version's options, in place of the whole one's.
+# The options that make a version short.
 SHORT: dict[str, object] = {"batch_size": 4, "max_steps": 4, "val_fraction": 0.01}
 
 
 def parse(
     description: str | None, argv: Sequence[str] | None, name: str | None = None
 ) -> argparse.Namespace:
-    """Read an experiment's command line, and make the directory that it saves to.
+    """Parse an experiment's command line, and make its output directory.
 
-    `seeds` is a range: 0, 1, ... A short version takes the first alone. With a name, `--draw` asks
-    for its pictures alone, and NAME.json must be there.
+    `seeds` is a range: 0, 1, ... A short version uses only the first seed. With a name, `--draw`
+    only draws the pictures, from an existing NAME.json.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,7 +50,7 @@ def parse(
         place = "runs" if args.short else "docs"
         args.out = ROOT / place / "figures"
     try:
-        args.out.mkdir(parents=True, exist_ok=True)  # now, not after an hour's work
+        args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after an hour's work
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
     if name and args.draw and not (args.out / f"{name}.json").exists():
@@ -65,9 +65,9 @@ def trainer(
     short: bool = False,
     **options: object,
 ) -> Trainer:
-    """Make what `train.py` trains: mini on the default book, on the CPU, without dropout.
+    """Make the trainer of `train.py` for mini on the default book, on the CPU, without dropout.
 
-    `options` are `train.py`'s, with underscores: `batch_size=8` is `--batch-size 8`.
+    `options` are options of `train.py` with underscores: `batch_size=8` is `--batch-size 8`.
     """
     choices = {"device": "cpu", "precision": precision, **options}
     return Trainer(asked_options(method, seed, short, choices))
@@ -84,7 +84,7 @@ def asked_options(method: str, seed: int, short: bool, options: dict[str, object
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:
-    """Return `train.py`'s options for mini, with these choices in place of its defaults."""
+    """Return `train.py`'s options for mini, with its defaults replaced by these choices."""
     words = [method, "--base", "mini"]
     for name, value in choices.items():
         if name == "lora_alpha" or value is False:
@@ -96,7 +96,7 @@ def train_options(method: str, choices: dict[str, Any]) -> Options:
             words.append(str(value))
 
     options = parse_options("-", words)
-    if "lora_alpha" in choices:  # rsLoRA's may be a fraction, which the command line refuses
+    if "lora_alpha" in choices:  # a fraction for rsLoRA, which the command line refuses
         options = replace(options, lora_alpha=choices["lora_alpha"])
     return options
 
@@ -108,13 +108,13 @@ def mean_loss(made: Trainer, batch: Batch) -> Tensor:
 
 
 def gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient that a backward pass has left here."""
+    """Return the gradient that a backward pass left in a parameter."""
     assert parameter.grad is not None
     return parameter.grad
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    """Return the mean (min .. max) as text, or one number if all three are printed alike."""
+    """Return the mean (min .. max) as text, or one number if all three print the same."""
     least = f"{min(values):.{digits}f}"
     middle = f"{mean(values):.{digits}f}"
     most = f"{max(values):.{digits}f}"
@@ -124,7 +124,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def five_digits(number: str) -> float:
-    """Round a number of a JSON text."""
+    """Round a number in JSON text to five digits."""
     return float(f"{float(number):.5g}")
 
 
@@ -136,10 +136,10 @@ def experiment(
     argv: Sequence[str] | None,
     more: Mapping[str, Draw] | None = None,
 ) -> dict[Any, Any]:
-    """Measure, save NAME.json and NAME.png, and return the data; with --draw, draw alone.
+    """Measure, save NAME.json and NAME.png, and return the data. With --draw, only draw.
 
-    `draw` takes what NAME.json holds: keys are text, numbers have five digits. `more` has further
-    pictures of the same data, by their names.
+    `draw` gets the content of NAME.json: text as keys, and numbers with five digits. `more` maps
+    names to further pictures of the same data.
     """
     args = parse(description, argv, name)
     path = args.out / f"{name}.json"
@@ -157,7 +157,7 @@ def experiment(
 
 
 def write_data(path: Path, data: dict[Any, Any]) -> None:
-    """Write JSON, a key a line with five digits a number."""
+    """Write JSON with one key per line and five digits per number."""
     rounded = json.loads(json.dumps(data), parse_float=five_digits)
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rounded.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -166,7 +166,7 @@ def write_data(path: Path, data: dict[Any, Any]) -> None:
 def panels(whole: str, *titles: str, stacked: bool = False, height: float = 4) -> tuple[Any, Any]:
     """Return a figure as wide as a page, and its panels: one for each title, or a single one.
 
-    They stand side by side, or `stacked` under each other on one x axis.
+    The panels are side by side, or `stacked` on one x axis.
     """
     titles = titles or ("",)
     rows, columns = (len(titles), 1) if stacked else (1, len(titles))
@@ -185,7 +185,7 @@ def band(
 ) -> None:
     """Plot the mean of y (runs, points) over its runs, and a band from minimum to maximum.
 
-    A label is for a legend; where lines are few, `common.figures.name_line` names them better.
+    `label` is for a legend. For few lines, `common.figures.name_line` is clearer.
     """
     axis.plot(x, y.mean(0), line, color=colour, label=label)
     axis.fill_between(x, y.amin(0), y.amax(0), color=colour, alpha=0.2, linewidth=0)

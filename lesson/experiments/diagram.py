@@ -1,8 +1,8 @@
 """Draw a LoRA layer and the product of B and A: `python -m lesson.experiments.diagram`.
 
-Nothing is measured. The layer, docs/figures/lora.png, is GPT-2's c_attn at rank 8; the product,
-docs/figures/product.png, is the change of its attn.c_proj, every side in its true proportion. A
-test holds their numbers.
+Nothing is measured. docs/figures/lora.png is the layer, GPT-2's c_attn at rank 8.
+docs/figures/product.png is the product, the change of attn.c_proj, with every side in proportion.
+A test checks their numbers.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from typing import Any
 from common.figures import BASE, INK, LORA, PAGE_WIDTH, save_figure, subplots
 from lesson.experiments.common import parse
 
-# All places are in inches from a picture's lower left corner.
+# All positions are in inches from the picture's lower left corner.
 # Boxes: left, bottom, width, height, colour, strength of the colour.
 Box = tuple[float, float, float, float, str, float]
 Arrow = tuple[tuple[float, float], tuple[float, float]]
-# Words, the point where they stand, their colour, size and horizontal alignment.
+# Words, their position, colour, size and horizontal alignment.
 Text = tuple[str, tuple[float, float], str, float, str]
 
 # The layer: 768 numbers are 0.7 inches long and 2304 are 2.1, but 8 are drawn as 0.1.
@@ -86,7 +86,7 @@ PRODUCT_TEXTS: tuple[Text, ...] = (
 def picture(
     height: float, boxes: Sequence[Box], arrows: Sequence[Arrow], texts: Sequence[Text]
 ) -> Any:
-    """Draw boxes, arrows and words on a page of that height."""
+    """Draw boxes, arrows and words on a page of this height."""
     figure, axes = subplots(figsize=(PAGE_WIDTH, height))
     figure.set_layout_engine("constrained", w_pad=0, h_pad=0)
     axes.set(xlim=(0, PAGE_WIDTH), ylim=(0, height), aspect="equal")

@@ -1,11 +1,11 @@
 """How far does a first step of AdamW move W? `python -m lesson.experiments.first_step`
 
-Varied: the rank, and alpha: 16, or twice the rank; the model: mini on the book, and one of GPT-2
-124M's shapes with random weights on random tokens.
-Fixed: all four layers of each block, one step on 512 tokens, no weight decay. What is measured is
-in units of the rate.
-Measured: the root mean square (rms) of what the step adds to W, beside s sqrt(r / (3 in)) by hand,
-for the first c_attn and the first mlp.c_proj; and by how much the loss falls, to first order.
+Varied: the rank, alpha (16, or twice the rank) and the model (mini on the book, and a model of
+GPT-2 124M's shapes with random weights on random tokens).
+Fixed: all four layers of each block, one step on 512 tokens, no weight decay. Results are in units
+of the learning rate.
+Measured: the root mean square (rms) of the step's change of W, beside s sqrt(r / (3 in)) by hand,
+for the first c_attn and the first mlp.c_proj. Also the fall of the loss, to first order.
 """
 
 import argparse
@@ -46,10 +46,10 @@ def backward(model: GPT2, ids: Tensor) -> None:
 
 
 def lora_step(model: GPT2, ids: Tensor, config: LoRAConfig) -> tuple[dict[str, float], float]:
-    """Take a first step at rate 1; return the rms of each shown layer's change, and the gain.
+    """Take a first step at rate 1. Return the rms of each shown layer's change, and the gain.
 
-    B starts at zero, so only B has a gradient, and moves each number by 1 against it: to first
-    order the loss falls by the sum of |dB|.
+    B starts at zero, so only B has a gradient. AdamW moves each number of B by 1 against its
+    gradient, and the loss falls by the sum of |dB| to first order.
     """
     torch.manual_seed(0)
     inject(model, config)
@@ -65,7 +65,7 @@ def lora_step(model: GPT2, ids: Tensor, config: LoRAConfig) -> tuple[dict[str, f
 
 
 def full_gain(model: GPT2, ids: Tensor) -> float:
-    """Return by how much a first step at rate 1 of the same layers' weights lowers the loss."""
+    """Return how much a first step at rate 1 on the same layers' weights lowers the loss."""
     names = find_targets(model, config_of(8, 16))
     backward(model, ids)
     gains = [gradient(model.get_parameter(f"{name}.weight")).abs().sum().item() for name in names]
@@ -80,14 +80,14 @@ def mini_and_windows() -> tuple[GPT2, Tensor]:
 
 
 def random_gpt2_and_tokens() -> tuple[GPT2, Tensor]:
-    """Return a GPT-2 124M of random weights, and random tokens (8, 65)."""
+    """Return a GPT-2 124M with random weights, and random tokens (8, 65)."""
     torch.manual_seed(0)
     config = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
     return GPT2(config), torch.randint(config.vocab_size, (8, 65))
 
 
 def measure(make: Callable[[], tuple[GPT2, Tensor]]) -> dict[str, dict[str, float]]:
-    """Take a first step of each kind with a new model; print a row for each, and return it."""
+    """Take a first step of each kind with a new model. Print and return a row for each."""
     model, ids = make()
     gain = full_gain(model, ids)
     print(ROW.format("the matrices", "", "", "1", "1", "1", "1", f"{gain:.1f}"))

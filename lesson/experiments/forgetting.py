@@ -1,6 +1,6 @@
-"""Measure how much a model has forgotten: the KL from the base, on texts that the base wrote.
+"""Measure how much a model forgot: the KL from the base, on texts that the base wrote.
 
-No text of the base's corpus is in this repository, so the base writes some.
+This repository does not contain the base's corpus, so the base writes the texts.
 """
 
 from functools import cache
@@ -14,21 +14,21 @@ from model.gpt2 import GPT2
 
 
 def log_probabilities(model: GPT2, texts: Tensor, device: Device) -> Tensor:
-    """Return log p of every next token after every token of the texts, (texts, tokens, V)."""
+    """Return log p of every next token at every token of the texts, (texts, tokens, V)."""
     with torch.no_grad(), device.autocast():
         return model(texts).float().log_softmax(-1)
 
 
 @cache
 def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
-    """Let mini write 32 texts of 64 tokens from its end-of-text token on.
+    """Let mini write 32 texts of 64 tokens, starting at its end-of-text token.
 
-    Returns them, (32, 64), and the base's log p on them, (32, 64, V).
+    Returns the texts (32, 64), and the base's log p (32, 64, V) on them.
     """
     made = trainer(precision=precision, short=short, block_size=64)  # B is zero: the base
     count, length = (4, 16) if short else (32, 64)
     end_of_text = made.data.tokenizer.end_of_text
-    assert end_of_text is not None  # mini has one
+    assert end_of_text is not None  # mini has an end-of-text token
     texts = torch.full((count, 1), end_of_text)
     while texts.size(1) < length:
         last = log_probabilities(made.model, texts, made.device)[:, -1]  # (count, V)
@@ -38,7 +38,7 @@ def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
 
 
 def forgotten(model: GPT2, device: Device, short: bool) -> float:
-    """Return the mean KL(base || model) per token, in nats; 0 for the base."""
+    """Return the mean KL(base || model) per token, in nats. It is 0 for the base."""
     texts, base_log_p = base_texts(short, device.precision)
     gap = base_log_p - log_probabilities(model, texts, device)
     return (base_log_p.exp() * gap).sum(-1).mean().item()

@@ -1,10 +1,10 @@
 """Which gradients does fp16 lose? `python -m lesson.experiments.gradients`
 
-Varied: whether the loss is scaled up before its gradients are taken, as GradScaler does.
+Varied: whether GradScaler's factor scales the loss before the gradients are computed.
 Fixed: mini, LoRA on c_attn at rank 8, one batch of the default book, seed 42. B is drawn at
-random: with the zero B of a new adapter, A's gradient would be zero, too.
-Measured: the sizes of all gradients of A and B, and the shares of them that fp16 would round to
-zero or store with fewer bits.
+random, because A's gradient is zero while B is zero.
+Measured: the sizes of all gradients of A and B, and the shares that fp16 would round to zero or
+store with fewer bits.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from common.figures import INK, LORA, draw_at, shades
 from lesson.experiments.common import experiment, gradient, mean_loss, panels, trainer
 from lesson.figures import name_line
 
-# Powers of two: fp16 rounds to zero what is below ZERO, and stores what is below NORMAL with fewer
-# bits; from INFINITY on it overflows.
+# Powers of two. fp16 rounds values below ZERO to zero, stores values below NORMAL with fewer bits,
+# and overflows from INFINITY on.
 ZERO = -25
 NORMAL = -14
 INFINITY = 16
-SCALE = 16  # GradScaler's first scale is 2^16
+SCALE = 16  # GradScaler starts at 2^16
 
-# The picture's ends.
+# The ends of the picture's axis.
 LEFT = -32
 RIGHT = 21
 TICKS = (ZERO, NORMAL, 0, INFINITY)
@@ -48,7 +48,7 @@ def gradient_powers(short: bool) -> np.ndarray:
             nn.init.normal_(parameter, std=0.01)
     mean_loss(made, next(made.batches())).backward()
     gradients = torch.cat([gradient(p).flatten() for p in made.parameters.values()]).numpy()
-    return np.log2(np.abs(gradients) + 2.0**-60)  # a gradient of 0 is far to the left
+    return np.log2(np.abs(gradients) + 2.0**-60)  # places a gradient of 0 far to the left
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

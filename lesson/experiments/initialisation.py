@@ -1,9 +1,9 @@
 """How should A and B start? `python -m lesson.experiments.initialisation`
 
-Varied: which of A and B are random at the start, and which are zero.
+Varied: which of A and B start at random, and which start at zero.
 Fixed: mini, LoRA on c_attn at rank 8, AdamW at lr 2e-3, 12 steps of 4 windows of 64 tokens.
-Measured before each step, with three seeds: the loss minus the base's on the same windows, and the
-norms of A's and of B's gradient.
+Measured before each step, with three seeds: the loss minus the base's loss on the same windows, and
+the norms of the gradients of A and B.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lesson.experiments.common import band, experiment, gradient, mean_loss, pan
 from lesson.figures import name_line
 from lora.inject import adapter_disabled
 
-# name: which of A and B are random, the colour, and how far off its line's end the name stands
+# name: which of A and B are random, the colour, and the offset of the name from its line's end
 OTHERS = shades(OTHER, 2)
 STARTS = {
     "A random, B zero (LoRA)": ("A", LORA, -5),
@@ -36,7 +36,7 @@ TITLES = {
 
 
 def start(parameters: dict[str, nn.Parameter], random: str) -> dict[str, list[nn.Parameter]]:
-    """Draw those of A and B that `random` names, set the others to zero; return both by name."""
+    """Draw A or B at random as `random` names, set the rest to zero. Return both by name."""
     weights: dict[str, list[nn.Parameter]] = {"A": [], "B": []}
     for name, parameter in parameters.items():
         part = "A" if "lora_A" in name else "B"
@@ -54,7 +54,7 @@ def gradient_norm(parameters: Sequence[Tensor]) -> float:
 
 
 def first_steps(random: str, seed: int, steps: int) -> dict[str, list[float]]:
-    """Train; return the loss minus the base's, and the two gradients' norms, before each step."""
+    """Train. Return the loss minus the base's loss, and both gradient norms, before each step."""
     made = trainer(seed=seed, batch_size=4, block_size=64, stride=64, max_steps=steps)
     weights = start(made.parameters, random)
     optimizer = torch.optim.AdamW(made.parameters.values(), lr=LR)
@@ -94,7 +94,7 @@ def draw(data: dict[str, Any]) -> Any:
             band(axis, range(steps), y, colour)
             if part == "loss":
                 name_line(axis, name, (steps - 1, y.mean(0)[-1].item()), colour, (8, offset))
-        if part != "loss":  # to show zero, and values far above it
+        if part != "loss":  # shows zero and also far larger values
             axis.set_yscale("symlog", linthresh=0.01)
             axis.set_ylim(-0.001, 6)
             draw_at(axis.yaxis, (0, 0.01, 0.1, 1))
@@ -117,7 +117,7 @@ def draw(data: dict[str, Any]) -> Any:
 def point_out(
     axis: Any, words: str, place: tuple[float, float], words_at: tuple[float, float]
 ) -> None:
-    """Write words, with an arrow from them to a point of the data."""
+    """Write words, and an arrow from the words to a data point."""
     arrow = {"arrowstyle": "->", "color": INK}
     axis.annotate(words, place, words_at, va="center", arrowprops=arrow)
 

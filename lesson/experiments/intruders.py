@@ -1,10 +1,10 @@
-"""Has LoRA intruder dimensions, and do they cost? `python -m lesson.experiments.intruders`
+"""Does LoRA have intruder dimensions, and do they cost? `python -m lesson.experiments.intruders`
 
-Varied: the method, LoRA's rank and rate; then the factor by which the intruders alone, or the whole
-change, are scaled down.
+Varied: the method, LoRA's rank and rate, and then the factor that scales down the intruders or the
+whole change.
 Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
 Measured: how many of the ten largest singular vectors of each changed weight are intruders
-(Shuttleworth et al. 2024); the validation perplexity; what was forgotten, by the KL from the base.
+(Shuttleworth et al. 2024), the validation perplexity, and the KL from the base (forgetting).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lesson.experiments.changes import taken_apart
 from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, finetune
 
-# A run's name: its method and its options.
+# A run's name: the run's method and options.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "c_attn, r = 8": ("lora", {"lr": 8e-3}),
     "r = 1": ("lora", {"r": 1, "lr": 8e-3, "target_modules": ALL}),
@@ -41,8 +41,8 @@ PARTS = (
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return by run and seed the number of intruders, [perplexity, KL], and these again by the
-    factor with which the intruders, or the whole change, were scaled.
+    """Return by run and seed the number of intruders, [perplexity, KL], and the latter again by the
+    factor that scales the intruders or the whole change.
     """
     data = {}
     for name, (method, options) in RUNS.items():
@@ -59,23 +59,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def scaled(found: list[dict[str, Any]], part: str) -> tuple[list[float], list[float]]:
-    """Return the perplexities and the KLs, means of the seeds, as this part is scaled down."""
+    """Return the perplexities and the KLs, averaged over seeds, as this part is scaled down."""
     points = [[run["scores"], *run[part].values()] for run in found]  # (seeds, factors, 2)
     x, y = np.mean(points, axis=0).T
     return x.tolist(), y.tolist()
 
 
 def kl_at(perplexity: float, found: list[dict[str, Any]]) -> float:
-    """Return the KL that the whole change has where, scaled down, it has this perplexity, between
-    the factors that were tried; nan outside them.
+    """Return the KL of the whole change, scaled down to this perplexity. Interpolates between the
+    tested factors, and is nan outside them.
     """
     x, y = scaled(found, "change scaled")
-    least = int(np.argmin(x))  # to its left, less change learns more
+    least = int(np.argmin(x))  # on the left of this point, less change learns more
     return float(np.interp(perplexity, x[least:], y[least:], left=np.nan, right=np.nan))
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the intruders of each run; then forgetting by perplexity as either part is scaled."""
+    """Draw the intruders of each run, and forgetting by perplexity as either part is scaled."""
     figure, (left, *others) = panels(
         "Intruder dimensions, and what it costs to scale them down (mini)",
         "intruders in all weights",

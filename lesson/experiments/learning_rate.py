@@ -1,9 +1,9 @@
-"""Which learning rate, and what does the model forget? `python -m lesson.experiments.learning_rate`
+"""Which learning rate, and how much is forgotten? `python -m lesson.experiments.learning_rate`
 
 Varied: the peak learning rate, for LoRA on c_attn at rank 8 and for full fine-tuning.
 Fixed: mini, the default book, 60 steps of 8 windows of 64 tokens, three seeds.
-Measured: what was learned, by the validation perplexity; what was forgotten, by the mean
-KL(base || model) per token, in nats, on 32 texts of 64 tokens that the base wrote.
+Measured: learning, by the validation perplexity. Forgetting, by the mean KL(base || model) per
+token, in nats, on 32 texts of 64 tokens that the base wrote.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def draw(data: dict[str, Any]) -> Any:
         means = y.mean(1)  # (rates, 2)
         right.plot(means[:, 0], means[:, 1], ".-", color=colour)
         best = means[:, 0].argmin().item()
-        for i, lr in enumerate(runs):  # at the best rate, the curve turns to the right
+        for i, lr in enumerate(runs):  # beyond the best rate, the curve turns to the right
             offset, side = ((-7, 0), "right") if i == best else ((7, 4), "left")
             name_line(right, scientific(lr), tuple(means[i].tolist()), colour, offset, side)
 

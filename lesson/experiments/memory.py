@@ -1,10 +1,10 @@
 """Where do the bytes of a step go? `python -m lesson.experiments.memory`
 
 Varied: full fine-tuning, and LoRA on c_attn at rank 8.
-Fixed: a GPT-2 124M of random weights, in fp32, on 16 windows of 128 random tokens; no dropout, and
-no head: the hidden states' mean square is the loss.
-Measured: the bytes of the tensors that a step holds, by what they are for; beside them the bytes
-counted by hand, as docs/training.md does.
+Fixed: a GPT-2 124M with random weights, in fp32, on 16 windows of 128 random tokens. There is no
+dropout and no head: the loss is the mean square of the hidden states.
+Measured: the bytes of the tensors that a step keeps, by purpose, beside the bytes counted by hand
+as in docs/training.md.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from model.gpt2 import GPT2, GPT2Config
 from model.kernels.fast import accelerate
 
 NAMES = {"full": "full\nfine-\ntuning", "lora": "LoRA,\nc_attn,\nr = 8"}
-KEPT = {"full": 16, "lora": 11}  # vectors of n_embd a token and layer: docs/training.md counts them
+KEPT = {"full": 16, "lora": 11}  # vectors of n_embd per token and layer (docs/training.md)
 PARTS = ("weights", "gradients", "AdamW moments", "activations")
 CONFIG = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
 SHORT = replace(CONFIG, vocab_size=8192, n_embd=256, n_layer=2, n_head=4)
@@ -33,7 +33,7 @@ BLOCK = 128
 
 
 def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[str, int]:
-    """Count bytes by hand; of the activations, the terms above one part in a hundred."""
+    """Count bytes by hand. For activations, terms below one part in a hundred are left out."""
     C = config.n_embd
     L = config.n_layer
     base = L * (12 * C * C + 13 * C) + (config.vocab_size + config.n_positions + 2) * C
@@ -51,7 +51,7 @@ def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[
 
 
 def measured(method: str, config: GPT2Config) -> dict[str, int]:
-    """Take a step; return the bytes of the tensors that it holds, by part."""
+    """Take a step. Return the bytes of the tensors that it keeps, by part."""
     model = GPT2(config)
     if method == "lora":
         inject(model, LoRAConfig(lora_dropout=0.0))
@@ -83,7 +83,7 @@ def measured(method: str, config: GPT2Config) -> dict[str, int]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the bytes of the memory behind these tensors by its address: a view adds nothing."""
+    """Return the bytes of the tensors' storages, by address, so that a view adds nothing."""
     found = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw a bar for each method, part by part, with the error of the count by hand."""
+    """Draw a bar for each method, with its parts and the error of the count by hand."""
     figure, (axis,) = panels(
         "GPT-2 124M, 16 windows of 128 tokens: a step's tensors in MB (error of the count by hand)",
         height=3.6,
@@ -116,7 +116,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def draw_bar(axis: Any, row: int, sides: dict[str, dict[str, int]], colours: list[str]) -> None:
-    """Draw one method's parts side by side; those too small to see are named above the bar."""
+    """Draw one method's parts side by side. Names of small parts are above the bar."""
     whole = sum(sides["measured"].values())
     left = 0
     small = []
@@ -138,9 +138,9 @@ def draw_bar(axis: Any, row: int, sides: dict[str, dict[str, int]], colours: lis
 
 
 def describe(found: int, by_hand: int) -> str:
-    """Return the megabytes, and by how much the count by hand misses them."""
+    """Return the megabytes, and the relative error of the count by hand."""
     digits = 2 if found < 1e7 else 0
-    percent = round(100 * (by_hand / found - 1), 1) + 0.0  # no -0.0
+    percent = round(100 * (by_hand / found - 1), 1) + 0.0  # avoids -0.0
     return f"{found / 1e6:,.{digits}f} ({percent:+.1f} %)"
 
 

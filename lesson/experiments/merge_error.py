@@ -1,10 +1,10 @@
-"""What does merging round away? `python -m lesson.experiments.merge_error`
+"""What is lost by rounding in a merge? `python -m lesson.experiments.merge_error`
 
-Varied: the size of an update B A beside the weight W, and the precision in which W is stored.
-Fixed: W, the first c_attn of mini, and one random B A of rank 8. W + B A is summed exactly and
+Varied: the size of an update B A relative to the weight W, and the precision of W.
+Fixed: W, the first c_attn of mini, and one random B A of rank 8. W + B A is computed exactly and
 rounded once.
-Measured: the error of the merged update, as a share of the update's norm, and the share of the
-weights that do not move. Beside it: the size of the updates in an adapter trained for 60 steps.
+Measured: the error of the merged update, relative to the update's norm, and the share of weights
+that do not change. Also the size of the updates in an adapter trained for 60 steps.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from lesson.experiments.sweep import tuned
 from lesson.figures import name_line
 from lora.inject import lora_layers
 
-# The coarser the format, the darker.
+# Coarser formats are darker.
 COLOURS = dict(zip(("bf16", "fp16", "fp32"), shades(OTHER, 3), strict=True))
 
-# Where each line's name stands in each panel: a point of the data, the offset, and the side.
+# The position of each line's name in each panel: a data point, the offset, and the side.
 NAMES: tuple[dict[str, tuple[Any, Any, str]], ...] = (
     {
         "bf16": ((4e-3, 35), (6, 6), "left"),
@@ -40,9 +40,9 @@ NAMES: tuple[dict[str, tuple[Any, Any, str]], ...] = (
 
 
 def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> dict[str, list]:
-    """Return what an update of each size loses when it is merged into the base in this precision.
+    """Return the loss of an update of each size, when it is merged into the base in this precision.
 
-    `base` and `ba`, W and B A, are (out, in) in fp64; a size is the ratio of their norms.
+    `base` and `ba`, W and B A, are (out, in) in fp64. A size is the ratio of their norms.
     """
     before = base.to(dtype)
     errors = []
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the error, and the weights that do not move, by the size of the update."""
+    """Draw the error, and the share of unchanged weights, by the size of the update."""
     figure, axes = panels(
         "What rounding W + B A loses of B A, by the precision of W (mini, c_attn)",
         "error, % of the update's norm",

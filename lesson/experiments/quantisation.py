@@ -1,10 +1,10 @@
 """What do four bits cost? `python -m lesson.experiments.quantisation`
 
-Varied: how mini's frozen base is held: in fp32, in int8 with a scale per row, in NF4.
+Varied: the format of mini's frozen base: fp32, int8 with a scale per row, or NF4.
 Fixed: the default book, LoRA of rank 8 on every linear layer, lr 4e-3, fp32 compute, 60 steps of 8
 windows of 64 tokens.
-Measured: the error of the weights by block size and by layer; the validation loss of each base, of
-LoRA trained on it (three seeds), and of the NF4 run's adapter after four ways of merging it.
+Measured: the error of the weights by block size and by layer, and the validation loss of each base,
+of LoRA trained on it (three seeds), and of the NF4 run's adapter after four ways of merging.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def shares(weights: Mapping[str, Tensor], bins: int) -> list[float]:
 
 
 def losses(kind: str, seed: int, short: bool) -> dict[str, float]:
-    """Return the loss of a base held in `kind` and, after training, of the adapter on it."""
+    """Return the loss of a base in this format and, after training, of the adapter on it."""
     options = dict(SETTINGS)
     if kind != "fp32":
         options["quantise"] = kind
@@ -109,7 +109,7 @@ def losses(kind: str, seed: int, short: bool) -> dict[str, float]:
 
 
 def merged_losses(made: Trainer) -> dict[str, float]:
-    """Merge a trained adapter in each way; return the loss of each. The adapter is gone then."""
+    """Merge a trained adapter in each way. Return each loss. Merging removes the adapter."""
     model = made.model
     dequantise(model)
     found = {}
@@ -146,7 +146,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def draw_levels(axis: Any, histogram: list[float]) -> None:
-    """Draw the weights' histogram, and the levels of NF4 over and of int8 under it."""
+    """Draw the weights' histogram, NF4's levels above it, and int8's levels below it."""
     height = 1.06 * max(histogram)
     width = 2 / len(histogram)
     middles = [-1 + width * (i + 0.5) for i in range(len(histogram))]
@@ -185,7 +185,7 @@ def draw_errors(axis: Any, data: dict[str, Any]) -> None:
 
 
 def draw_losses(axis: Any, losses: dict[str, list[dict[str, float]]]) -> None:
-    """Draw how much each base, and LoRA on it with each seed, loses against fp32."""
+    """Draw the loss of each base, and of LoRA on it with each seed, relative to fp32."""
     kinds = KINDS[1:]
     for what, words, colour, side in (
         ("base", "the base", BASE, -1),

@@ -1,11 +1,10 @@
 """Memory and time of a four-bit base: `python -m lesson.experiments.quantised_memory`
 
-Varied: how the frozen base is held (bf16, int8, NF4), with and without gradient checkpointing.
-Fixed: a gpt2-xl of random weights (`--short`: mini), LoRA of rank 8 on c_attn, 4 windows of 128
-tokens, bf16. Each run is a process of its own; the runs of a round follow each other.
-Measured: the peak memory of the whole process, loading included, and the CPU's seconds (of all
-threads; other processes do not count) of the steps after the first, also as a ratio to bf16's in
-the same round.
+Varied: the format of the frozen base (bf16, int8, NF4), with and without gradient checkpointing.
+Fixed: a gpt2-xl with random weights (`--short`: mini), LoRA of rank 8 on c_attn, 4 windows of 128
+tokens, bf16. Each run is a separate process, and a round runs all of them in sequence.
+Measured: the peak memory of the whole process, loading included, and the CPU seconds of the steps
+after the first (all threads of this process), also relative to bf16 in the same round.
 """
 
 import argparse
@@ -49,7 +48,7 @@ def save_random_base(directory: Path) -> None:
 
 
 def measure(base: Path, options: Sequence[str], steps: int) -> dict[str, Any]:
-    """Take steps as `train.py` does; return the CPU seconds of all but the first, and the peak."""
+    """Take steps as in `train.py`. Return the CPU seconds after the first step, and the peak."""
     tune_process()
     words = ["lora", "--base", str(base), "--batch-size", "4"]
     words += ["--device", "cpu", "--precision", "bf16", *options]
@@ -63,7 +62,7 @@ def measure(base: Path, options: Sequence[str], steps: int) -> dict[str, Any]:
 
 
 def measure_apart(base: Path, name: str, steps: int) -> dict[str, Any]:
-    """Return what `measure` does, in a process of its own."""
+    """Return the result of `measure` in a separate process."""
     command = [sys.executable, "-m", __spec__.name, "--measure", name, "--base", str(base)]
     done = subprocess.run(
         [*command, "--steps", str(steps)], cwd=ROOT, check=True, capture_output=True, text=True
@@ -72,7 +71,7 @@ def measure_apart(base: Path, name: str, steps: int) -> dict[str, Any]:
 
 
 def measure_rounds(base: Path, names: Sequence[str], rounds: int, steps: int) -> dict[str, list]:
-    """Return what each run measures in each round; every other round goes backwards."""
+    """Return each run's measurement in each round. Every other round runs in reverse."""
     found: dict[str, list] = {name: [] for name in names}
     for i in range(rounds):
         for name in names[:: -1 if i % 2 else 1]:
@@ -82,7 +81,7 @@ def measure_rounds(base: Path, names: Sequence[str], rounds: int, steps: int) ->
 
 
 def report(found: dict[str, list]) -> None:
-    """Print each run's peak, and its steps' time, median and range, as a ratio to bf16's."""
+    """Print each run's peak, and its steps' time relative to bf16, as median and range."""
     first = next(iter(found))
     rows = []
     for name, rounds in found.items():
@@ -116,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list]:
         base = MINI if args.short else args.base
         if base is None:
             base = Path(folder)
-            # In a process of its own: Linux hands a process's peak memory on to those it starts.
+            # A separate process: on Linux, children inherit a process's peak memory.
             maker = multiprocessing.get_context("spawn").Process(
                 target=save_random_base, args=(base,)
             )

@@ -1,9 +1,9 @@
 """How does the best rate fall with steps and passes? `python -m lesson.experiments.rates`
 
-Varied: the steps, the windows a step, the share of the book that is read, LoRA's rank.
-Fixed: mini, windows of 64 tokens, LoRA on all four layers, alpha 16 whatever the rank.
-Measured: the best learning rate, by the least of three validation perplexities; three seeds at the
-best rate tried and at its two neighbours.
+Varied: the steps, the windows per step, the share of the book that is read, and LoRA's rank.
+Fixed: mini, windows of 64 tokens, LoRA on all four layers, alpha 16 at every rank.
+Measured: the best learning rate, by the least of three validation perplexities, with three seeds at
+the best rate and its two neighbours.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
 from lesson.figures import name_line
 
-# Steps, windows a step, stride, rank, and the rate at which the search begins. A stride of 64 reads
-# the whole training part, one of 256 every fourth window of 64 tokens, one of 1024 every 16th.
+# Steps, windows per step, stride, rank, and the rate where the search begins. A stride of 64 reads
+# the whole training part, 256 reads every fourth window of 64 tokens, and 1024 every 16th.
 RUNS = (
     (15, 32, 64, 8, 8e-3),
     (60, 8, 64, 1, 4e-3),
@@ -39,22 +39,22 @@ RUNS = (
     (240, 8, 64, 64, 2e-3),
     (960, 2, 64, 8, 1e-3),
 )
-TOKENS = 21_230  # of the book's training part
-MARKERS = {1: ("v", 0.93), 8: ("o", 1), 64: ("^", 1.07)}  # and how far to the side they stand
+TOKENS = 21_230  # in the book's training part
+MARKERS = {1: ("v", 0.93), 8: ("o", 1), 64: ("^", 1.07)}  # shape, and horizontal offset
 
 
 def rule(steps: float, passes: float) -> float:
-    """Return the learning rate for LoRA on all four layers with alpha 16, whatever the rank.
+    """Return the learning rate for LoRA on all four layers with alpha 16, at any rank.
 
-    The powers are those that `fit` finds, rounded to thirds.
+    The exponents are the result of `fit`, rounded to thirds.
     """
     return 0.035 / (steps * passes**2) ** (1 / 3)
 
 
 def vertex(runs: dict[Any, list[float]]) -> float:
-    """Return the rate at the lowest point of the parabola through the best rate and its two
-    neighbours: log perplexity, mean of the seeds, by log rate. In a short version, which has no
-    neighbours, it is the best rate itself.
+    """Return the rate at the minimum of the parabola through the best rate and its two neighbours,
+    in log perplexity, averaged over seeds, by log rate. A short version has no neighbours and
+    returns the best rate.
     """
     best = float(best_rate(runs))
     means = {float(lr): math.log(mean(found)) for lr, found in runs.items()}
@@ -67,7 +67,7 @@ def vertex(runs: dict[Any, list[float]]) -> float:
 def fit(data: dict[str, dict[str, Any]]) -> tuple[float, float, float, float]:
     """Fit c * steps^a * passes^b to the best rates, by least squares of logarithms.
 
-    Returns c, a, b, and the factor by which the fit is off, the root mean square of its logarithm.
+    Returns c, a, b, and the fit's error as a factor: the root mean square of its logarithm.
     """
     y = np.log([vertex(run["runs"]) for run in data.values()])
     x = [[1, math.log(run["steps"]), math.log(run["passes"])] for run in data.values()]
@@ -77,7 +77,7 @@ def fit(data: dict[str, dict[str, Any]]) -> tuple[float, float, float, float]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return by run its steps and passes, and the perplexities by rate."""
+    """Return each run's steps, passes, and perplexities by rate."""
     data = {}
     for steps, batch, stride, r, guess in RUNS:
         size: dict[str, Any] = {"max_steps": steps, "batch_size": batch, "stride": stride}
@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the best rate by passes, beside the rule: a shade for each number of steps."""
+    """Draw the best rate by passes, with the rule, and a shade for each number of steps."""
     figure, (axis,) = panels("LoRA's best rate, by steps and passes (mini, all four layers)")
     steps = sorted({run["steps"] for run in data.values()})
     colours = dict(zip(steps, shades(LORA, len(steps)), strict=True))

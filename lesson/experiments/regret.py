@@ -1,10 +1,10 @@
 """Does LoRA equal full fine-tuning? `python -m lesson.experiments.regret`
 
-Varied: the method and LoRA's rank; at equal windows the batch, and so the steps; at equal steps the
-share of the book that is read, and so the passes over it.
+Varied: the method and LoRA's rank. With equal windows the batch varies, and so the steps. With
+equal steps the share of the book that is read varies, and so the passes over it.
 Fixed: mini, LoRA on all four layers, alpha 16, 480 windows of 64 tokens.
 Measured: the best of three validation perplexities, and the training loss over the last third, each
-at its own best rate, with three seeds.
+at the rate that is best for it, with three seeds.
 """
 
 import argparse
@@ -32,9 +32,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "r = 1": ("lora", {"r": 1, "target_modules": ALL}),
 }
 
-# By batch: the steps that read 480 windows, and the rates to begin with, for full and for LoRA.
+# By batch: the steps that read 480 windows, and the first rates to try, for full and for LoRA.
 BATCHES = {2: (240, 5e-4, 4e-3), 8: (60, 1e-3, 8e-3), 32: (15, 2e-3, 8e-3)}
-# By the stride of the windows: the share of the book that is read, and the rates to begin with.
+# By stride of the windows: the share of the book that is read, and the first rates to try.
 SHARES = {
     64: ("all", 5e-4, 4e-3),
     256: ("a quarter", 2.5e-4, 2e-3),
@@ -58,7 +58,7 @@ def by_batch(args: argparse.Namespace) -> dict[str, dict[int, Runs]]:
 
 
 def by_share(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Runs]]]:
-    """Return by method and stride what was measured at each rate, tuned for either measure."""
+    """Return results by method, stride and rate, tuned for either measure."""
     data: dict[str, dict[int, dict[str, Runs]]] = {}
     for name, (method, options) in METHODS.items():
         data[name] = {}
@@ -85,12 +85,12 @@ def at_its_best(runs: dict[str, list[float]]) -> float:
 
 
 def gaps(lora: dict[str, Any], full: dict[str, Any]) -> list[float]:
-    """Return by how many nats LoRA's loss is above full fine-tuning's, from two rows of runs."""
+    """Return LoRA's loss minus full fine-tuning's loss in nats, from two rows of runs."""
     return [math.log(at_its_best(lora[x]) / at_its_best(full[x])) for x in full]
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw LoRA's gap to full fine-tuning by batch and by share; the training loss by share."""
+    """Draw LoRA's gap to full fine-tuning by batch and by share, and the training loss by share."""
     figure, (left, middle, right) = panels(
         "LoRA beside full fine-tuning, each at its best rate (mini)",
         "validation: gap to full, nats,\nat 480 windows",

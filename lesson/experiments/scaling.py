@@ -1,9 +1,9 @@
-"""Which rate, by rank and by the rule for the scaling? `python -m lesson.experiments.scaling`
+"""Which rate, by rank and by scaling rule? `python -m lesson.experiments.scaling`
 
-Varied: the peak learning rate, the rank r of LoRA on all four layers, and the rule that sets the
-scaling s of B A by the rank.
+Varied: the peak learning rate, the rank r of LoRA on all four layers, and the rule that computes
+the scaling s of B A from the rank.
 Fixed: mini, the default book, 60 steps of 8 windows of 64 tokens.
-Measured: the validation perplexity; with three seeds at the best rate and at its two neighbours.
+Measured: the validation perplexity, with three seeds at the best rate and its two neighbours.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
 
 FIXED: dict[str, Any] = {"lora_alpha": 16}
-# The rules agree at rank 8, where each gives s = 2. s is alpha / r, or alpha / sqrt(r) for rsLoRA.
+# At rank 8 every rule gives s = 2. s is alpha / r, or alpha / sqrt(r) for rsLoRA.
 RULES: dict[str, Callable[[int], dict[str, Any]]] = {
     "alpha = 16: s = 16 / r": lambda r: FIXED,
     "alpha = 2 r: s = 2": lambda r: {"lora_alpha": 2 * r},
@@ -26,7 +26,7 @@ RANKS = (1, 8, 64)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FULL_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 
-# The best rates found, from which the search begins: by rule, at each of RANKS.
+# The best rates found, where the search begins: by rule, at each of RANKS.
 GUESSES = {
     "alpha = 16: s = 16 / r": (4e-3, 8e-3, 8e-3),
     "alpha = 2 r: s = 2": (1.6e-2, 8e-3, 2e-3),
@@ -42,8 +42,8 @@ def curve(
     args: argparse.Namespace,
     **options: Any,
 ) -> Runs:
-    """Return the perplexities by rate: of all of `rates` with one seed, of the best and its two
-    neighbours with every seed.
+    """Return the perplexities by rate: one seed at all `rates`, and every seed at the best rate and
+    its two neighbours.
     """
     if args.short:
         rates = ()
@@ -53,7 +53,7 @@ def curve(
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the perplexities by rule, rank and rate, and full fine-tuning's by rate."""
+    """Return perplexities by rule, rank and rate, and by rate for full fine-tuning."""
     data: dict[str, Any] = {rule: {} for rule in RULES}
     for rule, options in RULES.items():
         for r, guess in zip(RANKS, GUESSES[rule], strict=True):
@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the perplexity by rate: a panel for each rule, a shade for each rank, full beside it."""
+    """Draw the perplexity by rate: a panel per rule, a shade per rank, and full fine-tuning."""
     figure, axes = panels("The rate, by rank and rule (mini, all four layers)", *RULES)
     for axis, rule in zip(axes, RULES, strict=True):
         draw_curve(axis, data["full"], FULL, "full")
@@ -80,7 +80,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def draw_curve(axis: Any, runs: dict[str, list[float]], colour: str, label: str) -> None:
-    """Draw the mean over the seeds by rate, and a ring around the best."""
+    """Draw the mean over the seeds by rate, with a ring around the best."""
     rates = [float(lr) for lr in runs]
     means = [mean(found) for found in runs.values()]
     axis.plot(rates, means, ".-", color=colour, label=label)

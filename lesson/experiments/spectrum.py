@@ -1,11 +1,11 @@
-"""Is a change of low rank, and do two runs find the same? `python -m lesson.experiments.spectrum`
+"""Are changes of low rank, and do two runs find the same? `python -m lesson.experiments.spectrum`
 
-Varied: the method (full fine-tuning, LoRA on c_attn at rank 8) and the seed, which decides the draw
-of A and the order of the windows; for comparison, random matrices of the same shapes.
+Varied: the method (full fine-tuning, LoRA on c_attn at rank 8) and the seed, which sets A and the
+order of the windows. Random matrices of the same shapes are a comparison.
 Fixed: mini, the default book, 60 steps of 16 windows of 128 tokens, fp32, lr 1e-3 for LoRA and 1e-4
 for full fine-tuning.
-Measured: the singular values of the change of each matrix; how alike the directions are that two
-runs changed; the validation perplexity with full fine-tuning's change cut to rank k.
+Measured: the singular values of each matrix's change, how similar the directions of two runs'
+changes are, and the validation perplexity with full fine-tuning's change cut to rank k.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from lesson.experiments.common import Trainer, band, experiment, panels
 from lesson.experiments.sweep import tuned
 from lesson.figures import RANDOM, name_line
 
-SVDs = dict[str, Any]  # by a matrix's name, the U, S and Vh of its change
+SVDs = dict[str, Any]  # by a matrix's name: U, S and Vh of its change
 
 RANKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1, 0)
 LORA_RANK = 8
 
-# The curves of spectrum.png's left panel: which matrices, whose change, and how it is drawn.
+# The curves in the left panel of spectrum.png: matrices, change, and line style.
 SHARES = {
     "c_attn: LoRA": ("c_attn", "LoRA", LORA, "-"),
     "c_attn: full": ("c_attn", "full", FULL, "-"),
@@ -35,7 +35,7 @@ SHARES = {
     "mlp.c_proj: random": ("mlp.c_proj", "random", RANDOM, ":"),
 }
 
-# The curves of similarity.png: whose two changes, which of their directions, and how it is drawn.
+# The curves of similarity.png: two changes, their directions, and the line style.
 PAIRS = {
     "full and full": ("full", "full", "inputs", FULL, "-"),
     "LoRA and full": ("LoRA", "full", "inputs", LORA, "--"),
@@ -64,7 +64,7 @@ def singular_values(svds: SVDs, target: str) -> Tensor:
 def directions(svds: SVDs, side: str) -> Tensor:
     """Return c_attn's singular vectors in each block as rows, (blocks, k, n).
 
-    Inputs are those on the right, which the change reads; outputs those on the left.
+    The change reads from the right singular vectors (inputs) and writes to the left ones (outputs).
     """
     found = [svd for name, svd in svds.items() if "c_attn" in name]
     if side == "outputs":
@@ -73,24 +73,24 @@ def directions(svds: SVDs, side: str) -> Tensor:
 
 
 def similarity(v: Tensor, w: Tensor) -> Tensor:
-    """Return ||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) of the first k singular vectors, which are
-    the rows of `v` and `w` (blocks, k, n), mean over blocks.
+    """Return ||V_k^T W_k||_F^2 / k (Hu et al. 2021, 7.2) for the first k singular vectors, averaged
+    over blocks. The vectors are the rows of `v` and `w` (blocks, k, n).
     """
     squares = (v @ w.mT).square().mean(0).cumsum(0).cumsum(1).diagonal()  # (k,)
     return squares / torch.arange(1, len(squares) + 1)
 
 
 def similarities(v: list[Tensor], w: list[Tensor]) -> Tensor:
-    """Return the similarity of each run in `v` and each other seed's in `w`, (pairs, k)."""
+    """Return the similarity of each run in `v` and every other seed in `w`, (pairs, k)."""
     pairs = permutations(range(len(v)), 2)
     return torch.stack([similarity(v[i], w[j]) for i, j in pairs])
 
 
 @torch.no_grad()
 def cut(made: Trainer, svds: SVDs) -> list[float]:
-    """Return the perplexity with the change of each matrix of the blocks cut to each of RANKS.
+    """Return the perplexity with the change of each block matrix cut to each of RANKS.
 
-    The model is left with the last cut.
+    The model keeps the last cut.
     """
     perplexities = []
     above = None
@@ -104,8 +104,8 @@ def cut(made: Trainer, svds: SVDs) -> list[float]:
 
 
 def shares_of_the_norm(svds: dict[str, list[SVDs]]) -> dict[str, list]:
-    """Return each run's share of the squared norm in the first k singular values, mean over blocks,
-    for each of SHARES.
+    """Return each run's share of the squared norm in the first k singular values, averaged over
+    blocks, for each of SHARES.
     """
     data = {}
     for label, (target, kind, _, _) in SHARES.items():
@@ -117,7 +117,7 @@ def shares_of_the_norm(svds: dict[str, list[SVDs]]) -> dict[str, list]:
 
 
 def similar_directions(svds: dict[str, list[SVDs]]) -> dict[str, list]:
-    """Return how alike the first k directions are of each two runs, for each of PAIRS."""
+    """Return how similar the first k directions of every two runs are, for each of PAIRS."""
     data = {}
     for label, (one, other, side, _, _) in PAIRS.items():
         v = [directions(run, side) for run in svds[one]]
@@ -144,7 +144,7 @@ def draw(data: dict[str, Any]) -> Any:
     name_line(left, "full,\nmlp.c_proj", (20, 0.68), SHARES["mlp.c_proj: full"][2], (2, -24))
     name_line(left, "random\nmatrices", (48, 0.36), RANDOM, (6, -14))
 
-    shown = RANKS[1:-1]  # the first cuts nothing, the last leaves nothing
+    shown = RANKS[1:-1]  # the first rank cuts nothing, and the last removes the whole change
     y = torch.tensor(list(data["cut"].values())).T  # (runs, ranks)
     band(right, shown, y[:, 1:-1], FULL, line="o-")
     uncut = y[:, 0].mean().item()
@@ -161,7 +161,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def draw_similarity(data: dict[str, Any]) -> Any:
-    """Draw how alike two runs' directions are: those that a change reads, and those it writes."""
+    """Draw the similarity of two runs' directions: directions that a change reads and writes."""
     figure, (inputs, outputs) = panels(
         "Does another seed find the same change of c_attn? (mini)",
         "similarity of the first k directions\nof the input, which a change reads",
@@ -185,7 +185,7 @@ def draw_similarity(data: dict[str, Any]) -> Any:
 
 
 def rank_ticks(*axes: Any) -> None:
-    """Draw every axis over k from 1 to 256, in powers of two."""
+    """Set every axis to k from 1 to 256, in powers of two."""
     for axis in axes:
         axis.set(xscale="log", xlabel="k", xlim=(0.9, 285))
         draw_at(axis.xaxis, RANKS[1:-1])

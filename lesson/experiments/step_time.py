@@ -1,10 +1,10 @@
-"""Where does the time of a training step go? `python -m lesson.experiments.step_time`
+"""Where does a training step spend its time? `python -m lesson.experiments.step_time`
 
-Varied: full fine-tuning and LoRA on c_attn at rank 8, which take turns; fp32 and the CPU's own
+Varied: full fine-tuning and LoRA on c_attn at rank 8, in turn, in fp32 and in the CPU's native
 precision.
 Fixed: mini, 12 pairs of steps, each on 15 windows of 128 tokens.
-Measured: the time of each part of a step, by torch's profiler, as a share of the full step of the
-same pair; beside it the operations counted by hand.
+Measured: the time of each part of a step, by torch's profiler, relative to the full step of the
+same pair, beside the operations counted by hand.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PARTS = (
     "optimizer",
     "rest",
 )
-# Words in the name of a part's operator, or of its callers. Shapes tell the other parts apart.
+# Words in the name of a part's operator, or of its callers. Shapes distinguish the other parts.
 NAMES = {
     "head and loss": ("_TiedCrossEntropy",),
     "attention": ("scaled_dot", "ScaledDot", "bmm", "oftmax"),
@@ -44,11 +44,11 @@ MATMULS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
 
 R = 8
 BLOCK = 128
-BATCH = 15  # 1,920 tokens, which is no layer's width: a shape is not ambiguous
+BATCH = 15  # 1,920 tokens differ from every layer's width, so shapes are not ambiguous
 
 
 def by_hand() -> dict[str, Shares]:
-    """Count operations a token, as docs/speed.md does: 2 a weight and matmul, and attention's."""
+    """Count operations per token, as in docs/speed.md: 2 per weight and matmul, and attention."""
     config = load_config(MINI)
     C = config.n_embd
     L = config.n_layer
@@ -71,17 +71,17 @@ def by_hand() -> dict[str, Shares]:
 
 
 def part(path: list[Any]) -> str:
-    """Name the part that an event's own time belongs to; `path` is it, and what called it."""
+    """Return the part that an event's self time belongs to. `path` is the event and its callers."""
     event = path[0]
     names = " ".join(caller.name for caller in path)
     for key, words in NAMES.items():
         if any(word in names for word in words):
             return key
-    if event.name not in MATMULS or "_GELU" in names:  # GELU has a product with the identity
+    if event.name not in MATMULS or "_GELU" in names:  # GELU multiplies by the identity
         return "rest"
 
     shapes = event.input_shapes
-    if event.name == "aten::addmm":  # the bias comes first
+    if event.name == "aten::addmm":  # the first argument is the bias
         shapes = shapes[1:]
     first, second = shapes[:2]
     if R in first or R in second:
@@ -94,7 +94,7 @@ def part(path: list[Any]) -> str:
 
 
 def callers(event: Any) -> list[Any]:
-    """Return the event, what called it, what called that, and so on."""
+    """Return the event, its caller, the caller's caller, and so on."""
     path = [event]
     while path[-1].cpu_parent:
         path.append(path[-1].cpu_parent)
@@ -102,7 +102,7 @@ def callers(event: Any) -> list[Any]:
 
 
 def measured(precision: str, repeats: int) -> dict[str, Shares]:
-    """Time so many pairs of steps; return the shares of each method."""
+    """Time `repeats` pairs of steps. Return each method's shares."""
     sides = {
         name: trainer(name.lower(), precision=precision, block_size=BLOCK, batch_size=BATCH)
         for name in ("full", "LoRA")
@@ -120,7 +120,7 @@ def measured(precision: str, repeats: int) -> dict[str, Shares]:
 
 
 def shares(spent: Counter[tuple[str, str]], name: str, repeats: int) -> Shares:
-    """Return the parts' shares in each step of one method, by the full step of the same pair."""
+    """Return the parts' shares in each step of one method, relative to the pair's full step."""
     result: Shares = {key: [] for key in PARTS}
     for i in range(1, repeats + 1):
         whole = sum(spent[f"full {i}", key] for key in PARTS)
@@ -130,7 +130,7 @@ def shares(spent: Counter[tuple[str, str]], name: str, repeats: int) -> Shares:
 
 
 def draw(data: dict[str, Shares]) -> Any:
-    """Draw the parts of both methods' steps: a panel for each way of counting."""
+    """Draw the parts of both methods' steps, with a panel for each way of counting."""
     ways = list(dict.fromkeys(name.partition(": ")[0] for name in data))
     titles = []
     for way in ways:
@@ -151,7 +151,7 @@ def draw(data: dict[str, Shares]) -> Any:
 
 
 def draw_pairs(axis: Any, full: Shares, lora: Shares) -> None:
-    """Draw two bars for each part; the first pair has the methods' names."""
+    """Draw two bars for each part. The first pair shows the methods' names."""
     for name, shares_of, colour, shift in (("full", full, FULL, -0.2), ("LoRA", lora, LORA, 0.2)):
         widths = [100 * mean(shares_of.get(key, [0])) for key in PARTS]
         rows = [row + shift for row in range(len(PARTS))]
@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace) -> dict[str, Shares]:
     repeats = 1 if args.short else 12
     data = by_hand()
     own = Device.pick("cpu", train=True).precision
-    for precision in dict.fromkeys(("fp32", own)):  # once, where they are the same
+    for precision in dict.fromkeys(("fp32", own)):  # only once if they are equal
         data |= measured(precision, repeats)
     return data
 

@@ -1,6 +1,6 @@
-"""Fine-tune mini over and over with other options; compare choices, each at its best rate.
+"""Fine-tune mini many times, and compare choices, each at its best rate.
 
-A run whose result is known is not run again: `finetune` keeps results in runs/experiments.
+`finetune` keeps results in runs/experiments, and does not repeat a run with a known result.
 """
 
 import argparse
@@ -25,19 +25,19 @@ from storage.hub import find_base
 from storage.weights import base_hashes
 from training.options import BOOK, MAY_CHANGE, ROOT, Options
 
-# One result a line. Delete the file after a change to the code that changes results.
+# One result per line. Delete the file after a code change that affects results.
 CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 
-# A recipe only sets other options.
+# A recipe only sets other options, which the key contains.
 DECIDES_NOTHING = MAY_CHANGE | {"recipe"}
 
 SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
 ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: both are named c_proj
 
-Rate = TypeVar("Rate", float, str)  # a number; in a JSON file, text
-# By rate, what was measured with each seed.
+Rate = TypeVar("Rate", float, str)  # a number, or text in a JSON file
+# The result with each seed, by rate.
 Runs = dict[float, list[Any]]
-# A choice to compare: the rate to begin with, and the options that set it apart.
+# A choice to compare: the first rate to try, and the choice's options.
 Choice = tuple[float, dict[str, Any]]
 
 
@@ -48,7 +48,7 @@ def train(made: Trainer) -> None:
 
 
 def perplexity(made: Trainer) -> float:
-    """Return the perplexity on the validation part; infinity if the run has diverged."""
+    """Return the perplexity on the validation part, or infinity for a run that diverged."""
     try:
         return made.evaluate().perplexity
     except RunError:
@@ -56,8 +56,8 @@ def perplexity(made: Trainer) -> float:
 
 
 def learned(made: Trainer) -> dict[str, float]:
-    """Train; return the perplexity at the end, the least of those after each third of the run, and
-    the mean training loss over the last third.
+    """Train. Return the last perplexity, the least perplexity after any third of the run, and the
+    mean training loss over the last third.
     """
     total = made.total_steps
     thirds = [math.ceil(total / 3), math.ceil(2 * total / 3), total]
@@ -91,8 +91,8 @@ def read_files() -> list[str]:
 
 
 def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> str:
-    """Return what decides a run's result, as text: what is measured, every option that is on, the
-    files read, and what the last digits depend on.
+    """Return the key of a run's result: the measure, every active option, the hashes of the files,
+    and what affects the last digits.
     """
     device = Device.pick("cpu", options.precision, train=True)
     options = replace(options, precision=device.precision)
@@ -113,7 +113,7 @@ def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> st
 
 
 def known_cells() -> dict[str, Any]:
-    """Return the results that were kept."""
+    """Return the stored results."""
     if not CELLS.exists():
         return {}
     known = {}
@@ -133,10 +133,10 @@ def finetune(
     measure: Callable[[Trainer], Any] = learned,
     **options: Any,
 ) -> list[Any]:
-    """Return what `measure`, a function that trains, finds with each seed.
+    """Return the result of `measure`, a function that trains, for each seed.
 
-    The runs take 60 steps of 8 windows of 64 tokens, unless `options` say otherwise. A result that
-    is known is returned at once.
+    The runs have 60 steps of 8 windows of 64 tokens, unless `options` differ. A stored result is
+    returned at once.
     """
     options = SIZE | options
     known = known_cells()
@@ -153,9 +153,9 @@ def finetune(
 
 
 def keep(key: str, result: Any) -> None:
-    """Append a result to those that are known, in one write: other processes append, too.
+    """Append a result to the stored results, in one write, because other processes also append.
 
-    It begins with a new line, which ends a line that was cut off.
+    The first new line ends a line that may have been cut off.
     """
     CELLS.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"cell": key, "result": result})
@@ -172,11 +172,11 @@ def tune(
     score: Callable[[Any], float] = at_the_end,
     **options: Any,
 ) -> Runs:
-    """Find the best rate, in factors of two from a guess; return what was measured by rate.
+    """Search the best rate in factors of two from a guess. Return results by rate.
 
-    With the first seed alone the search walks until the rates on either side of the best are
-    worse. Those three are then run with every seed, and the walk goes on where their means say so.
-    A short version runs the guess alone.
+    The search moves with one seed until the rates on both sides of the best are worse. It then runs
+    these three with every seed, and moves on if another mean is the least. A short version only
+    runs the guess.
     """
 
     def run(lr: float, some: Sequence[int]) -> list[Any]:
@@ -198,7 +198,7 @@ def tune(
 
 
 def best_rate(runs: dict[Rate, list[Any]], score: Callable[[Any], float] = float) -> Rate:
-    """Return the rate with the least mean, of those that ran with the most seeds."""
+    """Return the rate with the least mean, among the rates with the most seeds."""
     most = max(len(found) for found in runs.values())
     means = {lr: mean(map(score, found)) for lr, found in runs.items() if len(found) == most}
     return min(means, key=means.__getitem__)
@@ -214,12 +214,12 @@ def scored(runs: Runs, score: Callable[[Any], float] = at_the_end) -> dict[float
 
 
 def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
-    """Train 60 steps of 16 windows of 128 tokens, by "LoRA" at lr 1e-3 or by "full" at 1e-4.
+    """Train 60 steps of 16 windows of 128 tokens: "LoRA" at lr 1e-3 or "full" at 1e-4.
 
-    Returns the trainer, and by name the change of each matrix of the blocks that changed.
+    Returns the trainer, and the change of each changed block matrix by name.
     """
     lr = 1e-4
-    if method == "LoRA" or short:  # in a few steps at 1e-4 little would change
+    if method == "LoRA" or short:  # at 1e-4, a few steps would change little
         lr = 1e-3
     made = trainer(method.lower(), seed, short=short, batch_size=16, max_steps=60, lr=lr)
     if method == "LoRA":

@@ -3,14 +3,14 @@
 Varied: the layers that LoRA adapts, each choice at its best learning rate.
 Fixed: mini, the default book, 122,880 trained parameters, alpha 16, 60 steps of 8 windows of 64
 tokens.
-Measured: the validation perplexity, with three seeds at the best rate and at its two neighbours.
+Measured: the validation perplexity, with three seeds at the best rate and its two neighbours.
 """
 
 from collections.abc import Sequence
 
 from lesson.experiments.sweep import Choice, compare
 
-# targets, and the rank with which each choice trains 122,880 parameters on mini
+# targets, and the rank that gives each choice 122,880 trained parameters on mini
 RANKS: dict[tuple[str, ...], int] = {
     ("c_attn",): 20,
     ("attn.c_proj",): 40,

@@ -3,14 +3,14 @@
 Varied: the variant, each at its best learning rate.
 Fixed: mini, the default book, all four layers, rank 8, alpha 16, 60 steps of 8 windows of 64
 tokens.
-Measured: the validation perplexity, with three seeds at the best rate and at its two neighbours.
+Measured: the validation perplexity, with three seeds at the best rate and its two neighbours.
 """
 
 from collections.abc import Sequence
 
 from lesson.experiments.sweep import ALL, Choice, compare
 
-# A variant's name: the rate to begin with, and its options.
+# A variant's name: the first rate to try, and the variant's options.
 CHOICES: dict[str, Choice] = {
     "LoRA": (8e-3, {}),
     "rsLoRA": (4e-3, {"use_rslora": True}),

@@ -1,4 +1,4 @@
-"""Show on a page what an adapter learned: `python -m lesson.explore runs/lora`."""
+"""Show on a web page what an adapter learned: `python -m lesson.explore runs/lora`."""
 
 import argparse
 import base64
@@ -22,13 +22,13 @@ from common.errors import UserError, describe_failure, run_command
 from lesson.explore.explorer import Explorer
 
 PAGE = Path(__file__).with_name("page.html")
-ADDRESS = "127.0.0.1"  # no other machine can connect
-MOST_BYTES = 1 << 16  # of a request
-PATIENCE = 60  # seconds that a request waits for the one before it
+ADDRESS = "127.0.0.1"  # other machines cannot connect
+MOST_BYTES = 1 << 16  # per request
+PATIENCE = 60  # seconds that a request waits for the request before it
 
 
 class Refusal(UserError):
-    """A request that is refused, with its HTTP status; a plain UserError has 400."""
+    """A refused request, with its HTTP status. A plain UserError has status 400."""
 
     def __init__(self, status: int, line: str):
         super().__init__(line)
@@ -49,14 +49,14 @@ class Server(ThreadingTCPServer):
             raise UserError(
                 f"--port {port}: cannot be used ({error.strerror}); name another"
             ) from error
-        self.port = self.server_address[1]  # if 0 was asked for, one that was free
+        self.port = self.server_address[1]  # the chosen port, if 0 was requested
         self.computing = threading.Lock()
         self.page = PAGE.read_bytes()
         self.policy = content_policy(self.page.decode())
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait for the computation before this one. Raises Refusal if it takes too long."""
+        """Wait for the previous computation. Raises Refusal if that takes too long."""
         if not self.computing.acquire(timeout=PATIENCE):
             raise Refusal(503, "another computation is still running; try again")
         try:
@@ -65,14 +65,14 @@ class Server(ThreadingTCPServer):
             self.computing.release()
 
     def handle_error(self, *request: Any) -> None:
-        """Print the traceback of a bug. A page that was closed is no bug."""
+        """Print the traceback of a bug. A closed page is not a bug."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(*request)
 
 
 def content_policy(page: str) -> str:
-    """Return a Content-Security-Policy: the page's own script and style run, known by their hash,
-    and requests go to this server. All else is refused, above all whatever a text might bring.
+    """Return a Content-Security-Policy. It allows the page's script and style, by their hashes, and
+    requests to this server. It refuses everything else, such as markup in a text.
     """
     sources = {}
     for tag in ("script", "style"):
@@ -87,10 +87,10 @@ def content_policy(page: str) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answer one request. Answers to POST are lines of JSON, in the order of their computing."""
+    """Answer one request. Answers to POST are lines of JSON, in the order of computation."""
 
     server: Server
-    timeout = 10  # seconds that a client may fall silent in a request, or not read its answer
+    timeout = 10  # seconds that a client may be silent in a request, or not read its answer
 
     def do_GET(self) -> None:
         self.answer({"/": self.send_page, "/api/about": self.send_about})
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"/api/write": self.send_writing, "/api/score": self.send_scores})
 
     def answer(self, routes: Mapping[str, Callable[[], None]]) -> None:
-        """Call the path's function; answer with one line if it fails."""
+        """Call the path's function. Answer with one line if it fails."""
         self.began = False
         try:
             self.refuse_foreigners()
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(404, f"{self.command} {self.path}: there is no such thing here")
             routes[self.path]()
         except (ConnectionError, TimeoutError):
-            raise  # the page has gone, or wants something else: there is nobody to tell
+            raise  # the page is gone or moved on, so nobody would read an error
         except Exception as error:
             line = describe_failure(error)
             self.send_failure(error, line or f"a bug of this server: {type(error).__name__}")
@@ -115,11 +115,11 @@ class Handler(BaseHTTPRequestHandler):
                 raise  # to the terminal
 
     def refuse_foreigners(self) -> None:
-        """Raise Refusal for a page from elsewhere: its browser names the page's host as Origin.
+        """Raise Refusal for a page from elsewhere: the browser sends the page's host as Origin.
 
-        By DNS rebinding, a foreign host name may stand for this machine; then Host is that name.
+        With DNS rebinding, a foreign host name resolves to this machine, and Host is that name.
         """
-        port = "" if self.server.port == 80 else f":{self.server.port}"  # browsers leave out 80
+        port = "" if self.server.port == 80 else f":{self.server.port}"  # browsers omit port 80
         hosts = [f"{ADDRESS}{port}", f"localhost{port}"]
         if self.headers.get("Host") not in hosts:
             raise Refusal(403, f"this server answers on {hosts[0]} and {hosts[1]} only")
@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_lines([scores])
 
     def read_request(self) -> dict[str, Any]:
-        """Return the body, a JSON object. Raises UserError for any other."""
+        """Return the body, a JSON object. Raises UserError for any other body."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
             raise Refusal(411, "the request does not say how long it is")
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
         return request
 
     def send_lines(self, answers: Iterable[dict[str, Any]]) -> None:
-        """Send each answer as soon as it is there. Before the first, a failure has its status."""
+        """Send each answer at once. A failure before the first answer sets the status."""
         for answer in answers:
             if not self.began:
                 self.begin(200, "application/x-ndjson")
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Print nothing: each move of a knob is a request."""
+        """Print nothing, because each move of a knob is a request."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = Device.pick(args.device, args.precision)
     with Server(args.port) as server:
         server.explorer = Explorer(args.base, args.adapter, device, args.quantise)
-        with suppress(KeyboardInterrupt):  # the usual end
+        with suppress(KeyboardInterrupt):  # the usual way to end
             print(f"open http://{ADDRESS}:{server.port} (Ctrl-C ends)", flush=True)
             server.serve_forever()
 

@@ -15,7 +15,7 @@ from common.errors import RunError, UserError
 DRIVER = "chromedriver"
 ARGUMENTS = (
     "--headless",
-    "--no-sandbox",  # root has none
+    "--no-sandbox",  # Chromium has no sandbox for root
     "--disable-gpu",
     "--no-first-run",
     "--disable-background-networking",
@@ -31,9 +31,9 @@ def can_browse() -> bool:
 
 
 class Browser:
-    """A headless Chromium with a profile of its own: `with Browser() as browser: ...`.
+    """A headless Chromium with a temporary profile: `with Browser() as browser: ...`.
 
-    Raises UserError if it is not installed, and RunError for whatever the driver reports.
+    Raises UserError if Chromium is not installed, and RunError for any report of the driver.
     """
 
     def __enter__(self) -> "Browser":
@@ -87,7 +87,7 @@ class Browser:
         self._ask("POST", "/url", {"url": url})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """Return what the script returns in the page; a promise is awaited."""
+        """Return the script's result in the page. Awaits a promise."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": arguments})
 
     def wait(self, condition: str) -> None:
@@ -106,7 +106,7 @@ class Browser:
         return self._ask("POST", "/element", {"using": "css selector", "value": selector})
 
     def type(self, selector: str, keys: str) -> None:
-        """Type into an element, after what it holds. Keys such as an arrow are WebDriver's."""
+        """Append keys to an element. Keys such as arrows have WebDriver's codes."""
         [reference] = self.find(selector).values()
         self._ask("POST", f"/element/{reference}/value", {"text": keys})
 
@@ -121,7 +121,7 @@ class Browser:
         self._devtools("Emulation.setDeviceMetricsOverride", **size)
 
     def prefer(self, scheme: str) -> None:
-        """Prefer "light" or "dark"."""
+        """Set the preferred colour scheme, "light" or "dark"."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self._devtools("Emulation.setEmulatedMedia", features=[feature])
 

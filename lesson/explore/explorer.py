@@ -1,4 +1,4 @@
-"""Compute what the page shows: a base beside its adapter, changed as the page's knobs say."""
+"""Compute the page's content: a base beside its adapter, changed by the page's knobs."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Generator, Iterator, Mapping
@@ -23,16 +23,16 @@ from training.report import perplexity
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # of generate.py
 MOST_NEW_TOKENS = 400
-CHUNK = 64  # tokens whose logits are in memory at a time
+CHUNK = 64  # tokens with logits in memory at a time
 SHOWN = 5  # likeliest tokens
 
 
 class Explorer:
-    """A base and an adapter of it: row 0 of every batch is the base, row 1 the changed adapter.
+    """A base and its adapter. Row 0 of every batch is the base, row 1 the changed adapter.
 
     A request's knobs are "strength" x, "rank" k and "layers", a list of names. In these layers W
-    becomes W + x * (the nearest matrix of rank k to scaling * B A); all others are the base's.
-    Raises UserError for an adapter that `load_several` refuses, and for a request that is wrong.
+    becomes W + x * (the nearest matrix of rank k to scaling * B A). Other layers equal the base.
+    Raises UserError for an adapter that `load_several` refuses, and for a wrong request.
     """
 
     def __init__(self, base: str, adapter: Path, device: Device, quantise: str | None = None):
@@ -47,7 +47,7 @@ class Explorer:
         self.unnamed = generate.padding(self.model, self.tokenizer)
 
     def about(self) -> dict[str, Any]:
-        """Return what the page needs at first: the adapter's layers, and texts to begin with."""
+        """Return the page's first content: the adapter's layers, and texts to begin with."""
         layers = []
         for name, factors in self.factors.items():
             block, kind = block_and_kind(name)
@@ -68,7 +68,7 @@ class Explorer:
     def write(self, request: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Continue "prompt" in both rows as generate.py does, with its `OPTIONS`.
 
-        Yield pieces of text, each with its row. Both rows draw the same random numbers.
+        Yield pieces of text, each with its row number. Both rows use the same random numbers.
         """
         ids = self.encode(request, "prompt", self.model.config.n_positions)
         words = [f"--{name.replace('_', '-')}={request.get(name)}" for name in OPTIONS]
@@ -87,8 +87,8 @@ class Explorer:
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Score "text" in both rows, in one window.
 
-        A token's "gain" is log p by the adapter minus log p by the base, in nats. The first token
-        has none: nothing comes before it.
+        A token's "gain" is the adapter's log p minus the base's log p, in nats. The first token has
+        no gain, because it is not predicted.
         """
         ids = self.encode(request, "text", self.model.config.n_positions + 1)
         if len(ids) < 2:
@@ -114,8 +114,8 @@ class Explorer:
         }
 
     def judge(self, hidden: Tensor, targets: Tensor) -> Iterator[dict[str, Any]]:
-        """Yield log p, the gain and the likeliest tokens where each target (T,) stands; `hidden`
-        (2, T, C) is what the two rows know there.
+        """Yield log p, the gain and the likeliest tokens at each target (T,). `hidden` (2, T, C) is
+        the hidden state of the two rows at these positions.
         """
         with self.device.autocast():
             logits = self.model.logits(hidden)  # (2, T, V)
@@ -136,13 +136,13 @@ class Explorer:
             }
 
     def name(self, ids: list[int], log_p: list[float]) -> list[tuple[str, float]]:
-        """Return each token's text and log p; U+FFFD is a part of a character."""
+        """Return each token's text and log p. U+FFFD is part of a character."""
         texts = [self.tokenizer.decode([token]) for token in ids]
         return list(zip(texts, log_p, strict=True))
 
     def change(self, request: Mapping[str, Any]) -> float:
-        """Give row 1 what the knobs leave of the adapter; return the share of the squared norm
-        that is left by the cut to `rank`.
+        """Set row 1 to the adapter as changed by the knobs. Return the share of the squared norm
+        that remains after the cut to `rank`.
         """
         strength = parse(request, "strength", float, 0, 2)
         rank = parse(request, "rank", int, 1, self.rank)
@@ -159,7 +159,7 @@ class Explorer:
         return kept
 
     def encode(self, request: Mapping[str, Any], name: str, most: int) -> np.ndarray:
-        """Return the token ids (T,) of a text in the request, at most so many."""
+        """Return the token ids (T,) of a text in the request, at most `most` of them."""
         text = request.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{name}: is empty")
@@ -182,7 +182,7 @@ def parse(request: Mapping[str, Any], name: str, kind: type, low: float, high: f
 
 
 def mean_losses(tokens: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the mean of -log p over these tokens, of the base and of the adapter."""
+    """Return the mean of -log p over these tokens, for the base and for the adapter."""
     base = -sum(token["log_p"][0] for token in tokens) / len(tokens)
     adapter = -sum(token["log_p"][1] for token in tokens) / len(tokens)
     return base, adapter

@@ -1,4 +1,4 @@
-"""Choose the prompt and the text that the page begins with: from what the run has never seen."""
+"""Choose the page's first prompt and text, from text that the run was not trained on."""
 
 import re
 from pathlib import Path
@@ -25,8 +25,8 @@ FIRST_WORDS = re.compile(r"\s*\S+(\s+\S+){,4}")
 def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str, str]:
     """Return a prompt, and a text of at most `context` tokens that begins with it.
 
-    They are of the validation part of the run that trained the adapter. If that run is not known,
-    or what it read is no longer there, they are of data/book.txt.
+    They come from the validation part of the run that trained the adapter. If that run or its text
+    is missing, they come from data/book.txt.
     """
     options: dict[str, Any] = dict(DEFAULTS)
     if (adapter / RUN).exists():
@@ -41,7 +41,7 @@ def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str,
 
 
 def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple[str, str]:
-    """Begin at the first paragraph of the validation part; end with a sentence."""
+    """Begin at the first paragraph of the validation part. End with a sentence."""
     books = [Path(book) for book in options["book"]]
     _, validation = split(load_books(books, tokenizer), options["val_fraction"])
     text = decode(tokenizer, validation.ids[: 4 * length])
@@ -57,7 +57,7 @@ def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple
 
 
 def of_instructions(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple[str, str]:
-    """Take the first validation example; the prompt ends where its answer begins."""
+    """Take the first validation example. The prompt ends before the answer."""
     if options["val_data"]:
         validation = read_examples(Path(options["val_data"]), tokenizer, options["block_size"])
     else:
@@ -71,4 +71,4 @@ def of_instructions(options: dict[str, Any], tokenizer: Tokenizer, length: int) 
 
 
 def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    return tokenizer.decode(ids).strip("\ufffd")  # the first and last character may be cut
+    return tokenizer.decode(ids).strip("\ufffd")  # removes cut-off characters at both ends

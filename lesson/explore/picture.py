@@ -1,4 +1,4 @@
-"""Draw the page of a run, as the README shows it: `python -m lesson.explore.picture runs/lora`."""
+"""Draw a run's page for the README: `python -m lesson.explore.picture runs/lora`."""
 
 import argparse
 import threading
@@ -24,7 +24,7 @@ MARKED = """
 
 
 def draw(browser: Browser, address: str, path: Path) -> None:
-    """Open the page, and save a picture of it with the mouse over the token that gained most."""
+    """Open the page, and save a picture with the mouse on the token with the largest gain."""
     browser.prefer("light")
     browser.resize(*SIZE)
     browser.open(address)

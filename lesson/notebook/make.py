@@ -1,7 +1,7 @@
 """Make the notebook from its script, and run it: `python -m lesson.notebook.make`.
 
-In lora_from_scratch.py a cell begins at `# %%`; at `# %% [markdown]` a text, whose lines begin with
-`# `. What the cells print and draw is stored in the notebook, so that it can be read unrun.
+In lora_from_scratch.py a code cell begins at `# %%`, and a text cell at `# %% [markdown]`. Lines of
+text begin with `# `. The notebook stores the cells' output and figures, to be read without a run.
 """
 
 import base64
@@ -25,7 +25,7 @@ Cell = dict[str, Any]
 
 
 def cell(part: str) -> Cell:
-    """Return the cell whose script, after its `# %%`, is `part`; code has no outputs yet."""
+    """Return the cell from `part`, the script's text after `# %%`. Code has no outputs yet."""
     head, _, body = part.partition("\n")
     body = body.strip("\n")
     if head == " [markdown]":
@@ -50,7 +50,7 @@ def cells(script: str) -> list[Cell]:
 
 
 def run(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Run the code cells in order and store their outputs; return the names that they defined."""
+    """Run the code cells in order and store their outputs. Return the names that they define."""
     names: dict[str, Any] = {}
     code_cells = [cell for cell in cells if cell["cell_type"] == "code"]
     for number, code_cell in enumerate(code_cells, 1):
@@ -60,9 +60,9 @@ def run(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a cell's code; return what Jupyter would show below it: what it printed and its figures.
+    """Run a cell's code. Return what Jupyter would show: its printed text and its figures.
 
-    A figure is shown by `plt.show()`, and a cell prints nothing after its figure.
+    `plt.show()` shows a figure, and a cell prints nothing after its figure.
     """
     from matplotlib import pyplot as plt  # slow to import
 
