@@ -61,7 +61,7 @@ def add_lora(base: StockModel, args: Options) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.r,
-        lora_alpha=args.lora_alpha,  # PEFT also takes a float
+        lora_alpha=args.lora_alpha,  # type: ignore[arg-type]  # PEFT also takes a float
         lora_dropout=args.lora_dropout,
         target_modules=list(args.target_modules),
         fan_in_fan_out=True,
