@@ -35,7 +35,7 @@ from training import report
 from training.directory import METRICS
 from training.options import BOOK, Options, parse_options
 
-Findings = dict[str, tuple[float, float]]  # by a check's name in English: the figure and its limit
+Findings = dict[str, tuple[float, float]]  # by the name of the difference: figure and limit
 
 STEPS = 4
 EXAMPLES = 48  # of conversations

