@@ -1,6 +1,7 @@
 """Fill in the open options: precision, learning rate, the fields of an initial adapter."""
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
 # A variant's best rate as a factor of plain LoRA's rate, at rank 8 (docs/variants.md)
 STARTS = {"pissa": 1 / 4, "lora_ga": 1.0}
 FREEZE_A = 2.0
+LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
 ONE_LAYER = 2.0  # one kind of layer in place of all four (docs/experiments.md)
 
 
@@ -52,11 +54,14 @@ def rate_factor(options: Options) -> float:
 
 
 def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
-    """Return whether the targets name one of a block's four layers. `c_proj` names two."""
+    """Return whether the targets name one layer of a block, or slices of it. `c_proj` names two."""
     if isinstance(targets, str):  # all-linear
         return False
-    kinds = {tuple(name.split(".")[-2:]) for name in targets}  # without the block
-    return len(kinds) == 1 and kinds != {("c_proj",)}
+    named = set()
+    for target in targets:
+        name = re.sub(r"\.[qkv]$", "", f".{target}")  # without the slice
+        named |= {layer for layer in LAYERS if name.endswith(layer) or layer.endswith(name)}
+    return len(named) == 1
 
 
 def resolve(options: Options, base: str, device: Device, training: Dataset) -> Options:

@@ -44,6 +44,17 @@ def test_the_best_rate_is_within_the_measured_ones():
     assert {key: best_rate(*key) for key in few} == few
 
 
+def test_slices_and_longer_names_of_one_layer_are_one_layer():
+    def factor(targets):
+        options = ["--recipe", "best", "--target-modules", *split(targets)]
+        return rate_factor(parse_options("-", ["lora", *options]))
+
+    for one in ("c_attn.q c_attn.v", "c_attn attn.c_attn", "h.0.mlp.c_proj mlp.c_proj"):
+        assert factor(one) == factor("c_fc") == 2
+    for several in ("c_proj", "attn.c_proj mlp.c_proj", "c_attn.q c_fc"):
+        assert factor(several) == 1
+
+
 def test_the_reference_is_the_default_for_a_book_and_the_best_for_data(base, book, tmp_path):
     reference = trained("lora", base, book, tmp_path / "reference", *SHORT)
     assert chosen(reference) == ["reference", 3e-4, ["c_attn"], 16, 8]
