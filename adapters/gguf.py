@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.merge and not args.adapter:
         raise UserError("--merge: needs an ADAPTER")
+    if args.quantise and args.adapter and not args.merge:
+        raise UserError("--quantise: an adapter alone has no base; add --merge, or omit ADAPTER")
     if os.path.lexists(args.out):
         raise UserError(f"--out {args.out}: exists already; name a new file")
 

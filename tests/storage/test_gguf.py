@@ -224,6 +224,7 @@ def test_what_llama_cpp_would_leave_out_is_refused(adapter, tmp_path):
 def test_wrong_arguments_are_refused(base, adapter, tmp_path):
     out = tmp_path / "out.gguf"
     assert "--merge: needs an ADAPTER" in one_line(run(main, "--merge", "--out", out), 2)
+    assert "--quantise" in one_line(run(main, adapter, "--quantise", "nf4", "--out", out), 2)
     save_adapter(adapted(base, ("c_attn",), r=3), tmp_path / "other", "gpt2", "b" * 64)
     argv = (tmp_path / "other", "--base", base, "--out", out)
     assert "was trained on another base" in one_line(run(main, *argv), 2)
