@@ -73,7 +73,7 @@ def test_gradients_and_the_merge_are_pefts(kind, shape, fields):
     unmerge(model)
     assert relative_difference(ours.base_layer.weight, before) < 1e-5
     if kind == "pissa":
-        with pytest.raises(ValueError, match="merge it first"):
+        with pytest.raises(ValueError, match="merge the adapter first"):
             unwrap(model)
     with adapter_disabled(model):
         assert relative_difference(ours(x), linear(x)) < 1e-5
