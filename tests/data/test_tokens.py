@@ -1,5 +1,6 @@
 """A book becomes tokens, or is refused with a reason."""
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,15 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path):
     empty.mkdir()
     assert "holds no .txt files" in refusal(empty, load_books, [empty], GPT2)
     assert "no end-of-text token" in refusal(GPT2.source, load_books, [texts], endless)
+
+
+def test_a_book_from_a_pipe_is_read_once():
+    end, start = os.pipe()
+    os.write(start, b"Once upon a time.\n")
+    os.close(start)
+    tokens = load_books([Path(f"/dev/fd/{end}")], GPT2)
+    os.close(end)
+    assert tokens.ids.tolist() == GPT2.encode("Once upon a time.\n").tolist()
 
 
 def test_a_book_that_is_not_a_text_is_refused(tmp_path):

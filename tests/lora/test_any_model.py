@@ -321,3 +321,15 @@ def test_an_adapter_whose_layers_peft_takes_for_experts_is_not_written(case, mis
     loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
     assert relative_difference(output(loaded, case), output(attention, case)) < 1e-6
     assert relative_difference(output(make(case), case), output(attention, case)) > 0.01
+
+
+def test_a_model_that_reads_a_layers_weight_and_bias_computes_with_them():
+    """Mamba reads the weight and the bias of `dt_proj` and multiplies by itself."""
+    config = transformers.MambaConfig(
+        hidden_size=16, num_hidden_layers=1, vocab_size=31, state_size=4, time_step_rank=4
+    )
+    model = transformers.MambaForCausalLM(config).eval()
+    ids = torch.arange(6)[None]
+    base = model(ids).logits
+    inject(model, make_config(r=2, target_modules="all-linear"))
+    assert torch.equal(model(ids).logits, base)
