@@ -323,13 +323,21 @@ def test_an_adapter_whose_layers_peft_takes_for_experts_is_not_written(case, mis
     assert relative_difference(output(make(case), case), output(attention, case)) > 0.01
 
 
-def test_a_model_that_reads_a_layers_weight_and_bias_computes_with_them():
-    """Mamba reads the weight and the bias of `dt_proj` and multiplies by itself."""
+def mamba() -> nn.Module:
     config = transformers.MambaConfig(
-        hidden_size=16, num_hidden_layers=1, vocab_size=31, state_size=4, time_step_rank=4
+        vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1, time_step_rank=4
     )
-    model = transformers.MambaForCausalLM(config).eval()
-    ids = torch.arange(6)[None]
-    base = model(ids).logits
-    inject(model, make_config(r=2, target_modules="all-linear"))
-    assert torch.equal(model(ids).logits, base)
+    return transformers.MambaForCausalLM(config)
+
+
+def test_mamba_computes_what_peft_does_and_an_update_that_it_omits_is_an_error():
+    """Mamba multiplies by the weight of `dt_proj` itself, so an update of `dt_proj` is lost."""
+    case = Case(mamba, {"input_ids": IDS}, ["in_proj", "x_proj"], "CAUSAL_LM")
+    assert_same(*(steps(model, case) for model in both(case, case.targets)))
+
+    ours, theirs = both(case, ["dt_proj"])
+    before = output(theirs, case)
+    randomize(theirs)
+    assert torch.equal(output(theirs, case), before)
+    with pytest.raises(RuntimeError, match="size"):
+        output(ours, case)
