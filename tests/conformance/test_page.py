@@ -51,7 +51,8 @@ def test_the_command(capsys):
     assert "error: nothing_of_this_name" in capsys.readouterr().err
 
 
-def test_the_pages_of_bugs_name_checks():
-    for page in ("bugs.md", "bugs-in-training.md"):
-        names = re.findall(r"On the bench: `(\w+)`", (ROOT / "docs" / page).read_text())
+def test_the_pages_of_bugs_and_exercises_name_checks():
+    for page in ("bugs.md", "bugs-in-training.md", "exercises.md"):
+        text = (ROOT / "docs" / page).read_text().replace("[bench](conformance.md)", "bench")
+        names = re.findall(r"On the bench: `(\w+)`", text)
         assert names and set(names) <= CHECKS.keys()
