@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with open_run(parse_options(__doc__, argv)) as run:
         base = run.find_base()
         data = load_data(run.options, base)
-        options = run.resolve(data)  # fills in open options, such as the learning rate
+        options = run.resolve(data)  # sets options that the user left out, such as lr
         model = load_base(options, base, run.device)
         if options.method == "lora":
             add_adapter(model, options, run.base_sha256)  # freezes the base

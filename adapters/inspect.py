@@ -35,13 +35,13 @@ def cosines(weight: Tensor, changed: Tensor) -> Tensor:
 
 
 def projected_norm(weight: Tensor, u: Tensor, vh: Tensor) -> float:
-    """Return ||U^T W V||_F: how large W is in these directions, U (out, r) and V^T (r, in)."""
+    """Return ||U^T W V||_F, the size of W in the directions U (out, r) and V^T (r, in)."""
     return (u.T @ weight @ vh.T).norm().item()
 
 
 def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
-    """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T: how much larger the change is than W in the
-    change's own directions (Hu et al. 2021, 7.3).
+    """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T: how much larger the change is than W in
+    the directions of the change (Hu et al. 2021, 7.3).
     """
     return s.norm().item() / projected_norm(weight, u, vh)
 

@@ -24,7 +24,7 @@ def recorded_quantisation(adapter: Path) -> str | None:
 
 
 def common_quantisation(adapters: Collection[Path]) -> str | None:
-    """Return the kind of `LAYERS` that all these adapters record, or None."""
+    """Return the quantisation that all these adapters record: a key of `LAYERS`, or None."""
     kinds = {adapter: recorded_quantisation(adapter) for adapter in adapters}
     if not kinds:
         return None
@@ -40,10 +40,10 @@ def common_quantisation(adapters: Collection[Path]) -> str | None:
 
 
 def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | None:
-    """Return the kind of `LAYERS` for the base, or None.
+    """Return how to quantise the base: a key of `LAYERS`, or None.
 
-    The option decides. Without it, the kind that the adapters record is used and printed. Raises
-    UserError if they record different kinds.
+    The option decides. Without it, the quantisation that the adapters record is used and printed.
+    Raises UserError if the adapters record different ones.
     """
     if asked == NONE:
         return None

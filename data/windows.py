@@ -133,7 +133,7 @@ class Windows:
 
         for i in range(0, len(starts), batch_size):
             start = starts[i : i + batch_size, None]  # (B, 1)
-            positions = start + columns  # (B, T), in the text
+            positions = start + columns  # (B, T): indices into the text
             predicted = positions + self.label_shift
 
             inputs = self.tokens[np.minimum(positions, length - 1)].astype(np.int64)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# In these families of models, PEFT takes the names for parameters that contain all experts
+# Names by family of models. PEFT expects a parameter with all experts behind each of these names
 # (`_MOE_TARGET_MODULE_MAPPING`), even if a dense layer or a shared expert has the name.
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),

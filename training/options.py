@@ -51,9 +51,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
     """Declare a field that argparse reads as an option. A default of False makes a switch.
 
-    `settings` go to argparse, except `names` (other names), `method` (the only method that has the
-    option), `excludes` (a group of options that exclude each other), `lora` (a field of
-    `LoRAConfig`) and `may_change` (a resumed run may have another value).
+    argparse gets `settings`, except these five. `names` are other names of the option. `method` is
+    the only method that has the option. `excludes` names a group of options that exclude each
+    other. `lora` marks a field of `LoRAConfig`. With `may_change`, a resumed run may have another
+    value.
     """
     if default is False:
         settings["action"] = "store_true"

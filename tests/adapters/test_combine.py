@@ -73,7 +73,7 @@ def test_the_sum_is_that_of_the_dense_changes_also_in_stock_peft(base, adapters,
 
 
 def test_truncation_loses_the_discarded_singular_values(base, adapters, tmp_path):
-    """The lost norm follows Eckart-Young, by the SVD of the dense sum."""
+    """By Eckart-Young, the error is the norm of the discarded singular values of the dense sum."""
     said = stdout_of(main, *adapters, "--rank", 2, "--out", tmp_path / "out")
     cut = changes(base, tmp_path / "out")
     _, total = dense_sum(base, adapters, (1, 1))

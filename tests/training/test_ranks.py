@@ -145,7 +145,7 @@ def test_the_connections_threads_end_with_it(whole):
 
 
 def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
-    """The first step's loss equals the loss of the batch's two halves, each with another seed."""
+    """In the first step each rank computes half of the batch, and rank 1 has another seed."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
     first, second = np.split(next(made.batches()).indices, 2)
 
