@@ -16,7 +16,7 @@ from training.options import BEST, LORA_FIELDS, Options, adapter_config
 
 RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
 # A variant's best rate as a factor of plain LoRA's rate, at rank 8 (docs/variants.md)
-STARTS = {"pissa": 1 / 4, "lora_ga": 1.0}
+PISSA = 1 / 4
 FREEZE_A = 2.0
 LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
 ONE_LAYER = 2.0  # one kind of layer in place of all four (docs/experiments.md)
@@ -45,7 +45,8 @@ def rate_factor(options: Options) -> float:
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
     factor *= (options.loraplus_lr_ratio or 1) ** (-3 / 4)
-    factor *= STARTS.get(options.init_lora_weights or "", 1)
+    if options.init_lora_weights == "pissa":
+        factor *= PISSA
     if options.freeze_a:
         factor *= FREEZE_A
     if adapts_one_layer(options.target_modules):

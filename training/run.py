@@ -91,7 +91,6 @@ class Run:
         self.meter = Meter(device.precision == "fp16")
         self.steps_per_epoch = 0
         self.total_steps = 0
-        self.largest_batch = 0
         self.micro_batch_size = 0
 
         self.directory: RunDirectory | None = None  # in rank 0, while it has the lock
@@ -122,8 +121,8 @@ class Run:
         self.tokenizer = data.tokenizer
         windows = len(data.training)
         self.steps_per_epoch, self.total_steps = recipe.count_steps(self.options, windows)
-        self.largest_batch = min(self.options.batch_size, windows)
-        share = math.ceil(self.largest_batch / self.ranks.world_size)
+        largest_batch = min(self.options.batch_size, windows)
+        share = math.ceil(largest_batch / self.ranks.world_size)
         self.micro_batch_size = math.ceil(share / self.options.grad_accum)
         return self.options
 
