@@ -179,12 +179,11 @@ def plans(opts: Namespace) -> dict[str, list[Task]]:
 def facts(opts: Namespace) -> dict[str, Any]:
     """Return the facts that the figures depend on, without the machine's name."""
     base = Path(opts.base).name if opts.base else "GPT-2 124M, random weights"
-    machine = f"{opts.device}-{processor(opts.device)}"
     how = __doc__ or ""  # None under `python -OO`
     return {
         "base": base,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-"),
+        "machine": machine_name(opts.device),
         "threads": torch.get_num_threads(),
         "load_average": [],  # over 1, 5 and 15 minutes, at the start of each round
         "versions": versions(),
@@ -194,6 +193,12 @@ def facts(opts: Namespace) -> dict[str, Any]:
         "measurements": [],
         "failed": {},
     }
+
+
+def machine_name(device: str) -> str:
+    """Return the device and the processor, as a part of a file's name."""
+    machine = f"{device}-{processor(device)}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-")
 
 
 def processor(device: str) -> str:
