@@ -1,27 +1,33 @@
 """Time to quality: the seconds of training until the validation perplexity reaches a target.
 
-`python -m benchmarks.quality` trains mini on the default book in fp32 with each arm and seed in
-turn. An arm is a side (this project, or PEFT's and transformers' model in a plain loop) and the
-options of `train.py`, which both sides share, with their batches. The targets are close to the last
-perplexities of the reference run's LoRA and full fine-tuning. Each arm validates after every
-twentieth part of its steps. Only the steps are timed, not start-up and validation. Each run has a
-separate process. On our side the process keeps freed memory, as in `train.py`.
+`python -m benchmarks.quality` measures two things on mini in fp32 on the CPU, and multiplies them.
+
+1. The steps that a run needs: this project trains with each seed on one thread, and validates after
+   every twentieth part of the steps. A plain loop around PEFT's or transformers' model gets the
+   same batches, rates and losses (`make parity`), so it needs the same steps.
+2. The seconds per step, on all threads: this project and the plain loop take steps in turn, each in
+   a separate process, for several rounds. On our side the process keeps freed memory, as in
+   `train.py`. Run this part with nothing else on the machine (`--only seconds`).
+
+Start-up and validation do not count. The targets are near the last perplexities of the reference
+run's LoRA and full fine-tuning. Known figures are not measured again, so the command can be
+interrupted.
 """
 
 import json
 import math
-import statistics
+import os
 import subprocess
 import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-import torch
 
 from benchmarks import ours
 from benchmarks.parity_report import versions
@@ -37,161 +43,194 @@ from training.options import ROOT
 
 TARGETS = (41, 35)
 VALIDATIONS = 20
+WARM_UP, TIMED_SECONDS = 2, 5
 REFERENCE = ("lora", "--recipe", "reference")
-BEST = ("lora", "--recipe", "best")
-# Rates of the documentation: TRL's "PEFT integration" and PEFT's "Quicktour"
-TRL, PEFT = "2e-4", "1e-3"
-ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "LoRA, best recipe, here": ("ours", BEST),
-    "LoRA, best recipe, PEFT": ("theirs", BEST),
-    "LoRA, reference, here": ("ours", REFERENCE),
-    "LoRA, reference, PEFT": ("theirs", REFERENCE),
-    "LoRA, reference at 2e-4, PEFT": ("theirs", (*REFERENCE, "--lr", TRL)),
-    "LoRA, reference at 1e-3, PEFT": ("theirs", (*REFERENCE, "--lr", PEFT)),
-    "full, reference, here": ("ours", ("full",)),
-    "full, reference, transformers": ("theirs", ("full",)),
+RUNS: dict[str, tuple[str, ...]] = {
+    "LoRA, best": ("lora", "--recipe", "best"),
+    "LoRA, reference": REFERENCE,
+    "full, reference": ("full",),
+    # the rates of the documentation: PEFT's "Quicktour" and TRL's "PEFT Integration"
+    "LoRA, reference, lr 1e-3": (*REFERENCE, "--lr", "1e-3"),
+    "LoRA, reference, lr 2e-4": (*REFERENCE, "--lr", "2e-4"),
 }
-Curve = list[tuple[int, float, float]]  # steps, seconds of training, perplexity
+COLOURS = dict(zip(RUNS, (LORA, OTHER, FULL), strict=False))  # of the runs that the picture has
+SIDES = ("here", "there")
+Curve = list[tuple[int, float]]  # (steps, perplexity)
+Work = Callable[[Batch], object]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_args(argv)
-    if opts.arm:
-        print(json.dumps(train(opts.arm, opts.seeds[0], opts.max_steps)))
+    if opts.run:
+        found = seconds(opts) if opts.side else curve(opts)
+        print(json.dumps(found))
         return
 
     path = opts.out / f"quality-{machine_name('cpu')}.json"
-    if not opts.draw:
-        write_json(path, measure(opts))
-    results = read_json(path)
-    print_table(*table(results["runs"]))
+    empty: dict[str, Any] = {"versions": versions(), "curves": {}, "seconds": {}}
+    results = read_json(path) if path.exists() else empty
+    if "curves" in opts.only:
+        measure_curves(opts, results["curves"], lambda: write_json(path, results))
+    if "seconds" in opts.only:
+        measure_seconds(opts, results["seconds"], lambda: write_json(path, results))
+    print_table(*table(results))
     if can_draw():
-        save_figure(draw(results["runs"]), path.with_suffix(".png"))
+        save_figure(draw(results), path.with_suffix(".png"))
 
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser = Parser(prog="benchmarks.quality", description=__doc__)
+    parts = ("curves", "seconds")
+    parser.add_argument("--only", nargs="*", choices=parts, default=parts, metavar="PART")
     parser.add_argument("--seeds", nargs="+", type=number(int, 0), default=[42, 2, 3], metavar="N")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, metavar="N")
     parser.add_argument("--max-steps", type=number(int, 1), metavar="N", help="of each run")
-    parser.add_argument("--arm", choices=ARMS, help="run this arm in this process, with one seed")
-    parser.add_argument("--draw", action="store_true", help="draw the saved figures again")
+    parser.add_argument("--run", choices=RUNS, help="measure this run in this process, one seed")
+    parser.add_argument("--side", choices=SIDES, help="with --run: the seconds of its steps")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"
     )
     return parser.parse_args(argv)
 
 
-def measure(opts: Namespace) -> dict[str, Any]:
-    """Return the curve of each arm with each seed, in turn."""
-    runs: dict[str, list[Curve]] = {arm: [] for arm in ARMS}
-    for seed in opts.seeds:
-        for arm in ARMS:
-            command = [sys.executable, "-m", "benchmarks.quality", "--arm", arm]
-            command += ["--seeds", str(seed)]
-            if opts.max_steps:
-                command += ["--max-steps", str(opts.max_steps)]
-            ended = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            curve = json.loads(ended.stdout.splitlines()[-1])
-            steps, seconds, perplexity = curve[-1]
-            print(
-                f"{arm}, seed {seed}: {steps} steps, {seconds:.1f} s, perplexity {perplexity:.2f}"
-            )
-            runs[arm].append(curve)
-    facts = {"threads": torch.get_num_threads(), "versions": versions(), "seeds": opts.seeds}
-    return {**facts, "runs": runs}
+def measure_curves(opts: Namespace, curves: dict[str, Any], save: Callable[[], None]) -> None:
+    """Measure the missing curves of each run and seed, on one thread each, several at a time."""
+    wanted = [(run, str(seed)) for seed in opts.seeds for run in RUNS]
+    missing = [(run, seed) for run, seed in wanted if seed not in curves.setdefault(run, {})]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda each: apart(opts, *each, OMP_NUM_THREADS="1"), missing)
+        for (run, seed), points in zip(missing, found, strict=True):
+            curves[run][seed] = points
+            save()
+            print(f"{run}, seed {seed}: perplexity {points[-1][1]:.2f}", flush=True)
 
 
-def train(arm: str, seed: int, max_steps: int | None) -> Curve:
-    """Train. Return the steps, the seconds and the perplexity at each validation."""
-    side, words = ARMS[arm]
-    more = ("--max-steps", max_steps) if max_steps else ()
-    trainer = ours.Trainer(
-        ours.options(*words, *more, base="mini", precision="fp32", device="cpu", seed=seed)
+def measure_seconds(opts: Namespace, times: dict[str, Any], save: Callable[[], None]) -> None:
+    """Measure the seconds per step of each run on both sides, in turn."""
+    for run in COLOURS:  # another rate takes no other time
+        times[run] = {side: [] for side in SIDES}
+    for _ in range(opts.rounds):
+        for run in COLOURS:
+            for side in SIDES:
+                times[run][side].append(apart(opts, run, "0", "--side", side))
+                print(f"{run}, {side}: {times[run][side][-1]:.3g} s per step", flush=True)
+        save()
+
+
+def apart(opts: Namespace, run: str, seed: str, *more: str, **environment: str) -> Any:
+    """Return what this command measures in another process."""
+    command = [sys.executable, "-m", "benchmarks.quality", "--run", run, "--seeds", seed, *more]
+    if opts.max_steps:
+        command += ["--max-steps", str(opts.max_steps)]
+    ended = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, check=True, env=os.environ | environment
     )
-    step, validate = (trainer.step, lambda: trainer.evaluate().perplexity)
-    if side == "ours":
-        tune_process()
-    else:
-        step, validate = stock(trainer)
+    return json.loads(ended.stdout.splitlines()[-1])
 
+
+def make_trainer(opts: Namespace) -> ours.Trainer:
+    more = ("--max-steps", opts.max_steps) if opts.max_steps else ()
+    shared = {"base": "mini", "precision": "fp32", "device": "cpu", "seed": opts.seeds[0]}
+    return ours.Trainer(ours.options(*RUNS[opts.run], *more, **shared))
+
+
+def curve(opts: Namespace) -> Curve:
+    """Train. Return the perplexity at each validation."""
+    trainer = make_trainer(opts)
     every = max(1, trainer.total_steps // VALIDATIONS)
-    seconds = 0.0
-    curve = []
+    points = []
     for done, batch in enumerate(trainer.batches(), 1):
+        trainer.step(batch)
+        if done % every == 0 or done == trainer.total_steps:
+            points.append((done, trainer.evaluate().perplexity))
+    return points
+
+
+def seconds(opts: Namespace) -> float:
+    """Return the median seconds per step, after steps that warm up."""
+    trainer = make_trainer(opts)
+    if opts.side == "here":
+        tune_process()
+        step: Work = trainer.step
+    else:
+        step = stock_step(trainer)
+
+    times: list[float] = []
+    for i, batch in enumerate(trainer.batches()):
         start = time.perf_counter()
         step(batch)
-        seconds += time.perf_counter() - start
-        if done % every == 0 or done == trainer.total_steps:
-            curve.append((done, seconds, validate()))
-    return curve
+        if i >= WARM_UP:
+            times.append(time.perf_counter() - start)
+        if sum(times) > TIMED_SECONDS:
+            break
+    return median(times)
 
 
-def stock(trainer: ours.Trainer) -> tuple[Any, Any]:
-    """Return a step and a validation of the plain loop, for this trainer's options and batches."""
-    from benchmarks import peft_loop  # not imported on our side
+def stock_step(trainer: ours.Trainer) -> Work:
+    """Return a step of the plain loop, with this trainer's options and batches."""
+    from benchmarks import peft_loop  # slow to import, and our side does not need it
 
     warnings.simplefilter("ignore")  # of the libraries, about each other
-    base = str(find_base("mini")[1])
-    options = replace(trainer.options, base=base)
-    model = peft_loop.build(options)
-    stock_step = peft_loop.make_step(model, options, options.precision)
-    rates = (
-        peft_loop.learning_rate(i, trainer.total_steps, options) for i in range(trainer.total_steps)
-    )
-    text = trainer.data.validation.tokens
+    options = replace(trainer.options, base=str(find_base("mini")[1]))
+    step = peft_loop.make_step(peft_loop.build(options), options, options.precision)
+    rates = (peft_loop.learning_rate(i, trainer.total_steps, options) for i in range(10**6))
 
-    def step(batch: Batch) -> None:
+    def on_batch(batch: Batch) -> float:
         [(inputs, targets)] = batch.micro_batches()  # (B, T) each
-        stock_step(inputs, targets, next(rates))
+        return step(inputs, targets, next(rates))
 
-    def validate() -> float:
-        perplexity = math.exp(peft_loop.evaluate(model, text, options.block_size))
-        model.train()
-        return perplexity
-
-    return step, validate
+    return on_batch
 
 
-def seconds_to(curve: Curve, target: float) -> float:
-    """Return the seconds at the first validation with the target or less, or infinity."""
-    return next((seconds for _, seconds, found in curve if found <= target), math.inf)
+def steps_to(points: Curve, target: float) -> float:
+    """Return the steps at the first validation with the target or less, or infinity."""
+    return next((steps for steps, found in points if found <= target), math.inf)
 
 
-def table(runs: dict[str, list[Curve]]) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows, with the median (least..most) over the seeds."""
-    header = ["arm", "steps", *(f"seconds to {target}" for target in TARGETS), "all", "perplexity"]
+def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the header, and a row for each run: median (least..most) of seeds and rounds."""
+    header = ["run", "last perplexity", "their time / ours"]
+    header += [f"seconds to {target}, {side}" for target in TARGETS for side in SIDES]
     rows = []
-    for arm, curves in runs.items():
-        reached = [[seconds_to(curve, target) for curve in curves] for target in TARGETS]
-        seconds = [curve[-1][1] for curve in curves]
-        last = [curve[-1][2] for curve in curves]
-        numbers = [spread(values) for values in (*reached, seconds, last)]
-        rows.append([arm, str(curves[0][-1][0]), *numbers])
+    for run, curves in results["curves"].items():
+        times = results["seconds"].get(run.partition(", lr")[0], {})
+        pairs = zip(times.get("there", []), times.get("here", []), strict=True)
+        row = [run, spread([points[-1][1] for points in curves.values()])]
+        row.append(spread([theirs / mine for theirs, mine in pairs], 2))
+        for target in TARGETS:
+            steps = [steps_to(points, target) for points in curves.values()]
+            row += [spread([n * s for n in steps for s in times.get(side, [])]) for side in SIDES]
+        rows.append(row)
     return header, rows
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 1) -> str:
+    if not values:
+        return ""
     if math.isinf(max(values)):
-        return "not reached" if math.isinf(min(values)) else "not by all"
-    return f"{statistics.median(values):.1f} ({min(values):.1f}..{max(values):.1f})"
+        return "not reached" if math.isinf(min(values)) else "not with each seed"
+    least, middle, most = (
+        f"{value:.{digits}f}" for value in (min(values), median(values), max(values))
+    )
+    return f"{middle} ({least}..{most})"
 
 
-def draw(runs: dict[str, list[Curve]]) -> Any:
-    """Draw perplexity by seconds: a line for each seed, our arms solid and the others dashed."""
+def draw(results: dict[str, Any]) -> Any:
+    """Draw perplexity by seconds, a line for each seed, solid here and dashed there."""
     figure, axis = subplots(figsize=(PAGE_WIDTH, 4.4))
-    figure.suptitle("Time to quality: perplexity on the book's validation part (mini, two cores)")
+    figure.suptitle("Time to quality: perplexity on the book's validation part (mini, fp32)")
     for target in TARGETS:
         axis.axhline(target, color=BASE, linewidth=0.8)
-    for arm, curves in runs.items():
-        side, words = ARMS[arm]
-        colour = {BEST: LORA, REFERENCE: OTHER, ("full",): FULL}.get(words)
-        if colour is None:  # the rates of the documentation are in the table
-            continue
-        for i, curve in enumerate(curves):
-            _, seconds, perplexity = zip(*curve, strict=True)
-            line = "-" if side == "ours" else "--"
-            axis.plot(seconds, perplexity, line, color=colour, label=arm if i == 0 else None)
+    for run, by_side in results["seconds"].items():
+        for side, line in zip(SIDES, ("-", "--"), strict=True):
+            label: str | None = f"{run}, {'this project' if side == 'here' else 'plain loop'}"
+            for points in results["curves"][run].values():
+                steps, perplexity = zip(*points, strict=True)
+                x = [n * median(by_side[side]) for n in steps]
+                axis.plot(x, perplexity, line, color=COLOURS[run], label=label, linewidth=1.2)
+                label = None
     axis.set(xscale="log", xlabel="seconds of training steps", ylabel="perplexity")
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.legend()
     return figure
 

@@ -1,37 +1,45 @@
-"""Time to quality: both sides learn the same, and only the arms' options differ."""
-
-import math
+"""Time to quality: the curve, the steps of both sides, and the seconds to a target."""
 
 import pytest
 
 from benchmarks import quality
-from benchmarks.quality import ARMS, seconds_to
-from common.files import write_json
+from common.files import read_json, write_json
+from training.options import ROOT
 
 BASE = 54.7  # mini's perplexity on the book's validation part
 
 
-def test_both_sides_learn_the_same_from_the_same_options():
-    ours, theirs = (quality.train(f"LoRA, best recipe, {side}", 2, 2) for side in ("here", "PEFT"))
-    (_, _, first), (steps, seconds, last) = ours
+def test_the_plain_loop_needs_the_same_steps():
+    words = ["--run", "LoRA, best", "--max-steps", "2", "--seeds", "2"]
+    opts = quality.parse_args([*words, "--only", "curves"])
+    (_, first), (steps, last) = quality.curve(opts)
     assert steps == 2
-    assert seconds > 0
     assert last < first < BASE
-    # The two sides draw different dropouts.
-    assert [perplexity for *_, perplexity in theirs] == pytest.approx([first, last], rel=0.005)
+
+    here, there = quality.make_trainer(opts), quality.make_trainer(opts)
+    step = quality.stock_step(there)
+    for ours, theirs in zip(here.batches(), there.batches(), strict=True):
+        loss = here.step(ours).item() / ours.num_tokens
+        # The sides draw different dropouts.
+        assert step(theirs) == pytest.approx(loss, rel=0.01)
+    assert loss < 5
 
 
-def test_the_first_validation_at_the_target_counts():
-    curve = [(10, 1.0, 50.0), (20, 2.0, 41.0), (30, 3.0, 36.0)]
-    assert seconds_to(curve, 41) == 2.0
-    assert math.isinf(seconds_to(curve, 35))
-
-
-def test_draw_reads_the_saved_curves(tmp_path, capsys):
+def test_the_table_multiplies_steps_by_seconds(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    curve = [[10, 1.0, 42.0], [20, 2.0, 34.0]]
+    curves = {run: {"1": [[10, 42.0], [20, 36.0]]} for run in quality.RUNS}
+    curves["LoRA, best"] = {"1": [[10, 41.0], [20, 34.0]], "2": [[10, 45.0], [20, 30.0]]}
+    times = {run: {"here": [0.1, 0.2], "there": [0.3, 0.4]} for run in quality.COLOURS}
     path = tmp_path / f"quality-{quality.machine_name('cpu')}.json"
-    write_json(path, {"runs": {arm: [curve, curve] for arm in ARMS}})
-    quality.main(["--draw", "--out", str(tmp_path)])
-    assert "LoRA, best recipe, PEFT" in capsys.readouterr().out
+    write_json(path, {"curves": curves, "seconds": times})
+
+    quality.main(["--only", "--out", str(tmp_path)])
+    rows = {line.split(" |")[0]: line for line in capsys.readouterr().out.splitlines()}
+    # 10 or 20 steps of 0.1 or 0.2 s
+    assert "2.0 (1.0..4.0)" in rows["| LoRA, best".ljust(len("| LoRA, reference, lr 1e-3"))]
     assert path.with_suffix(".png").exists()
+
+
+def test_the_stored_figures_belong_to_these_runs():
+    for path in (ROOT / "benchmarks" / "results").glob("quality-*.json"):
+        assert set(read_json(path)["curves"]) == set(quality.RUNS)
