@@ -20,15 +20,17 @@ from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
 from data.windows import Dataset, Windows, check_block_size, split
+from lora.inject import adapter_disabled
 from lora.quantised import quantisation
 from model.gpt2 import GPT2, IGNORE_INDEX
 from model.kernels.fast import set_kernels
 from training.compare import compare
 from training.options import BOOK
 from training.ranks import Ranks
-from training.scores import Scores
+from training.scores import Scores, kl_divergence
 
 EVAL_BATCH = 16  # windows scored at a time
+LOGITS_CHUNK = 128  # tokens with all their logits in memory
 
 
 @torch.no_grad()
@@ -74,6 +76,31 @@ def evaluate(
     return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)
 
 
+@torch.no_grad()
+def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float]:
+    """Return the mean KL(base || adapter) per scored token, in nats, and the share of these tokens
+    where the likeliest token changed. The base is the model with the adapter switched off. The
+    model is in evaluation mode.
+    """
+    kl = 0.0
+    changed = 0
+    tokens = 0
+    for inputs, targets in dataset.evaluation_batches(EVAL_BATCH):
+        idx = device.to_device(inputs)
+        scored = device.to_device(targets != IGNORE_INDEX)
+        tokens += int(scored.sum())
+        with device.autocast():
+            after = model.hidden(idx)[scored]  # (n, C)
+            with adapter_disabled(model):
+                before = model.hidden(idx)[scored]
+            chunks = zip(before.split(LOGITS_CHUNK), after.split(LOGITS_CHUNK), strict=True)
+            for chunk in chunks:
+                log_p, log_q = (model.logits(hidden).float().log_softmax(-1) for hidden in chunk)
+                kl += kl_divergence(log_p, log_q).cpu().double().sum().item()
+                changed += int((log_p.argmax(-1) != log_q.argmax(-1)).sum())
+    return {"kl_from_base": kl / tokens, "changed_choices": changed / tokens}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_evaluate(__doc__, argv)
     if args.compare:
@@ -112,13 +139,21 @@ def score_text(
     scores = evaluate(model, data, device)
     print(f"{source}{part}: {scores.tokens:,} tokens, {scores.bytes:,} bytes")
     print(f"{scores}, accuracy {scores.accuracy:.2%}")
-    return {
+    found = {
         "text": source,
         "val_fraction": fraction,
         **asdict(scores),
         "perplexity": scores.perplexity,
         "bits_per_byte": scores.bits_per_byte,
     }
+    if args.forgotten:
+        forgotten = forgetting(model, data, device)
+        print(
+            f"forgotten: KL(base || adapter) {forgotten['kl_from_base']:.4f} nats per token, "
+            f"the likeliest token changed at {forgotten['changed_choices']:.2%} of the tokens"
+        )
+        found |= forgotten
+    return found
 
 
 def load_dataset(

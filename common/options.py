@@ -44,11 +44,22 @@ def parse_evaluate(
         metavar="{1,2}",
         help="1: next token (default); 2: the reference run's measure",
     )
+    parser.add_argument(
+        "--forgotten",
+        action="store_true",
+        help="also score how far the adapter moved from its base: the mean KL(base || adapter), "
+        "and the share of likeliest tokens that changed",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
     add_device_options(parser)
     parser.add_argument("--kernels", **KERNELS_OPTION)
     args = parser.parse_args(argv)
 
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    if args.compare and given != ["compare"]:
+        raise UserError("--compare reads finished runs, and takes no other option")
+    if args.forgotten and (args.choices or not args.adapter):
+        raise UserError("--forgotten compares an adapter with its base on a text: give --adapter")
     if (args.data or args.choices) and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if args.stride and args.stride > args.block_size:

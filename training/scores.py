@@ -3,10 +3,20 @@
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 def perplexity(loss: float) -> float:
     """Return exp(loss)."""
     return math.exp(min(loss, 700.0))  # e^700 is near the largest float
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) = sum over v of p(v) (log p(v) - log q(v)), in nats, at each token (...).
+
+    log_p and log_q (..., V) are the logarithms of the probabilities.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.device import Device
 from lesson.experiments.common import trainer
 from model.gpt2 import GPT2
+from training.scores import kl_divergence
 
 
 def log_probabilities(model: GPT2, texts: Tensor, device: Device) -> Tensor:
@@ -40,5 +41,5 @@ def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
 def forgotten(model: GPT2, device: Device, short: bool) -> float:
     """Return the mean KL(base || model) per token, in nats. It is 0 for the base."""
     texts, base_log_p = base_texts(short, device.precision)
-    gap = base_log_p - log_probabilities(model, texts, device)
-    return (base_log_p.exp() * gap).sum(-1).mean().item()
+    log_p = log_probabilities(model, texts, device)
+    return kl_divergence(base_log_p, log_p).mean().item()
