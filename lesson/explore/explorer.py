@@ -20,6 +20,7 @@ from common.options import parse_generate
 from lesson.explore.passage import first_texts
 from model.kernels.fast import accelerate
 from training.report import perplexity
+from training.scores import kl_divergence
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # of generate.py
 MOST_NEW_TOKENS = 400
@@ -87,8 +88,9 @@ class Explorer:
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Score "text" in both rows, in one window.
 
-        A token's "gain" is the adapter's log p minus the base's log p, in nats. The first token has
-        no gain, because it is not predicted.
+        A token's "gain" is the adapter's log p minus the base's log p, and "kl" is
+        KL(base || adapter) there, both in nats. The first token has neither, because it is not
+        predicted.
         """
         ids = self.encode(request, "text", self.model.config.n_positions + 1)
         if len(ids) < 2:
@@ -109,17 +111,19 @@ class Explorer:
         return {
             "tokens": tokens,
             "mean_gain": base - adapter,
+            "mean_kl": sum(token["kl"] for token in tokens[1:]) / len(tokens[1:]),
             "perplexity": [perplexity(base), perplexity(adapter)],
             "kept": kept,
         }
 
     def judge(self, hidden: Tensor, targets: Tensor) -> Iterator[dict[str, Any]]:
-        """Yield log p, the gain and the likeliest tokens at each target (T,). `hidden` (2, T, C) is
+        """Yield log p, gain, KL and the likeliest tokens at each target (T,). `hidden` (2, T, C) is
         the hidden state of the two rows at these positions.
         """
         with self.device.autocast():
             logits = self.model.logits(hidden)  # (2, T, V)
         log_p = logits.float().log_softmax(-1)
+        kl = kl_divergence(*log_p)  # (T,)
         where = targets.expand(2, -1)[..., None]
         of_targets = log_p.gather(-1, where)[..., 0]  # (2, T)
         named = log_p.masked_fill(self.unnamed, -torch.inf)
@@ -129,6 +133,7 @@ class Explorer:
             yield {
                 "log_p": [base, adapter],
                 "gain": adapter - base,
+                "kl": kl[t].item(),
                 "likeliest": [
                     self.name(likeliest[row, t].tolist(), highest[row, t].tolist())
                     for row in range(2)

@@ -65,6 +65,11 @@ def test_in_a_browser(mini_adapter, tmp_path):
         )
         assert colours == ["solid", "dotted"]
 
+        browser.type("#colour", "f")  # forgetting
+        browser.wait("document.querySelectorAll('#tokens .gain').length === 0")
+        assert browser.run(coloured) > 20
+        assert "what the base expected" in text_of("#key-loss")
+
         paper = "return getComputedStyle(document.documentElement).backgroundColor"
         browser.prefer("light")
         light = browser.run(paper)

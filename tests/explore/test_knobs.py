@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -68,11 +69,13 @@ def test_each_knob_does_what_the_commands_do_with_an_adapter_so_changed(
     text.write_text(TEXT)
     model = ("--base", base, "--text", text, "--block-size", TINY["n_positions"])
     before, _ = scores(tmp_path / "base.json", *model)
-    after, _ = scores(tmp_path / "adapter.json", *model, "--adapter", adapter)
+    after, _ = scores(tmp_path / "adapter.json", *model, "--adapter", adapter, "--forgotten")
     judged = client.scores(**knobs)
     assert judged["perplexity"][0] == pytest.approx(before["perplexity"], rel=1e-5)
     assert judged["perplexity"][1] == pytest.approx(after["perplexity"], rel=1e-5)
     assert judged["mean_gain"] == pytest.approx(before["loss"] - after["loss"], abs=1e-5)
+
+    assert judged["mean_kl"] == pytest.approx(after["kl_from_base"], abs=1e-5)
 
     as_trained = client.scores()
     assert (judged["mean_gain"] == as_trained["mean_gain"]) == (not knobs)
@@ -84,7 +87,9 @@ def test_without_strength_or_layers_the_adapter_is_the_base(client, knobs):
     base, adapter = client.texts(**knobs)
     assert base == adapter == client.texts()[0]
     judged = client.scores(**knobs)
-    assert judged["mean_gain"] == 0 and all(token.get("gain", 0) == 0 for token in judged["tokens"])
+    for name in ("gain", "kl"):
+        assert judged[f"mean_{name}"] == 0
+        assert all(token.get(name, 0) == 0 for token in judged["tokens"])
 
 
 @torch.no_grad()
@@ -103,6 +108,8 @@ def test_gains_and_likeliest_tokens_are_stock_pefts(base, every_layer, client):
     for t, token in enumerate(judged["tokens"][1:]):
         gain = (log_p[1][t, ids[t + 1]] - log_p[0][t, ids[t + 1]]).item()
         largest = max(largest, abs(gain))
+        kl = F.kl_div(log_p[1][t], log_p[0][t], reduction="sum", log_target=True).item()
+        assert token["kl"] == pytest.approx(kl, abs=1e-5) and kl > 0
         assert token["gain"] == pytest.approx(gain, abs=1e-4)
         for row in range(2):
             values, which = log_p[row][t].topk(5)
