@@ -93,9 +93,8 @@ def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float
             after = model.hidden(idx)[scored]  # (n, C)
             with adapter_disabled(model):
                 before = model.hidden(idx)[scored]
-            chunks = zip(before.split(LOGITS_CHUNK), after.split(LOGITS_CHUNK), strict=True)
-            for chunk in chunks:
-                log_p, log_q = (model.logits(hidden).float().log_softmax(-1) for hidden in chunk)
+            for both in zip(before.split(LOGITS_CHUNK), after.split(LOGITS_CHUNK), strict=True):
+                log_p, log_q = (model.logits(hidden).float().log_softmax(-1) for hidden in both)
                 kl += kl_divergence(log_p, log_q).cpu().double().sum().item()
                 changed += int((log_p.argmax(-1) != log_q.argmax(-1)).sum())
     return {"kl_from_base": kl / tokens, "changed_choices": changed / tokens}
