@@ -12,7 +12,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,19 +43,22 @@ NO_DROPOUT = {"lora": "--base-dropout 0 --lora-dropout 0", "full": "--base-dropo
 DROPOUT = {"lora": "--base-dropout 0.1 --lora-dropout 0.1", "full": "--base-dropout 0.1"}
 ON_THE_CPU = "--device cpu --precision fp32 --kernels plain"
 GRAPH = "--cuda-graph"
+CHECKPOINTING = "--gradient-checkpointing"
 SVD = "--init-lora-weights"  # A and B start from singular vectors
+DIRECTION = "a gradient's direction differs, 1 - cosine"
 CONVERSATIONS = "conversations.jsonl"
-# Ways to compute the same numbers. "low" is the low precision that the device has.
+# Ways to compute the same numbers. "low" is the low precision that the device has. Three
+# micro-batches differ in size.
 WAYS = (
     "--precision fp32",
-    "--precision fp32 --gradient-checkpointing",
-    "--precision fp32 --grad-accum 4",
+    f"--precision fp32 {CHECKPOINTING}",
+    "--precision fp32 --grad-accum 3",
     "--precision fp32 --cuda-graph",
     "--precision fp32 --compile",
     "--precision fp32 --allow-tf32",
     "--precision low",
-    "--precision low --grad-accum 4 --cuda-graph",
-    "--precision low --compile --gradient-checkpointing --grad-accum 4",
+    "--precision low --grad-accum 3 --cuda-graph",
+    "--precision low --compile --gradient-checkpointing --grad-accum 3",
 )
 # The commands that PEFT and transformers can also run.
 BESIDE_PEFT = (
@@ -92,7 +95,7 @@ class Limits(NamedTuple):
 
 # Rounding changes a gradient by about 2^-24 to 2^-8, and its direction by the square of that.
 LIMITS = {
-    "fp32": Limits(1e-5, 1e-3, 1e-5),
+    "fp32": Limits(1e-5, 1e-3, 1e-8),  # TF32 has a direction of 1e-6
     "tf32": Limits(2e-3, 2e-2, 5e-3),
     "fp16": Limits(2e-3, 2e-2, 5e-3),
     "bf16": Limits(4e-3, 5e-2, 1e-1),
@@ -109,6 +112,7 @@ class Steps:
     score: float  # nats per token on the validation part, after the last step
     waits: int = 0  # how often the last step waited for the GPU
     captured: bool = False  # whether there is a CUDA graph
+    misplaced: int = 0  # matrices stored in another precision than the run needs
 
 
 def checks(opts: Namespace, into: Report) -> None:
@@ -139,12 +143,13 @@ def commands(opts: Namespace) -> list[str]:
     found = [f"{method} {way}" for method in NO_DROPOUT for way in WAYS]
     found += [f"{variant} {way}" for variant in VARIANTS for way in WAYS_OF_VARIANTS]
     found += [f"lora --data {CONVERSATIONS} --precision {p}" for p in ("fp32", "low")]
+    found.append("lora --clip 0.1 --precision fp16")  # clipping needs unscaled gradients
     lacking = []
     if not opts.device.is_cuda:
         lacking = ["--compile", "--allow-tf32"]
         found = [c.replace(f" {GRAPH}", "") for c in found]
     if opts.device.torch_device.type == "mps":
-        lacking.append("--gradient-checkpointing")
+        lacking += [CHECKPOINTING, "fp16"]
     found = [c for c in found if not any(option in c for option in lacking)]
     if opts.low == "fp16":  # LoRA-GA refuses it
         found = [c for c in found if "lora_ga --precision low" not in c]
@@ -250,7 +255,17 @@ def take_steps(opts: Namespace, command: str) -> Steps:
         trainer.evaluate().loss,
         len(waits),
         getattr(trainer.model.loss, "graphed", None) is not None,
+        misplaced_matrices(trainer),
     )
+
+
+def misplaced_matrices(trainer: ours.Trainer) -> int:
+    """Count the trained matrices that are not in fp32, and the frozen ones in another precision
+    than the run's.
+    """
+    low = trainer.device.dtype
+    matrices = [p for p in trainer.model.parameters() if p.ndim > 1]
+    return sum(p.dtype != (torch.float32 if p.requires_grad else low) for p in matrices)
 
 
 def steps_on_the_cpu(opts: Namespace, command: str) -> Steps:
@@ -321,6 +336,10 @@ def beside_the_cpu(opts: Namespace, command: str) -> Findings:
     limits = LIMITS["tf32" if "--allow-tf32" in way else way.split()[0]]
     found = compare(what, here, there, limits)
     found["the last step waits for the GPU, times"] = here.waits, 0
+    found["matrices in the wrong precision"] = here.misplaced, 0
+    if not way.startswith("fp32"):
+        exact = found[DIRECTION][0] < LIMITS["fp32"].direction
+        found["the low precision is not used"] = exact, 0
     if GRAPH in way:
         found["graphs that could not be captured"] = not here.captured, 0
     if what in VARIANTS:
@@ -343,7 +362,7 @@ def compare(command: str, here: Steps, there: Steps, limits: Limits) -> Findings
     return {
         "a loss differs, relative": (relative(here.losses, there.losses), limits.loss),
         "a gradient's norm differs, relative": (largest(norms), limits.norm),
-        "a gradient's direction differs, 1 - cosine": (largest(directions), limits.direction),
+        DIRECTION: (largest(directions), limits.direction),
         "the weights move another distance, relative": (
             relative([norm(here.moved)], [norm(there.moved)]),
             limits.norm,
@@ -385,23 +404,39 @@ def absolute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dropout(opts: Namespace) -> Findings:
-    """Check that every step draws new masks, and that a graph draws the masks of an eager run."""
+    """Check that every micro-batch draws new masks, and that a graph and recomputed blocks use the
+    masks of an eager run.
+    """
     command = f"lora --precision fp32 {DROPOUT['lora']}"
-    still = ours.Trainer(options(opts, f"{command} --lr 1e-12"))
+    still = ours.Trainer(options(opts, f"{command} --lr 1e-12 --grad-accum 2"))
     batch = next(still.batches())
-    losses = [ours.step(still, batch) for _ in range(STEPS)]
+    batch = replace(batch, indices=batch.indices[:1].repeat(opts.batch))  # the same window
+    real = still.model.loss
+    losses = []
+
+    def recording(*given: Tensor) -> Tensor:
+        loss = real(*given)
+        losses.append(loss.item())
+        return loss
+
+    with mock.patch.object(still.model, "loss", recording):
+        for _ in range(STEPS):
+            still.step(batch)
     scores = [still.evaluate().loss for _ in range(2)]
     closest = torch.pdist(torch.tensor(losses, dtype=torch.float64)[:, None]).min() / losses[0]
-    again = GRAPH if opts.device.is_cuda else "--precision fp32"  # the same command
-    here, there = (take_steps(opts, line).losses for line in (f"{command} {again}", command))
-    return {
-        "two steps draw the same masks": (float(closest < 1e-6), 0),
+    found = {
+        "two micro-batches draw the same masks": (float(closest < 1e-6), 0),
         "the scores of an evaluation differ from the next, relative": (
             relative(scores[:1], scores[1:]),
             LIMITS["fp32"].loss,
         ),
-        f"a loss differs with {again}, relative": (relative(here, there), LIMITS["fp32"].loss),
     }
+    eager = take_steps(opts, command).losses
+    ways = {"cuda": [GRAPH, CHECKPOINTING], "cpu": [CHECKPOINTING], "mps": []}
+    for way in ways[opts.device.torch_device.type]:
+        here = take_steps(opts, f"{command} {way}").losses
+        found[f"a loss differs with {way}, relative"] = relative(here, eager), LIMITS["fp32"].loss
+    return found
 
 
 def evaluation(opts: Namespace) -> Findings:
@@ -439,6 +474,12 @@ def counted_waits(opts: Namespace) -> Iterator[list[str]]:
     found += [line for line in map(str, (w.message for w in seen)) if "synchroniz" in line]
 
 
+def numbers(steps: Steps) -> list[Any]:
+    """Return the numbers of `logged`, of steps that the training loop did not take."""
+    pairs = zip(steps.losses, map(norm, steps.gradients), strict=True)
+    return [*(number for pair in pairs for number in pair), steps.score]
+
+
 def logged(out: Path) -> list[float]:
     """Return the losses and gradient norms of a run, and its last validation loss."""
     lines = read_lines(out / METRICS, lambda line: line)
@@ -450,9 +491,12 @@ class Stopped(Exception):
 
 
 def resume(opts: Namespace) -> Findings:
-    """Check that a run that was stopped in its third step resumes without a difference."""
+    """Check that the training loop takes the steps of the other checks, and that a run that was
+    stopped in its third step resumes without a difference.
+    """
     whole, parted = opts.folder / "whole", opts.folder / "parted"
-    argv = arguments(opts, f"lora --precision fp32 {DROPOUT['lora']} --checkpoint-every 2")
+    command = f"lora --precision fp32 {DROPOUT['lora']}"
+    argv = arguments(opts, f"{command} --checkpoint-every 2")
     real = train.train_step
     taken = iter(range(STEPS))
 
@@ -466,12 +510,19 @@ def resume(opts: Namespace) -> Findings:
         with mock.patch.object(train, "train_step", stopping), suppress(Stopped):
             ours.run([*argv, f"--out={parted}"])
         ours.run([*argv, f"--out={parted}", "--resume"])
-    difference = relative(logged(parted), logged(whole))
-    return {"a loss or a gradient's norm differs from an unbroken run's": (difference, 1e-4)}
+    alone = numbers(take_steps(opts, command))
+    return {
+        "a loss or a gradient's norm of the loop differs": (relative(logged(whole), alone), 1e-4),
+        "a loss or a gradient's norm differs from an unbroken run's": (
+            relative(logged(parted), logged(whole)),
+            1e-4,
+        ),
+    }
 
 
 def two_ranks(opts: Namespace) -> Findings:
-    """Check that two ranks compute the same as one process."""
+    """Check that two ranks, whose shares differ in size, compute the same as one process."""
+    command = f"lora --precision fp32 --batch-size {opts.batch - 1}"
     out = opts.folder / "ranks"
     launch = LaunchConfig(
         run_id="verify-gpu",
@@ -483,11 +534,6 @@ def two_ranks(opts: Namespace) -> Findings:
         start_method="spawn" if opts.device.is_cuda else "fork",  # a fork need not import torch
     )
     with mock.patch.object(report, "can_draw", lambda: False):
-        command = arguments(opts, "lora --precision fp32")
-        elastic_launch(launch, train.main)([*command, f"--out={out}"])
-    alone = take_steps(opts, "lora --precision fp32")
-    numbers = [
-        x for pair in zip(alone.losses, map(norm, alone.gradients), strict=True) for x in pair
-    ]
-    difference = relative(logged(out), [*numbers, alone.score])
+        elastic_launch(launch, train.main)([*arguments(opts, command), f"--out={out}"])
+    difference = relative(logged(out), numbers(take_steps(opts, command)))
     return {"a loss or a gradient's norm differs from one process's": (difference, 1e-4)}
