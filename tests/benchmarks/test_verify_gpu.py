@@ -3,7 +3,9 @@
 import json
 import math
 from argparse import Namespace
+from contextlib import nullcontext
 from functools import cache, partial
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from common.device import Device
 from common.errors import RunError
 from data.windows import Batch
 from lora.layer import LoRALinear
+from model import gpt2
 from model.kernels import fast
 from tests.runs import one_line, run
 from training import variants
@@ -129,6 +132,35 @@ def last_token_of_the_vocabulary_lost(patch):
     patch.setattr(fast, "loss", short)
 
 
+def last_micro_batch_lost(patch):
+    def micro_batches(self):
+        return islice(real(self), len(self.indices) // self.micro_batch_size)
+
+    real = Batch.micro_batches
+    patch.setattr(Batch, "micro_batches", micro_batches)
+
+
+def recomputed_with_other_masks(patch):
+    patch.setattr(gpt2, "checkpoint", partial(gpt2.checkpoint, preserve_rng_state=False))
+
+
+def clipped_before_unscaling(patch):
+    patch.setattr(torch.amp.GradScaler, "unscale_", lambda *_: None)
+
+
+def trained_in_low_precision(patch):
+    def set_up(run, model):
+        real(run, model)
+        model.to(run.device.dtype)
+
+    real = Run.set_up_model
+    patch.setattr(Run, "set_up_model", set_up)
+
+
+def precision_ignored(patch):
+    patch.setattr(Device, "autocast", lambda *_: nullcontext())
+
+
 FAULTS = {
     eighth: "lora, beside PEFT",
     first_batch: "lora, beside PEFT",
@@ -137,11 +169,16 @@ FAULTS = {
     no_scaling: "lora, beside PEFT",
     next_token_shown: "full --precision fp32",
     moments_lost: "--resume",
-    micro_batch_mean: "lora --precision fp32 --grad-accum 4",
+    micro_batch_mean: "lora --precision fp32 --grad-accum 3",
     dropout_in_evaluation: "dropout",
     no_schedule: "lora, beside PEFT",
     option_ignored: "lora --riemannian --precision fp32",
     last_token_of_the_vocabulary_lost: "full --precision fp32",
+    last_micro_batch_lost: "lora --precision fp32 --grad-accum 3",
+    recomputed_with_other_masks: "dropout",
+    clipped_before_unscaling: "lora --clip 0.1 --precision fp16",
+    trained_in_low_precision: "full --precision bf16",
+    precision_ignored: "full --precision bf16",
 }
 
 
