@@ -95,7 +95,7 @@ class Limits(NamedTuple):
 
 # Rounding changes a gradient by about 2^-24 to 2^-8, and its direction by the square of that.
 LIMITS = {
-    "fp32": Limits(1e-5, 1e-3, 1e-8),  # TF32 has a direction of 1e-6
+    "fp32": Limits(1e-5, 1e-3, 1e-8),  # fp16, with the mantissa of TF32, gives 2e-6
     "tf32": Limits(2e-3, 2e-2, 5e-3),
     "fp16": Limits(2e-3, 2e-2, 5e-3),
     "bf16": Limits(4e-3, 5e-2, 1e-1),
