@@ -94,8 +94,13 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
 
 
 def measure_curves(opts: Namespace, curves: dict[str, Any], save: Callable[[], None]) -> None:
-    """Measure the missing curves of each run and seed, on one thread each, several at a time."""
-    wanted = [(run, str(seed)) for seed in opts.seeds for run in RUNS]
+    """Measure the missing curves, on one thread each, several at a time.
+
+    The documentation's rates are tried with the first seed.
+    """
+    first, *others = map(str, opts.seeds)
+    wanted = [(run, first) for run in RUNS]
+    wanted += [(run, seed) for seed in others for run in COLOURS]
     missing = [(run, seed) for run, seed in wanted if seed not in curves.setdefault(run, {})]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda each: apart(opts, *each, OMP_NUM_THREADS="1"), missing)
@@ -222,9 +227,10 @@ def draw(results: dict[str, Any]) -> Any:
     for target in TARGETS:
         axis.axhline(target, color=BASE, linewidth=0.8)
     for run, by_side in results["seconds"].items():
+        curves = results["curves"].get(run, {})
         for side, line in zip(SIDES, ("-", "--"), strict=True):
             label: str | None = f"{run}, {'this project' if side == 'here' else 'plain loop'}"
-            for points in results["curves"][run].values():
+            for points in curves.values():
                 steps, perplexity = zip(*points, strict=True)
                 x = [n * median(by_side[side]) for n in steps]
                 axis.plot(x, perplexity, line, color=COLOURS[run], label=label, linewidth=1.2)

@@ -5,8 +5,8 @@ to the modules of one model. Parameters, buffers and names stay unchanged.
 
 | replaced | by | why |
 |---|---|---|
-| `nn.Linear` on a CPU, not narrow | oneDNN's matmul | faster than MKL, adds the bias in bf16 |
-| `nn.GELU` on a CPU | oneDNN's GELU of a product with the identity | PyTorch's tanh is slow |
+| `nn.Linear`, wide, with AVX-512 | oneDNN's matmul | faster than MKL, adds the bias in bf16 |
+| `nn.GELU`, with AVX-512 | oneDNN's GELU of a product with the identity | PyTorch's tanh is slow |
 | `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
 | attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
 | the loss and the scores | logits in chunks | whole, they would be the largest tensor |

@@ -19,6 +19,13 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 2e-6 if DEVICE == "cpu" else 5e-5, BF16: 2e-2, FP16: 3e-3}
 
 
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """Use oneDNN in fp32 also on a CPU where the rest of PyTorch is faster."""
+    if torch.backends.mkldnn.is_available():
+        monkeypatch.setattr(ops, "ONEDNN_DTYPES", ops.ONEDNN_DTYPES | {FP32})
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
