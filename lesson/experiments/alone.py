@@ -7,19 +7,15 @@ Measured: the least of the three validation perplexities, with three seeds. The 
 the best rate and its two neighbours, the others at the README's best rate.
 """
 
-import argparse
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from lesson.experiments.changes import is_layer
-from lesson.experiments.common import Trainer, experiment
-from lesson.experiments.sweep import ALL, Runs, at_best, draw, finetune, learned, scored, tune
+from lesson.experiments.common import Trainer, parse, spread, write_data
+from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, finetune, learned, scored, tune
 
 SIZE: dict[str, Any] = {"batch_size": 16, "block_size": 128, "stride": 16, "max_steps": 249}
 GUESS = 2e-4
-ALL_WEIGHTS = "all weights"
-LAYERS_ALONE = "the four layers alone"
 
 
 def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
@@ -30,25 +26,23 @@ def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
     return learned(made)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Runs]:
-    """Return the perplexities by choice of trained weights and by rate."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Runs]:
+    args = parse(__doc__, argv)
     alone = tune(
         "full", GUESS, args.seeds, args.short, learned_by_the_layers_alone, at_best, **SIZE
     )
     full = finetune("full", args.seeds, args.short, lr=2e-4, **SIZE)
     lora = finetune("lora", args.seeds, args.short, lr=1e-3, target_modules=ALL, **SIZE)
-    return {
-        ALL_WEIGHTS: scored({2e-4: full}, at_best),
-        LAYERS_ALONE: scored(alone, at_best),
+    data = {
+        "all weights": scored({2e-4: full}, at_best),
+        "the four layers alone": scored(alone, at_best),
         "LoRA, r = 8": scored({1e-3: lora}, at_best),
     }
-
-
-def main(argv: Sequence[str] | None = None) -> dict:
-    title = "What is trained (mini, 249 steps of 16 x 128)"
-    return experiment(
-        "alone", measure, partial(draw, title, full=(ALL_WEIGHTS, LAYERS_ALONE)), __doc__, argv
-    )
+    for trained, runs in data.items():
+        rate = best_rate(runs)
+        print(f"{trained}: {spread(runs[rate])} at {rate:g}")
+    write_data(args.out / "alone.json", data)
+    return data
 
 
 if __name__ == "__main__":

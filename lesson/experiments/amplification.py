@@ -62,24 +62,25 @@ def norm(blocks: list[dict[str, Any]], key: str) -> float:
 def draw(data: dict[str, Any]) -> Any:
     """Draw the amplification by layer, and the size of W in the changed directions."""
     titles = {
-        "amplification": "amplification factor,\n||dW|| / ||U^T W V||",
-        "to random": "||U^T W V||, relative to\nrandom directions",
-        "to its own": "||U^T W V||, relative to\nW's own largest",
+        "amplification": "the change, relative to W\nin the change's directions",
+        "to random": "W in these directions,\nrelative to random ones",
+        "to its own": "W in these directions,\nrelative to W's largest",
     }
-    figure, axes = panels("What the change amplifies (mini, all four layers)", *titles.values())
+    figure, axes = panels("What the change amplifies (mini; Frobenius norms)", *titles.values())
     colours = [*shades(LORA, len(data) - 1), FULL]
     for axis, key in zip(axes, titles, strict=True):
-        for (name, kinds), colour in zip(data.items(), colours, strict=True):
-            y = [mean(run[key] for run in kinds[kind]) for kind in LAYERS]
-            axis.plot(range(len(LAYERS)), y, "o-", linewidth=0.8, color=colour, label=name)
-        axis.axhline(1, color=INK, linewidth=1, linestyle="--")
-        axis.set(xlim=(-0.3, len(LAYERS) - 0.7), yscale="log")
-        axis.tick_params(axis="x", rotation=40)
-        draw_at(axis.xaxis, range(len(LAYERS)), LAYERS)
-    draw_at(axes[0].yaxis, (0.1, 0.3, 1, 3, 10, 30, 100))
-    draw_at(axes[1].yaxis, (0.5, 1, 2, 4))
-    draw_at(axes[2].yaxis, (0.01, 0.03, 0.1, 0.3, 1))
-    axes[1].legend(ncols=2, loc="lower left")
+        for i, (name, kinds) in enumerate(data.items()):
+            x = [mean(run[key] for run in kinds[kind]) for kind in LAYERS]
+            y = [row + 0.14 * (i - 1.5) for row in range(len(LAYERS))]  # so that no point hides
+            axis.plot(x, y, "o", color=colours[i], label=name)
+        axis.axvline(1, color=INK, linewidth=1, linestyle="--")
+        axis.set(xscale="log", ylim=(len(LAYERS) - 0.5, -0.5))
+        draw_at(axis.yaxis, range(len(LAYERS)), [""] * len(LAYERS))
+    draw_at(axes[0].yaxis, range(len(LAYERS)), LAYERS)
+    draw_at(axes[0].xaxis, (0.1, 1, 10, 100))
+    draw_at(axes[1].xaxis, (0.5, 1, 2, 4))
+    draw_at(axes[2].xaxis, (0.01, 0.1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(data))
     return figure
 
 

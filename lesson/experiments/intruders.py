@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.figures import FULL, LORA, OTHER
+from common.figures import FULL, INK, LORA, OTHER
 from lesson.experiments.changes import taken_apart
 from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, finetune
@@ -33,10 +33,10 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-SHOWN = ("r = 1", "r = 8")  # of RUNS, in the picture's panels
-PARTS = (
-    ("intruders scaled", "intruders\nx 1, 0.75, 0.5, 0", OTHER),
-    ("change scaled", "whole change\nx 1, 0.9, 0.8, 0.6", LORA),
+SHOWN = ("r = 1", "r = 8")  # of RUNS, in the picture's right panel
+PARTS = (  # without any intruder, rank 1 would be far outside the panel
+    ("intruders scaled", "intruders x 1, 0.75, 0.5", 3, OTHER),
+    ("change scaled", "whole change x 1, 0.9, 0.8, 0.6", 4, LORA),
 )
 
 
@@ -76,10 +76,10 @@ def kl_at(perplexity: float, found: list[dict[str, Any]]) -> float:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw the intruders of each run, and forgetting by perplexity as either part is scaled."""
-    figure, (left, *others) = panels(
+    figure, (left, right) = panels(
         "Intruder dimensions, and what it costs to scale them down (mini)",
         "intruders in all weights",
-        *(f"{name}: KL from\nthe base, nats" for name in SHOWN),
+        "KL from the base, nats",
     )
     for row, (name, found) in enumerate(data.items()):
         colour = FULL if name.startswith("full") else LORA
@@ -90,13 +90,18 @@ def draw(data: dict[str, Any]) -> Any:
     left.invert_yaxis()
     left.set(xlabel="mean, min and max of seeds")
 
-    for axis, name in zip(others, SHOWN, strict=True):
-        for part, label, colour in PARTS:
+    for part, label, points, colour in PARTS:
+        for name in SHOWN:
             x, y = scaled(data[name], part)
-            axis.plot(x, y, ".-", color=colour, label=label)
-        axis.plot(x[0], y[0], "o", color=LORA)
-        axis.set(xlabel="validation perplexity", xlim=(x[0] - 0.4, x[0] + 6), ylim=(0, 0.7))
-    others[-1].legend(loc="lower right")
+            [line] = right.plot(x[:points], y[:points], ".-", color=colour)
+        line.set_label(label)
+    for name in SHOWN:
+        perplexity, kl = np.mean([run["scores"] for run in data[name]], axis=0)
+        [dot] = right.plot(perplexity, kl, "o", color=INK)
+        right.annotate(name, (perplexity + 0.3, kl + 0.01))
+    dot.set_label("as trained")
+    right.set(xlabel="validation perplexity", ylim=(0, 0.7))
+    right.legend(loc="lower right")
     return figure
 
 

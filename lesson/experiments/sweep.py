@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.device import Device
 from common.errors import RunError
-from common.figures import BASE, FULL, LORA, scientific
+from common.figures import BASE, LORA, scientific
 from common.files import file_sha256
 from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
 from lora.inject import lora_layers
@@ -261,11 +261,8 @@ def compare(
     return experiment(name, measure, partial(draw, title), description, argv)
 
 
-def draw(title: str, data: dict[str, dict[str, list[float]]], full: Sequence[str] = ()) -> Any:
-    """Draw a bar for each choice at its best rate, from the least perplexity to the greatest.
-
-    The choices in `full` are full fine-tuning.
-    """
+def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
+    """Draw a bar for each choice at its best rate, from the least perplexity to the greatest."""
     figure, (axis,) = panels(title)
     for row, (label, runs) in enumerate(data.items()):
         rate = best_rate(runs)
@@ -274,8 +271,7 @@ def draw(title: str, data: dict[str, dict[str, list[float]]], full: Sequence[str
         middle = mean(found)
         if row == 0:
             axis.axvspan(*ends, color=BASE, alpha=0.2)
-        colour = FULL if label in full else LORA
-        axis.plot(ends, (label, label), color=colour, linewidth=5, solid_capstyle="butt")
+        axis.plot(ends, (label, label), color=LORA, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
         axis.annotate(
             f"{middle:.1f} (lr {scientific(float(rate))})",
