@@ -36,10 +36,9 @@ def snippet(text: str) -> str:
     return block
 
 
-def test_three_pages_share_one_text():
+def test_page_and_notebook_share_one_text():
     script = re.sub("^# ?", "", SCRIPT.read_text(), flags=re.MULTILINE)
-    lora = (ROOT / "docs" / "lora.md").read_text()
-    assert snippet(lora) == snippet(PAGE) == snippet(script)
+    assert snippet(PAGE) == snippet(script)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
