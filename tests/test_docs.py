@@ -111,8 +111,8 @@ def test_what_the_pages_point_at_exists(check):
     assert wrong == {}
 
 
-def test_no_page_is_over_250_lines():
-    assert [page.name for page in PAGES if len(page.read_text().splitlines()) > 250] == []
+def test_no_page_is_over_220_lines():
+    assert [page.name for page in PAGES if len(page.read_text().splitlines()) > 220] == []
 
 
 def test_every_bug_has_its_toy():
