@@ -88,7 +88,7 @@ def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
 
 
 def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Answer stdin line by line. Drop the oldest turns when they do not fit into the context."""
+    """Answer stdin line by line. Drop the oldest turns when the chat exceeds the context."""
     require_end_of_text(tokenizer)  # fail now, not after the first answer
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -120,8 +120,8 @@ def stream(
     args,
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt's ids up to an end of text, in one row per generator. Yield the row's
-    number and the next piece of its text, in whole characters.
+    """Continue the ids of a prompt up to an end of text, in one row per generator. Yield the number
+    of a row and the next whole characters of the row.
     """
     rows = len(generators)
     ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
@@ -148,7 +148,7 @@ def stream(
 
 
 class StreamDecoder:
-    """Decode tokens one by one into whole characters. `ids` are the tokens before the first."""
+    """Decode tokens one by one into whole characters. `ids` are the tokens of the prompt."""
 
     def __init__(self, tokenizer: Tokenizer, ids: Sequence[int] = ()):
         self.tokenizer = tokenizer
@@ -161,7 +161,7 @@ class StreamDecoder:
         return self._rest(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
 
     def finish(self) -> str:
-        """Return U+FFFD if the last character is not whole."""
+        """Return U+FFFD if the last character is incomplete, otherwise ""."""
         return self._rest(self.tokenizer.decode(self.ids))
 
     def _rest(self, text: str) -> str:
@@ -171,7 +171,7 @@ class StreamDecoder:
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
-    """Return a mask, bool (V,), of the ids that only pad the model's vocabulary."""
+    """Return a mask, bool (V,), of the model's ids that the tokenizer lacks."""
     mask = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
     mask[list(tokenizer.vocabulary.values())] = False
     return mask

@@ -1,6 +1,6 @@
 """Fine-tune GPT-2 on a book or on conversations: `python train.py lora` or `full`.
 
-One loop serves both methods. They train and save different parameters.
+One loop serves both methods. The methods differ in the parameters that they train and save.
 """
 
 import math
@@ -57,7 +57,7 @@ def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScal
     """Return the optimizer, and the scaler of the loss for fp16."""
     options = run.options
     run.set_up_model(model)  # casts frozen weights, chooses --kernels, compiles
-    # One group of parameters, or two under LoRA+. Each has `lr_scale`, a factor of the rate.
+    # `lr_scale` multiplies the learning rate of a group. Only LoRA+ has two groups.
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
@@ -80,29 +80,29 @@ def train_step(
     total_loss = torch.zeros((), device=run.device.torch_device)
     for inputs, targets in batch.micro_batches():
         with run.device.autocast():
-            # With --kernels fast, the default, FastGPT2.loss in model/kernels/fast.py computes it.
+            # By default (--kernels fast), this is FastGPT2.loss in model/kernels/fast.py.
             loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
-        # Divided by the whole batch's number of tokens, the gradients of micro-batches, and of
-        # ranks, add up to the gradient of the batch's mean loss. Small gradients vanish in fp16:
-        # the scaler multiplies the loss, and `unscale_` divides the gradients.
+        # The loss is divided by the number of tokens in the whole batch. So the gradients of
+        # micro-batches and ranks add up to the gradient of the batch's mean loss. Small gradients
+        # vanish in fp16, so the scaler multiplies the loss, and `unscale_` divides the gradients.
         scaler.scale(loss / batch.num_tokens).backward()
         total_loss += loss.detach()
-    run.ranks.all_reduce_gradients(model, total_loss)  # sums the loss, too
+    run.ranks.all_reduce_gradients(model, total_loss)  # also sums the loss
 
-    scaler.unscale_(optimizer)  # clipping compares true norms
+    scaler.unscale_(optimizer)  # clipping needs the true norm
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.options.clip or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph needs these tensors
+    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph reuses the tensors
     return total_loss, grad_norm
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """Return a step's learning rate: it rises linearly to `peak` over the first
-    ceil(warmup_ratio * total) steps, then falls along half a cosine towards zero (Loshchilov &
-    Hutter 2016, https://arxiv.org/abs/1608.03983). Steps count from 0. Step 0 has a rate above 0.
+    """Return the learning rate of a step, counted from 0. The rate rises linearly to `peak` over
+    the first ceil(warmup_ratio * total) steps. Then the rate falls along half a cosine towards 0
+    (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983).
     """
     warmup = math.ceil(warmup_ratio * total)
     if step < warmup:
@@ -111,7 +111,7 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 def validate_start(model: GPT2, data: Data, run: Run) -> None:
-    """Score the validation part with the base and, if there is one, with the initial adapter."""
+    """Score the validation part with the base, and also with `--init-adapter` if given."""
     with adapter_disabled(model):
         run.keep_base(model, validate(model, data, run))
     if run.options.init_adapter:

@@ -1,4 +1,4 @@
-"""Recognise mixtures of experts: expert weights are 3-D parameters and not `nn.Linear`s."""
+"""Recognise mixtures of experts, which store expert weights in 3-D parameters, not `nn.Linear`."""
 
 import sys
 import warnings
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# Names by family of models. PEFT expects a parameter with all experts behind each of these names
-# (`_MOE_TARGET_MODULE_MAPPING`), even if a dense layer or a shared expert has the name.
+# Module names by family of models. PEFT mistakes every module with such a name for the parameter
+# of all experts (`_MOE_TARGET_MODULE_MAPPING`), even a dense layer or a shared expert.
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -36,13 +36,13 @@ def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[st
 
 
 def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
-    """Return a message if PEFT takes an adapted layer for experts, otherwise None."""
+    """Return a message if PEFT would mistake an adapted layer for experts, otherwise None."""
     expert_names = _expert_names(model)
     misread = [name for name in layers if name.rpartition(".")[2] in expert_names]
     if not misread:
         return None
     return (
-        f"PEFT takes {misread[0]} for the experts in this model, and loses the update; choose "
+        f"PEFT would mistake {misread[0]} for the experts and lose the update; choose "
         f"target_modules without {', '.join(expert_names)}"
     )
 
@@ -61,7 +61,7 @@ def _is_convolution(model: nn.Module, parameter: str) -> bool:
 
 
 def _expert_names(model: Any) -> tuple[str, ...]:
-    """Return the model's `EXPERT_NAMES`, by the table of families in transformers, as in PEFT."""
+    """Return the `EXPERT_NAMES` of the family to which transformers assigns the model."""
     conversions = sys.modules.get("transformers.conversion_mapping")
     families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
     family = getattr(getattr(model, "config", None), "model_type", "")

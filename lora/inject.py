@@ -15,10 +15,10 @@ from lora.variants import make_layer
 def inject(model: nn.Module, config: LoRAConfig) -> None:
     """Put a LoRA layer around each `nn.Linear` that `find_targets` returns. Freeze the rest.
 
-    The config is kept as `model.lora_config`. Its class chooses the variant. Raises ValueError if a
-    target, a rank or a variant does not fit, or if the model has an adapter already. The model is
-    then unchanged. Warns if "all-linear" leaves out the experts of a mixture of experts, and if
-    `save_adapter` will refuse the adapter.
+    The config is stored as `model.lora_config`. The class of the config chooses the variant. Raises
+    ValueError if a target, a rank or a variant does not fit, or if the model has an adapter
+    already. After an error, the model is unchanged. Warns if "all-linear" leaves out experts, and
+    if `save_adapter` will refuse the adapter.
     """
     layers = new_layers(model, config)
     warn_about_experts(model, config, layers)
@@ -27,9 +27,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     """Return the LoRA layers of a model by module name. `install` puts them into the model."""
-    prefix = peft_view(model).prefix  # of names in PEFT's files: "transformer." for GPT-2
+    prefix = peft_view(model).prefix  # PEFT puts it before each name
     layers = {}
-    for name, slices in find_targets(model, config).items():  # slices: of c_attn, or empty
+    for name, slices in find_targets(model, config).items():  # no slices: the whole layer
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         with errors_that_name(name):
@@ -47,7 +47,7 @@ def install(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinea
 
 @contextmanager
 def errors_that_name(layer: str) -> Iterator[None]:
-    """Begin the message of a ValueError with the layer's name."""
+    """Put the layer's name before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -61,7 +61,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Switch the adapter off inside the `with`. Raises ValueError if it is merged."""
+    """Switch the adapter off inside the `with`. Raises ValueError if the adapter is merged."""
     layers = [layer for layer in lora_layers(model).values() if layer.enabled]
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged into the base; unmerge it first")

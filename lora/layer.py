@@ -1,6 +1,6 @@
 """The LoRA layer: a frozen linear layer plus a trained low-rank update.
 
-This file needs only PyTorch. Copied anywhere, it adapts any `nn.Linear` that you freeze first.
+This file needs only PyTorch. A copy of it works in any project: wrap a frozen `nn.Linear`.
 """
 
 import math
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 class LoRAConfig:
     """Hyper-parameters of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    They are named as in PEFT's `adapter_config.json`. A variant adds its own field in a subclass.
+    The names are those in PEFT's `adapter_config.json`. A variant adds a field in a subclass.
     """
 
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] | str = ("c_attn",)  # `find_targets` matches them
+    target_modules: tuple[str, ...] | str = ("c_attn",)  # see `find_targets`
     use_rslora: bool = False
     layers_to_transform: tuple[int, ...] | None = None  # only these blocks (None: all)
-    layers_pattern: tuple[str, ...] | None = None  # the blocks' list, such as "h" (None: any)
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # regex -> r of matching layers
-    alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex -> their lora_alpha
+    layers_pattern: tuple[str, ...] | None = None  # name of the list of blocks, such as "h"
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # regex of layers -> r
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex of layers -> lora_alpha
 
     @property
     def scaling(self) -> float:
@@ -42,7 +42,7 @@ class LoRALinear(nn.Module):
 
     Shapes: x (..., in), A = lora_A.weight (r, in), B = lora_B.weight (out, r), y (..., out).
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zero, so a new adapter changes nothing.
-    Trained A and B are fp32 whatever the base's precision: their steps are small, and GradScaler
+    Trained A and B are fp32 for a base of any precision, because updates are small and GradScaler
     refuses fp16 gradients. Raises ValueError for a rank outside 1 .. min(in, out).
     """
 
@@ -62,7 +62,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.merged = False
         self.lora_dropout = nn.Dropout(config.lora_dropout)
-        # Drawn on the CPU in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
+        # The CPU draws in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
         self.lora_A = nn.Linear(fan_in, config.r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(config.r, fan_out, bias=False, dtype=torch.float32)
         # With a = sqrt(5), Kaiming's bound sqrt(6 / (1 + a^2) / in) is 1 / sqrt(in).
@@ -75,16 +75,16 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return an empty slice of W, (0, in): models such as T5 read its dtype or device.
+        """Return an empty slice of W, (0, in), for models such as T5 that read the dtype or device.
 
-        A model that reads W past `forward` would omit the update. With an empty W, its shapes do
-        not fit, and PyTorch raises an error.
+        A model that multiplied by W without `forward` would omit the update. With the empty slice,
+        PyTorch raises an error instead.
         """
         return self.base_layer.weight[:0]
 
     @property
     def bias(self) -> Tensor | None:
-        """Return b, which the adapter does not change: models such as Mamba read it."""
+        """Return b, for models such as Mamba that read b. The adapter does not change b."""
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,12 +100,12 @@ class LoRALinear(nn.Module):
         Only DoRA reads y.
         """
         small = self.lora_A(self.lora_dropout(x))  # (..., r)
-        if math.frexp(self.scaling)[0] == 0.5:  # a power of two: exact, and fewer numbers to scale
+        if math.frexp(self.scaling)[0] == 0.5:  # power of two: scaling the small tensor is exact
             return self.lora_B(small * self.scaling)
         return self.lora_B(small) * self.scaling
 
     def in_adapter_precision(self, x: Tensor) -> Tensor:
-        """Return x in the precision of A and B. Under autocast each matmul casts x by itself."""
+        """Return x in the precision of A and B. Under autocast, each matmul casts x."""
         if torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.lora_A.weight.dtype)
@@ -126,8 +126,8 @@ class LoRALinear(nn.Module):
             self.merged = True
 
     def check_mergeable(self) -> None:
-        """Raise ValueError for a disabled adapter, and unless W is stored in fp32 or fp64: a sum in
-        bf16 rounds a small update away.
+        """Raise ValueError if the adapter is disabled, or if W is not stored in fp32 or fp64. A sum
+        in bf16 would round a small update away.
         """
         if not self.enabled:
             raise ValueError("the adapter is disabled; enable it before merging")
@@ -145,11 +145,11 @@ class LoRALinear(nn.Module):
             self.merged = False
 
     def unwrapped(self) -> nn.Linear:
-        """Return the linear layer inside, including a merged update."""
+        """Return the wrapped linear layer, including a merged update."""
         return self.base_layer
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """Return the layer's tensors in an adapter file, under PEFT's names."""
+        """Return the tensors for an adapter file, under PEFT's names."""
         return {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
 
     def saved_config(self) -> LoRAConfig:
@@ -160,23 +160,23 @@ class LoRALinear(nn.Module):
 def check_linear(layer: nn.Linear) -> None:
     """Raise ValueError unless the layer's forward is W x + b, with `weight` as W.
 
-    A subclass of `nn.Linear` with another forward may compute anything. If it computes W x + b, it
-    declares the class attribute `computes_linear = True`.
+    If a subclass of `nn.Linear` has another forward that computes W x + b, the subclass sets the
+    class attribute `computes_linear = True`.
     """
     kind = type(layer)
     if kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False):
         raise ValueError(
-            f"{kind.__name__} has its own forward, which may not be W x + b; it takes only plain "
-            "LoRA, without merging"
+            f"{kind.__name__} has its own forward, which may not be W x + b; use plain LoRA, and "
+            "do not merge"
         )
 
 
 def stored_weight(layer: nn.Linear) -> nn.Parameter:
-    """Return W, to be changed in place. Raises ValueError unless y = W x + b with a stored W."""
+    """Return W for changes in place. Raises ValueError unless y = W x + b with a stored W."""
     check_linear(layer)
     if not isinstance(layer.weight, nn.Parameter):
         raise ValueError(
-            "the weight is computed from other tensors, so a change of it would be lost; "
+            "the weight is computed from other tensors, so a change to the weight would be lost; "
             "`dequantise` the model, or remove a parametrization (weight_norm) before `inject`"
         )
     return layer.weight

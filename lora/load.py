@@ -1,4 +1,4 @@
-"""Read adapters in PEFT's format, strictly. Errors name the field or tensor that does not fit."""
+"""Read adapters in PEFT's format strictly. Errors name the field or tensor that does not fit."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from lora.peft_view import peft_view
 from lora.save import BASE_SHA256, WEIGHTS, tensors_by_key
 from lora.tensors import check_names, checked, read_metadata, readable
 
-BAD_PATTERN = (re.error, OverflowError, RecursionError)  # the errors of a regular expression
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # raised for regular expressions
 
 
 def load_adapter(
     model: nn.Module, directory: str | Path, base_sha256: str | None = None
 ) -> LoRAConfig:
-    """Inject the adapter in `directory` into `model`, A and B as stored. Return its config.
+    """Inject the adapter in `directory` into `model`. Return the config of the adapter.
 
     Raises ValueError if the file records another base than `base_sha256`, and if a tensor is
-    missing, unexpected, misshapen or not finite. The model is then unchanged.
+    missing, unexpected, misshapen or not finite. After an error, the model is unchanged.
     """
     directory = Path(directory)
     config = load_adapter_config(directory)
@@ -61,7 +61,7 @@ def load_adapter_config(directory: str | Path) -> LoRAConfig:
 
 
 def stored_base_fields(directory: str | Path) -> dict[str, Any]:
-    """Return the fields of the adapter's config that describe its base, as `base_fields` does."""
+    """Return the fields of the adapter's config that describe the base, as `base_fields` does."""
     stored = _read_config(Path(directory))
     return {
         "task_type": stored.get("task_type"),
@@ -102,5 +102,5 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(stored, dict):
-        raise ValueError(f"{path}: holds a JSON {type(stored).__name__}, not an object")
+        raise ValueError(f"{path}: contains a JSON {type(stored).__name__}, not an object")
     return stored

@@ -8,7 +8,8 @@ from lora.inject import errors_that_name, lora_layers
 def merge(model: nn.Module) -> None:
     """Add every LoRA layer's update to its W.
 
-    Raises ValueError, naming the layer, if one cannot be merged. Then no layer is merged.
+    Raises ValueError, naming the layer, if a layer cannot be merged. After an error, no layer is
+    merged.
     """
     layers = lora_layers(model)
     for name, layer in layers.items():
@@ -25,11 +26,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Replace the LoRA layers by the linear layers inside, including merged updates. The weights
-    stay frozen.
+    """Replace each LoRA layer by the wrapped linear layer, which includes a merged update.
 
-    Raises ValueError for layers of PiSSA or LoRA-GA that are not merged, because part of their W is
-    in A and B. The model is then unchanged.
+    Raises ValueError for layers of PiSSA or LoRA-GA that are not merged, because A and B contain
+    part of W. After an error, the model is unchanged.
     """
     linear_layers = {}
     for name, layer in lora_layers(model).items():

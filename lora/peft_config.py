@@ -10,7 +10,7 @@ from lora.layer import LoRAConfig
 from lora.variants import config_fields, make_config
 
 CONFIG = "adapter_config.json"
-SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # our names of slices, which PEFT does not know
+SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # PEFT does not know such names
 READ = {field.name for field in fields(LoRAConfig)} | {"use_dora"}
 # PEFT's fields that do not change what a trained adapter computes.
 IGNORED = {
@@ -32,27 +32,27 @@ IGNORED = {
 SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", None),
-    "bias": ("none", "lora_only"),  # PEFT long wrote "lora_only" without any bias tensor
+    "bias": ("none", "lora_only"),  # older PEFT wrote "lora_only" without a bias tensor
     "use_rslora": (True, False),
-    "fan_in_fan_out": (True, False),  # A and B are stored alike in both
-    # After PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA, PEFT's file needs a base with another W.
+    "fan_in_fan_out": (True, False),  # does not change how A and B are stored
+    # PEFT's files of PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA need a base with another W.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
-UNUSED: tuple = (None, False, [], {})  # the values that switch off any other field
+UNUSED: tuple = (None, False, [], {})  # the supported values of any other field
 RANKS = (1, 1 << 20)  # minimum and maximum
 ALPHAS = (0, 3e6)
 
 
 def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of PEFT's file. `base_fields` is from `lora.save.base_fields`.
+    """Return the content of PEFT's file. `base_fields` comes from `lora.save.base_fields`.
 
-    `peft_version` is left out: PEFT fills it in, and versions before 0.18 warn about it.
+    `peft_version` is left out: PEFT fills in the field, and versions before 0.18 warn about it.
     """
     return {
         "peft_type": "LORA",
         **base_fields,
         **config_fields(config),
-        "init_lora_weights": True,  # a reader takes A and B as they are
+        "init_lora_weights": True,  # A and B need no conversion
         "bias": "none",
         "modules_to_save": None,
         "inference_mode": True,
@@ -93,7 +93,7 @@ def _number(field: str, value: Any, kind: Any, low: float, high: float) -> Any:
 
 
 def _items(stored: Mapping[str, Any], field: str, kind: type) -> tuple | None:
-    """Return a field's value or list of values as a tuple, or None if it is empty."""
+    """Return a field's value or list of values as a tuple, or None if the field is empty."""
     value = stored.get(field)
     if value in (None, "", []):
         return None
@@ -104,7 +104,7 @@ def _items(stored: Mapping[str, Any], field: str, kind: type) -> tuple | None:
 
 
 def _targets(stored: Mapping[str, Any]) -> tuple[str, ...] | str:
-    """Return the list of names, or the one regular expression."""
+    """Return the names, or a single regular expression."""
     names = _items(stored, "target_modules", str)
     if names is None or any(map(SLICE.fullmatch, names)):
         raise ValueError(
@@ -124,5 +124,5 @@ def _pattern(stored: Mapping[str, Any], field: str, kind: Any, low: float, high:
 
 
 def brief(value: object) -> str:
-    """Return a value from a file for a message: one printable line of bounded length."""
+    """Return a file's value as one printable line of bounded length, for a message."""
     return reprlib.repr(value)[:120]

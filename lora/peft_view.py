@@ -1,7 +1,7 @@
 """Describe how PEFT sees a model: the names of its modules, and the class that wraps it.
 
-PEFT sees our GPT-2 as transformers' GPT2LMHeadModel. There the modules are in `transformer`, the
-head is a module, and projections are stored as (in, out).
+PEFT sees our GPT-2 as transformers' GPT2LMHeadModel. There, `lm_head` is a module, all other
+modules are in `transformer`, and projections are stored as (in, out).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ class PeftView:
     prefix: str = ""  # before each module's name
     task_type: str | None = None  # chooses PEFT's class (None: PeftModel)
     fan_in_fan_out: bool = False  # whether W is stored as (in, out)
-    ties: Mapping[str, str] = field(default_factory=dict)  # tied modules, and why they are refused
+    ties: Mapping[str, str] = field(default_factory=dict)  # tied modules -> reasons to refuse them
     fused: str | None = None  # the layer that computes q, k and v
 
 
@@ -28,13 +28,13 @@ GPT2_VIEW = PeftView(
     prefix="transformer.",
     task_type="CAUSAL_LM",
     fan_in_fan_out=True,
-    ties={"lm_head": "the head is tied to wte", "transformer.wte": "it is tied to the head"},
+    ties={"lm_head": "the head is tied to wte", "transformer.wte": "wte is tied to the head"},
     fused="c_attn",
 )
 
 
 def peft_view(model: nn.Module) -> PeftView:
-    """Return how PEFT sees a model: our GPT-2, a model of transformers, or any other module."""
+    """Return PEFT's view of our GPT-2, of a model of transformers, or of any other module."""
     if hasattr(model, "can_generate"):
         return PeftView(task_type=_task_type(model))
     if _is_our_gpt2(model):
@@ -43,7 +43,7 @@ def peft_view(model: nn.Module) -> PeftView:
 
 
 def _task_type(model: Any) -> str | None:
-    """Return the task of a model of transformers that reads tokens and generates text."""
+    """Return the task of a transformers model that reads tokens and generates text, or None."""
     if not model.can_generate() or model.main_input_name != "input_ids":
         return None
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
@@ -51,7 +51,7 @@ def _task_type(model: Any) -> str | None:
 
 
 def _is_our_gpt2(model: Any) -> bool:
-    """Return whether a model has GPT-2's modules at its root, linear layers, and no head."""
+    """Return whether a model has GPT-2's modules at the root, linear projections and no head."""
     names = {name for name, _ in model.named_children()}
     if not {"wte", "h", "ln_f"} <= names or names & {"transformer", "lm_head", "head"}:
         return False

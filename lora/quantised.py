@@ -1,10 +1,9 @@
 """QLoRA's frozen base: linear layers that store W in four or eight bits per weight.
 
-Dettmers et al. 2023, https://arxiv.org/abs/2305.14314 ("the paper" below). Its code is the library
-bitsandbytes. Codes, scales and dequantised weights here are bitwise equal to that library.
+Dettmers et al. 2023, https://arxiv.org/abs/2305.14314 ("the paper" below). The authors' code is the
+library bitsandbytes. Codes, scales and dequantised weights here are bitwise equal to bitsandbytes.
 
-A quantised layer takes the place of a frozen `nn.Linear`, and `LoRALinear` wraps either. `quantise`
-replaces a model's layers.
+`quantise` replaces the linear layers of a model by quantised layers. `LoRALinear` can wrap both.
 """
 
 from collections.abc import Callable
@@ -26,13 +25,12 @@ def nf4_levels() -> Tensor:
 
     Weights are close to normally distributed, so the levels are quantiles of the normal
     distribution: close together where weights are many (paper, section 3). Evenly spaced
-    probabilities from the tail to 1/2, where the quantile is 0, give 8 levels above 0 and 7 below.
-    The 16th is 0 itself, so that a weight of 0 stays 0. Division by the largest level scales them
-    to [-1, 1].
+    probabilities from `tail` to 1/2 give 8 levels above 0 and 7 levels below. The 16th level is 0,
+    the quantile of 1/2, so a weight of 0 stays 0. The largest level becomes 1.
 
-    The paper's equation 4 takes the means of neighbouring quantiles. Its appendix E and its code
-    have the quantiles themselves. The quantile of 1 is infinite, so the tail probability is
-    (1 - 1/32 + 1 - 1/30) / 2, to seven digits as in the code.
+    Equation 4 of the paper takes the means of neighbouring quantiles. Appendix E and the authors'
+    code take the quantiles. The quantile of 1 is infinite, so `tail` replaces 1. The authors' code
+    rounds (1 - 1/32 + 1 - 1/30) / 2 to these seven digits.
     """
     tail = 0.9677083
     above = torch.special.ndtri(torch.linspace(tail, 0.5, 9)[:-1].double())  # (8,)
@@ -44,9 +42,10 @@ def nf4_levels() -> Tensor:
 def scale_levels() -> Tensor:
     """Return the 256 levels of an 8-bit scale, fp32 (256,), ascending from -0.993 to 1.
 
-    Of each sign, 64 levels are spaced evenly in 0.1 .. 1, 32 in 0.01 .. 0.1, and so on, down to one
-    in 1e-7 .. 1e-6. The last two are 0 and 1 (Dettmers et al. 2022, section 1.3,
-    https://arxiv.org/abs/2110.02861). QLoRA's code has these, not the paper's 8-bit floats.
+    For each sign, 64 levels are spaced evenly in 0.1 .. 1, 32 levels in 0.01 .. 0.1, and so on,
+    down to one level in 1e-7 .. 1e-6. The other two levels are 0 and 1 (Dettmers et al. 2022,
+    section 1.3, https://arxiv.org/abs/2110.02861). The paper names 8-bit floats, but QLoRA's code
+    has these levels.
     """
     decades = []
     for i in range(7):
@@ -58,7 +57,7 @@ def scale_levels() -> Tensor:
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Return the index of the level nearest to each x, uint8. `levels` ascend."""
+    """Return the index of the level nearest to each x, uint8. The levels ascend."""
     midpoints = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(x, midpoints.to(x.device), out_int32=True).to(torch.uint8)
 
@@ -66,8 +65,8 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 def scaled_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return x / absmax in blocks, (n, size), and each block's absmax = max |x|, (n,), in fp32.
 
-    Each block has its own scale, so an outlier coarsens only its own block (paper, section 2).
-    Zeros fill up the last block.
+    Blocks have separate scales, so an outlier coarsens only one block (paper, section 2). Zeros pad
+    the last block.
     """
     flat = x.float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)
@@ -77,15 +76,14 @@ def scaled_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise scales (n,), which are all positive, to 8 bits each (paper, section 3, Double
-    Quantization).
+    """Quantise positive scales (n,) to 8 bits each (paper, section 3, Double Quantization).
 
-    Return their codes, uint8 (n,), the scale of each block of 256, fp32, and the mean. The mean is
-    subtracted first, because the levels lie around 0.
+    Return the codes, uint8 (n,), the second scale of each block of 256 scales, fp32, and the mean.
+    The mean is subtracted first, because the levels lie around 0.
     """
     mean = absmax.mean()
     x, scales = scaled_blocks(absmax - mean, SCALE_BLOCK)
-    # bitsandbytes' CPU kernel rounds x to 2^16 values, and looks the code of each up.
+    # bitsandbytes' CPU kernel rounds x to 2^16 values, and looks up the code of each value.
     x = torch.floor((x + 1) * 32767.5 + 0.5) / 32767.5 - 1
     codes = nearest(x, scale_levels())
     return codes.flatten()[: len(absmax)], scales, mean
@@ -95,15 +93,15 @@ class QuantisedLinear(nn.Linear):
     """y = x W^T + b with a frozen W that a subclass stores in few bits.
 
     x (..., in), y (..., out). W is dequantised for each product, to the precision of x or, under
-    autocast, to the precision of autocast. `weight` returns W in fp32, as a new tensor. A change of
-    that tensor has no effect, so adapters are not merged into it.
+    autocast, to the precision of autocast. `weight` returns W in fp32, as a new tensor. A change to
+    that tensor has no effect, so adapters cannot be merged into the layer.
     """
 
     kind: str  # the name of the subclass in options and files
     computes_linear = True
 
     def __init__(self, layer: nn.Linear):
-        nn.Module.__init__(self)  # nn.Linear.__init__ would make a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate W
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.bias = layer.bias
@@ -132,7 +130,7 @@ class QuantisedLinear(nn.Linear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantisedLinear":
-        """Move the layer with its model. A cast applies only to the bias: scales stay in fp32."""
+        """Move the layer with the model. A cast applies only to the bias: scales stay in fp32."""
         scales = {name: x for name, x in self.named_buffers() if x.is_floating_point()}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
@@ -145,7 +143,7 @@ class _DequantisedLinear(torch.autograd.Function):
     """Compute `F.linear`, and dL/dx = dL/dy W for frozen W and b.
 
     Autograd would keep the dequantised W of every layer until the backward pass. This function
-    keeps only the layer, and dequantises again (paper, section 3, equations 5 and 6).
+    keeps only the layer, and dequantises W again (paper, section 3, equations 5 and 6).
     """
 
     @staticmethod
@@ -163,9 +161,9 @@ class _DequantisedLinear(torch.autograd.Function):
 
 
 class Int8Linear(QuantisedLinear):
-    """W = codes * absmax / 127: codes in -127 .. 127, and a scale per row, absmax = max |W_row|.
+    """W = codes * absmax / 127, with codes in -127 .. 127 and absmax = max |W_row| for each row.
 
-    Shapes: codes int8 (out, in), absmax fp32 (out,): 8 + 32 / in bits a weight.
+    Shapes: codes int8 (out, in), absmax fp32 (out,). A weight takes 8 + 32 / in bits.
     """
 
     kind = "int8"
@@ -187,9 +185,9 @@ class Int8Linear(QuantisedLinear):
 class NF4Linear(QuantisedLinear):
     """W_i = level[code_i] * absmax_j: 4-bit NormalFloat in blocks j of 64 weights, row after row.
 
-    Shapes, for n weights: codes uint8 (n / 2,), two per byte, and absmax (n / 64,), as 8-bit codes
-    with scales fp32 (n / 64 / 256,) and a mean (double quantisation). That is
-    4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight.
+    Shapes, for n weights: codes uint8 (n / 64, 32), two per byte. Double quantisation stores absmax
+    as 8-bit codes, uint8 (n / 64,), with scales fp32 (n / 64 / 256,) and a mean. A weight takes
+    4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
     """
 
     kind = "nf4"
@@ -205,8 +203,8 @@ class NF4Linear(QuantisedLinear):
         levels = nf4_levels()
         x, absmax = scaled_blocks(layer.weight.detach(), BLOCK)
         codes = nearest(x, levels)  # (n / 64, 64)
-        self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # first: high bits
-        # The two levels of each byte: dequantising looks up two weights at once.
+        self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # two codes a byte
+        # `pairs` has the two levels of each byte, so dequantising looks up two weights at once.
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
         absmax, scales, mean = quantise_scales(absmax)
         self.register_buffer("scale_levels", scale_levels(), persistent=False)
@@ -222,7 +220,7 @@ class NF4Linear(QuantisedLinear):
         return levels * scale_of_each + self.mean
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        # A row of two fp32 levels is one int64 here: picking numbers is faster than picking rows.
+        # Two fp32 levels are viewed as one int64: picking numbers is faster than picking rows.
         pairs = self.pairs.view(torch.int64).flatten()  # (256,)
         picked = torch.index_select(pairs, 0, self.codes.flatten().int())  # (n / 2,)
         blocks = picked.view(torch.float32).view(-1, BLOCK)  # levels
@@ -237,11 +235,11 @@ LAYERS: dict[str, type[QuantisedLinear]] = {layer.kind: layer for layer in (NF4L
 def quantise(
     model: nn.Module, kind: str, target_modules: tuple[str, ...] | str = ALL_LINEAR
 ) -> None:
-    """Quantise linear layers of a model to a kind of `LAYERS`. `target_modules` names the layers as
-    in `LoRAConfig`: by default all linear layers except the head.
+    """Quantise linear layers of a model. `kind` is a key of `LAYERS`. `target_modules` names the
+    layers as in `LoRAConfig`: by default all linear layers except the head.
 
-    Raises ValueError for another kind, for targets that do not fit, and for a layer whose forward
-    is not W x + b. The model is then unchanged.
+    Raises ValueError for an unknown kind, for targets that do not fit, and for a layer whose
+    forward is not W x + b. After an error, the model is unchanged.
     """
     if kind not in LAYERS:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(LAYERS)}")
@@ -262,7 +260,7 @@ def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
 
 
 def quantisation(model: nn.Module) -> str | None:
-    """Return the kind of the model's quantised layers, or None without such layers."""
+    """Return the kind of the model's quantised layers, or None if no layer is quantised."""
     for layer in quantised_layers(model).values():
         return layer.kind
     return None

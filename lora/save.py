@@ -22,8 +22,8 @@ from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-BASE_SHA256 = "base_sha256"  # of the base's weights, in the header of WEIGHTS. PEFT ignores it
-QUANTISED = "base_quantised"  # also there: "nf4" or "int8", if the base was quantised
+BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: the hash of the base's weights
+QUANTISED = "base_quantised"  # in the same header: "nf4" or "int8", if the base was quantised
 
 
 def save_adapter(
@@ -33,12 +33,11 @@ def save_adapter(
     base_sha256: str = "",
     revision: str | None = None,
 ) -> None:
-    """Write the model's adapter as stock PEFT reads it, each of the two files atomically.
+    """Write the model's adapter for stock PEFT. Each of the two files is written atomically.
 
-    `base` and `revision` name the base on the hub, for information. A reader checks
-    `base_sha256`, the hash of the base's weights file. Raises ValueError for a model
-    without an adapter, for a layer that PEFT would take for another, and for a tensor that is not
-    finite.
+    `base` and `revision` name the base on the hub, for information. `base_sha256` is the hash of
+    the base's weights file, which `load_adapter` can check. Raises ValueError for a model without
+    an adapter, for a layer that PEFT would misread, and for a tensor that is not finite.
     """
     model = getattr(model, "_orig_mod", model)  # `torch.compile` adds this to each name
     if not lora_layers(model):
@@ -74,9 +73,9 @@ def write_adapter(
     base: Mapping[str, Any],
     header: Mapping[str, str],
 ) -> None:
-    """Write an adapter's two files from its tensors, under PEFT's keys, and its config.
+    """Write the two files of an adapter. `tensors` has PEFT's keys.
 
-    `base` is from `base_fields`. `header` goes into the header of the tensors' file.
+    `base` comes from `base_fields`. `header` is added to the header of the tensor file.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,7 @@ def write_adapter(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same directory. On success, rename it over `path`."""
+    """Yield a temporary path in the same directory. On success, rename the file to `path`."""
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
@@ -107,7 +106,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
-    """Return the tensors of LoRA layers, whose names in PEFT's model begin with `prefix`."""
+    """Return the tensors of LoRA layers under PEFT's keys. `prefix` is from `peft_view`."""
     tensors = {}
     for name, layer in layers.items():
         for part, tensor in layer.saved_tensors().items():
@@ -118,9 +117,9 @@ def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, T
 def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
-    It is `model.lora_config`, unless a layer saves other tensors than it trains, as PiSSA and
-    slices do, or the model has experts, which PEFT might match as well. Then the config lists each
-    layer's full name, rank and alpha.
+    Usually this is `model.lora_config`. PiSSA, LoRA-GA and slices save other tensors than they
+    train, and PEFT could also match the experts of a mixture. In these cases the config lists the
+    full name, rank and alpha of each layer.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix

@@ -14,23 +14,23 @@ from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_view import peft_view
 
 ALL_LINEAR = "all-linear"
-SLICES = ("q", "k", "v")  # of a fused layer's output, in this order
-READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # they skip layers' forward
+SLICES = ("q", "k", "v")  # slices of a fused layer's output, in this order
+READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # skip the layers' forward
 
 
 def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
-    """Return a command line's names in `LoRAConfig`'s form: "all-linear" alone is a string."""
+    """Return the names on a command line for `LoRAConfig`, where "all-linear" is a string."""
     if list(names) == [ALL_LINEAR]:
         return ALL_LINEAR
     return tuple(names)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
-    """Return the linear layers to adapt, in module order, each with its slices (empty: the whole).
+    """Return the names of the layers to adapt, in module order, with the slices (none: the whole).
 
     `target_modules` is "all-linear" (all except the head), a regular expression that matches full
-    names, or a list of full names and their endings after a dot: `c_proj` matches a layer of
-    GPT-2's attention and one of its MLP. `layers_to_transform` limits endings to these blocks, and
+    names, or a list of full names and endings after a dot: `c_proj` matches a layer in GPT-2's
+    attention and a layer in the MLP. `layers_to_transform` limits endings to these blocks, and
     `layers_pattern` to lists of blocks with this name. Raises ValueError if a target, block or
     pattern matches nothing, if a target cannot be adapted, or if the model has an adapter already.
     """
@@ -62,8 +62,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Map the full name of each module that shares its weight with another to a sentence that names
-    the other. An update of one would change both.
+    """Map the full name of each module that shares a weight to a phrase that names the other
+    module. An update of one module would change both.
     """
     view = peft_view(model)
     sharing: dict[int, list[str]] = {}  # by parameter
@@ -81,7 +81,7 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:
-    """Return the names, or the one expression. Raises ValueError if blocks cannot limit them."""
+    """Return the names, or the one regular expression. Raises ValueError where PEFT does."""
     if config.layers_pattern and not config.layers_to_transform:
         raise ValueError("layers_pattern needs layers_to_transform, as in PEFT")
     if not isinstance(config.target_modules, str):
@@ -94,9 +94,9 @@ def _targets(config: LoRAConfig) -> tuple[str, ...]:
 def _all_linear(
     model: nn.Module, modules: Mapping[str, nn.Module], tied: Mapping[str, str]
 ) -> list[str]:
-    """Return the linear layers by PEFT's rules, without tied ones.
+    """Return the names of all linear layers by PEFT's rules, except tied layers.
 
-    PEFT leaves out the head of transformers' models, and includes their Conv1D layers.
+    In models of transformers, PEFT leaves out the head and includes Conv1D layers.
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None
@@ -119,8 +119,8 @@ def _split_slice(target: str, fused: str | None) -> tuple[str, set[str]]:
 
 
 def _is_named(name: str, target: str, config: LoRAConfig) -> bool:
-    """Return whether a target names this module: by an expression that matches the full name, by
-    the full name, or by its ending after a dot.
+    """Return whether a target names this module. The target is a regular expression for the full
+    name, or the full name, or the end of the full name after a dot.
     """
     if isinstance(config.target_modules, str):
         return re.fullmatch(target, name) is not None
@@ -150,11 +150,11 @@ def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]
 def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> None:
     """Raise ValueError unless the module `own` that a target matches can be adapted.
 
-    `tied` is the sentence of `tied_modules` about it, if any.
+    `tied` is the phrase of `tied_modules` about the module, if any.
     """
     refused = f"target module {target!r} is refused:"
     if tied:
-        raise ValueError(f"{refused} {tied}, and an update of one would change both")
+        raise ValueError(f"{refused} {tied}, and an update of one would change the other")
 
     module = model.get_submodule(own)
     if isinstance(module, nn.Embedding):
@@ -169,11 +169,11 @@ def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> 
     parent = model.get_submodule(own.rpartition(".")[0])
     if isinstance(parent, READ_WEIGHTS):
         kind = type(parent).__name__
-        raise ValueError(f"{refused} {kind} reads the weight of {own} past its forward")
+        raise ValueError(f"{refused} {kind} bypasses the forward of {own}")
 
 
 def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
-    """Raise ValueError for a block without an adapted layer, or a pattern that matches none."""
+    """Raise ValueError for a block or a pattern that has no adapted layer."""
     missing = set(config.layers_to_transform or ()) - {_block(name, config) for name in found}
     if missing:
         raise ValueError(f"layer {min(missing)} has no target module")
@@ -183,8 +183,8 @@ def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
-    """Return `config` with the rank and alpha of the layer with this full name, by the first
-    pattern that matches.
+    """Return `config` with the rank and alpha of one layer. `name` is the layer's full name. The
+    first pattern that matches the name decides.
     """
     r = config.r
     for pattern, rank in config.rank_pattern.items():
@@ -200,7 +200,7 @@ def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Return whether a regular expression matches the name, or its end after a dot."""
+    """Return whether a regular expression matches the name, or the end of the name after a dot."""
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 

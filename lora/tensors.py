@@ -1,7 +1,7 @@
 """Read tensors strictly, and write safetensors files: equal content gives equal bytes.
 
-Safetensors' own writer orders the metadata at random, and before version 0.8 it copies all tensors
-first. Format: 8 bytes of header length, the header in JSON, the tensors' bytes
+The writer of the safetensors library orders the metadata at random, and versions before 0.8 copy
+all tensors first. Format: 8 bytes of header length, the header in JSON, the tensors' bytes
 (https://github.com/huggingface/safetensors).
 """
 
@@ -49,10 +49,10 @@ def write_tensors(
 
 
 def tensor_bytes(key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Return a tensor's numbers in `dtype`. Raises ValueError for one that is not finite."""
+    """Return a tensor's bytes in `dtype`. Raises ValueError for a number that is not finite."""
     value = tensor.detach().to("cpu", dtype).contiguous()
     if not is_finite(value):
-        raise ValueError(f"{key} holds numbers that are not finite in {dtype}; not written")
+        raise ValueError(f"{key} contains numbers that are not finite in {dtype}; not written")
     return ctypes.string_at(value.data_ptr(), value.nbytes)  # numpy may not be installed
 
 
@@ -83,30 +83,30 @@ def check_names(path: Path, stored: Collection[str], needed: Collection[str]) ->
     if missing:
         raise ValueError(
             f"{path}: tensor {missing[0]} is missing ({len(missing)} in all); "
-            "the file is of another model"
+            "the file belongs to another model"
         )
     extra = sorted(set(stored) - set(needed))
     if extra:
         raise ValueError(
-            f"{path}: unexpected tensor {extra[0]!r:.120}; the file is of another model"
+            f"{path}: unexpected tensor {extra[0]!r:.120}; the file belongs to another model"
         )
 
 
 def checked(value: Tensor, shape: torch.Size, name: str) -> Tensor:
-    """Return a tensor from a file. Raises ValueError unless it is finite and of `shape`."""
+    """Return a tensor of `shape` from a file. Raises ValueError for NaN, inf or another shape."""
     if value.dtype not in DTYPES:
         raise ValueError(f"{name} is not a tensor of fp32, fp16 or bf16 ({value.dtype})")
     if value.shape != shape:
         found = f"{tuple(value.shape)!s:.120}"
-        raise ValueError(f"{name} is {found} where {tuple(shape)} is needed")
+        raise ValueError(f"{name} has shape {found}, not {tuple(shape)}")
     if not is_finite(value):
-        raise ValueError(f"{name} holds numbers that are not finite; the file is damaged")
+        raise ValueError(f"{name} contains numbers that are not finite; the file is damaged")
     return value
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite. NaN and inf show in the minimum or the maximum."""
+    """Return whether all numbers are finite. The minimum or maximum shows NaN and inf."""
     if tensor.numel() == 0:
         return True
-    least, largest = tensor.aminmax()  # unlike torch.isfinite, it makes no second tensor
+    least, largest = tensor.aminmax()  # torch.isfinite would make a second tensor
     return math.isfinite(least) and math.isfinite(largest)

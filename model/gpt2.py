@@ -5,7 +5,7 @@ stores the projections as (in, out). Here they are `nn.Linear`s, (out, in): `sto
 transposes them.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
-This file needs only PyTorch. `accelerate` (`model/kernels/fast.py`) makes its models faster.
+This file needs only PyTorch. `accelerate` (`model/kernels/fast.py`) makes a model faster.
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
@@ -37,7 +37,7 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     activation_function: str = "gelu_new"  # GPT-2's tanh form ("gelu": the erf form)
-    token_ids: dict = field(default_factory=dict)  # `bos_token_id` etc.: unused here, saved again
+    token_ids: dict = field(default_factory=dict)  # such as `bos_token_id`: only saved again
 
 
 class KVCache:
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """c_proj(gelu(c_fc(x))): from C to 4 C and back, for each token by itself."""
+    """c_proj(gelu(c_fc(x))): from C to 4 C and back, for each token separately."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Two residual steps on x (B, T, C), attention and then the MLP, each reading a norm of x."""
+    """Add attention of a norm of x to x (B, T, C), and then the MLP of a norm of the sum."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -131,7 +131,7 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model, with random weights. Its head is `wte` itself, so they stay tied.
+    """The language model, with random weights. `wte` is also the head.
 
     Parity with PEFT relies on the order of the dropouts: embedding, then in each block c_attn's
     LoRA, attention weights, c_proj's LoRA, attention output, the MLP's LoRA, MLP output.
@@ -178,9 +178,8 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        Full fine-tuning trains the embeddings in fp32. A saved model is loaded in the run's
-        precision. So evaluation under autocast rounds the embeddings, and the reloaded model has
-        the same loss.
+        Full fine-tuning trains the embeddings in fp32, and a saved model is loaded in the run's
+        precision. Evaluation under autocast rounds the embeddings, to measure the saved model.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)
@@ -198,15 +197,15 @@ class GPT2(nn.Module):
         """Return the sum of -log p(target) over the scored tokens, in nats.
 
         idx and targets (B, T). A target of IGNORE_INDEX is not scored. p = softmax(logits), in
-        fp32. Sums of micro-batches add up, means do not.
+        fp32. Unlike means, the sums of micro-batches add up.
         """
         logits = self(idx).float().flatten(0, 1)  # (B * T, V)
         return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each target's -log p in nats, fp32 (B, T), and whether it is the likeliest token,
-        bool (B, T). They are 0 and False where the target is IGNORE_INDEX.
+        """Return each target's -log p in nats, fp32 (B, T), and whether the target is the likeliest
+        token, bool (B, T). For a target of IGNORE_INDEX, return 0 and False.
         """
         logits = self(idx)  # (B, T, V)
         losses = F.cross_entropy(logits.float().mT, targets, reduction="none")
@@ -226,7 +225,7 @@ class GPT2(nn.Module):
         """Draw weights as transformers does: std initializer_range, biases 0.
 
         The 2 * n_layer projections that add to the residual stream are scaled by
-        1 / sqrt(2 * n_layer) (paper, 2.3). OpenAI's own code draws `wpe` with std 0.01.
+        1 / sqrt(2 * n_layer) (paper, 2.3). OpenAI's code draws `wpe` with std 0.01.
         """
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.n_layer)
@@ -244,6 +243,6 @@ class GPT2(nn.Module):
 def new_embedding(rows: int, width: int) -> nn.Embedding:
     """Return an embedding with an uninitialised weight, for `init_weights` or a file to set.
 
-    `nn.Embedding(rows, width)` draws a weight, which imports PyTorch's compiler on the meta device.
+    `nn.Embedding(rows, width)` draws a weight. On the meta device, this imports PyTorch's compiler.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -1,4 +1,4 @@
-"""Draw tokens from GPT-2, one after the other, for one row or for several at once."""
+"""Draw tokens from GPT-2 one after the other, for one row or several rows at once."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,8 +38,8 @@ def generate_rows(
     """Yield ids (n,) step by step: the next token of each row of `ids` (n, T), drawn with the
     generator of the row. Tokens marked in `suppress_tokens`, bool (V,), are not drawn.
 
-    Keys and values of past tokens are cached. When the context is full, its older half is
-    forgotten and the rest is read again: learned positions cannot be shifted in the cache.
+    Keys and values of past tokens are cached. When the context is full, the older half is dropped
+    and the newer half is read again, because learned positions cannot be shifted in the cache.
 
     Raises RunError for logits that are not finite.
     """
@@ -53,7 +53,7 @@ def generate_rows(
             window = window[:, -max(1, context // 2) :]
             new = window
             cache = KVCache()
-        hidden = model.hidden(new, cache)[:, -1]  # (n, C): of the last token only
+        hidden = model.hidden(new, cache)[:, -1]  # (n, C), of the last token
         logits = model.logits(hidden).float()  # (n, V)
         if not torch.isfinite(logits).all():
             raise RunError(

@@ -1,7 +1,4 @@
-"""The variants of LoRA: which config asks for which layer.
-
-A variant is a file with its config and its layer, and a line in `VARIANTS`.
-"""
+"""The variants of LoRA. A variant is a file with a config and a layer, and a line in `VARIANTS`."""
 
 from collections.abc import Collection
 from dataclasses import asdict

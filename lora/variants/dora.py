@@ -20,9 +20,9 @@ class DoRALinear(LoRALinear):
     """y = m / ||V|| * V x + b, with V = W + scaling * B A (Liu et al. 2024,
     https://arxiv.org/abs/2402.09353, equation 5).
 
-    ||V|| (out,) is the norm of each row of V. m = lora_magnitude_vector (out,) starts as ||W||
-    and is trained, so a new adapter changes nothing. ||V|| counts as a constant in the gradients
-    (4.3). As in PEFT, dropout also applies to the x that m / ||V|| - 1 scales:
+    ||V|| (out,) is the norm of each row of V. The trained m = lora_magnitude_vector (out,) starts
+    as ||W||, so a new adapter changes nothing. The gradients treat ||V|| as a constant (4.3).
+    Dropout also applies to x in the second term below, as in PEFT:
 
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
     """
@@ -37,7 +37,7 @@ class DoRALinear(LoRALinear):
         self.register_buffer("merged_norm", None, persistent=False)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the last two terms of y above, (..., out)."""
+        """Return the last two terms of y, (..., out)."""
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
             weight = self.in_adapter_precision(self.base_layer.weight)

@@ -29,8 +29,8 @@ class LoRAGALinear(OffsetLinear):
     -lr * scaling * (G A0^T A0 + B0 B0^T G). For A0 = V[:, :r]^T (r, in) and B0 = U[:, r:2r]
     (out, r) the bracket is G's best approximation of rank 2 r.
 
-    As PEFT's `lora_ga` does by default, B0 is multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). The
-    authors' code multiplies A0 and B0 by out^(1/4) / sqrt(GAMMA), and neither by S.
+    As in PEFT's default `lora_ga`, B0 is also multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). The
+    authors' code instead multiplies both A0 and B0 by out^(1/4) / sqrt(GAMMA).
 
     Before `start_at(*initial_factors(gradient))` the layer equals a new layer of plain LoRA.
     """
@@ -53,7 +53,7 @@ def lora_ga_layers(model: nn.Module) -> dict[str, LoRAGALinear]:
 def weight_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yield, by layer, the sum (out, in) of dL/dW over the backward passes inside the `with`.
 
-    The sum is in fp32 whatever W's precision. The gradient of each pass is freed at once.
+    The sum is in fp32 for any precision of W. The gradient of each pass is freed at once.
     """
     sums: dict[str, Tensor] = {}
     hooks = []
@@ -84,8 +84,8 @@ def _adder(total: Tensor) -> Callable[[Tensor], None]:
 class GradientStart:
     """The state of LoRA-GA in a checkpoint: each layer's A0 and B0.
 
-    It cannot be recomputed exactly: the gradient may differ in its last bits, and its singular
-    vectors then differ in their signs.
+    A resumed run cannot recompute A0 and B0 exactly. The gradient may differ in the last bits, and
+    then singular vectors may change sign.
     """
 
     def __init__(self, model: nn.Module):

@@ -1,4 +1,4 @@
-"""Start LoRA away from zero: subtract the first update from W, so that nothing changes."""
+"""Start LoRA with an update that is not zero, and subtract this update from W."""
 
 from copy import deepcopy
 
@@ -15,11 +15,11 @@ class OffsetLinear(LoRALinear):
 
     A subclass chooses A0 and B0. A new adapter changes nothing, up to rounding. In evaluation
     mode the layer computes W x + b + scaling * (B A - B0 A0) x, as the saved adapter does. The
-    given layer is copied, not changed. Raises ValueError for a rank outside 1 .. min(in, out) / 2:
-    the saved adapter, which fits W, has twice the rank.
+    given layer is copied, not changed. Raises ValueError for a rank outside 1 .. min(in, out) / 2,
+    because the saved adapter has twice the rank.
     """
 
-    original: Tensor  # W (out, in), which the given layer and the saved adapter share
+    original: Tensor  # W (out, in) of the given layer
     initial_A: Tensor
     initial_B: Tensor
 
@@ -59,9 +59,9 @@ class OffsetLinear(LoRALinear):
         return self.as_saved(x)
 
     def as_saved(self, x: Tensor) -> Tensor:
-        """Return the output of the base with, unless disabled, the saved adapter.
+        """Return the output of the saved adapter or, if the adapter is disabled, of the base.
 
-        In low precision the remainder is rounded, so that remainder + B0 A0 is not quite W.
+        In low precision, the remainder is rounded, so remainder + scaling * B0 A0 differs from W.
         Validation must measure the saved adapter.
         """
         y = F.linear(x, self.original.to(self.base_layer.weight.dtype), self.base_layer.bias)
@@ -72,13 +72,13 @@ class OffsetLinear(LoRALinear):
         return (y + F.linear(h, saved["lora_B.weight"]) * self.scaling).to(y.dtype)
 
     def unwrapped(self) -> nn.Linear:
-        """Return the linear layer inside. Raises ValueError unless the adapter is merged."""
+        """Return the wrapped linear layer. Raises ValueError unless the adapter is merged."""
         if not self.merged:
             raise ValueError("W lacks the start of A and B; merge the adapter first")
         return self.base_layer
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """Return B A - B0 A0 = [B, -B0] [A; A0], an adapter of W itself, as PEFT converts it."""
+        """Return the factors of B A - B0 A0 = [B, -B0] [A; A0], an update of W, as in PEFT."""
         return {
             "lora_A.weight": torch.cat([self.lora_A.weight, self.initial_A]),
             "lora_B.weight": torch.cat([self.lora_B.weight, -self.initial_B], dim=1),

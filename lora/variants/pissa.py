@@ -21,7 +21,7 @@ class PiSSALinear(OffsetLinear):
     https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
     With W = U S V^T: B0 = U[:, :r] sqrt(S[:r] / scaling) (out, r) and A0 = sqrt(S[:r] / scaling)
-    V[:, :r]^T (r, in). A resumed run computes them again from W.
+    V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):

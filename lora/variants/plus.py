@@ -4,11 +4,11 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, ratio: float | None) -> list[dict]:
-    """Return an optimizer's groups, each with `lr_scale`, the factor of its learning rate.
+    """Return an optimizer's groups. `lr_scale` multiplies the learning rate of a group.
 
     LoRA+ gives B, and DoRA's vectors, `ratio` times A's learning rate (Hayou et al. 2024,
     https://arxiv.org/abs/2402.12354). The groups are as in PEFT's create_loraplus_optimizer.
-    A `ratio` of None leaves one group.
+    With a `ratio` of None, one group contains all parameters.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if ratio is None:

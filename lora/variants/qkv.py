@@ -13,12 +13,12 @@ from lora.variants.stacked import stacked
 
 
 class SlicedLoRALinear(LoRALinear):
-    """y_i = W_i x + b_i + scaling * B_i A_i dropout(x) for each of n slices, d = out / 3 wide, as
-    in the paper's experiments (Hu et al. 2021, 4.2) and in loralib's MergedLinear.
+    """y_i = W_i x + b_i + scaling * B_i A_i dropout(x) for each of n slices of width d = out / 3,
+    as in the paper's experiments (Hu et al. 2021, 4.2) and in loralib's MergedLinear.
 
-    Shapes: A_i (r, in), B_i (d, r). The layer computes, and saves, plain LoRA of rank n r with the
-    same scaling: the A_i are stacked, and each B_i fills its slice's rows and its own columns of a
-    B (3 d, n r) that is zero elsewhere.
+    Shapes: A_i (r, in), B_i (d, r). The layer equals, and is saved as, plain LoRA of rank n r with
+    the same scaling. A stacks the A_i. Each B_i is a block of B (3 d, n r) in the d rows of the
+    slice and in r separate columns. B is zero elsewhere.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: Collection[str]):
@@ -26,10 +26,10 @@ class SlicedLoRALinear(LoRALinear):
         places = [i for i, name in enumerate(SLICES) if name in slices]
         width = base_layer.out_features // len(SLICES)
         blocks = _BlockSparseLinear(places, width, config.r).to(base_layer.weight.device)
-        self.lora_B = blocks  # type: ignore[assignment]  # it has a weight and a forward, too
+        self.lora_B = blocks  # type: ignore[assignment]  # also has a weight and a forward
 
     def saved_config(self) -> LoRAConfig:
-        return replace(self.config, target_modules=())  # the whole layer, whatever its name
+        return replace(self.config, target_modules=())  # `save_adapter` lists full names
 
 
 class _BlockSparseLinear(nn.Module):

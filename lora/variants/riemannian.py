@@ -1,4 +1,4 @@
-"""Riemannian preconditioning: let a step depend on the product B A, not on how it is split."""
+"""Riemannian preconditioning: a step depends only on the product B A, not on B and A separately."""
 
 import torch
 from torch import nn
@@ -15,14 +15,14 @@ def precondition(model: nn.Module) -> None:
 
     dA <- (B^T B + delta I)^-1 dA    dB <- dB (A A^T + delta I)^-1
 
-    B A = (B R^-1) (R A) for every invertible R (r, r). The change of the product in a gradient step
-    depends on R. In a preconditioned step it does not, up to delta. Each slice is preconditioned
-    separately. Other gradients, such as for DoRA's vectors, stay unchanged.
+    B A = (B R^-1) (R A) for every invertible R (r, r). In a gradient step, the change of the
+    product depends on R. In a preconditioned step, the change depends on R only through delta. Each
+    slice is preconditioned separately. Other gradients, such as for DoRA's vectors, stay unchanged.
 
-    Computed in fp64, since B^T B can be nearly singular. MPS lacks fp64 and uses fp32.
+    The inverses are computed in fp64, because B^T B can be nearly singular. MPS has only fp32.
     """
     for layer in lora_layers(model).values():
-        weight_b = next(layer.lora_B.parameters())  # (out, r), or a block (d, r) for each of n
+        weight_b = next(layer.lora_B.parameters())  # (out, r), or n blocks (d, r)
         weight_a = layer.lora_A.weight  # (r, in), or (n r, in)
         assert weight_a.grad is not None
         assert weight_b.grad is not None

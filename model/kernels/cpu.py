@@ -1,7 +1,8 @@
 """Operations that are faster on a CPU than PyTorch's own: linear, GELU, dropout, attention.
 
-`model/kernels/fast.py` gives them to a model. Each computes the function that its docstring names,
-with gradients. On other devices, and under torch.compile, each calls that function.
+`model/kernels/fast.py` uses these operations in a model. Each operation computes the PyTorch
+function in the docstring, with gradients. On other devices and under torch.compile, the operation
+calls that function.
 """
 
 import math
@@ -10,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NARROW = 64  # weights with a smaller side, such as A and B, are left to PyTorch: oneDNN is slower
-LONGEST_MATRIX = 256  # tokens: up to here, the (T, T) matrix is faster in low precision
+NARROW = 64  # for weights with a smaller side, such as A and B, PyTorch is faster
+LONGEST_MATRIX = 256  # up to this many tokens, the (T, T) matrix is faster in low precision
 IDENTITY = 16  # the width of the identity that GELU is computed with
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -33,12 +34,12 @@ ONEDNN_DTYPES = onednn_dtypes()
 
 
 def is_faster_here(x: Tensor) -> bool:
-    """Return whether this file's operations serve x: on a CPU, outside torch.compile."""
+    """Return whether the operations in this file apply to x: on a CPU, outside torch.compile."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear` for 2 or more dimensions: by oneDNN, if W is wide."""
+    """Compute `F.linear` for x with 2 or more dimensions. For a wide W, oneDNN computes it."""
     if not is_faster_here(x) or not x.numel() or min(weight.shape) < NARROW:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
@@ -60,7 +61,7 @@ def _onednn(
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """Give `_onednn` the gradients that PyTorch does not define, with g = dL/dy."""
+    """Compute `_onednn` with the gradients that PyTorch does not define. g = dL/dy."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -85,7 +86,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b for a (N, S), b (S, T). In bf16, PyTorch's matmul beats oneDNN's linear."""
+    """Return a b for a (N, S), b (S, T). In bf16, PyTorch's matmul is faster than oneDNN's."""
     if a.dtype == torch.float32:
         return linear(a, b.T)
     return a @ b
@@ -101,8 +102,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _onednn_gelu(x: Tensor) -> Tensor:
-    """Compute GELU as the activation of a product with the identity, which is exact. PyTorch has
-    oneDNN's GELU only fused to a linear layer, which does not return the x that gradients need.
+    """Compute GELU as the activation of a product with the identity. PyTorch has oneDNN's GELU only
+    fused to a linear layer. Fused to the MLP's layer, it would not return x for the gradients.
     """
     identity = torch.eye(IDENTITY, dtype=x.dtype)
     return _onednn(x.reshape(-1, IDENTITY), identity, None, "gelu").view(x.shape)
@@ -147,8 +148,8 @@ class _Dropout(torch.autograd.Function):
 def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """Return an int8 tensor, 0 with probability p and otherwise -1, and the scale 1 / (1 - p).
 
-    Draws are the bottleneck, so four elements share a 64-bit word, 16 bits each. An element is kept
-    for `kept` of the 2^16 values, so p is rounded to a multiple of 2^-16.
+    Drawing is the bottleneck, so four elements share a 64-bit word, 16 bits each. An element is
+    kept for `kept` of the 2^16 values, so p is rounded to a multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)
     kept = min(max(1, kept), 2**16 - 1)
@@ -163,7 +164,7 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 def masked(x: Tensor, keep: Tensor) -> Tensor:
     """Return x where `keep` is -1, and 0 where it is 0.
 
-    -1 has all bits set, so this is a bitwise and, which is faster than a product.
+    All bits of -1 are set, so a bitwise `and` gives this result. It is faster than a product.
     """
     integer = INTEGERS[x.itemsize]
     return x.view(integer).bitwise_and(keep.to(integer)).view(x.dtype)
@@ -174,7 +175,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
     All are (B, H, T, D).
     """
-    # PyTorch's fused kernel has no dropout, and is slow in low precision while T is small.
+    # PyTorch's fused kernel has no dropout, and is slow in low precision for small T.
     fused_is_faster = p == 0 and (q.dtype == torch.float32 or q.size(2) > LONGEST_MATRIX)
     if not is_faster_here(q) or fused_is_faster:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)

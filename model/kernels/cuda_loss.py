@@ -1,8 +1,8 @@
 """The loss and the scores of a tied head on a CUDA GPU.
 
-It differs from `model/kernels/loss.py` in two ways. GPT-2's vocabulary of 50,257 is odd, which
-makes matmuls with the head unaligned and slow, so the head gets rows of 0 up to a multiple of 64.
-And it uses few kernels: each one costs a launch and a pass over the logits, the largest tensor.
+This file differs from `model/kernels/loss.py` in two ways. GPT-2's vocabulary of 50,257 is odd,
+which makes matmuls with the head unaligned and slow. So rows of 0 extend the head to a multiple of
+64. And few kernels run: each kernel costs a launch and a pass over the logits, the largest tensor.
 
 Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W) with W >= V aligned columns.
 """
@@ -27,7 +27,7 @@ def aligned(rows: int) -> int:
 
 @torch.no_grad()
 def aligned_head(weight: Tensor) -> Tensor:
-    """Return weight (V, C) and below it rows of 0 up to a multiple of 64, (W, C).
+    """Return weight (V, C), extended by rows of 0 to a multiple of 64 rows, (W, C).
 
     The first call moves the weight to memory with room for these rows. So no step copies the head.
     """
@@ -41,12 +41,12 @@ def aligned_head(weight: Tensor) -> Tensor:
 
 
 def card_memory(device: torch.device) -> int:
-    """Return the card's total memory in bytes. Unlike free memory, a resume does not change it."""
+    """Return the card's total memory in bytes, which is equal in all runs, unlike free memory."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def logits(h: Tensor, w: Tensor) -> Tensor:
-    """Return h W^T in fp32. cuBLAS accumulates in fp32: a rounded result would cost a cast more."""
+    """Return h W^T in fp32. cuBLAS sums in fp32, so a rounded result would cost one more cast."""
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, w.T, out_dtype=torch.float32)
     return (h @ w.T).float()
@@ -68,7 +68,7 @@ def head_chunks(
         if len(w) > vocab_size:
             z[:, vocab_size:].fill_(-math.inf)
         log_p = torch.log_softmax(z, -1)
-        del z  # the next chunk takes its memory
+        del z  # frees memory for the next chunk
         yield rows, targets[rows, None], log_p
 
 
@@ -88,7 +88,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Compute `loss.tied_cross_entropy`, on all rows: selecting the scored rows would make the CPU
+    """Compute `loss.tied_cross_entropy` on all rows. Selecting the scored rows would make the CPU
     wait for the GPU.
     """
     return _TiedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
@@ -114,7 +114,7 @@ class _TiedCrossEntropy(LossAndGradient):
             of_targets = torch.gather(log_p, 1, y, out=log_p_of_targets[rows])
             grad_z = log_p if dtype == log_p.dtype else torch.empty_like(log_p, dtype=dtype)
             torch.exp(log_p, out=grad_z)  # p
-            # p - 1 is expm1(log p): in low precision, p - 1 would lose its digits for p near 1.
+            # p - 1 is expm1(log p). In low precision, p - 1 would lose digits for p near 1.
             grad_z.scatter_(1, y, of_targets.expm1().to(dtype))
             torch.mm(grad_z, w, out=grad_h[rows])
             if grad_w is not None:

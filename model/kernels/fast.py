@@ -1,6 +1,6 @@
 """Make a GPT-2 faster: `accelerate(model)`.
 
-Each class computes the same as its plain parent, in another way. `accelerate` gives these classes
+Each class computes the same function as the plain parent class. `accelerate` gives these classes
 to the modules of one model. Parameters, buffers and names stay unchanged.
 
 | replaced | by | why |
@@ -9,11 +9,11 @@ to the modules of one model. Parameters, buffers and names stay unchanged.
 | `nn.GELU`, with AVX-512 | oneDNN's GELU of a product with the identity | PyTorch's tanh is slow |
 | `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
 | attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
-| the loss and the scores | logits in chunks | whole, they would be the largest tensor |
+| the loss and the scores | logits in chunks | all logits would be the largest tensor |
 
-On other devices and under torch.compile, each class calls its parent, except for the loss.
-`python -m benchmarks.operations` measures the gain of each (docs/speed.md), and
-tests/model/test_fast.py compares each with its parent.
+On other devices and under torch.compile, all classes except `FastGPT2` call the parent class.
+`python -m benchmarks.operations` measures the gain of each class (docs/speed.md), and
+tests/model/test_fast.py compares each class with the parent.
 """
 
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ class FastAttention(Attention):
 
 
 class FastGPT2(GPT2):
-    """GPT-2 that computes its logits, in training and scoring, only chunk by chunk."""
+    """GPT-2 that computes logits chunk by chunk in training and scoring."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.wte.weight)
@@ -88,8 +88,9 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = FAST) -> None:
-    """Replace, in this model, each module's class by its fast one. Call it after `inject`, so
-    that A, B and LoRA's dropout get fast classes."""
+    """Give each module of the model the fast class. Call `accelerate` after `inject`, so that A, B
+    and LoRA's dropout get fast classes.
+    """
     for module in model.modules():
         kind = type(module)
         if kind in classes:
@@ -97,11 +98,11 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
 
 
 def set_kernels(model: GPT2, kernels: str) -> None:
-    """Let the model compute by the "fast" operations here, or by PyTorch's own ("plain").
+    """Let the model compute by the "fast" operations of this file, or by PyTorch's ("plain").
 
     "plain" lays out frozen projections in memory as transformers does, (in, out), because a BLAS
-    may add up products with a transposed matrix in another order. An adapter's A and B, which have
-    no bias, keep their layout.
+    may add up products with a transposed matrix in another order. A and B have no bias, and keep
+    their layout.
     """
     if kernels == "fast":
         accelerate(model)

@@ -1,6 +1,6 @@
-"""The loss and the scores of a tied head, without storing all logits, the largest tensor.
+"""The loss and the scores of a tied head. Logits, the largest tensor, are computed in chunks.
 
-This file is for a CPU or Apple's GPU, `model/kernels/cuda_loss.py` for CUDA.
+This file is for a CPU or Apple's GPU. `model/kernels/cuda_loss.py` is for CUDA.
 
 Shapes: hidden (N, C), weight (V, C), targets (N,), logits z (n, V) of a chunk of n tokens.
 """
@@ -15,9 +15,9 @@ from model.gpt2 import IGNORE_INDEX
 from model.kernels.cpu import linear, matmul
 
 CHUNK = 1 << 24  # logits at a time, to save memory
-LARGE_CHUNK = 1 << 26  # where each chunk is also added to the head's gradient
+LARGE_CHUNK = 1 << 26  # logits at a time, if each chunk also adds to the head's gradient
 CACHED_LOGITS = 1 << 19  # logits whose softmax stays in the cache
-TILE = 128  # tokens: matmuls are faster on a multiple of this
+TILE = 128  # matmuls are faster on a multiple of this many tokens
 SLICE_BYTES = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
 SMALLEST = 1e-30  # the smallest probability to take a log of: fp32 loses digits below 1e-38
 
@@ -38,7 +38,7 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return -log p(target), nats, fp32 (N,), and whether the target is the likeliest, bool (N,).
 
-    p = softmax(hidden weight^T). They are 0 and False where the target is IGNORE_INDEX.
+    p = softmax(hidden weight^T). For a target of IGNORE_INDEX, return 0 and False.
     """
     losses = torch.zeros(len(targets), device=hidden.device)
     hits = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
@@ -56,7 +56,7 @@ def scored_rows(targets: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision of a matmul with x. Under autocast, it is the precision of autocast."""
+    """Return the precision of a matmul with x: autocast's precision if enabled, otherwise x's."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -72,7 +72,7 @@ def chunk_size(vocab_size: int, logits: int) -> int:
 def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split logits z (n, V) and their targets (n,) into blocks of a few rows.
 
-    A block is read and written several times, and stays in a CPU's cache.
+    A block stays in a CPU's cache, and is read and written several times.
     """
     n, V = z.shape
     size = n
@@ -104,7 +104,7 @@ def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
     for rows, y in blocks(z, targets):
         p = torch.softmax(rows, -1, dtype=torch.float32)
         p_of_target = p.gather(1, y[:, None])
-        if z.is_cpu and p_of_target.min() > SMALLEST:  # a GPU would have to wait
+        if z.is_cpu and p_of_target.min() > SMALLEST:  # makes a GPU wait
             losses.append(-p_of_target.log().squeeze(1))
         else:
             losses.append(cross_entropy(rows, y))
@@ -121,7 +121,7 @@ class LossAndGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_h, grad_w = ctx.saved_tensors
-        dweight = None if grad_w is None else grad_w.mul_(grad)  # in place: it is large
+        dweight = None if grad_w is None else grad_w.mul_(grad)  # in place: dW is large
         return grad_h * grad, dweight, None, None
 
 
@@ -151,7 +151,7 @@ class _TiedCrossEntropy(LossAndGradient):
             add_gradient_of_hidden(grad_h[rows], z, w)
             if grad_w is not None:
                 add_gradient_of_weight(grad_w, z, h[rows])
-            del z  # the next chunk takes its memory
+            del z  # frees memory for the next chunk
 
         ctx.save_for_backward(grad_h.to(hidden.dtype), grad_w)
         return total

@@ -184,12 +184,8 @@ def encoder() -> nn.Module:
         (TiedPlain, ("head",), "head is tied to embedding, and an update of one would change"),
         (tiny_gpt2, "all-linear", "a Conv1D; only linear layers, nn.Linear, are adapted"),
         (lambda: nn.Sequential(nn.Conv1d(3, 3, 1)), "all-linear", "no linear layer, nn.Linear"),
-        (
-            encoder,
-            ("linear1",),
-            "TransformerEncoderLayer reads the weight of layers.0.linear1 past",
-        ),
-        (encoder, ("out_proj",), "MultiheadAttention reads the weight of layers.0.self_attn.out_p"),
+        (encoder, ("linear1",), "TransformerEncoderLayer bypasses the forward of layers.0.linear1"),
+        (encoder, ("out_proj",), "MultiheadAttention bypasses the forward of layers.0.self_attn"),
         (Plain, ("c_attn.q",), "'c_attn.q' is not in the model; it has c_attn, enter, head, q"),
     ],
 )
@@ -308,7 +304,7 @@ def test_an_adapter_whose_layers_peft_takes_for_experts_is_not_written(case, mis
     ours = make(case)
     with pytest.warns(UserWarning) as warned:
         inject(ours, make_config(r=2, target_modules="all-linear"))
-    sentence = f"save_adapter will refuse this adapter: PEFT takes model.layers.{misread}"
+    sentence = f"save_adapter will refuse this adapter: PEFT would mistake model.layers.{misread}"
     assert str(warned[-1].message).startswith(sentence)
     with pytest.raises(ValueError, match="without gate, gate_proj, up_proj, down_proj"):
         save_adapter(ours, tmp_path / "refused", "a-base")

@@ -186,12 +186,12 @@ DAMAGED = [
     (lambda t: t.pop(LAST), f"tensor {LAST} is missing (1 in all)"),
     (lambda t: t.update({f"_orig_mod.{LAST}": t[LAST]}), f"unexpected tensor '_orig_mod.{LAST}'"),
     (lambda t: t.update({"x\ny" * 333: t[LAST]}), r"unexpected tensor 'x\nyx"),
-    (lambda t: t.update({LAST: t[LAST].t()}), f"{LAST} is (4, 96) where (96, 4) is needed"),
+    (lambda t: t.update({LAST: t[LAST].t()}), f"{LAST} has shape (4, 96), not (96, 4)"),
     (
         lambda t: t.update({LAST: t[LAST].long()}),
         f"{LAST} is not a tensor of fp32, fp16 or bf16 (torch.",
     ),
-    (lambda t: t[LAST][2].fill_(-math.inf), f"{LAST} holds numbers that are not finite"),
+    (lambda t: t[LAST][2].fill_(-math.inf), f"{LAST} contains numbers that are not finite"),
 ]
 
 
@@ -208,7 +208,7 @@ def test_damaged_and_missing_files_are_refused_by_name(base, adapter):
         (adapter / CONFIG).write_bytes(content)
         assert "not valid JSON" in refusal_of(adapter, CONFIG, base)
     (adapter / CONFIG).write_bytes(b"[]")
-    assert refusal_of(adapter, CONFIG, base) == "holds a JSON list, not an object"
+    assert refusal_of(adapter, CONFIG, base) == "contains a JSON list, not an object"
     (adapter / CONFIG).unlink()
     assert f"contains no {CONFIG}; name an adapter" in refusal(adapter, load_adapter_config)
     (adapter / "config.json").write_bytes(config)
@@ -224,7 +224,7 @@ def test_equal_adapters_give_equal_bytes_and_a_failed_save_leaves_the_old_files(
     assert int.from_bytes(before[WEIGHTS][:8], "little") % 8 == 0  # tensors are aligned
     with torch.no_grad():
         model.h[1].attn.c_attn.lora_B.weight[0] = math.nan
-    with pytest.raises(ValueError, match=r"c_attn.lora_B.weight holds numbers that are not finite"):
+    with pytest.raises(ValueError, match=r"c_attn.lora_B.weight contains numbers that are not"):
         save_adapter(model, tmp_path / "a", "gpt2")
     assert contents(tmp_path / "a") == before
 

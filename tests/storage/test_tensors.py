@@ -25,10 +25,10 @@ DAMAGED = [
     (lambda t: t.pop(B), f"tensor {B} is missing (1 in all)"),
     (lambda t: t.update({f"_orig_mod.{B}": t[B]}), f"unexpected tensor '_orig_mod.{B}'"),
     (lambda t: t.update({"x\ny" * 333: t[B]}), r"unexpected tensor 'x\nyx"),
-    (lambda t: t.update({W: t[W].t()}), f"{W} is (4, 3) where (3, 4) is needed"),
-    (lambda t: t.update({W: t[W].flatten()}), f"{W} is (12,) where"),
-    (lambda t: t[W][2].fill_(torch.nan), f"{W} holds numbers that are not finite"),
-    (lambda t: t[W][2].fill_(torch.inf), f"{W} holds numbers that are not finite"),
+    (lambda t: t.update({W: t[W].t()}), f"{W} has shape (4, 3), not (3, 4)"),
+    (lambda t: t.update({W: t[W].flatten()}), f"{W} has shape (12,), not"),
+    (lambda t: t[W][2].fill_(torch.nan), f"{W} contains numbers that are not finite"),
+    (lambda t: t[W][2].fill_(torch.inf), f"{W} contains numbers that are not finite"),
     (lambda t: t.update({W: t[W].long()}), f"{W} is not a tensor of fp32, fp16 or bf16 (torch.int"),
 ]
 

@@ -48,7 +48,7 @@ def test_a_weight_poisoned_after_its_last_use_is_not_saved(argv, tmp_path):
         )
 
     line = one_line(run_acting({9: act}, *argv))
-    assert "parameters.h/0/attn/c_attn/lora_A/weight holds numbers that are not finite" in line
+    assert "parameters.h/0/attn/c_attn/lora_A/weight contains numbers that are not finite" in line
     assert "the last checkpoint is from step 6" in line
     assert read_checkpoint(tmp_path / "run")["progress"]["step"] == 6
 
