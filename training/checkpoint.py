@@ -1,7 +1,7 @@
-"""Write checkpoint.safetensors atomically, keep the previous one, and verify it when it is read.
+"""Write checkpoint.safetensors atomically, keep the previous checkpoint, and verify what is read.
 
-The tensors of a nested state go into the file as tensors. The header contains the rest as JSON,
-with a tensor's name in place of each tensor, and the sha256 of both.
+The tensors of a nested state are stored as tensors. The header contains the rest as JSON, with a
+name in place of each tensor, and the sha256 of JSON and tensors.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ PREVIOUS = "checkpoint.previous.safetensors"
 
 
 def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
-    """Save `state` as the newest checkpoint. The old one becomes the previous one.
+    """Save `state` as the newest checkpoint. The old checkpoint becomes the previous checkpoint.
 
-    At every instant one of the two is whole. `state` is a nested dict of numbers, strings, lists
-    and tensors.
+    At every instant, one of the two files is complete. `state` is a nested dict of numbers,
+    strings, lists and tensors.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
@@ -41,7 +41,7 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    """Return the newest undamaged state. If a newer one is damaged, warn and replace it."""
+    """Return the newest undamaged state. Warn about a damaged newer checkpoint, and replace it."""
     damaged = []
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
@@ -60,18 +60,18 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the state in a file. Raises UserError unless the file is as it was written."""
+    """Return the state in a file. Raises UserError for a damaged file."""
     with as_failure():
         metadata = read_metadata(path)
     tensors = load_file(path)
     tree = metadata.get("state", "")
     if metadata.get("sha256") != content_sha256(tree, tensors):
-        raise UserError(f"{path}: damaged (its sha256 does not fit its content)")
+        raise UserError(f"{path}: damaged (the sha256 does not fit the content)")
 
     def put_tensors(node: dict[str, Any]) -> object:
         if "tensor" in node:
             return tensors[node["tensor"]]
-        # AdamW numbers its parameters, and JSON's keys are text.
+        # In AdamW's state, keys are numbers. In JSON, keys are text.
         return {int(key) if key.isdigit() else key: value for key, value in node.items()}
 
     return json.loads(tree, object_hook=put_tensors)
@@ -87,7 +87,7 @@ def content_sha256(tree: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
-    """Move a state's tensors into `tensors`, and leave their names in their places."""
+    """Move a state's tensors into `tensors`. Return the state with names in place of tensors."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}

@@ -17,7 +17,7 @@ from training.directory import RUN
 from training.report import best_weights, read_run
 from training.scores import perplexity
 
-# The columns of the table and the panels of the picture: a key of `Entry.numbers`, and its format.
+# The columns of the table and the panels of the picture: a key of `Entry.numbers`, and a format.
 COLUMNS = {
     "batch": ("batch_size", "{:,}"),
     "peak lr": ("lr", "{:g}"),
@@ -43,11 +43,11 @@ class Entry(NamedTuple):
 
     name: str
     method: str  # or "base"
-    numbers: dict[str, Any]  # by their names in run.json
+    numbers: dict[str, Any]  # by name in run.json
 
 
 def compare(paths: Sequence[Path]) -> None:
-    """Print a table of finished runs and their bases, and draw it beside the first run."""
+    """Print a table of finished runs and their bases. Draw compare.png beside the first run."""
     directories = [path for path in paths if not path.is_file()] or paths
     parent = os.path.commonpath([directory.resolve().parent for directory in directories])
     groups: dict[str, list[Entry]] = {}
@@ -72,14 +72,14 @@ def compare(paths: Sequence[Path]) -> None:
 
 
 def _measure(run: Mapping[str, Any]) -> str:
-    """Return a key that runs with comparable losses share: the base and the scored tokens."""
+    """Return a key of the base and the scored tokens. Equal keys mean comparable losses."""
     names = ("quantise", "val_fraction", "block_size", "label_shift")
     options = [run["options"].get(name) for name in names]
     return str([run["base_sha256"], run["book_sha256"], options])
 
 
 def _base_entry(run: Mapping[str, Any]) -> Entry:
-    """Return the entry of a run's base, which the run scored on its validation part."""
+    """Return the entry of a run's base. The run scored the base on the validation part."""
     loss = run["base_val_loss"]
     numbers = {
         "trainable_parameters": 0,
@@ -143,7 +143,7 @@ class Setting(NamedTuple):
 
 
 def report_sweep(method: str, losses: Mapping[Setting, Sequence[float]], out: Path) -> None:
-    """Print each setting's mean loss and perplexity over its runs, and write the table."""
+    """Print and write a table of each setting's mean loss and perplexity over the runs."""
     rows = []
     for setting, values in losses.items():
         name = f"lr {setting.lr:g}"

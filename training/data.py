@@ -1,4 +1,4 @@
-"""Load the text that a run trains on, and the text that it validates on."""
+"""Load the training text and the validation text of a run."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Data(NamedTuple):
 
 
 def load_data(options: Options, directory: Path) -> Data:
-    """Load both parts of the book or, with --data, of the examples, for the base in `directory`."""
+    """Load both parts of the book or, with --data, of the examples. The base is in `directory`."""
     config = load_config(directory)
     check_block_size(options.block_size, config)
     tokenizer = load_tokenizer(directory, config.vocab_size)
@@ -35,12 +35,12 @@ def load_data(options: Options, directory: Path) -> Data:
     for name, part in (("training", training), ("validation", validation)):
         if len(part) < block + shift:
             raise UserError(
-                f"{', '.join(map(str, options.book))}: its {name} part is {len(part):,} tokens, "
-                f"and a window needs {block + shift}; use a longer book or a smaller block"
+                f"{', '.join(map(str, options.book))}: the {name} part has {len(part):,} tokens, "
+                f"but a window needs {block + shift}; use a longer book or a smaller block"
             )
     return Data(
         Windows(training.ids, block, options.stride, shift, training.byte_counts),
-        # Validation scores each token once, whatever the training windows' stride.
+        # Validation scores each token once, for any stride of the training windows.
         Windows(validation.ids, block, block, shift, validation.byte_counts),
         tokenizer,
     )
@@ -56,6 +56,6 @@ def split_examples(options: Options, path: Path, tokenizer: Tokenizer) -> tuple[
     if not training or not validation:
         raise UserError(
             f"{path}: {len(training)} examples to train on and {len(validation)} to "
-            "validate on; both need one"
+            "validate on; at least one of each is needed"
         )
     return training, validation

@@ -26,9 +26,9 @@ MODEL_FILES = (
     "generation_config.json",
     *TOKENIZER_FILES,
 )
-# Everything that a run writes except the model card, which the user may have claimed.
-# `--overwrite` removes only these names, in this order: at any moment, the files that are left are
-# a run that can be resumed, or not a run.
+# All files that a run writes, except the model card, which the user may have claimed. `--overwrite`
+# removes only these names, in this order. At any moment, the remaining files are a run that can be
+# resumed, or not a run.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
 RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # nothing else writes these names
 
@@ -66,18 +66,18 @@ def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
 
     for flag, path in _inputs(options, base_directory):
         if path.is_dir() and os.path.isdir(out) and os.path.samefile(path, out):
-            raise UserError(f"--out {out}: is what {flag} reads; name another directory")
+            raise UserError(f"--out {out}: is an input of {flag}; name another directory")
         files = path.iterdir() if path.is_dir() else [path]
         for file in files:
             if file.exists() and _inode(file) in written:
                 raise UserError(
-                    f"--out {out}: its {written[_inode(file)]} is what {flag} reads ({file}); "
+                    f"--out {out}: {written[_inode(file)]} is an input of {flag} ({file}); "
                     "name another directory"
                 )
 
 
 def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield each file or directory that the run reads, after the option that names it."""
+    """Yield each option that names an input of the run, with the file or directory."""
     yield "--base", base_directory
     for book in options.book:
         yield "--book", book
@@ -90,15 +90,15 @@ def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]
 
 
 def _inode(path: Path) -> tuple[int, int]:
-    """Return a key that all names of a file share: links, bind mounts, names in other cases."""
+    """Return a key that is equal for all names of a file, such as links and bind mounts."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
 class RunDirectory:
-    """Lock `--out` for this process: metrics.jsonl stays open and carries the lock.
+    """Lock `--out` for this process. metrics.jsonl stays open and carries the lock.
 
-    The system drops the lock when the process ends, however it ends. No symbolic link is followed:
+    The system releases the lock whenever the process ends. No symbolic link is followed:
     metrics.jsonl is opened with O_NOFOLLOW, and all other files are replaced by renaming. Raises
     UserError if the directory cannot be written or another run has the lock.
     """
@@ -126,7 +126,7 @@ class RunDirectory:
                 "name another directory"
             ) from error
         except OSError:
-            print(f"warning: {self.metrics}: cannot be locked; start no other run there")
+            print(f"warning: {self.metrics}: cannot be locked; do not start another run there")
 
     def close(self) -> None:
         os.close(self.file)
@@ -145,17 +145,17 @@ class RunDirectory:
         finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         line = (json.dumps(finite) + "\n").encode()
         try:
-            while line:  # a full disk may take only a part of it
+            while line:  # a full disk may take only part of a line
                 line = line[os.write(self.file, line) :]
         except OSError as error:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
 
     def sync(self) -> int:
-        """Bring the metrics to the disk. Return their length in bytes, for `cut`."""
+        """Flush the metrics to the disk. Return the length in bytes, for `cut`."""
         os.fsync(self.file)
         return os.fstat(self.file).st_size
 
     def cut(self, length: int) -> None:
-        """Drop the lines after a checkpoint, whose steps are run again."""
+        """Drop the lines after a checkpoint, because those steps run again."""
         if os.fstat(self.file).st_size > length:
             os.ftruncate(self.file, length)

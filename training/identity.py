@@ -20,13 +20,13 @@ class RunIdentity:
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of the base's config and, if any, its weights
+    base_sha256: dict[str, str]  # of the base's config and weights, if any
     book_sha256: str  # of the token ids
-    init_adapter_sha256: dict[str, str] | None  # of its config and its weights
+    init_adapter_sha256: dict[str, str] | None  # of the adapter's two files
 
 
 def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndarray) -> RunIdentity:
-    """Identify a run on the base with these hashes and these token ids."""
+    """Identify a run by the options, the hashes of the base, and the token ids."""
     book = hashlib.sha256()
     for part in tokens:
         book.update(np.ascontiguousarray(part))
@@ -46,7 +46,7 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
 
 
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError, naming the difference, if the file `path` is of another run than `now`."""
+    """Raise UserError, naming the difference, if `then`, from the file `path`, is another run."""
     try:
         difference = _difference(then, now)
     except (KeyError, TypeError, AttributeError) as error:
@@ -59,18 +59,18 @@ def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
 
 
 def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
-    """Name the first difference: in the method, in the options, or in the inputs' content."""
+    """Name the first difference in the method, the options, or the content of the inputs."""
     if then["method"] != now.method:
-        return f"the run is of `train.py {then['method']!s:.80}`, not {now.method}"
+        return f"the method was {then['method']!s:.80} and is now {now.method}"
 
     names = now.options.keys() - MAY_CHANGE
-    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # sets others
+    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # recipe first
         before = then["options"][name]
         asked = now.options[name]
         if before != asked:
             return (
                 f"{flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
-                "repeat the run's own options"
+                "repeat the run's options"
             )
 
     contents = {
@@ -80,7 +80,7 @@ def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
     }
     for option, (before, asked) in contents.items():
         if before != asked:
-            return f"{option}: its content is not what the run began with"
+            return f"{option}: the content has changed since the run began"
     return None
 
 

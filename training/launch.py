@@ -1,9 +1,9 @@
 """Set up how a step is launched: the device, `--compile`, `--cuda-graph`.
 
-Without a CUDA graph the CPU launches some 600 kernels per micro-batch, one by one, and a fast GPU
-waits for it (docs/scaling.md). A graph is captured once, by running the Python code on a stream
-that records its kernels instead of running them. A replay runs them on the same memory. Python
-control flow is frozen at capture. So weights and the random generator's state must change in place.
+Without a CUDA graph, the CPU launches some 600 kernels per micro-batch, one by one, and a fast GPU
+waits for the CPU (docs/scaling.md). A graph is captured once, by running the Python code on a
+stream that records kernels instead of running them. Python control flow is frozen at capture. A
+replay runs the kernels on the same memory. So weights and random state must change in place.
 """
 
 import sys
@@ -21,12 +21,12 @@ from training.options import Options
 
 
 def prepare_device(options: Options, device: Device) -> None:
-    """Set the device up for a run. Raises UserError for options that it does not support."""
+    """Set up the device for a run. Raises UserError for options that the device lacks."""
     device.set_tf32(options.allow_tf32)
     kind = device.torch_device.type
     if options.compile:
         if kind == "cpu":
-            raise UserError("--compile: on a CPU it makes steps slower (docs/speed.md); omit it")
+            raise UserError("--compile: makes steps slower on a CPU (docs/speed.md); omit it")
         device.check_compiler()
     if options.gradient_checkpointing and kind == "mps":  # pytorch#127676
         raise UserError(
@@ -45,8 +45,8 @@ def prepare_device(options: Options, device: Device) -> None:
 def compile_hidden(model: GPT2, rows: int) -> None:
     """Compile `model.hidden`, which takes most of a step.
 
-    The loss is not compiled: the compiler would unroll its loop over chunks. In training, a batch
-    of fewer rows is padded to `rows`, to avoid recompilation.
+    The loss is not compiled, because the compiler would unroll the loop over chunks. In training, a
+    batch of fewer rows is padded to `rows`, to avoid recompilation.
     """
     plain = model.hidden
     compiled = torch.compile(plain)
@@ -61,12 +61,12 @@ def compile_hidden(model: GPT2, rows: int) -> None:
 
 
 class GraphedLoss:
-    """`model.loss(inputs, targets)` as CUDA graphs of its forward and its backward.
+    """`model.loss(inputs, targets)` as two CUDA graphs, of the forward and the backward pass.
 
     The graphs serve training on micro-batches (B, T) of one shape. Other calls run `eager`. Each
-    parameter gets a permanent gradient buffer: without one, PyTorch would take the graph's own
-    memory for the gradient, which the next replay overwrites. If the capture fails, a warning says
-    why, and `eager` serves every call. In both cases the random generator's state is restored.
+    parameter gets a permanent gradient buffer. Otherwise the gradient would be in memory of the
+    graph, which the next replay overwrites. If the capture fails, a warning gives the reason, and
+    every call runs `eager`. In both cases, the state of the random generator is restored.
     """
 
     def __init__(self, model: GPT2, shape: tuple[int, int], device: Device):
@@ -82,7 +82,7 @@ class GraphedLoss:
         if not failure:
             generator.set_state(before.get_state())  # in place: the graphs read it
         else:
-            # Use another state object: torch 2.8 leaves the first one in capture mode.
+            # Use another state object: torch 2.8 leaves the first object in capture mode.
             generator.graphsafe_set_state(before)
             torch.cuda.empty_cache()
             print(f"warning: training without a CUDA graph ({failure})", file=sys.stderr)
@@ -94,7 +94,7 @@ class GraphedLoss:
 
 
 class _Loss(nn.Module):
-    """The loss as a module's forward. PyTorch then finds the parameters that need gradients."""
+    """The loss as a module, in which PyTorch finds the parameters that need gradients."""
 
     def __init__(self, model: GPT2):
         super().__init__()
@@ -107,21 +107,21 @@ class _Loss(nn.Module):
 def _capture(
     model: GPT2, shape: tuple[int, int], device: Device
 ) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
-    """Return the graphed loss and "", or None and why the capture failed.
+    """Return the graphed loss and "", or None and the reason why the capture failed.
 
-    No local may keep the exception: its frames would keep the activations alive.
+    No local may keep the exception, because frames of the exception keep activations alive.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
-    # If the end of a capture fails, its stream stays current: the outer `with` leaves it.
+    # If the end of a capture fails, the stream of the capture stays current. `here` restores it.
     here = torch.cuda.stream(torch.cuda.current_stream())
     try:
         with here, device.autocast(cache_enabled=False):  # a cached copy would belong to one replay
             graphed = torch.cuda.make_graphed_callables(_Loss(model), (ids, ids.clone()))
-    except Exception as error:  # whatever it is, the run does not need a graph
+    except Exception as error:  # after any error, train without a graph
         return None, _reason(error)
     return cast(nn.Module, graphed), ""
 
 
 def _reason(error: Exception) -> str:
-    cause = error.__context__ or error  # the end of the capture fails too
+    cause = error.__context__ or error  # the end of the capture also fails
     return first_line(cause) or type(cause).__name__

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from common.errors import RunError
 
-MOST_SKIPS = 20  # this many skipped fp16 steps in a row end the run. Each halves the scaler's scale
+MOST_SKIPS = 20  # fp16 steps skipped in a row that end the run. Each step halves the loss scale
 COUNTED = ("loss", "tokens", "all_tokens", "all_seconds", "skipped", "skips_in_a_row")
 
 
 @dataclass
 class Progress:
-    """How far a run has come, and its losses so far."""
+    """The number of steps of a run so far, and the validation losses."""
 
     step: int = 0
     base_val_loss: float = math.nan
@@ -39,11 +39,12 @@ class Progress:
 class Meter:
     """Sum loss, tokens and time since the last line of metrics, and find the first faulty step.
 
-    A step's loss and gradient norm stay on the device until a line is due. So counting a step
-    neither launches a kernel nor waits for one.
+    The loss and the gradient norm of a step stay on the device until a line is due. So counting a
+    step neither launches a kernel nor waits for a kernel.
 
-    A step is faulty if its loss or gradient is not finite. In fp16 such a gradient is normal: the
-    scaler skips the step and halves its scale. Only `MOST_SKIPS` skips in a row are a fault.
+    A step is faulty if the loss or the gradient is not finite. In fp16, such a gradient is normal:
+    the scaler skips the step and halves the loss scale. Only `MOST_SKIPS` skips in a row are a
+    fault.
     """
 
     def __init__(self, fp16: bool):
@@ -62,7 +63,7 @@ class Meter:
         self.skips_in_a_row = 0
 
     def leave_out(self, seconds: float) -> None:
-        """Do not count these seconds: they were not spent on training."""
+        """Do not count these seconds, which were not spent on training."""
         self.began += seconds
 
     def count(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
@@ -71,7 +72,7 @@ class Meter:
         self.unread.append((step, loss, grad_norm))
 
     def check(self) -> None:
-        """Read the steps so far, in one copy. Raises RunError, naming the first faulty step."""
+        """Read all unread steps in one copy. Raises RunError, naming the first faulty step."""
         if self.unread:
             steps, losses, grad_norms = zip(*self.unread, strict=True)
             self.unread = []
@@ -100,7 +101,7 @@ class Meter:
             self.fault = f"step {step}: {fault}"
 
     def measure(self) -> dict[str, Any]:
-        """Return the metrics since the last line, and begin the next."""
+        """Return the metrics since the last line, and begin the next line."""
         self.check()
         now = time.perf_counter()
         seconds = now - self.began
@@ -126,7 +127,7 @@ class Meter:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs. Raises RunError as `check` does."""
+        """Return the state for a resumed run. Raises RunError as `check` does."""
         self.check()
         state = {name: getattr(self, name) for name in COUNTED}
         return state | {"seconds": time.perf_counter() - self.began}

@@ -1,4 +1,4 @@
-"""Load the model that a run trains, put the adapter on it, and save the best state."""
+"""Load the base of a run, add the adapter, and save the best model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +20,10 @@ from training.options import Options, adapter_config
 
 
 def load_base(options: Options, directory: Path, device: Device) -> GPT2:
-    """Load the base on the device: for LoRA, with matrices in the run's precision, for full
-    fine-tuning in fp32, with random weights if `directory` has no weights.
+    """Load the base on the device. For LoRA, matrices are in the run's precision. For full
+    fine-tuning, all weights are in fp32, and random if `directory` has no weights.
 
-    Seeds torch with `options.seed`, for A's start and the dropout masks.
+    Seeds torch with `options.seed`, for the start of A and the dropout masks.
     """
     torch.manual_seed(options.seed)
     if options.method == "lora":
@@ -41,7 +41,7 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 
 
 def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
-    """Put a new adapter, or --init-adapter, on the base with these hashes. Freeze the rest."""
+    """Add a new adapter, or --init-adapter, to the base with these hashes. Freeze the base."""
     if options.init_adapter:
         with as_failure():
             load_adapter(model, options.init_adapter, base_sha256["weights"])

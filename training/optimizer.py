@@ -9,8 +9,8 @@ class AdamW(torch.optim.AdamW):
     """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a loop that
     does not compile its step.
 
-    PyTorch wraps these methods to hide them from torch.compile. A wrapper's first call imports
-    torch._dynamo, and with it sympy, which takes longer than torch itself. So these are the wrapped
+    PyTorch wraps these methods to hide them from torch.compile. The first call of a wrapper imports
+    torch._dynamo and sympy, which takes longer than the import of torch. So this class unwraps the
     methods. `unwrap` returns a method without a wrapper unchanged.
     """
 

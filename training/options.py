@@ -1,4 +1,4 @@
-"""Declare every option of `train.py` once: its type, its default and its help."""
+"""Declare every option of `train.py` once, with type, default and help."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from lora.variants import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
-# Defaults that differ between the methods. All are from the reference run (docs/reference-run.md).
+# Defaults that differ between the methods, from the reference run (docs/reference-run.md).
 DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"batch_size": 16, "lr": 3e-4, "out": ROOT / "runs" / "lora"},
     "full": {"batch_size": 64, "lr": 3e-5, "out": ROOT / "runs" / "full"},
@@ -38,7 +38,7 @@ BEST = "best"
 # The defaults that a recipe sets. An explicit option wins.
 RECIPES: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    # `resolve` chooses the rate. Without a stride, windows do not overlap.
+    # `resolve` chooses the learning rate. Without a stride, windows do not overlap.
     BEST: {
         "target_modules": ("c_attn", "c_proj", "c_fc"),
         "lr": None,
@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
     """Declare a field that argparse reads as an option. A default of False makes a switch.
 
-    argparse gets `settings`, except these five. `names` are other names of the option. `method` is
+    argparse gets `settings`, except five keys. `names` are other names of the option. `method` is
     the only method that has the option. `excludes` names a group of options that exclude each
     other. `lora` marks a field of `LoRAConfig`. With `may_change`, a resumed run may have another
     value.
@@ -69,7 +69,7 @@ def lora_option(default: Any = None, type: Any = None, help: str = "", **setting
 
 
 def blocks(text: str) -> range:
-    """Parse one block's number, or a range of blocks, A-B."""
+    """Parse the number of a block, or a range of blocks, A-B."""
     first, dash, last = text.partition("-")
     low = number(int, 0, 511)(first)
     high = number(int, low, 511)(last) if dash else low
@@ -96,7 +96,7 @@ class Options:
     data: Path | None = option(
         None,
         Path,
-        "conversations in JSON lines instead of a book. Only their completions are scored "
+        "conversations in JSON lines instead of a book. Only the completions are scored "
         "(data/instructions.py)",
         metavar="FILE",
         excludes="source",
@@ -105,7 +105,7 @@ class Options:
     val_data: Path | None = option(
         None,
         Path,
-        "validate on these (default: on the last --val-fraction of --data)",
+        "conversations to validate on (default: the last --val-fraction of --data)",
         metavar="FILE",
         may_change=True,
     )
@@ -113,16 +113,16 @@ class Options:
     stride: int = option(
         16,
         number(int, 1),
-        "tokens from one training window's start to the next (default: lora, the recipe's; full, "
-        "16)",
+        "tokens from the start of a training window to the next start (default for lora: from the "
+        "recipe; for full: 16)",
     )
     val_fraction: float = option(
         0.1,
         number(float, 0.001, 0.9),
-        "share of the book or data, from its end, to validate on",
+        "validate on this share at the end of the book or data",
     )
     label_shift: int = option(
-        1, number(int, 1, 2), "1: next token. 2: the reference run's measure", metavar="{1,2}"
+        1, number(int, 1, 2), "1: predict the next token. 2: the token after it", metavar="{1,2}"
     )
 
     # training
@@ -130,10 +130,10 @@ class Options:
     max_steps: int | None = option(
         None,
         number(int, 1),
-        "stop after this many steps. The schedule ends there too",
+        "stop after this many steps. The learning rate schedule ends there, too",
     )
     batch_size: int = option(
-        16, number(int, 1), "windows per step (default: lora, the recipe's; full, 64)"
+        16, number(int, 1), "windows per step (default for lora: from the recipe; for full: 64)"
     )
     grad_accum: int = option(
         1,
@@ -143,7 +143,7 @@ class Options:
     lr: float = option(  # None: `resolve` chooses the best recipe's rate
         3e-4,
         number(float, 1e-12, 10.0),
-        "peak learning rate (default: lora, the recipe's; full, 3e-05)",
+        "peak learning rate (default for lora: from the recipe; for full: 3e-05)",
     )
     weight_decay: float = option(0.01, number(float, 0.0, 10.0), "weight decay of AdamW")
     warmup_ratio: float = option(
@@ -158,12 +158,12 @@ class Options:
         "probability of every dropout of the base (default: from its config)",
     )
     seed: int = option(
-        42, number(int, 0, 2**63 - 1), "for the adapter's start, the order of windows and dropout"
+        42, number(int, 0, 2**63 - 1), "seed of the adapter's start, window order and dropout"
     )
     device: str = option(**DEVICE_OPTION, may_change=True)
     precision: str = option(**PRECISION_OPTION)
     kernels: str = option(**KERNELS_OPTION)
-    compile: bool = option(False, help="torch.compile the model. Not on a CPU, where it is slower")
+    compile: bool = option(False, help="compile the model with torch.compile. Refused on a CPU")
     cuda_graph: bool = option(
         False,
         help="on CUDA, launch a micro-batch's forward and backward pass as one CUDA graph",
@@ -171,10 +171,10 @@ class Options:
     )
     gradient_checkpointing: bool = option(
         False,
-        help="compute activations twice instead of keeping them: saves memory",
+        help="compute activations twice instead of keeping them, to save memory",
         may_change=True,
     )
-    allow_tf32: bool = option(False, help="fp32 matmuls in TF32 on CUDA: faster, less exact")
+    allow_tf32: bool = option(False, help="compute fp32 matmuls in TF32 on CUDA: less exact")
 
     # the run
     out: Path = option(
@@ -189,8 +189,8 @@ class Options:
     checkpoint_every: Interval = option(
         steps_or_seconds("10m"),
         steps_or_seconds,
-        "save every N steps, or after a time such as 90s or 10m, as well as after an epoch if the "
-        "last save is 10 s old (default: 10m)",
+        "save a checkpoint every N steps, or after a time such as 90s or 10m. Also save after an "
+        "epoch if the last checkpoint is 10 s old (default: 10m)",
         metavar="N",
         may_change=True,
     )
@@ -201,10 +201,10 @@ class Options:
 
     # the adapter
     recipe: str | None = option(
-        help="which defaults. reference, as in the reference run: c_attn, batches of 16, stride "
-        "16, lr 3e-4. best: c_attn c_proj c_fc, batches of 2, windows without overlap, and a rate "
-        "by steps, passes and kind of adapter (docs/howto.md) (default: best for a new adapter on "
-        "--data, otherwise reference)",
+        help="a set of defaults. reference: c_attn, batches of 16, stride 16, lr 3e-4, as in the "
+        "reference run. best: c_attn c_proj c_fc, batches of 2, windows without overlap, and a "
+        "learning rate that depends on steps, passes and kind of adapter (docs/howto.md) (default: "
+        "best for a new adapter on --data, otherwise reference)",
         choices=tuple(RECIPES),
         method="lora",
     )
@@ -217,7 +217,7 @@ class Options:
         ("c_attn",),
         None,
         "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear "
-        "(default: the recipe's)",
+        "(default: from the recipe)",
         nargs="+",
         metavar="NAME",
     )
@@ -235,25 +235,25 @@ class Options:
     )
     init_lora_weights: str | None = lora_option(
         None,
-        help="start from the largest singular vectors of W (PiSSA), or of its gradient over the "
-        "first 8 batches (LoRA-GA) (default: LoRA's own start)",
+        help="start from singular vectors of W (pissa), or of the gradient of W over the first 8 "
+        "batches (lora_ga) (default: random A, zero B)",
         choices=("pissa", "lora_ga"),
     )
     loraplus_lr_ratio: float | None = option(
         None,
         number(float, 1.0, 1e4),
-        "LoRA+: ratio of B's learning rate to A's",
+        "LoRA+: multiply the learning rate of B by this factor",
         method="lora",
     )
-    freeze_a: bool = option(False, help="LoRA-FA: train B alone. Saves memory", method="lora")
+    freeze_a: bool = option(False, help="LoRA-FA: train only B, to save memory", method="lora")
     riemannian: bool = option(
         False,
-        help="precondition the gradients of A and B, so that a step depends on B A alone",
+        help="precondition the gradients of A and B, so that a step depends only on B A",
         method="lora",
     )
     quantise: str | None = option(
         help="store the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 bits (int8) per "
-        "weight (default: none; with --init-adapter, as when it was trained)",
+        "weight (default: none, or as in the training of --init-adapter)",
         choices=QUANTISE_OPTION["choices"],
         names=["--quantize"],
         method="lora",
@@ -274,7 +274,7 @@ class Options:
 
 
 def _as_text(value: object) -> str:
-    """Return a path or an interval for a file that may be published."""
+    """Return the text of a path or an interval, for a file that may be published."""
     return display_path(value) if isinstance(value, Path) else str(value)
 
 
@@ -294,7 +294,7 @@ def adapter_config(options: Options) -> LoRAConfig:
     """
     asked = {name: getattr(options, name) for name in LORA_FIELDS}
     if asked["init_lora_weights"] is None:
-        asked["init_lora_weights"] = True  # PEFT's name of LoRA's usual start
+        asked["init_lora_weights"] = True  # PEFT's value for LoRA's usual start
     try:
         return make_config(**asked)
     except ValueError as error:
@@ -306,7 +306,7 @@ def flag(name: str) -> str:
 
 
 def make_parser(description: str | None) -> Parser:
-    """Return the parser of `train.py`'s command line. It sets only typed options."""
+    """Return the parser of `train.py`'s command line. The parser sets only typed options."""
     parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
@@ -322,7 +322,7 @@ def make_parser(description: str | None) -> Parser:
 
 
 def _add(group: Any, name: str, settings: Mapping[str, Any], default: object) -> None:
-    """Add an option to a parser or to one of its groups. The help ends with the default."""
+    """Add an option to a parser or a group of options. The help ends with the default."""
     ours = ("names", "method", "excludes", "lora", "may_change")
     known = {key: value for key, value in settings.items() if key not in ours}
     has_value = default is not None and not isinstance(default, bool)
@@ -377,6 +377,6 @@ def _refuse_clashes(typed: Mapping[str, Any]) -> None:
         )
     if "init_adapter" in typed and not set(LORA_FIELDS).isdisjoint(typed):
         raise UserError(
-            "--init-adapter brings its own rank, alpha, dropout, targets and variant; "
-            "leave those options out"
+            "--init-adapter sets the rank, alpha, dropout, targets and variant; "
+            "leave these options out"
         )

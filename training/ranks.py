@@ -1,8 +1,8 @@
-"""Train in parallel: `torchrun` starts processes, the ranks, each with its share of a batch.
+"""Train in parallel: `torchrun` starts several processes, the ranks, which share each batch.
 
-Every rank has the whole model and computes the gradient of the summed loss of its windows. The sum
-over ranks is the whole batch's gradient, so the number of ranks changes the speed but not the
-result, except for dropout masks, which each rank draws separately.
+Every rank has the whole model and computes the gradient of the loss summed over the rank's windows.
+The sum over ranks is the gradient of the whole batch. So the number of ranks changes the speed, but
+not the result, except for dropout masks, which each rank draws separately.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # a later import's defaults would keep the group alive
+import torch.distributed.nn  # a later import would keep the group alive
 from torch import Tensor, nn
 
 from common.errors import RunError, UserError, first_line
@@ -27,7 +27,7 @@ PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wa
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `world_size`. Collectives raise RunError if another rank ended."""
+    """This process, `rank` of `world_size`. Methods raise RunError if another rank ended."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,18 +35,18 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> "Ranks":
         """Read torchrun's environment. Without torchrun, this process is the only one."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may set RANK for itself
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may also set RANK
             return cls()
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is the one rank that writes files and prints."""
+        """Return whether this is the only rank that writes files and prints."""
         return self.rank == 0
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Let the ranks exchange tensors inside the `with`. Only rank 0 prints there."""
+        """Let ranks exchange tensors inside the `with`. Inside, only rank 0 prints."""
         if self.world_size == 1:
             yield
             return
@@ -66,7 +66,7 @@ class Ranks:
                 dist.destroy_process_group()
                 raise
             except BaseException:
-                self._abort_nccl()  # NCCL would wait for the others, and warn as Python ends
+                self._abort_nccl()  # NCCL would wait for other ranks, and warn at exit
                 raise
         dist.destroy_process_group()
 
@@ -74,7 +74,7 @@ class Ranks:
         local = int(os.environ["LOCAL_RANK"])
         gpus = torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; one rank per GPU")
+            raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; use one rank per GPU")
         torch.cuda.set_device(local)
 
     def _call(self, collective: Callable[[], object]) -> None:
@@ -90,14 +90,14 @@ class Ranks:
             ) from error
 
     def _abort_nccl(self) -> None:
-        """End NCCL's half of the group at once, if it has one."""
+        """Abort the NCCL backend of the process group, if the group has one."""
         if dist.is_initialized() and "nccl" in dist.get_backend():  # "cpu:gloo,cuda:nccl"
             assert dist.group.WORLD
             dist.group.WORLD.abort()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0 first, so that the others find its downloads."""
+        """Run the body on rank 0 first, so that other ranks find the downloads of rank 0."""
         if not self.is_main:
             self.barrier()
         yield
@@ -109,7 +109,7 @@ class Ranks:
         self.max_over_ranks(0)
 
     def check_same(self, identity: dict[str, Any]) -> None:
-        """Raise UserError, in every rank, if one was given other options, base or book."""
+        """Raise UserError in every rank if ranks differ in options, base or book."""
         first, *others = self.gather(identity)
         for rank, other in enumerate(others, 1):
             different = [name for name in first if other[name] != first[name]]
@@ -126,7 +126,7 @@ class Ranks:
                 self._call(partial(dist.broadcast, tensor.detach(), 0))
 
     def all_reduce(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over the ranks, all in one message."""
+        """Replace each tensor by the sum over the ranks. One message has all tensors."""
         if self.world_size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -146,7 +146,7 @@ class Ranks:
         self.all_reduce(loss, *(p.grad for p in trained if p.grad is not None))
 
     def max_over_ranks(self, *values: int) -> list[int]:
-        """Return the largest of each number over the ranks. This does not wait for a GPU."""
+        """Return the maximum of each number over the ranks, without waiting for a GPU."""
         if self.world_size == 1:
             return list(values)
         shared = torch.tensor(values)

@@ -1,4 +1,4 @@
-"""Write a run's report, `run.json` and `loss.png`, and read it again."""
+"""Write and read the report of a run: `run.json` and `loss.png`."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from training.scores import perplexity
 
 
 def count_parameters(model: nn.Module) -> dict[str, float]:
-    """Count the model's parameters, quantised ones too. A tied weight counts once."""
+    """Count the model's parameters and quantised weights. A tied weight counts once."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + quantised_weights(model)
     return {
@@ -51,14 +51,14 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
     }
     save_card(options.out, run_card(options.out.resolve().name, content))
     draw_loss(options, base, report["start_val_loss"])
-    write_json(options.out / RUN, content)  # last: it means that the run is complete
+    write_json(options.out / RUN, content)  # last: run.json means a complete run
 
     print(
         f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
         f"after {report['seconds']:.0f} s; saved in {options.out}"
     )
     if best > base:
-        print("warning: that is worse than the base; try a lower --lr", file=sys.stderr)
+        print("warning: this is worse than the base; try a lower --lr", file=sys.stderr)
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def best_weights(out: Path, method: str) -> Path:
-    """Return the file of a run's weights with the best validation loss."""
+    """Return the weights file of the best model of a run."""
     names = {"lora": ADAPTER_WEIGHTS, "full": MODEL_WEIGHTS}
     return out / names[method]
 

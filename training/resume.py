@@ -18,10 +18,10 @@ from training.ranks import Ranks
 
 
 class Saver:
-    """Save and restore a run: its `stateful` objects, the random generators of all ranks, the time
+    """Save and restore a run: the `stateful` objects, the random generators of all ranks, the time
     and the peak memory. The objects have `state_dict()` and `load_state_dict()`.
 
-    `directory` is None except in rank 0, which reads and writes the files.
+    Only rank 0 reads and writes files. In other ranks, `directory` is None.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Saver:
         self.saved_at = time.perf_counter()
 
     def restore(self) -> None:
-        """Restore the last checkpoint. Raises UserError if it is of another run."""
+        """Restore the last checkpoint. Raises UserError for a checkpoint of another run."""
         state = self.ranks.from_main(read_checkpoint(self.out) if self.directory else {})
         try:
             refuse_another(self.out / CHECKPOINT, state["run"], self.identity)
@@ -100,14 +100,14 @@ class Saver:
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
         """Restore this rank's random generator, unless the number of ranks or the device differs.
-        Warn of a difference that may change the last bits of the result.
+        Warn about a difference that may change the last bits of the result.
         """
         now = self._machine()
         for name, value in now.items():
             if self.directory and then[name] != value:
                 print(
                     f"warning: the run began with {name} {then[name]} and resumes with {value}: "
-                    "the result may differ in its last bits from an uninterrupted run",
+                    "the result may differ in the last bits from an uninterrupted run",
                     file=sys.stderr,
                 )
         if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):

@@ -1,6 +1,6 @@
 """Run the training loop safely: device, ranks, the lock on `--out`, signals, logs, the best model.
 
-`train.py` has the mathematics. It gives `begin` the objects that a checkpoint must contain.
+`train.py` has the mathematics, and gives `begin` the objects that a checkpoint must contain.
 """
 
 import math
@@ -47,14 +47,14 @@ from training.report import (
 from training.resume import Saver
 from training.scores import Scores
 
-# Save at an epoch's end if the last checkpoint is this many seconds old: on a GPU, saving can take
-# longer than the epoch.
+# At the end of an epoch, save only if the last checkpoint is this many seconds old. On a GPU,
+# saving can take longer than an epoch.
 MIN_CHECKPOINT_AGE = 10.0
 
 
 @contextmanager
 def open_run(options: Options) -> Iterator["Run"]:
-    """Join the other ranks, and yield the run. A known failure names the last checkpoint."""
+    """Join the other ranks, and yield the run. Messages of failures name the last checkpoint."""
     tune_process()
     ranks = Ranks.from_environment()
     device = Device.pick(options.device, options.precision, train=True)
@@ -96,7 +96,7 @@ class Run:
         self.directory: RunDirectory | None = None  # in rank 0, while it has the lock
         self.finished = False  # whether --resume found the run complete
         self.saver: Saver | None = None  # once the run has begun
-        self.line: dict[str, Any] = {}  # of metrics.jsonl, if this step writes one
+        self.line: dict[str, Any] = {}  # for metrics.jsonl, if this step writes a line
         self.stop_signal: int | None = None
         self.stepped_at = 0.0
 
@@ -112,11 +112,11 @@ class Run:
 
     @cached_property
     def base_sha256(self) -> dict[str, str]:
-        """Hash the base's config and weights, once: the weights can be large."""
+        """Hash the base's config and weights only once, because weights can be large."""
         return base_hashes(self.base_directory)
 
     def resolve(self, data: Data) -> Options:
-        """Fill in the options that were left open, and count the steps. Return the options."""
+        """Fill in the options that the user left open, and count the steps. Return the options."""
         self.options = recipe.resolve(self.options, self.base, self.device, data.training)
         self.tokenizer = data.tokenizer
         windows = len(data.training)
@@ -127,17 +127,17 @@ class Run:
         return self.options
 
     def claim_out(self, data: Data) -> None:
-        """Identify the run by its inputs, and lock `--out`. Set `finished` if --resume finds the
-        run complete there.
+        """Identify the run by options and inputs, and lock `--out`. Set `finished` if --resume
+        finds a complete run.
 
-        Raises UserError if `--out` contains another run, or a run that is still at work.
+        Raises UserError if `--out` contains another run, or a run that has not ended.
         """
         tokens = data.training.tokens, data.validation.tokens
         self.identity = run_identity(self.options, self.base_sha256, *tokens)
         self.ranks.check_same(asdict(self.identity))
         if self.ranks.is_main:
             self.directory = RunDirectory(self.options.out)
-            refuse_used_directory(self.options)  # another run may have ended there meanwhile
+            refuse_used_directory(self.options)  # another run may have ended meanwhile
             self.finished = self._is_finished()
         self.finished = self.ranks.from_main(self.finished)
 
@@ -160,10 +160,10 @@ class Run:
             compile_hidden(model, 0 if self.options.data else self.micro_batch_size)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Return a scaler of the loss for fp16. In other precisions it does nothing."""
+        """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
         device = self.device.torch_device
         scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
-        scaler.scale(torch.zeros((), device=device))  # makes the scale: a rank may have no loss
+        scaler.scale(torch.zeros((), device=device))  # creates the scale: a rank may have no loss
         return scaler
 
     def use_cuda_graph(self, model: GPT2) -> None:
@@ -178,7 +178,7 @@ class Run:
         A checkpoint contains the trained parameters and the state of the `stateful` objects.
         """
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        # torch allows no dot in these names
+        # ParameterDict allows no dot in a name
         named = {name.replace(".", "/"): parameter for name, parameter in trained.items()}
         stateful |= {
             "parameters": nn.ParameterDict(named),
@@ -214,8 +214,8 @@ class Run:
         print(f"base: val {scores}", flush=True)
         if scores.loss > 1.01 * math.log(model.config.vocab_size):
             print(
-                "warning: the base predicts this text worse than by guessing; is it plain text, "
-                "in a language that the base has seen?"
+                "warning: the base predicts this text worse than by guessing; is the text plain, "
+                "and in a language that the base has seen?"
             )
 
     # The steps
@@ -226,9 +226,9 @@ class Run:
         return self.progress.step
 
     def steps(self, training: Dataset) -> Iterator[Batch]:
-        """Yield the batch of each step that is left. After the step, log, save and stop when due.
+        """Yield the batch of each remaining step. After the step, log, save and stop when due.
 
-        After a signal the step ends, a checkpoint is saved, and the process exits.
+        After a signal, the step ends, a checkpoint is saved, and the process exits.
         """
         on_signals(self._on_signal)
         self._leave_out()  # validation before the first step
@@ -238,10 +238,10 @@ class Run:
             for batch in self.batches(training, self.step):
                 yield batch
                 self._end_step(bar)
-        on_signals(end_at_once)  # all is saved
+        on_signals(end_at_once)  # everything is saved
 
     def batches(self, training: Dataset, first: int = 0) -> Iterator[Batch]:
-        """Yield each step's batch from step `first` on. Each epoch has its own order."""
+        """Yield each step's batch from step `first` on. Each epoch has another order."""
         size = self.options.batch_size
         order = np.empty(0, dtype=np.int64)
         for step in range(first, self.total_steps):
@@ -256,7 +256,7 @@ class Run:
         return Batch(training, mine, self.micro_batch_size, training.num_tokens(indices))
 
     def count_step(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
-        """Add 1 to `step`. Count its loss, summed over `num_tokens`, and its gradient norm."""
+        """Add 1 to `step`. Count the loss, summed over `num_tokens`, and the gradient norm."""
         self.progress.step += 1
         self.meter.count(self.step, loss, num_tokens, grad_norm)
         self.line = {}
@@ -280,7 +280,7 @@ class Run:
         return self.epoch_ends() or bool(every and self.step % every == 0)
 
     def keep_best(self, model: GPT2, scores: Scores) -> None:
-        """Print and log the validation's scores. Save the model if it is the best so far."""
+        """Print and log the validation scores. Save the model if it is the best so far."""
         line = f"step {self.step}/{self.total_steps}: val {scores}"
         progress = self.progress
         if self.step == 0:  # an initial adapter
@@ -311,7 +311,7 @@ class Run:
         bar.update()
 
     def _leave_out(self) -> None:
-        """Do not count the time since the step as training time."""
+        """Do not count the time since the last step as training time."""
         now = time.perf_counter()
         self.meter.leave_out(now - self.stepped_at)
         self.stepped_at = now
@@ -335,12 +335,12 @@ class Run:
     # Signals and checkpoints
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """At the first signal, let the step end and save. At another, stop at once.
+        """At the first signal, let the step end and save. At another signal, stop at once.
 
-        Ignore repeated SIGTERM: `timeout` and `make` both forward it. Ignore repeated SIGHUP: a
-        closed terminal and its shell both send it.
+        Ignore a repeated SIGTERM, because `timeout` and `make` both forward it. Ignore a repeated
+        SIGHUP, because a closed terminal and the shell both send it.
         """
-        leave_closed_terminals()  # SIGHUP means that one was closed
+        leave_closed_terminals()  # SIGHUP means that a terminal was closed
         repeated = number == self.stop_signal
         if repeated and number != signal.SIGINT:
             return
@@ -351,7 +351,7 @@ class Run:
             say("stopping once the step is done and saved; Ctrl-C stops at once")
 
     def _save_or_stop(self) -> None:
-        """Save a checkpoint if one is due. If any rank has a signal, save and end the process.
+        """Save a checkpoint when due. If any rank has received a signal, save and end the process.
 
         `stop_signal` is read once. A later signal takes effect at the next step.
         """
@@ -370,12 +370,12 @@ class Run:
         return self.options.checkpoint_every.is_due(self.step, age)
 
     def _stop(self, number: int) -> None:
-        """End the process as the signal asks. All is saved."""
+        """End the process with the exit status of the signal. Everything is saved."""
         on_signals(signal.SIG_IGN)  # another signal while Python ends would change the status
         if self.directory:
             print(
                 f"stopped after step {self.step}; the same command with --resume continues",
                 file=sys.stderr,
             )
-        self.ranks.barrier()  # torchrun kills the others as soon as one rank ends
+        self.ranks.barrier()  # torchrun kills other ranks when a rank ends
         sys.exit(128 + number)

@@ -1,7 +1,7 @@
 """Train once for each learning rate, rank and seed, and compare: `make sweep`.
 
-Each run is a `train.py` in its own process. The same command resumes a sweep: train.py leaves a
-finished run as it is, and refuses it if its options differ.
+Each run is a `train.py` in a separate process. The same command resumes a sweep: train.py does not
+change a finished run, and refuses a run with other options.
 """
 
 import argparse
@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, nargs="+", metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
     args, others = parser.parse_known_args(argv)
-    others = [word for word in others if word != "--resume"]  # `train` adds it where it is due
+    others = [word for word in others if word != "--resume"]  # `train` adds --resume
 
     losses: dict[Setting, list[float]] = {}
     failed = False
     for out, arguments in plan(args, others).items():
         print(f"--- {out.name}", flush=True)
         status = train(arguments, out)
-        if status > 128:  # a signal ended it
+        if status > 128:  # a signal ended train.py
             print("the same command, without --overwrite, resumes the sweep", file=sys.stderr)
             return status
         if status:

@@ -36,10 +36,10 @@ def start_along_gradient(model: GPT2, batches: list[Batch], run: Run) -> None:
                 with run.device.autocast():
                     loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
                 (loss / num_tokens).backward()
-    model.zero_grad()  # B has gradients too
+    model.zero_grad()  # B also has gradients
 
     run.ranks.all_reduce(*gradients.values())
     for name, layer in lora_ga_layers(model).items():
         start = layer.initial_factors(gradients[name])
-        run.ranks.broadcast(*start)  # another machine may compute other signs
+        run.ranks.broadcast(*start)  # signs may differ between machines
         layer.start_at(*start)

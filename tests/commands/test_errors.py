@@ -91,7 +91,7 @@ def refusal(line: str) -> str:
 # has each kind of mistake, with one command or two.
 MISTAKES = [
     ("lora --book missing.txt", "missing.txt"),
-    ("lora --book short.txt", "short.txt: its validation part"),
+    ("lora --book short.txt", "short.txt: the validation part"),
     ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
     ("evaluate --text one.txt", "1 tokens; too short"),
@@ -111,7 +111,7 @@ MISTAKES = [
     ("full --out base", "--out base: contains config.json, but no run"),
     ("full --out base --overwrite", "--out base: contains config.json, but no run"),
     ("lora --out ./directory/../base --overwrite", "contains config.json, but no run"),
-    ("lora --init-adapter held --out held --overwrite", "is what --init-adapter reads"),
+    ("lora --init-adapter held --out held --overwrite", "is an input of --init-adapter"),
     ("lora --resume", "--resume: out contains no checkpoint"),
     ("lora --resume --overwrite", "--over"),
     ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2"),
@@ -131,7 +131,7 @@ MISTAKES = [
     ("lora --freeze-a --riemannian", "--freeze-a cannot be combined with"),
     ("lora --init-lora-weights lora_ga --precision fp16", "--init-lora-weights lora_ga: in fp16"),
     ("full --riemannian", "--riemannian"),
-    ("lora --init-adapter run --lora-alpha=16", "--init-adapter brings its own"),
+    ("lora --init-adapter run --lora-alpha=16", "--init-adapter sets the rank"),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"),
     ("lora --layers 2-1", "--layers: '1' is not a whole number"),

@@ -149,7 +149,7 @@ def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_p
     assert one.report["book_sha256"] == same.report["book_sha256"]
     swapped = ("--resume", "--book", other, book)
     again = run(train.main, *runs.arguments("lora", base, book, one.out, *options, *swapped))
-    assert "--book: its content is not what the run" in runs.one_line(again, 2)
+    assert "--book: the content has changed since" in runs.one_line(again, 2)
 
 
 def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(

@@ -39,7 +39,7 @@ def test_overwriting_the_base_by_another_name_is_refused(base, book, tmp_path, a
     alias(copy, out)
     before = contents(copy)
     line = refused(out, *arguments("full", copy, book, out, *SHORT))
-    assert f"--out {out}: " in line and "is what --base reads" in line
+    assert f"--out {out}: " in line and "is an input of --base" in line
     assert contents(copy) == before
 
 
@@ -60,7 +60,7 @@ def test_overwriting_another_input_by_a_link_is_refused(base, book, adapter, tmp
     }[option]
     os.link(read, out / name)
     line = refused(out, *arguments("lora", base, source, out, *SHORT, *more))
-    assert f"its {name} is what {option} reads ({read})" in line
+    assert f"{name} is an input of {option} ({read})" in line
 
 
 def test_merge_combine_and_extract_write_into_no_existing_directory(base, adapter, tmp_path):

@@ -89,7 +89,7 @@ def test_a_run_of_the_best_recipe_resumes_as_itself(base, book, tmp_path):
     assert run(main, *argv).status == 0
     assert "nothing to resume" in run(main, *argv, "--resume").stdout
     line = one_line(run(main, *argv[:-1], "reference", "--lr", 8e-3, "--resume"), 2)
-    assert "--recipe was best and is now reference; repeat the run's own options" in line
+    assert "--recipe was best and is now reference; repeat the run's options" in line
 
 
 def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):

@@ -193,7 +193,7 @@ def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
         line = refused(tmp_path / "run", *stopped, option, value, "--resume")
         assert f"{option} was" in line and value in line
     argv = arguments("full", base, book, tmp_path / "run", *OPTIONS, "--resume")
-    assert "the run is of `train.py lora`, not full" in refused(tmp_path / "run", *argv)
+    assert "the method was lora and is now full" in refused(tmp_path / "run", *argv)
 
 
 def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base, tmp_path):
@@ -205,7 +205,7 @@ def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base,
     other = text.replace('completion": "', 'completion": "The ', 1)
     assert stop_in_step(signal.SIGINT, 5, argv, lambda: data.write_text(other)).status == 130
     line = refused(tmp_path / "run", *argv, "--resume")
-    assert "--data: its content is not what the run began with" in line
+    assert "--data: the content has changed since the run began" in line
     data.write_text(text)
     argv[argv.index(str(data))] = data.rename(tmp_path / "moved.jsonl")  # the file may have moved
     assert "resuming after step 5 of 7" in run(main, *argv, "--resume").stdout
@@ -218,7 +218,7 @@ def test_a_run_is_not_resumed_on_a_changed_base(stopped, base, tmp_path):
         copy = shutil.copytree(base, tmp_path / file.removesuffix(".json"))
         shutil.copy(other / file, copy / file)
         line = refused(tmp_path / "run", *stopped, "--base", copy, "--resume")
-        assert "--base: its content is not what the run began with" in line
+        assert "--base: the content has changed since the run began" in line
 
 
 def test_a_resume_without_the_best_model_is_refused(stopped, tmp_path):
@@ -301,7 +301,7 @@ def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, 
     tensors = load_file(other / WEIGHTS["lora"])
     save_file({name: 2 * tensor for name, tensor in tensors.items()}, other / WEIGHTS["lora"])
     line = refused(tmp_path / "run", *argv, "--resume", "--init-adapter", other)
-    assert "--init-adapter: its content is not what the run began with" in line
+    assert "--init-adapter: the content has changed since the run began" in line
     assert run(main, *argv, "--resume").status == 0
     assert contents(tmp_path / "run")[WEIGHTS["lora"]] == contents(whole.out)[WEIGHTS["lora"]]
     resumed = finished(tmp_path / "run").report["options"]
