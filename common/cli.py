@@ -12,7 +12,7 @@ from common.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake in one line, as every command does."""
+    """An ArgumentParser that reports a mistake as a UserError, which is one line."""
 
     def __init__(self, description: str | None = None, **settings: Any):
         first_line = (description or "").partition("\n")[0]  # None under `python -OO`
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 def number(
     kind: type[int] | type[float], low: float, high: float = 10**9, below: bool = False
 ) -> Callable[[str], Any]:
-    """Return an option's type: an int or float from `low` to `high`, or to just below `high`."""
+    """Return an option's type: an int or float from `low` to `high`. `below` excludes `high`."""
     what = "a whole number" if kind is int else "a number"
     limit = f"below {high:,}" if below else f"{high:,}"
 
@@ -44,7 +44,7 @@ def number(
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of steps or of seconds. `text` is what the user typed."""
+    """A number of steps or of seconds. `text` is the text that the user typed."""
 
     text: str
     number: int
@@ -85,19 +85,19 @@ DEVICE_OPTION: dict[str, Any] = {
 PRECISION_OPTION: dict[str, Any] = {
     "default": "auto",
     "choices": ("auto", "fp32", "bf16", "fp16"),
-    "help": "of the matmuls; auto: by the device (docs/howto.md)",
+    "help": "precision of matmuls. auto: depends on the device (docs/howto.md)",
 }
 KERNELS_OPTION: dict[str, Any] = {
     "default": "fast",
     "choices": ("fast", "plain"),
-    "help": "fast: operations of model/kernels. plain: PyTorch's own operations, as model/gpt2.py "
-    "has them (default: fast)",
+    "help": "fast: the operations of model/kernels. plain: the PyTorch operations of model/gpt2.py "
+    "(default: fast)",
 }
-NONE = "none"  # the base as it is stored, whatever an adapter records
+NONE = "none"  # do not quantise the base, even if an adapter records a quantisation
 QUANTISE_OPTION: dict[str, Any] = {
     "choices": ("nf4", "int8", NONE),
-    "help": "store the blocks' linear layers in 4 bits (nf4: QLoRA) or 8 (int8) per weight; none: "
-    "as they are (default: as when the adapter was trained)",
+    "help": "store the blocks' linear layers in 4 bits (nf4: QLoRA) or 8 bits (int8) per weight. "
+    "none: do not quantise (default: as in the training of the adapter)",
 }
 
 
@@ -108,8 +108,8 @@ def add_model_options(parser: argparse.ArgumentParser, nargs: str | None = None)
         type=Path,
         nargs=nargs,
         metavar="DIR",
-        help="an adapter in PEFT's format, or OWNER/NAME on the hub; with --base auto, the base "
-        "that it names is loaded",
+        help="an adapter in PEFT's format, or OWNER/NAME on the hub. With --base auto, the adapter "
+        "names the base",
     )
     parser.add_argument("--quantise", "--quantize", **QUANTISE_OPTION)
 
@@ -120,7 +120,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Print and return a Markdown table: first column aligned left, the others right."""
+    """Print and return a Markdown table. The first column is aligned left, other columns right."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     lines = []

@@ -1,4 +1,4 @@
-"""Choose the device and its precision: one object for autocast, casts and copies."""
+"""Choose the device and the precision. One object does autocast, casts and copies."""
 
 import ctypes
 import os
@@ -59,7 +59,7 @@ class Device:
         return self.torch_device.type
 
     def autocast(self, cache_enabled: bool = True) -> AbstractContextManager:
-        """Return a context that runs matmuls in `precision`. It does not change parameters."""
+        """Return a context that runs matmuls in `precision`. Parameters stay unchanged."""
         if self.precision == "fp32":  # on MPS, torch 2.8 and 2.9 warn of an autocast to fp32
             return nullcontext()
         return torch.autocast(self.torch_device.type, self.dtype, cache_enabled=cache_enabled)
@@ -71,7 +71,7 @@ class Device:
         return x.to(self.torch_device)
 
     def cast_frozen(self, model: nn.Module) -> nn.Module:
-        """Move the model, and cast its frozen matrices, which autocast would cast at every step."""
+        """Move the model, and cast frozen matrices, which autocast would cast at every step."""
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and _is_frozen(module):
                 module.to(self.dtype)
@@ -86,7 +86,7 @@ class Device:
         """Raise UserError if torch.compile does not work here."""
         try:
             torch.compile(lambda x: x + 1)(torch.zeros(1, device=self.torch_device))
-        except Exception as error:  # each backend raises other exceptions
+        except Exception as error:  # backends raise different exceptions
             reason = first_line(getattr(error, "inner_exception", error))
             raise UserError(
                 f"--compile: needs a C++ compiler and, on a GPU, Python's headers ({reason})"
@@ -122,14 +122,14 @@ def _pick_device(asked: str) -> str:
     if asked == "auto":
         device = next(name for name, there in present.items() if there)
     if not present[device]:
-        raise UserError(f"--device {device}: this machine or this build of torch has none; use cpu")
+        raise UserError(f"--device {device}: this machine or this torch has no {device}; use cpu")
     if device == "cuda":
         _check_cuda()
     return device
 
 
 def _check_cuda() -> None:
-    """Raise UserError unless the GPU runs a kernel: it may be full, or too old for this torch."""
+    """Raise UserError unless the GPU runs a kernel. A GPU may be full, or too old for torch."""
     gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # of this rank
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
@@ -157,14 +157,14 @@ def _cpu_has_bf16() -> bool:
 
 def tune_process() -> None:
     """Apply the process-wide settings that make commands fastest."""
-    # By default glibc returns large blocks to the kernel, and each new block costs a page fault per
-    # 4 KiB (mallopt(3)). Full fine-tuning loses most: it allocates new gradients at each step.
+    # By default, glibc returns large blocks to the kernel, and a new block costs a page fault per
+    # 4 KiB (mallopt(3)). Full fine-tuning loses most, because each step allocates new gradients.
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap, too
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's memory back
-    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention. It makes a plan for every new
-    # shape, so for each generated token (transformers#48163).
+    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
+    # new shape. So each generated token needs a plan (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)
     use_full_fp32()
 

@@ -1,4 +1,4 @@
-"""End a command: status 0 done, 1 the run failed, 2 a user's mistake, 128 + n signal n."""
+"""End a command with status 0: done, 1: the run failed, 2: a user's mistake, 128 + n: signal n."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from common.signals import replace_default_handlers
 
 
 class UserError(Exception):
-    """A mistake that the user can fix. Its message is one line: the mistake and the remedy."""
+    """A mistake that the user can fix. The message is one line: the mistake and the remedy."""
 
 
 class RunError(Exception):
@@ -71,7 +71,7 @@ def run_command(
 
 
 def describe_failure(error: BaseException | None) -> str | None:
-    """Return the line for a known failure, or None for a bug in the program and for None."""
+    """Return the line for a known failure. Return None for a bug in the program, and for None."""
     if isinstance(error, UserError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:

@@ -1,7 +1,7 @@
-"""Draw with matplotlib, an optional dependency: no result needs it.
+"""Draw with matplotlib, an optional dependency that no result needs.
 
-A colour has one meaning in every picture, and the colour-blind can tell all colours apart
-(tests/common/test_figures.py). Other series of one picture, such as ranks, precisions or parts,
+A colour has the same meaning in every picture, and the colour-blind can tell all colours apart
+(tests/common/test_figures.py). Other series in a picture, such as ranks, precisions or parts,
 are `shades` of a method's colour, or of OTHER.
 """
 
@@ -24,7 +24,7 @@ OTHER = "#8e3a80"
 METHODS = {"base": BASE, "lora": LORA, "full": FULL}
 INK = "#2b2d33"  # words and outlines
 
-# A page shows a picture about 800 pixels wide, at 96 to the inch. A wider picture would be shrunk.
+# A page shows a picture about 800 pixels wide, at 96 pixels per inch, and shrinks wider pictures.
 PAGE_WIDTH = 8.3  # inches
 SMALLEST_TEXT = 9  # points
 
@@ -103,7 +103,7 @@ def shade(colour: str, lightness: float) -> str:
 
 
 def scientific(number: float, position: object = None) -> str:
-    """Return a number as 3e-4, whatever its size. matplotlib can format ticks with it."""
+    """Return a number of any size in the form 3e-4. matplotlib can format ticks with this."""
     digits, exponent = f"{number:e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
 

@@ -1,4 +1,4 @@
-"""Write files atomically, and read small files with errors that name them."""
+"""Write files atomically, and read small files with errors that name the file."""
 
 import hashlib
 import json
@@ -23,10 +23,10 @@ class NotWritable(UserError):
 
 @contextmanager
 def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path. On success, rename it over `path`.
+    """Yield a temporary path. On success, rename the temporary file to `path`.
 
-    fsync brings the data to the disk before the rename makes it visible. If `backup` is given, the
-    old `path` is kept under that name. Raises NotWritable if `path` cannot be written.
+    fsync writes the data to the disk before the rename makes the data visible. If `backup` is
+    given, the old file is renamed to `backup`. Raises NotWritable if `path` cannot be written.
     """
     path = Path(path)
     try:
@@ -46,7 +46,7 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield an unused path in the same directory. Remove the file if it is left at the end."""
+    """Yield an unused path in the same directory. At the end, remove a file that still exists."""
     temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)
     try:
@@ -58,7 +58,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory. On success, rename it to `out`, with all files at once."""
+    """Yield a temporary directory. On success, rename the directory and all its files to `out`."""
     out = Path(os.path.realpath(out))
     temporary = out.parent / f".{out.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)
@@ -103,12 +103,12 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a JSON {type(value).__name__} where an object is needed")
+        raise UserError(f"{path}: contains a JSON {type(value).__name__}, not an object")
     return value
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hex. Raises UserError if it cannot be read."""
+    """Return the sha256 of a file, in hex. Raises UserError if the file cannot be read."""
     digest = hashlib.sha256()
     with open_file(path) as file:
         for block in iter(lambda: file.read(READ_SIZE), b""):
@@ -117,7 +117,7 @@ def file_sha256(path: Path) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read bytes. Raises UserError if it cannot be opened."""
+    """Open a file to read bytes. Raises UserError if the file cannot be opened."""
     try:
         return open(path, "rb")
     except OSError as error:
@@ -142,5 +142,5 @@ def refuse_existing(out: Path) -> None:
 
 
 def brief(value: object) -> str:
-    """Return a value from a file for a message: one printable line of bounded length."""
+    """Return a file's value as one printable line of bounded length, for a message."""
     return reprlib.repr(value)[:120]

@@ -13,7 +13,7 @@ Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 unfinished: set[Path] = set()  # temporary files and directories that are being written
 
-# Under `nohup`, keep ignoring SIGHUP: the run outlives its terminal.
+# Under `nohup`, keep ignoring SIGHUP, so that the run outlives the terminal.
 HANDLED = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
@@ -22,10 +22,10 @@ TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at
 
 
 def replace_default_handlers() -> None:
-    """On SIGTERM or SIGHUP, if nothing handles it yet, print one line and exit.
+    """Let SIGTERM and SIGHUP print one line and exit, unless another handler is set.
 
-    By default, both kill the process and leave its unfinished files. SIGINT needs no handler: it
-    raises KeyboardInterrupt.
+    By default, both signals kill the process and leave unfinished files. SIGINT needs no handler,
+    because SIGINT raises KeyboardInterrupt.
     """
     for number in HANDLED:
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -60,6 +60,6 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def say(line: str) -> None:
-    """Write to stderr past Python's buffers: the signal may have interrupted a buffered write."""
+    """Write to stderr without Python's buffers. A signal may have interrupted a buffered write."""
     with suppress(OSError):  # Ctrl-C also ends the reader in `train.py 2>&1 | tee log`
         os.write(2, f"{line}\n".encode())

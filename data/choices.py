@@ -1,4 +1,4 @@
-"""Questions with choices, one of them right: classification without a classifier's head.
+"""Questions with choices, of which one is right: classification without a classification head.
 
     {"prompt": "Who speaks?", "choices": ["Orla", "Jory"], "answer": 1}
 
@@ -12,8 +12,8 @@ from common.files import brief
 from data.json_lines import refuse_unknown
 
 FORM = (
-    'the text "prompt", "choices", a list of two texts or more, and "answer", the place of the '
-    "right one, from 0"
+    'the text "prompt", "choices", a list of two texts or more, and "answer", the index of the '
+    "right choice, from 0"
 )
 
 
@@ -27,7 +27,7 @@ class Question:
 
 
 def question(example: dict) -> Question:
-    """Return the question in a line's JSON. Raises ValueError if it is not a question."""
+    """Return the question in a line's JSON. Raises ValueError if the line is not a question."""
     if not isinstance(example, dict):
         raise ValueError(f"needs {FORM}")
     refuse_unknown(example, {"prompt", "choices", "answer"}, FORM)
@@ -40,7 +40,7 @@ def question(example: dict) -> Question:
     prompt, *choices = [str(text).strip() for text in texts]
     answer = example.get("answer")
     if "" in choices or len(set(choices)) < len(choices):
-        raise ValueError("has an empty choice, or one twice")
+        raise ValueError("has an empty choice, or the same choice twice")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise ValueError(f"its answer is {brief(answer)}, of {len(choices)} choices from 0 on")
+        raise ValueError(f"answer {brief(answer)} is not from 0 to {len(choices) - 1}")
     return Question(prompt, tuple(choices), answer)

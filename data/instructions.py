@@ -5,16 +5,16 @@
                   {"role": "assistant", "content": "You do."}]}
     {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-are the same. The third form is a question of `data/choices.py`: its right choice is the completion.
-The third role is `system`. Any other key is refused. White space around a content is dropped. The
-model reads
+are the same example. The third form is a question of `data/choices.py`. The right choice is the
+completion. A role can also be `system`. Any other key is refused. White space around a content is
+dropped. The model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
 
-and is scored on the assistant's content, the space before it and the end-of-text token after it.
-That token ends the assistant's line. The other lines end with a newline. `CHAT_TEMPLATE` is the
-same form for transformers and other programs.
+and is scored on the assistant's content, the space before the content, and the end-of-text token.
+The end-of-text token ends the assistant's line. The other lines end with a newline. `CHAT_TEMPLATE`
+is the same form for transformers and other programs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ FORMS = (
     'the texts "prompt" and "completion", or "messages", a list of '
     '{"role": "user", "assistant" or "system", "content": text}'
 )
-# In Jinja, as transformers and llama.cpp render it. `generation` marks the scored text.
+# The form in Jinja, for transformers and llama.cpp. `generation` marks the scored text.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
   {%- set content = message['content'] | trim -%}
@@ -75,7 +75,7 @@ class Instructions:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all rows end to end, (3, N). A run's identity contains their hash."""
+        """Return all rows end to end, (3, N). A run's identity contains the hash of the rows."""
         return np.concatenate(self.rows, axis=1)
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
@@ -110,9 +110,9 @@ class Instructions:
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    Longer examples lose their beginning, and their number is printed. Empty lines are skipped.
-    Raises UserError, naming the line, if it is not an example, or if its last completion alone is
-    longer than a block.
+    Longer examples lose the beginning, and the number of such examples is printed. Empty lines are
+    skipped. Raises UserError, naming the line, for a line that is not an example, or if the last
+    completion alone is longer than a block.
     """
 
     def read(example: dict) -> np.ndarray:
@@ -133,8 +133,8 @@ def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np
     ids, scored, byte_counts = encode(turns, tokenizer)
     if scored[-block_size - 1 :].all():
         raise ValueError(
-            f"its completion is longer than a block of {block_size}; "
-            "shorten it, or use a larger --block-size"
+            f"the completion is longer than a block of {block_size}; "
+            "shorten the completion, or use a larger --block-size"
         )
     labels = np.where(scored, ids, IGNORE_INDEX)
     return np.stack((ids[:-1], labels[1:], byte_counts[1:]))
@@ -177,18 +177,18 @@ def encode(
 
 
 def turns(example: dict) -> list[Turn]:
-    """Return an example's turns. Raises ValueError if it is not an example."""
+    """Return the turns of an example. Raises ValueError for any other JSON."""
     try:
         turns = [_turn(message) for message in _messages(example)]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"needs {FORMS}") from error
     if not turns or turns[-1][0] != "Assistant" or ("Assistant", "") in turns:
-        raise ValueError("has an empty completion, or none at its end")
+        raise ValueError("has an empty completion, or no completion at the end")
     return turns
 
 
 def _messages(example: dict) -> list[dict]:
-    """Return an example's messages, whichever of the three forms it has."""
+    """Return the messages of an example in any of the three forms."""
     if "messages" in example:
         refuse_unknown(example, {"messages"}, FORMS)
         return example["messages"]

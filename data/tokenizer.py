@@ -1,7 +1,7 @@
 """Turn text into token ids and back.
 
-tiktoken runs the byte-pair encodings of GPT-2 and mini. Hugging Face's `tokenizers` reads every
-other `tokenizer.json` as it is, and `vocab.json` with `merges.txt` as byte-level BPE.
+tiktoken runs the byte-pair encodings of GPT-2 and mini. Hugging Face's `tokenizers` runs every
+other `tokenizer.json`, and reads `vocab.json` with `merges.txt` as byte-level BPE.
 """
 
 import json
@@ -41,26 +41,26 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 class Tokenizer(ABC):
     """Turn text into token ids and back."""
 
-    vocabulary: Mapping[str, int]  # from each token, as spelt in its file, to its id
-    vocab_size: int  # of the model, which may be larger than the vocabulary
-    eos_token: str | None  # the end of text
+    vocabulary: Mapping[str, int]  # token, as spelt in the file -> id
+    vocab_size: int  # of the model: may exceed the vocabulary
+    eos_token: str | None  # the end-of-text token
     source: Path  # the directory of the tokenizer's files
-    files: Mapping[str, bytes]  # their contents by name, to be saved beside a model
+    files: Mapping[str, bytes]  # name -> content, to save beside a model
     engine: Any  # the library's tokenizer
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of these ids, with U+FFFD for a part of a character."""
+        """Return the text of these ids, with U+FFFD for an incomplete character."""
 
     @abstractmethod
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids (N,), and how many bytes of the text each covers (N,)."""
+        """Return the ids (N,), and the number of bytes that each token covers (N,)."""
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the token ids (N,), and how many UTF-8 bytes of the text each covers (N,) uint32.
+        """Return the token ids (N,), and the number of UTF-8 bytes that each covers, uint32 (N,).
 
-        The ids are uint16 or, above 65,536 ids, uint32. Bytes that the tokenizer skips count for
-        the next token. An end of text covers 0. Raises UserError for a text that cannot be read.
+        The ids are uint16, or uint32 above 65,536 ids. Bytes that the tokenizer skips count for the
+        next token. An end of text covers 0 bytes. Raises UserError for a text that cannot be read.
         """
         try:
             ids, byte_counts = self._encode(text)
@@ -131,7 +131,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     """Load the tokenizer of the base in `directory`, whose config has this `vocab_size`.
 
     Without tokenizer files, a model with GPT-2's vocab_size gets GPT-2's tokenizer. Raises
-    UserError, naming the file, if it cannot be read or has tokens that the model lacks.
+    UserError, naming the file, if the file cannot be read or has tokens that the model lacks.
     """
     path = _main_file(Path(directory), vocab_size)
     source = path.parent
@@ -156,27 +156,27 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     if largest >= vocab_size:
         raise UserError(f"{path}: has token {largest}; config.json's vocab_size is {vocab_size}")
     eos_token = _end_of_text(source, vocabulary)
-    if eos_token and path.name == VOCAB:  # these files do not mark it as special
+    if eos_token and path.name == VOCAB:  # these files do not mark the token
         engine.add_special_tokens([eos_token])
     return kind(vocabulary, vocab_size, eos_token, source, files, engine)
 
 
 def _main_file(directory: Path, vocab_size: int) -> Path:
-    """Return the file with the vocabulary. Raises UserError without a supported file."""
+    """Return the file with the vocabulary. Raises UserError if no file is supported."""
     if (directory / FAST).exists():
         return directory / FAST
     for name in (*FOREIGN, ADDED):
         if (directory / name).exists():
             raise UserError(
-                f"{directory / name}: is not read; load the base's tokenizer with transformers' "
-                f"AutoTokenizer, and its save_pretrained writes {FAST}"
+                f"{directory / name}: is not supported; load the tokenizer with transformers' "
+                f"AutoTokenizer, and write {FAST} with save_pretrained"
             )
     if (directory / VOCAB).exists() or (directory / MERGES).exists():
         return directory / VOCAB
     if vocab_size == GPT2_SIZE:
         return GPT2_FILES / FAST
     raise UserError(
-        f"{directory}: its vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and the base has no "
+        f"{directory}: vocab_size {vocab_size} is not GPT-2's {GPT2_SIZE}, and the base has no "
         f"tokenizer: neither {FAST}, nor {VOCAB} and {MERGES}"
     )
 
@@ -216,7 +216,7 @@ def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Token
 
 
 def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
-    """Return the token that the base's settings name, or GPT-2's token if in the vocabulary."""
+    """Return the end of text in the base's settings, or GPT-2's token if in the vocabulary."""
     for path in (source / SETTINGS, source / SPECIAL):
         if not path.exists():
             continue
@@ -224,7 +224,7 @@ def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
         if isinstance(token, dict):
             token = token["content"]
         if token and token not in vocabulary:
-            raise UserError(f"{path}: its eos_token {brief(token)} is not in the vocabulary")
+            raise UserError(f"{path}: eos_token {brief(token)} is not in the vocabulary")
         if token:
             return token
     if END_OF_TEXT in vocabulary:
@@ -235,8 +235,8 @@ def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
 def _byte_of_character() -> dict[str, int]:
     """Map each character of a byte-level vocabulary to the byte that it spells.
 
-    A printable byte is spelt by the character with its number, other bytes by characters from 256
-    on (Radford et al. 2019, `bytes_to_unicode` in OpenAI's gpt-2 encoder.py).
+    The character with the same number spells a printable byte. Characters from 256 on spell other
+    bytes (Radford et al. 2019, `bytes_to_unicode` in OpenAI's gpt-2 encoder.py).
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))

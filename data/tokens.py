@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text's token ids (N,), and how many UTF-8 bytes of the text each token covers (N,)."""
+    """The token ids (N,) of a text, and the number of UTF-8 bytes that each token covers (N,)."""
 
     ids: np.ndarray
     byte_counts: np.ndarray
@@ -27,10 +27,10 @@ class Tokens:
 
 
 def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
-    """Return the tokens of the books in this order, with an end of text between them.
+    """Return the tokens of the books in this order, with an end of text between two books.
 
-    A directory means its `.txt` files, sorted by name. Raises UserError as `load_tokens` does,
-    and if a directory has no such file.
+    A directory stands for the `.txt` files in it, sorted by name. Raises UserError as `load_tokens`
+    does, and for a directory without a `.txt` file.
     """
     books: list[Path] = []
     for path in paths:
@@ -55,15 +55,15 @@ def _texts_of(path: Path) -> list[Path]:
         return [path]
     books = sorted(book for book in path.glob("*") if book.suffix.lower() == ".txt")
     if not books:
-        raise UserError(f"{path}: holds no .txt files, or may not be read")
+        raise UserError(f"{path}: contains no .txt files, or cannot be read")
     return books
 
 
 def require_end_of_text(tokenizer: Tokenizer) -> int:
-    """Return the end-of-text token's id. Raises UserError if the base lacks it."""
+    """Return the id of the end-of-text token. Raises UserError if the base has no such token."""
     if tokenizer.end_of_text is None:
         raise UserError(
-            f"{tokenizer.source}: its tokenizer has no end-of-text token, which "
+            f"{tokenizer.source}: the tokenizer has no end-of-text token, which "
             "--data, --chat and several books need"
         )
     return tokenizer.end_of_text
@@ -72,9 +72,8 @@ def require_end_of_text(tokenizer: Tokenizer) -> int:
 def load_tokens(book: Path, tokenizer: Tokenizer) -> Tokens:
     """Return the book's tokens.
 
-    The base's end-of-text token in the text separates documents. A byte order mark at the start is
-    dropped, and line ends are read as `\\n`. Raises UserError for a book that is missing, empty or
-    not a text in UTF-8.
+    An end-of-text token in the text separates documents. A byte order mark at the start is dropped,
+    and line ends are read as `\\n`. Raises UserError for a book that is missing, empty or not text.
     """
     with open_file(book) as file:
         text = _decode(book, file.read())
@@ -83,12 +82,12 @@ def load_tokens(book: Path, tokenizer: Tokenizer) -> Tokens:
     except UserError as error:
         raise UserError(f"{book}: {error}") from error
     if not len(tokens):
-        raise UserError(f"{book}: holds no tokens; give a text")
+        raise UserError(f"{book}: contains no tokens; name a text")
     return tokens
 
 
 def _decode(book: Path, content: bytes) -> str:
-    """Return the text of a file. Raises UserError if it is not a text."""
+    """Return the text of a file. Raises UserError if the file is not a text."""
     try:
         text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -96,5 +95,5 @@ def _decode(book: Path, content: bytes) -> str:
             f"{book}: not UTF-8 text (byte {error.start:,}: {error.reason}); save it as UTF-8"
         ) from error
     if "\0" in text:
-        raise UserError(f"{book}: holds a NUL character; not a text")
+        raise UserError(f"{book}: contains a NUL character; not a text")
     return text.replace("\r\n", "\n").replace("\r", "\n")

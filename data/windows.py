@@ -1,4 +1,4 @@
-"""Split a book's tokens, cut them into windows, and make batches of windows."""
+"""Split the tokens of a book, cut windows from the tokens, and make batches of windows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Dataset(Protocol):
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all token ids. A run's identity contains their hash."""
+        """Return all token ids. A run's identity contains the hash of the ids."""
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return the windows, or examples, with these indices (B,)."""
@@ -46,7 +46,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The windows of one step, in micro-batches. With several ranks, this rank's share of them."""
+    """The windows of one step in this rank, in micro-batches."""
 
     data: Dataset
     indices: np.ndarray  # (B,)
@@ -66,7 +66,7 @@ def split(items: Any, val_fraction: float) -> tuple:
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the epoch's order of `count` windows, a permutation (N,) of their indices."""
+    """Return an epoch's order of `count` windows, a permutation (count,) of the indices."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -80,13 +80,13 @@ def check_block_size(block_size: int, config: GPT2Config) -> None:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `block_size` inputs every `stride` tokens. Position t predicts t + label_shift."""
+    """Windows of `block_size` inputs every `stride` tokens. Token t predicts t + label_shift."""
 
     tokens: np.ndarray
     block_size: int
     stride: int
     label_shift: int = 1
-    byte_counts: np.ndarray | None = None  # of the text that each token covers, for bits per byte
+    byte_counts: np.ndarray | None = None  # UTF-8 bytes of each token, for bits per byte
 
     def __len__(self) -> int:
         last_start = len(self.tokens) - self.block_size - self.label_shift
@@ -120,7 +120,7 @@ class Windows:
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
         """Yield inputs and targets (B, T) that score each token after the first `label_shift` once.
 
-        The stride must be at most the block size. Where windows overlap, the first one scores. A
+        The stride must be at most the block size. Where windows overlap, the first window scores. A
         shorter last window is padded on the right, where a causal model cannot see, and the padding
         is not scored.
         """
@@ -129,7 +129,7 @@ class Windows:
         last_start = max(0, length - self.label_shift - self.block_size)
         starts = np.arange(0, last_start + self.stride, self.stride)
         columns = np.arange(self.block_size)
-        in_overlap = columns < self.block_size - self.stride  # with the window before
+        in_overlap = columns < self.block_size - self.stride  # with the previous window
 
         for i in range(0, len(starts), batch_size):
             start = starts[i : i + batch_size, None]  # (B, 1)

@@ -1,6 +1,6 @@
 """Write README.md, the model card that the Hugging Face hub shows for a directory.
 
-Its metadata is YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards).
+The metadata is YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards).
 """
 
 import json
@@ -61,7 +61,7 @@ tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)"""
 QUANTISATION = {
     None: "",
     "nf4": """
-    # As in training. `python evaluate.py --adapter ...` does the same by itself.
+    # As in training. `python evaluate.py --adapter ...` does the same automatically.
     quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),""",
@@ -77,7 +77,7 @@ def save_card(directory: Path, text: str) -> None:
     """Write the card, unless the directory has a README.md of the user."""
     path = directory / CARD
     if path.exists() and not is_ours(path):
-        print(f"{path}: is not ours, and is kept")
+        print(f"{path}: is not replaced, because it is yours")
         return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")  # a name may not be UTF-8
@@ -89,7 +89,7 @@ def is_ours(path: Path) -> bool:
 
 
 def run_card(name: str, report: Mapping[str, Any]) -> str:
-    """Return the card of the run that has this `run.json`."""
+    """Return the card of a run. `report` is the content of `run.json`."""
     options = report["options"]
     sources = ", ".join(Path(source).name for source in options["book"] or [options["data"]])
     part = f"the last {100 * options['val_fraction']:g} % of {sources}"
@@ -109,7 +109,7 @@ def run_card(name: str, report: Mapping[str, Any]) -> str:
 
 
 def merge_card(name: str, base: str, quantise: str | None, adapter: bool) -> str:
-    """Return the card of a base with an adapter merged into it, or of a base saved in 16 bits."""
+    """Return the card of a base with a merged adapter, or of a base saved in 16 bits."""
     done = "with a LoRA adapter merged into its weights" if adapter else "saved in 16 bits"
     return _card(name, base, quantise, "merge", f"{_base_name(base, quantise)} {done}.")
 
@@ -122,7 +122,7 @@ def _base_name(base: str, quantise: str | None) -> str:
 
 
 def _card(name: str, base: str, quantise: str | None, tag: str, text: str) -> str:
-    """Fill the template. `tag` is a tag of the hub: "lora" for an adapter, others for models."""
+    """Fill the template. `tag` is a tag of the hub. The tag "lora" means an adapter."""
     repository, revision = split_revision(stock_name(base))
     base_model = f"base_model: {repository}"
     if repository.startswith("./"):

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer
 from lora.tensors import is_finite
 from model.gpt2 import GPT2, GPT2Config
 
-# The names in `gguf` of a tensor's type, and of a file's type.
+# Names of tensor types and of file types in `gguf`.
 TENSOR_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
 SUFFIXES = (".weight", ".bias", ".weight.lora_a", ".weight.lora_b")
@@ -24,8 +24,8 @@ def refuse_erf_gelu(config: GPT2Config, base: str) -> None:
     """Raise UserError for a config that llama.cpp would load and compute differently."""
     if config.activation_function == "gelu":
         raise UserError(
-            f"{base}: its config.json has activation_function gelu, which llama.cpp's GPT-2 does "
-            "not know; it would compute something else"
+            f"{base}: config.json has activation_function gelu, but llama.cpp computes another "
+            "GELU for every GPT-2"
         )
 
 
@@ -37,8 +37,8 @@ def save_gguf(
     dtype: torch.dtype,
     chat_template: str | None = None,
 ) -> None:
-    """Write a whole model: matrices (out, in) in `dtype`, the tokenizer, and the template of
-    conversations (default: the tokenizer's template, if it has one).
+    """Write a whole model: matrices (out, in) in `dtype`, the tokenizer, and the chat template
+    (default: the template of the tokenizer, if any).
 
     Raises UserError for a tokenizer that is not a byte-level BPE with GPT-2's pattern.
     """
@@ -66,7 +66,7 @@ def save_adapter_gguf(
     name: str,
     dtype: torch.dtype,
 ) -> None:
-    """Write an adapter, by PEFT's layer names: B (out, rank), scaling included, and A (rank, in).
+    """Write an adapter: scaling * B (out, rank) and A (rank, in), by PEFT's layer names.
 
     llama.cpp adds alpha / rank * B A x, with one alpha for all layers. Here alpha is the rank, so
     the factor is 1.
@@ -113,8 +113,8 @@ def _add_tokenizer(
     stored = tokenizer.definition
     if settings.get("add_prefix_space") or not _is_gpt2s(stored):
         raise UserError(
-            f"{tokenizer.source}: its tokenizer is not a byte-level BPE with GPT-2's pattern; "
-            "llama.cpp's convert_hf_to_gguf.py may know it"
+            f"{tokenizer.source}: the tokenizer is not a byte-level BPE with GPT-2's pattern; "
+            "try llama.cpp's convert_hf_to_gguf.py"
         )
 
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]

@@ -1,4 +1,4 @@
-"""Name a base, and write a tokenizer's files, as stock tools expect them beside a model."""
+"""Name bases and write tokenizer files for transformers, PEFT and other tools."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from common.files import atomic_path, display_path
 from data.tokenizer import FAST, SETTINGS, SPECIAL, TEMPLATE, Tokenizer
 from storage.hub import REPOSITORIES
 
-PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # may name a machine's user
+PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # may contain a user's name
 
 
 def portable_name(base: str) -> str:
-    """Return a base's name for a file that may be published: ./ marks a directory."""
+    """Return a base's name for a file that may be published. A directory starts with ./"""
     is_name = base == "mini" or base in REPOSITORIES
     if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
         return base
@@ -21,7 +21,7 @@ def portable_name(base: str) -> str:
 
 
 def stock_name(base: str) -> str:
-    """Return a base's name as stock libraries read it. `mini` is a path in the project."""
+    """Return a base's name for those tools. `mini` is a path in the project."""
     if base == "mini":
         return "./model/mini"
     return REPOSITORIES.get(base, portable_name(base))
@@ -49,7 +49,7 @@ def save_tokenizer(
 
 
 def _settings(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`: the base's fields, and the missing ones."""
+    """Return the content of `tokenizer_config.json`: the base's fields, and missing fields."""
     settings = json.loads(tokenizer.files.get(SETTINGS, b"{}"))
     named = json.loads(tokenizer.files.get(SPECIAL, b"{}")) | settings
     for field in PATHS:

@@ -1,7 +1,7 @@
 """Find a base or an adapter: a directory, the bundled mini, or a repository on the hub.
 
-The library `huggingface_hub` downloads from the Hugging Face hub and caches. It is imported only
-to find a repository, and its environment variables apply.
+The library `huggingface_hub` downloads from the Hugging Face hub and caches. Only the search for a
+repository imports the library. The library's environment variables apply.
 """
 
 import os
@@ -32,8 +32,8 @@ GPT2_SHA256 = {
 }
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
-# Timeouts for the hub's answer, for each address of the host. The hub has four addresses, so `auto`
-# waits for 4 seconds at most.
+# The timeouts apply to each address of the host. The hub has four addresses, so `auto` waits for
+# at most 4 seconds.
 AUTO_SECONDS = 1
 NAMED_SECONDS = 10
 
@@ -42,8 +42,8 @@ def find_base(base: str) -> tuple[str, Path]:
     """Return the name and the directory of a base.
 
     `base` is a directory, one of HUB_NAMES, `mini`, `auto`, or a repository OWNER/NAME[@REVISION].
-    `auto` is gpt2 if it is cached or can be downloaded, and mini otherwise. The choice is printed
-    with its reason. A name such as `gpt2` wins over a directory with this name, and a directory
+    `auto` is gpt2 if gpt2 is cached or can be downloaded, and mini otherwise. The choice and the
+    reason are printed. A name such as `gpt2` wins over a directory with this name. A directory wins
     over a repository. Raises UserError for a base that is not available.
     """
     if base == "auto":
@@ -72,7 +72,7 @@ def find_base(base: str) -> tuple[str, Path]:
 def find_adapter(adapter: str) -> Path:
     """Return the directory of an adapter, which is a directory or OWNER/NAME[@REVISION].
 
-    Raises UserError for a repository that is not available. Anything else is taken for a directory.
+    Raises UserError for a repository that is not available. Any other name means a directory.
     """
     match = _as_repository(adapter)
     if match is None:
@@ -90,7 +90,7 @@ def split_revision(base: str) -> tuple[str, str | None]:
 
 
 def _as_repository(name: str) -> re.Match | None:
-    """Match OWNER/NAME[@REVISION]. Return None for a path: it exists here, or its parent does."""
+    """Match OWNER/NAME[@REVISION]. Return None for a path that exists, or whose parent exists."""
     if os.path.exists(name) or os.path.isdir(os.path.dirname(name)):
         return None
     return REPOSITORY.fullmatch(name)
@@ -116,7 +116,7 @@ def _cached(name: str) -> Path | None:
     if (by_hand / CONFIG).exists() and find_weights(by_hand):
         return by_hand
     hub = _library()
-    for repository in (REPOSITORIES[name], name):  # transformers caches it as `name`, too
+    for repository in (REPOSITORIES[name], name):  # transformers also caches under `name`
         config = hub.try_to_load_from_cache(repository, CONFIG, revision=_revision(name))
         if isinstance(config, str) and find_weights(Path(config).parent):
             return Path(config).parent
@@ -128,7 +128,7 @@ def _revision(name: str) -> str | None:
 
 
 def _download(name: str, seconds: float) -> Path:
-    """Download the config and weights of a base: the project has a copy of GPT-2's tokenizer."""
+    """Download the config and weights of a base. The project contains GPT-2's tokenizer."""
     repository = REPOSITORIES[name]
     directory = _snapshot(repository, _revision(name), (CONFIG, WEIGHTS), seconds)
     if name != "gpt2":
@@ -146,8 +146,8 @@ def _download(name: str, seconds: float) -> Path:
 def _snapshot(
     repository: str, revision: str | None, files: tuple[str, ...], seconds: float | None = None
 ) -> Path:
-    """Return the directory of the repository's `files` in the library's cache, downloaded if they
-    are not cached. Raises UserError with the library's reason if they are not available.
+    """Return the directory of the repository's `files` in the library's cache. Download missing
+    files. Raises UserError, with the library's reason, for files that are not available.
 
     With `seconds`, first ask the hub once, with this timeout. The library would ask six times,
     which takes 23 seconds without a network.

@@ -1,4 +1,4 @@
-"""Read a model's tensors, strictly, from a file of safetensors or of torch.save."""
+"""Read a model's tensors strictly, from a file of safetensors or torch.save."""
 
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,9 +20,9 @@ def read_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors named in `shapes` one by one, each in the precision of the file.
 
-    Raises UserError, naming the tensor, if one is missing, unexpected (unless in `unread`), of
-    another shape, not of floating point or not finite. Names are checked before the first tensor is
-    read.
+    Raises UserError, naming the tensor, for a tensor that is missing, unexpected (unless in
+    `unread`), of another shape, not of floating point or not finite. Names are checked before the
+    first tensor is read.
     """
     with as_failure(), readable(path):
         stored, read = _open(path)
@@ -32,25 +32,25 @@ def read_tensors(
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises UserError if it is not a file of tensors."""
+    """Return the shapes of a file's tensors. Raises UserError for any other file."""
     with as_failure(), readable(path):
         shapes, _ = _open(path)
         return shapes
 
 
 def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
-    """Return the tensors' names and shapes, and a function that reads one."""
+    """Return the names and shapes of the tensors, and a function that reads a tensor by name."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-        # Open the file for each tensor: its pages stay in memory until the file is closed.
+        # Open the file for each tensor, because pages stay in memory until the file is closed.
         return shapes, lambda key: safe_open(path, framework="pt").get_tensor(key)
 
-    mapped = zipfile.is_zipfile(path)  # tensors stay in the file until they are used
+    mapped = zipfile.is_zipfile(path)  # tensors stay in the file until used
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
         raise ValueError(
-            f"{path}: not a file of tensors; not read, since such a pickle can run code"
+            f"{path}: not a file of tensors; not read, because such a pickle can run code"
         ) from error
     return {key: list(value.shape) for key, value in tensors.items()}, tensors.__getitem__

@@ -1,8 +1,8 @@
-"""Read Hugging Face GPT-2 directories in all their forms. Write the form of transformers.
+"""Read all forms of Hugging Face GPT-2 directories. Write the form of transformers.
 
-Files on the hub name tensors `h.0.ln_1.weight` and contain the causal masks. transformers itself
-writes `transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All of them store
-the four projections as Conv1D weights, (in, out). `nn.Linear` here has (out, in).
+Files on the hub name tensors `h.0.ln_1.weight` and contain the causal masks. transformers writes
+`transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All forms store the four
+projections as Conv1D weights, (in, out). `nn.Linear` here has (out, in).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
 HEAD = "lm_head.weight"
-# Fields that change what the same tensors compute, and the values that are supported here.
+# Fields that change the computation with the same tensors, and the supported values.
 SUPPORTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
@@ -37,7 +37,7 @@ SUPPORTED = {
     "tie_word_embeddings": (True,),
 }
 WHOLE_NUMBERS = ("n_layer", "vocab_size", "n_positions", "n_embd", "n_head", "n_inner")
-MOST_LAYERS = 512  # a damaged config must not make us build a million layers
+MOST_LAYERS = 512  # a damaged config must not build a million layers
 
 
 def load_gpt2(
@@ -49,7 +49,7 @@ def load_gpt2(
 
     Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.cast_frozen`
     casts a frozen model. The whole model is never in memory in fp32. With `quantise`, each linear
-    layer is read in fp32 and replaced by `quantise(layer)` before the next is read.
+    layer is read in fp32 and replaced by `quantise(layer)` before the next layer is read.
 
     Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
     type, and for a config field that asks for another architecture.
@@ -90,19 +90,19 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
             head = tensor
             continue
         name = key.removeprefix(prefix)
-        # Copy: the file may be replaced. For a meta tensor, `empty_like` would import sympy.
+        # Copy, because the file may be replaced. `empty_like` of a meta tensor would import sympy.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
         if name == "wte.weight" and head is not None:
             if not torch.equal(head, tensor):
-                raise UserError(f"{path}: {HEAD} differs from wte.weight, which GPT-2's head is")
-            head = None  # free it: it is large
+                raise UserError(f"{path}: {HEAD} differs from wte.weight, but GPT-2's head is tied")
+            head = None  # frees a large tensor
         if CONV1D.search(key):
             tensor = tensor.t()
         yield name, value.copy_(tensor)
 
 
 def find_weights(directory: Path) -> Path | None:
-    """Return the base's weights file, if any. Raises UserError if they are split into shards."""
+    """Return the base's weights file, if any. Raises UserError for weights in shards."""
     for name in (WEIGHTS, PICKLED_WEIGHTS):
         path = Path(directory) / name
         if path.exists():
@@ -110,25 +110,25 @@ def find_weights(directory: Path) -> Path | None:
         index = Path(f"{path}.index.json")
         if index.exists():
             raise UserError(
-                f"{index}: sharded weights are not read; save one file with "
+                f"{index}: sharded weights are not supported; save one file with "
                 "transformers' save_pretrained(..., max_shard_size='100GB')"
             )
     return None
 
 
 def weights_path(directory: Path) -> Path:
-    """Return the base's weights file. Raises UserError if it is missing, or split into shards."""
+    """Return the base's weights file. Raises UserError for missing weights or weights in shards."""
     path = find_weights(directory)
     if path is None:
         raise UserError(
             f"{directory}: has neither {WEIGHTS} nor {PICKLED_WEIGHTS}; weights in several files "
-            "are not read"
+            "are not supported"
         )
     return path
 
 
 def base_hashes(directory: Path) -> dict[str, str]:
-    """Return the sha256 of the two files that decide what a base computes: its identity."""
+    """Return the sha256 of the config and of the weights (if any), which identify a base."""
     hashes = {"config": file_sha256(directory / CONFIG)}
     weights = find_weights(directory)
     if weights:
@@ -137,10 +137,10 @@ def base_hashes(directory: Path) -> dict[str, str]:
 
 
 def load_config(directory: Path) -> GPT2Config:
-    """Read `config.json`. Raises UserError, naming the field, unless it is a GPT-2."""
+    """Read `config.json`. Raises UserError, naming the field, for a model that is not a GPT-2."""
     path = Path(directory) / CONFIG
     if path.with_name("adapter_config.json").exists() and not path.exists():
-        raise UserError(f"{directory}: is an adapter, not a base; --adapter takes it")
+        raise UserError(f"{directory}: is an adapter, not a base; give it to --adapter")
 
     stored = read_json(path)
     _check_architecture(path, stored)
@@ -184,8 +184,8 @@ def save_gpt2(
     """Write `config.json`, `generation_config.json` and `model.safetensors` in the layout
     of transformers, each atomically.
 
-    The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps each dtype.
-    Raises RunError, and keeps the old files, if a number is not finite in `dtype`.
+    The tied head is written once, as `transformer.wte.weight`. A `dtype` of None keeps the dtype of
+    each tensor. Raises RunError, and keeps the old files, for a number that is not finite.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -202,7 +202,7 @@ def save_gpt2(
 
 
 def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
-    """Return the content of `config.json` with the base's token ids, except `end_of_text`."""
+    """Return the content of `config.json` with the base's token ids. `end_of_text` ends a text."""
     fields = dataclasses.asdict(config)
     token_ids = {"bos_token_id": end_of_text} | fields.pop("token_ids")
     if end_of_text is not None:

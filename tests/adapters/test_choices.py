@@ -134,13 +134,13 @@ BAD = [
     (line("a", "bc", 0), "needs the text"),
     (line("a", ["b"], 0), "needs the text"),
     (json.dumps({"choices": ["b", "c"], "answer": 0}), "needs the text"),
-    (json.dumps({"prompt": "a", "choices": ["b", "c"]}), "its answer is None"),
-    (line("a", ["b", "c"], 2), "its answer is 2, of 2 choices from 0 on"),
-    (line("a", ["b", "c"], True), "its answer is True"),
-    (line("a", ["b", "c"], "b"), "its answer is 'b'"),
-    (line("a", ["b", " b "], 0), "an empty choice, or one twice"),
+    (json.dumps({"prompt": "a", "choices": ["b", "c"]}), "answer None is not"),
+    (line("a", ["b", "c"], 2), "answer 2 is not from 0 to 1"),
+    (line("a", ["b", "c"], True), "answer True"),
+    (line("a", ["b", "c"], "b"), "answer 'b'"),
+    (line("a", ["b", " b "], 0), "an empty choice, or the same choice twice"),
     (line("a", ["b", "c"], 0, label="c"), "the unknown key 'label'"),
-    (line("a", ["b", "word " * 40], 0), "its completion is longer than a block of 40"),
+    (line("a", ["b", "word " * 40], 0), "the completion is longer than a block of 40"),
 ]
 
 
@@ -162,4 +162,4 @@ def test_wrong_options_end_in_one_line(base, book, file, tmp_path):
         assert words in one_line(run(evaluate.main, *argv, *options), 2)
     bad = written(tmp_path / "bad.jsonl", line("a", ["b", "c"], 2))
     words = runs.arguments("lora", base, bad, tmp_path / "out")
-    assert f"{bad}, line 1: its answer is 2" in one_line(run(train.main, *words), 2)
+    assert f"{bad}, line 1: answer 2" in one_line(run(train.main, *words), 2)

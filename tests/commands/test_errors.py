@@ -92,7 +92,7 @@ def refusal(line: str) -> str:
 MISTAKES = [
     ("lora --book missing.txt", "missing.txt"),
     ("lora --book short.txt", "short.txt: the validation part"),
-    ("lora --book short.txt --val-fraction 0.9", "short.txt: its training part"),
+    ("lora --book short.txt --val-fraction 0.9", "short.txt: the training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
     ("evaluate --text one.txt", "1 tokens; too short"),
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # such as /dev/stdout

@@ -253,5 +253,5 @@ def test_the_users_own_card_stays_whatever_the_run(base, book, tmp_path):
     claimed = ours.replace(f"{MARK}\n", "")
     card.write_text(claimed)
     ending = run(train, *argv, "--overwrite")
-    assert ending.status == 0 and f"{card}: is not ours" in ending.stdout
+    assert ending.status == 0 and f"{card}: is not replaced" in ending.stdout
     assert card.read_text() == claimed != ours

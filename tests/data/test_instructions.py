@@ -138,13 +138,13 @@ BAD = [
     (example("a", "\ud800"), "surrogates not allowed"),
     ('{"prompt": "a"}', "needs the texts"),
     ("7", "needs the texts"),
-    ('{"messages": {}}', "none at"),
+    ('{"messages": {}}', "no completion at"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
     (json.dumps({"messages": [turn("assistant", "b") | {"weight": 0}]}), "unknown key 'weight'"),
     ('{"prompt": "a", "completion": "b", "system": "c"}', "has the unknown key 'system'"),
     (example("a", " \n"), "an empty completion"),
-    (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "none at its end"),
-    (example("a", "word " * 40), "its completion is longer than a block of 40; shorten it"),
+    (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "no completion at"),
+    (example("a", "word " * 40), "the completion is longer than a block of 40; shorten"),
 ]
 
 

@@ -244,7 +244,7 @@ def test_other_files_are_refused_with_the_conversion(tmp_path):
     other = tmp_path / FOREIGN[0]
     other.touch()
     reason = refusal(other, load_tokenizer, tmp_path, GPT2_SIZE)
-    assert "AutoTokenizer, and its save_pretrained writes tokenizer.json" in reason
+    assert "AutoTokenizer, and write tokenizer.json with save_pretrained" in reason
     both = write_pair(tmp_path / "pair")
     (added := both / "added_tokens.json").write_text('{"<user>": 8192}')
     assert "AutoTokenizer" in refusal(added, load_tokenizer, both, 8193)
@@ -272,7 +272,7 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     assert load_tokenizer(tmp_path, 502).end_of_text == 1
     (tmp_path / SETTINGS).write_text('{"eos_token": "<|im_end|>"}')
     reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
-    assert "its eos_token '<|im_end|>' is not in the vocabulary" in reason
+    assert "eos_token '<|im_end|>' is not in the vocabulary" in reason
 
 
 def test_a_base_with_another_kind_of_tokenizer_trains_scores_and_resumes(book, tmp_path):

@@ -77,7 +77,7 @@ def test_books_are_read_in_order_with_end_of_text_between_them(tmp_path):
         assert tokens.byte_counts.sum() == len(GPT2.decode(ids)) - ends * len(END_OF_TEXT)
     empty, endless = tmp_path / "empty", replace(GPT2, eos_token=None)
     empty.mkdir()
-    assert "holds no .txt files" in refusal(empty, load_books, [empty], GPT2)
+    assert "contains no .txt files" in refusal(empty, load_books, [empty], GPT2)
     assert "no end-of-text token" in refusal(GPT2.source, load_books, [texts], endless)
 
 
@@ -92,12 +92,12 @@ def test_a_book_from_a_pipe_is_read_once():
 
 def test_a_book_that_is_not_a_text_is_refused(tmp_path):
     for content, tokenizer, reason in (
-        (b"\xef\xbb\xbf", GPT2, "holds no tokens"),
+        (b"\xef\xbb\xbf", GPT2, "contains no tokens"),
         ("café au lait".encode("latin-1"), GPT2, "byte 3: invalid continuation byte"),
         ("日本 ".encode() * 50_000 + b"\xe6 ", GPT2, "byte 350,000: invalid continuation"),
-        (b"a b" * 50_000 + b"\0", GPT2, "holds a NUL"),
+        (b"a b" * 50_000 + b"\0", GPT2, "contains a NUL"),
         (b"a" + b" " * 3_000_000, GPT2, "the tokenizer cannot read the text"),
-        (b" \n", BERT, "holds no tokens"),
+        (b" \n", BERT, "contains no tokens"),
     ):
         book = write(tmp_path, content)
         assert reason in refusal(book, load_tokens, book, tokenizer)
