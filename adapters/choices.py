@@ -1,4 +1,4 @@
-"""Answer questions with choices: take the likeliest choice, and count how often it is right."""
+"""Answer each question with the likeliest choice, and count the right answers."""
 
 import argparse
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Task(NamedTuple):
 def score_questions(
     args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
 ) -> dict[str, Any]:
-    """Answer the questions of `--choices`, print how often the answers are right, and return it."""
+    """Answer the questions of `--choices`. Print and return the share of right answers."""
     fraction = args.val_fraction or 1.0
     tasks = split(read_tasks(args.choices, tokenizer, args.block_size), fraction)[1]
     if not tasks:
@@ -47,11 +47,11 @@ def score_questions(
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
-    """Read a file of questions. A choice is the assistant's whole answer, with its end of text.
+    """Read a file of questions. A choice is a whole answer of the assistant, with an end of text.
 
     If a choice does not fit into a block, all choices of the question lose the same tokens at the
-    prompt's beginning. Raises UserError, naming the line, if it is not a question, or if a choice
-    alone is longer than a block.
+    beginning of the prompt. Raises UserError, naming the line, for a line that is not a question,
+    or if a choice alone is longer than a block.
     """
 
     def read(example: dict) -> Task:
@@ -68,7 +68,7 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 
 @torch.no_grad()
 def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tensor]:
-    """Return each choice's log p, summed over its tokens, fp64, and their number."""
+    """Return the log p of each choice, summed over tokens, fp64, and the number of tokens."""
     inputs, targets = Instructions(task.rows).batch(np.arange(len(task.rows)))  # (choices, T)
     with device.autocast():
         losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
@@ -81,10 +81,10 @@ def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tens
 def summary(
     questions: Sequence[Question], by_sum: Sequence[int], by_mean: Sequence[int]
 ) -> dict[str, Any]:
-    """Return the shares of right answers, of guessing, and of always giving the commonest answer.
+    """Return the accuracy of the choices, of guessing, and of always giving the commonest answer.
 
-    If all questions have the same choices, `confusion` counts how often each answer (row) got each
-    choice (column), by the sum.
+    If all questions have the same choices, `confusion` counts how often the model chose each column
+    where each row was the right answer. The model chooses by the summed log p.
     """
     answers = np.array([one.answer for one in questions])
     labels = questions[0].choices

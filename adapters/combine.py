@@ -1,4 +1,4 @@
-"""Add adapters of one base, or rewrite one: `python -m adapters.combine A [B ...] --out DIR`.
+"""Add adapters of one base: `python -m adapters.combine A [B ...] --out DIR`.
 
 The result is plain LoRA: lora_alpha = r, one rank for all layers, and no variant or pattern.
 """
@@ -26,8 +26,8 @@ def combine(
     """Return sum_i w_i B_i A_i for each layer, and the kept share of the total squared norm.
 
     Every layer is truncated by SVD to the smallest of `rank`, the sum's largest rank and the
-    smallest side of any layer. A layer that an adapter lacks counts as zero. Raises UserError if
-    shapes differ.
+    smallest side of any layer. A layer that an adapter lacks counts as zero. Raises UserError for
+    different shapes.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
     total = {layer: _sum_of(layer, adapters, weights) for layer in layers}
@@ -59,12 +59,12 @@ def _sum_of(
             parts_b.append(weight * adapter[layer].B)
             parts_a.append(adapter[layer].A)
     if len({len(b) for b in parts_b}) > 1 or len({a.size(1) for a in parts_a}) > 1:
-        raise UserError(f"{layer}: its shapes differ; these adapters are of different bases")
+        raise UserError(f"{layer}: the shapes differ; these adapters have different bases")
     return Factors(torch.cat(parts_b, dim=1), torch.cat(parts_a))
 
 
 def common_base(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the config fields and the header that record the common base of these adapters."""
+    """Return the config fields and the header that describe the common base of these adapters."""
     with as_failure():
         hashes = {directory: read_header(directory).get(BASE_SHA256) for directory in directories}
     hashed = [directory for directory in directories if hashes[directory]]
@@ -87,20 +87,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="ADAPTER",
-        help="in PEFT's format, or OWNER/NAME on the hub",
+        help="an adapter in PEFT's format, or OWNER/NAME on the hub",
     )
     parser.add_argument(
         "--weights",
         type=number(float, -1e6, 1e6),
         nargs="+",
         metavar="X",
-        help="a factor for each adapter; a negative one subtracts (default: 1)",
+        help="a factor for each adapter. A negative factor subtracts (default: 1)",
     )
     parser.add_argument(
         "--rank",
         type=number(int, 1),
         metavar="N",
-        help="cut the sum to its best approximation of this rank (default: exact)",
+        help="cut the sum to the best approximation of this rank (default: exact)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     return parser.parse_args(argv)

@@ -34,7 +34,7 @@ def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
     if recorded not in (None, base_sha256):
         raise UserError(
             f"{report}: the run began from another base than {base} (weights sha256 "
-            f"{brief(recorded)}, not {brief(base_sha256)}); give --base the one it began from"
+            f"{brief(recorded)}, not {brief(base_sha256)}); give that base to --base"
         )
 
 

@@ -1,6 +1,6 @@
-"""Read and write an adapter without its base: per layer, scaling * B (out, r) and A (r, in).
+"""Read and write an adapter without the base: per layer, scaling * B (out, r) and A (r, in).
 
-Both are in fp64, so that a result computed from them is rounded only once, when it is written.
+B and A are in fp64, so that a result is rounded only once, when the result is written.
 """
 
 import re
@@ -42,7 +42,7 @@ class Factors(NamedTuple):
         return Factors(F.pad(self.B, (0, more)), F.pad(self.A, (0, 0, 0, more)))
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U (out, k), S (k,) and V^T (k, in) of B A, from an SVD of R1 R2^T (r, r)."""
+        """Return U (out, k), S (k,) and V^T (k, in) of B A = Q1 R1 R2^T Q2^T, by QR and an SVD."""
         q1, r1 = torch.linalg.qr(self.B)
         q2, r2 = torch.linalg.qr(self.A.T)
         u, s, vh = torch.linalg.svd(r1 @ r2.T)
@@ -66,7 +66,7 @@ def refuse_model(directory: Path) -> None:
     """Raise UserError for a whole model, such as full fine-tuning writes."""
     if (directory / "config.json").exists() and not (directory / CONFIG).exists():
         raise UserError(
-            f"{directory}: is a whole model, whose change has no A and B; make an adapter of it: "
+            f"{directory}: is a whole model, whose change has no A and B; extract an adapter: "
             f"python -m adapters.extract --full {directory} --base B --out DIR"
         )
 
@@ -74,7 +74,7 @@ def refuse_model(directory: Path) -> None:
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Read an adapter by layer, under PEFT's names.
 
-    Raises UserError for DoRA, and for tensors other than an A and a B of the configured ranks.
+    Raises UserError for DoRA, and for tensors other than A and B of the configured ranks.
     """
     refuse_model(directory)
     path = directory / WEIGHTS
@@ -99,7 +99,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
 
 
 def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
-    """Return the names of the adapted layers in block order. Raises UserError if there are none."""
+    """Return the names of the adapted layers in block order. Raises UserError without a layer."""
     keys = [key for key in shapes if key.startswith(PREFIX) and key.endswith(A_KEY)]
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
     if not names:

@@ -20,7 +20,7 @@ from storage.hub import find_adapter
 
 
 def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
-    """Write only the adapter, every layer padded to the largest rank. Return a description."""
+    """Write only the adapter, padded to the largest rank of a layer. Return a description."""
     adapter = find_adapter(str(adapter))
     factors = read_factors(adapter)
     loaded = load_model(base, adapter, quantise=NONE)
@@ -34,7 +34,8 @@ def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> s
     kind = recorded_quantisation(adapter)
     if kind:
         print(
-            f"note: it was trained on a base in {kind}; write that with --base B --quantise {kind}"
+            f"note: the adapter was trained on a base in {kind}; write this base with --base B "
+            f"--quantise {kind}"
         )
     return f"{adapter}, an adapter of {loaded.base},"
 
@@ -58,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="?",
         metavar="ADAPTER",
-        help="in PEFT's format, or OWNER/NAME on the hub; without it, the base is written",
+        help="in PEFT's format, or OWNER/NAME on the hub. Without ADAPTER, the base is written",
     )
     parser.add_argument("--base", **BASE_OPTION)
     parser.add_argument("--quantise", "--quantize", **QUANTISE_OPTION)
@@ -71,7 +72,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="of the matrices; llama.cpp's llama-quantize goes below 16 bits",
+        help="precision of the matrices. llama.cpp's llama-quantize goes below 16 bits",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as lora.gguf")
     return parser.parse_args(argv)

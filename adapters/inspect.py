@@ -18,13 +18,13 @@ from common.figures import PAGE_WIDTH, can_draw, save_figure, subplots
 from lora import lora_layers
 from lora.peft_view import GPT2_VIEW, peft_view
 
-TOP = 10  # how many of the largest singular vectors of W + dW are compared
+TOP = 10  # number of the largest singular vectors of W + dW to compare with W
 INTRUDER = 0.5  # a vector with a cosine below this is an intruder
 
 
 def cosines(weight: Tensor, changed: Tensor) -> Tensor:
-    """Return, for the TOP largest left singular vectors of the changed weight, the largest absolute
-    cosine of each with any left singular vector of W, (TOP,).
+    """Compare the TOP largest left singular vectors of the changed weight with all left singular
+    vectors of W. Return the largest absolute cosine of each, (TOP,).
 
     A cosine below INTRUDER marks an intruder dimension (Shuttleworth et al. 2024,
     https://arxiv.org/abs/2410.21228, algorithm 1).
@@ -40,8 +40,8 @@ def projected_norm(weight: Tensor, u: Tensor, vh: Tensor) -> float:
 
 
 def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
-    """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T: how much larger the change is than W in
-    the directions of the change (Hu et al. 2021, 7.3).
+    """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T: the ratio of the change to W in the
+    directions of the change (Hu et al. 2021, 7.3).
     """
     return s.norm().item() / projected_norm(weight, u, vh)
 
@@ -49,15 +49,15 @@ def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
 def effective_rank(s: Tensor) -> float:
     """Return exp(-sum p_i log p_i) with p_i = s_i^2 / sum s^2: k for k equal singular values.
 
-    After Roy & Vetterli 2007 (https://ieeexplore.ieee.org/document/7098875). Their p_i are shares
-    of sum s. Here p_i are shares of the squared norm.
+    In Roy & Vetterli 2007 (https://ieeexplore.ieee.org/document/7098875), p_i = s_i / sum s. Here,
+    p_i is a share of the squared norm.
     """
     shares = s.square() / s.square().sum()
     return torch.special.entr(shares).sum().exp().item()
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return cells: the three largest s_i, how many make up 90 % of sum s^2, the effective rank."""
+    """Return cells: the three largest s_i, the number with 90 % of sum s^2, the effective rank."""
     if not s.any():
         return ["B is zero"] * 5
     largest = [f"{value:.3g}" for value in s[:3]]
@@ -68,7 +68,7 @@ def describe(s: Tensor) -> list[str]:
 
 
 class BesideWeight(NamedTuple):
-    """The table cells that compare a layer's change with the layer's weight."""
+    """Table cells that compare the change of a layer with the weight."""
 
     relative_norm: str
     spectra: list[str]  # intruders, the least cosine, amplification
@@ -134,7 +134,7 @@ def draw(spectra: dict[str, Tensor], title: str, path: Path) -> None:
     columns = min(2, len(kinds))
     size = (PAGE_WIDTH, 0.8 + 2 * rows)
     figure, grid = subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    figure.suptitle(title, parse_math=False)  # a $ in a path is a $
+    figure.suptitle(title, parse_math=False)  # a path may contain $
     panels = grid.flatten()
     for axes in panels[len(kinds) :]:
         axes.remove()
@@ -160,10 +160,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base",
         metavar="B",
-        help="also compare the changes with this base's weights: norms, intruder dimensions, "
-        "amplification; auto: the base that the adapter names",
+        help="also compare the changes with the weights of this base: norms, intruder dimensions, "
+        "amplification. auto: the base that the adapter names",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for spectrum.png (default: DIR)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of spectrum.png (default: DIR)")
     return parser.parse_args(argv)
 
 

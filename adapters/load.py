@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
 
 
 def named_base(adapter: Path) -> str:
-    """Return the known base that the adapter names. Raises UserError for a path or another base."""
+    """Return the known base that the adapter names. Raises UserError for a path or unknown base."""
     with as_failure():
         named = stored_base_fields(adapter)["base_model_name_or_path"]
     repository, _ = split_revision(str(named))
@@ -44,7 +44,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     quantise: str | None = None,
 ) -> Loaded:
-    """Load a base in `dtype`, with an adapter if there is one.
+    """Load a base in `dtype`, and the adapter, if any.
 
     The adapter is a directory, or OWNER/NAME on the hub. With the base `auto`, the adapter names
     the base. `quantise` is the option --quantise. Raises UserError if the adapter records the hash

@@ -1,4 +1,4 @@
-"""Fold an adapter into its base: `python -m adapters.merge --adapter DIR --out DIR`."""
+"""Merge an adapter into the base: `python -m adapters.merge --adapter DIR --out DIR`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="of the file; below fp32, rounding changes the update, and the relative error is "
-        "printed; without --adapter, the base alone is written",
+        help="precision of the file. Below fp32, rounding changes the update, and the relative "
+        "error is printed. Without --adapter, only the base is written",
     )
     args = parser.parse_args(argv)
     refuse_existing(args.out)
@@ -59,7 +59,7 @@ def load_merged(
 ) -> Loaded:
     """Load a base in fp32 with the adapter merged. Print the update's rounding error in `dtype`."""
     loaded = load_model(base, adapter, quantise=quantise)
-    dequantise(loaded.model)  # the adapter was trained on these weights, errors included
+    dequantise(loaded.model)  # the adapter was trained on the dequantised weights
     merge(loaded.model)
     if adapter and dtype != torch.float32:
         share = rounding_cost(loaded.model, dtype)
@@ -78,7 +78,7 @@ def chat_template(adapter: Path) -> str | None:
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:
-    """Return the relative error, by norm, of all updates once weights are rounded to `dtype`."""
+    """Return the relative error, by norm, of all updates after weights are rounded to `dtype`."""
     squared_error = 0.0
     squared_norm = 0.0
     for layer in lora_layers(model).values():

@@ -1,4 +1,4 @@
-"""Run several adapters on one base in one batch: each row has its own adapter."""
+"""Run several adapters on one base in one batch. Each row of the batch chooses an adapter."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from storage.weights import weights_path
 
 
 class BatchedLoRALinear(nn.Module):
-    """y_i = W x_i + b + B_i A_i x_i: row i of the batch has its own A and B, scaling included.
+    """y_i = W x_i + b + B_i A_i x_i for row i of the batch. B_i includes the scaling.
 
     Shapes: x (n, T, in), A (n, r, in), B (n, out, r), y (n, T, out). Any number of adapters takes
     two batched matmuls (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters` sets A, B.
@@ -40,7 +40,7 @@ class Adapters:
     `Adapters(model, base_sha256, {"poet": directory}).use(["poet", None])`, model(ids) with ids
     (2, T) returns logits of the poet in row 0 and of the base in row 1.
 
-    Raises UserError for an adapter that does not fit the base, or is DoRA.
+    Raises UserError for an adapter that does not fit the base, and for DoRA.
     """
 
     def __init__(self, model: GPT2, base_sha256: str, directories: Mapping[str, Path]):
@@ -51,7 +51,7 @@ class Adapters:
         self.layers: dict[str, BatchedLoRALinear] = {}
         for layer in dict.fromkeys(layer for factors in self.factors.values() for layer in factors):
             base_layer = model.get_submodule(layer)
-            assert isinstance(base_layer, nn.Linear)  # LoRA wraps only these
+            assert isinstance(base_layer, nn.Linear)  # LoRA wraps only nn.Linear
             self.layers[layer] = BatchedLoRALinear(base_layer)
             model.set_submodule(layer, self.layers[layer])
 
@@ -68,7 +68,7 @@ class Adapters:
 
 
 def read_fitting_factors(model: GPT2, directory: Path, base_sha256: str) -> dict[str, Factors]:
-    """Return an adapter's factors by layer, fp64. Raises UserError if it does not fit."""
+    """Return an adapter's factors by layer, fp64. Raises UserError as `Adapters` does."""
     with as_failure():
         config = load_adapter(model, directory, base_sha256)
     layers = lora_layers(model)

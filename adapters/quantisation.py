@@ -1,4 +1,4 @@
-"""Choose how a base is quantised: as the user asks, or as it was when its adapter was trained."""
+"""Choose how a base is quantised: as the user asks, or as in the training of the adapter."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -12,14 +12,14 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return how the base was quantised in training, from the header of the adapter's file."""
+    """Return the quantisation of the base in training, from the header of the adapter's file."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None
     with as_failure():
         kind = read_header(adapter).get(QUANTISED)
     if kind is not None and kind not in LAYERS:
-        raise UserError(f"{path}: its base was quantised to {brief(kind)}, which is not known here")
+        raise UserError(f"{path}: the base was quantised to {brief(kind)}, which is unknown")
     return kind
 
 
@@ -33,8 +33,8 @@ def common_quantisation(adapters: Collection[Path]) -> str | None:
         if kind != expected:
             raise UserError(
                 f"{first} ({expected or NONE}) and {adapter} ({kind or NONE}): were trained on "
-                "bases quantised in different ways; give --quantise, or first continue one on the "
-                "base of the other: train.py lora --init-adapter A --quantise KIND"
+                "bases quantised in different ways; give --quantise, or first train one adapter on "
+                "the base of the other: train.py lora --init-adapter A --quantise KIND"
             )
     return expected
 
@@ -42,8 +42,8 @@ def common_quantisation(adapters: Collection[Path]) -> str | None:
 def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | None:
     """Return how to quantise the base: a key of `LAYERS`, or None.
 
-    The option decides. Without it, the quantisation that the adapters record is used and printed.
-    Raises UserError if the adapters record different ones.
+    The option decides. Without the option, the quantisation that the adapters record is used and
+    printed. Raises UserError if the adapters record different quantisations.
     """
     if asked == NONE:
         return None

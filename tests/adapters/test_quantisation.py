@@ -168,4 +168,4 @@ def test_what_cannot_be_is_refused_in_one_line(runs, base, book, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"base_quantised": "nf4"', b'"base_quantised": "fp4"'))
     ending = run(evaluate.main, "--base", base, "--adapter", tmp_path / "odd", "--text", book)
-    assert "'fp4', which is not known here" in one_line(ending, 2)
+    assert "'fp4', which is unknown" in one_line(ending, 2)
