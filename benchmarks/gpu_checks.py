@@ -1,9 +1,9 @@
 """Part of `verify_gpu.py`: check that a device computes the numbers that a CPU computes in fp32.
 
 On the CPU, the steps of `train.py --kernels plain` must equal the steps of PEFT's loop. On the
-device, every command line in `commands` must take the CPU's steps. The checks compare losses,
-gradients, weights and scores on a new batch in each step: a falling loss proves little, because
-AdamW hides the gradient's scale, and a single batch hides which batch it was.
+device, every command line in `commands` must take the steps of the CPU. The checks compare losses,
+gradients, weights and scores, because AdamW hides the scale of a gradient. Every step has a new
+batch, because a single batch hides a mistake in the choice of batches.
 """
 
 import gc
@@ -35,10 +35,10 @@ from training import report
 from training.directory import METRICS
 from training.options import BOOK, Options, parse_options
 
-Findings = dict[str, tuple[float, float]]  # by the name of the difference: figure and limit
+Findings = dict[str, tuple[float, float]]  # name of the difference -> figure and limit
 
 STEPS = 4
-EXAMPLES = 48  # of conversations
+EXAMPLES = 48  # conversations
 NO_DROPOUT = {"lora": "--base-dropout 0 --lora-dropout 0", "full": "--base-dropout 0"}
 DROPOUT = {"lora": "--base-dropout 0.1 --lora-dropout 0.1", "full": "--base-dropout 0.1"}
 ON_THE_CPU = "--device cpu --precision fp32 --kernels plain"
@@ -93,7 +93,7 @@ class Limits(NamedTuple):
     direction: float
 
 
-# Rounding changes a gradient by about 2^-24 to 2^-8, and its direction by the square of that.
+# Rounding changes a gradient by about 2^-24 to 2^-8. The direction changes by the square of this.
 LIMITS = {
     "fp32": Limits(1e-5, 1e-3, 1e-8),  # fp16, with the mantissa of TF32, gives 2e-6
     "tf32": Limits(2e-3, 2e-2, 5e-3),
@@ -108,7 +108,7 @@ class Steps:
 
     losses: list[float]  # one per step, nats per token
     gradients: list[dict[str, Tensor]]  # one per step, by the parameter's name
-    moved: dict[str, Tensor]  # how far the trained weights moved over all steps
+    moved: dict[str, Tensor]  # the change of the trained weights over all steps
     score: float  # nats per token on the validation part, after the last step
     waits: int = 0  # how often the last step waited for the GPU
     captured: bool = False  # whether there is a CUDA graph
@@ -151,7 +151,7 @@ def commands(opts: Namespace) -> list[str]:
     if opts.device.torch_device.type == "mps":
         lacking += [CHECKPOINTING, "fp16"]
     found = [c for c in found if not any(option in c for option in lacking)]
-    if opts.low == "fp16":  # LoRA-GA refuses it
+    if opts.low == "fp16":  # LoRA-GA refuses fp16
         found = [c for c in found if "lora_ga --precision low" not in c]
     low = f"--precision {opts.low}"
     return list(dict.fromkeys(c.replace("--precision low", low) for c in found))
@@ -183,7 +183,7 @@ def make_inputs(opts: Namespace, folder: Path) -> None:
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Write GPT-2's tokenizer, cut to its first tokens and the end-of-text token."""
+    """Write GPT-2's tokenizer, cut to the first tokens and the end-of-text token."""
     stored = json.loads((GPT2_FILES / FAST).read_text(encoding="utf-8"))
     model = stored["model"]
     end = vocab_size - 1
@@ -195,7 +195,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def arguments(opts: Namespace, command: str) -> list[str]:
-    """Return this command line of `train.py`, for a short run."""
+    """Return the arguments of `train.py` for a short run of this command."""
     method, *more = command.replace(CONVERSATIONS, f"{opts.folder / CONVERSATIONS}").split()
     source: list[object] = [] if "--data" in more else ["--book", opts.book]
     return ours.command_line(
@@ -301,7 +301,7 @@ def steps_of_peft(opts: Namespace, command: str) -> Steps:
 
 
 def our_name(name: str) -> str:
-    """Return this project's name of a parameter of PEFT's model, or of transformers'."""
+    """Return this project's name of a parameter of a model of PEFT or transformers."""
     name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
     for theirs in ("base_model.model.", "transformer.", ".default"):
         name = name.replace(theirs, "")
@@ -318,7 +318,7 @@ def beside_peft(opts: Namespace, command: str) -> Findings:
     """Compare the CPU's steps with PEFT's steps, without dropout and with equal dropouts."""
     here = steps_on_the_cpu(opts, command)
     found = compare(command, here, steps_of_peft(opts, command), LIMITS["fp32"])
-    if SVD not in command:  # PEFT also draws an A, and then replaces it
+    if SVD not in command:  # PEFT also draws an A, and then replaces A
         dropping = f"{command} {DROPOUT[command.split()[0]]}"
         here, there = take_steps(opts, f"{dropping} {ON_THE_CPU}"), steps_of_peft(opts, dropping)
         found["with dropout, a loss differs, relative"] = (
@@ -329,7 +329,7 @@ def beside_peft(opts: Namespace, command: str) -> Findings:
 
 
 def beside_the_cpu(opts: Namespace, command: str) -> Findings:
-    """Compare the device's steps with the CPU's in fp32."""
+    """Compare the steps of the device with the steps of the CPU in fp32."""
     what, _, way = command.partition(" --precision ")
     there = steps_on_the_cpu(opts, what)
     here = take_steps(opts, command)
@@ -379,7 +379,7 @@ def norm(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def angle(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:
-    """Return 1 - the smallest cosine of a tensor here and there. Two tensors of zeros agree."""
+    """Return 1 - the smallest cosine of two tensors with one name. Two tensors of zeros agree."""
     found = []
     for name, tensor in there.items():
         a, b = here[name].double().flatten(), tensor.double().flatten()
@@ -389,7 +389,7 @@ def angle(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:
 
 
 def largest(values: list[Any]) -> float:
-    """Return the largest value, or NaN if one is."""
+    """Return the largest value, or NaN if a value is NaN."""
     return torch.tensor([float(value) for value in values]).max().item()
 
 
@@ -445,7 +445,7 @@ def evaluation(opts: Namespace) -> Findings:
 
 
 def waits_in_evaluation(opts: Namespace, count: int) -> int:
-    """Return how often scoring `count` batches waits. One wait, for the sums, is right."""
+    """Return how often scoring `count` batches waits for the GPU. Only the sums may wait."""
     trainer = ours.Trainer(options(opts, f"lora --precision {opts.low}"))
     validation = trainer.data.validation
     assert isinstance(validation, Windows) and validation.byte_counts is not None

@@ -1,7 +1,7 @@
 """Count how much of a GPU's memory training takes: `python -m benchmarks.gpu_memory`.
 
-It adds up the tensors that a step keeps, for each base, method and precision, and runs nothing. The
-sum leaves out the CUDA context (about 0.5 GB per process) and the allocator's reserve.
+The command adds up the tensors that a step keeps, for each base, method and precision, and runs no
+model. The table adds 0.5 GB for the CUDA context and the allocator's reserve.
 
 Shapes: B windows of T tokens, n = B T, C = n_embd, L = n_layer, V the vocabulary in rows of 64.
 """
@@ -74,7 +74,7 @@ def parameters(config: GPT2Config) -> int:
 
 
 def weight_bytes(config: GPT2Config, case: Case, rank: int) -> dict[str, float]:
-    """Return the bytes of the weights, of the trained weights beside them, and of their copies."""
+    """Return the bytes of the weights, of the adapter and AdamW, and of copies of weights."""
     C = config.n_embd
     matrices = config.n_layer * 12 * C**2
     others = parameters(config) - matrices
@@ -97,9 +97,9 @@ def weight_bytes(config: GPT2Config, case: Case, rank: int) -> dict[str, float]:
 def block_bytes(config: GPT2Config, case: Case, rank: int) -> float:
     """Return the bytes per token that one block keeps for its backward pass.
 
-    A block keeps the inputs of two norms in fp32 and the bool masks of its dropouts. In the run's
-    precision it keeps q, k, v, and the outputs of the attention and of c_fc. LoRA also keeps the
-    input of A. If W is trained, the inputs of its matmuls are kept too. The attention's output is
+    A block keeps the inputs of two norms in fp32 and the bool masks of the dropouts. In the run's
+    precision, a block keeps q, k, v, and the outputs of the attention and of c_fc. LoRA also keeps
+    the input of A. Training W also keeps the inputs of the matmuls. The output of the attention is
     the input of c_proj and counts once.
     """
     C = config.n_embd
@@ -124,16 +124,16 @@ def loss_bytes(config: GPT2Config, case: Case, tokens: int, card: float) -> floa
     most = max(1, int(card // SHARE // (8 * columns)))
     chunk = math.ceil(tokens / math.ceil(tokens / most))
     total = 8.0 * columns * chunk + 2 * case.item * config.n_embd * tokens
-    if case.method == "full":  # the head's gradient, and the product that is added to it
+    if case.method == "full":  # the gradient of the head, and a product to add to the gradient
         total += (4 + 2 * case.item) * columns * config.n_embd
     return total
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.gpu_memory", description=__doc__)
-    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="windows a part")
+    parser.add_argument("--batch-size", type=number(int, 1), default=16, help="windows a step")
     parser.add_argument("--block-size", type=number(int, 1, 1024), default=128)
-    parser.add_argument("--card", type=number(float, 1), default=16, help="its memory, GB")
+    parser.add_argument("--card", type=number(float, 1), default=16, help="memory, GB")
     args = parser.parse_args(argv)
 
     rows = []

@@ -65,7 +65,7 @@ def timed_tasks(opts: Namespace, folder: str, method: str) -> list[Task]:
 
 
 def graph_speed(facts: dict) -> float | None:
-    """Return the speed-up of LoRA's step by a graph, if both steps were timed."""
+    """Return the speed-up of a LoRA step by a CUDA graph, if both steps were timed."""
     names = [name for name in facts if name.startswith("this project, LoRA")]
     with_graph = [name for name in names if name.endswith(", graph") and "compiled" not in name]
     if not with_graph:

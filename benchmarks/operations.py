@@ -1,8 +1,7 @@
 """Measure the gain of each operation of model/kernels/fast.py: `python -m benchmarks.operations`.
 
-A round takes a training step with all fast operations, then one step per operation with that
-operation replaced by its plain twin. All rounds run in one process, and ratios are taken within a
-round.
+A round takes a training step with all fast operations. Then one step per operation replaces that
+operation by the plain operation. All rounds run in one process. Ratios are taken within a round.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +79,7 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
 def run_plain(
     model: nn.Module, kinds: Sequence[type[nn.Module]], step: Callable[[], object]
 ) -> None:
-    """Run a step with these plain classes in place of the fast classes, then restore the latter."""
+    """Run a step with these plain classes, and then restore the fast classes."""
     accelerate(model, {FAST[kind]: kind for kind in kinds})
     try:
         step()

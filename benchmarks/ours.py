@@ -29,7 +29,7 @@ from training.scores import Scores
 
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:
-    """Return arguments of `train.py`. A keyword is an option: `max_steps=3` is `--max-steps 3`, and
+    """Return arguments of `train.py`. A keyword is an option: `max_steps=3` is `--max-steps 3`.
     True or False switches a flag on or off. `more` comes last, so `more` wins.
     """
     argv = [method]
@@ -43,17 +43,17 @@ def command_line(method: str, *more: object, **values: object) -> list[str]:
 
 
 def options(method: str, *more: object, **values: object) -> Options:
-    """Return the options of `train.py` for a `command_line`, defaults included."""
+    """Return the options of `train.py` for a `command_line`, including defaults."""
     return parse_options("-", command_line(method, *more, **values))
 
 
-@cache  # cached, so that a timed call does not load it
+@cache  # so that a timed call does not load the tokenizer
 def tokenizer(base: Path) -> Tokenizer:
     return load_tokenizer(base, load_config(base).vocab_size)
 
 
 def data(made: Options) -> tuple[Windows, Windows]:
-    """Return the windows of the book's two parts. `--base` must be a directory."""
+    """Return the training windows and validation windows. `--base` must be a directory."""
     loaded = load_data(made, Path(made.base))
     assert isinstance(loaded.training, Windows)
     assert isinstance(loaded.validation, Windows)
@@ -61,7 +61,7 @@ def data(made: Options) -> tuple[Windows, Windows]:
 
 
 class Trainer:
-    """The state of `train.py` before its first step, for taking single steps. Writes no file."""
+    """The state of `train.py` before the first step, to take single steps. Writes no file."""
 
     def __init__(self, options: Options, ranks: Ranks | None = None):
         self.device = Device.pick(options.device, options.precision, train=True)
@@ -92,7 +92,7 @@ class Trainer:
         return self.run.batches(self.data.training, first)
 
     def step(self, batch: Batch) -> Tensor:
-        """Take the next step of the schedule. Return the batch's loss, summed over its tokens."""
+        """Take the next step of the schedule. Return the loss, summed over the batch's tokens."""
         options = self.options
         done = self.run.progress.step
         lr = train.learning_rate(done, self.total_steps, options.lr, options.warmup_ratio)
@@ -105,7 +105,7 @@ class Trainer:
 
 
 def step(trainer: Trainer, batch: Batch) -> float:
-    """Train on one batch. Return its loss in nats per token."""
+    """Train on one batch. Return the loss in nats per token."""
     return trainer.step(batch).item() / batch.num_tokens
 
 
@@ -127,7 +127,7 @@ def run(argv: Sequence[str]) -> dict:
 
 
 def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
-    """Load a base and, if given, an adapter on it, as `evaluate.py` and `generate.py` do."""
+    """Load a base and, if given, an adapter, as `evaluate.py` and `generate.py` do."""
     model = load_gpt2(base, device.dtype)
     if adapter:
         load_adapter(model, adapter)

@@ -1,9 +1,9 @@
-"""Is this LoRA LoRA? Run the same training here and in PEFT, and compare number by number.
+"""Does this project compute LoRA as PEFT does? Train in both, and compare number by number.
 
 `python -m benchmarks.parity` trains one base on one book twice, from the same initial adapter and
-on the same batches: with `train.py`, and with the loop in `peft_loop.py`. With plain kernels, the
-command must equal that loop bit for bit. With fast kernels, it must come close. The check exits
-with 1 if a figure is above its limit.
+on the same batches: with `train.py`, and with the loop in `peft_loop.py`. With plain kernels,
+`train.py` must equal that loop bit for bit. With fast kernels, `train.py` must come close. The
+check exits with 1 if a figure is above the limit.
 """
 
 import math
@@ -39,12 +39,12 @@ from storage.hub import find_base
 from storage.weights import load_config
 from training.options import BOOK, Options
 
-CLOSE = 1e-5  # relative: same computation, other order of the sums
+CLOSE = 1e-5  # relative: the same computation with sums in another order
 LAST_BIT = 2.0**-23  # relative: fp32's unit in the last place
 DRAWS = (1, 2, 3)  # seeds of the PEFT runs whose spread is measured
 PLAIN = ("--kernels", "plain", "--device", "cpu")
 RESUMED_STEPS = 10
-Sources = dict[str, tuple[Path, Path | None]]  # by name: a base, and an adapter for that base
+Sources = dict[str, tuple[Path, Path | None]]  # name -> a base, and an adapter for that base
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,7 +130,7 @@ def compare(opts: Namespace, report: Report) -> None:
 
 @to_the_bit()
 def exact(opts: Namespace, report: Report, folder: Path) -> Result:
-    """Check fp32 on one thread: every bit that `train.py --kernels plain` writes to `folder`/ours
+    """Check fp32 on one thread. Every bit that `train.py --kernels plain` writes to `folder`/ours
     must equal PEFT's run. Return PEFT's run.
     """
     argv = arguments(opts, "lora", *PLAIN, "--log-every", 1, "--out", folder / "ours")
@@ -144,7 +144,7 @@ def exact(opts: Namespace, report: Report, folder: Path) -> Result:
 
     compare_counts(report, counted, there)
     compare_exactly(report, "exact", here, there)
-    # PEFT's side minimises the mean. Dividing a sum may round differently.
+    # PEFT's side minimises the mean. A sum that is divided may round differently.
     assert there.means is not None
     report.check(
         "exact: loss of every step, by cross_entropy's mean there, relative",
@@ -227,7 +227,7 @@ def compare_readings(opts: Namespace, report: Report, what: str, sources: Source
 
 @to_the_bit()
 def resume(opts: Namespace, report: Report, folder: Path) -> None:
-    """Continue here from PEFT's saved adapter, and continue there from ours."""
+    """Continue here from PEFT's saved adapter, and continue in PEFT from ours."""
     print(f"\nresumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")
     more = (*PLAIN, "--max-steps", RESUMED_STEPS, "--init-adapter")
     here = train_here(train_options(opts, "lora", *more, folder / "peft"))
@@ -236,7 +236,7 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
 
 
 def trained_path(opts: Namespace, report: Report) -> None:
-    """Check the path of users: any device, all threads, fp32 and bf16 or fp16."""
+    """Check the usual way to train: any device, all threads, fp32 and bf16 or fp16."""
     device = Device.pick(opts.device)
     low = device.precision if device.is_cuda else "bf16"  # avoids emulation
     print(f"\nas trained: {device.name}, {torch.get_num_threads()} threads")
@@ -258,7 +258,8 @@ def compare_rounding(
 ) -> None:
     """Allow twice the difference that rounding makes on PEFT's side, because both sides round.
 
-    The root mean square also finds a small difference in every step, which the largest hides.
+    The root mean square also finds a small difference in every step. The largest difference hides
+    it.
     """
     name = f"{precision}, no dropout: loss"
     largest_difference = relative(here, there)
@@ -269,8 +270,9 @@ def compare_rounding(
 
 
 def compare_independent_draws(report: Report, args: Options) -> None:
-    """Compare runs with independent dropouts. Our curve may differ from the mean of PEFT's curves
-    as much as PEFT's curves differ from each other, both as root mean squares over the steps.
+    """Compare runs with independent dropouts. This project's curve may differ from the mean of
+    PEFT's curves as much as PEFT's curves differ from each other. Both differences are root mean
+    squares over the steps.
     """
     here = train_here(args)
     curves = np.array([train_there(args, draws).losses for draws in DRAWS])
@@ -288,7 +290,7 @@ def compare_independent_draws(report: Report, args: Options) -> None:
 
 def full(opts: Namespace, report: Report) -> None:
     """Train all weights. Transformers stores four weights per block transposed, so gradients add up
-    in another order. Where a gradient is tiny, Adam turns that rounding into a whole step.
+    in another order. Where a gradient is tiny, Adam turns this rounding into a whole step.
     """
     print("\nfull fine-tuning, fp32, no dropout")
     here, there = train_both(train_options(opts, "full", "--base-dropout", "0"))

@@ -1,4 +1,4 @@
-"""Print the parity check's tables and verdicts. Write `parity.json` and `parity.png`."""
+"""Print tables and verdicts of the parity check. Write `parity.json` and `parity.png`."""
 
 import math
 import os
@@ -32,7 +32,7 @@ FLOOR = 1e-10  # the place of a zero difference on the logarithmic axis
 
 
 class Report:
-    """Print each figure at once, and record it with its limit."""
+    """Print each figure at once, and record the figure with the limit."""
 
     def __init__(self) -> None:
         self.checks: list[dict] = []
@@ -53,7 +53,7 @@ class Report:
             )
 
     def check(self, name: str, value: float, allowed: float) -> None:
-        """Give a verdict: `value` must be a number, and at most `allowed`."""
+        """Print and record a verdict: `value` must be a number, and at most `allowed`."""
         ok = bool(value <= allowed)
         self.checks.append(
             {"name": name, "value": float(value), "allowed": float(allowed), "ok": ok}
@@ -97,7 +97,7 @@ class Report:
             self.draw(out / "parity.png")
 
     def draw(self, path: Path) -> None:
-        """Draw both sides' curves of the exact run, and the differences of every pair."""
+        """Draw the two curves of the exact run, and the differences of every pair of runs."""
         rows = math.ceil(len(self.curves) / 2)  # in the lower panel's legend
         size = (PAGE_WIDTH, 6.5 + 0.25 * rows)
         figure, (upper, lower) = subplots(2, 1, figsize=size)
@@ -123,7 +123,7 @@ def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
 
 
 def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> None:
-    """Draw the differences of each pair and, if PEFT ran with several seeds, their spread."""
+    """Draw the differences of each pair and, if PEFT ran with several seeds, the spread of PEFT."""
     colours = shades(OTHER, len(curves))
     for (name, pair), colour in zip(curves.items(), colours, strict=True):
         here = np.array(pair["here"])
@@ -153,7 +153,7 @@ def snapshot(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Return the largest difference of two sets of parameters. It is inf if their names differ."""
+    """Return the largest difference of two sets of parameters, or inf if the names differ."""
     if a.keys() != b.keys():
         return math.inf
     differences = [(a[name] - b[name]).abs().max() for name in a]
@@ -161,7 +161,7 @@ def largest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def relative(here: list[float], there: list[float]) -> float:
-    """Return the largest difference of two curves, relative to the second."""
+    """Return the largest difference of two curves, relative to the second curve."""
     return float(np.max(np.abs(np.subtract(here, there)) / there))
 
 
@@ -170,7 +170,7 @@ def root_mean_square(values: np.ndarray) -> float:
 
 
 def machine() -> str:
-    """Describe the kind of machine, such as "2-core x86-64 CPU", without naming it."""
+    """Describe the kind of machine, such as "2-core x86-64 CPU", without the machine's name."""
     cpu = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
     if torch.cuda.is_available():
         return f"{cpu}, {torch.cuda.get_device_name()}"

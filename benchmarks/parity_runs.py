@@ -1,7 +1,7 @@
-"""The parity check's training runs: `train.py` here, and PEFT's loop there.
+"""The training runs of the parity check: `train.py` here, and PEFT's loop there.
 
-Both start from the same initial adapter and see the same batches. Both draw the dropouts in the
-order of `GPT2` in model/gpt2.py, from the random stream that `--seed` starts and that A uses first.
+Both sides start from the same adapter and see the same batches. Both sides draw the dropouts in the
+order of `GPT2` in model/gpt2.py. `--seed` starts the random stream, which first gives A.
 """
 
 from argparse import Namespace
@@ -39,10 +39,9 @@ class Result:
 
 
 def arguments(opts: Namespace, method: str, *more: object) -> list[str]:
-    """Return `train.py`'s arguments for a run of at most one epoch with all dropouts on, and
-    defaults otherwise.
+    """Return `train.py`'s arguments for a run of at most one epoch with all dropouts on.
 
-    Such a run validates before its first step and after its last, so it saves the last adapter.
+    Such a run validates before the first step and after the last step, and saves the last adapter.
     """
     return ours.command_line(
         method,
@@ -65,7 +64,7 @@ def train_options(opts: Namespace, method: str, *more: object) -> Options:
 
 @contextmanager
 def to_the_bit() -> Iterator[None]:
-    """Use one thread: several threads split sums, in an order that varies."""
+    """Use one thread, because several threads split sums in an order that varies."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,7 +74,7 @@ def to_the_bit() -> Iterator[None]:
 
 
 def run_here(argv: list[str]) -> tuple[Result, dict[str, Any]]:
-    """Run `train.py ARGV`. Return the contents of `--out` and its `run.json`."""
+    """Run `train.py ARGV`. Return the contents of `--out`, and `run.json`."""
     args = ours.options(*argv)
     initial = snapshot(adapter_tensors(ours.Trainer(args).model))
     report = ours.run(argv)

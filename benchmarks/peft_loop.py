@@ -1,7 +1,7 @@
 """The reference implementation: transformers' GPT-2, PEFT's LoRA, and a plain training loop.
 
-It takes the options (`args`, the options of `train.py`), the token ids and the order of the windows
-from this project. It has a separate model, adapter, windows, loss and schedule.
+The loop takes the options (`args`, the options of `train.py`), the token ids and the order of the
+windows from this project. Model, adapter, windows, loss and schedule are separate.
 """
 
 import math
@@ -23,13 +23,13 @@ from training.options import Options
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-StockModel = Any  # of transformers or PEFT: no class declares all the methods that we call
+StockModel = Any  # of transformers or PEFT, whose classes do not declare all methods
 
 
 def load(directory: Path, adapter: Path | None = None, dropout: float | None = None) -> StockModel:
     """Load transformers' GPT-2 in fp32 and, if given, an adapter file. With `dropout` None, the
-    config decides. Where transformers can compute gelu_new or attention in several ways that agree
-    up to rounding, take the way of this project.
+    config decides. transformers has several ways to compute gelu_new and attention, which agree up
+    to rounding. The loop takes the ways of this project.
     """
     dropouts = {}
     if dropout is not None:
@@ -121,8 +121,8 @@ def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., 
 def train(
     model: nn.Module, args: Options, tokens: np.ndarray, batches: list[np.ndarray]
 ) -> tuple[list[float], list[float]]:
-    """Train on windows of `tokens`. Return each step's loss twice: the sum over its tokens divided
-    by their number, and the mean of `cross_entropy`, which is minimised.
+    """Train on windows of `tokens`. Return each step's loss twice: as a sum divided by the number
+    of tokens, and as the mean of `cross_entropy`, which is minimised.
     """
     device = next(model.parameters()).device
     step = make_step(model, args, args.precision)
@@ -154,7 +154,7 @@ def learning_rate(step: int, steps: int, args: Options) -> float:
 
 
 def adapter_tensors(model: StockModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors by their names in PEFT's file, if there is an adapter."""
+    """Return the adapter's tensors by name in PEFT's file, if there is an adapter."""
     if not isinstance(model, PeftModel):
         return {}
     return get_peft_model_state_dict(model)
@@ -162,7 +162,7 @@ def adapter_tensors(model: StockModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(model: StockModel, tokens: np.ndarray, block_size: int) -> float:
-    """Return transformers' loss, with its label shift, averaged over all tokens but the first."""
+    """Return the loss of transformers, averaged over all tokens except the first."""
     model.eval()
     total = 0.0
     for start in range(0, len(tokens) - 1, block_size):

@@ -1,14 +1,14 @@
-"""Repeat the reference run: its table beside ours, and how well the models predict the next token.
+"""Repeat the reference run. Print the published table beside ours, and the next-token losses.
 
-`python -m benchmarks.reference` trains LoRA and then the whole base by the reference's protocol.
-It scores both by the reference's measure, and as language models by the next token. Without
+`python -m benchmarks.reference` trains LoRA and then the whole base by the protocol of the
+reference. The command scores both by the reference's measure, and by the next token. Without
 `--book`, the text is pseudo-Latin, because the reference used filler text. All options of
-`train.py` are accepted: they show how the figures depend on the protocol (docs/reference-run.md).
+`train.py` are accepted, to show how the figures depend on the protocol (docs/reference-run.md).
 
-The reference's windows are x = tokens[i : i+128] with labels tokens[i+1 : i+129], for every i, and
-its library shifts the labels once more. So position t is scored on token t + 2 for t = 0 ... 126,
-and the last position is not scored. No position sees a later one, so such a window is exactly a
-window of 127 tokens with `--label-shift 2`.
+The reference's windows are x = tokens[i : i+128] with labels tokens[i+1 : i+129], for every i. The
+reference's library shifts the labels once more. So position t is scored on token t + 2 for
+t = 0 ... 126, and the last position is not scored. No position sees a later position, so such a
+window equals a window of 127 tokens with `--label-shift 2`.
 """
 
 from argparse import Namespace
@@ -54,7 +54,7 @@ PUBLISHED = {
     "full": ("about 124.7 million", "-", "-", "1.1211", "-", "-"),
 }
 COLUMNS = ("", "trainable", "share", "best val loss", "perplexity", "next-token loss", "perplexity")
-RUN_LENGTH = 16  # length of the runs of tokens that are looked up in the training part
+RUN_LENGTH = 16  # tokens of a sequence that is looked up in the training part
 TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences in random order
 
 
@@ -103,7 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(
         prog="benchmarks.reference",
         description=__doc__,
-        epilog="Further options are those of train.py.",
+        epilog="Other options go to train.py.",
     )
     base: dict[str, Any] = {**BASE_OPTION}
     parser.add_argument("--base", **base)
@@ -115,14 +115,14 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=Path,
         default=ROOT / "runs" / "reference",
         metavar="DIR",
-        help="where the runs lora/ and full/ go, and the figures",
+        help="directory for the runs lora/ and full/, and for the figures",
     )
     parser.add_argument("--only", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument(
         "--val-windows",
         type=number(int, 1),
         metavar="N",
-        help="score only so many validation windows by the reference's measure, "
+        help="score only this many validation windows by the reference's measure, "
         "evenly spaced (default: all)",
     )
     opts, more = parser.parse_known_args(argv)
@@ -146,8 +146,8 @@ def arguments(opts: Namespace, method: str) -> list[str]:
 
 
 def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) -> dict:
-    """Score the base or a run's model by the reference's measure and by this project's measure:
-    each token once, in consecutive windows, averaged over tokens.
+    """Score the base or a run's model by the reference's measure and by this project's measure.
+    This project scores each token once, in consecutive windows, and averages over tokens.
     """
     base = opts.directory
     adapter = None
@@ -157,7 +157,7 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
         adapter = opts.out / method
     model = ours.load(base, adapter, opts.device)
 
-    # The mean over batches of each batch's mean. A smaller last batch has the same weight.
+    # The measure is the mean of the batches' means. A smaller last batch has the same weight.
     size = BATCH_SIZE[method]
     losses = []
     for batch in np.split(scored, range(size, len(scored), size)):

@@ -1,18 +1,18 @@
 """Measure time and memory: this project against PEFT and transformers, side by side.
 
 `python -m benchmarks.speed` runs each contender in a separate process, one after the other, for
-several rounds, so that a machine that slows down slows every contender. Ratios are taken within a
-round. Each round begins by recording the load average, which from the second round on includes the
-benchmark. The base is a GPT-2 124M with random weights, made on the spot. All sides have the same
-batch in every step, and the same dropouts, optimizer (fused AdamW) and clipping. The other side
-runs with its defaults: stock activation and attention, cross-entropy over its logits, and mixed
-precision by autocast. LoRA, evaluation and generation also run with the frozen weights in low
-precision. Our side keeps freed memory, like its commands (`tune_process`). On a CPU under Linux,
-the other side is measured a second time with the same allocator setting. The matmuls' share is
-their self time over the self time of all operations, in one more step under torch.profiler.
+several rounds. So a machine that slows down slows every contender. Ratios are taken within a round.
+Each round begins by recording the load average, which includes the benchmark from the second round
+on. The base is a GPT-2 124M with random weights. All sides have the same batch in every step, and
+the same dropouts, optimizer (fused AdamW) and clipping. The other side runs with default settings:
+stock activation and attention, cross-entropy over all logits, and mixed precision by autocast.
+LoRA, evaluation and generation also run with the frozen weights in low precision. Our side keeps
+freed memory, as our commands do (`tune_process`). On a CPU under Linux, the other side is measured
+a second time with the same allocator setting. The share of matmuls is a share of the self time of
+all operations, in one more step under torch.profiler.
 
 `--only growth` measures LoRA by batch, context, rank and model size (mini to gpt2-xl), with one
-allocator setting: an exponent of 1 means that time or memory doubles with the size. `--only
+allocator setting. An exponent of 1 means that time or memory doubles with the size. `--only
 scaling` shares one batch among the ranks that torchrun starts on this machine, and reports the
 bytes that a rank passes to all_reduce per step.
 """
@@ -66,13 +66,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one round on mini in training's default precision, in two minutes",
+        help="one round on mini in the default precision of training, in two minutes",
     )
     parser.add_argument("--rounds", type=number(int, 1), help="default: 5")
     parser.add_argument(
         "--steps",
         type=number(int, 1),
-        help="timed after the warm-up (default: 3; --quick: 1; on CUDA 20)",
+        help="timed steps after the warm-up (default: 3; --quick: 1; on CUDA 20)",
     )
     parser.add_argument(
         "--precision",
@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
         type=Path,
         default=Path(__file__).parent / "results",
         metavar="DIR",
-        help="where the figures and pictures go",
+        help="directory for figures and pictures",
     )
     opts = parser.parse_args(argv)
     set_defaults(opts)
@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def set_defaults(opts: Namespace) -> None:
-    """Set the options that were not given, by the device and by `--quick`."""
+    """Set the missing options by the device and by `--quick`."""
     device = Device.pick(opts.device, train=True)
     opts.device = device.torch_device.type
 
@@ -166,7 +166,7 @@ def made(folder: str, name: str) -> str:
 
 
 def plans(opts: Namespace) -> dict[str, list[Task]]:
-    """Return the tasks of a round, by the name of their file of figures."""
+    """Return the tasks of a round, by the name of the file of figures."""
     found = {part: along(opts, part) for part in AXES if part in opts.only}
     compared = [kind for kind in KINDS if kind in opts.only]
     if compared == list(KINDS):
@@ -216,8 +216,8 @@ def processor(device: str) -> str:
 
 
 def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
-    """Run every task once a round, in reverse order every other round. A task that fails is left
-    out of the later rounds. Return whether a task failed.
+    """Run every task once per round. Every other round runs in reverse order. Later rounds leave
+    out a task that failed. Return whether a task failed.
     """
     results = facts(opts)
     prefix = "quick-" if opts.quick else ""
@@ -241,7 +241,7 @@ def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
 
 
 def measure(task: Task, i: int, results: dict[str, Any]) -> None:
-    """Run the task. Record and print its figures, or the reason of its failure."""
+    """Run the task. Record and print the figures, or the reason of a failure."""
     try:
         figures = run_apart(task)
     except RunError as error:
@@ -255,17 +255,17 @@ def measure(task: Task, i: int, results: dict[str, Any]) -> None:
         "round": i,
         **asdict(task),
         **figures,
-        "base": results["base"],  # without its path
+        "base": results["base"],  # without the path
     }
     results["measurements"].append(record)
     print(f"round {i + 1}: {task.name}: {figures['median']:.4g} s", flush=True)
 
 
 def run_apart(task: Task) -> dict:
-    """Return the figures of a task, measured in a separate process or in its ranks. Raises RunError
-    if that fails.
+    """Measure a task in a separate process, or in several ranks. Return the figures. Raises
+    RunError if a process fails.
 
-    On Linux a process inherits the peak memory of its parent, so this process must stay small.
+    On Linux, a process inherits the peak memory of the parent, so this process must stay small.
     """
     command = [sys.executable, "-m"]
     if task.ranks:
@@ -282,11 +282,11 @@ def run_apart(task: Task) -> dict:
 
 
 def reason(ended: subprocess.CompletedProcess[str]) -> str:
-    """Return why a process failed: its line of error, or else the last line that it wrote."""
+    """Return why a process failed: the line of the error, or the last line of output."""
     lines = [f"exit status {ended.returncode}", *re.findall(r".*\w.*", ended.stderr)]
     for line in lines:
         if line.startswith("error: "):
-            return line.removeprefix("error: ")  # torchrun writes more lines after it
+            return line.removeprefix("error: ")  # torchrun writes more lines
     return lines[-1]
 
 

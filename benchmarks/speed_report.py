@@ -56,7 +56,7 @@ def summarise(measurements: list[dict]) -> dict:
 
 
 def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
-    """Return a contender's figures over the rounds. `rounds` contains all contenders."""
+    """Return the figures of a contender over the rounds. `rounds` contains all contenders."""
     first = next(iter(records.values()))
     found = {}
     for key in ("peak_mb", "matmuls_share", "bytes", "all_reduce"):
@@ -77,7 +77,7 @@ def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
 
 
 def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
-    """Yield, for equal work and by round, their time over our time and our memory over theirs."""
+    """Yield, for equal work, the ratios of each round: their time / ours, our memory / theirs."""
     for (ours, here), (theirs, there) in product(rounds.items(), repeat=2):
         if compares(next(iter(here.values())), next(iter(there.values()))):
             pair = {
@@ -93,8 +93,8 @@ def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
 
 
 def compares(here: dict, there: dict) -> bool:
-    """Return whether to compare these records: ours, and their side with its defaults, for equal
-    work. Ours with --compile is compared with their side not compiled.
+    """Return whether to compare two records: our side, and their side with default settings, for
+    equal work. Our side with --compile is compared with their side without.
     """
     if here["side"] != "ours" or there["side"] != "theirs":
         return False
@@ -112,7 +112,7 @@ def quotients(over: Rounds, under: Rounds, key: str) -> list[float]:
 
 def exponents(contenders: list[dict]) -> Iterator[dict]:
     """Yield, for each axis and measure, each contender's value at the smallest and the largest size
-    that all have, and the slope of log(value) against log(size) by least squares.
+    that all contenders have, and the slope of log(value) against log(size) by least squares.
     """
     for axis, key in product(axes_of(contenders), MEASURES):
         lines: dict[str, dict[int, float]] = {}
@@ -167,7 +167,7 @@ def print_report(summary: dict) -> None:
 
 
 def print_figures(figures: dict[str, dict]) -> None:
-    """Print a row for each name, and a column for each figure that one of them has."""
+    """Print a row for each name, and a column for each figure that any name has."""
     known = set().union(*figures.values())
     columns = [key for key in COLUMNS if key in known]
     headings = [COLUMNS[key][0] for key in columns]
@@ -251,7 +251,7 @@ def draw_ratios(ratios: list[dict]) -> Any:
 def draw_axes(contenders: list[dict]) -> Any:
     """Draw step time on the left and peak memory on the right, with a row for each axis.
 
-    Both scales are logarithmic: there the slope of a line is its exponent.
+    Both scales are logarithmic, so the slope of a line is the exponent.
     """
     shown = axes_of(contenders)
     size = (PAGE_WIDTH, 0.8 + 2.8 * len(shown))
@@ -286,7 +286,7 @@ def draw_axis(axes: Any, contenders: list[dict], key: str) -> None:
 
 
 def short(size: int) -> str:
-    """Format a size, in millions if it is large."""
+    """Format a size. A large size is in millions."""
     if size < 1e6:
         return str(size)
     return f"{size / 1e6:,.0f}M"

@@ -1,4 +1,4 @@
-"""List what `speed.py` measures. A task is one measurement, a plan the tasks of one round."""
+"""List the tasks of `speed.py`. A task is one measurement. A plan has the tasks of a round."""
 
 import sys
 from argparse import Namespace
@@ -13,7 +13,7 @@ from data.windows import Windows
 from model.gpt2 import GPT2Config
 from training.options import Options
 
-# Bases of random weights, from small to large: speed does not depend on the weights' values.
+# Bases of random weights, from small to large. Speed does not depend on the values of weights.
 BASES = {
     "mini": GPT2Config(vocab_size=8192, n_positions=256, n_embd=256, n_layer=6, n_head=4),
     "base": GPT2Config(),  # 124M
@@ -35,21 +35,21 @@ SMALL_BATCH = 4  # for growth by block or model
 class Task:
     """One measurement. `axis` is the field that varies between tasks."""
 
-    kind: str  # a key of BASES, which makes that base, or a key of speed_worker's CALLS
+    kind: str  # a key of BASES, to make that base, or a key of CALLS in speed_worker
     base: str
     device: str = "cpu"
     side: str = "ours"  # or theirs
     method: str = "lora"  # or full
     precision: str = "fp32"
-    weights: str = "fp32"  # low: their frozen weights are in `precision`, without autocast
-    allocator_alike: bool = False  # their side keeps freed memory, as ours does (tune_process)
+    weights: str = "fp32"  # low: frozen weights of their side are in `precision`, without autocast
+    allocator_alike: bool = False  # their side keeps freed memory, as in tune_process
     compile: bool = False
     graph: bool = False  # on our side on CUDA: one launch per micro-batch
     batch_size: int = 16
     block_size: int = 128
     r: int = 8
     ranks: int = 0  # number of data-parallel processes
-    parameters: int = 0  # of the base, where the base varies by task
+    parameters: int = 0  # of the base, if the base varies by task
     axis: str = ""
     profile: bool = False  # run one more step under the profiler
     warm_up: int = 1
@@ -130,13 +130,13 @@ def compare(opts: Namespace) -> list[Task]:
         for method, compiled in product(("lora", "full"), compiled_or_not):
             tasks += sides(replace(task, method=method, compile=compiled, profile=True))
         tasks += sides(replace(task, kind="evaluate"))
-        tasks += sides(replace(task, kind="generate", steps=1, warm_up=0))  # it warms up itself
+        tasks += sides(replace(task, kind="generate", steps=1, warm_up=0))  # the call warms up
     return [task for task in tasks if task.kind in opts.only]
 
 
 def sides(task: Task) -> list[Task]:
-    """Return both sides' tasks. Their side also runs with frozen weights in low precision, where
-    the precision is low, and each of their tasks also runs with our allocator setting.
+    """Return the tasks of both sides. In low precision, their side also runs with frozen weights in
+    that precision. Each task of their side also runs with our allocator setting.
     """
     theirs = [replace(task, side="theirs")]
     if task.precision != "fp32" and task.method == "lora" and not task.compile:
@@ -147,16 +147,16 @@ def sides(task: Task) -> list[Task]:
 
 
 def tunes_allocator(device: str) -> bool:
-    """Return whether `tune_process` changes how this device's memory is allocated."""
+    """Return whether `tune_process` changes the allocation of this device's memory."""
     return device == "cpu" and sys.platform == "linux"
 
 
 def along(opts: Namespace, part: str) -> list[Task]:
     """Return training tasks at each size that the base allows.
 
-    Growth compares our LoRA with PEFT, with one allocator setting, in bf16 if that is among the
-    precisions, and also on each base of `opts.models`. Scaling runs both of our methods in the
-    first precision.
+    Growth compares our LoRA with PEFT, with one allocator setting, in bf16 if bf16 is among the
+    precisions, and also on each base of `opts.models`. Scaling runs our LoRA and our full
+    fine-tuning in the first precision.
     """
     axes = dict(AXES[part])
     first = replace(opts.task, precision=opts.precision[0])

@@ -1,6 +1,6 @@
-"""One measurement of `speed.py`, in a separate process: a task as JSON in, its figures out.
+"""Make one measurement of `speed.py` in a separate process: read a task as JSON, print figures.
 
-PEFT and transformers are imported only to be measured, so that they add no memory to our side.
+Only tasks of their side import PEFT and transformers, which would add memory to our side.
 """
 
 import json
@@ -31,12 +31,12 @@ from storage.hub import MINI
 from storage.weights import load_config, save_gpt2
 from training.ranks import Ranks
 
-# oneDNN calls the last one. Matmuls inside a fused attention kernel are not counted.
+# oneDNN calls the last name. Matmuls inside a fused attention kernel are not counted.
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 PROMPT_TOKENS = 16
 NEW_TOKENS = 256
 WARM_UP_TOKENS = 8
-Call = Callable[[], object]  # the timed call. Its value shows that both sides computed the same
+Call = Callable[[], object]  # the timed call. Its value shows that both sides compute the same
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,7 +81,7 @@ def make_base(name: str, directory: Path) -> None:
 
 
 def timed(call: Call, times: int, device: Device) -> dict:
-    """Return the seconds of each call, from an idle device until it is idle again."""
+    """Return the seconds of each call, from an idle device until the device is idle again."""
     seconds = []
     for _ in range(times):
         wait_for(device)
@@ -102,7 +102,7 @@ def wait_for(device: Device) -> None:
 
 
 def profiled(call: Call, device: Device) -> dict:
-    """Profile one call. Return the time on the GPU in ms, the launches, the matmuls' share of the
+    """Profile one call. Return the time on the GPU in ms, the launches, the share of matmuls in the
     time, and the memory reserved so far on the GPU in MB.
     """
     reserved = 0.0
@@ -127,12 +127,12 @@ def profiled(call: Call, device: Device) -> dict:
 
 
 def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
-    """Return the matmuls' share of the self time of all operations, or on CUDA of all kernels."""
+    """Return the share of matmuls in the self time of all operations or, on CUDA, all kernels."""
     kind = "self_device_time_total" if device.is_cuda else "self_cpu_time_total"
     total = 0.0
     matmuls = 0.0
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:  # includes its kernels' time
+        if event.device_type == torch.autograd.DeviceType.CPU:  # includes kernels' time
             own = getattr(event, kind)
             total += own
             if event.name in MATMULS and not of_gelu(event):
@@ -141,7 +141,7 @@ def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
 
 
 def of_gelu(event: Any) -> bool:
-    """Return whether this is the product with the identity inside the fast GELU."""
+    """Return whether the event is the product with the identity inside the fast GELU."""
     parent = event.cpu_parent
     return parent is not None and parent.name == "_GELU"
 
@@ -163,7 +163,7 @@ def build_theirs(task: Task, device: Device) -> Any:
 
 
 def train(task: Task, device: Device) -> Call:
-    """Return either side's step. Their side is a common training loop with a constant rate."""
+    """Return a training step of the task's side. Their side is a common loop at a constant rate."""
     args = task.args()
     if task.side == "ours":
         trainer = ours.Trainer(args)
@@ -179,7 +179,7 @@ def train(task: Task, device: Device) -> Call:
 
 
 def evaluate(task: Task, device: Device) -> Call:
-    """Return either side's scoring of one batch."""
+    """Return a call in which the task's side scores one batch."""
     text = task.text()
     size = task.batch_size
     if task.side == "ours":
@@ -223,7 +223,7 @@ def our_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], li
 
 def their_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], list[int]]:
     model = build_theirs(task, device).eval()
-    model.generation_config.eos_token_id = None  # no end, and no logits processor that forbids it
+    model.generation_config.eos_token_id = None  # no end, and no logits processor against an end
 
     def write(count: int) -> list[int]:
         rows = model.generate(
@@ -246,7 +246,7 @@ CALLS: dict[str, Callable[[Task, Device], Call]] = {
 
 
 def measure_rank(task: Task, device: Device) -> dict:
-    """Time a step of this rank, with its share of the cores, and its communication alone."""
+    """Time a step of this rank, with a share of the cores. Also time the communication alone."""
     cores = os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // task.ranks))
     ranks = Ranks.from_environment()

@@ -1,7 +1,7 @@
 """Compare the variants' steps with plain LoRA: `python -m benchmarks.variants`.
 
-Measures the time on mini in fp32 on one core, in turn with plain LoRA, and the bytes that autograd
-keeps for the backward pass of one step, without the parameters.
+The command measures the time on mini in fp32 on one core, in turn with plain LoRA. It also counts
+the bytes that autograd keeps for the backward pass of one step, without the parameters.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def kept_bytes(trainer: ours.Trainer, batch: Batch) -> int:
-    """Return the bytes of the tensors that autograd saves in a step, each storage counted once."""
+    """Return the bytes of the tensors that autograd saves in a step. Each storage counts once."""
     found = {}
 
     def save(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Verify this project on a GPU: `python -m benchmarks.verify_gpu` (`make verify-gpu`).
 
-This is the part that `make test ARGS="--device cuda"` cannot check. Every kind of run must give the
-CPU's numbers in fp32, the CPU must give PEFT's numbers, and no step may wait for the GPU. A step's
-speed and memory are compared with PEFT's step. The command writes gpu-report.md and
+`make test ARGS="--device cuda"` does not make these checks. Every kind of run must give the numbers
+of the CPU in fp32, the CPU must give the numbers of PEFT, and no step may wait for the GPU. Speed
+and memory of a step are compared with PEFT's step. The command writes gpu-report.md and
 gpu-report.json, recommends a default of --cuda-graph for this machine, and exits with 1 if a check
 fails. `--dry-run` runs the same checks on a CPU with a tiny model.
 """
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     opts = parser.parse_args(argv)
     if opts.dry_run:
-        torch.set_num_threads(1)  # the fork of two ranks breaks a larger pool
+        torch.set_num_threads(1)  # forking two ranks breaks a larger pool
         opts.device = Device.pick("cpu", "fp32")
         opts.low = "bf16"
         opts.batch = 8
@@ -99,7 +99,7 @@ def graph_default(parts: list[dict[str, Any]]) -> str:
 
 
 def run_part(name: str, opts: Namespace) -> dict[str, Any]:
-    """Run a part. An exception is that part's failure, and the next part still runs."""
+    """Run a part. An exception fails only this part, and the next part still runs."""
     use_full_fp32()
     report = Report()
     began = time.perf_counter()
@@ -140,9 +140,9 @@ def write(parts: list[dict[str, Any]], opts: Namespace) -> None:
 
 
 def print_part(part: dict[str, Any]) -> None:
-    """Print the results: facts one by one, checks and measured figures as tables."""
+    """Print the results of a part: facts one by one, checks and figures as tables."""
     print(f"\n## {part['name']}\n")
-    tables: dict[tuple, list[tuple]] = {}  # the rows of figures, by their columns
+    tables: dict[tuple, list[tuple]] = {}  # columns -> rows of figures
     for name, fact in part["facts"].items():
         if isinstance(fact, dict):
             tables.setdefault(tuple(fact), []).append((name, *map(str, fact.values())))
