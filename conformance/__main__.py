@@ -1,7 +1,7 @@
 """Put an implementation of LoRA on the bench: `python -m conformance IMPLEMENTATION [CHECK ...]`.
 
 IMPLEMENTATION is a Python file, or a name in conformance/implementations. `conformance/bench.py`
-describes the functions that it supplies.
+describes the functions of an implementation.
 """
 
 import argparse

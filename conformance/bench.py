@@ -8,7 +8,7 @@ wrap(linear, r, alpha, dropout) -> module   adapt one nn.Linear and freeze it. O
     fan_in_fan_out=True   `linear` is then a `models.InOutLinear`, whose weight is (in, out)
     slices=(0, 2)         adapt these thirds of the output: 0 is q, 1 is k, 2 is v
 factors(layer) -> (A, B)                    the parameters, in any orientation
-merge(module), unmerge(module)              all LoRA layers in it, or the layer itself
+merge(module), unmerge(module)              all LoRA layers in a model, or a single layer
 inject(model, targets, r, alpha) -> handle  adapt the named layers in place and freeze the rest. The
     handle, such as the model, goes to `merge` and `save`. Optional keywords:
     layers=[1]            adapt only these blocks
@@ -56,7 +56,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(bug: str, *shipped: str) -> Callable[[Callable], Callable]:
-    """Register a function as a check. Its docstring is the promise."""
+    """Register a function as a check. The docstring of the function is the promise."""
 
     def register(run: Callable) -> Callable:
         CHECKS[run.__name__] = Check(run.__name__, run.__doc__ or "", bug, shipped, run)
@@ -66,7 +66,7 @@ def check(bug: str, *shipped: str) -> Callable[[Callable], Callable]:
 
 
 class Implementation:
-    """The functions of an implementation. A missing one raises Missing when a check asks for it."""
+    """The functions of an implementation. If a check needs a missing function, raises Missing."""
 
     def __init__(self, functions: Any):
         self.functions = functions
@@ -95,7 +95,7 @@ class Result:
 
 
 def run(functions: Any, names: Iterable[str] = ()) -> list[Result]:
-    """Run the checks of these names, or all, each from the same seed."""
+    """Run the checks of these names, or all checks. Each check starts from the same seed."""
     results = []
     for name in names or CHECKS:
         one = CHECKS[name]
@@ -114,7 +114,7 @@ def run(functions: Any, names: Iterable[str] = ()) -> list[Result]:
 
 
 def report(functions: Any, names: Iterable[str] = ()) -> bool:
-    """Run the checks and print the results. Return whether none failed."""
+    """Run the checks and print the results. Return whether no check failed."""
     start = time.perf_counter()
     results = run(functions, names)
     for result in results:

@@ -1,7 +1,7 @@
 """LoRA and DoRA in NumPy and fp64, with gradients and AdamW written out by hand.
 
-The test vectors come from this file. It shares no code with `lora/`. Every sum is `math.fsum`,
-which rounds once. Its result does not depend on the machine or on the order of the terms.
+The test vectors come from this file, which shares no code with `lora/`. Every sum is `math.fsum`,
+which rounds once. A sum does not depend on the machine or on the order of the terms.
 
 Shapes: x (n, in), W (out, in), b (out,), A (r, in), B (out, r), y and g = dL/dy (n, out).
 """
@@ -68,13 +68,13 @@ class LoRA:
 class DoRA(LoRA):
     """y = f V x + b with V = W + s B A and f = m / ||V||. m (out,) is trained, too.
 
-    ||V|| (out,) is the norm of each row of V. It counts as a constant in the gradients.
+    ||V|| (out,) is the norm of each row of V. The gradients treat ||V|| as a constant.
     """
 
     trained = ("A", "B", "m")
 
     def direction(self) -> tuple[Array, Array]:
-        """Return V (out, in) and its rows' norms (out,)."""
+        """Return V (out, in) and the norms of the rows of V (out,)."""
         v = super().merged()
         return v, np.sqrt(row_sums(v * v))
 

@@ -10,7 +10,7 @@ from conformance.bench import Implementation, expect
 
 
 class InOutLinear(nn.Module):
-    """y = x W + b with W (in, out), as GPT-2's files have it."""
+    """y = x W + b with W (in, out), as in GPT-2's files."""
 
     def __init__(self, fan_in: int, fan_out: int):
         super().__init__()
@@ -57,8 +57,8 @@ class Model(nn.Module):
 
 
 class Adapted(NamedTuple):
-    """An adapted layer in fp64, a copy of its base, A (r, in) and B (out, r), and the factor of
-    B A x that the layer applies, measured. Only the checks of the scale ask whether it is right.
+    """An adapted layer in fp64, a copy of the base, A (r, in) and B (out, r), and the measured
+    factor of B A x. Only the checks of the scale compare the factor with the expected factor.
     """
 
     layer: nn.Module
@@ -99,7 +99,7 @@ def adapted(
 
 
 def factors(lora: Implementation, layer: nn.Module, r: int) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r): views of the parameters, whatever their orientation."""
+    """Return A (r, in) and B (out, r): views of parameters in any orientation."""
     a, b = lora.factors(layer)
     return (a if len(a) == r else a.T), (b if b.size(1) == r else b.T)
 
@@ -129,7 +129,7 @@ def weight_of(layer: nn.Module, fan_in: int, dtype: torch.dtype = torch.float64)
 
 
 def off_by(value: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, as a share of the norm of the expected."""
+    """Return the norm of the difference, as a share of the norm of `expected`."""
     difference = (value.detach().double() - expected.detach().double()).norm()
     return (difference / expected.detach().double().norm().clamp_min(1e-30)).item()
 

@@ -1,6 +1,6 @@
-"""A small right implementation, and for every check a toy: the same with one thing wrong.
+"""A small correct implementation, and for every check a toy: the implementation with one mistake.
 
-The tests put each toy on the bench. It fails the check of its name.
+The tests put each toy on the bench. The toy must fail the check.
 """
 
 import json
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Layer(nn.Module):
-    """y = base(x) + D dropout(x), where D (out, in) is what merging adds to W."""
+    """y = base(x) + D dropout(x), where D (out, in) is the update that merging adds to W."""
 
     def __init__(
         self,
@@ -192,7 +192,7 @@ class Right:
             raise ValueError("the file does not fit the model")
 
     def combine(self, paths, weights, out):
-        """Stack the A, and the B times their weights. The rank is the sum of the ranks."""
+        """Stack every A, and every weight * B. The rank is the sum of the ranks."""
         files = [load_file(path / "tensors") for path in paths]
         targets, r, alpha, *rest = json.loads((paths[0] / "settings").read_text())
         total = {}

@@ -16,7 +16,7 @@ SETTINGS = {"targets": ["proj"], "r": 4, "alpha": 12}
 
 
 def trained_adapter(lora: Implementation, base: Model, **options: Any) -> tuple[Model, Any]:
-    """Return a copy of the base with a random adapter, and its handle."""
+    """Return a copy of the base with a random adapter, and the handle."""
     model = deepcopy(base)
     handle = lora.inject(model, ["proj"], 4, 12, **options)
     draw(*trained(model))
@@ -45,11 +45,11 @@ def saved_adapter_loads(lora: Implementation) -> None:
                     raise
                 return
         unchanged = off_by(fresh(IDS), base(IDS)) < 1e-6
-        expect(not unchanged, f"the file of {kind} loads as nothing")
+        expect(not unchanged, f"the file of {kind} loads without an effect")
         expect_same(fresh(IDS), expected, f"the output with the file of {kind}", 1e-6)
 
 
-@check("A file whose names match nothing loads without a word.", "nanoGPT #325", "vLLM #34186")
+@check("A file whose names match nothing loads without a warning.", "nanoGPT #325", "vLLM #34186")
 def file_of_another_model_is_noticed(lora: Implementation) -> None:
     """A file whose names match nothing in the model is refused, or a warning is given."""
     _, handle = trained_adapter(lora, Model())
@@ -64,11 +64,11 @@ def file_of_another_model_is_noticed(lora: Implementation) -> None:
     expect(caught, "a file that matches nothing loads without an error or a warning")
 
 
-@check("The file sorts its patterns, and the first that matches counts.", "peft 0.21.2")
+@check("Saving sorts the patterns, and the first match counts.", "peft 0.21.2")
 def patterns_keep_their_order(lora: Implementation) -> None:
-    """Where two patterns match a layer, they mean the same after saving and loading."""
+    """Two patterns that match one layer have the same effect after saving and loading."""
     base = Model()
-    alphas = {"h.0.proj": 48, "0.proj": 12}  # the first that matches counts
+    alphas = {"h.0.proj": 48, "0.proj": 12}  # the first match counts
     model, handle = trained_adapter(lora, base, alphas=alphas)
     fresh = deepcopy(base)
     with TemporaryDirectory() as directory:
@@ -77,7 +77,7 @@ def patterns_keep_their_order(lora: Implementation) -> None:
     expect_same(fresh(IDS), model(IDS), "the output after loading", 1e-6)
 
 
-@check("A negative weight loses its sign, or A and B are summed apart.", "peft #1907", "peft #3004")
+@check("A negative weight loses the sign, or A and B are summed apart.", "peft #1907", "peft #3004")
 def weighted_sum_with_a_negative_weight(lora: Implementation) -> None:
     """Two adapters with the weights 1 and -0.5 add B1 A1 - 0.5 B2 A2."""
     base = Model()

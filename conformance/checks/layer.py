@@ -20,7 +20,7 @@ from conformance.models import (
 
 @check("B starts at random, so training does not start from the base.", "FastVideo #781")
 def new_adapter_changes_nothing(lora: Implementation) -> None:
-    """A new adapter changes no output, in training or evaluation, whatever the dropout."""
+    """A new adapter changes no output, in training or evaluation, at any dropout."""
     base = nn.Linear(12, 20)
     x = torch.randn(5, 12)
     expected = base(x)
@@ -64,9 +64,9 @@ def expect_scaling(
     expect_same(weight_of(one.layer, 12), one.weight(), "the weight")
 
 
-@check("A is drawn for a fan-in of r, too wide at low ranks, or A and B are both zero.")
+@check("A is drawn for a fan-in of r, which is too wide, or A and B are both zero.")
 def start_of_a(lora: Implementation) -> None:
-    """A is random. Its width is about 1 / sqrt(in), and does not depend on the rank."""
+    """A is random. The width of A is about 1 / sqrt(in), and does not depend on the rank."""
     widths = {}
     for r in (2, 8, 32):
         a, _ = factors(lora, lora.wrap(nn.Linear(256, 64), r, 16, 0.0), r)
@@ -85,7 +85,7 @@ def base_is_frozen(lora: Implementation) -> None:
     layer, base, a, b, _ = adapted(lora)
     numbers = sum(p.numel() for p in trained(layer))
     expected = a.numel() + b.numel()
-    expect(numbers == expected, f"it trains {numbers} numbers; A and B have {expected}")
+    expect(numbers == expected, f"{numbers} numbers are trained; A and B have {expected}")
 
     optimizer = torch.optim.AdamW(trained(layer), lr=0.1)
     x = torch.randn(5, 12).double()
@@ -96,7 +96,7 @@ def base_is_frozen(lora: Implementation) -> None:
     expect_same(layer(x), base(x), "the base's output after a step")
 
 
-@check("Dropout is never applied, or its argument never arrives.", "torchtune #996")
+@check("Dropout is never applied, or the argument is ignored.", "torchtune #996")
 def dropout_only_in_training(lora: Implementation) -> None:
     """Dropout is random in training and absent in evaluation."""
     layer = adapted(lora, dropout=0.5).layer
@@ -107,7 +107,7 @@ def dropout_only_in_training(lora: Implementation) -> None:
     expect_same(layer(x), layer(x), "a second output in evaluation")
 
 
-@check("Dropout removes elements of A x. At r = 1 a token loses all of its update or nothing.")
+@check("Dropout removes elements of A x. At r = 1, a token loses the whole update or nothing.")
 def dropout_before_a(lora: Implementation) -> None:
     """Dropout removes elements of x, before A."""
     layer, base, _, b, _ = adapted(lora, r=1, dropout=0.5)
@@ -194,7 +194,7 @@ def fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
     return (tensor if same else tensor.T).reshape(parameter.shape)
 
 
-@check("A is frozen, a gradient is detached, or a weight is trained that should not be.")
+@check("A is frozen, a gradient is detached, or a weight of the base is trained.")
 def ten_steps(lora: Implementation) -> None:
     """Output, gradients and ten steps of AdamW equal the test vectors, in fp64."""
     expect_vectors(lora, "lora-r1-alpha1", 1e-9)
@@ -209,7 +209,7 @@ def dora_ten_steps(lora: Implementation) -> None:
 
 @check("x is flattened by a view, or split at fixed dimensions.")
 def any_input_shape(lora: Implementation) -> None:
-    """x may be empty, one token, of any number of dimensions, and not contiguous."""
+    """x may be empty, one token, of any number of dimensions, or not contiguous."""
     layer = adapted(lora).layer
     weight = weight_of(layer, 12)
     shift = layer(torch.zeros(1, 12).double())[0].detach()
@@ -220,7 +220,7 @@ def any_input_shape(lora: Implementation) -> None:
         expect_same(layer(x), expected, f"the output for {tuple(x.shape)}")
 
 
-@check("A and B take the base's half precision, and GradScaler refuses them.", "peft #1249")
+@check("A and B get the base's half precision, which GradScaler refuses.", "peft #1249")
 def factors_stay_fp32(lora: Implementation) -> None:
     """A and B are fp32 on a bf16 base, so that small steps are not rounded away."""
     layer = lora.wrap(nn.Linear(12, 20).bfloat16(), 4, 12, 0.0)
@@ -228,7 +228,7 @@ def factors_stay_fp32(lora: Implementation) -> None:
     expect(kinds == {"float32"}, f"A and B are {', '.join(kinds)}")
 
 
-@check("The fp32 update promotes the output, and all that follows runs in fp32.", "mflux #740")
+@check("The fp32 update promotes the output, and later layers run in fp32.", "mflux #740")
 def output_keeps_its_precision(lora: Implementation) -> None:
     """The output has the dtype of the base's output, on a bf16 base and under autocast."""
     x = torch.randn(5, 12)

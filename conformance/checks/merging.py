@@ -10,15 +10,15 @@ from conformance.bench import Implementation, check, expect
 from conformance.models import InOutLinear, adapted, draw, expect_same, factors, trained, weight_of
 
 
-@check("A merged layer still adds its update, so the update counts twice.", "candle-lora #26")
+@check("A merged layer still adds the update, so the update counts twice.", "candle-lora #26")
 def merging_keeps_the_output(lora: Implementation) -> None:
-    """The merged layer computes what the layer computed."""
+    """Merging does not change the output of a layer."""
     one = adapted(lora)
     lora.merge(one.layer)
     expect_same(weight_of(one.layer, 12), one.weight(), "the merged weight", 1e-6)
 
 
-@check("Nothing remembers that the layer is merged, and a second merge adds again.")
+@check("The layer does not know that it is merged, so a second merge adds again.")
 def merging_twice_is_merging_once(lora: Implementation) -> None:
     """A second merge, or a second unmerge, changes nothing or is refused."""
     one = adapted(lora)
@@ -31,9 +31,9 @@ def merging_twice_is_merging_once(lora: Implementation) -> None:
         expect_same(weight, one.weight(), f"the weight after a second {name}", 1e-6)
 
 
-@check("Unmerging subtracts something else than merging added.")
+@check("Unmerging subtracts another update than merging added.")
 def unmerging_restores_the_base(lora: Implementation) -> None:
-    """After merging and unmerging, the base and the update are what they were."""
+    """After merging and unmerging, the base and the update are unchanged."""
     one = adapted(lora)
     lora.merge(one.layer)
     lora.unmerge(one.layer)
@@ -55,7 +55,7 @@ def eval_and_train_keep_the_output(lora: Implementation) -> None:
 
 
 def bf16_layer(lora: Implementation) -> tuple[nn.Module, Tensor, Tensor]:
-    """Return an adapted bf16 layer without bias, its W in fp64, and its update in fp64."""
+    """Return an adapted bf16 layer without bias, and W and the update in fp64."""
     base = nn.Linear(16, 24, bias=False).bfloat16()
     layer = lora.wrap(deepcopy(base), 4, 12, 0.0)
     a, b = factors(lora, layer, 4)
@@ -94,13 +94,13 @@ def unmerging_from_bf16_restores_the_base(lora: Implementation) -> None:
 
 
 @check(
-    "A state dict of a merged layer has the merged W and the update beside it.",
+    "A state dict of a merged layer contains the merged W and also the update.",
     "microsoft/LoRA #190",
     "LoRA-Torch #10",
     "espnet #5722",
 )
 def state_dict_while_merged(lora: Implementation) -> None:
-    """A state dict of a merged layer is refused, or a new layer that loads it is right."""
+    """A state dict of a merged layer is refused, or gives a new layer with the same output."""
     base = nn.Linear(12, 20)
     layers = [lora.wrap(deepcopy(base), 4, 12, 0.0).double() for _ in range(2)]
     draw(*lora.factors(layers[0]))
@@ -127,7 +127,7 @@ def dora_merges_and_unmerges(lora: Implementation) -> None:
         expect_same(layer(x), expected, f"the unmerged output of (12, {fan_out})", 1e-5)
 
 
-@check("The update is not transposed for a W of (in, out). A square W hides it.", "peft #3531")
+@check("The update is not transposed for W (in, out). A square W hides this.", "peft #3531")
 def in_out_weights(lora: Implementation) -> None:
     """With fan_in_fan_out, layers that store W as (in, out) are right, merged or not."""
     for fan_out in (12, 20):

@@ -21,7 +21,7 @@ from conformance.models import (
 
 
 def adapted_names(model: Model, base: Model) -> list[str]:
-    """Return the linear layers that compute something else than in the base."""
+    """Return the names of the linear layers whose outputs differ from the base."""
     names = []
     for name, linear in base.named_modules():
         if isinstance(linear, nn.Linear):
@@ -40,7 +40,7 @@ def expect_adapted(lora: Implementation, expected: list[str], blocks: int, **opt
     expect(names == expected, f"adapted are {', '.join(names)}, not {', '.join(expected)}")
 
 
-@check("A target matches any name that contains it or ends in it.", "peft #3755")
+@check("A target matches any name that contains or ends in the target.", "peft #3755")
 def targets_match_whole_names(lora: Implementation) -> None:
     """The target proj adapts h.0.proj, and not h.0.c_proj."""
     expect_adapted(lora, ["transformer.h.0.proj", "transformer.h.1.proj"], 2)
@@ -52,7 +52,7 @@ def blocks_match_whole_numbers(lora: Implementation) -> None:
     expect_adapted(lora, ["transformer.h.1.proj"], 12, layers=[1])
 
 
-@check("A layer with a rank of another size is scaled by the common r.", "diffusers #14409")
+@check("A layer with another rank is scaled by the common r.", "diffusers #14409")
 def ranks_and_alphas_by_layer(lora: Implementation) -> None:
     """With ranks and alphas, each layer is scaled by the alpha and the rank of that layer."""
     base = Model(3)
@@ -86,7 +86,7 @@ def tied_head(lora: Implementation) -> None:
     expect(moved == 0 or caught, f"merging the head moves the embedding by {moved:.0%}")
 
 
-@check("The mask is not drawn from PyTorch's generator, so the second forward pass has another.")
+@check("The mask is not from PyTorch's generator, so the second forward pass draws another mask.")
 def gradient_checkpointing(lora: Implementation) -> None:
     """Gradients with dropout are the same with gradient checkpointing."""
     layer = adapted(lora, dropout=0.5).layer
@@ -115,9 +115,9 @@ def compiles_once(lora: Implementation) -> None:
     expect(counter.frame_count == 1, f"three steps compile {counter.frame_count} times")
 
 
-@check("A patched forward refers to the original's parameters.")
+@check("A patched forward uses the parameters of the original.")
 def a_copy_is_independent(lora: Implementation) -> None:
-    """A deepcopy has its own A and B, and computes with them."""
+    """A deepcopy computes with a separate A and B."""
     one = adapted(lora)
     before = one.weight()
     copied = deepcopy(one.layer)

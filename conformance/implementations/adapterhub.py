@@ -1,4 +1,4 @@
-"""AdapterHub: pip install adapters. It adapts models: the layer here is one of a small BERT."""
+"""AdapterHub: pip install adapters. It adapts models, so the layer is part of a small BERT."""
 
 import torch
 from transformers import BertConfig, BertModel

@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Layer(nn.Module):
-    """The module that LyCORIS makes, and the layer whose forward it replaces."""
+    """The module that LyCORIS makes, and the layer whose forward the module replaces."""
 
     def __init__(self, linear, update):
         super().__init__()

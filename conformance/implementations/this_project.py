@@ -7,7 +7,7 @@ from torch import nn
 
 import lora
 from adapters import combine as adapters_combine
-from lora import merge, unmerge  # noqa: F401  # they take a model or a layer
+from lora import merge, unmerge  # noqa: F401  # for a model or a layer
 
 
 def wrap(

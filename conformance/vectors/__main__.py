@@ -84,12 +84,12 @@ ABOUT = {
 
 
 def draw(rng: np.random.Generator, *shape: int) -> Array:
-    """Return multiples of 1/64 between -1 and 1. They are exact in bf16, too."""
+    """Return multiples of 1/64 between -1 and 1, which are also exact in bf16."""
     return rng.integers(-64, 65, shape) / 64
 
 
 def inputs(rng: np.random.Generator, settings: Mapping[str, Any], n: int = 7) -> dict[str, Array]:
-    """Draw x, W (out, in), b, A, B, the target, and what the settings need beside them."""
+    """Draw x, W (out, in), b, A, B, the target, and other tensors that the settings need."""
     fan_in, fan_out, r = settings["in"], settings["out"], settings["r"]
     drawn = {
         "x": draw(rng, n, fan_in),
@@ -133,7 +133,7 @@ def one_layer(rng: np.random.Generator, settings: Mapping[str, Any]) -> dict[str
 
 
 def two_layers(rng: np.random.Generator) -> dict[str, Array]:
-    """Return the tensors of two layers with their own ranks and alphas, and a ReLU between."""
+    """Return the tensors of two layers of different rank and alpha, with a ReLU between."""
     drawn = [inputs(rng, settings) for settings in LAYERS]
     layers = [layer_of(*pair) for pair in zip(LAYERS, drawn, strict=True)]
     x, target = drawn[0]["x"], drawn[1]["target"]
