@@ -15,10 +15,10 @@ def name_line(
     offset: tuple[float, float] = (5, 0),
     side: str = "left",
 ) -> None:
-    """Write a line's name beside it: at a data point, with an offset of `offset` points.
+    """Write the name of a line at a data point, with an offset of `offset` points.
 
     The name has a darker shade of the line's colour, because letters are thin. `side` is the end of
-    the words that is placed at the point.
+    the words that is at the point.
     """
     axes.annotate(
         words,

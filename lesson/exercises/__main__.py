@@ -19,7 +19,7 @@ from model.gpt2 import GPT2, GPT2Config
 
 
 class Wrong(Exception):
-    """Describes the mistake in an answer."""
+    """An answer is wrong. The message describes the mistake."""
 
 
 def expect(condition: object, message: str) -> None:
@@ -55,7 +55,7 @@ def check_1(answers: ModuleType) -> None:
         expect(
             yours == right,
             f"{n_layer} layers of width {n_embd}, rank {r} on {', '.join(targets)}: {right:,}, "
-            f"and not {yours:,}",
+            f"not {yours:,}",
         )
 
 
@@ -65,7 +65,7 @@ def check_2(answers: ModuleType) -> None:
     a = layer.lora_A.weight
     b = layer.lora_B.weight
     expect(not a.any(), "A is not zero")
-    expect(b.any(), "B is zero as well: then neither of them ever moves")
+    expect(b.any(), "B is also zero, so A and B never move")
 
     fills_the_range = -0.5 <= b.min() < -0.45 and 0.45 < b.max() <= 0.5
     expect(
@@ -76,7 +76,7 @@ def check_2(answers: ModuleType) -> None:
 
     layer(torch.randn(5, 12)).square().sum().backward()
     only_a_moves = gradient(a).any() and not gradient(b).any()
-    expect(only_a_moves, "A's first gradient must not be zero, and B's must")
+    expect(only_a_moves, "the first gradient of A must not be zero, but of B it must be zero")
 
 
 def check_3(answers: ModuleType) -> None:
@@ -86,7 +86,7 @@ def check_3(answers: ModuleType) -> None:
             scaling = LoRAConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora).scaling
             expect(
                 abs(scaling - 2) < 1e-9,
-                f"r {r}, use_rslora {use_rslora}: the scaling is {scaling:.4g}, and should be 2",
+                f"r {r}, use_rslora {use_rslora}: the scaling is {scaling:.4g}, not 2",
             )
 
 
@@ -102,8 +102,8 @@ def check_4(answers: ModuleType) -> None:
         y = x @ merged + layer.base_layer.bias
         expect(
             close(y, layer(x)),
-            f"({fan_in}, {fan_out}): the shapes fit, and the merged layer computes something "
-            "else: W + scaling * B A is (out, in)",
+            f"({fan_in}, {fan_out}): the shapes fit, but the merged layer has another output: "
+            "W + scaling * B A is (out, in)",
         )
 
 
@@ -118,7 +118,7 @@ def check_5(answers: ModuleType) -> None:
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
     expect(
         any(found.any() for found in gradients),
-        "no gradient differs from zero: with A and B both zero nothing ever moves",
+        "every gradient is zero: if A and B are both zero, nothing ever moves",
     )
 
     for p in (layer.lora_A, layer.lora_B):
@@ -126,7 +126,7 @@ def check_5(answers: ModuleType) -> None:
     merged = table.weight + 3 * (layer.lora_B @ layer.lora_A).T
     expect(
         close(layer(ids), merged[ids]),
-        "it differs from a table to which scaling * (B A)^T was added",
+        "the output differs from a table with scaling * (B A)^T added",
     )
 
 
@@ -142,11 +142,11 @@ def check_6(answers: ModuleType) -> None:
         for name, yours, right in (("dA", da, gradient(a)), ("dB", db, gradient(b))):
             expect(
                 yours.shape == right.shape,
-                f"{name} is {tuple(yours.shape)}, and should be {tuple(right.shape)}",
+                f"{name} has shape {tuple(yours.shape)}, not {tuple(right.shape)}",
             )
             expect(
                 torch.allclose(yours, right),
-                f"{name} is not what autograd computes; the norms are {yours.norm():.4g} and "
+                f"{name} differs from autograd's gradient; the norms are {yours.norm():.4g} and "
                 f"{right.norm():.4g}",
             )
 
@@ -163,14 +163,14 @@ def check_7(answers: ModuleType) -> None:
     kept = torch.isclose(y, doubled, atol=1e-5).all(-1)
     expect(
         (dropped | kept).all(),
-        "with r = 1 and p = 0.5 a token's update is either gone or doubled; some of yours are "
-        "neither",
+        "with r = 1 and p = 0.5, a token's update is either zero or doubled; some of your updates "
+        "are neither",
     )
-    expect(120 < dropped.sum() < 280, f"{dropped.sum()} of 400 updates are dropped; half should be")
+    expect(120 < dropped.sum() < 280, f"{dropped.sum()} of 400 updates are dropped, not half")
 
     layer.eval()
     y = answers.dropout_after_a(layer, x)
-    expect(close(y, layer(x)), "in evaluation nothing may be dropped")
+    expect(close(y, layer(x)), "evaluation must not drop anything")
 
 
 def check_8(answers: ModuleType) -> None:
@@ -182,7 +182,7 @@ def check_8(answers: ModuleType) -> None:
         yours = answers.lost_in_bf16(weight, delta)
         expect(
             abs(yours - right) < 0.02 * right,
-            f"an update of {size} of the weights' size loses {right:.1%}, and not {yours:.1%}",
+            f"an update of {size} times the weights' size loses {right:.1%}, not {yours:.1%}",
         )
 
 
@@ -191,7 +191,7 @@ def check_9(answers: ModuleType) -> None:
     answers.accumulate([w * torch.tensor([1.0, 2.0, 3.0]), w * torch.tensor([10.0])])
     expect(
         w.grad is not None and abs(w.grad - 4) < 1e-5,
-        f"four tokens have the gradients 1, 2, 3 and 10, and so the mean 4; yours is {w.grad}",
+        f"four tokens have the gradients 1, 2, 3 and 10, with mean 4; your gradient is {w.grad}",
     )
 
 
@@ -205,7 +205,7 @@ def check_10(answers: ModuleType) -> None:
         expect(
             abs(w.norm() - clipped) < 1e-3,
             f"a gradient of norm {norm}, clipped to 1, moved the weights by {w.norm():.2g} at "
-            f"rate 1, and should by {clipped}",
+            f"rate 1, not by {clipped}",
         )
 
 
@@ -218,8 +218,8 @@ def check_11(answers: ModuleType) -> None:
     yours = answers.next_token_loss(made.model(inputs), targets)
     expect(
         abs(yours - right) < 1e-3,
-        f"mini's loss is {right:.3f} on these windows, and not {yours:.3f}: which token is "
-        "position t scored on?",
+        f"mini's loss is {right:.3f} on these windows, not {yours:.3f}: on which token is "
+        "position t scored?",
     )
 
 
@@ -230,10 +230,10 @@ def check_12(answers: ModuleType) -> None:
 
     full = perplexity_of("full", lr=1.5e-4)
     lora = lora_perplexity(r)
-    expect(lora <= full, f"full fine-tuning reaches {full:.1f}, and rank {r} only {lora:.1f}")
+    expect(lora <= full, f"full fine-tuning reaches {full:.1f}, but rank {r} only {lora:.1f}")
     if r > 1:
         half = lora_perplexity(r // 2)
-        expect(half > full, f"rank {r // 2} meets it too, with {half:.1f}")
+        expect(half > full, f"rank {r // 2} also reaches full fine-tuning, with {half:.1f}")
 
 
 def lora_perplexity(r: int) -> float:
@@ -265,13 +265,13 @@ def check_13(answers: ModuleType) -> None:
         yours = answers.quantise_by_absmax(original, levels, block)
         expect(
             yours.shape == right.shape,
-            f"the result is {tuple(yours.shape)}, and should be {tuple(right.shape)}",
+            f"the result has shape {tuple(yours.shape)}, not {tuple(right.shape)}",
         )
         expect(
             relative_error(yours, right) < 0.01,  # a weight between two levels may round either way
-            f"{case}: {relative_error(right, original):.1%} of the norm is lost, and with yours "
-            f"{relative_error(yours, original):.1%}: divide each block, row after row, by its own "
-            "largest |w|, so that an outlier spoils no other block, and take the nearest level",
+            f"{case}: the error is {relative_error(right, original):.1%} of the norm, but yours is "
+            f"{relative_error(yours, original):.1%}: divide each block, row after row, by the "
+            "largest |w| of the block, and take the nearest level",
         )
 
 
@@ -283,7 +283,7 @@ def quantised(weight: Tensor, levels: Tensor, block: int | None) -> Tensor:
 
 
 def relative_error(x: Tensor, original: Tensor) -> float:
-    """Return the norm of the difference, relative to the original's norm."""
+    """Return the norm of the difference, relative to the norm of the original."""
     return ((x - original).norm() / original.norm()).item()
 
 
@@ -297,15 +297,15 @@ def check_14(answers: ModuleType) -> None:
         yours = answers.bits_per_weight(block, double)
         expect(
             abs(yours - right) < 1e-9,
-            f"blocks of {block}, double {double}: {right:.6g} bits a weight, and not {yours:.6g}: "
+            f"blocks of {block}, double {double}: {right:.6g} bits a weight, not {yours:.6g}: "
             "count the code, the block's scale and, if double, the scale of 256 scales",
         )
     for bits, double, right in ((4.25, False, 128), (4.25, True, 64), (4.127, True, 64)):
         yours = answers.smallest_block(bits, double)
         expect(
             yours == right,
-            f"at most {bits} bits, double {double}: blocks of {right}, and not {yours}, which "
-            f"cost {answers.bits_per_weight(yours, double):.6g}",
+            f"at most {bits} bits, double {double}: blocks of {right}, not {yours}, which cost "
+            f"{answers.bits_per_weight(yours, double):.6g}",
         )
 
 
@@ -328,7 +328,7 @@ CHECKS = {
 
 
 def complaint(n: int) -> str | None:
-    """Check one answer. Return what is wrong with it, or None."""
+    """Check one answer. Return the mistake, or None."""
     torch.manual_seed(n)
     try:
         CHECKS[n](own_answers)

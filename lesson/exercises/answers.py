@@ -1,4 +1,4 @@
-"""Your answers to docs/exercises.md. Write or repair one. Run `python -m lesson.exercises N`."""
+"""Your answers to docs/exercises.md. Change an answer, and run `python -m lesson.exercises N`."""
 
 import torch
 import torch.nn.functional as F

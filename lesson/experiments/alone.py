@@ -1,10 +1,10 @@
 """Full fine-tuning of the four layers alone? `python -m lesson.experiments.alone`
 
-Varied: the trained weights: all weights, the weights of c_attn, c_proj and c_fc, or LoRA of rank 8
-on these layers.
+Varied: the trained weights. These are all weights, the weights of c_attn, c_proj and c_fc, or LoRA
+of rank 8 on these layers.
 Fixed: mini, the default book, 249 steps of 16 windows of 128 tokens, as in `train.py lora`.
 Measured: the least of the three validation perplexities, with three seeds. The layers alone run at
-the best rate and its two neighbours, the others at the README's best rate.
+the best rate and at the two rates beside it. The others run at the best rate in the README.
 """
 
 from collections.abc import Sequence

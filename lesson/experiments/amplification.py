@@ -2,10 +2,10 @@
 
 Varied: the method, and LoRA's rank on all four layers.
 Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
-Measured for each weight W and its change dW = U S V^T, as in Hu et al. 2021, 7.3: the norm of W in
-the change's directions, ||U^T W V||, compared with equally many of W's largest directions and of
-random ones, and the amplification factor ||dW|| / ||U^T W V||. Squared norms are summed over the
-blocks. For full fine-tuning, only the change's 64 largest directions count.
+Measured for each weight W and the change dW = U S V^T, as in Hu et al. 2021, 7.3: the norm of W in
+the directions of the change, ||U^T W V||, relative to the same number of the largest directions of
+W and of random directions, and the amplification factor ||dW|| / ||U^T W V||. Squared norms are
+summed over the blocks. For full fine-tuning, only the 64 largest directions of the change count.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratios(layers: list[dict[str, Any]], kind: str, rank: int, size: int) -> dict[str, float]:
-    """Return one layer's amplification factor, and the size of W in the change's directions
-    relative to random directions and to W's largest directions.
+    """Return one layer's amplification factor, and the size of W in the directions of the change,
+    relative to random directions and to the largest directions of W.
 
     For r random directions on either side, the mean of ||U^T W V||^2 is r^2 ||W||^2 / size, where
     size is the number of entries of W.

@@ -1,4 +1,4 @@
-"""Train, and analyse the change: its intruders, what it amplifies, and what scaling it costs.
+"""Train and analyse the change of the weights: intruders, amplification, and scaling.
 
 lesson.experiments.intruders and lesson.experiments.amplification share these runs.
 """
@@ -30,7 +30,7 @@ Weights = dict[str, Tensor]
 
 
 def intruder_part(weight: Tensor, changed: Tensor) -> Tensor:
-    """Return the intruders' part of the changed weight: the sum of their s u v^T."""
+    """Return the part of the intruders in the changed weight: the sum of s u v^T."""
     u, s, vh = torch.linalg.svd(changed, full_matrices=False)
     found = (cosines(weight, changed) < INTRUDER).nonzero().flatten()
     return (u[:, found] * s[found]) @ vh[found]
@@ -60,7 +60,7 @@ def is_layer(name: str) -> bool:
 def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
     """Return the effect of one weight's change on its singular vectors.
 
-    The number of directions is the change's rank, and at most TOP.
+    The number of directions is the rank of the change, at most TOP.
     """
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     rank = min(TOP, int((s > 1e-5 * s[0]).sum()))
@@ -78,9 +78,9 @@ def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
 
 
 def taken_apart(short: bool) -> Callable[[Trainer], dict[str, Any]]:
-    """Return a measure: the perplexity, the forgetting and every layer's singular vectors, and the
-    first two again with the intruders, or the whole change, scaled down. Everything except the
-    training runs in fp32.
+    """Return a measure of the perplexity, the forgetting and the singular vectors of every layer.
+    Perplexity and forgetting are measured again with the intruders, or the whole change, scaled
+    down. Everything except the training runs in fp32.
     """
 
     def change_taken_apart(made: Trainer) -> dict[str, Any]:

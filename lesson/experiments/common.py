@@ -29,7 +29,7 @@ def parse(
     """Parse an experiment's command line, and make its output directory.
 
     `seeds` is a range: 0, 1, ... A short version uses only the first seed. With a name, `--draw`
-    only draws the pictures, from an existing NAME.json.
+    only draws the pictures from an existing NAME.json.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,7 +50,7 @@ def parse(
         place = "runs" if args.short else "docs"
         args.out = ROOT / place / "figures"
     try:
-        args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after an hour's work
+        args.out.mkdir(parents=True, exist_ok=True)  # fail now, not after an hour
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
     if name and args.draw and not (args.out / f"{name}.json").exists():
@@ -84,7 +84,7 @@ def asked_options(method: str, seed: int, short: bool, options: dict[str, object
 
 
 def train_options(method: str, choices: dict[str, Any]) -> Options:
-    """Return `train.py`'s options for mini, with its defaults replaced by these choices."""
+    """Return `train.py`'s options for mini, with these choices in place of defaults."""
     words = [method, "--base", "mini"]
     for name, value in choices.items():
         if name == "lora_alpha" or value is False:
@@ -96,7 +96,7 @@ def train_options(method: str, choices: dict[str, Any]) -> Options:
             words.append(str(value))
 
     options = parse_options("-", words)
-    if "lora_alpha" in choices:  # a fraction for rsLoRA, which the command line refuses
+    if "lora_alpha" in choices:  # rsLoRA needs fractions, which the command line refuses
         options = replace(options, lora_alpha=choices["lora_alpha"])
     return options
 
@@ -114,7 +114,7 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    """Return the mean (min .. max) as text, or one number if all three print the same."""
+    """Return the mean (min .. max) as text, or one number if all three are printed alike."""
     least = f"{min(values):.{digits}f}"
     middle = f"{mean(values):.{digits}f}"
     most = f"{max(values):.{digits}f}"
@@ -164,7 +164,7 @@ def write_data(path: Path, data: dict[Any, Any]) -> None:
 
 
 def panels(whole: str, *titles: str, stacked: bool = False, height: float = 4) -> tuple[Any, Any]:
-    """Return a figure as wide as a page, and its panels: one for each title, or a single one.
+    """Return a figure as wide as a page, and a panel for each title, or a single panel.
 
     The panels are side by side, or `stacked` on one x axis.
     """
@@ -183,7 +183,7 @@ def panels(whole: str, *titles: str, stacked: bool = False, height: float = 4) -
 def band(
     axis: Any, x: Sequence[float], y: Tensor, colour: str, label: str = "", line: str = ".-"
 ) -> None:
-    """Plot the mean of y (runs, points) over its runs, and a band from minimum to maximum.
+    """Plot the mean of y (runs, points) over the runs, and a band from minimum to maximum.
 
     `label` is for a legend. For few lines, `common.figures.name_line` is clearer.
     """

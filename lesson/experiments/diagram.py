@@ -1,8 +1,8 @@
 """Draw a LoRA layer and the product of B and A: `python -m lesson.experiments.diagram`.
 
-Nothing is measured. docs/figures/lora.png is the layer, GPT-2's c_attn at rank 8.
-docs/figures/product.png is the product, the change of attn.c_proj, with every side in proportion.
-A test checks their numbers.
+Nothing is measured. docs/figures/lora.png shows the layer, GPT-2's c_attn at rank 8.
+docs/figures/product.png shows the product, the change of attn.c_proj, drawn to scale. A test checks
+the numbers in both pictures.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ Arrow = tuple[tuple[float, float], tuple[float, float]]
 # Words, their position, colour, size and horizontal alignment.
 Text = tuple[str, tuple[float, float], str, float, str]
 
-# The layer: 768 numbers are 0.7 inches long and 2304 are 2.1, but 8 are drawn as 0.1.
+# The layer: 768 numbers are 0.7 inches long, 2304 numbers are 2.1 inches, and 8 are 0.1 inches.
 LAYER_BOXES: tuple[Box, ...] = (
     (0.6, 1.9, 0.1, 0.7, INK, 0.5),  # x
     (2.2, 2.4, 0.7, 2.1, BASE, 0.3),  # W
@@ -61,7 +61,7 @@ LAYER_TEXTS: tuple[Text, ...] = (
     ("2304 numbers:\nq, k and v", (7.55, 0.9), INK, 10, "center"),
 )
 
-# The product: 768 numbers are 3 inches long, so 8 are 1/32.
+# The product: 768 numbers are 3 inches long, so 8 numbers are 1/32 of an inch.
 SIDE = 3.0
 THIN = SIDE * 8 / 768
 PRODUCT_BOXES: tuple[Box, ...] = (

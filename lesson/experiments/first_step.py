@@ -4,8 +4,8 @@ Varied: the rank, alpha (16, or twice the rank) and the model (mini on the book,
 GPT-2 124M's shapes with random weights on random tokens).
 Fixed: all four layers of each block, one step on 512 tokens, no weight decay. Results are in units
 of the learning rate.
-Measured: the root mean square (rms) of the step's change of W, beside s sqrt(r / (3 in)) by hand,
-for the first c_attn and the first mlp.c_proj. Also the fall of the loss, to first order.
+Measured: the root mean square (rms) of the change of W, beside s sqrt(r / (3 in)) by hand, for the
+first c_attn and the first mlp.c_proj. Also measured: the fall of the loss, to first order.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def backward(model: GPT2, ids: Tensor) -> None:
 def lora_step(model: GPT2, ids: Tensor, config: LoRAConfig) -> tuple[dict[str, float], float]:
     """Take a first step at rate 1. Return the rms of each shown layer's change, and the gain.
 
-    B starts at zero, so only B has a gradient. AdamW moves each number of B by 1 against its
-    gradient, and the loss falls by the sum of |dB| to first order.
+    B starts at zero, so only B has a gradient. AdamW moves each number of B by 1 against the
+    gradient. To first order, the loss falls by the sum of |dB|.
     """
     torch.manual_seed(0)
     inject(model, config)
@@ -65,7 +65,7 @@ def lora_step(model: GPT2, ids: Tensor, config: LoRAConfig) -> tuple[dict[str, f
 
 
 def full_gain(model: GPT2, ids: Tensor) -> float:
-    """Return how much a first step at rate 1 on the same layers' weights lowers the loss."""
+    """Return how much the loss falls in a first step at rate 1 on the weights of these layers."""
     names = find_targets(model, config_of(8, 16))
     backward(model, ids)
     gains = [gradient(model.get_parameter(f"{name}.weight")).abs().sum().item() for name in names]
@@ -87,7 +87,7 @@ def random_gpt2_and_tokens() -> tuple[GPT2, Tensor]:
 
 
 def measure(make: Callable[[], tuple[GPT2, Tensor]]) -> dict[str, dict[str, float]]:
-    """Take a first step of each kind with a new model. Print and return a row for each."""
+    """Take a first step of each kind with a new model. Print and return a row for each step."""
     model, ids = make()
     gain = full_gain(model, ids)
     print(ROW.format("the matrices", "", "", "1", "1", "1", "1", f"{gain:.1f}"))

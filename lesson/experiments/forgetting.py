@@ -22,7 +22,7 @@ def log_probabilities(model: GPT2, texts: Tensor, device: Device) -> Tensor:
 
 @cache
 def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
-    """Let mini write 32 texts of 64 tokens, starting at its end-of-text token.
+    """Let mini write 32 texts of 64 tokens that start with the end-of-text token.
 
     Returns the texts (32, 64), and the base's log p (32, 64, V) on them.
     """
@@ -39,7 +39,7 @@ def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
 
 
 def forgotten(model: GPT2, device: Device, short: bool) -> float:
-    """Return the mean KL(base || model) per token, in nats. It is 0 for the base."""
+    """Return the mean KL(base || model) per token, in nats. The KL of the base is 0."""
     texts, base_log_p = base_texts(short, device.precision)
     log_p = log_probabilities(model, texts, device)
     return kl_divergence(base_log_p, log_p).mean().item()

@@ -1,6 +1,6 @@
 """Which gradients does fp16 lose? `python -m lesson.experiments.gradients`
 
-Varied: whether GradScaler's factor scales the loss before the gradients are computed.
+Varied: the loss before the gradients, with and without the factor of GradScaler.
 Fixed: mini, LoRA on c_attn at rank 8, one batch of the default book, seed 42. B is drawn at
 random, because A's gradient is zero while B is zero.
 Measured: the sizes of all gradients of A and B, and the shares that fp16 would round to zero or
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw how many gradients have each power of two, unscaled and scaled, over fp16's zones."""
+    """Draw the number of gradients at each power of two, unscaled and scaled, over fp16's zones."""
     figure, (axis,) = panels(
         "Gradients of a LoRA step, and fp16's range (bf16's is wider than the picture)", height=3.8
     )

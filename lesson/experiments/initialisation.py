@@ -36,7 +36,7 @@ TITLES = {
 
 
 def start(parameters: dict[str, nn.Parameter], random: str) -> dict[str, list[nn.Parameter]]:
-    """Draw A or B at random as `random` names, set the rest to zero. Return both by name."""
+    """Draw the factors in `random` at random, and set the others to zero. Return both by name."""
     weights: dict[str, list[nn.Parameter]] = {"A": [], "B": []}
     for name, parameter in parameters.items():
         part = "A" if "lora_A" in name else "B"
@@ -49,7 +49,7 @@ def start(parameters: dict[str, nn.Parameter], random: str) -> dict[str, list[nn
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> float:
-    """Return the norm of all their gradients together."""
+    """Return the norm of all gradients together."""
     return math.hypot(*[gradient(parameter).norm().item() for parameter in parameters])
 
 

@@ -1,9 +1,9 @@
-"""Does LoRA have intruder dimensions, and do they cost? `python -m lesson.experiments.intruders`
+"""Does LoRA have intruder dimensions, and do they hurt? `python -m lesson.experiments.intruders`
 
-Varied: the method, LoRA's rank and rate, and then the factor that scales down the intruders or the
-whole change.
+Varied: the method, LoRA's rank and rate, and the factor that scales down the intruders or the whole
+change.
 Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
-Measured: how many of the ten largest singular vectors of each changed weight are intruders
+Measured: the number of intruders among the ten largest singular vectors of each changed weight
 (Shuttleworth et al. 2024), the validation perplexity, and the KL from the base (forgetting).
 """
 
@@ -41,8 +41,8 @@ PARTS = (  # without any intruder, rank 1 would be far outside the panel
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return by run and seed the number of intruders, [perplexity, KL], and the latter again by the
-    factor that scales the intruders or the whole change.
+    """Return by run and seed the number of intruders, and [perplexity, KL], also for each factor
+    that scales the intruders or the whole change.
     """
     data = {}
     for name, (method, options) in RUNS.items():
@@ -66,8 +66,8 @@ def scaled(found: list[dict[str, Any]], part: str) -> tuple[list[float], list[fl
 
 
 def kl_at(perplexity: float, found: list[dict[str, Any]]) -> float:
-    """Return the KL of the whole change, scaled down to this perplexity. Interpolates between the
-    tested factors, and is nan outside them.
+    """Return the KL of the whole change, scaled down to this perplexity. The KL is interpolated
+    between the tested factors. Beyond the tested factors, the KL is nan.
     """
     x, y = scaled(found, "change scaled")
     least = int(np.argmin(x))  # on the left of this point, less change learns more

@@ -2,8 +2,8 @@
 
 Varied: the peak learning rate, for LoRA on c_attn at rank 8 and for full fine-tuning.
 Fixed: mini, the default book, 60 steps of 8 windows of 64 tokens, three seeds.
-Measured: learning, by the validation perplexity. Forgetting, by the mean KL(base || model) per
-token, in nats, on 32 texts of 64 tokens that the base wrote.
+Measured: the validation perplexity (learning), and the mean KL(base || model) per token, in nats,
+on 32 texts of 64 tokens that the base wrote (forgetting).
 """
 
 import argparse
@@ -25,7 +25,7 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
 
 
 def measure_of(short: bool) -> Callable[[Trainer], tuple[float, float]]:
-    """Return a measure: the perplexity on the book, and the KL from the base on its texts."""
+    """Return a measure: the perplexity on the book, and the KL on texts of the base."""
 
     def learned_and_forgotten(made: Trainer) -> tuple[float, float]:
         train(made)

@@ -1,8 +1,8 @@
 """Where do the bytes of a step go? `python -m lesson.experiments.memory`
 
 Varied: full fine-tuning, and LoRA on c_attn at rank 8.
-Fixed: a GPT-2 124M with random weights, in fp32, on 16 windows of 128 random tokens. There is no
-dropout and no head: the loss is the mean square of the hidden states.
+Fixed: a GPT-2 124M with random weights, in fp32, on 16 windows of 128 random tokens. The model has
+no dropout and no head. The loss is the mean square of the hidden states.
 Measured: the bytes of the tensors that a step keeps, by purpose, beside the bytes counted by hand
 as in docs/training.md.
 """
@@ -33,7 +33,7 @@ BLOCK = 128
 
 
 def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[str, int]:
-    """Count bytes by hand. For activations, terms below one part in a hundred are left out."""
+    """Count bytes by hand. The count of activations leaves out terms below one percent."""
     C = config.n_embd
     L = config.n_layer
     base = L * (12 * C * C + 13 * C) + (config.vocab_size + config.n_positions + 2) * C
@@ -51,7 +51,7 @@ def predicted(method: str, config: GPT2Config, tokens: int, r: int = 8) -> dict[
 
 
 def measured(method: str, config: GPT2Config) -> dict[str, int]:
-    """Take a step. Return the bytes of the tensors that it keeps, by part."""
+    """Take a step. Return the bytes of the tensors that the step keeps, by part."""
     model = GPT2(config)
     if method == "lora":
         inject(model, LoRAConfig(lora_dropout=0.0))
@@ -83,7 +83,7 @@ def measured(method: str, config: GPT2Config) -> dict[str, int]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the bytes of the tensors' storages, by address, so that a view adds nothing."""
+    """Return the bytes of storages by address, so that a view adds nothing."""
     found = [tensor.untyped_storage() for tensor in tensors]
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 

@@ -1,10 +1,10 @@
-"""What is lost by rounding in a merge? `python -m lesson.experiments.merge_error`
+"""How much does rounding lose in a merge? `python -m lesson.experiments.merge_error`
 
 Varied: the size of an update B A relative to the weight W, and the precision of W.
 Fixed: W, the first c_attn of mini, and one random B A of rank 8. W + B A is computed exactly and
 rounded once.
-Measured: the error of the merged update, relative to the update's norm, and the share of weights
-that do not change. Also the size of the updates in an adapter trained for 60 steps.
+Measured: the error of the merged update, relative to the norm of the update, and the share of
+weights that do not change. Also measured: the size of updates in an adapter after 60 steps.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from lora.inject import lora_layers
 # Coarser formats are darker.
 COLOURS = dict(zip(("bf16", "fp16", "fp32"), shades(OTHER, 3), strict=True))
 
-# The position of each line's name in each panel: a data point, the offset, and the side.
+# The position of a line's name in each panel: a data point, the offset, and the side.
 NAMES: tuple[dict[str, tuple[Any, Any, str]], ...] = (
     {
         "bf16": ((4e-3, 35), (6, 6), "left"),
@@ -40,9 +40,9 @@ NAMES: tuple[dict[str, tuple[Any, Any, str]], ...] = (
 
 
 def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> dict[str, list]:
-    """Return the loss of an update of each size, when it is merged into the base in this precision.
+    """Return the loss of an update of each size, when merged into the base in this precision.
 
-    `base` and `ba`, W and B A, are (out, in) in fp64. A size is the ratio of their norms.
+    `base`, which is W, and `ba`, which is B A, are (out, in) in fp64. A size is a ratio of norms.
     """
     before = base.to(dtype)
     errors = []

@@ -3,8 +3,8 @@
 Varied: the format of mini's frozen base: fp32, int8 with a scale per row, or NF4.
 Fixed: the default book, LoRA of rank 8 on every linear layer, lr 4e-3, fp32 compute, 60 steps of 8
 windows of 64 tokens.
-Measured: the error of the weights by block size and by layer, and the validation loss of each base,
-of LoRA trained on it (three seeds), and of the NF4 run's adapter after four ways of merging.
+Measured: the error of the weights by block size and by layer. Also the validation loss of each
+base, of LoRA on each base (three seeds), and of the NF4 adapter after four ways of merging.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def relative_error(approximation: Tensor, weight: Tensor) -> float:
 
 
 def rounded(weight: Tensor, levels: Tensor, block: int) -> Tensor:
-    """Return W with each number rounded to the nearest level times its block's absmax."""
+    """Return W with each number rounded to the nearest level times the absmax of the block."""
     x, absmax = scaled_blocks(weight, block)
     values = levels[nearest(x, levels).long()] * absmax[:, None]
     return values.flatten()[: weight.numel()].view_as(weight)
@@ -85,7 +85,7 @@ def errors_by_layer(weights: Mapping[str, Tensor]) -> dict[str, dict[str, float]
 
 
 def shares(weights: Mapping[str, Tensor], bins: int) -> list[float]:
-    """Return the share of weights in each of `bins` bins of w / absmax of its block, -1 .. 1."""
+    """Return the share of weights in each of `bins` bins of w / absmax, from -1 to 1."""
     counts = torch.zeros(bins)
     for weight in weights.values():
         x, _ = scaled_blocks(weight, BLOCK)
@@ -94,7 +94,7 @@ def shares(weights: Mapping[str, Tensor], bins: int) -> list[float]:
 
 
 def losses(kind: str, seed: int, short: bool) -> dict[str, float]:
-    """Return the loss of a base in this format and, after training, of the adapter on it."""
+    """Return the loss of a base in this format, and the loss after training an adapter on it."""
     options = dict(SETTINGS)
     if kind != "fp32":
         options["quantise"] = kind
@@ -146,7 +146,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def draw_levels(axis: Any, histogram: list[float]) -> None:
-    """Draw the weights' histogram, NF4's levels above it, and int8's levels below it."""
+    """Draw the histogram of the weights, with NF4's levels above and int8's levels below."""
     height = 1.06 * max(histogram)
     width = 2 / len(histogram)
     middles = [-1 + width * (i + 0.5) for i in range(len(histogram))]
@@ -185,7 +185,7 @@ def draw_errors(axis: Any, data: dict[str, Any]) -> None:
 
 
 def draw_losses(axis: Any, losses: dict[str, list[dict[str, float]]]) -> None:
-    """Draw the loss of each base, and of LoRA on it with each seed, relative to fp32."""
+    """Draw the loss of each base, and of LoRA on each base by seed, relative to fp32."""
     kinds = KINDS[1:]
     for what, words, colour, side in (
         ("base", "the base", BASE, -1),

@@ -3,8 +3,8 @@
 Varied: the format of the frozen base (bf16, int8, NF4), with and without gradient checkpointing.
 Fixed: a gpt2-xl with random weights (`--short`: mini), LoRA of rank 8 on c_attn, 4 windows of 128
 tokens, bf16. Each run is a separate process, and a round runs all of them in sequence.
-Measured: the peak memory of the whole process, loading included, and the CPU seconds of the steps
-after the first (all threads of this process), also relative to bf16 in the same round.
+Measured: the peak memory of the whole process, including loading, and the CPU seconds of all steps
+except the first. CPU seconds count all threads, and are also relative to bf16 in the same round.
 """
 
 import argparse
@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 
 def save_random_base(directory: Path) -> None:
-    """Write a gpt2-xl in fp16. Its weights are random: memory and speed do not depend on them."""
+    """Write a gpt2-xl in fp16 with random weights. Memory and speed do not depend on weights."""
     torch.manual_seed(0)
     save_gpt2(GPT2(XL), directory, torch.float16)
 
@@ -81,7 +81,7 @@ def measure_rounds(base: Path, names: Sequence[str], rounds: int, steps: int) ->
 
 
 def report(found: dict[str, list]) -> None:
-    """Print each run's peak, and its steps' time relative to bf16, as median and range."""
+    """Print the peak of each run, and the time relative to bf16 as median and range."""
     first = next(iter(found))
     rows = []
     for name, rounds in found.items():

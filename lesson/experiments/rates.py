@@ -3,7 +3,7 @@
 Varied: the steps, the windows per step, the share of the book that is read, and LoRA's rank.
 Fixed: mini, windows of 64 tokens, LoRA on all four layers, alpha 16 at every rank.
 Measured: the best learning rate, by the least of three validation perplexities, with three seeds at
-the best rate and its two neighbours.
+the best rate and the two rates beside it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
 from lesson.figures import name_line
 
 # Steps, windows per step, stride, rank, and the rate where the search begins. A stride of 64 reads
-# the whole training part, 256 reads every fourth window of 64 tokens, and 1024 every 16th.
+# the whole training part. 256 reads every fourth window of 64 tokens, and 1024 every 16th window.
 RUNS = (
     (15, 32, 64, 8, 8e-3),
     (60, 8, 64, 1, 4e-3),
@@ -52,9 +52,9 @@ def rule(steps: float, passes: float) -> float:
 
 
 def vertex(runs: dict[Any, list[float]]) -> float:
-    """Return the rate at the minimum of the parabola through the best rate and its two neighbours,
-    in log perplexity, averaged over seeds, by log rate. A short version has no neighbours and
-    returns the best rate.
+    """Return the rate at the minimum of a parabola through the best rate and the two rates beside
+    it. The parabola is log perplexity, averaged over seeds, by log rate. A short version has only
+    the best rate.
     """
     best = float(best_rate(runs))
     means = {float(lr): math.log(mean(found)) for lr, found in runs.items()}
@@ -67,7 +67,7 @@ def vertex(runs: dict[Any, list[float]]) -> float:
 def fit(data: dict[str, dict[str, Any]]) -> tuple[float, float, float, float]:
     """Fit c * steps^a * passes^b to the best rates, by least squares of logarithms.
 
-    Returns c, a, b, and the fit's error as a factor: the root mean square of its logarithm.
+    Returns c, a, b, and the error as a factor, from the root mean square of the log errors.
     """
     y = np.log([vertex(run["runs"]) for run in data.values()])
     x = [[1, math.log(run["steps"]), math.log(run["passes"])] for run in data.values()]

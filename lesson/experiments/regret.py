@@ -1,10 +1,10 @@
 """Does LoRA equal full fine-tuning? `python -m lesson.experiments.regret`
 
-Varied: the method and LoRA's rank. With equal windows the batch varies, and so the steps. With
-equal steps the share of the book that is read varies, and so the passes over it.
+Varied: the method and LoRA's rank. At a fixed number of windows, the batch and the number of steps
+vary. At a fixed number of steps, the share of the book and the number of passes vary.
 Fixed: mini, LoRA on all four layers, alpha 16, 480 windows of 64 tokens.
-Measured: the best of three validation perplexities, and the training loss over the last third, each
-at the rate that is best for it, with three seeds.
+Measured: the best of three validation perplexities, and the training loss over the last third. The
+rate is tuned separately for either measure, with three seeds.
 """
 
 import argparse
@@ -32,9 +32,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "r = 1": ("lora", {"r": 1, "target_modules": ALL}),
 }
 
-# By batch: the steps that read 480 windows, and the first rates to try, for full and for LoRA.
+# batch: the steps that read 480 windows, and the first rates to try, for full and for LoRA
 BATCHES = {2: (240, 5e-4, 4e-3), 8: (60, 1e-3, 8e-3), 32: (15, 2e-3, 8e-3)}
-# By stride of the windows: the share of the book that is read, and the first rates to try.
+# stride of the windows: the share of the book that is read, and the first rates to try
 SHARES = {
     64: ("all", 5e-4, 4e-3),
     256: ("a quarter", 2.5e-4, 2e-3),

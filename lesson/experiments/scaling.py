@@ -1,9 +1,9 @@
 """Which rate, by rank and by scaling rule? `python -m lesson.experiments.scaling`
 
-Varied: the peak learning rate, the rank r of LoRA on all four layers, and the rule that computes
-the scaling s of B A from the rank.
+Varied: the peak learning rate, the rank r of LoRA on all four layers, and the rule that gives the
+scaling s of B A for a rank.
 Fixed: mini, the default book, 60 steps of 8 windows of 64 tokens.
-Measured: the validation perplexity, with three seeds at the best rate and its two neighbours.
+Measured: the validation perplexity, with three seeds at the best rate and the two rates beside it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RANKS = (1, 8, 64)
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 FULL_RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 
-# The best rates found, where the search begins: by rule, at each of RANKS.
+# The search begins at the best rates found, by rule, at each of RANKS.
 GUESSES = {
     "alpha = 16: s = 16 / r": (4e-3, 8e-3, 8e-3),
     "alpha = 2 r: s = 2": (1.6e-2, 8e-3, 2e-3),
@@ -43,7 +43,7 @@ def curve(
     **options: Any,
 ) -> Runs:
     """Return the perplexities by rate: one seed at all `rates`, and every seed at the best rate and
-    its two neighbours.
+    the two rates beside it.
     """
     if args.short:
         rates = ()

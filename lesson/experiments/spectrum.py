@@ -1,11 +1,11 @@
 """Are changes of low rank, and do two runs find the same? `python -m lesson.experiments.spectrum`
 
 Varied: the method (full fine-tuning, LoRA on c_attn at rank 8) and the seed, which sets A and the
-order of the windows. Random matrices of the same shapes are a comparison.
+order of the windows. The comparison is random matrices of the same shapes.
 Fixed: mini, the default book, 60 steps of 16 windows of 128 tokens, fp32, lr 1e-3 for LoRA and 1e-4
 for full fine-tuning.
-Measured: the singular values of each matrix's change, how similar the directions of two runs'
-changes are, and the validation perplexity with full fine-tuning's change cut to rank k.
+Measured: the singular values of the change of each matrix, the similarity of directions between two
+runs, and the validation perplexity with the change of full fine-tuning cut to rank k.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lesson.experiments.common import Trainer, band, experiment, panels
 from lesson.experiments.sweep import tuned
 from lesson.figures import RANDOM, name_line
 
-SVDs = dict[str, Any]  # by a matrix's name: U, S and Vh of its change
+SVDs = dict[str, Any]  # name of a matrix -> U, S and Vh of the change
 
 RANKS = (512, 256, 128, 64, 32, 16, 8, 4, 2, 1, 0)
 LORA_RANK = 8
@@ -52,19 +52,19 @@ def decomposed(changes: dict[str, Tensor]) -> SVDs:
 
 
 def randomised(changes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return random matrices of the changes' shapes."""
+    """Return random matrices with the shapes of the changes."""
     return {name: torch.randn_like(change) for name, change in changes.items()}
 
 
 def singular_values(svds: SVDs, target: str) -> Tensor:
-    """Return the singular values of the target's change in each block, (blocks, k)."""
+    """Return the singular values of the change of the target in each block, (blocks, k)."""
     return torch.stack([svd.S for name, svd in svds.items() if target in name])
 
 
 def directions(svds: SVDs, side: str) -> Tensor:
     """Return c_attn's singular vectors in each block as rows, (blocks, k, n).
 
-    The change reads from the right singular vectors (inputs) and writes to the left ones (outputs).
+    The change reads the right singular vectors (inputs) and writes the left vectors (outputs).
     """
     found = [svd for name, svd in svds.items() if "c_attn" in name]
     if side == "outputs":
@@ -117,7 +117,7 @@ def shares_of_the_norm(svds: dict[str, list[SVDs]]) -> dict[str, list]:
 
 
 def similar_directions(svds: dict[str, list[SVDs]]) -> dict[str, list]:
-    """Return how similar the first k directions of every two runs are, for each of PAIRS."""
+    """Return the similarity of the first k directions of every two runs, for each of PAIRS."""
     data = {}
     for label, (one, other, side, _, _) in PAIRS.items():
         v = [directions(run, side) for run in svds[one]]
@@ -161,7 +161,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def draw_similarity(data: dict[str, Any]) -> Any:
-    """Draw the similarity of two runs' directions: directions that a change reads and writes."""
+    """Draw the similarity of two runs in the directions that a change reads and writes."""
     figure, (inputs, outputs) = panels(
         "Does another seed find the same change of c_attn? (mini)",
         "similarity of the first k directions\nof the input, which a change reads",

@@ -1,7 +1,7 @@
 """Where does a training step spend its time? `python -m lesson.experiments.step_time`
 
-Varied: full fine-tuning and LoRA on c_attn at rank 8, in turn, in fp32 and in the CPU's native
-precision.
+Varied: the method, full fine-tuning and LoRA on c_attn at rank 8 in turn, and the precision, fp32
+and the native precision of the CPU.
 Fixed: mini, 12 pairs of steps, each on 15 windows of 128 tokens.
 Measured: the time of each part of a step, by torch's profiler, relative to the full step of the
 same pair, beside the operations counted by hand.
@@ -34,7 +34,7 @@ PARTS = (
     "optimizer",
     "rest",
 )
-# Words in the name of a part's operator, or of its callers. Shapes distinguish the other parts.
+# Words in the name of an operator or a caller that tell the part. Shapes tell the other parts.
 NAMES = {
     "head and loss": ("_TiedCrossEntropy",),
     "attention": ("scaled_dot", "ScaledDot", "bmm", "oftmax"),
@@ -71,7 +71,7 @@ def by_hand() -> dict[str, Shares]:
 
 
 def part(path: list[Any]) -> str:
-    """Return the part that an event's self time belongs to. `path` is the event and its callers."""
+    """Return the part to which the self time of an event belongs. `path` is from `callers`."""
     event = path[0]
     names = " ".join(caller.name for caller in path)
     for key, words in NAMES.items():
@@ -120,7 +120,7 @@ def measured(precision: str, repeats: int) -> dict[str, Shares]:
 
 
 def shares(spent: Counter[tuple[str, str]], name: str, repeats: int) -> Shares:
-    """Return the parts' shares in each step of one method, relative to the pair's full step."""
+    """Return the share of each part in each step of a method, relative to the full step."""
     result: Shares = {key: [] for key in PARTS}
     for i in range(1, repeats + 1):
         whole = sum(spent[f"full {i}", key] for key in PARTS)

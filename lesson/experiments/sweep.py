@@ -1,4 +1,4 @@
-"""Fine-tune mini many times, and compare choices, each at its best rate.
+"""Fine-tune mini many times, and compare choices, each choice at the best rate.
 
 `finetune` keeps results in runs/experiments, and does not repeat a run with a known result.
 """
@@ -28,11 +28,11 @@ from training.options import BOOK, MAY_CHANGE, ROOT, Options
 # One result per line. Delete the file after a code change that affects results.
 CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 
-# A recipe only sets other options, which the key contains.
+# The key contains the options that a recipe sets.
 DECIDES_NOTHING = MAY_CHANGE | {"recipe"}
 
 SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
-ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: both are named c_proj
+ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: two are named c_proj
 
 Rate = TypeVar("Rate", float, str)  # a number, or text in a JSON file
 # The result with each seed, by rate.
@@ -92,7 +92,7 @@ def read_files() -> list[str]:
 
 def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> str:
     """Return the key of a run's result: the measure, every active option, the hashes of the files,
-    and what affects the last digits.
+    and the settings that affect the last digits.
     """
     device = Device.pick("cpu", options.precision, train=True)
     options = replace(options, precision=device.precision)
@@ -135,8 +135,7 @@ def finetune(
 ) -> list[Any]:
     """Return the result of `measure`, a function that trains, for each seed.
 
-    The runs have 60 steps of 8 windows of 64 tokens, unless `options` differ. A stored result is
-    returned at once.
+    By default, a run has 60 steps of 8 windows of 64 tokens. A stored result is returned at once.
     """
     options = SIZE | options
     known = known_cells()
@@ -155,7 +154,7 @@ def finetune(
 def keep(key: str, result: Any) -> None:
     """Append a result to the stored results, in one write, because other processes also append.
 
-    The first new line ends a line that may have been cut off.
+    The leading new line ends a line that may have been cut off.
     """
     CELLS.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"cell": key, "result": result})
@@ -174,9 +173,9 @@ def tune(
 ) -> Runs:
     """Search the best rate in factors of two from a guess. Return results by rate.
 
-    The search moves with one seed until the rates on both sides of the best are worse. It then runs
-    these three with every seed, and moves on if another mean is the least. A short version only
-    runs the guess.
+    The search moves with one seed until the rates on both sides of the best rate are worse. Then
+    these three rates run with every seed. The search moves on if another rate has the least mean. A
+    short version only runs the guess.
     """
 
     def run(lr: float, some: Sequence[int]) -> list[Any]:
@@ -244,9 +243,9 @@ def compare(
     description: str | None,
     argv: Sequence[str] | None,
 ) -> dict[str, Runs]:
-    """Train LoRA by each choice at its best rate.
+    """Train LoRA by each choice at the best rate.
 
-    Returns, and saves with a picture, the perplexities by choice and rate.
+    Returns the perplexities by choice and rate, and saves them with a picture.
     """
 
     def measure(args: argparse.Namespace) -> dict[str, Runs]:

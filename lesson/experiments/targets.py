@@ -1,9 +1,9 @@
 """Which layers? `python -m lesson.experiments.targets`
 
-Varied: the layers that LoRA adapts, each choice at its best learning rate.
+Varied: the layers that LoRA adapts, each choice at the best learning rate.
 Fixed: mini, the default book, 122,880 trained parameters, alpha 16, 60 steps of 8 windows of 64
 tokens.
-Measured: the validation perplexity, with three seeds at the best rate and its two neighbours.
+Measured: the validation perplexity, with three seeds at the best rate and the two rates beside it.
 """
 
 from collections.abc import Sequence

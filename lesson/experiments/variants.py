@@ -1,9 +1,9 @@
 """Which variant of LoRA? `python -m lesson.experiments.variants`
 
-Varied: the variant, each at its best learning rate.
+Varied: the variant, each variant at the best learning rate.
 Fixed: mini, the default book, all four layers, rank 8, alpha 16, 60 steps of 8 windows of 64
 tokens.
-Measured: the validation perplexity, with three seeds at the best rate and its two neighbours.
+Measured: the validation perplexity, with three seeds at the best rate and the two rates beside it.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ Cell = dict[str, Any]
 
 
 def cell(part: str) -> Cell:
-    """Return the cell from `part`, the script's text after `# %%`. Code has no outputs yet."""
+    """Return a cell from `part`, the text of the script after `# %%`. Code has no outputs yet."""
     head, _, body = part.partition("\n")
     body = body.strip("\n")
     if head == " [markdown]":
@@ -60,7 +60,7 @@ def run(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def outputs_of(source: str, names: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run a cell's code. Return what Jupyter would show: its printed text and its figures.
+    """Run a cell's code. Return the printed text and the figures, as Jupyter shows them.
 
     `plt.show()` shows a figure, and a cell prints nothing after its figure.
     """
