@@ -30,7 +30,7 @@ from training.ranks import Ranks
 from training.scores import Scores, kl_divergence
 
 EVAL_BATCH = 16  # windows scored at a time
-LOGITS_CHUNK = 128  # tokens with all their logits in memory
+LOGITS_CHUNK = 128  # tokens with logits in memory at a time
 
 
 @torch.no_grad()
@@ -41,18 +41,18 @@ def evaluate(
     ranks: Ranks | None = None,
     batch_size: int = EVAL_BATCH,
 ) -> Scores:
-    """Score all of a text, or of conversations. With several ranks, each scores a share.
+    """Score a whole text, or conversations. Several ranks share the batches.
 
     Raises RunError if the loss is not finite, and UserError if every target is an end of text.
     """
     scored_bytes = dataset.scored_bytes
     if not scored_bytes:
-        raise UserError("the text holds only end-of-text tokens: nothing to score")
+        raise UserError("the text contains only end-of-text tokens: nothing to score")
     ranks = ranks or Ranks()
     dtype = torch.float64
-    if device.torch_device.type == "mps":  # it has no fp64
+    if device.torch_device.type == "mps":  # MPS has no fp64
         dtype = torch.float32
-    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # of losses, and greedy hits
+    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # of losses, and of hits
     count = torch.zeros(1, dtype=torch.int64)
 
     was_training = model.training
@@ -78,9 +78,9 @@ def evaluate(
 
 @torch.no_grad()
 def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float]:
-    """Return the mean KL(base || adapter) per scored token, in nats, and the share of these tokens
+    """Return the mean KL(base || adapter) per scored token, in nats, and the share of scored tokens
     where the likeliest token changed. The base is the model with the adapter switched off. The
-    model is in evaluation mode.
+    model must be in evaluation mode.
     """
     kl = 0.0
     changed = 0
@@ -158,7 +158,7 @@ def score_text(
 def load_dataset(
     args: argparse.Namespace, tokenizer: Tokenizer, texts: Sequence[Path], fraction: float
 ) -> Dataset:
-    """Load the texts or conversations to score. Raises UserError if they are too short."""
+    """Load the texts or conversations to score. Raises UserError if the data are too short."""
     if args.data:
         examples = read_examples(args.data, tokenizer, args.block_size)
         chosen = split(examples, fraction)[1]

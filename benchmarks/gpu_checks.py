@@ -260,8 +260,8 @@ def take_steps(opts: Namespace, command: str) -> Steps:
 
 
 def misplaced_matrices(trainer: ours.Trainer) -> int:
-    """Count the trained matrices that are not in fp32, and the frozen ones in another precision
-    than the run's.
+    """Count the trained matrices that are not in fp32, and the frozen matrices in another precision
+    than the run.
     """
     low = trainer.device.dtype
     matrices = [p for p in trainer.model.parameters() if p.ndim > 1]
@@ -459,7 +459,7 @@ def waits_in_evaluation(opts: Namespace, count: int) -> int:
 
 @contextmanager
 def counted_waits(opts: Namespace) -> Iterator[list[str]]:
-    """Yield a list that receives a line for each time that the CPU waited for the GPU."""
+    """Yield a list that receives a line whenever the CPU waits for the GPU."""
     found: list[str] = []
     if not opts.device.is_cuda:
         yield found
@@ -475,13 +475,13 @@ def counted_waits(opts: Namespace) -> Iterator[list[str]]:
 
 
 def numbers(steps: Steps) -> list[Any]:
-    """Return the numbers of `logged`, of steps that the training loop did not take."""
+    """Return the numbers of `logged` for steps outside the training loop."""
     pairs = zip(steps.losses, map(norm, steps.gradients), strict=True)
     return [*(number for pair in pairs for number in pair), steps.score]
 
 
 def logged(out: Path) -> list[float]:
-    """Return the losses and gradient norms of a run, and its last validation loss."""
+    """Return the losses and gradient norms of a run, and the last validation loss."""
     lines = read_lines(out / METRICS, lambda line: line)
     return [line[key] for line in lines for key in ("loss", "grad_norm")] + [lines[-1]["val_loss"]]
 
@@ -492,7 +492,7 @@ class Stopped(Exception):
 
 def resume(opts: Namespace) -> Findings:
     """Check that the training loop takes the steps of the other checks, and that a run that was
-    stopped in its third step resumes without a difference.
+    stopped in the third step resumes without a difference.
     """
     whole, parted = opts.folder / "whole", opts.folder / "parted"
     command = f"lora --precision fp32 {DROPOUT['lora']}"

@@ -4,7 +4,7 @@
 
 1. The steps that a run needs: this project trains with each seed on one thread, and validates after
    every twentieth part of the steps. A plain loop around PEFT's or transformers' model gets the
-   same batches, rates and losses (`make parity`), so it needs the same steps.
+   same batches, rates and losses (`make parity`), so the plain loop needs the same steps.
 2. The seconds per step, on all threads: this project and the plain loop take steps in turn, each in
    a separate process, for several rounds. On our side the process keeps freed memory, as in
    `train.py`. Run this part with nothing else on the machine (`--only seconds`).
@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--rounds", type=number(int, 1), default=3, metavar="N")
     parser.add_argument("--max-steps", type=number(int, 1), metavar="N", help="of each run")
     parser.add_argument("--run", choices=RUNS, help="measure this run in this process, one seed")
-    parser.add_argument("--side", choices=SIDES, help="with --run: the seconds of its steps")
+    parser.add_argument("--side", choices=SIDES, help="with --run: seconds per step")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR"
     )
@@ -112,7 +112,7 @@ def measure_curves(opts: Namespace, curves: dict[str, Any], save: Callable[[], N
 
 def measure_seconds(opts: Namespace, times: dict[str, Any], save: Callable[[], None]) -> None:
     """Measure the seconds per step of each run on both sides, in turn."""
-    for run in COLOURS:  # another rate takes no other time
+    for run in COLOURS:  # the rate does not change the time
         times[run] = {side: [] for side in SIDES}
     for _ in range(opts.rounds):
         for run in COLOURS:
@@ -123,7 +123,7 @@ def measure_seconds(opts: Namespace, times: dict[str, Any], save: Callable[[], N
 
 
 def apart(opts: Namespace, run: str, seed: str, *more: str, **environment: str) -> Any:
-    """Return what this command measures in another process."""
+    """Return the measurement of this command in another process."""
     command = [sys.executable, "-m", "benchmarks.quality", "--run", run, "--seeds", seed, *more]
     if opts.max_steps:
         command += ["--max-steps", str(opts.max_steps)]
@@ -221,7 +221,7 @@ def spread(values: list[float], digits: int = 1) -> str:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Draw perplexity by seconds, a line for each seed, solid here and dashed there."""
+    """Draw perplexity by seconds, with a line for each seed. The plain loop has dashed lines."""
     figure, axis = subplots(figsize=(PAGE_WIDTH, 4.4))
     figure.suptitle("Time to quality: perplexity on the book's validation part (mini, fp32)")
     for target in TARGETS:

@@ -1,4 +1,4 @@
-"""Declare the options of evaluate.py and generate.py. For train.py: `training/options.py`."""
+"""Declare the options of evaluate.py and generate.py. See `training/options.py` for train.py."""
 
 import argparse
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def parse_evaluate(
     parser.add_argument(
         "--val-fraction",
         type=number(float, 0.001, 1.0),
-        help="score only this last part of the text or the data",
+        help="score only this share at the end of the text or data",
     )
     parser.add_argument(
         "--block-size",
@@ -35,22 +35,22 @@ def parse_evaluate(
     parser.add_argument(
         "--stride",
         type=number(int, 1),
-        help="tokens from one window's start to the next (default: the block size)",
+        help="tokens from the start of a window to the next start (default: the block size)",
     )
     parser.add_argument(
         "--label-shift",
         type=number(int, 1, 2),
         default=1,
         metavar="{1,2}",
-        help="1: next token (default); 2: the reference run's measure",
+        help="1: predict the next token (default). 2: the token after it",
     )
     parser.add_argument(
         "--forgotten",
         action="store_true",
-        help="also score how far the adapter moved from its base: the mean KL(base || adapter), "
-        "and the share of likeliest tokens that changed",
+        help="also measure forgetting: the mean KL(base || adapter), and the share of tokens where "
+        "the likeliest token changed",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
     add_device_options(parser)
     parser.add_argument("--kernels", **KERNELS_OPTION)
     args = parser.parse_args(argv)
@@ -75,8 +75,8 @@ def _add_sources(parser: Parser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="UTF-8 texts, or directories of .txt files, to score whole (default: "
-        "data/book.txt's validation part)",
+        help="UTF-8 texts, or directories of .txt files, to score whole (default: the validation "
+        "part of data/book.txt)",
     )
     source.add_argument(
         "--data",
@@ -96,7 +96,7 @@ def _add_sources(parser: Parser) -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="table and picture of finished runs, their base included",
+        help="compare finished runs and their bases in a table and a picture",
     )
 
 
@@ -111,7 +111,7 @@ def parse_generate(
         "--prompt",
         nargs="+",
         metavar="TEXT",
-        help="one text or several; each is continued by itself",
+        help="one text or several texts. Each is continued separately",
     )
     what.add_argument(
         "--chat",
@@ -135,7 +135,7 @@ def parse_generate(
         "--top-k",
         type=number(int, 0),
         default=50,
-        help="draw from the k likeliest tokens; 0: from all (default: %(default)s)",
+        help="draw from the k likeliest tokens. 0: from all tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
@@ -149,7 +149,7 @@ def parse_generate(
     parser.add_argument(
         "--with-base",
         action="store_true",
-        help="first show what the base alone writes, for comparison",
+        help="first show the text of the base, for comparison",
     )
     add_device_options(parser)
     parser.add_argument("--kernels", **KERNELS_OPTION)

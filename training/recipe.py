@@ -1,4 +1,4 @@
-"""Fill in the open options: precision, learning rate, the fields of an initial adapter."""
+"""Fill in missing options: precision, learning rate, and the fields of an initial adapter."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options, adapter_config
 
 RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
-# A variant's best rate as a factor of plain LoRA's rate, at rank 8 (docs/variants.md)
+# The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/variants.md)
 PISSA = 1 / 4
 FREEZE_A = 2.0
 LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
@@ -26,7 +26,7 @@ def best_rate(steps: int, passes: float) -> float:
     """Return the peak learning rate, to two digits, of plain LoRA on all layers with alpha 16:
     0.035 / (steps * passes^2)^(1/3), within `RATES`.
 
-    `passes` counts how often the run reads a token of its training part, on average. The rule was
+    `passes` is how often the run reads a token of the training part, on average. The rule was
     fitted to runs of 15 to 960 steps and 1.4 to 23 passes on `mini`. The rank hardly matters.
     """
     smallest, largest = RATES
@@ -34,13 +34,13 @@ def best_rate(steps: int, passes: float) -> float:
 
 
 def rate_factor(options: Options) -> float:
-    """Return the factor from plain LoRA's best rate, on all layers with alpha 16, to the rate of
-    this adapter.
+    """Return the best rate of this adapter, divided by the best rate of plain LoRA on all layers
+    with alpha 16.
 
-    With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s r = 16 the best
-    rate is nearly the same for every rank. From s r = 2 to 128 it falls about as (s r)^(-2/3).
-    Under LoRA+ with B's rate at 16 times A's, A's best rate is an eighth: ratio^(-3/4). Between the
-    measured values, the factors are interpolated (docs/experiments.md, docs/variants.md).
+    With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s r = 16, the best
+    rate is nearly the same for every rank. From s r = 2 to 128, the best rate falls about as
+    (s r)^(-2/3). Under LoRA+ at ratio 16, the best rate of A is an eighth: ratio^(-3/4). Factors
+    between measured values are interpolated (docs/experiments.md, docs/variants.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
@@ -55,7 +55,9 @@ def rate_factor(options: Options) -> float:
 
 
 def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
-    """Return whether the targets name one layer of a block, or slices of it. `c_proj` names two."""
+    """Return whether the targets name one layer of a block, or slices of a single layer. `c_proj`
+    names two layers.
+    """
     if isinstance(targets, str):  # all-linear
         return False
     named = set()
@@ -66,7 +68,7 @@ def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
 
 
 def resolve(options: Options, base: str, device: Device, training: Dataset) -> Options:
-    """Return the options, all filled in. Raises UserError for LoRA-GA in fp16."""
+    """Return the options without missing values. Raises UserError for LoRA-GA in fp16."""
     filled: dict[str, Any] = {"base": portable_name(base), "precision": device.precision}
     adapters = []
     if options.init_adapter:
@@ -79,8 +81,8 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
         filled["quantise"] = choose_quantisation(options.quantise, adapters)
     if options.init_lora_weights == "lora_ga" and device.precision == "fp16":
         raise UserError(
-            "--init-lora-weights lora_ga: in fp16, small gradients vanish and large ones overflow; "
-            "use --precision bf16 or fp32"
+            "--init-lora-weights lora_ga: in fp16, small gradients vanish and large gradients "
+            "overflow; use --precision bf16 or fp32"
         )
     if options.lr is None:
         rate = recipe_rate(options, training)

@@ -24,7 +24,7 @@ from lesson.explore.explorer import Explorer
 PAGE = Path(__file__).with_name("page.html")
 ADDRESS = "127.0.0.1"  # other machines cannot connect
 MOST_BYTES = 1 << 16  # per request
-PATIENCE = 60  # seconds that a request waits for the request before it
+PATIENCE = 60  # seconds that a request waits for the previous request
 
 
 class Refusal(UserError):
@@ -47,7 +47,7 @@ class Server(ThreadingTCPServer):
             super().__init__((ADDRESS, port), Handler)
         except OSError as error:
             raise UserError(
-                f"--port {port}: cannot be used ({error.strerror}); name another"
+                f"--port {port}: cannot be used ({error.strerror}); name another port"
             ) from error
         self.port = self.server_address[1]  # the chosen port, if 0 was requested
         self.computing = threading.Lock()
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answer one request. Answers to POST are lines of JSON, in the order of computation."""
 
     server: Server
-    timeout = 10  # seconds that a client may be silent in a request, or not read its answer
+    timeout = 10  # seconds that a client may neither send nor read
 
     def do_GET(self) -> None:
         self.answer({"/": self.send_page, "/api/about": self.send_about})
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"/api/write": self.send_writing, "/api/score": self.send_scores})
 
     def answer(self, routes: Mapping[str, Callable[[], None]]) -> None:
-        """Call the path's function. Answer with one line if it fails."""
+        """Call the function of the path. After a failure, answer with one line."""
         self.began = False
         try:
             self.refuse_foreigners()
@@ -115,15 +115,15 @@ class Handler(BaseHTTPRequestHandler):
                 raise  # to the terminal
 
     def refuse_foreigners(self) -> None:
-        """Raise Refusal for a page from elsewhere: the browser sends the page's host as Origin.
+        """Raise Refusal for a page from another host, which the browser sends as Origin.
 
-        With DNS rebinding, a foreign host name resolves to this machine, and Host is that name.
+        With DNS rebinding, a foreign host name resolves to this machine. Host is then that name.
         """
         port = "" if self.server.port == 80 else f":{self.server.port}"  # browsers omit port 80
         hosts = [f"{ADDRESS}{port}", f"localhost{port}"]
         if self.headers.get("Host") not in hosts:
             raise Refusal(403, f"this server answers on {hosts[0]} and {hosts[1]} only")
-        origin = self.headers.get("Origin")  # only browsers send it
+        origin = self.headers.get("Origin")  # only browsers send Origin
         if origin is not None and origin.removeprefix("http://") not in hosts:
             raise Refusal(403, "this server answers its own page only")
 
@@ -196,7 +196,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=number(int, 0, 65535),
         default=8000,
         metavar="N",
-        help="of 127.0.0.1; 0: any that is free (default: %(default)s)",
+        help="port of 127.0.0.1. 0: any free port (default: %(default)s)",
     )
     add_device_options(parser)
     return parser.parse_args(argv)

@@ -87,7 +87,7 @@ class Browser:
         self._ask("POST", "/url", {"url": url})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """Return the script's result in the page. Awaits a promise."""
+        """Run a script in the page. Return the result, or the result of a promise."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": arguments})
 
     def wait(self, condition: str) -> None:

@@ -1,4 +1,4 @@
-"""Compute the page's content: a base beside its adapter, changed by the page's knobs."""
+"""Compute the content of the page: a base beside an adapter, which the knobs change."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Generator, Iterator, Mapping
@@ -89,12 +89,12 @@ class Explorer:
         """Score "text" in both rows, in one window.
 
         A token's "gain" is the adapter's log p minus the base's log p, and "kl" is
-        KL(base || adapter) there, both in nats. The first token has neither, because it is not
-        predicted.
+        KL(base || adapter) at the token, both in nats. The first token has no gain and no KL,
+        because it is not predicted.
         """
         ids = self.encode(request, "text", self.model.config.n_positions + 1)
         if len(ids) < 2:
-            raise UserError("text: is a single token, which nothing comes before")
+            raise UserError("text: is a single token, which no token comes before")
         kept = self.change(request)
 
         sequence = self.device.to_device(torch.from_numpy(ids.astype("int64")))  # (T + 1,)
@@ -141,7 +141,7 @@ class Explorer:
             }
 
     def name(self, ids: list[int], log_p: list[float]) -> list[tuple[str, float]]:
-        """Return each token's text and log p. U+FFFD is part of a character."""
+        """Return each token's text and log p. U+FFFD means part of a character."""
         texts = [self.tokenizer.decode([token]) for token in ids]
         return list(zip(texts, log_p, strict=True))
 

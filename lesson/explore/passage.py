@@ -23,10 +23,10 @@ FIRST_WORDS = re.compile(r"\s*\S+(\s+\S+){,4}")
 
 
 def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str, str]:
-    """Return a prompt, and a text of at most `context` tokens that begins with it.
+    """Return a prompt, and a text of at most `context` tokens that begins with the prompt.
 
-    They come from the validation part of the run that trained the adapter. If that run or its text
-    is missing, they come from data/book.txt.
+    Both come from the validation part of the run that trained the adapter. If the run or the text
+    is missing, both come from data/book.txt.
     """
     options: dict[str, Any] = dict(DEFAULTS)
     if (adapter / RUN).exists():
@@ -52,7 +52,7 @@ def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple
         text = sentences[0]
     words = FIRST_WORDS.match(text)
     if words is None:
-        raise UserError(f"{books[-1]}: its validation part holds no word")
+        raise UserError(f"{books[-1]}: the validation part contains no word")
     return words[0], text
 
 
@@ -64,7 +64,7 @@ def of_instructions(options: dict[str, Any], tokenizer: Tokenizer, length: int) 
         examples = read_examples(Path(options["data"]), tokenizer, options["block_size"])
         _, validation = split(examples, options["val_fraction"])
     if not validation:
-        raise UserError(f"{options['data']}: holds no example to validate on")
+        raise UserError(f"{options['data']}: contains no example to validate on")
     inputs, targets, _ = validation[0]
     answer = int(np.argmax(targets != IGNORE_INDEX)) + 1
     return decode(tokenizer, inputs[:answer]), decode(tokenizer, inputs[:length])
