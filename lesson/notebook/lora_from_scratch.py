@@ -1,13 +1,13 @@
 # %% [markdown]
 # # LoRA from scratch
 #
-# A language model is to learn a book. We fine-tune it, look at what changed, and find that most of
-# the change is not needed. That leads to LoRA: we build it, get it wrong in three ways, get it
-# right, and compare it with Hugging Face's PEFT. All of it runs on a CPU, in about a minute. You
-# need to know PyTorch; [LoRA in ten minutes](../../docs/lora.md) tells the same in prose.
+# We fine-tune a language model on a book, look at the change of the weights, and find that most of
+# the change is not needed. This leads to LoRA. We build LoRA, get it wrong in three ways, get it
+# right, and compare it with Hugging Face's PEFT. The notebook runs on a CPU in about a minute. You
+# need to know PyTorch. [LoRA in ten minutes](../../docs/lora.md) explains the same in prose.
 #
 # On a hosted notebook service, put the address of the project's git repository into the next cell.
-# On your own machine, run it as it is: it does nothing.
+# On your own machine, run the next cell unchanged. It does nothing there.
 
 # %%
 import subprocess
@@ -49,10 +49,11 @@ plt.rcParams.update(STYLE)
 # %% [markdown]
 # ## 1. A model and a book
 #
-# The *base* is `mini`, a GPT-2 of 6.9 million parameters that comes with this project. It has not
-# seen this book. We cut the book into windows of 64 tokens; each token is to be predicted from
-# those before it. The last tenth is never trained on. Its *perplexity* measures what is learned: it
-# is the number of tokens among which the model might as well be guessing.
+# The *base* is `mini`, a GPT-2 of 6.9 million parameters that comes with this project. The base has
+# not seen this book. We cut the book into windows of 64 tokens. The model predicts each token from
+# the tokens before it. We never train on the last tenth of the book. The *perplexity* of the last
+# tenth measures learning. At a perplexity of 50, the model is as unsure as if it guessed among 50
+# tokens.
 
 # %%
 directory = find_base("mini")[1]
@@ -82,15 +83,15 @@ base_perplexity = perplexity(base)
 print(f"perplexity of the base: {base_perplexity:.1f}")
 
 # %% [markdown]
-# The base is lost in this book: it guesses among more than fifty tokens.
+# The base knows little about this book: it guesses among more than fifty tokens.
 
 # %% [markdown]
 # ## 2. Fine-tune it
 #
-# Each of `mini`'s 6 blocks has four weight matrices: `c_attn` makes queries, keys and values, and
-# three more follow. We train these 24, and keep embeddings, norms and biases as they are, so that
-# all that is learned is in the matrices; this is what *full fine-tuning* means below. The loop is
-# plain: AdamW, 8 windows a step, and a rate that falls to zero.
+# Each of `mini`'s 6 blocks has four weight matrices. `c_attn` makes queries, keys and values, and
+# three matrices follow. We train these 24 matrices, and freeze embeddings, norms and biases. Below,
+# *full fine-tuning* means training these matrices. The loop is plain: AdamW, 8 windows per step,
+# and a learning rate that falls to zero.
 
 # %%
 epochs = [windows.epoch_order(seed=0, epoch=epoch) for epoch in range(2)]
@@ -126,16 +127,16 @@ print(f"trained: {trained_by_full:,} numbers in {len(matrices(full))} matrices")
 print(f"perplexity: {base_perplexity:.1f} -> {full_perplexity:.1f}")
 
 # %% [markdown]
-# It works, and it is dear: every number trained needs a gradient and two more for AdamW, and every
-# book a file as large as the model.
+# Full fine-tuning works, but it is expensive. Every trained number needs a gradient and two more
+# numbers for AdamW. Every book needs a file as large as the model.
 
 # %% [markdown]
 # ## 3. What changed?
 #
-# Subtract: each matrix has gone from $W$ to $W + \Delta W$. The *singular value decomposition*
-# writes $\Delta W$ as a sum of simple matrices, the largest first. Each is a column times a row,
-# $\sigma_k u_k v_k^T$: it reads one direction of the input, $v_k$, and writes one of the output,
-# $u_k$. The number of such terms that a matrix needs is its *rank*.
+# Training changed each matrix from $W$ to $W + \Delta W$. The *singular value decomposition* writes
+# $\Delta W$ as a sum of simple matrices, the largest first. Each term is a column times a row,
+# $\sigma_k u_k v_k^T$. It reads one direction of the input, $v_k$, and writes one direction of the
+# output, $u_k$. The *rank* of a matrix is the number of terms that the matrix needs.
 
 # %%
 with torch.no_grad():
@@ -161,12 +162,12 @@ plt.xlabel("k")
 plt.show()
 
 # %% [markdown]
-# A few terms are much larger than the rest: the change is far from random.
+# A few terms are much larger than the other terms, so the change is far from random.
 
 # %% [markdown]
 # ## 4. Cut it
 #
-# Keep only the $k$ largest terms of each of the 24 changes, and throw away the rest.
+# Keep only the $k$ largest terms of each of the 24 changes.
 
 # %%
 cut = load_gpt2(directory).requires_grad_(False)
@@ -186,18 +187,17 @@ plt.xlabel("k")
 plt.show()
 
 # %% [markdown]
-# Rank 256 is the whole change and rank 0 the base; at rank 8 most of what was learned is still
-# there.
+# Rank 256 is the whole change, and rank 0 is the base. Rank 8 keeps most of the gain.
 
 # %% [markdown]
-# ## 5. So train eight terms from the start
+# ## 5. Train eight terms from the start
 #
 # Eight columns times eight rows are a product $B A$, with $B$ (out, 8) and $A$ (8, in). Freeze $W$,
 # and train $A$ and $B$ instead of $\Delta W$:
 #
 # $$y = W x + b + \frac{\alpha}{r} B A x$$
 #
-# $r$ is the rank and $\alpha$ a constant; we come back to it.
+# $r$ is the rank. $\alpha$ is a constant, the subject of section 10.
 
 
 # %%
@@ -230,13 +230,13 @@ print(layers["h.0.attn.c_attn"])
 print(f"trained: {trained_by_lora:,} numbers in place of {trained_by_full:,}")
 
 # %% [markdown]
-# A twenty-fourth of the numbers. But how should A and B start?
+# LoRA trains a twenty-fourth of the numbers. How should A and B start?
 
 # %% [markdown]
 # ## 6. Both zero: stuck
 #
-# With $A = B = 0$ the new layers change nothing, which sounds safe. Train for ten steps, beside the
-# base on the same windows.
+# With $A = B = 0$, the new layers change nothing, which sounds safe. Train for ten steps, and score
+# the base on the same windows.
 
 # %%
 with torch.no_grad():
@@ -252,8 +252,8 @@ gradients = [p.grad for layer in zero_layers.values() for p in (layer.A, layer.B
 print("largest gradient:", max(gradient.abs().max().item() for gradient in gradients))
 
 # %% [markdown]
-# Nothing moves, ever: $B$'s gradient contains $A x$, which is zero, and $A$'s contains $B$, which
-# is zero, too.
+# Nothing ever moves. The gradient of $B$ contains $A x$, which is zero. The gradient of $A$
+# contains $B$, which is also zero.
 
 # %% [markdown]
 # ## 7. Both random: damaged
@@ -269,14 +269,14 @@ print("the base:    ", [round(loss, 2) for loss in base_losses])
 print("both random: ", [round(loss, 2) for loss in random_losses])
 
 # %% [markdown]
-# The first loss is far above the base's: random changes to all 24 matrices have broken what it
-# knew.
+# The first loss is far above the loss of the base. Random changes of all 24 matrices damaged the
+# model.
 
 # %% [markdown]
 # ## 8. A random, B zero: LoRA
 #
-# One of them is enough to change nothing, and one is enough to get things moving. Our class starts
-# like that already.
+# If one factor is zero, the layer changes nothing. If the other factor is random, training can
+# start. Our class already starts with a random A and a zero B.
 
 # %%
 lora_losses = train(model, lr=7e-4, steps=STEPS // 6)
@@ -297,12 +297,12 @@ plt.xlabel("steps taken")
 plt.show()
 
 # %% [markdown]
-# It starts exactly where the base is, and goes down.
+# The loss starts exactly at the loss of the base, and falls.
 
 # %% [markdown]
 # ## 9. Full fine-tuning's rate: slow
 #
-# Now all the steps, at the learning rate that was right for full fine-tuning.
+# Train for all steps, at the learning rate that was right for full fine-tuning.
 
 # %%
 slow_model, _ = adapted()
@@ -311,12 +311,12 @@ slow_perplexity = perplexity(slow_model)
 print(f"full fine-tuning: {full_perplexity:.1f}; LoRA at the same rate: {slow_perplexity:.1f}")
 
 # %% [markdown]
-# Disappointing: the full change, cut to rank 8, had learned far more.
+# The result is poor: the full change, cut to rank 8, had learned far more.
 
 # %% [markdown]
 # ## 10. The wrong alpha: broken
 #
-# The update is multiplied by $\alpha / r$, so turn up $\alpha$: from 16 to 2048.
+# The update is multiplied by $\alpha / r$, so raise $\alpha$ from 16 to 2048.
 
 # %%
 loud_model, _ = adapted(alpha=2048)
@@ -325,15 +325,15 @@ loud_perplexity = perplexity(loud_model)
 print(f"alpha 2048: {loud_perplexity:.1f}; the base: {base_perplexity:.1f}")
 
 # %% [markdown]
-# Far too much. With AdamW, $\alpha$ works as a second learning rate, for $B$ alone; one knob is
-# easier to turn than two, so leave $\alpha$ at 16.
+# This $\alpha$ is far too large. With AdamW, $\alpha$ works as a second learning rate for $B$. One
+# learning rate is easier to tune than two, so leave $\alpha$ at 16.
 
 # %% [markdown]
 # ## 11. The right rate
 #
-# Why is full fine-tuning's rate too low? A first step of AdamW moves each trained number by the
-# rate. In full fine-tuning these are the numbers of $W$. In LoRA they are those of $B$, and what
-# reaches $W$ is multiplied by the small numbers in $A$.
+# Why is the rate of full fine-tuning too low? A first step of AdamW moves each trained number by
+# the rate. Full fine-tuning moves the numbers of $W$. LoRA moves the numbers of $B$, and the change
+# of $W$ is this move times the small numbers in $A$.
 
 # %%
 step_model, step_layers = adapted()
@@ -365,13 +365,13 @@ plt.xlabel("steps taken")
 plt.show()
 
 # %% [markdown]
-# At eleven times the rate, LoRA learns more than the cut to rank 8 had kept: training finds eight
-# better terms. Nearly four times that is too fast, and worse than no training.
+# At eleven times the rate, LoRA learns more than the cut to rank 8 kept: training finds eight
+# better terms. A rate nearly four times higher is too fast, and worse than no training.
 
 # %% [markdown]
-# ## 12. What it writes
+# ## 12. Texts of the model
 #
-# Base and adapted model go on from the same words, with the same random numbers.
+# The base and the adapted model continue the same words, with the same random numbers.
 
 
 # %%
@@ -387,12 +387,13 @@ print("BEFORE:", before_text)
 print("AFTER: ", after_text)
 
 # %% [markdown]
-# A model this small makes little sense, but the book's voice is there: "you", in the present tense.
+# Texts of such a small model make little sense, but they have the book's voice: "you", in the
+# present tense.
 
 # %% [markdown]
-# ## 13. What it learned
+# ## 13. The change that LoRA learned
 #
-# The singular values again, of LoRA's change of the matrix of section 3.
+# These are the singular values of LoRA's change of the matrix in section 3.
 
 # %%
 layer = tuned_layers["h.0.attn.c_attn"]
@@ -409,12 +410,12 @@ plt.xlabel("k")
 plt.show()
 
 # %% [markdown]
-# Eight are large, and the others are zero, but for rounding.
+# Eight values are large. The other values are zero, up to rounding.
 
 # %% [markdown]
 # ## 14. Merge
 #
-# $W + \frac{\alpha}{r} B A$ is a matrix like $W$. Add the update, and take the wrapper off.
+# $W + \frac{\alpha}{r} B A$ is a matrix like $W$. Add the update to $W$, and remove the wrapper.
 
 # %%
 ids = inputs[:, :32]
@@ -430,14 +431,13 @@ print("merging changed them by up to", (merged_logits - adapted_logits).abs().ma
 print(f"perplexity, merged: {perplexity(tuned_model):.1f}")
 
 # %% [markdown]
-# The merged model is a plain GPT-2 again, as fast as its base, and computes what the adapted one
-# did.
+# The merged model is a plain GPT-2, as fast as the base, with the outputs of the adapted model.
 
 # %% [markdown]
-# ## 15. The project's own
+# ## 15. The same with this project
 #
-# `inject` does the same to any PyTorch model, and its layer also has dropout, mixed precision and
-# files that PEFT reads. Give it our A and B:
+# `inject` adds LoRA to any PyTorch model. The layers of `inject` also have dropout, mixed precision
+# and files that PEFT reads. Copy our A and B into these layers:
 
 # %%
 from lora.inject import inject, lora_layers
@@ -453,13 +453,12 @@ with torch.no_grad():
 print("logits differ by up to", our_difference)
 
 # %% [markdown]
-# The same model, in two lines.
+# `inject` gives the same model.
 
 # %% [markdown]
 # ## 16. The same in PEFT
 #
-# Hugging Face's library, with the same A and B. (Without `peft` and `transformers` this cell only
-# says so.)
+# PEFT, Hugging Face's library, gets the same A and B. (The cell needs `peft` and `transformers`.)
 
 # %%
 try:
@@ -482,13 +481,13 @@ else:
     print("logits differ by up to", peft_difference)
 
 # %% [markdown]
-# Ten lines of ours compute what PEFT computes.
+# Our class of ten lines has the same outputs as PEFT.
 
 # %% [markdown]
 # ## 17. On a model of your own
 #
-# From a model of transformers to an adapter, and to a merged model. It is a text and not a cell,
-# because it downloads a model.
+# This program trains an adapter for a model of transformers, and merges the adapter. The program is
+# a text and not a cell, because it downloads a model.
 #
 # ```python
 # import torch
@@ -533,6 +532,6 @@ else:
 # tokenizer.save_pretrained("merged")
 # ```
 #
-# What to read next: [real weights](../../docs/real-weights.md),
+# Read next: [real weights](../../docs/real-weights.md),
 # [LoRA in ten minutes](../../docs/lora.md), [LoRA in depth](../../docs/lora-in-depth.md), and the
 # [exercises](../../docs/exercises.md).
