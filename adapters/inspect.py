@@ -24,7 +24,7 @@ INTRUDER = 0.5  # a vector with a cosine below this is an intruder
 
 def cosines(weight: Tensor, changed: Tensor) -> Tensor:
     """Compare the TOP largest left singular vectors of the changed weight with all left singular
-    vectors of W. Return the largest absolute cosine of each, (TOP,).
+    vectors of W. Return the largest absolute cosine of each vector, (TOP,).
 
     A cosine below INTRUDER marks an intruder dimension (Shuttleworth et al. 2024,
     https://arxiv.org/abs/2410.21228, algorithm 1).
@@ -57,7 +57,7 @@ def effective_rank(s: Tensor) -> float:
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return cells: the three largest s_i, the number with 90 % of sum s^2, the effective rank."""
+    """Return cells: the three largest s_i, how many have 90 % of sum s^2, the effective rank."""
     if not s.any():
         return ["B is zero"] * 5
     largest = [f"{value:.3g}" for value in s[:3]]

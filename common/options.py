@@ -42,7 +42,7 @@ def parse_evaluate(
         type=number(int, 1, 2),
         default=1,
         metavar="{1,2}",
-        help="1: predict the next token (default). 2: the token after it",
+        help="1: predict the next token (default). 2: the token after that",
     )
     parser.add_argument(
         "--forgotten",

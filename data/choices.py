@@ -1,4 +1,4 @@
-"""Questions with choices, of which one is right: classification without a classification head.
+"""Questions with one right choice: classification without a classification head.
 
     {"prompt": "Who speaks?", "choices": ["Orla", "Jory"], "answer": 1}
 

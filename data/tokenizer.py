@@ -57,7 +57,7 @@ class Tokenizer(ABC):
         """Return the ids (N,), and the number of bytes that each token covers (N,)."""
 
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the token ids (N,), and the number of UTF-8 bytes that each covers, uint32 (N,).
+        """Return the token ids (N,), and the number of UTF-8 bytes of each token, uint32 (N,).
 
         The ids are uint16, or uint32 above 65,536 ids. Bytes that the tokenizer skips count for the
         next token. An end of text covers 0 bytes. Raises UserError for a text that cannot be read.
@@ -156,7 +156,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     if largest >= vocab_size:
         raise UserError(f"{path}: has token {largest}; config.json's vocab_size is {vocab_size}")
     eos_token = _end_of_text(source, vocabulary)
-    if eos_token and path.name == VOCAB:  # these files do not mark the token
+    if eos_token and path.name == VOCAB:  # these files do not mark the token as special
         engine.add_special_tokens([eos_token])
     return kind(vocabulary, vocab_size, eos_token, source, files, engine)
 

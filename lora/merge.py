@@ -6,7 +6,7 @@ from lora.inject import errors_that_name, lora_layers
 
 
 def merge(model: nn.Module) -> None:
-    """Add every LoRA layer's update to its W.
+    """Add the update of every LoRA layer to W.
 
     Raises ValueError, naming the layer, if a layer cannot be merged. After an error, no layer is
     merged.

@@ -1,8 +1,8 @@
 """GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
 
 Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ...). The checkpoint
-stores the projections as (in, out). Here they are `nn.Linear`s, (out, in): `storage/weights.py`
-transposes them.
+stores the projections as (in, out). Here the projections are `nn.Linear`s, (out, in), and
+`storage/weights.py` transposes the weights.
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 This file needs only PyTorch. `accelerate` (`model/kernels/fast.py`) makes a model faster.
@@ -150,7 +150,7 @@ class GPT2(nn.Module):
             self.init_weights()
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues its tokens."""
+        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues the cached tokens."""
         return self.logits(self.hidden(idx, cache))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -21,7 +21,7 @@ def portable_name(base: str) -> str:
 
 
 def stock_name(base: str) -> str:
-    """Return a base's name for those tools. `mini` is a path in the project."""
+    """Return a base's name for transformers and PEFT. `mini` is a path in the project."""
     if base == "mini":
         return "./model/mini"
     return REPOSITORIES.get(base, portable_name(base))

@@ -46,7 +46,7 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
 
 
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError, naming the difference, if `then`, from the file `path`, is another run."""
+    """Raise UserError, naming the difference, unless `then`, read from `path`, is this run."""
     try:
         difference = _difference(then, now)
     except (KeyError, TypeError, AttributeError) as error:

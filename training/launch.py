@@ -21,7 +21,7 @@ from training.options import Options
 
 
 def prepare_device(options: Options, device: Device) -> None:
-    """Set up the device for a run. Raises UserError for options that the device lacks."""
+    """Set up the device for a run. Raises UserError for options that do not fit the device."""
     device.set_tf32(options.allow_tf32)
     kind = device.torch_device.type
     if options.compile:
@@ -94,7 +94,7 @@ class GraphedLoss:
 
 
 class _Loss(nn.Module):
-    """The loss as a module, in which PyTorch finds the parameters that need gradients."""
+    """The loss as a module, so that PyTorch finds the parameters that need gradients."""
 
     def __init__(self, model: GPT2):
         super().__init__()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import RunError
 
-MOST_SKIPS = 20  # fp16 steps skipped in a row that end the run. Each step halves the loss scale
+MOST_SKIPS = 20  # the run ends after this many skipped fp16 steps in a row
 COUNTED = ("loss", "tokens", "all_tokens", "all_seconds", "skipped", "skips_in_a_row")
 
 

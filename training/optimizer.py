@@ -7,7 +7,7 @@ import torch
 
 class AdamW(torch.optim.AdamW):
     """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a loop that
-    does not compile its step.
+    does not compile the step.
 
     PyTorch wraps these methods to hide them from torch.compile. The first call of a wrapper imports
     torch._dynamo and sympy, which takes longer than the import of torch. So this class unwraps the

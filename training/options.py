@@ -122,7 +122,7 @@ class Options:
         "validate on this share at the end of the book or data",
     )
     label_shift: int = option(
-        1, number(int, 1, 2), "1: predict the next token. 2: the token after it", metavar="{1,2}"
+        1, number(int, 1, 2), "1: predict the next token. 2: the token after that", metavar="{1,2}"
     )
 
     # training

@@ -27,7 +27,7 @@ PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wa
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `world_size`. Methods raise RunError if another rank ended."""
+    """This process, `rank` of `world_size`. Raises RunError when another rank has ended."""
 
     rank: int = 0
     world_size: int = 1

@@ -178,7 +178,7 @@ class Run:
         A checkpoint contains the trained parameters and the state of the `stateful` objects.
         """
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        # ParameterDict allows no dot in a name
+        # ParameterDict does not allow a dot in a name.
         named = {name.replace(".", "/"): parameter for name, parameter in trained.items()}
         stateful |= {
             "parameters": nn.ParameterDict(named),

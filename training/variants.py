@@ -1,4 +1,4 @@
-"""Let the variants of LoRA take part in a run: how A and B start, and how a step changes them."""
+"""Apply the variants of LoRA in a run: the start of A and B, and changes of each step."""
 
 from itertools import islice
 

@@ -6,7 +6,7 @@ from lora.layer import LoRAConfig
 
 
 def stacked(config: LoRAConfig, n: int) -> LoRAConfig:
-    """Return the config of n adapters stacked to one of rank n * r, with the same scaling."""
+    """Return the config of n adapters stacked into one of rank n * r, with the same scaling."""
     alpha_factor = math.sqrt(n) if config.use_rslora else n
     return LoRAConfig(
         r=n * config.r,

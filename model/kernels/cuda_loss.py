@@ -1,8 +1,8 @@
 """The loss and the scores of a tied head on a CUDA GPU.
 
-This file differs from `model/kernels/loss.py` in two ways. GPT-2's vocabulary of 50,257 is odd,
-which makes matmuls with the head unaligned and slow. So rows of 0 extend the head to a multiple of
-64. And few kernels run: each kernel costs a launch and a pass over the logits, the largest tensor.
+This file differs from `model/kernels/loss.py` in two ways. First, rows of 0 extend the head to a
+multiple of 64 rows, because matmuls with an odd vocabulary such as GPT-2's 50,257 are slow. Second,
+few kernels run, because each kernel costs a launch and a pass over the logits, the largest tensor.
 
 Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W) with W >= V aligned columns.
 """
@@ -55,7 +55,7 @@ def logits(h: Tensor, w: Tensor) -> Tensor:
 def head_chunks(
     h: Tensor, w: Tensor, targets: Tensor, vocab_size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield for each chunk its rows, targets (n, 1) and log softmax of the logits, fp32 (n, W).
+    """Yield the rows, the targets (n, 1) and the log softmax of the logits, fp32 (n, W), by chunk.
 
     The log softmax is -inf in columns from `vocab_size` on.
     """

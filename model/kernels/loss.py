@@ -56,7 +56,7 @@ def scored_rows(targets: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision of a matmul with x: autocast's precision if enabled, otherwise x's."""
+    """Return the precision of a matmul with x, which is autocast's precision under autocast."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
