@@ -258,8 +258,7 @@ def compare_rounding(
 ) -> None:
     """Allow twice the difference that rounding makes on PEFT's side, because both sides round.
 
-    The root mean square also finds a small difference in every step. The largest difference hides
-    it.
+    Unlike the largest difference, the root mean square shows small differences in every step.
     """
     name = f"{precision}, no dropout: loss"
     largest_difference = relative(here, there)

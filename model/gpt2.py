@@ -150,7 +150,7 @@ class GPT2(nn.Module):
             self.init_weights()
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues the cached tokens."""
+        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues the cache."""
         return self.logits(self.hidden(idx, cache))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:

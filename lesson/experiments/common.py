@@ -185,7 +185,7 @@ def band(
 ) -> None:
     """Plot the mean of y (runs, points) over the runs, and a band from minimum to maximum.
 
-    `label` is for a legend. For few lines, `common.figures.name_line` is clearer.
+    `label` is for a legend. For few lines, `lesson.figures.name_line` is clearer.
     """
     axis.plot(x, y.mean(0), line, color=colour, label=label)
     axis.fill_between(x, y.amin(0), y.amax(0), color=colour, alpha=0.2, linewidth=0)

@@ -34,7 +34,7 @@ PARTS = (
     "optimizer",
     "rest",
 )
-# Words in the name of an operator or a caller that tell the part. Shapes tell the other parts.
+# Words that identify a part in the name of an operator or a caller. Shapes identify other parts.
 NAMES = {
     "head and loss": ("_TiedCrossEntropy",),
     "attention": ("scaled_dot", "ScaledDot", "bmm", "oftmax"),

@@ -146,7 +146,7 @@ class Explorer:
         return list(zip(texts, log_p, strict=True))
 
     def change(self, request: Mapping[str, Any]) -> float:
-        """Set row 1 to the adapter as changed by the knobs. Return the share of the squared norm
+        """Set row 1 to the adapter that the knobs give. Return the share of the squared norm
         that remains after the cut to `rank`.
         """
         strength = parse(request, "strength", float, 0, 2)
