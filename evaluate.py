@@ -52,7 +52,7 @@ def evaluate(
     dtype = torch.float64
     if device.torch_device.type == "mps":  # MPS has no fp64
         dtype = torch.float32
-    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # of losses, and of hits
+    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # loss sum and hit count
     count = torch.zeros(1, dtype=torch.int64)
 
     was_training = model.training

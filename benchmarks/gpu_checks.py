@@ -169,7 +169,7 @@ def make_inputs(opts: Namespace, folder: Path) -> None:
     torch.manual_seed(0)
     model = GPT2(opts.config)
     with torch.no_grad():
-        for parameter in model.parameters():  # new biases are 0, new logits nearly equal
+        for parameter in model.parameters():  # new biases are 0, and new logits are nearly equal
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     save_gpt2(model, opts.base)
     write_tokenizer(opts.base, opts.config.vocab_size)

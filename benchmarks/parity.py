@@ -116,7 +116,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
 
 def compare(opts: Namespace, report: Report) -> None:
     """Run every part of the check, or only the bit-exact part."""
-    warnings.simplefilter("ignore", FutureWarning)  # of PEFT and transformers, about each other
+    warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other
     with TemporaryDirectory() as name:
         folder = Path(name)
         there = exact(opts, report, folder)

@@ -48,7 +48,7 @@ def load(directory: Path, adapter: Path | None = None, dropout: float | None = N
 def build(args: Options) -> StockModel:
     """Build the trained model: the base, and for LoRA a new adapter or `--init-adapter`."""
     model = load(Path(args.base), dropout=args.base_dropout)
-    torch.manual_seed(args.seed)  # for A, then for the dropouts
+    torch.manual_seed(args.seed)  # seeds A, and then the dropouts
     if args.init_adapter:
         return PeftModel.from_pretrained(model, args.init_adapter, is_trainable=True)
     if args.method == "lora":

@@ -53,7 +53,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "LoRA, reference, lr 1e-3": (*REFERENCE, "--lr", "1e-3"),
     "LoRA, reference, lr 2e-4": (*REFERENCE, "--lr", "2e-4"),
 }
-COLOURS = dict(zip(RUNS, (LORA, OTHER, FULL), strict=False))  # of the runs that the picture has
+COLOURS = dict(zip(RUNS, (LORA, OTHER, FULL), strict=False))  # the picture shows these runs
 SIDES = ("here", "there")
 Curve = list[tuple[int, float]]  # (steps, perplexity)
 Work = Callable[[Batch], object]
@@ -175,7 +175,7 @@ def stock_step(trainer: ours.Trainer) -> Work:
     """Return a step of the plain loop, with this trainer's options and batches."""
     from benchmarks import peft_loop  # slow to import, and our side does not need it
 
-    warnings.simplefilter("ignore")  # of the libraries, about each other
+    warnings.simplefilter("ignore")  # libraries warn about each other
     options = replace(trainer.options, base=str(find_base("mini")[1]))
     step = peft_loop.make_step(peft_loop.build(options), options, options.precision)
     rates = (peft_loop.learning_rate(i, trainer.total_steps, options) for i in range(10**6))

@@ -119,7 +119,7 @@ def set_defaults(opts: Namespace) -> None:
     if device.is_cuda:
         steps = 20
         warm_up = 3
-        native = device.precision  # fp16 where bf16 is emulated
+        native = device.precision  # fp16 if the GPU emulates bf16
         precisions = list(dict.fromkeys(("fp32", native, "fp16")))
     if opts.quick:
         precisions = [device.precision]

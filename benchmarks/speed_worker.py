@@ -40,7 +40,7 @@ Call = Callable[[], object]  # the timed call. Its value shows that both sides c
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    warnings.simplefilter("ignore")  # of the libraries, about each other
+    warnings.simplefilter("ignore")  # libraries warn about each other
     [task_as_json] = sys.argv[1:] if argv is None else argv
     figures = json.dumps(measure(Task(**json.loads(task_as_json))))
     if os.environ.get("RANK", "0") == "0":
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(task: Task) -> dict:
     """Return the figures of this task."""
     device = Device.pick(task.device, task.precision)
-    use_full_fp32()  # on either side
+    use_full_fp32()  # for both sides
     if task.side == "ours" or task.allocator_alike:
         tune_process()  # as train.py, evaluate.py and generate.py do
     torch.manual_seed(0)

@@ -52,7 +52,7 @@ def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str,
         "peft_type": "LORA",
         **base_fields,
         **config_fields(config),
-        "init_lora_weights": True,  # A and B need no conversion
+        "init_lora_weights": True,  # so that a reader loads A and B unchanged
         "bias": "none",
         "modules_to_save": None,
         "inference_mode": True,

@@ -95,7 +95,7 @@ class Run:
 
         self.directory: RunDirectory | None = None  # in rank 0, while it has the lock
         self.finished = False  # whether --resume found the run complete
-        self.saver: Saver | None = None  # once the run has begun
+        self.saver: Saver | None = None  # set once the run has begun
         self.line: dict[str, Any] = {}  # for metrics.jsonl, if this step writes a line
         self.stop_signal: int | None = None
         self.stepped_at = 0.0
@@ -188,7 +188,7 @@ class Run:
         }
         options = self.options
         if not self.ranks.is_main:
-            torch.manual_seed(options.seed + self.ranks.rank)  # other dropout masks
+            torch.manual_seed(options.seed + self.ranks.rank)  # draws other dropout masks
         saver = Saver(options.out, self.directory, self.identity, self.ranks, self.device, stateful)
         if options.resume and saver.can_resume():
             saver.restore()
@@ -283,7 +283,7 @@ class Run:
         """Print and log the validation scores. Save the model if it is the best so far."""
         line = f"step {self.step}/{self.total_steps}: val {scores}"
         progress = self.progress
-        if self.step == 0:  # an initial adapter
+        if self.step == 0:  # the score of an initial adapter
             progress.start_val_loss = scores.loss
         if scores.loss < progress.best_val_loss:
             progress.best_val_loss = scores.loss

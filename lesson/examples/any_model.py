@@ -107,7 +107,7 @@ def train(model, training: Dataset, validation: Dataset, device: Device, args) -
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
     order = np.concatenate([training.epoch_order(args.seed, i) for i in range(8 * args.steps)])
-    torch.manual_seed(args.seed)  # for the dropouts
+    torch.manual_seed(args.seed)  # seeds the dropouts
     best = math.inf
     for step in range(args.steps):
         for group in optimizer.param_groups:

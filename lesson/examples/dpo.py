@@ -40,7 +40,7 @@ BETA = 0.1  # a smaller beta lets the model move further from the reference
 # Without dropout, the margin starts at 0. Dropout would add noise.
 LORA = LoRAConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
-Ids = list[int]  # of tokens
+Ids = list[int]  # token ids
 
 
 @dataclass

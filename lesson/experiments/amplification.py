@@ -20,7 +20,7 @@ from lesson.experiments.common import experiment, panels
 from lesson.experiments.intruders import RUNS
 from lesson.experiments.sweep import finetune
 
-SHOWN = ("r = 1", "r = 8", "r = 64", "full")  # of RUNS
+SHOWN = ("r = 1", "r = 8", "r = 64", "full")  # names in RUNS
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

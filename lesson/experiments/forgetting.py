@@ -26,7 +26,7 @@ def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
 
     Returns the texts (32, 64), and the base's log p (32, 64, V) on them.
     """
-    made = trainer(precision=precision, short=short, block_size=64)  # B is zero: the base
+    made = trainer(precision=precision, short=short, block_size=64)  # the base, as B is zero
     count, length = (4, 16) if short else (32, 64)
     end_of_text = made.data.tokenizer.end_of_text
     assert end_of_text is not None  # mini has an end-of-text token

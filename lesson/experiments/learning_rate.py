@@ -70,7 +70,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    base = trainer(precision="auto", short=args.short, block_size=64)  # B is zero: the base
+    base = trainer(precision="auto", short=args.short, block_size=64)  # the base, as B is zero
     learned_and_forgotten = measure_of(args.short)
     data: dict[str, Any] = {"base": base.evaluate().perplexity}
     for method, (_, rates) in METHODS.items():

@@ -120,7 +120,7 @@ def known_cells() -> dict[str, Any]:
     for line in CELLS.read_text().splitlines():
         try:
             kept = json.loads(line)
-        except ValueError:  # empty, or cut off by a kill
+        except ValueError:  # the line is empty, or a kill cut it off
             continue
         known[kept["cell"]] = kept["result"]
     return known

@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
             line = describe_failure(error)
             self.send_failure(error, line or f"a bug of this server: {type(error).__name__}")
             if line is None:
-                raise  # to the terminal
+                raise  # prints the traceback
 
     def refuse_foreigners(self) -> None:
         """Raise Refusal for a page from another host, which the browser sends as Origin.

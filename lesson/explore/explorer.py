@@ -22,7 +22,7 @@ from model.kernels.fast import accelerate
 from training.report import perplexity
 from training.scores import kl_divergence
 
-OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # of generate.py
+OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # options of generate.py
 MOST_NEW_TOKENS = 400
 CHUNK = 64  # tokens with logits in memory at a time
 SHOWN = 5  # likeliest tokens
