@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# Module names by family of models. PEFT mistakes every module with such a name for the parameter
-# of all experts (`_MOE_TARGET_MODULE_MAPPING`), even a dense layer or a shared expert.
+# Module names by family of models. PEFT takes any module with such a name, even a dense layer or a
+# shared expert, for the one parameter of all experts (`_MOE_TARGET_MODULE_MAPPING`).
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),

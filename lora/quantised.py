@@ -29,8 +29,8 @@ def nf4_levels() -> Tensor:
     the quantile of 1/2, so a weight of 0 stays 0. The largest level becomes 1.
 
     Equation 4 of the paper takes the means of neighbouring quantiles. Appendix E and the authors'
-    code take the quantiles. The quantile of 1 is infinite, so `tail` replaces 1. The authors' code
-    rounds (1 - 1/32 + 1 - 1/30) / 2 to these seven digits.
+    code take the quantiles themselves, and so does this function. The quantile of 1 is infinite, so
+    `tail` replaces 1. The authors' code rounds (1 - 1/32 + 1 - 1/30) / 2 to these seven digits.
     """
     tail = 0.9677083
     above = torch.special.ndtri(torch.linspace(tail, 0.5, 9)[:-1].double())  # (8,)
@@ -220,7 +220,7 @@ class NF4Linear(QuantisedLinear):
         return levels * scale_of_each + self.mean
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        # Two fp32 levels are viewed as one int64: picking numbers is faster than picking rows.
+        # Each row of two fp32 levels becomes one int64, because picking numbers is faster.
         pairs = self.pairs.view(torch.int64).flatten()  # (256,)
         picked = torch.index_select(pairs, 0, self.codes.flatten().int())  # (n / 2,)
         blocks = picked.view(torch.float32).view(-1, BLOCK)  # levels

@@ -20,7 +20,7 @@ class RunIdentity:
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of the base's config and weights, if any
+    base_sha256: dict[str, str]  # of the base's config, and of the weights if it has any
     book_sha256: str  # of the token ids
     init_adapter_sha256: dict[str, str] | None  # of the adapter's two files
 

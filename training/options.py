@@ -51,10 +51,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
     """Declare a field that argparse reads as an option. A default of False makes a switch.
 
-    argparse gets `settings`, except five keys. `names` are other names of the option. `method` is
-    the only method that has the option. `excludes` names a group of options that exclude each
-    other. `lora` marks a field of `LoRAConfig`. With `may_change`, a resumed run may have another
-    value.
+    argparse gets `settings`, except five keys. `names`: other names of the option. `method`: only
+    this method has the option. `excludes`: a group of options that exclude each other. `lora`: the
+    option is a field of `LoRAConfig`. `may_change`: a resumed run may have another value.
     """
     if default is False:
         settings["action"] = "store_true"

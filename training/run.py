@@ -163,7 +163,7 @@ class Run:
         """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
         device = self.device.torch_device
         scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
-        scaler.scale(torch.zeros((), device=device))  # creates the scale: a rank may have no loss
+        scaler.scale(torch.zeros((), device=device))  # a rank without windows scales nothing else
         return scaler
 
     def use_cuda_graph(self, model: GPT2) -> None:

@@ -1,8 +1,8 @@
 """Operations that are faster on a CPU than PyTorch's own: linear, GELU, dropout, attention.
 
-`model/kernels/fast.py` uses these operations in a model. Each operation computes the PyTorch
-function in the docstring, with gradients. On other devices and under torch.compile, the operation
-calls that function.
+`model/kernels/fast.py` uses these operations in a model. Each computes the same as the PyTorch
+function that its docstring names, with gradients. On other devices and under torch.compile, the
+operation calls that function.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NARROW = 64  # for weights with a smaller side, such as A and B, PyTorch is faster
-LONGEST_MATRIX = 256  # up to this many tokens, the (T, T) matrix is faster in low precision
+LONGEST_MATRIX = 256  # tokens: up to here, low precision is faster with the whole (T, T) matrix
 IDENTITY = 16  # the width of the identity that GELU is computed with
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
