@@ -4,7 +4,8 @@ Varied: the trained weights. These are all weights, the weights of c_attn, c_pro
 of rank 8 on these layers.
 Fixed: mini, the default book, 249 steps of 16 windows of 128 tokens, as in `train.py lora`.
 Measured: the least of the three validation perplexities, with three seeds. The layers alone run at
-the best rate and at the two rates beside it. The others run at the best rate in the README.
+the best rate and at the two rates beside it. The others run at the best rate in
+docs/reference-run.md.
 """
 
 from collections.abc import Sequence

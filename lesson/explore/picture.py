@@ -1,4 +1,4 @@
-"""Draw a run's page for the README: `python -m lesson.explore.picture runs/lora`."""
+"""Draw a run's page for docs/explore.md: `python -m lesson.explore.picture runs/lora`."""
 
 import argparse
 import threading
