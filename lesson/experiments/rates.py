@@ -117,9 +117,9 @@ def draw(data: dict[str, Any]) -> Any:
     axis.set(
         xscale="log",
         yscale="log",
-        xlabel="passes over what is read",
+        xlabel="passes over the text",
         ylabel="best learning rate",
-        title="lines: 0.035 / cuberoot(steps * passes^2)",
+        title="lines: 0.035 / cuberoot(steps * passes^2); ranks of one run are side by side",
     )
     draw_at(axis.xaxis, (1.4, 5.8, 23))
     axis.yaxis.set_major_formatter(scientific)

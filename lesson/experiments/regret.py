@@ -115,13 +115,13 @@ def draw(data: dict[str, Any]) -> Any:
             middle.plot(range(len(y)), y, ".-", color=colours[name])
 
     draw_at(left.xaxis, range(len(BATCHES)), list(BATCHES))
-    left.set(xlabel="windows a step", ylim=(0, 0.26))
+    left.set(xlabel="windows per step", ylim=(0, 0.26))
     for axis in (middle, right):
         draw_at(axis.xaxis, range(len(SHARES)), [name for name, _, _ in SHARES.values()])
-        axis.set(xlabel="what is read of the book")
+        axis.set(xlabel="part of the book")
     middle.set(ylim=(0, 0.26))
     right.set(ylim=(0, None))
-    right.legend()
+    figure.legend(loc="outside lower center", ncols=len(METHODS))
     return figure
 
 

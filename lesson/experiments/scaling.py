@@ -65,7 +65,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw the perplexity by rate: a panel per rule, a shade per rank, and full fine-tuning."""
-    figure, axes = panels("The rate, by rank and rule (mini, all four layers)", *RULES)
+    title = "The rate, by rank and rule (mini; circle: the best rate; out of the panel: too high)"
+    figure, axes = panels(title, *RULES)
     for axis, rule in zip(axes, RULES, strict=True):
         draw_curve(axis, data["full"], FULL, "full")
         for (r, runs), colour in zip(
