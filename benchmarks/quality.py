@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
 def measure_curves(opts: Namespace, curves: dict[str, Any], save: Callable[[], None]) -> None:
     """Measure the missing curves, on one thread each, several at a time.
 
-    The documentation's rates are tried with the first seed.
+    The rates of the documentation run only with the first seed.
     """
     first, *others = map(str, opts.seeds)
     wanted = [(run, first) for run in RUNS]

@@ -75,7 +75,7 @@ def kl_at(perplexity: float, found: list[dict[str, Any]]) -> float:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the intruders of each run, and forgetting by perplexity as either part is scaled."""
+    """Draw the intruders of each run. Draw forgetting by perplexity as each part is scaled."""
     figure, (left, right) = panels(
         "Intruder dimensions, and what it costs to scale them down (mini)",
         "intruders in all weights",

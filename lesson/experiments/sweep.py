@@ -261,7 +261,7 @@ def compare(
 
 
 def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
-    """Draw a bar for each choice at its best rate, from the least perplexity to the greatest."""
+    """Draw a bar for each choice at the best rate, from the least perplexity to the greatest."""
     figure, (axis,) = panels(title)
     for row, (label, runs) in enumerate(data.items()):
         rate = best_rate(runs)

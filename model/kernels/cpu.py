@@ -20,7 +20,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 def onednn_dtypes() -> set[torch.dtype]:
     """Return the precisions in which oneDNN is faster than the rest of PyTorch on this CPU.
 
-    Without AVX-512 there are none: oneDNN emulates bf16, and is slower in fp32 (docs/speed.md).
+    Without AVX-512, oneDNN emulates bf16, and is slower in fp32 (docs/speed.md).
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not torch.backends.mkldnn.is_available() or not has_avx512:
