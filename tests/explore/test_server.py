@@ -132,7 +132,8 @@ def test_the_command_refuses_in_one_line(base, every_layer, runs, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = refused(every_layer, "--port", port)
-    assert line == f"error: --port {port}: cannot be used (Address already in use); name another port"
+    used = f"--port {port}: cannot be used (Address already in use)"
+    assert line == f"error: {used}; name another port"
     assert "is a whole model, whose change has no A and B; extract" in refused(runs["full"].out)
     save_adapter(adapted(base, use_dora=True), tmp_path / "dora", "gpt2")
     assert "is DoRA, whose change is not B A alone" in refused(tmp_path / "dora", "--port", 0)
