@@ -83,8 +83,8 @@ def summary(
 ) -> dict[str, Any]:
     """Return the accuracy of the choices, of guessing, and of always giving the commonest answer.
 
-    If all questions have the same choices, `confusion` counts how often the model chose each column
-    where each row was the right answer. The model chooses by the summed log p.
+    If all questions have the same choices, `confusion[i][j]` counts the questions with the right
+    answer i for which the model chose j, by the summed log p.
     """
     answers = np.array([one.answer for one in questions])
     labels = questions[0].choices

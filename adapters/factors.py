@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(\d+)")
 
 
 class Factors(NamedTuple):
-    """A change B A of one layer's weight: B (out, r), scaling included, and A (r, in)."""
+    """The factors of the change B A of a weight: B (out, r) includes the scaling, and A is (r, in)."""
 
     B: Tensor
     A: Tensor

@@ -147,7 +147,8 @@ def encode(
     the bytes of text that each token covers.
 
     With `ask`, the assistant's name comes last, for a model to continue. Text between completions
-    is tokenized in one piece: the space of an empty content and the new line can be one token.
+    is tokenized in one piece, because a token may cross a boundary: after "User:", the space and
+    the new line of an empty turn can be one token.
     """
     ids: list[int] = []
     scored: list[bool] = []

@@ -30,9 +30,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
     `target_modules` is "all-linear" (all except the head), a regular expression that matches full
     names, or a list of full names and endings after a dot: `c_proj` matches a layer in GPT-2's
-    attention and a layer in the MLP. `layers_to_transform` limits endings to these blocks, and
-    `layers_pattern` to lists of blocks with this name. Raises ValueError if a target, block or
-    pattern matches nothing, if a target cannot be adapted, or if the model has an adapter already.
+    attention and a layer in the MLP. With `layers_to_transform`, an ending matches only in blocks
+    with these numbers. `layers_pattern` names the lists of blocks that are counted, such as `h`.
+    Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,
+    or if the model has an adapter already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has an adapter already; `unwrap` it first")
@@ -62,7 +63,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Map the full name of each module that shares a weight to a phrase that names the other
+    """Return the modules that share a weight: the full name, and a phrase that names the other
     module. An update of one module would change both.
     """
     view = peft_view(model)
@@ -148,9 +149,9 @@ def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]
 
 
 def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> None:
-    """Raise ValueError unless the module `own` that a target matches can be adapted.
+    """Raise ValueError if the module that the target matches cannot be adapted.
 
-    `tied` is the phrase of `tied_modules` about the module, if any.
+    `own` is the module's name in the model. `tied` is the phrase of `tied_modules` about the module, if any.
     """
     refused = f"target module {target!r} is refused:"
     if tied:

@@ -103,7 +103,8 @@ def gelu(x: Tensor) -> Tensor:
 
 def _onednn_gelu(x: Tensor) -> Tensor:
     """Compute GELU as the activation of a product with the identity. PyTorch has oneDNN's GELU only
-    fused to a linear layer. Fused to the MLP's layer, it would not return x for the gradients.
+    fused to a linear layer. Fused to the MLP's layer, it would not return that layer's output,
+    which the gradient needs.
     """
     identity = torch.eye(IDENTITY, dtype=x.dtype)
     return _onednn(x.reshape(-1, IDENTITY), identity, None, "gelu").view(x.shape)

@@ -27,7 +27,7 @@ def aligned(rows: int) -> int:
 
 @torch.no_grad()
 def aligned_head(weight: Tensor) -> Tensor:
-    """Return weight (V, C), extended by rows of 0 to a multiple of 64 rows, (W, C).
+    """Return weight (V, C) with added rows of 0, (n, C), where n is a multiple of 64.
 
     The first call moves the weight to memory with room for these rows. So no step copies the head.
     """
