@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(\d+)")
 
 
 class Factors(NamedTuple):
-    """The factors of the change B A of a weight: B (out, r) includes the scaling, and A is (r, in)."""
+    """The factors of the change B A of a weight: B (out, r), with the scaling, and A (r, in)."""
 
     B: Tensor
     A: Tensor

@@ -151,7 +151,8 @@ def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]
 def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> None:
     """Raise ValueError if the module that the target matches cannot be adapted.
 
-    `own` is the module's name in the model. `tied` is the phrase of `tied_modules` about the module, if any.
+    `own` is the module's name in the model. `tied` is the phrase of `tied_modules` about the
+    module, if any.
     """
     refused = f"target module {target!r} is refused:"
     if tied:
