@@ -106,7 +106,7 @@ lint: .venv/dev
 
 # On mini. ARGS: one experiment's name and options.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \
-	targets variants intruders amplification alone spectrum step_time quantisation
+	recipes targets variants intruders amplification alone spectrum step_time quantisation
 
 figures: .venv/run
 	$(if $(ARGS),@test -f lesson/experiments/$(firstword $(ARGS)).py || { \

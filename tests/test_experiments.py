@@ -26,6 +26,7 @@ from lesson.experiments import (
     quantisation,
     quantised_memory,
     rates,
+    recipes,
     regret,
     scaling,
     spectrum,
@@ -42,7 +43,7 @@ from storage.weights import load_config, load_gpt2
 from tests.helpers import tiny_gpt2_directory, token_ids
 from tests.legible import only_legible_pictures
 from training import data as training_data
-from training.options import ROOT
+from training.options import BOOK, ROOT
 from training.recipe import best_rate
 from training.report import count_parameters
 
@@ -204,6 +205,20 @@ def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
     (mlp,) = data["c_fc, mlp.c_proj: r = 8"][targets.GUESS]
     assert c_attn != mlp
     assert max(c_attn, mlp) < trainer(short=True).evaluate().perplexity
+
+
+def test_both_recipes_train_on_the_beginning_of_each_text(tmp_path, monkeypatch):
+    both = {"c_attn": BOOK, "pseudo-Latin text": ROOT / "benchmarks" / "pseudo-latin.txt"}
+    chosen = {label: recipes.CONFIGURATIONS[label] for label in both}
+    monkeypatch.setattr(recipes, "CONFIGURATIONS", chosen)
+    data = run(recipes, tmp_path)
+    for label, text in both.items():
+        beginning = tmp_path / text.name
+        beginning.write_text(text.read_text()[:9000])
+        base = trainer(book=beginning, block_size=16, val_fraction=1 / 3).evaluate().perplexity
+        (reference,), (best,) = data[label].values()
+        assert reference["base"] == best["base"] == pytest.approx(base)
+        assert best["perplexity"] < reference["perplexity"] < base
 
 
 def test_the_rules_for_the_scaling_agree_at_rank_8_alone():

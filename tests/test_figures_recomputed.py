@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from statistics import mean
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TEXT = "".join((DOCS / f"{page}.md").read_text() for page in ("experiments", "findings"))
 ROWS = [
-    [cell.strip() for cell in line.replace("*", "").strip("|").split("|")]
+    [cell.strip() for cell in re.sub(r"[*`]", "", line).strip("|").split("|")]
     for line in TEXT.splitlines()
     if line.startswith("|")
 ]
@@ -40,7 +41,12 @@ def vertex(runs):
 
 
 def spread(runs):
-    found = best(runs)[1]
+    return mean_and_range(best(runs)[1])
+
+
+def mean_and_range(found):
+    if len(found) == 1:
+        return f"{found[0]:.1f}"
     return f"{mean(found):.1f} ({min(found):.1f} .. {max(found):.1f})"
 
 
@@ -95,3 +101,13 @@ def test_gaps_to_full_fine_tuning():
         found = [runs[share]["validation"] for runs in lora]
         gaps = [f"{mean(best(runs)[1]):.1f} ({gap(runs, base)})" for runs in found]
         assert is_printed(f"{mean(best(base)[1]):.1f}", *gaps)
+
+
+def test_the_best_recipe_is_never_worse_than_the_reference():
+    for label, recipes in stored("recipes").items():
+        reference, best = ([run["perplexity"] for run in found] for found in recipes.values())
+        noise = max(max(found) - min(found) for found in (reference, best))
+        assert mean(best) <= mean(reference) + noise, label
+        slow, fast = (mean(run["seconds"] for run in found) for found in recipes.values())
+        times = f"{slow / fast:.1f}"
+        assert is_printed(label, mean_and_range(reference), mean_and_range(best), times), label

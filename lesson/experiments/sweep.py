@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from lesson.experiments.common import Trainer, asked_options, experiment, panels
 from lora.inject import lora_layers
 from storage.hub import find_base
 from storage.weights import base_hashes
-from training.options import BOOK, MAY_CHANGE, ROOT, Options
+from training.options import MAY_CHANGE, ROOT, Options
 
 # One result per line. Delete the file after a code change that affects results.
 CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
@@ -84,10 +85,10 @@ def at_best(result: dict[str, float]) -> float:
 
 
 @cache
-def read_files() -> list[str]:
-    """Return the hashes of the base and the book, which every run reads."""
+def read_files(text: Path) -> list[str]:
+    """Return the hashes of the base and of the text, which a run reads."""
     _, directory = find_base("mini")
-    return [*base_hashes(directory).values(), file_sha256(BOOK)]
+    return [*base_hashes(directory).values(), file_sha256(text)]
 
 
 def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> str:
@@ -105,7 +106,7 @@ def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> st
         "measure": measure.__name__,
         "short": short,
         "options": {"method": options.method, **chosen},
-        "files": read_files(),
+        "files": read_files(options.data or options.book[0]),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

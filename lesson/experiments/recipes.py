@@ -1,0 +1,119 @@
+"""Is `--recipe best` ever worse than `--recipe reference`? `python -m lesson.experiments.recipes`
+
+Varied: the recipe, and one option or the text. Where no option names the layers, the reference
+adapts c_attn, and best all four.
+Fixed: mini in fp32, and every other option of `train.py`. A text ends after 9,000 characters. The
+last third of a text, or of the examples, is the validation part.
+Measured: the perplexity of the adapter that `train.py` saves, and the processor time of the steps,
+with three seeds.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from common.figures import BASE, LORA, draw_at, shades
+from lesson.experiments.common import SHORT, Trainer, experiment, panels, train_options
+from lesson.experiments.sweep import cell, keep, known_cells, perplexity
+from training.options import BEST, BOOK, REFERENCE, ROOT
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "c_attn": {"target_modules": ("c_attn",)},
+    "c_attn.q c_attn.v": {"target_modules": ("c_attn.q", "c_attn.v")},
+    "attn.c_proj": {"target_modules": ("attn.c_proj",)},
+    "c_fc": {"target_modules": ("c_fc",)},
+    "mlp.c_proj": {"target_modules": ("mlp.c_proj",)},
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
+    "Riemannian": {"riemannian": True},
+    "LoRA+, ratio 16": {"loraplus_lr_ratio": 16.0},
+    "LoRA-FA": {"freeze_a": True},
+    "alpha 8": {"lora_alpha": 8},
+    "alpha 32": {"lora_alpha": 32},
+    "alpha 64": {"lora_alpha": 64},
+    "rank 1": {"r": 1},
+    "rank 4": {"r": 4},
+    "rank 16": {"r": 16},
+    "rank 64": {"r": 64},
+    "rsLoRA, rank 64": {"use_rslora": True, "r": 64},
+    "pseudo-Latin text": {"book": ROOT / "benchmarks" / "pseudo-latin.txt"},
+    "JSON lines as a text": {"book": ROOT / "data" / "speakers-train.jsonl"},
+    "instructions": {"data": ROOT / "data" / "instructions.jsonl"},
+}
+CHARACTERS = 9000  # of a text. 6,000 of them are 1,800 to 2,800 training tokens
+
+
+def saved(made: Trainer) -> dict[str, float]:
+    """Train. Return the base's perplexity, the least one after an epoch, and the steps' seconds."""
+    base = perplexity(made)
+    found = []
+    seconds = 0.0
+    for batch in made.batches():
+        began = time.process_time()
+        made.step(batch)
+        seconds += time.process_time() - began
+        if made.run.epoch_ends():
+            found.append(perplexity(made))
+    return {"base": base, "perplexity": min(found), "seconds": seconds}
+
+
+def run(words: dict[str, Any], seed: int, short: bool) -> dict[str, float]:
+    """Return the result of a run with these options. A stored result is returned at once."""
+    words = {"device": "cpu", "precision": "fp32", "seed": seed, **words}
+    if short:
+        words |= SHORT
+    options = train_options("lora", words | {"val_fraction": 1 / 3})
+    key = cell(options, saved, short)
+    known = known_cells()
+    if key not in known:
+        known[key] = saved(Trainer(options))
+        keep(key, known[key])
+    return known[key]
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """Return the result with each seed, by configuration and recipe."""
+    data: dict[str, Any] = {label: {REFERENCE: [], BEST: []} for label in CONFIGURATIONS}
+    with TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            for label, options in CONFIGURATIONS.items():
+                if "data" not in options:
+                    book = options.get("book", BOOK)
+                    beginning = Path(folder) / book.name
+                    beginning.write_text(book.read_text()[:CHARACTERS])
+                    options = options | {"book": beginning}
+                for recipe, found in data[label].items():
+                    found.append(run({"recipe": recipe, **options}, seed, args.short))
+                    print(f"{label}, {recipe}: {found[-1]}", flush=True)
+    return data
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw both recipes' mean perplexities of each configuration, joined by a line."""
+    figure, (axis,) = panels("The two recipes, by adapter and by text (mini)", height=6.5)
+    colours = shades(LORA, 2)
+    for label, recipes in data.items():
+        means = [mean(r["perplexity"] for r in recipes[name]) for name in (BEST, REFERENCE)]
+        axis.plot(means, [label, label], color=BASE, linewidth=1)
+        axis.scatter(means, [label, label], color=colours, zorder=2)
+    for name, colour in zip((BEST, REFERENCE), colours, strict=True):
+        axis.scatter([], [], color=colour, label=name)
+    axis.set(xscale="log", xlabel="validation perplexity", ylim=(len(data) - 0.5, -0.7))
+    draw_at(axis.xaxis, (10, 20, 30, 40, 50, 60))
+    axis.legend()
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("recipes", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
