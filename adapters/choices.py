@@ -47,7 +47,7 @@ def score_questions(
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
-    """Read a file of questions. A choice is a whole answer of the assistant, with an end of text.
+    """Read a file of questions. Each choice becomes a whole answer, with an end-of-text token.
 
     If a choice does not fit into a block, all choices of the question lose the same tokens at the
     beginning of the prompt. Raises UserError, naming the line, for a line that is not a question,
@@ -68,7 +68,7 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 
 @torch.no_grad()
 def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tensor]:
-    """Return the log p of each choice, summed over tokens, fp64, and the number of tokens."""
+    """Return each choice's log p, summed over its tokens in fp64, and its number of tokens."""
     inputs, targets = Instructions(task.rows).batch(np.arange(len(task.rows)))  # (choices, T)
     with device.autocast():
         losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
@@ -83,8 +83,8 @@ def summary(
 ) -> dict[str, Any]:
     """Return the accuracy of the choices, of guessing, and of always giving the commonest answer.
 
-    If all questions have the same choices, `confusion[i][j]` counts the questions with the right
-    answer i for which the model chose j, by the summed log p.
+    If all questions have the same choices, `confusion[i][j]` counts the questions where i is right
+    and the model chose j by the summed log p.
     """
     answers = np.array([one.answer for one in questions])
     labels = questions[0].choices

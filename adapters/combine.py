@@ -1,6 +1,7 @@
 """Add adapters of one base: `python -m adapters.combine A [B ...] --out DIR`.
 
-The result is plain LoRA: lora_alpha = r, one rank for all layers, and no variant or pattern.
+The result is plain LoRA, without a variant or a pattern. All layers have one rank, and
+lora_alpha = r.
 """
 
 import argparse
@@ -23,11 +24,11 @@ from storage.hub import find_adapter
 def combine(
     adapters: Sequence[dict[str, Factors]], weights: Sequence[float], rank: int | None = None
 ) -> tuple[dict[str, Factors], float]:
-    """Return sum_i w_i B_i A_i for each layer, and the kept share of the total squared norm.
+    """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that is kept.
 
     Every layer is truncated by SVD to the smallest of `rank`, the sum's largest rank and the
-    smallest side of any layer. A layer that an adapter lacks counts as zero. Raises UserError for
-    different shapes.
+    smallest side of any layer. A layer that an adapter lacks counts as zero. Raises UserError if
+    the shapes of a layer differ.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
     total = {layer: _sum_of(layer, adapters, weights) for layer in layers}
@@ -51,7 +52,7 @@ def combine(
 def _sum_of(
     layer: str, adapters: Sequence[dict[str, Factors]], weights: Sequence[float]
 ) -> Factors:
-    """Return one layer's sum: B = [w_1 B_1, w_2 B_2, ...] side by side, and the A_i stacked."""
+    """Return the factors of one layer's sum: the w_i B_i side by side, and the A_i stacked."""
     parts_b = []
     parts_a = []
     for adapter, weight in zip(adapters, weights, strict=True):

@@ -53,8 +53,8 @@ def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
 def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
 ) -> tuple[dict[str, Factors], list[list[str]], float]:
-    """Return the best approximation of rank `rank` of each layer's change, the rows of the table,
-    and the share of the whole change's squared norm that is outside these layers.
+    """Approximate each layer's change at rank `rank`, as closely as possible. Return the factors,
+    the rows of the table, and the share of the whole change's squared norm outside these layers.
     """
     factors = {}
     rows = []

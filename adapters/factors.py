@@ -1,6 +1,6 @@
-"""Read and write an adapter without the base: per layer, scaling * B (out, r) and A (r, in).
+"""Read and write an adapter without the base. Each layer has scaling * B (out, r) and A (r, in).
 
-B and A are in fp64, so that a result is rounded only once, when the result is written.
+Both factors are in fp64, so that a result is rounded only once, when the result is written.
 """
 
 import re
@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(\d+)")
 
 
 class Factors(NamedTuple):
-    """The factors of the change B A of a weight: B (out, r), with the scaling, and A (r, in)."""
+    """The factors of a weight's change B A: B (out, r), including the scaling, and A (r, in)."""
 
     B: Tensor
     A: Tensor
@@ -42,7 +42,10 @@ class Factors(NamedTuple):
         return Factors(F.pad(self.B, (0, more)), F.pad(self.A, (0, 0, 0, more)))
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U (out, k), S (k,) and V^T (k, in) of B A = Q1 R1 R2^T Q2^T, by QR and an SVD."""
+        """Return the SVD of B A: U (out, k), S (k,) and V^T (k, in).
+
+        QR gives B A = Q1 (R1 R2^T) Q2^T, and the SVD of the small R1 R2^T gives the SVD of B A.
+        """
         q1, r1 = torch.linalg.qr(self.B)
         q2, r2 = torch.linalg.qr(self.A.T)
         u, s, vh = torch.linalg.svd(r1 @ r2.T)
@@ -50,8 +53,9 @@ class Factors(NamedTuple):
 
 
 def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
-    """Return the nearest matrix of rank `rank` in the Frobenius norm (Eckart & Young 1936,
-    https://doi.org/10.1007/BF02288367), split evenly: B = U sqrt(S), A = sqrt(S) V^T.
+    """Return factors of the nearest matrix of rank `rank` in the Frobenius norm (Eckart & Young
+    1936, https://doi.org/10.1007/BF02288367). Each factor gets sqrt(S): B = U sqrt(S) and
+    A = sqrt(S) V^T.
     """
     root = s[:rank].sqrt()
     return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
@@ -63,7 +67,7 @@ def refuse_dora(config: LoRAConfig, directory: Path) -> None:
 
 
 def refuse_model(directory: Path) -> None:
-    """Raise UserError for a whole model, such as full fine-tuning writes."""
+    """Raise UserError for a whole model, such as the result of full fine-tuning."""
     if (directory / "config.json").exists() and not (directory / CONFIG).exists():
         raise UserError(
             f"{directory}: is a whole model, whose change has no A and B; extract an adapter: "
@@ -72,7 +76,7 @@ def refuse_model(directory: Path) -> None:
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
-    """Read an adapter by layer, under PEFT's names.
+    """Read an adapter's factors, by PEFT's layer names.
 
     Raises UserError for DoRA, and for tensors other than A and B of the configured ranks.
     """
@@ -84,7 +88,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     shapes = read_shapes(path)
     configs = {layer: layer_config(config, layer) for layer in _layer_names(path, shapes)}
 
-    wanted = {}  # shapes: r from the config, in and out features from the file
+    wanted = {}  # shapes. r is from the config, in and out features are from the file
     for layer, own in configs.items():
         a_key, b_key = _keys(layer)
         wanted[a_key] = [own.r, *shapes[a_key][1:]]
@@ -99,7 +103,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
 
 
 def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
-    """Return the names of the adapted layers in block order. Raises UserError without a layer."""
+    """Return the adapted layers' names in block order. Raises UserError without any layer."""
     keys = [key for key in shapes if key.startswith(PREFIX) and key.endswith(A_KEY)]
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
     if not names:
@@ -108,7 +112,7 @@ def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
 
 
 def _by_block(name: str) -> list[int | str]:
-    """Return a key that sorts h.10 after h.9: every second item is a number."""
+    """Return a key that sorts h.10 after h.9. Every second item of the key is a number."""
     return [int(part) if part.isdigit() else part for part in NUMBER.split(name)]
 
 
@@ -123,7 +127,7 @@ def write_factors(
     base: Mapping[str, Any],
     header: Mapping[str, str],
 ) -> None:
-    """Write factors of one rank as an adapter whose scaling is 1: lora_alpha = r."""
+    """Write factors, all of one rank, as an adapter with scaling 1 (lora_alpha = r)."""
     rank = next(iter(factors.values())).rank
     tensors = {}
     for layer, (b, a) in factors.items():

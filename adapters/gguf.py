@@ -20,7 +20,7 @@ from storage.hub import find_adapter
 
 
 def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> str:
-    """Write only the adapter, padded to the largest rank of a layer. Return a description."""
+    """Write only the adapter, with all layers padded to the largest rank. Return a description."""
     adapter = find_adapter(str(adapter))
     factors = read_factors(adapter)
     loaded = load_model(base, adapter, quantise=NONE)

@@ -18,15 +18,15 @@ from common.figures import PAGE_WIDTH, can_draw, save_figure, subplots
 from lora import lora_layers
 from lora.peft_view import GPT2_VIEW, peft_view
 
-TOP = 10  # number of the largest singular vectors of W + dW to compare with W
-INTRUDER = 0.5  # a vector with a cosine below this is an intruder
+TOP = 10  # how many of the largest singular vectors of W + dW are compared with W
+INTRUDER = 0.5  # a vector whose largest cosine is below this value is an intruder
 
 
 def cosines(weight: Tensor, changed: Tensor) -> Tensor:
     """Compare the TOP largest left singular vectors of the changed weight with all left singular
     vectors of W. Return the largest absolute cosine of each vector, (TOP,).
 
-    A cosine below INTRUDER marks an intruder dimension (Shuttleworth et al. 2024,
+    A largest cosine below INTRUDER marks an intruder dimension (Shuttleworth et al. 2024,
     https://arxiv.org/abs/2410.21228, algorithm 1).
     """
     before = torch.linalg.svd(weight, full_matrices=False).U  # (out, k)
@@ -40,14 +40,14 @@ def projected_norm(weight: Tensor, u: Tensor, vh: Tensor) -> float:
 
 
 def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
-    """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T: the ratio of the change to W in the
-    directions of the change (Hu et al. 2021, 7.3).
+    """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T. The ratio compares the change with the part
+    of W in the directions of the change (Hu et al. 2021, 7.3).
     """
     return s.norm().item() / projected_norm(weight, u, vh)
 
 
 def effective_rank(s: Tensor) -> float:
-    """Return exp(-sum p_i log p_i) with p_i = s_i^2 / sum s^2: k for k equal singular values.
+    """Return exp(-sum p_i log p_i) with p_i = s_i^2 / sum s^2. The result is k for k equal s_i.
 
     In Roy & Vetterli 2007 (https://ieeexplore.ieee.org/document/7098875), p_i = s_i / sum s. Here,
     p_i is a share of the squared norm.
@@ -57,7 +57,7 @@ def effective_rank(s: Tensor) -> float:
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return cells: the three largest s_i, how many have 90 % of sum s^2, the effective rank."""
+    """Return cells: the largest three s_i, how many s_i make up 90 % of sum s^2, effective rank."""
     if not s.any():
         return ["B is zero"] * 5
     largest = [f"{value:.3g}" for value in s[:3]]

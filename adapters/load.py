@@ -47,8 +47,8 @@ def load_model(
     """Load a base in `dtype`, and the adapter, if any.
 
     The adapter is a directory, or OWNER/NAME on the hub. With the base `auto`, the adapter names
-    the base. `quantise` is the option --quantise. Raises UserError if the adapter records the hash
-    of another base.
+    the base. `quantise` is the value of --quantise. Raises UserError if the adapter records the
+    hash of another base.
     """
     if adapter:
         adapter = find_adapter(str(adapter))

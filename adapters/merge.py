@@ -78,7 +78,7 @@ def chat_template(adapter: Path) -> str | None:
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:
-    """Return the relative error, by norm, of all updates after weights are rounded to `dtype`."""
+    """Return the relative error, by norm, of all updates if weights are rounded to `dtype`."""
     squared_error = 0.0
     squared_norm = 0.0
     for layer in lora_layers(model).values():

@@ -20,8 +20,9 @@ from storage.weights import weights_path
 class BatchedLoRALinear(nn.Module):
     """y_i = W x_i + b + B_i A_i x_i for row i of the batch. B_i includes the scaling.
 
-    Shapes: x (n, T, in), A (n, r, in), B (n, out, r), y (n, T, out). Any number of adapters takes
-    two batched matmuls (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters` sets A, B.
+    Shapes: x (n, T, in), A (n, r, in), B (n, out, r), y (n, T, out). All adapters together take two
+    batched matmuls (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters` sets both
+    factors.
     """
 
     A: Tensor
@@ -36,9 +37,10 @@ class BatchedLoRALinear(nn.Module):
 
 
 class Adapters:
-    """The adapters of one base, and the adapter of each row of a batch. After
-    `Adapters(model, base_sha256, {"poet": directory}).use(["poet", None])`, model(ids) with ids
-    (2, T) returns logits of the poet in row 0 and of the base in row 1.
+    """Adapt a model with several adapters, and choose an adapter for each row of a batch.
+
+    After `Adapters(model, base_sha256, {"poet": directory}).use(["poet", None])`, model(ids) with
+    ids (2, T) returns the poet's logits in row 0 and the base's logits in row 1.
 
     Raises UserError for an adapter that does not fit the base, and for DoRA.
     """
@@ -56,7 +58,7 @@ class Adapters:
             model.set_submodule(layer, self.layers[layer])
 
     def use(self, names: Sequence[str | None]) -> None:
-        """Use adapter names[i] for row i of the next batches. Pad lower ranks with zeros."""
+        """Use the adapter names[i] for row i of the next batches. Lower ranks get zero padding."""
         for layer, module in self.layers.items():
             weight = module.base_layer.weight  # (out, in)
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))

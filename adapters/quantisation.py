@@ -1,4 +1,4 @@
-"""Choose how a base is quantised: as the user asks, or as in the training of the adapter."""
+"""Choose how a base is quantised: as the user asks, or as it was when the adapter was trained."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -12,7 +12,7 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return the quantisation of the base in training, from the header of the adapter's file."""
+    """Return the base's quantisation that the header of the adapter's file records, or None."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None
@@ -42,8 +42,8 @@ def common_quantisation(adapters: Collection[Path]) -> str | None:
 def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | None:
     """Return how to quantise the base: a key of `LAYERS`, or None.
 
-    The option decides. Without the option, the quantisation that the adapters record is used and
-    printed. Raises UserError if the adapters record different quantisations.
+    `asked`, the option --quantise, wins. Without the option, the quantisation that the adapters
+    record is used and printed. Raises UserError if the adapters record different quantisations.
     """
     if asked == NONE:
         return None

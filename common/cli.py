@@ -12,7 +12,7 @@ from common.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a mistake as a UserError, which is one line."""
+    """An ArgumentParser that reports a mistake as a UserError with a message of one line."""
 
     def __init__(self, description: str | None = None, **settings: Any):
         first_line = (description or "").partition("\n")[0]  # None under `python -OO`
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 def number(
     kind: type[int] | type[float], low: float, high: float = 10**9, below: bool = False
 ) -> Callable[[str], Any]:
-    """Return an option's type: an int or float from `low` to `high`. `below` excludes `high`."""
+    """Return an argparse type: an int or float from `low` to `high`. `below` excludes `high`."""
     what = "a whole number" if kind is int else "a number"
     limit = f"below {high:,}" if below else f"{high:,}"
 
@@ -54,7 +54,7 @@ class Interval:
         return self.text
 
     def is_due(self, step: int, seconds: float) -> bool:
-        """Return whether to act after `step`, with `seconds` since the last time."""
+        """Return whether to act after `step`, if the last action was `seconds` ago."""
         if self.is_time:
             return seconds >= self.number
         return step % self.number == 0

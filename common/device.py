@@ -1,4 +1,4 @@
-"""Choose the device and the precision. One object does autocast, casts and copies."""
+"""Choose the device and the precision. `Device` does autocast, casts and copies."""
 
 import ctypes
 import os
@@ -71,7 +71,10 @@ class Device:
         return x.to(self.torch_device)
 
     def cast_frozen(self, model: nn.Module) -> nn.Module:
-        """Move the model, and cast frozen matrices, which autocast would cast at every step."""
+        """Move the model to the device, and cast its frozen matrices to the run's precision.
+
+        Otherwise autocast would cast these matrices in every step.
+        """
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and _is_frozen(module):
                 module.to(self.dtype)
@@ -130,7 +133,7 @@ def _pick_device(asked: str) -> str:
 
 def _check_cuda() -> None:
     """Raise UserError unless the GPU runs a kernel. A GPU may be full, or too old for torch."""
-    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # of this rank
+    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # for this rank
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
     except RuntimeError as error:
@@ -156,15 +159,16 @@ def _cpu_has_bf16() -> bool:
 
 
 def tune_process() -> None:
-    """Apply the process-wide settings that make commands fastest."""
+    """Set the memory allocator, the attention kernel and fp32 matmuls for the whole process."""
     # By default, glibc returns large blocks to the kernel, and a new block costs a page fault per
-    # 4 KiB (mallopt(3)). Full fine-tuning loses most, because each step allocates new gradients.
+    # 4 KiB (mallopt(3)). Full fine-tuning would lose the most time, because each step allocates new
+    # gradients.
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap, too
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's memory back
     # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
-    # new shape. So each generated token needs a plan (transformers#48163).
+    # new shape. Every generated token gives a new shape, and so needs a plan (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)
     use_full_fp32()
 

@@ -1,4 +1,7 @@
-"""End a command with status 0: done, 1: the run failed, 2: a user's mistake, 128 + n: signal n."""
+"""End a command with an exit status and, after a failure, with one line on stderr.
+
+The status is 0 for success, 1 for a failed run, 2 for a user's mistake, and 128 + n for signal n.
+"""
 
 import errno
 import os
@@ -71,7 +74,7 @@ def run_command(
 
 
 def describe_failure(error: BaseException | None) -> str | None:
-    """Return the line for a known failure. Return None for a bug in the program, and for None."""
+    """Return the line for a known failure. Return None for no error, or a bug in the program."""
     if isinstance(error, UserError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:
@@ -83,7 +86,7 @@ def describe_failure(error: BaseException | None) -> str | None:
 
 
 def _with_file(error: OSError) -> str:
-    """Return the system's reason, after the file's name if the error has one."""
+    """Return the system's reason. If the error names a file, put the file's name first."""
     if not error.filename:
         return str(error.strerror or error)
     return f"{error.filename}: {error.strerror}"
@@ -95,5 +98,5 @@ def first_line(error: BaseException) -> str:
 
 def fail(message: object, status: int) -> NoReturn:
     line = " ".join(str(message).splitlines())  # a path can contain a new line
-    sys.stderr.write(f"error: {line}\n")  # in one write: other ranks print too
+    sys.stderr.write(f"error: {line}\n")  # one write, because other ranks print too
     sys.exit(status)

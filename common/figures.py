@@ -61,7 +61,7 @@ def can_draw() -> bool:
 
 def new_figure(size: tuple[float, float]) -> "Figure":
     """Return an empty figure of this width and height in inches, in this project's style."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's `!` inherits a backend that may be missing
+    os.environ["MPLBACKEND"] = "agg"  # under a notebook's `!`, the inherited backend may be missing
     import matplotlib  # slow to import, and few commands draw
     from matplotlib.figure import Figure
 
@@ -96,7 +96,7 @@ def shades(colour: str, count: int) -> list[str]:
 def shade(colour: str, lightness: float) -> str:
     """Mix a colour with black (lightness 0 to 0.5) or white (0.5 to 1). 0.5 keeps the colour."""
     end = 0 if lightness < 0.5 else 255
-    share = 1.2 * abs(lightness - 0.5)  # of black or white: 3/5 at most
+    share = 1.2 * abs(lightness - 0.5)  # the share of black or white, at most 3/5
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     mixed = [round(channel + share * (end - channel)) for channel in channels]
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
@@ -109,6 +109,6 @@ def scientific(number: float, position: object = None) -> str:
 
 
 def draw_at(axis: Any, numbers: Sequence[float], names: Sequence[object] | None = None) -> None:
-    """Put the only ticks of a matplotlib axis at these numbers, labelled with these names."""
+    """Put ticks only at these numbers of a matplotlib axis, labelled with these names."""
     axis.set_ticks(numbers, names or [f"{number:g}" for number in numbers])
     axis.set_ticks([], minor=True)

@@ -46,7 +46,7 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield an unused path in the same directory. At the end, remove a file that still exists."""
+    """Yield an unused path in the same directory. At the end, remove the file if it exists."""
     temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)
     try:
@@ -83,7 +83,7 @@ def _sync(path: Path) -> None:
 
 
 def remove_stale(directory: Path, names: Iterable[str]) -> None:
-    """Remove the temporary files of these names that a killed process left behind."""
+    """Remove the temporary files that a killed process left behind for these names."""
     for name in names:
         for path in directory.glob(f".{name}.*{UNFINISHED}"):
             path.unlink(missing_ok=True)
@@ -133,7 +133,7 @@ def display_path(path: Path) -> str:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise UserError unless `out` is a new or empty directory, for `new_directory`."""
+    """Raise UserError unless `new_directory` can create `out`, which must be new or empty."""
     if not os.path.lexists(out):
         return
     if os.path.isdir(out) and not os.listdir(out):
@@ -142,5 +142,5 @@ def refuse_existing(out: Path) -> None:
 
 
 def brief(value: object) -> str:
-    """Return a file's value as one printable line of bounded length, for a message."""
+    """Return a value from a file as one printable line of bounded length, for a message."""
     return reprlib.repr(value)[:120]

@@ -18,7 +18,7 @@ HANDLED = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
 
-TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at the start
+TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # when imported
 
 
 def replace_default_handlers() -> None:
@@ -39,7 +39,7 @@ def on_signals(handler: Handler) -> None:
 
 
 def leave_closed_terminals() -> None:
-    """Discard further output to a terminal that was closed: writing there raises OSError."""
+    """Discard further output to a closed terminal, because writing there raises OSError."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in TERMINALS:
         if not os.isatty(descriptor):

@@ -1,9 +1,9 @@
-"""Questions with one right choice: classification without a classification head.
+"""Read questions with one right choice, for classification without a classification head.
 
     {"prompt": "Who speaks?", "choices": ["Orla", "Jory"], "answer": 1}
 
-`answer` is the index of the right choice, from 0. A model reads prompt and choice as the two
-turns of a conversation (`data/instructions.py`).
+`answer` is the index of the right choice, from 0. The model reads the prompt and a choice as the
+two turns of a conversation (`data/instructions.py`).
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Question:
 
 
 def question(example: dict) -> Question:
-    """Return the question in a line's JSON. Raises ValueError if the line is not a question."""
+    """Turn the JSON of a line into a question. Raises ValueError if the line is not a question."""
     if not isinstance(example, dict):
         raise ValueError(f"needs {FORM}")
     refuse_unknown(example, {"prompt", "choices", "answer"}, FORM)

@@ -1,20 +1,22 @@
 """Read conversations, one per line of a JSON lines file. Only the assistant's text is scored.
 
+A line has one of three forms. These three lines are the same example:
+
     {"prompt": "Who keeps the light?", "completion": "You do."}
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
                   {"role": "assistant", "content": "You do."}]}
     {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-are the same example. The third form is a question of `data/choices.py`. The right choice is the
-completion. A role can also be `system`. Any other key is refused. White space around a content is
-dropped. The model reads
+The third form is a question of `data/choices.py`, and the right choice is the completion. A role
+can also be `system`. Any other key is refused. White space around a text is dropped. The model
+reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
 
 and is scored on the assistant's content, the space before the content, and the end-of-text token.
-The end-of-text token ends the assistant's line. The other lines end with a newline. `CHAT_TEMPLATE`
-is the same form for transformers and other programs.
+The assistant's line ends with the end-of-text token, and every other line ends with a newline.
+`CHAT_TEMPLATE` describes the same format to transformers and other programs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +39,7 @@ FORMS = (
     'the texts "prompt" and "completion", or "messages", a list of '
     '{"role": "user", "assistant" or "system", "content": text}'
 )
-# The form in Jinja, for transformers and llama.cpp. `generation` marks the scored text.
+# A Jinja template for transformers and llama.cpp. `generation` marks the scored text.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
   {%- set content = message['content'] | trim -%}
@@ -62,7 +64,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Instructions:
-    """Examples as rows of `make_row`, with the interface of `Windows`."""
+    """Examples, with the interface of `data.windows.Dataset`. Each row comes from `make_row`."""
 
     rows: list[np.ndarray]
 
@@ -75,13 +77,14 @@ class Instructions:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all rows end to end, (3, N). A run's identity contains the hash of the rows."""
+        """Return all rows joined, (3, N). Their hash is part of a run's identity."""
         return np.concatenate(self.rows, axis=1)
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each. T is the length of the longest example.
 
-        Padding is on the right, where a causal model cannot see, and is not scored.
+        Shorter examples are padded on the right. Their tokens cannot see the padding, because the
+        model is causal, and the padding is not scored.
         """
         rows = [self.rows[i] for i in indices]
         longest = max((row.shape[1] for row in rows), default=1)
@@ -110,9 +113,9 @@ class Instructions:
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    Longer examples lose the beginning, and the number of such examples is printed. Empty lines are
-    skipped. Raises UserError, naming the line, for a line that is not an example, or if the last
-    completion alone is longer than a block.
+    Longer examples lose their beginning, and a message says how many. Empty lines are skipped.
+    Raises UserError, naming the line, for a line that is not an example, or if the last completion
+    alone is longer than a block.
     """
 
     def read(example: dict) -> np.ndarray:
@@ -129,7 +132,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
 
 
 def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np.ndarray:
-    """Return an example's inputs, targets, and the bytes that each target covers, (3, T)."""
+    """Return an array (3, T): inputs, targets, and the number of bytes that each target covers."""
     ids, scored, byte_counts = encode(turns, tokenizer)
     if scored[-block_size - 1 :].all():
         raise ValueError(
@@ -143,12 +146,12 @@ def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np
 def encode(
     turns: Sequence[Turn], tokenizer: Tokenizer, ask: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the token ids (N,) of turns such as ("User", "Who?"), a mask of the scored tokens, and
-    the bytes of text that each token covers.
+    """Return the token ids of turns such as ("User", "Who?"), a mask of the scored tokens, and the
+    number of bytes that each token covers, (N,) each.
 
-    With `ask`, the assistant's name comes last, for a model to continue. Text between completions
-    is tokenized in one piece, because a token may cross a boundary: after "User:", the space and
-    the new line of an empty turn can be one token.
+    With `ask`, the text ends with "Assistant:", for the model to continue. Text between completions
+    is tokenized in one piece, because a token may join a name and a content. For example, the space
+    after "User:" and the newline of an empty turn can be one token.
     """
     ids: list[int] = []
     scored: list[bool] = []
@@ -178,7 +181,7 @@ def encode(
 
 
 def turns(example: dict) -> list[Turn]:
-    """Return the turns of an example. Raises ValueError for any other JSON."""
+    """Return the turns of an example. Raises ValueError for JSON that is not an example."""
     try:
         turns = [_turn(message) for message in _messages(example)]
     except (AttributeError, KeyError, TypeError) as error:

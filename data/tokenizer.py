@@ -1,7 +1,8 @@
 """Turn text into token ids and back.
 
-tiktoken runs the byte-pair encodings of GPT-2 and mini. Hugging Face's `tokenizers` runs every
-other `tokenizer.json`, and reads `vocab.json` with `merges.txt` as byte-level BPE.
+tiktoken runs the byte-pair encodings of GPT-2 and of the bundled base `mini`. Hugging Face's
+`tokenizers` runs every other `tokenizer.json`. It also reads `vocab.json` with `merges.txt`, as
+byte-level BPE.
 """
 
 import json
@@ -29,7 +30,7 @@ SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
 FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED, TEMPLATE)
-FOREIGN = ("vocab.txt", "tokenizer.model", "spiece.model")  # of BERT and of SentencePiece
+FOREIGN = ("vocab.txt", "tokenizer.model", "spiece.model")  # of BERT and SentencePiece
 GPT2_FILES = Path(__file__).with_name("gpt2_tokenizer")
 GPT2_SIZE = 50257
 MINI_FILES = Path(__file__).resolve().parents[1] / "model" / "mini"
@@ -42,7 +43,7 @@ class Tokenizer(ABC):
     """Turn text into token ids and back."""
 
     vocabulary: Mapping[str, int]  # token, as spelt in the file -> id
-    vocab_size: int  # of the model: may exceed the vocabulary
+    vocab_size: int  # number of ids of the model, which may exceed len(vocabulary)
     eos_token: str | None  # the end-of-text token
     source: Path  # the directory of the tokenizer's files
     files: Mapping[str, bytes]  # name -> content, to save beside a model
@@ -59,8 +60,9 @@ class Tokenizer(ABC):
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids (N,), and the number of UTF-8 bytes of each token, uint32 (N,).
 
-        The ids are uint16, or uint32 above 65,536 ids. Bytes that the tokenizer skips count for the
-        next token. An end of text covers 0 bytes. Raises UserError for a text that cannot be read.
+        The ids are uint16, or uint32 for a `vocab_size` above 65,536. Bytes that the tokenizer
+        skips count for the next token. An end-of-text token covers 0 bytes. Raises UserError for a
+        text that cannot be read.
         """
         try:
             ids, byte_counts = self._encode(text)
@@ -86,14 +88,14 @@ class Tokenizer(ABC):
 
     @property
     def definition(self) -> dict:
-        """Return the content of `tokenizer.json`, or its equivalent for the other files."""
+        """Return the content of `tokenizer.json`, or an equivalent made from the other files."""
         if FAST in self.files:
             return json.loads(self.files[FAST])
         return json.loads(self.engine.to_str())
 
 
 class TiktokenTokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding on tiktoken: a token's id is the rank of its merge."""
+    """GPT-2's byte-pair encoding, run by tiktoken. A token's id is the rank of its merge."""
 
     engine: tiktoken.Encoding
 
@@ -113,7 +115,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class LibraryTokenizer(Tokenizer):
-    """Any other tokenizer, on Hugging Face's `tokenizers`. No tokens are added around a text."""
+    """Any other tokenizer, run by Hugging Face's `tokenizers` without adding special tokens."""
 
     engine: "tokenizers.Tokenizer"
 
@@ -128,7 +130,7 @@ class LibraryTokenizer(Tokenizer):
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
-    """Load the tokenizer of the base in `directory`, whose config has this `vocab_size`.
+    """Load the tokenizer of the base in `directory`. `vocab_size` comes from the base's config.
 
     Without tokenizer files, a model with GPT-2's vocab_size gets GPT-2's tokenizer. Raises
     UserError, naming the file, if the file cannot be read or has tokens that the model lacks.
@@ -156,7 +158,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
     if largest >= vocab_size:
         raise UserError(f"{path}: has token {largest}; config.json's vocab_size is {vocab_size}")
     eos_token = _end_of_text(source, vocabulary)
-    if eos_token and path.name == VOCAB:  # these files do not mark the token as special
+    if eos_token and path.name == VOCAB:  # vocab.json marks no token as special
         engine.add_special_tokens([eos_token])
     return kind(vocabulary, vocab_size, eos_token, source, files, engine)
 
@@ -216,7 +218,7 @@ def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Token
 
 
 def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
-    """Return the end of text in the base's settings, or GPT-2's token if in the vocabulary."""
+    """Return the end-of-text token of the settings, or GPT-2's if the vocabulary contains it."""
     for path in (source / SETTINGS, source / SPECIAL):
         if not path.exists():
             continue
@@ -235,8 +237,9 @@ def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
 def _byte_of_character() -> dict[str, int]:
     """Map each character of a byte-level vocabulary to the byte that it spells.
 
-    The character with the same number spells a printable byte. Characters from 256 on spell other
-    bytes (Radford et al. 2019, `bytes_to_unicode` in OpenAI's gpt-2 encoder.py).
+    A printable byte is spelt as the character with the same code. The other bytes are spelt as
+    characters from U+0100 on (Radford et al. 2019, `bytes_to_unicode` in OpenAI's gpt-2
+    encoder.py).
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
@@ -244,7 +247,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _byte_starts(text: str) -> np.ndarray:
-    """Return the byte offset of each character in UTF-8, and of the text's end, (N + 1,)."""
+    """Return the UTF-8 byte offset of each character, and of the end of the text, (N + 1,)."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
     return np.concatenate(([0], np.cumsum(sizes)))

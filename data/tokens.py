@@ -29,7 +29,7 @@ class Tokens:
 def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
     """Return the tokens of the books in this order, with an end of text between two books.
 
-    A directory stands for the `.txt` files in it, sorted by name. Raises UserError as `load_tokens`
+    A directory means the `.txt` files in it, sorted by name. Raises UserError as `load_tokens`
     does, and for a directory without a `.txt` file.
     """
     books: list[Path] = []

@@ -25,17 +25,17 @@ class Dataset(Protocol):
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all token ids. A run's identity contains the hash of the ids."""
+        """Return all token ids. Their hash is part of a run's identity."""
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return the windows, or examples, with these indices (B,)."""
 
     def num_tokens(self, indices: np.ndarray) -> int:
-        """Return the number of scored tokens of these windows."""
+        """Return the number of scored tokens in these windows."""
 
     @property
     def scored_bytes(self) -> int:
-        """Return the bytes of the text that `evaluation_batches` scores."""
+        """Return the number of UTF-8 bytes of text that `evaluation_batches` scores."""
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """Return the order of an epoch, a permutation (N,) of the windows' indices."""
@@ -46,12 +46,12 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The windows of one step in this rank, in micro-batches."""
+    """The windows that this rank trains on in one step, split into micro-batches."""
 
     data: Dataset
     indices: np.ndarray  # (B,)
     micro_batch_size: int
-    num_tokens: int  # scored tokens, of all ranks together
+    num_tokens: int  # scored tokens of the step, summed over all ranks
 
     def micro_batches(self) -> Iterator[InputsAndTargets]:
         size = self.micro_batch_size
@@ -60,7 +60,7 @@ class Batch:
 
 
 def split(items: Any, val_fraction: float) -> tuple:
-    """Return the training part and the validation part, the last `val_fraction` of the items."""
+    """Return the training part, and the last `val_fraction` of the items for validation."""
     cut = len(items) - int(len(items) * val_fraction)
     return items[:cut], items[cut:]
 
@@ -80,7 +80,10 @@ def check_block_size(block_size: int, config: GPT2Config) -> None:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of `block_size` inputs every `stride` tokens. Token t predicts t + label_shift."""
+    """Windows of `block_size` inputs. A window starts every `stride` tokens of the text.
+
+    The input at position t of the text has the target at position t + label_shift.
+    """
 
     tokens: np.ndarray
     block_size: int
@@ -120,12 +123,12 @@ class Windows:
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
         """Yield inputs and targets (B, T) that score each token after the first `label_shift` once.
 
-        The stride must be at most the block size. Where windows overlap, the first window scores. A
-        shorter last window is padded on the right, where a causal model cannot see, and the padding
-        is not scored.
+        The stride must be at most the block size. Where windows overlap, only the first window
+        scores the shared tokens. A shorter last window is padded on the right. Its tokens cannot
+        see the padding, because the model is causal, and the padding is not scored.
         """
         length = len(self.tokens)
-        # A window that starts at `last_start` ends the text.
+        # A window that starts at `last_start` reaches the end of the text.
         last_start = max(0, length - self.label_shift - self.block_size)
         starts = np.arange(0, last_start + self.stride, self.stride)
         columns = np.arange(self.block_size)

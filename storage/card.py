@@ -65,7 +65,7 @@ QUANTISATION = {
     quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),""",
-    "int8": "",  # bitsandbytes would also round the inputs: fp32 is closer to training
+    "int8": "",  # fp32 is closer to training, because bitsandbytes would also round the inputs
 }
 LOAD_MODEL = """\
 from transformers import pipeline
@@ -74,7 +74,7 @@ generator = pipeline("text-generation", "OWNER/NAME")  # or the path of this dir
 
 
 def save_card(directory: Path, text: str) -> None:
-    """Write the card, unless the directory has a README.md of the user."""
+    """Write the card, unless the directory contains a README.md that the user wrote."""
     path = directory / CARD
     if path.exists() and not is_ours(path):
         print(f"{path}: is not replaced, because it is yours")
@@ -84,7 +84,7 @@ def save_card(directory: Path, text: str) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a command wrote this card, and the user has not claimed it."""
+    """Return whether a command wrote this card, and the user has not deleted the MARK line."""
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 

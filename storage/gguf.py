@@ -68,8 +68,8 @@ def save_adapter_gguf(
 ) -> None:
     """Write an adapter: scaling * B (out, rank) and A (rank, in), by PEFT's layer names.
 
-    llama.cpp adds alpha / rank * B A x, with one alpha for all layers. Here alpha is the rank, so
-    the factor is 1.
+    llama.cpp adds alpha / rank * B A x, with one alpha for all layers. The file gets alpha = rank,
+    so this factor is 1.
     """
     gguf = _library()
     writer = gguf.GGUFWriter(path, "gpt2")
@@ -87,7 +87,7 @@ def save_adapter_gguf(
 def _write(
     writer: Any, tensors: Iterable[tuple[str, Tensor]], n_layer: int, dtype: torch.dtype
 ) -> None:
-    """Write the file: matrices in `dtype`, vectors in fp32, which llama.cpp needs."""
+    """Write matrices in `dtype`. Write vectors in fp32, because llama.cpp needs fp32 vectors."""
     gguf = _library()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, n_layer)
     for name, tensor in tensors:

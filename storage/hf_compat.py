@@ -13,7 +13,7 @@ PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # may con
 
 
 def portable_name(base: str) -> str:
-    """Return a base's name for a file that may be published. A directory starts with ./"""
+    """Return a base's name for a file that may be published. A directory gets a `./` in front."""
     is_name = base == "mini" or base in REPOSITORIES
     if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
         return base
@@ -21,7 +21,7 @@ def portable_name(base: str) -> str:
 
 
 def stock_name(base: str) -> str:
-    """Return a base's name for transformers and PEFT. `mini` is a path in the project."""
+    """Return a base's name for transformers and PEFT. `mini` becomes a path in the project."""
     if base == "mini":
         return "./model/mini"
     return REPOSITORIES.get(base, portable_name(base))
@@ -49,13 +49,13 @@ def save_tokenizer(
 
 
 def _settings(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`: the base's fields, and missing fields."""
+    """Return the content of `tokenizer_config.json`: the base's fields, completed."""
     settings = json.loads(tokenizer.files.get(SETTINGS, b"{}"))
     named = json.loads(tokenizer.files.get(SPECIAL, b"{}")) | settings
     for field in PATHS:
         settings.pop(field, None)
 
-    # An adapter's directory has no config.json that would tell transformers the class.
+    # transformers cannot infer the class, because an adapter's directory has no config.json.
     fast = FAST in tokenizer.files
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if fast else "GPT2Tokenizer")
     settings["model_max_length"] = longest

@@ -1,7 +1,7 @@
 """Find a base or an adapter: a directory, the bundled mini, or a repository on the hub.
 
-The library `huggingface_hub` downloads from the Hugging Face hub and caches. Only the search for a
-repository imports the library. The library's environment variables apply.
+The library `huggingface_hub` downloads from the Hugging Face hub and caches the files. The library
+is imported only to look for a repository. The library's environment variables apply.
 """
 
 import os
@@ -32,8 +32,8 @@ GPT2_SHA256 = {
 }
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
-# The timeouts apply to each address of the host. The hub has four addresses, so `auto` waits for
-# at most 4 seconds.
+# Each timeout, in seconds, applies to each address of the host. The hub has four addresses, so
+# `auto` waits for at most 4 seconds.
 AUTO_SECONDS = 1
 NAMED_SECONDS = 10
 
@@ -42,9 +42,9 @@ def find_base(base: str) -> tuple[str, Path]:
     """Return the name and the directory of a base.
 
     `base` is a directory, one of HUB_NAMES, `mini`, `auto`, or a repository OWNER/NAME[@REVISION].
-    `auto` is gpt2 if gpt2 is cached or can be downloaded, and mini otherwise. The choice and the
-    reason are printed. A name such as `gpt2` wins over a directory with this name. A directory wins
-    over a repository. Raises UserError for a base that is not available.
+    `auto` is gpt2 if gpt2 is cached or can be downloaded, and mini otherwise. This choice and
+    its reason are printed. A name such as `gpt2` wins over a directory with this name. A directory
+    wins over a repository. Raises UserError for a base that is not available.
     """
     if base == "auto":
         return _gpt2_or_mini()
@@ -70,7 +70,7 @@ def find_base(base: str) -> tuple[str, Path]:
 
 
 def find_adapter(adapter: str) -> Path:
-    """Return the directory of an adapter, which is a directory or OWNER/NAME[@REVISION].
+    """Return the directory of an adapter. `adapter` is a directory or OWNER/NAME[@REVISION].
 
     Raises UserError for a repository that is not available. Any other name means a directory.
     """
@@ -128,7 +128,7 @@ def _revision(name: str) -> str | None:
 
 
 def _download(name: str, seconds: float) -> Path:
-    """Download the config and weights of a base. The project contains GPT-2's tokenizer."""
+    """Download a base's config and weights. The base uses GPT-2's tokenizer from the project."""
     repository = REPOSITORIES[name]
     directory = _snapshot(repository, _revision(name), (CONFIG, WEIGHTS), seconds)
     if name != "gpt2":
@@ -149,8 +149,8 @@ def _snapshot(
     """Return the directory of the repository's `files` in the library's cache. Download missing
     files. Raises UserError, with the library's reason, for files that are not available.
 
-    With `seconds`, first ask the hub once, with this timeout. The library would ask six times,
-    which takes 23 seconds without a network.
+    With `seconds`, first send the hub a single request with this timeout. The library alone would
+    ask six times, which takes 23 seconds without a network.
     """
     hub = _library()
     try:

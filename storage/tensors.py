@@ -1,4 +1,4 @@
-"""Read a model's tensors strictly, from a file of safetensors or torch.save."""
+"""Read a model's tensors from a file of safetensors or torch.save, with strict checks."""
 
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -32,7 +32,7 @@ def read_tensors(
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises UserError for any other file."""
+    """Return the shapes of a file's tensors. Raises UserError for a file without tensors."""
     with as_failure(), readable(path):
         shapes, _ = _open(path)
         return shapes

@@ -1,8 +1,8 @@
-"""Read all forms of Hugging Face GPT-2 directories. Write the form of transformers.
+"""Read GPT-2 directories in all layouts of Hugging Face. Write the layout of transformers.
 
 Files on the hub name tensors `h.0.ln_1.weight` and contain the causal masks. transformers writes
-`transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All forms store the four
-projections as Conv1D weights, (in, out). `nn.Linear` here has (out, in).
+`transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All layouts store the four
+projections as Conv1D weights, (in, out). In this project, they are `nn.Linear` weights, (out, in).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
 HEAD = "lm_head.weight"
-# Fields that change the computation with the same tensors, and the supported values.
+# Config fields that change the computation but not the tensors, and the supported values.
 SUPPORTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
@@ -67,7 +67,7 @@ def load_gpt2(
         place, _, part = name.rpartition(".")
         module = model.get_submodule(place)
         setattr(module, part, nn.Parameter(value))
-        if quantise and isinstance(module, nn.Linear) and part == "bias":  # read last
+        if quantise and isinstance(module, nn.Linear) and part == "bias":  # the bias is read last
             model.set_submodule(place, quantise(module))
     return model
 
@@ -90,7 +90,8 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
             head = tensor
             continue
         name = key.removeprefix(prefix)
-        # Copy, because the file may be replaced. `empty_like` of a meta tensor would import sympy.
+        # Copy, because the file is memory-mapped and may be replaced. `torch.empty_like` of a meta
+        # tensor would import sympy.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
         if name == "wte.weight" and head is not None:
             if not torch.equal(head, tensor):
@@ -202,7 +203,7 @@ def save_gpt2(
 
 
 def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
-    """Return the content of `config.json` with the base's token ids. `end_of_text` ends a text."""
+    """Return the content of `config.json`. `end_of_text`, if given, replaces the base's id."""
     fields = dataclasses.asdict(config)
     token_ids = {"bos_token_id": end_of_text} | fields.pop("token_ids")
     if end_of_text is not None:
