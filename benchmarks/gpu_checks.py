@@ -1,9 +1,10 @@
 """Part of `verify_gpu.py`: check that a device computes the numbers that a CPU computes in fp32.
 
 On the CPU, the steps of `train.py --kernels plain` must equal the steps of PEFT's loop. On the
-device, every command line in `commands` must take the steps of the CPU. The checks compare losses,
-gradients, weights and scores, because AdamW hides the scale of a gradient. Every step has a new
-batch, because a single batch hides a mistake in the choice of batches.
+device, every command line in `commands` must give the same steps as on the CPU. The checks compare
+losses, weights and scores. They also compare gradients, because AdamW hides a wrong scale of a
+gradient. Every step has a new batch, because a single batch hides a mistake in the choice of
+batches.
 """
 
 import gc
@@ -35,7 +36,7 @@ from training import report
 from training.directory import METRICS
 from training.options import BOOK, Options, parse_options
 
-Findings = dict[str, tuple[float, float]]  # name of the difference -> figure and limit
+Findings = dict[str, tuple[float, float]]  # name of the difference -> the difference and its limit
 
 STEPS = 4
 EXAMPLES = 48  # conversations
@@ -44,11 +45,11 @@ DROPOUT = {"lora": "--base-dropout 0.1 --lora-dropout 0.1", "full": "--base-drop
 ON_THE_CPU = "--device cpu --precision fp32 --kernels plain"
 GRAPH = "--cuda-graph"
 CHECKPOINTING = "--gradient-checkpointing"
-SVD = "--init-lora-weights"  # A and B start from singular vectors
+SVD = "--init-lora-weights"  # with this option, A and B start from singular vectors
 DIRECTION = "a gradient's direction differs, 1 - cosine"
 CONVERSATIONS = "conversations.jsonl"
-# Ways to compute the same numbers. "low" is the low precision that the device has. Three
-# micro-batches differ in size.
+# Options that must not change the numbers. "low" becomes the low precision of the device. The three
+# micro-batches of --grad-accum 3 differ in size.
 WAYS = (
     "--precision fp32",
     f"--precision fp32 {CHECKPOINTING}",
@@ -93,7 +94,8 @@ class Limits(NamedTuple):
     direction: float
 
 
-# Rounding changes a gradient by about 2^-24 to 2^-8. The direction changes by the square of this.
+# Rounding changes a gradient by about 2^-24 (fp32) to 2^-8 (bf16), relative to its norm. Then
+# 1 - cosine is about the square of this share.
 LIMITS = {
     "fp32": Limits(1e-5, 1e-3, 1e-8),  # fp16, with the mantissa of TF32, gives 2e-6
     "tf32": Limits(2e-3, 2e-2, 5e-3),
@@ -112,7 +114,7 @@ class Steps:
     score: float  # nats per token on the validation part, after the last step
     waits: int = 0  # how often the last step waited for the GPU
     captured: bool = False  # whether there is a CUDA graph
-    misplaced: int = 0  # matrices stored in another precision than the run needs
+    misplaced: int = 0  # number of matrices in the wrong precision
 
 
 def checks(opts: Namespace, into: Report) -> None:
@@ -238,7 +240,7 @@ def recorded_gradients(parameters: dict[str, nn.Parameter]) -> Iterator[list[dic
 def take_steps(opts: Namespace, command: str) -> Steps:
     """Take the first steps of `train.py COMMAND`."""
     torch.compiler.reset()
-    gc.collect()  # frees the last model: a compiled or captured model refers to itself
+    gc.collect()  # frees the last model, which refers to itself if compiled or captured
     trainer = ours.Trainer(options(opts, command))
     parameters = trainer.parameters
     before = snapshot(dict(parameters))
@@ -260,8 +262,8 @@ def take_steps(opts: Namespace, command: str) -> Steps:
 
 
 def misplaced_matrices(trainer: ours.Trainer) -> int:
-    """Count the trained matrices that are not in fp32, and the frozen matrices in another precision
-    than the run.
+    """Count the trained matrices that are not in fp32, and the frozen matrices that are not in the
+    run's precision.
     """
     low = trainer.device.dtype
     matrices = [p for p in trainer.model.parameters() if p.ndim > 1]
@@ -269,14 +271,14 @@ def misplaced_matrices(trainer: ours.Trainer) -> int:
 
 
 def steps_on_the_cpu(opts: Namespace, command: str) -> Steps:
-    """Return `take_steps` in fp32 with plain kernels on the CPU."""
+    """Take the steps on the CPU, in fp32 with plain kernels, unless they are known already."""
     if command not in opts.known:
         opts.known[command] = take_steps(opts, f"{command} {ON_THE_CPU}")
     return opts.known[command]
 
 
 def steps_of_peft(opts: Namespace, command: str) -> Steps:
-    """Take the same steps by PEFT's loop, on the CPU in fp32."""
+    """Take the same steps with PEFT's loop, on the CPU in fp32."""
     args = options(opts, f"{command} {ON_THE_CPU}")
     training, validation = ours.data(args)
     model = peft_loop.build(args)
@@ -301,7 +303,7 @@ def steps_of_peft(opts: Namespace, command: str) -> Steps:
 
 
 def our_name(name: str) -> str:
-    """Return this project's name of a parameter of a model of PEFT or transformers."""
+    """Turn a parameter's name in PEFT or transformers into its name in this project."""
     name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
     for theirs in ("base_model.model.", "transformer.", ".default"):
         name = name.replace(theirs, "")
@@ -315,10 +317,10 @@ def transposed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def beside_peft(opts: Namespace, command: str) -> Findings:
-    """Compare the CPU's steps with PEFT's steps, without dropout and with equal dropouts."""
+    """Compare the CPU's steps with PEFT's steps, without dropout and with equal dropout masks."""
     here = steps_on_the_cpu(opts, command)
     found = compare(command, here, steps_of_peft(opts, command), LIMITS["fp32"])
-    if SVD not in command:  # PEFT also draws an A, and then replaces A
+    if SVD not in command:  # PEFT first draws a random A, so the masks would differ
         dropping = f"{command} {DROPOUT[command.split()[0]]}"
         here, there = take_steps(opts, f"{dropping} {ON_THE_CPU}"), steps_of_peft(opts, dropping)
         found["with dropout, a loss differs, relative"] = (
@@ -352,7 +354,7 @@ def beside_the_cpu(opts: Namespace, command: str) -> Findings:
 
 
 def compare(command: str, here: Steps, there: Steps, limits: Limits) -> Findings:
-    """Return the largest differences of the steps."""
+    """Return the largest differences between two runs' steps."""
     norms, directions = [], []
     for mine, theirs in zip(here.gradients, there.gradients, strict=True):
         norms.append(relative([norm(mine)], [norm(theirs)]))
@@ -379,7 +381,7 @@ def norm(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def angle(here: dict[str, Tensor], there: dict[str, Tensor]) -> float:
-    """Return 1 - the smallest cosine of two tensors with one name. Two tensors of zeros agree."""
+    """Return the largest 1 - cosine of two tensors with one name. Skip pairs of zeros."""
     found = []
     for name, tensor in there.items():
         a, b = here[name].double().flatten(), tensor.double().flatten()
@@ -404,8 +406,8 @@ def absolute(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dropout(opts: Namespace) -> Findings:
-    """Check that every micro-batch draws new masks, and that a graph and recomputed blocks use the
-    masks of an eager run.
+    """Check that every micro-batch draws new masks. Check that a CUDA graph and checkpointed blocks
+    use the same masks as an eager run.
     """
     command = f"lora --precision fp32 {DROPOUT['lora']}"
     still = ours.Trainer(options(opts, f"{command} --lr 1e-12 --grad-accum 2"))
@@ -475,7 +477,7 @@ def counted_waits(opts: Namespace) -> Iterator[list[str]]:
 
 
 def numbers(steps: Steps) -> list[Any]:
-    """Return the numbers of `logged` for steps outside the training loop."""
+    """Return the numbers that `logged` returns, for steps outside the training loop."""
     pairs = zip(steps.losses, map(norm, steps.gradients), strict=True)
     return [*(number for pair in pairs for number in pair), steps.score]
 
@@ -491,8 +493,8 @@ class Stopped(Exception):
 
 
 def resume(opts: Namespace) -> Findings:
-    """Check that the training loop takes the steps of the other checks, and that a run that was
-    stopped in the third step resumes without a difference.
+    """Check that the training loop takes the same steps as the other checks. Check that a run that
+    was stopped in the third step resumes with the same numbers.
     """
     whole, parted = opts.folder / "whole", opts.folder / "parted"
     command = f"lora --precision fp32 {DROPOUT['lora']}"
@@ -521,7 +523,7 @@ def resume(opts: Namespace) -> Findings:
 
 
 def two_ranks(opts: Namespace) -> Findings:
-    """Check that two ranks, whose shares differ in size, compute the same as one process."""
+    """Check that two ranks with unequal shares of a batch compute the same as one process."""
     command = f"lora --precision fp32 --batch-size {opts.batch - 1}"
     out = opts.folder / "ranks"
     launch = LaunchConfig(
@@ -531,7 +533,7 @@ def two_ranks(opts: Namespace) -> Findings:
         nproc_per_node=2,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        start_method="spawn" if opts.device.is_cuda else "fork",  # a fork need not import torch
+        start_method="spawn" if opts.device.is_cuda else "fork",  # a fork has torch already
     )
     with mock.patch.object(report, "can_draw", lambda: False):
         elastic_launch(launch, train.main)([*arguments(opts, command), f"--out={out}"])

@@ -40,7 +40,7 @@ def describe_gpu() -> dict[str, object]:
 
 def describe_step(opts: Namespace, precision: str, report: Report) -> None:
     """Profile one LoRA step with dropout, after a warm-up step. The step runs without a graph,
-    because the profiler cannot assign a replay's kernels to operations.
+    because the profiler cannot tell which operation launched a kernel of a replayed graph.
     """
     trainer = ours.Trainer(options(opts, f"lora --precision {precision} --base-dropout 0.1"))
     batch = next(trainer.batches())

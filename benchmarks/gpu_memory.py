@@ -3,7 +3,7 @@
 The command adds up the tensors that a step keeps, for each base, method and precision, and runs no
 model. The table adds 0.5 GB for the CUDA context and the allocator's reserve.
 
-Shapes: B windows of T tokens, n = B T, C = n_embd, L = n_layer, V the vocabulary in rows of 64.
+Shapes: B windows of T tokens, n = B T, C = n_embd, L = n_layer.
 """
 
 import math
@@ -52,7 +52,7 @@ CASES = (
 def step_bytes(
     config: GPT2Config, case: Case, windows: int, length: int, rank: int = 8, card: float = 16e9
 ) -> dict[str, float]:
-    """Return a step's memory at its peak, in bytes, by part."""
+    """Return the bytes of each part of a step's memory, at the peak."""
     tokens = windows * length
     blocks = block_bytes(config, case, rank)
     kept = config.n_layer * blocks
@@ -90,7 +90,7 @@ def weight_bytes(config: GPT2Config, case: Case, rank: int) -> dict[str, float]:
     copies = 0.0
     if case.nf4:
         frozen = NF4_BYTES * matrices + case.item * others
-        copies = 4 * C**2 * (2 + 4 + case.item)  # of one layer: codes, levels, weights
+        copies = 4 * C**2 * (2 + 4 + case.item)  # of one layer at a time: codes, levels, weights
     return {"weights": frozen, "adapter and AdamW": 16.0 * adapter, "copies": copies}
 
 
@@ -99,8 +99,8 @@ def block_bytes(config: GPT2Config, case: Case, rank: int) -> float:
 
     A block keeps the inputs of two norms in fp32 and the bool masks of the dropouts. In the run's
     precision, a block keeps q, k, v, and the outputs of the attention and of c_fc. LoRA also keeps
-    the input of A. Training W also keeps the inputs of the matmuls. The output of the attention is
-    the input of c_proj and counts once.
+    the input of A. Full fine-tuning also keeps the inputs of the matmuls. The output of the
+    attention is the input of c_proj and counts once.
     """
     C = config.n_embd
     norms = 2 * 4 + 16 / C
@@ -119,7 +119,7 @@ def around_bytes(config: GPT2Config) -> float:
 
 
 def loss_bytes(config: GPT2Config, case: Case, tokens: int, card: float) -> float:
-    """Return the loss's bytes: hidden states and their gradient, and a chunk of logits twice."""
+    """Return the loss's bytes: hidden states, their gradient, and two chunks of fp32 logits."""
     columns = aligned(config.vocab_size)
     most = max(1, int(card // SHARE // (8 * columns)))
     chunk = math.ceil(tokens / math.ceil(tokens / most))

@@ -1,7 +1,8 @@
 """Measure the gain of each operation of model/kernels/fast.py: `python -m benchmarks.operations`.
 
-A round takes a training step with all fast operations. Then one step per operation replaces that
-operation by the plain operation. All rounds run in one process. Ratios are taken within a round.
+Each round first takes a training step with all fast operations. Then it takes one step for each
+operation, with only this operation replaced by the plain operation. All rounds run in one process.
+Ratios are taken within a round.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[str, ...]]:
-    """Return a row for each replaced operation, with the ratio of the steps."""
+    """Return a row for each replaced operation, with the ratio of the step times."""
     options = ours.options(
         method,
         base=base,
@@ -62,7 +63,7 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
         batch_size=16,
         block_size=min(128, load_config(base).n_positions),
         base_dropout=0.1,
-        max_steps=1000,  # sets the schedule, not the steps that run
+        max_steps=1000,  # only for the schedule
     )
     trainer = ours.Trainer(options)
     fast = partial(ours.step, trainer, next(trainer.batches()))
@@ -88,8 +89,8 @@ def run_plain(
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, str]:
-    """Time each call once a round. Return its time relative to the first call of the same round, as
-    median (least..most).
+    """Time each call once per round. Divide its time by the time of the first call in the same
+    round. Return the ratios as median (least..most).
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

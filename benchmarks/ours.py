@@ -61,7 +61,7 @@ def data(made: Options) -> tuple[Windows, Windows]:
 
 
 class Trainer:
-    """The state of `train.py` before the first step, to take single steps. Writes no file."""
+    """The state of `train.py` before the first step. It takes single steps and writes no file."""
 
     def __init__(self, options: Options, ranks: Ranks | None = None):
         self.device = Device.pick(options.device, options.precision, train=True)
@@ -137,7 +137,7 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
 
 
 def save_merged(model: GPT2, directory: Path) -> None:
-    """Merge the model's adapter into the model and save it. This removes the adapter."""
+    """Merge the model's adapter into the base, remove the adapter, and save the model."""
     merge(model)
     unwrap(model)
     save_gpt2(model, directory)

@@ -1,9 +1,9 @@
 """Does this project compute LoRA as PEFT does? Train in both, and compare number by number.
 
-`python -m benchmarks.parity` trains one base on one book twice, from the same initial adapter and
-on the same batches: with `train.py`, and with the loop in `peft_loop.py`. With plain kernels,
-`train.py` must equal that loop bit for bit. With fast kernels, `train.py` must come close. The
-check exits with 1 if a figure is above the limit.
+`python -m benchmarks.parity` trains one base on one book twice, once with `train.py` and once with
+the loop in `peft_loop.py`. Both start from the same adapter and see the same batches. With plain
+kernels, `train.py` must equal that loop bit for bit. With fast kernels, `train.py` must come close.
+The check exits with 1 if a figure is above its limit.
 """
 
 import math
@@ -131,7 +131,7 @@ def compare(opts: Namespace, report: Report) -> None:
 @to_the_bit()
 def exact(opts: Namespace, report: Report, folder: Path) -> Result:
     """Check fp32 on one thread. Every bit that `train.py --kernels plain` writes to `folder`/ours
-    must equal PEFT's run. Return PEFT's run.
+    must equal PEFT's run. Return the result of PEFT's run.
     """
     argv = arguments(opts, "lora", *PLAIN, "--log-every", 1, "--out", folder / "ours")
     args = ours.options(*argv)
@@ -144,7 +144,7 @@ def exact(opts: Namespace, report: Report, folder: Path) -> Result:
 
     compare_counts(report, counted, there)
     compare_exactly(report, "exact", here, there)
-    # PEFT's side minimises the mean. A sum that is divided may round differently.
+    # PEFT's side minimises a mean. A sum divided by the number of tokens may round differently.
     assert there.means is not None
     report.check(
         "exact: loss of every step, by cross_entropy's mean there, relative",
@@ -190,8 +190,8 @@ def exchange(opts: Namespace, report: Report, folder: Path, there: Result) -> No
 
 @torch.no_grad()
 def compare_readings(opts: Namespace, report: Report, what: str, sources: Sources) -> None:
-    """Check that these files describe one model, by the validation losses of both evaluators and
-    the logits of both sides on the first window.
+    """Check that these files describe the same model. Compare the validation losses of both
+    evaluators, and the logits of both sides on the first window.
     """
     device = Device.pick(opts.device, "fp32")
     _, validation = ours.data(train_options(opts, "lora"))
@@ -227,7 +227,7 @@ def compare_readings(opts: Namespace, report: Report, what: str, sources: Source
 
 @to_the_bit()
 def resume(opts: Namespace, report: Report, folder: Path) -> None:
-    """Continue here from PEFT's saved adapter, and continue in PEFT from ours."""
+    """Continue here from PEFT's saved adapter, and continue in PEFT from our saved adapter."""
     print(f"\nresumed: {RESUMED_STEPS} more steps, each side from the other's adapter file")
     more = (*PLAIN, "--max-steps", RESUMED_STEPS, "--init-adapter")
     here = train_here(train_options(opts, "lora", *more, folder / "peft"))
@@ -236,9 +236,9 @@ def resume(opts: Namespace, report: Report, folder: Path) -> None:
 
 
 def trained_path(opts: Namespace, report: Report) -> None:
-    """Check the usual way to train: any device, all threads, fp32 and bf16 or fp16."""
+    """Check the usual way to train, on any device, with all threads, in fp32 and bf16 or fp16."""
     device = Device.pick(opts.device)
-    low = device.precision if device.is_cuda else "bf16"  # avoids emulation
+    low = device.precision if device.is_cuda else "bf16"  # fp16 if the GPU lacks bf16
     print(f"\nas trained: {device.name}, {torch.get_num_threads()} threads")
 
     here, fp32 = train_both(train_options(opts, "lora", *NO_DROPOUT))
@@ -258,7 +258,7 @@ def compare_rounding(
 ) -> None:
     """Allow twice the difference that rounding makes on PEFT's side, because both sides round.
 
-    Unlike the largest difference, the root mean square shows small differences in every step.
+    Also compare root mean squares, because only they show a small difference in every step.
     """
     name = f"{precision}, no dropout: loss"
     largest_difference = relative(here, there)
@@ -289,7 +289,8 @@ def compare_independent_draws(report: Report, args: Options) -> None:
 
 def full(opts: Namespace, report: Report) -> None:
     """Train all weights. Transformers stores four weights per block transposed, so gradients add up
-    in another order. Where a gradient is tiny, Adam turns this rounding into a whole step.
+    in another order and round differently. Where a gradient is tiny, Adam turns this difference
+    into a whole step.
     """
     print("\nfull fine-tuning, fp32, no dropout")
     here, there = train_both(train_options(opts, "full", "--base-dropout", "0"))

@@ -28,11 +28,11 @@ from common.figures import (
 from common.files import write_json
 
 ROWS = 5  # printed for each curve
-FLOOR = 1e-10  # the place of a zero difference on the logarithmic axis
+FLOOR = 1e-10  # a difference of zero is drawn here, because the axis is logarithmic
 
 
 class Report:
-    """Print each figure at once, and record the figure with the limit."""
+    """Print each figure as soon as it is known, and record the figure with its limit."""
 
     def __init__(self) -> None:
         self.checks: list[dict] = []
@@ -123,7 +123,7 @@ def draw_exact(axes: Any, exact: dict[str, list[float]]) -> None:
 
 
 def draw_differences(axes: Any, curves: dict[str, dict[str, list[float]]]) -> None:
-    """Draw the differences of each pair and, if PEFT ran with several seeds, the spread of PEFT."""
+    """Draw each pair's differences. If PEFT ran with several seeds, draw the spread of its runs."""
     colours = shades(OTHER, len(curves))
     for (name, pair), colour in zip(curves.items(), colours, strict=True):
         here = np.array(pair["here"])

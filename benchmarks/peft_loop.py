@@ -1,7 +1,7 @@
 """The reference implementation: transformers' GPT-2, PEFT's LoRA, and a plain training loop.
 
 The loop takes the options (`args`, the options of `train.py`), the token ids and the order of the
-windows from this project. Model, adapter, windows, loss and schedule are separate.
+windows from this project. It has separate code for the model, adapter, windows, loss and schedule.
 """
 
 import math
@@ -27,9 +27,11 @@ StockModel = Any  # of transformers or PEFT, whose classes do not declare all me
 
 
 def load(directory: Path, adapter: Path | None = None, dropout: float | None = None) -> StockModel:
-    """Load transformers' GPT-2 in fp32 and, if given, an adapter file. With `dropout` None, the
-    config decides. transformers has several ways to compute gelu_new and attention, which agree up
-    to rounding. The loop takes the ways of this project.
+    """Load transformers' GPT-2 in fp32 and, if given, an adapter file. If `dropout` is None, the
+    config sets the dropouts.
+
+    transformers has several implementations of gelu_new and of attention, which agree up to
+    rounding. The loop uses the same ones as this project.
     """
     dropouts = {}
     if dropout is not None:
@@ -154,7 +156,7 @@ def learning_rate(step: int, steps: int, args: Options) -> float:
 
 
 def adapter_tensors(model: StockModel) -> dict[str, Tensor]:
-    """Return the adapter's tensors by name in PEFT's file, if there is an adapter."""
+    """Return the adapter's tensors by their names in PEFT's file, or {} without an adapter."""
     if not isinstance(model, PeftModel):
         return {}
     return get_peft_model_state_dict(model)

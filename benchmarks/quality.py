@@ -4,14 +4,14 @@
 
 1. The steps that a run needs: this project trains with each seed on one thread, and validates after
    every twentieth part of the steps. A plain loop around PEFT's or transformers' model gets the
-   same batches, rates and losses (`make parity`), so the plain loop needs the same steps.
+   same batches, learning rates and losses (`make parity`), so it needs the same number of steps.
 2. The seconds per step, on all threads: this project and the plain loop take steps in turn, each in
    a separate process, for several rounds. On our side the process keeps freed memory, as in
    `train.py`. Run this part with nothing else on the machine (`--only seconds`).
 
 Start-up and validation do not count. The targets are near the last perplexities of the reference
-run's LoRA and full fine-tuning. Known figures are not measured again, so the command can be
-interrupted.
+run's LoRA and full fine-tuning. The command does not measure known figures again, so it can be
+interrupted and started again.
 """
 
 import json
@@ -49,7 +49,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "LoRA, best": ("lora", "--recipe", "best"),
     "LoRA, reference": REFERENCE,
     "full, reference": ("full",),
-    # the rates of the documentation: PEFT's "Quicktour" and TRL's "PEFT Integration"
+    # with the learning rates of PEFT's "Quicktour" and of TRL's "PEFT Integration"
     "LoRA, reference, lr 1e-3": (*REFERENCE, "--lr", "1e-3"),
     "LoRA, reference, lr 2e-4": (*REFERENCE, "--lr", "2e-4"),
 }
@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
 def measure_curves(opts: Namespace, curves: dict[str, Any], save: Callable[[], None]) -> None:
     """Measure the missing curves, on one thread each, several at a time.
 
-    The rates of the documentation run only with the first seed.
+    The runs with learning rates from other documentation use only the first seed.
     """
     first, *others = map(str, opts.seeds)
     wanted = [(run, first) for run in RUNS]
@@ -112,7 +112,7 @@ def measure_curves(opts: Namespace, curves: dict[str, Any], save: Callable[[], N
 
 def measure_seconds(opts: Namespace, times: dict[str, Any], save: Callable[[], None]) -> None:
     """Measure the seconds per step of each run on both sides, in turn."""
-    for run in COLOURS:  # the rate does not change the time
+    for run in COLOURS:  # the learning rate does not change the time
         times[run] = {side: [] for side in SIDES}
     for _ in range(opts.rounds):
         for run in COLOURS:
@@ -123,7 +123,7 @@ def measure_seconds(opts: Namespace, times: dict[str, Any], save: Callable[[], N
 
 
 def apart(opts: Namespace, run: str, seed: str, *more: str, **environment: str) -> Any:
-    """Return the measurement of this command in another process."""
+    """Measure with this command in another process. Return the measurement."""
     command = [sys.executable, "-m", "benchmarks.quality", "--run", run, "--seeds", seed, *more]
     if opts.max_steps:
         command += ["--max-steps", str(opts.max_steps)]

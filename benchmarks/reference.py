@@ -1,7 +1,7 @@
 """Repeat the reference run. Print the published table beside ours, and the next-token losses.
 
 `python -m benchmarks.reference` trains LoRA and then the whole base by the protocol of the
-reference. The command scores both by the reference's measure, and by the next token. Without
+reference. The command scores both models by the reference's measure and by next-token loss. Without
 `--book`, the text is pseudo-Latin, because the reference used filler text. All options of
 `train.py` are accepted, to show how the figures depend on the protocol (docs/reference-run.md).
 
@@ -157,7 +157,7 @@ def score(opts: Namespace, method: str, windows: Windows, scored: np.ndarray) ->
         adapter = opts.out / method
     model = ours.load(base, adapter, opts.device)
 
-    # The measure is the mean of the batches' means. A smaller last batch has the same weight.
+    # The reference averages the means of the batches, so a smaller last batch has the same weight.
     size = BATCH_SIZE[method]
     losses = []
     for batch in np.split(scored, range(size, len(scored), size)):
@@ -186,7 +186,7 @@ def facts_of(run: dict) -> dict:
 
 
 def share_seen(training: np.ndarray, validation: np.ndarray) -> float:
-    """Return the share of the validation part's runs of tokens that the training part contains."""
+    """Return which share of the validation part's token sequences the training part contains."""
     known = set(runs_of_tokens(training))
     runs = runs_of_tokens(validation)
     seen = sum(run in known for run in runs)

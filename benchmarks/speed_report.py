@@ -77,7 +77,7 @@ def figures(records: Rounds, rounds: dict[str, Rounds]) -> dict:
 
 
 def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
-    """Yield, for equal work, the ratios of each round: their time / ours, our memory / theirs."""
+    """Yield the ratios of each round for equal work: their time / ours, and our memory / theirs."""
     for (ours, here), (theirs, there) in product(rounds.items(), repeat=2):
         if compares(next(iter(here.values())), next(iter(there.values()))):
             pair = {
@@ -93,8 +93,10 @@ def ratios(rounds: dict[str, Rounds]) -> Iterator[dict]:
 
 
 def compares(here: dict, there: dict) -> bool:
-    """Return whether to compare two records: our side, and their side with default settings, for
-    equal work. Our side with --compile is compared with their side without.
+    """Return whether to compare our record `here` with their record `there`.
+
+    Both must do the same work, and their side must use the default allocator. Our side with
+    --compile is also compared with their side without --compile.
     """
     if here["side"] != "ours" or there["side"] != "theirs":
         return False
@@ -111,8 +113,10 @@ def quotients(over: Rounds, under: Rounds, key: str) -> list[float]:
 
 
 def exponents(contenders: list[dict]) -> Iterator[dict]:
-    """Yield, for each axis and measure, each contender's value at the smallest and the largest size
-    that all contenders have, and the slope of log(value) against log(size) by least squares.
+    """Yield a row for each axis and measure, over the sizes that all contenders have.
+
+    For each contender, the row has the values at the smallest and the largest size, and the slope
+    of log(value) against log(size) by least squares.
     """
     for axis, key in product(axes_of(contenders), MEASURES):
         lines: dict[str, dict[int, float]] = {}
@@ -220,7 +224,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def points(spreads: list[Spread]) -> tuple[list[float], np.ndarray]:
-    """Return the medians, and the distances to the minimum and maximum as matplotlib's errors."""
+    """Return the medians, and the distances to minimum and maximum as matplotlib's error bars."""
     medians = [values["median"] for values in spreads]
     below = [values["median"] - values["min"] for values in spreads]
     above = [values["max"] - values["median"] for values in spreads]

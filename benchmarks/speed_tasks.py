@@ -28,7 +28,7 @@ AXES: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "scaling": {"ranks": (1, 2, 4)},
 }
-SMALL_BATCH = 4  # for growth by block or model
+SMALL_BATCH = 4  # for growth by block_size or parameters
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Task:
     side: str = "ours"  # or theirs
     method: str = "lora"  # or full
     precision: str = "fp32"
-    weights: str = "fp32"  # low: frozen weights of their side are in `precision`, without autocast
+    weights: str = "fp32"  # low: their frozen weights are in `precision`, without autocast
     allocator_alike: bool = False  # their side keeps freed memory, as in tune_process
     compile: bool = False
     graph: bool = False  # on our side on CUDA: one launch per micro-batch
@@ -112,7 +112,7 @@ class Task:
         return windows.batch(first)
 
     def text(self) -> Windows:
-        """Return the first windows of the book, one batch, for every call to score."""
+        """Return one batch of windows from the start of the book, for every call to score."""
         windows, _ = ours.data(self.args())
         length = self.batch_size * self.block_size + 1
         counts = windows.byte_counts
@@ -154,9 +154,9 @@ def tunes_allocator(device: str) -> bool:
 def along(opts: Namespace, part: str) -> list[Task]:
     """Return training tasks at each size that the base allows.
 
-    Growth compares our LoRA with PEFT, with one allocator setting, in bf16 if bf16 is among the
-    precisions, and also on each base of `opts.models`. Scaling runs our LoRA and our full
-    fine-tuning in the first precision.
+    Growth compares our LoRA with PEFT, with the same allocator setting. The precision is bf16 if
+    `opts.precision` contains bf16, and otherwise the first precision. Growth also varies the base,
+    over `opts.models`. Scaling runs our LoRA and our full fine-tuning in the first precision.
     """
     axes = dict(AXES[part])
     first = replace(opts.task, precision=opts.precision[0])

@@ -1,6 +1,7 @@
 """Make one measurement of `speed.py` in a separate process: read a task as JSON, print figures.
 
-Only tasks of their side import PEFT and transformers, which would add memory to our side.
+Only tasks of their side import PEFT and transformers, because the imports would add memory to our
+side.
 """
 
 import json
@@ -31,7 +32,7 @@ from storage.hub import MINI
 from storage.weights import load_config, save_gpt2
 from training.ranks import Ranks
 
-# oneDNN calls the last name. Matmuls inside a fused attention kernel are not counted.
+# The last name is oneDNN's matmul. Matmuls inside a fused attention kernel are not counted.
 MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 PROMPT_TOKENS = 16
 NEW_TOKENS = 256
@@ -65,7 +66,7 @@ def measure(task: Task) -> dict:
     found = timed(call, task.steps, device)
     if task.profile:
         found |= profiled(call, device)
-    if task.graph:  # the profiler cannot assign a replay's kernels to operations
+    if task.graph:  # the profiler cannot assign a replayed graph's kernels to operations
         found.pop("matmuls_share", None)
     return found
 
@@ -141,7 +142,7 @@ def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
 
 
 def of_gelu(event: Any) -> bool:
-    """Return whether the event is the product with the identity inside the fast GELU."""
+    """Return whether the event is the fast GELU's matmul with the identity matrix."""
     parent = event.cpu_parent
     return parent is not None and parent.name == "_GELU"
 
@@ -163,7 +164,7 @@ def build_theirs(task: Task, device: Device) -> Any:
 
 
 def train(task: Task, device: Device) -> Call:
-    """Return a training step of the task's side. Their side is a common loop at a constant rate."""
+    """Return a training step of the task's side. Their side uses `make_step`, at a constant lr."""
     args = task.args()
     if task.side == "ours":
         trainer = ours.Trainer(args)
@@ -223,7 +224,8 @@ def our_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], li
 
 def their_writer(task: Task, device: Device, prompt: Tensor) -> Callable[[int], list[int]]:
     model = build_theirs(task, device).eval()
-    model.generation_config.eos_token_id = None  # no end, and no logits processor against an end
+    # Without an end token, no text ends early, and no logits processor has to prevent an end.
+    model.generation_config.eos_token_id = None
 
     def write(count: int) -> list[int]:
         rows = model.generate(
@@ -246,7 +248,7 @@ CALLS: dict[str, Callable[[Task, Device], Call]] = {
 
 
 def measure_rank(task: Task, device: Device) -> dict:
-    """Time a step of this rank, with a share of the cores. Also time the communication alone."""
+    """Time a step of this rank on its share of the cores. Also time the communication alone."""
     cores = os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // task.ranks))
     ranks = Ranks.from_environment()

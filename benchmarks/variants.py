@@ -1,7 +1,8 @@
 """Compare the variants' steps with plain LoRA: `python -m benchmarks.variants`.
 
-The command measures the time on mini in fp32 on one core, in turn with plain LoRA. It also counts
-the bytes that autograd keeps for the backward pass of one step, without the parameters.
+The command times a step of each variant in turn with a step of plain LoRA, on mini in fp32 on one
+core. It also counts the bytes that autograd keeps for the backward pass of one step, without the
+parameters.
 """
 
 from collections.abc import Sequence

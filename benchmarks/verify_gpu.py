@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     )
     opts = parser.parse_args(argv)
     if opts.dry_run:
-        torch.set_num_threads(1)  # forking two ranks breaks a larger pool
+        torch.set_num_threads(1)  # a larger thread pool breaks when two ranks are forked
         opts.device = Device.pick("cpu", "fp32")
         opts.low = "bf16"
         opts.batch = 8

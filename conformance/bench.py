@@ -66,7 +66,7 @@ def check(bug: str, *shipped: str) -> Callable[[Callable], Callable]:
 
 
 class Implementation:
-    """The functions of an implementation. If a check needs a missing function, raises Missing."""
+    """The functions of an implementation. Getting a missing function raises Missing."""
 
     def __init__(self, functions: Any):
         self.functions = functions

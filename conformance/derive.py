@@ -1,7 +1,7 @@
 """LoRA and DoRA in NumPy and fp64, with gradients and AdamW written out by hand.
 
 The test vectors come from this file, which shares no code with `lora/`. Every sum is `math.fsum`,
-which rounds once. A sum does not depend on the machine or on the order of the terms.
+which rounds once. So no sum depends on the machine or on the order of the terms.
 
 Shapes: x (n, in), W (out, in), b (out,), A (r, in), B (out, r), y and g = dL/dy (n, out).
 """
@@ -50,7 +50,7 @@ class LoRA:
         return matmul(x, t["W"].T) + t["b"] + self.s * update
 
     def gradients(self, x: Array, g: Array) -> dict[str, Array]:
-        """dB = s g^T (h A^T), dA = s (g B)^T h, dx = g W + s g B A * keep."""
+        """Return dB = s g^T (h A^T), dA = s (g B)^T h, and dx = g W + s g B A * keep."""
         t = self.t
         h = x * self.keep
         gb = matmul(g, t["B"])  # (n, r)
@@ -82,8 +82,8 @@ class DoRA(LoRA):
         return matmul(x, self.merged().T) + self.t["b"]
 
     def gradients(self, x: Array, g: Array) -> dict[str, Array]:
-        """With G = (f g)^T x, the gradient of V: dA = s B^T G, dB = s G A^T, dx = f g V, and
-        dm = sum of g * V x / ||V|| over the n rows.
+        """Return dA = s B^T G, dB = s G A^T, dx = f g V and dm = sum of g * V x / ||V|| over the n
+        rows. G = (f g)^T x is the gradient of V.
         """
         v, norm = self.direction()
         fg = g * (self.t["m"] / norm)
@@ -102,8 +102,10 @@ class DoRA(LoRA):
 
 
 class Fused:
-    """LoRA on slices of a layer whose output is q, k and v: W (3 d, in). Slice i has A[i] (r, in)
-    and B[i] (d, r). A (slices, r, in), B (slices, d, r). The other rows of W get no update.
+    """LoRA on slices of a layer with W (3 d, in), whose output is q, k and v.
+
+    The i-th adapted slice has A[i] (r, in) and B[i] (d, r). The other rows of W get no update.
+    Shapes: A (slices, r, in), B (slices, d, r).
     """
 
     trained = ("A", "B")
@@ -139,14 +141,14 @@ def loss_and_gradient(y: Array, target: Array) -> tuple[float, Array]:
 
 
 class AdamW:
-    """AdamW as in PyTorch: the decay first, then a step with corrected moments."""
+    """AdamW as in PyTorch: the decay first, then a step with bias-corrected moments."""
 
     def __init__(self) -> None:
         self.power1 = self.power2 = 1.0  # beta^t
         self.moments: dict[str, tuple[Array, Array]] = {}
 
     def step(self, parameters: dict[str, Array], gradients: Mapping[str, Array]) -> None:
-        """Replace each parameter. Gradients have the parameters' names with a d in front."""
+        """Replace each parameter. A gradient's name is the parameter's name with a d in front."""
         self.power1 *= BETA1
         self.power2 *= BETA2
         for name, p in parameters.items():

@@ -57,8 +57,8 @@ class Model(nn.Module):
 
 
 class Adapted(NamedTuple):
-    """An adapted layer in fp64, a copy of the base, A (r, in) and B (out, r), and the measured
-    factor of B A x. Only the checks of the scale compare the factor with the expected factor.
+    """An adapted layer in fp64, a copy of the base, A (r, in) and B (out, r), and the factor of B A
+    as measured. Only the checks of scaling compare the measured factor with the expected factor.
     """
 
     layer: nn.Module
@@ -105,7 +105,7 @@ def factors(lora: Implementation, layer: nn.Module, r: int) -> tuple[Tensor, Ten
 
 
 def others(layer: nn.Module, *known: Tensor) -> list[Tensor]:
-    """Return the trained parameters that are not among the known: DoRA's magnitude."""
+    """Return the trained parameters that are not in `known`, such as DoRA's magnitude."""
     places = {tensor.data_ptr() for tensor in known}
     return [p for p in trained(layer) if p.data_ptr() not in places]
 
@@ -116,14 +116,14 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def draw(*tensors: Tensor) -> None:
-    """Draw tensors from N(0, 0.3), in place: as after training, B is not zero."""
+    """Fill tensors with normal numbers (std 0.3), so that B is not zero, as after training."""
     for tensor in tensors:
         tensor.normal_(std=0.3)
 
 
 @torch.no_grad()
 def weight_of(layer: nn.Module, fan_in: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return the W (out, in) that a layer applies, with its update."""
+    """Return the whole weight (out, in) that a layer applies, including the update."""
     zero = torch.zeros(1, fan_in, dtype=dtype)
     return (layer(torch.eye(fan_in, dtype=dtype)) - layer(zero)).T
 

@@ -1,6 +1,6 @@
 """A small correct implementation, and for every check a toy: the implementation with one mistake.
 
-The tests put each toy on the bench. The toy must fail the check.
+The tests put each toy on the bench. Each toy must fail its check.
 """
 
 import json
@@ -217,7 +217,7 @@ TOYS: dict[str, Right] = {}
 
 
 def toy(check: str) -> Callable[[type], type]:
-    """Register a wrong layer, or wrong functions, as the toy of a check."""
+    """Register a class of wrong layers, or of wrong functions, as the toy of a check."""
 
     def register(wrong: type) -> type:
         functions = wrong() if issubclass(wrong, Right) else Right()

@@ -90,8 +90,8 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
             head = tensor
             continue
         name = key.removeprefix(prefix)
-        # Copy, because the file is memory-mapped and may be replaced. `torch.empty_like` of a meta
-        # tensor would import sympy.
+        # Copy, because a memory-mapped file may be replaced. `empty_like` of a meta tensor would
+        # import sympy.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
         if name == "wte.weight" and head is not None:
             if not torch.equal(head, tensor):
@@ -203,7 +203,7 @@ def save_gpt2(
 
 
 def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
-    """Return the content of `config.json`. `end_of_text`, if given, replaces the base's id."""
+    """Return the content of `config.json`. `end_of_text`, if given, is the eos_token_id."""
     fields = dataclasses.asdict(config)
     token_ids = {"bos_token_id": end_of_text} | fields.pop("token_ids")
     if end_of_text is not None:

@@ -39,7 +39,7 @@ def factors(layer):
 
 
 def merge(layer):
-    layer.update.restore()  # restores the forward
+    layer.update.restore()  # gives the layer its old forward
     layer.update.onfly_merge()
 
 

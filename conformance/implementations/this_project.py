@@ -21,7 +21,7 @@ def wrap(
     slices=(),
 ):
     linear.requires_grad_(False)
-    if fan_in_fan_out:  # reading GPT-2's file makes an nn.Linear of (in, out) weights
+    if fan_in_fan_out:  # this project reads (in, out) weights into an nn.Linear
         stored = linear
         linear = nn.Linear(*stored.weight.shape).requires_grad_(False)
         linear.weight.data, linear.bias.data = stored.weight.data.T, stored.bias.data
