@@ -533,7 +533,7 @@ def two_ranks(opts: Namespace) -> Findings:
         nproc_per_node=2,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        start_method="spawn" if opts.device.is_cuda else "fork",  # a fork has torch already
+        start_method="spawn" if opts.device.is_cuda else "fork",  # a forked rank has torch loaded
     )
     with mock.patch.object(report, "can_draw", lambda: False):
         elastic_launch(launch, train.main)([*arguments(opts, command), f"--out={out}"])

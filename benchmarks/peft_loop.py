@@ -31,7 +31,7 @@ def load(directory: Path, adapter: Path | None = None, dropout: float | None = N
     config sets the dropouts.
 
     transformers has several implementations of gelu_new and of attention, which agree up to
-    rounding. The loop uses the same ones as this project.
+    rounding. The loop uses the same implementations as this project.
     """
     dropouts = {}
     if dropout is not None:

@@ -177,7 +177,7 @@ def plans(opts: Namespace) -> dict[str, list[Task]]:
 
 
 def facts(opts: Namespace) -> dict[str, Any]:
-    """Return the facts that the figures depend on, without the machine's name."""
+    """Return the facts that the figures depend on, without the host's name."""
     base = Path(opts.base).name if opts.base else "GPT-2 124M, random weights"
     how = __doc__ or ""  # None under `python -OO`
     return {

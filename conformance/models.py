@@ -22,7 +22,7 @@ class InOutLinear(nn.Module):
 
 
 class Block(nn.Module):
-    """x + c_proj(relu(proj(x))). The name of one layer ends in the name of the other."""
+    """x + c_proj(relu(proj(x))). The name `c_proj` ends in the name `proj`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Token ids to logits, with layers such as `transformer.h.0.proj`. The head is tied."""
+    """A model from token ids to logits, with layers such as `transformer.h.0.proj`. The head is tied."""
 
     def __init__(self, blocks: int = 2, name: str = "h"):
         super().__init__()
