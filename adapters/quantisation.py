@@ -12,7 +12,7 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return the quantisation of the base in training, which the adapter's file records, or None."""
+    """Return the quantisation of the base in training that the adapter records, or None."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None

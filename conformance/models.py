@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A model from token ids to logits, with layers such as `transformer.h.0.proj`. The head is tied."""
+    """A language model with layers such as `transformer.h.0.proj`. The head is tied."""
 
     def __init__(self, blocks: int = 2, name: str = "h"):
         super().__init__()
