@@ -1,6 +1,6 @@
 """Read conversations, one per line of a JSON lines file. Only the assistant's text is scored.
 
-A line has one of three forms. These three lines are the same example:
+A line has one of three forms. Here, all three forms contain the same example:
 
     {"prompt": "Who keeps the light?", "completion": "You do."}
     {"messages": [{"role": "user", "content": "Who keeps the light?"},
