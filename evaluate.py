@@ -29,8 +29,8 @@ from training.options import BOOK
 from training.ranks import Ranks
 from training.scores import Scores, kl_divergence
 
-EVAL_BATCH = 16  # windows scored at a time
-LOGITS_CHUNK = 128  # tokens with logits in memory at a time
+EVAL_BATCH = 16  # windows per forward pass
+LOGITS_CHUNK = 128  # tokens whose logits are in memory at the same time
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def evaluate(
     ranks: Ranks | None = None,
     batch_size: int = EVAL_BATCH,
 ) -> Scores:
-    """Score a whole text, or conversations. Several ranks share the batches.
+    """Score a whole text, or conversations. With several ranks, each rank scores some batches.
 
     Raises RunError if the loss is not finite, and UserError if every target is an end of text.
     """

@@ -66,7 +66,9 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """Print each prompt's continuation under each heading. A single row is streamed."""
+    """Continue each prompt once per heading, and print the texts. With one heading, the text is
+    printed as it is drawn.
+    """
     alone = len(headings) == 1
     for prompt in args.prompt:
         texts = [heading + prompt for heading in headings]
@@ -120,8 +122,8 @@ def stream(
     args,
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
-    """Continue the ids of a prompt up to an end of text, in one row per generator. Yield the number
-    of a row and the next whole characters of the row.
+    """Continue a prompt, given as token ids, in one row per generator. Yield pairs: the number of a
+    row, and the row's next complete characters. Each row ends at an end-of-text token.
     """
     rows = len(generators)
     ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
@@ -171,7 +173,7 @@ class StreamDecoder:
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
-    """Return a mask, bool (V,), of the model's ids that the tokenizer lacks."""
+    """Return a mask, bool (V,), that is True for each id without a token in the tokenizer."""
     mask = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
     mask[list(tokenizer.vocabulary.values())] = False
     return mask

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(model: GPT2, data: Data, run: Run) -> None:
-    """Take every step. Validate when due, and keep the best model."""
+    """Take the remaining steps. Validate when due, and keep the best model."""
     options = run.options
     optimizer, scaler = set_up(model, data, run)
     run.begin(model, optimizer=optimizer, scaler=scaler)  # resumes, or empties --out
@@ -54,7 +54,7 @@ def train(model: GPT2, data: Data, run: Run) -> None:
 
 
 def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScaler]:
-    """Return the optimizer, and the scaler of the loss for fp16."""
+    """Return the optimizer and the GradScaler, which scales the loss in fp16."""
     options = run.options
     run.set_up_model(model)  # casts frozen weights, chooses --kernels, compiles
     # `lr_scale` multiplies the learning rate of a group. Only LoRA+ has two groups.
@@ -74,34 +74,35 @@ def train_step(
     lr: float,
     run: Run,
 ) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step. Return the batch's loss, summed over its tokens, and the norm of its
-    gradient before clipping.
+    """Take one optimizer step. Return the loss, summed over the tokens of the batch, and the norm
+    of the gradient before clipping.
     """
     total_loss = torch.zeros((), device=run.device.torch_device)
     for inputs, targets in batch.micro_batches():
         with run.device.autocast():
-            # By default (--kernels fast), this is FastGPT2.loss in model/kernels/fast.py.
+            # By default (--kernels fast), `model.loss` is FastGPT2.loss in model/kernels/fast.py.
             loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
         # The loss is divided by the number of tokens in the whole batch. So the gradients of
         # micro-batches and ranks add up to the gradient of the batch's mean loss. Small gradients
-        # vanish in fp16, so the scaler multiplies the loss, and `unscale_` divides the gradients.
+        # vanish in fp16. So the scaler multiplies the loss by a factor, and `unscale_` divides the
+        # gradients by the same factor.
         scaler.scale(loss / batch.num_tokens).backward()
         total_loss += loss.detach()
     run.ranks.all_reduce_gradients(model, total_loss)  # also sums the loss
 
-    scaler.unscale_(optimizer)  # clipping needs the true norm
+    scaler.unscale_(optimizer)  # clipping needs the norm of the unscaled gradient
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.options.clip or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph reuses the tensors
+    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph reuses .grad
     return total_loss, grad_norm
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """Return the learning rate of a step, counted from 0. The rate rises linearly to `peak` over
-    the first ceil(warmup_ratio * total) steps. Then the rate falls along half a cosine towards 0
+    """Return the learning rate of a step. Steps count from 0. The rate rises linearly to `peak`
+    over the first ceil(warmup_ratio * total) steps, and then falls along half a cosine towards 0
     (Loshchilov & Hutter 2016, https://arxiv.org/abs/1608.03983).
     """
     warmup = math.ceil(warmup_ratio * total)
@@ -111,7 +112,7 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 def validate_start(model: GPT2, data: Data, run: Run) -> None:
-    """Score the validation part with the base, and also with `--init-adapter` if given."""
+    """Score the base on the validation part, and then `--init-adapter` if given."""
     with adapter_disabled(model):
         run.keep_base(model, validate(model, data, run))
     if run.options.init_adapter:

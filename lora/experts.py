@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# Module names by family of models. PEFT takes any module with such a name, even a dense layer or a
-# shared expert, for the one parameter of all experts (`_MOE_TARGET_MODULE_MAPPING`).
+# For each family of models, the module names that PEFT replaces by parameters of the mixture, such
+# as the 3-D weights of all experts (`_MOE_TARGET_MODULE_MAPPING`). PEFT does so even if the module
+# with this name is a dense layer or a shared expert.
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -48,7 +49,7 @@ def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
 
 
 def expert_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that contain the matrices of all experts, (experts, m, n), by name."""
+    """Return the 3-D parameters, (experts, m, n), that stack the matrices of experts, by name."""
     return {
         name: weight
         for name, weight in model.named_parameters()
@@ -61,7 +62,7 @@ def _is_convolution(model: nn.Module, parameter: str) -> bool:
 
 
 def _expert_names(model: Any) -> tuple[str, ...]:
-    """Return the `EXPERT_NAMES` of the family to which transformers assigns the model."""
+    """Return the `EXPERT_NAMES` of the model's family, or (). transformers defines the family."""
     conversions = sys.modules.get("transformers.conversion_mapping")
     families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
     family = getattr(getattr(model, "config", None), "model_type", "")

@@ -15,8 +15,8 @@ from lora.variants import make_layer
 def inject(model: nn.Module, config: LoRAConfig) -> None:
     """Put a LoRA layer around each `nn.Linear` that `find_targets` returns. Freeze the rest.
 
-    The config is stored as `model.lora_config`. The class of the config chooses the variant. Raises
-    ValueError if a target, a rank or a variant does not fit, or if the model has an adapter
+    The config is stored as `model.lora_config`. The class of the config determines the variant.
+    Raises ValueError if a target, a rank or a variant does not fit, or if the model has an adapter
     already. After an error, the model is unchanged. Warns if "all-linear" leaves out experts, and
     if `save_adapter` will refuse the adapter.
     """
@@ -27,9 +27,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     """Return the LoRA layers of a model by module name. `install` puts them into the model."""
-    prefix = peft_view(model).prefix  # PEFT puts it before each name
+    prefix = peft_view(model).prefix  # PEFT puts this prefix before each name
     layers = {}
-    for name, slices in find_targets(model, config).items():  # without slices: the whole layer
+    for name, slices in find_targets(model, config).items():  # no slices: the whole layer
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         with errors_that_name(name):

@@ -1,6 +1,7 @@
 """The LoRA layer: a frozen linear layer plus a trained low-rank update.
 
-This file needs only PyTorch. A copy of it works in any project: wrap a frozen `nn.Linear`.
+This file needs only PyTorch. Copy the file to any project, and wrap a frozen `nn.Linear` in
+`LoRALinear`.
 """
 
 import math
@@ -29,8 +30,8 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """Return the factor of B A x: alpha / r (paper, 4.1), or alpha / sqrt(r) for rsLoRA
-        (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        """Return the factor that scales B A x. The factor is alpha / r (paper, 4.1), or
+        alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
         """
         if self.use_rslora:
             return self.lora_alpha / math.sqrt(self.r)
@@ -62,7 +63,8 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.merged = False
         self.lora_dropout = nn.Dropout(config.lora_dropout)
-        # The CPU draws in PEFT's order (A, B, A again), so a seed gives PEFT's A on any device.
+        # A and B are drawn on the CPU, in PEFT's order (A, B, A again). So a seed gives the same A
+        # as in PEFT, on any device.
         self.lora_A = nn.Linear(fan_in, config.r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(config.r, fan_out, bias=False, dtype=torch.float32)
         # With a = sqrt(5), Kaiming's bound sqrt(6 / (1 + a^2) / in) is 1 / sqrt(in).
@@ -77,14 +79,14 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """Return an empty slice of W, (0, in), for models such as T5 that read the dtype or device.
 
-        A model that multiplied by W without `forward` would omit the update. With the empty slice,
-        PyTorch raises an error instead.
+        A model that multiplied by W without a call of `forward` would omit the update. With the
+        empty slice, such a product raises an error.
         """
         return self.base_layer.weight[:0]
 
     @property
     def bias(self) -> Tensor | None:
-        """Return b, for models such as Mamba that read b. The adapter does not change b."""
+        """Return b, which the adapter does not change. Models such as Mamba read b."""
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,8 +128,9 @@ class LoRALinear(nn.Module):
             self.merged = True
 
     def check_mergeable(self) -> None:
-        """Raise ValueError if the adapter is disabled, or if W is not stored in fp32 or fp64. A sum
-        in bf16 would round a small update away.
+        """Raise ValueError if the adapter is disabled, or if W is not stored in fp32 or fp64.
+
+        In bf16, the sum of W and a small update would round the update away.
         """
         if not self.enabled:
             raise ValueError("the adapter is disabled; enable it before merging")
@@ -160,8 +163,8 @@ class LoRALinear(nn.Module):
 def check_linear(layer: nn.Linear) -> None:
     """Raise ValueError unless the layer's forward is W x + b, with `weight` as W.
 
-    If a subclass of `nn.Linear` has another forward that computes W x + b, the subclass sets the
-    class attribute `computes_linear = True`.
+    A subclass of `nn.Linear` may override `forward` and still compute W x + b. Such a subclass sets
+    the class attribute `computes_linear = True`.
     """
     kind = type(layer)
     if kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False):
@@ -172,7 +175,9 @@ def check_linear(layer: nn.Linear) -> None:
 
 
 def stored_weight(layer: nn.Linear) -> nn.Parameter:
-    """Return W for changes in place. Raises ValueError unless y = W x + b with a stored W."""
+    """Return W, for in-place changes. Raises ValueError unless the layer computes W x + b, and
+    stores W as a parameter.
+    """
     check_linear(layer)
     if not isinstance(layer.weight, nn.Parameter):
         raise ValueError(
@@ -183,5 +188,7 @@ def stored_weight(layer: nn.Linear) -> nn.Parameter:
 
 
 def _refuse_merged(layer: LoRALinear, *_: object) -> None:
-    if layer.merged:  # the update would be added twice, or subtracted from a W without it
+    # A merged W that is saved together with A and B would later get the update a second time. A W
+    # that is loaded into a merged layer lacks the update, but `unmerge` would subtract the update.
+    if layer.merged:
         raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")

@@ -17,7 +17,7 @@ from lora.peft_view import peft_view
 from lora.save import BASE_SHA256, WEIGHTS, tensors_by_key
 from lora.tensors import check_names, checked, read_metadata, readable
 
-BAD_PATTERN = (re.error, OverflowError, RecursionError)  # raised for regular expressions
+BAD_PATTERN = (re.error, OverflowError, RecursionError)  # raised for a bad regular expression
 
 
 def load_adapter(
@@ -25,8 +25,9 @@ def load_adapter(
 ) -> LoRAConfig:
     """Inject the adapter in `directory` into `model`. Return the config of the adapter.
 
-    Raises ValueError if the file records another base than `base_sha256`, and if a tensor is
-    missing, unexpected, misshapen or not finite. After an error, the model is unchanged.
+    Raises ValueError if the file records another hash of the base than `base_sha256`. Also raises
+    ValueError if a tensor is missing, unexpected, misshapen or not finite. After an error, the
+    model is unchanged.
     """
     directory = Path(directory)
     config = load_adapter_config(directory)
@@ -61,7 +62,7 @@ def load_adapter_config(directory: str | Path) -> LoRAConfig:
 
 
 def stored_base_fields(directory: str | Path) -> dict[str, Any]:
-    """Return the fields of the adapter's config that describe the base, as `base_fields` does."""
+    """Return the fields of the adapter's config that describe the base (see `base_fields`)."""
     stored = _read_config(Path(directory))
     return {
         "task_type": stored.get("task_type"),

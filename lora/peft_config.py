@@ -35,7 +35,7 @@ SUPPORTED: dict[str, tuple] = {
     "bias": ("none", "lora_only"),  # older PEFT wrote "lora_only" without a bias tensor
     "use_rslora": (True, False),
     "fan_in_fan_out": (True, False),  # does not change how A and B are stored
-    # PEFT's files of PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA need a base with another W.
+    # PEFT's files of PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA need a base whose W was changed.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
 UNUSED: tuple = (None, False, [], {})  # the supported values of any other field
@@ -46,7 +46,8 @@ ALPHAS = (0, 3e6)
 def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of PEFT's file. `base_fields` comes from `lora.save.base_fields`.
 
-    `peft_version` is left out: PEFT fills in the field, and versions before 0.18 warn about it.
+    The field `peft_version` is left out. New versions of PEFT fill in the field, and versions
+    before 0.18 warn about the field.
     """
     return {
         "peft_type": "LORA",
@@ -114,7 +115,7 @@ def _targets(stored: Mapping[str, Any]) -> tuple[str, ...] | str:
 
 
 def _pattern(stored: Mapping[str, Any], field: str, kind: Any, low: float, high: float) -> dict:
-    """Return a field's dict from regular expressions to numbers."""
+    """Return a field's value, a dict that maps regular expressions to numbers."""
     pattern = stored.get(field) or {}
     if not isinstance(pattern, dict):
         raise ValueError(f"{field} {brief(pattern)} is not an object of names and numbers")

@@ -43,7 +43,9 @@ def peft_view(model: nn.Module) -> PeftView:
 
 
 def _task_type(model: Any) -> str | None:
-    """Return the task of a transformers model that reads tokens and generates text, or None."""
+    """Return the task of a transformers model that reads tokens and generates text. For any other
+    model, return None.
+    """
     if not model.can_generate() or model.main_input_name != "input_ids":
         return None
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)

@@ -24,13 +24,14 @@ def nf4_levels() -> Tensor:
     """Return the 16 levels of 4-bit NormalFloat, fp32 (16,), ascending from -1 to 1.
 
     Weights are close to normally distributed, so the levels are quantiles of the normal
-    distribution: close together where weights are many (paper, section 3). Evenly spaced
+    distribution. They lie close together where most weights lie (paper, section 3). Evenly spaced
     probabilities from `tail` to 1/2 give 8 levels above 0 and 7 levels below. The 16th level is 0,
-    the quantile of 1/2, so a weight of 0 stays 0. The largest level becomes 1.
+    the quantile of 1/2, so a weight of 0 stays 0. Finally, all levels are divided by the largest.
 
     Equation 4 of the paper takes the means of neighbouring quantiles. Appendix E and the authors'
     code take the quantiles themselves, and so does this function. The quantile of 1 is infinite, so
-    `tail` replaces 1. The authors' code rounds (1 - 1/32 + 1 - 1/30) / 2 to these seven digits.
+    the probabilities start at `tail`, not at 1. As in the authors' code, `tail` is
+    (1 - 1/32 + 1 - 1/30) / 2, rounded to seven digits.
     """
     tail = 0.9677083
     above = torch.special.ndtri(torch.linspace(tail, 0.5, 9)[:-1].double())  # (8,)
@@ -44,8 +45,8 @@ def scale_levels() -> Tensor:
 
     For each sign, 64 levels are spaced evenly in 0.1 .. 1, 32 levels in 0.01 .. 0.1, and so on,
     down to one level in 1e-7 .. 1e-6. The other two levels are 0 and 1 (Dettmers et al. 2022,
-    section 1.3, https://arxiv.org/abs/2110.02861). The paper names 8-bit floats, but QLoRA's code
-    has these levels.
+    section 1.3, https://arxiv.org/abs/2110.02861). The QLoRA paper names 8-bit floats, but the
+    authors' code uses these levels.
     """
     decades = []
     for i in range(7):
@@ -57,7 +58,7 @@ def scale_levels() -> Tensor:
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:
-    """Return the index of the level nearest to each x, uint8. The levels ascend."""
+    """Return the index of the level nearest to each x, uint8. `levels` must ascend."""
     midpoints = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(x, midpoints.to(x.device), out_int32=True).to(torch.uint8)
 
@@ -83,7 +84,7 @@ def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     mean = absmax.mean()
     x, scales = scaled_blocks(absmax - mean, SCALE_BLOCK)
-    # bitsandbytes' CPU kernel rounds x to 2^16 values, and looks up the code of each value.
+    # Round x to 2^16 values, as bitsandbytes' CPU kernel does.
     x = torch.floor((x + 1) * 32767.5 + 0.5) / 32767.5 - 1
     codes = nearest(x, scale_levels())
     return codes.flatten()[: len(absmax)], scales, mean
@@ -92,7 +93,7 @@ def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class QuantisedLinear(nn.Linear):
     """y = x W^T + b with a frozen W that a subclass stores in few bits.
 
-    x (..., in), y (..., out). W is dequantised for each product, to the precision of x or, under
+    x (..., in), y (..., out). Each call of `forward` dequantises W to the precision of x or, under
     autocast, to the precision of autocast. `weight` returns W in fp32, as a new tensor. A change to
     that tensor has no effect, so adapters cannot be merged into the layer.
     """
@@ -130,7 +131,7 @@ class QuantisedLinear(nn.Linear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantisedLinear":
-        """Move the layer with the model. A cast applies only to the bias: scales stay in fp32."""
+        """Move the layer with the model. A cast changes only the bias. The scales stay in fp32."""
         scales = {name: x for name, x in self.named_buffers() if x.is_floating_point()}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
@@ -183,11 +184,12 @@ class Int8Linear(QuantisedLinear):
 
 
 class NF4Linear(QuantisedLinear):
-    """W_i = level[code_i] * absmax_j: 4-bit NormalFloat in blocks j of 64 weights, row after row.
+    """W_i = level[code_i] * absmax_j for weight i in block j. The levels are 4-bit NormalFloat. A
+    block has 64 consecutive weights of the flattened W.
 
-    Shapes, for n weights: codes uint8 (n / 64, 32), two per byte. Double quantisation stores absmax
-    as 8-bit codes, uint8 (n / 64,), with scales fp32 (n / 64 / 256,) and a mean. A weight takes
-    4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
+    Shapes for n weights: codes uint8 (n / 64, 32), two codes per byte. Double quantisation stores
+    absmax as 8-bit codes, uint8 (n / 64,), with scales fp32 (n / 64 / 256,) and a mean. A weight
+    takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
     """
 
     kind = "nf4"
@@ -204,7 +206,7 @@ class NF4Linear(QuantisedLinear):
         x, absmax = scaled_blocks(layer.weight.detach(), BLOCK)
         codes = nearest(x, levels)  # (n / 64, 64)
         self.register_buffer("codes", codes[:, 0::2] << 4 | codes[:, 1::2])  # two codes a byte
-        # `pairs` has the two levels of each byte, so dequantising looks up two weights at once.
+        # `pairs` maps a byte to two levels, so dequantising looks up two weights at once.
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
         absmax, scales, mean = quantise_scales(absmax)
         self.register_buffer("scale_levels", scale_levels(), persistent=False)
@@ -220,7 +222,8 @@ class NF4Linear(QuantisedLinear):
         return levels * scale_of_each + self.mean
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        # Each row of two fp32 levels becomes one int64, because picking numbers is faster.
+        # Two fp32 levels are viewed as one int64, because `index_select` picks numbers faster than
+        # rows.
         pairs = self.pairs.view(torch.int64).flatten()  # (256,)
         picked = torch.index_select(pairs, 0, self.codes.flatten().int())  # (n / 2,)
         blocks = picked.view(torch.float32).view(-1, BLOCK)  # levels
@@ -236,7 +239,7 @@ def quantise(
     model: nn.Module, kind: str, target_modules: tuple[str, ...] | str = ALL_LINEAR
 ) -> None:
     """Quantise linear layers of a model. `kind` is a key of `LAYERS`. `target_modules` names the
-    layers as in `LoRAConfig`: by default all linear layers except the head.
+    layers, as in `LoRAConfig`. The default is all linear layers except the head.
 
     Raises ValueError for an unknown kind, for targets that do not fit, and for a layer whose
     forward is not W x + b. After an error, the model is unchanged.

@@ -39,7 +39,7 @@ def save_adapter(
     the base's weights file, which `load_adapter` can check. Raises ValueError for a model without
     an adapter, for a layer that PEFT would misread, and for a tensor that is not finite.
     """
-    model = getattr(model, "_orig_mod", model)  # `torch.compile` adds this to each name
+    model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps the model
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save; `inject` or `load_adapter` adds one")
     misread = misread_by_peft(model, lora_layers(model))
@@ -117,9 +117,9 @@ def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, T
 def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
-    Usually this is `model.lora_config`. PiSSA, LoRA-GA and slices save other tensors than they
-    train, and PEFT could also match the experts of a mixture. In these cases the config lists the
-    full name, rank and alpha of each layer.
+    Usually this config is `model.lora_config`. But PiSSA, LoRA-GA and slices do not save the
+    tensors that they train. And in a mixture of experts, PEFT could also match the experts. In both
+    cases, the config lists the full name, rank and alpha of each layer.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix

@@ -1,7 +1,7 @@
 """Find the layers to adapt, and the rank and alpha of each layer, by PEFT's rules.
 
-Full names are PEFT's names (`lora/peft_view.py`): `h.0.attn.c_attn` of our GPT-2 is
-`transformer.h.0.attn.c_attn`, as in transformers' GPT2LMHeadModel.
+A full name is the name of a module in PEFT (`lora/peft_view.py`). For example, the full name of
+`h.0.attn.c_attn` in our GPT-2 is `transformer.h.0.attn.c_attn`, as in transformers.
 """
 
 import re
@@ -15,23 +15,29 @@ from lora.peft_view import peft_view
 
 ALL_LINEAR = "all-linear"
 SLICES = ("q", "k", "v")  # slices of a fused layer's output, in this order
-READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # skip the layers' forward
+# These modules use the weights of their linear layers without a call of the layers' forward.
+READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
-    """Return the names on a command line for `LoRAConfig`, where "all-linear" is a string."""
+    """Convert the names on a command line to a value for `LoRAConfig`. "all-linear" becomes a
+    string.
+    """
     if list(names) == [ALL_LINEAR]:
         return ALL_LINEAR
     return tuple(names)
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
-    """Return the names of the layers to adapt, in module order, with the slices (none: the whole).
+    """Return the names of the layers to adapt, in module order, each with the slices to adapt. An
+    empty set means the whole layer.
 
     `target_modules` is "all-linear" (all except the head), a regular expression that matches full
-    names, or a list of full names and endings after a dot: `c_proj` matches a layer in GPT-2's
-    attention and a layer in the MLP. With `layers_to_transform`, an ending matches only in blocks
-    with these numbers. `layers_pattern` names the lists of blocks that are counted, such as `h`.
+    names, or a list. The list contains full names, and ends of full names after a dot. For example,
+    the end `c_proj` matches a layer in GPT-2's attention and a layer in the MLP. With
+    `layers_to_transform`, an end of a name matches only in blocks with these numbers.
+    `layers_pattern` names the lists of blocks that are counted, such as `h`.
+
     Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,
     or if the model has an adapter already.
     """
@@ -63,8 +69,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Return the modules that share a weight: the full name, and a phrase that names the other
-    module. An update of one module would change both.
+    """Find the modules that share a weight with another module. Return a dict from the full name of
+    each such module to a phrase that names the other module. An update of one would change both.
     """
     view = peft_view(model)
     sharing: dict[int, list[str]] = {}  # by parameter
@@ -82,7 +88,9 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:
-    """Return the names, or the one regular expression. Raises ValueError where PEFT does."""
+    """Return the target names, or a tuple of one regular expression. Raises ValueError for
+    combinations of fields that PEFT refuses.
+    """
     if config.layers_pattern and not config.layers_to_transform:
         raise ValueError("layers_pattern needs layers_to_transform, as in PEFT")
     if not isinstance(config.target_modules, str):
@@ -207,7 +215,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _block(name: str, config: LoRAConfig) -> int | None:
-    """Return the number of a module's block, by PEFT's rule: 3 for transformer.h.3.attn.c_attn."""
+    """Return the number of a module's block by PEFT's rule, such as 3 for transformer.h.3.mlp."""
     match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
     for pattern in config.layers_pattern or ():
         match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name)

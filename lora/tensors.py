@@ -1,8 +1,10 @@
-"""Read tensors strictly, and write safetensors files: equal content gives equal bytes.
+"""Read tensors strictly, and write safetensors files. Equal content gives equal bytes.
 
-The writer of the safetensors library orders the metadata at random, and versions before 0.8 copy
-all tensors first. Format: 8 bytes of header length, the header in JSON, the tensors' bytes
-(https://github.com/huggingface/safetensors).
+The safetensors library has a writer, too. But the library's writer orders the metadata at random,
+and in versions before 0.8 it copies all tensors first.
+
+A file contains the length of the header in 8 bytes, the header in JSON, and the bytes of the
+tensors (https://github.com/huggingface/safetensors).
 """
 
 import ctypes
@@ -25,8 +27,8 @@ def write_tensors(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a safetensors file, one tensor in memory at a time. A `dtype` of None keeps each
-    tensor's dtype. Raises ValueError for a number that is not finite.
+    """Write a safetensors file. Only one tensor at a time is copied in memory. A `dtype` of None
+    keeps the dtype of each tensor. Raises ValueError for a number that is not finite.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -105,7 +107,7 @@ def checked(value: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite. The minimum or maximum shows NaN and inf."""
+    """Return whether all numbers are finite. NaN or inf also appears in the minimum or maximum."""
     if tensor.numel() == 0:
         return True
     least, largest = tensor.aminmax()  # torch.isfinite would make a second tensor

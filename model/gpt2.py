@@ -3,7 +3,8 @@
 Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ...). The checkpoint
 stores the projections as (in, out). Here the projections are `nn.Linear`s, (out, in), and
 `storage/weights.py` transposes the weights.
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+
+Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
 This file needs only PyTorch. `accelerate` (`model/kernels/fast.py`) makes a model faster.
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100  # a target that is not scored: the default of F.cross_entropy
+IGNORE_INDEX = -100  # marks targets that are not scored, also by default in F.cross_entropy
 
 
 @dataclass
@@ -37,7 +38,7 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     activation_function: str = "gelu_new"  # GPT-2's tanh form ("gelu": the erf form)
-    token_ids: dict = field(default_factory=dict)  # such as `bos_token_id`: only saved again
+    token_ids: dict = field(default_factory=dict)  # such as `bos_token_id`. Not used, only saved
 
 
 class KVCache:
@@ -92,9 +93,9 @@ class Attention(nn.Module):
         return x.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return dropout(softmax(q k^T / sqrt(D) + mask)) v, all (B, H, T, D).
+        """Return dropout(softmax(q k^T / sqrt(D) + mask)) v. All tensors are (B, H, T, D).
 
-        The mask is -inf where a key comes after the query, otherwise 0.
+        The mask (T, T) is -inf where a key comes after the query, otherwise 0.
         """
         p = self.attn_pdrop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
@@ -116,7 +117,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Add attention of a norm of x to x (B, T, C), and then the MLP of a norm of the sum."""
+    """x = x + attn(ln_1(x)), and then x + mlp(ln_2(x)), for x (B, T, C)."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -150,14 +151,14 @@ class GPT2(nn.Module):
             self.init_weights()
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` continues the cache."""
+        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` follows its tokens."""
         return self.logits(self.hidden(idx, cache))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
 
-        With a cache that is not empty, T is 1. Raises ValueError for a larger T, and for more than
-        `n_positions` tokens, including the cache.
+        With a cache that is not empty, T must be 1. Raises ValueError for a larger T, and for more
+        than `n_positions` tokens. Cached tokens count.
         """
         past = 0 if cache is None else len(cache)
         if past and idx.size(1) > 1:
@@ -178,8 +179,8 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
-        Full fine-tuning trains the embeddings in fp32, and a saved model is loaded in the run's
-        precision. Evaluation under autocast rounds the embeddings, to measure the saved model.
+        Full fine-tuning trains the embeddings in fp32, but the saved model will be loaded in the
+        precision of autocast. So evaluation under autocast rounds the embeddings to that precision.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)
@@ -196,8 +197,8 @@ class GPT2(nn.Module):
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Return the sum of -log p(target) over the scored tokens, in nats.
 
-        idx and targets (B, T). A target of IGNORE_INDEX is not scored. p = softmax(logits), in
-        fp32. Unlike means, the sums of micro-batches add up.
+        idx and targets are (B, T). A target of IGNORE_INDEX is not scored. p = softmax(logits), in
+        fp32. The sums of micro-batches, unlike means, add up to the sum of the batch.
         """
         logits = self(idx).float().flatten(0, 1)  # (B * T, V)
         return F.cross_entropy(logits, targets.flatten(), reduction="sum")
@@ -212,7 +213,7 @@ class GPT2(nn.Module):
         return losses, logits.argmax(-1) == targets
 
     def set_dropout(self, p: float) -> None:
-        """Give all of the base's dropouts (embedding, attention, residual) the probability `p`."""
+        """Set the probability of all dropouts of the base: embedding, attention and residual."""
         self.drop.p = p
         for block in self.h:
             assert isinstance(block, Block)
@@ -222,10 +223,10 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw weights as transformers does: std initializer_range, biases 0.
+        """Draw weights with std initializer_range, as transformers does. Biases are 0.
 
         The 2 * n_layer projections that add to the residual stream are scaled by
-        1 / sqrt(2 * n_layer) (paper, 2.3). OpenAI's code draws `wpe` with std 0.01.
+        1 / sqrt(2 * n_layer) (paper, 2.3). In contrast, OpenAI's code draws `wpe` with std 0.01.
         """
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.n_layer)
@@ -241,8 +242,9 @@ class GPT2(nn.Module):
 
 
 def new_embedding(rows: int, width: int) -> nn.Embedding:
-    """Return an embedding with an uninitialised weight, for `init_weights` or a file to set.
+    """Return an embedding with an uninitialised weight. The caller must set the weight.
 
-    `nn.Embedding(rows, width)` draws a weight. On the meta device, this imports PyTorch's compiler.
+    `nn.Embedding(rows, width)` would draw a random weight. On the meta device, drawing imports
+    PyTorch's compiler.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -35,8 +35,8 @@ def generate_rows(
     top_p: float = 1.0,
     suppress_tokens: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Yield ids (n,) step by step: the next token of each row of `ids` (n, T), drawn with the
-    generator of the row. Tokens marked in `suppress_tokens`, bool (V,), are not drawn.
+    """In each step, draw the next token of every row of `ids` (n, T), and yield the tokens (n,).
+    Each row has a generator. Tokens marked in `suppress_tokens`, bool (V,), are not drawn.
 
     Keys and values of past tokens are cached. When the context is full, the older half is dropped
     and the newer half is read again, because learned positions cannot be shifted in the cache.
@@ -77,7 +77,7 @@ def next_tokens(
 ) -> Tensor:
     """Return the next id of each row, (n, 1), drawn from logits (n, V) with the row's generator.
 
-    A temperature of 0, or too small to divide by, takes the likeliest.
+    If the temperature is 0 or too small to divide by, return the likeliest id.
     """
     if temperature < 1e-6:
         return logits.argmax(-1, keepdim=True)
@@ -90,7 +90,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     """Return the probabilities (n, V) of logits (n, V) under temperature, top-k and nucleus (top-p)
     sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
 
-    The likeliest token always stays.
+    The likeliest token is never removed.
     """
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):

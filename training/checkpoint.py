@@ -1,7 +1,7 @@
-"""Write checkpoint.safetensors atomically, keep the previous checkpoint, and verify what is read.
+"""Write checkpoints atomically, keep the previous checkpoint, and verify a hash when reading.
 
-The tensors of a nested state are stored as tensors. The header contains the rest as JSON, with a
-name in place of each tensor, and the sha256 of JSON and tensors.
+The state is a nested dict. Tensors of the state are stored as tensors. The header contains the rest
+as JSON, with names in place of tensors. The header also contains the sha256 of JSON and tensors.
 """
 
 import hashlib
@@ -41,12 +41,14 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    """Return the newest undamaged state. Warn about a damaged newer checkpoint, and replace it."""
+    """Return the newest state that is not damaged. If the newest checkpoint is damaged, warn, and
+    replace this file by the previous checkpoint.
+    """
     damaged = []
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        open_file(path).close()  # an unreadable file is not damaged: do not replace it
+        open_file(path).close()  # raises if the file cannot be opened, and may be undamaged
         try:
             state = _read(path)
         except UserError as error:
@@ -71,14 +73,14 @@ def _read(path: Path) -> dict[str, Any]:
     def put_tensors(node: dict[str, Any]) -> object:
         if "tensor" in node:
             return tensors[node["tensor"]]
-        # In AdamW's state, keys are numbers. In JSON, keys are text.
+        # AdamW's state has numbers as keys, which JSON turned into text.
         return {int(key) if key.isdigit() else key: value for key, value in node.items()}
 
     return json.loads(tree, object_hook=put_tensors)
 
 
 def content_sha256(tree: str, tensors: dict[str, Tensor]) -> str:
-    """Return the sha256 of the JSON and of each tensor's name, type, shape and bytes, in hex."""
+    """Return the hex sha256 of the JSON and of the name, type, shape and bytes of each tensor."""
     digest = hashlib.sha256(tree.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())

@@ -17,7 +17,7 @@ from training.directory import RUN
 from training.report import best_weights, read_run
 from training.scores import perplexity
 
-# The columns of the table and the panels of the picture: a key of `Entry.numbers`, and a format.
+# Each column of the table and each panel of the picture shows a key of `Entry.numbers` in a format.
 COLUMNS = {
     "batch": ("batch_size", "{:,}"),
     "peak lr": ("lr", "{:g}"),
@@ -72,14 +72,14 @@ def compare(paths: Sequence[Path]) -> None:
 
 
 def _measure(run: Mapping[str, Any]) -> str:
-    """Return a key of the base and the scored tokens. Equal keys mean comparable losses."""
+    """Return a key for the base and the scored tokens. With equal keys, losses are comparable."""
     names = ("quantise", "val_fraction", "block_size", "label_shift")
     options = [run["options"].get(name) for name in names]
     return str([run["base_sha256"], run["book_sha256"], options])
 
 
 def _base_entry(run: Mapping[str, Any]) -> Entry:
-    """Return the entry of a run's base. The run scored the base on the validation part."""
+    """Return an entry for a run's base, which the run scored on the validation part."""
     loss = run["base_val_loss"]
     numbers = {
         "trainable_parameters": 0,
@@ -136,14 +136,17 @@ def draw_comparison(entries: Sequence[Entry], path: Path) -> None:
 
 
 class Setting(NamedTuple):
-    """The options that the runs of a row share. Full fine-tuning has no rank."""
+    """A row in the table of a sweep. All runs of the row share these options.
+
+    Full fine-tuning has no rank.
+    """
 
     lr: float
     r: int | None
 
 
 def report_sweep(method: str, losses: Mapping[Setting, Sequence[float]], out: Path) -> None:
-    """Print and write a table of each setting's mean loss and perplexity over the runs."""
+    """Print and write a table with the mean loss and perplexity of each setting's runs."""
     rows = []
     for setting, values in losses.items():
         name = f"lr {setting.lr:g}"

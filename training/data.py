@@ -21,7 +21,7 @@ class Data(NamedTuple):
 
 
 def load_data(options: Options, directory: Path) -> Data:
-    """Load both parts of the book or, with --data, of the examples. The base is in `directory`."""
+    """Load the book or, with --data, the examples, in two parts. `directory` contains the base."""
     config = load_config(directory)
     check_block_size(options.block_size, config)
     tokenizer = load_tokenizer(directory, config.vocab_size)

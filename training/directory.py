@@ -1,4 +1,4 @@
-"""Guard `--out`: refuse to lose files, lock the directory, write metrics.jsonl."""
+"""Guard `--out`: refuse to overwrite files, lock the directory, and write metrics.jsonl."""
 
 import errno
 import fcntl
@@ -26,21 +26,21 @@ MODEL_FILES = (
     "generation_config.json",
     *TOKENIZER_FILES,
 )
-# All files that a run writes, except the model card, which the user may have claimed. `--overwrite`
-# removes only these names, in this order. At any moment, the remaining files are a run that can be
-# resumed, or not a run.
+# All files that a run writes, except the model card, which the user may have edited. `--overwrite`
+# removes these files in this order. If the removal is interrupted, the remaining files are either a
+# run that can be resumed, or not a run.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
-RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # nothing else writes these names
+RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with these names
 
 
 def refuse_used_directory(options: Options) -> None:
-    """Raise UserError if `--out` contains files that these options do not resume or overwrite."""
+    """Raise UserError if `--out` contains files and the options do not resume or overwrite them."""
     out = options.out
-    if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises for a long name
+    if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises for too long a name
         raise UserError(f"--out {out}: is a file; name a directory")
     try:
         str(out).encode()
-    except UnicodeEncodeError as error:  # safetensors cannot open it
+    except UnicodeEncodeError as error:  # safetensors cannot open such a path
         raise UserError(f"--out {out}: is not UTF-8; name another directory") from error
 
     present = [name for name in RUN_FILES if os.path.lexists(out / name)]
@@ -57,7 +57,7 @@ def refuse_used_directory(options: Options) -> None:
 
 
 def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
-    """Raise UserError if the run would overwrite an input, under any name or link."""
+    """Raise UserError if the run would overwrite an input, even through a link."""
     out = options.out
     written = {}
     for name in RUN_FILES:
@@ -77,7 +77,7 @@ def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
 
 
 def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield each option that names an input of the run, with the file or directory."""
+    """Yield pairs: an option that names an input of the run, and the file or directory."""
     yield "--base", base_directory
     for book in options.book:
         yield "--book", book
@@ -132,7 +132,7 @@ class RunDirectory:
         os.close(self.file)
 
     def clear(self) -> None:
-        """Remove an earlier run."""
+        """Remove the files of an earlier run."""
         for name in RUN_FILES:
             if name != METRICS:
                 (self.out / name).unlink(missing_ok=True)
@@ -151,11 +151,11 @@ class RunDirectory:
             raise RunError(f"{self.metrics}: cannot be written ({error.strerror})") from error
 
     def sync(self) -> int:
-        """Flush the metrics to the disk. Return the length in bytes, for `cut`."""
+        """Flush the metrics to the disk. Return the length of the file in bytes, for `cut`."""
         os.fsync(self.file)
         return os.fstat(self.file).st_size
 
     def cut(self, length: int) -> None:
-        """Drop the lines after a checkpoint, because those steps run again."""
+        """Truncate the metrics to their length at a checkpoint, because later steps run again."""
         if os.fstat(self.file).st_size > length:
             os.ftruncate(self.file, length)

@@ -20,7 +20,7 @@ class RunIdentity:
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of the base's config, and of the weights if it has any
+    base_sha256: dict[str, str]  # of the base's config, and of the weights if there are any
     book_sha256: str  # of the token ids
     init_adapter_sha256: dict[str, str] | None  # of the adapter's two files
 
@@ -46,7 +46,9 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
 
 
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError, naming the difference, unless `then`, read from `path`, is this run."""
+    """Raise UserError if the identity `then`, which was read from `path`, is not `now`. The message
+    names the first difference.
+    """
     try:
         difference = _difference(then, now)
     except (KeyError, TypeError, AttributeError) as error:

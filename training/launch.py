@@ -1,4 +1,4 @@
-"""Set up how a step is launched: the device, `--compile`, `--cuda-graph`.
+"""Set up the device, `--compile` and `--cuda-graph`.
 
 Without a CUDA graph, the CPU launches some 600 kernels per micro-batch, one by one, and a fast GPU
 waits for the CPU (docs/scaling.md). A graph is captured once, by running the Python code on a
@@ -61,12 +61,13 @@ def compile_hidden(model: GPT2, rows: int) -> None:
 
 
 class GraphedLoss:
-    """`model.loss(inputs, targets)` as two CUDA graphs, of the forward and the backward pass.
+    """`model.loss(inputs, targets)` as two CUDA graphs, for the forward and the backward pass.
 
-    The graphs serve training on micro-batches (B, T) of one shape. Other calls run `eager`. Each
-    parameter gets a permanent gradient buffer. Otherwise the gradient would be in memory of the
-    graph, which the next replay overwrites. If the capture fails, a warning gives the reason, and
-    every call runs `eager`. In both cases, the state of the random generator is restored.
+    The graphs run in training, on micro-batches (B, T) of one shape. Other calls run `eager`. Each
+    trained parameter gets a permanent gradient buffer. Otherwise the gradient would be in the
+    graph's memory, which the next replay overwrites. If the capture fails, a warning gives the
+    reason, and every call runs `eager`. After the capture, even a failed capture, the state of the
+    random generator is restored.
     """
 
     def __init__(self, model: GPT2, shape: tuple[int, int], device: Device):
@@ -82,7 +83,7 @@ class GraphedLoss:
         if not failure:
             generator.set_state(before.get_state())  # in place: the graphs read it
         else:
-            # Use another state object: torch 2.8 leaves the first object in capture mode.
+            # Use another state object, because torch 2.8 leaves the first object in capture mode.
             generator.graphsafe_set_state(before)
             torch.cuda.empty_cache()
             print(f"warning: training without a CUDA graph ({failure})", file=sys.stderr)
@@ -107,15 +108,17 @@ class _Loss(nn.Module):
 def _capture(
     model: GPT2, shape: tuple[int, int], device: Device
 ) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
-    """Return the graphed loss and "", or None and the reason why the capture failed.
+    """Return the graphed loss and "". If the capture fails, return None and the reason.
 
-    No local may keep the exception, because frames of the exception keep activations alive.
+    No local variable may keep the exception, because its frames keep activations in memory.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
-    # If the end of a capture fails, the stream of the capture stays current. `here` restores it.
+    # If the end of a capture fails, PyTorch does not leave the stream of the capture. `here`
+    # returns to the stream of the caller.
     here = torch.cuda.stream(torch.cuda.current_stream())
     try:
-        with here, device.autocast(cache_enabled=False):  # a cached copy would belong to one replay
+        # Autocast must not cache a copy of a weight, because the copy would belong to one replay.
+        with here, device.autocast(cache_enabled=False):
             graphed = torch.cuda.make_graphed_callables(_Loss(model), (ids, ids.clone()))
     except Exception as error:  # after any error, train without a graph
         return None, _reason(error)
@@ -123,5 +126,5 @@ def _capture(
 
 
 def _reason(error: Exception) -> str:
-    cause = error.__context__ or error  # the end of the capture also fails
+    cause = error.__context__ or error  # after a failure, the end of the capture fails, too
     return first_line(cause) or type(cause).__name__

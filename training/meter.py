@@ -16,7 +16,7 @@ COUNTED = ("loss", "tokens", "all_tokens", "all_seconds", "skipped", "skips_in_a
 
 @dataclass
 class Progress:
-    """The number of steps of a run so far, and the validation losses."""
+    """The number of steps that a run has taken, and the validation losses."""
 
     step: int = 0
     base_val_loss: float = math.nan
@@ -63,16 +63,19 @@ class Meter:
         self.skips_in_a_row = 0
 
     def leave_out(self, seconds: float) -> None:
-        """Do not count these seconds, which were not spent on training."""
+        """Do not count these seconds as training time."""
         self.began += seconds
 
     def count(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
-        """Count a step. `loss` is the sum over `tokens`, `grad_norm` the norm before clipping."""
+        """Count a step. `loss` is summed over the tokens. `grad_norm` is taken before clipping."""
         self.tokens += tokens
         self.unread.append((step, loss, grad_norm))
 
     def check(self) -> None:
-        """Read all unread steps in one copy. Raises RunError, naming the first faulty step."""
+        """Copy the numbers of all unread steps from the device at once, and check the numbers.
+
+        Raises RunError, naming the first faulty step.
+        """
         if self.unread:
             steps, losses, grad_norms = zip(*self.unread, strict=True)
             self.unread = []
@@ -101,7 +104,7 @@ class Meter:
             self.fault = f"step {step}: {fault}"
 
     def measure(self) -> dict[str, Any]:
-        """Return the metrics since the last line, and begin the next line."""
+        """Return the metrics since the last line, and start to measure for the next line."""
         self.check()
         now = time.perf_counter()
         seconds = now - self.began

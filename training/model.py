@@ -41,7 +41,10 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 
 
 def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
-    """Add a new adapter, or --init-adapter, to the base with these hashes. Freeze the base."""
+    """Freeze the base, and add a new adapter or `--init-adapter`.
+
+    Raises UserError if `--init-adapter` was trained on another base than `base_sha256`.
+    """
     if options.init_adapter:
         with as_failure():
             load_adapter(model, options.init_adapter, base_sha256["weights"])

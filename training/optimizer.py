@@ -9,9 +9,9 @@ class AdamW(torch.optim.AdamW):
     """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a loop that
     does not compile the step.
 
-    PyTorch wraps these methods to hide them from torch.compile. The first call of a wrapper imports
-    torch._dynamo and sympy, which takes longer than the import of torch. So this class unwraps the
-    methods. `unwrap` returns a method without a wrapper unchanged.
+    PyTorch wraps the five methods below to hide them from torch.compile. The first call of a
+    wrapper imports torch._dynamo and sympy, which takes longer than the import of torch. So this
+    class unwraps the methods. If a method has no wrapper, `unwrap` returns the method unchanged.
     """
 
     add_param_group = unwrap(torch.optim.AdamW.add_param_group)

@@ -38,7 +38,8 @@ BEST = "best"
 # The defaults that a recipe sets. An explicit option wins.
 RECIPES: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    # `resolve` chooses the learning rate. Without a stride, windows do not overlap.
+    # `resolve` replaces a learning rate of None. A stride of None becomes the block size, so that
+    # windows do not overlap.
     BEST: {
         "target_modules": ("c_attn", "c_proj", "c_fc"),
         "lr": None,
@@ -51,9 +52,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
     """Declare a field that argparse reads as an option. A default of False makes a switch.
 
-    argparse gets `settings`, except five keys. `names`: other names of the option. `method`: only
-    this method has the option. `excludes`: a group of options that exclude each other. `lora`: the
-    option is a field of `LoRAConfig`. `may_change`: a resumed run may have another value.
+    `settings` are passed to argparse, except these five keys:
+
+    - `names` lists other names of the option.
+    - `method` names the only method that has the option.
+    - `excludes` names a group of options that exclude each other.
+    - `lora` marks a field of `LoRAConfig`.
+    - `may_change` allows a resumed run to change the value.
     """
     if default is False:
         settings["action"] = "store_true"
@@ -77,7 +82,7 @@ def blocks(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, typed or default."""
+    """The options of a run, with typed or default values."""
 
     method: str
     base: str = option(**BASE_OPTION, may_change=True)
@@ -305,7 +310,7 @@ def flag(name: str) -> str:
 
 
 def make_parser(description: str | None) -> Parser:
-    """Return the parser of `train.py`'s command line. The parser sets only typed options."""
+    """Return the parser for `train.py`. The parser sets only the options that the user typed."""
     parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)
     for method, defaults in DEFAULTS.items():
@@ -332,7 +337,7 @@ def _add(group: Any, name: str, settings: Mapping[str, Any], default: object) ->
 
 
 def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
-    """Read `train.py`'s command line. Raises UserError for options that are wrong or clash."""
+    """Read the command line of `train.py`. Raises UserError for options that are wrong or clash."""
     typed = vars(make_parser(description).parse_args(argv))
     _refuse_clashes(typed)
     for name, value in typed.items():

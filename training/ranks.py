@@ -1,8 +1,9 @@
 """Train in parallel: `torchrun` starts several processes, the ranks, which share each batch.
 
-Every rank has the whole model and computes the gradient of the loss summed over the rank's windows.
-The sum over ranks is the gradient of the whole batch. So the number of ranks changes the speed, but
-not the result, except for dropout masks, which each rank draws separately.
+Every rank has the whole model. A rank adds up the losses of its windows, and computes the gradient
+of this sum. The sum of these gradients over all ranks is the gradient of the whole batch. So the
+number of ranks changes the speed, but not the result. An exception is dropout, because each rank
+draws separate masks.
 """
 
 import os
@@ -27,26 +28,26 @@ PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wa
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `world_size`. Raises RunError when another rank has ended."""
+    """This process, which is `rank` of `world_size`. Methods raise RunError if a rank has ended."""
 
     rank: int = 0
     world_size: int = 1
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Read torchrun's environment. Without torchrun, this process is the only one."""
+        """Read torchrun's environment. Without torchrun, this process is the only rank."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may also set RANK
             return cls()
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is the only rank that writes files and prints."""
+        """Return whether this is rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Let ranks exchange tensors inside the `with`. Inside, only rank 0 prints."""
+        """Let ranks exchange tensors inside the `with`. Only rank 0 prints there."""
         if self.world_size == 1:
             yield
             return
@@ -126,7 +127,7 @@ class Ranks:
                 self._call(partial(dist.broadcast, tensor.detach(), 0))
 
     def all_reduce(self, *tensors: Tensor) -> None:
-        """Replace each tensor by the sum over the ranks. One message has all tensors."""
+        """Replace each tensor by its sum over the ranks. All tensors travel in one message."""
         if self.world_size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])

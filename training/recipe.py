@@ -19,15 +19,17 @@ RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
 PISSA = 1 / 4
 FREEZE_A = 2.0
 LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
-ONE_LAYER = 2.0  # one kind of layer in place of all four (docs/experiments.md)
+# The best rate for one kind of layer, divided by the best rate for all four (docs/experiments.md)
+ONE_LAYER = 2.0
 
 
 def best_rate(steps: int, passes: float) -> float:
-    """Return the peak learning rate, to two digits, of plain LoRA on all layers with alpha 16:
-    0.035 / (steps * passes^2)^(1/3), within `RATES`.
+    """Return the best peak learning rate for plain LoRA on all layers with alpha 16. The rule is
+    0.035 / (steps * passes^2)^(1/3), rounded to two digits and limited to `RATES`.
 
-    `passes` is how often the run reads a token of the training part, on average. The rule was
-    fitted to runs of 15 to 960 steps and 1.4 to 23 passes on `mini`. The rank hardly matters.
+    `passes` is how often, on average, the run reads a token of the training part. The rule was
+    fitted to runs of the model `mini` with 15 to 960 steps and 1.4 to 23 passes. The best rate
+    hardly depends on the rank.
     """
     smallest, largest = RATES
     return two_digits(min(max(0.035 / (steps * passes**2) ** (1 / 3), smallest), largest))
@@ -39,8 +41,8 @@ def rate_factor(options: Options) -> float:
 
     With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s r = 16, the best
     rate is nearly the same for every rank. From s r = 2 to 128, the best rate falls about as
-    (s r)^(-2/3). Under LoRA+ at ratio 16, the best rate of A is an eighth: ratio^(-3/4). Factors
-    between measured values are interpolated (docs/experiments.md, docs/variants.md).
+    (s r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). Between measured
+    values, these powers interpolate (docs/experiments.md, docs/variants.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
@@ -55,8 +57,8 @@ def rate_factor(options: Options) -> float:
 
 
 def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
-    """Return whether the targets name one layer of a block, or slices of a single layer. `c_proj`
-    names two layers.
+    """Return whether the targets name only one layer of a block, or slices of that layer. For
+    example, `c_proj` names two layers.
     """
     if isinstance(targets, str):  # all-linear
         return False
@@ -68,7 +70,7 @@ def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
 
 
 def resolve(options: Options, base: str, device: Device, training: Dataset) -> Options:
-    """Return the options without missing values. Raises UserError for LoRA-GA in fp16."""
+    """Return the options with all values filled in. Raises UserError for LoRA-GA in fp16."""
     filled: dict[str, Any] = {"base": portable_name(base), "precision": device.precision}
     adapters = []
     if options.init_adapter:
@@ -94,7 +96,7 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
 
 
 def recipe_rate(options: Options, training: Dataset) -> float:
-    """Return plain LoRA's best rate for this run's steps and passes."""
+    """Return the best rate of plain LoRA for the steps and passes of this run."""
     _, steps = count_steps(options, len(training))
     windows = min(options.epochs * len(training), steps * options.batch_size)
     passes = training.passes_per_epoch * windows / len(training)
@@ -102,7 +104,7 @@ def recipe_rate(options: Options, training: Dataset) -> float:
 
 
 def count_steps(options: Options, windows: int) -> tuple[int, int]:
-    """Return the number of steps of an epoch of this many windows, and of the run."""
+    """Return the number of steps per epoch of `windows` windows, and the number of steps in all."""
     per_epoch = math.ceil(windows / options.batch_size)
     total = options.epochs * per_epoch
     if options.max_steps:

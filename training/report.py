@@ -51,7 +51,7 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
     }
     save_card(options.out, run_card(options.out.resolve().name, content))
     draw_loss(options, base, report["start_val_loss"])
-    write_json(options.out / RUN, content)  # last: run.json means a complete run
+    write_json(options.out / RUN, content)  # written last, to mark a complete run
 
     print(
         f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "

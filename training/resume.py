@@ -19,7 +19,7 @@ from training.ranks import Ranks
 
 class Saver:
     """Save and restore a run: the `stateful` objects, the random generators of all ranks, the time
-    and the peak memory. The objects have `state_dict()` and `load_state_dict()`.
+    and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`.
 
     Only rank 0 reads and writes files. In other ranks, `directory` is None.
     """
@@ -99,8 +99,8 @@ class Saver:
             self.directory.cut(metrics_bytes)
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
-        """Restore this rank's random generator, unless the number of ranks or the device differs.
-        Warn about a difference that may change the last bits of the result.
+        """Restore this rank's random generator, unless the checkpoint is from another number of
+        ranks or another device. Warn about a difference that may change the result's last bits.
         """
         now = self._machine()
         for name, value in now.items():

@@ -1,6 +1,6 @@
 """Run the training loop safely: device, ranks, the lock on `--out`, signals, logs, the best model.
 
-`train.py` has the mathematics, and gives `begin` the objects that a checkpoint must contain.
+`train.py` contains the mathematics, and passes `begin` the objects that a checkpoint must contain.
 """
 
 import math
@@ -47,14 +47,16 @@ from training.report import (
 from training.resume import Saver
 from training.scores import Scores
 
-# At the end of an epoch, save only if the last checkpoint is this many seconds old. On a GPU,
-# saving can take longer than an epoch.
+# At the end of an epoch, save only if the last checkpoint is at least this many seconds old. On a
+# GPU, saving can take longer than an epoch.
 MIN_CHECKPOINT_AGE = 10.0
 
 
 @contextmanager
 def open_run(options: Options) -> Iterator["Run"]:
-    """Join the other ranks, and yield the run. Messages of failures name the last checkpoint."""
+    """Join the other ranks, and yield the run. If the run fails, the message names the last
+    checkpoint.
+    """
     tune_process()
     ranks = Ranks.from_environment()
     device = Device.pick(options.device, options.precision, train=True)
@@ -93,10 +95,10 @@ class Run:
         self.total_steps = 0
         self.micro_batch_size = 0
 
-        self.directory: RunDirectory | None = None  # in rank 0, while it has the lock
+        self.directory: RunDirectory | None = None  # only in rank 0, once it has the lock
         self.finished = False  # whether --resume found the run complete
         self.saver: Saver | None = None  # set once the run has begun
-        self.line: dict[str, Any] = {}  # for metrics.jsonl, if this step writes a line
+        self.line: dict[str, Any] = {}  # of metrics.jsonl, empty if this step writes no line
         self.stop_signal: int | None = None
         self.stepped_at = 0.0
 
@@ -163,7 +165,8 @@ class Run:
         """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
         device = self.device.torch_device
         scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
-        scaler.scale(torch.zeros((), device=device))  # a rank without windows scales nothing else
+        # `scale` initialises the scaler. A rank without windows does not call `scale` again.
+        scaler.scale(torch.zeros((), device=device))
         return scaler
 
     def use_cuda_graph(self, model: GPT2) -> None:
@@ -188,7 +191,7 @@ class Run:
         }
         options = self.options
         if not self.ranks.is_main:
-            torch.manual_seed(options.seed + self.ranks.rank)  # draws other dropout masks
+            torch.manual_seed(options.seed + self.ranks.rank)  # for different dropout masks
         saver = Saver(options.out, self.directory, self.identity, self.ranks, self.device, stateful)
         if options.resume and saver.can_resume():
             saver.restore()
@@ -231,7 +234,7 @@ class Run:
         After a signal, the step ends, a checkpoint is saved, and the process exits.
         """
         on_signals(self._on_signal)
-        self._leave_out()  # validation before the first step
+        self._leave_out()  # the time of the validation before the first step
         disable = None if self.directory else True  # None: show the bar on a terminal only
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=disable)
         with bar:
@@ -241,7 +244,7 @@ class Run:
         on_signals(end_at_once)  # everything is saved
 
     def batches(self, training: Dataset, first: int = 0) -> Iterator[Batch]:
-        """Yield each step's batch from step `first` on. Each epoch has another order."""
+        """Yield the batch of each step from step `first` on. Each epoch has a different order."""
         size = self.options.batch_size
         order = np.empty(0, dtype=np.int64)
         for step in range(first, self.total_steps):
@@ -275,7 +278,7 @@ class Run:
         return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
 
     def should_validate(self) -> bool:
-        """Return whether an epoch ends, or --eval-every asks for a validation."""
+        """Return whether a validation is due, by --eval-every or because an epoch ends."""
         every = self.options.eval_every
         return self.epoch_ends() or bool(every and self.step % every == 0)
 
@@ -317,7 +320,7 @@ class Run:
         self.stepped_at = now
 
     def finish(self, model: GPT2) -> None:
-        """Write `run.json`, whose presence means that the run is complete. Draw `loss.png`."""
+        """Draw `loss.png`, and write `run.json`, which marks the run as complete."""
         if not self.directory:
             return
         assert self.saver
@@ -335,7 +338,7 @@ class Run:
     # Signals and checkpoints
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """At the first signal, let the step end and save. At another signal, stop at once.
+        """At the first signal, finish the step, save and stop. At another signal, stop at once.
 
         Ignore a repeated SIGTERM, because `timeout` and `make` both forward it. Ignore a repeated
         SIGHUP, because a closed terminal and the shell both send it.

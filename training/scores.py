@@ -12,7 +12,7 @@ def perplexity(loss: float) -> float:
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q) = sum over v of p(v) (log p(v) - log q(v)), in nats, at each token (...).
+    """Return KL(p || q) = sum over v of p(v) (log p(v) - log q(v)) for each token, (...), in nats.
 
     log_p and log_q (..., V) are the logarithms of the probabilities.
     """
@@ -21,7 +21,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores on `tokens` tokens, `bytes` bytes of UTF-8. `loss` is the mean per token, in nats."""
+    """Scores on a text of `tokens` tokens and `bytes` bytes. `loss` is in nats per token."""
 
     tokens: int
     bytes: int

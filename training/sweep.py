@@ -30,7 +30,7 @@ def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:
         out = args.out / ",".join(options)
         flags = [f"--{option}" for option in options]
         planned[out] = [args.method, *others, *flags, f"--out={out}"]
-        parse_options("-", planned[out])  # a mistake ends the sweep before its first run
+        parse_options("-", planned[out])  # a wrong option ends the sweep before its first run
     return planned
 
 
@@ -39,7 +39,7 @@ def train(arguments: list[str], out: Path) -> int:
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     if (out / METRICS).exists() and "--overwrite" not in arguments:
         command.append("--resume")
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # a terminal also sends it to train.py
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C also reaches train.py
     ended = subprocess.run(command)
     signal.signal(signal.SIGINT, before)
     return ended.returncode

@@ -1,4 +1,4 @@
-"""Apply the variants of LoRA in a run: the start of A and B, and changes of each step."""
+"""Apply the variants of LoRA that start A and B from data, or that change each step."""
 
 from itertools import islice
 
@@ -28,7 +28,7 @@ def start_variant(model: GPT2, optimizer: Optimizer, training: Dataset, run: Run
 
 
 def start_along_gradient(model: GPT2, batches: list[Batch], run: Run) -> None:
-    """Start each layer from dL/dW, the mean over the tokens of these batches."""
+    """Start each layer from dL/dW, where L is the mean loss per token of these batches."""
     num_tokens = sum(batch.num_tokens for batch in batches)
     with weight_gradients(model) as gradients:
         for batch in batches:
@@ -41,5 +41,5 @@ def start_along_gradient(model: GPT2, batches: list[Batch], run: Run) -> None:
     run.ranks.all_reduce(*gradients.values())
     for name, layer in lora_ga_layers(model).items():
         start = layer.initial_factors(gradients[name])
-        run.ranks.broadcast(*start)  # signs may differ between machines
+        run.ranks.broadcast(*start)  # signs of singular vectors may differ between machines
         layer.start_at(*start)

@@ -1,4 +1,4 @@
-"""The variants of LoRA. A variant is a file with a config and a layer, and a line in `VARIANTS`."""
+"""The variants of LoRA. Each variant is a file with a config and a layer, listed in `VARIANTS`."""
 
 from collections.abc import Collection
 from dataclasses import asdict
@@ -16,7 +16,7 @@ EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
 
 
 class Variant(NamedTuple):
-    """A field of PEFT's config, its value in plain LoRA, and the variant's config and layer."""
+    """PEFT's field for a variant, the field's value in plain LoRA, and the config and layer."""
 
     field: str
     plain: bool
@@ -33,7 +33,7 @@ PLAIN = {variant.field: variant.plain for variant in VARIANTS}
 
 
 def make_config(**asked: Any) -> LoRAConfig:
-    """Return a config from PEFT's fields. A variant's field chooses the variant's config.
+    """Return a config from the values of PEFT's fields. A variant's field selects the variant.
 
     Raises ValueError for an unknown variant, and for two variants at once.
     """
@@ -56,7 +56,7 @@ def _config_of(field: str, value: object) -> type[LoRAConfig]:
 
 
 def config_fields(config: LoRAConfig) -> dict[str, Any]:
-    """Return every field that PEFT has for LoRA and its variants, with its value."""
+    """Return the config as a dict of PEFT's fields. Other variants' fields are as in plain LoRA."""
     return PLAIN | asdict(config)
 
 

@@ -21,7 +21,7 @@ class DoRALinear(LoRALinear):
     https://arxiv.org/abs/2402.09353, equation 5).
 
     ||V|| (out,) is the norm of each row of V. The trained m = lora_magnitude_vector (out,) starts
-    as ||W||, so a new adapter changes nothing. The gradients treat ||V|| as a constant (4.3).
+    as ||W||, so a new adapter changes nothing. Gradients treat ||V|| as a constant (paper, 4.3).
     Dropout also applies to x in the second term below, as in PEFT:
 
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
@@ -37,13 +37,13 @@ class DoRALinear(LoRALinear):
         self.register_buffer("merged_norm", None, persistent=False)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the last two terms of y, (..., out)."""
+        """Return the sum of the last two terms of y in the equation above, (..., out)."""
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
             weight = self.in_adapter_precision(self.base_layer.weight)
             base = F.linear(x, weight)  # W dropout(x)
         elif self.base_layer.bias is not None:
-            base = y - self.base_layer.bias  # W x is known already
+            base = y - self.base_layer.bias  # W x, because y = W x + b
         else:
             base = y
         factor = self.lora_magnitude_vector / self.norm()  # (out,)
@@ -59,7 +59,9 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return m / ||V|| * V - W, (out, in) in fp32, up to rounding if the layer is merged."""
+        """Return m / ||V|| * V - W, (out, in) in fp32. In a merged layer, the original W is known
+        only up to rounding.
+        """
         update = super().delta_weight()  # scaling * B A
         weight = self.base_layer.weight.float()
         if self.merged:  # weight is factor * (W + update)
@@ -71,7 +73,7 @@ class DoRALinear(LoRALinear):
 
     def merge(self) -> None:
         if not self.merged:
-            self.merged_norm = self.norm()  # for unmerging: the merged weight has another norm
+            self.merged_norm = self.norm()  # for `unmerge`, because the merged W has another norm
         super().merge()
 
     def saved_tensors(self) -> dict[str, Tensor]:

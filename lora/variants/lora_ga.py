@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.variants.offset import OffsetLinear
 
-GAMMA = 16  # as in the paper and in PEFT. A larger value starts nearer to zero
+GAMMA = 16  # as in the paper and in PEFT. A larger value gives a smaller B0
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class LoRAGALinear(OffsetLinear):
     https://arxiv.org/abs/2407.05000, 3.2 and 3.3).
 
     With G = dL/dW = U S V^T (out, in), the first step of gradient descent changes B A by
-    -lr * scaling * (G A0^T A0 + B0 B0^T G). For A0 = V[:, :r]^T (r, in) and B0 = U[:, r:2r]
-    (out, r) the bracket is G's best approximation of rank 2 r.
+    -lr * scaling * (G A0^T A0 + B0 B0^T G). With A0 = V[:, :r]^T (r, in) and B0 = U[:, r:2r]
+    (out, r), the sum in parentheses is the best approximation of G with rank 2 r.
 
     As in PEFT's default `lora_ga`, B0 is also multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). The
     authors' code instead multiplies both A0 and B0 by out^(1/4) / sqrt(GAMMA).
 
-    Before `start_at(*initial_factors(gradient))` the layer equals a new layer of plain LoRA.
+    The layer equals a new layer of plain LoRA until `start_at(*initial_factors(gradient))` is
+    called.
     """
 
     @torch.no_grad()
@@ -51,7 +52,8 @@ def lora_ga_layers(model: nn.Module) -> dict[str, LoRAGALinear]:
 
 @contextmanager
 def weight_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield, by layer, the sum (out, in) of dL/dW over the backward passes inside the `with`.
+    """Yield a dict that maps each layer's name to the sum (out, in) of dL/dW over all backward
+    passes inside the `with`.
 
     The sum is in fp32 for any precision of W. The gradient of each pass is freed at once.
     """

@@ -11,12 +11,12 @@ from lora.variants.stacked import stacked
 
 
 class OffsetLinear(LoRALinear):
-    """`LoRALinear` on W - scaling * B0 A0, with A and B started at A0 (r, in) and B0 (out, r).
+    """`LoRALinear` on the remainder W - scaling * B0 A0. A starts at A0 (r, in), B at B0 (out, r).
 
     A subclass chooses A0 and B0. A new adapter changes nothing, up to rounding. In evaluation
     mode the layer computes W x + b + scaling * (B A - B0 A0) x, as the saved adapter does. The
     given layer is copied, not changed. Raises ValueError for a rank outside 1 .. min(in, out) / 2,
-    because the saved adapter has twice the rank.
+    because the saved adapter has rank 2 r.
     """
 
     original: Tensor  # W (out, in) of the given layer
@@ -46,7 +46,7 @@ class OffsetLinear(LoRALinear):
 
     @torch.no_grad()
     def subtract(self, a: Tensor, b: Tensor) -> None:
-        """Set A0 and B0, and W to the remainder. Leave A and B unchanged."""
+        """Set A0 to `a`, B0 to `b`, and W to the remainder. Leave A and B unchanged."""
         self.initial_A.copy_(a)
         self.initial_B.copy_(b)
         start = self.scaling * self.initial_B @ self.initial_A
@@ -61,8 +61,8 @@ class OffsetLinear(LoRALinear):
     def as_saved(self, x: Tensor) -> Tensor:
         """Return the output of the saved adapter or, if the adapter is disabled, of the base.
 
-        In low precision, the remainder is rounded, so remainder + scaling * B0 A0 differs from W.
-        Validation must measure the saved adapter.
+        Validation must measure the saved adapter, which is added to W, not to the remainder. In low
+        precision, the remainder is rounded, so remainder + scaling * B0 A0 differs from W.
         """
         y = F.linear(x, self.original.to(self.base_layer.weight.dtype), self.base_layer.bias)
         if not self.enabled:
@@ -78,7 +78,7 @@ class OffsetLinear(LoRALinear):
         return self.base_layer
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """Return the factors of B A - B0 A0 = [B, -B0] [A; A0], an update of W, as in PEFT."""
+        """Return [A; A0] and [B, -B0]. Their product B A - B0 A0 is an update of W, as in PEFT."""
         return {
             "lora_A.weight": torch.cat([self.lora_A.weight, self.initial_A]),
             "lora_B.weight": torch.cat([self.lora_B.weight, -self.initial_B], dim=1),

@@ -20,8 +20,8 @@ class PiSSALinear(OffsetLinear):
     """`OffsetLinear` started at W's largest singular vectors (Meng et al. 2024,
     https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
-    With W = U S V^T: B0 = U[:, :r] sqrt(S[:r] / scaling) (out, r) and A0 = sqrt(S[:r] / scaling)
-    V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W.
+    With W = U S V^T and root = sqrt(S[:r] / scaling), the start is B0 = U[:, :r] root (out, r) and
+    A0 = root V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):

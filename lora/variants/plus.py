@@ -4,10 +4,10 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, ratio: float | None) -> list[dict]:
-    """Return an optimizer's groups. `lr_scale` multiplies the learning rate of a group.
+    """Return parameter groups for an optimizer. `lr_scale` multiplies a group's learning rate.
 
-    LoRA+ gives B, and DoRA's vectors, `ratio` times A's learning rate (Hayou et al. 2024,
-    https://arxiv.org/abs/2402.12354). The groups are as in PEFT's create_loraplus_optimizer.
+    LoRA+ trains B, and DoRA's vectors, at `ratio` times the learning rate of A (Hayou et al. 2024,
+    https://arxiv.org/abs/2402.12354). PEFT's create_loraplus_optimizer makes the same groups.
     With a `ratio` of None, one group contains all parameters.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

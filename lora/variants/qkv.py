@@ -17,8 +17,8 @@ class SlicedLoRALinear(LoRALinear):
     as in the paper's experiments (Hu et al. 2021, 4.2) and in loralib's MergedLinear.
 
     Shapes: A_i (r, in), B_i (d, r). The layer equals, and is saved as, plain LoRA of rank n r with
-    the same scaling. A stacks the A_i. Each B_i is a block of B (3 d, n r) in the d rows of the
-    slice and in r separate columns. B is zero elsewhere.
+    the same scaling. A stacks the A_i. Each B_i is a block of B (3 d, n r). The block occupies the
+    d rows of slice i, and r columns that no other block occupies. B is zero elsewhere.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: Collection[str]):
@@ -33,7 +33,7 @@ class SlicedLoRALinear(LoRALinear):
 
 
 class _BlockSparseLinear(nn.Module):
-    """A linear layer n r -> 3 d whose weight is zero except in n trained blocks (d, r)."""
+    """A linear layer from n r to 3 d. The weight is zero except in n trained blocks (d, r)."""
 
     def __init__(self, places: list[int], width: int, r: int):
         super().__init__()

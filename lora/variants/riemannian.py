@@ -15,9 +15,10 @@ def precondition(model: nn.Module) -> None:
 
     dA <- (B^T B + delta I)^-1 dA    dB <- dB (A A^T + delta I)^-1
 
-    B A = (B R^-1) (R A) for every invertible R (r, r). In a gradient step, the change of the
-    product depends on R. In a preconditioned step, the change depends on R only through delta. Each
-    slice is preconditioned separately. Other gradients, such as for DoRA's vectors, stay unchanged.
+    For every invertible R (r, r), the pairs B, A and B R^-1, R A have the same product. In a
+    gradient step, the change of the product depends on R. In a preconditioned step, the change
+    depends on R only through delta. Each slice is preconditioned separately. Other gradients, such
+    as the gradients of DoRA's vectors, stay unchanged.
 
     The inverses are computed in fp64, because B^T B can be nearly singular. MPS has only fp32.
     """

@@ -1,8 +1,8 @@
-"""Operations that are faster on a CPU than PyTorch's own: linear, GELU, dropout, attention.
+"""Linear, GELU, dropout and attention, faster on a CPU than in PyTorch.
 
-`model/kernels/fast.py` uses these operations in a model. Each computes the same as the PyTorch
-function that its docstring names, with gradients. On other devices and under torch.compile, the
-operation calls that function.
+`model/kernels/fast.py` uses these operations in a model. Each operation computes the PyTorch
+function that its docstring names, and the gradients. On other devices and under torch.compile, the
+operation calls the PyTorch function.
 """
 
 import math
@@ -11,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NARROW = 64  # for weights with a smaller side, such as A and B, PyTorch is faster
-LONGEST_MATRIX = 256  # tokens: up to here, low precision is faster with the whole (T, T) matrix
-IDENTITY = 16  # the width of the identity that GELU is computed with
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+# PyTorch is faster than oneDNN for weights with a smaller side than this, such as A and B.
+NARROW = 64
+# Up to this many tokens, attention in low precision is faster with the whole (T, T) matrix than in
+# PyTorch's fused kernel.
+LONGEST_MATRIX = 256
+IDENTITY = 16  # the width of the identity matrix in `_onednn_gelu`
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def onednn_dtypes() -> set[torch.dtype]:
     """Return the precisions in which oneDNN is faster than the rest of PyTorch on this CPU.
 
-    Without AVX-512, oneDNN emulates bf16, and is slower in fp32 (docs/speed.md).
+    Without AVX-512, oneDNN emulates bf16, and is slower than PyTorch in fp32 (docs/speed.md).
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not torch.backends.mkldnn.is_available() or not has_avx512:
@@ -39,7 +42,7 @@ def is_faster_here(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear` for x with 2 or more dimensions. For a wide W, oneDNN computes it."""
+    """Compute `F.linear` for x with 2 or more dimensions. Use oneDNN if W is wide."""
     if not is_faster_here(x) or not x.numel() or min(weight.shape) < NARROW:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
@@ -61,7 +64,7 @@ def _onednn(
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """Compute `_onednn` with the gradients that PyTorch does not define. g = dL/dy."""
+    """Compute `_onednn` and its gradients, which PyTorch does not define. g = dL/dy."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -86,7 +89,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b for a (N, S), b (S, T). In bf16, PyTorch's matmul is faster than oneDNN's."""
+    """Return a @ b for a (N, S), b (S, T). PyTorch is faster than oneDNN in bf16."""
     if a.dtype == torch.float32:
         return linear(a, b.T)
     return a @ b
@@ -102,9 +105,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def _onednn_gelu(x: Tensor) -> Tensor:
-    """Compute GELU as the activation of a product with the identity. PyTorch has oneDNN's GELU only
-    fused to a linear layer. Fused to the MLP's layer, it would not return that layer's output,
-    which the gradient needs.
+    """Compute GELU as the activation of a linear layer whose weight is the identity.
+
+    PyTorch offers the GELU of oneDNN only fused to a linear layer. GELU is not fused to the layer
+    in the MLP, because the gradient needs the output of that layer, which fusion discards.
     """
     identity = torch.eye(IDENTITY, dtype=x.dtype)
     return _onednn(x.reshape(-1, IDENTITY), identity, None, "gelu").view(x.shape)
@@ -147,10 +151,11 @@ class _Dropout(torch.autograd.Function):
 
 
 def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
-    """Return an int8 tensor, 0 with probability p and otherwise -1, and the scale 1 / (1 - p).
+    """Return an int8 mask and the scale 1 / (1 - p). Each element of the mask is 0 with probability
+    p, otherwise -1.
 
-    Drawing is the bottleneck, so four elements share a 64-bit word, 16 bits each. An element is
-    kept for `kept` of the 2^16 values, so p is rounded to a multiple of 2^-16.
+    Drawing is the bottleneck, so four elements share a random 64-bit word, 16 bits each. An element
+    is kept for `kept` of the 2^16 values, so p is rounded to a multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)
     kept = min(max(1, kept), 2**16 - 1)
@@ -163,9 +168,9 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 
 
 def masked(x: Tensor, keep: Tensor) -> Tensor:
-    """Return x where `keep` is -1, and 0 where it is 0.
+    """Return x where `keep` is -1, and 0 where `keep` is 0.
 
-    All bits of -1 are set, so a bitwise `and` gives this result. It is faster than a product.
+    A bitwise `and` is correct, because all bits of -1 are set, and is faster than a product.
     """
     integer = INTEGERS[x.itemsize]
     return x.view(integer).bitwise_and(keep.to(integer)).view(x.dtype)
@@ -174,9 +179,9 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Compute `F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)`.
 
-    All are (B, H, T, D).
+    q, k, v and the result are (B, H, T, D).
     """
-    # PyTorch's fused kernel has no dropout, and is slow in low precision for small T.
+    # PyTorch's fused kernel does not support dropout, and is slow in low precision for small T.
     fused_is_faster = p == 0 and (q.dtype == torch.float32 or q.size(2) > LONGEST_MATRIX)
     if not is_faster_here(q) or fused_is_faster:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
@@ -186,9 +191,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 class _Attention(torch.autograd.Function):
     """Compute Y = dropout(P) V with P = softmax(Q K^T / sqrt(D) + mask), (B * H, T, T).
 
-    P and a dropout mask of one byte per element are kept. With G = dL/dY and scores S:
-    dL/dV = dropout(P)^T G and dL/dP = dropout(G V^T). The softmax turns dL/dP into dL/dS, and
-    dL/dQ = dL/dS K / sqrt(D) and dL/dK = dL/dS^T Q / sqrt(D).
+    The backward pass reads P and a dropout mask of one byte per element. With G = dL/dY,
+    dL/dV = dropout(P)^T G and dL/dP = dropout(G V^T). The gradient of softmax turns dL/dP into
+    dL/dS, where S is the argument of softmax. Then dL/dQ = dL/dS K / sqrt(D) and
+    dL/dK = dL/dS^T Q / sqrt(D).
     """
 
     @staticmethod
@@ -231,5 +237,5 @@ class _Attention(torch.autograd.Function):
 
 
 def scaled_bmm(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """Return factor * a b in one pass, for a (N, T, S) and b (N, S, D)."""
+    """Return factor * (a @ b) in one pass, for a (N, T, S) and b (N, S, D)."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=factor)

@@ -41,12 +41,12 @@ def aligned_head(weight: Tensor) -> Tensor:
 
 
 def card_memory(device: torch.device) -> int:
-    """Return the card's total memory in bytes, which is equal in all runs, unlike free memory."""
+    """Return the card's total memory in bytes. Unlike free memory, it is the same in all runs."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def logits(h: Tensor, w: Tensor) -> Tensor:
-    """Return h W^T in fp32. cuBLAS sums in fp32, so a rounded result would cost one more cast."""
+    """Return h W^T in fp32. cuBLAS sums in fp32 for any input, so an fp32 result needs no cast."""
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, w.T, out_dtype=torch.float32)
     return (h @ w.T).float()
@@ -55,11 +55,11 @@ def logits(h: Tensor, w: Tensor) -> Tensor:
 def head_chunks(
     h: Tensor, w: Tensor, targets: Tensor, vocab_size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield the rows, the targets (n, 1) and the log softmax of the logits, fp32 (n, W), by chunk.
+    """For each chunk, yield the rows, the targets (n, 1) and log_softmax(logits), fp32 (n, W).
 
     The log softmax is -inf in columns from `vocab_size` on.
     """
-    bytes_a_token = 2 * 4 * len(w)  # of logits and of their log softmax
+    bytes_a_token = 2 * 4 * len(w)  # the logits and the log softmax
     most = max(1, card_memory(h.device) // SHARE // bytes_a_token)
     size = math.ceil(len(h) / math.ceil(len(h) / most))
     for start in range(0, len(h), size):
@@ -104,7 +104,7 @@ class _TiedCrossEntropy(LossAndGradient):
     @staticmethod
     def forward(ctx, hidden, weight, targets, dtype):
         ignored = (targets == IGNORE_INDEX)[:, None]  # (N, 1)
-        h = hidden.to(dtype).masked_fill(ignored, 0)  # adds nothing to dL/dW
+        h = hidden.to(dtype).masked_fill(ignored, 0)  # ignored rows add nothing to dL/dW
         w = aligned_head(weight).to(dtype)
         log_p_of_targets = torch.empty(len(h), 1, device=h.device)  # fp32
         grad_h = torch.empty_like(h)

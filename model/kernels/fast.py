@@ -1,7 +1,7 @@
 """Make a GPT-2 faster: `accelerate(model)`.
 
-Each class computes the same function as the plain parent class. `accelerate` gives these classes
-to the modules of one model. Parameters, buffers and names stay unchanged.
+Each class below computes the same function as the parent class. `accelerate` changes the class of
+each module of a model. Parameters, buffers and names stay unchanged.
 
 | replaced | by | why |
 |---|---|---|
@@ -36,7 +36,7 @@ class FastLinear(nn.Linear):
 
 
 class FastGELU(nn.GELU):
-    """GELU, in the form that `approximate` names. Only the tanh form is faster."""
+    """GELU in the form that `approximate` names. Only the tanh form is faster than in PyTorch."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.approximate == "tanh":
@@ -88,8 +88,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = FAST) -> None:
-    """Give each module of the model the fast class. Call `accelerate` after `inject`, so that A, B
-    and LoRA's dropout get fast classes.
+    """Change the class of each module of the model to the fast class, if there is one. Call
+    `accelerate` after `inject`, so that A, B and LoRA's dropout get fast classes.
     """
     for module in model.modules():
         kind = type(module)
@@ -98,10 +98,10 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
 
 
 def set_kernels(model: GPT2, kernels: str) -> None:
-    """Let the model compute by the "fast" operations of this file, or by PyTorch's ("plain").
+    """Choose the "fast" operations of this file, or the "plain" operations of PyTorch.
 
-    "plain" lays out frozen projections in memory as transformers does, (in, out), because a BLAS
-    may add up products with a transposed matrix in another order. A and B have no bias, and keep
+    "plain" also lays out the frozen projections in memory as (in, out), like transformers, because
+    a BLAS may sum in another order if a matrix is transposed. A and B, which have no bias, keep
     their layout.
     """
     if kernels == "fast":

@@ -14,18 +14,18 @@ from torch import Tensor
 from model.gpt2 import IGNORE_INDEX
 from model.kernels.cpu import linear, matmul
 
-CHUNK = 1 << 24  # logits at a time, to save memory
-LARGE_CHUNK = 1 << 26  # logits at a time, if each chunk also adds to the head's gradient
-CACHED_LOGITS = 1 << 19  # logits whose softmax stays in the cache
-TILE = 128  # matmuls are faster on a multiple of this many tokens
-SLICE_BYTES = 1 << 12  # bytes of a token's logits: the fastest width for the gradient's matmuls
-SMALLEST = 1e-30  # the smallest probability to take a log of: fp32 loses digits below 1e-38
+CHUNK = 1 << 24  # number of logits in a chunk
+LARGE_CHUNK = 1 << 26  # the same, if each chunk also adds to the head's gradient
+CACHED_LOGITS = 1 << 19  # number of logits that fit into a CPU's cache for the softmax
+TILE = 128  # matmuls are fastest if the number of tokens is a multiple of this
+SLICE_BYTES = 1 << 12  # bytes per token in the slices of logits that the gradient's matmuls read
+SMALLEST = 1e-30  # `log` is taken only of larger probabilities. fp32 loses digits below 1e-38
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Compute `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` in fp32, nats.
+    """Compute `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`, in nats.
 
-    Matmuls run in autocast's precision, the softmax in fp32.
+    Matmuls run in the precision of `compute_dtype`. The softmax runs in fp32.
     """
     rows = scored_rows(targets)
     if len(rows) < len(targets):
@@ -56,7 +56,7 @@ def scored_rows(targets: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision of a matmul with x, which is autocast's precision under autocast."""
+    """Return the precision in which a matmul with x runs. Under autocast, x is cast first."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -72,7 +72,7 @@ def chunk_size(vocab_size: int, logits: int) -> int:
 def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split logits z (n, V) and their targets (n,) into blocks of a few rows.
 
-    A block stays in a CPU's cache, and is read and written several times.
+    Each block is read and written several times, so a block should stay in a CPU's cache.
     """
     n, V = z.shape
     size = n
@@ -82,7 +82,7 @@ def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def losses_of_logits(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the results of `token_losses` for logits z (n, V), (n,) each."""
+    """Compute the two results of `token_losses`, (n,) each, from logits z (n, V)."""
     losses = []
     hits = []
     for rows, y in blocks(z, targets):
@@ -97,14 +97,14 @@ def cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
 
 
 def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
-    """Replace z (n, V) by dL/dz = softmax(z) - onehot(target), and return the losses, fp32 (n,):
-    L = -log softmax(z)[target].
+    """Return the losses L = -log softmax(z)[target], fp32 (n,). Overwrite z (n, V) with
+    dL/dz = softmax(z) - onehot(target).
     """
     losses = []
     for rows, y in blocks(z, targets):
         p = torch.softmax(rows, -1, dtype=torch.float32)
         p_of_target = p.gather(1, y[:, None])
-        if z.is_cpu and p_of_target.min() > SMALLEST:  # makes a GPU wait
+        if z.is_cpu and p_of_target.min() > SMALLEST:  # on a GPU, this check would synchronise
             losses.append(-p_of_target.log().squeeze(1))
         else:
             losses.append(cross_entropy(rows, y))
@@ -113,8 +113,9 @@ def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
 
 
 class LossAndGradient(torch.autograd.Function):
-    """A loss of hidden and weight whose forward pass also computes the gradient, and saves dL/dh
-    and dL/dW (or None). The loss is a scalar, so the backward pass only applies a factor.
+    """A loss whose forward pass also computes the gradients, and saves dL/dh and dL/dW (or None).
+
+    The loss is a scalar, so the backward pass only multiplies these gradients by a factor.
     """
 
     @staticmethod
