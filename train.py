@@ -96,7 +96,7 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph reuses .grad
+    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph needs .grad
     return total_loss, grad_norm
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# For each family of models, the module names that PEFT replaces by parameters of the mixture, such
-# as the 3-D weights of all experts (`_MOE_TARGET_MODULE_MAPPING`). PEFT does so even if the module
-# with this name is a dense layer or a shared expert.
+# PEFT replaces a target with one of these names by a parameter of the mixture, such as the 3-D
+# weight of all experts (`_MOE_TARGET_MODULE_MAPPING`). PEFT does so even if the target is a dense
+# layer or a shared expert. The names depend on the family of models.
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),

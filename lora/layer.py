@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class LoRAConfig:
     """Hyper-parameters of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    The names are those in PEFT's `adapter_config.json`. A variant adds a field in a subclass.
+    The fields are named as in PEFT's `adapter_config.json`. A variant adds a field in a subclass.
     """
 
     r: int = 8

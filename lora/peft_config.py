@@ -105,7 +105,7 @@ def _items(stored: Mapping[str, Any], field: str, kind: type) -> tuple | None:
 
 
 def _targets(stored: Mapping[str, Any]) -> tuple[str, ...] | str:
-    """Return the names, or a single regular expression."""
+    """Return the names of the target modules, or a single regular expression."""
     names = _items(stored, "target_modules", str)
     if names is None or any(map(SLICE.fullmatch, names)):
         raise ValueError(

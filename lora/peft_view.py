@@ -1,4 +1,4 @@
-"""Describe how PEFT sees a model: the names of its modules, and the class that wraps it.
+"""Describe how PEFT sees a model: PEFT's names of the modules, and the class that wraps the model.
 
 PEFT sees our GPT-2 as transformers' GPT2LMHeadModel. There, `lm_head` is a module, all other
 modules are in `transformer`, and projections are stored as (in, out).

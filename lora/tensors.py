@@ -1,7 +1,7 @@
 """Read tensors strictly, and write safetensors files. Equal content gives equal bytes.
 
-The safetensors library has a writer, too. But the library's writer orders the metadata at random,
-and in versions before 0.8 it copies all tensors first.
+This file has a separate writer, because the writer of the safetensors library orders the metadata
+at random. Before version 0.8, the library's writer also copies all tensors first.
 
 A file contains the length of the header in 8 bytes, the header in JSON, and the bytes of the
 tensors (https://github.com/huggingface/safetensors).

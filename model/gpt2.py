@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100  # marks targets that are not scored, also by default in F.cross_entropy
+IGNORE_INDEX = -100  # marks a target that is not scored, as in F.cross_entropy by default
 
 
 @dataclass
@@ -117,7 +117,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x = x + attn(ln_1(x)), and then x + mlp(ln_2(x)), for x (B, T, C)."""
+    """Compute x = x + attn(ln_1(x)), and then x + mlp(ln_2(x)), for x (B, T, C)."""
 
     def __init__(self, config: GPT2Config, layer: int):
         super().__init__()
@@ -151,14 +151,14 @@ class GPT2(nn.Module):
             self.init_weights()
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` follows its tokens."""
+        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` has only new tokens."""
         return self.logits(self.hidden(idx, cache))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
 
         With a cache that is not empty, T must be 1. Raises ValueError for a larger T, and for more
-        than `n_positions` tokens. Cached tokens count.
+        than `n_positions` tokens in the cache and `idx` together.
         """
         past = 0 if cache is None else len(cache)
         if past and idx.size(1) > 1:

@@ -136,10 +136,7 @@ def draw_comparison(entries: Sequence[Entry], path: Path) -> None:
 
 
 class Setting(NamedTuple):
-    """A row in the table of a sweep. All runs of the row share these options.
-
-    Full fine-tuning has no rank.
-    """
+    """The options that all runs in a row of a sweep's table share. Full fine-tuning has no rank."""
 
     lr: float
     r: int | None

@@ -66,7 +66,7 @@ def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
         return f"the method was {then['method']!s:.80} and is now {now.method}"
 
     names = now.options.keys() - MAY_CHANGE
-    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # first the recipe
+    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # the recipe first
         before = then["options"][name]
         asked = now.options[name]
         if before != asked:

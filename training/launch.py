@@ -110,7 +110,7 @@ def _capture(
 ) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
     """Return the graphed loss and "". If the capture fails, return None and the reason.
 
-    No local variable may keep the exception, because its frames keep activations in memory.
+    No local variable may keep the exception, because an exception keeps the activations alive.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
     # If the end of a capture fails, PyTorch does not leave the stream of the capture. `here`

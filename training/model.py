@@ -43,7 +43,7 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
     """Freeze the base, and add a new adapter or `--init-adapter`.
 
-    Raises UserError if `--init-adapter` was trained on another base than `base_sha256`.
+    Raises UserError if `--init-adapter` records another base than `base_sha256`.
     """
     if options.init_adapter:
         with as_failure():

@@ -98,7 +98,7 @@ class Run:
         self.directory: RunDirectory | None = None  # only in rank 0, once it has the lock
         self.finished = False  # whether --resume found the run complete
         self.saver: Saver | None = None  # set once the run has begun
-        self.line: dict[str, Any] = {}  # of metrics.jsonl, empty if this step writes no line
+        self.line: dict[str, Any] = {}  # for metrics.jsonl. Empty if no line is due
         self.stop_signal: int | None = None
         self.stepped_at = 0.0
 

@@ -9,7 +9,7 @@ def freeze_a(model: nn.Module) -> None:
     """Freeze A in every LoRA layer (Zhang et al. 2023, https://arxiv.org/abs/2308.03303).
 
     Only the gradient of A needs the layer's input (..., in). The gradient of B needs only
-    A dropout(x), (..., r). So with a frozen A, the layer's input need not be kept.
+    A dropout(x), (..., r). So with a frozen A, autograd does not keep the layer's input.
     """
     for layer in lora_layers(model).values():
         layer.lora_A.requires_grad_(False)

@@ -6,7 +6,9 @@ from lora.layer import LoRAConfig
 
 
 def stacked(config: LoRAConfig, n: int) -> LoRAConfig:
-    """Return the config of n adapters stacked into one of rank n * r, with the same scaling."""
+    """Return the config of one adapter of rank n * r that stacks n adapters. The scaling is the
+    same.
+    """
     alpha_factor = math.sqrt(n) if config.use_rslora else n
     return LoRAConfig(
         r=n * config.r,

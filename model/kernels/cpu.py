@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# PyTorch is faster than oneDNN for weights with a smaller side than this, such as A and B.
+# PyTorch is faster than oneDNN if a side of the weight is smaller than this, as in A and B.
 NARROW = 64
 # Up to this many tokens, attention in low precision is faster with the whole (T, T) matrix than in
 # PyTorch's fused kernel.

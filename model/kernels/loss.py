@@ -16,7 +16,7 @@ from model.kernels.cpu import linear, matmul
 
 CHUNK = 1 << 24  # number of logits in a chunk
 LARGE_CHUNK = 1 << 26  # the same, if each chunk also adds to the head's gradient
-CACHED_LOGITS = 1 << 19  # number of logits that fit into a CPU's cache for the softmax
+CACHED_LOGITS = 1 << 19  # number of logits whose softmax fits into a CPU's cache
 TILE = 128  # matmuls are fastest if the number of tokens is a multiple of this
 SLICE_BYTES = 1 << 12  # bytes per token in the slices of logits that the gradient's matmuls read
 SMALLEST = 1e-30  # `log` is taken only of larger probabilities. fp32 loses digits below 1e-38
@@ -36,7 +36,7 @@ def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return -log p(target), nats, fp32 (N,), and whether the target is the likeliest, bool (N,).
+    """Return -log p(target) in nats, fp32 (N,), and whether the target is likeliest, bool (N,).
 
     p = softmax(hidden weight^T). For a target of IGNORE_INDEX, return 0 and False.
     """
