@@ -123,7 +123,8 @@ def stream(
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
     """Continue a prompt, given as token ids, in one row per generator. Yield pairs: the number of a
-    row, and the row's next complete characters. Each row ends at an end-of-text token.
+    row, and the row's next complete characters. A row ends at an end-of-text token, at the latest
+    after `args.max_new_tokens`.
     """
     rows = len(generators)
     ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
