@@ -106,7 +106,7 @@ def draw(data: dict[str, Any]) -> Any:
     for name, colour in zip((BEST, REFERENCE), colours, strict=True):
         axis.scatter([], [], color=colour, label=name)
     axis.set(xscale="log", xlabel="validation perplexity", ylim=(len(data) - 0.5, -0.7))
-    draw_at(axis.xaxis, (10, 20, 30, 40, 50, 60))
+    draw_at(axis.xaxis, (5, 10, 20, 50, 100, 200, 500))
     axis.legend()
     return figure
 
