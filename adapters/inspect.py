@@ -47,7 +47,8 @@ def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
 
 
 def effective_rank(s: Tensor) -> float:
-    """Return exp(-sum p_i log p_i) with p_i = s_i^2 / sum s^2. The result is k for k equal s_i.
+    """Return exp(-sum p_i log p_i) with p_i = s_i^2 / sum s^2. The result is k if k of the s_i are
+    equal and the others are 0.
 
     In Roy & Vetterli 2007 (https://ieeexplore.ieee.org/document/7098875), p_i = s_i / sum s. Here,
     p_i is a share of the squared norm.

@@ -12,7 +12,7 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return the quantisation of the base in training that the adapter records, or None."""
+    """Return how the base was quantised when the adapter was trained, or None, from its file."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None

@@ -80,7 +80,7 @@ class LoRALinear(nn.Module):
         """Return an empty slice of W, (0, in), for models such as T5 that read the dtype or device.
 
         A model that multiplied by W without a call of `forward` would omit the update. With the
-        empty slice, such a product raises an error.
+        empty slice, the product has no columns, and the model fails.
         """
         return self.base_layer.weight[:0]
 

@@ -33,9 +33,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     empty set means the whole layer.
 
     `target_modules` is "all-linear" (all except the head), a regular expression that matches full
-    names, or a list. The list contains full names, and ends of full names after a dot. For example,
-    the end `c_proj` matches a layer in GPT-2's attention and a layer in the MLP. With
-    `layers_to_transform`, an end of a name matches only in blocks with these numbers.
+    names, or a list. The list contains full names, or suffixes of full names that begin after a
+    dot. For example, the suffix `c_proj` matches a layer in GPT-2's attention and a layer in the
+    MLP. With `layers_to_transform`, a suffix matches only in blocks with these numbers.
     `layers_pattern` names the lists of blocks that are counted, such as `h`.
 
     Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,

@@ -113,7 +113,7 @@ def _capture(
     No local variable may keep the exception, because an exception keeps the activations alive.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
-    # If the end of a capture fails, PyTorch does not leave the stream of the capture. `here`
+    # If ending the capture raises an error, PyTorch stays on the stream of the capture. `here`
     # returns to the stream of the caller.
     here = torch.cuda.stream(torch.cuda.current_stream())
     try:
@@ -126,5 +126,5 @@ def _capture(
 
 
 def _reason(error: Exception) -> str:
-    cause = error.__context__ or error  # after a failure, the end of the capture fails, too
+    cause = error.__context__ or error  # ending a failed capture also raises an error
     return first_line(cause) or type(cause).__name__

@@ -1,6 +1,6 @@
 """Run the training loop safely: device, ranks, the lock on `--out`, signals, logs, the best model.
 
-`train.py` contains the mathematics, and passes `begin` the objects that a checkpoint must contain.
+`train.py` contains the mathematics. It gives `Run.begin` the objects that a checkpoint needs.
 """
 
 import math

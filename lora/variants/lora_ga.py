@@ -22,7 +22,7 @@ class LoRAGAConfig(LoRAConfig):
 
 
 class LoRAGALinear(OffsetLinear):
-    """`OffsetLinear` started at the singular vectors of W's first gradient (Wang et al. 2024,
+    """An `OffsetLinear` that starts from singular vectors of dL/dW (Wang et al. 2024,
     https://arxiv.org/abs/2407.05000, 3.2 and 3.3).
 
     With G = dL/dW = U S V^T (out, in), the first step of gradient descent changes B A by

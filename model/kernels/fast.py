@@ -100,9 +100,9 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
 def set_kernels(model: GPT2, kernels: str) -> None:
     """Choose the "fast" operations of this file, or the "plain" operations of PyTorch.
 
-    "plain" also lays out the frozen projections in memory as (in, out), like transformers, because
-    a BLAS may sum in another order if a matrix is transposed. A and B, which have no bias, keep
-    their layout.
+    To equal transformers bit for bit, "plain" also stores the frozen projections as (in, out), the
+    layout of transformers. With another layout, a BLAS may sum in another order. A and B, which
+    have no bias, keep their layout.
     """
     if kernels == "fast":
         accelerate(model)
