@@ -66,8 +66,8 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """Continue each prompt once per heading, and print the texts. With one heading, the text is
-    printed as it is drawn.
+    """Print each prompt and its continuation under each heading. With only one heading, print each
+    character as soon as its tokens are drawn.
     """
     alone = len(headings) == 1
     for prompt in args.prompt:
@@ -122,9 +122,9 @@ def stream(
     args,
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt, given as token ids, in one row per generator. Yield pairs: the number of a
-    row, and the row's next complete characters. A row ends at an end-of-text token, at the latest
-    after `args.max_new_tokens`.
+    """Continue a prompt (token ids) several times at once, in one row per generator. Yield pairs
+    of a row's number and the row's next complete characters. A row ends at an end-of-text token, or
+    after `args.max_new_tokens` tokens.
     """
     rows = len(generators)
     ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)

@@ -74,8 +74,8 @@ def train_step(
     lr: float,
     run: Run,
 ) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step. Return the loss, summed over the tokens of the batch, and the norm
-    of the gradient before clipping.
+    """Take one optimizer step. Return the sum of the loss over the tokens of the batch, and the
+    gradient norm before clipping.
     """
     total_loss = torch.zeros((), device=run.device.torch_device)
     for inputs, targets in batch.micro_batches():
@@ -96,7 +96,7 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a graph needs .grad
+    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # GraphedLoss needs .grad
     return total_loss, grad_norm
 
 

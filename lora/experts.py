@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# PEFT replaces a target with one of these names by a parameter of the mixture, such as the 3-D
-# weight of all experts (`_MOE_TARGET_MODULE_MAPPING`). PEFT does so even if the target is a dense
-# layer or a shared expert. The names depend on the family of models.
+# If a target has one of these names, PEFT adapts a parameter of the mixture instead, such as the
+# 3-D weight of all experts (`_MOE_TARGET_MODULE_MAPPING`). PEFT does so even if the target is a
+# dense layer or a shared expert. The names depend on the family of models.
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -49,7 +49,7 @@ def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
 
 
 def expert_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the 3-D parameters, (experts, m, n), that stack the matrices of experts, by name."""
+    """Return, by name, the 3-D parameters that stack the experts' matrices: (experts, m, n)."""
     return {
         name: weight
         for name, weight in model.named_parameters()

@@ -29,7 +29,7 @@ def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     """Return the LoRA layers of a model by module name. `install` puts them into the model."""
     prefix = peft_view(model).prefix  # PEFT puts this prefix before each name
     layers = {}
-    for name, slices in find_targets(model, config).items():  # no slices: the whole layer
+    for name, slices in find_targets(model, config).items():  # an empty set: the whole layer
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         with errors_that_name(name):

@@ -79,8 +79,8 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """Return an empty slice of W, (0, in), for models such as T5 that read the dtype or device.
 
-        A model that multiplied by W without a call of `forward` would omit the update. With the
-        empty slice, the product has no columns, and the model fails.
+        A model could multiply by W without calling `forward`, and so omit the update. With the
+        empty slice, such a product has no columns, so the model fails instead.
         """
         return self.base_layer.weight[:0]
 
@@ -107,7 +107,7 @@ class LoRALinear(nn.Module):
         return self.lora_B(small) * self.scaling
 
     def in_adapter_precision(self, x: Tensor) -> Tensor:
-        """Return x in the precision of A and B. Under autocast, each matmul casts x."""
+        """Return x in the precision of A and B. Under autocast, leave the cast to each matmul."""
         if torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.lora_A.weight.dtype)
@@ -130,7 +130,7 @@ class LoRALinear(nn.Module):
     def check_mergeable(self) -> None:
         """Raise ValueError if the adapter is disabled, or if W is not stored in fp32 or fp64.
 
-        In bf16, the sum of W and a small update would round the update away.
+        In bf16, adding a small update to W would round the update away.
         """
         if not self.enabled:
             raise ValueError("the adapter is disabled; enable it before merging")
@@ -188,7 +188,7 @@ def stored_weight(layer: nn.Linear) -> nn.Parameter:
 
 
 def _refuse_merged(layer: LoRALinear, *_: object) -> None:
-    # A merged W that is saved together with A and B would later get the update a second time. A W
-    # that is loaded into a merged layer lacks the update, but `unmerge` would subtract the update.
+    # A state dict with the merged W, A and B would count the update twice after loading. Loading
+    # into a merged layer would remove the update from W, and `unmerge` would remove it again.
     if layer.merged:
         raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")

@@ -25,9 +25,9 @@ def load_adapter(
 ) -> LoRAConfig:
     """Inject the adapter in `directory` into `model`. Return the config of the adapter.
 
-    Raises ValueError if the file records another hash of the base than `base_sha256`. Also raises
-    ValueError if a tensor is missing, unexpected, misshapen or not finite. After an error, the
-    model is unchanged.
+    Raises ValueError if the file records a hash of the base that differs from `base_sha256`. Also
+    raises ValueError if a tensor is missing, unexpected, misshapen or not finite. After an error,
+    the model is unchanged.
     """
     directory = Path(directory)
     config = load_adapter_config(directory)

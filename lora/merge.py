@@ -28,8 +28,8 @@ def unmerge(model: nn.Module) -> None:
 def unwrap(model: nn.Module) -> None:
     """Replace each LoRA layer by the wrapped linear layer, which includes a merged update.
 
-    Raises ValueError for layers of PiSSA or LoRA-GA that are not merged, because A and B contain
-    part of W. After an error, the model is unchanged.
+    Raises ValueError for unmerged layers of PiSSA or LoRA-GA, because removing A and B would remove
+    part of the original W. After an error, the model is unchanged.
     """
     linear_layers = {}
     for name, layer in lora_layers(model).items():

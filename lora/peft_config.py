@@ -10,7 +10,7 @@ from lora.layer import LoRAConfig
 from lora.variants import config_fields, make_config
 
 CONFIG = "adapter_config.json"
-SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # PEFT does not know such names
+SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # our names of slices, unknown to PEFT
 READ = {field.name for field in fields(LoRAConfig)} | {"use_dora"}
 # PEFT's fields that do not change what a trained adapter computes.
 IGNORED = {
@@ -35,7 +35,8 @@ SUPPORTED: dict[str, tuple] = {
     "bias": ("none", "lora_only"),  # older PEFT wrote "lora_only" without a bias tensor
     "use_rslora": (True, False),
     "fan_in_fan_out": (True, False),  # does not change how A and B are stored
-    # PEFT's files of PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA need a base whose W was changed.
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA are missing here, because PEFT changes W before
+    # such an adapter is trained. The adapter fits only the changed W.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
 UNUSED: tuple = (None, False, [], {})  # the supported values of any other field

@@ -3,7 +3,8 @@
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314 ("the paper" below). The authors' code is the
 library bitsandbytes. Codes, scales and dequantised weights here are bitwise equal to bitsandbytes.
 
-`quantise` replaces the linear layers of a model by quantised layers. `LoRALinear` can wrap both.
+`quantise` replaces the linear layers of a model by quantised layers. `LoRALinear` can wrap either
+kind of layer.
 """
 
 from collections.abc import Callable
@@ -25,8 +26,9 @@ def nf4_levels() -> Tensor:
 
     Weights are close to normally distributed, so the levels are quantiles of the normal
     distribution. They lie close together where most weights lie (paper, section 3). Evenly spaced
-    probabilities from `tail` to 1/2 give 8 levels above 0 and 7 levels below. The 16th level is 0,
-    the quantile of 1/2, so a weight of 0 stays 0. Finally, all levels are divided by the largest.
+    probabilities from 0.968 (`tail`) to 1/2 give 8 levels above 0 and, negated, 7 levels below 0.
+    The 16th level is 0, the quantile of 1/2, so a weight of 0 stays 0. Finally, all levels are
+    divided by the largest level.
 
     Equation 4 of the paper takes the means of neighbouring quantiles. Appendix E and the authors'
     code take the quantiles themselves, and so does this function. The quantile of 1 is infinite, so
@@ -79,8 +81,9 @@ def scaled_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise positive scales (n,) to 8 bits each (paper, section 3, Double Quantization).
 
-    Return the codes, uint8 (n,), the second scale of each block of 256 scales, fp32, and the mean.
-    The mean is subtracted first, because the levels lie around 0.
+    Return three tensors: the codes, uint8 (n,), a second scale in fp32 for each block of 256
+    scales, and the mean of all scales. The mean is subtracted first, because the levels lie
+    around 0.
     """
     mean = absmax.mean()
     x, scales = scaled_blocks(absmax - mean, SCALE_BLOCK)
@@ -124,7 +127,7 @@ class QuantisedLinear(nn.Linear):
         return _DequantisedLinear.apply(x, self)
 
     def to_linear(self) -> nn.Linear:
-        """Return a plain layer of the dequantised W, in fp32."""
+        """Return a plain linear layer with the dequantised W, in fp32."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         layer.weight = nn.Parameter(self.weight)
         layer.bias = self.bias
@@ -141,7 +144,7 @@ class QuantisedLinear(nn.Linear):
 
 
 class _DequantisedLinear(torch.autograd.Function):
-    """Compute `F.linear`, and dL/dx = dL/dy W for frozen W and b.
+    """Compute `F.linear` for frozen W and b. The only gradient is dL/dx = dL/dy W.
 
     Autograd would keep the dequantised W of every layer until the backward pass. This function
     keeps only the layer, and dequantises W again (paper, section 3, equations 5 and 6).
@@ -222,8 +225,8 @@ class NF4Linear(QuantisedLinear):
         return levels * scale_of_each + self.mean
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        # Two fp32 levels are viewed as one int64, because `index_select` picks numbers faster than
-        # rows.
+        # Two fp32 levels are viewed as one int64, because `index_select` is faster on single
+        # numbers than on rows of two.
         pairs = self.pairs.view(torch.int64).flatten()  # (256,)
         picked = torch.index_select(pairs, 0, self.codes.flatten().int())  # (n / 2,)
         blocks = picked.view(torch.float32).view(-1, BLOCK)  # levels
@@ -276,6 +279,6 @@ def quantised_weights(model: nn.Module) -> int:
 
 
 def dequantise(model: nn.Module) -> None:
-    """Replace each quantised layer by a plain linear layer of the dequantised W, in fp32."""
+    """Replace each quantised layer by a plain linear layer with the dequantised W, in fp32."""
     for name, layer in quantised_layers(model).items():
         model.set_submodule(name, layer.to_linear())

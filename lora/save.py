@@ -117,9 +117,9 @@ def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, T
 def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
-    Usually this config is `model.lora_config`. But PiSSA, LoRA-GA and slices do not save the
-    tensors that they train. And in a mixture of experts, PEFT could also match the experts. In both
-    cases, the config lists the full name, rank and alpha of each layer.
+    Usually this config is `model.lora_config`. There are two exceptions. PiSSA, LoRA-GA and slices
+    such as `c_attn.q` convert their tensors when saving. In a mixture of experts, PEFT could take
+    experts for targets. In both cases, the config lists each layer's full name, rank and alpha.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix

@@ -15,7 +15,7 @@ from lora.peft_view import peft_view
 
 ALL_LINEAR = "all-linear"
 SLICES = ("q", "k", "v")  # slices of a fused layer's output, in this order
-# These modules use the weights of their linear layers without a call of the layers' forward.
+# These modules use the weights of their linear layers without calling the layers' `forward`.
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -36,7 +36,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     names, or a list. The list contains full names, or suffixes of full names that begin after a
     dot. For example, the suffix `c_proj` matches a layer in GPT-2's attention and a layer in the
     MLP. With `layers_to_transform`, a suffix matches only in blocks with these numbers.
-    `layers_pattern` names the lists of blocks that are counted, such as `h`.
+    `layers_pattern` names the list of numbered blocks, such as `h`.
 
     Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,
     or if the model has an adapter already.
@@ -70,10 +70,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
     """Find the modules that share a weight with another module. Return a dict from the full name of
-    each such module to a phrase that names the other module. An update of one would change both.
+    each such module to a phrase that names both modules. Updating one module would change both.
     """
     view = peft_view(model)
-    sharing: dict[int, list[str]] = {}  # by parameter
+    sharing: dict[int, list[str]] = {}  # id of a weight -> modules
     for name, parameter in model.named_parameters(remove_duplicate=False):
         module, _, kind = name.rpartition(".")
         if kind == "weight":

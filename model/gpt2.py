@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100  # marks a target that is not scored, as in F.cross_entropy by default
+IGNORE_INDEX = -100  # marks a target that is not scored (F.cross_entropy's default)
 
 
 @dataclass

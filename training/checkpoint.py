@@ -1,7 +1,8 @@
 """Write checkpoints atomically, keep the previous checkpoint, and verify a hash when reading.
 
-The state is a nested dict. Tensors of the state are stored as tensors. The header contains the rest
-as JSON, with names in place of tensors. The header also contains the sha256 of JSON and tensors.
+The state is a nested dict. A safetensors file stores the tensors of the state. The header of the
+file contains the rest of the state as JSON, with names in place of tensors. The header also
+contains the sha256 of the JSON and the tensors.
 """
 
 import hashlib
@@ -48,7 +49,7 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        open_file(path).close()  # raises if the file cannot be opened, and may be undamaged
+        open_file(path).close()  # a file that cannot be opened may be undamaged: raise
         try:
             state = _read(path)
         except UserError as error:

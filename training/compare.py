@@ -72,7 +72,7 @@ def compare(paths: Sequence[Path]) -> None:
 
 
 def _measure(run: Mapping[str, Any]) -> str:
-    """Return a key for the base and the scored tokens. With equal keys, losses are comparable."""
+    """Return a key for the base and the scored tokens. Runs with equal keys are comparable."""
     names = ("quantise", "val_fraction", "block_size", "label_shift")
     options = [run["options"].get(name) for name in names]
     return str([run["base_sha256"], run["book_sha256"], options])
@@ -136,7 +136,7 @@ def draw_comparison(entries: Sequence[Entry], path: Path) -> None:
 
 
 class Setting(NamedTuple):
-    """The options that all runs in a row of a sweep's table share. Full fine-tuning has no rank."""
+    """The options shared by the runs in a row of a sweep's table. Full fine-tuning has no rank."""
 
     lr: float
     r: int | None

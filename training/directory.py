@@ -27,8 +27,8 @@ MODEL_FILES = (
     *TOKENIZER_FILES,
 )
 # All files that a run writes, except the model card, which the user may have edited. `--overwrite`
-# removes these files in this order. If the removal is interrupted, the remaining files are either a
-# run that can be resumed, or not a run.
+# removes these files in this order. So if the removal is interrupted, either the run can still be
+# resumed, or the remaining files do not count as a run.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
 RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with these names
 
@@ -36,7 +36,7 @@ RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with th
 def refuse_used_directory(options: Options) -> None:
     """Raise UserError if `--out` contains files and the options do not resume or overwrite them."""
     out = options.out
-    if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises for too long a name
+    if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises if a name is too long
         raise UserError(f"--out {out}: is a file; name a directory")
     try:
         str(out).encode()

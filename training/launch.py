@@ -63,11 +63,11 @@ def compile_hidden(model: GPT2, rows: int) -> None:
 class GraphedLoss:
     """`model.loss(inputs, targets)` as two CUDA graphs, for the forward and the backward pass.
 
-    The graphs run in training, on micro-batches (B, T) of one shape. Other calls run `eager`. Each
-    trained parameter gets a permanent gradient buffer. Otherwise the gradient would be in the
-    graph's memory, which the next replay overwrites. If the capture fails, a warning gives the
-    reason, and every call runs `eager`. After the capture, even a failed capture, the state of the
-    random generator is restored.
+    The graphs run in training, on micro-batches (B, T) of one shape. Other calls run `eager`, the
+    original loss. Each trained parameter gets a permanent gradient buffer. Otherwise the gradient
+    would be in the graph's memory, which the next replay overwrites. If the capture fails, a
+    warning gives the reason, and every call runs `eager`. Whether or not the capture succeeds, the
+    state of the random generator is restored afterwards.
     """
 
     def __init__(self, model: GPT2, shape: tuple[int, int], device: Device):
@@ -81,7 +81,7 @@ class GraphedLoss:
         before = generator.clone_state()
         self.graphed, failure = _capture(model, shape, device)
         if not failure:
-            generator.set_state(before.get_state())  # in place: the graphs read it
+            generator.set_state(before.get_state())  # in place: graphs read this state
         else:
             # Use another state object, because torch 2.8 leaves the first object in capture mode.
             generator.graphsafe_set_state(before)
@@ -126,5 +126,5 @@ def _capture(
 
 
 def _reason(error: Exception) -> str:
-    cause = error.__context__ or error  # ending a failed capture also raises an error
+    cause = error.__context__ or error  # the first error: ending the capture raises another
     return first_line(cause) or type(cause).__name__

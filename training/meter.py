@@ -42,9 +42,9 @@ class Meter:
     The loss and the gradient norm of a step stay on the device until a line is due. So counting a
     step neither launches a kernel nor waits for a kernel.
 
-    A step is faulty if the loss or the gradient is not finite. In fp16, such a gradient is normal:
-    the scaler skips the step and halves the loss scale. Only `MOST_SKIPS` skips in a row are a
-    fault.
+    A step is faulty if the loss or the gradient is not finite. In fp16, however, a gradient may
+    overflow, and then the scaler skips the step and halves the loss scale. Only `MOST_SKIPS` skips
+    in a row are a fault.
     """
 
     def __init__(self, fp16: bool):

@@ -21,7 +21,7 @@ from training.options import Options, adapter_config
 
 def load_base(options: Options, directory: Path, device: Device) -> GPT2:
     """Load the base on the device. For LoRA, matrices are in the run's precision. For full
-    fine-tuning, all weights are in fp32, and random if `directory` has no weights.
+    fine-tuning, all weights are in fp32. They are random if `directory` has no weights file.
 
     Seeds torch with `options.seed`, for the start of A and the dropout masks.
     """
@@ -43,7 +43,7 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
     """Freeze the base, and add a new adapter or `--init-adapter`.
 
-    Raises UserError if `--init-adapter` records another base than `base_sha256`.
+    Raises UserError if `--init-adapter` records a hash of the base that is not in `base_sha256`.
     """
     if options.init_adapter:
         with as_failure():

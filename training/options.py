@@ -298,7 +298,7 @@ def adapter_config(options: Options) -> LoRAConfig:
     """
     asked = {name: getattr(options, name) for name in LORA_FIELDS}
     if asked["init_lora_weights"] is None:
-        asked["init_lora_weights"] = True  # PEFT's value for LoRA's usual start
+        asked["init_lora_weights"] = True  # PEFT's value for LoRA without a variant
     try:
         return make_config(**asked)
     except ValueError as error:

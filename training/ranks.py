@@ -2,7 +2,7 @@
 
 Every rank has the whole model. A rank adds up the losses of its windows, and computes the gradient
 of this sum. The sum of these gradients over all ranks is the gradient of the whole batch. So the
-number of ranks changes the speed, but not the result. An exception is dropout, because each rank
+number of ranks changes the speed, but not the result. Dropout is an exception, because each rank
 draws separate masks.
 """
 
@@ -28,7 +28,7 @@ PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wa
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, which is `rank` of `world_size`. Methods raise RunError if a rank has ended."""
+    """This process's rank among all ranks. Methods raise RunError if another rank has ended."""
 
     rank: int = 0
     world_size: int = 1
@@ -92,7 +92,7 @@ class Ranks:
 
     def _abort_nccl(self) -> None:
         """Abort the NCCL backend of the process group, if the group has one."""
-        if dist.is_initialized() and "nccl" in dist.get_backend():  # "cpu:gloo,cuda:nccl"
+        if dist.is_initialized() and "nccl" in dist.get_backend():  # such as "cpu:gloo,cuda:nccl"
             assert dist.group.WORLD
             dist.group.WORLD.abort()
 

@@ -62,7 +62,7 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
 
 
 def read_run(directory: Path) -> dict[str, Any]:
-    """Read a finished run's `run.json`. Raises UserError if it is missing or damaged."""
+    """Read a finished run's `run.json`. Raises UserError if the file is missing or damaged."""
     path = directory / RUN
     if os.path.exists(directory / METRICS) and not os.path.exists(path):
         raise UserError(f"{directory}: the run is not finished; --resume continues it")
@@ -70,7 +70,7 @@ def read_run(directory: Path) -> dict[str, Any]:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's `metrics.jsonl`. Raises UserError if it is damaged."""
+    """Return the lines of a run's `metrics.jsonl`. Raises UserError if the file is damaged."""
     path = out / METRICS
     with open_file(path) as file:
         text = file.read().decode(errors="replace")

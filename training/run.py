@@ -132,7 +132,7 @@ class Run:
         """Identify the run by options and inputs, and lock `--out`. Set `finished` if --resume
         finds a complete run.
 
-        Raises UserError if `--out` contains another run, or a run that has not ended.
+        Raises UserError if `--out` contains another run, or if a process is still training there.
         """
         tokens = data.training.tokens, data.validation.tokens
         self.identity = run_identity(self.options, self.base_sha256, *tokens)
@@ -144,7 +144,7 @@ class Run:
         self.finished = self.ranks.from_main(self.finished)
 
     def _is_finished(self) -> bool:
-        """Return whether the run to resume is finished. Raises UserError if it is another run."""
+        """Return whether --resume finds a finished run. Raises UserError for another run."""
         out = self.options.out
         if not self.options.resume or not (out / RUN).exists():
             return False
@@ -165,7 +165,8 @@ class Run:
         """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
         device = self.device.torch_device
         scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
-        # `scale` initialises the scaler. A rank without windows does not call `scale` again.
+        # The first call of `scale` initialises the scaler. A rank without windows would never call
+        # `scale` during training.
         scaler.scale(torch.zeros((), device=device))
         return scaler
 
@@ -241,7 +242,7 @@ class Run:
             for batch in self.batches(training, self.step):
                 yield batch
                 self._end_step(bar)
-        on_signals(end_at_once)  # everything is saved
+        on_signals(end_at_once)  # nothing is left to save
 
     def batches(self, training: Dataset, first: int = 0) -> Iterator[Batch]:
         """Yield the batch of each step from step `first` on. Each epoch has a different order."""

@@ -12,9 +12,9 @@ def perplexity(loss: float) -> float:
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return KL(p || q) = sum over v of p(v) (log p(v) - log q(v)) for each token, (...), in nats.
+    """Return KL(p || q) = sum over v of p(v) (log p(v) - log q(v)) for each token, in nats.
 
-    log_p and log_q (..., V) are the logarithms of the probabilities.
+    The last dimension of `log_p` and `log_q` runs over the vocabulary.
     """
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 

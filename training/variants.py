@@ -17,8 +17,8 @@ BATCHES = 8  # LoRA-GA starts from the gradient of this many batches
 
 
 def start_variant(model: GPT2, optimizer: Optimizer, training: Dataset, run: Run) -> None:
-    """Start LoRA-GA along the gradient of the run's first batches. With --riemannian, precondition
-    the gradients of each step.
+    """With LoRA-GA, start A and B along the gradient of the run's first batches. With --riemannian,
+    precondition the gradients of each step.
     """
     if run.options.init_lora_weights == "lora_ga":
         first = list(islice(run.batches(training), BATCHES))
@@ -28,7 +28,7 @@ def start_variant(model: GPT2, optimizer: Optimizer, training: Dataset, run: Run
 
 
 def start_along_gradient(model: GPT2, batches: list[Batch], run: Run) -> None:
-    """Start each layer from dL/dW, where L is the mean loss per token of these batches."""
+    """Start each A and B from dL/dW, where L is the mean loss per token of these batches."""
     num_tokens = sum(batch.num_tokens for batch in batches)
     with weight_gradients(model) as gradients:
         for batch in batches:
