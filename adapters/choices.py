@@ -68,7 +68,10 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 
 @torch.no_grad()
 def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tensor]:
-    """Return each choice's log p, summed over its tokens in fp64, and its number of tokens."""
+    """Return the log p of each choice and the number of its tokens, (choices,) each.
+
+    The log p is summed over the tokens in fp64.
+    """
     inputs, targets = Instructions(task.rows).batch(np.arange(len(task.rows)))  # (choices, T)
     with device.autocast():
         losses, _ = model.token_losses(device.to_device(inputs), device.to_device(targets))
@@ -81,7 +84,7 @@ def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tens
 def summary(
     questions: Sequence[Question], by_sum: Sequence[int], by_mean: Sequence[int]
 ) -> dict[str, Any]:
-    """Return the accuracy of the choices, of guessing, and of always giving the commonest answer.
+    """Return the accuracy of the model, of guessing, and of always giving the commonest answer.
 
     If all questions have the same choices, `confusion[i][j]` counts the questions where i is right
     and the model chose j by the summed log p.
@@ -114,7 +117,7 @@ def print_summary(source: Path, report: dict[str, Any]) -> None:
         f"{report['accuracy_mean']:.1%} by the mean per token"
     )
     if "confusion" in report:
-        labels = [" ".join(label.split()) for label in report["choices"]]  # a row is one line
+        labels = [" ".join(label.split()) for label in report["choices"]]  # no line breaks
         rows = []
         for label, counts in zip(labels, report["confusion"], strict=True):
             rows.append([label, *map(str, counts)])

@@ -1,6 +1,6 @@
 """Add adapters of one base: `python -m adapters.combine A [B ...] --out DIR`.
 
-The result is plain LoRA, without a variant or a pattern. All layers have one rank, and
+The result is plain LoRA, not a variant such as rsLoRA. All layers have the same rank r, and
 lora_alpha = r.
 """
 
@@ -24,7 +24,8 @@ from storage.hub import find_adapter
 def combine(
     adapters: Sequence[dict[str, Factors]], weights: Sequence[float], rank: int | None = None
 ) -> tuple[dict[str, Factors], float]:
-    """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that is kept.
+    """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that truncation
+    keeps.
 
     Every layer is truncated by SVD to the smallest of `rank`, the sum's largest rank and the
     smallest side of any layer. A layer that an adapter lacks counts as zero. Raises UserError if

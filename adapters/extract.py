@@ -22,13 +22,13 @@ from storage.hf_compat import stock_name
 from storage.hub import find_base, split_revision
 from storage.weights import load_config, read_parameters, weights_path
 
-RUN = "run.json"  # train.py writes it beside a model
+RUN = "run.json"  # train.py writes this file beside a model
 
 
 def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
     """Raise UserError if `full` is a run of train.py that began from other weights."""
     report = full / RUN
-    if not os.path.exists(report):  # a model from elsewhere
+    if not os.path.exists(report):  # train.py did not write this model
         return
     recorded = read_json(report).get("base_sha256", {}).get("weights")
     if recorded not in (None, base_sha256):

@@ -1,4 +1,4 @@
-"""Read and write an adapter without the base. Each layer has scaling * B (out, r) and A (r, in).
+"""Read and write an adapter without the base, as two factors per layer: scaling * B and A.
 
 Both factors are in fp64, so that a result is rounded only once, when the result is written.
 """
@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(\d+)")
 
 
 class Factors(NamedTuple):
-    """The factors of a weight's change B A: B (out, r), including the scaling, and A (r, in)."""
+    """The factors of a weight's change: B (out, r), which includes the scaling, and A (r, in)."""
 
     B: Tensor
     A: Tensor
@@ -76,7 +76,7 @@ def refuse_model(directory: Path) -> None:
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
-    """Read an adapter's factors, by PEFT's layer names.
+    """Return an adapter's factors. The keys are PEFT's layer names.
 
     Raises UserError for DoRA, and for tensors other than A and B of the configured ranks.
     """
@@ -88,7 +88,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     shapes = read_shapes(path)
     configs = {layer: layer_config(config, layer) for layer in _layer_names(path, shapes)}
 
-    wanted = {}  # shapes. r is from the config, in and out features are from the file
+    wanted = {}  # shapes: r from the config, in_features and out_features from the file
     for layer, own in configs.items():
         a_key, b_key = _keys(layer)
         wanted[a_key] = [own.r, *shapes[a_key][1:]]
@@ -103,7 +103,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
 
 
 def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
-    """Return the adapted layers' names in block order. Raises UserError without any layer."""
+    """Return the adapted layers' names in block order. Raises UserError if no layer is adapted."""
     keys = [key for key in shapes if key.startswith(PREFIX) and key.endswith(A_KEY)]
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
     if not names:

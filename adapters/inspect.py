@@ -18,16 +18,16 @@ from common.figures import PAGE_WIDTH, can_draw, save_figure, subplots
 from lora import lora_layers
 from lora.peft_view import GPT2_VIEW, peft_view
 
-TOP = 10  # how many of the largest singular vectors of W + dW are compared with W
+TOP = 10  # number of singular vectors of W + dW that are compared with those of W
 INTRUDER = 0.5  # a vector whose largest cosine is below this value is an intruder
 
 
 def cosines(weight: Tensor, changed: Tensor) -> Tensor:
-    """Compare the TOP largest left singular vectors of the changed weight with all left singular
-    vectors of W. Return the largest absolute cosine of each vector, (TOP,).
+    """Compare the first TOP left singular vectors of the changed weight with all left singular
+    vectors of W. For each of these TOP vectors, return the largest absolute cosine, (TOP,).
 
-    A largest cosine below INTRUDER marks an intruder dimension (Shuttleworth et al. 2024,
-    https://arxiv.org/abs/2410.21228, algorithm 1).
+    A vector whose largest cosine is below INTRUDER is an intruder dimension (Shuttleworth et al.
+    2024, https://arxiv.org/abs/2410.21228, algorithm 1).
     """
     before = torch.linalg.svd(weight, full_matrices=False).U  # (out, k)
     after = torch.linalg.svd(changed, full_matrices=False).U[:, :TOP]  # (out, TOP)
@@ -58,7 +58,9 @@ def effective_rank(s: Tensor) -> float:
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return cells: the largest three s_i, how many s_i make up 90 % of sum s^2, effective rank."""
+    """Return three table cells: the three largest s_i, the number of s_i that make up 90 % of
+    sum s^2, and the effective rank.
+    """
     if not s.any():
         return ["B is zero"] * 5
     largest = [f"{value:.3g}" for value in s[:3]]
@@ -69,7 +71,7 @@ def describe(s: Tensor) -> list[str]:
 
 
 class BesideWeight(NamedTuple):
-    """Table cells that compare the change of a layer with the weight."""
+    """Table cells that compare a layer's change with the layer's weight in the base."""
 
     relative_norm: str
     spectra: list[str]  # intruders, the least cosine, amplification

@@ -78,7 +78,9 @@ def chat_template(adapter: Path) -> str | None:
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:
-    """Return the relative error, by norm, of all updates if weights are rounded to `dtype`."""
+    """Return the norm of the error in all updates, divided by the norm of the updates, if the
+    weights are rounded to `dtype`.
+    """
     squared_error = 0.0
     squared_norm = 0.0
     for layer in lora_layers(model).values():

@@ -1,4 +1,4 @@
-"""Choose how a base is quantised: as the user asks, or as it was when the adapter was trained."""
+"""Choose how to quantise a base: as the user asks, or as in the adapter's training."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -12,7 +12,7 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return how the base was quantised when the adapter was trained, or None, from its file."""
+    """Return the quantisation of the base that the adapter's file records, or None."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None

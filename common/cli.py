@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake as a UserError with a message of one line."""
 
     def __init__(self, description: str | None = None, **settings: Any):
-        first_line = (description or "").partition("\n")[0]  # None under `python -OO`
+        first_line = (description or "").partition("\n")[0]  # no docstring under `python -OO`
         super().__init__(description=first_line, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
@@ -54,7 +54,7 @@ class Interval:
         return self.text
 
     def is_due(self, step: int, seconds: float) -> bool:
-        """Return whether to act after `step`, if the last action was `seconds` ago."""
+        """Return whether an action is due after `step`, if the last action was `seconds` ago."""
         if self.is_time:
             return seconds >= self.number
         return step % self.number == 0

@@ -1,4 +1,4 @@
-"""Choose the device and the precision. `Device` does autocast, casts and copies."""
+"""Choose the device and the precision. `Device` casts tensors and copies them to the device."""
 
 import ctypes
 import os
@@ -102,11 +102,13 @@ class Device:
         return modules[self.torch_device.type]
 
     def peak_memory_mb(self) -> float:
-        """Return the peak memory so far in 10^6 bytes, of CUDA's allocator or of the process."""
+        """Return the peak memory so far in 10^6 bytes: the CUDA allocator's peak on a GPU, and
+        otherwise the process's peak.
+        """
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch_device) / 1e6
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
         return peak * unit / 1e6
 
 
@@ -159,7 +161,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def tune_process() -> None:
-    """Set the memory allocator, the attention kernel and fp32 matmuls for the whole process."""
+    """Configure the memory allocator, the attention kernel and fp32 matmuls of the process."""
     # By default, glibc returns large blocks to the kernel, and a new block costs a page fault per
     # 4 KiB (mallopt(3)). Full fine-tuning would lose the most time, because each step allocates new
     # gradients.

@@ -39,7 +39,7 @@ ADVICE = (
     "--grad-accum or --gradient-checkpointing"
 )
 
-# Failures of the machine. Any other OSError that nobody catches is a bug.
+# These errors mean that the machine failed. Any other OSError that nobody catches is a bug.
 FULL_OR_BROKEN = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -74,7 +74,7 @@ def run_command(
 
 
 def describe_failure(error: BaseException | None) -> str | None:
-    """Return the line for a known failure. Return None for no error, or a bug in the program."""
+    """Return the line for a known failure. Return None for a bug, or if `error` is None."""
     if isinstance(error, UserError | RunError):
         return str(error)
     if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:

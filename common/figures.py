@@ -22,7 +22,7 @@ LORA = "#c85200"
 FULL = "#0068a8"
 OTHER = "#8e3a80"
 METHODS = {"base": BASE, "lora": LORA, "full": FULL}
-INK = "#2b2d33"  # words and outlines
+INK = "#2b2d33"  # the colour of text and outlines
 
 # A page shows a picture about 800 pixels wide, at 96 pixels per inch, and shrinks wider pictures.
 PAGE_WIDTH = 8.3  # inches
@@ -61,7 +61,7 @@ def can_draw() -> bool:
 
 def new_figure(size: tuple[float, float]) -> "Figure":
     """Return an empty figure of this width and height in inches, in this project's style."""
-    os.environ["MPLBACKEND"] = "agg"  # under a notebook's `!`, the inherited backend may be missing
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, inherited under `!`, may be missing
     import matplotlib  # slow to import, and few commands draw
     from matplotlib.figure import Figure
 

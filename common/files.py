@@ -58,7 +58,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory. On success, rename the directory and all its files to `out`."""
+    """Yield a temporary directory. On success, rename the directory to `out`."""
     out = Path(os.path.realpath(out))
     temporary = out.parent / f".{out.name}.{os.urandom(4).hex()}{UNFINISHED}"
     unfinished.add(temporary)
@@ -125,7 +125,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def display_path(path: Path) -> str:
-    """Return a path that may be published: absolute paths leak machine and user names."""
+    """Return a path for publication. An absolute path would leak machine and user names."""
     relative = os.path.relpath(path)
     if relative.startswith(os.pardir):
         return os.path.basename(os.path.abspath(path))

@@ -68,7 +68,7 @@ def parse_evaluate(
 
 
 def _add_sources(parser: Parser) -> None:
-    """Add the options that name the data to score. They exclude each other."""
+    """Add the options that name the data to score. A command takes at most one of them."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--text",

@@ -18,14 +18,14 @@ HANDLED = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
 
-TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # when imported
+TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at import time
 
 
 def replace_default_handlers() -> None:
     """Let SIGTERM and SIGHUP print one line and exit, unless another handler is set.
 
-    By default, both signals kill the process and leave unfinished files. SIGINT needs no handler,
-    because SIGINT raises KeyboardInterrupt.
+    By default, both signals kill the process, which leaves unfinished files behind. SIGINT needs no
+    handler, because SIGINT raises KeyboardInterrupt.
     """
     for number in HANDLED:
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -61,5 +61,5 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 def say(line: str) -> None:
     """Write to stderr without Python's buffers. A signal may have interrupted a buffered write."""
-    with suppress(OSError):  # Ctrl-C also ends the reader in `train.py 2>&1 | tee log`
+    with suppress(OSError):  # in `train.py 2>&1 | tee log`, Ctrl-C also ends `tee`
         os.write(2, f"{line}\n".encode())

@@ -2,8 +2,8 @@
 
     {"prompt": "Who speaks?", "choices": ["Orla", "Jory"], "answer": 1}
 
-`answer` is the index of the right choice, from 0. The model reads the prompt and a choice as the
-two turns of a conversation (`data/instructions.py`).
+`answer` is the index of the right choice, from 0. The model reads the prompt as the user's turn and
+a choice as the assistant's turn (`data/instructions.py`).
 """
 
 from dataclasses import dataclass

@@ -7,14 +7,14 @@ A line has one of three forms. Here, all three forms contain the same example:
                   {"role": "assistant", "content": "You do."}]}
     {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-The third form is a question of `data/choices.py`, and the right choice is the completion. A role
-can also be `system`. Any other key is refused. White space around a text is dropped. The model
-reads
+The third form is a question in the format of `data/choices.py`. The completion is the right choice.
+A role can also be `system`. Any other key is refused. White space around a text is dropped. The
+model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
 
-and is scored on the assistant's content, the space before the content, and the end-of-text token.
+Only the assistant's content, the space before the content, and the end-of-text token are scored.
 The assistant's line ends with the end-of-text token, and every other line ends with a newline.
 `CHAT_TEMPLATE` describes the same format to transformers and other programs.
 """
@@ -77,7 +77,7 @@ class Instructions:
 
     @property
     def tokens(self) -> np.ndarray:
-        """Return all rows joined, (3, N). Their hash is part of a run's identity."""
+        """Return all rows joined, (3, N). A hash of this array is part of a run's identity."""
         return np.concatenate(self.rows, axis=1)
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
@@ -113,9 +113,9 @@ class Instructions:
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    Longer examples lose their beginning, and a message says how many. Empty lines are skipped.
-    Raises UserError, naming the line, for a line that is not an example, or if the last completion
-    alone is longer than a block.
+    Longer examples lose their beginning, and a message reports the number of these examples. Empty
+    lines are skipped. Raises UserError, naming the line, for a line that is not an example, or if
+    the last completion alone is longer than a block.
     """
 
     def read(example: dict) -> np.ndarray:
@@ -146,12 +146,12 @@ def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np
 def encode(
     turns: Sequence[Turn], tokenizer: Tokenizer, ask: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the token ids of turns such as ("User", "Who?"), a mask of the scored tokens, and the
-    number of bytes that each token covers, (N,) each.
+    """Tokenize turns such as ("User", "Who?"). Return three arrays of length N: the token ids, a
+    mask of the scored tokens, and the number of bytes that each token covers.
 
     With `ask`, the text ends with "Assistant:", for the model to continue. Text between completions
-    is tokenized in one piece, because a token may join a name and a content. For example, the space
-    after "User:" and the newline of an empty turn can be one token.
+    is tokenized in one piece, because one token may cover the end of a name and the start of the
+    content. For example, the space after "User:" and the newline of an empty turn can be one token.
     """
     ids: list[int] = []
     scored: list[bool] = []

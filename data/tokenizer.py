@@ -1,8 +1,8 @@
 """Turn text into token ids and back.
 
 tiktoken runs the byte-pair encodings of GPT-2 and of the bundled base `mini`. Hugging Face's
-`tokenizers` runs every other `tokenizer.json`. It also reads `vocab.json` with `merges.txt`, as
-byte-level BPE.
+`tokenizers` runs all other tokenizers: from `tokenizer.json`, or the byte-level BPE of `vocab.json`
+and `merges.txt`.
 """
 
 import json
@@ -30,7 +30,7 @@ SPECIAL = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
 FILES = (FAST, VOCAB, MERGES, SETTINGS, SPECIAL, ADDED, TEMPLATE)
-FOREIGN = ("vocab.txt", "tokenizer.model", "spiece.model")  # of BERT and SentencePiece
+FOREIGN = ("vocab.txt", "tokenizer.model", "spiece.model")  # BERT and SentencePiece, unsupported
 GPT2_FILES = Path(__file__).with_name("gpt2_tokenizer")
 GPT2_SIZE = 50257
 MINI_FILES = Path(__file__).resolve().parents[1] / "model" / "mini"
@@ -61,8 +61,8 @@ class Tokenizer(ABC):
         """Return the token ids (N,), and the number of UTF-8 bytes of each token, uint32 (N,).
 
         The ids are uint16, or uint32 for a `vocab_size` above 65,536. Bytes that the tokenizer
-        skips count for the next token. An end-of-text token covers 0 bytes. Raises UserError for a
-        text that cannot be read.
+        skips are counted with the next token. An end-of-text token covers 0 bytes. Raises UserError
+        for a text that cannot be read.
         """
         try:
             ids, byte_counts = self._encode(text)
@@ -110,7 +110,7 @@ class TiktokenTokenizer(Tokenizer):
     def _byte_counts(self) -> np.ndarray:
         counts = np.zeros(len(self.vocabulary), dtype=np.uint32)
         for word, token in self.vocabulary.items():
-            counts[token] = len(word)  # one character per byte
+            counts[token] = len(word)  # `word` spells each byte as one character
         return counts
 
 
@@ -218,7 +218,7 @@ def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Token
 
 
 def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
-    """Return the end-of-text token of the settings, or GPT-2's if the vocabulary contains it."""
+    """Return the end-of-text token: from the settings, otherwise END_OF_TEXT if it is a token."""
     for path in (source / SETTINGS, source / SPECIAL):
         if not path.exists():
             continue

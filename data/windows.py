@@ -1,4 +1,4 @@
-"""Split the tokens of a book, cut windows from the tokens, and make batches of windows."""
+"""Split tokens into training and validation, cut the tokens into windows, and make batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class Batch:
 
 
 def split(items: Any, val_fraction: float) -> tuple:
-    """Return the training part, and the last `val_fraction` of the items for validation."""
+    """Return the items for training, and the last `val_fraction` of the items for validation."""
     cut = len(items) - int(len(items) * val_fraction)
     return items[:cut], items[cut:]
 
@@ -121,7 +121,8 @@ class Windows:
         return shuffled(len(self), seed, epoch)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
-        """Yield inputs and targets (B, T) that score each token after the first `label_shift` once.
+        """Yield inputs and targets, (B, T) each. Every token except the first `label_shift` is
+        scored once.
 
         The stride must be at most the block size. Where windows overlap, only the first window
         scores the shared tokens. A shorter last window is padded on the right. Its tokens cannot
@@ -132,7 +133,7 @@ class Windows:
         last_start = max(0, length - self.label_shift - self.block_size)
         starts = np.arange(0, last_start + self.stride, self.stride)
         columns = np.arange(self.block_size)
-        in_overlap = columns < self.block_size - self.stride  # with the previous window
+        in_overlap = columns < self.block_size - self.stride  # in the previous window, too
 
         for i in range(0, len(starts), batch_size):
             start = starts[i : i + batch_size, None]  # (B, 1)

@@ -65,7 +65,7 @@ QUANTISATION = {
     quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),""",
-    "int8": "",  # fp32 is closer to training, because bitsandbytes would also round the inputs
+    "int8": "",  # load fp32, because bitsandbytes, unlike training, would also round the inputs
 }
 LOAD_MODEL = """\
 from transformers import pipeline

@@ -66,10 +66,11 @@ def save_adapter_gguf(
     name: str,
     dtype: torch.dtype,
 ) -> None:
-    """Write an adapter: scaling * B (out, rank) and A (rank, in), by PEFT's layer names.
+    """Write an adapter. `factors` maps each layer's name in PEFT to scaling * B (out, rank) and
+    A (rank, in).
 
     llama.cpp adds alpha / rank * B A x, with one alpha for all layers. The file gets alpha = rank,
-    so this factor is 1.
+    so alpha / rank is 1.
     """
     gguf = _library()
     writer = gguf.GGUFWriter(path, "gpt2")

@@ -9,7 +9,7 @@ from common.files import atomic_path, display_path
 from data.tokenizer import FAST, SETTINGS, SPECIAL, TEMPLATE, Tokenizer
 from storage.hub import REPOSITORIES
 
-PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # may contain a user's name
+PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # values may name a user
 
 
 def portable_name(base: str) -> str:
@@ -32,8 +32,8 @@ def save_tokenizer(
 ) -> None:
     """Write the base's tokenizer files, with settings completed for transformers.
 
-    `longest` is the model's context, in tokens. `chat_template` replaces the base's template. A
-    file that exists is kept.
+    `longest` is the model's context, in tokens. `chat_template` replaces the base's template. An
+    existing file is kept.
     """
     files = dict(tokenizer.files)
     settings = _settings(tokenizer, longest)
@@ -49,13 +49,13 @@ def save_tokenizer(
 
 
 def _settings(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`: the base's fields, completed."""
+    """Return `tokenizer_config.json`: the base's settings, completed for transformers."""
     settings = json.loads(tokenizer.files.get(SETTINGS, b"{}"))
     named = json.loads(tokenizer.files.get(SPECIAL, b"{}")) | settings
     for field in PATHS:
         settings.pop(field, None)
 
-    # transformers cannot infer the class, because an adapter's directory has no config.json.
+    # transformers infers this class from config.json, which an adapter's directory lacks.
     fast = FAST in tokenizer.files
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if fast else "GPT2Tokenizer")
     settings["model_max_length"] = longest

@@ -70,9 +70,10 @@ def find_base(base: str) -> tuple[str, Path]:
 
 
 def find_adapter(adapter: str) -> Path:
-    """Return the directory of an adapter. `adapter` is a directory or OWNER/NAME[@REVISION].
+    """Return the directory of an adapter.
 
-    Raises UserError for a repository that is not available. Any other name means a directory.
+    OWNER/NAME[@REVISION] means a repository, unless this path or its parent directory exists. Any
+    other name means a directory. Raises UserError for a repository that is not available.
     """
     match = _as_repository(adapter)
     if match is None:

@@ -21,7 +21,7 @@ def read_tensors(
     """Yield the tensors named in `shapes` one by one, each in the precision of the file.
 
     Raises UserError, naming the tensor, for a tensor that is missing, unexpected (unless in
-    `unread`), of another shape, not of floating point or not finite. Names are checked before the
+    `unread`), of another shape, not floating point or not finite. Names are checked before the
     first tensor is read.
     """
     with as_failure(), readable(path):

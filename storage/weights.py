@@ -27,7 +27,7 @@ PICKLED_WEIGHTS = "pytorch_model.bin"
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)$")  # causal masks: derived, not trained
 HEAD = "lm_head.weight"
-# Config fields that change the computation but not the tensors, and the supported values.
+# Supported values of the config fields that change the computation but not the tensors.
 SUPPORTED = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
@@ -67,13 +67,13 @@ def load_gpt2(
         place, _, part = name.rpartition(".")
         module = model.get_submodule(place)
         setattr(module, part, nn.Parameter(value))
-        if quantise and isinstance(module, nn.Linear) and part == "bias":  # the bias is read last
+        if quantise and isinstance(module, nn.Linear) and part == "bias":  # read after weight
             model.set_submodule(place, quantise(module))
     return model
 
 
 def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's parameters one by one, with the shapes, (out, in), and dtypes of `needed`."""
+    """Yield a model's parameters one by one, in the shapes and dtypes of `needed`."""
     keys = read_shapes(path)
     prefix = "transformer." if any(key.startswith("transformer.") for key in keys) else ""
     masks = {key for key in keys if MASK.match(key.removeprefix(prefix))}
@@ -86,12 +86,12 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
 
     head = None
     for key, tensor in read_tensors(path, shapes, unread=masks):
-        if key == HEAD:  # the first tensor
+        if key == HEAD:  # comes first, because `shapes` lists HEAD first
             head = tensor
             continue
         name = key.removeprefix(prefix)
         # Copy, because a memory-mapped file may be replaced. `empty_like` of a meta tensor would
-        # import sympy.
+        # import sympy, which is slow.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
         if name == "wte.weight" and head is not None:
             if not torch.equal(head, tensor):
