@@ -53,7 +53,7 @@ def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
 def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
 ) -> tuple[dict[str, Factors], list[list[str]], float]:
-    """Approximate each layer's change at rank `rank`, as closely as possible. Return the factors,
+    """Approximate each layer's change by the nearest matrix of rank `rank`. Return the factors,
     the rows of the table, and the share of the whole change's squared norm outside these layers.
     """
     factors = {}

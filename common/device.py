@@ -30,8 +30,10 @@ class Device:
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
         """Resolve `auto`, and check that the device works.
 
-        The device is CUDA, otherwise MPS, otherwise the CPU. The precision is bf16 on CUDA (fp16 if
-        the GPU lacks bf16), bf16 to train on a CPU with bf16 instructions, and otherwise fp32.
+        The device is CUDA if available, otherwise MPS, otherwise the CPU. On CUDA, the precision is
+        bf16, or fp16 if the GPU lacks bf16. Training on a CPU with bf16 instructions uses bf16. All
+        other cases use fp32.
+
         Raises UserError for a missing or broken device, and for training on MPS in fp16.
         """
         device = _pick_device(device)

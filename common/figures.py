@@ -1,4 +1,4 @@
-"""Draw with matplotlib, an optional dependency that no result needs.
+"""Draw pictures with matplotlib, an optional dependency.
 
 A colour has the same meaning in every picture, and the colour-blind can tell all colours apart
 (tests/common/test_figures.py). Other series in a picture, such as ranks, precisions or parts,

@@ -64,7 +64,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Instructions:
-    """Examples, with the interface of `data.windows.Dataset`. Each row comes from `make_row`."""
+    """A dataset of examples, with the interface of `data.windows.Dataset`. See `make_row`."""
 
     rows: list[np.ndarray]
 
