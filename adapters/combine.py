@@ -27,9 +27,9 @@ def combine(
     """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that truncation
     keeps.
 
-    Every layer is truncated by SVD to the smallest of `rank`, the sum's largest rank and the
-    smallest side of any layer. A layer that an adapter lacks counts as zero. Raises UserError if
-    the shapes of a layer differ.
+    All layers are truncated by SVD to one rank: `rank`, but at most the largest rank of a layer's
+    sum, and at most the smallest side of a layer. A layer that an adapter lacks counts as zero.
+    Raises UserError if the shapes of a layer differ.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
     total = {layer: _sum_of(layer, adapters, weights) for layer in layers}

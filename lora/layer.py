@@ -189,6 +189,6 @@ def stored_weight(layer: nn.Linear) -> nn.Parameter:
 
 def _refuse_merged(layer: LoRALinear, *_: object) -> None:
     # A state dict with the merged W, A and B would count the update twice after loading. Loading
-    # into a merged layer would remove the update from W, and `unmerge` would remove it again.
+    # into a merged layer would replace W by a W without the update, which `unmerge` would subtract.
     if layer.merged:
         raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")

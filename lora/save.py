@@ -117,9 +117,10 @@ def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, T
 def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
-    Usually this config is `model.lora_config`. There are two exceptions. PiSSA, LoRA-GA and slices
-    such as `c_attn.q` convert their tensors when saving. In a mixture of experts, PEFT could take
-    experts for targets. In both cases, the config lists each layer's full name, rank and alpha.
+    Usually this config is `model.lora_config`. There are two exceptions. First, PiSSA, LoRA-GA and
+    slices such as `c_attn.q` convert their tensors when saving. Second, in a mixture of experts, a
+    short target could also match the experts in PEFT. In both cases, the config lists each layer's
+    full name, rank and alpha.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix

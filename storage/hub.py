@@ -72,8 +72,9 @@ def find_base(base: str) -> tuple[str, Path]:
 def find_adapter(adapter: str) -> Path:
     """Return the directory of an adapter.
 
-    OWNER/NAME[@REVISION] means a repository, unless this path or its parent directory exists. Any
-    other name means a directory. Raises UserError for a repository that is not available.
+    OWNER/NAME[@REVISION] names a repository, unless OWNER/NAME is a local path that exists or whose
+    parent directory exists. Any other name means a directory. Raises UserError for a repository
+    that is not available.
     """
     match = _as_repository(adapter)
     if match is None:

@@ -374,7 +374,7 @@ class Run:
         return self.options.checkpoint_every.is_due(self.step, age)
 
     def _stop(self, number: int) -> None:
-        """End the process with the exit status of the signal. Everything is saved."""
+        """End the process with the exit status of the signal. The caller has saved the run."""
         on_signals(signal.SIG_IGN)  # another signal while Python ends would change the status
         if self.directory:
             print(

@@ -18,7 +18,7 @@ CHUNK = 1 << 24  # number of logits in a chunk
 LARGE_CHUNK = 1 << 26  # the same, if each chunk also adds to the head's gradient
 CACHED_LOGITS = 1 << 19  # number of logits whose softmax fits into a CPU's cache
 TILE = 128  # matmuls are fastest if the number of tokens is a multiple of this
-SLICE_BYTES = 1 << 12  # bytes per token in the slices of logits that the gradient's matmuls read
+SLICE_BYTES = 1 << 12  # width of a slice of dL/dz, in bytes per token: a matmul reads one slice
 SMALLEST = 1e-30  # `log` is taken only of larger probabilities. fp32 loses digits below 1e-38
 
 
