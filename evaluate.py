@@ -1,4 +1,4 @@
-"""Score a text or questions with choices, or compare finished runs."""
+"""Score a text, conversations or multiple-choice questions, or compare finished runs."""
 
 import argparse
 import math
@@ -41,9 +41,9 @@ def evaluate(
     ranks: Ranks | None = None,
     batch_size: int = EVAL_BATCH,
 ) -> Scores:
-    """Score a whole text, or conversations. With several ranks, each rank scores some batches.
+    """Score a whole text, or conversations. Several ranks share the batches.
 
-    Raises RunError if the loss is not finite, and UserError if every target is an end of text.
+    Raises RunError if the loss is not finite, and UserError if all targets are end-of-text tokens.
     """
     scored_bytes = dataset.scored_bytes
     if not scored_bytes:
@@ -52,7 +52,7 @@ def evaluate(
     dtype = torch.float64
     if device.torch_device.type == "mps":  # MPS has no fp64
         dtype = torch.float32
-    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # loss sum and hit count
+    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # sum of losses, number of hits
     count = torch.zeros(1, dtype=torch.int64)
 
     was_training = model.training
@@ -79,8 +79,8 @@ def evaluate(
 @torch.no_grad()
 def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float]:
     """Return the mean KL(base || adapter) per scored token, in nats, and the share of scored tokens
-    where the likeliest token changed. The base is the model with the adapter switched off. The
-    model must be in evaluation mode.
+    at which base and adapter predict a different likeliest token. The base is the model with the
+    adapter switched off. The model must be in evaluation mode.
     """
     kl = 0.0
     changed = 0

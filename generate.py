@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
-    """Continue each prompt with every adapter, all in one batch."""
+    """Continue each prompt with every adapter. A batch has one row per adapter."""
     loaded, adapters = load_several(args.base, args.adapter, device.dtype, args.quantise)
     base, model, tokenizer = loaded
     device.cast_frozen(model)
@@ -66,8 +66,8 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """Print each prompt and its continuation under each heading. With only one heading, print each
-    character as soon as its tokens are drawn.
+    """Print each prompt and a continuation under every heading. If there is only one heading, print
+    each character as soon as its tokens are drawn.
     """
     alone = len(headings) == 1
     for prompt in args.prompt:
@@ -91,7 +91,7 @@ def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
 
 def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Answer stdin line by line. Drop the oldest turns when the chat exceeds the context."""
-    require_end_of_text(tokenizer)  # fail now, not after the first answer
+    require_end_of_text(tokenizer)  # otherwise only the first answer would fail
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     ready = "> " if sys.stdin.isatty() else ""
@@ -122,9 +122,9 @@ def stream(
     args,
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt (token ids) several times at once, in one row per generator. Yield pairs
-    of a row's number and the row's next complete characters. A row ends at an end-of-text token, or
-    after `args.max_new_tokens` tokens.
+    """Continue a prompt (token ids) several times at once, in one row per generator. Yield pairs:
+    a row's number, and the next complete characters of the row. A row ends at an end-of-text token,
+    or after `args.max_new_tokens` tokens.
     """
     rows = len(generators)
     ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
@@ -174,7 +174,7 @@ class StreamDecoder:
 
 
 def padding(model: GPT2, tokenizer: Tokenizer) -> Tensor:
-    """Return a mask, bool (V,), that is True for each id without a token in the tokenizer."""
+    """Return a mask, bool (V,), that is True for each id that is not in the tokenizer."""
     mask = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.wte.weight.device)
     mask[list(tokenizer.vocabulary.values())] = False
     return mask

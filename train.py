@@ -1,6 +1,6 @@
 """Fine-tune GPT-2 on a book or on conversations: `python train.py lora` or `full`.
 
-One loop serves both methods. The methods differ in the parameters that they train and save.
+LoRA and full fine-tuning share one loop, and differ only in the parameters to train and save.
 """
 
 import math
@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(model: GPT2, data: Data, run: Run) -> None:
-    """Take the remaining steps. Validate when due, and keep the best model."""
+    """Run the training steps that remain. Validate when due, and keep the best model."""
     options = run.options
     optimizer, scaler = set_up(model, data, run)
-    run.begin(model, optimizer=optimizer, scaler=scaler)  # resumes, or empties --out
+    run.begin(model, optimizer=optimizer, scaler=scaler)  # resumes a run, or empties --out
     if run.step == 0:
         validate_start(model, data, run)
     for batch in run.steps(data.training):
@@ -56,8 +56,8 @@ def train(model: GPT2, data: Data, run: Run) -> None:
 def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScaler]:
     """Return the optimizer and the GradScaler, which scales the loss in fp16."""
     options = run.options
-    run.set_up_model(model)  # casts frozen weights, chooses --kernels, compiles
-    # `lr_scale` multiplies the learning rate of a group. Only LoRA+ has two groups.
+    run.set_up_model(model)  # casts frozen weights, applies --kernels and --compile
+    # Each parameter group has an `lr_scale`, which multiplies lr. Only LoRA+ has two groups.
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
@@ -82,10 +82,10 @@ def train_step(
         with run.device.autocast():
             # By default (--kernels fast), `model.loss` is FastGPT2.loss in model/kernels/fast.py.
             loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
-        # The loss is divided by the number of tokens in the whole batch. So the gradients of
-        # micro-batches and ranks add up to the gradient of the batch's mean loss. Small gradients
-        # vanish in fp16. So the scaler multiplies the loss by a factor, and `unscale_` divides the
-        # gradients by the same factor.
+        # `loss` is a sum over tokens, and is divided by the number of tokens in the whole batch. So
+        # the gradients of all micro-batches and ranks add up to the gradient of the mean loss.
+        # Small gradients would underflow in fp16. So the scaler multiplies the loss by a factor,
+        # and `unscale_` divides the gradients by this factor.
         scaler.scale(loss / batch.num_tokens).backward()
         total_loss += loss.detach()
     run.ranks.all_reduce_gradients(model, total_loss)  # also sums the loss
@@ -96,7 +96,7 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # GraphedLoss needs .grad
+    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a CUDA graph reuses .grad
     return total_loss, grad_norm
 
 
@@ -112,7 +112,7 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 def validate_start(model: GPT2, data: Data, run: Run) -> None:
-    """Score the base on the validation part, and then `--init-adapter` if given."""
+    """Score the base on the validation part, and the adapter of `--init-adapter` if given."""
     with adapter_disabled(model):
         run.keep_base(model, validate(model, data, run))
     if run.options.init_adapter:
@@ -120,7 +120,7 @@ def validate_start(model: GPT2, data: Data, run: Run) -> None:
 
 
 def validate(model: GPT2, data: Data, run: Run) -> Scores:
-    """Score the validation part, in batches no larger than a micro-batch of training."""
+    """Score the validation part. A batch is at most as large as a micro-batch of training."""
     size = min(EVAL_BATCH, run.micro_batch_size)
     return evaluate(model, data.validation, run.device, run.ranks, size)
 
