@@ -8,10 +8,10 @@
 # make bench                 compare speed and memory with PEFT and transformers (ARGS=--quick)
 # make verify-gpu            check results and speed on a GPU (ARGS=--dry-run: on a CPU)
 # make reference             repeat the reference run (docs/reference-run.md)
-# make example               LoRA on SmolLM2, or on MODEL=OWNER/NAME (or a directory)
+# make example               LoRA on SmolLM2, or on MODEL (OWNER/NAME on the hub, or a directory)
 # make notebook              LoRA from scratch: open lesson/notebook in Jupyter
 # make figures               the lesson's figures (docs/experiments.md; ARGS=rates: one figure)
-# make fault                 kill runs, fill disks, damage files, and check (ARGS=--short)
+# make fault                 test killed runs, full disks and damaged files (ARGS=--short)
 # make test                  all tests (ARGS="--device cuda" or mps: computations run there)
 # make lint | setup | clean  check the style, install the packages, remove what was installed
 # make test-lowest           the tests with the lowest versions that pyproject.toml allows
@@ -25,7 +25,7 @@
 # OUT           the directory to write
 # METHOD        of sweep: lora or full
 # RECIPE        LoRA's settings: reference or best
-# LR, R, SEEDS  train.py's --lr, --r and --seed
+# LR, R, SEEDS  train.py's --lr, --r and --seed (of sweep: one or several values)
 # ADAPTER       of generate and explore (default: OUT if given, otherwise runs/lora)
 # ARGS          any further options of the command
 

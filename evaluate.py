@@ -79,8 +79,8 @@ def evaluate(
 @torch.no_grad()
 def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float]:
     """Return the mean KL(base || adapter) per scored token, in nats, and the share of scored tokens
-    at which base and adapter predict a different likeliest token. The base is the model with the
-    adapter switched off. The model must be in evaluation mode.
+    where base and adapter differ in the likeliest token. The base is the model with the adapter
+    switched off. The model must be in evaluation mode.
     """
     kl = 0.0
     changed = 0

@@ -91,7 +91,7 @@ def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
 
 def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Answer stdin line by line. Drop the oldest turns when the chat exceeds the context."""
-    require_end_of_text(tokenizer)  # otherwise only the first answer would fail
+    require_end_of_text(tokenizer)  # fail now, not after the first answer
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     ready = "> " if sys.stdin.isatty() else ""

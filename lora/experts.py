@@ -1,4 +1,4 @@
-"""Recognise mixtures of experts, which store expert weights in 3-D parameters, not `nn.Linear`."""
+"""Recognise mixtures of experts, which store experts in 3-D parameters, not in `nn.Linear`s."""
 
 import sys
 import warnings
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
-# If a target has one of these names, PEFT adapts a parameter of the mixture instead, such as the
-# 3-D weight of all experts (`_MOE_TARGET_MODULE_MAPPING`). PEFT does so even if the target is a
-# dense layer or a shared expert. The names depend on the family of models.
+# For each family of models: names of layers that PEFT mistakes for experts. If a target has such a
+# name, PEFT adapts a parameter of the mixture instead, such as the 3-D weight of the experts, even
+# if the target is a dense layer or a shared expert (`_MOE_TARGET_MODULE_MAPPING` in PEFT).
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -20,7 +20,7 @@ EXPERT_NAMES: dict[str, tuple[str, ...]] = {
 
 
 def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> None:
-    """Warn if "all-linear" leaves out experts, and if `save_adapter` will refuse the adapter."""
+    """Warn if "all-linear" leaves out experts, or if `save_adapter` will refuse the adapter."""
     experts = expert_weights(model)
     if experts and config.target_modules == ALL_LINEAR:
         total = sum(weight.numel() for weight in model.parameters())
@@ -49,7 +49,7 @@ def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
 
 
 def expert_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return, by name, the 3-D parameters that stack the experts' matrices: (experts, m, n)."""
+    """Return the 3-D parameters that stack the experts' matrices, (experts, m, n), by name."""
     return {
         name: weight
         for name, weight in model.named_parameters()
@@ -62,7 +62,7 @@ def _is_convolution(model: nn.Module, parameter: str) -> bool:
 
 
 def _expert_names(model: Any) -> tuple[str, ...]:
-    """Return the `EXPERT_NAMES` of the model's family, or (). transformers defines the family."""
+    """Return the names in `EXPERT_NAMES` for the model's family in transformers, otherwise ()."""
     conversions = sys.modules.get("transformers.conversion_mapping")
     families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
     family = getattr(getattr(model, "config", None), "model_type", "")

@@ -1,4 +1,4 @@
-"""Put LoRA layers into a model and freeze the rest."""
+"""Wrap linear layers of a model in LoRA layers, and freeze the original parameters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +13,13 @@ from lora.variants import make_layer
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> None:
-    """Put a LoRA layer around each `nn.Linear` that `find_targets` returns. Freeze the rest.
+    """Wrap each `nn.Linear` that `find_targets` returns in a LoRA layer. Freeze the original
+    parameters.
 
-    The config is stored as `model.lora_config`. The class of the config determines the variant.
-    Raises ValueError if a target, a rank or a variant does not fit, or if the model has an adapter
-    already. After an error, the model is unchanged. Warns if "all-linear" leaves out experts, and
-    if `save_adapter` will refuse the adapter.
+    The config is stored as `model.lora_config`. The class of the config selects the variant of
+    LoRA. Raises ValueError if a target, rank or variant does not fit the model, or if the model
+    already has an adapter. After an error, the model is unchanged. Warns if "all-linear" leaves out
+    experts, or if `save_adapter` will refuse the adapter.
     """
     layers = new_layers(model, config)
     warn_about_experts(model, config, layers)
@@ -26,10 +27,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
-    """Return the LoRA layers of a model by module name. `install` puts them into the model."""
+    """Make LoRA layers for a model, by module name. `install` puts the layers into the model."""
     prefix = peft_view(model).prefix  # PEFT puts this prefix before each name
     layers = {}
-    for name, slices in find_targets(model, config).items():  # an empty set: the whole layer
+    for name, slices in find_targets(model, config).items():  # no slices: the whole layer
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         with errors_that_name(name):
@@ -38,11 +39,11 @@ def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
 
 
 def install(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:
-    """Freeze the model, and put LoRA layers in place of the linear layers that they wrap."""
+    """Freeze the model, and replace the wrapped linear layers by the LoRA layers."""
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    model.lora_config = config  # type: ignore[assignment]  # neither a tensor nor a module
+    model.lora_config = config  # type: ignore[assignment]  # mypy expects a tensor or a module
 
 
 @contextmanager
@@ -61,7 +62,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
-    """Switch the adapter off inside the `with`. Raises ValueError if the adapter is merged."""
+    """Switch the adapter off inside a `with` block. Raises ValueError if the adapter is merged."""
     layers = [layer for layer in lora_layers(model).values() if layer.enabled]
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged into the base; unmerge it first")

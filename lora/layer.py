@@ -15,7 +15,8 @@ from torch import Tensor, nn
 class LoRAConfig:
     """Hyper-parameters of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    The fields are named as in PEFT's `adapter_config.json`. A variant adds a field in a subclass.
+    The fields are named as in PEFT's `adapter_config.json`. Each variant of LoRA adds a
+    field in a subclass.
     """
 
     r: int = 8
@@ -43,8 +44,8 @@ class LoRALinear(nn.Module):
 
     Shapes: x (..., in), A = lora_A.weight (r, in), B = lora_B.weight (out, r), y (..., out).
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zero, so a new adapter changes nothing.
-    Trained A and B are fp32 for a base of any precision, because updates are small and GradScaler
-    refuses fp16 gradients. Raises ValueError for a rank outside 1 .. min(in, out).
+    A and B are trained in fp32 even if the base is in lower precision, because updates are small
+    and GradScaler refuses fp16 gradients. Raises ValueError for a rank outside 1 .. min(in, out).
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
@@ -53,8 +54,8 @@ class LoRALinear(nn.Module):
         fan_out = base_layer.out_features
         if not 1 <= config.r <= min(fan_in, fan_out):
             raise ValueError(
-                f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}; change it (rank_pattern: "
-                "for this layer alone), or leave the layer out"
+                f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}; change r (for this layer "
+                "alone: rank_pattern), or leave out the layer"
             )
 
         self.base_layer = base_layer
@@ -79,8 +80,9 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """Return an empty slice of W, (0, in), for models such as T5 that read the dtype or device.
 
-        A model could multiply by W without calling `forward`, and so omit the update. With the
-        empty slice, such a product has no columns, so the model fails instead.
+        If this property returned all of W, a model could multiply by W without calling `forward`,
+        and silently lose the update. A product with the empty slice has no columns, so the model
+        fails instead.
         """
         return self.base_layer.weight[:0]
 
@@ -102,7 +104,7 @@ class LoRALinear(nn.Module):
         Only DoRA reads y.
         """
         small = self.lora_A(self.lora_dropout(x))  # (..., r)
-        if math.frexp(self.scaling)[0] == 0.5:  # power of two: scaling the small tensor is exact
+        if math.frexp(self.scaling)[0] == 0.5:  # a power of two scales exactly
             return self.lora_B(small * self.scaling)
         return self.lora_B(small) * self.scaling
 
@@ -120,7 +122,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Set W to W + scaling * B A. The layer then runs as fast as a plain linear layer.
 
-        Does nothing if the layer is merged. Raises ValueError as `check_mergeable` does.
+        Does nothing if the layer is already merged. Raises ValueError as `check_mergeable` does.
         """
         if not self.merged:
             self.check_mergeable()
@@ -148,7 +150,7 @@ class LoRALinear(nn.Module):
             self.merged = False
 
     def unwrapped(self) -> nn.Linear:
-        """Return the wrapped linear layer, including a merged update."""
+        """Return the wrapped linear layer. After `merge`, W includes the update."""
         return self.base_layer
 
     def saved_tensors(self) -> dict[str, Tensor]:
@@ -169,8 +171,8 @@ def check_linear(layer: nn.Linear) -> None:
     kind = type(layer)
     if kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False):
         raise ValueError(
-            f"{kind.__name__} has its own forward, which may not be W x + b; use plain LoRA, and "
-            "do not merge"
+            f"{kind.__name__} overrides forward, which may compute something other than W x + b; "
+            "use plain LoRA, and do not merge"
         )
 
 
@@ -188,7 +190,8 @@ def stored_weight(layer: nn.Linear) -> nn.Parameter:
 
 
 def _refuse_merged(layer: LoRALinear, *_: object) -> None:
-    # A state dict with the merged W, A and B would count the update twice after loading. Loading
-    # into a merged layer would replace W by a W without the update, which `unmerge` would subtract.
+    # A merged layer's state dict would contain the update twice, in W and as A and B. Loading a
+    # state dict into a merged layer would set W to a weight without the update, and `unmerge` would
+    # then subtract the update from this weight.
     if layer.merged:
         raise ValueError("the adapter is merged; unmerge it before taking or loading a state dict")

@@ -1,4 +1,4 @@
-"""Read adapters in PEFT's format strictly. Errors name the field or tensor that does not fit."""
+"""Read adapters in PEFT's format strictly. An error names the field or tensor that is wrong."""
 
 import json
 import os
@@ -25,9 +25,9 @@ def load_adapter(
 ) -> LoRAConfig:
     """Inject the adapter in `directory` into `model`. Return the config of the adapter.
 
-    Raises ValueError if the file records a hash of the base that differs from `base_sha256`. Also
-    raises ValueError if a tensor is missing, unexpected, misshapen or not finite. After an error,
-    the model is unchanged.
+    Raises ValueError if the file records a hash of the base other than `base_sha256`.
+    Also raises ValueError if a tensor is missing, unexpected, not finite or of the wrong shape.
+    After an error, the model is unchanged.
     """
     directory = Path(directory)
     config = load_adapter_config(directory)
@@ -73,7 +73,7 @@ def stored_base_fields(directory: str | Path) -> dict[str, Any]:
 
 
 def read_header(directory: str | Path) -> dict[str, str]:
-    """Return the fields about the base in the header of the adapter's file."""
+    """Return the fields that describe the base in the header of the adapter's tensor file."""
     header = read_metadata(Path(directory) / WEIGHTS)
     return {name: value for name, value in header.items() if name != "format"}
 

@@ -1,4 +1,4 @@
-"""Add an adapter to the weights of its base, or remove it from a model."""
+"""Add an adapter to the weights of the base, or remove an adapter from a model."""
 
 from torch import nn
 
@@ -26,7 +26,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Replace each LoRA layer by the wrapped linear layer, which includes a merged update.
+    """Replace each LoRA layer by the wrapped linear layer. After `merge`, W includes the update.
 
     Raises ValueError for unmerged layers of PiSSA or LoRA-GA, because removing A and B would remove
     part of the original W. After an error, the model is unchanged.

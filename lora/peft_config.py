@@ -10,7 +10,7 @@ from lora.layer import LoRAConfig
 from lora.variants import config_fields, make_config
 
 CONFIG = "adapter_config.json"
-SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # our names of slices, unknown to PEFT
+SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # slices such as c_attn.q, which PEFT lacks
 READ = {field.name for field in fields(LoRAConfig)} | {"use_dora"}
 # PEFT's fields that do not change what a trained adapter computes.
 IGNORED = {
@@ -32,11 +32,11 @@ IGNORED = {
 SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", None),
-    "bias": ("none", "lora_only"),  # older PEFT wrote "lora_only" without a bias tensor
+    "bias": ("none", "lora_only"),  # old PEFT wrote "lora_only" but no bias
     "use_rslora": (True, False),
     "fan_in_fan_out": (True, False),  # does not change how A and B are stored
-    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA are missing here, because PEFT changes W before
-    # such an adapter is trained. The adapter fits only the changed W.
+    # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA are not supported, because PEFT changes W before it
+    # trains such an adapter. The adapter fits only the changed W.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
 UNUSED: tuple = (None, False, [], {})  # the supported values of any other field
@@ -45,16 +45,16 @@ ALPHAS = (0, 3e6)
 
 
 def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of PEFT's file. `base_fields` comes from `lora.save.base_fields`.
+    """Return the content of `adapter_config.json`. `base_fields` is from `lora.save.base_fields`.
 
-    The field `peft_version` is left out. New versions of PEFT fill in the field, and versions
-    before 0.18 warn about the field.
+    The field `peft_version` is left out, because versions of PEFT before 0.18 warn about
+    `peft_version`. Later versions fill in the missing field.
     """
     return {
         "peft_type": "LORA",
         **base_fields,
         **config_fields(config),
-        "init_lora_weights": True,  # so that a reader loads A and B unchanged
+        "init_lora_weights": True,  # so that PEFT loads A and B unchanged
         "bias": "none",
         "modules_to_save": None,
         "inference_mode": True,
@@ -62,7 +62,7 @@ def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str,
 
 
 def parse_config(stored: Mapping[str, Any]) -> LoRAConfig:
-    """Return the hyper-parameters in PEFT's file.
+    """Return the hyper-parameters that `adapter_config.json` contains.
 
     Raises ValueError, naming the field, unless the adapter is LoRA or DoRA on linear layers.
     """
@@ -95,7 +95,7 @@ def _number(field: str, value: Any, kind: Any, low: float, high: float) -> Any:
 
 
 def _items(stored: Mapping[str, Any], field: str, kind: type) -> tuple | None:
-    """Return a field's value or list of values as a tuple, or None if the field is empty."""
+    """Return a field, one value or a list of values, as a tuple, or None if the field is empty."""
     value = stored.get(field)
     if value in (None, "", []):
         return None
@@ -116,7 +116,7 @@ def _targets(stored: Mapping[str, Any]) -> tuple[str, ...] | str:
 
 
 def _pattern(stored: Mapping[str, Any], field: str, kind: Any, low: float, high: float) -> dict:
-    """Return a field's value, a dict that maps regular expressions to numbers."""
+    """Return the dict in a field. It maps regular expressions to numbers."""
     pattern = stored.get(field) or {}
     if not isinstance(pattern, dict):
         raise ValueError(f"{field} {brief(pattern)} is not an object of names and numbers")
@@ -126,5 +126,5 @@ def _pattern(stored: Mapping[str, Any], field: str, kind: Any, low: float, high:
 
 
 def brief(value: object) -> str:
-    """Return a file's value as one printable line of bounded length, for a message."""
+    """Return a value from a file as one short printable line, for a message."""
     return reprlib.repr(value)[:120]

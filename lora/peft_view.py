@@ -1,4 +1,4 @@
-"""Describe how PEFT sees a model: PEFT's names of the modules, and the class that wraps the model.
+"""Describe how PEFT sees a model: the modules' names in PEFT, and PEFT's class around the model.
 
 PEFT sees our GPT-2 as transformers' GPT2LMHeadModel. There, `lm_head` is a module, all other
 modules are in `transformer`, and projections are stored as (in, out).
@@ -18,7 +18,7 @@ class PeftView:
     """A model as PEFT sees it."""
 
     prefix: str = ""  # before each module's name
-    task_type: str | None = None  # chooses PEFT's class (None: PeftModel)
+    task_type: str | None = None  # selects PEFT's wrapper class (None: PeftModel)
     fan_in_fan_out: bool = False  # whether W is stored as (in, out)
     ties: Mapping[str, str] = field(default_factory=dict)  # tied modules -> reasons to refuse them
     fused: str | None = None  # the layer that computes q, k and v
@@ -43,8 +43,8 @@ def peft_view(model: nn.Module) -> PeftView:
 
 
 def _task_type(model: Any) -> str | None:
-    """Return the task of a transformers model that reads tokens and generates text. For any other
-    model, return None.
+    """Return PEFT's task type for a transformers model that reads tokens and generates text. For
+    any other model, return None.
     """
     if not model.can_generate() or model.main_input_name != "input_ids":
         return None
@@ -53,7 +53,7 @@ def _task_type(model: Any) -> str | None:
 
 
 def _is_our_gpt2(model: Any) -> bool:
-    """Return whether a model has GPT-2's modules at the root, linear projections and no head."""
+    """Return whether a model is our GPT-2: with `wte`, `h`, `ln_f`, `nn.Linear`s, and no head."""
     names = {name for name, _ in model.named_children()}
     if not {"wte", "h", "ln_f"} <= names or names & {"transformer", "lm_head", "head"}:
         return False

@@ -3,8 +3,8 @@
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314 ("the paper" below). The authors' code is the
 library bitsandbytes. Codes, scales and dequantised weights here are bitwise equal to bitsandbytes.
 
-`quantise` replaces the linear layers of a model by quantised layers. `LoRALinear` can wrap either
-kind of layer.
+`quantise` replaces the linear layers of a model by quantised layers. `LoRALinear` can wrap a
+quantised layer like any other linear layer.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,15 @@ def nf4_levels() -> Tensor:
     """Return the 16 levels of 4-bit NormalFloat, fp32 (16,), ascending from -1 to 1.
 
     Weights are close to normally distributed, so the levels are quantiles of the normal
-    distribution. They lie close together where most weights lie (paper, section 3). Evenly spaced
-    probabilities from 0.968 (`tail`) to 1/2 give 8 levels above 0 and, negated, 7 levels below 0.
-    The 16th level is 0, the quantile of 1/2, so a weight of 0 stays 0. Finally, all levels are
-    divided by the largest level.
+    distribution, and lie close together where most weights lie (paper, section 3). The 8 levels
+    above 0 are the quantiles of 8 evenly spaced probabilities between 0.968 (`tail`) and 1/2. The 7
+    levels below 0 are the negated quantiles of 7 evenly spaced probabilities in this range. The
+    16th level is 0, the quantile of 1/2, so a weight of 0 stays 0. Finally, all levels are divided
+    by the largest level.
 
-    Equation 4 of the paper takes the means of neighbouring quantiles. Appendix E and the authors'
-    code take the quantiles themselves, and so does this function. The quantile of 1 is infinite, so
-    the probabilities start at `tail`, not at 1. As in the authors' code, `tail` is
+    In equation 4 of the paper, a level is the mean of two neighbouring quantiles. In appendix E, in
+    the authors' code and here, a level is a quantile. The quantile of 1 is infinite, so the
+    probabilities start at `tail`, not at 1. As in the authors' code, `tail` is
     (1 - 1/32 + 1 - 1/30) / 2, rounded to seven digits.
     """
     tail = 0.9677083
@@ -45,10 +46,10 @@ def nf4_levels() -> Tensor:
 def scale_levels() -> Tensor:
     """Return the 256 levels of an 8-bit scale, fp32 (256,), ascending from -0.993 to 1.
 
-    For each sign, 64 levels are spaced evenly in 0.1 .. 1, 32 levels in 0.01 .. 0.1, and so on,
-    down to one level in 1e-7 .. 1e-6. The other two levels are 0 and 1 (Dettmers et al. 2022,
-    section 1.3, https://arxiv.org/abs/2110.02861). The QLoRA paper names 8-bit floats, but the
-    authors' code uses these levels.
+    There are 127 levels for each sign: 64 evenly spaced levels in 0.1 .. 1, 32 levels in
+    0.01 .. 0.1, and so on, down to one level in 1e-7 .. 1e-6. The two remaining levels are 0 and 1
+    (Dettmers et al. 2022, section 1.3, https://arxiv.org/abs/2110.02861). The QLoRA paper names
+    8-bit floats as the format of scales, but the authors' code uses these levels.
     """
     decades = []
     for i in range(7):
@@ -66,10 +67,11 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def scaled_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return x / absmax in blocks, (n, size), and each block's absmax = max |x|, (n,), in fp32.
+    """Split x into n blocks. Return x / absmax, (n, size), and absmax, (n,), in fp32. The absmax of
+    a block is max |x|.
 
-    Blocks have separate scales, so an outlier coarsens only one block (paper, section 2). Zeros pad
-    the last block.
+    Each block has a separate scale, so an outlier lowers the resolution of only one block (paper,
+    section 2). The last block is padded with zeros.
     """
     flat = x.float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)
@@ -82,8 +84,8 @@ def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise positive scales (n,) to 8 bits each (paper, section 3, Double Quantization).
 
     Return three tensors: the codes, uint8 (n,), a second scale in fp32 for each block of 256
-    scales, and the mean of all scales. The mean is subtracted first, because the levels lie
-    around 0.
+    scales, and the mean of all scales. The mean is subtracted before quantising, because the levels
+    lie on both sides of 0.
     """
     mean = absmax.mean()
     x, scales = scaled_blocks(absmax - mean, SCALE_BLOCK)
@@ -96,9 +98,10 @@ def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class QuantisedLinear(nn.Linear):
     """y = x W^T + b with a frozen W that a subclass stores in few bits.
 
-    x (..., in), y (..., out). Each call of `forward` dequantises W to the precision of x or, under
-    autocast, to the precision of autocast. `weight` returns W in fp32, as a new tensor. A change to
-    that tensor has no effect, so adapters cannot be merged into the layer.
+    Shapes: x (..., in), y (..., out). Each call of `forward` dequantises W to the precision of x
+    or, under autocast, to the precision of autocast. Each read of `weight` returns W as a new fp32
+    tensor. A change to this tensor does not change the layer, so adapters cannot be merged into the
+    layer.
     """
 
     kind: str  # the name of the subclass in options and files
@@ -134,7 +137,7 @@ class QuantisedLinear(nn.Linear):
         return layer.train(self.training)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantisedLinear":
-        """Move the layer with the model. A cast changes only the bias. The scales stay in fp32."""
+        """Move the layer with the model. A cast changes the bias, but keeps the scales in fp32."""
         scales = {name: x for name, x in self.named_buffers() if x.is_floating_point()}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
@@ -147,7 +150,7 @@ class _DequantisedLinear(torch.autograd.Function):
     """Compute `F.linear` for frozen W and b. The only gradient is dL/dx = dL/dy W.
 
     Autograd would keep the dequantised W of every layer until the backward pass. This function
-    keeps only the layer, and dequantises W again (paper, section 3, equations 5 and 6).
+    keeps only the layer, and dequantises W again in the backward pass (paper, equations 5 and 6).
     """
 
     @staticmethod
@@ -190,9 +193,9 @@ class NF4Linear(QuantisedLinear):
     """W_i = level[code_i] * absmax_j for weight i in block j. The levels are 4-bit NormalFloat. A
     block has 64 consecutive weights of the flattened W.
 
-    Shapes for n weights: codes uint8 (n / 64, 32), two codes per byte. Double quantisation stores
-    absmax as 8-bit codes, uint8 (n / 64,), with scales fp32 (n / 64 / 256,) and a mean. A weight
-    takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
+    Shapes for n weights: codes uint8 (n / 64, 32), with two codes per byte. Double quantisation
+    stores absmax as 8-bit codes, uint8 (n / 64,), with second scales, fp32 (n / 64 / 256,), and one
+    mean. So a weight takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
     """
 
     kind = "nf4"
@@ -225,8 +228,8 @@ class NF4Linear(QuantisedLinear):
         return levels * scale_of_each + self.mean
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        # Two fp32 levels are viewed as one int64, because `index_select` is faster on single
-        # numbers than on rows of two.
+        # A pair of fp32 levels is viewed as one int64, because `index_select` is faster on single
+        # numbers than on rows of two numbers.
         pairs = self.pairs.view(torch.int64).flatten()  # (256,)
         picked = torch.index_select(pairs, 0, self.codes.flatten().int())  # (n / 2,)
         blocks = picked.view(torch.float32).view(-1, BLOCK)  # levels
@@ -241,8 +244,8 @@ LAYERS: dict[str, type[QuantisedLinear]] = {layer.kind: layer for layer in (NF4L
 def quantise(
     model: nn.Module, kind: str, target_modules: tuple[str, ...] | str = ALL_LINEAR
 ) -> None:
-    """Quantise linear layers of a model. `kind` is a key of `LAYERS`. `target_modules` names the
-    layers, as in `LoRAConfig`. The default is all linear layers except the head.
+    """Quantise linear layers of a model. `kind` is "nf4" or "int8". `target_modules` names the
+    layers, as in `LoRAConfig`. By default, all linear layers except the head are quantised.
 
     Raises ValueError for an unknown kind, for targets that do not fit, and for a layer whose
     forward is not W x + b. After an error, the model is unchanged.
@@ -273,7 +276,7 @@ def quantisation(model: nn.Module) -> str | None:
 
 
 def quantised_weights(model: nn.Module) -> int:
-    """Count the model's quantised weights, which are not parameters."""
+    """Count the model's quantised weights, which `model.parameters()` does not contain."""
     layers = quantised_layers(model).values()
     return sum(layer.in_features * layer.out_features for layer in layers)
 

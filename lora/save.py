@@ -23,7 +23,7 @@ from lora.tensors import write_tensors
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: the hash of the base's weights
-QUANTISED = "base_quantised"  # in the same header: "nf4" or "int8", if the base was quantised
+QUANTISED = "base_quantised"  # also in the header: "nf4" or "int8", if the base was quantised
 
 
 def save_adapter(
@@ -33,9 +33,9 @@ def save_adapter(
     base_sha256: str = "",
     revision: str | None = None,
 ) -> None:
-    """Write the model's adapter for stock PEFT. Each of the two files is written atomically.
+    """Write the model's adapter as two files that PEFT can load. Each file is written atomically.
 
-    `base` and `revision` name the base on the hub, for information. `base_sha256` is the hash of
+    `base` and `revision` record the name of the base on the hub. `base_sha256` is the hash of
     the base's weights file, which `load_adapter` can check. Raises ValueError for a model without
     an adapter, for a layer that PEFT would misread, and for a tensor that is not finite.
     """
@@ -75,7 +75,7 @@ def write_adapter(
 ) -> None:
     """Write the two files of an adapter. `tensors` has PEFT's keys.
 
-    `base` comes from `base_fields`. `header` is added to the header of the tensor file.
+    `base` is from `base_fields`. The entries of `header` go into the tensor file's header.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every layer's A and B, and DoRA's vector, under PEFT's keys."""
+    """Return every layer's A and B, and DoRA's magnitudes, under PEFT's keys."""
     return tensors_by_key(peft_view(model).prefix, lora_layers(model))
 
 
@@ -117,10 +117,10 @@ def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, T
 def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
-    Usually this config is `model.lora_config`. There are two exceptions. First, PiSSA, LoRA-GA and
-    slices such as `c_attn.q` convert their tensors when saving. Second, in a mixture of experts, a
-    short target could also match the experts in PEFT. In both cases, the config lists each layer's
-    full name, rank and alpha.
+    Usually the config is `model.lora_config`. In two cases, the config instead lists each layer's
+    full name, rank and alpha. First, PiSSA, LoRA-GA and slices such as `c_attn.q` are converted to
+    plain LoRA for the file. Second, in a mixture of experts, PEFT could apply a short target such
+    as `down_proj` to the experts too.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix

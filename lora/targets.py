@@ -20,8 +20,8 @@ READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
-    """Convert the names on a command line to a value for `LoRAConfig`. "all-linear" becomes a
-    string.
+    """Convert names from a command line to `LoRAConfig.target_modules`: the string "all-linear", or
+    a tuple of names.
     """
     if list(names) == [ALL_LINEAR]:
         return ALL_LINEAR
@@ -29,14 +29,14 @@ def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
-    """Return the names of the layers to adapt, in module order, each with the slices to adapt. An
-    empty set means the whole layer.
+    """Return the names of the layers to adapt, in module order, each with a set of slices. An empty
+    set means the whole layer.
 
-    `target_modules` is "all-linear" (all except the head), a regular expression that matches full
-    names, or a list. The list contains full names, or suffixes of full names that begin after a
-    dot. For example, the suffix `c_proj` matches a layer in GPT-2's attention and a layer in the
-    MLP. With `layers_to_transform`, a suffix matches only in blocks with these numbers.
-    `layers_pattern` names the list of numbered blocks, such as `h`.
+    `target_modules` is "all-linear" (every linear layer except the head), a regular expression that
+    must match a full name, or a list of full names and suffixes. For example, the suffix `c_proj`
+    matches each full name that ends in `.c_proj`: in GPT-2, a layer of the attention and a layer of
+    the MLP. With `layers_to_transform`, a suffix matches only in the blocks with these numbers.
+    `layers_pattern` names the list of blocks, such as `h`.
 
     Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,
     or if the model has an adapter already.
@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
         for name in matches:
             _check_target(target, names.get(name, name), model, tied.get(name))
             if name in found and bool(found[name]) != bool(slices):
-                raise ValueError(f"target module {target!r} is named whole and by a slice")
+                raise ValueError(f"target module {target!r} is named both whole and by a slice")
             found[name] = found.get(name, set()) | slices
 
     _check_all_used(config, found)
@@ -69,8 +69,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Find the modules that share a weight with another module. Return a dict from the full name of
-    each such module to a phrase that names both modules. Updating one module would change both.
+    """Find the modules that share a weight with another module, so that an update of one module
+    would change both. Return a dict from the full name of each module to a phrase that names both.
     """
     view = peft_view(model)
     sharing: dict[int, list[str]] = {}  # id of a weight -> modules
@@ -103,9 +103,9 @@ def _targets(config: LoRAConfig) -> tuple[str, ...]:
 def _all_linear(
     model: nn.Module, modules: Mapping[str, nn.Module], tied: Mapping[str, str]
 ) -> list[str]:
-    """Return the names of all linear layers by PEFT's rules, except tied layers.
+    """Return the full names of the layers that "all-linear" means in PEFT, except tied layers.
 
-    In models of transformers, PEFT leaves out the head and includes Conv1D layers.
+    In models of transformers, PEFT leaves out the head, and counts Conv1D layers as linear.
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None
@@ -118,7 +118,7 @@ def _all_linear(
 
 
 def _split_slice(target: str, fused: str | None) -> tuple[str, set[str]]:
-    """Split `c_attn.q` into the fused layer's name and its slice. Other targets have no slice."""
+    """Split a target such as `c_attn.q` into `c_attn` and {"q"}. Other targets have no slice."""
     layer, _, last = target.rpartition(".")
     if not fused or not layer or last not in SLICES:
         return target, set()
@@ -128,8 +128,8 @@ def _split_slice(target: str, fused: str | None) -> tuple[str, set[str]]:
 
 
 def _is_named(name: str, target: str, config: LoRAConfig) -> bool:
-    """Return whether a target names this module. The target is a regular expression for the full
-    name, or the full name, or the end of the full name after a dot.
+    """Return whether a target matches a full name. A regular expression must match all of the name.
+    Any other target must equal the name, or the rest of the name after a dot.
     """
     if isinstance(config.target_modules, str):
         return re.fullmatch(target, name) is not None
@@ -159,8 +159,8 @@ def _not_found(target: str, config: LoRAConfig, modules: Mapping[str, nn.Module]
 def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> None:
     """Raise ValueError if the module that the target matches cannot be adapted.
 
-    `own` is the module's name in the model. `tied` is the phrase of `tied_modules` about the
-    module, if any.
+    `own` is the module's name in the model. `tied` is the phrase from `tied_modules`, if the module
+    is tied.
     """
     refused = f"target module {target!r} is refused:"
     if tied:
@@ -183,7 +183,7 @@ def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> 
 
 
 def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
-    """Raise ValueError for a block or a pattern that has no adapted layer."""
+    """Raise ValueError if a block of `layers_to_transform`, or a pattern, has no adapted layer."""
     missing = set(config.layers_to_transform or ()) - {_block(name, config) for name in found}
     if missing:
         raise ValueError(f"layer {min(missing)} has no target module")
@@ -193,8 +193,8 @@ def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
 
 
 def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
-    """Return `config` with the rank and alpha of one layer. `name` is the layer's full name. The
-    first pattern that matches the name decides.
+    """Return `config` with the rank and alpha of one layer. `name` is the layer's full name. If
+    several patterns match the name, the first pattern wins.
     """
     r = config.r
     for pattern, rank in config.rank_pattern.items():
@@ -210,7 +210,7 @@ def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Return whether a regular expression matches the name, or the end of the name after a dot."""
+    """Return whether a regular expression matches the name, or the rest of the name after a dot."""
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 

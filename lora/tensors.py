@@ -1,10 +1,10 @@
 """Read tensors strictly, and write safetensors files. Equal content gives equal bytes.
 
-This file has a separate writer, because the writer of the safetensors library orders the metadata
-at random. Before version 0.8, the library's writer also copies all tensors first.
+This file does not use the writer of the safetensors library. The library writes the metadata in a
+random order and, before version 0.8, first copies all tensors.
 
-A file contains the length of the header in 8 bytes, the header in JSON, and the bytes of the
-tensors (https://github.com/huggingface/safetensors).
+A safetensors file contains the length of the header in 8 bytes, the header in JSON, and the bytes
+of the tensors (https://github.com/huggingface/safetensors).
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def write_tensors(
     metadata: Mapping[str, str],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a safetensors file. Only one tensor at a time is copied in memory. A `dtype` of None
+    """Write a safetensors file. Tensors are copied one at a time, to save memory. A `dtype` of None
     keeps the dtype of each tensor. Raises ValueError for a number that is not finite.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -55,7 +55,7 @@ def tensor_bytes(key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
     value = tensor.detach().to("cpu", dtype).contiguous()
     if not is_finite(value):
         raise ValueError(f"{key} contains numbers that are not finite in {dtype}; not written")
-    return ctypes.string_at(value.data_ptr(), value.nbytes)  # numpy may not be installed
+    return ctypes.string_at(value.data_ptr(), value.nbytes)  # works without numpy
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -66,7 +66,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn any exception of a reader into a ValueError that names the file."""
+    """Turn any exception inside the `with` block into a ValueError that names the file."""
     try:
         open(path, "rb").close()
         yield
@@ -75,12 +75,12 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # readers raise various exceptions
-        reason = ascii(str(error).strip().partition("\n")[0][:120])  # the error may quote the file
+        reason = ascii(str(error).strip().partition("\n")[0][:120])  # may quote the file
         raise ValueError(f"{path}: damaged, or not a file of tensors ({reason})") from error
 
 
 def check_names(path: Path, stored: Collection[str], needed: Collection[str]) -> None:
-    """Raise ValueError, naming a tensor, unless the file has these tensors and no others."""
+    """Raise ValueError, naming a tensor, unless the `stored` names equal the `needed` names."""
     missing = sorted(set(needed) - set(stored))
     if missing:
         raise ValueError(
@@ -107,7 +107,7 @@ def checked(value: Tensor, shape: torch.Size, name: str) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite. NaN or inf also appears in the minimum or maximum."""
+    """Return whether all numbers are finite. A NaN or inf would show in the minimum or maximum."""
     if tensor.numel() == 0:
         return True
     least, largest = tensor.aminmax()  # torch.isfinite would make a second tensor

@@ -1,4 +1,4 @@
-"""GPT-2, as released: pre-norm blocks, tanh GELU, learned positions, a head tied to `wte`.
+"""GPT-2 as released: pre-norm blocks, tanh GELU, learned positions, and a head tied to `wte`.
 
 Parameters are named as in the released checkpoint (`wte`, `h.0.attn.c_attn`, ...). The checkpoint
 stores the projections as (in, out). Here the projections are `nn.Linear`s, (out, in), and
@@ -6,7 +6,7 @@ stores the projections as (in, out). Here the projections are `nn.Linear`s, (out
 
 Paper: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
-This file needs only PyTorch. `accelerate` (`model/kernels/fast.py`) makes a model faster.
+This file needs only PyTorch. `accelerate` in `model/kernels/fast.py` makes this model faster.
 
 Shapes: B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
@@ -38,11 +38,11 @@ class GPT2Config:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     activation_function: str = "gelu_new"  # GPT-2's tanh form ("gelu": the erf form)
-    token_ids: dict = field(default_factory=dict)  # such as `bos_token_id`. Not used, only saved
+    token_ids: dict = field(default_factory=dict)  # such as `bos_token_id`. Only saved, not used
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one (B, H, T, D) pair per block."""
+    """Keys and values of the tokens seen so far: two tensors (B, H, T, D) per block."""
 
     def __init__(self) -> None:
         self.blocks: dict[int, tuple[Tensor, Tensor]] = {}
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             y = self.attend(q, k, v)
         else:
             k, v = cache.extend(self.layer, k, v)
-            # The first call is causal. A later call has one token, which sees all earlier tokens.
+            # The first call needs a causal mask. A later call has one token, and no mask.
             # Up to torch 2.11, Apple's GPU misreads a q that is a view (pytorch#163597).
             y = F.scaled_dot_product_attention(q.contiguous(), k, v, is_causal=T > 1)
 
@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """c_proj(gelu(c_fc(x))): from C to 4 C and back, for each token separately."""
+    """Compute c_proj(gelu(c_fc(x))): from width C to 4 C and back, for each token separately."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -134,14 +134,14 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The language model, with random weights. `wte` is also the head.
 
-    Parity with PEFT relies on the order of the dropouts: embedding, then in each block c_attn's
-    LoRA, attention weights, c_proj's LoRA, attention output, the MLP's LoRA, MLP output.
+    Dropouts draw random numbers in the same order as in PEFT: embedding, and then in each block
+    c_attn's LoRA, attention weights, c_proj's LoRA, attention output, the MLP's LoRA, MLP output.
     """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # True: keep only blocks' inputs, recompute the rest
+        self.gradient_checkpointing = False  # True: store only blocks' inputs, recompute the rest
         self.wte = new_embedding(config.vocab_size, config.n_embd)
         self.wpe = new_embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
@@ -151,14 +151,14 @@ class GPT2(nn.Module):
             self.init_weights()
 
     def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` has only new tokens."""
+        """Map token ids (B, T) to logits (B, T, V). With a cache, `idx` is the new tokens."""
         return self.logits(self.hidden(idx, cache))
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Map token ids (B, T) to the final hidden states (B, T, C) that the tied head reads.
 
-        With a cache that is not empty, T must be 1. Raises ValueError for a larger T, and for more
-        than `n_positions` tokens in the cache and `idx` together.
+        If the cache is not empty, T must be 1. Raises ValueError for a larger T, and if the cache
+        and `idx` together have more than `n_positions` tokens.
         """
         past = 0 if cache is None else len(cache)
         if past and idx.size(1) > 1:
@@ -180,7 +180,7 @@ class GPT2(nn.Module):
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
 
         Full fine-tuning trains the embeddings in fp32, but the saved model will be loaded in the
-        precision of autocast. So evaluation under autocast rounds the embeddings to that precision.
+        autocast precision. So evaluation under autocast rounds the embeddings to this precision.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)
@@ -198,7 +198,7 @@ class GPT2(nn.Module):
         """Return the sum of -log p(target) over the scored tokens, in nats.
 
         idx and targets are (B, T). A target of IGNORE_INDEX is not scored. p = softmax(logits), in
-        fp32. The sums of micro-batches, unlike means, add up to the sum of the batch.
+        fp32. The result is a sum, not a mean, so that the losses of micro-batches can be added.
         """
         logits = self(idx).float().flatten(0, 1)  # (B * T, V)
         return F.cross_entropy(logits, targets.flatten(), reduction="sum")
@@ -226,7 +226,7 @@ class GPT2(nn.Module):
         """Draw weights with std initializer_range, as transformers does. Biases are 0.
 
         The 2 * n_layer projections that add to the residual stream are scaled by
-        1 / sqrt(2 * n_layer) (paper, 2.3). In contrast, OpenAI's code draws `wpe` with std 0.01.
+        1 / sqrt(2 * n_layer) (paper, 2.3). OpenAI's code draws `wpe` with std 0.01 instead.
         """
         std = self.config.initializer_range
         residual_std = std / math.sqrt(2 * self.config.n_layer)
@@ -244,7 +244,7 @@ class GPT2(nn.Module):
 def new_embedding(rows: int, width: int) -> nn.Embedding:
     """Return an embedding with an uninitialised weight. The caller must set the weight.
 
-    `nn.Embedding(rows, width)` would draw a random weight. On the meta device, drawing imports
-    PyTorch's compiler.
+    `nn.Embedding(rows, width)` would draw a random weight. On the meta device, this draw would
+    import PyTorch's compiler.
     """
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)

@@ -1,4 +1,4 @@
-"""Draw tokens from GPT-2 one after the other, for one row or several rows at once."""
+"""Sample tokens from GPT-2 one after the other, for one row or several rows at once."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def generate(
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
-    """Draw tokens one by one after `ids` (T,), T >= 1. The caller decides when to stop."""
+    """Yield `max_new_tokens` tokens, sampled after `ids` (T,), T >= 1. The caller may stop early."""
     for tokens in generate_rows(model, ids[None], max_new_tokens, [generator], **sampling):
         yield int(tokens.item())
 
@@ -36,10 +36,12 @@ def generate_rows(
     suppress_tokens: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """In each step, draw the next token of every row of `ids` (n, T), and yield the tokens (n,).
-    Each row has a generator. Tokens marked in `suppress_tokens`, bool (V,), are not drawn.
+    `generators` has one generator per row. Tokens that are True in `suppress_tokens`, bool (V,),
+    are not drawn.
 
     Keys and values of past tokens are cached. When the context is full, the older half is dropped
-    and the newer half is read again, because learned positions cannot be shifted in the cache.
+    and the model reads the newer half again, because the cached keys and values depend on the
+    learned positions.
 
     Raises RunError for logits that are not finite.
     """
@@ -53,7 +55,7 @@ def generate_rows(
             window = window[:, -max(1, context // 2) :]
             new = window
             cache = KVCache()
-        hidden = model.hidden(new, cache)[:, -1]  # (n, C), of the last token
+        hidden = model.hidden(new, cache)[:, -1]  # (n, C): the last token
         logits = model.logits(hidden).float()  # (n, V)
         if not torch.isfinite(logits).all():
             raise RunError(
@@ -75,7 +77,7 @@ def next_tokens(
     top_k: int,
     top_p: float,
 ) -> Tensor:
-    """Return the next id of each row, (n, 1), drawn from logits (n, V) with the row's generator.
+    """Draw the next id of each row, (n, 1), from logits (n, V) with the row's generator.
 
     If the temperature is 0 or too small to divide by, return the likeliest id.
     """
@@ -87,7 +89,7 @@ def next_tokens(
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Return the probabilities (n, V) of logits (n, V) under temperature, top-k and nucleus (top-p)
+    """Turn logits (n, V) into probabilities (n, V) by temperature, top-k and nucleus (top-p)
     sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
 
     The likeliest token is never removed.
@@ -97,7 +99,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all likelier tokens
+        before = ordered.cumsum(-1) - ordered  # total probability of all likelier tokens
         rare = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
         logits = logits.masked_fill(rare, -torch.inf)
     return logits.softmax(-1)

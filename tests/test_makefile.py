@@ -59,7 +59,8 @@ def test_a_figure_that_does_not_exist_is_an_error_in_one_line(made, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as failed:
         made("figures", "ARGS=nosuch --x 1")
     error, _ = failed.value.stderr.splitlines()  # the last line comes from make
-    assert error.startswith("error: ARGS must begin with one of diagram ") and not failed.value.stdout
+    assert error.startswith("error: ARGS must begin with one of diagram ")
+    assert not failed.value.stdout
 
 
 def test_what_is_not_given_is_the_commands_default(made):

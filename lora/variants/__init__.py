@@ -1,4 +1,4 @@
-"""The variants of LoRA. Each variant is a file with a config and a layer, listed in `VARIANTS`."""
+"""The variants of LoRA. `VARIANTS` lists the variants that need another config and layer class."""
 
 from collections.abc import Collection
 from dataclasses import asdict
@@ -16,7 +16,7 @@ EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
 
 
 class Variant(NamedTuple):
-    """PEFT's field for a variant, the field's value in plain LoRA, and the config and layer."""
+    """PEFT's field for a variant, the field's value in plain LoRA, and our two classes."""
 
     field: str
     plain: bool
@@ -33,7 +33,8 @@ PLAIN = {variant.field: variant.plain for variant in VARIANTS}
 
 
 def make_config(**asked: Any) -> LoRAConfig:
-    """Return a config from the values of PEFT's fields. A variant's field selects the variant.
+    """Return a config with these values of PEFT's fields. For example, `use_dora=True` makes a DoRA
+    config.
 
     Raises ValueError for an unknown variant, and for two variants at once.
     """
@@ -61,7 +62,7 @@ def config_fields(config: LoRAConfig) -> dict[str, Any]:
 
 
 def make_layer(layer: nn.Linear, config: LoRAConfig, slices: Collection[str] = ()) -> LoRALinear:
-    """Wrap a layer, or slices of it, in the LoRA layer that the config asks for."""
+    """Wrap a layer, or slices of a layer, in a LoRA layer of the config's variant."""
     if slices:
         if type(config) is not LoRAConfig:
             raise ValueError(EXCLUSIVE)

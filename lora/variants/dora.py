@@ -1,4 +1,4 @@
-"""DoRA: train a weight's direction by LoRA, and its magnitude as a vector."""
+"""DoRA: train the direction of W by LoRA, and the magnitude of W as a vector."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class DoRALinear(LoRALinear):
 
     ||V|| (out,) is the norm of each row of V. The trained m = lora_magnitude_vector (out,) starts
     as ||W||, so a new adapter changes nothing. Gradients treat ||V|| as a constant (paper, 4.3).
-    Dropout also applies to x in the second term below, as in PEFT:
+    As in PEFT, dropout applies to x in both terms of the update:
 
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
     """
@@ -37,7 +37,7 @@ class DoRALinear(LoRALinear):
         self.register_buffer("merged_norm", None, persistent=False)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the sum of the last two terms of y in the equation above, (..., out)."""
+        """Return the last two terms of the equation in the class's docstring, (..., out)."""
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
             weight = self.in_adapter_precision(self.base_layer.weight)
@@ -59,8 +59,8 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return m / ||V|| * V - W, (out, in) in fp32. In a merged layer, the original W is known
-        only up to rounding.
+        """Return m / ||V|| * V - W, (out, in) in fp32. In a merged layer, the original W is
+        recomputed, up to rounding.
         """
         update = super().delta_weight()  # scaling * B A
         weight = self.base_layer.weight.float()
@@ -73,7 +73,7 @@ class DoRALinear(LoRALinear):
 
     def merge(self) -> None:
         if not self.merged:
-            self.merged_norm = self.norm()  # for `unmerge`, because the merged W has another norm
+            self.merged_norm = self.norm()  # for `unmerge`, because merging changes the norm
         super().merge()
 
     def saved_tensors(self) -> dict[str, Tensor]:

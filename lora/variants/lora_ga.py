@@ -1,4 +1,4 @@
-"""LoRA-GA: start LoRA so that its first step approximates a step of full fine-tuning."""
+"""LoRA-GA: start A and B so that the first step approximates a step of full fine-tuning."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,11 +29,10 @@ class LoRAGALinear(OffsetLinear):
     -lr * scaling * (G A0^T A0 + B0 B0^T G). With A0 = V[:, :r]^T (r, in) and B0 = U[:, r:2r]
     (out, r), the sum in parentheses is the best approximation of G with rank 2 r.
 
-    As in PEFT's default `lora_ga`, B0 is also multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). The
-    authors' code instead multiplies both A0 and B0 by out^(1/4) / sqrt(GAMMA).
+    As in PEFT's default `lora_ga`, this B0 is multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). In
+    contrast, the authors' code multiplies both A0 and B0 by out^(1/4) / sqrt(GAMMA).
 
-    The layer equals a new layer of plain LoRA until `start_at(*initial_factors(gradient))` is
-    called.
+    A new layer starts like plain LoRA. `start_at(*initial_factors(gradient))` then sets A0 and B0.
     """
 
     @torch.no_grad()
@@ -55,7 +54,7 @@ def weight_gradients(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yield a dict that maps each layer's name to the sum (out, in) of dL/dW over all backward
     passes inside the `with`.
 
-    The sum is in fp32 for any precision of W. The gradient of each pass is freed at once.
+    The sum is in fp32 for any precision of W. The gradient of one pass is freed before the next.
     """
     sums: dict[str, Tensor] = {}
     hooks = []

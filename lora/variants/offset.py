@@ -1,4 +1,4 @@
-"""Start LoRA with an update that is not zero, and subtract this update from W."""
+"""Start LoRA with an update that is not zero, and subtract this initial update from W."""
 
 from copy import deepcopy
 
@@ -13,20 +13,20 @@ from lora.variants.stacked import stacked
 class OffsetLinear(LoRALinear):
     """`LoRALinear` on the remainder W - scaling * B0 A0. A starts at A0 (r, in), B at B0 (out, r).
 
-    A subclass chooses A0 and B0. A new adapter changes nothing, up to rounding. In evaluation
-    mode the layer computes W x + b + scaling * (B A - B0 A0) x, as the saved adapter does. The
-    given layer is copied, not changed. Raises ValueError for a rank outside 1 .. min(in, out) / 2,
-    because the saved adapter has rank 2 r.
+    A subclass chooses A0 and B0. A new adapter changes nothing, up to rounding. In evaluation mode,
+    the layer computes W x + b + scaling * (B A - B0 A0) x, like the base with the saved adapter.
+    `base_layer` is copied, and stays unchanged. Raises ValueError for a rank outside
+    1 .. min(in, out) / 2, because the saved adapter has rank 2 r.
     """
 
-    original: Tensor  # W (out, in) of the given layer
+    original: Tensor  # W (out, in)
     initial_A: Tensor
     initial_B: Tensor
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig):
         limit = min(base_layer.in_features, base_layer.out_features) // 2
         if config.r > limit:
-            raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the file has rank 2 r")
+            raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the saved rank is 2 r")
         weight = stored_weight(base_layer)
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
         buffers = {
@@ -59,10 +59,10 @@ class OffsetLinear(LoRALinear):
         return self.as_saved(x)
 
     def as_saved(self, x: Tensor) -> Tensor:
-        """Return the output of the saved adapter or, if the adapter is disabled, of the base.
+        """Return the output of the base, plus the saved update if the adapter is enabled.
 
-        Validation must measure the saved adapter, which is added to W, not to the remainder. In low
-        precision, the remainder is rounded, so remainder + scaling * B0 A0 differs from W.
+        Validation must measure the saved adapter, which is an update of W, not of the remainder. In
+        low precision, the remainder is rounded, so remainder + scaling * B0 A0 differs from W.
         """
         y = F.linear(x, self.original.to(self.base_layer.weight.dtype), self.base_layer.bias)
         if not self.enabled:
@@ -74,7 +74,7 @@ class OffsetLinear(LoRALinear):
     def unwrapped(self) -> nn.Linear:
         """Return the wrapped linear layer. Raises ValueError unless the adapter is merged."""
         if not self.merged:
-            raise ValueError("W lacks the start of A and B; merge the adapter first")
+            raise ValueError("W lacks the initial update, scaling * B0 A0; merge the adapter first")
         return self.base_layer
 
     def saved_tensors(self) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ from torch import nn
 def parameter_groups(model: nn.Module, ratio: float | None) -> list[dict]:
     """Return parameter groups for an optimizer. `lr_scale` multiplies a group's learning rate.
 
-    LoRA+ trains B, and DoRA's vectors, at `ratio` times the learning rate of A (Hayou et al. 2024,
-    https://arxiv.org/abs/2402.12354). PEFT's create_loraplus_optimizer makes the same groups.
-    With a `ratio` of None, one group contains all parameters.
+    LoRA+ trains B, and DoRA's magnitude vectors, at `ratio` times the learning rate of A (Hayou et
+    al. 2024, https://arxiv.org/abs/2402.12354). PEFT's create_loraplus_optimizer makes the same
+    groups. If `ratio` is None, a single group contains all parameters.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if ratio is None:

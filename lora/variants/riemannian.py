@@ -15,10 +15,10 @@ def precondition(model: nn.Module) -> None:
 
     dA <- (B^T B + delta I)^-1 dA    dB <- dB (A A^T + delta I)^-1
 
-    For every invertible R (r, r), the pairs B, A and B R^-1, R A have the same product. In a
-    gradient step, the change of the product depends on R. In a preconditioned step, the change
-    depends on R only through delta. Each slice is preconditioned separately. Other gradients, such
-    as the gradients of DoRA's vectors, stay unchanged.
+    For every invertible R (r, r), the pairs (B, A) and (B R^-1, R A) have the same product. After a
+    gradient step, the new product depends on R. After a preconditioned step, the new product
+    depends on R only through delta. Slices such as c_attn.q are preconditioned separately. Other
+    gradients, such as the gradients of DoRA's magnitude vectors, stay unchanged.
 
     The inverses are computed in fp64, because B^T B can be nearly singular. MPS has only fp32.
     """

@@ -6,8 +6,8 @@ from lora.layer import LoRAConfig
 
 
 def stacked(config: LoRAConfig, n: int) -> LoRAConfig:
-    """Return the config of one adapter of rank n * r that stacks n adapters. The scaling is the
-    same.
+    """Return the config of one adapter of rank n * r that stacks n adapters, with the same
+    scaling.
     """
     alpha_factor = math.sqrt(n) if config.use_rslora else n
     return LoRAConfig(

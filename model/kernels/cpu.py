@@ -1,8 +1,8 @@
 """Linear, GELU, dropout and attention, faster on a CPU than in PyTorch.
 
-`model/kernels/fast.py` uses these operations in a model. Each operation computes the PyTorch
-function that its docstring names, and the gradients. On other devices and under torch.compile, the
-operation calls the PyTorch function.
+`model/kernels/fast.py` uses these operations in a model. Each operation replaces the PyTorch
+function that the docstring names, and computes the gradients too. On other devices and under
+torch.compile, each operation calls the PyTorch function.
 """
 
 import math
@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# PyTorch is faster than oneDNN if a side of the weight is smaller than this, as in A and B.
+# If a side of the weight is smaller than this number, as in A and B, oneDNN is not faster.
 NARROW = 64
-# Up to this many tokens, attention in low precision is faster with the whole (T, T) matrix than in
-# PyTorch's fused kernel.
+# Up to this number of tokens, attention in low precision is faster with the whole (T, T) matrix
+# than in PyTorch's fused kernel.
 LONGEST_MATRIX = 256
 IDENTITY = 16  # the width of the identity matrix in `_onednn_gelu`
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
 def onednn_dtypes() -> set[torch.dtype]:
-    """Return the precisions in which oneDNN is faster than the rest of PyTorch on this CPU.
+    """Return the precisions in which oneDNN is faster on this CPU than PyTorch's other kernels.
 
-    Without AVX-512, oneDNN emulates bf16, and is slower than PyTorch in fp32 (docs/speed.md).
+    Without AVX-512, oneDNN emulates bf16, and fp32 is faster without oneDNN (docs/speed.md).
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not torch.backends.mkldnn.is_available() or not has_avx512:
@@ -42,7 +42,7 @@ def is_faster_here(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear` for x with 2 or more dimensions. Use oneDNN if W is wide."""
+    """Compute `F.linear` for x with 2 or more dimensions. Use oneDNN where oneDNN is faster."""
     if not is_faster_here(x) or not x.numel() or min(weight.shape) < NARROW:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
@@ -64,7 +64,7 @@ def _onednn(
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """Compute `_onednn` and its gradients, which PyTorch does not define. g = dL/dy."""
+    """Compute `_onednn` and the gradients, because PyTorch defines no gradients. g = dL/dy."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -89,7 +89,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b for a (N, S), b (S, T). PyTorch is faster than oneDNN in bf16."""
+    """Return a @ b for a (N, S), b (S, T). In bf16, oneDNN is slower than PyTorch's `@`."""
     if a.dtype == torch.float32:
         return linear(a, b.T)
     return a @ b
@@ -107,8 +107,8 @@ def gelu(x: Tensor) -> Tensor:
 def _onednn_gelu(x: Tensor) -> Tensor:
     """Compute GELU as the activation of a linear layer whose weight is the identity.
 
-    PyTorch offers the GELU of oneDNN only fused to a linear layer. GELU is not fused to the layer
-    in the MLP, because the gradient needs the output of that layer, which fusion discards.
+    PyTorch offers oneDNN's GELU only fused to a linear layer. GELU is not fused to the MLP's layer,
+    because fusion would discard the input of GELU, which the gradient needs.
     """
     identity = torch.eye(IDENTITY, dtype=x.dtype)
     return _onednn(x.reshape(-1, IDENTITY), identity, None, "gelu").view(x.shape)
@@ -128,7 +128,7 @@ class _GELU(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Compute `F.dropout`, with other random numbers."""
+    """Compute `F.dropout`, but with different random numbers."""
     if not training or p == 0:
         return x
     if not is_faster_here(x) or p == 1:
@@ -154,8 +154,9 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """Return an int8 mask and the scale 1 / (1 - p). Each element of the mask is 0 with probability
     p, otherwise -1.
 
-    Drawing is the bottleneck, so four elements share a random 64-bit word, 16 bits each. An element
-    is kept for `kept` of the 2^16 values, so p is rounded to a multiple of 2^-16.
+    Drawing is the bottleneck, so each random 64-bit word serves four elements, 16 bits each. An
+    element is kept for `kept` of the 2^16 possible values of its 16 bits. So p is rounded to a
+    multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)
     kept = min(max(1, kept), 2**16 - 1)
@@ -170,7 +171,8 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 def masked(x: Tensor, keep: Tensor) -> Tensor:
     """Return x where `keep` is -1, and 0 where `keep` is 0.
 
-    A bitwise `and` is correct, because all bits of -1 are set, and is faster than a product.
+    A bitwise `and` is faster than a product. The `and` with -1 returns x, because all bits of -1
+    are set.
     """
     integer = INTEGERS[x.itemsize]
     return x.view(integer).bitwise_and(keep.to(integer)).view(x.dtype)

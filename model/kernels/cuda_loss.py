@@ -2,9 +2,10 @@
 
 This file differs from `model/kernels/loss.py` in two ways. First, rows of 0 extend the head to a
 multiple of 64 rows, because matmuls with an odd vocabulary such as GPT-2's 50,257 are slow. Second,
-few kernels run, because each kernel costs a launch and a pass over the logits, the largest tensor.
+fewer kernels run, because each kernel costs a launch and a pass over the logits.
 
-Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W) with W >= V aligned columns.
+Shapes: hidden (N, C), weight (V, C), targets (N,), logits (n, W), where W is V rounded up to a
+multiple of 64.
 """
 
 import math
@@ -21,15 +22,15 @@ SHARE = 64  # a chunk of logits takes at most 1/64 of the card's memory
 
 
 def aligned(rows: int) -> int:
-    """Return the next multiple of 64."""
+    """Round up to a multiple of 64."""
     return rows + -rows % ALIGNED
 
 
 @torch.no_grad()
 def aligned_head(weight: Tensor) -> Tensor:
-    """Return weight (V, C) with added rows of 0, (n, C), where n is a multiple of 64.
+    """Return weight (V, C) with added rows of 0, (W, C).
 
-    The first call moves the weight to memory with room for these rows. So no step copies the head.
+    The first call moves the weight to memory with room for these rows. So later calls copy nothing.
     """
     rows = aligned(len(weight))
     size = weight.size(1)
@@ -41,12 +42,12 @@ def aligned_head(weight: Tensor) -> Tensor:
 
 
 def card_memory(device: torch.device) -> int:
-    """Return the card's total memory in bytes. Unlike free memory, it is the same in all runs."""
+    """Return the card's total memory in bytes. Free memory would differ from run to run."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def logits(h: Tensor, w: Tensor) -> Tensor:
-    """Return h W^T in fp32. cuBLAS sums in fp32 for any input, so an fp32 result needs no cast."""
+    """Return h w^T in fp32. cuBLAS sums bf16 and fp16 in fp32, so no cast is needed."""
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, w.T, out_dtype=torch.float32)
     return (h @ w.T).float()
@@ -57,7 +58,7 @@ def head_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each chunk, yield the rows, the targets (n, 1) and log_softmax(logits), fp32 (n, W).
 
-    The log softmax is -inf in columns from `vocab_size` on.
+    The log softmax is -inf in the columns of added rows.
     """
     bytes_a_token = 2 * 4 * len(w)  # the logits and the log softmax
     most = max(1, card_memory(h.device) // SHARE // bytes_a_token)
@@ -74,7 +75,7 @@ def head_chunks(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `loss.token_losses`."""
+    """Compute `token_losses` of `model/kernels/loss.py`."""
     dtype = compute_dtype(hidden)
     h = hidden.to(dtype)
     w = aligned_head(weight).to(dtype)
@@ -88,8 +89,8 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Compute `loss.tied_cross_entropy` on all rows. Selecting the scored rows would make the CPU
-    wait for the GPU.
+    """Compute `tied_cross_entropy` of `model/kernels/loss.py`. Ignored rows are kept, because
+    selecting the scored rows would make the CPU wait for the GPU.
     """
     return _TiedCrossEntropy.apply(hidden, weight, targets, compute_dtype(hidden))
 

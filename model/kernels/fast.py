@@ -1,19 +1,19 @@
 """Make a GPT-2 faster: `accelerate(model)`.
 
-Each class below computes the same function as the parent class. `accelerate` changes the class of
-each module of a model. Parameters, buffers and names stay unchanged.
+Each class below computes the same function as the parent class. `accelerate` sets the class of a
+model's modules to these classes. Parameters, buffers and names stay unchanged.
 
 | replaced | by | why |
 |---|---|---|
-| `nn.Linear`, wide, with AVX-512 | oneDNN's matmul | faster than MKL, adds the bias in bf16 |
+| `nn.Linear`, wide, with AVX-512 | oneDNN's matmul | fuses the bias, and beats MKL in fp32 |
 | `nn.GELU`, with AVX-512 | oneDNN's GELU of a product with the identity | PyTorch's tanh is slow |
-| `nn.Dropout` on a CPU | four draws from one random word | the generator is the bottleneck |
-| attention on a CPU | matmul, softmax, dropout | the fused kernel has no dropout there |
-| the loss and the scores | logits in chunks | all logits would be the largest tensor |
+| `nn.Dropout` on a CPU | one random word for four elements | drawing words is slow |
+| attention on a CPU | matmul, softmax, dropout | PyTorch's fused kernel has no dropout |
+| the loss and the scores | logits in chunks | whole logits would take the most memory |
 
 On other devices and under torch.compile, all classes except `FastGPT2` call the parent class.
 `python -m benchmarks.operations` measures the gain of each class (docs/speed.md), and
-tests/model/test_fast.py compares each class with the parent.
+tests/model/test_fast.py compares each class with the parent class.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ class FastLinear(nn.Linear):
 
 
 class FastGELU(nn.GELU):
-    """GELU in the form that `approximate` names. Only the tanh form is faster than in PyTorch."""
+    """GELU, in the tanh form or the erf form. Only the tanh form is faster than in PyTorch."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.approximate == "tanh":
@@ -45,7 +45,7 @@ class FastGELU(nn.GELU):
 
 
 class FastDropout(nn.Dropout):
-    """Set each element to 0 with probability p, and scale the others by 1 / (1 - p)."""
+    """Set each element to 0 with probability p. Scale all other elements by 1 / (1 - p)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.training)
@@ -88,8 +88,8 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = FAST) -> None:
-    """Change the class of each module of the model to the fast class, if there is one. Call
-    `accelerate` after `inject`, so that A, B and LoRA's dropout get fast classes.
+    """Set the class of each module to the fast class, if `classes` has one. Call `accelerate` after
+    `inject`, so that A, B and LoRA's dropout also get fast classes.
     """
     for module in model.modules():
         kind = type(module)
@@ -100,9 +100,9 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
 def set_kernels(model: GPT2, kernels: str) -> None:
     """Choose the "fast" operations of this file, or the "plain" operations of PyTorch.
 
-    To equal transformers bit for bit, "plain" also stores the frozen projections as (in, out), the
-    layout of transformers. With another layout, a BLAS may sum in another order. A and B, which
-    have no bias, keep their layout.
+    "plain" equals transformers bit for bit. For this purpose, "plain" also stores the frozen
+    projections as (in, out), the layout of transformers. With another layout, a BLAS may sum in
+    another order. A and B, which have no bias, keep their layout.
     """
     if kernels == "fast":
         accelerate(model)

@@ -15,17 +15,17 @@ from model.gpt2 import IGNORE_INDEX
 from model.kernels.cpu import linear, matmul
 
 CHUNK = 1 << 24  # number of logits in a chunk
-LARGE_CHUNK = 1 << 26  # the same, if each chunk also adds to the head's gradient
+LARGE_CHUNK = 1 << 26  # number of logits in a chunk if the head is trained
 CACHED_LOGITS = 1 << 19  # number of logits whose softmax fits into a CPU's cache
 TILE = 128  # matmuls are fastest if the number of tokens is a multiple of this
-SLICE_BYTES = 1 << 12  # width of a slice of dL/dz, in bytes per token: a matmul reads one slice
-SMALLEST = 1e-30  # `log` is taken only of larger probabilities. fp32 loses digits below 1e-38
+SLICE_BYTES = 1 << 12  # bytes per token in a slice of dL/dz. Each matmul reads one slice
+SMALLEST = 1e-30  # for a smaller p, -log(p) is computed from z. fp32 loses digits below 1e-38
 
 
 def tied_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Compute `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`, in nats.
 
-    Matmuls run in the precision of `compute_dtype`. The softmax runs in fp32.
+    Matmuls run in the precision that `compute_dtype` returns. The softmax runs in fp32.
     """
     rows = scored_rows(targets)
     if len(rows) < len(targets):
@@ -56,7 +56,7 @@ def scored_rows(targets: Tensor) -> Tensor:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the precision in which a matmul with x runs. Under autocast, x is cast first."""
+    """Return the precision of a matmul with x: the autocast precision, or otherwise x.dtype."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -64,7 +64,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def chunk_size(vocab_size: int, logits: int) -> int:
-    """Return the number of tokens in a chunk of at most this many logits."""
+    """Return the number of tokens in a chunk, so that a chunk has at most `logits` logits."""
     size = max(1, logits // vocab_size)
     return size - size % TILE if size > TILE else size
 
@@ -72,7 +72,7 @@ def chunk_size(vocab_size: int, logits: int) -> int:
 def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Split logits z (n, V) and their targets (n,) into blocks of a few rows.
 
-    Each block is read and written several times, so a block should stay in a CPU's cache.
+    Each block is read and written several times, so a block should fit into a CPU's cache.
     """
     n, V = z.shape
     size = n
@@ -82,7 +82,7 @@ def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def losses_of_logits(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the two results of `token_losses`, (n,) each, from logits z (n, V)."""
+    """Return the losses and hits of `token_losses`, (n,) each, from logits z (n, V)."""
     losses = []
     hits = []
     for rows, y in blocks(z, targets):
@@ -113,9 +113,9 @@ def to_gradient(z: Tensor, targets: Tensor) -> Tensor:
 
 
 class LossAndGradient(torch.autograd.Function):
-    """A loss whose forward pass also computes the gradients, and saves dL/dh and dL/dW (or None).
+    """A loss whose forward pass also computes and saves dL/dh and dL/dW (None if W is frozen).
 
-    The loss is a scalar, so the backward pass only multiplies these gradients by a factor.
+    The loss is a scalar, so the backward pass only multiplies the saved gradients by a factor.
     """
 
     @staticmethod
@@ -129,7 +129,7 @@ class LossAndGradient(torch.autograd.Function):
 class _TiedCrossEntropy(LossAndGradient):
     """Compute the loss and its gradient.
 
-    With z = h W^T, dL/dh = dL/dz W and dL/dW = dL/dz^T h. No tensor (N, V) is kept.
+    With z = h W^T, dL/dh = dL/dz W and dL/dW = dL/dz^T h. Only one chunk of z is in memory.
     """
 
     @staticmethod

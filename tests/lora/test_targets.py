@@ -94,7 +94,7 @@ REFUSED = [
     ({"rank_pattern": {"attn": 2}}, "pattern 'attn' matches no adapted layer"),
     ({"rank_pattern": {"h.2.attn.c_attn": 33}}, r"rank 33 is outside 1 \.\. 32"),
     ({"target_modules": ("c_attn.q", "c_proj.v")}, "'c_proj.v': only c_attn has slices"),
-    ({"target_modules": ("c_attn.q", "c_attn")}, "is named whole and by a slice"),
+    ({"target_modules": ("c_attn.q", "c_attn")}, "is named both whole and by a slice"),
     ({"target_modules": ("c_attn.q",), "init_lora_weights": "pissa"}, "exclude each other"),
     ({"use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
     ({"rank_pattern": {"h.2.attn.c_attn": 17}, "init_lora_weights": "pissa"}, "outside 1 .. 16"),
