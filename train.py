@@ -61,8 +61,8 @@ def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScal
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
-    start_variant(model, optimizer, data.training, run)  # LoRA-GA, --riemannian
-    run.use_cuda_graph(model)  # with --cuda-graph
+    start_variant(model, optimizer, data.training, run)  # for LoRA-GA and --riemannian
+    run.use_cuda_graph(model)  # only with --cuda-graph
     return optimizer, scaler
 
 

@@ -18,7 +18,7 @@ def generate(
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
-    """Yield `max_new_tokens` tokens, sampled after `ids` (T,), T >= 1. The caller may stop early."""
+    """Yield `max_new_tokens` tokens, drawn after `ids` (T,), T >= 1. The caller may stop early."""
     for tokens in generate_rows(model, ids[None], max_new_tokens, [generator], **sampling):
         yield int(tokens.item())
 
