@@ -1,8 +1,8 @@
 """Write checkpoints atomically, keep the previous checkpoint, and verify a hash when reading.
 
-The state is a nested dict. A safetensors file stores the tensors of the state. The header of the
-file contains the rest of the state as JSON, with names in place of tensors. The header also
-contains the sha256 of the JSON and the tensors.
+A checkpoint is a safetensors file with the state of a run, a nested dict. The file stores the
+tensors of the state. The file's header contains the rest of the state as JSON, with a name in place
+of each tensor. The header also contains the sha256 of the JSON and the tensors.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ PREVIOUS = "checkpoint.previous.safetensors"
 def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
     """Save `state` as the newest checkpoint. The old checkpoint becomes the previous checkpoint.
 
-    At every instant, one of the two files is complete. `state` is a nested dict of numbers,
+    At every moment, at least one of the two files is complete. `state` is a nested dict of numbers,
     strings, lists and tensors.
     """
     tensors: dict[str, Tensor] = {}
@@ -42,14 +42,14 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
-    """Return the newest state that is not damaged. If the newest checkpoint is damaged, warn, and
-    replace this file by the previous checkpoint.
+    """Return the state of the newest checkpoint. If this file is damaged, print a warning, and put
+    the previous checkpoint in its place. Raises UserError if both files are damaged.
     """
     damaged = []
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        open_file(path).close()  # a file that cannot be opened may be undamaged: raise
+        open_file(path).close()  # raises: the file may be intact
         try:
             state = _read(path)
         except UserError as error:
@@ -69,12 +69,12 @@ def _read(path: Path) -> dict[str, Any]:
     tensors = load_file(path)
     tree = metadata.get("state", "")
     if metadata.get("sha256") != content_sha256(tree, tensors):
-        raise UserError(f"{path}: damaged (the sha256 does not fit the content)")
+        raise UserError(f"{path}: damaged (the sha256 does not match the content)")
 
     def put_tensors(node: dict[str, Any]) -> object:
         if "tensor" in node:
             return tensors[node["tensor"]]
-        # AdamW's state has numbers as keys, which JSON turned into text.
+        # JSON turned the integer keys of AdamW's state into strings.
         return {int(key) if key.isdigit() else key: value for key, value in node.items()}
 
     return json.loads(tree, object_hook=put_tensors)

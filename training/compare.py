@@ -17,7 +17,7 @@ from training.directory import RUN
 from training.report import best_weights, read_run
 from training.scores import perplexity
 
-# Each column of the table and each panel of the picture shows a key of `Entry.numbers` in a format.
+# Title of a table column or a picture panel -> a key of `Entry.numbers`, and the number's format
 COLUMNS = {
     "batch": ("batch_size", "{:,}"),
     "peak lr": ("lr", "{:g}"),
@@ -39,15 +39,17 @@ PANELS = {
 
 
 class Entry(NamedTuple):
-    """A row of a comparison: a finished run, or a base, which has fewer numbers."""
+    """A row of a comparison: a finished run or a base. A base has fewer numbers than a run."""
 
     name: str
     method: str  # or "base"
-    numbers: dict[str, Any]  # by name in run.json
+    numbers: dict[str, Any]  # the keys are names in run.json
 
 
 def compare(paths: Sequence[Path]) -> None:
-    """Print a table of finished runs and their bases. Draw compare.png beside the first run."""
+    """Print a table of finished runs and their bases. Draw compare.png in the directory that
+    contains the first run's directory.
+    """
     directories = [path for path in paths if not path.is_file()] or paths
     parent = os.path.commonpath([directory.resolve().parent for directory in directories])
     groups: dict[str, list[Entry]] = {}
@@ -79,7 +81,7 @@ def _measure(run: Mapping[str, Any]) -> str:
 
 
 def _base_entry(run: Mapping[str, Any]) -> Entry:
-    """Return an entry for a run's base, which the run scored on the validation part."""
+    """Return an entry for a run's base, from the base's validation loss in `run.json`."""
     loss = run["base_val_loss"]
     numbers = {
         "trainable_parameters": 0,
@@ -136,14 +138,16 @@ def draw_comparison(entries: Sequence[Entry], path: Path) -> None:
 
 
 class Setting(NamedTuple):
-    """The options shared by the runs in a row of a sweep's table. Full fine-tuning has no rank."""
+    """The learning rate and rank of a row of a sweep's table. Full fine-tuning has no rank."""
 
     lr: float
     r: int | None
 
 
 def report_sweep(method: str, losses: Mapping[Setting, Sequence[float]], out: Path) -> None:
-    """Print and write a table with the mean loss and perplexity of each setting's runs."""
+    """Print a table, and write it to `sweep.md`. A row contains the mean and the range of the
+    losses and perplexities of one setting's runs.
+    """
     rows = []
     for setting, values in losses.items():
         name = f"lr {setting.lr:g}"

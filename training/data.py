@@ -13,7 +13,7 @@ from training.options import Options
 
 
 class Data(NamedTuple):
-    """A run's training data, its validation data, and the tokenizer of both."""
+    """The training data and the validation data of a run, and the tokenizer."""
 
     training: Dataset
     validation: Dataset
@@ -21,7 +21,9 @@ class Data(NamedTuple):
 
 
 def load_data(options: Options, directory: Path) -> Data:
-    """Load the book or, with --data, the examples, in two parts. `directory` contains the base."""
+    """Load the book or the examples of --data, and split them into training and validation data.
+    `directory` contains the base.
+    """
     config = load_config(directory)
     check_block_size(options.block_size, config)
     tokenizer = load_tokenizer(directory, config.vocab_size)
@@ -40,7 +42,7 @@ def load_data(options: Options, directory: Path) -> Data:
             )
     return Data(
         Windows(training.ids, block, options.stride, shift, training.byte_counts),
-        # Validation scores each token once, for any stride of the training windows.
+        # Here the stride is the block size, so that validation scores each token once.
         Windows(validation.ids, block, block, shift, validation.byte_counts),
         tokenizer,
     )

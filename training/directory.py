@@ -1,4 +1,4 @@
-"""Guard `--out`: refuse to overwrite files, lock the directory, and write metrics.jsonl."""
+"""Protect the run in `--out`: refuse to overwrite files, lock the directory, write the metrics."""
 
 import errno
 import fcntl
@@ -27,14 +27,17 @@ MODEL_FILES = (
     *TOKENIZER_FILES,
 )
 # All files that a run writes, except the model card, which the user may have edited. `--overwrite`
-# removes these files in this order. So if the removal is interrupted, either the run can still be
-# resumed, or the remaining files do not count as a run.
+# removes these files in this order. run.json is removed first, so that a half-removed run does not
+# count as finished. metrics.jsonl is emptied last, so that the rest can be overwritten or resumed.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
 RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with these names
 
 
 def refuse_used_directory(options: Options) -> None:
-    """Raise UserError if `--out` contains files and the options do not resume or overwrite them."""
+    """Raise UserError if `--out` contains a run, unless --resume or --overwrite is given.
+
+    Also refuse a directory with a model but no run, --resume without a run, and a path to a file.
+    """
     out = options.out
     if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises if a name is too long
         raise UserError(f"--out {out}: is a file; name a directory")
@@ -57,7 +60,7 @@ def refuse_used_directory(options: Options) -> None:
 
 
 def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
-    """Raise UserError if the run would overwrite an input, even through a link."""
+    """Raise UserError if the run would overwrite one of its inputs, even through a link."""
     out = options.out
     written = {}
     for name in RUN_FILES:
@@ -77,7 +80,7 @@ def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
 
 
 def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield pairs: an option that names an input of the run, and the file or directory."""
+    """Yield the path of each input of the run, after the option that names this input."""
     yield "--base", base_directory
     for book in options.book:
         yield "--book", book
@@ -90,17 +93,18 @@ def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]
 
 
 def _inode(path: Path) -> tuple[int, int]:
-    """Return a key that is equal for all names of a file, such as links and bind mounts."""
+    """Return a key that is equal for all paths to a file, even through links or bind mounts."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
 class RunDirectory:
-    """Lock `--out` for this process. metrics.jsonl stays open and carries the lock.
+    """Lock `--out` for this process. The lock is on metrics.jsonl, which stays open.
 
-    The system releases the lock whenever the process ends. No symbolic link is followed:
-    metrics.jsonl is opened with O_NOFOLLOW, and all other files are replaced by renaming. Raises
-    UserError if the directory cannot be written or another run has the lock.
+    The operating system releases the lock when the process ends, even after a crash. A run never
+    writes through a symbolic link: metrics.jsonl is opened with O_NOFOLLOW, and all other files are
+    replaced by renaming. Raises UserError if the directory cannot be written or another run has the
+    lock.
     """
 
     def __init__(self, out: Path):
@@ -126,7 +130,7 @@ class RunDirectory:
                 "name another directory"
             ) from error
         except OSError:
-            print(f"warning: {self.metrics}: cannot be locked; do not start another run there")
+            print(f"warning: {self.metrics}: cannot be locked; start no other run in --out")
 
     def close(self) -> None:
         os.close(self.file)
@@ -156,6 +160,6 @@ class RunDirectory:
         return os.fstat(self.file).st_size
 
     def cut(self, length: int) -> None:
-        """Truncate the metrics to their length at a checkpoint, because later steps run again."""
+        """Truncate the metrics to `length`, their length at a checkpoint. Later steps run again."""
         if os.fstat(self.file).st_size > length:
             os.ftruncate(self.file, length)

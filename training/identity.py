@@ -1,4 +1,4 @@
-"""Identify a run by content: its method, its options, and hashes of its inputs."""
+"""Identify a run by its method, its options, and hashes of its inputs."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from training.options import MAY_CHANGE, Options, flag
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The content that identifies a run. `run.json` and the checkpoints contain it."""
+    """The facts that identify a run, as stored in `run.json` and in checkpoints."""
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of the base's config, and of the weights if there are any
+    base_sha256: dict[str, str]  # of the base's config, and of the base's weights (if any)
     book_sha256: str  # of the token ids
     init_adapter_sha256: dict[str, str] | None  # of the adapter's two files
 
@@ -46,27 +46,28 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
 
 
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError if the identity `then`, which was read from `path`, is not `now`. The message
+    """Raise UserError if `then`, the identity stored in `path`, differs from `now`. The message
     names the first difference.
     """
     try:
         difference = _difference(then, now)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--resume: {path}: damaged, or of another version ({error!r:.80}); start again with "
-            "--overwrite"
+            f"--resume: {path}: damaged, or written by another version ({error!r:.80}); "
+            "start again with --overwrite"
         ) from error
     if difference:
         raise UserError(f"--resume: {path}: {difference}")
 
 
 def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
-    """Name the first difference in the method, the options, or the content of the inputs."""
+    """Describe the first difference in the method, the options, or the content of the inputs."""
     if then["method"] != now.method:
         return f"the method was {then['method']!s:.80} and is now {now.method}"
 
+    # Compare the recipe first, because the recipe sets other options.
     names = now.options.keys() - MAY_CHANGE
-    for name in sorted(names, key=lambda name: (name != "recipe", name)):  # the recipe first
+    for name in sorted(names, key=lambda name: (name != "recipe", name)):
         before = then["options"][name]
         asked = now.options[name]
         if before != asked:

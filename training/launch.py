@@ -1,9 +1,10 @@
 """Set up the device, `--compile` and `--cuda-graph`.
 
-Without a CUDA graph, the CPU launches some 600 kernels per micro-batch, one by one, and a fast GPU
+Without a CUDA graph, the CPU launches about 600 kernels per micro-batch, one by one, and a fast GPU
 waits for the CPU (docs/scaling.md). A graph is captured once, by running the Python code on a
 stream that records kernels instead of running them. Python control flow is frozen at capture. A
-replay runs the kernels on the same memory. So weights and random state must change in place.
+replay runs the recorded kernels on the same memory addresses. So weights and random state must
+change in place.
 """
 
 import sys
@@ -30,8 +31,8 @@ def prepare_device(options: Options, device: Device) -> None:
         device.check_compiler()
     if options.gradient_checkpointing and kind == "mps":  # pytorch#127676
         raise UserError(
-            "--gradient-checkpointing: on MPS, dropouts would draw other masks the "
-            "second time; use --grad-accum to save memory"
+            "--gradient-checkpointing: on MPS, the second forward pass would draw other dropout "
+            "masks; use --grad-accum to save memory"
         )
     if options.cuda_graph and kind != "cuda":
         raise UserError("--cuda-graph: needs a CUDA GPU")
@@ -43,7 +44,7 @@ def prepare_device(options: Options, device: Device) -> None:
 
 
 def compile_hidden(model: GPT2, rows: int) -> None:
-    """Compile `model.hidden`, which takes most of a step.
+    """Compile `model.hidden`, which takes most of the time of a step.
 
     The loss is not compiled, because the compiler would unroll the loop over chunks. In training, a
     batch of fewer rows is padded to `rows`, to avoid recompilation.
@@ -63,11 +64,11 @@ def compile_hidden(model: GPT2, rows: int) -> None:
 class GraphedLoss:
     """`model.loss(inputs, targets)` as two CUDA graphs, for the forward and the backward pass.
 
-    The graphs run in training, on micro-batches (B, T) of one shape. Other calls run `eager`, the
-    original loss. Each trained parameter gets a permanent gradient buffer. Otherwise the gradient
-    would be in the graph's memory, which the next replay overwrites. If the capture fails, a
-    warning gives the reason, and every call runs `eager`. Whether or not the capture succeeds, the
-    state of the random generator is restored afterwards.
+    The graphs run in training, on micro-batches (B, T) of the captured shape. Other calls run
+    `eager`, the original loss. Each trained parameter gets a permanent gradient buffer. Otherwise
+    the gradient would be in the graph's memory, which the next replay overwrites. If the capture
+    fails, a warning gives the reason, and every call runs `eager`. After the capture, the random
+    generator is set back to its earlier state.
     """
 
     def __init__(self, model: GPT2, shape: tuple[int, int], device: Device):
@@ -81,9 +82,9 @@ class GraphedLoss:
         before = generator.clone_state()
         self.graphed, failure = _capture(model, shape, device)
         if not failure:
-            generator.set_state(before.get_state())  # in place: graphs read this state
+            generator.set_state(before.get_state())  # in place, because graphs read it
         else:
-            # Use another state object, because torch 2.8 leaves the first object in capture mode.
+            # Install a copy of the state, because torch 2.8 leaves the original in capture mode.
             generator.graphsafe_set_state(before)
             torch.cuda.empty_cache()
             print(f"warning: training without a CUDA graph ({failure})", file=sys.stderr)
@@ -110,14 +111,14 @@ def _capture(
 ) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
     """Return the graphed loss and "". If the capture fails, return None and the reason.
 
-    No local variable may keep the exception, because an exception keeps the activations alive.
+    No local variable may keep the exception, because its traceback keeps the activations alive.
     """
     ids = torch.zeros(shape, dtype=torch.int64, device=device.torch_device)
-    # If ending the capture raises an error, PyTorch stays on the stream of the capture. `here`
-    # returns to the stream of the caller.
+    # If ending the capture raises an error, PyTorch stays on the capture's stream. `here` switches
+    # back to the caller's stream.
     here = torch.cuda.stream(torch.cuda.current_stream())
     try:
-        # Autocast must not cache a copy of a weight, because the copy would belong to one replay.
+        # Autocast must not cache a cast copy of a weight, because a replay would not update it.
         with here, device.autocast(cache_enabled=False):
             graphed = torch.cuda.make_graphed_callables(_Loss(model), (ids, ids.clone()))
     except Exception as error:  # after any error, train without a graph
@@ -126,5 +127,5 @@ def _capture(
 
 
 def _reason(error: Exception) -> str:
-    cause = error.__context__ or error  # the first error: ending the capture raises another
+    cause = error.__context__ or error  # the first error. Ending the capture raises a second
     return first_line(cause) or type(cause).__name__

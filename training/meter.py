@@ -20,7 +20,7 @@ class Progress:
 
     step: int = 0
     base_val_loss: float = math.nan
-    start_val_loss: float = math.nan  # of the base, or of the initial adapter
+    start_val_loss: float = math.nan  # of the base, or of --init-adapter
     best_val_loss: float = math.inf
     best_val_bits_per_byte: float = math.inf
 
@@ -42,21 +42,21 @@ class Meter:
     The loss and the gradient norm of a step stay on the device until a line is due. So counting a
     step neither launches a kernel nor waits for a kernel.
 
-    A step is faulty if the loss or the gradient is not finite. In fp16, however, a gradient may
-    overflow, and then the scaler skips the step and halves the loss scale. Only `MOST_SKIPS` skips
-    in a row are a fault.
+    A step is faulty if the loss or the gradient is not finite. In fp16, a gradient may overflow.
+    The scaler then skips the step and halves the loss scale. Only `MOST_SKIPS` skipped steps in a
+    row are a fault.
     """
 
     def __init__(self, fp16: bool):
         self.fp16 = fp16
-        self.unread: list[tuple[int, Tensor, Tensor]] = []  # steps, losses and gradient norms
+        self.unread: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
         self.grad_norm = 0.0  # of the last step
-        self.fault = ""  # of the first faulty step
-        # Since the last line:
+        self.fault = ""  # describes the first faulty step
+        # Counted since the last line of metrics:
         self.loss = 0.0
         self.tokens = 0
         self.began = time.perf_counter()
-        # Of the whole run:
+        # Counted over the whole run:
         self.all_tokens = 0
         self.all_seconds = 0.0
         self.skipped = 0
@@ -67,12 +67,12 @@ class Meter:
         self.began += seconds
 
     def count(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
-        """Count a step. `loss` is summed over the tokens. `grad_norm` is taken before clipping."""
+        """Count a step. `loss` is summed over the tokens. `grad_norm` is not clipped."""
         self.tokens += tokens
         self.unread.append((step, loss, grad_norm))
 
     def check(self) -> None:
-        """Copy the numbers of all unread steps from the device at once, and check the numbers.
+        """Copy the losses and gradient norms of unread steps from the device, and check them.
 
         Raises RunError, naming the first faulty step.
         """
@@ -104,7 +104,7 @@ class Meter:
             self.fault = f"step {step}: {fault}"
 
     def measure(self) -> dict[str, Any]:
-        """Return the metrics since the last line, and start to measure for the next line."""
+        """Return the metrics since the last line, and start to count for the next line."""
         self.check()
         now = time.perf_counter()
         seconds = now - self.began
@@ -123,7 +123,7 @@ class Meter:
         return metrics
 
     def report(self) -> dict[str, Any]:
-        """Return the whole run's fields for `run.json`."""
+        """Return the speed and the skipped steps of the whole run, for `run.json`."""
         report: dict[str, Any] = {"tokens_per_second": self.all_tokens / self.all_seconds}
         if self.fp16:
             report["skipped_steps"] = self.skipped

@@ -21,9 +21,10 @@ from training.options import Options, adapter_config
 
 def load_base(options: Options, directory: Path, device: Device) -> GPT2:
     """Load the base on the device. For LoRA, matrices are in the run's precision. For full
-    fine-tuning, all weights are in fp32. They are random if `directory` has no weights file.
+    fine-tuning, all weights are in fp32. Full fine-tuning of a base without a weights file starts
+    from random weights.
 
-    Seeds torch with `options.seed`, for the start of A and the dropout masks.
+    Seed torch with `options.seed`, which determines the initial A and the dropout masks.
     """
     torch.manual_seed(options.seed)
     if options.method == "lora":
@@ -43,7 +44,8 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
     """Freeze the base, and add a new adapter or `--init-adapter`.
 
-    Raises UserError if `--init-adapter` records a hash of the base that is not in `base_sha256`.
+    Raises UserError if `--init-adapter` records the hash of another base. `base_sha256` contains
+    the hash of this base.
     """
     if options.init_adapter:
         with as_failure():
@@ -58,7 +60,7 @@ def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -
 
 
 def save_model(model: GPT2, tokenizer: Tokenizer, options: Options, base_sha256: str) -> None:
-    """Write the adapter, or the whole model, with its tokenizer to `--out`."""
+    """Write the adapter or the whole model to `--out`, and the tokenizer's files beside it."""
     if options.method == "lora":
         name, revision = split_revision(stock_name(options.base))
         with as_failure(RunError):

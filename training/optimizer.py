@@ -6,8 +6,8 @@ import torch
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a loop that
-    does not compile the step.
+    """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a training
+    loop that does not compile the optimizer.
 
     PyTorch wraps the five methods below to hide them from torch.compile. The first call of a
     wrapper imports torch._dynamo and sympy, which takes longer than the import of torch. So this

@@ -38,8 +38,8 @@ BEST = "best"
 # The defaults that a recipe sets. An explicit option wins.
 RECIPES: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    # `resolve` replaces a learning rate of None. A stride of None becomes the block size, so that
-    # windows do not overlap.
+    # `resolve` in training/recipe.py computes an `lr` of None. A `stride` of None becomes the block
+    # size, so that windows do not overlap.
     BEST: {
         "target_modules": ("c_attn", "c_proj", "c_fc"),
         "lr": None,
@@ -73,7 +73,7 @@ def lora_option(default: Any = None, type: Any = None, help: str = "", **setting
 
 
 def blocks(text: str) -> range:
-    """Parse the number of a block, or a range of blocks, A-B."""
+    """Parse the number of a block, such as 6, or a range of blocks, such as 6-11."""
     first, dash, last = text.partition("-")
     low = number(int, 0, 511)(first)
     high = number(int, low, 511)(last) if dash else low
@@ -82,7 +82,7 @@ def blocks(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, with typed or default values."""
+    """The options of a run. An option that the user did not type has a default."""
 
     method: str
     base: str = option(**BASE_OPTION, may_change=True)
@@ -117,13 +117,13 @@ class Options:
     stride: int = option(
         16,
         number(int, 1),
-        "tokens from the start of a training window to the next start (default for lora: from the "
-        "recipe; for full: 16)",
+        "tokens from the start of a training window to the start of the next (default for lora: "
+        "from the recipe; for full: 16)",
     )
     val_fraction: float = option(
         0.1,
         number(float, 0.001, 0.9),
-        "validate on this share at the end of the book or data",
+        "validate on this share of the book or data, from the end",
     )
     label_shift: int = option(
         1, number(int, 1, 2), "1: predict the next token. 2: the token after that", metavar="{1,2}"
@@ -134,7 +134,7 @@ class Options:
     max_steps: int | None = option(
         None,
         number(int, 1),
-        "stop after this many steps. The learning rate schedule ends there, too",
+        "stop after this many steps. The learning rate schedule also ends there",
     )
     batch_size: int = option(
         16, number(int, 1), "windows per step (default for lora: from the recipe; for full: 64)"
@@ -142,9 +142,9 @@ class Options:
     grad_accum: int = option(
         1,
         number(int, 1),
-        "compute a batch in this many micro-batches, to save memory. Only the dropout masks change",
+        "split a batch into this many micro-batches, to save memory. Only dropout masks change",
     )
-    lr: float = option(  # None: `resolve` chooses the best recipe's rate
+    lr: float = option(  # None: `resolve` computes the rate, for the recipe `best`
         3e-4,
         number(float, 1e-12, 10.0),
         "peak learning rate (default for lora: from the recipe; for full: 3e-05)",
@@ -162,7 +162,7 @@ class Options:
         "probability of every dropout of the base (default: from its config)",
     )
     seed: int = option(
-        42, number(int, 0, 2**63 - 1), "seed of the adapter's start, window order and dropout"
+        42, number(int, 0, 2**63 - 1), "seed of the initial A, the order of windows, and dropout"
     )
     device: str = option(**DEVICE_OPTION, may_change=True)
     precision: str = option(**PRECISION_OPTION)
@@ -175,10 +175,12 @@ class Options:
     )
     gradient_checkpointing: bool = option(
         False,
-        help="compute activations twice instead of keeping them, to save memory",
+        help="recompute activations in the backward pass instead of keeping them, to save memory",
         may_change=True,
     )
-    allow_tf32: bool = option(False, help="compute fp32 matmuls in TF32 on CUDA: less exact")
+    allow_tf32: bool = option(
+        False, help="compute fp32 matmuls in TF32 on CUDA, which is less exact"
+    )
 
     # the run
     out: Path = option(
@@ -193,8 +195,8 @@ class Options:
     checkpoint_every: Interval = option(
         steps_or_seconds("10m"),
         steps_or_seconds,
-        "save a checkpoint every N steps, or after a time such as 90s or 10m. Also save after an "
-        "epoch if the last checkpoint is 10 s old (default: 10m)",
+        "save a checkpoint every N steps, or at intervals such as 90s or 10m. Also save after an "
+        "epoch if the last checkpoint is at least 10 s old (default: 10m)",
         metavar="N",
         may_change=True,
     )
@@ -207,15 +209,15 @@ class Options:
     recipe: str | None = option(
         help="a set of defaults. reference: c_attn, batches of 16, stride 16, lr 3e-4, as in the "
         "reference run. best: c_attn c_proj c_fc, batches of 2, windows without overlap, and a "
-        "learning rate that depends on steps, passes and kind of adapter (docs/howto.md) (default: "
-        "best for a new adapter on --data, otherwise reference)",
+        "learning rate that depends on the length of the run and the kind of adapter "
+        "(docs/howto.md) (default: best for a new adapter on --data, otherwise reference)",
         choices=tuple(RECIPES),
         method="lora",
     )
     r: int = lora_option(8, number(int, 1), "rank", names=["--rank"])
     lora_alpha: float = lora_option(16, number(int, 1, 1e6), "the update is scaled by alpha / r")
     lora_dropout: float = lora_option(
-        0.05, number(float, 0.0, 1.0, below=True), "dropout of A's input"
+        0.05, number(float, 0.0, 1.0, below=True), "dropout on the input of A"
     )
     target_modules: tuple[str, ...] | str = lora_option(
         ("c_attn",),
@@ -239,8 +241,8 @@ class Options:
     )
     init_lora_weights: str | None = lora_option(
         None,
-        help="start from singular vectors of W (pissa), or of the gradient of W over the first 8 "
-        "batches (lora_ga) (default: random A, zero B)",
+        help="pissa: start from singular vectors of W. lora_ga: start from singular vectors of the "
+        "gradient of W over the first 8 batches (default: random A, zero B)",
         choices=("pissa", "lora_ga"),
     )
     loraplus_lr_ratio: float | None = option(
@@ -252,7 +254,7 @@ class Options:
     freeze_a: bool = option(False, help="LoRA-FA: train only B, to save memory", method="lora")
     riemannian: bool = option(
         False,
-        help="precondition the gradients of A and B, so that a step depends only on B A",
+        help="precondition the gradients of A and B. A step then depends only on the product B A",
         method="lora",
     )
     quantise: str | None = option(
@@ -272,13 +274,13 @@ class Options:
     )
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of the method's options with their values, in JSON's types."""
+        """Return the values of all options of the method, as JSON types."""
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
         return json.loads(json.dumps(values, default=_as_text))
 
 
 def _as_text(value: object) -> str:
-    """Return the text of a path or an interval, for a file that may be published."""
+    """Return a path or an interval as text, for a file that may be published."""
     return display_path(value) if isinstance(value, Path) else str(value)
 
 

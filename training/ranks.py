@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from common.errors import RunError, UserError, first_line
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # rank 0 may download or save while the others wait
+PATIENCE = timedelta(hours=2)  # other ranks wait while rank 0 downloads or saves
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> "Ranks":
         """Read torchrun's environment. Without torchrun, this process is the only rank."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # a cluster may also set RANK
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # RANK is not enough: a cluster may set it
             return cls()
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
@@ -47,7 +47,7 @@ class Ranks:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Let ranks exchange tensors inside the `with`. Only rank 0 prints there."""
+        """Connect the ranks inside the `with` block. In the block, only rank 0 prints."""
         if self.world_size == 1:
             yield
             return
@@ -87,7 +87,7 @@ class Ranks:
                 dist.destroy_process_group()  # otherwise a gloo thread can abort Python's exit
             raise RunError(
                 f"rank {self.rank} of {self.world_size}: the connection to another rank is "
-                f"lost ({first_line(error)}); the message of that rank says why"
+                f"lost ({first_line(error)}); see the error message of that rank"
             ) from error
 
     def _abort_nccl(self) -> None:
@@ -134,7 +134,7 @@ class Ranks:
         self._call(lambda: dist.all_reduce(flat))
         sizes = [tensor.numel() for tensor in tensors]
         totals = [t.view_as(x) for t, x in zip(flat.split(sizes), tensors, strict=True)]
-        torch._foreach_copy_(list(tensors), totals)  # one launch instead of one per tensor
+        torch._foreach_copy_(list(tensors), totals)  # one kernel launch for all tensors
 
     def all_reduce_gradients(self, model: nn.Module, loss: Tensor) -> None:
         """Sum the loss and all gradients over the ranks. A rank without windows adds zeros."""

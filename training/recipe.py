@@ -14,12 +14,13 @@ from lora.variants import config_fields
 from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options, adapter_config
 
-RATES = (5e-4, 8e-3)  # the range of the best rates that were measured
+RATES = (5e-4, 8e-3)  # the lowest and the highest best learning rate that was measured
 # The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/variants.md)
 PISSA = 1 / 4
 FREEZE_A = 2.0
 LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
-# The best rate for one layer, divided by the best rate for all four (docs/experiments.md)
+# The best rate if one layer of a block is adapted, divided by the best rate for all four layers
+# (docs/experiments.md)
 ONE_LAYER = 2.0
 
 
@@ -41,8 +42,8 @@ def rate_factor(options: Options) -> float:
 
     With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s r = 16, the best
     rate is nearly the same for every rank. From s r = 2 to 128, the best rate falls about as
-    (s r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). This function uses
-    the same powers between measured values (docs/experiments.md, docs/variants.md).
+    (s r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). This function also
+    uses these powers between the measured values (docs/experiments.md, docs/variants.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)

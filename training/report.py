@@ -58,7 +58,7 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
         f"after {report['seconds']:.0f} s; saved in {options.out}"
     )
     if best > base:
-        print("warning: this is worse than the base; try a lower --lr", file=sys.stderr)
+        print("warning: the best model is worse than the base; try a lower --lr", file=sys.stderr)
 
 
 def read_run(directory: Path) -> dict[str, Any]:

@@ -99,8 +99,8 @@ class Saver:
             self.directory.cut(metrics_bytes)
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
-        """Restore this rank's random generator, unless the checkpoint is from another number of
-        ranks or another device. Warn about a difference that may change the result's last bits.
+        """Restore this rank's random generator, unless the number of ranks or the type of device
+        has changed. Warn about each difference that may change the last bits of the result.
         """
         now = self._machine()
         for name, value in now.items():
@@ -115,7 +115,7 @@ class Saver:
             self.device.rng.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
 
     def _machine(self) -> dict[str, Any]:
-        """Return the facts that may change the last bits of a result."""
+        """Return the properties of the machine that may change the last bits of a result."""
         return {
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),

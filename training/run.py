@@ -1,6 +1,7 @@
-"""Run the training loop safely: device, ranks, the lock on `--out`, signals, logs, the best model.
+"""Keep a run safe: device, ranks, the lock on `--out`, checkpoints, signals, logs, the best model.
 
-`train.py` contains the mathematics. It gives `Run.begin` the objects that a checkpoint needs.
+`train.py` contains the mathematics of a step. `train.py` passes the objects whose state a
+checkpoint must contain to `Run.begin`.
 """
 
 import math
@@ -118,7 +119,7 @@ class Run:
         return base_hashes(self.base_directory)
 
     def resolve(self, data: Data) -> Options:
-        """Fill in the options that the user left open, and count the steps. Return the options."""
+        """Fill in the options that the user left out, and count the steps. Return the options."""
         self.options = recipe.resolve(self.options, self.base, self.device, data.training)
         self.tokenizer = data.tokenizer
         windows = len(data.training)
@@ -139,7 +140,7 @@ class Run:
         self.ranks.check_same(asdict(self.identity))
         if self.ranks.is_main:
             self.directory = RunDirectory(self.options.out)
-            refuse_used_directory(self.options)  # another run may have ended meanwhile
+            refuse_used_directory(self.options)  # another run may have used --out meanwhile
             self.finished = self._is_finished()
         self.finished = self.ranks.from_main(self.finished)
 
@@ -153,7 +154,7 @@ class Run:
         return True
 
     def set_up_model(self, model: GPT2) -> None:
-        """Cast weights that were frozen after loading, choose the kernels, and compile."""
+        """Cast frozen weights to the run's precision, choose the kernels, and apply --compile."""
         model.train()
         self.device.cast_frozen(model)
         set_kernels(model, self.options.kernels)
@@ -166,7 +167,7 @@ class Run:
         device = self.device.torch_device
         scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
         # The first call of `scale` initialises the scaler. A rank without windows would never call
-        # `scale` during training.
+        # `scale` during training, so call it here.
         scaler.scale(torch.zeros((), device=device))
         return scaler
 
@@ -177,7 +178,7 @@ class Run:
             model.loss = GraphedLoss(model, shape, self.device)  # type: ignore[method-assign, assignment]
 
     def begin(self, model: GPT2, **stateful: Any) -> None:
-        """Resume from the checkpoint if --resume finds one. Otherwise empty `--out`.
+        """Resume from the checkpoint if --resume finds one. Otherwise clear `--out`.
 
         A checkpoint contains the trained parameters and the state of the `stateful` objects.
         """
@@ -218,8 +219,8 @@ class Run:
         print(f"base: val {scores}", flush=True)
         if scores.loss > 1.01 * math.log(model.config.vocab_size):
             print(
-                "warning: the base predicts this text worse than by guessing; is the text plain, "
-                "and in a language that the base has seen?"
+                "warning: the base predicts this text worse than by guessing; is this plain text "
+                "in a language that the base has seen?"
             )
 
     # The steps
@@ -260,7 +261,7 @@ class Run:
         return Batch(training, mine, self.micro_batch_size, training.num_tokens(indices))
 
     def count_step(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
-        """Add 1 to `step`. Count the loss, summed over `num_tokens`, and the gradient norm."""
+        """Count a finished step. `loss` is the sum over `num_tokens` scored tokens."""
         self.progress.step += 1
         self.meter.count(self.step, loss, num_tokens, grad_norm)
         self.line = {}
@@ -339,7 +340,7 @@ class Run:
     # Signals and checkpoints
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """At the first signal, finish the step, save and stop. At another signal, stop at once.
+        """At the first signal, finish the step, save and stop. At a second signal, stop at once.
 
         Ignore a repeated SIGTERM, because `timeout` and `make` both forward it. Ignore a repeated
         SIGHUP, because a closed terminal and the shell both send it.
@@ -381,5 +382,5 @@ class Run:
                 f"stopped after step {self.step}; the same command with --resume continues",
                 file=sys.stderr,
             )
-        self.ranks.barrier()  # torchrun kills other ranks when a rank ends
+        self.ranks.barrier()  # when a rank ends, torchrun kills the other ranks
         sys.exit(128 + number)

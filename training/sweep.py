@@ -1,7 +1,7 @@
-"""Train once for each learning rate, rank and seed, and compare: `make sweep`.
+"""Train with each combination of learning rate, rank and seed, and compare: `make sweep`.
 
-Each run is a `train.py` in a separate process. The same command resumes a sweep: train.py does not
-change a finished run, and refuses a run with other options.
+Each run is a `train.py` in a separate process. To resume a sweep, repeat its command: train.py does
+not change a finished run, and refuses to resume a run with other options.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from training.report import read_run
 
 
 def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:
-    """Return train.py's arguments for each run, by directory. Raises UserError as train.py does."""
+    """Map each run's directory to the arguments of train.py. Raises UserError as train.py does."""
     default = parse_options("-", [args.method, *others])
     planned = {}
     for values in product(args.lr or [default.lr], args.r or [None], args.seed or [default.seed]):
@@ -47,7 +47,7 @@ def train(arguments: list[str], out: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
-        prog="training.sweep", description=__doc__, epilog="Other options go to train.py."
+        prog="training.sweep", description=__doc__, epilog="Other options are passed to train.py."
     )
     parser.add_argument("method", choices=DEFAULTS)
     parser.add_argument("--lr", type=float, nargs="+", metavar="X")

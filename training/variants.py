@@ -36,7 +36,7 @@ def start_along_gradient(model: GPT2, batches: list[Batch], run: Run) -> None:
                 with run.device.autocast():
                     loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
                 (loss / num_tokens).backward()
-    model.zero_grad()  # clears gradients of B, too
+    model.zero_grad()  # also clears the gradients of B
 
     run.ranks.all_reduce(*gradients.values())
     for name, layer in lora_ga_layers(model).items():
