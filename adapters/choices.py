@@ -1,4 +1,4 @@
-"""Answer each question with the likeliest choice, and count the right answers."""
+"""Answer multiple-choice questions with the likeliest choice, and count the right answers."""
 
 import argparse
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
     """Read a file of questions. Each choice becomes a whole answer, with an end-of-text token.
 
     If a choice does not fit into a block, all choices of the question lose the same tokens at the
-    beginning of the prompt. Raises UserError, naming the line, for a line that is not a question,
-    or if a choice alone is longer than a block.
+    beginning of the prompt. Raises UserError, with the line's number, for a line that is not a
+    question, and for a choice that alone is longer than a block.
     """
 
     def read(example: dict) -> Task:
@@ -68,9 +68,9 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 
 @torch.no_grad()
 def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tensor]:
-    """Return the log p of each choice and the number of its tokens, (choices,) each.
+    """Return the log p of each choice, and the number of tokens of each choice, (choices,) each.
 
-    The log p is summed over the tokens in fp64.
+    The log p of a choice is the sum over its tokens, in fp64.
     """
     inputs, targets = Instructions(task.rows).batch(np.arange(len(task.rows)))  # (choices, T)
     with device.autocast():

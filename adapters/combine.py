@@ -27,9 +27,9 @@ def combine(
     """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that truncation
     keeps.
 
-    All layers are truncated by SVD to one rank: `rank`, but at most the largest rank of a layer's
-    sum, and at most the smallest side of a layer. A layer that an adapter lacks counts as zero.
-    Raises UserError if the shapes of a layer differ.
+    All layers get the same rank: the smallest of `rank`, the largest rank of a layer's sum, and the
+    smallest side of a layer. A sum of a higher rank is truncated by SVD. A layer that an adapter
+    lacks counts as zero. Raises UserError if the shapes of a layer differ.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
     total = {layer: _sum_of(layer, adapters, weights) for layer in layers}
@@ -102,7 +102,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--rank",
         type=number(int, 1),
         metavar="N",
-        help="cut the sum to the best approximation of this rank (default: exact)",
+        help="replace the sum by its best approximation of this rank (default: exact)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     return parser.parse_args(argv)

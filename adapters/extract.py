@@ -34,7 +34,7 @@ def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
     if recorded not in (None, base_sha256):
         raise UserError(
             f"{report}: the run began from another base than {base} (weights sha256 "
-            f"{brief(recorded)}, not {brief(base_sha256)}); give that base to --base"
+            f"{brief(recorded)}, not {brief(base_sha256)}); give the base of the run to --base"
         )
 
 
@@ -46,7 +46,7 @@ def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
         raise UserError(f"--rank, --target-modules: {error}") from error
     layers = lora_layers(model)
     if any(isinstance(layer, SlicedLoRALinear) for layer in layers.values()):
-        raise UserError("--target-modules: a slice of c_attn is not extracted; name c_attn")
+        raise UserError("--target-modules: cannot extract a slice of c_attn; name c_attn")
     return set(layers)
 
 
@@ -54,7 +54,7 @@ def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
 ) -> tuple[dict[str, Factors], list[list[str]], float]:
     """Approximate each layer's change by the nearest matrix of rank `rank`. Return the factors,
-    the rows of the table, and the share of the whole change's squared norm outside these layers.
+    the rows of the table, and the share of the whole change's squared norm that is outside `layers`.
     """
     factors = {}
     rows = []

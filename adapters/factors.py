@@ -27,7 +27,7 @@ NUMBER = re.compile(r"(\d+)")
 
 
 class Factors(NamedTuple):
-    """The factors of a weight's change: B (out, r), which includes the scaling, and A (r, in)."""
+    """The factors of a weight's change B A: B (out, r), including the scaling, and A (r, in)."""
 
     B: Tensor
     A: Tensor
@@ -103,7 +103,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
 
 
 def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
-    """Return the adapted layers' names in block order. Raises UserError if no layer is adapted."""
+    """Return the names of adapted layers in block order. Raises UserError if there are none."""
     keys = [key for key in shapes if key.startswith(PREFIX) and key.endswith(A_KEY)]
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys]
     if not names:
@@ -112,7 +112,7 @@ def _layer_names(path: Path, shapes: dict[str, list[int]]) -> list[str]:
 
 
 def _by_block(name: str) -> list[int | str]:
-    """Return a key that sorts h.10 after h.9. Every second item of the key is a number."""
+    """Return a sort key that puts h.10 after h.9. Every second item of the key is a number."""
     return [int(part) if part.isdigit() else part for part in NUMBER.split(name)]
 
 

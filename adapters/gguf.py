@@ -59,7 +59,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="?",
         metavar="ADAPTER",
-        help="in PEFT's format, or OWNER/NAME on the hub. Without ADAPTER, the base is written",
+        help="an adapter in PEFT's format, or OWNER/NAME on the hub. Without ADAPTER, the base is "
+        "written",
     )
     parser.add_argument("--base", **BASE_OPTION)
     parser.add_argument("--quantise", "--quantize", **QUANTISE_OPTION)
@@ -72,7 +73,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="precision of the matrices. llama.cpp's llama-quantize goes below 16 bits",
+        help="precision of the matrices. For fewer than 16 bits, use llama-quantize of llama.cpp",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="such as lora.gguf")
     return parser.parse_args(argv)

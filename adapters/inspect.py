@@ -18,7 +18,7 @@ from common.figures import PAGE_WIDTH, can_draw, save_figure, subplots
 from lora import lora_layers
 from lora.peft_view import GPT2_VIEW, peft_view
 
-TOP = 10  # number of singular vectors of W + dW that are compared with those of W
+TOP = 10  # number of singular vectors of W + dW to compare with the singular vectors of W
 INTRUDER = 0.5  # a vector whose largest cosine is below this value is an intruder
 
 
@@ -58,7 +58,7 @@ def effective_rank(s: Tensor) -> float:
 
 
 def describe(s: Tensor) -> list[str]:
-    """Return three table cells: the three largest s_i, the number of s_i that make up 90 % of
+    """Return five table cells: the three largest s_i, the number of s_i that make up 90 % of
     sum s^2, and the effective rank.
     """
     if not s.any():
@@ -103,9 +103,9 @@ def beside_weights(
 
 def print_changes(spectra: dict[str, Tensor], beside: dict[str, BesideWeight]) -> None:
     """Print a row for each layer. With a base, the row also compares the change with the weight."""
-    columns = ["layer", "norm", "s1", "s2", "s3", "hold 90 %", "effective rank"]
+    columns = ["layer", "norm", "s1", "s2", "s3", "90 % of norm^2", "effective rank"]
     if beside:
-        columns.insert(2, "of the weight's")
+        columns.insert(2, "relative to W")
         columns += ["intruders", "least cosine", "amplification"]
     rows = []
     for name, s in spectra.items():
@@ -166,7 +166,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also compare the changes with the weights of this base: norms, intruder dimensions, "
         "amplification. auto: the base that the adapter names",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of spectrum.png (default: DIR)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="directory for spectrum.png (default: DIR)"
+    )
     return parser.parse_args(argv)
 
 

@@ -26,7 +26,7 @@ class Loaded(NamedTuple):
 
 
 def named_base(adapter: Path) -> str:
-    """Return the known base that the adapter names. Raises UserError for a path or unknown base."""
+    """Return the base that the adapter names. Raises UserError for an unknown name."""
     with as_failure():
         named = stored_base_fields(adapter)["base_model_name_or_path"]
     repository, _ = split_revision(str(named))

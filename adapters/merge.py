@@ -78,8 +78,8 @@ def chat_template(adapter: Path) -> str | None:
 
 
 def rounding_cost(model: nn.Module, dtype: torch.dtype) -> float:
-    """Return the norm of the error in all updates, divided by the norm of the updates, if the
-    weights are rounded to `dtype`.
+    """Return the relative error of the updates after the weights are rounded to `dtype`: the norm
+    of the errors in all updates, divided by the norm of all updates.
     """
     squared_error = 0.0
     squared_norm = 0.0

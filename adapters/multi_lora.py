@@ -21,8 +21,8 @@ class BatchedLoRALinear(nn.Module):
     """y_i = W x_i + b + B_i A_i x_i for row i of the batch. B_i includes the scaling.
 
     Shapes: x (n, T, in), A (n, r, in), B (n, out, r), y (n, T, out). All adapters together take two
-    batched matmuls (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters` sets both
-    factors.
+    batched matmuls (Sheng et al. 2023, https://arxiv.org/abs/2311.03285). `Adapters.use` sets A
+    and B.
     """
 
     A: Tensor
@@ -58,7 +58,7 @@ class Adapters:
             model.set_submodule(layer, self.layers[layer])
 
     def use(self, names: Sequence[str | None]) -> None:
-        """Use the adapter names[i] for row i of the next batches. Lower ranks get zero padding."""
+        """Use the adapter names[i] for row i of the next batches. Zeros pad lower ranks."""
         for layer, module in self.layers.items():
             weight = module.base_layer.weight  # (out, in)
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))

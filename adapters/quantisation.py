@@ -42,8 +42,8 @@ def common_quantisation(adapters: Collection[Path]) -> str | None:
 def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | None:
     """Return how to quantise the base: a key of `LAYERS`, or None.
 
-    `asked`, the option --quantise, wins. Without the option, the quantisation that the adapters
-    record is used and printed. Raises UserError if the adapters record different quantisations.
+    `asked` is the value of --quantise, which wins. Without --quantise, use and print the
+    quantisation that the adapters record. Raises UserError if they record different quantisations.
     """
     if asked == NONE:
         return None

@@ -65,7 +65,7 @@ QUANTISATION = {
     quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),""",
-    "int8": "",  # load fp32, because bitsandbytes, unlike training, would also round the inputs
+    "int8": "",  # load fp32: unlike training, bitsandbytes would also round the inputs
 }
 LOAD_MODEL = """\
 from transformers import pipeline
@@ -122,7 +122,7 @@ def _base_name(base: str, quantise: str | None) -> str:
 
 
 def _card(name: str, base: str, quantise: str | None, tag: str, text: str) -> str:
-    """Fill the template. `tag` is a tag of the hub. The tag "lora" means an adapter."""
+    """Fill the template. `tag` is the card's tag on the hub. An adapter has the tag "lora"."""
     repository, revision = split_revision(stock_name(base))
     base_model = f"base_model: {repository}"
     if repository.startswith("./"):

@@ -70,7 +70,7 @@ def save_adapter_gguf(
     A (rank, in).
 
     llama.cpp adds alpha / rank * B A x, with one alpha for all layers. The file gets alpha = rank,
-    so alpha / rank is 1.
+    so that alpha / rank is 1, because B already includes the scaling.
     """
     gguf = _library()
     writer = gguf.GGUFWriter(path, "gpt2")

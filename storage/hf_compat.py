@@ -9,7 +9,8 @@ from common.files import atomic_path, display_path
 from data.tokenizer import FAST, SETTINGS, SPECIAL, TEMPLATE, Tokenizer
 from storage.hub import REPOSITORIES
 
-PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")  # values may name a user
+# Fields of tokenizer_config.json with paths. A path may contain a user's name.
+PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def portable_name(base: str) -> str:

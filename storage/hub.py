@@ -32,8 +32,8 @@ GPT2_SHA256 = {
 }
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
-# Each timeout, in seconds, applies to each address of the host. The hub has four addresses, so
-# `auto` waits for at most 4 seconds.
+# Timeouts in seconds. A timeout applies to each of the hub's four addresses, so `auto` waits for at
+# most 4 seconds.
 AUTO_SECONDS = 1
 NAMED_SECONDS = 10
 
@@ -72,8 +72,8 @@ def find_base(base: str) -> tuple[str, Path]:
 def find_adapter(adapter: str) -> Path:
     """Return the directory of an adapter.
 
-    OWNER/NAME[@REVISION] names a repository, unless OWNER/NAME is a local path that exists or whose
-    parent directory exists. Any other name means a directory. Raises UserError for a repository
+    OWNER/NAME[@REVISION] names a repository, unless a local file or directory has this name, or
+    OWNER is a local directory. Any other name means a directory. Raises UserError for a repository
     that is not available.
     """
     match = _as_repository(adapter)
@@ -92,7 +92,7 @@ def split_revision(base: str) -> tuple[str, str | None]:
 
 
 def _as_repository(name: str) -> re.Match | None:
-    """Match OWNER/NAME[@REVISION]. Return None for a path that exists, or whose parent exists."""
+    """Match OWNER/NAME[@REVISION]. Return None if the path or its parent directory exists."""
     if os.path.exists(name) or os.path.isdir(os.path.dirname(name)):
         return None
     return REPOSITORY.fullmatch(name)
@@ -118,7 +118,7 @@ def _cached(name: str) -> Path | None:
     if (by_hand / CONFIG).exists() and find_weights(by_hand):
         return by_hand
     hub = _library()
-    for repository in (REPOSITORIES[name], name):  # transformers also caches under `name`
+    for repository in (REPOSITORIES[name], name):  # transformers caches the short name, too
         config = hub.try_to_load_from_cache(repository, CONFIG, revision=_revision(name))
         if isinstance(config, str) and find_weights(Path(config).parent):
             return Path(config).parent
@@ -130,7 +130,7 @@ def _revision(name: str) -> str | None:
 
 
 def _download(name: str, seconds: float) -> Path:
-    """Download a base's config and weights. The base uses GPT-2's tokenizer from the project."""
+    """Download a base's config and weights. The project already contains GPT-2's tokenizer."""
     repository = REPOSITORIES[name]
     directory = _snapshot(repository, _revision(name), (CONFIG, WEIGHTS), seconds)
     if name != "gpt2":

@@ -1,8 +1,9 @@
 """Read GPT-2 directories in all layouts of Hugging Face. Write the layout of transformers.
 
 Files on the hub name tensors `h.0.ln_1.weight` and contain the causal masks. transformers writes
-`transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All layouts store the four
-projections as Conv1D weights, (in, out). In this project, they are `nn.Linear` weights, (out, in).
+`transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All layouts store the
+weights of the four linear layers of a block in the shape (in, out), as Conv1D does. In this
+project, these weights have the shape (out, in), as in `nn.Linear`.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ SUPPORTED = {
     "tie_word_embeddings": (True,),
 }
 WHOLE_NUMBERS = ("n_layer", "vocab_size", "n_positions", "n_embd", "n_head", "n_inner")
-MOST_LAYERS = 512  # a damaged config must not build a million layers
+MOST_LAYERS = 512  # so that a damaged config cannot ask for a million layers
 
 
 def load_gpt2(
@@ -152,12 +153,14 @@ def load_config(directory: Path) -> GPT2Config:
     token_ids = {name: value for name, value in stored.items() if name.endswith("_token_id")}
     config = GPT2Config(**fields, token_ids=token_ids)
     if config.n_embd % config.n_head:
-        raise UserError(f"{path}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+        raise UserError(
+            f"{path}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}"
+        )
     return config
 
 
 def _check_architecture(path: Path, stored: dict) -> None:
-    """Raise UserError for another model's config, or a variant of GPT-2 that is not supported."""
+    """Raise UserError if the config is not a GPT-2, or is an unsupported variant of GPT-2."""
     for field, known in SUPPORTED.items():
         if field in stored and stored[field] not in known:
             raise UserError(
@@ -203,7 +206,7 @@ def save_gpt2(
 
 
 def _stored_config(config: GPT2Config, dtype: torch.dtype, end_of_text: int | None) -> dict:
-    """Return the content of `config.json`. `end_of_text`, if given, is the eos_token_id."""
+    """Return the content of `config.json`. If `end_of_text` is given, it becomes eos_token_id."""
     fields = dataclasses.asdict(config)
     token_ids = {"bos_token_id": end_of_text} | fields.pop("token_ids")
     if end_of_text is not None:
