@@ -54,7 +54,7 @@ def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
 ) -> tuple[dict[str, Factors], list[list[str]], float]:
     """Approximate each layer's change by the nearest matrix of rank `rank`. Return the factors,
-    the rows of the table, and the share of the whole change's squared norm that is outside `layers`.
+    the rows of the table, and the share of the whole change's squared norm outside `layers`.
     """
     factors = {}
     rows = []

@@ -30,9 +30,9 @@ class Device:
     def pick(cls, device: str = "auto", precision: str = "auto", train: bool = False) -> "Device":
         """Resolve `auto`, and check that the device works.
 
-        The device is CUDA if available, otherwise MPS, otherwise the CPU. On CUDA, the precision is
-        bf16, or fp16 if the GPU lacks bf16. Training on a CPU with bf16 instructions uses bf16. All
-        other cases use fp32.
+        The device `auto` is CUDA if available, otherwise MPS, otherwise the CPU. On CUDA, the
+        precision `auto` is bf16, or fp16 if the GPU lacks bf16. On a CPU with bf16 instructions,
+        `auto` is bf16 in training. In all other cases, `auto` is fp32.
 
         Raises UserError for a missing or broken device, and for training on MPS in fp16.
         """
@@ -104,8 +104,8 @@ class Device:
         return modules[self.torch_device.type]
 
     def peak_memory_mb(self) -> float:
-        """Return the peak memory so far in 10^6 bytes: the CUDA allocator's peak on a GPU, and
-        otherwise the process's peak.
+        """Return the peak memory so far, in 10^6 bytes. On CUDA, this is the peak of the CUDA
+        allocator. On other devices, it is the peak of the process.
         """
         if self.is_cuda:
             return torch.cuda.max_memory_allocated(self.torch_device) / 1e6
@@ -137,7 +137,7 @@ def _pick_device(asked: str) -> str:
 
 def _check_cuda() -> None:
     """Raise UserError unless the GPU runs a kernel. A GPU may be full, or too old for torch."""
-    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # for this rank
+    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # the GPU of this rank
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
     except RuntimeError as error:
@@ -169,10 +169,10 @@ def tune_process() -> None:
     # gradients.
     if sys.platform == "linux":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap, too
+        mallopt(M_MMAP_MAX, 0)  # also take large blocks from the heap
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's memory back
     # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
-    # new shape. Every generated token gives a new shape, and so needs a plan (transformers#48163).
+    # new shape. Each generated token gives a new shape, and so a new plan (transformers#48163).
     torch.backends.cuda.enable_cudnn_sdp(False)
     use_full_fp32()
 

@@ -39,7 +39,7 @@ ADVICE = (
     "--grad-accum or --gradient-checkpointing"
 )
 
-# These errors mean that the machine failed. Any other OSError that nobody catches is a bug.
+# These errors mean that the machine failed. An uncaught OSError with another number is a bug.
 FULL_OR_BROKEN = {
     errno.ENOSPC,
     errno.EDQUOT,

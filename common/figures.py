@@ -1,8 +1,8 @@
 """Draw pictures with matplotlib, an optional dependency.
 
 A colour has the same meaning in every picture, and the colour-blind can tell all colours apart
-(tests/common/test_figures.py). Other series in a picture, such as ranks, precisions or parts,
-are `shades` of a method's colour, or of OTHER.
+(tests/common/test_figures.py). Series that are not methods, such as ranks or precisions, get
+`shades` of a method's colour, or of OTHER.
 """
 
 import os
@@ -61,7 +61,8 @@ def can_draw() -> bool:
 
 def new_figure(size: tuple[float, float]) -> "Figure":
     """Return an empty figure of this width and height in inches, in this project's style."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend, inherited under `!`, may be missing
+    # `!python ...` in a notebook sets a backend that may be missing.
+    os.environ["MPLBACKEND"] = "agg"
     import matplotlib  # slow to import, and few commands draw
     from matplotlib.figure import Figure
 
@@ -103,7 +104,7 @@ def shade(colour: str, lightness: float) -> str:
 
 
 def scientific(number: float, position: object = None) -> str:
-    """Return a number of any size in the form 3e-4. matplotlib can format ticks with this."""
+    """Return a number of any size in the form 3e-4. matplotlib accepts this tick formatter."""
     digits, exponent = f"{number:e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
 

@@ -24,7 +24,7 @@ def parse_evaluate(
     parser.add_argument(
         "--val-fraction",
         type=number(float, 0.001, 1.0),
-        help="score only this share at the end of the text or data",
+        help="score only this share of the text or data, from the end",
     )
     parser.add_argument(
         "--block-size",
@@ -35,7 +35,7 @@ def parse_evaluate(
     parser.add_argument(
         "--stride",
         type=number(int, 1),
-        help="tokens from the start of a window to the next start (default: the block size)",
+        help="tokens from the start of a window to the start of the next (default: the block size)",
     )
     parser.add_argument(
         "--label-shift",
@@ -63,7 +63,9 @@ def parse_evaluate(
     if (args.data or args.choices) and (args.stride or args.label_shift > 1):
         raise UserError("--stride and --label-shift are for texts: an example is one row")
     if args.stride and args.stride > args.block_size:
-        raise UserError(f"--stride {args.stride}: above the block size, some tokens go unscored")
+        raise UserError(
+            f"--stride {args.stride}: above the block size, some tokens would not be scored"
+        )
     return args
 
 
@@ -75,14 +77,14 @@ def _add_sources(parser: Parser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="UTF-8 texts, or directories of .txt files, to score whole (default: the validation "
-        "part of data/book.txt)",
+        help="UTF-8 texts, or directories of .txt files. Whole texts are scored (default: the "
+        "validation part of data/book.txt)",
     )
     source.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
-        help="conversations in JSON lines, whose completions are scored",
+        help="conversations in JSON lines. Only the completions are scored",
     )
     source.add_argument(
         "--choices",
@@ -116,7 +118,7 @@ def parse_generate(
     what.add_argument(
         "--chat",
         action="store_true",
-        help="answer every line of the input, in the form of data/instructions.py",
+        help="answer each line of standard input, in the chat format of data/instructions.py",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -149,7 +151,7 @@ def parse_generate(
     parser.add_argument(
         "--with-base",
         action="store_true",
-        help="first show the text of the base, for comparison",
+        help="first show the continuation by the base, for comparison",
     )
     add_device_options(parser)
     parser.add_argument("--kernels", **KERNELS_OPTION)

@@ -60,6 +60,6 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def say(line: str) -> None:
-    """Write to stderr without Python's buffers. A signal may have interrupted a buffered write."""
+    """Write to stderr without Python's buffers: a signal may have interrupted a buffered write."""
     with suppress(OSError):  # in `train.py 2>&1 | tee log`, Ctrl-C also ends `tee`
         os.write(2, f"{line}\n".encode())

@@ -7,9 +7,9 @@ A line has one of three forms. Here, all three forms contain the same example:
                   {"role": "assistant", "content": "You do."}]}
     {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-The third form is a question in the format of `data/choices.py`. The completion is the right choice.
-A role can also be `system`. Any other key is refused. White space around a text is dropped. The
-model reads
+The third form is a question in the format of `data/choices.py`. Its right choice is the completion.
+A role can also be `system`. Other roles and other keys are refused. White space around a text is
+dropped. The model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
@@ -83,8 +83,8 @@ class Instructions:
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each. T is the length of the longest example.
 
-        Shorter examples are padded on the right. Their tokens cannot see the padding, because the
-        model is causal, and the padding is not scored.
+        Shorter examples are padded on the right. The padding is not scored, and no token of an
+        example can see the padding, because the model is causal.
         """
         rows = [self.rows[i] for i in indices]
         longest = max((row.shape[1] for row in rows), default=1)
@@ -113,9 +113,9 @@ class Instructions:
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    Longer examples lose their beginning, and a message reports the number of these examples. Empty
-    lines are skipped. Raises UserError, naming the line, for a line that is not an example, or if
-    the last completion alone is longer than a block.
+    Longer examples lose their beginning, and a message counts these examples. Empty lines are
+    skipped. Raises UserError, with the line's number, for a line that is not an example, and for an
+    example whose last completion alone is longer than a block.
     """
 
     def read(example: dict) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Read JSON lines, one example a line, with errors that name the line."""
+"""Read JSON lines, one example per line. Errors give the number of the line."""
 
 import json
 from collections.abc import Callable, Collection
@@ -8,12 +8,12 @@ from typing import TypeVar
 from common.errors import UserError
 from common.files import brief, open_file
 
-LONGEST_LINE = 1 << 16  # bytes: enough to fill any context
+LONGEST_LINE = 1 << 16  # bytes, enough to fill any context
 T = TypeVar("T")
 
 
 def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
-    """Apply `read` to each line's JSON. Raises UserError that names a bad line."""
+    """Apply `read` to each line's JSON. For a bad line, raises UserError with its number."""
     found = []
     with open_file(path) as file:
         lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")

@@ -1,8 +1,8 @@
 """Turn text into token ids and back.
 
 tiktoken runs the byte-pair encodings of GPT-2 and of the bundled base `mini`. Hugging Face's
-`tokenizers` runs all other tokenizers: from `tokenizer.json`, or the byte-level BPE of `vocab.json`
-and `merges.txt`.
+`tokenizers` runs all other tokenizers. It reads `tokenizer.json`, or the byte-level BPE in
+`vocab.json` and `merges.txt`.
 """
 
 import json
@@ -164,7 +164,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
 
 
 def _main_file(directory: Path, vocab_size: int) -> Path:
-    """Return the file with the vocabulary. Raises UserError if no file is supported."""
+    """Return the path of the vocabulary's file. Raises UserError if no file is supported."""
     if (directory / FAST).exists():
         return directory / FAST
     for name in (*FOREIGN, ADDED):
@@ -218,7 +218,7 @@ def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Token
 
 
 def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
-    """Return the end-of-text token: from the settings, otherwise END_OF_TEXT if it is a token."""
+    """Return eos_token of the settings, otherwise END_OF_TEXT if it is in the vocabulary."""
     for path in (source / SETTINGS, source / SPECIAL):
         if not path.exists():
             continue

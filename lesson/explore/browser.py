@@ -33,7 +33,7 @@ def can_browse() -> bool:
 class Browser:
     """A headless Chromium with a temporary profile: `with Browser() as browser: ...`.
 
-    Raises UserError if Chromium is not installed, and RunError for any report of the driver.
+    Raises UserError if Chromium is not installed, and RunError if the driver reports an error.
     """
 
     def __enter__(self) -> "Browser":
@@ -87,7 +87,7 @@ class Browser:
         self._ask("POST", "/url", {"url": url})
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """Run a script in the page. Return the result, or the result of a promise."""
+        """Run a script in the page. Return its result. If the result is a promise, wait for it."""
         return self._ask("POST", "/execute/sync", {"script": script, "args": arguments})
 
     def wait(self, condition: str) -> None:
@@ -106,7 +106,7 @@ class Browser:
         return self._ask("POST", "/element", {"using": "css selector", "value": selector})
 
     def type(self, selector: str, keys: str) -> None:
-        """Append keys to an element. Keys such as arrows have WebDriver's codes."""
+        """Type keys into an element. WebDriver defines a code for each key such as an arrow."""
         [reference] = self.find(selector).values()
         self._ask("POST", f"/element/{reference}/value", {"text": keys})
 

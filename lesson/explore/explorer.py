@@ -1,4 +1,4 @@
-"""Compute the content of the page: a base beside an adapter, which the knobs change."""
+"""Compute the content of the page: the base beside the adapter. The knobs change the adapter."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Generator, Iterator, Mapping
@@ -24,12 +24,12 @@ from training.scores import kl_divergence
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # options of generate.py
 MOST_NEW_TOKENS = 400
-CHUNK = 64  # tokens with logits in memory at a time
-SHOWN = 5  # likeliest tokens
+CHUNK = 64  # number of tokens whose logits are in memory at a time
+SHOWN = 5  # number of likeliest tokens for each position
 
 
 class Explorer:
-    """A base and its adapter. Row 0 of every batch is the base, row 1 the changed adapter.
+    """A base and its adapter. Every batch has two rows: 0 is the base, 1 the changed adapter.
 
     A request's knobs are "strength" x, "rank" k and "layers", a list of names. In these layers W
     becomes W + x * (the nearest matrix of rank k to scaling * B A). Other layers equal the base.
@@ -67,7 +67,7 @@ class Explorer:
         }
 
     def write(self, request: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """Continue "prompt" in both rows as generate.py does, with its `OPTIONS`.
+        """Continue the request's "prompt" in both rows, as generate.py does with these `OPTIONS`.
 
         Yield pieces of text, each with its row number. Both rows use the same random numbers.
         """
@@ -86,15 +86,15 @@ class Explorer:
 
     @torch.inference_mode()
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Score "text" in both rows, in one window.
+        """Score the request's "text" in both rows, in one window.
 
         A token's "gain" is the adapter's log p minus the base's log p, and "kl" is
         KL(base || adapter) at the token, both in nats. The first token has no gain and no KL,
-        because it is not predicted.
+        because no token predicts it.
         """
         ids = self.encode(request, "text", self.model.config.n_positions + 1)
         if len(ids) < 2:
-            raise UserError("text: is a single token, which no token comes before")
+            raise UserError("text: has only one token; give at least two")
         kept = self.change(request)
 
         sequence = self.device.to_device(torch.from_numpy(ids.astype("int64")))  # (T + 1,)
@@ -117,8 +117,8 @@ class Explorer:
         }
 
     def judge(self, hidden: Tensor, targets: Tensor) -> Iterator[dict[str, Any]]:
-        """Yield log p, gain, KL and the likeliest tokens at each target (T,). `hidden` (2, T, C) is
-        the hidden state of the two rows at these positions.
+        """Yield log p, gain, KL and the likeliest tokens for each of the `targets` (T,). `hidden`
+        (2, T, C) contains the hidden states that predict the targets, in both rows.
         """
         with self.device.autocast():
             logits = self.model.logits(hidden)  # (2, T, V)
@@ -146,8 +146,8 @@ class Explorer:
         return list(zip(texts, log_p, strict=True))
 
     def change(self, request: Mapping[str, Any]) -> float:
-        """Set row 1 to the adapter that the knobs give. Return the share of the squared norm
-        that remains after the cut to `rank`.
+        """Set row 1 to the adapter that the knobs select. Return the share of the update's squared
+        norm that the truncation to the knob's rank keeps.
         """
         strength = parse(request, "strength", float, 0, 2)
         rank = parse(request, "rank", int, 1, self.rank)
@@ -164,7 +164,7 @@ class Explorer:
         return kept
 
     def encode(self, request: Mapping[str, Any], name: str, most: int) -> np.ndarray:
-        """Return the token ids (T,) of a text in the request, at most `most` of them."""
+        """Return the token ids (T,) of a text in the request. Raises UserError for T > `most`."""
         text = request.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{name}: is empty")

@@ -1,4 +1,4 @@
-"""Choose the page's first prompt and text, from text that the run was not trained on."""
+"""Choose the prompt and the text at the page's start, from text that the run did not train on."""
 
 import re
 from pathlib import Path
@@ -25,8 +25,8 @@ FIRST_WORDS = re.compile(r"\s*\S+(\s+\S+){,4}")
 def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str, str]:
     """Return a prompt, and a text of at most `context` tokens that begins with the prompt.
 
-    Both come from the validation part of the run that trained the adapter. If the run or the text
-    is missing, both come from data/book.txt.
+    The text comes from the validation part of the run that trained the adapter. If the run or its
+    data is missing, the text comes from data/book.txt.
     """
     options: dict[str, Any] = dict(DEFAULTS)
     if (adapter / RUN).exists():
@@ -41,7 +41,7 @@ def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str,
 
 
 def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple[str, str]:
-    """Begin at the first paragraph of the validation part. End with a sentence."""
+    """Begin after the first blank line of the validation part. End at the end of a sentence."""
     books = [Path(book) for book in options["book"]]
     _, validation = split(load_books(books, tokenizer), options["val_fraction"])
     text = decode(tokenizer, validation.ids[: 4 * length])
