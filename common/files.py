@@ -30,7 +30,8 @@ def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
     """
     path = Path(path)
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # such as /dev/null, for root
+        # Otherwise root could replace a device such as /dev/null.
+        if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_beside(path) as temporary:

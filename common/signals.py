@@ -18,7 +18,8 @@ HANDLED = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
 
-TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]  # at import time
+# The terminals among stdout and stderr, before any terminal is closed
+TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
 
 def replace_default_handlers() -> None:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
-    """Apply `read` to each line's JSON. For a bad line, raises UserError with its number."""
+    """Apply `read` to each line's JSON. For a bad line, raises UserError with the line's number."""
     found = []
     with open_file(path) as file:
         lines = iter(lambda: file.readline(LONGEST_LINE + 1), b"")

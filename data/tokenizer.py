@@ -1,7 +1,7 @@
 """Turn text into token ids and back.
 
 tiktoken runs the byte-pair encodings of GPT-2 and of the bundled base `mini`. Hugging Face's
-`tokenizers` runs all other tokenizers. It reads `tokenizer.json`, or the byte-level BPE in
+`tokenizers` runs all other tokenizers, from `tokenizer.json` or from the byte-level BPE in
 `vocab.json` and `merges.txt`.
 """
 

@@ -1,4 +1,4 @@
-"""Write README.md, the model card that the Hugging Face hub shows for a directory.
+"""Write README.md, the model card that the Hugging Face hub shows for a repository.
 
 The metadata is YAML between two lines of dashes (https://huggingface.co/docs/hub/model-cards).
 """
@@ -49,7 +49,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-base = {base}  # on the hub, or a directory: give its path on your machine
+base = {base}  # if this is a directory, give its path on your machine
 adapter = "OWNER/NAME"  # this repository, or the path of this directory
 model = transformers.AutoModelForCausalLM.from_pretrained(
     base,

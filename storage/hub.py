@@ -1,7 +1,7 @@
 """Find a base or an adapter: a directory, the bundled mini, or a repository on the hub.
 
 The library `huggingface_hub` downloads from the Hugging Face hub and caches the files. The library
-is imported only to look for a repository. The library's environment variables apply.
+is imported only if a repository is needed. The library's environment variables apply.
 """
 
 import os
@@ -23,7 +23,7 @@ REPOSITORIES = {
 }
 HUB_NAMES = tuple(REPOSITORIES)
 MINI = Path(__file__).resolve().parents[1] / "model" / "mini"
-CACHE = Path(__file__).resolve().parents[1] / ".cache" / "hub"  # for files placed by hand
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "hub"  # a user can put files here
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?")
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 GPT2_SHA256 = {
@@ -152,7 +152,7 @@ def _snapshot(
     files. Raises UserError, with the library's reason, for files that are not available.
 
     With `seconds`, first send the hub a single request with this timeout. The library alone would
-    ask six times, which takes 23 seconds without a network.
+    try six times, which takes 23 seconds without a network.
     """
     hub = _library()
     try:

@@ -25,7 +25,7 @@ PREVIOUS = "checkpoint.previous.safetensors"
 
 
 def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
-    """Save `state` as the newest checkpoint. The old checkpoint becomes the previous checkpoint.
+    """Save `state` as the newest checkpoint. Rename the old checkpoint to `PREVIOUS`.
 
     At every moment, at least one of the two files is complete. `state` is a nested dict of numbers,
     strings, lists and tensors.
@@ -49,7 +49,8 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        open_file(path).close()  # raises: the file may be intact
+        # Raise if the file cannot be opened, because its content may be intact.
+        open_file(path).close()
         try:
             state = _read(path)
         except UserError as error:

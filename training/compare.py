@@ -1,4 +1,4 @@
-"""Compare finished runs: `evaluate.py --compare`, and the table of a sweep."""
+"""Compare finished runs, for `evaluate.py --compare` and for the table of a sweep."""
 
 import math
 import os

@@ -28,7 +28,8 @@ MODEL_FILES = (
 )
 # All files that a run writes, except the model card, which the user may have edited. `--overwrite`
 # removes these files in this order. run.json is removed first, so that a half-removed run does not
-# count as finished. metrics.jsonl is emptied last, so that the rest can be overwritten or resumed.
+# count as finished. metrics.jsonl is emptied last, so that until then a second `--overwrite` or
+# `--resume` accepts the directory.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
 RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with these names
 
@@ -80,7 +81,7 @@ def refuse_inputs_as_output(options: Options, base_directory: Path) -> None:
 
 
 def _inputs(options: Options, base_directory: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the path of each input of the run, after the option that names this input."""
+    """Yield pairs: the option that names an input of the run, and the path of this input."""
     yield "--base", base_directory
     for book in options.book:
         yield "--book", book
@@ -160,6 +161,6 @@ class RunDirectory:
         return os.fstat(self.file).st_size
 
     def cut(self, length: int) -> None:
-        """Truncate the metrics to `length`, their length at a checkpoint. Later steps run again."""
+        """Truncate the metrics to `length`, because the steps after the checkpoint run again."""
         if os.fstat(self.file).st_size > length:
             os.ftruncate(self.file, length)

@@ -67,8 +67,8 @@ class GraphedLoss:
     The graphs run in training, on micro-batches (B, T) of the captured shape. Other calls run
     `eager`, the original loss. Each trained parameter gets a permanent gradient buffer. Otherwise
     the gradient would be in the graph's memory, which the next replay overwrites. If the capture
-    fails, a warning gives the reason, and every call runs `eager`. After the capture, the random
-    generator is set back to its earlier state.
+    fails, a warning gives the reason, and every call runs `eager`. The capture does not change the
+    state of the random generator.
     """
 
     def __init__(self, model: GPT2, shape: tuple[int, int], device: Device):
@@ -82,7 +82,7 @@ class GraphedLoss:
         before = generator.clone_state()
         self.graphed, failure = _capture(model, shape, device)
         if not failure:
-            generator.set_state(before.get_state())  # in place, because graphs read it
+            generator.set_state(before.get_state())  # in place: graphs read this object
         else:
             # Install a copy of the state, because torch 2.8 leaves the original in capture mode.
             generator.graphsafe_set_state(before)

@@ -60,7 +60,7 @@ def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -
 
 
 def save_model(model: GPT2, tokenizer: Tokenizer, options: Options, base_sha256: str) -> None:
-    """Write the adapter or the whole model to `--out`, and the tokenizer's files beside it."""
+    """Write the adapter or the whole model, and the tokenizer's files, to `--out`."""
     if options.method == "lora":
         name, revision = split_revision(stock_name(options.base))
         with as_failure(RunError):

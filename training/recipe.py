@@ -42,8 +42,8 @@ def rate_factor(options: Options) -> float:
 
     With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s r = 16, the best
     rate is nearly the same for every rank. From s r = 2 to 128, the best rate falls about as
-    (s r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). This function also
-    uses these powers between the measured values (docs/experiments.md, docs/variants.md).
+    (s r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). Between the
+    measured values, this function uses these powers (docs/experiments.md, docs/variants.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)

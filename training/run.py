@@ -1,7 +1,7 @@
 """Keep a run safe: device, ranks, the lock on `--out`, checkpoints, signals, logs, the best model.
 
-`train.py` contains the mathematics of a step. `train.py` passes the objects whose state a
-checkpoint must contain to `Run.begin`.
+`train.py` contains the mathematics of a step. `Run.begin` receives from `train.py` the objects that
+a checkpoint must save.
 """
 
 import math
@@ -375,7 +375,7 @@ class Run:
         return self.options.checkpoint_every.is_due(self.step, age)
 
     def _stop(self, number: int) -> None:
-        """End the process with the exit status of the signal. The caller has saved the run."""
+        """End the process with the exit status of the signal. The caller saves the run first."""
         on_signals(signal.SIG_IGN)  # another signal while Python ends would change the status
         if self.directory:
             print(

@@ -106,7 +106,7 @@ class Browser:
         return self._ask("POST", "/element", {"using": "css selector", "value": selector})
 
     def type(self, selector: str, keys: str) -> None:
-        """Type keys into an element. WebDriver defines a code for each key such as an arrow."""
+        """Type keys into an element. WebDriver defines codes for special keys, such as arrows."""
         [reference] = self.find(selector).values()
         self._ask("POST", f"/element/{reference}/value", {"text": keys})
 

@@ -65,7 +65,7 @@ def test_what_cannot_be_extracted_is_refused_in_one_line(base, full, tmp_path):
     for options, reason in (
         (("--rank", 33), "--rank, --target-modules: h.0.attn.c_attn: rank 33 is out"),
         (("--target-modules", "wte"), "'wte' is refused"),
-        (("--target-modules", "c_attn.q"), "a slice of c_attn is not"),
+        (("--target-modules", "c_attn.q"), "cannot extract a slice of c_attn"),
         (("--full", "nowhere"), "nowhere: has neither"),
         (("--out", base), "exists already"),
     ):

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"body": "[]"}, 400, "is not a JSON object"),
         ({"text": ["a"]}, 400, "text: is empty"),
         ({"text": "\ud800"}, 400, "text: is not UTF-8 text"),
-        ({"text": "a"}, 400, "is a single token"),
+        ({"text": "a"}, 400, "has only one token"),
         ({"text": "é" * 40}, 400, "text: has 80 tokens; with"),
         ({"strength": 2.1}, 400, "strength: '2.1' is not a number from 0 to 2"),
         ({"strength": float("nan")}, 400, "strength: 'nan' is not a number"),
