@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     weights = args.weights or [1.0] * len(args.adapters)
     if len(weights) != len(args.adapters):
-        raise UserError(f"--weights: {len(weights)} for {len(args.adapters)} adapters")
+        raise UserError(f"--weights: {len(weights)} weights for {len(args.adapters)} adapters")
     refuse_existing(args.out)
     directories = [find_adapter(str(adapter)) for adapter in args.adapters]
     base, header = common_base(directories)

@@ -24,7 +24,7 @@ def parse_evaluate(
     parser.add_argument(
         "--val-fraction",
         type=number(float, 0.001, 1.0),
-        help="score only this share of the text or data, from the end",
+        help="score only this share of the text or data, taken from the end",
     )
     parser.add_argument(
         "--block-size",

@@ -77,7 +77,7 @@ def save_card(directory: Path, text: str) -> None:
     """Write the card, unless the directory contains a README.md that the user wrote."""
     path = directory / CARD
     if path.exists() and not is_ours(path):
-        print(f"{path}: is not replaced, because it is yours")
+        print(f"{path}: is not replaced, because you have written or edited it")
         return
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")  # a name may not be UTF-8

@@ -123,7 +123,7 @@ class Options:
     val_fraction: float = option(
         0.1,
         number(float, 0.001, 0.9),
-        "validate on this share of the book or data, from the end",
+        "validate on this share of the book or data, taken from the end",
     )
     label_shift: int = option(
         1, number(int, 1, 2), "1: predict the next token. 2: the token after that", metavar="{1,2}"
@@ -162,7 +162,7 @@ class Options:
         "probability of every dropout of the base (default: from its config)",
     )
     seed: int = option(
-        42, number(int, 0, 2**63 - 1), "seed of the initial A, the order of windows, and dropout"
+        42, number(int, 0, 2**63 - 1), "seed of initial weights, the order of windows, and dropout"
     )
     device: str = option(**DEVICE_OPTION, may_change=True)
     precision: str = option(**PRECISION_OPTION)
@@ -170,7 +170,7 @@ class Options:
     compile: bool = option(False, help="compile the model with torch.compile. Refused on a CPU")
     cuda_graph: bool = option(
         False,
-        help="on CUDA, launch a micro-batch's forward and backward pass as one CUDA graph",
+        help="on CUDA, launch a micro-batch's forward and backward pass as two CUDA graphs",
         may_change=True,
     )
     gradient_checkpointing: bool = option(
@@ -369,7 +369,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
 def _refuse_clashes(typed: Mapping[str, Any]) -> None:
     """Raise UserError for options that cannot be given together."""
     if "val_data" in typed and ("data" not in typed or "val_fraction" in typed):
-        raise UserError("--val-data: needs --data, and no --val-fraction")
+        raise UserError("--val-data: needs --data, and excludes --val-fraction")
     if "data" in typed and ("stride" in typed or "label_shift" in typed):
         raise UserError("--stride and --label-shift are for books: an example is one row")
 

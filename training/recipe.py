@@ -118,7 +118,7 @@ def describe_recipe(options: Options) -> str:
     names = layers if isinstance(layers, str) else " ".join(layers)
     return (
         f"recipe best: lr {options.lr:g}, layers {names}, alpha {options.lora_alpha:g}, "
-        f"batch {options.batch_size}; compare half and twice this rate"
+        f"batch {options.batch_size}; also try half and twice this lr"
     )
 
 

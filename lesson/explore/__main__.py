@@ -151,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         """Return the body, a JSON object. Raises UserError for any other body."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
-            raise Refusal(411, "the request does not say how long it is")
+            raise Refusal(411, "the request has no valid Content-Length")
         if int(length) > MOST_BYTES:
             raise Refusal(413, f"the request has {length} bytes; at most {MOST_BYTES:,} are read")
         try:

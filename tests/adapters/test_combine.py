@@ -133,7 +133,7 @@ def test_adapters_of_different_bases_and_wrong_options_are_refused(base, adapter
     for arguments, reason in (
         ((adapters[0], other), f"{adapters[0]} and {other}: are adapters of different bases"),
         ((dora,), f"{dora}: is DoRA, whose change is not B A alone; merge it instead"),
-        ((*adapters, "--weights", 1), "--weights: 1 for 2 adapters"),
+        ((*adapters, "--weights", 1), "--weights: 1 weights for 2 adapters"),
         ((other, "--out", other), f"--out {other}: exists already; name a new directory"),
     ):
         ending = run(main, "--out", tmp_path / "out", *arguments)

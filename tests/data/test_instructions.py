@@ -206,7 +206,7 @@ def test_the_commands_validate_on_the_last_examples_or_on_a_file_of_their_own(ba
 
 def test_too_few_examples_and_options_for_books_are_refused(base, book, data, tmp_path):
     too_few = "7 examples to train on and 0 to validate on"
-    alone = "--val-data: needs --data, and no --val-fraction"
+    alone = "--val-data: needs --data, and excludes --val-fraction"
     for source, options, words in (
         (data, ("--val-fraction", 0.1), too_few),
         (data, ("--book", book), "not allowed with"),

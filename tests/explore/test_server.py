@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         ({"Host": "lora.example:80"}, 403, "this server answers on 127.0.0.1:"),
         ({"Origin": "http://lora.example"}, 403, "answers its own page only"),
-        ({"Content-Length": "-1"}, 411, "how long it is"),
+        ({"Content-Length": "-1"}, 411, "no valid Content-Length"),
         ({"Content-Length": str(10**9)}, 413, "at most 65,536 are read"),
         ({"path": "/../README.md", "method": "GET"}, 404, "no such thing"),
         ({"body": "[" * 60_000}, 400, "is not JSON"),
