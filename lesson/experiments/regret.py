@@ -8,13 +8,14 @@ rate is tuned separately for either measure, with three seeds.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
-from statistics import mean
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import experiment, panels
+from lesson.experiments.common import band, experiment, panels
 from lesson.experiments.sweep import (
     ALL,
     Runs,
@@ -79,20 +80,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"by batch": by_batch(args), "by share": by_share(args)}
 
 
-def at_its_best(runs: dict[str, list[float]]) -> float:
-    """Return the mean over the seeds at the best rate."""
-    return mean(runs[best_rate(runs)])
+def at_best_rates(rows: dict[str, Any]) -> Tensor:
+    """Return the results (seeds, points) at the best rate of each point."""
+    return torch.tensor([runs[best_rate(runs)] for runs in rows.values()]).T
 
 
-def gaps(lora: dict[str, Any], full: dict[str, Any]) -> list[float]:
-    """Return LoRA's loss minus full fine-tuning's loss in nats, from two rows of runs."""
-    return [math.log(at_its_best(lora[x]) / at_its_best(full[x])) for x in full]
+def gaps(lora: dict[str, Any], full: dict[str, Any]) -> Tensor:
+    """Return LoRA's loss minus full fine-tuning's loss in nats, (seeds, points)."""
+    return (at_best_rates(lora) / at_best_rates(full)).log()
 
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw LoRA's gap to full fine-tuning by batch and by share, and the training loss by share."""
     figure, (left, middle, right) = panels(
-        "LoRA beside full fine-tuning, each at its best rate (mini)",
+        "LoRA beside full fine-tuning, each at its best rate (mini; bands: three seeds)",
         "validation: gap to full, nats,\nat 480 windows",
         "validation: gap to full, nats,\nat 240 steps",
         "training loss, nats,\nlast third of 240 steps",
@@ -100,19 +101,17 @@ def draw(data: dict[str, Any]) -> Any:
     ranks = [name for name in METHODS if name != "full"]
     colours = {"full": FULL, **dict(zip(reversed(ranks), shades(LORA, len(ranks)), strict=True))}
 
+    points = range(3)  # batches, or shares
     batches = data["by batch"]
     for name in batches:
         if name != "full":
-            y = gaps(batches[name], batches["full"])
-            left.plot(range(len(y)), y, ".-", color=colours[name])
+            band(left, points, gaps(batches[name], batches["full"]), colours[name])
 
     by_share = {name: pick(shares, "validation") for name, shares in data["by share"].items()}
     for name, shares in data["by share"].items():
-        y = [at_its_best(runs) for runs in pick(shares, "training").values()]
-        right.plot(range(len(y)), y, ".-", color=colours[name], label=name)
+        band(right, points, at_best_rates(pick(shares, "training")), colours[name], name)
         if name != "full":
-            y = gaps(by_share[name], by_share["full"])
-            middle.plot(range(len(y)), y, ".-", color=colours[name])
+            band(middle, points, gaps(by_share[name], by_share["full"]), colours[name])
 
     draw_at(left.xaxis, range(len(BATCHES)), list(BATCHES))
     left.set(xlabel="windows per step", ylim=(0, 0.26))
