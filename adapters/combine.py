@@ -27,9 +27,10 @@ def combine(
     """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that truncation
     keeps.
 
-    All layers get the same rank: the smallest of `rank`, the largest rank of a layer's sum, and the
-    smallest side of a layer. A sum of a higher rank is truncated by SVD. A layer that an adapter
-    lacks counts as zero. Raises UserError if the shapes of a layer differ.
+    All layers get the same rank. This rank is `rank`, but at most the highest rank among the
+    layers' sums, and at most the smallest dimension of a layer. A sum of a higher rank is truncated
+    by SVD. A layer that an adapter lacks counts as zero. Raises UserError if the shapes of a layer
+    differ.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
     total = {layer: _sum_of(layer, adapters, weights) for layer in layers}

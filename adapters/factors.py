@@ -37,7 +37,7 @@ class Factors(NamedTuple):
         return len(self.A)
 
     def pad(self, rank: int) -> "Factors":
-        """Return the same change as factors of `rank`, padded with zeros."""
+        """Return factors of this rank with the same product: B and A padded with zeros."""
         more = rank - self.rank
         return Factors(F.pad(self.B, (0, more)), F.pad(self.A, (0, 0, 0, more)))
 

@@ -35,7 +35,9 @@ def named_base(adapter: Path) -> str:
             return name
     if named in ("mini", stock_name("mini")):
         return "mini"
-    raise UserError(f"{adapter}: names its base {brief(named)}; give --base the base's directory")
+    raise UserError(
+        f"{adapter}: its base {brief(named)} is unknown; name its directory: --base DIR"
+    )
 
 
 def load_model(

@@ -121,8 +121,8 @@ class Windows:
         return shuffled(len(self), seed, epoch)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
-        """Yield inputs and targets, (B, T) each. Every token except the first `label_shift` is
-        scored once.
+        """Yield inputs and targets, (B, T) each. The first `label_shift` tokens are not scored.
+        Every other token is scored once.
 
         The stride must be at most the block size. Where windows overlap, only the first window
         scores the shared tokens. A shorter last window is padded on the right. The padding is not

@@ -67,8 +67,8 @@ def nearest(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def scaled_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Split x into n blocks. Return x / absmax, (n, size), and absmax, (n,), in fp32. The absmax of
-    a block is max |x|.
+    """Split x into n blocks. Return two fp32 tensors: x / absmax (n, size) and absmax (n,). The
+    absmax of a block is max |x|.
 
     Each block has a separate scale, so an outlier lowers the resolution of only one block (paper,
     section 2). The last block is padded with zeros.

@@ -129,7 +129,7 @@ def _split_slice(target: str, fused: str | None) -> tuple[str, set[str]]:
 
 def _is_named(name: str, target: str, config: LoRAConfig) -> bool:
     """Return whether a target matches a full name. A regular expression must match all of the name.
-    Any other target must equal the name, or the rest of the name after a dot.
+    Any other target must equal the name, or the end of the name after one of its dots.
     """
     if isinstance(config.target_modules, str):
         return re.fullmatch(target, name) is not None

@@ -82,7 +82,7 @@ def blocks(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run. An option that the user did not type has a default."""
+    """The options of a run. A field that the user did not set has its default value."""
 
     method: str
     base: str = option(**BASE_OPTION, may_change=True)

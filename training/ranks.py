@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # a later import would keep the group alive
+import torch.distributed.nn  # imported later, it would keep the process group alive
 from torch import Tensor, nn
 
 from common.errors import RunError, UserError, first_line

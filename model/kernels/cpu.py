@@ -1,8 +1,8 @@
 """Linear, GELU, dropout and attention, faster on a CPU than in PyTorch.
 
 `model/kernels/fast.py` uses these operations in a model. Each operation replaces the PyTorch
-function that the docstring names, and computes the gradients too. On other devices and under
-torch.compile, each operation calls the PyTorch function.
+function that is named in the operation's docstring, and also computes the gradients. On other
+devices and under torch.compile, each operation calls the PyTorch function.
 """
 
 import math
@@ -64,7 +64,7 @@ def _onednn(
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """Compute `_onednn` and the gradients, because PyTorch defines no gradients. g = dL/dy."""
+    """`_onednn` with its gradients, which PyTorch does not define. g = dL/dy."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -155,7 +155,7 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     p, otherwise -1.
 
     Drawing is the bottleneck, so each random 64-bit word serves four elements, 16 bits each. An
-    element is kept for `kept` of the 2^16 possible values of its 16 bits. So p is rounded to a
+    element is kept if its 16 bits have one of `kept` values out of 2^16. So p is rounded to a
     multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)

@@ -28,7 +28,7 @@ def aligned(rows: int) -> int:
 
 @torch.no_grad()
 def aligned_head(weight: Tensor) -> Tensor:
-    """Return weight (V, C) with added rows of 0, (W, C).
+    """Return the weight (V, C) padded with rows of zeros to (W, C), where W is `aligned(V)`.
 
     The first call moves the weight to memory with room for these rows. So later calls copy nothing.
     """
@@ -42,7 +42,7 @@ def aligned_head(weight: Tensor) -> Tensor:
 
 
 def card_memory(device: torch.device) -> int:
-    """Return the card's total memory in bytes. Free memory would differ from run to run."""
+    """Return the card's total memory in bytes. The free memory differs from run to run."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
@@ -99,7 +99,7 @@ class _TiedCrossEntropy(LossAndGradient):
     """Compute the loss and its gradient, with matmuls in `dtype`.
 
     A token's loss is L = -log p[target] with p = softmax(z), so that dL/dz = p - onehot(target),
-    dL/dh = dL/dz W and dL/dW = dL/dz^T h.
+    dL/dh = dL/dz W and dL/dW = (dL/dz)^T h.
     """
 
     @staticmethod

@@ -129,7 +129,7 @@ class LossAndGradient(torch.autograd.Function):
 class _TiedCrossEntropy(LossAndGradient):
     """Compute the loss and its gradient.
 
-    With z = h W^T, dL/dh = dL/dz W and dL/dW = dL/dz^T h. Only one chunk of z is in memory.
+    With z = h W^T, dL/dh = dL/dz W and dL/dW = (dL/dz)^T h. Only one chunk of z is in memory.
     """
 
     @staticmethod
@@ -166,7 +166,7 @@ def add_gradient_of_hidden(total: Tensor, dz: Tensor, w: Tensor) -> None:
 
 
 def add_gradient_of_weight(total: Tensor, dz: Tensor, h: Tensor) -> None:
-    """Add dL/dz^T h to `total` (V, C)."""
+    """Add (dL/dz)^T h to `total` (V, C)."""
     if dz.dtype == torch.float32:
         total += matmul(h.T, dz).T  # one transposed matmul is faster than slices
         return

@@ -143,7 +143,7 @@ MISTAKES = [
     ("generate --adapter run --base other", OF_ANOTHER_BASE),
     ("merge --adapter run --base other", OF_ANOTHER_BASE),
     ("lora --init-adapter run --base other", OF_ANOTHER_BASE),
-    ("evaluate --adapter run --base auto", "/base'; give --base the base's directory"),
+    ("evaluate --adapter run --base auto", "/base' is unknown; name its directory: --base DIR"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --device tpu", "--device"),
     ("lora --cuda-graph", "--cuda-graph: needs a CUDA GPU"),

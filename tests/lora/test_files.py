@@ -122,7 +122,7 @@ def test_only_a_known_name_is_taken_for_the_base(adapter):
         assert named_base(adapter) == base
     for name in ("auto", "./gpt2", "../gpt2", "other/gpt2", None, ["gpt2"]):
         change_config(adapter, {"base_model_name_or_path": name})
-        assert "give --base the base's directory" in refusal(adapter, named_base)
+        assert "name its directory: --base DIR" in refusal(adapter, named_base)
 
 
 # With any of these settings, a trained adapter computes the same.
