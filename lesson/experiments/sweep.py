@@ -172,16 +172,27 @@ def tune(
     score: Callable[[Any], float] = at_the_end,
     **options: Any,
 ) -> Runs:
-    """Search the best rate in factors of two from a guess. Return results by rate.
-
-    The search moves with one seed until the rates on both sides of the best rate are worse. Then
-    these three rates run with every seed. The search moves on if another rate has the least mean. A
-    short version only runs the guess.
-    """
+    """Search the best rate of a run on mini, from a guess. A short version only runs the guess."""
 
     def run(lr: float, some: Sequence[int]) -> list[Any]:
         return finetune(method, some, short, measure, lr=lr, **options)
 
+    return search(run, guess, seeds, score, short)
+
+
+def search(
+    run: Callable[[float, Sequence[int]], list[Any]],
+    guess: float,
+    seeds: Sequence[int],
+    score: Callable[[Any], float],
+    short: bool = False,
+) -> Runs:
+    """Search the best rate in factors of two from a guess. Return results by rate.
+
+    `run` returns the result of a rate with each seed. The search moves with one seed until the
+    rates on both sides of the best rate are worse. Then these three rates run with every seed. The
+    search moves on if another rate has the least mean.
+    """
     if short:
         return {guess: run(guess, seeds)}
 

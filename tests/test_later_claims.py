@@ -1,0 +1,88 @@
+"""The experiments on SmolLM2, with a tiny random Llama, and on the claims of later papers."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+from lesson.experiments import claims, smollm2, sweep
+from tests.helpers import write_small_tokenizer
+from training.options import BOOK
+
+LORA = {"method": "lora", "r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch):
+    """A tiny random Llama in place of SmolLM2, and the beginning of the book as the text."""
+    config = transformers.LlamaConfig(
+        vocab_size=317,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    write_small_tokenizer(tmp_path, 317)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "book.txt").write_text(BOOK.read_text()[:20_000])
+    monkeypatch.setattr(smollm2, "BOOK", tmp_path / "book.txt")
+    monkeypatch.setattr(smollm2, "base", lambda: (model, tokenizer))
+    monkeypatch.setattr(sweep, "CELLS", tmp_path / "known" / "cells.jsonl")
+    for cached in (smollm2.load_task, smollm2.base_texts, smollm2.base_on_task):
+        cached.cache_clear()
+    yield model
+    for cached in (smollm2.load_task, smollm2.base_texts, smollm2.base_on_task):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("method", [LORA, {"method": "full"}], ids=["LoRA", "full"])
+def test_a_change_scaled_to_zero_is_the_base(llama, method):
+    start = smollm2.scores(llama, "book", short=True)
+    assert start["kl"] == start["task_kl"] == 0
+    inputs, targets = next(smollm2.load_task("book")[1].evaluation_batches(10**6))
+    stock = transformers.LlamaForCausalLM(llama.config).eval()
+    stock.load_state_dict(llama.state_dict())
+    with torch.no_grad():
+        logits = stock(input_ids=inputs).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert start["perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-5)
+
+    trained, half, none = smollm2.finetune(
+        1e-2, 0, short=True, task="book", batch_size=16, scales=(0.5, 0.0), **method
+    )
+    assert none["perplexity"] == pytest.approx(start["perplexity"], rel=1e-5)
+    assert none["kl"] == pytest.approx(0, abs=1e-5)
+    assert trained["perplexity"] < 0.99 * start["perplexity"]
+    for kl in ("kl", "task_kl"):
+        assert trained[kl] > half[kl] > 1e-6
+
+
+def test_a_stored_result_is_returned_and_another_seed_is_another_run(llama, monkeypatch):
+    options = {"task": "book", **LORA}
+    [found] = smollm2.run(options, True, 1e-2, [0])
+    monkeypatch.setattr(smollm2, "finetune", lambda *_, **__: "trained again")
+    assert smollm2.run(options, True, 1e-2, [0, 1]) == [found, "trained again"]
+
+
+def test_attention_and_the_mlp_train_equally_many_parameters():
+    """SmolLM2-135M: 576 wide, keys and values 192 wide, the MLP 1,536 wide."""
+    attention = 33 * (2 * (576 + 576) + 2 * (576 + 192))
+    assert attention == 20 * 3 * (576 + 1536)
+    assert {"attention, r = 33", "MLP, r = 20"} < smollm2.CHOICES.keys()
+
+
+def test_rank_correlation():
+    assert claims.rank_correlation([1, 2, 3], [10, 300, 20]) == pytest.approx(0.5)
+    assert claims.rank_correlation([3, 1, 2], [-9, 5, 0.1]) == pytest.approx(-1)
+
+
+def test_random_tokens_are_recalled_after_training_and_not_before():
+    tokens = torch.randint(500, (1, 10), generator=torch.Generator().manual_seed(0))
+    before = claims.memorise(tokens, 4, 1e-2, steps=1)
+    after = claims.memorise(tokens, 4, 1e-2, steps=40)
+    assert before["recalled"] == 0 and after["recalled"] == 1
+    assert after["before"] == before["before"] and after["after"] < 0.7
