@@ -81,8 +81,8 @@ def test_rank_correlation():
 
 
 def test_random_tokens_are_recalled_after_training_and_not_before():
-    tokens = torch.randint(500, (1, 10), generator=torch.Generator().manual_seed(0))
-    before = claims.memorise(tokens, 4, 1e-2, steps=1)
-    after = claims.memorise(tokens, 4, 1e-2, steps=40)
+    tokens = torch.randint(256, 4096, (1, 10), generator=torch.Generator().manual_seed(0))
+    before = claims.memorise(tokens, 4, 4e-3, steps=1)
+    after = claims.memorise(tokens, 4, 4e-3, steps=40)
     assert before["recalled"] == 0 and after["recalled"] == 1
     assert after["before"] == before["before"] and after["after"] < 0.7

@@ -175,7 +175,9 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         for count in PASSAGES:
             generator = torch.Generator().manual_seed(1)
             size = (count, KEY + PASSAGE)
-            tokens = torch.randint(load_base().config.vocab_size, size, generator=generator)
+            # The first 256 tokens are bytes. mini never saw many of them.
+            most = load_base().config.vocab_size
+            tokens = torch.randint(256, most, size, generator=generator)
             tried = [memorise(tokens, r, lr, steps) for lr in MEMORY_RATES]
             best = min(tried, key=lambda result: result["after"])
             data[f"{r}, {count * PASSAGE}"] = best

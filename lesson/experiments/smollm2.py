@@ -50,8 +50,6 @@ CHOICES: dict[str, tuple[float, dict[str, Any]]] = {
     "full": (1e-4, FULL | SHRINK),
     "r = 1, alpha 16": (4e-3, LORA | {"r": 1}),
     "r = 64, alpha 16": (4e-3, LORA | {"r": 64}),
-    "r = 1, alpha 2": (8e-3, LORA | {"r": 1, "lora_alpha": 2}),
-    "r = 64, alpha 128": (1e-3, LORA | {"r": 64, "lora_alpha": 128}),
     "attention, r = 33": (4e-3, LORA | {"r": 33, "target_modules": ATTENTION}),
     "MLP, r = 20": (4e-3, LORA | {"r": 20, "target_modules": MLP}),
     "LoRA, batch 16": (4e-3, LORA | {"batch_size": 16}),
@@ -60,6 +58,8 @@ CHOICES: dict[str, tuple[float, dict[str, Any]]] = {
     "full, batch 2": (5e-5, FULL | {"batch_size": 2}),
     "LoRA, book": (4e-3, LORA | {"task": "book"}),
     "full, book": (1e-4, FULL | {"task": "book"}),
+    "r = 1, alpha 2": (8e-3, LORA | {"r": 1, "lora_alpha": 2}),
+    "r = 64, alpha 128": (1e-3, LORA | {"r": 64, "lora_alpha": 128}),
 }
 DEVICE = Device.pick("cpu", "fp32", train=True)
 
