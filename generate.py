@@ -66,8 +66,8 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """Print each prompt and a continuation under every heading. If there is only one heading, print
-    each character as soon as its tokens are drawn.
+    """For each prompt, print every heading, each followed by the prompt and a continuation. If
+    there is only one heading, print each character as soon as its tokens are drawn.
     """
     alone = len(headings) == 1
     for prompt in args.prompt:
@@ -122,9 +122,9 @@ def stream(
     args,
     generators: list[torch.Generator],
 ) -> Iterator[tuple[int, str]]:
-    """Continue a prompt (token ids) several times at once, in one row per generator. Yield pairs:
-    a row's number, and the next complete characters of the row. A row ends at an end-of-text token,
-    or after `args.max_new_tokens` tokens.
+    """Continue a prompt (token ids) in several rows at once, with one random generator per row.
+    Yield pairs: a row's number, and the next complete characters of the row. A row ends at an
+    end-of-text token, or after `args.max_new_tokens` tokens.
     """
     rows = len(generators)
     ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)

@@ -1,4 +1,4 @@
-"""Add adapters of one base: `python -m adapters.combine A [B ...] --out DIR`.
+"""Sum adapters of the same base: `python -m adapters.combine A [B ...] --out DIR`.
 
 The result is plain LoRA, not a variant such as rsLoRA. All layers have the same rank r, and
 lora_alpha = r.
@@ -27,10 +27,10 @@ def combine(
     """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that truncation
     keeps.
 
-    All layers get the same rank. This rank is `rank`, but at most the highest rank among the
-    layers' sums, and at most the smallest dimension of a layer. A sum of a higher rank is truncated
-    by SVD. A layer that an adapter lacks counts as zero. Raises UserError if the shapes of a layer
-    differ.
+    All layers get the same rank. This rank is the smallest of `rank` (if given), the highest rank
+    among the layers' sums, and the smallest dimension of a layer. A sum of a higher rank is
+    truncated by SVD. A layer that an adapter lacks counts as zero. Raises UserError if the shapes
+    of a layer differ.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
     total = {layer: _sum_of(layer, adapters, weights) for layer in layers}
@@ -67,7 +67,8 @@ def _sum_of(
 
 
 def common_base(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the config fields and the header that describe the common base of these adapters."""
+    """Return the fields of `adapter_config.json` and of the tensor file's header that describe the
+    common base of these adapters."""
     with as_failure():
         hashes = {directory: read_header(directory).get(BASE_SHA256) for directory in directories}
     hashed = [directory for directory in directories if hashes[directory]]

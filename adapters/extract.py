@@ -53,8 +53,9 @@ def find_layers(model: GPT2, rank: int, targets: Sequence[str]) -> set[str]:
 def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
 ) -> tuple[dict[str, Factors], list[list[str]], float]:
-    """Approximate each layer's change by the nearest matrix of rank `rank`. Return the factors,
-    the rows of the table, and the share of the whole change's squared norm outside `layers`.
+    """Approximate each layer's change by the nearest matrix of rank `rank`. Return the factors, the
+    rows of the table to print, and the share of the whole change's squared norm that lies outside
+    `layers`.
     """
     factors = {}
     rows = []

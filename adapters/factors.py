@@ -27,7 +27,8 @@ NUMBER = re.compile(r"(\d+)")
 
 
 class Factors(NamedTuple):
-    """The factors of a weight's change B A: B (out, r), including the scaling, and A (r, in)."""
+    """The factors of a weight's change, which is B A. B (out, r) includes the scaling, and A is (r,
+    in)."""
 
     B: Tensor
     A: Tensor
@@ -78,7 +79,8 @@ def refuse_model(directory: Path) -> None:
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Return an adapter's factors. The keys are PEFT's layer names.
 
-    Raises UserError for DoRA, and for tensors other than A and B of the configured ranks.
+    Raises UserError for DoRA, and unless the file has exactly one A and one B per layer, each with
+    the rank that the config gives.
     """
     refuse_model(directory)
     path = directory / WEIGHTS

@@ -58,7 +58,8 @@ class Adapters:
             model.set_submodule(layer, self.layers[layer])
 
     def use(self, names: Sequence[str | None]) -> None:
-        """Use the adapter names[i] for row i of the next batches. Zeros pad lower ranks."""
+        """Use the adapter names[i] for row i of the next batches. Adapters of lower rank are padded
+        with zeros."""
         for layer, module in self.layers.items():
             weight = module.base_layer.weight  # (out, in)
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))

@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
 def number(
     kind: type[int] | type[float], low: float, high: float = 10**9, below: bool = False
 ) -> Callable[[str], Any]:
-    """Return an argparse type: an int or float from `low` to `high`, or below `high` if `below`."""
+    """Return an argparse type that accepts an int or float from `low` to `high`. With `below`,
+    `high` itself is refused."""
     what = "a whole number" if kind is int else "a number"
     limit = f"below {high:,}" if below else f"{high:,}"
 

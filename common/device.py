@@ -99,7 +99,8 @@ class Device:
 
     @property
     def rng(self) -> ModuleType:
-        """Return the torch module with this device's get_rng_state and set_rng_state."""
+        """Return the Python module (`torch`, `torch.cuda` or `torch.mps`) that has this device's
+        get_rng_state and set_rng_state."""
         modules = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
         return modules[self.torch_device.type]
 

@@ -23,7 +23,8 @@ class RunError(Exception):
 
 @contextmanager
 def as_failure(kind: type[Exception] = UserError) -> Iterator[None]:
-    """Turn a library's ValueError or OSError into `kind`, which ends a command with one line."""
+    """Turn a library's ValueError or OSError into an exception of class `kind`, which ends a
+    command with one line."""
     try:
         yield
     except ValueError as error:
@@ -39,7 +40,8 @@ ADVICE = (
     "--grad-accum or --gradient-checkpointing"
 )
 
-# These errors mean that the machine failed. An uncaught OSError with another number is a bug.
+# An OSError with one of these numbers means that the machine failed. An uncaught OSError with
+# another number is a bug.
 FULL_OR_BROKEN = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -86,7 +88,8 @@ def describe_failure(error: BaseException | None) -> str | None:
 
 
 def _with_file(error: OSError) -> str:
-    """Return the system's reason. If the error names a file, put the file's name first."""
+    """Return the operating system's message for the error. If the error names a file, put the
+    file's name first."""
     if not error.filename:
         return str(error.strerror or error)
     return f"{error.filename}: {error.strerror}"

@@ -1,8 +1,8 @@
 """Draw pictures with matplotlib, an optional dependency.
 
 A colour has the same meaning in every picture, and the colour-blind can tell all colours apart
-(tests/common/test_figures.py). Series that are not methods, such as ranks or precisions, get
-`shades` of a method's colour, or of OTHER.
+(tests/common/test_figures.py). If a series stands for something other than a method, such as a rank
+or a precision, its colour is one of the `shades` of a method's colour, or of OTHER.
 """
 
 import os
@@ -61,7 +61,8 @@ def can_draw() -> bool:
 
 def new_figure(size: tuple[float, float]) -> "Figure":
     """Return an empty figure of this width and height in inches, in this project's style."""
-    # `!python ...` in a notebook sets a backend that may be missing.
+    # A notebook passes its backend, by MPLBACKEND, to `!python ...`, where this backend may be
+    # missing.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib  # slow to import, and few commands draw
     from matplotlib.figure import Figure
@@ -104,7 +105,8 @@ def shade(colour: str, lightness: float) -> str:
 
 
 def scientific(number: float, position: object = None) -> str:
-    """Return a number of any size in the form 3e-4. matplotlib accepts this tick formatter."""
+    """Return a number of any size in the form 3e-4. matplotlib accepts this function as a tick
+    formatter."""
     digits, exponent = f"{number:e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
 

@@ -113,9 +113,9 @@ class Instructions:
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
     """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
 
-    Longer examples lose their beginning, and a message counts these examples. Empty lines are
-    skipped. Raises UserError, with the line's number, for a line that is not an example, and for an
-    example whose last completion alone is longer than a block.
+    Longer examples lose their beginning, and the number of these examples is printed. Empty lines
+    are skipped. Raises UserError, with the line's number, for a line that is not an example, and
+    for an example whose last completion alone is longer than a block.
     """
 
     def read(example: dict) -> np.ndarray:
@@ -150,8 +150,9 @@ def encode(
     mask of the scored tokens, and the number of bytes that each token covers.
 
     With `ask`, the text ends with "Assistant:", for the model to continue. Text between completions
-    is tokenized in one piece, because one token may cover the end of a name and the start of the
-    content. For example, the space after "User:" and the newline of an empty turn can be one token.
+    is tokenized in one piece, because one token may cover the end of a role's name and the start of
+    the content. For example, the space after "User:" and the newline of an empty turn can be one
+    token.
     """
     ids: list[int] = []
     scored: list[bool] = []

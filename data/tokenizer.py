@@ -218,7 +218,8 @@ def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Token
 
 
 def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
-    """Return eos_token of the settings, otherwise END_OF_TEXT if it is in the vocabulary."""
+    """Return the eos_token that the tokenizer's settings files name, otherwise END_OF_TEXT if it is
+    in the vocabulary."""
     for path in (source / SETTINGS, source / SPECIAL):
         if not path.exists():
             continue

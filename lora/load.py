@@ -25,7 +25,7 @@ def load_adapter(
 ) -> LoRAConfig:
     """Inject the adapter in `directory` into `model`. Return the config of the adapter.
 
-    Raises ValueError if the file records a hash of the base other than `base_sha256`.
+    Raises ValueError if the tensor file records a hash of the base that differs from `base_sha256`.
     Also raises ValueError if a tensor is missing, unexpected, not finite or of the wrong shape.
     After an error, the model is unchanged.
     """
@@ -73,7 +73,8 @@ def stored_base_fields(directory: str | Path) -> dict[str, Any]:
 
 
 def read_header(directory: str | Path) -> dict[str, str]:
-    """Return the fields that describe the base in the header of the adapter's tensor file."""
+    """Read the header of the adapter's tensor file, and return the fields that describe the
+    base."""
     header = read_metadata(Path(directory) / WEIGHTS)
     return {name: value for name, value in header.items() if name != "format"}
 

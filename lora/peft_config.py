@@ -32,7 +32,7 @@ IGNORED = {
 SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", None),
-    "bias": ("none", "lora_only"),  # old PEFT wrote "lora_only" but no bias
+    "bias": ("none", "lora_only"),  # PEFT's first versions wrote "lora_only", but saved no bias
     "use_rslora": (True, False),
     "fan_in_fan_out": (True, False),  # does not change how A and B are stored
     # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA are not supported, because PEFT changes W before it
@@ -95,7 +95,8 @@ def _number(field: str, value: Any, kind: Any, low: float, high: float) -> Any:
 
 
 def _items(stored: Mapping[str, Any], field: str, kind: type) -> tuple | None:
-    """Return a field, one value or a list of values, as a tuple, or None if the field is empty."""
+    """Return the values of a field as a tuple, or None if the field is empty. A field has one value
+    or a list of values."""
     value = stored.get(field)
     if value in (None, "", []):
         return None

@@ -1,4 +1,5 @@
-"""Describe how PEFT sees a model: the modules' names in PEFT, and PEFT's class around the model.
+"""Describe how PEFT sees a model: the modules' names in PEFT, and the PEFT class that wraps the
+model.
 
 PEFT sees our GPT-2 as transformers' GPT2LMHeadModel. There, `lm_head` is a module, all other
 modules are in `transformer`, and projections are stored as (in, out).
@@ -53,7 +54,8 @@ def _task_type(model: Any) -> str | None:
 
 
 def _is_our_gpt2(model: Any) -> bool:
-    """Return whether a model is our GPT-2: with `wte`, `h`, `ln_f`, `nn.Linear`s, and no head."""
+    """Return whether a model is our GPT-2. Our GPT-2 has `wte`, `h`, `ln_f` and `nn.Linear`s, but
+    no head."""
     names = {name for name, _ in model.named_children()}
     if not {"wte", "h", "ln_f"} <= names or names & {"transformer", "lm_head", "head"}:
         return False

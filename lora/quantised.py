@@ -28,8 +28,8 @@ def nf4_levels() -> Tensor:
     distribution, and lie close together where most weights lie (paper, section 3). The 8 levels
     above 0 are the quantiles of 8 evenly spaced probabilities between 0.968 (`tail`) and 1/2. The 7
     levels below 0 are the negated quantiles of 7 evenly spaced probabilities in this range. The
-    16th level is 0, the quantile of 1/2, so a weight of 0 stays 0. Finally, all levels are divided
-    by the largest level.
+    remaining level is 0, the quantile of 1/2, so a weight of 0 stays 0. Finally, all levels are
+    divided by the largest level.
 
     In equation 4 of the paper, a level is the mean of two neighbouring quantiles. In appendix E, in
     the authors' code and here, a level is a quantile. The quantile of 1 is infinite, so the
@@ -170,7 +170,8 @@ class _DequantisedLinear(torch.autograd.Function):
 class Int8Linear(QuantisedLinear):
     """W = codes * absmax / 127, with codes in -127 .. 127 and absmax = max |W_row| for each row.
 
-    Shapes: codes int8 (out, in), absmax fp32 (out,). A weight takes 8 + 32 / in bits.
+    Shapes: codes int8 (out, in), absmax fp32 (out,). Each weight takes 8 bits for its code, and 32
+    / in bits for its share of `absmax`.
     """
 
     kind = "int8"
@@ -194,8 +195,8 @@ class NF4Linear(QuantisedLinear):
     block has 64 consecutive weights of the flattened W.
 
     Shapes for n weights: codes uint8 (n / 64, 32), with two codes per byte. Double quantisation
-    stores absmax as 8-bit codes, uint8 (n / 64,), with second scales, fp32 (n / 64 / 256,), and one
-    mean. So a weight takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
+    stores absmax as 8-bit codes uint8 (n / 64,), second scales fp32 (n / 64 / 256,) and one mean.
+    So a weight takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits.
     """
 
     kind = "nf4"

@@ -35,9 +35,10 @@ def save_adapter(
 ) -> None:
     """Write the model's adapter as two files that PEFT can load. Each file is written atomically.
 
-    `base` and `revision` record the name of the base on the hub. `base_sha256` is the hash of
-    the base's weights file, which `load_adapter` can check. Raises ValueError for a model without
-    an adapter, for a layer that PEFT would misread, and for a tensor that is not finite.
+    `base` is the name of the base on the hub, and `revision` is the revision there. `base_sha256`
+    is the hash of the base's weights file, which `load_adapter` can check. Raises ValueError for a
+    model without an adapter, for a layer that PEFT would misread, and for a tensor that is not
+    finite.
     """
     model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps the model
     if not lora_layers(model):
@@ -56,7 +57,7 @@ def save_adapter(
 
 
 def base_fields(model: nn.Module, base: str, revision: str | None = None) -> dict[str, Any]:
-    """Return the fields of PEFT's file that describe the base."""
+    """Return the fields of `adapter_config.json` that describe the base."""
     view = peft_view(model)
     return {
         "task_type": view.task_type,
@@ -87,7 +88,7 @@ def write_adapter(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same directory. On success, rename the file to `path`."""
+    """Yield a temporary path in the directory of `path`. On success, rename the file to `path`."""
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
@@ -118,9 +119,9 @@ def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
     Usually the config is `model.lora_config`. In two cases, the config instead lists each layer's
-    full name, rank and alpha. First, PiSSA, LoRA-GA and slices such as `c_attn.q` are converted to
-    plain LoRA for the file. Second, in a mixture of experts, PEFT could apply a short target such
-    as `down_proj` to the experts too.
+    full name, rank and alpha. The first case is PiSSA, LoRA-GA and slices such as `c_attn.q`, which
+    the file stores as plain LoRA. The second case is a mixture of experts, where PEFT could apply a
+    short target such as `down_proj` to the experts too.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
     prefix = peft_view(model).prefix

@@ -70,7 +70,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
     """Find the modules that share a weight with another module, so that an update of one module
-    would change both. Return a dict from the full name of each module to a phrase that names both.
+    would change both. Return a dict from each module's full name to a phrase such as "the head is
+    tied to wte".
     """
     view = peft_view(model)
     sharing: dict[int, list[str]] = {}  # id of a weight -> modules
@@ -129,7 +130,7 @@ def _split_slice(target: str, fused: str | None) -> tuple[str, set[str]]:
 
 def _is_named(name: str, target: str, config: LoRAConfig) -> bool:
     """Return whether a target matches a full name. A regular expression must match all of the name.
-    Any other target must equal the name, or the end of the name after one of its dots.
+    Any other target must be the whole name, or a suffix of the name that begins after a dot.
     """
     if isinstance(config.target_modules, str):
         return re.fullmatch(target, name) is not None
@@ -183,7 +184,8 @@ def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> 
 
 
 def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
-    """Raise ValueError if a block of `layers_to_transform`, or a pattern, has no adapted layer."""
+    """Raise ValueError if a block of `layers_to_transform` has no adapted layer, or if a key of
+    `rank_pattern` or `alpha_pattern` matches no adapted layer."""
     missing = set(config.layers_to_transform or ()) - {_block(name, config) for name in found}
     if missing:
         raise ValueError(f"layer {min(missing)} has no target module")
@@ -210,7 +212,8 @@ def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Return whether a regular expression matches the name, or the rest of the name after a dot."""
+    """Return whether a regular expression matches the whole name, or a suffix of the name that
+    begins after a dot."""
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 

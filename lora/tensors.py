@@ -59,7 +59,8 @@ def tensor_bytes(key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors header. Raises ValueError for any other file."""
+    """Return the metadata of a safetensors header. Raises ValueError if the file is not a
+    safetensors file."""
     with readable(path), safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 

@@ -134,8 +134,9 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The language model, with random weights. `wte` is also the head.
 
-    Dropouts draw random numbers in the same order as in PEFT: embedding, and then in each block
-    c_attn's LoRA, attention weights, c_proj's LoRA, attention output, the MLP's LoRA, MLP output.
+    Dropouts draw random numbers in the same order as in PEFT. The embedding draws first. Then each
+    block draws for c_attn's LoRA, attention weights, c_proj's LoRA, attention output, the MLP's
+    LoRA, MLP output.
     """
 
     def __init__(self, config: GPT2Config):
@@ -177,7 +178,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
-        """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the norms (fp32).
+        """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the LayerNorms (fp32).
 
         Full fine-tuning trains the embeddings in fp32, but the saved model will be loaded in the
         autocast precision. So evaluation under autocast rounds the embeddings to this precision.

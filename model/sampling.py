@@ -39,9 +39,9 @@ def generate_rows(
     `generators` has one generator per row. Tokens that are True in `suppress_tokens`, bool (V,),
     are not drawn.
 
-    Keys and values of past tokens are cached. When the context is full, the older half is dropped
-    and the model reads the newer half again, because the cached keys and values depend on the
-    learned positions.
+    Keys and values of past tokens are cached. When the context is full, the older half is dropped.
+    The newer half gets new learned positions, so the model reads it again to replace the cached
+    keys and values.
 
     Raises RunError for logits that are not finite.
     """

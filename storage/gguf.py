@@ -21,7 +21,8 @@ SUFFIXES = (".weight", ".bias", ".weight.lora_a", ".weight.lora_b")
 
 
 def refuse_erf_gelu(config: GPT2Config, base: str) -> None:
-    """Raise UserError for a config that llama.cpp would load and compute differently."""
+    """Raise UserError for a config that llama.cpp would load without an error but compute
+    differently."""
     if config.activation_function == "gelu":
         raise UserError(
             f"{base}: config.json has activation_function gelu, but llama.cpp computes another "
@@ -143,7 +144,7 @@ def _add_tokenizer(
 
     own = tokenizer.files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
     template = chat_template or own
-    if isinstance(template, str):  # some settings list several templates
+    if isinstance(template, str):  # some tokenizer_config.json files contain a list of templates
         writer.add_chat_template(template)
 
 

@@ -1,4 +1,5 @@
-"""Name bases and write tokenizer files for transformers, PEFT and other tools."""
+"""Choose names for bases, and write tokenizer files, so that transformers, PEFT and other tools can
+use them."""
 
 import json
 import os
@@ -9,7 +10,7 @@ from common.files import atomic_path, display_path
 from data.tokenizer import FAST, SETTINGS, SPECIAL, TEMPLATE, Tokenizer
 from storage.hub import REPOSITORIES
 
-# Fields of tokenizer_config.json with paths. A path may contain a user's name.
+# Fields of tokenizer_config.json that contain paths. A path may contain a user's name.
 PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
@@ -56,7 +57,8 @@ def _settings(tokenizer: Tokenizer, longest: int) -> dict[str, Any]:
     for field in PATHS:
         settings.pop(field, None)
 
-    # transformers infers this class from config.json, which an adapter's directory lacks.
+    # transformers infers the tokenizer's class from config.json, which an adapter's directory
+    # lacks.
     fast = FAST in tokenizer.files
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if fast else "GPT2Tokenizer")
     settings["model_max_length"] = longest

@@ -32,8 +32,8 @@ GPT2_SHA256 = {
 }
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
-# Timeouts in seconds. A timeout applies to each of the hub's four addresses, so `auto` waits for at
-# most 4 seconds.
+# Timeouts in seconds. Each of the hub's four addresses gets the whole timeout, so `auto`, with 1
+# second, waits for at most 4 seconds.
 AUTO_SECONDS = 1
 NAMED_SECONDS = 10
 
@@ -84,7 +84,8 @@ def find_adapter(adapter: str) -> Path:
 
 
 def split_revision(base: str) -> tuple[str, str | None]:
-    """Split OWNER/NAME@REVISION into name and revision. Other bases have no revision."""
+    """Split OWNER/NAME@REVISION into name and revision. A base in any other form has no
+    revision."""
     match = REPOSITORY.fullmatch(base)
     if match is None or os.path.isdir(base):
         return base, None

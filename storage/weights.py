@@ -91,8 +91,8 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
             head = tensor
             continue
         name = key.removeprefix(prefix)
-        # Copy, because a memory-mapped file may be replaced. `empty_like` of a meta tensor would
-        # import sympy, which is slow.
+        # Copy, because a memory-mapped file may be replaced. `torch.empty` is used, because
+        # `empty_like` of a meta tensor would import sympy, which is slow.
         value = torch.empty(needed[name].shape, dtype=needed[name].dtype)
         if name == "wte.weight" and head is not None:
             if not torch.equal(head, tensor):

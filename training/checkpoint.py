@@ -49,7 +49,8 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        # Raise if the file cannot be opened, because its content may be intact.
+        # If the file cannot be opened, raise an error and do not use the previous checkpoint,
+        # because this file may be intact.
         open_file(path).close()
         try:
             state = _read(path)

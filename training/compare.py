@@ -74,7 +74,8 @@ def compare(paths: Sequence[Path]) -> None:
 
 
 def _measure(run: Mapping[str, Any]) -> str:
-    """Return a key for the base and the scored tokens. Runs with equal keys are comparable."""
+    """Return a string that identifies the base and the scored tokens. Runs with equal keys are
+    comparable."""
     names = ("quantise", "val_fraction", "block_size", "label_shift")
     options = [run["options"].get(name) for name in names]
     return str([run["base_sha256"], run["book_sha256"], options])

@@ -37,7 +37,8 @@ RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with th
 def refuse_used_directory(options: Options) -> None:
     """Raise UserError if `--out` contains a run, unless --resume or --overwrite is given.
 
-    Also refuse a directory with a model but no run, --resume without a run, and a path to a file.
+    Also refuse a directory that contains a model but no run, a directory without a run if --resume
+    is given, and a path to a file.
     """
     out = options.out
     if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises if a name is too long

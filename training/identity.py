@@ -46,7 +46,7 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
 
 
 def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
-    """Raise UserError if `then`, the identity stored in `path`, differs from `now`. The message
+    """Raise UserError if `now` differs from `then`, the identity stored in `path`. The message
     names the first difference.
     """
     try:

@@ -67,7 +67,8 @@ class Meter:
         self.began += seconds
 
     def count(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
-        """Count a step. `loss` is summed over the tokens. `grad_norm` is not clipped."""
+        """Count a step. `loss` is summed over the tokens. `grad_norm` is the norm before
+        clipping."""
         self.tokens += tokens
         self.unread.append((step, loss, grad_norm))
 

@@ -42,10 +42,10 @@ def load_base(options: Options, directory: Path, device: Device) -> GPT2:
 
 
 def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -> None:
-    """Freeze the base, and add a new adapter or `--init-adapter`.
+    """Freeze the base, and add a new adapter or the adapter given with `--init-adapter`.
 
-    Raises UserError if `--init-adapter` records the hash of another base. `base_sha256` contains
-    the hash of this base.
+    Raises UserError if the adapter given with `--init-adapter` records the hash of another base.
+    `base_sha256` contains the hash of this base.
     """
     if options.init_adapter:
         with as_failure():

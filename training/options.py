@@ -38,8 +38,8 @@ BEST = "best"
 # The defaults that a recipe sets. An explicit option wins.
 RECIPES: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    # `resolve` in training/recipe.py computes an `lr` of None. A `stride` of None becomes the block
-    # size, so that windows do not overlap.
+    # If `lr` is None, `resolve` in training/recipe.py computes the learning rate. A `stride` of
+    # None becomes the block size, so that windows do not overlap.
     BEST: {
         "target_modules": ("c_attn", "c_proj", "c_fc"),
         "lr": None,
@@ -144,7 +144,7 @@ class Options:
         number(int, 1),
         "split a batch into this many micro-batches, to save memory. Only dropout masks change",
     )
-    lr: float = option(  # None: `resolve` computes the rate, for the recipe `best`
+    lr: float = option(  # the recipe `best` sets None, and `resolve` then computes the rate
         3e-4,
         number(float, 1e-12, 10.0),
         "peak learning rate (default for lora: from the recipe; for full: 3e-05)",
@@ -300,7 +300,7 @@ def adapter_config(options: Options) -> LoRAConfig:
     """
     asked = {name: getattr(options, name) for name in LORA_FIELDS}
     if asked["init_lora_weights"] is None:
-        asked["init_lora_weights"] = True  # PEFT's value for LoRA without a variant
+        asked["init_lora_weights"] = True  # True is PEFT's value for LoRA without a variant
     try:
         return make_config(**asked)
     except ValueError as error:

@@ -1,4 +1,5 @@
-"""Train in parallel: `torchrun` starts several processes, the ranks, which share each batch.
+"""Train in parallel: `torchrun` starts several processes, which are called ranks and share each
+batch.
 
 Every rank has the whole model. A rank adds up the losses of its windows, and computes the gradient
 of this sum. The sum of these gradients over all ranks is the gradient of the whole batch. So the

@@ -40,10 +40,11 @@ def rate_factor(options: Options) -> float:
     """Return the best rate of this adapter, divided by the best rate of plain LoRA on all layers
     with alpha 16.
 
-    With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s r = 16, the best
-    rate is nearly the same for every rank. From s r = 2 to 128, the best rate falls about as
-    (s r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). Between the
-    measured values, this function uses these powers (docs/experiments.md, docs/variants.md).
+    With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s * r = 16, the best
+    rate is nearly the same for every rank. As s * r grows from 2 to 128, the best rate falls about
+    as (s * r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). The function
+    interpolates between the measured values with these two powers (docs/experiments.md,
+    docs/variants.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
@@ -79,7 +80,7 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
         with as_failure():
             stored = config_fields(load_adapter_config(options.init_adapter))
         filled |= {name: stored[name] for name in LORA_FIELDS}
-        filled["init_lora_weights"] = None  # A and B start as stored
+        filled["init_lora_weights"] = None  # A and B start with the initial adapter's values
     if options.method == "lora":
         filled["quantise"] = choose_quantisation(options.quantise, adapters)
     if options.init_lora_weights == "lora_ga" and device.precision == "fp16":
@@ -105,7 +106,8 @@ def recipe_rate(options: Options, training: Dataset) -> float:
 
 
 def count_steps(options: Options, windows: int) -> tuple[int, int]:
-    """Return the number of steps per epoch of `windows` windows, and the number of steps in all."""
+    """Return the number of steps in an epoch, which has `windows` windows, and the number of steps
+    in all."""
     per_epoch = math.ceil(windows / options.batch_size)
     total = options.epochs * per_epoch
     if options.max_steps:

@@ -95,7 +95,7 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
         return
     try:
         lines = read_metrics(options.out)
-    except UserError as error:  # the file was damaged before --resume
+    except UserError as error:  # metrics.jsonl was damaged before the run was resumed
         print(f"warning: {error}; loss.png is not drawn", file=sys.stderr)
         return
     steps = [line["step"] for line in lines]

@@ -1,4 +1,5 @@
-"""Keep a run safe: device, ranks, the lock on `--out`, checkpoints, signals, logs, the best model.
+"""Do what a run needs around the training step: device, ranks, the lock on `--out`, checkpoints,
+signals, logs, the best model.
 
 `train.py` contains the mathematics of a step. `Run.begin` receives from `train.py` the objects that
 a checkpoint must save.

@@ -21,7 +21,8 @@ from training.report import read_run
 
 
 def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:
-    """Map each run's directory to the arguments of train.py. Raises UserError as train.py does."""
+    """Map each run's directory to the arguments of train.py. Raises UserError for options that
+    train.py would refuse."""
     default = parse_options("-", [args.method, *others])
     planned = {}
     for values in product(args.lr or [default.lr], args.r or [None], args.seed or [default.seed]):

@@ -16,7 +16,8 @@ EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
 
 
 class Variant(NamedTuple):
-    """PEFT's field for a variant, the field's value in plain LoRA, and our two classes."""
+    """PEFT's field for a variant, the field's value in plain LoRA, and our classes for the config
+    and the layer."""
 
     field: str
     plain: bool

@@ -29,8 +29,9 @@ class LoRAGALinear(OffsetLinear):
     -lr * scaling * (G A0^T A0 + B0 B0^T G). With A0 = V[:, :r]^T (r, in) and B0 = U[:, r:2r]
     (out, r), the sum in parentheses is the best approximation of G with rank 2 r.
 
-    As in PEFT's default `lora_ga`, this B0 is multiplied by S[r:2r] out^(1/4) / sqrt(GAMMA). In
-    contrast, the authors' code multiplies both A0 and B0 by out^(1/4) / sqrt(GAMMA).
+    As in PEFT with the default `LoraGAConfig`, this B0 is multiplied by S[r:2r] out^(1/4) /
+    sqrt(GAMMA). In contrast, the authors' code multiplies both A0 and B0 by out^(1/4) /
+    sqrt(GAMMA).
 
     A new layer starts like plain LoRA. `start_at(*initial_factors(gradient))` then sets A0 and B0.
     """

@@ -20,7 +20,8 @@ def precondition(model: nn.Module) -> None:
     depends on R only through delta. Slices such as c_attn.q are preconditioned separately. Other
     gradients, such as the gradients of DoRA's magnitude vectors, stay unchanged.
 
-    The inverses are computed in fp64, because B^T B can be nearly singular. MPS has only fp32.
+    The inverses are computed in fp64, because B^T B can be nearly singular. On MPS, which lacks
+    fp64, the inverses are computed in fp32.
     """
     for layer in lora_layers(model).values():
         weight_b = next(layer.lora_B.parameters())  # (out, r), or n blocks (d, r)

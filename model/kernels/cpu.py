@@ -154,9 +154,9 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """Return an int8 mask and the scale 1 / (1 - p). Each element of the mask is 0 with probability
     p, otherwise -1.
 
-    Drawing is the bottleneck, so each random 64-bit word serves four elements, 16 bits each. An
-    element is kept if its 16 bits have one of `kept` values out of 2^16. So p is rounded to a
-    multiple of 2^-16.
+    Drawing is the bottleneck, so each random 64-bit word serves four elements, 16 bits each. `kept`
+    of the 2^16 values of 16 bits keep an element; the other values set it to 0. So p is rounded to
+    a multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)
     kept = min(max(1, kept), 2**16 - 1)

@@ -1,4 +1,4 @@
-"""The loss and the scores of a tied head on a CUDA GPU.
+"""The training loss and the token losses of a tied head on a CUDA GPU.
 
 This file differs from `model/kernels/loss.py` in two ways. First, rows of 0 extend the head to a
 multiple of 64 rows, because matmuls with an odd vocabulary such as GPT-2's 50,257 are slow. Second,
@@ -58,7 +58,7 @@ def head_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each chunk, yield the rows, the targets (n, 1) and log_softmax(logits), fp32 (n, W).
 
-    The log softmax is -inf in the columns of added rows.
+    The log softmax is -inf in the columns that belong to the rows added to the head.
     """
     bytes_a_token = 2 * 4 * len(w)  # the logits and the log softmax
     most = max(1, card_memory(h.device) // SHARE // bytes_a_token)

@@ -102,7 +102,7 @@ def set_kernels(model: GPT2, kernels: str) -> None:
 
     "plain" equals transformers bit for bit. For this purpose, "plain" also stores the frozen
     projections as (in, out), the layout of transformers. With another layout, a BLAS may sum in
-    another order. A and B, which have no bias, keep their layout.
+    another order. Layers without a bias, such as A and B, keep their layout.
     """
     if kernels == "fast":
         accelerate(model)

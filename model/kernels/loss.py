@@ -1,4 +1,5 @@
-"""The loss and the scores of a tied head. Logits, the largest tensor, are computed in chunks.
+"""The training loss and the token losses of a tied head. Logits are the largest tensor, so they are
+computed in chunks.
 
 This file is for a CPU or Apple's GPU. `model/kernels/cuda_loss.py` is for CUDA.
 
@@ -64,7 +65,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def chunk_size(vocab_size: int, logits: int) -> int:
-    """Return the number of tokens in a chunk, so that a chunk has at most `logits` logits."""
+    """Return the number of tokens in a chunk. The chunk's logits then have at most `logits`
+    elements."""
     size = max(1, logits // vocab_size)
     return size - size % TILE if size > TILE else size
 
@@ -82,7 +84,7 @@ def blocks(z: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def losses_of_logits(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses and hits of `token_losses`, (n,) each, from logits z (n, V)."""
+    """Return the two results of `token_losses`, (n,) each, from logits z (n, V)."""
     losses = []
     hits = []
     for rows, y in blocks(z, targets):
