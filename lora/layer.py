@@ -104,7 +104,7 @@ class LoRALinear(nn.Module):
         Only DoRA reads y.
         """
         small = self.lora_A(self.lora_dropout(x))  # (..., r)
-        if math.frexp(self.scaling)[0] == 0.5:  # a power of two scales exactly
+        if math.frexp(self.scaling)[0] == 0.5:  # a power of two: no rounding
             return self.lora_B(small * self.scaling)
         return self.lora_B(small) * self.scaling
 

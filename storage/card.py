@@ -65,7 +65,7 @@ QUANTISATION = {
     quantization_config=transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),""",
-    "int8": "",  # load fp32: unlike training, bitsandbytes would also round the inputs
+    "int8": "",  # the base loads in fp32, because bitsandbytes would also round the inputs
 }
 LOAD_MODEL = """\
 from transformers import pipeline
@@ -80,7 +80,9 @@ def save_card(directory: Path, text: str) -> None:
         print(f"{path}: is not replaced, because you have written or edited it")
         return
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")  # a name may not be UTF-8
+        temporary.write_text(
+            text, encoding="utf-8", errors="replace"
+        )  # a name can be other bytes
 
 
 def is_ours(path: Path) -> bool:

@@ -119,7 +119,8 @@ def _cached(name: str) -> Path | None:
     if (by_hand / CONFIG).exists() and find_weights(by_hand):
         return by_hand
     hub = _library()
-    for repository in (REPOSITORIES[name], name):  # transformers caches the short name, too
+    # transformers may have cached the base under its short name, such as gpt2.
+    for repository in (REPOSITORIES[name], name):
         config = hub.try_to_load_from_cache(repository, CONFIG, revision=_revision(name))
         if isinstance(config, str) and find_weights(Path(config).parent):
             return Path(config).parent

@@ -118,7 +118,7 @@ def _capture(
     # back to the caller's stream.
     here = torch.cuda.stream(torch.cuda.current_stream())
     try:
-        # Autocast must not cache a cast copy of a weight, because a replay would not update it.
+        # A replay would not update a cast weight in autocast's cache, so the cache is off.
         with here, device.autocast(cache_enabled=False):
             graphed = torch.cuda.make_graphed_callables(_Loss(model), (ids, ids.clone()))
     except Exception as error:  # after any error, train without a graph
@@ -127,5 +127,6 @@ def _capture(
 
 
 def _reason(error: Exception) -> str:
-    cause = error.__context__ or error  # the first error. Ending the capture raises a second
+    # After the first error, the end of the capture raises a second error.
+    cause = error.__context__ or error
     return first_line(cause) or type(cause).__name__

@@ -20,7 +20,7 @@ class Progress:
 
     step: int = 0
     base_val_loss: float = math.nan
-    start_val_loss: float = math.nan  # of the base, or of --init-adapter
+    start_val_loss: float = math.nan  # with the adapter of --init-adapter, if given
     best_val_loss: float = math.inf
     best_val_bits_per_byte: float = math.inf
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, it would keep the process group alive
+import torch.distributed.nn  # a later import would keep the process group alive
 from torch import Tensor, nn
 
 from common.errors import RunError, UserError, first_line
@@ -37,7 +37,8 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> "Ranks":
         """Read torchrun's environment. Without torchrun, this process is the only rank."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # RANK is not enough: a cluster may set it
+        # Without torchrun, a cluster may still set RANK.
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
         return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 

@@ -141,7 +141,8 @@ class Run:
         self.ranks.check_same(asdict(self.identity))
         if self.ranks.is_main:
             self.directory = RunDirectory(self.options.out)
-            refuse_used_directory(self.options)  # another run may have used --out meanwhile
+            # Check again, because another run may have used --out since the first check.
+            refuse_used_directory(self.options)
             self.finished = self._is_finished()
         self.finished = self.ranks.from_main(self.finished)
 
@@ -377,7 +378,8 @@ class Run:
 
     def _stop(self, number: int) -> None:
         """End the process with the exit status of the signal. The caller saves the run first."""
-        on_signals(signal.SIG_IGN)  # another signal while Python ends would change the status
+        # Another signal during Python's exit would change the exit status.
+        on_signals(signal.SIG_IGN)
         if self.directory:
             print(
                 f"stopped after step {self.step}; the same command with --resume continues",
