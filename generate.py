@@ -66,7 +66,7 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """For each prompt, print every heading, each followed by the prompt and a continuation. If
+    """For each prompt, print one text per heading: the heading, the prompt and a continuation. If
     there is only one heading, print each character as soon as its tokens are drawn.
     """
     alone = len(headings) == 1

@@ -83,9 +83,9 @@ def train_step(
             # By default (--kernels fast), `model.loss` is FastGPT2.loss in model/kernels/fast.py.
             loss = model.loss(run.device.to_device(inputs), run.device.to_device(targets))
         # `loss` is a sum over tokens, and is divided by the number of tokens in the whole batch. So
-        # the gradients of all micro-batches and ranks add up to the gradient of the mean loss.
-        # Small gradients would underflow in fp16. So the scaler multiplies the loss by a factor,
-        # and `unscale_` divides the gradients by this factor.
+        # the gradients of all micro-batches on all processes add up to the gradient of the mean
+        # loss. Small gradients would underflow in fp16. So the scaler multiplies the loss by a
+        # factor, and `unscale_` divides the gradients by this factor.
         scaler.scale(loss / batch.num_tokens).backward()
         total_loss += loss.detach()
     run.ranks.all_reduce_gradients(model, total_loss)  # also sums the loss

@@ -49,9 +49,9 @@ def score_questions(
 def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
     """Read a file of questions. Each choice becomes a whole answer, with an end-of-text token.
 
-    If a choice does not fit into a block, all choices of the question lose the same tokens at the
-    beginning of the prompt. Raises UserError, with the line's number, for a line that is not a
-    question, and for a choice that alone is longer than a block.
+    If a choice does not fit into a block, the beginning of the prompt is cut, by the same number of
+    tokens for all choices of the question. Raises UserError, with the line's number, for a line
+    that is not a question, and for a choice that alone is longer than a block.
     """
 
     def read(example: dict) -> Task:
@@ -86,8 +86,8 @@ def summary(
 ) -> dict[str, Any]:
     """Return the accuracy of the model, of guessing, and of always giving the commonest answer.
 
-    If all questions have the same choices, `confusion[i][j]` counts the questions where i is right
-    and the model chose j by the summed log p.
+    If all questions have the same choices, `confusion[i][j]` counts the questions whose right
+    choice is i and for which choice j has the largest summed log p.
     """
     answers = np.array([one.answer for one in questions])
     labels = questions[0].choices

@@ -27,8 +27,8 @@ def combine(
     """Return sum_i w_i B_i A_i for each layer, and the share of the squared norm that truncation
     keeps.
 
-    All layers get the same rank. This rank is the smallest of `rank` (if given), the highest rank
-    among the layers' sums, and the smallest dimension of a layer. A sum of a higher rank is
+    All layers get the same rank. This rank is the highest rank among the layers' sums, but at most
+    `rank` (if given) and at most the smallest dimension of a layer. A sum of a higher rank is
     truncated by SVD. A layer that an adapter lacks counts as zero. Raises UserError if the shapes
     of a layer differ.
     """

@@ -79,8 +79,8 @@ def refuse_model(directory: Path) -> None:
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Return an adapter's factors. The keys are PEFT's layer names.
 
-    Raises UserError for DoRA, and unless the file has exactly one A and one B per layer, each with
-    the rank that the config gives.
+    Raises UserError for DoRA. Also raises it unless the file has exactly one A and one B per layer,
+    each with the rank that the config gives.
     """
     refuse_model(directory)
     path = directory / WEIGHTS

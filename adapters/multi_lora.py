@@ -58,8 +58,8 @@ class Adapters:
             model.set_submodule(layer, self.layers[layer])
 
     def use(self, names: Sequence[str | None]) -> None:
-        """Use the adapter names[i] for row i of the next batches. Adapters of lower rank are padded
-        with zeros."""
+        """For row i of the next batches, use the adapter that is called names[i]. Adapters of lower
+        rank are padded with zeros."""
         for layer, module in self.layers.items():
             weight = module.base_layer.weight  # (out, in)
             nothing = Factors(torch.zeros(len(weight), 0), torch.zeros(0, weight.size(1)))
@@ -91,7 +91,8 @@ def load_several(
     dtype: torch.dtype,
     quantise: str | None,
 ) -> tuple[Loaded, Adapters]:
-    """Load a base and its adapters. With the base `auto`, the first adapter names the base."""
+    """Load a base and its adapters. If the base is `auto`, load the base that the first adapter
+    names."""
     named = {str(directory): find_adapter(str(directory)) for directory in directories}
     if base == "auto":
         base = named_base(named[str(directories[0])])

@@ -12,7 +12,7 @@ from lora.save import QUANTISED, WEIGHTS
 
 
 def recorded_quantisation(adapter: Path) -> str | None:
-    """Return the quantisation of the base that the adapter's file records, or None."""
+    """Return how the adapter's base was quantised, as the adapter's file records it, or None."""
     path = adapter / WEIGHTS
     if not path.exists():  # `load_adapter` reports the missing file
         return None

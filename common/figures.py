@@ -2,7 +2,7 @@
 
 A colour has the same meaning in every picture, and the colour-blind can tell all colours apart
 (tests/common/test_figures.py). If a series stands for something other than a method, such as a rank
-or a precision, its colour is one of the `shades` of a method's colour, or of OTHER.
+or a precision, its colour is one of the `shades` of a method's colour or of the colour OTHER.
 """
 
 import os
@@ -61,8 +61,8 @@ def can_draw() -> bool:
 
 def new_figure(size: tuple[float, float]) -> "Figure":
     """Return an empty figure of this width and height in inches, in this project's style."""
-    # A notebook passes its backend, by MPLBACKEND, to `!python ...`, where this backend may be
-    # missing.
+    # In a notebook, `!python ...` inherits MPLBACKEND, which names the notebook's backend. The
+    # command may lack this backend.
     os.environ["MPLBACKEND"] = "agg"
     import matplotlib  # slow to import, and few commands draw
     from matplotlib.figure import Figure

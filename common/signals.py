@@ -18,7 +18,7 @@ HANDLED = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     HANDLED.append(signal.SIGHUP)
 
-# The terminals among stdout and stderr, before any terminal is closed
+# Which of stdout and stderr are terminals when the command starts, while no terminal is closed yet
 TERMINALS = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
 
@@ -48,7 +48,8 @@ def leave_closed_terminals() -> None:
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """Exit without an exception, which an import or a destructor could swallow or print."""
+    """Exit at once, and raise no exception, because an import or a destructor could swallow or
+    print it."""
     for path in list(unfinished):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -37,7 +37,8 @@ def _parse(line: bytes) -> dict:
 
 
 def refuse_unknown(fields: dict, known: Collection[str], forms: str) -> None:
-    """Raise ValueError for a key that is not in `known`. The message quotes `forms`."""
+    """Raise ValueError for a key that is not in `known`. The message quotes `forms`, which
+    describes a valid example."""
     unknown = sorted(fields.keys() - known)
     if unknown:
         raise ValueError(f"has the unknown key {brief(unknown[0])}; an example has {forms}")

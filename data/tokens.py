@@ -27,7 +27,7 @@ class Tokens:
 
 
 def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
-    """Return the tokens of the books in this order, separated by end-of-text tokens.
+    """Return the tokens of the books in the given order, separated by end-of-text tokens.
 
     A directory means the `.txt` files in it, sorted by name. Raises UserError as `load_tokens`
     does, and for a directory without a `.txt` file.

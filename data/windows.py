@@ -15,7 +15,7 @@ InputsAndTargets = tuple[Tensor, Tensor]  # (B, T) int64 each, on the CPU
 
 
 class Dataset(Protocol):
-    """The interface of `Windows` and `Instructions` that training and evaluation use."""
+    """The members of `Windows` and `Instructions` that training and evaluation use."""
 
     def __len__(self) -> int: ...
 
@@ -28,7 +28,7 @@ class Dataset(Protocol):
         """Return all token ids. Their hash is part of a run's identity."""
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
-        """Return inputs and targets of the windows, or examples, with these indices (B,)."""
+        """Return inputs and targets of the items (windows or examples) with these indices (B,)."""
 
     def num_tokens(self, indices: np.ndarray) -> int:
         """Return the number of scored tokens in these windows."""
@@ -38,7 +38,8 @@ class Dataset(Protocol):
         """Return the number of UTF-8 bytes of text that `evaluation_batches` scores."""
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the order of an epoch, a permutation (N,) of the windows' indices."""
+        """Return the order in which an epoch reads the windows: a permutation (N,) of their
+        indices."""
 
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
         """Yield batches that score each token once."""
@@ -66,7 +67,8 @@ def split(items: Any, val_fraction: float) -> tuple:
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return an epoch's order of `count` windows, a permutation (count,) of the indices."""
+    """Return the order in which an epoch reads `count` windows: a permutation (count,) of their
+    indices."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -82,7 +84,7 @@ def check_block_size(block_size: int, config: GPT2Config) -> None:
 class Windows:
     """Windows of `block_size` inputs. A window starts every `stride` tokens of the text.
 
-    The input at position t of the text has the target at position t + label_shift.
+    The target of the input at position t of the text is the token at position t + label_shift.
     """
 
     tokens: np.ndarray

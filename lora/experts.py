@@ -11,8 +11,9 @@ from lora.layer import LoRAConfig
 from lora.targets import ALL_LINEAR
 
 # For each family of models: names of layers that PEFT mistakes for experts. If a target has such a
-# name, PEFT adapts a parameter of the mixture, such as the 3-D weight of the experts. PEFT does so
-# even if the target is a dense layer or a shared expert (`_MOE_TARGET_MODULE_MAPPING` in PEFT).
+# name, PEFT adapts a parameter of the mixture of experts instead, such as the experts' 3-D weight.
+# PEFT does so even if the target is a dense layer or a shared expert (`_MOE_TARGET_MODULE_MAPPING`
+# in PEFT).
 EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),

@@ -27,7 +27,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
-    """Make LoRA layers for a model, by module name. `install` puts the layers into the model."""
+    """Make the LoRA layers for a model, and return them by module name. `install` puts the layers
+    into the model."""
     prefix = peft_view(model).prefix  # PEFT puts this prefix before each name
     layers = {}
     for name, slices in find_targets(model, config).items():  # no slices: the whole layer

@@ -99,7 +99,7 @@ class LoRALinear(nn.Module):
         return (y + update).to(y.dtype)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the adapter's term, scaling * B A dropout(x), (..., out), to add to y = W x + b.
+        """Return scaling * B A dropout(x), (..., out). `forward` adds this term to y = W x + b.
 
         Only DoRA reads y.
         """

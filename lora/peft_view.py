@@ -35,7 +35,8 @@ GPT2_VIEW = PeftView(
 
 
 def peft_view(model: nn.Module) -> PeftView:
-    """Return PEFT's view of our GPT-2, of a model of transformers, or of any other module."""
+    """Return PEFT's view of our GPT-2, of a model from the transformers library, or of any other
+    module."""
     if hasattr(model, "can_generate"):
         return PeftView(task_type=_task_type(model))
     if _is_our_gpt2(model):

@@ -170,8 +170,8 @@ class _DequantisedLinear(torch.autograd.Function):
 class Int8Linear(QuantisedLinear):
     """W = codes * absmax / 127, with codes in -127 .. 127 and absmax = max |W_row| for each row.
 
-    Shapes: codes int8 (out, in), absmax fp32 (out,). Each weight takes 8 bits for its code, and 32
-    / in bits for its share of `absmax`.
+    Shapes: codes int8 (out, in), absmax fp32 (out,). Each weight takes 8 bits for its code, plus a
+    share of `absmax`: 32 bits divided by the row's length `in`.
     """
 
     kind = "int8"

@@ -29,8 +29,8 @@ def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
-    """Return the names of the layers to adapt, in module order, each with a set of slices. An empty
-    set means the whole layer.
+    """Return the names of the layers to adapt, in module order, each with the set of output slices
+    to adapt, such as {"q"}. An empty set means the whole layer.
 
     `target_modules` is "all-linear" (every linear layer except the head), a regular expression that
     must match a full name, or a list of full names and suffixes. For example, the suffix `c_proj`
@@ -69,9 +69,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Find the modules that share a weight with another module, so that an update of one module
-    would change both. Return a dict from each module's full name to a phrase such as "the head is
-    tied to wte".
+    """Find the modules that share a weight with another module. An update of one such module would
+    change both. Return a dict from each module's full name to a phrase such as "the head is tied to
+    wte".
     """
     view = peft_view(model)
     sharing: dict[int, list[str]] = {}  # id of a weight -> modules
@@ -106,7 +106,8 @@ def _all_linear(
 ) -> list[str]:
     """Return the full names of the layers that "all-linear" means in PEFT, except tied layers.
 
-    In models of transformers, PEFT leaves out the head, and counts Conv1D layers as linear.
+    In a model from the transformers library, PEFT leaves out the head, and counts Conv1D layers as
+    linear.
     """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head else None

@@ -135,8 +135,8 @@ class GPT2(nn.Module):
     """The language model, with random weights. `wte` is also the head.
 
     Dropouts draw random numbers in the same order as in PEFT. The embedding draws first. Then each
-    block draws for c_attn's LoRA, attention weights, c_proj's LoRA, attention output, the MLP's
-    LoRA, MLP output.
+    block draws in this order: LoRA of c_attn, attention weights, LoRA of c_proj, attention output,
+    LoRA of the MLP, and MLP output.
     """
 
     def __init__(self, config: GPT2Config):

@@ -40,8 +40,8 @@ def generate_rows(
     are not drawn.
 
     Keys and values of past tokens are cached. When the context is full, the older half is dropped.
-    The newer half gets new learned positions, so the model reads it again to replace the cached
-    keys and values.
+    The newer half moves to other positions, whose embeddings differ, so the model reads it again to
+    replace the cached keys and values.
 
     Raises RunError for logits that are not finite.
     """

@@ -82,11 +82,12 @@ def save_card(directory: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(
             text, encoding="utf-8", errors="replace"
-        )  # a name can be other bytes
+        )  # a file name in the text may contain bytes that are not UTF-8
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a command wrote this card, and the user has not deleted the MARK line."""
+    """Return whether this card still has the MARK line: a command of this project wrote the card,
+    and the user has not deleted the line."""
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 

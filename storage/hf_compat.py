@@ -15,7 +15,8 @@ PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def portable_name(base: str) -> str:
-    """Return a base's name for a file that may be published. A directory gets a `./` in front."""
+    """Return a base's name in a form that may stand in a published file. A directory gets a `./` in
+    front."""
     is_name = base == "mini" or base in REPOSITORIES
     if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
         return base
@@ -32,7 +33,7 @@ def stock_name(base: str) -> str:
 def save_tokenizer(
     tokenizer: Tokenizer, directory: Path, longest: int, chat_template: str | None = None
 ) -> None:
-    """Write the base's tokenizer files, with settings completed for transformers.
+    """Write the base's tokenizer files, and add the settings that transformers needs.
 
     `longest` is the model's context, in tokens. `chat_template` replaces the base's template. An
     existing file is kept.

@@ -32,8 +32,8 @@ GPT2_SHA256 = {
 }
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
-# Timeouts in seconds. Each of the hub's four addresses gets the whole timeout, so `auto`, with 1
-# second, waits for at most 4 seconds.
+# Timeouts in seconds. Each of the hub's four addresses gets the whole timeout. The timeout of
+# `auto` is 1 second, so `auto` waits for at most 4 seconds.
 AUTO_SECONDS = 1
 NAMED_SECONDS = 10
 
@@ -41,10 +41,10 @@ NAMED_SECONDS = 10
 def find_base(base: str) -> tuple[str, Path]:
     """Return the name and the directory of a base.
 
-    `base` is a directory, one of HUB_NAMES, `mini`, `auto`, or a repository OWNER/NAME[@REVISION].
-    `auto` is gpt2 if gpt2 is cached or can be downloaded, and mini otherwise. This choice and
-    its reason are printed. A name such as `gpt2` wins over a directory with this name. A directory
-    wins over a repository. Raises UserError for a base that is not available.
+    `base` is `auto`, `mini`, one of HUB_NAMES, a directory, or a repository OWNER/NAME[@REVISION].
+    `auto` is gpt2 if gpt2 is cached or can be downloaded, and mini otherwise. This choice and its
+    reason are printed. A name such as `gpt2` wins over a directory with this name. A directory wins
+    over a repository. Raises UserError for a base that is not available.
     """
     if base == "auto":
         return _gpt2_or_mini()

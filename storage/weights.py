@@ -48,9 +48,10 @@ def load_gpt2(
 ) -> GPT2:
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
-    Linear layers and embeddings are read in `dtype` and norms in fp32, as `Device.cast_frozen`
-    casts a frozen model. The whole model is never in memory in fp32. With `quantise`, each linear
-    layer is read in fp32 and replaced by `quantise(layer)` before the next layer is read.
+    Linear layers and embeddings are read in `dtype`. Norms are read in fp32. `Device.cast_frozen`
+    casts a frozen model in the same way. The whole model is never in memory in fp32. With
+    `quantise`, each linear layer is read in fp32 and replaced by `quantise(layer)` before the next
+    layer is read.
 
     Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
     type, and for a config field that asks for another architecture.
@@ -61,7 +62,7 @@ def load_gpt2(
     rounded = nn.Embedding if quantise else nn.Linear | nn.Embedding
     for module in model.modules():
         if isinstance(module, rounded):
-            module.to(dtype)  # on meta: sets the dtype, without data
+            module.to(dtype)  # on the meta device, so this sets only the dtype
 
     model.eval()
     for name, value in read_parameters(weights_path(directory), dict(model.named_parameters())):
@@ -87,7 +88,7 @@ def read_parameters(path: Path, needed: Mapping[str, Tensor]) -> Iterator[tuple[
 
     head = None
     for key, tensor in read_tensors(path, shapes, unread=masks):
-        if key == HEAD:  # comes first, because `shapes` lists HEAD first
+        if key == HEAD:  # the head comes first, because `shapes` lists it first
             head = tensor
             continue
         name = key.removeprefix(prefix)

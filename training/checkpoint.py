@@ -49,8 +49,8 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     for path in (out / CHECKPOINT, out / PREVIOUS):
         if not os.path.lexists(path):
             continue
-        # If the file cannot be opened, raise an error and do not use the previous checkpoint,
-        # because this file may be intact.
+        # If a checkpoint cannot be opened, raise an error. It may be intact, so the previous
+        # checkpoint must not replace it.
         open_file(path).close()
         try:
             state = _read(path)

@@ -74,7 +74,7 @@ def compare(paths: Sequence[Path]) -> None:
 
 
 def _measure(run: Mapping[str, Any]) -> str:
-    """Return a string that identifies the base and the scored tokens. Runs with equal keys are
+    """Return a string that identifies the base and the scored tokens. Runs with equal strings are
     comparable."""
     names = ("quantise", "val_fraction", "block_size", "label_shift")
     options = [run["options"].get(name) for name in names]

@@ -28,8 +28,8 @@ MODEL_FILES = (
 )
 # All files that a run writes, except the model card, which the user may have edited. `--overwrite`
 # removes these files in this order. run.json is removed first, so that a half-removed run does not
-# count as finished. metrics.jsonl is emptied last, so that until then a second `--overwrite` or
-# `--resume` accepts the directory.
+# count as finished. metrics.jsonl is emptied last. If the removal is interrupted before that, a
+# second `--overwrite` or `--resume` still accepts the directory.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
 RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with these names
 
@@ -37,8 +37,8 @@ RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with th
 def refuse_used_directory(options: Options) -> None:
     """Raise UserError if `--out` contains a run, unless --resume or --overwrite is given.
 
-    Also refuse a directory that contains a model but no run, a directory without a run if --resume
-    is given, and a path to a file.
+    Also refuse a path to a file, and a directory that contains a model but no run. With --resume,
+    also refuse a directory without a run.
     """
     out = options.out
     if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises if a name is too long

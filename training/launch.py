@@ -118,7 +118,8 @@ def _capture(
     # back to the caller's stream.
     here = torch.cuda.stream(torch.cuda.current_stream())
     try:
-        # A replay would not update a cast weight in autocast's cache, so the cache is off.
+        # Autocast caches weights after casting them. A replay would not update this cache, so it is
+        # off.
         with here, device.autocast(cache_enabled=False):
             graphed = torch.cuda.make_graphed_callables(_Loss(model), (ids, ids.clone()))
     except Exception as error:  # after any error, train without a graph

@@ -280,7 +280,8 @@ class Options:
 
 
 def _as_text(value: object) -> str:
-    """Return a path or an interval as text, for a file that may be published."""
+    """Return a path or an `Interval` as text. The text may be published, so a path must not be
+    absolute."""
     return display_path(value) if isinstance(value, Path) else str(value)
 
 

@@ -149,7 +149,8 @@ class Ranks:
         self.all_reduce(loss, *(p.grad for p in trained if p.grad is not None))
 
     def max_over_ranks(self, *values: int) -> list[int]:
-        """Return the maximum of each number over the ranks, without waiting for a GPU."""
+        """Return the maximum of each number over the ranks. The numbers stay on the CPU, so no rank
+        waits for a GPU."""
         if self.world_size == 1:
             return list(values)
         shared = torch.tensor(values)

@@ -1,4 +1,4 @@
-"""Fill in missing options: precision, learning rate, and the fields of an initial adapter."""
+"""Fill in missing options: precision, learning rate, and LoRA options from an initial adapter."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from lora.variants import config_fields
 from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options, adapter_config
 
-RATES = (5e-4, 8e-3)  # the lowest and the highest best learning rate that was measured
+RATES = (5e-4, 8e-3)  # the smallest and the largest of the measured best learning rates
 # The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/variants.md)
 PISSA = 1 / 4
 FREEZE_A = 2.0
@@ -42,9 +42,9 @@ def rate_factor(options: Options) -> float:
 
     With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s * r = 16, the best
     rate is nearly the same for every rank. As s * r grows from 2 to 128, the best rate falls about
-    as (s * r)^(-2/3). LoRA+ at ratio 16 divides the best rate of A by 8 = 16^(3/4). The function
-    interpolates between the measured values with these two powers (docs/experiments.md,
-    docs/variants.md).
+    as (s * r)^(-2/3). With LoRA+ at ratio 16, the best rate of A is 8 times lower, and 8 =
+    16^(3/4). Between the measured values, the function interpolates with these two power laws, in s
+    * r and in LoRA+'s ratio (docs/experiments.md, docs/variants.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
@@ -60,7 +60,7 @@ def rate_factor(options: Options) -> float:
 
 def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
     """Return whether the targets name only one layer of a block, or slices of that layer. For
-    example, `c_proj` names two layers.
+    `c_proj` the answer is False, because it names two layers.
     """
     if isinstance(targets, str):  # all-linear
         return False

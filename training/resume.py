@@ -100,7 +100,8 @@ class Saver:
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
         """Restore this rank's random generator, unless the number of ranks or the type of device
-        has changed. Warn about each difference that may change the last bits of the result.
+        has changed. Warn about each property of the machine that has changed since the checkpoint,
+        because it may change the last bits of the result.
         """
         now = self._machine()
         for name, value in now.items():

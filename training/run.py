@@ -233,7 +233,8 @@ class Run:
         return self.progress.step
 
     def steps(self, training: Dataset) -> Iterator[Batch]:
-        """Yield the batch of each remaining step. After the step, log, save and stop when due.
+        """Yield the batch of each remaining step. After each step, do what is due: log, save or
+        stop.
 
         After a signal, the step ends, a checkpoint is saved, and the process exits.
         """

@@ -17,7 +17,7 @@ class PiSSAConfig(LoRAConfig):
 
 
 class PiSSALinear(OffsetLinear):
-    """`OffsetLinear` started at W's largest singular vectors (Meng et al. 2024,
+    """An `OffsetLinear` whose A and B start from W's largest singular vectors (Meng et al. 2024,
     https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
     With W = U S V^T and root = sqrt(S[:r] / scaling), the start is B0 = U[:, :r] root (out, r) and

@@ -16,9 +16,10 @@ class SlicedLoRALinear(LoRALinear):
     """y_i = W_i x + b_i + scaling * B_i A_i dropout(x) for each of n slices of width d = out / 3,
     as in the paper's experiments (Hu et al. 2021, 4.2) and in loralib's MergedLinear.
 
-    Shapes: A_i (r, in), B_i (d, r). The layer equals, and is saved as, plain LoRA of rank n r and
-    equal scaling. The A of this LoRA stacks all A_i. B (3 d, n r) contains each B_i as a block: in
-    the d rows of slice i, and in r columns that no other block uses. B is zero elsewhere.
+    Shapes: A_i (r, in), B_i (d, r). The layer equals plain LoRA of rank n * r with the same
+    scaling, and is saved as such. The A of this LoRA stacks all A_i. B (3 d, n r) contains each B_i
+    as a block: in the d rows of slice i, and in r columns that no other block uses. B is zero
+    elsewhere.
     """
 
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: Collection[str]):

@@ -6,8 +6,8 @@ from lora.layer import LoRAConfig
 
 
 def stacked(config: LoRAConfig, n: int) -> LoRAConfig:
-    """Return the config of one adapter of rank n * r that stacks n adapters, with the same
-    scaling.
+    """Return the config of one adapter that stacks n adapters with this config. Its rank is n * r,
+    and its scaling is the scaling of this config.
     """
     alpha_factor = math.sqrt(n) if config.use_rslora else n
     return LoRAConfig(

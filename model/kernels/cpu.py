@@ -13,8 +13,8 @@ from torch import Tensor
 
 # If a side of the weight is smaller than this number, as in A and B, oneDNN is not faster.
 NARROW = 64
-# Up to this number of tokens, attention in low precision is faster with the whole (T, T) matrix
-# than in PyTorch's fused kernel.
+# For at most this many tokens, attention in low precision is faster when it computes the whole (T,
+# T) matrix than when it calls PyTorch's fused kernel.
 LONGEST_MATRIX = 256
 IDENTITY = 16  # the width of the identity matrix in `_onednn_gelu`
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
@@ -89,7 +89,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b for a (N, S), b (S, T). In bf16, oneDNN is slower than PyTorch's `@`."""
+    """Return a @ b for a (N, S), b (S, T). In bf16, use PyTorch's `@`, because oneDNN is slower."""
     if a.dtype == torch.float32:
         return linear(a, b.T)
     return a @ b
@@ -154,9 +154,9 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """Return an int8 mask and the scale 1 / (1 - p). Each element of the mask is 0 with probability
     p, otherwise -1.
 
-    Drawing is the bottleneck, so each random 64-bit word serves four elements, 16 bits each. `kept`
-    of the 2^16 values of 16 bits keep an element; the other values set it to 0. So p is rounded to
-    a multiple of 2^-16.
+    Drawing is the bottleneck, so each random 64-bit word serves four elements, 16 bits each. An
+    element has one of 2^16 random values. It is kept for the lowest `kept` of these values, and set
+    to 0 for the others. So p is rounded to a multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)
     kept = min(max(1, kept), 2**16 - 1)

@@ -30,7 +30,8 @@ def aligned(rows: int) -> int:
 def aligned_head(weight: Tensor) -> Tensor:
     """Return the weight (V, C) padded with rows of zeros to (W, C), where W is `aligned(V)`.
 
-    The first call moves the weight to memory with room for these rows. So later calls copy nothing.
+    The first call copies the weight into a larger buffer, which has room for these rows. So later
+    calls copy nothing.
     """
     rows = aligned(len(weight))
     size = weight.size(1)
@@ -42,7 +43,8 @@ def aligned_head(weight: Tensor) -> Tensor:
 
 
 def card_memory(device: torch.device) -> int:
-    """Return the card's total memory in bytes. The free memory differs from run to run."""
+    """Return the card's total memory in bytes. The free memory would not do, because it differs
+    from run to run."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
