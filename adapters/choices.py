@@ -68,7 +68,7 @@ def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:
 
 @torch.no_grad()
 def score_choices(model: GPT2, task: Task, device: Device) -> tuple[Tensor, Tensor]:
-    """Return the log p of each choice, and the number of tokens of each choice, (choices,) each.
+    """Return two tensors (choices,): the log p of each choice, and its number of tokens.
 
     The log p of a choice is the sum over its tokens, in fp64.
     """
@@ -86,8 +86,8 @@ def summary(
 ) -> dict[str, Any]:
     """Return the accuracy of the model, of guessing, and of always giving the commonest answer.
 
-    If all questions have the same choices, `confusion[i][j]` counts the questions whose right
-    choice is i and for which choice j has the largest summed log p.
+    If all questions have the same choices, `confusion[i][j]` counts the questions with right choice
+    i where choice j has the largest summed log p.
     """
     answers = np.array([one.answer for one in questions])
     labels = questions[0].choices

@@ -28,9 +28,9 @@ def combine(
     keeps.
 
     All layers get the same rank. This rank is the highest rank among the layers' sums, but at most
-    `rank` (if given) and at most the smallest dimension of a layer. A sum of a higher rank is
-    truncated by SVD. A layer that an adapter lacks counts as zero. Raises UserError if the shapes
-    of a layer differ.
+    `rank` (if given), and at most the smallest `in` or `out` among all layers. A sum of a higher
+    rank is truncated by SVD. A layer that an adapter lacks counts as zero. Raises UserError if the
+    shapes of a layer differ.
     """
     layers = dict.fromkeys(layer for adapter in adapters for layer in adapter)
     total = {layer: _sum_of(layer, adapters, weights) for layer in layers}

@@ -55,8 +55,8 @@ def extract(
     changes: Iterable[tuple[str, Tensor]], layers: Collection[str], rank: int
 ) -> tuple[dict[str, Factors], list[list[str]], float]:
     """Approximate each layer's change by the nearest matrix of rank `rank`. Return the factors, the
-    rows of the table to print, and the share of the whole change's squared norm that lies outside
-    `layers`.
+    rows of the table to print, and the share of the change that lies outside `layers`, by squared
+    norm.
     """
     factors = {}
     rows = []

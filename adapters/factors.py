@@ -1,4 +1,4 @@
-"""Read and write an adapter without the base, as two factors per layer: scaling * B and A.
+"""Read and write an adapter without the base, as two factors per layer: A, and B times the scaling.
 
 Both factors are in fp64, so that a result is rounded only once, when the result is written.
 """
@@ -90,7 +90,7 @@ def read_factors(directory: Path) -> dict[str, Factors]:
     shapes = read_shapes(path)
     configs = {layer: layer_config(config, layer) for layer in _layer_names(path, shapes)}
 
-    wanted = {}  # shapes: r from the config, in_features and out_features from the file
+    wanted = {}  # shapes: the config gives r, the file gives in_features and out_features
     for layer, own in configs.items():
         a_key, b_key = _keys(layer)
         wanted[a_key] = [own.r, *shapes[a_key][1:]]

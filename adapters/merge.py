@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def load_merged(
     base: str, adapter: Path | None, dtype: torch.dtype, quantise: str | None
 ) -> Loaded:
-    """Load a base in fp32 with the adapter merged. Print the update's rounding error in `dtype`."""
+    """Load a base in fp32 with the adapter merged. Print by how much rounding to `dtype` changes
+    the update."""
     loaded = load_model(base, adapter, quantise=quantise)
     dequantise(loaded.model)  # the adapter was trained on the dequantised weights
     merge(loaded.model)

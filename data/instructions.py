@@ -150,8 +150,8 @@ def encode(
     mask of the scored tokens, and the number of bytes that each token covers.
 
     With `ask`, the text ends with "Assistant:", for the model to continue. Text between completions
-    is tokenized in one piece, because one token may cover the end of a role's name and the start of
-    the content. For example, the space after "User:" and the newline of an empty turn can be one
+    is tokenized in one piece, because one token may span the end of "User: " and the start of the
+    content. For example, if a turn is empty, the space after "User:" and the newline can be one
     token.
     """
     ids: list[int] = []

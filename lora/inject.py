@@ -19,7 +19,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
     The config is stored as `model.lora_config`. The class of the config selects the variant of
     LoRA. Raises ValueError if a target, rank or variant does not fit the model, or if the model
     already has an adapter. After an error, the model is unchanged. Warns if "all-linear" leaves out
-    experts, or if `save_adapter` will refuse the adapter.
+    the experts of a mixture of experts, or if `save_adapter` will refuse the adapter.
     """
     layers = new_layers(model, config)
     warn_about_experts(model, config, layers)

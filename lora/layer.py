@@ -64,8 +64,9 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.merged = False
         self.lora_dropout = nn.Dropout(config.lora_dropout)
-        # The random numbers of A and B are drawn on the CPU, in PEFT's order: for A, for B, and for
-        # A a second time. So a seed gives the same A as in PEFT, on any device.
+        # The random numbers of A and B are drawn on the CPU, in PEFT's order: `nn.Linear` draws A,
+        # then B, and Kaiming's initialisation draws A again. So a seed gives the same A as in PEFT,
+        # on any device.
         self.lora_A = nn.Linear(fan_in, config.r, bias=False, dtype=torch.float32)
         self.lora_B = nn.Linear(config.r, fan_out, bias=False, dtype=torch.float32)
         # With a = sqrt(5), Kaiming's bound sqrt(6 / (1 + a^2) / in) is 1 / sqrt(in).

@@ -83,13 +83,13 @@ def scaled_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def quantise_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Quantise positive scales (n,) to 8 bits each (paper, section 3, Double Quantization).
 
-    Return three tensors: the codes, uint8 (n,), a second scale in fp32 for each block of 256
-    scales, and the mean of all scales. The mean is subtracted before quantising, because the levels
-    lie on both sides of 0.
+    Return three tensors: the uint8 codes (n,), one second scale in fp32 per block of 256 scales,
+    and the mean of all scales. The mean is subtracted before quantising, because the levels lie on
+    both sides of 0.
     """
     mean = absmax.mean()
     x, scales = scaled_blocks(absmax - mean, SCALE_BLOCK)
-    # Round x to 2^16 values, as bitsandbytes' CPU kernel does.
+    # Round each x to one of 2^16 evenly spaced values, as bitsandbytes' CPU kernel does.
     x = torch.floor((x + 1) * 32767.5 + 0.5) / 32767.5 - 1
     codes = nearest(x, scale_levels())
     return codes.flatten()[: len(absmax)], scales, mean
@@ -248,8 +248,8 @@ def quantise(
     """Quantise linear layers of a model. `kind` is "nf4" or "int8". `target_modules` names the
     layers, as in `LoRAConfig`. By default, all linear layers except the head are quantised.
 
-    Raises ValueError for an unknown kind, for targets that do not fit, and for a layer whose
-    forward is not W x + b. After an error, the model is unchanged.
+    Raises ValueError for an unknown kind, for targets that `find_targets` refuses, and for a layer
+    whose forward is not W x + b. After an error, the model is unchanged.
     """
     if kind not in LAYERS:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(LAYERS)}")

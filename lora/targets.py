@@ -89,8 +89,8 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:
-    """Return the target names, or a tuple of one regular expression. Raises ValueError for
-    combinations of fields that PEFT refuses.
+    """Return the target names as a tuple. If the target is a regular expression, the tuple contains
+    only this expression. Raises ValueError for combinations of fields that PEFT refuses.
     """
     if config.layers_pattern and not config.layers_to_transform:
         raise ValueError("layers_pattern needs layers_to_transform, as in PEFT")

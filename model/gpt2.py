@@ -181,7 +181,8 @@ class GPT2(nn.Module):
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the LayerNorms (fp32).
 
         Full fine-tuning trains the embeddings in fp32, but the saved model will be loaded in the
-        autocast precision. So evaluation under autocast rounds the embeddings to this precision.
+        autocast precision. So evaluation under autocast rounds the embeddings to this precision, to
+        measure the model as it will be loaded.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)

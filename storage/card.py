@@ -118,7 +118,7 @@ def merge_card(name: str, base: str, quantise: str | None, adapter: bool) -> str
 
 
 def _base_name(base: str, quantise: str | None) -> str:
-    """Return the base as a sentence names it, such as "openai-community/gpt2 in NF4"."""
+    """Return the base's name for use in a sentence, such as "openai-community/gpt2 in NF4"."""
     if quantise:
         return f"{stock_name(base)} in {quantise.upper()}"
     return stock_name(base)

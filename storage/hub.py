@@ -32,8 +32,9 @@ GPT2_SHA256 = {
 }
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE)
-# Timeouts in seconds. Each of the hub's four addresses gets the whole timeout. The timeout of
-# `auto` is 1 second, so `auto` waits for at most 4 seconds.
+# Timeouts in seconds. The hub's host name has four IP addresses, and a request that tries all four
+# gives each of them the whole timeout. The timeout of `auto` is 1 second, so `auto` waits for at
+# most 4 seconds.
 AUTO_SECONDS = 1
 NAMED_SECONDS = 10
 
@@ -93,7 +94,8 @@ def split_revision(base: str) -> tuple[str, str | None]:
 
 
 def _as_repository(name: str) -> re.Match | None:
-    """Match OWNER/NAME[@REVISION]. Return None if the path or its parent directory exists."""
+    """Match OWNER/NAME[@REVISION]. Return None if `name` or its parent directory exists as a path,
+    or if `name` does not match."""
     if os.path.exists(name) or os.path.isdir(os.path.dirname(name)):
         return None
     return REPOSITORY.fullmatch(name)

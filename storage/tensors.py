@@ -43,7 +43,8 @@ def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-        # Reopen the file for each tensor, because pages stay in memory until the file is closed.
+        # Reopen the file for each tensor, because memory-mapped pages stay in memory until the file
+        # is closed.
         return shapes, lambda key: safe_open(path, framework="pt").get_tensor(key)
 
     mapped = zipfile.is_zipfile(path)  # tensors are read when they are used

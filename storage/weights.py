@@ -1,9 +1,9 @@
 """Read GPT-2 directories in all layouts of Hugging Face. Write the layout of transformers.
 
-Files on the hub name tensors `h.0.ln_1.weight` and contain the causal masks. transformers writes
-`transformer.h.0.ln_1.weight`, with or without a copy of the tied head. All layouts store the
-weights of the four linear layers of a block in the shape (in, out), as Conv1D does. In this
-project, these weights have the shape (out, in), as in `nn.Linear`.
+In files on the hub, a tensor is called `h.0.ln_1.weight`, and the causal masks are included.
+transformers calls it `transformer.h.0.ln_1.weight`, and writes a copy of the tied head or none. All
+layouts store the weights of the four linear layers of a block in the shape (in, out), as Conv1D
+does. In this project, these weights have the shape (out, in), as in `nn.Linear`.
 """
 
 import dataclasses

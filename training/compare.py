@@ -39,7 +39,8 @@ PANELS = {
 
 
 class Entry(NamedTuple):
-    """A row of a comparison: a finished run or a base. A base has fewer numbers than a run."""
+    """A row of a comparison: a finished run or a base. For a base, `numbers` has fewer keys than
+    for a run."""
 
     name: str
     method: str  # or "base"

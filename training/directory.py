@@ -28,10 +28,11 @@ MODEL_FILES = (
 )
 # All files that a run writes, except the model card, which the user may have edited. `--overwrite`
 # removes these files in this order. run.json is removed first, so that a half-removed run does not
-# count as finished. metrics.jsonl is emptied last. If the removal is interrupted before that, a
-# second `--overwrite` or `--resume` still accepts the directory.
+# count as finished. metrics.jsonl is emptied last. If the removal is interrupted before
+# metrics.jsonl is emptied, the directory still counts as a run, so it is accepted with
+# `--overwrite` or `--resume`.
 RUN_FILES = (RUN, CHECKPOINT, PREVIOUS, "loss.png", *MODEL_FILES, METRICS)
-RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # only runs write files with these names
+RUN_ONLY = {RUN, CHECKPOINT, PREVIOUS, METRICS}  # files with these names come only from runs
 
 
 def refuse_used_directory(options: Options) -> None:

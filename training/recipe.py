@@ -42,9 +42,10 @@ def rate_factor(options: Options) -> float:
 
     With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s * r = 16, the best
     rate is nearly the same for every rank. As s * r grows from 2 to 128, the best rate falls about
-    as (s * r)^(-2/3). With LoRA+ at ratio 16, the best rate of A is 8 times lower, and 8 =
-    16^(3/4). Between the measured values, the function interpolates with these two power laws, in s
-    * r and in LoRA+'s ratio (docs/experiments.md, docs/variants.md).
+    as (s * r)^(-2/3). With LoRA+ at ratio 16, the best rate of A is 8 times lower, so the function
+    takes ratio^(3/4) as the divisor (16^(3/4) = 8). Between the measured values, the function
+    interpolates with these two power laws, in s * r and in LoRA+'s ratio (docs/experiments.md,
+    docs/variants.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
@@ -106,8 +107,7 @@ def recipe_rate(options: Options, training: Dataset) -> float:
 
 
 def count_steps(options: Options, windows: int) -> tuple[int, int]:
-    """Return the number of steps in an epoch, which has `windows` windows, and the number of steps
-    in all."""
+    """Return the number of steps per epoch and in the whole run. An epoch has `windows` windows."""
     per_epoch = math.ceil(windows / options.batch_size)
     total = options.epochs * per_epoch
     if options.max_steps:

@@ -16,8 +16,8 @@ GAMMA = 16  # as in the paper and in PEFT. A larger value gives a smaller B0
 
 @dataclass(frozen=True)
 class LoRAGAConfig(LoRAConfig):
-    """LoRA's hyper-parameters, and `init_lora_weights`, the field by which PEFT's config selects
-    LoRA-GA."""
+    """LoRA's hyper-parameters, and the field by which PEFT's config selects LoRA-GA
+    (`init_lora_weights`)."""
 
     init_lora_weights: str = "lora_ga"
 

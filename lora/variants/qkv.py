@@ -18,7 +18,7 @@ class SlicedLoRALinear(LoRALinear):
 
     Shapes: A_i (r, in), B_i (d, r). The layer equals plain LoRA of rank n * r with the same
     scaling, and is saved as such. The A of this LoRA stacks all A_i. B (3 d, n r) contains each B_i
-    as a block: in the d rows of slice i, and in r columns that no other block uses. B is zero
+    as a block, at the rows of slice i and at r columns that no other block uses. B is zero
     elsewhere.
     """
 

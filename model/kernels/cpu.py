@@ -155,8 +155,8 @@ def draw_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     p, otherwise -1.
 
     Drawing is the bottleneck, so each random 64-bit word serves four elements, 16 bits each. An
-    element has one of 2^16 random values. It is kept for the lowest `kept` of these values, and set
-    to 0 for the others. So p is rounded to a multiple of 2^-16.
+    element has one of 2^16 random values. The element is kept if its value is one of the lowest
+    `kept` values, and otherwise set to 0. So p is rounded to a multiple of 2^-16.
     """
     kept = round((1 - p) * 2**16)
     kept = min(max(1, kept), 2**16 - 1)

@@ -30,8 +30,8 @@ def aligned(rows: int) -> int:
 def aligned_head(weight: Tensor) -> Tensor:
     """Return the weight (V, C) padded with rows of zeros to (W, C), where W is `aligned(V)`.
 
-    The first call copies the weight into a larger buffer, which has room for these rows. So later
-    calls copy nothing.
+    The first call copies the weight into a larger buffer, which has room for these rows. The weight
+    becomes a view of this buffer, so later calls copy nothing.
     """
     rows = aligned(len(weight))
     size = weight.size(1)

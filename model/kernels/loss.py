@@ -170,7 +170,7 @@ def add_gradient_of_hidden(total: Tensor, dz: Tensor, w: Tensor) -> None:
 def add_gradient_of_weight(total: Tensor, dz: Tensor, h: Tensor) -> None:
     """Add (dL/dz)^T h to `total` (V, C)."""
     if dz.dtype == torch.float32:
-        total += matmul(h.T, dz).T  # one transposed matmul is faster than slices
+        total += matmul(h.T, dz).T  # one transposed matmul is faster than one matmul per slice
         return
     size = slice_width(dz)
     for rows, dz_slice in zip(total.split(size), dz.split(size, 1), strict=True):
