@@ -17,7 +17,8 @@ from training.directory import RUN
 from training.report import best_weights, read_run
 from training.scores import perplexity
 
-# Title of a table column or a picture panel -> a key of `Entry.numbers`, and the number's format
+# Map the title of a table column or a picture panel to a key of `Entry.numbers` and to the number's
+# format.
 COLUMNS = {
     "batch": ("batch_size", "{:,}"),
     "peak lr": ("lr", "{:g}"),
