@@ -66,8 +66,8 @@ def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
 def write_texts(
     model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
 ) -> None:
-    """For each prompt, print one text per heading: the heading, the prompt and a continuation. If
-    there is only one heading, print each character as soon as its tokens are drawn.
+    """For each prompt and each heading, print the heading, the prompt and a continuation. If there
+    is only one heading, print each character as soon as its tokens are drawn.
     """
     alone = len(headings) == 1
     for prompt in args.prompt:
