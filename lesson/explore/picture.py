@@ -14,7 +14,7 @@ from lesson.explore.browser import Browser
 from lesson.explore.explorer import Explorer
 
 OUT = Path("docs/figures/explore.png")
-SIZE = (1200, 1150)
+SIZE = (1200, 1250)
 MARKED = """
     const gain = (span) => span.token.gain ?? 0;
     const most = [...document.querySelectorAll("#tokens span")].reduce(
