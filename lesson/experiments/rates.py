@@ -23,6 +23,7 @@ from lesson.figures import name_line
 # the whole training part. 256 reads every fourth window of 64 tokens, and 1024 every 16th window.
 RUNS = (
     (15, 32, 64, 8, 8e-3),
+    (60, 2, 1024, 8, 2e-3),
     (60, 8, 64, 1, 4e-3),
     (60, 8, 64, 8, 8e-3),
     (60, 8, 64, 64, 8e-3),
