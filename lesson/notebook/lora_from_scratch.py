@@ -4,7 +4,9 @@
 # We fine-tune a language model on a book, look at the change of the weights, and find that most of
 # the change is not needed. This leads to LoRA. We build LoRA, get it wrong in three ways, get it
 # right, and compare it with Hugging Face's PEFT. The notebook runs on a CPU in about a minute. You
-# need to know PyTorch. [LoRA in ten minutes](../../docs/lora.md) explains the same in prose.
+# need to know PyTorch. [LoRA in ten minutes](../../docs/lora.md) explains the same in prose. On
+# another processor, the last digits of the stored outputs differ, and the runs that diverge differ
+# more.
 #
 # On a hosted notebook service, put the address of the project's git repository into the next cell.
 # On your own machine, run the next cell unchanged. It does nothing there.
