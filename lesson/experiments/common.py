@@ -34,7 +34,7 @@ def parse(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--short", action="store_true", help="a small version, in seconds or minutes")
+    parser.add_argument("--short", action="store_true", help="a small version")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
     parser.add_argument("--seeds", type=number(int, 1), default=3, help="how many (%(default)s)")
     if name:
