@@ -78,11 +78,3 @@ def test_attention_and_the_mlp_train_equally_many_parameters():
 def test_rank_correlation():
     assert claims.rank_correlation([1, 2, 3], [10, 300, 20]) == pytest.approx(0.5)
     assert claims.rank_correlation([3, 1, 2], [-9, 5, 0.1]) == pytest.approx(-1)
-
-
-def test_random_tokens_are_recalled_after_training_and_not_before():
-    tokens = torch.randint(256, 4096, (1, 10), generator=torch.Generator().manual_seed(0))
-    before = claims.memorise(tokens, 4, 4e-3, steps=1)
-    after = claims.memorise(tokens, 4, 4e-3, steps=40)
-    assert before["recalled"] == 0 and after["recalled"] == 1
-    assert after["before"] == before["before"] and after["after"] < 0.7

@@ -1,13 +1,12 @@
-"""Five claims of later papers, on mini: `python -m lesson.experiments.claims`
+"""Four claims of later papers, on mini: `python -m lesson.experiments.claims`
 
 alpha (arXiv 2606.12883): alpha does what no learning rate can do.
 batch (2602.09492): papers disagree about variants because the best batch size differs.
 forgetting (2509.04259, 2602.00722): the KL on the new text predicts forgetting, and so does the
 share of the change in its largest singular direction.
-memory (2605.30260): the loss that LoRA learns to save on random text grows as r^a length^-b.
 
 Fixed: mini, LoRA on all four layers and AdamW. The first two parts tune the rate in factors of two.
-Measured: the validation perplexity; the KL from the base; the share of random tokens recalled.
+Measured: the validation perplexity, and the KL from the base.
 """
 
 import argparse
@@ -17,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from common.figures import FULL, LORA, shades
+from common.figures import FULL, LORA, OTHER, shades
 from lesson.experiments.changes import changes, is_layer, load_base
 from lesson.experiments.common import Trainer, experiment, panels
 from lesson.experiments.forgetting import forgotten, log_probabilities
@@ -33,9 +31,6 @@ from lesson.experiments.sweep import (
     train,
     tune,
 )
-from lora import LoRAConfig, inject
-from model.gpt2 import IGNORE_INDEX
-from train import learning_rate
 from training.scores import kl_divergence
 
 ALPHAS = {16: 8e-3, 128: 2e-3, 512: 1e-3}  # alpha, and the first rate to try
@@ -57,13 +52,6 @@ FORGETTING: list[tuple[str, dict[str, Any]]] = [
 FORGETTING += [("lora", {"r": 8, "lr": lr}) for lr in (4e-3, 8e-3, 1.6e-2)]
 FORGETTING += [("full", {"lr": lr}) for lr in (6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3)]
 PREDICTORS = ("KL on the book", "share of the largest direction", "size of the change")
-
-KEY = 4  # tokens that are given, and not scored
-PASSAGE = 32  # tokens that are scored
-PASSAGES = (1, 4, 16)
-MEMORY_RANKS = (1, 4, 16)
-MEMORY_STEPS = 120
-MEMORY_RATES = (4e-3, 1.6e-2)
 
 
 def alpha(args: argparse.Namespace) -> dict[str, Any]:
@@ -134,64 +122,12 @@ def forgetting(args: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def memorise(tokens: Tensor, r: int, lr: float, steps: int) -> dict[str, float]:
-    """Train on passages of random tokens (N, KEY + T). Return the loss before and after in nats per
-    token, and the share of passages that greedy decoding recalls from their first KEY tokens.
-    """
-    model = load_base()
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    scored = targets[:, KEY - 1 :].numel()
-    targets[:, : KEY - 1] = IGNORE_INDEX
-    torch.manual_seed(0)
-    inject(model, LoRAConfig(r=r, lora_alpha=16, lora_dropout=0.0, target_modules=ALL))
-    model.eval()  # switches off the base's dropouts
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    losses = []
-    for step in range(steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(min(step, steps - 1), steps, lr, warmup_ratio=0.06)
-        loss = model.loss(inputs, targets) / scored
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if step < steps:
-            optimizer.step()
-    # Greedy decoding recalls a passage if each token is the likeliest after the tokens before it.
-    _, right = model.token_losses(inputs, targets)
-    return {
-        "before": losses[0],
-        "after": losses[-1],
-        "recalled": right[:, KEY - 1 :].all(1).float().mean().item(),
-    }
-
-
-def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the result with the rate of the lowest loss, by rank and number of passages."""
-    data: dict[str, Any] = {}
-    steps = 2 if args.short else MEMORY_STEPS
-    for r in MEMORY_RANKS:
-        for count in PASSAGES:
-            generator = torch.Generator().manual_seed(1)
-            size = (count, KEY + PASSAGE)
-            # The first 256 tokens are bytes. mini never saw many of them.
-            most = load_base().config.vocab_size
-            tokens = torch.randint(256, most, size, generator=generator)
-            tried = [memorise(tokens, r, lr, steps) for lr in MEMORY_RATES]
-            best = min(tried, key=lambda result: result["after"])
-            data[f"{r}, {count * PASSAGE}"] = best
-            print(f"rank {r}, {count * PASSAGE} tokens: {best}", flush=True)
-    return data
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the results of the four parts."""
+    """Return the results of the three parts."""
     return {
         "forgetting": forgetting(args),
         "alpha": alpha(args),
         "batch": batch(args),
-        "memory": memory(args),
     }
 
 
@@ -202,10 +138,13 @@ def draw(data: dict[str, Any]) -> Any:
         "forgetting by the KL on the book, nats",
         "perplexity by windows per step, at the best rate",
     )
-    for method, colour in (("lora", LORA), ("full", FULL)):
-        runs = [run for run in data["forgetting"] if run["method"] == method]
+    groups: dict[str, list[dict[str, Any]]] = {"full": [], "LoRA, all layers": [], "c_attn": []}
+    for run in data["forgetting"]:
+        name = "LoRA, all layers" if "target_modules" in run else "c_attn"
+        groups["full" if run["method"] == "full" else name].append(run)
+    for (name, runs), colour in zip(groups.items(), (FULL, LORA, OTHER), strict=True):
         x = [run[PREDICTORS[0]] for run in runs]
-        left.plot(x, [run["forgetting"] for run in runs], "o", color=colour, label=method)
+        left.plot(x, [run["forgetting"] for run in runs], "o", color=colour, label=name)
     left.legend()
     for (name, batches), colour in zip(
         data["batch"].items(), shades(LORA, len(VARIANTS)), strict=True
