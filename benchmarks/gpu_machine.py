@@ -16,7 +16,7 @@ SLOWEST = 12  # kernels in the table
 
 def describe(opts: Namespace, report: Report) -> None:
     """Describe the machine, the attention and the slowest kernels of a step in each precision."""
-    report.facts |= {"machine": machine(), **versions(), "native low precision": opts.low}
+    report.facts |= {"machine": machine(), **versions(), "low precision": opts.low}
     if opts.device.is_cuda:
         report.facts |= describe_gpu()
     for precision in ("fp32", opts.low):

@@ -1,4 +1,4 @@
-"""Recompute the tables of experiments.md and findings.md from docs/figures, without lesson/."""
+"""Recompute the tables of three pages from docs/figures, without lesson/."""
 
 import json
 import math
@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import mean
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-TEXT = "".join((DOCS / f"{page}.md").read_text() for page in ("experiments", "findings"))
+PAGES = ("experiments", "findings", "later-findings")
+TEXT = "".join((DOCS / f"{page}.md").read_text() for page in PAGES)
 ROWS = [
     [cell.strip() for cell in re.sub(r"[*`]", "", line).strip("|").split("|")]
     for line in TEXT.splitlines()
@@ -111,3 +112,49 @@ def test_the_best_recipe_is_never_worse_than_the_reference():
         slow, fast = (mean(run["seconds"] for run in found) for found in recipes.values())
         times = f"{slow / fast:.1f}"
         assert is_printed(label, mean_and_range(reference), mean_and_range(best), times), label
+
+
+def test_smollm2():
+    data = stored("smollm2")
+    assert is_printed("nothing", "", f"{data.pop('base, instructions')['perplexity']:.1f}", "0")
+    for runs in data.values():
+        most = max(map(len, runs.values()))
+        found = {
+            lr: [seed[0] for seed in seeds] for lr, seeds in runs.items() if len(seeds) == most
+        }
+        lr = min(found, key=lambda lr: mean(seed["perplexity"] for seed in found[lr]))
+        perplexities = ", ".join(f"{seed['perplexity']:.1f}" for seed in found[lr])
+        kls = ", ".join(f"{seed['kl']:.2f}" for seed in found[lr])
+        assert is_printed(rate(float(lr)), perplexities, kls)
+        # The search has both neighbours, and with seed 0 both are worse.
+        first = {float(lr): seeds[0][0]["perplexity"] for lr, seeds in runs.items()}
+        assert min(first, key=first.__getitem__) == float(lr)
+        assert {float(lr) / 2, float(lr) * 2} <= first.keys()
+    lora, full = data["LoRA"]["0.004"], data["full"]["0.0002"]
+    for seed, scale, printed in ((0, 0, "39.1, 0.60"), (1, 1, "41.1, 0.39")):
+        assert f"{lora[seed][scale]['perplexity']:.1f}, {lora[seed][scale]['kl']:.2f}" == printed
+    for seed, printed in ((0, "38.9, 0.27"), (1, "41.0, 0.28")):
+        assert f"{full[seed][1]['perplexity']:.1f}, {full[seed][1]['kl']:.2f}" == printed
+
+
+def test_later_claims():
+    data = stored("claims")
+    for r, runs in data["alpha"].items():
+        least = ", ".join(f"{mean(best(rates)[1]):.1f}" for rates in runs.values())
+        assert f"{least} at rank {r}" in TEXT
+    for variant, runs in data["batch"].items():
+        least = ", ".join(f"{mean(best(rates)[1]):.1f}" for rates in runs.values())
+        assert f"{variant} {least}" in TEXT
+    runs = data["forgetting"]
+    for name, printed in (("KL on the book", "0.87"), ("share of the largest direction", "-0.36")):
+        ranks = []
+        for key in (name, "forgetting"):
+            values = sorted(run[key] for run in runs)
+            ranks.append([values.index(run[key]) for run in runs])
+        assert f"{correlation(*ranks):.2f}" == printed and printed in TEXT
+
+
+def correlation(x, y):
+    x, y = ([value - mean(values) for value in values] for values in (x, y))
+    product = sum(a * b for a, b in zip(x, y, strict=True))
+    return product / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
