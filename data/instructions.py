@@ -111,7 +111,7 @@ class Instructions:
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.ndarray]:
-    """Return the file's examples as rows of `Instructions`, of `block_size` tokens at most.
+    """Return the file's examples as rows of `Instructions`. A row has at most `block_size` tokens.
 
     Longer examples lose their beginning, and the number of these examples is printed. Empty lines
     are skipped. Raises UserError, with the line's number, for a line that is not an example, and
@@ -146,8 +146,8 @@ def make_row(turns: Sequence[Turn], tokenizer: Tokenizer, block_size: int) -> np
 def encode(
     turns: Sequence[Turn], tokenizer: Tokenizer, ask: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokenize turns such as ("User", "Who?"). Return three arrays of length N: the token ids, a
-    mask of the scored tokens, and the number of bytes that each token covers.
+    """Turn the turns, such as ("User", "Who?"), into tokens. Return three arrays of length N: the
+    token ids, a mask of the scored tokens, and the number of bytes that each token covers.
 
     With `ask`, the text ends with "Assistant:", for the model to continue. Text between completions
     is tokenized in one piece, because one token may span the end of "User: " and the start of the

@@ -117,7 +117,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """Return scaling * B A, (out, in) in fp32, which merging adds to W."""
+        """Return the update scaling * B A (out, in) in fp32. Merging adds this update to W."""
         return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
 
     def merge(self) -> None:

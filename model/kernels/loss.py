@@ -65,8 +65,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def chunk_size(vocab_size: int, logits: int) -> int:
-    """Return the number of tokens in a chunk. The chunk's logits then have at most `logits`
-    elements."""
+    """Return the number of tokens in a chunk. A chunk then has at most `logits` logits."""
     size = max(1, logits // vocab_size)
     return size - size % TILE if size > TILE else size
 
