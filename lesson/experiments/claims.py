@@ -5,7 +5,8 @@ batch (2602.09492): papers disagree about variants because the best batch size d
 forgetting (2509.04259, 2602.00722): the KL on the new text predicts forgetting, and so does the
 share of the change in its largest singular direction.
 
-Fixed: mini, LoRA on all four layers and AdamW. The first two parts tune the rate in factors of two.
+Fixed: mini and AdamW. In the parts alpha and batch, LoRA on all four layers, with a rate that is
+tuned in factors of two.
 Measured: the validation perplexity, and the KL from the base.
 """
 
