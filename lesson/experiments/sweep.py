@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.device import Device
 from common.errors import RunError
-from common.figures import BASE, LORA, scientific
+from common.figures import BASE, FULL, LORA, scientific
 from common.files import file_sha256
 from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
 from lora.inject import lora_layers
@@ -282,7 +282,8 @@ def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
         middle = mean(found)
         if row == 0:
             axis.axvspan(*ends, color=BASE, alpha=0.2)
-        axis.plot(ends, (label, label), color=LORA, linewidth=5, solid_capstyle="butt")
+        colour = FULL if label == "full" else LORA
+        axis.plot(ends, (label, label), color=colour, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
         axis.annotate(
             f"{middle:.1f} (lr {scientific(float(rate))})",
