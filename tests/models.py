@@ -64,6 +64,21 @@ def llama(**config: object) -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
 
 
+def small_llama() -> nn.Module:
+    """A random Llama with a tied head, for the tokenizer of `write_small_tokenizer(..., 317)`."""
+    torch.manual_seed(0)
+    return llama(
+        vocab_size=317,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        bos_token_id=316,
+        eos_token_id=316,
+    )
+
+
 def qwen(**config: object) -> nn.Module:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
 

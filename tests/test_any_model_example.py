@@ -23,6 +23,7 @@ from lesson.examples.chat import encode, examples, read_conversations
 from lora import load_adapter
 from lora.peft_config import CONFIG
 from tests.helpers import relative_difference, write_small_tokenizer
+from tests.models import small_llama
 from tests.runs import one_line, questions, run, stdout_of
 
 
@@ -30,18 +31,7 @@ from tests.runs import one_line, questions, run, stdout_of
 def llama(tmp_path_factory):
     """A random Llama in transformers' format, with a tokenizer."""
     directory = tmp_path_factory.mktemp("llama")
-    config = transformers.LlamaConfig(
-        vocab_size=317,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-        bos_token_id=316,
-        eos_token_id=316,
-    )
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    small_llama().save_pretrained(directory)
     write_small_tokenizer(directory, 317)
     return directory
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 import transformers
 
+from lesson.examples import any_model
 from lesson.experiments import claims, smollm2, sweep
 from tests.helpers import write_small_tokenizer
+from tests.models import small_llama
 from training.options import BOOK
 
 LORA = {"method": "lora", "r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -16,20 +18,11 @@ LORA = {"method": "lora", "r": 4, "lora_alpha": 16, "target_modules": "all-linea
 @pytest.fixture
 def llama(tmp_path, monkeypatch):
     """A tiny random Llama in place of SmolLM2, and the beginning of the book as the text."""
-    config = transformers.LlamaConfig(
-        vocab_size=317,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = small_llama().eval()
     write_small_tokenizer(tmp_path, 317)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "book.txt").write_text(BOOK.read_text()[:20_000])
-    monkeypatch.setattr(smollm2, "BOOK", tmp_path / "book.txt")
+    monkeypatch.setattr(any_model, "BOOK", tmp_path / "book.txt")
     monkeypatch.setattr(smollm2, "base", lambda: (model, tokenizer))
     monkeypatch.setattr(sweep, "CELLS", tmp_path / "known" / "cells.jsonl")
     for cached in (smollm2.load_task, smollm2.base_texts, smollm2.base_on_task):

@@ -49,10 +49,10 @@ class Task:
     sampling: dict[str, float]  # options of `generate`
 
 
-def book(tokenizer) -> Task:
-    """Return the book as windows of 128 tokens. Every token is a target."""
+def book(tokenizer, size: int = 128) -> Task:
+    """Return the book as windows of `size` tokens. Every token is a target."""
     tokens = tokenizer(BOOK.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    training, validation = (Windows(part, 128, 128) for part in split(np.array(tokens), 0.1))
+    training, validation = (Windows(part, size, size) for part in split(np.array(tokens), 0.1))
     prompts = {prompt: tokenizer(prompt)["input_ids"] for prompt in PROMPTS}
     return Task(training, validation, prompts, {"max_new_tokens": 40})
 

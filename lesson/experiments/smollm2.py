@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common.device import Device, tune_process
-from data.windows import Windows, split
-from lesson.examples.any_model import conversations, loss
+from lesson.examples.any_model import book, conversations, loss
 from lesson.examples.smollm2 import load
 from lesson.experiments import sweep
 from lesson.experiments.common import experiment, spread
@@ -33,7 +32,7 @@ from lesson.experiments.sweep import best_rate, scored, search
 from lora import LoRAConfig, inject
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
-from training.options import BOOK, ROOT
+from training.options import ROOT
 from training.scores import kl_divergence
 
 EXAMPLES = 128  # of a run
@@ -76,10 +75,9 @@ def load_task(name: str) -> tuple[Any, Any]:
     """Return the training part and the validation part."""
     tokenizer = base()[1]
     if name == "book":
-        tokens = tokenizer(BOOK.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
-        training, validation = (Windows(part, 64, 64) for part in split(np.array(tokens), 0.1))
-        return training, validation
-    task = conversations(ROOT / "data" / "instructions.jsonl", tokenizer)
+        task = book(tokenizer, 64)
+    else:
+        task = conversations(ROOT / "data" / "instructions.jsonl", tokenizer)
     return task.training, task.validation
 
 
