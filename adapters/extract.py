@@ -26,8 +26,7 @@ RUN = "run.json"  # train.py writes this file beside a model
 
 
 def refuse_another_base(full: Path, base: str, base_sha256: str) -> None:
-    """Raise UserError if `full` is a run of train.py that began from other weights than those of
-    `base`."""
+    """Raise UserError if `full` is a run of train.py whose base had other weights than `base`."""
     report = full / RUN
     if not os.path.exists(report):  # train.py did not write this model
         return

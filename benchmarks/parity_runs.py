@@ -1,8 +1,8 @@
 """The training runs of the parity check: `train.py` here, and PEFT's loop there.
 
-Both sides start from the same adapter and see the same batches. `--seed` seeds the random stream,
-from which both sides first draw the matrix A. Then they draw the dropout masks, in the order of
-`GPT2` in model/gpt2.py.
+Both sides start from the same adapter and see the same batches. `--seed` seeds the random stream.
+This stream first gives the matrix A, and then the dropout masks in the order of `GPT2` in
+model/gpt2.py.
 """
 
 from argparse import Namespace

@@ -38,8 +38,7 @@ class Dataset(Protocol):
         """Return the number of UTF-8 bytes of text that `evaluation_batches` scores."""
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """Return the order in which an epoch reads the windows: a permutation (N,) of their
-        indices."""
+        """Return the order of the windows in an epoch: a permutation (N,) of their indices."""
 
     def evaluation_batches(self, batch_size: int) -> Iterator[InputsAndTargets]:
         """Yield batches that score each token once."""
@@ -67,8 +66,7 @@ def split(items: Any, val_fraction: float) -> tuple:
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order in which an epoch reads `count` windows: a permutation (count,) of their
-    indices."""
+    """Return the order of `count` windows in an epoch: a permutation (count,) of their indices."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 

@@ -15,8 +15,7 @@ PATHS = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def portable_name(base: str) -> str:
-    """Return a base's name in a form that may stand in a published file. A directory gets a `./` in
-    front."""
+    """Return a base's name in a form that may be published. A directory gets a `./` in front."""
     is_name = base == "mini" or base in REPOSITORIES
     if is_name or not (os.path.isabs(base) or os.path.isdir(base)):
         return base
