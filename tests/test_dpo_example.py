@@ -118,7 +118,7 @@ def test_the_command_learns_short_answers_and_peft_loads_its_adapter(model, tmp_
     monkeypatch.setattr(dpo, "TESTED", 8)
     monkeypatch.setattr(dpo, "TRAINED", 16)
     monkeypatch.setattr(dpo, "LONGEST", 24)
-    options = ("--precision", "fp32", "--steps", 4, "--lr", 5e-3, "--out", tmp_path / "out")
+    options = ("--precision", "fp32", "--steps", 6, "--lr", 5e-3, "--out", tmp_path / "out")
     said = stdout_of(dpo.main, "--model", model, *options)
     before, after = re.findall(
         r"mean length (\S+) tokens, (\d+)% end by themselves, KL to the base (\S+)", said

@@ -32,10 +32,10 @@ from lora import LoRAConfig, adapter_disabled, inject, save_adapter
 from train import learning_rate
 
 DATA = Path(__file__).parents[2] / "data" / "instructions.jsonl"
-TESTED, TRAINED = 24, 64  # questions
+TESTED, TRAINED = 16, 40  # questions
 SAMPLES = 4  # answers per question
-LONGEST = 64  # tokens per answer
-PAIRS = 6  # per step
+LONGEST = 48  # tokens per answer
+PAIRS = 4  # per step
 BETA = 0.1  # a smaller beta lets the model move further from the reference
 # Without dropout, the margin starts at 0. Dropout would add noise.
 LORA = LoRAConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
@@ -189,7 +189,7 @@ def main(argv=None) -> None:
         "--data", type=Path, default=DATA, metavar="FILE", help="conversations, for the questions"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/dpo"), metavar="DIR")
-    parser.add_argument("--steps", type=number(int, 1), default=24, metavar="N")
+    parser.add_argument("--steps", type=number(int, 1), default=16, metavar="N")
     parser.add_argument("--lr", type=number(float, 1e-12, 1), default=2e-4, metavar="X")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     add_device_options(parser)
@@ -202,12 +202,7 @@ def main(argv=None) -> None:
         template_ids(messages[:-1], tokenizer, add_generation_prompt=True).tolist()
         for messages in read_conversations(args.data)[: TESTED + TRAINED]
     ]
-    torch.manual_seed(args.seed)
-    inject(model, LORA)
-    device.cast_frozen(model)
-    model.eval()  # also switches off the base's dropouts
-    describe(model, questions[:TESTED], tokenizer, device)
-
+    model.eval()  # switches off the base's dropouts
     torch.manual_seed(args.seed)
     end = tokenizer.eos_token_id
     asked = questions[TESTED:]
@@ -217,6 +212,10 @@ def main(argv=None) -> None:
     print(f"{len(pairs)} pairs from {len(asked)} questions")
     if not pairs:
         raise UserError(f"no pairs: no answer ends within {LONGEST} tokens, or all are as long")
+
+    inject(model, LORA)
+    device.cast_frozen(model)
+    describe(model, questions[:TESTED], tokenizer, device)
     epochs = math.ceil(args.steps * PAIRS / len(pairs))
     rng = np.random.default_rng(args.seed)
     order = np.concatenate([rng.permutation(len(pairs)) for _ in range(epochs)])
