@@ -40,6 +40,8 @@ ADVICE = (
     "--grad-accum or --gradient-checkpointing"
 )
 
+# An OSError with one of these numbers is the user's mistake: no permission, or too long a name.
+USERS_MISTAKE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 # An OSError with one of these numbers means that the machine failed. An uncaught OSError with
 # another number is a bug.
 FULL_OR_BROKEN = {
@@ -71,15 +73,21 @@ def run_command(
         line = describe_failure(error)
         if line is None:
             raise
-        fail(line, 2 if isinstance(error, UserError) else 1)
+        fail(line, 2 if _is_mistake(error) else 1)
     sys.exit(status)
+
+
+def _is_mistake(error: BaseException | None) -> bool:
+    return isinstance(error, UserError) or (
+        isinstance(error, OSError) and error.errno in USERS_MISTAKE
+    )
 
 
 def describe_failure(error: BaseException | None) -> str | None:
     """Return the line for a known failure. Return None for a bug, or if `error` is None."""
     if isinstance(error, UserError | RunError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in FULL_OR_BROKEN:
+    if isinstance(error, OSError) and error.errno in USERS_MISTAKE | FULL_OR_BROKEN:
         return _with_file(error)
     no_memory = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
     if no_memory or isinstance(error, MemoryError):

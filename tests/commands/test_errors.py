@@ -137,6 +137,7 @@ MISTAKES = [
     ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("full --init-adapter directory", "--init-adapter"),
     ("evaluate --adapter missing", "error: missing: no such directory; name an adapter"),
+    (f"evaluate --adapter {300 * 'a'}", "File name too long"),
     ("evaluate --adapter directory/lroa", "error: directory/lroa: no such directory"),
     ("generate --adapter directory --base auto", "directory: contains no adapter_config.json; na"),
     ("evaluate --adapter run --base other", OF_ANOTHER_BASE),
@@ -161,6 +162,14 @@ def test_mistakes_are_named_in_one_line(name, monkeypatch):
     assert of_this_command
     for line, word in of_this_command:
         assert word in refusal(line), line
+
+
+def test_a_directory_without_permission_is_named_in_one_line(monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("storage.weights.find_weights", forbidden)
+    assert "Permission denied" in refusal("evaluate")
 
 
 NO_NUMBERS = ("nan", "inf", "-inf", "-1", "1e999", "many", "", 400 * "9")
