@@ -220,12 +220,12 @@ def _library_engine(path: Path, files: Mapping[str, bytes]) -> "tokenizers.Token
 def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
     """Return the eos_token that the tokenizer's settings files name, otherwise END_OF_TEXT if it is
     in the vocabulary."""
-    for path in (source / SETTINGS, source / SPECIAL):
-        if not path.exists():
-            continue
-        token = read_json(path).get("eos_token")
+    paths = [path for path in (source / SETTINGS, source / SPECIAL) if path.exists()]
+    settings = {path: read_json(path) for path in paths}  # a damaged file fails now
+    for path, stored in settings.items():
+        token = stored.get("eos_token")
         if isinstance(token, dict):
-            token = token["content"]
+            token = token.get("content")
         if token and token not in vocabulary:
             raise UserError(f"{path}: eos_token {brief(token)} is not in the vocabulary")
         if token:

@@ -273,6 +273,9 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     (tmp_path / SETTINGS).write_text('{"eos_token": "<|im_end|>"}')
     reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
     assert "eos_token '<|im_end|>' is not in the vocabulary" in reason
+    (tmp_path / SETTINGS).write_text('{"eos_token": "</s>"}')
+    (tmp_path / SPECIAL).write_text("{")  # a trained model could not be saved
+    assert "not valid JSON" in refusal(tmp_path / SPECIAL, load_tokenizer, tmp_path, 502)
 
 
 def test_a_base_with_another_kind_of_tokenizer_trains_scores_and_resumes(book, tmp_path):
