@@ -1,7 +1,6 @@
 """Measure the training loop without making a step wait for the GPU."""
 
 import math
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from common.errors import RunError
 
 MOST_SKIPS = 20  # the run ends after this many skipped fp16 steps in a row
-COUNTED = ("loss", "tokens", "all_tokens", "all_seconds", "skipped", "skips_in_a_row")
+COUNTED = ("loss", "tokens", "seconds", "all_tokens", "all_seconds", "skipped", "skips_in_a_row")
 
 
 @dataclass
@@ -52,19 +51,15 @@ class Meter:
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
         self.grad_norm = 0.0  # of the last step
         self.fault = ""  # describes the first faulty step
-        # Counted since the last line of metrics:
+        # Counted since the last line of metrics. `Run.count_step` adds the seconds of a step.
         self.loss = 0.0
         self.tokens = 0
-        self.began = time.perf_counter()
+        self.seconds = 0.0
         # Counted over the whole run:
         self.all_tokens = 0
         self.all_seconds = 0.0
         self.skipped = 0
         self.skips_in_a_row = 0
-
-    def leave_out(self, seconds: float) -> None:
-        """Do not count these seconds as training time."""
-        self.began += seconds
 
     def count(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
         """Count a step. `loss` is summed over the tokens. `grad_norm` is the norm before
@@ -107,20 +102,18 @@ class Meter:
     def measure(self) -> dict[str, Any]:
         """Return the metrics since the last line, and start to count for the next line."""
         self.check()
-        now = time.perf_counter()
-        seconds = now - self.began
         metrics: dict[str, Any] = {
             "loss": self.loss / self.tokens,
             "grad_norm": self.grad_norm,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second": self.tokens / self.seconds,
         }
         if self.fp16:
             metrics["skipped_steps"] = self.skipped
         self.all_tokens += self.tokens
-        self.all_seconds += seconds
+        self.all_seconds += self.seconds
         self.loss = 0.0
         self.tokens = 0
-        self.began = now
+        self.seconds = 0.0
         return metrics
 
     def report(self) -> dict[str, Any]:
@@ -133,10 +126,8 @@ class Meter:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run. Raises RunError as `check` does."""
         self.check()
-        state = {name: getattr(self, name) for name in COUNTED}
-        return state | {"seconds": time.perf_counter() - self.began}
+        return {name: getattr(self, name) for name in COUNTED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in COUNTED:
             setattr(self, name, state[name])
-        self.began = time.perf_counter() - state["seconds"]

@@ -102,7 +102,7 @@ class Run:
         self.saver: Saver | None = None  # set once the run has begun
         self.line: dict[str, Any] = {}  # for metrics.jsonl. Empty if no line is due
         self.stop_signal: int | None = None
-        self.stepped_at = 0.0
+        self.step_began = 0.0
 
     # Before the first step
 
@@ -206,7 +206,6 @@ class Run:
                 print(f"{options.out}: the run has no checkpoint yet; starting from the beginning")
             self.directory.clear()
         self.saver = saver
-        self.stepped_at = time.perf_counter()
 
     def _check_best_model(self) -> None:
         """Raise UserError if the best model, which no checkpoint contains, is missing."""
@@ -239,11 +238,11 @@ class Run:
         After a signal, the step ends, a checkpoint is saved, and the process exits.
         """
         on_signals(self._on_signal)
-        self._leave_out()  # the time of the validation before the first step
         disable = None if self.directory else True  # None: show the bar on a terminal only
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=disable)
         with bar:
             for batch in self.batches(training, self.step):
+                self.step_began = time.perf_counter()
                 yield batch
                 self._end_step(bar)
         on_signals(end_at_once)  # nothing is left to save
@@ -268,7 +267,12 @@ class Run:
         self.progress.step += 1
         self.meter.count(self.step, loss, num_tokens, grad_norm)
         self.line = {}
-        if self.should_validate() or self.step % self.options.log_every == 0:
+        line_is_due = self.should_validate() or self.step % self.options.log_every == 0
+        if line_is_due:
+            self.meter.check()  # waits for the device
+        # Neither validating nor saving counts as training time.
+        self.meter.seconds += time.perf_counter() - self.step_began
+        if line_is_due:
             metrics = self.meter.measure()
             self.line = {
                 "step": self.step,
@@ -277,7 +281,6 @@ class Run:
                 "lr": lr,
                 **metrics,
             }
-        self.stepped_at = time.perf_counter()
 
     def epoch_ends(self) -> bool:
         return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
@@ -313,16 +316,8 @@ class Run:
             bar.set_postfix_str(text.format(**self.line))
             if self.directory:
                 self.directory.append(self.line)
-        self._leave_out()
         self._save_or_stop()
-        self._leave_out()
         bar.update()
-
-    def _leave_out(self) -> None:
-        """Do not count the time since the last step as training time."""
-        now = time.perf_counter()
-        self.meter.leave_out(now - self.stepped_at)
-        self.stepped_at = now
 
     def finish(self, model: GPT2) -> None:
         """Draw `loss.png`, and write `run.json`, which marks the run as complete."""

@@ -14,6 +14,7 @@ LOSSES = [8.1, 7.9, 7.7, 7.3, 7.1, 6.9, 6.7]
 
 def steps(fp16: bool = False, count: int = len(LOSSES)) -> Meter:
     made = Meter(fp16)
+    made.seconds = 1.0
     for step, loss in enumerate(LOSSES[:count], 1):
         made.count(step, torch.tensor(loss), 2, torch.tensor(step / 4))
     return made
@@ -25,6 +26,7 @@ def test_a_step_launches_nothing_and_all_are_read_at_once():
         made = Meter(fp16=True)
         for step, number in enumerate(numbers, 1):
             made.count(step, number, 2, number)
+    made.seconds = 1.0
     assert in_steps.names == []
     with Operations() as in_measure:
         made.measure()

@@ -29,7 +29,7 @@ from tests.runs import (
     trained,
 )
 from train import main
-from training import meter, resume
+from training import resume
 from training import run as training_run
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
@@ -146,7 +146,7 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
     """The clock advances by `seconds` in each step."""
     seen = []
     clock = runs.Clock()
-    for module in (meter, resume, training_run):
+    for module in (resume, training_run):
         monkeypatch.setattr(module, "time", clock)
 
     def look(moment):
@@ -233,7 +233,7 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
     base, book, tmp_path, monkeypatch, peaks
 ):
     clock = runs.Clock()
-    for module in (meter, resume, training_run):
+    for module in (resume, training_run):
         monkeypatch.setattr(module, "time", clock)
     argv = arguments("lora", base, book, tmp_path, "--max-steps", 4, "--log-every", 4)
     monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[0])
