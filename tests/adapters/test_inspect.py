@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 
-from adapters.inspect import cosines, main
+from adapters.inspect import amplification, cosines, main
 from common.figures import PAGE_WIDTH
 from lesson.experiments.changes import intruder_part
 from lora.inject import lora_layers
@@ -69,6 +69,18 @@ def beside_the_weight(weight, change, rank):
     factor = np.sqrt((change**2).sum() / (there**2).sum())
     intruders = sum(cosine < 0.5 for cosine in largest)
     return f"{intruders} of 10", f"{min(largest):.2f}", f"{factor:.3g}"
+
+
+def test_zeros_that_pad_a_and_b_do_not_change_the_amplification():
+    torch.manual_seed(0)
+    weight, b, a = torch.randn(20, 12), torch.randn(20, 2), torch.randn(2, 12)
+    padded = torch.nn.functional.pad(b, (0, 6)), torch.nn.functional.pad(a, (0, 0, 0, 6))
+    found = []
+    for columns, rows in ((b, a), padded):
+        u, s, vh = torch.linalg.svd(columns @ rows, full_matrices=False)
+        r = columns.shape[1]
+        found.append(amplification(weight, u[:, :r], s[:r], vh[:r]))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_an_intruder_is_found_and_removed_as_by_peft():
