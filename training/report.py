@@ -108,9 +108,11 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     figure, axes = subplots(figsize=(PAGE_WIDTH, 4.2))
     axes.plot(steps, losses, color=colour, alpha=0.4, linewidth=1.2, label="training")
     axes.plot(val_steps, val_losses, color=colour, marker="o", label="validation")
-    best = min(validations, key=lambda line: line["val_loss"])
+    # The base is never saved, but the adapter of --init-adapter can be.
+    first = 0 if options.init_adapter else 1
+    saved = min(zip(val_losses[first:], val_steps[first:], strict=True))
     ring = {"marker": "o", "color": "white", "markeredgecolor": colour, "linestyle": "none"}
-    axes.plot(best["step"], best["val_loss"], **ring, label="saved")
+    axes.plot(saved[1], saved[0], **ring, label="saved")
     axes.axhline(base_val_loss, color=BASE, linestyle="--", label="base, validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{options.method}: loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
