@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with new_directory(args.out) as directory:
         save_gpt2(model, directory, dtype, tokenizer.end_of_text)
         save_tokenizer(tokenizer, directory, model.config.n_positions, template)
-        save_card(directory, merge_card(args.out.resolve().name, base, kind, bool(args.adapter)))
+        name = args.out.resolve().name
+        card = merge_card(name, base, kind, bool(args.adapter), args.precision)
+        save_card(directory, card)
     merged = f"{base} + {args.adapter}" if args.adapter else base
     print(f"{merged} -> {args.out}")
 

@@ -14,7 +14,7 @@ from storage.hub import split_revision
 
 CARD = "README.md"
 MARK = "# Replaced by the command that wrote it. Delete this line to keep what you write here."
-TEMPLATE = """\
+CARD_TEXT = """\
 ---
 {mark}
 # license: yours to choose (https://huggingface.co/docs/hub/repositories-licenses)
@@ -34,7 +34,7 @@ tags:
 {code}
 ```
 """
-RUN = """\
+RUN_TEXT = """\
 {kind} of {base_name}, trained on {sources}: {steps:,} steps of batch {batch_size} at a peak \
 learning rate of {lr:g}.
 
@@ -107,13 +107,13 @@ def run_card(name: str, report: Mapping[str, Any]) -> str:
     quantise = options.get("quantise")
     base_name = _base_name(report["base"], quantise)
     facts = {**options, **report}
-    text = RUN.format(kind=kind, base_name=base_name, sources=sources, part=part, **facts)
+    text = RUN_TEXT.format(kind=kind, base_name=base_name, sources=sources, part=part, **facts)
     return _card(name, report["base"], quantise, tag, text)
 
 
-def merge_card(name: str, base: str, quantise: str | None, adapter: bool) -> str:
-    """Return the card of a base with a merged adapter, or of a base saved in 16 bits."""
-    done = "with a LoRA adapter merged into its weights" if adapter else "saved in 16 bits"
+def merge_card(name: str, base: str, quantise: str | None, adapter: bool, precision: str) -> str:
+    """Return the card of a base in a precision, with or without a merged adapter."""
+    done = "with a LoRA adapter merged into its weights" if adapter else f"saved in {precision}"
     return _card(name, base, quantise, "merge", f"{_base_name(base, quantise)} {done}.")
 
 
@@ -139,6 +139,6 @@ def _card(name: str, base: str, quantise: str | None, tag: str, text: str) -> st
             revision=revision or "main",
             quantisation=QUANTISATION[quantise],
         )
-    return TEMPLATE.format(
+    return CARD_TEXT.format(
         mark=MARK, base_model=base_model, library=library, tag=tag, name=name, text=text, code=code
     )
