@@ -33,8 +33,8 @@ def common_quantisation(adapters: Collection[Path]) -> str | None:
         if kind != expected:
             raise UserError(
                 f"{first} ({expected or NONE}) and {adapter} ({kind or NONE}): were trained on "
-                "bases quantised in different ways; give --quantise, or first train one adapter on "
-                "the base of the other: train.py lora --init-adapter A --quantise KIND"
+                "bases quantised in different ways; first train one adapter on the base of the "
+                "other: train.py lora --init-adapter A --quantise KIND"
             )
     return expected
 

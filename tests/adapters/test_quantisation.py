@@ -161,7 +161,7 @@ def test_what_cannot_be_is_refused_in_one_line(runs, base, book, tmp_path):
 
     adapters = (runs["nf4"].out, runs[None].out)
     ending = run(generate.main, "--base", base, "--prompt", "You", "--adapter", *adapters)
-    assert "quantised in different ways; give --quantise" in one_line(ending, 2)
+    assert "quantised in different ways; first train" in one_line(ending, 2)
 
     shutil.copytree(runs["nf4"].out, tmp_path / "odd")
     path = tmp_path / "odd" / WEIGHTS
