@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from common.errors import run_command
 from data.windows import Batch
-from evaluate import EVAL_BATCH, Scores, evaluate
+from evaluate import EVAL_BATCH, evaluate
 from lora import adapter_disabled
+from lora.variants.plus import parameter_groups
 from model.gpt2 import GPT2
 from training.data import Data, load_data
 from training.model import add_adapter, load_base
@@ -20,7 +21,8 @@ from training.optimizer import AdamW
 from training.options import parse_options
 from training.report import describe_parameters
 from training.run import Run, open_run
-from training.variants import parameter_groups, start_variant
+from training.scores import Scores
+from training.variants import start_variant
 
 
 def main(argv: Sequence[str] | None = None) -> None:

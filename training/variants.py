@@ -6,12 +6,9 @@ from torch.optim import Optimizer
 
 from data.windows import Batch, Dataset
 from lora.variants.lora_ga import lora_ga_layers, weight_gradients
-from lora.variants.plus import parameter_groups
 from lora.variants.riemannian import precondition
 from model.gpt2 import GPT2
 from training.run import Run
-
-__all__ = ["parameter_groups", "start_variant"]
 
 BATCHES = 8  # LoRA-GA starts from the gradient of this many batches
 
