@@ -36,7 +36,7 @@ from model.gpt2 import IGNORE_INDEX
 Turn = tuple[str, str]  # a name, such as "User", and a text
 NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
 FORMS = (
-    'the texts "prompt" and "completion", or "messages", a list of '
+    'the texts "prompt" and "completion", a question with "choices", or "messages", a list of '
     '{"role": "user", "assistant" or "system", "content": text}'
 )
 # A Jinja template for transformers and llama.cpp. `generation` marks the scored text.
@@ -119,7 +119,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, block_size: int) -> list[np.
     """
 
     def read(example: dict) -> np.ndarray:
-        return make_row(turns(example), tokenizer, block_size)
+        return make_row(read_turns(example), tokenizer, block_size)
 
     rows = read_lines(path, read)
     longer = sum(row.shape[1] > block_size for row in rows)
@@ -181,7 +181,7 @@ def encode(
     return np.array(ids, dtype=np.int32), np.array(scored), np.array(byte_counts, dtype=np.int32)
 
 
-def turns(example: dict) -> list[Turn]:
+def read_turns(example: dict) -> list[Turn]:
     """Return the turns of an example. Raises ValueError for JSON that is not an example."""
     try:
         turns = [_turn(message) for message in _messages(example)]

@@ -24,7 +24,7 @@ IGNORE_INDEX = -100  # marks a target that is not scored (F.cross_entropy's defa
 
 @dataclass
 class GPT2Config:
-    """The fields of a Hugging Face GPT-2 `config.json` that change the result."""
+    """The fields of a Hugging Face GPT-2 `config.json` that change the result, and token ids."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -102,7 +102,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Compute c_proj(gelu(c_fc(x))): from width C to 4 C and back, for each token separately."""
+    """Compute c_proj(gelu(c_fc(x))): from width C to n_inner (4 C) and back, token by token."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()

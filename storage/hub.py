@@ -21,7 +21,6 @@ REPOSITORIES = {
     "gpt2-xl": "openai-community/gpt2-xl",
     "distilgpt2": "distilbert/distilgpt2",
 }
-HUB_NAMES = tuple(REPOSITORIES)
 MINI = Path(__file__).resolve().parents[1] / "model" / "mini"
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "hub"  # a user can put files here
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?")
@@ -42,23 +41,24 @@ NAMED_SECONDS = 10
 def find_base(base: str) -> tuple[str, Path]:
     """Return the name and the directory of a base.
 
-    `base` is `auto`, `mini`, one of HUB_NAMES, a directory, or a repository OWNER/NAME[@REVISION].
-    `auto` is gpt2 if gpt2 is cached or can be downloaded, and mini otherwise. This choice and its
-    reason are printed. A name such as `gpt2` wins over a directory with this name. A directory wins
-    over a repository. Raises UserError for a base that is not available.
+    `base` is `auto`, `mini`, a key of REPOSITORIES, a directory, or a repository
+    OWNER/NAME[@REVISION]. `auto` is gpt2 if gpt2 is cached or can be downloaded, and mini
+    otherwise. This choice and its reason are printed. A name such as `gpt2` wins over a directory
+    with this name. A directory wins over a repository. Raises UserError for a base that is not
+    available.
     """
     if base == "auto":
         return _gpt2_or_mini()
     if base == "mini":
         return base, MINI
-    if base in HUB_NAMES:
+    if base in REPOSITORIES:
         return base, _cached(base) or _download(base, NAMED_SECONDS)
     if os.path.isdir(base):
         return base, Path(base)
 
     match = _as_repository(base)
     if match is None:
-        names = ", ".join(("auto", "mini", *HUB_NAMES))
+        names = ", ".join(("auto", "mini", *REPOSITORIES))
         raise UserError(
             f"--base {base!r}: no such directory, and none of the names {names}; a repository on "
             "the hub is OWNER/NAME"

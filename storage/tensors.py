@@ -21,7 +21,7 @@ def read_tensors(
     """Yield the tensors named in `shapes` one by one, each in the precision of the file.
 
     Raises UserError, naming the tensor, for a tensor that is missing, unexpected (unless in
-    `unread`), of another shape, not floating point or not finite. Names are checked before the
+    `unread`), of another shape, not fp32, fp16 or bf16, or not finite. Names are checked before the
     first tensor is read.
     """
     with as_failure(), readable(path):
@@ -32,7 +32,7 @@ def read_tensors(
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of a file's tensors. Raises UserError for a file without tensors."""
+    """Return the shapes of a file's tensors. Raises UserError for another kind of file."""
     with as_failure(), readable(path):
         shapes, _ = _open(path)
         return shapes

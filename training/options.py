@@ -215,7 +215,7 @@ class Options:
         method="lora",
     )
     r: int = lora_option(8, number(int, 1), "rank", names=["--rank"])
-    lora_alpha: float = lora_option(16, number(int, 1, 1e6), "the update is scaled by alpha / r")
+    lora_alpha: float = lora_option(16, number(int, 1, 10**6), "the update is scaled by alpha / r")
     lora_dropout: float = lora_option(
         0.05, number(float, 0.0, 1.0, below=True), "dropout on the input of A"
     )
@@ -254,7 +254,7 @@ class Options:
     freeze_a: bool = option(False, help="LoRA-FA: train only B, to save memory", method="lora")
     riemannian: bool = option(
         False,
-        help="precondition the gradients of A and B. A step then depends only on the product B A",
+        help="precondition the gradients of A and B (docs/variants.md)",
         method="lora",
     )
     quantise: str | None = option(

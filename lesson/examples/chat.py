@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from data.instructions import Instructions, turns
+from data.instructions import Instructions, read_turns
 from data.json_lines import read_lines
 from model.gpt2 import IGNORE_INDEX
 
@@ -20,7 +20,8 @@ def read_conversations(path: Path) -> list[Messages]:
     """
 
     def read(example: dict) -> Messages:
-        return [{"role": name.lower(), "content": content} for name, content in turns(example)]
+        turns = read_turns(example)
+        return [{"role": name.lower(), "content": content} for name, content in turns]
 
     return read_lines(path, read)
 

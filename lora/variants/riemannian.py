@@ -1,4 +1,8 @@
-"""Riemannian preconditioning: a step depends only on the product B A, not on B and A separately."""
+"""Riemannian preconditioning: a gradient step depends only on the product B A.
+
+AdamW scales each element of the gradient, so a step of AdamW still depends on the split into B and
+A.
+"""
 
 import torch
 from torch import nn

@@ -100,8 +100,9 @@ def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Modul
 def set_kernels(model: GPT2, kernels: str) -> None:
     """Choose the "fast" operations of this file, or the "plain" operations of PyTorch.
 
-    "plain" equals transformers bit for bit. For this purpose, "plain" also stores the frozen
-    projections as (in, out), the layout of transformers. With another layout, a BLAS may sum in
+    "plain" equals transformers with SDPA attention and the activation gelu_pytorch_tanh bit for
+    bit. For this purpose, "plain" also stores the frozen projections as (in, out), the layout of
+    transformers. With another layout, a BLAS may sum in
     another order. Layers without a bias, such as A and B, keep their layout.
     """
     if kernels == "fast":
