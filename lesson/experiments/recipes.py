@@ -19,7 +19,7 @@ from typing import Any
 from common.figures import BASE, LORA, draw_at, shades
 from lesson.experiments.common import SHORT, Trainer, experiment, panels, train_options
 from lesson.experiments.sweep import cell, keep, known_cells, perplexity
-from training.options import BEST, BOOK, REFERENCE, ROOT
+from training.options import BEST, BOOK, REFERENCE, ROOT, Options
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -64,18 +64,21 @@ def saved(made: Trainer) -> dict[str, float]:
     return {"base": base, "perplexity": min(found), "seconds": seconds}
 
 
-def run(words: dict[str, Any], seed: int, short: bool) -> dict[str, float]:
+def stored(options: Options, short: bool) -> dict[str, float]:
     """Return the result of a run with these options. A stored result is returned at once."""
-    words = {"device": "cpu", "precision": "fp32", "seed": seed, **words}
-    if short:
-        words |= SHORT
-    options = train_options("lora", words | {"val_fraction": 1 / 3})
     key = cell(options, saved, short)
     known = known_cells()
     if key not in known:
         known[key] = saved(Trainer(options))
         keep(key, known[key])
     return known[key]
+
+
+def run(words: dict[str, Any], seed: int, short: bool) -> dict[str, float]:
+    words = {"device": "cpu", "precision": "fp32", "seed": seed, **words}
+    if short:
+        words |= SHORT
+    return stored(train_options("lora", words | {"val_fraction": 1 / 3}), short)
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:

@@ -1,0 +1,96 @@
+"""Which perplexity for which time? `python -m lesson.experiments.frontier`
+
+Varied: LoRA of rank 8 or 32 on all four layers or full fine-tuning, the batch, the number of
+epochs, and the text.
+Fixed: mini in fp32, and windows of 128 tokens without overlap. LoRA takes the rate of
+`--recipe best`. Full fine-tuning takes a tenth of that rate.
+Measured: the perplexity of the model that `train.py` saves, and the processor time of the steps.
+"""
+
+import argparse
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from common.figures import FULL, LORA, draw_at, shades
+from lesson.experiments.common import SHORT, Trainer, experiment, panels, train_options
+from lesson.experiments.recipes import stored
+from training.options import BEST, BOOK, ROOT
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "book": {"book": BOOK, "stride": 128},
+    "instructions": {"data": ROOT / "data" / "instructions.jsonl"},
+}
+RANKS = {"LoRA, r = 8": 8, "LoRA, r = 32": 32, "full": None}
+BATCHES = (1, 2, 4, 16)
+EPOCHS = (1, 2, 3, 6)
+CHOSEN = "2 windows, 3 epochs"  # by --recipe best
+
+
+def run(words: dict[str, Any], r: int | None, short: bool) -> dict[str, float]:
+    """Return the result of LoRA of rank r, or of full fine-tuning if r is None."""
+    words = words | {"device": "cpu", "precision": "fp32"}
+    if short:
+        words |= SHORT
+    lora = train_options("lora", words | {"recipe": BEST, "r": r or 8})
+    if r:
+        return stored(lora, short)
+    rate = Trainer(lora).options.lr / 10
+    return stored(train_options("full", words | {"lr": rate}), short)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the result with each seed, by text, by method, and by batch and epochs."""
+    data: dict[str, Any] = {text: {label: {} for label in RANKS} for text in TEXTS}
+    short = args.short
+    for text, source in TEXTS.items():
+        for label, r in RANKS.items():
+            for batch_size in BATCHES[:1] if short else BATCHES:
+                for epochs in EPOCHS[:1] if short else EPOCHS:
+                    words = {**source, "batch_size": batch_size, "epochs": epochs}
+                    found = [run(words | {"seed": seed}, r, short) for seed in args.seeds]
+                    name = f"{batch_size} windows, {epochs} epochs"
+                    print(f"{text}, {label}, {name}: {found}", flush=True)
+                    data[text][label][name] = found
+    return data
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (seconds, perplexity) whose perplexity no faster point reaches."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def draw(data: dict[str, Any]) -> Any:
+    """Draw the frontier of each method, and ring the choice of `--recipe best`."""
+    figure, axes = panels("The lowest perplexity for the time (mini)", *data)
+    colours = dict(zip(RANKS, [*shades(LORA, 2), FULL], strict=True))
+    for axis, methods in zip(axes, data.values(), strict=True):
+        for label, runs in methods.items():
+            points = {
+                name: tuple(mean(seed[key] for seed in found) for key in ("seconds", "perplexity"))
+                for name, found in runs.items()
+            }
+            colour = colours[label]
+            axis.scatter(*zip(*points.values(), strict=True), color=colour, s=8, alpha=0.5)
+            axis.plot(
+                *zip(*frontier(list(points.values())), strict=True), color=colour, label=label
+            )
+            if label == "LoRA, r = 8" and CHOSEN in points:
+                axis.plot(*points[CHOSEN], "o", color="black", fillstyle="none", label="best")
+        axis.set(xscale="log", xlabel="processor seconds of the steps")
+        draw_at(axis.xaxis, (5, 10, 20, 50, 100, 200))
+    axes[0].set_ylabel("validation perplexity")
+    axes[0].legend()
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("frontier", measure, draw, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
