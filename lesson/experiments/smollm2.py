@@ -2,7 +2,7 @@
 
 Varied: full fine-tuning or LoRA, LoRA's layers, rank and alpha, the batch, and the task.
 Fixed: fp32, one pass over 128 conversations or windows of 64 tokens, AdamW with weight decay 0.01,
-6 % warm-up, cosine, clipping at 1. LoRA has dropout 0.05.
+6 % warm-up, cosine, clipping at 1, no dropout. The rate is searched with seed 0.
 Measured: the perplexity on the validation part, the KL from the base on this part, and the KL from
 the base on 16 texts of 64 tokens that the base wrote. For two choices, these are also measured
 after a multiplication of the whole change by 0.7 and by 0.5.
@@ -39,7 +39,13 @@ EXAMPLES = 128  # of a run
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 FULL = {"method": "full"}
-LORA = {"method": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+LORA = {
+    "method": "lora",
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "target_modules": "all-linear",
+}
 SHRINK = {"scales": (0.7, 0.5)}
 
 # The first rate to try, and the options. Attention of rank 33 and the MLP of rank 20 train the same
@@ -221,8 +227,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     choices = list(CHOICES.items())
     for label, (guess, options) in choices[:2] if args.short else choices:
         choice = partial(run, options, args.short)
-        found = search(choice, guess, args.seeds, at_full_change, args.short)
+        found = search(choice, guess, args.seeds[:1], at_full_change, args.short)
         best = best_rate(found, at_full_change)
+        found[best] = choice(best, args.seeds)
         print(
             f"{label}: {spread([at_full_change(r) for r in found[best]])} at {best:g}", flush=True
         )
