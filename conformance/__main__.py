@@ -16,8 +16,6 @@ from types import ModuleType
 from conformance.bench import report
 from conformance.checks import CHECKS
 
-IMPLEMENTATIONS = Path(__file__).parent / "implementations"
-
 
 def load_implementation(name: str) -> ModuleType:
     """Import a file, or a module of `conformance.implementations`."""

@@ -82,7 +82,10 @@ class Implementation:
             for option in options:
                 if option not in parameters and not takes_any:
                     raise Missing(f"{name} has no {option}")
-            return function(*args, **options)
+            try:
+                return function(*args, **options)
+            except NotImplementedError as error:
+                raise Missing(str(error)) from error
 
         return call
 
@@ -102,7 +105,7 @@ def run(functions: Any, names: Iterable[str] = ()) -> list[Result]:
         torch.manual_seed(0)
         try:
             one.run(Implementation(functions))
-        except (Missing, NotImplementedError) as error:
+        except Missing as error:
             results.append(Result(one, "skip", str(error)))
         except Failed as error:
             results.append(Result(one, "FAIL", str(error)))

@@ -3,6 +3,8 @@
 from lycoris import LoConModule
 from torch import nn
 
+from conformance.bench import Missing
+
 
 class Layer(nn.Module):
     """The module that LyCORIS makes, and the layer whose forward the module replaces."""
@@ -17,7 +19,7 @@ class Layer(nn.Module):
         return self.linear(x)
 
     def state_dict(self, *args, **options):
-        raise NotImplementedError("LyCORIS saves a network of updates, apart from the model")
+        raise Missing("LyCORIS saves a network of updates, apart from the model")
 
 
 def wrap(linear, r, alpha, dropout, use_rslora=False, use_dora=False):

@@ -33,3 +33,16 @@ def test_peft_fails_only_what_the_page_explains():
     found = outcomes(peft)
     assert {name for name, r in found.items() if r.outcome == "FAIL"} == PEFT_FAILS
     assert {name for name, r in found.items() if r.outcome == "skip"} == {"slices_of_a_fused_layer"}
+
+
+def test_a_check_of_what_an_implementation_lacks_is_skipped():
+    """These checks also accept a refusal, but a missing function is no refusal."""
+
+    class Lacking(Right):
+        load = None
+
+        def merge(self, module):
+            raise NotImplementedError
+
+    names = ("file_of_another_model_is_noticed", "merging_into_bf16_rounds_once")
+    assert {r.outcome for r in run(Lacking(), names)} == {"skip"}
