@@ -160,7 +160,7 @@ def describe(model, prompts: list[Ids], tokenizer, device: Device) -> None:
     """Answer questions. Print the mean length, the share of answers that end, and log p / q.
 
     The mean of log p / q over answers of the model estimates its KL divergence from the base, in
-    nats per answer.
+    nats per answer. The estimate is rough, because the answers come from the 50 likeliest tokens.
     """
     torch.manual_seed(1)
     end = tokenizer.eos_token_id
@@ -198,11 +198,14 @@ def main(argv=None) -> None:
     device = Device.pick(args.device, args.precision, train=True)
 
     model, tokenizer = load(args.model)
+    conversations = read_conversations(args.data)[: TESTED + TRAINED]
+    if len(conversations) <= TESTED:
+        raise UserError(f"{args.data}: needs more than {TESTED} conversations")
     questions = [
         template_ids(messages[:-1], tokenizer, add_generation_prompt=True).tolist()
-        for messages in read_conversations(args.data)[: TESTED + TRAINED]
+        for messages in conversations
     ]
-    model.eval()  # switches off the base's dropouts
+    model.to(device.torch_device).eval()  # `eval` switches off the base's dropouts
     torch.manual_seed(args.seed)
     end = tokenizer.eos_token_id
     asked = questions[TESTED:]
