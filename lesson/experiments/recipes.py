@@ -18,7 +18,7 @@ from typing import Any
 
 from common.figures import BASE, LORA, draw_at, shades
 from lesson.experiments.common import SHORT, Trainer, experiment, panels, train_options
-from lesson.experiments.sweep import cell, keep, known_cells, perplexity
+from lesson.experiments.sweep import cell, perplexity, remembered
 from training.options import BEST, BOOK, REFERENCE, ROOT, Options
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -66,12 +66,7 @@ def saved(made: Trainer) -> dict[str, float]:
 
 def stored(options: Options, short: bool) -> dict[str, float]:
     """Return the result of a run with these options. A stored result is returned at once."""
-    key = cell(options, saved, short)
-    known = known_cells()
-    if key not in known:
-        known[key] = saved(Trainer(options))
-        keep(key, known[key])
-    return known[key]
+    return remembered(cell(options, saved, short), lambda: saved(Trainer(options)))
 
 
 def run(words: dict[str, Any], seed: int, short: bool) -> dict[str, float]:

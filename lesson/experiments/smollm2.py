@@ -206,12 +206,8 @@ def run(
         settings = {"lr": lr, "seed": seed, "short": short, **options}
         settings["threads"] = torch.get_num_threads()
         key = json.dumps({"measure": "smollm2", "torch": torch.__version__, **settings})
-        known = sweep.known_cells()
-        if key not in known:
-            known[key] = finetune(lr, seed, short, **options)
-            print(options, f"lr {lr:g}, seed {seed}:", known[key], flush=True)
-            sweep.keep(key, known[key])
-        measured.append(known[key])
+        train_once = partial(finetune, lr, seed, short, **options)
+        measured.append(sweep.remembered(key, train_once))
     return measured
 
 

@@ -29,7 +29,7 @@ from training.options import MAY_CHANGE, ROOT, Options
 # One result per line. Delete the file after a code change that affects results.
 CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 
-# The key contains the options that a recipe sets.
+# The key contains the options that a recipe sets, except the rate that `best` computes.
 DECIDES_NOTHING = MAY_CHANGE | {"recipe"}
 
 SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
@@ -139,17 +139,24 @@ def finetune(
     By default, a run has 60 steps of 8 windows of 64 tokens. A stored result is returned at once.
     """
     options = SIZE | options
+
+    def run(seed: int) -> Any:
+        return measure(trainer(method, seed, "auto", short, **options))
+
+    keys = {
+        seed: cell(asked_options(method, seed, short, options), measure, short) for seed in seeds
+    }
+    return [remembered(keys[seed], partial(run, seed)) for seed in seeds]
+
+
+def remembered(key: str, measure: Callable[[], Any]) -> Any:
+    """Return the stored result. If no result is stored, measure and store it."""
     known = known_cells()
-    measured = []
-    for seed in seeds:
-        key = cell(asked_options(method, seed, short, options), measure, short)
-        if key not in known:
-            result = measure(trainer(method, seed, "auto", short, **options))
-            print(method, options, f"seed {seed}:", result, flush=True)
-            known[key] = json.loads(json.dumps(result))
-            keep(key, known[key])
-        measured.append(known[key])
-    return measured
+    if key not in known:
+        known[key] = json.loads(json.dumps(measure()))
+        print(f"{key}: {known[key]}", flush=True)
+        keep(key, known[key])
+    return known[key]
 
 
 def keep(key: str, result: Any) -> None:
@@ -282,7 +289,7 @@ def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
         middle = mean(found)
         if row == 0:
             axis.axvspan(*ends, color=BASE, alpha=0.2)
-        colour = FULL if label == "full" else LORA
+        colour = FULL if label.startswith("full") else LORA
         axis.plot(ends, (label, label), color=colour, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
         axis.annotate(
