@@ -106,7 +106,8 @@ def train(model, training: Dataset, validation: Dataset, device: Device, args) -
     print(f"peak lr: {peak:g}")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
-    order = np.concatenate([training.epoch_order(args.seed, i) for i in range(8 * args.steps)])
+    epochs = math.ceil(8 * args.steps / len(training))
+    order = np.concatenate([training.epoch_order(args.seed, i) for i in range(epochs)])
     torch.manual_seed(args.seed)  # seeds the dropouts
     best = math.inf
     for step in range(args.steps):
@@ -141,7 +142,8 @@ def main(argv=None) -> None:
     parser.add_argument("--peft", action="store_true", help="train PEFT's LoRA, not ours")
     add_device_options(parser)
     args = parser.parse_args(argv)
-    refuse_existing(args.out)
+    if not args.peft:
+        refuse_existing(args.out)
     device = Device.pick(args.device, args.precision, train=True)
 
     model, tokenizer = load(args.model)
