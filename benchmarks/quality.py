@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(found))
         return
 
-    path = opts.out / f"quality-{machine_name('cpu')}.json"
+    short = "short-" if opts.max_steps else ""
+    path = opts.out / f"{short}quality-{machine_name('cpu')}.json"
     empty: dict[str, Any] = {"versions": versions(), "curves": {}, "seconds": {}}
     results = read_json(path) if path.exists() else empty
     if "curves" in opts.only:

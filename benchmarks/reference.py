@@ -38,10 +38,9 @@ from training.scores import perplexity
 BLOCK = 128  # tokens per window in the reference run
 SCORED = 127  # scored tokens per window
 SHIFT = 2
-VAL_FRACTION = 0.1
 COMMON = (
     f"--epochs 3 --block-size {SCORED} --stride 1 --label-shift {SHIFT} --precision fp32 "
-    f"--val-fraction {VAL_FRACTION} --weight-decay 0.01 --warmup-ratio 0.06 --clip 0"
+    "--val-fraction 0.1 --weight-decay 0.01 --warmup-ratio 0.06 --clip 0"
 )
 BATCH_SIZE = {"base": 16, "lora": 16, "full": 64}
 METHODS = {
@@ -61,7 +60,7 @@ TEXT = Path(__file__).with_name("pseudo-latin.txt")  # 5,000 words: 12 sentences
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_args(argv)
     tokens = load_tokens(opts.book, ours.tokenizer(opts.directory))
-    training, validation = split(tokens, VAL_FRACTION)
+    training, validation = split(tokens, opts.val_fraction)
     seen = share_seen(training.ids, validation.ids)
     print(
         f"base {Path(opts.base).name}, {opts.book.name}: {len(tokens):,} tokens, {machine()}\n"
@@ -130,6 +129,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     opts.more = more
     opts.base, opts.directory = find_base(opts.base)
     chosen = ours.options(opts.only[0], *METHODS[opts.only[0]].split(), *more)
+    opts.val_fraction = chosen.val_fraction
     opts.device = Device.pick(chosen.device, chosen.precision, train=True)
     check_block_size(BLOCK, load_config(opts.directory))
     return opts
