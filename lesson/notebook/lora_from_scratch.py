@@ -509,7 +509,9 @@ else:
 # inject(model, LoRAConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
 # trained = [p for p in model.parameters() if p.requires_grad]  # A and B
 # optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=0.01)
-# schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)
+# schedule = torch.optim.lr_scheduler.OneCycleLR(
+#     optimizer, peak, steps, pct_start=0.1, cycle_momentum=False
+# )
 # model.train()
 # for step in range(steps):
 #     batch = windows[torch.randint(len(windows), (batch_size,))].to(device)  # (B, T)
