@@ -13,7 +13,7 @@ from model.gpt2 import GPT2
 from tests import runs
 from tests.helpers import TINY
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
-from training import meter, resume
+from training import resume
 from training import run as training_run
 from training.options import BOOK
 
@@ -205,7 +205,7 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
 
         return slow
 
-    for module in (meter, resume, training_run):
+    for module in (resume, training_run):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(train, "validate", slowly(train.validate))
     monkeypatch.setattr(resume, "write_checkpoint", slowly(resume.write_checkpoint))
