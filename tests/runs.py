@@ -209,13 +209,13 @@ def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
     storages = {}  # by address, so that a view counts once
 
     def keep(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.hidden(inputs)
     for parameter in model.parameters():
-        storages.pop(parameter.untyped_storage().data_ptr(), None)
+        storages.pop(parameter.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -301,11 +301,11 @@ def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(model: nn.Module, ids: Tensor) -> float:
+def validation_loss(model: nn.Module, ids: Tensor, block: int = BLOCK) -> float:
     """Return a stock model's mean loss over every token but the first, window after window."""
     sums = []
-    for start in range(0, len(ids) - 1, BLOCK):
-        window = ids[None, start : start + BLOCK + 1]
+    for start in range(0, len(ids) - 1, block):
+        window = ids[None, start : start + block + 1]
         inputs = window[:, :-1]
         targets = window[:, 1:]
         sums.append(mean_loss(model, inputs, targets).item() * targets.numel())

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import ours, reference
 from benchmarks.reference import METHODS, TEXT
 from tests.helpers import TINY, tiny_gpt2_directory
-from tests.runs import finished, one_line, run, stdout_of, stock_model, token_parts
+from tests.runs import one_line, run, stdout_of, stock_model, token_parts, validation_loss
 from training.options import BOOK
 
 STEPS = 3
@@ -69,17 +68,6 @@ def reference_validation(model: nn.Module, ids: Tensor, batch_size: int) -> floa
     return float(np.mean(losses))
 
 
-@torch.no_grad()
-def next_token_loss(model: nn.Module, ids: Tensor) -> float:
-    """Score each token except the first once, in windows of 128."""
-    total = 0.0
-    for start in range(0, len(ids) - 1, 128):
-        span = ids[start : start + 129]
-        logits = model(span[None, :-1]).logits[0]
-        total += F.cross_entropy(logits, span[1:], reduction="sum").item()
-    return total / (len(ids) - 1)
-
-
 def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
     _, ids = token_parts(repeated.book)
     base = repeated.base
@@ -95,7 +83,8 @@ def test_the_reference_s_loop_on_its_own_library_measures_the_same(repeated):
         assert here["reference"]["loss"] == pytest.approx(expected, rel=1e-5)
         assert here["reference"]["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
         assert f"{here['reference']['perplexity']:.4f}" in repeated.stdout
-        assert here["next_token"]["loss"] == pytest.approx(next_token_loss(model, ids), rel=1e-5)
+        next_token = validation_loss(model, ids, block=128)
+        assert here["next_token"]["loss"] == pytest.approx(next_token, rel=1e-5)
         assert here["next_token"]["loss"] != pytest.approx(expected, rel=1e-3)
 
 
@@ -113,27 +102,6 @@ def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repe
     here = made.model.loss(inputs, targets) / targets.numel()
     theirs = stock_model(repeated.base)(input_ids=x, labels=y).loss
     assert here.item() == pytest.approx(theirs.item(), rel=1e-6)
-
-
-def test_the_runs_have_the_reference_s_options(repeated):
-    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["c_attn"]}
-    common = {
-        "epochs": 3,
-        "stride": 1,
-        "label_shift": 2,
-        "val_fraction": 0.1,
-        "clip": 0,
-        "weight_decay": 0.01,
-        "warmup_ratio": 0.06,
-        "precision": "fp32",
-        "base_dropout": None,
-    }
-    for method, more in (
-        ("lora", {"batch_size": 16, "lr": 3e-4, **lora}),
-        ("full", {"batch_size": 64, "lr": 3e-5}),
-    ):
-        options = finished(repeated.out / method).report["options"]
-        assert {**options, **common, **more} == options
 
 
 def test_it_says_which_options_left_the_protocol_and_names_no_directory(repeated):
@@ -165,32 +133,6 @@ def test_finished_runs_are_scored_again_on_fewer_windows_and_it_says_so(repeated
     assert again["next_token"] == before["next_token"]
     assert again["reference"]["loss"] == pytest.approx(before["reference"]["loss"], rel=0.02)
     assert again["reference"]["loss"] != before["reference"]["loss"]
-
-
-def test_train_py_s_options_change_the_protocol_and_what_each_label_learns(
-    wide_base, short_text, tmp_path
-):
-    """Each label improves the measure that it trains, and worsens the other."""
-    fast = ["--only", "lora", "--max-steps", 30, "--lr", 5e-3, "--batch-size", 4]
-    fast += ["--target-modules", "c_attn", "c_fc", "c_proj"]
-    losses = {}
-    for shift in (2, 1):
-        changed = ["--label-shift", shift, "--overwrite"]
-        said, figures = repeat(wide_base, short_text, tmp_path, *fast, *changed)
-        assert f"--label-shift {shift} --overwrite: not the whole protocol" in said
-        losses[shift] = figures["here"]
-        assert losses[shift].keys() == {"base", "lora"}
-        assert losses[shift]["lora"]["steps"] == 30
-
-    base = losses[1]["base"]
-    after_next = losses[2]["lora"]
-    next_token = losses[1]["lora"]
-    for measure, better, worse in (
-        ("reference", after_next, next_token),
-        ("next_token", next_token, after_next),
-    ):
-        assert better[measure]["loss"] < base[measure]["loss"]
-        assert better[measure]["loss"] < worse[measure]["loss"]
 
 
 def test_the_share_seen_before_is_counted_right(repeated):

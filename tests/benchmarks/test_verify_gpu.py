@@ -5,8 +5,6 @@ import math
 from argparse import Namespace
 from contextlib import nullcontext
 from functools import cache, partial
-from itertools import islice
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from benchmarks.parity_report import Report
 from common.device import Device
 from common.errors import RunError
 from data.windows import Batch
-from lora.layer import LoRALinear
 from model import gpt2
 from model.kernels import fast
 from tests.runs import one_line, run
@@ -28,8 +25,6 @@ from training import variants
 from training.optimizer import AdamW
 from training.ranks import Ranks
 from training.run import Run
-
-ON_CUDA = Device(torch.device("cuda"), "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -48,150 +43,75 @@ def opts(inputs):
     return inputs
 
 
-def eighth(patch):
-    def all_reduce(ranks, model, loss):
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= 8
-
-    patch.setattr(Ranks, "all_reduce_gradients", all_reduce)
+def an_eighth_of_the_gradients(ranks, model, loss):
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= 8
 
 
-def first_batch(patch):
-    def batches(self, training, first=0):
-        for _ in range(self.total_steps):
-            yield next(real(self, training))
-
-    real = Run.batches
-    patch.setattr(Run, "batches", batches)
+def the_first_batch_always(run, training, first=0, real=Run.batches):
+    for _ in range(run.total_steps):
+        yield next(real(run, training))
 
 
-def one_nat(patch):
-    def scores(tokens, scored_bytes, loss, accuracy):
-        return real(tokens, scored_bytes, loss + 1, accuracy)
-
-    real = evaluate.Scores
-    patch.setattr(evaluate, "Scores", scores)
+def a_loss_of_one_nat_more(tokens, scored_bytes, loss, accuracy, real=evaluate.Scores):
+    return real(tokens, scored_bytes, loss + 1, accuracy)
 
 
-def reseed(patch):
-    def step(*given):
-        torch.manual_seed(0)
-        return real(*given)
-
-    real = train.train_step
-    patch.setattr(train, "train_step", step)
+def a_step_with_the_first_seed(*given, real=train.train_step):
+    torch.manual_seed(0)
+    return real(*given)
 
 
-def no_scaling(patch):
-    patch.setattr(LoRALinear, "update", lambda self, x, y: self.lora_B(self.lora_A(x)))
+def the_next_token_shown(q, k, v, p):
+    length = q.size(-2)
+    mask = torch.ones(length, length, dtype=torch.bool).tril(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
 
 
-def next_token_shown(patch):
-    def attend(q, k, v, p):
-        length = q.size(-2)
-        mask = torch.ones(length, length, dtype=torch.bool).tril(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-
-    patch.setattr(fast, "causal_attention", attend)
+def the_mean_of_a_micro_batch(batch, real=Batch.micro_batches):
+    for inputs, targets in real(batch):
+        object.__setattr__(batch, "num_tokens", targets.numel())
+        yield inputs, targets
 
 
-def moments_lost(patch):
-    patch.setattr(AdamW, "load_state_dict", lambda *_: None)
+def dropout_in_evaluation(x, p, training, real=fast.dropout):
+    return real(x, p, True)
 
 
-def micro_batch_mean(patch):
-    real = Batch.micro_batches
-
-    def micro_batches(self):
-        for inputs, targets in real(self):
-            object.__setattr__(self, "num_tokens", targets.numel())
-            yield inputs, targets
-
-    patch.setattr(Batch, "micro_batches", micro_batches)
+def trained_in_low_precision(run, model, real=Run.set_up_model):
+    real(run, model)
+    model.to(run.device.dtype)
 
 
-def dropout_in_evaluation(patch):
-    real = fast.dropout
-    patch.setattr(fast, "dropout", lambda x, p, training: real(x, p, True))
+other_masks = partial(gpt2.checkpoint, preserve_rng_state=False)
+FAULTS = [
+    (Ranks, "all_reduce_gradients", an_eighth_of_the_gradients, "lora, beside PEFT"),
+    (Run, "batches", the_first_batch_always, "lora, beside PEFT"),
+    (evaluate, "Scores", a_loss_of_one_nat_more, "lora, beside PEFT"),
+    (train, "train_step", a_step_with_the_first_seed, "dropout"),
+    (fast, "causal_attention", the_next_token_shown, "full --precision fp32"),
+    (AdamW, "load_state_dict", lambda *_: None, "--resume"),
+    (Batch, "micro_batches", the_mean_of_a_micro_batch, "lora --precision fp32 --grad-accum 3"),
+    (fast, "dropout", dropout_in_evaluation, "dropout"),
+    (variants, "precondition", lambda model: None, "lora --riemannian --precision fp32"),
+    (gpt2, "checkpoint", other_masks, "dropout"),
+    (torch.amp.GradScaler, "unscale_", lambda *_: None, "lora --clip 0.1 --precision fp16"),
+    (Run, "set_up_model", trained_in_low_precision, "full --precision bf16"),
+    (Device, "autocast", lambda *_: nullcontext(), "full --precision bf16"),
+]
 
 
-def no_schedule(patch):
-    patch.setattr(train, "learning_rate", lambda step, total, peak, warmup: peak)
-
-
-def option_ignored(patch):
-    patch.setattr(variants, "precondition", lambda model: None)
-
-
-def last_token_of_the_vocabulary_lost(patch):
-    real = fast.loss.tied_cross_entropy
-    short = SimpleNamespace(
-        tied_cross_entropy=lambda h, w, y: real(h, w[:-1], y), token_losses=fast.loss.token_losses
-    )
-    patch.setattr(fast, "loss", short)
-
-
-def last_micro_batch_lost(patch):
-    def micro_batches(self):
-        return islice(real(self), len(self.indices) // self.micro_batch_size)
-
-    real = Batch.micro_batches
-    patch.setattr(Batch, "micro_batches", micro_batches)
-
-
-def recomputed_with_other_masks(patch):
-    patch.setattr(gpt2, "checkpoint", partial(gpt2.checkpoint, preserve_rng_state=False))
-
-
-def clipped_before_unscaling(patch):
-    patch.setattr(torch.amp.GradScaler, "unscale_", lambda *_: None)
-
-
-def trained_in_low_precision(patch):
-    def set_up(run, model):
-        real(run, model)
-        model.to(run.device.dtype)
-
-    real = Run.set_up_model
-    patch.setattr(Run, "set_up_model", set_up)
-
-
-def precision_ignored(patch):
-    patch.setattr(Device, "autocast", lambda *_: nullcontext())
-
-
-FAULTS = {
-    eighth: "lora, beside PEFT",
-    first_batch: "lora, beside PEFT",
-    one_nat: "lora, beside PEFT",
-    reseed: "dropout",
-    no_scaling: "lora, beside PEFT",
-    next_token_shown: "full --precision fp32",
-    moments_lost: "--resume",
-    micro_batch_mean: "lora --precision fp32 --grad-accum 3",
-    dropout_in_evaluation: "dropout",
-    no_schedule: "lora, beside PEFT",
-    option_ignored: "lora --riemannian --precision fp32",
-    last_token_of_the_vocabulary_lost: "full --precision fp32",
-    last_micro_batch_lost: "lora --precision fp32 --grad-accum 3",
-    recomputed_with_other_masks: "dropout",
-    clipped_before_unscaling: "lora --clip 0.1 --precision fp16",
-    trained_in_low_precision: "full --precision bf16",
-    precision_ignored: "full --precision bf16",
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_seeded_fault_fails_the_dry_run(opts, monkeypatch, fault):
-    fault(monkeypatch)
-    figures = all_checks(opts)[FAULTS[fault]]().values()
+@pytest.mark.parametrize(("where", "name", "wrong", "check"), FAULTS)
+def test_a_seeded_fault_fails_the_dry_run(opts, monkeypatch, where, name, wrong, check):
+    monkeypatch.setattr(where, name, wrong)
+    figures = all_checks(opts)[check]().values()
     assert any(not figure <= limit for figure, limit in figures)
 
 
 def test_a_dry_run_passes_and_writes_one_report(opts, tmp_path, monkeypatch):
     """Only the checks of the faults run. `make verify-gpu ARGS=--dry-run` runs all checks."""
-    few = {*FAULTS.values(), "two ranks"}
+    few = {check for *_, check in FAULTS} | {"two ranks"}
     every = gpu_checks.all_checks
 
     def some(opts):
@@ -215,16 +135,6 @@ def test_a_dry_run_passes_and_writes_one_report(opts, tmp_path, monkeypatch):
     assert text.startswith("# GPU report: dry run on a CPU")
     assert [part for part in parts if f"\n## {part}\n" in text] == list(parts)
     assert str(tmp_path) not in text
-
-
-def test_on_cuda_every_way_and_variant_is_checked(opts):
-    cuda = Namespace(device=ON_CUDA, low="fp16")
-    found = " ".join(gpu_checks.commands(cuda)).split()
-    every = "--cuda-graph --compile --allow-tf32 --gradient-checkpointing --grad-accum --use-dora"
-    assert {*every.split(), "--quantise", "--riemannian", "--freeze-a", "--data"} <= set(found)
-    low = [command for command in gpu_checks.commands(cuda) if "fp16" in command]
-    assert not any("lora_ga" in command for command in low)
-    assert not any(GRAPH in command for command in gpu_checks.commands(opts))
 
 
 def test_what_is_not_a_number_and_a_capture_that_failed_fail(opts, monkeypatch):
@@ -274,20 +184,6 @@ def test_a_check_or_a_contender_that_fails_fails_alone(opts, monkeypatch):
     assert report.broken() == ["this project, LoRA, bf16: out of memory"]  # the other may fail
     assert report.facts["PEFT, LoRA, bf16 autocast, failed"] == "out of memory"
     assert report.facts["this project, full, bf16"]["launches"] == 0
-
-
-def test_on_cuda_our_step_is_timed_with_a_graph_and_without_compiled_and_not():
-    opts = Namespace(device=ON_CUDA, dry_run=False, low="bf16", batch=16, block=128)
-    names = [task.contender for task in gpu_speed.timed_tasks(opts, "base", "lora")]
-    assert names == [
-        "this project, LoRA, bf16",
-        "this project, LoRA, bf16, graph",
-        "PEFT, LoRA, bf16 autocast",
-        "PEFT, LoRA, bf16 weights",
-        "this project, LoRA, bf16, compiled",
-        "this project, LoRA, bf16, compiled, graph",
-        "PEFT, LoRA, bf16 autocast, compiled",
-    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -23,6 +23,7 @@ from model.gpt2 import GPT2, GPT2Config
 from model.kernels import cuda_loss
 from model.kernels import fast as ops
 from model.kernels.fast import accelerate
+from tests import runs
 
 CONFIG = GPT2Config(vocab_size=331, n_positions=32, n_embd=32, n_layer=2, n_head=2)
 
@@ -62,23 +63,12 @@ def kept_bytes(precision: str, method: str, layers: int, windows: int) -> int:
     """Return the bytes, except parameters, that the model keeps for its backward pass."""
     model = model_on_cuda(precision, method, layers).train()
     ids = torch.zeros(windows, 32, dtype=torch.int64, device="cuda")
-    storages = {}  # by address, so that a view counts once
     attention = efficient_attention if precision == "fp32" else flash_attention
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
     with (
         Device(torch.device("cuda"), precision).autocast(),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         mock.patch.object(ops, "causal_attention", attention),
     ):
-        hidden = model.hidden(ids)
-    assert hidden.requires_grad
-    for parameter in model.parameters():
-        storages.pop(parameter.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in storages.values())
+        return runs.kept_bytes(model, ids)
 
 
 def efficient_attention(q, k, v, p):
