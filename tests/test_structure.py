@@ -1,6 +1,7 @@
 """Check that the core can be copied out, and that a folder imports only from lower folders."""
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,32 @@ LAYERS = [
 OURS = {*LAYERS, "conformance", "lesson", "benchmarks", "tests"}
 
 
-def imported(path: Path) -> set[str]:
-    """Return our top-level modules that a file imports anywhere."""
+OPTIONAL = {
+    "bitsandbytes",
+    "gguf",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "tokenizers",
+    "transformers",
+}
+
+
+def modules(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the top-level modules that these nodes of a file import."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: a relative import"
             names.add(node.module)
-    return {name.partition(".")[0] for name in names} & OURS
+    return {name.partition(".")[0] for name in names}
+
+
+def imported(path: Path) -> set[str]:
+    """Return our top-level modules that a file imports anywhere."""
+    return modules(path, ast.walk(ast.parse(path.read_text()))) & OURS
 
 
 @pytest.mark.parametrize("path", ["lora/layer.py", "model/gpt2.py"])
@@ -55,3 +72,15 @@ def test_no_folder_imports_from_one_above_it(folder):
     below = set(LAYERS[LAYERS.index(folder) :])
     for path in (ROOT / folder).rglob("*.py"):
         assert imported(path) <= below, path
+
+
+@pytest.mark.parametrize("folder", [*LAYERS, "lesson/examples"])
+def test_optional_packages_are_imported_only_where_they_are_used(folder):
+    """They may be missing, and bitsandbytes can print a warning when it is imported."""
+    packages = OPTIONAL
+    if folder == "lesson/examples":  # examples with models of transformers
+        packages = {"bitsandbytes", "peft"}
+    paths = [*ROOT.glob(f"{folder}.py"), *(ROOT / folder).rglob("*.py")]
+    assert paths
+    for path in paths:
+        assert not modules(path, ast.parse(path.read_text()).body) & packages, path

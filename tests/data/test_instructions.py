@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import evaluate
 import train
+from benchmarks.gpu_checks import our_name, transposed
 from benchmarks.ours import Trainer
 from data.instructions import Instructions, read_examples
 from lora.save import save_adapter
 from model.gpt2 import IGNORE_INDEX
-from storage.weights import CONV1D
 from tests import runs
 from tests.helpers import TINY, refusal, relative_difference, small_tokenizer
 from tests.pairs import adapted
@@ -92,15 +92,8 @@ def stepped(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
 
 def stock_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradients with our names and shapes."""
-    found = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        ours = name.removeprefix("base_model.model.").removeprefix("transformer.")
-        ours = ours.replace(".default", "")
-        is_conv1d = CONV1D.search(ours) and "lora_" not in ours
-        found[ours] = p.grad.t() if is_conv1d else p.grad
-    return found
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return transposed({our_name(name): p.grad for name, p in trained.items()})
 
 
 @pytest.mark.parametrize("method, parts", [("lora", 3), ("full", 1)])

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,10 +32,8 @@ from data.tokenizer import (
     load_tokenizer,
 )
 from generate import StreamDecoder
-from model.sampling import generate
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
-from storage.weights import load_gpt2, save_gpt2
 from tests.helpers import refusal, tiny_gpt2, write_small_tokenizer
 from tests.runs import arguments, die, run_acting, scores, trained
 from training.options import BOOK
@@ -197,25 +194,6 @@ def test_a_stream_of_tokens_is_the_text_in_whole_characters(text, name, prompt):
     assert "�" in text or not any("�" in piece for piece in pieces)
     whole = ours.decode(before) + "".join(pieces) + decoder.finish()
     assert whole == ours.decode(ids)
-
-
-def test_stock_transformers_loads_mini_and_what_a_full_run_leaves(base, tmp_path):
-    save_gpt2(load_gpt2(base), tmp_path, end_of_text=316)
-    save_tokenizer(load_tokenizer(base, 317), tmp_path, 64)
-    for directory in (tmp_path, MINI):
-        stock = transformers.pipeline(  # loads as AutoModelForCausalLM and AutoTokenizer do
-            "text-generation", str(directory), device="cpu", dtype=torch.float32
-        )
-        ours = load_gpt2(directory)
-        tokenizer = load_tokenizer(directory, ours.config.vocab_size)
-        ids = tokenizer.encode(BOOK.read_text()[:1000])
-        assert stock.tokenizer.encode(BOOK.read_text()[:1000]) == ids.tolist()
-        assert stock.tokenizer.eos_token_id == tokenizer.end_of_text
-        batch = torch.from_numpy(ids[:60].astype(int))[None]
-        torch.testing.assert_close(ours(batch), stock.model(batch).logits, rtol=1e-4, atol=1e-4)
-        text = stock("The sea", max_new_tokens=8, do_sample=False)[0]["generated_text"]
-        prompt = torch.from_numpy(tokenizer.encode(text[:7]).astype(int))
-        assert text[7:] == tokenizer.decode(generate(ours, prompt, 8, temperature=0))
 
 
 def test_a_file_that_differs_from_gpt2s_in_two_merges_is_not_taken_for_it(tmp_path):

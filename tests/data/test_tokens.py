@@ -1,45 +1,17 @@
 """A book becomes tokens, or is refused with a reason."""
 
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
 
-from data.tokenizer import END_OF_TEXT, FAST, GPT2_FILES, Tokenizer, load_tokenizer
+from data.tokenizer import END_OF_TEXT, GPT2_FILES, Tokenizer, load_tokenizer
 from data.tokens import load_books, load_tokens
-from tests.helpers import refusal, small_tokenizer, write_small_tokenizer
-
-
-def loaded(engine: tokenizers.Tokenizer) -> Tokenizer:
-    with tempfile.TemporaryDirectory() as directory:
-        engine.save(str(Path(directory, FAST)))
-        return load_tokenizer(Path(directory), 400)
-
-
-def small_engine() -> tokenizers.Tokenizer:
-    """Return the tokenizers library's form of SMALL, for changes."""
-    with tempfile.TemporaryDirectory() as directory:
-        write_small_tokenizer(Path(directory), 300)
-        return tokenizers.Tokenizer.from_file(str(Path(directory, FAST)))
-
-
-def bert() -> Tokenizer:
-    """A WordPiece tokenizer of the characters in PARTS."""
-    characters = [*"sa1.é汉😀'", *(f"##{c}" for c in "sa1é汉😀l"), "##ll"]
-    vocabulary = {word: i for i, word in enumerate(["[UNK]", *characters])}
-    engine = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    engine.normalizer = normalizers.BertNormalizer()
-    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return loaded(engine)
-
+from tests.helpers import refusal, small_tokenizer
 
 GPT2, SMALL = load_tokenizer(GPT2_FILES, 50257), small_tokenizer(300)
-BERT = bert()
 TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
 
 
@@ -97,7 +69,6 @@ def test_a_book_that_is_not_a_text_is_refused(tmp_path):
         ("日本 ".encode() * 50_000 + b"\xe6 ", GPT2, "byte 350,000: invalid continuation"),
         (b"a b" * 50_000 + b"\0", GPT2, "contains a NUL"),
         (b"a" + b" " * 3_000_000, GPT2, "the tokenizer cannot read the text"),
-        (b" \n", BERT, "contains no tokens"),
     ):
         book = write(tmp_path, content)
         assert reason in refusal(book, load_tokens, book, tokenizer)

@@ -1,7 +1,5 @@
 """The split, the training windows and the evaluation windows."""
 
-import itertools
-
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -45,18 +43,6 @@ def test_windows_are_those_of_a_plain_loop(length, block, stride, shift):
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.shape == targets.shape == (len(expected), block)
     assert list(zip(inputs.tolist(), targets.tolist(), strict=True)) == expected[::-1]
-
-
-def test_each_epoch_has_its_own_order_and_repeats_it():
-    def order(seed: int, epoch: int) -> tuple[int, ...]:
-        return tuple(Windows(np.arange(500), 10, 3).epoch_order(seed, epoch).tolist())
-
-    orders = {key: order(*key) for key in itertools.product((0, 1, 42), range(4))}
-    assert len(set(orders.values())) == len(orders)
-    for (seed, epoch), windows in orders.items():
-        assert sorted(windows) == list(range(164)) != list(windows)
-        np.random.seed(7)  # the global random state has no effect
-        assert order(seed, epoch) == windows
 
 
 @settings(deadline=None, max_examples=100)

@@ -20,16 +20,7 @@ from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_
 from tests.pairs import ALL_FOUR, adapted, randomize
 from tests.runs import one_line, run, stdout_of, stock_model, story
 
-ADAPTERS = {
-    "attn.c_proj": (("attn.c_proj",), {"r": 4, "lora_alpha": 6}),  # square
-    "rslora": (ALL_FOUR, {"r": 3, "lora_alpha": 5, "use_rslora": True}),
-    "patterns": (
-        ALL_FOUR,
-        {"r": 3, "rank_pattern": {"h.0.attn.c_attn": 6}, "alpha_pattern": {"c_fc": 5}},
-    ),
-    "slices": (("c_attn.q", "c_attn.v", "c_fc"), {"r": 2, "lora_alpha": 3}),
-    "pissa": (ALL_FOUR, {"r": 2, "lora_alpha": 3, "init_lora_weights": "pissa"}),
-}
+PATTERNS = {"rank_pattern": {"h.0.attn.c_attn": 6}, "alpha_pattern": {"c_fc": 5}}
 LAYERS = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, TINY["n_layer"])
 
 
@@ -69,10 +60,8 @@ def assert_changes(path: Path, expected: dict[str, torch.Tensor]) -> None:
         assert relative_difference(found, change) < 1e-6, name
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_of_ours_holds_the_update_that_peft_computes(base, tmp_path, name):
-    targets, config = ADAPTERS[name]
-    save_adapter(adapted(base, targets, **config), tmp_path / "lora", "gpt2")
+def test_an_adapter_of_ours_holds_the_update_that_peft_computes(base, tmp_path):
+    save_adapter(adapted(base, ALL_FOUR, r=3, **PATTERNS), tmp_path / "lora", "gpt2")
     out = tmp_path / "lora.gguf"
     said = stdout_of(main, tmp_path / "lora", "--base", base, "--out", out)
     assert said == f"{tmp_path / 'lora'}, an adapter of {base}, -> {out}\n"
