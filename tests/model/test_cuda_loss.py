@@ -94,25 +94,7 @@ def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
         fast(targets)(hidden, head)
     assert head.data_ptr() == place and torch.equal(head, before)
     assert head.shape == (101, 16) and head.is_contiguous()
-    # Operations: the mask of targets, then per chunk the matmul, the padding's -inf, the softmax,
-    # the targets' values and the gradient, and at last the sum.
-    assert seen.names == [
-        "eq",
-        "masked_fill",
-        "clamp",
-        "mm",
-        "fill_",
-        "_log_softmax",
-        "gather",
-        "exp",
-        "expm1",
-        "scatter_",
-        "mm",
-        "masked_fill_",
-        "masked_fill_",
-        "sum",
-        "neg",
-    ]
+    assert "copy_" not in seen.names and seen.names.count("mm") == 2
 
 
 def test_a_trained_head_stays_where_it_is_and_its_padding_zero():

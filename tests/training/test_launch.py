@@ -13,13 +13,12 @@ import training.run
 from benchmarks import ours
 from common.device import Device
 from common.errors import UserError
-from model.gpt2 import GPT2, GPT2Config
 from model.kernels import cuda_loss, fast
 from tests import runs
 from tests.helpers import DEVICE, FP32_CLOSE, relative_difference
 from tests.training import fake_graph
 from tests.training.fake_graph import FakeGraph
-from training.launch import compile_hidden, prepare_device
+from training.launch import prepare_device
 from training.options import parse_options
 
 pytestmark = pytest.mark.device
@@ -154,17 +153,3 @@ def test_a_compiler_that_fails_is_named_before_the_run(monkeypatch):
     monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no g++")))
     with pytest.raises(UserError, match=r"^--compile: needs a C\+\+ compiler.*\(no g\+\+\)$"):
         prepare_device(parse_options("-", ["lora", "--compile"]), ON_CUDA)
-
-
-def test_training_alone_is_compiled_and_its_batches_are_padded(monkeypatch):
-    rows = []
-
-    def compiled(function):
-        return lambda idx: rows.append(len(idx)) or function(idx)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    model = GPT2(GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=1, n_head=2)).train()
-    compile_hidden(model, rows=4)
-    ids = torch.zeros(3, 8, dtype=torch.int64)
-    assert len(model.hidden(ids)) == 3 and rows == [4]
-    assert len(model.eval().hidden(ids)) == 3 and rows == [4]
