@@ -17,14 +17,17 @@ from tests.pairs import our_name
 IDS = token_ids(97, 2, 12)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 VECTORS = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
-DECODER = {
+SMALL = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
 }
+DECODER = SMALL | {"num_key_value_heads": 2}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {"num_key_value_heads": 2, **TOKENS}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 class Plain(nn.Module):
@@ -58,6 +61,16 @@ def causal(make: Callable, **config: object) -> Case:
     return Case(
         lambda: make(**DECODER, **config), {"input_ids": IDS}, ["q_proj", "down_proj"], "CAUSAL_LM"
     )
+
+
+def named(family: str, **config: object) -> Case:
+    """Return a small causal model of a family of transformers, such as "Qwen2Moe"."""
+
+    def build() -> nn.Module:
+        fields = getattr(transformers, f"{family}Config")(**SMALL | config)
+        return getattr(transformers, f"{family}ForCausalLM")(fields)
+
+    return Case(build, {"input_ids": IDS}, [], "CAUSAL_LM")
 
 
 def llama(**config: object) -> nn.Module:

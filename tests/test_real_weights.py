@@ -13,21 +13,13 @@ from lesson.notebook.make import SCRIPT
 from lora import LoRAConfig, inject, load_adapter, lora_layers, save_adapter
 from tests import models
 from tests.helpers import relative_difference, write_small_tokenizer
-from tests.models import IDS, Case, make, output
+from tests.models import DECODER, EXPERTS, GROUPED, IDS, SMALL, TOKENS, Case, make, named, output
 from tests.pairs import randomize
 from tests.runs import story
 from training.options import ROOT
 
 PAGE = (ROOT / "docs" / "real-weights.md").read_text()
 SOUND = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(1))
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def snippet(text: str) -> str:
@@ -45,7 +37,7 @@ def test_page_and_notebook_share_one_text():
 def test_the_code_on_the_page(family, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        **SMALL | {"vocab_size": 317}, num_key_value_heads=2, bos_token_id=316, eos_token_id=316
+        **DECODER | {"vocab_size": 317}, bos_token_id=316, eos_token_id=316
     )
     base = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     base.save_pretrained(tmp_path / "base")
@@ -77,15 +69,6 @@ def test_the_code_on_the_page(family, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split()[-1] == str(trained)
 
 
-def causal(family: str, **config: object) -> Case:
-    def build() -> nn.Module:
-        return getattr(transformers, f"{family}ForCausalLM")(
-            getattr(transformers, f"{family}Config")(**SMALL | config)
-        )
-
-    return Case(build, {"input_ids": IDS}, [], "CAUSAL_LM")
-
-
 def bert() -> nn.Module:
     config = transformers.BertConfig(**SMALL, num_labels=5)
     return transformers.BertForSequenceClassification(config)
@@ -109,19 +92,17 @@ def whisper() -> nn.Module:
     return transformers.WhisperForConditionalGeneration(config)
 
 
-GROUPED = {"num_key_value_heads": 2, **TOKENS}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CASES = {
-    "Llama": causal("Llama", **GROUPED),
-    "Qwen2": causal("Qwen2", **GROUPED),
-    "Gemma": causal("Gemma", **GROUPED, head_dim=8),
-    "Mixtral": causal("Mixtral", **GROUPED, num_local_experts=4),
-    "Qwen2-MoE": causal(
+    "Llama": named("Llama", **GROUPED),
+    "Qwen2": named("Qwen2", **GROUPED),
+    "Gemma": named("Gemma", **GROUPED, head_dim=8),
+    "Mixtral": named("Mixtral", **GROUPED, num_local_experts=4),
+    "Qwen2-MoE": named(
         "Qwen2Moe", **GROUPED, **EXPERTS, num_experts=4, shared_expert_intermediate_size=24
     ),
-    "GPT-NeoX": causal("GPTNeoX", **TOKENS),
-    "Falcon": causal("Falcon", ffn_hidden_size=48),
-    "Phi": causal("Phi", **TOKENS),
+    "GPT-NeoX": named("GPTNeoX", **TOKENS),
+    "Falcon": named("Falcon", ffn_hidden_size=48),
+    "Phi": named("Phi", **TOKENS),
     "BERT": Case(bert, {"input_ids": IDS}, [], None),
     "T5": models.CASES["t5"],
     "ViT": models.CASES["vit"],

@@ -1,4 +1,4 @@
-"""Check injection into GPT-2: the trained parameters, their number, and the frozen rest."""
+"""Check injection into GPT-2: the number of parameters, and switching the adapter off."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lora.variants import make_config
 from model.gpt2 import GPT2, GPT2Config
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference
-from tests.pairs import ALL_FOUR, IDS, adapted, losses_of_steps
+from tests.pairs import IDS, adapted
 from training.report import describe_parameters
 
 
@@ -26,23 +26,6 @@ def test_counts_of_the_released_sizes():
         assert describe_parameters(model) == (
             f"trainable params: {trainable} || all params: {total} || trainable%: {percent}"
         )
-
-
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.float16, False)])
-def test_a_new_adapter_changes_no_logit_and_training_moves_a_and_b_alone(base, dtype, autocast):
-    model = load_gpt2(base).to(dtype)
-    expected = model(IDS)
-    torch.manual_seed(0)
-    inject(model, LoRAConfig(target_modules=ALL_FOUR))
-    assert torch.equal(model(IDS), expected)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = losses_of_steps(model, IDS, 4, autocast=autocast)
-    assert losses[3] < losses[2] < losses[1] < losses[0]
-    assert relative_difference(model(IDS), expected) > 0.1
-    for name, parameter in model.named_parameters():
-        trained = ".lora_" in name
-        assert torch.equal(parameter, before[name]) is not trained, name
-        assert (parameter.grad is not None) is trained is parameter.requires_grad, name
 
 
 def test_a_disabled_adapter_leaves_the_base_and_a_second_one_is_refused(base):

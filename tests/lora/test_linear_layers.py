@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lora import LoRAConfig, inject, lora_layers, make_config, merge, quantise, unmerge, unwrap
+from lora import LoRAConfig, inject, lora_layers, make_config, merge, quantise
 from lora.quantised import NF4Linear
 from tests.helpers import relative_difference
 from tests.pairs import randomize
@@ -56,23 +56,6 @@ def test_a_parametrized_weight_takes_lora_and_is_not_merged():
     with pytest.raises(ValueError, match=r"^0: the weight is computed from other .*weight_norm"):
         merge(model)
     assert torch.equal(model(X), adapted)
-
-
-@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
-def test_an_adapter_is_merged_into_fp64_weights(fields):
-    model = nn.Sequential(nn.Linear(64, 32)).double().eval()
-    before = model[0].weight.clone()
-    inject(model, make_config(target_modules=("0",), **fields))
-    randomize(model)
-    expected = model(X.double())
-    merge(model)
-    assert model[0].base_layer.weight.dtype == expected.dtype == torch.float64
-    assert relative_difference(model(X.double()), expected) < 1e-6
-    unmerge(model)
-    merge(model)
-    unwrap(model)
-    assert relative_difference(model(X.double()), expected) < 1e-6
-    assert not torch.equal(model[0].weight, before)
 
 
 def test_quantise_replaces_all_but_the_head_or_what_is_named():

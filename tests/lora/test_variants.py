@@ -200,16 +200,6 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
     assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
 
 
-def test_a_pissa_run_in_bf16_prints_what_evaluate_py_computes(base, book, tmp_path):
-    """Compare the losses of the base and of the best adapter, as saved."""
-    options = split("--init-lora-weights pissa --precision bf16 --max-steps 4 --lr 3e-3")
-    done = trained("lora", base, book, tmp_path / "run", *options)
-    scored = ("--base", base, "--text", book, "--val-fraction", 0.1, "--block-size", runs.BLOCK)
-    for name, more in (("base", ()), ("best", ("--adapter", done.out))):
-        found, _ = runs.scores(tmp_path / "scores", *scored, "--precision", "bf16", *more)
-        assert found["loss"] == pytest.approx(done.report[f"{name}_val_loss"], rel=1e-6), name
-
-
 def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
     kept = []
     for freeze in (lambda model: None, freeze_a):
