@@ -1,7 +1,5 @@
 """The lesson's formulas against autograd or counts by hand, and a few tiny experiments."""
 
-import contextlib
-import io
 import math
 import shutil
 from functools import cache
@@ -25,7 +23,6 @@ from lesson.experiments import (
     intruders,
     memory,
     quantisation,
-    quantised_memory,
     rates,
     recipes,
     regret,
@@ -41,7 +38,7 @@ from lora.quantised import nf4_levels
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
 from storage.weights import load_config, load_gpt2
-from tests.helpers import tiny_gpt2_directory, token_ids
+from tests.helpers import token_ids
 from tests.legible import only_legible_pictures
 from training import data as training_data
 from training.options import BOOK, ROOT
@@ -431,23 +428,3 @@ def test_merging_into_the_dequantised_base_alone_loses_nothing():
     assert found["into the dequantised base"] == pytest.approx(trained, abs=1e-5)
     assert abs(found["into NF4 again"] - trained) > 1e-4
     assert abs(found["into the original base"] - trained) > 1e-4
-
-
-def test_quantised_memory_is_measured_by_a_process_for_each_run(tmp_path, monkeypatch, capsys):
-    base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=128, n_layer=1)
-    started = []
-
-    def run_here(command, **options):
-        started.append(command[:3])
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            quantised_memory.main(command[3:])
-        return SimpleNamespace(stdout=said.getvalue())
-
-    monkeypatch.setattr(quantised_memory.subprocess, "run", run_here)
-    found = quantised_memory.main(["--base", str(base), "--only", "bf16", "nf4"])
-    assert [command[1:] for command in started] == 2 * [["-m", quantised_memory.__name__]]
-    for name in ("bf16", "nf4"):
-        (measured,) = found[name]
-        assert measured["peak_mb"] > 0 and len(measured["seconds"]) == 1
-    assert "| nf4" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import correlation, mean
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("experiments", "findings", "later-findings")
@@ -166,9 +166,3 @@ def test_later_claims():
     ends = [f"{end(found):.2f}" for found in shares.values() for end in (min, max)]
     assert ends == ["0.65", "0.73", "0.53", "0.66"]
     assert "0.65 to 0.73 of the squared norm, against 0.53 to 0.66" in TEXT
-
-
-def correlation(x, y):
-    x, y = ([value - mean(values) for value in values] for values in (x, y))
-    product = sum(a * b for a, b in zip(x, y, strict=True))
-    return product / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))

@@ -9,9 +9,10 @@ import torch
 
 import evaluate
 import train
-from adapters.choices import read_tasks, score_choices
+from adapters.choices import print_summary, read_tasks, score_choices, summary
 from common.device import Device
 from common.errors import RunError
+from data.choices import Question
 from data.instructions import read_examples
 from storage.weights import load_gpt2
 from tests import runs
@@ -80,6 +81,10 @@ def test_scores_are_those_of_a_plain_transformers_loop(base, file, tmp_path):
     assert found["majority"] == 0.5 and "confusion" not in found
     assert right_by_sum != right_by_mean
 
+    argv = ("--base", base, "--choices", file, "--block-size", block, "--val-fraction", 0.25)
+    last, _ = runs.scores(tmp_path / "last.json", *argv)
+    assert last["questions"] == 1
+
 
 def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
     """--data reads the same file and measures the loss of the right answers."""
@@ -99,26 +104,16 @@ def test_the_right_answers_are_what_data_trains_on(base, file, tmp_path):
     assert scores["loss"] * scores["tokens"] == pytest.approx(-right, rel=1e-5)
 
 
-def test_training_on_questions_teaches_the_answers(base, tmp_path):
-    """With two kinds of prompt and two answers, accuracy rises from chance to 1."""
-    lines = []
-    for i in range(24):
-        kind = i % 2
-        lines.append(line(f"{('gull', 'lamp')[kind]} {i}?", ["salt", "night"], kind))
-    file = written(tmp_path / "task.jsonl", *lines)
-    options = ("--block-size", 40, "--epochs", 8, "--batch-size", 4, "--lr", 1e-2)
-    done = runs.trained("full", base, file, tmp_path / "run", *options, "--base-dropout", 0)
-
-    argv = ("--choices", file, "--block-size", 40)
-    before, _ = runs.scores(tmp_path / "before.json", "--base", base, *argv)
-    after, said = runs.scores(tmp_path / "after.json", "--base", done.out, *argv)
-    assert (before["chance"], before["majority"], before["questions"]) == (0.5, 0.5, 24)
-    assert before["accuracy_sum"] < 0.8 < 1 == after["accuracy_sum"]
-    assert after["choices"] == ["salt", "night"] and after["confusion"] == [[12, 0], [0, 12]]
-    assert f"{file}: 24 questions; chance 50.0%, the commonest answer 50.0%" in said
-    assert runs.table(said)[2] == ["salt", "12", "0"]
-    last, _ = runs.scores(tmp_path / "last.json", "--base", base, *argv, "--val-fraction", 0.25)
-    assert last["questions"] == 6
+def test_the_summary_counts_right_answers_and_what_was_chosen(capsys):
+    questions = [Question("Who?", ("salt", "night"), answer) for answer in (0, 1, 1, 1)]
+    found = summary(questions, by_sum=[0, 1, 1, 0], by_mean=[1, 1, 0, 0])
+    assert (found["questions"], found["chance"], found["majority"]) == (4, 0.5, 0.75)
+    assert (found["accuracy_sum"], found["accuracy_mean"]) == (0.75, 0.25)
+    assert found["choices"] == ["salt", "night"] and found["confusion"] == [[1, 0], [1, 2]]
+    print_summary(Path("task.jsonl"), found)
+    said = capsys.readouterr().out
+    assert "task.jsonl: 4 questions; chance 50.0%, the commonest answer 75.0%" in said
+    assert runs.table(said)[2:] == [["salt", "1", "0"], ["night", "1", "2"]]
 
 
 def test_a_score_that_is_not_a_number_is_an_error(base, file):

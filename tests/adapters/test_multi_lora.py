@@ -11,7 +11,7 @@ from common.files import file_sha256
 from lora.save import save_adapter
 from model.sampling import generate, generate_rows
 from storage.weights import load_gpt2
-from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
+from tests.helpers import TINY, tiny_gpt2_directory, token_ids
 from tests.pairs import adapted, randomize
 from tests.runs import run, stdout_of
 
@@ -55,18 +55,6 @@ def alone(base, directories, name):
     return load_model(str(base), directories.get(name)).model
 
 
-@torch.no_grad()
-def test_each_rows_logits_are_those_of_its_adapter_alone(base, model, directories, several):
-    for names in (["a", "b", None, "c"], ["c", "c", None, "c"]):
-        several.use(names)
-        for row, name, ids in zip(model(IDS), names, IDS, strict=True):
-            [expected] = alone(base, directories, name)(ids[None])
-            assert relative_difference(row, expected) < 1e-5
-            [bases] = load_gpt2(base)(ids[None])
-            differs = relative_difference(row, bases) > 0.01
-            assert differs == (name is not None)
-
-
 def test_each_rows_tokens_are_those_of_its_adapter_alone(base, model, directories, several):
     names = ["a", "b", None, "c"]
     length = CONTEXT + 6
@@ -100,18 +88,13 @@ def test_the_command_writes_each_text_under_its_heading(base, directories):
     assert ending.stdout == expected
 
 
-def test_an_adapter_of_another_base_or_shape_and_a_dora_are_refused(base, directories, tmp_path):
+def test_an_adapter_of_another_base_and_a_dora_are_refused(base, directories, tmp_path):
     def load(model, **adapters):
         return Adapters(load_gpt2(model), file_sha256(model / "model.safetensors"), adapters)
 
     other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="was trained on another base"):
         load(other, a=directories["a"])
-
-    deeper, _ = tiny_gpt2_directory(tmp_path / "deeper", n_layer=3)
-    save_adapter(adapted(base, ("c_attn",)), tmp_path / "unhashed", "gpt2")
-    with pytest.raises(UserError, match=r"tensor .*h\.2\.attn\.c_attn.* is missing"):
-        load(deeper, unhashed=tmp_path / "unhashed")
 
     save_adapter(adapted(base, ("c_attn",), use_dora=True), tmp_path / "dora", "gpt2")
     with pytest.raises(UserError, match="dora: is DoRA, whose change is not B A alone; merge"):

@@ -68,7 +68,7 @@ def reference(model, tokens, block: int, stride: int, shift: int) -> tuple[float
 
 @pytest.mark.parametrize(
     "block, stride, shift, batch_size",
-    [(16, 7, 2, 1), (16, 1, 1, 3), (64, 50, 2, 3)],
+    [(16, 7, 2, 1), (16, 1, 1, 3)],
 )
 def test_scores_are_those_of_a_plain_loop(models, block, stride, shift, batch_size):
     ours, theirs, tokens = models

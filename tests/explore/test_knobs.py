@@ -51,8 +51,6 @@ def by_generate(base: Path, adapter: Path, *more: object) -> list[str]:
     "knobs",
     [
         {},
-        {"rank": 1},
-        {"layers": [LAYERS[2], LAYERS[6]]},
         {"strength": 1.5, "rank": 2, "layers": LAYERS[:4]},
     ],
     ids=str,
@@ -124,12 +122,10 @@ def test_gains_and_likeliest_tokens_are_stock_pefts(base, every_layer, client):
 @pytest.mark.parametrize(
     ("targets", "config", "quantise"),
     [
-        (("c_attn", "c_fc"), {"init_lora_weights": "pissa"}, None),
-        (("c_attn.q", "c_attn.v"), {}, None),
         (("c_fc", "c_attn"), {"rank_pattern": {"c_fc": 1}, "alpha_pattern": {"h.0.*": 9}}, None),
         (("c_attn",), {}, "int8"),
     ],
-    ids=["pissa", "slices", "patterns", "int8"],
+    ids=["patterns", "int8"],
 )
 def test_variants_write_what_generate_writes(base, tmp_path, targets, config, quantise):
     save_adapter(adapted(base, targets, r=2, **config), tmp_path / "adapter", "gpt2")

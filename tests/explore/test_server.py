@@ -57,14 +57,6 @@ def test_a_request_that_is_foreign_wrong_or_too_large_is_refused_in_one_line(
     assert client.scores()["mean_gain"] != 0  # the server still works
 
 
-def test_on_port_80_the_page_is_served_without_a_port_in_its_address(client, monkeypatch):
-    monkeypatch.setattr(client.server, "port", 80)
-    for host in ("127.0.0.1", "localhost"):
-        assert client.send("GET", "/", Host=host, Origin=f"http://{host}")[0] == 200
-    assert client.send("GET", "/", Host="127.0.0.1:8000")[0] == 403
-    assert client.send("GET", "/", Host="127.0.0.1", Origin="http://127.0.0.1:8000")[0] == 403
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
