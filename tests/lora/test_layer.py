@@ -1,4 +1,4 @@
-"""Compare the LoRA layer with PEFT's layer and with the formula in fp64."""
+"""Compare the LoRA layer with PEFT's layer, and with the code of two pages."""
 
 import math
 import re

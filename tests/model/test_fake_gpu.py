@@ -1,4 +1,4 @@
-"""Check the CUDA path on a CPU: types on fake CUDA tensors, launches on `meta`, Dynamo's graphs."""
+"""Check the CUDA path on a CPU: types on fake CUDA tensors and launches on `meta`."""
 
 import shutil
 import subprocess
