@@ -1,4 +1,4 @@
-"""Recompute the tables of three pages from docs/figures, without lesson/."""
+"""Recompute the tables of four pages from docs/figures, without lesson/."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import correlation, mean
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("experiments", "findings", "later-findings")
+PAGES = ("experiments", "recipe", "findings", "later-findings")
 TEXT = "".join((DOCS / f"{page}.md").read_text() for page in PAGES)
 ROWS = [
     [cell.strip() for cell in re.sub(r"[*`]", "", line).strip("|").split("|")]
@@ -107,8 +107,7 @@ def test_gaps_to_full_fine_tuning():
 def test_the_best_recipe_is_never_worse_than_the_reference():
     for label, recipes in stored("recipes").items():
         reference, best = ([run["perplexity"] for run in found] for found in recipes.values())
-        noise = max(max(found) - min(found) for found in (reference, best))
-        assert mean(best) <= mean(reference) + noise, label
+        assert max(best) < min(reference) - 4.3, label
         slow, fast = (mean(run["seconds"] for run in found) for found in recipes.values())
         times = f"{slow / fast:.1f}"
         assert is_printed(label, mean_and_range(reference), mean_and_range(best), times), label
@@ -116,7 +115,8 @@ def test_the_best_recipe_is_never_worse_than_the_reference():
 
 def test_smollm2():
     data = stored("smollm2")
-    assert is_printed("nothing", "", f"{data.pop('base, instructions')['perplexity']:.1f}", "0")
+    for task in ("instructions", "book"):
+        assert is_printed("nothing", "", f"{data.pop(f'base, {task}')['perplexity']:.1f}", "0")
     for runs in data.values():
         most = max(map(len, runs.values()))
         found = {
@@ -134,8 +134,8 @@ def test_smollm2():
     half = data["LoRA"]["0.002"][0][0], data["full"]["0.0001"][0][0]
     shrunk = lora[1][1], full[1][1]  # seed 1, the change times 0.7
     for found, printed in (
-        (half, "39.9 and a KL of 0.55, and full fine-tuning has 40.1 and 0.24"),
-        (shrunk, "41.1 and 0.39, and full fine-tuning has 41.0 and 0.28"),
+        (half, "40.0 and a KL of 0.55, and full fine-tuning has 40.1 and 0.24"),
+        (shrunk, "40.5 and 0.39, and full fine-tuning has 41.0 and 0.28"),
     ):
         numbers = [
             f"{x:.{n}f}" for run in found for x, n in ((run["perplexity"], 1), (run["kl"], 2))
