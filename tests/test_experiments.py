@@ -225,7 +225,7 @@ def test_every_method_trains_on_both_texts_and_the_frontier_is_the_lower_left(
     monkeypatch.setitem(SHORT, "block_size", 128)  # the completions are longer than 16 tokens
     for methods in run(frontier, tmp_path).values():
         results = [seeds[0] for runs in methods.values() for seeds in runs.values()]
-        assert len({result["perplexity"] for result in results}) == len(frontier.RANKS)
+        assert len({result["perplexity"] for result in results}) == len(frontier.METHODS)
         assert all(result["perplexity"] < result["base"] for result in results)
     points = [(3, 5.0), (1, 9.0), (2, 9.5), (4, 4.0), (5, 4.5)]
     assert frontier.frontier(points) == [(1, 9.0), (3, 5.0), (4, 4.0)]

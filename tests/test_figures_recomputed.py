@@ -113,6 +113,21 @@ def test_the_best_recipe_is_never_worse_than_the_reference():
         assert is_printed(label, mean_and_range(reference), mean_and_range(best), times), label
 
 
+def test_the_frontier():
+    def cell(runs, windows, epochs):
+        [run] = runs[f"{windows} windows, {epochs} epochs"]
+        return f"{run['perplexity']:.1f} ({run['seconds']:.0f})"
+
+    texts = stored("frontier").values()
+    for windows in (1, 2, 4, 16):
+        found = [cell(m["LoRA, r = 8"], windows, epochs) for m in texts for epochs in (1, 2, 3, 6)]
+        assert is_printed(str(windows), *found)
+    for label in ("LoRA, r = 32", "full"):
+        for windows in (2, 16):
+            found = [cell(m[label], windows, epochs) for m in texts for epochs in (1, 3)]
+            assert is_printed(label, str(windows), *found)
+
+
 def test_smollm2():
     data = stored("smollm2")
     for task in ("instructions", "book"):
