@@ -1,6 +1,6 @@
 """Train and analyse the change of the weights: intruders, amplification, and scaling.
 
-lesson.experiments.intruders and lesson.experiments.amplification share these runs.
+Several experiments share these functions.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters.inspect import INTRUDER, cosines, projected_norm
 from common.device import Device
 from evaluate import evaluate
-from lesson.experiments.common import Trainer
+from lesson.experiments.common import Trainer, trainer
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import train
 from lora.inject import lora_layers
@@ -55,6 +55,20 @@ def changes(made: Trainer, base: Weights) -> Weights:
 def is_layer(name: str) -> bool:
     """Return whether a parameter is the weight of one of the four layers of a block."""
     return name.endswith(tuple(f"{layer}.weight" for layer in LAYERS))
+
+
+def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, Weights]:
+    """Train 60 steps of 16 windows of 128 tokens: "LoRA" at lr 1e-3 or "full" at 1e-4.
+
+    Returns the trainer, and the change of each changed block matrix by name.
+    """
+    lr = 1e-4
+    if method == "LoRA" or short:  # at 1e-4, a few steps would change little
+        lr = 1e-3
+    made = trainer(method.lower(), seed, short=short, batch_size=16, max_steps=60, lr=lr)
+    base = {name: p.detach() for name, p in load_base().named_parameters()}
+    train(made)
+    return made, {name: dw for name, dw in changes(made, base).items() if is_layer(name)}
 
 
 def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from common.device import PRECISIONS
 from common.figures import INK, LORA, OTHER, draw_at, scientific, shades
+from lesson.experiments.changes import tuned
 from lesson.experiments.common import experiment, panels
-from lesson.experiments.sweep import tuned
 from lesson.figures import name_line
 from lora.inject import lora_layers
 

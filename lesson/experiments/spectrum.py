@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, shades
+from lesson.experiments.changes import tuned
 from lesson.experiments.common import Trainer, band, experiment, panels
-from lesson.experiments.sweep import tuned
 from lesson.figures import RANDOM, name_line
 
 SVDs = dict[str, Any]  # name of a matrix -> U, S and Vh of the change

@@ -14,14 +14,12 @@ from statistics import mean
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from common.device import Device
 from common.errors import RunError
 from common.figures import BASE, FULL, LORA, scientific
 from common.files import file_sha256
 from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
-from lora.inject import lora_layers
 from storage.hub import find_base
 from storage.weights import base_hashes
 from training.options import MAY_CHANGE, ROOT, Options
@@ -229,30 +227,6 @@ def training_loss(result: dict[str, float]) -> float:
 def scored(runs: Runs, score: Callable[[Any], float] = at_the_end) -> dict[float, list[float]]:
     """Return one number of each result."""
     return {lr: [score(result) for result in found] for lr, found in runs.items()}
-
-
-def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, dict[str, Tensor]]:
-    """Train 60 steps of 16 windows of 128 tokens: "LoRA" at lr 1e-3 or "full" at 1e-4.
-
-    Returns the trainer, and the change of each changed block matrix by name.
-    """
-    lr = 1e-4
-    if method == "LoRA" or short:  # at 1e-4, a few steps would change little
-        lr = 1e-3
-    made = trainer(method.lower(), seed, short=short, batch_size=16, max_steps=60, lr=lr)
-    if method == "LoRA":
-        train(made)
-        layers = lora_layers(made.model)
-        return made, {f"{name}.weight": layer.delta_weight() for name, layer in layers.items()}
-
-    matrices = {}
-    before = {}
-    for name, parameter in made.model.named_parameters():
-        if name.startswith("h.") and parameter.ndim == 2:
-            matrices[name] = parameter
-            before[name] = parameter.detach().clone()
-    train(made)
-    return made, {name: p.detach() - before[name] for name, p in matrices.items()}
 
 
 def compare(
