@@ -59,8 +59,6 @@ CHOICES: dict[str, tuple[float, dict[str, Any]]] = {
     "MLP, r = 20": (4e-3, LORA | {"r": 20, "target_modules": MLP}),
     "LoRA, batch 16": (4e-3, LORA | {"batch_size": 16}),
     "full, batch 16": (1e-4, FULL | {"batch_size": 16}),
-    "LoRA, batch 2": (2e-3, LORA | {"batch_size": 2}),
-    "full, batch 2": (5e-5, FULL | {"batch_size": 2}),
     "LoRA, book": (4e-3, LORA | {"task": "book"}),
     "full, book": (1e-4, FULL | {"task": "book"}),
     "r = 1, alpha 2": (8e-3, LORA | {"r": 1, "lora_alpha": 2}),
