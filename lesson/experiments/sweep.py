@@ -139,12 +139,10 @@ def finetune(
     options = SIZE | options
 
     def run(seed: int) -> Any:
-        return measure(trainer(method, seed, "auto", short, **options))
+        key = cell(asked_options(method, seed, short, options), measure, short)
+        return remembered(key, lambda: measure(trainer(method, seed, "auto", short, **options)))
 
-    keys = {
-        seed: cell(asked_options(method, seed, short, options), measure, short) for seed in seeds
-    }
-    return [remembered(keys[seed], partial(run, seed)) for seed in seeds]
+    return [run(seed) for seed in seeds]
 
 
 def remembered(key: str, measure: Callable[[], Any]) -> Any:
