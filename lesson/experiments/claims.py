@@ -136,16 +136,21 @@ def draw(data: dict[str, Any]) -> Any:
     """Draw forgetting by the KL on the book, and the perplexity of each variant by batch."""
     figure, (left, right) = panels(
         "Two later claims (mini)",
-        "forgetting by the KL on the book, nats",
-        "perplexity by windows per step, at the best rate",
+        "forgetting: KL on the base's texts, nats",
+        "perplexity at the best rate",
     )
-    groups: dict[str, list[dict[str, Any]]] = {"full": [], "LoRA, all layers": [], "c_attn": []}
+    groups: dict[str, list[dict[str, Any]]] = {
+        "full": [],
+        "LoRA, all layers": [],
+        "LoRA, c_attn": [],
+    }
     for run in data["forgetting"]:
-        name = "LoRA, all layers" if "target_modules" in run else "c_attn"
+        name = "LoRA, all layers" if "target_modules" in run else "LoRA, c_attn"
         groups["full" if run["method"] == "full" else name].append(run)
     for (name, runs), colour in zip(groups.items(), (FULL, LORA, OTHER), strict=True):
         x = [run[PREDICTORS[0]] for run in runs]
         left.plot(x, [run["forgetting"] for run in runs], "o", color=colour, label=name)
+    left.set_xlabel("KL on the book, nats")
     left.legend()
     for (name, batches), colour in zip(
         data["batch"].items(), shades(LORA, len(VARIANTS)), strict=True
@@ -153,6 +158,7 @@ def draw(data: dict[str, Any]) -> Any:
         means = [float(np.mean(runs[best_rate(runs)])) for runs in batches.values()]
         right.plot(range(len(means)), means, ".-", color=colour, label=name)
     right.set_xticks(range(len(BATCHES)), list(BATCHES))
+    right.set_xlabel("windows per step")
     right.legend()
     return figure
 
