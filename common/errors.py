@@ -77,7 +77,7 @@ def run_command(
     sys.exit(status)
 
 
-def _is_mistake(error: BaseException | None) -> bool:
+def _is_mistake(error: Exception) -> bool:
     return isinstance(error, UserError) or (
         isinstance(error, OSError) and error.errno in USERS_MISTAKE
     )

@@ -110,9 +110,9 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     axes.plot(val_steps, val_losses, color=colour, marker="o", label="validation")
     # The base is never saved, but the adapter of --init-adapter can be.
     first = 0 if options.init_adapter else 1
-    saved = min(zip(val_losses[first:], val_steps[first:], strict=True))
+    saved_loss, saved_step = min(zip(val_losses[first:], val_steps[first:], strict=True))
     ring = {"marker": "o", "color": "white", "markeredgecolor": colour, "linestyle": "none"}
-    axes.plot(saved[1], saved[0], **ring, label="saved")
+    axes.plot(saved_step, saved_loss, **ring, label="saved")
     axes.axhline(base_val_loss, color=BASE, linestyle="--", label="base, validation")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{options.method}: loss")
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -102,8 +102,8 @@ def set_kernels(model: GPT2, kernels: str) -> None:
 
     "plain" equals transformers with SDPA attention and the activation gelu_pytorch_tanh bit for
     bit. For this purpose, "plain" also stores the frozen projections as (in, out), the layout of
-    transformers. With another layout, a BLAS may sum in
-    another order. Layers without a bias, such as A and B, keep their layout.
+    transformers. With another layout, a BLAS may sum in another order. Layers without a bias, such
+    as A and B, keep their layout.
     """
     if kernels == "fast":
         accelerate(model)

@@ -36,7 +36,7 @@ def test_peft_fails_only_what_the_page_explains():
 
 
 def test_a_check_of_what_an_implementation_lacks_is_skipped():
-    """These checks also accept a refusal, but a missing function is no refusal."""
+    """These checks also accept a refusal, but a missing function is not a refusal."""
 
     class Lacking(Right):
         load = None
