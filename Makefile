@@ -1,3 +1,4 @@
+# make one-page              the whole job in one file to read: lesson/one_page.py
 # make train-lora            fine-tune the base on the book with LoRA
 # make train-full            full fine-tuning of the base on the book
 # make compare               a table and a figure of both runs
@@ -53,7 +54,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 	$(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
-.PHONY: help setup train-lora train-full compare generate explore notebook figures test test-lowest lint \
+.PHONY: help setup one-page train-lora train-full compare generate explore notebook figures test test-lowest lint \
 	parity sweep bench example verify-gpu reference fault pretrain-mini clean
 
 help:
@@ -73,6 +74,9 @@ help:
 	@touch $@
 
 setup: .venv/dev
+
+one-page: .venv/run
+	$(PY) -m lesson.one_page
 
 train-lora: .venv/run
 	$(PY) train.py lora $(TRAIN_OPTIONS)

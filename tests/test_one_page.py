@@ -1,0 +1,149 @@
+"""`lesson/one_page.py` equals `train.py lora --kernels plain` and a loop with PEFT in every bit."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from benchmarks import ours, peft_loop
+from lesson import one_page
+from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory, token_ids
+from tests.runs import run, stock_model, story, validation_loss
+
+BLOCK, BATCH, EPOCHS, STEPS = 16, 4, 2, 30
+LR, CLIP = 1.0, 0.5  # at this rate the first epoch is the best. Many gradients are clipped
+SETTINGS = {"BLOCK": BLOCK, "STRIDE": BLOCK, "BATCH": BATCH, "EPOCHS": EPOCHS}
+SETTINGS |= {"PEAK_LR": LR, "CLIP": CLIP}
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model.transformer."
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A base with GPT-2's dropouts, and a book of 30 steps. The last batch of an epoch is short."""
+    directory = tmp_path_factory.mktemp("one_page")
+    dropouts = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.1)
+    base, _ = tiny_gpt2_directory(directory / "base", n_head=2, **dropouts)
+    book = directory / "book.txt"
+    tokenizer = small_tokenizer(TINY["vocab_size"])
+    ids = tokenizer.encode(story())
+    book.write_text(tokenizer.decode(ids[: 59 * BLOCK * 10 // 9]))
+    ids = tokenizer.encode(book.read_text()).astype(np.int64)
+    cut = len(ids) - len(ids) // 10
+    return SimpleNamespace(base=base, book=book, training=ids[:cut], validation=ids[cut:])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads split sums in an order that varies."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def page(inputs, tmp_path_factory):
+    """Run the whole page. Return the losses, each summed over a batch, A and B after the last step,
+    a model with the saved adapter, and the printed lines."""
+    losses = []
+    models = []
+    lines = []
+    total_loss = one_page.total_loss
+
+    def recorded(model, rows):
+        loss = total_loss(model, rows)
+        models.append(model)
+        if model.training:
+            losses.append(loss.item())
+        return loss
+
+    out = tmp_path_factory.mktemp("page")
+    constants = SETTINGS | {"BASE": inputs.base, "BOOK": inputs.book, "OUT": out}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (constants | {"CUDA": False, "DEVICE": "cpu"}).items():
+            patch.setattr(one_page, name, value)
+        patch.setattr(one_page, "total_loss", recorded)
+        patch.setattr("builtins.print", lambda line: lines.append(line))
+        one_page.main()
+    model = models[-1].eval()
+    last = {f"{PREFIX}{n}": p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    saved = load_file(out / WEIGHTS)
+    model.load_state_dict({n.removeprefix(PREFIX): x for n, x in saved.items()}, strict=False)
+    return SimpleNamespace(losses=losses, last=last, model=model, out=out, lines=lines)
+
+
+def assert_equal_losses(here, there):
+    for step, (page, other) in enumerate(zip(here, there, strict=True), 1):
+        assert page == other, f"step {step} is the first that differs"
+
+
+def assert_equal_tensors(here, there):
+    assert here.keys() == there.keys()
+    assert [name for name in here if not torch.equal(here[name], there[name])] == []
+
+
+def test_the_page_equals_the_program(page, inputs, tmp_path, monkeypatch):
+    losses = []
+    train_step = train.train_step
+
+    def recorded(*arguments):
+        loss, grad_norm = train_step(*arguments)
+        losses.append(loss.item())
+        return loss, grad_norm
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    argv = f"lora --kernels plain --device cpu --precision fp32 --epochs {EPOCHS}".split()
+    argv += ["--block-size", BLOCK, "--stride", BLOCK, "--batch-size", BATCH]
+    argv += ["--lr", LR, "--clip", CLIP]
+    ending = run(train.main, *argv, "--base", inputs.base, "--book", inputs.book, "--out", tmp_path)
+    assert ending.status == 0, ending.stderr
+    assert len(losses) == STEPS
+    assert_equal_losses(page.losses, losses)
+    assert_equal_tensors(load_file(page.out / WEIGHTS), load_file(tmp_path / WEIGHTS))
+
+
+def test_the_page_equals_a_loop_with_peft(page, inputs):
+    values = {"block_size": BLOCK, "stride": BLOCK, "batch_size": BATCH, "precision": "fp32"}
+    values |= {"lr": LR, "clip": CLIP}
+    options = ours.options("lora", base=inputs.base, **values)
+    model = peft_loop.build(options)
+    count = (len(inputs.training) - 1) // BLOCK
+    batches = []
+    for epoch in range(EPOCHS):
+        order = np.random.default_rng((42, epoch)).permutation(count)
+        batches += np.split(order, range(BATCH, count, BATCH))
+    losses, _ = peft_loop.train(model, options, inputs.training, batches)
+
+    means = [x / (BLOCK * len(b)) for x, b in zip(page.losses, batches, strict=True)]
+    assert_equal_losses(means, losses)
+    assert len({len(batch) for batch in batches}) == 2  # the last batch of an epoch is shorter
+    assert_equal_tensors(page.last, peft_loop.adapter_tensors(model))
+
+
+def test_stock_peft_loads_and_merges_the_adapter_of_the_page(page, inputs, recwarn):
+    adapted = stock_model(inputs.base, page.out)
+    assert not any("fan_in_fan_out" in str(warning.message) for warning in recwarn)
+    ids = token_ids(TINY["vocab_size"], 3, BLOCK)
+    with torch.no_grad():
+        logits = page.model(ids)
+        torch.testing.assert_close(adapted(ids).logits, logits, rtol=0, atol=1e-5)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, logits, rtol=0, atol=1e-5)
+        assert (stock_model(inputs.base)(ids).logits - logits).abs().max() > 1e-3
+
+
+def test_the_page_ends_with_the_perplexity_and_a_text(page, inputs):
+    base, *_, adapter, text = page.lines
+    validation = torch.from_numpy(inputs.validation)
+    for line, model in (
+        (base, stock_model(inputs.base)),
+        (adapter, stock_model(inputs.base, page.out)),
+    ):
+        perplexity = math.exp(validation_loss(model, validation))
+        assert float(line.rpartition(" ")[2]) == pytest.approx(perplexity, abs=0.006)
+    assert text.startswith("You climb the stair and") and len(text) > 30
