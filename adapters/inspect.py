@@ -43,7 +43,7 @@ def amplification(weight: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> float:
     """Return ||dW||_F / ||U^T W V||_F for dW = U S V^T. The ratio compares the change with the part
     of W in the directions of the change (Hu et al. 2021, 7.3).
     """
-    changed = s > 1e-6 * s[0]  # `combine` pads A and B with zeros, which have no direction
+    changed = s > 1e-6 * s[0]  # zeros that pad A and B have no direction
     return s.norm().item() / projected_norm(weight, u[:, changed], vh[changed])
 
 

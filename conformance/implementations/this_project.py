@@ -1,12 +1,8 @@
 """This project."""
 
-import contextlib
-import os
-
 from torch import nn
 
 import lora
-from adapters import combine as adapters_combine
 from lora import merge, unmerge  # noqa: F401  # for a model or a layer
 
 
@@ -56,10 +52,3 @@ def save(model, path):
 def load(model, path, **settings):
     lora.load_adapter(model, path)
     return model
-
-
-def combine(paths, weights, out):
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        adapters_combine.main(
-            [*map(str, paths), "--weights", *map(str, weights), "--out", str(out)]
-        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import generate
-from adapters.combine import combine
+from adapters.factors import truncate
 from adapters.inspect import block_and_kind
 from adapters.multi_lora import load_several
 from common.cli import number
@@ -40,6 +40,7 @@ class Explorer:
         loaded, self.adapters = load_several(base, [adapter], device.dtype, quantise)
         self.base, self.model, self.tokenizer = loaded
         self.factors = self.adapters.factors[str(adapter)]
+        self.spectra = {name: factors.svd() for name, factors in self.factors.items()}
         self.rank = max(factors.rank for factors in self.factors.values())
         self.adapter = adapter
         self.device = device
@@ -50,9 +51,8 @@ class Explorer:
     def about(self) -> dict[str, Any]:
         """Return the page's first content: the adapter's layers, and texts to begin with."""
         layers = []
-        for name, factors in self.factors.items():
+        for name, (_, s, _) in self.spectra.items():
             block, kind = block_and_kind(name)
-            _, s, _ = factors.svd()
             squares = s.square().sum().item()
             layers.append({"name": name, "block": block, "kind": kind, "squared_norm": squares})
         prompt, text = first_texts(self.adapter, self.tokenizer, self.model.config.n_positions)
@@ -155,13 +155,18 @@ class Explorer:
         if not isinstance(layers, list) or any(str(name) not in self.factors for name in layers):
             raise UserError("layers: is not a list of names of the adapter's layers")
 
-        changed = {name: factors for name, factors in self.factors.items() if name in layers}
-        kept = 1.0
-        if changed:
-            changed, kept = combine([changed], [strength], rank)
+        changed = {}
+        kept = 0.0
+        whole = 0.0
+        for name in layers:
+            u, s, vh = self.spectra[name]
+            nearest = truncate(u, s, vh, rank)
+            changed[name] = nearest._replace(B=strength * nearest.B)
+            kept += s[:rank].square().sum().item()
+            whole += s.square().sum().item()
         self.adapters.factors["changed"] = changed
         self.adapters.use([None, "changed"])
-        return kept
+        return kept / whole if whole else 1.0
 
     def encode(self, request: Mapping[str, Any], name: str, most: int) -> np.ndarray:
         """Return the token ids (T,) of a text in the request. Raises UserError for T > `most`."""

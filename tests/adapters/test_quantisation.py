@@ -12,7 +12,7 @@ import torch
 import evaluate
 import generate
 import train
-from adapters import combine, gguf, merge
+from adapters import gguf, merge
 from adapters.load import load_model
 from lora.quantised import LAYERS, dequantise
 from lora.save import WEIGHTS
@@ -114,25 +114,15 @@ def test_a_resumed_run_is_the_run_that_nobody_stopped(runs, base, book, tmp_path
     assert differences(tmp_path / "run", result(runs["nf4"].out)) == []
 
 
-def test_a_sum_keeps_its_bases_quantisation(runs, base, book, tmp_path):
+def test_training_goes_on_with_the_quantised_base(runs, base, book, tmp_path):
     nf4 = runs["nf4"].out
-    stdout_of(combine.main, nf4, nf4, "--weights", 0.5, 0.5, "--out", tmp_path / "sum")
-    assert read_metadata(tmp_path / "sum" / WEIGHTS)["base_quantised"] == "nf4"
-    start = ("--init-adapter", tmp_path / "sum", "--max-steps", 1)
+    start = ("--init-adapter", nf4, "--max-steps", 1)
     done = trained("lora", base, book, tmp_path / "run", *start)
     assert SAID.format("nf4") in done.stdout
     assert done.report["base_val_loss"] == runs["nf4"].report["base_val_loss"]
     assert abs(done.report["start_val_loss"] - runs["nf4"].report["best_val_loss"]) < 1e-4
-    said = stdout_of(gguf.main, tmp_path / "sum", "--base", base, "--out", tmp_path / "lora.gguf")
+    said = stdout_of(gguf.main, nf4, "--base", base, "--out", tmp_path / "lora.gguf")
     assert "--quantise nf4" in said
-
-
-def test_a_sum_of_two_quantisations_is_refused(runs, tmp_path):
-    parts = (runs[None].out, runs["int8"].out)
-    line = one_line(run(combine.main, *parts, "--out", tmp_path / "sum"), 2)
-    assert f"{parts[0]} (none) and {parts[1]} (int8): were trained" in line
-    assert "--init-adapter A --quantise KIND" in line
-    assert not (tmp_path / "sum").exists()
 
 
 @pytest.mark.parametrize(
@@ -161,7 +151,9 @@ def test_what_cannot_be_is_refused_in_one_line(runs, base, book, tmp_path):
 
     adapters = (runs["nf4"].out, runs[None].out)
     ending = run(generate.main, "--base", base, "--prompt", "You", "--adapter", *adapters)
-    assert "quantised in different ways; first train" in one_line(ending, 2)
+    line = one_line(ending, 2)
+    assert f"{adapters[0]} (nf4) and {adapters[1]} (none): were trained" in line
+    assert "--init-adapter A --quantise KIND" in line
 
     shutil.copytree(runs["nf4"].out, tmp_path / "odd")
     path = tmp_path / "odd" / WEIGHTS

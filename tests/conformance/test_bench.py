@@ -24,9 +24,11 @@ def test_a_check_fails_on_its_toy(name):
     assert result.outcome == "FAIL"
 
 
-def test_the_right_implementation_and_this_project_pass_every_check():
-    for functions in (Right(), this_project):
-        assert {r.outcome for r in run(functions)} == {"pass"}
+def test_the_right_implementation_passes_every_check_and_this_project_lacks_one_function():
+    assert {r.outcome for r in run(Right())} == {"pass"}
+    found = outcomes(this_project)
+    assert found.pop("weighted_sum_with_a_negative_weight").outcome == "skip"  # PEFT adds adapters
+    assert {r.outcome for r in found.values()} == {"pass"}
 
 
 def test_peft_fails_only_what_the_page_explains():

@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import generate
-from adapters.combine import main as combine
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
 from tests.explore.client import FULL, LAYERS, OPTIONS, PROMPT, TEXT, serving
@@ -20,8 +20,8 @@ from tests.runs import scores, stdout_of, stock_model, trained
 from training.options import BOOK
 
 
-def changed_file(adapter: Path, knobs: dict, out: Path) -> Path:
-    """Write the adapter that the knobs describe: alpha scaled, B zero, `adapters.combine`."""
+def changed_file(base: Path, adapter: Path, knobs: dict, out: Path) -> Path:
+    """Write the adapter that the knobs describe: alpha scaled, B zero, PEFT's truncated SVD."""
     scaled = out / "scaled"
     shutil.copytree(adapter, scaled)
     config = json.loads((scaled / CONFIG).read_text())
@@ -33,7 +33,10 @@ def changed_file(adapter: Path, knobs: dict, out: Path) -> Path:
         if key.endswith("lora_B.weight") and layer not in knobs["layers"]:
             tensor.zero_()
     save_file(tensors, scaled / WEIGHTS)
-    stdout_of(combine, scaled, "--rank", knobs["rank"], "--out", out / "cut")
+    model = peft.PeftModel.from_pretrained(stock_model(base), scaled, "scaled")
+    halves = (["scaled", "scaled"], [0.5, 0.5])  # PEFT does not truncate a single adapter
+    model.add_weighted_adapter(*halves, "cut", combination_type="svd", svd_rank=knobs["rank"])
+    model.save_pretrained(out, selected_adapters=["cut"])
     return out / "cut"
 
 
@@ -58,7 +61,7 @@ def by_generate(base: Path, adapter: Path, *more: object) -> list[str]:
 def test_each_knob_does_what_the_commands_do_with_an_adapter_so_changed(
     base, every_layer, client, tmp_path, knobs
 ):
-    adapter = changed_file(every_layer, FULL | knobs, tmp_path)
+    adapter = changed_file(base, every_layer, FULL | knobs, tmp_path)
     expected = by_generate(base, adapter)
     found = client.texts(**knobs)
     assert found == expected and found[0] != found[1]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from adapters import combine, extract, merge
+from adapters import extract, merge
 from lora.save import WEIGHTS
 from tests.runs import arguments, contents, one_line, questions, refused, run, trained
 from train import main
@@ -63,7 +63,7 @@ def test_overwriting_another_input_by_a_link_is_refused(base, book, adapter, tmp
     assert f"{name} is an input of {option} ({read})" in line
 
 
-def test_merge_combine_and_extract_write_into_no_existing_directory(base, adapter, tmp_path):
+def test_merge_and_extract_write_into_no_existing_directory(base, adapter, tmp_path):
     base_link = tmp_path / "base-link"
     adapter_link = tmp_path / "adapter-link"
     base_link.symlink_to(base)
@@ -72,7 +72,7 @@ def test_merge_combine_and_extract_write_into_no_existing_directory(base, adapte
     for command in (
         (merge.main, "--base", base, "--adapter", adapter, "--out", base_link),
         (merge.main, "--base", base, "--adapter", adapter, "--out", adapter),
-        (combine.main, adapter, adapter, "--out", adapter_link),
+        (merge.main, "--base", base, "--adapter", adapter, "--out", adapter_link),
         (extract.main, "--base", base, "--full", base, "--rank", 1, "--out", base),
     ):
         assert "exists already; name a new directory" in one_line(run(*command), 2)
