@@ -1,22 +1,21 @@
-"""Read and write an adapter without the base, as two factors per layer: A, and B times the scaling.
+"""Read an adapter without the base, as two factors per layer: A, and B times the scaling.
 
 Both factors are in fp64, so that a result is rounded only once, when the result is written.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import RunError, UserError, as_failure
+from common.errors import UserError, as_failure
 from lora import LoRAConfig
 from lora.load import load_adapter_config
 from lora.peft_config import CONFIG
-from lora.save import PREFIX, WEIGHTS, write_adapter
+from lora.save import PREFIX, WEIGHTS
 from lora.targets import layer_config
 from lora.variants.dora import DoRAConfig
 from storage.tensors import read_shapes, read_tensors
@@ -53,15 +52,6 @@ class Factors(NamedTuple):
         return q1 @ u, s, vh @ q2.T
 
 
-def truncate(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
-    """Return factors of the nearest matrix of rank `rank` in the Frobenius norm (Eckart & Young
-    1936, https://doi.org/10.1007/BF02288367). Each factor gets sqrt(S): B = U sqrt(S) and
-    A = sqrt(S) V^T.
-    """
-    root = s[:rank].sqrt()
-    return Factors(u[:, :rank] * root, root[:, None] * vh[:rank])
-
-
 def refuse_dora(config: LoRAConfig, directory: Path) -> None:
     if isinstance(config, DoRAConfig):
         raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
@@ -71,16 +61,15 @@ def refuse_model(directory: Path) -> None:
     """Raise UserError for a whole model, such as the result of full fine-tuning."""
     if (directory / "config.json").exists() and not (directory / CONFIG).exists():
         raise UserError(
-            f"{directory}: is a whole model, whose change has no A and B; extract an adapter: "
-            f"python -m adapters.extract --full {directory} --base B --out DIR"
+            f"{directory}: is a whole model, whose change has no A and B; give an adapter"
         )
 
 
 def read_factors(directory: Path) -> dict[str, Factors]:
     """Return an adapter's factors. The keys are PEFT's layer names.
 
-    Raises UserError for DoRA. Also raises it unless the file has exactly one A and one B per layer,
-    each with the rank that the config gives.
+    Raises UserError for DoRA, and for a layer that lacks A or B, or whose rank differs from the
+    config's rank.
     """
     refuse_model(directory)
     path = directory / WEIGHTS
@@ -121,21 +110,3 @@ def _by_block(name: str) -> list[int | str]:
 def _keys(layer: str) -> tuple[str, str]:
     """Return the keys of the layer's A and B in PEFT's file."""
     return PREFIX + layer + A_KEY, PREFIX + layer + B_KEY
-
-
-def write_factors(
-    factors: dict[str, Factors],
-    directory: Path,
-    base: Mapping[str, Any],
-    header: Mapping[str, str],
-) -> None:
-    """Write factors, all of one rank, as an adapter with scaling 1 (lora_alpha = r)."""
-    rank = next(iter(factors.values())).rank
-    tensors = {}
-    for layer, (b, a) in factors.items():
-        a_key, b_key = _keys(layer)
-        tensors[a_key] = a
-        tensors[b_key] = b
-    config = LoRAConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=tuple(factors))
-    with as_failure(RunError):
-        write_adapter(directory, tensors, config, base, header)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import generate
-from adapters.factors import truncate
+from adapters.factors import Factors
 from adapters.inspect import block_and_kind
 from adapters.multi_lora import load_several
 from common.cli import number
@@ -148,6 +148,9 @@ class Explorer:
     def change(self, request: Mapping[str, Any]) -> float:
         """Set row 1 to the adapter that the knobs select. Return the share of the update's squared
         norm that the truncation to the knob's rank keeps.
+
+        U_k S_k V_k^T is the nearest matrix of rank k in the Frobenius norm (Eckart & Young 1936,
+        https://doi.org/10.1007/BF02288367).
         """
         strength = parse(request, "strength", float, 0, 2)
         rank = parse(request, "rank", int, 1, self.rank)
@@ -160,8 +163,8 @@ class Explorer:
         whole = 0.0
         for name in layers:
             u, s, vh = self.spectra[name]
-            nearest = truncate(u, s, vh, rank)
-            changed[name] = nearest._replace(B=strength * nearest.B)
+            root = s[:rank].sqrt()
+            changed[name] = Factors(strength * u[:, :rank] * root, root[:, None] * vh[:rank])
             kept += s[:rank].square().sum().item()
             whole += s.square().sum().item()
         self.adapters.factors["changed"] = changed

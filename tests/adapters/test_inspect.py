@@ -24,7 +24,7 @@ def test_the_table_is_that_of_the_dense_changes(base, tmp_path):
     ending = run(main, tmp_path, "--out", tmp_path / "file")  # no picture can be written
     assert ending.status == 0 and "relative to W" not in ending.stdout
     assert ending.stderr.startswith(f"warning: {tmp_path / 'file' / 'spectrum.png'}: cannot be w")
-    assert "extract an adapter: python -m adapters.extract" in one_line(run(main, base), 2)
+    assert "is a whole model, whose change has no A and B" in one_line(run(main, base), 2)
     rows = table(stdout_of(main, tmp_path, "--base", base))
     assert rows[0][1:3] == ["norm", "relative to W"]
     assert [row[0] for row in rows[2:]] == list(lora_layers(model))
