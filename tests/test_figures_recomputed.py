@@ -4,7 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import correlation, mean
+from statistics import mean
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = ("experiments", "recipe", "findings", "later-findings")
@@ -159,27 +159,3 @@ def test_smollm2():
         "LoRA has perplexities of {} and KLs of {} (seeds 0, 1 and 2), and full fine-tuning has"
     )
     assert f"{printed.format(*shrunk)} {shrunk[2]} and {shrunk[3]}" in text
-
-
-def test_later_claims():
-    data = stored("claims")
-    for r, runs in data["alpha"].items():
-        least = ", ".join(f"{mean(best(rates)[1]):.1f}" for rates in runs.values())
-        assert f"{least} at rank {r}" in TEXT
-    for variant, runs in data["batch"].items():
-        least = ", ".join(f"{mean(best(rates)[1]):.1f}" for rates in runs.values())
-        assert f"{variant} {least}" in TEXT
-    runs = data["forgetting"]
-    for name, printed in (("KL on the book", "0.87"), ("size of the change", "0.73")):
-        ranks = []
-        for key in (name, "forgetting"):
-            values = sorted(run[key] for run in runs)
-            ranks.append([values.index(run[key]) for run in runs])
-        assert f"{correlation(*ranks):.2f}" == printed and printed in TEXT
-    shares = {64: [], 8: []}
-    for run in runs:
-        if "target_modules" in run:
-            shares[run["r"]].append(run["share of the largest direction"])
-    ends = [f"{end(found):.2f}" for found in shares.values() for end in (min, max)]
-    assert ends == ["0.65", "0.73", "0.53", "0.66"]
-    assert "0.65 to 0.73 of the squared norm, against 0.53 to 0.66" in TEXT

@@ -1,4 +1,4 @@
-"""The experiments on SmolLM2, with a tiny random Llama, and on the claims of later papers."""
+"""The experiment on SmolLM2, with a tiny random Llama."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from lesson.examples import any_model
-from lesson.experiments import claims, smollm2, sweep
+from lesson.experiments import smollm2, sweep
 from tests.helpers import write_small_tokenizer
 from tests.models import small_llama
 from training.options import BOOK
@@ -59,8 +59,3 @@ def test_a_stored_result_is_returned_and_another_seed_is_another_run(llama, monk
     [found] = smollm2.run(options, True, 1e-2, [0])
     monkeypatch.setattr(smollm2, "finetune", lambda *_, **__: "trained again")
     assert smollm2.run(options, True, 1e-2, [0, 1]) == [found, "trained again"]
-
-
-def test_rank_correlation():
-    assert claims.rank_correlation([1, 2, 3], [10, 300, 20]) == pytest.approx(0.5)
-    assert claims.rank_correlation([3, 1, 2], [-9, 5, 0.1]) == pytest.approx(-1)
