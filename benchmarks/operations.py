@@ -27,7 +27,6 @@ from storage.weights import load_config
 
 OPERATIONS: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,
-    "gelu": nn.GELU,
     "dropout": nn.Dropout,
     "attention": Attention,
     "loss": GPT2,

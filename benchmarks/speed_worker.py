@@ -136,15 +136,9 @@ def matmuls_share(profile: torch.profiler.profile, device: Device) -> float:
         if event.device_type == torch.autograd.DeviceType.CPU:  # includes kernels' time
             own = getattr(event, kind)
             total += own
-            if event.name in MATMULS and not of_gelu(event):
+            if event.name in MATMULS:
                 matmuls += own
     return matmuls / total
-
-
-def of_gelu(event: Any) -> bool:
-    """Return whether the event is the fast GELU's matmul with the identity matrix."""
-    parent = event.cpu_parent
-    return parent is not None and parent.name == "_GELU"
 
 
 def build_theirs(task: Task, device: Device) -> Any:

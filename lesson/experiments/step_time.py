@@ -77,7 +77,7 @@ def part(path: list[Any]) -> str:
     for key, words in NAMES.items():
         if any(word in names for word in words):
             return key
-    if event.name not in MATMULS or "_GELU" in names:  # GELU multiplies by the identity
+    if event.name not in MATMULS:
         return "rest"
 
     shapes = event.input_shapes

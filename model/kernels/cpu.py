@@ -1,4 +1,4 @@
-"""Linear, GELU, dropout and attention, faster on a CPU than in PyTorch.
+"""Linear, dropout and attention, faster on a CPU than in PyTorch.
 
 `model/kernels/fast.py` uses these operations in a model. Each operation replaces the PyTorch
 function that is named in the operation's docstring, and also computes the gradients. On other
@@ -16,7 +16,6 @@ NARROW = 64
 # For at most this many tokens, attention in low precision is faster when it computes the whole (T,
 # T) matrix than when it calls PyTorch's fused kernel.
 LONGEST_MATRIX = 256
-IDENTITY = 16  # the width of the identity matrix in `_onednn_gelu`
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
@@ -57,10 +56,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn(x, weight, bias)
 
 
-def _onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none"
-) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "tanh")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -93,38 +90,6 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return linear(a, b.T)
     return a @ b
-
-
-def gelu(x: Tensor) -> Tensor:
-    """Compute `F.gelu(x, approximate="tanh")`."""
-    if not is_faster_here(x) or x.dtype not in ONEDNN_DTYPES or x.numel() % IDENTITY:
-        return F.gelu(x, approximate="tanh")
-    if torch.is_grad_enabled():
-        return _GELU.apply(x)
-    return _onednn_gelu(x)
-
-
-def _onednn_gelu(x: Tensor) -> Tensor:
-    """Compute GELU as the activation of a linear layer whose weight is the identity.
-
-    PyTorch offers oneDNN's GELU only fused to a linear layer. GELU is not fused to the MLP's layer,
-    because fusion would discard the input of GELU, which the gradient needs.
-    """
-    identity = torch.eye(IDENTITY, dtype=x.dtype)
-    return _onednn(x.reshape(-1, IDENTITY), identity, None, "gelu").view(x.shape)
-
-
-class _GELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return _onednn_gelu(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.gelu_backward(g, x, approximate="tanh")
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

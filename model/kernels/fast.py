@@ -6,7 +6,6 @@ model's modules to these classes. Parameters, buffers and names stay unchanged.
 | replaced | by | why |
 |---|---|---|
 | `nn.Linear`, wide, with AVX-512 | oneDNN's matmul | fuses the bias, and beats MKL in fp32 |
-| `nn.GELU`, with AVX-512 | oneDNN's GELU of a product with the identity | PyTorch's tanh is slow |
 | `nn.Dropout` on a CPU | one random word for four elements | drawing words is slow |
 | attention on a CPU | matmul, softmax, dropout | PyTorch's fused kernel has no dropout |
 | the loss and the scores | logits in chunks | whole logits would take the most memory |
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from model.gpt2 import GPT2, Attention
 from model.kernels import cuda_loss, loss
-from model.kernels.cpu import causal_attention, dropout, gelu, linear
+from model.kernels.cpu import causal_attention, dropout, linear
 
 
 class FastLinear(nn.Linear):
@@ -33,15 +32,6 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-
-class FastGELU(nn.GELU):
-    """GELU, in the tanh form or the erf form. Only the tanh form is faster than in PyTorch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.approximate == "tanh":
-            return gelu(x)
-        return super().forward(x)
 
 
 class FastDropout(nn.Dropout):
@@ -80,7 +70,6 @@ class FastGPT2(GPT2):
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: FastLinear,
-    nn.GELU: FastGELU,
     nn.Dropout: FastDropout,
     Attention: FastAttention,
     GPT2: FastGPT2,
