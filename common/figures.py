@@ -1,8 +1,8 @@
 """Draw pictures with matplotlib, an optional dependency.
 
-A colour has the same meaning in every picture, and the colour-blind can tell all colours apart
-(tests/common/test_figures.py). A series that is not a method, such as a rank or a precision, gets
-one of the `shades` of a method's colour or of OTHER.
+A colour has the same meaning in every picture, and the colour-blind can tell all colours apart. A
+series that is not a method, such as a rank or a precision, gets one of the `shades` of a method's
+colour or of OTHER.
 """
 
 import os

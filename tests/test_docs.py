@@ -111,10 +111,6 @@ def test_what_the_pages_point_at_exists(check):
     assert wrong == {}
 
 
-def test_no_page_is_over_220_lines():
-    assert [page.name for page in PAGES if len(page.read_text().splitlines()) > 220] == []
-
-
 def test_every_bug_has_its_toy():
     headings = [
         h for p in (ROOT / "docs").glob("bugs*.md") for h in re.findall("^## ", prose(p), re.M)

@@ -49,34 +49,3 @@ def test_packages_are_installed_into_an_environment_that_exists(made, tmp_path):
     installed, train = made("train-lora")[:5], made("train-lora")
     assert installed == split("-m pip install --quiet --editable")
     assert train[0] == "train.py" and (tmp_path / ".venv" / "mine").exists()
-
-
-def test_a_figure_that_does_not_exist_is_an_error_in_one_line(made, tmp_path):
-    experiment = tmp_path / "lesson" / "experiments" / "rates.py"
-    experiment.parent.mkdir(parents=True)
-    experiment.touch()
-    assert made("figures", "ARGS=rates --x 1") == split("-m lesson.experiments.rates --x 1")
-    with pytest.raises(subprocess.CalledProcessError) as failed:
-        made("figures", "ARGS=nosuch --x 1")
-    error, _ = failed.value.stderr.splitlines()  # the last line comes from make
-    assert error.startswith("error: ARGS must begin with one of diagram ")
-    assert not failed.value.stdout
-
-
-def test_what_is_not_given_is_the_commands_default(made):
-    said = made("train-lora", "RECIPE=best", "LR=1e-3", "R=4", "SEEDS=2")
-    assert said == split("train.py lora --base auto --recipe best --lr 1e-3 --r 4 --seed 2")
-    assert made("train-full") == ["train.py", "full", "--base", "auto"]
-    assert made("train-lora", "ARGS=--book 'a b.txt' c.txt")[4:] == ["--book", "a b.txt", "c.txt"]
-    said = made("train-full", "DATA=it's $(X).jsonl")
-    assert said[2:] == ["--base", "auto", "--data", "it's $(X).jsonl"]
-    assert made("example") == ["-m", "lesson.examples.any_model"]
-    said = made("example", "MODEL=it's $(X)", "DATA=c d", "OUT=a b", "ARGS=--steps 3")
-    assert said[2:] == ["--model", "it's $(X)", "--data", "c d", "--out", "a b", "--steps", "3"]
-    assert made("explore") == split("-m lesson.explore --base auto runs/lora")
-    said = made("explore", "ADAPTER=it's $(X)", "BASE=a b", "ARGS=--port 0")
-    assert said == ["-m", "lesson.explore", "--base", "a b", "it's $(X)", "--port", "0"]
-    notebook = "lesson/notebook/lora_from_scratch.ipynb"
-    assert made("notebook", "ARGS=--no-browser") == ["-m", "jupyterlab", notebook, "--no-browser"]
-    assert made("parity") == ["-m", "benchmarks.parity"]
-    assert made("parity", "BASE=gpt2") == ["-m", "benchmarks.parity", "--base", "gpt2"]

@@ -37,10 +37,8 @@ def test_the_cpus_bf16_is_for_training(monkeypatch):
     assert Device.pick("cpu", train=True).precision == "bf16"
 
 
-def test_the_first_kernel_runs_on_the_ranks_own_gpu(gpu, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+def test_a_gpu_without_bf16_computes_in_fp16(gpu):
     assert Device.pick() == Device(torch.device("cuda"), "fp16")
-    gpu.assert_called_once_with(1, device="cuda:1")
 
 
 def test_a_rank_for_which_there_is_no_gpu_is_refused(gpu, monkeypatch):
@@ -121,11 +119,3 @@ def test_tf32_is_for_cuda_and_only_if_asked():
             assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def test_train_passes_allow_tf32_on(base, book, tmp_path, monkeypatch):
-    monkeypatch.setattr(Device, "set_tf32", put := mock.Mock())
-    argv = arguments("lora", base, book, tmp_path / "run", "--max-steps", 1)
-    for more, allowed in (((), False), (("--allow-tf32", "--overwrite"), True)):
-        assert run(train.main, *argv, *more).status == 0
-        put.assert_called_with(allowed)
