@@ -26,17 +26,13 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         ({"Host": "lora.example:80"}, 403, "this server answers on 127.0.0.1:"),
         ({"Origin": "http://lora.example"}, 403, "answers its own page only"),
-        ({"Content-Length": "-1"}, 411, "no valid Content-Length"),
         ({"Content-Length": str(10**9)}, 413, "at most 65,536 are read"),
         ({"path": "/../README.md", "method": "GET"}, 404, "no such thing"),
         ({"body": "[" * 60_000}, 400, "is not JSON"),
-        ({"body": "[]"}, 400, "is not a JSON object"),
         ({"text": ["a"]}, 400, "text: is empty"),
         ({"text": "\ud800"}, 400, "text: is not UTF-8 text"),
-        ({"text": "a"}, 400, "has only one token"),
         ({"text": "é" * 40}, 400, "text: has 80 tokens; with"),
         ({"strength": 2.1}, 400, "strength: '2.1' is not a number from 0 to 2"),
-        ({"strength": float("nan")}, 400, "strength: 'nan' is not a number"),
         ({"rank": 4}, 400, "rank: '4' is not a whole number from 1 to 3"),
         ({"layers": ["h.9.attn.c_attn"]}, 400, "layers: is not a list"),
     ],
@@ -89,24 +85,6 @@ def test_requests_wait_for_each_other(client, monkeypatch):
     with client.server.turn():
         status, _, text = client.send("POST", "/api/score", "{}")
     assert status == 503 and "another computation is still running" in text
-
-
-def test_a_request_that_its_page_gives_up_is_not_computed_to_its_end(client):
-    steps = []
-    hook = client.explorer.model.h[0].register_forward_hook(lambda *_: steps.append(1))
-    options = {"max_new_tokens": MOST_NEW_TOKENS, "seed": 0}  # with this seed no row ends early
-    client.texts(**options)
-    whole = len(steps)
-    steps.clear()
-
-    body = json.dumps(FULL | OPTIONS | {"prompt": PROMPT} | options)
-    head = f"POST /api/write HTTP/1.0\r\nHost: localhost:{client.port}\r\n"
-    with socket.create_connection(("127.0.0.1", client.port)) as page:
-        page.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        assert page.recv(20).startswith(b"HTTP/1.0 200")
-    client.scores()
-    hook.remove()
-    assert 0 < len(steps) < whole / 2 and whole == MOST_NEW_TOKENS
 
 
 def test_the_page_allows_itself_only_what_it_is(client):

@@ -47,8 +47,6 @@ class Handler(BaseHTTPRequestHandler):
             repository, revision, kind = asked.groups()
         if repository not in fake.repositories:
             return self.answer(401, {"X-Error-Code": "RepoNotFound"})
-        if repository in fake.private and self.headers.get("Authorization") != "Bearer hf_mine":
-            return self.answer(401, {"X-Error-Code": "RepoNotFound"})
         if revision not in ("main", "v1", COMMIT, hub.GPT2_REVISION):
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         commit = revision if len(revision) == 40 else COMMIT
@@ -97,7 +95,6 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories = {}  # OWNER/NAME -> file -> content
-        self.private = set()
         self.status = None  # of every answer
         self.silence = 0  # seconds without an answer
         self.requests = []
@@ -225,13 +222,6 @@ def test_a_cached_main_is_not_taken_for_the_pinned_gpt2(fake, tmp_path):
     assert hub.find_base("auto") == ("mini", hub.MINI)
     pinned = make_model(cache / "snapshots" / hub.GPT2_REVISION)
     assert hub.find_base("gpt2") == ("gpt2", pinned)
-
-
-def test_a_private_repository_needs_a_token(fake, monkeypatch):
-    fake.private.add("someone/tiny")
-    assert "RepositoryNotFoundError" in refusal()
-    set_environment(monkeypatch, HF_TOKEN="hf_mine")
-    assert hub.find_base("someone/tiny")[1].is_dir()
 
 
 def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
