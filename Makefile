@@ -7,7 +7,6 @@
 # make sweep                 train each combination of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"
 # make parity                compare this project with PEFT and transformers, number by number
 # make bench                 compare speed and memory with PEFT and transformers (ARGS=--quick)
-# make verify-gpu            check results and speed on a GPU (ARGS=--dry-run: on a CPU)
 # make reference             repeat the reference run (docs/reference-run.md)
 # make example               LoRA on SmolLM2, or on MODEL (OWNER/NAME on the hub, or a directory)
 # make notebook              LoRA from scratch: open lesson/notebook in Jupyter
@@ -54,8 +53,8 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 	$(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
-.PHONY: help setup one-page train-lora train-full compare generate explore notebook figures test test-lowest lint \
-	parity sweep bench example verify-gpu reference fault pretrain-mini clean
+.PHONY: help setup one-page train-lora train-full compare generate explore notebook figures test \
+	test-lowest lint parity sweep bench example reference fault pretrain-mini clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -159,10 +158,6 @@ fault: .venv/dev
 # context, the rank and the model.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
-
-# Check a GPU (docs/scaling.md), and write runs/gpu/gpu-report.md. ARGS=--dry-run uses a CPU.
-verify-gpu: .venv/dev
-	$(PY) -m benchmarks.verify_gpu $(ARGS)
 
 # Repeat the reference run (docs/reference-run.md). ARGS: --only lora, and options of train.py.
 reference: .venv/run

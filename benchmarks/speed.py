@@ -34,10 +34,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_memory import parameters
 from benchmarks.parity_report import versions
 from benchmarks.speed_report import draw, print_report, summarise
-from benchmarks.speed_tasks import AXES, BASES, Task, along, compare
+from benchmarks.speed_tasks import AXES, BASES, Task, along, compare, parameters
 from common.cli import Parser, number
 from common.device import PRECISIONS, Device
 from common.errors import RunError, run_command

@@ -8,17 +8,17 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_memory, ours
+from benchmarks import ours
 from data.windows import Windows
-from model.gpt2 import GPT2Config
+from model.gpt2 import GPT2, GPT2Config
 from training.options import Options
 
 # Bases of random weights, from small to large. Speed does not depend on the values of weights.
 BASES = {
     "mini": GPT2Config(vocab_size=8192, n_positions=256, n_embd=256, n_layer=6, n_head=4),
     "base": GPT2Config(),  # 124M
-    "gpt2-medium": gpu_memory.BASES["gpt2-medium"],
-    "gpt2-xl": gpu_memory.BASES["gpt2-xl"],
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
 }
 AXES: dict[str, dict[str, tuple[int, ...]]] = {
     "growth": {
@@ -44,7 +44,6 @@ class Task:
     weights: str = "fp32"  # low: their frozen weights are in `precision`, without autocast
     allocator_alike: bool = False  # their side keeps freed memory, as in tune_process
     compile: bool = False
-    graph: bool = False  # on our side on CUDA: one launch per micro-batch
     batch_size: int = 16
     block_size: int = 128
     r: int = 8
@@ -72,8 +71,6 @@ class Task:
             how += ", compiled"
         if self.allocator_alike:
             how += ", allocator alike"
-        if self.graph:
-            how += ", graph"
         return f"{who}, {what}, {how}"
 
     @property
@@ -94,7 +91,6 @@ class Task:
             block_size=self.block_size,
             max_steps=self.warm_up + self.steps + 1,
             compile=self.compile,
-            cuda_graph=self.graph,
             **rank,
         )
 
@@ -132,6 +128,11 @@ def compare(opts: Namespace) -> list[Task]:
         tasks += sides(replace(task, kind="evaluate"))
         tasks += sides(replace(task, kind="generate", steps=1, warm_up=0))  # the call warms up
     return [task for task in tasks if task.kind in opts.only]
+
+
+def parameters(config: GPT2Config) -> int:
+    with torch.device("meta"):  # without memory for the weights
+        return sum(parameter.numel() for parameter in GPT2(config).parameters())
 
 
 def sides(task: Task) -> list[Task]:

@@ -66,8 +66,6 @@ def measure(task: Task) -> dict:
     found = timed(call, task.steps, device)
     if task.profile:
         found |= profiled(call, device)
-    if task.graph:  # the profiler cannot assign a replayed graph's kernels to operations
-        found.pop("matmuls_share", None)
     return found
 
 

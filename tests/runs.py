@@ -27,6 +27,7 @@ import train
 from benchmarks.ours import Trainer
 from common.errors import run_command
 from common.signals import HANDLED
+from model.kernels import cuda_loss, fast
 from tests.helpers import DEVICE, TINY, small_tokenizer
 from training.options import parse_options
 
@@ -217,6 +218,17 @@ def kept_bytes(model: nn.Module, inputs: Tensor) -> int:
     for parameter in model.parameters():
         storages.pop(parameter.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in storages.values())
+
+
+@contextlib.contextmanager
+def cudas_loss() -> Iterator[None]:
+    """Compute CUDA's loss also on a CPU, as on a card with memory for the logits of 20 tokens."""
+    memory = 20 * cuda_loss.aligned(TINY["vocab_size"]) * 8 * cuda_loss.SHARE
+    with (
+        mock.patch.object(cuda_loss, "card_memory", lambda device: memory),
+        mock.patch.object(fast, "loss", cuda_loss),
+    ):
+        yield
 
 
 def die(moment: Moment) -> None:

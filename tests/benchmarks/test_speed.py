@@ -13,8 +13,7 @@ import torch
 
 import train
 from benchmarks import speed, speed_worker
-from benchmarks.gpu_memory import parameters
-from benchmarks.speed_tasks import AXES, BASES, Task, sides
+from benchmarks.speed_tasks import AXES, BASES, Task, parameters, sides
 from common.device import Device
 from common.errors import RunError
 from model.gpt2 import GPT2Config

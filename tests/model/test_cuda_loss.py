@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.gpt2 import IGNORE_INDEX
 from model.kernels import cuda_loss
 from tests.helpers import DEVICE, Operations
 from tests.model.test_fast import BF16, FP16, FP32, TOLERANCE, assert_close, assert_same, normal
@@ -30,7 +31,9 @@ def fast(targets: Tensor):
 def case(n: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     hidden = normal(n, 16, seed=1, dtype=dtype)
     weight = normal(vocab, 16, seed=2, dtype=dtype)
-    return hidden, weight, (torch.arange(n, device=DEVICE) * 7) % vocab
+    targets = (torch.arange(n, device=DEVICE) * 7) % vocab
+    targets[4::5] = IGNORE_INDEX
+    return hidden, weight, targets
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -12,11 +12,13 @@ from common.device import Device
 from model.gpt2 import GPT2, GPT2Config
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from storage.weights import save_gpt2
+from tests.helpers import DEVICE
 from tests.runs import WEIGHTS, arguments, kept_bytes, run_acting, trained, trainer
 from training.model import load_base
 from training.options import ROOT
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("method", WEIGHTS)
 def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_path, method):
     options = ("--max-steps", 3, "--lr", 1e-2)
@@ -31,9 +33,11 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_pa
     without = trainer(method, base, book, tmp_path)
     with_it = trainer(method, base, book, tmp_path, checkpointing)
     [(inputs, _)] = next(without.batches()).micro_batches()
+    inputs = inputs.to(DEVICE)
     assert 0 < kept_bytes(with_it.model, inputs) < kept_bytes(without.model, inputs) / 4
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("method, compute", [("lora", torch.bfloat16), ("full", torch.float32)])
 def test_only_what_lora_freezes_is_held_in_the_compute_precision(
     base, book, tmp_path, method, compute
@@ -49,7 +53,7 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
         assert parameter.dtype == (torch.float32 if small else compute), name
 
     # The weights are loaded in this precision, and not cast afterwards.
-    loaded = load_base(made.run.options, base, Device(torch.device("cpu"), "bf16"))
+    loaded = load_base(made.run.options, base, Device(torch.device(DEVICE), "bf16"))
     assert loaded.h[0].mlp.c_fc.weight.dtype == compute
 
 
