@@ -64,7 +64,6 @@ def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScal
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
     start_variant(model, optimizer, data.training, run)  # for LoRA-GA and --riemannian
-    run.use_cuda_graph(model)  # only with --cuda-graph
     return optimizer, scaler
 
 
@@ -98,7 +97,7 @@ def train_step(
         group["lr"] = lr * group["lr_scale"]
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not run.options.cuda_graph)  # a CUDA graph reuses .grad
+    optimizer.zero_grad()
     return total_loss, grad_norm
 
 

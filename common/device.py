@@ -60,11 +60,11 @@ class Device:
             return torch.cuda.get_device_name(self.torch_device)
         return self.torch_device.type
 
-    def autocast(self, cache_enabled: bool = True) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         """Return a context that runs matmuls in `precision`. Parameters stay unchanged."""
         if self.precision == "fp32":  # on MPS, torch 2.8 and 2.9 warn of an autocast to fp32
             return nullcontext()
-        return torch.autocast(self.torch_device.type, self.dtype, cache_enabled=cache_enabled)
+        return torch.autocast(self.torch_device.type, self.dtype)
 
     def to_device(self, x: Tensor) -> Tensor:
         """Copy to the device. The copy to a CUDA GPU is asynchronous, from pinned memory."""

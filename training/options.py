@@ -168,11 +168,6 @@ class Options:
     precision: str = option(**PRECISION_OPTION)
     kernels: str = option(**KERNELS_OPTION)
     compile: bool = option(False, help="compile the model with torch.compile. Refused on a CPU")
-    cuda_graph: bool = option(
-        False,
-        help="on CUDA, launch a micro-batch's forward and backward pass as two CUDA graphs",
-        may_change=True,
-    )
     gradient_checkpointing: bool = option(
         False,
         help="recompute activations in the backward pass instead of keeping them, to save memory",

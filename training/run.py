@@ -35,7 +35,7 @@ from training import recipe
 from training.data import Data
 from training.directory import RUN, RunDirectory, refuse_inputs_as_output, refuse_used_directory
 from training.identity import RunIdentity, refuse_another, run_identity
-from training.launch import GraphedLoss, compile_hidden, prepare_device
+from training.launch import compile_hidden, prepare_device
 from training.meter import Meter, Progress
 from training.model import save_model
 from training.options import Options
@@ -172,12 +172,6 @@ class Run:
         # `scale` during training, so call it here.
         scaler.scale(torch.zeros((), device=device))
         return scaler
-
-    def use_cuda_graph(self, model: GPT2) -> None:
-        """With --cuda-graph, capture the loss of a full micro-batch."""
-        if self.options.cuda_graph:
-            shape = (self.micro_batch_size, self.options.block_size)
-            model.loss = GraphedLoss(model, shape, self.device)  # type: ignore[method-assign, assignment]
 
     def begin(self, model: GPT2, **stateful: Any) -> None:
         """Resume from the checkpoint if --resume finds one. Otherwise clear `--out`.

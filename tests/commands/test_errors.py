@@ -142,7 +142,6 @@ MISTAKES = [
     ("evaluate --adapter run --base auto", "/base' is unknown; name its directory: --base DIR"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --device tpu", "--device"),
-    ("lora --cuda-graph", "--cuda-graph: needs a CUDA GPU"),
     ("lora --out 'a\udcffb'", "is not UTF-8; name another directory"),
     ("generate --nonsense 1", "--nonsense"),
     ("evaluate --device mps", "--device mps: this machine"),

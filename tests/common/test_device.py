@@ -42,6 +42,12 @@ def test_compile_is_refused_on_a_cpu_before_anything_is_written(base, book, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_compiler_that_fails_is_named_before_the_run(monkeypatch):
+    monkeypatch.setattr(torch, "compile", mock.Mock(side_effect=RuntimeError("no g++")))
+    with pytest.raises(UserError, match=r"^--compile: needs a C\+\+ compiler.*\(no g\+\+\)$"):
+        Device(torch.device("cuda"), "bf16").check_compiler()
+
+
 def test_out_of_memory_while_the_model_is_moved_is_one_line(base, monkeypatch):
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
