@@ -63,7 +63,7 @@ def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScal
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
-    start_variant(model, optimizer, data.training, run)  # for LoRA-GA and --riemannian
+    start_variant(model, optimizer, run)  # for --riemannian
     return optimizer, scaler
 
 

@@ -28,7 +28,7 @@ def unmerge(model: nn.Module) -> None:
 def unwrap(model: nn.Module) -> None:
     """Replace each LoRA layer by the wrapped linear layer. After `merge`, W includes the update.
 
-    Raises ValueError for unmerged layers of PiSSA or LoRA-GA, because removing A and B would remove
+    Raises ValueError for unmerged layers of PiSSA, because removing A and B would remove
     part of the original W. After an error, the model is unchanged.
     """
     linear_layers = {}

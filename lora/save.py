@@ -120,7 +120,7 @@ def saved_config(model: nn.Module) -> LoRAConfig:
 
     Usually the config is `model.lora_config`. In two cases, the config instead lists each layer's
     full name, rank and alpha. The first case is an adapter that the file stores as plain LoRA:
-    PiSSA, LoRA-GA, or slices such as `c_attn.q`. The second case is a mixture of experts, where
+    PiSSA, or slices such as `c_attn.q`. The second case is a mixture of experts, where
     PEFT could apply a short target such as `down_proj` to the experts too.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]

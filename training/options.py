@@ -236,9 +236,8 @@ class Options:
     )
     init_lora_weights: str | None = lora_option(
         None,
-        help="pissa: start from singular vectors of W. lora_ga: start from singular vectors of the "
-        "gradient of W over the first 8 batches (default: random A, zero B)",
-        choices=("pissa", "lora_ga"),
+        help="pissa: start from singular vectors of W (default: random A, zero B)",
+        choices=("pissa",),
     )
     loraplus_lr_ratio: float | None = option(
         None,

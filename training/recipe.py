@@ -7,7 +7,7 @@ from typing import Any
 
 from adapters.quantisation import choose_quantisation
 from common.device import Device
-from common.errors import UserError, as_failure
+from common.errors import as_failure
 from data.windows import Dataset
 from lora.load import load_adapter_config
 from lora.variants import config_fields
@@ -73,7 +73,7 @@ def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
 
 
 def resolve(options: Options, base: str, device: Device, training: Dataset) -> Options:
-    """Return the options with all values filled in. Raises UserError for LoRA-GA in fp16."""
+    """Return the options with all values filled in."""
     filled: dict[str, Any] = {"base": portable_name(base), "precision": device.precision}
     adapters = []
     if options.init_adapter:
@@ -84,11 +84,6 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
         filled["init_lora_weights"] = None  # A and B start with the initial adapter's values
     if options.method == "lora":
         filled["quantise"] = choose_quantisation(options.quantise, adapters)
-    if options.init_lora_weights == "lora_ga" and device.precision == "fp16":
-        raise UserError(
-            "--init-lora-weights lora_ga: in fp16, small gradients vanish and large gradients "
-            "overflow; use --precision bf16 or fp32"
-        )
     if options.lr is None:
         rate = recipe_rate(options, training)
         filled["lr"] = two_digits(rate * rate_factor(replace(options, **filled)))

@@ -26,7 +26,6 @@ from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, leave_closed_terminals, on_signals, say
 from data.tokenizer import Tokenizer
 from data.windows import Batch, Dataset
-from lora.variants.lora_ga import GradientStart
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
 from storage import hub
@@ -185,7 +184,6 @@ class Run:
             "parameters": nn.ParameterDict(named),
             "progress": self.progress,
             "meter": self.meter,
-            "start": GradientStart(model),
         }
         options = self.options
         if not self.ranks.is_main:

@@ -31,7 +31,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa"},
-    "LoRA-GA": {"init_lora_weights": "lora_ga"},
     "Riemannian": {"riemannian": True},
     "LoRA+, ratio 16": {"loraplus_lr_ratio": 16.0},
     "LoRA-FA": {"freeze_a": True},

@@ -8,11 +8,10 @@ from torch import nn
 
 from lora.layer import LoRAConfig, LoRALinear
 from lora.variants.dora import DoRAConfig, DoRALinear
-from lora.variants.lora_ga import LoRAGAConfig, LoRAGALinear
 from lora.variants.pissa import PiSSAConfig, PiSSALinear
 from lora.variants.qkv import SlicedLoRALinear
 
-EXCLUSIVE = "DoRA, PiSSA, LoRA-GA and slices of a layer exclude each other"
+EXCLUSIVE = "DoRA, PiSSA and slices of a layer exclude each other"
 
 
 class Variant(NamedTuple):
@@ -28,7 +27,6 @@ class Variant(NamedTuple):
 VARIANTS = (
     Variant("use_dora", False, DoRAConfig, DoRALinear),
     Variant("init_lora_weights", True, PiSSAConfig, PiSSALinear),
-    Variant("init_lora_weights", True, LoRAGAConfig, LoRAGALinear),
 )
 PLAIN = {variant.field: variant.plain for variant in VARIANTS}
 

@@ -127,7 +127,6 @@ MISTAKES = [
     ("lora --freeze-a --loraplus-lr-ratio 2", "--freeze-a cannot be combined with"),
     ("lora --freeze-a --init-adapter run", "--freeze-a cannot be combined with"),
     ("lora --freeze-a --riemannian", "--freeze-a cannot be combined with"),
-    ("lora --init-lora-weights lora_ga --precision fp16", "--init-lora-weights lora_ga: in fp16"),
     ("full --riemannian", "--riemannian"),
     ("lora --init-adapter run --lora-alpha=16", "--init-adapter sets the rank"),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),

@@ -104,7 +104,6 @@ def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):
         ("variants", "rsLoRA", "--use-rslora"),
         ("variants", "DoRA", "--use-dora"),
         ("variants", "PiSSA", "--init-lora-weights pissa"),
-        ("variants", "LoRA-GA", "--init-lora-weights lora_ga"),
         ("variants", "LoRA+, ratio 16", "--loraplus-lr-ratio 16"),
         ("variants", "LoRA-FA", "--freeze-a"),
         ("targets", "c_attn: r = 20", "--target-modules c_attn --r 20"),
