@@ -22,7 +22,6 @@ from training.options import parse_options
 from training.report import describe_parameters
 from training.run import Run, open_run
 from training.scores import Scores
-from training.variants import start_variant
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(model: GPT2, data: Data, run: Run) -> None:
     """Run the training steps that remain. Validate when due, and keep the best model."""
     options = run.options
-    optimizer, scaler = set_up(model, data, run)
+    optimizer, scaler = set_up(model, run)
     run.begin(model, optimizer=optimizer, scaler=scaler)  # resumes a run, or empties --out
     if run.step == 0:
         validate_start(model, data, run)
@@ -55,7 +54,7 @@ def train(model: GPT2, data: Data, run: Run) -> None:
     run.finish(model)
 
 
-def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScaler]:
+def set_up(model: GPT2, run: Run) -> tuple[AdamW, torch.amp.GradScaler]:
     """Return the optimizer and the GradScaler, which scales the loss in fp16."""
     options = run.options
     run.set_up_model(model)  # casts frozen weights, applies --kernels and --compile
@@ -63,7 +62,6 @@ def set_up(model: GPT2, data: Data, run: Run) -> tuple[AdamW, torch.amp.GradScal
     groups = parameter_groups(model, options.loraplus_lr_ratio)
     optimizer = AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
     scaler = run.grad_scaler()
-    start_variant(model, optimizer, run)  # for --riemannian
     return optimizer, scaler
 
 

@@ -77,7 +77,7 @@ class Trainer:
 
     def set_up(self) -> None:
         """Set up a step. Call this again to train other parameters."""
-        self.optimizer, self.scaler = train.set_up(self.model, self.data, self.run)
+        self.optimizer, self.scaler = train.set_up(self.model, self.run)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -26,7 +26,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "DoRA": ("--use-dora",),
     "PiSSA": ("--init-lora-weights", "pissa"),
     "LoRA-FA": ("--freeze-a",),
-    "Riemannian": ("--riemannian",),
     "q and v": ("--target-modules", "c_attn.q", "c_attn.v"),
 }
 

@@ -31,7 +31,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa"},
-    "Riemannian": {"riemannian": True},
     "LoRA+, ratio 16": {"loraplus_lr_ratio": 16.0},
     "LoRA-FA": {"freeze_a": True},
     "alpha 8": {"lora_alpha": 8},

@@ -16,7 +16,6 @@ CHOICES: dict[str, Choice] = {
     "rsLoRA": (4e-3, {"use_rslora": True}),
     "DoRA": (8e-3, {"use_dora": True}),
     "PiSSA": (2e-3, {"init_lora_weights": "pissa"}),
-    "Riemannian": (4e-3, {"riemannian": True}),
     "LoRA+, ratio 16": (1e-3, {"loraplus_lr_ratio": 16.0}),
     "LoRA-FA": (1.6e-2, {"freeze_a": True}),
 }

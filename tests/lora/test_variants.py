@@ -171,7 +171,7 @@ def raw_tensors(model):
     [
         TOGETHER,
         "--init-lora-weights pissa",
-        "--riemannian --precision bf16",
+        "--use-rslora --precision bf16",
         "--target-modules c_attn.q c_attn.v c_proj --use-rslora --freeze-a",
     ],
 )
