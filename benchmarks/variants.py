@@ -25,7 +25,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "rsLoRA": ("--use-rslora",),
     "DoRA": ("--use-dora",),
     "PiSSA": ("--init-lora-weights", "pissa"),
-    "LoRA-FA": ("--freeze-a",),
     "q and v": ("--target-modules", "c_attn.q", "c_attn.v"),
 }
 

@@ -320,7 +320,7 @@ def test_a_run_whose_result_is_known_is_not_run_again(monkeypatch):
     assert finetune((0, 1)) == [1, 2]
     assert trained[1:] == [("lora", 1, 1e-2)]
     assert finetune(measure=doubled) == [6]
-    assert finetune(freeze_a=True) == [4]
+    assert finetune(use_dora=True) == [4]
     sweep.CELLS.unlink()
     assert finetune() == [5]
 

@@ -11,7 +11,6 @@ from data.instructions import CHAT_TEMPLATE
 from data.tokenizer import Tokenizer
 from lora import inject, load_adapter, save_adapter
 from lora.quantised import LAYERS
-from lora.variants.fa import freeze_a
 from model.gpt2 import GPT2
 from storage.hf_compat import save_tokenizer, stock_name
 from storage.hub import split_revision
@@ -55,8 +54,6 @@ def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -
             inject(model, adapter_config(options))
         except ValueError as error:
             raise UserError(f"--r, --layers, --target-modules: {error}") from error
-    if options.freeze_a:
-        freeze_a(model)
 
 
 def save_model(model: GPT2, tokenizer: Tokenizer, options: Options, base_sha256: str) -> None:

@@ -245,7 +245,6 @@ class Options:
         "LoRA+: multiply the learning rate of B by this factor",
         method="lora",
     )
-    freeze_a: bool = option(False, help="LoRA-FA: train only B, to save memory", method="lora")
     quantise: str | None = option(
         help="store the blocks' frozen linear layers in 4 bits (nf4: QLoRA) or 8 bits (int8) per "
         "weight (default: none, or as in the training of --init-adapter)",
@@ -365,12 +364,6 @@ def _refuse_clashes(typed: Mapping[str, Any]) -> None:
 
     if typed.get("quantise", NONE) != NONE and "init_lora_weights" in typed:
         raise UserError("--quantise cannot be combined with --init-lora-weights, as in PEFT")
-    needs_a = {"loraplus_lr_ratio", "init_adapter", "init_lora_weights"}
-    if "freeze_a" in typed and not needs_a.isdisjoint(typed):
-        raise UserError(
-            "--freeze-a cannot be combined with --loraplus-lr-ratio, --init-adapter or "
-            "--init-lora-weights"
-        )
     if "init_adapter" in typed and not set(LORA_FIELDS).isdisjoint(typed):
         raise UserError(
             "--init-adapter sets the rank, alpha, dropout, targets and variant; "

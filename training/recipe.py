@@ -17,7 +17,6 @@ from training.options import BEST, LORA_FIELDS, Options, adapter_config
 RATES = (5e-4, 8e-3)  # the smallest and the largest of the measured best learning rates
 # The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/variants.md)
 PISSA = 1 / 4
-FREEZE_A = 2.0
 LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
 # The best rate if one layer of a block is adapted, divided by the best rate for all four layers
 # (docs/experiments.md)
@@ -52,8 +51,6 @@ def rate_factor(options: Options) -> float:
     factor *= (options.loraplus_lr_ratio or 1) ** (-3 / 4)
     if options.init_lora_weights == "pissa":
         factor *= PISSA
-    if options.freeze_a:
-        factor *= FREEZE_A
     if adapts_one_layer(options.target_modules):
         factor *= ONE_LAYER
     return min(factor, 2)  # no larger factor was measured

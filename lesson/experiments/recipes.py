@@ -32,7 +32,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "PiSSA": {"init_lora_weights": "pissa"},
     "LoRA+, ratio 16": {"loraplus_lr_ratio": 16.0},
-    "LoRA-FA": {"freeze_a": True},
     "alpha 8": {"lora_alpha": 8},
     "alpha 32": {"lora_alpha": 32},
     "alpha 64": {"lora_alpha": 64},

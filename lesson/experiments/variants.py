@@ -17,7 +17,6 @@ CHOICES: dict[str, Choice] = {
     "DoRA": (8e-3, {"use_dora": True}),
     "PiSSA": (2e-3, {"init_lora_weights": "pissa"}),
     "LoRA+, ratio 16": (1e-3, {"loraplus_lr_ratio": 16.0}),
-    "LoRA-FA": (1.6e-2, {"freeze_a": True}),
 }
 
 

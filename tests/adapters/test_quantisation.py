@@ -129,7 +129,7 @@ def test_training_goes_on_with_the_quantised_base(runs, base, book, tmp_path):
     "options",
     [
         ("--use-dora", "--loraplus-lr-ratio", 4, "--gradient-checkpointing"),
-        ("--target-modules", "c_attn.q", "c_attn.v", "--freeze-a"),
+        ("--target-modules", "c_attn.q", "c_attn.v"),
     ],
 )
 def test_variants_learn_on_a_quantised_base(base, book, tmp_path, options):

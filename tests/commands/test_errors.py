@@ -124,8 +124,6 @@ MISTAKES = [
     ("lora --target-modules", "--target-modules"),
     ("full --r 8", "--r"),
     ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
-    ("lora --freeze-a --loraplus-lr-ratio 2", "--freeze-a cannot be combined with"),
-    ("lora --freeze-a --init-adapter run", "--freeze-a cannot be combined with"),
     ("lora --init-adapter run --lora-alpha=16", "--init-adapter sets the rank"),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"),

@@ -21,11 +21,10 @@ from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
-from lora.variants.fa import freeze_a
 from model.kernels.fast import set_kernels
 from storage.weights import load_gpt2
 from tests import runs
-from tests.helpers import TINY, relative_difference, tiny_gpt2_directory
+from tests.helpers import relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, output_and_gradients, pair, parameters, perturb_alike, randomize
 from tests.runs import arguments, run, stock_linear_model, stock_model, trained
 from train import learning_rate, main
@@ -104,7 +103,6 @@ TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_att
 RUNS = {
     "--init-lora-weights pissa": PISSA,
     "--loraplus-lr-ratio 16": {},
-    "--freeze-a": {},
     TOGETHER: {**DORA, "use_rslora": True, "target_modules": ["c_attn", "c_proj"]},
 }
 
@@ -122,10 +120,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
     set_kernels(theirs, "plain")  # the same memory layout of the frozen weights
     named = {}
     for name, parameter in parameters(theirs.base_model.model).items():
-        if args.freeze_a and "lora_A" in name:
-            parameter.requires_grad_(False)
-        else:
-            named[name.removeprefix("transformer.")] = parameter
+        named[name.removeprefix("transformer.")] = parameter
     assert named.keys() == ours.parameters.keys()
     mine = [named[name] for name in ours.parameters]  # in one order, for the gradient norm
     optimizer = torch.optim.AdamW(mine, lr=args.lr, weight_decay=0.01, fused=True)
@@ -157,8 +152,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
         optimizer.zero_grad()
     assert_equal(raw_tensors(ours.model), peft.get_peft_model_state_dict(theirs))
     for key, tensor in raw_tensors(ours.model).items():
-        moved = not (args.freeze_a and "lora_A" in key)
-        assert torch.equal(tensor, initial[key]) is not moved
+        assert not torch.equal(tensor, initial[key])
 
 
 def raw_tensors(model):
@@ -172,7 +166,7 @@ def raw_tensors(model):
         TOGETHER,
         "--init-lora-weights pissa",
         "--use-rslora --precision bf16",
-        "--target-modules c_attn.q c_attn.v c_proj --use-rslora --freeze-a",
+        "--target-modules c_attn.q c_attn.v c_proj --use-rslora",
     ],
 )
 def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, options):
@@ -198,18 +192,6 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
     ours = load_gpt2(base)
     load_adapter(ours, done.out)
     assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
-
-
-def test_with_a_frozen_no_input_of_it_is_kept_for_the_backward_pass(base):
-    kept = []
-    for freeze in (lambda model: None, freeze_a):
-        model = load_gpt2(base).train()
-        model.set_dropout(0)
-        inject(model, LoRAConfig(r=1, lora_dropout=0))
-        freeze(model)
-        kept.append(runs.kept_bytes(model, IDS))
-    xs = TINY["n_layer"] * IDS.numel() * TINY["n_embd"] * 4  # each layer's x, fp32
-    assert kept[0] - kept[1] >= xs
 
 
 def merged_linear(x, linear, a, b, enabled, scaling):

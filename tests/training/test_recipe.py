@@ -105,7 +105,6 @@ def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):
         ("variants", "DoRA", "--use-dora"),
         ("variants", "PiSSA", "--init-lora-weights pissa"),
         ("variants", "LoRA+, ratio 16", "--loraplus-lr-ratio 16"),
-        ("variants", "LoRA-FA", "--freeze-a"),
         ("targets", "c_attn: r = 20", "--target-modules c_attn --r 20"),
         ("targets", "c_fc, mlp.c_proj: r = 8", "--target-modules c_fc mlp.c_proj"),
         ("scaling", "alpha = 2 r: s = 2/1", "--lora-alpha 2 --r 1"),
