@@ -26,7 +26,7 @@ from model.gpt2 import GPT2, IGNORE_INDEX
 from model.kernels.fast import set_kernels
 from training.compare import compare
 from training.options import BOOK
-from training.ranks import Ranks
+from training.processes import Processes
 from training.scores import Scores, kl_divergence
 
 EVAL_BATCH = 16  # windows per forward pass
@@ -38,17 +38,17 @@ def evaluate(
     model: GPT2,
     dataset: Dataset,
     device: Device,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
     batch_size: int = EVAL_BATCH,
 ) -> Scores:
-    """Score a whole text, or conversations. Several ranks share the batches.
+    """Score a whole text, or conversations. Several processes share the batches.
 
     Raises RunError if the loss is not finite, and UserError if all targets are end-of-text tokens.
     """
     scored_bytes = dataset.scored_bytes
     if not scored_bytes:
         raise UserError("the text contains only end-of-text tokens: nothing to score")
-    ranks = ranks or Ranks()
+    processes = processes or Processes()
     dtype = torch.float64
     if device.torch_device.type == "mps":  # MPS has no fp64
         dtype = torch.float32
@@ -58,14 +58,14 @@ def evaluate(
     was_training = model.training
     model.eval()
     batches = dataset.evaluation_batches(batch_size)
-    for inputs, targets in islice(batches, ranks.rank, None, ranks.world_size):
+    for inputs, targets in islice(batches, processes.number, None, processes.count):
         count += (targets != IGNORE_INDEX).sum()
         with device.autocast():
             losses, right = model.token_losses(device.to_device(inputs), device.to_device(targets))
         sums += torch.stack([losses.sum(dtype=dtype), right.sum(dtype=dtype)])
     model.train(was_training)
-    ranks.all_reduce(sums)
-    ranks.all_reduce(count)
+    processes.all_reduce(sums)
+    processes.all_reduce(count)
 
     tokens = int(count)
     loss, hits = sums.tolist()

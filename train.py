@@ -87,7 +87,7 @@ def train_step(
         # factor, and `unscale_` divides the gradients by this factor.
         scaler.scale(loss / batch.num_tokens).backward()
         total_loss += loss.detach()
-    run.ranks.all_reduce_gradients(model, total_loss)  # also sums the loss
+    run.processes.all_reduce_gradients(model, total_loss)  # also sums the loss
 
     scaler.unscale_(optimizer)  # clipping needs the norm of the unscaled gradient
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), run.options.clip or math.inf)
@@ -121,7 +121,7 @@ def validate_start(model: GPT2, data: Data, run: Run) -> None:
 def validate(model: GPT2, data: Data, run: Run) -> Scores:
     """Score the validation part. A batch is at most as large as a micro-batch of training."""
     size = min(EVAL_BATCH, run.micro_batch_size)
-    return evaluate(model, data.validation, run.device, run.ranks, size)
+    return evaluate(model, data.validation, run.device, run.processes, size)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from training.data import load_data
 from training.launch import prepare_device
 from training.model import add_adapter, load_base
 from training.options import Options, parse_options
-from training.ranks import Ranks
+from training.processes import Processes
 from training.report import read_run
 from training.run import Run
 from training.scores import Scores
@@ -63,10 +63,10 @@ def data(made: Options) -> tuple[Windows, Windows]:
 class Trainer:
     """The state of `train.py` before the first step. It takes single steps and writes no file."""
 
-    def __init__(self, options: Options, ranks: Ranks | None = None):
+    def __init__(self, options: Options, processes: Processes | None = None):
         self.device = Device.pick(options.device, options.precision, train=True)
         prepare_device(options, self.device)
-        self.run = Run(options, self.device, ranks or Ranks())
+        self.run = Run(options, self.device, processes or Processes())
         base = self.run.find_base()
         self.data = load_data(options, base)
         self.options = self.run.resolve(self.data)

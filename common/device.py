@@ -138,7 +138,9 @@ def _pick_device(asked: str) -> str:
 
 def _check_cuda() -> None:
     """Raise UserError unless the GPU runs a kernel. A GPU may be full, or too old for torch."""
-    gpu = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()  # the GPU of this rank
+    gpu = (
+        int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    )  # the GPU of this process
     try:
         torch.ones(1, device=f"cuda:{gpu}").add(1).item()
     except RuntimeError as error:

@@ -109,5 +109,5 @@ def first_line(error: BaseException) -> str:
 
 def fail(message: object, status: int) -> NoReturn:
     line = " ".join(str(message).splitlines())  # a path can contain a new line
-    sys.stderr.write(f"error: {line}\n")  # one write, because other ranks print too
+    sys.stderr.write(f"error: {line}\n")  # one write, because other processes print too
     sys.exit(status)

@@ -46,12 +46,12 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The windows that this rank trains on in one step, split into micro-batches."""
+    """The windows that this process trains on in one step, split into micro-batches."""
 
     data: Dataset
     indices: np.ndarray  # (B,)
     micro_batch_size: int
-    num_tokens: int  # scored tokens of the step, summed over all ranks
+    num_tokens: int  # scored tokens of the step, summed over all processes
 
     def micro_batches(self) -> Iterator[InputsAndTargets]:
         size = self.micro_batch_size

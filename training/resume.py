@@ -14,14 +14,14 @@ from common.errors import UserError, describe_failure
 from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
 from training.directory import RunDirectory
 from training.identity import RunIdentity, refuse_another
-from training.ranks import Ranks
+from training.processes import Processes
 
 
 class Saver:
-    """Save and restore a run: the `stateful` objects, the random generators of all ranks, the time
-    and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`.
+    """Save and restore a run: the `stateful` objects, the random generators of all processes, the
+    time and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`.
 
-    Only rank 0 reads and writes files. In other ranks, `directory` is None.
+    Only process 0 reads and writes files. In other processes, `directory` is None.
     """
 
     def __init__(
@@ -29,14 +29,14 @@ class Saver:
         out: Path,
         directory: RunDirectory | None,
         identity: RunIdentity,
-        ranks: Ranks,
+        processes: Processes,
         device: Device,
         stateful: Mapping[str, Any],
     ):
         self.out = out
         self.directory = directory
         self.identity = identity
-        self.ranks = ranks
+        self.processes = processes
         self.device = device
         self.stateful = stateful
         self.step: int | None = None  # of the last checkpoint
@@ -45,8 +45,8 @@ class Saver:
         self.peak_memory_mb = 0.0
 
     def can_resume(self) -> bool:
-        """Return, in every rank, whether there is a checkpoint."""
-        return self.ranks.from_main(self.directory is not None and has_checkpoint(self.out))
+        """Return, in every process, whether there is a checkpoint."""
+        return self.processes.from_main(self.directory is not None and has_checkpoint(self.out))
 
     def age(self) -> float:
         """Return the seconds since the last checkpoint, or since the run began."""
@@ -69,7 +69,7 @@ class Saver:
             "run": asdict(self.identity),
             "machine": self._machine(),
             "cost": self.cost(),
-            "random": self.ranks.gather(generator_state),
+            "random": self.processes.gather(generator_state),
         }
         for name, stateful in self.stateful.items():
             state[name] = stateful.state_dict()
@@ -81,7 +81,7 @@ class Saver:
 
     def restore(self) -> None:
         """Restore the last checkpoint. Raises UserError for a checkpoint of another run."""
-        state = self.ranks.from_main(read_checkpoint(self.out) if self.directory else {})
+        state = self.processes.from_main(read_checkpoint(self.out) if self.directory else {})
         try:
             refuse_another(self.out / CHECKPOINT, state["run"], self.identity)
             for name, stateful in self.stateful.items():
@@ -99,9 +99,9 @@ class Saver:
             self.directory.cut(metrics_bytes)
 
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
-        """Restore this rank's random generator, unless the number of ranks or the type of device
-        has changed. Warn about each property of the machine that has changed since the checkpoint,
-        because it may change the last bits of the result.
+        """Restore this process's random generator, unless the number of processes or the type of
+        device has changed. Warn about each property of the machine that has changed since the
+        checkpoint, because it may change the last bits of the result.
         """
         now = self._machine()
         for name, value in now.items():
@@ -111,8 +111,8 @@ class Saver:
                     "the result may differ in the last bits from an uninterrupted run",
                     file=sys.stderr,
                 )
-        if (then["ranks"], then["device"]) == (now["ranks"], now["device"]):
-            mine = bytes.fromhex(states[self.ranks.rank])
+        if (then["processes"], then["device"]) == (now["processes"], now["device"]):
+            mine = bytes.fromhex(states[self.processes.number])
             self.device.rng.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
 
     def _machine(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Saver:
         return {
             "torch": str(torch.__version__),
             "threads": torch.get_num_threads(),
-            "ranks": self.ranks.world_size,
+            "processes": self.processes.count,
             "device": self.device.torch_device.type,
             "processor": self.device.name,
         }

@@ -1,5 +1,5 @@
-"""Do what a run needs around the training step: device, ranks, the lock on `--out`, checkpoints,
-signals, logs, the best model.
+"""Do what a run needs around the training step: device, processes, the lock on `--out`,
+checkpoints, signals, logs, the best model.
 
 `train.py` contains the mathematics of a step. `Run.begin` receives from `train.py` the objects that
 a checkpoint must save.
@@ -38,7 +38,7 @@ from training.launch import compile_hidden, prepare_device
 from training.meter import Meter, Progress
 from training.model import save_model
 from training.options import Options
-from training.ranks import Ranks
+from training.processes import Processes
 from training.report import (
     best_weights,
     count_parameters,
@@ -55,17 +55,17 @@ MIN_CHECKPOINT_AGE = 10.0
 
 @contextmanager
 def open_run(options: Options) -> Iterator["Run"]:
-    """Join the other ranks, and yield the run. If the run fails, the message names the last
+    """Join the other processes, and yield the run. If the run fails, the message names the last
     checkpoint.
     """
     tune_process()
-    ranks = Ranks.from_environment()
+    processes = Processes.from_environment()
     device = Device.pick(options.device, options.precision, train=True)
-    with ranks.joined(device.torch_device):
-        if ranks.is_main:
+    with processes.joined(device.torch_device):
+        if processes.is_main:
             refuse_used_directory(options)
         prepare_device(options, device)
-        run = Run(options, device, ranks)
+        run = Run(options, device, processes)
         try:
             yield run
         except Exception as error:
@@ -79,24 +79,24 @@ def open_run(options: Options) -> Iterator["Run"]:
 
 
 class Run:
-    """One run of `train.py` in `--out`. Only rank 0 writes files and prints."""
+    """One run of `train.py` in `--out`. Only process 0 writes files and prints."""
 
     base: str  # the base's name
     base_directory: Path
     identity: RunIdentity
     tokenizer: Tokenizer
 
-    def __init__(self, options: Options, device: Device, ranks: Ranks):
+    def __init__(self, options: Options, device: Device, processes: Processes):
         self.options = options
         self.device = device
-        self.ranks = ranks
+        self.processes = processes
         self.progress = Progress()
         self.meter = Meter(device.precision == "fp16")
         self.steps_per_epoch = 0
         self.total_steps = 0
         self.micro_batch_size = 0
 
-        self.directory: RunDirectory | None = None  # only in rank 0, once it has the lock
+        self.directory: RunDirectory | None = None  # only in process 0, once it has the lock
         self.finished = False  # whether --resume found the run complete
         self.saver: Saver | None = None  # set once the run has begun
         self.line: dict[str, Any] = {}  # for metrics.jsonl. Empty if no line is due
@@ -107,9 +107,9 @@ class Run:
 
     def find_base(self) -> Path:
         """Find the base. Raises UserError if the run would overwrite its inputs."""
-        with self.ranks.main_first():
+        with self.processes.main_first():
             self.base, self.base_directory = hub.find_base(self.options.base)
-        if self.ranks.is_main:
+        if self.processes.is_main:
             refuse_inputs_as_output(self.options, self.base_directory)
         return self.base_directory
 
@@ -125,7 +125,7 @@ class Run:
         windows = len(data.training)
         self.steps_per_epoch, self.total_steps = recipe.count_steps(self.options, windows)
         largest_batch = min(self.options.batch_size, windows)
-        share = math.ceil(largest_batch / self.ranks.world_size)
+        share = math.ceil(largest_batch / self.processes.count)
         self.micro_batch_size = math.ceil(share / self.options.grad_accum)
         return self.options
 
@@ -137,13 +137,13 @@ class Run:
         """
         tokens = data.training.tokens, data.validation.tokens
         self.identity = run_identity(self.options, self.base_sha256, *tokens)
-        self.ranks.check_same(asdict(self.identity))
-        if self.ranks.is_main:
+        self.processes.check_same(asdict(self.identity))
+        if self.processes.is_main:
             self.directory = RunDirectory(self.options.out)
             # Check again, because another run may have used --out since the first check.
             refuse_used_directory(self.options)
             self.finished = self._is_finished()
-        self.finished = self.ranks.from_main(self.finished)
+        self.finished = self.processes.from_main(self.finished)
 
     def _is_finished(self) -> bool:
         """Return whether --resume finds a finished run. Raises UserError for another run."""
@@ -159,7 +159,7 @@ class Run:
         model.train()
         self.device.cast_frozen(model)
         set_kernels(model, self.options.kernels)
-        self.ranks.broadcast(*(p for p in model.parameters() if p.requires_grad))
+        self.processes.broadcast(*(p for p in model.parameters() if p.requires_grad))
         if self.options.compile:
             compile_hidden(model, 0 if self.options.data else self.micro_batch_size)
 
@@ -167,8 +167,8 @@ class Run:
         """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
         device = self.device.torch_device
         scaler = torch.amp.GradScaler(device.type, enabled=self.device.precision == "fp16")
-        # The first call of `scale` initialises the scaler. A rank without windows would never call
-        # `scale` during training, so call it here.
+        # The first call of `scale` initialises the scaler. A process without windows would never
+        # call `scale` during training, so call it here.
         scaler.scale(torch.zeros((), device=device))
         return scaler
 
@@ -186,9 +186,11 @@ class Run:
             "meter": self.meter,
         }
         options = self.options
-        if not self.ranks.is_main:
-            torch.manual_seed(options.seed + self.ranks.rank)  # for different dropout masks
-        saver = Saver(options.out, self.directory, self.identity, self.ranks, self.device, stateful)
+        if not self.processes.is_main:
+            torch.manual_seed(options.seed + self.processes.number)  # for different dropout masks
+        saver = Saver(
+            options.out, self.directory, self.identity, self.processes, self.device, stateful
+        )
         if options.resume and saver.can_resume():
             saver.restore()
             self._check_best_model()
@@ -250,8 +252,8 @@ class Run:
             yield self.batch(training, order[position * size : (position + 1) * size])
 
     def batch(self, training: Dataset, indices: np.ndarray) -> Batch:
-        """Return this rank's share of the windows with these indices (B,)."""
-        mine = np.array_split(indices, self.ranks.world_size)[self.ranks.rank]
+        """Return this process's share of the windows with these indices (B,)."""
+        mine = np.array_split(indices, self.processes.count)[self.processes.number]
         return Batch(training, mine, self.micro_batch_size, training.num_tokens(indices))
 
     def count_step(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
@@ -291,7 +293,7 @@ class Run:
         if scores.loss < progress.best_val_loss:
             progress.best_val_loss = scores.loss
             progress.best_val_bits_per_byte = scores.bits_per_byte
-            if self.ranks.is_main:
+            if self.processes.is_main:
                 weights_sha256 = self.identity.base_sha256.get("weights", "")
                 save_model(model, self.tokenizer, self.options, weights_sha256)
             line += ", best so far"
@@ -317,8 +319,8 @@ class Run:
             return
         assert self.saver
         device = self.device.name
-        if self.ranks.world_size > 1:
-            device = f"{self.ranks.world_size} x {device}"
+        if self.processes.count > 1:
+            device = f"{self.processes.count} x {device}"
         machine = {
             "device": device,
             "precision": self.device.precision,
@@ -346,12 +348,12 @@ class Run:
             say("stopping once the step is done and saved; Ctrl-C stops at once")
 
     def _save_or_stop(self) -> None:
-        """Save a checkpoint when due. If any rank has received a signal, save and end the process.
+        """Save a checkpoint when due. If any process has received a signal, save and end.
 
         `stop_signal` is read once. A later signal takes effect at the next step.
         """
         assert self.saver
-        due, number = self.ranks.max_over_ranks(self._is_due(), self.stop_signal or 0)
+        due, number = self.processes.maximum(self._is_due(), self.stop_signal or 0)
         if due or number:
             self.saver.save(self.step)
         if number:
@@ -373,5 +375,5 @@ class Run:
                 f"stopped after step {self.step}; the same command with --resume continues",
                 file=sys.stderr,
             )
-        self.ranks.barrier()  # when a rank ends, torchrun kills the other ranks
+        self.processes.barrier()  # when a process ends, torchrun kills the other processes
         sys.exit(128 + number)

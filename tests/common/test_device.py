@@ -12,6 +12,7 @@ from benchmarks import speed_worker
 from benchmarks.speed_worker import Task
 from common import device
 from common.device import Device
+from common.errors import UserError
 from tests.runs import arguments, one_line, run
 
 

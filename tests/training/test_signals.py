@@ -85,11 +85,11 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
 def test_a_signal_while_a_step_ends_is_left_to_the_next_step(base, book, tmp_path, monkeypatch):
     """The signal comes after the step's check. It must not end the run unsaved."""
 
-    class Late(training.run.Ranks):
-        """Sends a signal right after the ranks have exchanged their signals."""
+    class Late(training.run.Processes):
+        """Sends a signal right after the processes have exchanged their signals."""
 
-        def max_over_ranks(self, *values):
-            found = super().max_over_ranks(*values)
+        def maximum(self, *values):
+            found = super().maximum(*values)
             metrics = tmp_path / "metrics.jsonl"
             if not sent and metrics.exists() and metrics.read_text().count("\n") == 3:
                 sent.append(True)
@@ -97,7 +97,7 @@ def test_a_signal_while_a_step_ends_is_left_to_the_next_step(base, book, tmp_pat
             return found
 
     sent: list[bool] = []
-    monkeypatch.setattr(training.run, "Ranks", Late)
+    monkeypatch.setattr(training.run, "Processes", Late)
     ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 9))
     assert sent and ending.status == 143
     assert "stopped after step 4; the same command" in ending.stderr

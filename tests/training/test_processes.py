@@ -1,4 +1,4 @@
-"""Real ranks compute the same as one process, and continue after a rank has died."""
+"""Real processes compute the same as one process, and continue after a process has died."""
 
 import os
 import re
@@ -21,31 +21,31 @@ from model.kernels import fast
 from tests import runs
 from tests.fault.runs import differences, result
 from tests.helpers import relative_difference
-from tests.ranks import fork, torchrun
+from tests.processes import fork, torchrun
 from tests.runs import acting, arguments, finished, run, trained, trainer
 from train import main
 from training.data import load_data
 from training.options import parse_options
-from training.ranks import Ranks
+from training.processes import Processes
 from training.run import Run
 
-# 37 is odd, and an epoch's last batch is one window: rank 1 gets no window.
+# 37 is odd, and an epoch's last batch is one window: process 1 gets no window.
 SAME = split("--batch-size 37 --stride 11 --grad-accum 2 --max-steps 9 --eval-every 5 --lr 3e-3")
 # Dropout is on.
 DROPPING = split("--batch-size 8 --max-steps 8 --eval-every 5 --checkpoint-every 2 --lr 3e-3")
-LOST = re.compile(r"error: rank (\d) of 2: the connection to another rank is lost.*")
+LOST = re.compile(r"error: process (\d) of 2: the connection to another process is lost.*")
 
 
 def test_without_torchrun_a_clusters_variables_mean_nothing(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert Ranks.from_environment() == Ranks(0, 1)
+    assert Processes.from_environment() == Processes(0, 1)
 
 
 def test_a_micro_batch_is_a_share_of_the_ranks_own(base, book, tmp_path):
     options = parse_options("-", arguments("lora", base, book, tmp_path, *SAME))
-    of_two = Run(options, Device.pick("cpu"), Ranks(0, 2))
+    of_two = Run(options, Device.pick("cpu"), Processes(0, 2))
     of_two.base = str(base)
     of_two.resolve(load_data(options, base))
     assert of_two.micro_batch_size == 10  # 19 of the 37 windows, in two micro-batches
@@ -57,7 +57,7 @@ def name_threads() -> None:
 
 
 def errors(lines: list[str]) -> set[str]:
-    """Return the error lines, without the ranks that only report another rank's end."""
+    """Return the error lines, without the processes that only report another process's end."""
     found = {line for line in lines if line.startswith("error: ")}
     lost = {line for line in found if LOST.fullmatch(line)}
     return found - lost - {"error: interrupted"}
@@ -76,13 +76,13 @@ def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("ranks")
+    return tmp_path_factory.mktemp("processes")
 
 
 @pytest.fixture(scope="module")
 def whole(base, book, folder) -> list[str]:
-    """Return the stderr of two undisturbed ranks: their threads in step 2 and at the end. Their run
-    is in `folder / "whole"`.
+    """Return the stderr of two undisturbed processes: their threads in step 2 and at the end. Their
+    run is in `folder / "whole"`.
     """
 
     @contextmanager
@@ -105,10 +105,10 @@ def test_two_ranks_change_no_number_and_one_rank_writes_and_prints(base, book, t
     assert len(made.data.training) % made.options.batch_size == 1
     options = (*SAME, *runs.NO_DROPOUT[method])
     alone = trained(method, base, book, tmp_path / "alone", *options)
-    argv = arguments(method, base, book, tmp_path / "ranks", *options)
+    argv = arguments(method, base, book, tmp_path / "processes", *options)
     statuses, lines = fork(tmp_path / "said", argv, argv)
     assert statuses == [0, 0] and "error" not in "".join(lines), lines
-    ours = finished(tmp_path / "ranks")
+    ours = finished(tmp_path / "processes")
     assert len(ours.metrics) == 9 and len(ours.column("val_loss")) == 3
     for column in ("step", "epoch", "lr", "loss", "grad_norm", "val_loss", "val_bits_per_byte"):
         assert ours.column(column) == pytest.approx(alone.column(column), rel=1e-5), column
@@ -138,14 +138,14 @@ def test_the_connections_threads_end_with_it(whole):
         line.removeprefix("threads: ").split(", ") for line in whole if line.startswith("threads: ")
     ]
     *in_a_step, first, second = sorted(named, key=len)[::-1]
-    # Two threads run collectives and one listens. torch 2.8 does not name them. Rank 0 has one
+    # Two threads run collectives and one listens. torch 2.8 does not name them. Process 0 has one
     # more, for the rendezvous.
     assert [len(names) - len(first) for names in in_a_step] == [4, 3] and len(second) == len(first)
     assert not any("gloo" in name for name in (*first, *second))
 
 
 def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
-    """In the first step each rank computes half of the batch, and rank 1 has another seed."""
+    """In the first step each process computes half of the batch, and process 1 has another seed."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
     first, second = np.split(next(made.batches()).indices, 2)
 
@@ -191,7 +191,7 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
 
     ending = run(main, *arguments("lora", base, book, as_killed, *DROPPING), "--resume")
     assert ending.status == 0 and "resuming after step 2" in ending.stdout
-    assert "warning: the run began with ranks 2 and resumes with 1" in ending.stderr
+    assert "warning: the run began with processes 2 and resumes with 1" in ending.stderr
     assert finished(as_killed).column("step") == list(range(1, 9))
 
 
@@ -206,10 +206,10 @@ def test_the_command_of_the_docs(base, book, tmp_path):
 
 
 def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(base, tmp_path):
-    data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: one rank has the last batch
+    data = runs.questions(tmp_path / "x.jsonl")  # 18 to train on: one process has the last batch
     options = split("--batch-size 17 --block-size 64 --max-steps 3 --lr 3e-3")
     options += runs.NO_DROPOUT["lora"]
-    argv = arguments("lora", base, data, tmp_path / "ranks", *options)
+    argv = arguments("lora", base, data, tmp_path / "processes", *options)
 
     def draw_another_start(model, *args, add=train.add_adapter):  # as another machine might
         add(model, *args)
@@ -220,7 +220,7 @@ def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(bas
     patch = mock.patch.object(train, "add_adapter", draw_another_start)
     statuses, lines = fork(tmp_path / "said", argv, argv, during=patch)
     assert statuses == [0, 0], lines
-    ours = finished(tmp_path / "ranks")
+    ours = finished(tmp_path / "processes")
     alone = trained("lora", base, data, tmp_path / "alone", *options)
     assert len(ours.metrics) == 3
     for column in ("loss", "grad_norm", "val_loss", "val_bits_per_byte"):
@@ -237,7 +237,7 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path
         ("--base 'gpt9': no such directory", *[[*argv, "--base", "gpt9"]] * 2),
         ("contains a run (run.json)", *[arguments("lora", base, book, taken)] * 2),
         (
-            "rank 1 and rank 0 differ in options; start every rank with the same options",
+            "process 1 and process 0 differ in options; start every process with the same options",
             argv,
             [*argv, "--seed", "7", "--lr", "0.1"],
         ),
@@ -255,15 +255,15 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
 ):
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
     for collective in ("broadcast", "barrier"):
-        monkeypatch.setattr(Ranks, collective, lambda self, *tensors: None)
+        monkeypatch.setattr(Processes, collective, lambda self, *tensors: None)
     argv = arguments("lora", base, book, tmp_path, "--precision", precision)
-    made = Trainer(parse_options("-", argv), Ranks(rank=1, world_size=2))
+    made = Trainer(parse_options("-", argv), Processes(number=1, count=2))
     sent = []
     monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
     monkeypatch.setattr(
-        Ranks, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
+        Processes, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
     )
-    batch = made.run.batch(made.data.training, np.array([3]))  # in rank 0's share
+    batch = made.run.batch(made.data.training, np.array([3]))  # in process 0's share
     assert len(list(batch.micro_batches())) == 0 and batch.num_tokens == made.options.block_size
     assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]

@@ -1,10 +1,9 @@
-"""Train in parallel: `torchrun` starts several processes, which are called ranks and share each
-batch.
+"""Train in parallel: `torchrun` starts several processes, which share each batch.
 
-Every rank has the whole model. A rank adds up the losses of its windows, and computes the gradient
-of this sum. The sum of these gradients over all ranks is the gradient of the whole batch. So the
-number of ranks changes the speed, but not the result. Dropout is an exception, because each rank
-draws separate masks.
+Every process has the whole model. A process adds up the losses of its windows, and computes the
+gradient of this sum. The sum of these gradients over all processes is the gradient of the whole
+batch. So the number of processes changes the speed, but not the result. Dropout is an exception,
+because each process draws separate masks.
 """
 
 import os
@@ -24,19 +23,22 @@ from torch import Tensor, nn
 from common.errors import RunError, UserError, first_line
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # other ranks wait while rank 0 downloads or saves
+PATIENCE = timedelta(hours=2)  # other processes wait while process 0 downloads or saves
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process's rank among all ranks. Methods raise RunError if another rank has ended."""
+class Processes:
+    """The number of this process, from 0, and the count of all processes.
 
-    rank: int = 0
-    world_size: int = 1
+    Methods raise RunError if another process has ended.
+    """
+
+    number: int = 0
+    count: int = 1
 
     @classmethod
-    def from_environment(cls) -> "Ranks":
-        """Read torchrun's environment. Without torchrun, this process is the only rank."""
+    def from_environment(cls) -> "Processes":
+        """Read torchrun's environment. Without torchrun, there is only this process."""
         # Without torchrun, a cluster may still set RANK.
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
@@ -44,17 +46,17 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Return whether this is rank 0, the only rank that writes files and prints."""
-        return self.rank == 0
+        """Return whether this is process 0, the only process that writes files and prints."""
+        return self.number == 0
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Connect the ranks inside the `with` block. In the block, only rank 0 prints."""
-        if self.world_size == 1:
+        """Connect the processes inside the `with` block. In the block, only process 0 prints."""
+        if self.count == 1:
             yield
             return
         if device.type == "mps":  # pytorch#160732
-            raise UserError("torchrun: ranks cannot exchange MPS tensors; use --device cpu")
+            raise UserError("torchrun: processes cannot exchange MPS tensors; use --device cpu")
         if device.type == "cuda":
             self._take_gpu()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -65,11 +67,11 @@ class Ranks:
         ):
             try:
                 yield
-            except SystemExit:  # after a signal, all ranks end together
+            except SystemExit:  # after a signal, all processes end together
                 dist.destroy_process_group()
                 raise
             except BaseException:
-                self._abort_nccl()  # NCCL would wait for other ranks, and warn at exit
+                self._abort_nccl()  # NCCL would wait for other processes, and warn at exit
                 raise
         dist.destroy_process_group()
 
@@ -77,7 +79,9 @@ class Ranks:
         local = int(os.environ["LOCAL_RANK"])
         gpus = torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(f"--nproc-per-node: this machine has {gpus} GPUs; use one rank per GPU")
+            raise UserError(
+                f"--nproc-per-node: this machine has {gpus} GPUs; use one process per GPU"
+            )
         torch.cuda.set_device(local)
 
     def _call(self, collective: Callable[[], object]) -> None:
@@ -85,11 +89,11 @@ class Ranks:
             collective()
         except RuntimeError as error:  # gloo raises a plain RuntimeError
             if dist.is_initialized():
-                self._abort_nccl()  # NCCL would wait for the rank that has ended
+                self._abort_nccl()  # NCCL would wait for the process that has ended
                 dist.destroy_process_group()  # otherwise a gloo thread can abort Python's exit
             raise RunError(
-                f"rank {self.rank} of {self.world_size}: the connection to another rank is "
-                f"lost ({first_line(error)}); see the error message of that rank"
+                f"process {self.number} of {self.count}: the connection to another process is "
+                f"lost ({first_line(error)}); see the error message of that process"
             ) from error
 
     def _abort_nccl(self) -> None:
@@ -100,7 +104,7 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the body on rank 0 first, so that other ranks find the downloads of rank 0."""
+        """Run the body on process 0 first, so that the others find the downloads of process 0."""
         if not self.is_main:
             self.barrier()
         yield
@@ -108,29 +112,29 @@ class Ranks:
             self.barrier()
 
     def barrier(self) -> None:
-        """Wait until every rank arrives here."""
-        self.max_over_ranks(0)
+        """Wait until every process arrives here."""
+        self.maximum(0)
 
     def check_same(self, identity: dict[str, Any]) -> None:
-        """Raise UserError in every rank if ranks differ in options, base or book."""
+        """Raise UserError in every process if processes differ in options, base or book."""
         first, *others = self.gather(identity)
-        for rank, other in enumerate(others, 1):
+        for number, other in enumerate(others, 1):
             different = [name for name in first if other[name] != first[name]]
             if different:
                 raise UserError(
-                    f"rank {rank} and rank 0 differ in {', '.join(different)}; start "
-                    "every rank with the same options, base and book"
+                    f"process {number} and process 0 differ in {', '.join(different)}; start "
+                    "every process with the same options, base and book"
                 )
 
     def broadcast(self, *tensors: Tensor) -> None:
-        """Give every rank the tensors of rank 0."""
-        if self.world_size > 1:
+        """Give every process the tensors of process 0."""
+        if self.count > 1:
             for tensor in tensors:
                 self._call(partial(dist.broadcast, tensor.detach(), 0))
 
     def all_reduce(self, *tensors: Tensor) -> None:
-        """Replace each tensor by its sum over the ranks. All tensors travel in one message."""
-        if self.world_size == 1:
+        """Replace each tensor by its sum over the processes. All tensors travel in one message."""
+        if self.count == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         self._call(lambda: dist.all_reduce(flat))
@@ -139,8 +143,8 @@ class Ranks:
         torch._foreach_copy_(list(tensors), totals)  # one kernel launch for all tensors
 
     def all_reduce_gradients(self, model: nn.Module, loss: Tensor) -> None:
-        """Sum the loss and all gradients over the ranks. A rank without windows adds zeros."""
-        if self.world_size == 1:
+        """Sum the loss and all gradients over all processes. One without windows adds zeros."""
+        if self.count == 1:
             return
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
@@ -148,25 +152,25 @@ class Ranks:
                 parameter.grad = torch.zeros_like(parameter)
         self.all_reduce(loss, *(p.grad for p in trained if p.grad is not None))
 
-    def max_over_ranks(self, *values: int) -> list[int]:
-        """Return the maximum of each number over the ranks. The numbers stay on the CPU, so no rank
-        waits for a GPU."""
-        if self.world_size == 1:
+    def maximum(self, *values: int) -> list[int]:
+        """Return the maximum of each number over the processes. The numbers stay on the CPU, so no
+        process waits for a GPU."""
+        if self.count == 1:
             return list(values)
         shared = torch.tensor(values)
         self._call(lambda: dist.all_reduce(shared, dist.ReduceOp.MAX))
         return shared.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value, in order of rank."""
-        values: list = [value] * self.world_size
-        if self.world_size > 1:
+        """Return every process's value, in order of number."""
+        values: list = [value] * self.count
+        if self.count > 1:
             self._call(lambda: dist.all_gather_object(values, value))
         return values
 
     def from_main(self, value: T) -> T:
-        """Return rank 0's value."""
+        """Return process 0's value."""
         values = [value]
-        if self.world_size > 1:
+        if self.count > 1:
             self._call(lambda: dist.broadcast_object_list(values))
         return values[0]

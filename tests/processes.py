@@ -1,6 +1,6 @@
-"""Start ranks of `train.py` like torchrun, but by a fork, because this process imported torch.
+"""Start processes of `train.py` like torchrun, but by a fork, because this process imported torch.
 
-The ranks print into the files `out` and `err` of a folder.
+The processes print into the files `out` and `err` of a folder.
 """
 
 import multiprocessing
@@ -22,9 +22,9 @@ from tests.fault.runs import PATIENCE
 
 
 def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
-    """Start a rank for each list of arguments of `train.py`, inside the context `during`.
+    """Start a process for each list of arguments of `train.py`, inside the context `during`.
 
-    Return the ranks' statuses and lines on stderr.
+    Return the processes' statuses and lines on stderr.
     """
     folder.mkdir(exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -36,8 +36,8 @@ def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], li
         "MASTER_PORT": str(port),
     }
     calls = []
-    for rank, command in enumerate(commands):
-        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for number, command in enumerate(commands):
+        own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
         calls.append((_train, command, during, own))
     return _run(folder, *calls)
 
