@@ -1,10 +1,12 @@
 """This project's side of every benchmark: the only file here that calls the training code."""
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from tempfile import gettempdir
 
 from torch import Tensor, nn
 
@@ -20,11 +22,11 @@ from model.kernels.fast import set_kernels
 from storage.weights import load_config, load_gpt2, save_gpt2
 from training.data import load_data
 from training.launch import prepare_device
-from training.model import add_adapter, load_base
+from training.model import load_model
 from training.options import Options, parse_options
+from training.plan import make_plan
 from training.processes import Processes
 from training.report import read_run
-from training.run import Run
 from training.scores import Scores
 
 
@@ -64,44 +66,44 @@ class Trainer:
     """The state of `train.py` before the first step. It takes single steps and writes no file."""
 
     def __init__(self, options: Options, processes: Processes | None = None):
-        self.device = Device.pick(options.device, options.precision, train=True)
-        prepare_device(options, self.device)
-        self.run = Run(options, self.device, processes or Processes())
-        base = self.run.find_base()
-        self.data = load_data(options, base)
-        self.options = self.run.resolve(self.data)
-        self.model = load_base(self.options, base, self.device)
-        if options.method == "lora":
-            add_adapter(self.model, self.options, self.run.base_sha256)
+        device = Device.pick(options.device, options.precision, train=True)
+        prepare_device(options, device)
+        unused = Path(gettempdir()) / f"not-a-run-{os.getpid()}"
+        plan = make_plan(replace(options, out=unused), device, processes or Processes())
+        assert plan
+        self.plan = plan
+        self.options = plan.settings
+        self.device = device
+        self.data = plan.data
+        self.total_steps = plan.total_steps
+        self.steps_done = 0
+        self.model = load_model(plan)
         self.set_up()
 
     def set_up(self) -> None:
-        """Set up a step. Call this again to train other parameters."""
-        self.optimizer, self.scaler = train.set_up(self.model, self.run)
+        """Make the optimizer. Call this again to train other parameters."""
+        self.optimizer, self.scaler = train.set_up(self.model, self.plan)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    @property
-    def total_steps(self) -> int:
-        return self.run.total_steps
-
     def batches(self, first: int = 0) -> Iterator[Batch]:
-        return self.run.batches(self.data.training, first)
+        return self.plan.batches(first)
 
     def step(self, batch: Batch) -> Tensor:
         """Take the next step of the schedule. Return the loss, summed over the batch's tokens."""
         options = self.options
-        done = self.run.progress.step
-        lr = train.learning_rate(done, self.total_steps, options.lr, options.warmup_ratio)
-        loss, _ = train.train_step(self.model, self.optimizer, self.scaler, batch, lr, self.run)
-        self.run.progress.step += 1
+        lr = train.learning_rate(
+            self.steps_done, self.total_steps, options.lr, options.warmup_ratio
+        )
+        loss, _ = train.train_step(self.model, self.optimizer, self.scaler, batch, lr, self.plan)
+        self.steps_done += 1
         return loss
 
     def evaluate(self) -> Scores:
-        return train.validate(self.model, self.data, self.run)
+        return train.validate(self.model, self.plan)
 
 
 def step(trainer: Trainer, batch: Batch) -> float:

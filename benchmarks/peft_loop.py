@@ -98,6 +98,7 @@ def mean_loss(
 
 def make_step(model: nn.Module, args: Options, precision: str) -> Callable[..., float]:
     """Return a function that trains on one batch and returns its mean loss."""
+    assert args.lr is not None
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=args.lr, weight_decay=args.weight_decay, fused=True
@@ -149,6 +150,7 @@ def windows(
 
 def learning_rate(step: int, steps: int, args: Options) -> float:
     """Return the learning rate: linear warm-up, then half a cosine to zero."""
+    assert args.lr is not None
     warmup = math.ceil(args.warmup_ratio * steps)
     if step < warmup:
         return args.lr * (step + 1) / warmup

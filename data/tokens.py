@@ -29,14 +29,9 @@ class Tokens:
 def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
     """Return the tokens of the books in the given order, separated by end-of-text tokens.
 
-    A directory means the `.txt` files in it, sorted by name. Raises UserError as `load_tokens`
-    does, and for a directory without a `.txt` file.
+    Raises UserError as `text_files` and `load_tokens` do.
     """
-    books: list[Path] = []
-    for path in paths:
-        books += _texts_of(path)
-
-    parts = [load_tokens(book, tokenizer) for book in books]
+    parts = [load_tokens(book, tokenizer) for book in text_files(paths)]
     if len(parts) == 1:
         return parts[0]
 
@@ -49,14 +44,18 @@ def load_books(paths: Sequence[Path], tokenizer: Tokenizer) -> Tokens:
     return Tokens(ids, np.concatenate([part.byte_counts for part in joined]))
 
 
-def _texts_of(path: Path) -> list[Path]:
-    """Return the directory's `.txt` files, sorted by name, or the file itself."""
-    if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
-        return [path]
-    books = sorted(book for book in path.glob("*") if book.suffix.lower() == ".txt")
-    if not books:
-        raise UserError(f"{path}: contains no .txt files, or cannot be read")
-    return books
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files. A directory is replaced by the `.txt` files in it, sorted by name."""
+    files: list[Path] = []
+    for path in paths:
+        if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
+            files.append(path)
+            continue
+        texts = sorted(text for text in path.glob("*") if text.suffix.lower() == ".txt")
+        if not texts:
+            raise UserError(f"{path}: contains no .txt files, or cannot be read")
+        files += texts
+    return files
 
 
 def require_end_of_text(tokenizer: Tokenizer) -> int:

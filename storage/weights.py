@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import RunError, UserError, as_failure
 from common.files import atomic_path, brief, file_sha256, read_json, write_json
+from data.tokenizer import FAST, MERGES, VOCAB
 from lora.tensors import write_tensors
 from model.gpt2 import GPT2, GPT2Config
 from storage.tensors import read_shapes, read_tensors
@@ -128,11 +129,16 @@ def weights_path(directory: Path) -> Path:
 
 
 def base_hashes(directory: Path) -> dict[str, str]:
-    """Return the sha256 of the config and of the weights (if any), which identify a base."""
+    """Return the sha256 of the files that identify a base: the config, and the weights and the
+    tokenizer's files, if any.
+    """
     hashes = {"config": file_sha256(directory / CONFIG)}
     weights = find_weights(directory)
     if weights:
         hashes["weights"] = file_sha256(weights)
+    for name in (FAST, VOCAB, MERGES):
+        if (directory / name).exists():
+            hashes[name] = file_sha256(directory / name)
     return hashes
 
 

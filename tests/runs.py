@@ -147,14 +147,23 @@ class Moment:
 def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
     """Run actions at the start of some steps of `train.py`."""
     step = train.train_step
+    loop = train.train
+    runs = []
 
-    def act(model, optimizer, scaler, batch, lr, run):
-        action = actions.get(run.step + 1)
+    def remember(run):
+        runs.append(run)
+        loop(run)
+
+    def act(model, optimizer, scaler, batch, lr, plan):
+        action = actions.get(runs[-1].step + 1)
         if action:
-            action(Moment(model, optimizer, scaler, run))
-        return step(model, optimizer, scaler, batch, lr, run)
+            action(Moment(model, optimizer, scaler, runs[-1]))
+        return step(model, optimizer, scaler, batch, lr, plan)
 
-    with mock.patch.object(train, "train_step", act):
+    with (
+        mock.patch.object(train, "train", remember),
+        mock.patch.object(train, "train_step", act),
+    ):
         yield
 
 

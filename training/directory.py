@@ -135,6 +135,12 @@ class RunDirectory:
         except OSError:
             print(f"warning: {self.metrics}: cannot be locked; start no other run in --out")
 
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         os.close(self.file)
 

@@ -1,16 +1,15 @@
 """Identify a run by its method, its options, and hashes of its inputs."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.errors import UserError
 from common.files import file_sha256
+from data.tokens import text_files
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS
+from storage.weights import base_hashes
 from training.options import MAY_CHANGE, Options, flag
 
 
@@ -20,16 +19,15 @@ class RunIdentity:
 
     method: str
     options: dict[str, Any]
-    base_sha256: dict[str, str]  # of the base's config, and of the base's weights (if any)
-    book_sha256: str  # of the token ids
+    base_sha256: dict[str, str]  # of the base's config, weights and tokenizer, as far as present
+    book_sha256: list[str]  # of each file of --book, or of --data and --val-data
     init_adapter_sha256: dict[str, str] | None  # of the adapter's two files
 
 
-def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndarray) -> RunIdentity:
-    """Identify a run by the options, the hashes of the base, and the token ids."""
-    book = hashlib.sha256()
-    for part in tokens:
-        book.update(np.ascontiguousarray(part))
+def run_identity(options: Options, base_directory: Path) -> RunIdentity:
+    """Identify a run by the options, and by the files of the base, the text and the adapter."""
+    texts = text_files(options.book)
+    texts += [path for path in (options.data, options.val_data) if path]
     init_adapter_sha256 = None
     if options.init_adapter:
         init_adapter_sha256 = {
@@ -39,8 +37,8 @@ def run_identity(options: Options, base_sha256: dict[str, str], *tokens: np.ndar
     return RunIdentity(
         method=options.method,
         options=options.as_json(),
-        base_sha256=base_sha256,
-        book_sha256=book.hexdigest(),
+        base_sha256=base_hashes(base_directory),
+        book_sha256=[file_sha256(path) for path in texts],
         init_adapter_sha256=init_adapter_sha256,
     )
 
@@ -70,7 +68,8 @@ def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
     for name in sorted(names, key=lambda name: (name != "recipe", name)):
         before = then["options"][name]
         asked = now.options[name]
-        if before != asked:
+        computed_later = name == "lr" and asked is None
+        if before != asked and not computed_later:
             return (
                 f"{flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
                 "repeat the run's options"

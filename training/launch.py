@@ -1,13 +1,28 @@
-"""Set up the device and `--compile`."""
+"""Start a run on its device: join the other processes, and check options that need the device."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.device import Device
+from common.device import Device, tune_process
 from common.errors import UserError
 from model.gpt2 import GPT2, KVCache
 from training.options import Options
+from training.processes import Processes
+
+
+@contextmanager
+def launch(options: Options) -> Iterator[tuple[Device, Processes]]:
+    """Join the processes that `torchrun` started, and yield the device and the processes."""
+    tune_process()
+    processes = Processes.from_environment()
+    device = Device.pick(options.device, options.precision, train=True)
+    with processes.joined(device.torch_device):
+        prepare_device(options, device)
+        yield device, processes
 
 
 def prepare_device(options: Options, device: Device) -> None:

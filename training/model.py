@@ -1,4 +1,4 @@
-"""Load the base of a run, add the adapter, and save the best model."""
+"""Load the model of a run, ready to train, and save the best model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,14 +8,33 @@ import torch
 from common.device import Device
 from common.errors import RunError, UserError, as_failure
 from data.instructions import CHAT_TEMPLATE
-from data.tokenizer import Tokenizer
 from lora import inject, load_adapter, save_adapter
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
+from model.kernels.fast import set_kernels
 from storage.hf_compat import save_tokenizer, stock_name
 from storage.hub import split_revision
 from storage.weights import find_weights, load_config, load_gpt2, save_gpt2
+from training.launch import compile_hidden
 from training.options import Options, adapter_config
+from training.plan import Plan
+
+
+def load_model(plan: Plan) -> GPT2:
+    """Load the base, for LoRA add the adapter, and make the model ready to train: cast frozen
+    weights to the run's precision, choose the kernels, and apply --compile.
+    """
+    settings = plan.settings
+    model = load_base(settings, plan.base_directory, plan.device)
+    if settings.method == "lora":
+        add_adapter(model, settings, plan.identity.base_sha256)  # freezes the base
+    model.train()
+    plan.device.cast_frozen(model)
+    set_kernels(model, settings.kernels)
+    plan.processes.broadcast(*(p for p in model.parameters() if p.requires_grad))
+    if settings.compile:
+        compile_hidden(model, 0 if settings.data else plan.micro_batch_size)
+    return model
 
 
 def load_base(options: Options, directory: Path, device: Device) -> GPT2:
@@ -56,13 +75,16 @@ def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -
             raise UserError(f"--r, --layers, --target-modules: {error}") from error
 
 
-def save_model(model: GPT2, tokenizer: Tokenizer, options: Options, base_sha256: str) -> None:
+def save_model(model: GPT2, plan: Plan) -> None:
     """Write the adapter or the whole model, and the tokenizer's files, to `--out`."""
-    if options.method == "lora":
-        name, revision = split_revision(stock_name(options.base))
+    settings = plan.settings
+    tokenizer = plan.data.tokenizer
+    if settings.method == "lora":
+        name, revision = split_revision(stock_name(settings.base))
+        weights_sha256 = plan.identity.base_sha256["weights"]
         with as_failure(RunError):
-            save_adapter(model, options.out, name, base_sha256, revision)
+            save_adapter(model, settings.out, name, weights_sha256, revision)
     else:
-        save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
-    template = CHAT_TEMPLATE if options.data else None
-    save_tokenizer(tokenizer, options.out, model.config.n_positions, template)
+        save_gpt2(model, settings.out, end_of_text=tokenizer.end_of_text)
+    template = CHAT_TEMPLATE if settings.data else None
+    save_tokenizer(tokenizer, settings.out, model.config.n_positions, template)

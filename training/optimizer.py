@@ -1,8 +1,13 @@
-"""AdamW without the import of PyTorch's compiler."""
+"""AdamW without the import of PyTorch's compiler, and the scaler of the loss in fp16."""
 
 from inspect import unwrap
 
 import torch
+from torch import nn
+
+from common.device import Device
+from lora.variants.plus import parameter_groups
+from training.options import Settings
 
 
 class AdamW(torch.optim.AdamW):
@@ -19,3 +24,20 @@ class AdamW(torch.optim.AdamW):
     state_dict = unwrap(torch.optim.AdamW.state_dict)
     zero_grad = unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+def trained_parameters(model: nn.Module, settings: Settings) -> list[dict]:
+    """Return parameter groups for AdamW. `lr_scale` multiplies a group's learning rate. All scales
+    are 1, except for B under LoRA+.
+    """
+    return parameter_groups(model, settings.loraplus_lr_ratio)
+
+
+def grad_scaler(device: Device) -> torch.amp.GradScaler:
+    """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
+    kind = device.torch_device.type
+    scaler = torch.amp.GradScaler(kind, enabled=device.precision == "fp16")
+    # The first call of `scale` initialises the scaler. A process without windows would never call
+    # `scale` during training, so call it here.
+    scaler.scale(torch.zeros((), device=device.torch_device))
+    return scaler

@@ -27,18 +27,19 @@ from lora.variants import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
-# Defaults that differ between the methods, from the reference run (docs/reference-run.md).
+# The fields of `Options` declare the defaults of LoRA in the reference run (docs/reference-run.md).
+# These defaults of full fine-tuning differ.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"batch_size": 16, "lr": 3e-4, "out": ROOT / "runs" / "lora"},
+    "lora": {},
     "full": {"batch_size": 64, "lr": 3e-5, "out": ROOT / "runs" / "full"},
 }
 
 REFERENCE = "reference"
 BEST = "best"
-# The defaults that a recipe sets. An explicit option wins.
+# The defaults that a recipe changes. An explicit option wins.
 RECIPES: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    # If `lr` is None, `resolve` in training/recipe.py computes the learning rate. A `stride` of
+    # If `lr` is None, `with_rate` in training/recipe.py computes the learning rate. A `stride` of
     # None becomes the block size, so that windows do not overlap.
     BEST: {
         "target_modules": ("c_attn", "c_proj", "c_fc"),
@@ -82,7 +83,7 @@ def blocks(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run. A field that the user did not set has its default value."""
+    """The options of a run, as typed. An option that the user left out has its default value."""
 
     method: str
     base: str = option(**BASE_OPTION, may_change=True)
@@ -144,7 +145,7 @@ class Options:
         number(int, 1),
         "split a batch into this many micro-batches, to save memory. Only dropout masks change",
     )
-    lr: float = option(  # the recipe `best` sets None, and `resolve` then computes the rate
+    lr: float | None = option(  # None: `Settings.lr` is computed
         3e-4,
         number(float, 1e-12, 10.0),
         "peak learning rate (default for lora: from the recipe; for full: 3e-05)",
@@ -265,6 +266,13 @@ class Options:
         """Return the values of all options of the method, as JSON types."""
         values = {f.name: getattr(self, f.name) for f in options_of(self.method)}
         return json.loads(json.dumps(values, default=_as_text))
+
+
+@dataclass(frozen=True)
+class Settings(Options):
+    """Options with every value filled in: the base, the precision and the learning rate."""
+
+    lr: float = field(kw_only=True)
 
 
 def _as_text(value: object) -> str:

@@ -12,7 +12,7 @@ from data.windows import Dataset
 from lora.load import load_adapter_config
 from lora.variants import config_fields
 from storage.hf_compat import portable_name
-from training.options import BEST, LORA_FIELDS, Options, adapter_config
+from training.options import BEST, LORA_FIELDS, Options, Settings, adapter_config
 
 RATES = (5e-4, 8e-3)  # the smallest and the largest of the measured best learning rates
 # The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/variants.md)
@@ -69,8 +69,10 @@ def adapts_one_layer(targets: tuple[str, ...] | str) -> bool:
     return len(named) == 1
 
 
-def resolve(options: Options, base: str, device: Device, training: Dataset) -> Options:
-    """Return the options with all values filled in."""
+def fill_in(options: Options, base: str, device: Device) -> Options:
+    """Return the options with all values filled in, except a learning rate that depends on the
+    text. The values come from the base, the device and `--init-adapter`.
+    """
     filled: dict[str, Any] = {"base": portable_name(base), "precision": device.precision}
     adapters = []
     if options.init_adapter:
@@ -81,13 +83,18 @@ def resolve(options: Options, base: str, device: Device, training: Dataset) -> O
         filled["init_lora_weights"] = None  # A and B start with the initial adapter's values
     if options.method == "lora":
         filled["quantise"] = choose_quantisation(options.quantise, adapters)
-    if options.lr is None:
-        rate = recipe_rate(options, training)
-        filled["lr"] = two_digits(rate * rate_factor(replace(options, **filled)))
-    resolved = replace(options, **filled)
+    return replace(options, **filled)
+
+
+def with_rate(options: Options, training: Dataset) -> Settings:
+    """Return the options with the learning rate filled in, by the rule of the recipe."""
+    rate = options.lr
+    if rate is None:
+        rate = two_digits(recipe_rate(options, training) * rate_factor(options))
+    settings = Settings(**vars(options) | {"lr": rate})
     if options.recipe == BEST:
-        print(describe_recipe(resolved))
-    return resolved
+        print(describe_recipe(settings))
+    return settings
 
 
 def recipe_rate(options: Options, training: Dataset) -> float:
@@ -107,7 +114,7 @@ def count_steps(options: Options, windows: int) -> tuple[int, int]:
     return per_epoch, total
 
 
-def describe_recipe(options: Options) -> str:
+def describe_recipe(options: Settings) -> str:
     layers = options.target_modules
     names = layers if isinstance(layers, str) else " ".join(layers)
     return (

@@ -4,17 +4,15 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.device import Device
 from common.errors import UserError, describe_failure
 from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
 from training.directory import RunDirectory
-from training.identity import RunIdentity, refuse_another
-from training.processes import Processes
+from training.identity import refuse_another
+from training.plan import Plan
 
 
 class Saver:
@@ -24,20 +22,12 @@ class Saver:
     Only process 0 reads and writes files. In other processes, `directory` is None.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        directory: RunDirectory | None,
-        identity: RunIdentity,
-        processes: Processes,
-        device: Device,
-        stateful: Mapping[str, Any],
-    ):
-        self.out = out
+    def __init__(self, plan: Plan, directory: RunDirectory | None, stateful: Mapping[str, Any]):
+        self.out = plan.settings.out
+        self.identity = plan.identity
+        self.processes = plan.processes
+        self.device = plan.device
         self.directory = directory
-        self.identity = identity
-        self.processes = processes
-        self.device = device
         self.stateful = stateful
         self.step: int | None = None  # of the last checkpoint
         self.began_at = time.perf_counter()

@@ -52,11 +52,11 @@ def saved(made: Trainer) -> dict[str, float]:
     base = perplexity(made)
     found = []
     seconds = 0.0
-    for batch in made.batches():
+    for step, batch in enumerate(made.batches(), 1):
         began = time.process_time()
         made.step(batch)
         seconds += time.process_time() - began
-        if made.run.epoch_ends():
+        if made.plan.epoch_ends(step):
             found.append(perplexity(made))
     return {"base": base, "perplexity": min(found), "seconds": seconds}
 

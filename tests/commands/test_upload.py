@@ -102,6 +102,7 @@ def test_stock_tools_load_it_and_answer_a_batch_and_messages(chat, name, said):
 )
 def test_the_pages_code_runs_as_it_is_written(chat, code, tmp_path, monkeypatch):
     runs = {"lora": chat["lora"], "full": chat["full"], "chat": chat["lora"]}
+    runs |= {"a": chat["lora"], "b": chat["lora"]}
     for name in ("runs", "model"):
         (tmp_path / name).mkdir()
     for name, directory in runs.items():
@@ -206,7 +207,10 @@ def test_the_cards_code_loads_what_was_measured_from_any_directory(
     assert loaded["model"].dtype == torch.float32
     ids = torch.arange(5, 64)[None]
     expected = load_model("mini", directory).model(ids)
-    assert relative_difference(loaded["model"].eval()(ids).logits, expected) < 1e-5
+    close = 1e-5
+    if quantise and torch.cpu._is_avx512_bf16_supported():
+        close = 1e-2  # on such a CPU, bitsandbytes 0.50 multiplies by a 4-bit weight in bf16
+    assert relative_difference(loaded["model"].eval()(ids).logits, expected) < close
 
 
 def test_a_card_names_the_quantised_base(runs, on_nf4, tmp_path):

@@ -93,7 +93,7 @@ def test_two_runs_do_not_share_a_directory(argv, tmp_path):
 
 def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_path, monkeypatch):
     """The second run looks before the first begins, and takes the lock after it ends."""
-    load = train.load_data
+    load = train.load_model
 
     def slowly(*arguments):
         monkeypatch.undo()
@@ -102,7 +102,7 @@ def test_a_run_that_ended_while_another_started_up_is_not_replaced(argv, tmp_pat
         return load(*arguments)
 
     whole: dict = {}
-    monkeypatch.setattr(train, "load_data", slowly)
+    monkeypatch.setattr(train, "load_model", slowly)
     assert "contains a run (run.json)" in one_line(run(main, *argv), 2)
     assert contents(tmp_path / "run") == whole != {}
 

@@ -53,7 +53,7 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
         assert parameter.dtype == (torch.float32 if small else compute), name
 
     # The weights are loaded in this precision, and not cast afterwards.
-    loaded = load_base(made.run.options, base, Device(torch.device(DEVICE), "bf16"))
+    loaded = load_base(made.run.plan.settings, base, Device(torch.device(DEVICE), "bf16"))
     assert loaded.h[0].mlp.c_fc.weight.dtype == compute
 
 

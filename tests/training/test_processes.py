@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import train
+import training.model
 from benchmarks.ours import Trainer
 from common.device import Device
 from model.kernels import fast
@@ -24,16 +24,24 @@ from tests.helpers import relative_difference
 from tests.processes import fork, torchrun
 from tests.runs import acting, arguments, finished, run, trained, trainer
 from train import main
-from training.data import load_data
 from training.options import parse_options
+from training.plan import make_plan
 from training.processes import Processes
-from training.run import Run
 
 # 37 is odd, and an epoch's last batch is one window: process 1 gets no window.
 SAME = split("--batch-size 37 --stride 11 --grad-accum 2 --max-steps 9 --eval-every 5 --lr 3e-3")
 # Dropout is on.
 DROPPING = split("--batch-size 8 --max-steps 8 --eval-every 5 --checkpoint-every 2 --lr 3e-3")
 LOST = re.compile(r"error: process (\d) of 2: the connection to another process is lost.*")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """One of two processes. It gets the values that it sends."""
+    for collective in ("broadcast", "barrier"):
+        monkeypatch.setattr(Processes, collective, lambda self, *tensors: None)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value])
+    monkeypatch.setattr(Processes, "from_main", lambda self, value: value)
 
 
 def test_without_torchrun_a_clusters_variables_mean_nothing(monkeypatch):
@@ -43,11 +51,9 @@ def test_without_torchrun_a_clusters_variables_mean_nothing(monkeypatch):
     assert Processes.from_environment() == Processes(0, 1)
 
 
-def test_a_micro_batch_is_a_share_of_the_ranks_own(base, book, tmp_path):
-    options = parse_options("-", arguments("lora", base, book, tmp_path, *SAME))
-    of_two = Run(options, Device.pick("cpu"), Processes(0, 2))
-    of_two.base = str(base)
-    of_two.resolve(load_data(options, base))
+def test_a_micro_batch_is_a_share_of_the_process(base, book, tmp_path, alone):
+    options = parse_options("-", arguments("lora", base, book, tmp_path / "out", *SAME))
+    of_two = make_plan(options, Device.pick("cpu"), Processes(0, 2))
     assert of_two.micro_batch_size == 10  # 19 of the 37 windows, in two micro-batches
 
 
@@ -211,13 +217,15 @@ def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(bas
     options += runs.NO_DROPOUT["lora"]
     argv = arguments("lora", base, data, tmp_path / "processes", *options)
 
-    def draw_another_start(model, *args, add=train.add_adapter):  # as another machine might
+    def draw_another_start(
+        model, *args, add=training.model.add_adapter
+    ):  # as another machine might
         add(model, *args)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * int(os.environ["RANK"])
 
-    patch = mock.patch.object(train, "add_adapter", draw_another_start)
+    patch = mock.patch.object(training.model, "add_adapter", draw_another_start)
     statuses, lines = fork(tmp_path / "said", argv, argv, during=patch)
     assert statuses == [0, 0], lines
     ours = finished(tmp_path / "processes")
@@ -227,7 +235,7 @@ def test_ranks_whose_examples_differ_in_length_compute_what_one_process_does(bas
         assert ours.column(column) == pytest.approx(alone.column(column), rel=1e-5), column
 
 
-def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path):
+def test_a_mistake_is_one_line_and_no_process_has_to_be_killed(base, book, tmp_path):
     free = tmp_path / "free"
     taken = tmp_path / "taken"
     taken.mkdir()
@@ -250,12 +258,10 @@ def test_a_mistake_is_one_line_and_no_rank_has_to_be_killed(base, book, tmp_path
 
 @pytest.mark.device
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
-    base, book, tmp_path, monkeypatch, precision
+def test_a_process_without_windows_adds_zeros_and_never_calls_the_attention(
+    base, book, tmp_path, monkeypatch, alone, precision
 ):
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
-    for collective in ("broadcast", "barrier"):
-        monkeypatch.setattr(Processes, collective, lambda self, *tensors: None)
     argv = arguments("lora", base, book, tmp_path, "--precision", precision)
     made = Trainer(parse_options("-", argv), Processes(number=1, count=2))
     sent = []
@@ -263,7 +269,7 @@ def test_a_rank_without_windows_adds_zeros_and_never_calls_the_attention(
     monkeypatch.setattr(
         Processes, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
     )
-    batch = made.run.batch(made.data.training, np.array([3]))  # in process 0's share
+    batch = made.plan.batch(np.array([3]))  # in process 0's share
     assert len(list(batch.micro_batches())) == 0 and batch.num_tokens == made.options.block_size
     assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]

@@ -148,7 +148,7 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
         monkeypatch.setattr(module, "time", clock)
 
     def look(moment):
-        assert moment.run.steps_per_epoch == 3
+        assert moment.run.plan.steps_per_epoch == 3
         step = None
         if (tmp_path / CHECKPOINT).exists():
             step = read_checkpoint(tmp_path)["progress"]["step"]

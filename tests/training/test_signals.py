@@ -15,6 +15,7 @@ from tests.fault.signals import AT_ONCE, NOTICE
 from tests.runs import arguments, run, run_acting
 from train import main
 from training.checkpoint import CHECKPOINT, read_checkpoint
+from training.processes import Processes
 
 
 def test_a_process_in_its_steps(base, book, tmp_path):
@@ -85,19 +86,19 @@ def test_a_signal_in_a_validation_or_a_save_lets_it_end(
 def test_a_signal_while_a_step_ends_is_left_to_the_next_step(base, book, tmp_path, monkeypatch):
     """The signal comes after the step's check. It must not end the run unsaved."""
 
-    class Late(training.run.Processes):
-        """Sends a signal right after the processes have exchanged their signals."""
+    maximum = Processes.maximum
 
-        def maximum(self, *values):
-            found = super().maximum(*values)
-            metrics = tmp_path / "metrics.jsonl"
-            if not sent and metrics.exists() and metrics.read_text().count("\n") == 3:
-                sent.append(True)
-                raise_signal(SIGTERM)
-            return found
+    def late(self, *values):
+        """Send a signal right after the processes have exchanged their signals."""
+        found = maximum(self, *values)
+        metrics = tmp_path / "metrics.jsonl"
+        if not sent and metrics.exists() and metrics.read_text().count("\n") == 3:
+            sent.append(True)
+            raise_signal(SIGTERM)
+        return found
 
     sent: list[bool] = []
-    monkeypatch.setattr(training.run, "Processes", Late)
+    monkeypatch.setattr(Processes, "maximum", late)
     ending = run(main, *arguments("lora", base, book, tmp_path, "--max-steps", 9))
     assert sent and ending.status == 143
     assert "stopped after step 4; the same command" in ending.stderr
