@@ -12,10 +12,10 @@ import torch
 
 from adapters.choices import score_questions
 from adapters.load import load_model
+from common.cli import KERNELS_OPTION, Parser, add_device_options, add_model_options, number
 from common.device import Device, tune_process
 from common.errors import RunError, UserError, run_command
 from common.files import write_json
-from common.options import parse_evaluate
 from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
@@ -100,8 +100,47 @@ def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float
     return {"kl_from_base": kl / tokens, "changed_choices": changed / tokens}
 
 
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    add_model_options(parser)
+    source = parser.add_mutually_exclusive_group()
+    about = "UTF-8 texts, or directories of .txt files (default: the last tenth of data/book.txt)"
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=about)
+    about = "conversations in JSON lines. Only the completions are scored"
+    source.add_argument("--data", type=Path, metavar="FILE", help=about)
+    about = "questions in JSON lines, each answered by its likeliest choice"
+    source.add_argument("--choices", type=Path, metavar="FILE", help=about)
+    about = "compare finished runs and their bases in a table and a picture"
+    source.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help=about)
+    about = "score only this share of the text or data, taken from the end"
+    parser.add_argument("--val-fraction", type=number(float, 0.001, 1.0), help=about)
+    about = "tokens per window (default: 128)"
+    parser.add_argument("--block-size", type=number(int, 1), default=128, help=about)
+    about = "tokens from the start of a window to the start of the next (default: the block size)"
+    parser.add_argument("--stride", type=number(int, 1), help=about)
+    about = "1: predict the next token (default). 2: the token after that"
+    parser.add_argument("--label-shift", type=number(int, 1, 2), default=1, help=about)
+    about = "also measure the KL from the base, and the share of tokens where the choice changed"
+    parser.add_argument("--forgotten", action="store_true", help=about)
+    about = "also write the scores to FILE"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=about)
+    add_device_options(parser)
+    parser.add_argument("--kernels", **KERNELS_OPTION)
+    args = parser.parse_args(argv)
+
+    if args.forgotten and (args.choices or not args.adapter):
+        raise UserError("--forgotten compares an adapter with its base on a text: give --adapter")
+    if (args.data or args.choices) and (args.stride or args.label_shift > 1):
+        raise UserError("--stride and --label-shift are for texts: an example is one row")
+    if (args.stride or 1) > args.block_size:
+        raise UserError(
+            f"--stride {args.stride}: above the block size, some tokens would not be scored"
+        )
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_evaluate(__doc__, argv)
+    args = parse_args(argv)
     if args.compare:
         compare(args.compare)
         return

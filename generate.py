@@ -11,9 +11,9 @@ from torch import Tensor
 
 from adapters.load import load_model
 from adapters.multi_lora import load_several
+from common.cli import KERNELS_OPTION, Parser, add_device_options, add_model_options, number
 from common.device import Device, tune_process
-from common.errors import run_command
-from common.options import parse_generate
+from common.errors import UserError, run_command
 from data.instructions import encode
 from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
@@ -23,8 +23,39 @@ from model.kernels.fast import set_kernels
 from model.sampling import generate_rows
 
 
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="generate.py", description=__doc__)
+    add_model_options(parser, nargs="+")
+    what = parser.add_mutually_exclusive_group(required=True)
+    about = "one text or several texts. Each is continued separately"
+    what.add_argument("--prompt", nargs="+", metavar="TEXT", help=about)
+    about = "answer each line of standard input, in the chat format of data/instructions.py"
+    what.add_argument("--chat", action="store_true", help=about)
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=200, metavar="N")
+    about = "0 always takes the likeliest token (default: 0.8)"
+    parser.add_argument("--temperature", type=number(float, 0.0, 100.0), default=0.8, help=about)
+    about = "draw from the k likeliest tokens. 0: from all tokens (default: 50)"
+    parser.add_argument("--top-k", type=number(int, 0), default=50, help=about)
+    about = "draw from the likeliest tokens that together reach this probability (default: all)"
+    parser.add_argument("--top-p", type=number(float, 1e-9, 1.0), default=1.0, help=about)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42)
+    about = "first show the continuation by the base, for comparison"
+    parser.add_argument("--with-base", action="store_true", help=about)
+    add_device_options(parser)
+    parser.add_argument("--kernels", **KERNELS_OPTION)
+    args = parser.parse_args(argv)
+
+    if not all(prompt.strip() for prompt in args.prompt or ()):
+        raise UserError("--prompt is empty: give the text to continue")
+    if args.with_base and not (args.adapter and args.prompt):
+        raise UserError("--with-base compares with an adapter: give --adapter and --prompt")
+    if args.chat and args.adapter and len(args.adapter) > 1:
+        raise UserError("--chat answers with one adapter: give one --adapter")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_generate(__doc__, argv)
+    args = parse_args(argv)
     tune_process()
     device = Device.pick(args.device, args.precision)
     if args.adapter and len(args.adapter) > 1:

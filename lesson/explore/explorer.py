@@ -16,7 +16,6 @@ from adapters.multi_lora import load_several
 from common.cli import number
 from common.device import Device
 from common.errors import UserError
-from common.options import parse_generate
 from lesson.explore.passage import first_texts
 from model.kernels.fast import accelerate
 from training.report import perplexity
@@ -73,7 +72,7 @@ class Explorer:
         """
         ids = self.encode(request, "prompt", self.model.config.n_positions)
         words = [f"--{name.replace('_', '-')}={request.get(name)}" for name in OPTIONS]
-        args = parse_generate("-", ["--prompt=-", *words])
+        args = generate.parse_args(["--prompt=-", *words])
         if args.max_new_tokens > MOST_NEW_TOKENS:
             raise UserError(f"max_new_tokens: {args.max_new_tokens:,} is above {MOST_NEW_TOKENS}")
         self.change(request)

@@ -101,7 +101,6 @@ MISTAKES = [
     ("compare held", "run.json: has no method"),
     ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
-    ("compare --json scores.json", "--compare reads finished runs, and takes no other option"),
     ("evaluate --forgotten", "--forgotten compares an adapter with its base on a text: give --ad"),
     ("generate --prompt You ' \n' on", "--prompt is empty"),
     ("generate --with-base", "--adapter"),

@@ -101,8 +101,7 @@ def test_stock_tools_load_it_and_answer_a_batch_and_messages(chat, name, said):
     ],
 )
 def test_the_pages_code_runs_as_it_is_written(chat, code, tmp_path, monkeypatch):
-    runs = {"lora": chat["lora"], "full": chat["full"], "chat": chat["lora"]}
-    runs |= {"a": chat["lora"], "b": chat["lora"]}
+    runs = {name: chat["lora"] for name in ("lora", "chat", "a", "b")} | {"full": chat["full"]}
     for name in ("runs", "model"):
         (tmp_path / name).mkdir()
     for name, directory in runs.items():
