@@ -21,9 +21,7 @@ CARD_TEXT = """\
 {base_model}
 library_name: {library}
 pipeline_tag: text-generation
-tags:
-- gpt2
-- {tag}
+tags: [gpt2, {tag}]
 ---
 
 # {name}
@@ -34,16 +32,6 @@ tags:
 {code}
 ```
 """
-RUN_TEXT = """\
-{kind} of {base_name}, trained on {sources}: {steps:,} steps of batch {batch_size} at a peak \
-learning rate of {lr:g}.
-
-| | validation loss | perplexity |
-|---|---:|---:|
-| {base_name} | {base_val_loss:.4f} | {base_val_perplexity:.2f} |
-| this model | {best_val_loss:.4f} | {best_val_perplexity:.2f} |
-
-Measured on {part} with `--label-shift {label_shift}`. Perplexity is exp(loss)."""
 LOAD_ADAPTER = """\
 import torch
 import transformers
@@ -52,21 +40,10 @@ from peft import PeftModel
 base = {base}  # if this is a directory, give its path on your machine
 adapter = "OWNER/NAME"  # this repository, or the path of this directory
 model = transformers.AutoModelForCausalLM.from_pretrained(
-    base,
-    revision="{revision}",
-    dtype=torch.float32,{quantisation}
+    base, revision="{revision}", dtype=torch.float32
 )
 model = PeftModel.from_pretrained(model, adapter)
 tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)"""
-QUANTISATION = {
-    None: "",
-    "nf4": """
-    # As in training. `python evaluate.py --adapter ...` does the same automatically.
-    quantization_config=transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    ),""",
-    "int8": "",  # the base loads in fp32, because bitsandbytes would also round the inputs
-}
 LOAD_MODEL = """\
 from transformers import pipeline
 
@@ -79,10 +56,8 @@ def save_card(directory: Path, text: str) -> None:
     if path.exists() and not is_ours(path):
         print(f"{path}: is not replaced, because you have written or edited it")
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(
-            text, encoding="utf-8", errors="replace"
-        )  # a file name in the text may contain bytes that are not UTF-8
+    with atomic_path(path) as temporary:  # a file name in the text may not be UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def is_ours(path: Path) -> bool:
@@ -95,50 +70,35 @@ def run_card(name: str, report: Mapping[str, Any]) -> str:
     """Return the card of a run. `report` is the content of `run.json`."""
     options = report["options"]
     sources = ", ".join(Path(source).name for source in options["book"] or [options["data"]])
-    part = f"the last {100 * options['val_fraction']:g} % of {sources}"
-    if options["val_data"]:
-        part = Path(options["val_data"]).name
-    tag = "full-fine-tuning"
-    kind = "A full fine-tuning"
-    if report["method"] == "lora":
-        tag = "lora"
-        kind = f"A LoRA adapter (rank {options['r']}, alpha {options['lora_alpha']})"
-
-    quantise = options.get("quantise")
-    base_name = _base_name(report["base"], quantise)
-    facts = {**options, **report}
-    text = RUN_TEXT.format(kind=kind, base_name=base_name, sources=sources, part=part, **facts)
-    return _card(name, report["base"], quantise, tag, text)
+    tag = "lora" if report["method"] == "lora" else "full-fine-tuning"
+    text = (
+        f"{_base_name(report['base'], options.get('quantise'))}, trained on {sources} ({tag}). The "
+        f"validation loss is {report['best_val_loss']:.4f} nats per token, and "
+        f"{report['base_val_loss']:.4f} for the base. `run.json` has the options."
+    )
+    return _card(name, report["base"], tag, text)
 
 
 def merge_card(name: str, base: str, quantise: str | None, adapter: bool, precision: str) -> str:
     """Return the card of a base in a precision, with or without a merged adapter."""
     done = "with a LoRA adapter merged into its weights" if adapter else f"saved in {precision}"
-    return _card(name, base, quantise, "merge", f"{_base_name(base, quantise)} {done}.")
+    return _card(name, base, "merge", f"{_base_name(base, quantise)} {done}.")
 
 
 def _base_name(base: str, quantise: str | None) -> str:
-    """Return the base's name for use in a sentence, such as "openai-community/gpt2 in NF4"."""
-    if quantise:
-        return f"{stock_name(base)} in {quantise.upper()}"
-    return stock_name(base)
+    return f"{stock_name(base)} in {quantise.upper()}" if quantise else stock_name(base)
 
 
-def _card(name: str, base: str, quantise: str | None, tag: str, text: str) -> str:
+def _card(name: str, base: str, tag: str, text: str) -> str:
     """Fill the template. `tag` is the card's tag on the hub. An adapter has the tag "lora"."""
     repository, revision = split_revision(stock_name(base))
     base_model = f"base_model: {repository}"
     if repository.startswith("./"):
         base_model = "# base_model: OWNER/NAME, if you upload the base"
-    library = "transformers"
-    code = LOAD_MODEL
+    library, code = "transformers", LOAD_MODEL
     if tag == "lora":
         library = "peft"
-        code = LOAD_ADAPTER.format(
-            base=json.dumps(repository),
-            revision=revision or "main",
-            quantisation=QUANTISATION[quantise],
-        )
+        code = LOAD_ADAPTER.format(base=json.dumps(repository), revision=revision or "main")
     return CARD_TEXT.format(
         mark=MARK, base_model=base_model, library=library, tag=tag, name=name, text=text, code=code
     )

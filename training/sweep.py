@@ -8,16 +8,18 @@ import argparse
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
-from common.cli import Parser
+from common.cli import Parser, print_table
 from common.errors import run_command
-from training.compare import Setting, report_sweep
+from common.files import atomic_path
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
 from training.report import read_run
+from training.scores import perplexity
 
 
 def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, others = parser.parse_known_args(argv)
     others = [word for word in others if word != "--resume"]  # `train` adds --resume
 
-    losses: dict[Setting, list[float]] = {}
+    losses: dict[str, list[float]] = {}
     failed = False
     for out, arguments in plan(args, others).items():
         print(f"--- {out.name}", flush=True)
@@ -71,12 +73,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = True
         else:
             run = read_run(out)
-            rank = run["options"]["r"] if args.r else None
-            setting = Setting(run["options"]["lr"], rank)
+            rank = f", r {run['options']['r']}" if args.r else ""
+            setting = f"lr {run['options']['lr']:g}{rank}"
             losses.setdefault(setting, []).append(run["best_val_loss"])
     if losses:
-        report_sweep(args.method, losses, args.out)
+        write_table(losses, args.out)
     return int(failed)
+
+
+def write_table(losses: Mapping[str, Sequence[float]], out: Path) -> None:
+    """Print a table, and write it to `sweep.md`. A row has the mean and the range of the losses of
+    one setting's runs, and the perplexity of the mean."""
+    rows = []
+    for setting, values in losses.items():
+        spread = f"{min(values):.4f} .. {max(values):.4f}"
+        average = mean(values)
+        cells = [f"{average:.4f}", spread, f"{perplexity(average):.2f}"]
+        rows.append([setting, str(len(values)), *cells])
+    table = print_table(["", "runs", "val loss", "min .. max", "perplexity"], rows)
+    with atomic_path(out / "sweep.md") as temporary:
+        temporary.write_text(table + "\n")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ MISTAKES = [
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # such as /dev/stdout
     ("full --block-size 65", "--block-size 65"),
     ("evaluate --block-size 65", "--block-size 65"),
-    ("compare held", "run.json: has no method"),
+    ("compare held", "run.json: has no options"),
     ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("evaluate --forgotten", "--forgotten compares an adapter with its base on a text: give --ad"),

@@ -1,5 +1,6 @@
 """Check `python -m training.sweep`: its runs, continuing, the table, failures, signals."""
 
+import math
 import sys
 from statistics import mean
 from unittest import mock
@@ -54,7 +55,9 @@ def test_a_sweep_goes_on_where_it_was_and_past_a_failure(base, book, tmp_path, c
     assert written in ending.stdout
     [_, _, row] = table(written)
     spread = f"{min(losses):.4f} .. {max(losses):.4f}"
-    assert row[:4] == ["lr 0.01, r 2", "2", f"{mean(losses):.4f}", spread]
+    average = mean(losses)
+    cells = [f"{average:.4f}", spread, f"{math.exp(average):.2f}"]
+    assert row == ["lr 0.01, r 2", "2", *cells]
 
 
 def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, children):
