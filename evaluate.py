@@ -1,103 +1,27 @@
 """Score a text, conversations or multiple-choice questions, or compare finished runs."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from adapters.choices import score_questions
 from adapters.load import load_model
 from common.cli import KERNELS_OPTION, Parser, add_device_options, add_model_options, number
 from common.device import Device, tune_process
-from common.errors import RunError, UserError, run_command
+from common.errors import UserError, run_command
 from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
 from data.windows import Dataset, Windows, check_block_size, split
-from lora.inject import adapter_disabled
+from evaluation.choices import score_questions
+from evaluation.compare import compare
+from evaluation.scores import evaluate, forgetting
 from lora.quantised import quantisation
-from model.gpt2 import GPT2, IGNORE_INDEX
+from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
-from training.compare import compare
 from training.options import BOOK
-from training.processes import Processes
-from training.scores import Scores, kl_divergence
-
-EVAL_BATCH = 16  # windows per forward pass
-LOGITS_CHUNK = 128  # tokens whose logits are in memory at the same time
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT2,
-    dataset: Dataset,
-    device: Device,
-    processes: Processes | None = None,
-    batch_size: int = EVAL_BATCH,
-) -> Scores:
-    """Score a whole text, or conversations. Several processes share the batches.
-
-    Raises RunError if the loss is not finite, and UserError if all targets are end-of-text tokens.
-    """
-    scored_bytes = dataset.scored_bytes
-    if not scored_bytes:
-        raise UserError("the text contains only end-of-text tokens: nothing to score")
-    processes = processes or Processes()
-    dtype = torch.float64
-    if device.torch_device.type == "mps":  # MPS has no fp64
-        dtype = torch.float32
-    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # sum of losses, number of hits
-    count = torch.zeros(1, dtype=torch.int64)
-
-    was_training = model.training
-    model.eval()
-    batches = dataset.evaluation_batches(batch_size)
-    for inputs, targets in islice(batches, processes.number, None, processes.count):
-        count += (targets != IGNORE_INDEX).sum()
-        with device.autocast():
-            losses, right = model.token_losses(device.to_device(inputs), device.to_device(targets))
-        sums += torch.stack([losses.sum(dtype=dtype), right.sum(dtype=dtype)])
-    model.train(was_training)
-    processes.all_reduce(sums)
-    processes.all_reduce(count)
-
-    tokens = int(count)
-    loss, hits = sums.tolist()
-    if not math.isfinite(loss):
-        raise RunError(
-            f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
-        )
-    return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)
-
-
-@torch.no_grad()
-def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float]:
-    """Return the mean KL(base || adapter) per scored token, in nats, and the share of scored tokens
-    where base and adapter differ in the likeliest token. The base is the model with the adapter
-    switched off. The model must be in evaluation mode.
-    """
-    kl = 0.0
-    changed = 0
-    tokens = 0
-    for inputs, targets in dataset.evaluation_batches(EVAL_BATCH):
-        idx = device.to_device(inputs)
-        scored = device.to_device(targets != IGNORE_INDEX)
-        tokens += int(scored.sum())
-        with device.autocast():
-            after = model.hidden(idx)[scored]  # (n, C)
-            with adapter_disabled(model):
-                before = model.hidden(idx)[scored]
-            for both in zip(before.split(LOGITS_CHUNK), after.split(LOGITS_CHUNK), strict=True):
-                log_p, log_q = (model.logits(hidden).float().log_softmax(-1) for hidden in both)
-                kl += kl_divergence(log_p, log_q).cpu().double().sum().item()
-                changed += int((log_p.argmax(-1) != log_q.argmax(-1)).sum())
-    return {"kl_from_base": kl / tokens, "changed_choices": changed / tokens}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.errors import run_command
 from data.windows import Batch
-from evaluate import EVAL_BATCH, evaluate
+from evaluation.scores import EVAL_BATCH, Scores, evaluate
 from lora import adapter_disabled
 from model.gpt2 import GPT2
 from training.launch import launch
@@ -22,7 +22,6 @@ from training.options import parse_options
 from training.plan import Plan, make_plan
 from training.report import describe_parameters
 from training.run import Run, open_run
-from training.scores import Scores
 
 
 def main(argv: Sequence[str] | None = None) -> None:

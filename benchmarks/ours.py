@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 import train
 from common.device import Device
+from common.processes import Processes
 from common.signals import HANDLED
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.windows import Batch, Windows
-from evaluate import evaluate as score
+from evaluation.compare import read_run
+from evaluation.scores import Scores
+from evaluation.scores import evaluate as score
 from lora import load_adapter, merge, unwrap
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
@@ -25,9 +28,6 @@ from training.launch import prepare_device
 from training.model import load_model
 from training.options import Options, parse_options
 from training.plan import make_plan
-from training.processes import Processes
-from training.report import read_run
-from training.scores import Scores
 
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:

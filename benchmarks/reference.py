@@ -29,11 +29,11 @@ from common.errors import run_command
 from common.files import write_json
 from data.tokens import load_tokens
 from data.windows import Windows, check_block_size, split
+from evaluation.scores import perplexity
 from model.gpt2 import GPT2
 from storage.hub import find_base
 from storage.weights import load_config
 from training.options import ROOT
-from training.scores import perplexity
 
 BLOCK = 128  # tokens per window in the reference run
 SCORED = 127  # scored tokens per window

@@ -2,7 +2,7 @@
 
 In fp32 on one thread, the losses and the adapter equal those of `train.py lora --kernels plain` and
 of a loop with PEFT in every bit (tests/test_one_page.py). The full program adds resuming
-(training/resume.py), several processes (training/processes.py), other bases (storage/hub.py), a
+(training/resume.py), several processes (common/processes.py), other bases (storage/hub.py), a
 base in four bits (lora/quantised.py), fast kernels (model/kernels), and merging (lora/merge.py).
 
 Shapes: B rows, T tokens, C = n_embd, H heads of width D = C / H, V tokens in the vocabulary.

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.errors import UserError
 from common.figures import can_draw
 from data.tokenizer import END_OF_TEXT, FAST, GPT2_FILES, SETTINGS, Tokenizer, load_tokenizer
-from training import compare, report
+from evaluation import compare
+from training import report
 
 transformers.logging.disable_progress_bar()
 

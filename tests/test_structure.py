@@ -13,6 +13,7 @@ LAYERS = [
     "evaluate",
     "generate",
     "training",
+    "evaluation",
     "adapters",
     "storage",
     "data",

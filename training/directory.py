@@ -12,11 +12,11 @@ from typing import Any
 from common.errors import RunError, UserError
 from common.files import remove_stale
 from data.tokenizer import FILES as TOKENIZER_FILES
+from evaluation.compare import RUN
 from storage.card import CARD, is_ours
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.options import Options
 
-RUN = "run.json"
 METRICS = "metrics.jsonl"
 MODEL_FILES = (
     "adapter_config.json",

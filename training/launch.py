@@ -9,9 +9,9 @@ from torch import Tensor
 
 from common.device import Device, tune_process
 from common.errors import UserError
+from common.processes import Processes
 from model.gpt2 import GPT2, KVCache
 from training.options import Options
-from training.processes import Processes
 
 
 @contextmanager

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from common.device import Device
+from common.processes import Processes
 from data.windows import Batch
+from evaluation.compare import read_run
 from storage.hub import find_base
 from training.data import Data, load_data
 from training.directory import RUN, refuse_inputs_as_output, refuse_used_directory
 from training.identity import RunIdentity, refuse_another, run_identity
 from training.options import Options, Settings
-from training.processes import Processes
 from training.recipe import count_steps, fill_in, with_rate
-from training.report import read_run
 
 
 @dataclass(frozen=True)

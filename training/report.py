@@ -1,7 +1,6 @@
 """Write and read the report of a run: `run.json` and `loss.png`."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,15 @@ from torch import nn
 
 from common.errors import UserError
 from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
-from common.files import open_file, read_json, write_json
+from common.files import open_file, write_json
+from evaluation.compare import RUN
+from evaluation.scores import perplexity
 from lora.quantised import quantised_weights
 from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import run_card, save_card
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
-from training.directory import METRICS, RUN
+from training.directory import METRICS
 from training.options import Options
-from training.scores import perplexity
 
 
 def count_parameters(model: nn.Module) -> dict[str, float]:
@@ -59,14 +59,6 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
     )
     if best > base:
         print("warning: the best model is worse than the base; try a lower --lr", file=sys.stderr)
-
-
-def read_run(directory: Path) -> dict[str, Any]:
-    """Read a finished run's `run.json`. Raises UserError if the file is missing or damaged."""
-    path = directory / RUN
-    if os.path.exists(directory / METRICS) and not os.path.exists(path):
-        raise UserError(f"{directory}: the run is not finished; --resume continues it")
-    return read_json(path)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

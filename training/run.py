@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, leave_closed_terminals, on_signals, say
+from evaluation.scores import Scores
 from model.gpt2 import GPT2
 from training.directory import RunDirectory, refuse_used_directory
 from training.meter import Meter, Progress
@@ -27,7 +28,6 @@ from training.optimizer import AdamW
 from training.plan import Plan
 from training.report import best_weights, count_parameters, write_report
 from training.resume import Saver
-from training.scores import Scores
 
 # At the end of an epoch, save only if the last checkpoint is at least this many seconds old. On a
 # GPU, saving can take longer than an epoch.

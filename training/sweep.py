@@ -16,10 +16,10 @@ from statistics import mean
 from common.cli import Parser, print_table
 from common.errors import run_command
 from common.files import atomic_path
+from evaluation.compare import read_run
+from evaluation.scores import perplexity
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
-from training.report import read_run
-from training.scores import perplexity
 
 
 def plan(args: argparse.Namespace, others: list[str]) -> dict[Path, list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapters.inspect import INTRUDER, cosines, projected_norm
 from common.device import Device
-from evaluate import evaluate
+from evaluation.scores import evaluate
 from lesson.experiments.common import Trainer, trainer
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import train

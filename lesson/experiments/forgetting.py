@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from common.device import Device
+from evaluation.scores import kl_divergence
 from lesson.experiments.common import trainer
 from model.gpt2 import GPT2
-from training.scores import kl_divergence
 
 
 def log_probabilities(model: GPT2, texts: Tensor, device: Device) -> Tensor:

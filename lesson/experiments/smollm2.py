@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common.device import Device, tune_process
+from evaluation.scores import kl_divergence
 from lesson.examples.any_model import book, conversations, loss
 from lesson.examples.smollm2 import load
 from lesson.experiments import sweep
@@ -33,7 +34,6 @@ from lora import LoRAConfig, inject
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
 from training.options import ROOT
-from training.scores import kl_divergence
 
 EXAMPLES = 128  # of a run
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

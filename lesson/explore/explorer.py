@@ -16,10 +16,10 @@ from adapters.multi_lora import load_several
 from common.cli import number
 from common.device import Device
 from common.errors import UserError
+from evaluation.scores import kl_divergence
 from lesson.explore.passage import first_texts
 from model.kernels.fast import accelerate
 from training.report import perplexity
-from training.scores import kl_divergence
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # options of generate.py
 MOST_NEW_TOKENS = 400

@@ -99,7 +99,7 @@ MISTAKES = [
     ("full --block-size 65", "--block-size 65"),
     ("evaluate --block-size 65", "--block-size 65"),
     ("compare held", "run.json: has no options"),
-    ("compare unfinished", "unfinished: the run is not finished; --resume continues it"),
+    ("compare unfinished", "unfinished: contains no finished run (run.json); --resume continues a"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("evaluate --forgotten", "--forgotten compares an adapter with its base on a text: give --ad"),
     ("generate --prompt You ' \n' on", "--prompt is empty"),

@@ -17,6 +17,7 @@ import torch
 import training.model
 from benchmarks.ours import Trainer
 from common.device import Device
+from common.processes import Processes
 from model.kernels import fast
 from tests import runs
 from tests.fault.runs import differences, result
@@ -26,7 +27,6 @@ from tests.runs import acting, arguments, finished, run, trained, trainer
 from train import main
 from training.options import parse_options
 from training.plan import make_plan
-from training.processes import Processes
 
 # 37 is odd, and an epoch's last batch is one window: process 1 gets no window.
 SAME = split("--batch-size 37 --stride 11 --grad-accum 2 --max-steps 9 --eval-every 5 --lr 3e-3")

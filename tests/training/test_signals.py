@@ -10,12 +10,12 @@ import pytest
 import train
 import training.resume
 import training.run
+from common.processes import Processes
 from tests.fault.runs import Process
 from tests.fault.signals import AT_ONCE, NOTICE
 from tests.runs import arguments, run, run_acting
 from train import main
 from training.checkpoint import CHECKPOINT, read_checkpoint
-from training.processes import Processes
 
 
 def test_a_process_in_its_steps(base, book, tmp_path):

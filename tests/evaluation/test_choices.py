@@ -9,11 +9,11 @@ import torch
 
 import evaluate
 import train
-from adapters.choices import print_summary, read_tasks, score_choices, summary
 from common.device import Device
 from common.errors import RunError
 from data.choices import Question
 from data.instructions import read_examples
+from evaluation.choices import print_summary, read_tasks, score_choices, summary
 from storage.weights import load_gpt2
 from tests import runs
 from tests.helpers import TINY, refusal, small_tokenizer

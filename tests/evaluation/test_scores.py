@@ -11,7 +11,7 @@ from common.device import Device
 from common.errors import RunError, UserError
 from data.tokens import Tokens
 from data.windows import Windows
-from evaluate import Scores, evaluate
+from evaluation.scores import Scores, evaluate
 from storage.weights import load_gpt2
 from tests.helpers import TINY, small_tokenizer
 from tests.runs import stock_model

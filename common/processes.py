@@ -174,3 +174,6 @@ class Processes:
         if self.count > 1:
             self._call(lambda: dist.broadcast_object_list(values))
         return values[0]
+
+
+ALONE = Processes()  # one process, without torchrun

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from common.cli import print_table
 from common.errors import UserError
 from common.figures import METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
-from training.directory import RUN
-from training.report import read_run
-from training.scores import perplexity
+from common.files import read_json
+from evaluation.scores import perplexity
+
+RUN = "run.json"  # training writes this file last, so it marks a finished run
 
 # Map the title of a table column to a key of run.json, or of its options, and to a format.
 COLUMNS = {
@@ -58,6 +59,13 @@ def compare(paths: Sequence[Path]) -> None:
     entries = list(chain.from_iterable(groups.values()))
     print_table(["", *COLUMNS], [_row(entry) for entry in entries])
     draw(entries, directories[0].resolve().parent / "compare.png")
+
+
+def read_run(directory: Path) -> dict[str, Any]:
+    """Read a finished run's `run.json`. Raises UserError if the file is missing or damaged."""
+    if directory.is_dir() and not (directory / RUN).exists():
+        raise UserError(f"{directory}: contains no finished run ({RUN}); --resume continues a run")
+    return read_json(directory / RUN)
 
 
 def _measure(run: Mapping[str, Any]) -> str:

@@ -1,0 +1,121 @@
+"""Score a model on a text, and compare it with its base."""
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from common.device import Device
+from common.errors import RunError, UserError
+from common.processes import ALONE, Processes
+from data.windows import Dataset
+from lora import adapter_disabled
+from model.gpt2 import GPT2, IGNORE_INDEX
+
+EVAL_BATCH = 16  # windows per forward pass
+LOGITS_CHUNK = 128  # tokens whose logits are in memory at the same time
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss)."""
+    return math.exp(min(loss, 700.0))  # e^700 is near the largest float
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p || q) = sum over v of p(v) (log p(v) - log q(v)) for each token, in nats.
+
+    The last dimension of `log_p` and `log_q` runs over the vocabulary.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores on a text of `tokens` tokens and `bytes` bytes. `loss` is in nats per token."""
+
+    tokens: int
+    bytes: int
+    loss: float
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f}, perplexity {self.perplexity:.3f}, "
+            f"{self.bits_per_byte:.4f} bits per byte"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT2,
+    dataset: Dataset,
+    device: Device,
+    processes: Processes = ALONE,
+    batch_size: int = EVAL_BATCH,
+) -> Scores:
+    """Score a whole text, or conversations. Several processes share the batches.
+
+    Raises RunError if the loss is not finite, and UserError if all targets are end-of-text tokens.
+    """
+    scored_bytes = dataset.scored_bytes
+    if not scored_bytes:
+        raise UserError("the text contains only end-of-text tokens: nothing to score")
+    dtype = torch.float64
+    if device.torch_device.type == "mps":  # MPS has no fp64
+        dtype = torch.float32
+    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # sum of losses, number of hits
+    count = torch.zeros(1, dtype=torch.int64)
+
+    was_training = model.training
+    model.eval()
+    batches = dataset.evaluation_batches(batch_size)
+    for inputs, targets in islice(batches, processes.number, None, processes.count):
+        count += (targets != IGNORE_INDEX).sum()
+        with device.autocast():
+            losses, right = model.token_losses(device.to_device(inputs), device.to_device(targets))
+        sums += torch.stack([losses.sum(dtype=dtype), right.sum(dtype=dtype)])
+    model.train(was_training)
+    processes.all_reduce(sums)
+    processes.all_reduce(count)
+
+    tokens = int(count)
+    loss, hits = sums.tolist()
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the loss on the text is {loss}; try --precision fp32, or train with a lower --lr"
+        )
+    return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)
+
+
+@torch.no_grad()
+def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float]:
+    """Return the mean KL(base || adapter) per scored token, in nats, and the share of scored tokens
+    where base and adapter differ in the likeliest token. The base is the model with the adapter
+    switched off. The model must be in evaluation mode.
+    """
+    kl = 0.0
+    changed = 0
+    tokens = 0
+    for inputs, targets in dataset.evaluation_batches(EVAL_BATCH):
+        idx = device.to_device(inputs)
+        scored = device.to_device(targets != IGNORE_INDEX)
+        tokens += int(scored.sum())
+        with device.autocast():
+            after = model.hidden(idx)[scored]  # (n, C)
+            with adapter_disabled(model):
+                before = model.hidden(idx)[scored]
+            for both in zip(before.split(LOGITS_CHUNK), after.split(LOGITS_CHUNK), strict=True):
+                log_p, log_q = (model.logits(hidden).float().log_softmax(-1) for hidden in both)
+                kl += kl_divergence(log_p, log_q).cpu().double().sum().item()
+                changed += int((log_p.argmax(-1) != log_q.argmax(-1)).sum())
+    return {"kl_from_base": kl / tokens, "changed_choices": changed / tokens}
