@@ -17,7 +17,6 @@ from lora.load import load_adapter_config
 from lora.peft_config import CONFIG
 from lora.save import PREFIX, WEIGHTS
 from lora.targets import layer_config
-from lora.variants.dora import DoRAConfig
 from storage.tensors import read_shapes, read_tensors
 
 A_KEY = ".lora_A.weight"
@@ -53,7 +52,7 @@ class Factors(NamedTuple):
 
 
 def refuse_dora(config: LoRAConfig, directory: Path) -> None:
-    if isinstance(config, DoRAConfig):
+    if config.use_dora:
         raise UserError(f"{directory}: is DoRA, whose change is not B A alone; merge it instead")
 
 

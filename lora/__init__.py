@@ -7,13 +7,12 @@ inject(model, LoRAConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 save_adapter(model, "adapter")
 """
 
-from lora.inject import adapter_disabled, inject, lora_layers
+from lora.inject import adapter_disabled, inject, lora_layers, make_layer
 from lora.layer import LoRAConfig, LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.quantised import dequantise, quantise
 from lora.save import save_adapter
-from lora.variants import make_config, make_layer
 
 __all__ = [
     "LoRAConfig",
@@ -23,7 +22,6 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_layers",
-    "make_config",
     "make_layer",
     "merge",
     "quantise",

@@ -1,25 +1,27 @@
 """Wrap linear layers of a model in LoRA layers, and freeze the original parameters."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
+from lora.dora import DoRALinear
 from lora.experts import warn_about_experts
 from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_view import peft_view
+from lora.pissa import PiSSALinear
+from lora.slices import SlicedLoRALinear
 from lora.targets import find_targets, layer_config
-from lora.variants import make_layer
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> None:
     """Wrap each `nn.Linear` that `find_targets` returns in a LoRA layer. Freeze the original
     parameters.
 
-    The config is stored as `model.lora_config`. The class of the config selects the variant of
-    LoRA. Raises ValueError if a target, rank or variant does not fit the model, or if the model
-    already has an adapter. After an error, the model is unchanged. Warns if "all-linear" leaves out
-    the experts of a mixture of experts, or if `save_adapter` will refuse the adapter.
+    The config is stored as `model.lora_config`. Raises ValueError if a target, rank or variant does
+    not fit the model, or if the model already has an adapter. After an error, the model is
+    unchanged. Warns if "all-linear" leaves out the experts of a mixture of experts, or if
+    `save_adapter` will refuse the adapter.
     """
     layers = new_layers(model, config)
     warn_about_experts(model, config, layers)
@@ -37,6 +39,24 @@ def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
         with errors_that_name(name):
             layers[name] = make_layer(layer, layer_config(config, prefix + name), slices)
     return layers
+
+
+def make_layer(layer: nn.Linear, config: LoRAConfig, slices: Collection[str] = ()) -> LoRALinear:
+    """Wrap a layer, or slices of a layer such as {"q"}, in the LoRA layer that the config asks
+    for."""
+    if slices:
+        for field, plain in {"use_dora": False, "init_lora_weights": True}.items():
+            value = getattr(config, field)
+            if value != plain:
+                raise ValueError(
+                    f"{field}={value!r} and slices in target_modules exclude each other"
+                )
+        return SlicedLoRALinear(layer, config, slices)
+    if config.use_dora:
+        return DoRALinear(layer, config)
+    if config.init_lora_weights == "pissa":
+        return PiSSALinear(layer, config)
+    return LoRALinear(layer, config)
 
 
 def install(model: nn.Module, config: LoRAConfig, layers: Mapping[str, LoRALinear]) -> None:

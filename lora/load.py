@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from lora.peft_config import CONFIG, brief, parse_config
 from lora.peft_view import peft_view
 from lora.save import BASE_SHA256, WEIGHTS, tensors_by_key
 from lora.tensors import check_names, checked, read_metadata, readable
-
-BAD_PATTERN = (re.error, OverflowError, RecursionError)  # raised for a bad regular expression
 
 
 def load_adapter(
@@ -35,7 +32,7 @@ def load_adapter(
         _refuse_another_base(directory, base_sha256)
     try:
         layers = new_layers(model, config)
-    except (ValueError, *BAD_PATTERN) as error:  # PEFT's targets may be regular expressions
+    except ValueError as error:
         path = directory / CONFIG
         raise ValueError(f"{path}: does not fit this model: {error!s:.150}") from error
 

@@ -17,7 +17,6 @@ from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_config import CONFIG, peft_config
 from lora.peft_view import peft_view
 from lora.quantised import quantisation
-from lora.targets import layer_config
 from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -124,12 +123,13 @@ def saved_config(model: nn.Module) -> LoRAConfig:
     PEFT could apply a short target such as `down_proj` to the experts too.
     """
     config: LoRAConfig = model.lora_config  # type: ignore[assignment]
-    prefix = peft_view(model).prefix
-    saved = {prefix + name: layer.saved_config() for name, layer in lora_layers(model).items()}
-    as_trained = all(own == layer_config(config, name) for name, own in saved.items())
+    layers = lora_layers(model)
+    as_trained = not any(layer.saved_as_plain for layer in layers.values())
     if as_trained and not expert_weights(model):
         return config
 
+    prefix = peft_view(model).prefix
+    saved = {prefix + name: layer.saved_config() for name, layer in layers.items()}
     first = next(iter(saved.values()))
     return replace(
         first,

@@ -90,15 +90,10 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:
     """Return the target names as a tuple. If the target is a regular expression, the tuple contains
-    only this expression. Raises ValueError for combinations of fields that PEFT refuses.
+    only this expression.
     """
-    if config.layers_pattern and not config.layers_to_transform:
-        raise ValueError("layers_pattern needs layers_to_transform, as in PEFT")
-    if not isinstance(config.target_modules, str):
-        return config.target_modules
-    if config.layers_to_transform:
-        raise ValueError("layers_to_transform needs a list of target modules, as in PEFT")
-    return (config.target_modules,)
+    targets = config.target_modules
+    return (targets,) if isinstance(targets, str) else targets
 
 
 def _all_linear(

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from lora.inject import inject
-from lora.variants import make_config
+from lora.layer import LoRAConfig
 from tests.helpers import perturb, relative_difference, token_ids
 from tests.pairs import our_name
 
@@ -152,7 +152,7 @@ def both(case: Case, targets: list[str] | str, **fields: object) -> tuple:
     fields = {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1} | fields
     ours = make(case)
     torch.manual_seed(3)
-    inject(ours, make_config(target_modules=targets, **fields))
+    inject(ours, LoRAConfig(target_modules=targets, **fields))
 
     task = {"task_type": case.task_type}
     torch.manual_seed(3)

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.dora import DoRALinear
 from lora.inject import inject
-from lora.layer import LoRALinear
-from lora.variants import make_config
-from lora.variants.dora import DoRALinear
-from lora.variants.pissa import PiSSALinear
+from lora.layer import LoRAConfig, LoRALinear
+from lora.pissa import PiSSALinear
 from model.gpt2 import GPT2
 from storage.weights import load_gpt2
 from tests.helpers import TINY, token_ids
@@ -38,7 +37,7 @@ def randomize(model: nn.Module, seed: int = 2) -> None:
 def adapted(base: Path, targets: tuple[str, ...] = ALL_FOUR, **config: object) -> GPT2:
     """Load `base` and add a random adapter."""
     model = load_gpt2(base)
-    inject(model, make_config(target_modules=targets, **config))
+    inject(model, LoRAConfig(target_modules=targets, **config))
     randomize(model)
     return model
 
@@ -51,7 +50,7 @@ def pair(
     made, fields = KINDS[kind]
     linear = nn.Linear(*shape, dtype=dtype)
     config = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0} | config | fields
-    ours = made(deepcopy(linear), make_config(**config))
+    ours = made(deepcopy(linear), LoRAConfig(**config))
     ours.base_layer.requires_grad_(False)
     peft_config = peft.LoraConfig(target_modules=["0"], **config)
     peft_model = peft.get_peft_model(nn.Sequential(deepcopy(linear)), peft_config)

@@ -34,7 +34,7 @@ assert new <= ALLOWED, new
 model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 2))
 x = torch.randn(3, 8)
 base = model(x)
-inject(model.eval(), make_config(r=2, target_modules="all-linear", use_dora=True))
+inject(model.eval(), LoRAConfig(r=2, target_modules="all-linear", use_dora=True))
 for layer in lora_layers(model).values():
     nn.init.normal_(layer.lora_B.weight)
 expected = model(x)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.device import Device
-from lora.variants.plus import parameter_groups
+from lora.plus import parameter_groups
 from training.options import Settings
 
 

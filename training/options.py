@@ -23,7 +23,6 @@ from common.errors import UserError
 from common.files import display_path
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
-from lora.variants import make_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BOOK = ROOT / "data" / "book.txt"
@@ -69,7 +68,7 @@ def option(default: Any = None, type: Any = None, help: str = "", **settings: An
 
 
 def lora_option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
-    """Declare an option that is a field of `LoRAConfig` or of a variant's config."""
+    """Declare an option that is a field of `LoRAConfig`."""
     return option(default, type, help, method="lora", lora=True, **settings)
 
 
@@ -292,16 +291,16 @@ MAY_CHANGE = {f.name for f in options_of("lora") if f.metadata.get("may_change")
 
 
 def adapter_config(options: Options) -> LoRAConfig:
-    """Return the adapter's hyper-parameters. Raises UserError for variants that exclude each
+    """Return the adapter's hyper-parameters. Raises UserError for options that exclude each
     other.
     """
     asked = {name: getattr(options, name) for name in LORA_FIELDS}
     if asked["init_lora_weights"] is None:
         asked["init_lora_weights"] = True  # True is PEFT's value for LoRA without a variant
     try:
-        return make_config(**asked)
+        return LoRAConfig(**asked)
     except ValueError as error:
-        raise UserError(f"--use-dora, --init-lora-weights: {error}") from error
+        raise UserError(f"--layers, --use-dora, --init-lora-weights: {error}") from error
 
 
 def flag(name: str) -> str:
@@ -359,7 +358,7 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     if options.stride is None:
         options = replace(options, stride=options.block_size)
     if options.method == "lora":
-        adapter_config(options)  # refuses variants that exclude each other
+        adapter_config(options)  # refuses options that exclude each other
     return options
 
 

@@ -10,7 +10,6 @@ from common.device import Device
 from common.errors import as_failure
 from data.windows import Dataset
 from lora.load import load_adapter_config
-from lora.variants import config_fields
 from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options, Settings, adapter_config
 
@@ -78,8 +77,8 @@ def fill_in(options: Options, base: str, device: Device) -> Options:
     if options.init_adapter:
         adapters.append(options.init_adapter)
         with as_failure():
-            stored = config_fields(load_adapter_config(options.init_adapter))
-        filled |= {name: stored[name] for name in LORA_FIELDS}
+            stored = load_adapter_config(options.init_adapter)
+        filled |= {name: getattr(stored, name) for name in LORA_FIELDS}
         filled["init_lora_weights"] = None  # A and B start with the initial adapter's values
     if options.method == "lora":
         filled["quantise"] = choose_quantisation(options.quantise, adapters)

@@ -21,7 +21,7 @@ def wrap(
         stored = linear
         linear = nn.Linear(*stored.weight.shape).requires_grad_(False)
         linear.weight.data, linear.bias.data = stored.weight.data.T, stored.bias.data
-    config = lora.make_config(
+    config = lora.LoRAConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=use_rslora, use_dora=use_dora
     )
     return lora.make_layer(linear, config, ["qkv"[i] for i in slices])
@@ -32,7 +32,7 @@ def factors(layer):
 
 
 def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):
-    config = lora.make_config(
+    config = lora.LoRAConfig(
         target_modules=tuple(targets),
         r=r,
         lora_alpha=alpha,

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conformance import vectors
 from conformance.vectors.__main__ import TWO_LAYERS, main
-from lora import inject, make_config, make_layer
+from lora import LoRAConfig, inject, make_layer
 
 CASES = [name for name in vectors.cases() if name != TWO_LAYERS]
 Settings = Mapping[str, Any]
@@ -50,7 +50,7 @@ def peft_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def our_layer(settings: Settings, base: nn.Linear) -> nn.Module:
-    config = make_config(
+    config = LoRAConfig(
         r=settings["r"],
         lora_alpha=settings["alpha"],
         lora_dropout=0.0,
@@ -180,7 +180,7 @@ def test_two_layers_with_their_own_ranks_and_alphas(whose):
     if whose == "peft":
         peft.get_peft_model(model, peft.LoraConfig(**patterns))
     else:
-        inject(model, make_config(**patterns))
+        inject(model, LoRAConfig(**patterns))
     model.double()
     of = peft_parameters if whose == "peft" else our_parameters
     parameters = {f"{k}{i}": p for i in range(2) for k, p in of(model[2 * i]).items()}

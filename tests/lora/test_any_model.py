@@ -11,12 +11,11 @@ from torch import nn
 
 from adapters import inspect
 from lora.inject import adapter_disabled, inject, lora_layers
-from lora.layer import LoRALinear
+from lora.layer import LoRAConfig, LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
-from lora.variants import make_config
 from tests.helpers import relative_difference, tiny_gpt2
 from tests.models import (
     CASES,
@@ -162,7 +161,7 @@ def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):
     """With CAUSAL_LM or SEQ_2_SEQ_LM, PEFT would pass tokens to the model's sound input."""
     config = transformers.WhisperConfig(d_model=24, encoder_layers=1, decoder_layers=1)
     model = transformers.WhisperForConditionalGeneration(config)
-    inject(model, make_config(target_modules=("q_proj",)))
+    inject(model, LoRAConfig(target_modules=("q_proj",)))
     save_adapter(model, tmp_path, "a-base")
     assert json.loads((tmp_path / CONFIG).read_text())["task_type"] is None
 
@@ -178,7 +177,7 @@ class TiedPlain(Plain):
 
 def test_the_output_head_and_tied_layers_are_left_out_of_all_linear():
     model = TiedPlain()
-    inject(model, make_config(target_modules="all-linear"))
+    inject(model, LoRAConfig(target_modules="all-linear"))
     adapted = ["enter", "blocks.0.q", "blocks.0.c_attn", "blocks.1.q", "blocks.1.c_attn"]
     assert list(lora_layers(model)) == adapted
 
@@ -203,7 +202,7 @@ def encoder() -> nn.Module:
 def test_what_cannot_be_adapted_is_refused_in_one_line(build, targets, reason):
     model = build()
     with pytest.raises(ValueError, match=reason) as refused:
-        inject(model, make_config(target_modules=targets))
+        inject(model, LoRAConfig(target_modules=targets))
     assert "\n" not in str(refused.value)
     assert not lora_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -232,7 +231,7 @@ def test_experts_that_all_linear_leaves_out_are_named():
     ours = make(named("Mixtral", num_local_experts=4, **GROUPED))
     said = r"leaves out 74% of the model's weights.*: down_proj, gate_up_proj \("
     with pytest.warns(UserWarning, match=said) as warned:
-        inject(ours, make_config(r=1, target_modules="all-linear"))
+        inject(ours, LoRAConfig(r=1, target_modules="all-linear"))
     assert len(warned) == 1 and len(lora_layers(ours)) == 8
 
 
@@ -242,7 +241,7 @@ def test_an_adapter_whose_layers_peft_takes_for_experts_is_not_written(tmp_path)
     case = named("Qwen3Moe", num_experts=4, mlp_only_layers=[0], **GROUPED, **EXPERTS)
     ours = make(case)
     with pytest.warns(UserWarning) as warned:
-        inject(ours, make_config(r=2, target_modules="all-linear"))
+        inject(ours, LoRAConfig(r=2, target_modules="all-linear"))
     sentence = "save_adapter will refuse this adapter: PEFT would mistake model.layers.0.mlp."
     assert str(warned[-1].message).startswith(f"{sentence}gate_proj")
     with pytest.raises(ValueError, match="without gate, gate_proj, up_proj, down_proj"):
@@ -250,7 +249,7 @@ def test_an_adapter_whose_layers_peft_takes_for_experts_is_not_written(tmp_path)
     assert not (tmp_path / "refused").exists()
 
     attention = make(case)
-    inject(attention, make_config(r=2, target_modules=("o_proj",)))
+    inject(attention, LoRAConfig(r=2, target_modules=("o_proj",)))
     randomize(attention)
     save_adapter(attention, tmp_path, "a-base")
     loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()

@@ -243,8 +243,8 @@ def test_what_does_not_fit_is_refused_and_the_model_left_alone(base, adapter, tm
     original = (adapter / CONFIG).read_text()
     for fields, reason in (
         ({"target_modules": ["c_attn", "wte"]}, "does not fit this model: target module 'w"),
-        ({"target_modules": "c_("}, "does not fit this model: missing )"),
-        ({"rank_pattern": {"[": 2}}, "does not fit this model: untermin"),
+        ({"target_modules": "c_("}, "target_modules 'c_(' is not a regular expression (missing )"),
+        ({"rank_pattern": {"[": 2}}, "rank_pattern '[' is not a regular expression (untermin"),
         ({"x\ny" * 99: 1}, r"'x\nyx\ny"),
     ):
         (adapter / CONFIG).write_text(original)

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora.inject import inject
 from lora.layer import LoRAConfig, LoRALinear
-from lora.variants.qkv import SlicedLoRALinear
+from lora.slices import SlicedLoRALinear
 from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 from training.options import ROOT

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lora import LoRAConfig, inject, lora_layers, make_config, merge, quantise
+from lora import LoRAConfig, inject, lora_layers, merge, quantise
 from lora.quantised import NF4Linear
 from tests.helpers import relative_difference
 from tests.pairs import randomize
@@ -31,7 +31,7 @@ def test_a_layer_with_its_own_forward_takes_plain_lora_and_nothing_that_changes_
     base = model(X)
     for fields in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
         with pytest.raises(ValueError, match=r"^1: .* overrides forward, which may compute"):
-            inject(model, make_config(target_modules="all-linear", **fields))
+            inject(model, LoRAConfig(target_modules="all-linear", **fields))
     with pytest.raises(ValueError, match=r"^1: .* overrides forward"):
         quantise(model, "int8")
     assert type(model[0]) is nn.Linear and torch.equal(model(X), base)

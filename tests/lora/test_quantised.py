@@ -18,7 +18,6 @@ from lora.quantised import (
     quantise,
     scale_levels,
 )
-from lora.variants import make_config
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory
 from tests.pairs import IDS, losses_of_steps, parameters
@@ -150,7 +149,7 @@ def test_twenty_steps_are_pefts_on_bitsandbytes_4_bit_model(base):
     theirs = peft.get_peft_model(stock_4bit(base), config)
     ours = load_gpt2(base)
     quantise(ours, "nf4")
-    inject(ours, make_config(target_modules=("c_attn", "c_fc"), **fields))
+    inject(ours, LoRAConfig(target_modules=("c_attn", "c_fc"), **fields))
     assert all(isinstance(block.mlp.c_proj, NF4Linear) for block in ours.h)  # all linear layers
     theirs_by_name = {
         name.removeprefix("base_model.model.transformer."): p

@@ -1,19 +1,10 @@
 """DoRA: train the direction of W by LoRA, and the magnitude of W as a vector."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRAConfig, LoRALinear, check_linear
-
-
-@dataclass(frozen=True)
-class DoRAConfig(LoRAConfig):
-    """LoRA's hyper-parameters, and PEFT's field for DoRA."""
-
-    use_dora: bool = True
 
 
 class DoRALinear(LoRALinear):

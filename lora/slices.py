@@ -1,7 +1,6 @@
 """Adapt q, k or v alone in GPT-2's fused c_attn. Each slice has a separate A and B."""
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 
 from lora.layer import LoRAConfig, LoRALinear
 from lora.targets import SLICES
-from lora.variants.stacked import stacked
 
 
 class SlicedLoRALinear(LoRALinear):
@@ -22,15 +20,14 @@ class SlicedLoRALinear(LoRALinear):
     elsewhere.
     """
 
+    saved_as_plain = True  # because PEFT has no slices
+
     def __init__(self, base_layer: nn.Linear, config: LoRAConfig, slices: Collection[str]):
-        super().__init__(base_layer, stacked(config, len(slices)))
+        super().__init__(base_layer, config.stacked(len(slices)))
         places = [i for i, name in enumerate(SLICES) if name in slices]
         width = base_layer.out_features // len(SLICES)
         blocks = _BlockSparseLinear(places, width, config.r).to(base_layer.weight.device)
         self.lora_B = blocks  # type: ignore[assignment]  # also has a weight and a forward
-
-    def saved_config(self) -> LoRAConfig:
-        return replace(self.config, target_modules=())  # `save_adapter` lists full names
 
 
 class _BlockSparseLinear(nn.Module):

@@ -1,4 +1,4 @@
-"""Start LoRA with an update that is not zero, and subtract this initial update from W."""
+"""PiSSA: start LoRA from W's largest singular vectors, and freeze the remainder of W."""
 
 from copy import deepcopy
 
@@ -7,18 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRAConfig, LoRALinear, stored_weight
-from lora.variants.stacked import stacked
 
 
-class OffsetLinear(LoRALinear):
-    """`LoRALinear` on the remainder W - scaling * B0 A0. A starts at A0 (r, in), B at B0 (out, r).
+class PiSSALinear(LoRALinear):
+    """`LoRALinear` on the remainder W - scaling * B0 A0, where A starts at A0 and B at B0 (Meng et
+    al. 2024, https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
-    A subclass chooses A0 and B0. A new adapter changes nothing, up to rounding. In evaluation mode,
-    the layer computes W x + b + scaling * (B A - B0 A0) x, like the base with the saved adapter.
-    `base_layer` is copied, and stays unchanged. Raises ValueError for a rank outside
-    1 .. min(in, out) / 2, because the saved adapter has rank 2 r.
+    With W = U S V^T and root = sqrt(S[:r] / scaling), the start is B0 = U[:, :r] root (out, r) and
+    A0 = root V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W.
+
+    A new adapter changes nothing, up to rounding. In evaluation mode, the layer computes
+    W x + b + scaling * (B A - B0 A0) x, like the base with the saved adapter. `base_layer` is
+    copied, and stays unchanged. Raises ValueError for a rank outside 1 .. min(in, out) / 2, because
+    the saved adapter has rank 2 r.
     """
 
+    saved_as_plain = True
     original: Tensor  # W (out, in)
     initial_A: Tensor
     initial_B: Tensor
@@ -29,29 +33,22 @@ class OffsetLinear(LoRALinear):
             raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the saved rank is 2 r")
         weight = stored_weight(base_layer)
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
-        buffers = {
-            "original": weight,
-            "initial_A": self.lora_A.weight.clone(),
-            "initial_B": self.lora_B.weight.clone(),
-        }
-        for name, tensor in buffers.items():
+        a, b = self.largest_part(weight)
+        for name, tensor in {"original": weight, "initial_A": a, "initial_B": b}.items():
             self.register_buffer(name, tensor.detach(), persistent=False)
+        with torch.no_grad():
+            self.lora_A.weight.copy_(a)
+            self.lora_B.weight.copy_(b)
+            remainder = weight.float() - self.scaling * self.initial_B @ self.initial_A
+            self.base_layer.weight.copy_(remainder.to(weight.dtype))
 
     @torch.no_grad()
-    def start_at(self, a: Tensor, b: Tensor) -> None:
-        """Set A and A0 to `a` (r, in), B and B0 to `b` (out, r), and W to the remainder."""
-        self.lora_A.weight.copy_(a)
-        self.lora_B.weight.copy_(b)
-        self.subtract(a, b)
-
-    @torch.no_grad()
-    def subtract(self, a: Tensor, b: Tensor) -> None:
-        """Set A0 to `a`, B0 to `b`, and W to the remainder. Leave A and B unchanged."""
-        self.initial_A.copy_(a)
-        self.initial_B.copy_(b)
-        start = self.scaling * self.initial_B @ self.initial_A
-        weight = self.base_layer.weight
-        weight.copy_((self.original.float() - start).to(weight.dtype))
+    def largest_part(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A0 (r, in) and B0 (out, r) for W (out, in)."""
+        r = self.config.r
+        u, s, vt = torch.linalg.svd(weight.float(), full_matrices=False)
+        root = torch.diag(torch.sqrt(s[:r] / self.scaling))  # (r, r)
+        return root @ vt[:r], u[:, :r] @ root
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged or (self.training and self.enabled):
@@ -85,4 +82,4 @@ class OffsetLinear(LoRALinear):
         }
 
     def saved_config(self) -> LoRAConfig:
-        return stacked(self.config, 2)
+        return self.config.stacked(2)
