@@ -14,7 +14,8 @@ class PiSSALinear(LoRALinear):
     al. 2024, https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
     With W = U S V^T and root = sqrt(S[:r] / scaling), the start is B0 = U[:, :r] root (out, r) and
-    A0 = root V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W.
+    A0 = root V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W. A state dict contains W,
+    B0 and A0, so that it does not depend on the base that it is loaded into.
 
     A new adapter changes nothing, up to rounding. In evaluation mode, the layer computes
     W x + b + scaling * (B A - B0 A0) x, like the base with the saved adapter. `base_layer` is
@@ -35,7 +36,7 @@ class PiSSALinear(LoRALinear):
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
         a, b = self.largest_part(weight)
         for name, tensor in {"original": weight, "initial_A": a, "initial_B": b}.items():
-            self.register_buffer(name, tensor.detach(), persistent=False)
+            self.register_buffer(name, tensor.detach())
         with torch.no_grad():
             self.lora_A.weight.copy_(a)
             self.lora_B.weight.copy_(b)

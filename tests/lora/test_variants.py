@@ -20,7 +20,7 @@ from lora.layer import LoRAConfig, LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
-from lora.save import WEIGHTS, save_adapter
+from lora.save import WEIGHTS, adapter_tensors, save_adapter
 from model.kernels.fast import set_kernels
 from storage.weights import load_gpt2
 from tests import runs
@@ -192,6 +192,21 @@ def test_a_run_resumes_to_the_byte_and_its_file_is_pefts(base, book, tmp_path, o
     ours = load_gpt2(base)
     load_adapter(ours, done.out)
     assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
+
+
+def test_a_state_dict_with_pissa_is_exact_on_another_base(base, tmp_path):
+    other = tiny_gpt2_directory(tmp_path, seed=1, n_head=2)[0]
+    model, target = load_gpt2(base), load_gpt2(other)
+    for made in (model, target):
+        inject(made, LoRAConfig(lora_dropout=0.0, **PISSA))
+    randomize(model)
+    assert relative_difference(target(IDS), model(IDS)) > 0.1
+    target.load_state_dict(model.state_dict())
+    for training in (True, False):
+        for made in (model, target):
+            made.train(training).set_dropout(0)
+        assert torch.equal(target(IDS), model(IDS))
+    assert_equal(adapter_tensors(target), adapter_tensors(model))
 
 
 def merged_linear(x, linear, a, b, enabled, scaling):
