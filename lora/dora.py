@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear, check_linear
+from lora.layer import LoRAConfig, LoRALinear, check_linear, without_autocast
 
 
 class DoRALinear(LoRALinear):
@@ -45,7 +45,7 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Return ||V||, (out,), in fp32."""
-        with torch.autocast(self.base_layer.weight.device.type, enabled=False):
+        with without_autocast(self.lora_A.weight):
             return torch.linalg.norm(self.base_layer.weight.float() + super().delta_weight(), dim=1)
 
     @torch.no_grad()

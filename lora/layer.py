@@ -149,7 +149,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """Return the update scaling * B A (out, in) in fp32. Merging adds this update to W."""
-        return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
+        with without_autocast(self.lora_A.weight):
+            return self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scaling
 
     def merge(self) -> None:
         """Set W to W + scaling * B A. The layer then runs as fast as a plain linear layer.
@@ -192,6 +193,12 @@ class LoRALinear(nn.Module):
     def saved_config(self) -> LoRAConfig:
         """Return the config that fits `saved_tensors`."""
         return self.config
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Return a context for products of weights, which autocast around the caller would round."""
+    device = tensor.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
 def check_linear(layer: nn.Linear) -> None:

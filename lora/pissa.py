@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear, stored_weight
+from lora.layer import LoRAConfig, LoRALinear, stored_weight, without_autocast
 
 
 class PiSSALinear(LoRALinear):
@@ -34,16 +34,15 @@ class PiSSALinear(LoRALinear):
             raise ValueError(f"rank {config.r} is outside 1 .. {limit}: the saved rank is 2 r")
         weight = stored_weight(base_layer)
         super().__init__(deepcopy(base_layer).requires_grad_(False), config)
-        a, b = self.largest_part(weight)
-        for name, tensor in {"original": weight, "initial_A": a, "initial_B": b}.items():
-            self.register_buffer(name, tensor.detach())
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(weight):
+            a, b = self.largest_part(weight)
+            remainder = weight.float() - self.scaling * b @ a
             self.lora_A.weight.copy_(a)
             self.lora_B.weight.copy_(b)
-            remainder = weight.float() - self.scaling * self.initial_B @ self.initial_A
             self.base_layer.weight.copy_(remainder.to(weight.dtype))
+        for name, tensor in {"original": weight, "initial_A": a, "initial_B": b}.items():
+            self.register_buffer(name, tensor.detach())
 
-    @torch.no_grad()
     def largest_part(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return A0 (r, in) and B0 (out, r) for W (out, in)."""
         r = self.config.r

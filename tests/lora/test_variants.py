@@ -90,12 +90,22 @@ def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype
         assert value.dtype == theirs[name].dtype
 
 
-def test_doras_norm_is_in_fp32_under_autocast():
-    layer, _, _ = pair("dora", WIDE)
-    randomize(layer)
-    expected = layer.norm()
-    with torch.autocast("cpu", BF16):
-        assert torch.equal(layer.norm(), expected)
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
+def test_weights_are_computed_in_fp32_under_autocast(kind):
+    """From the start to the merge and back, to the last bit."""
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", BF16, enabled=enabled):
+            layer, _, _ = pair(kind, WIDE)
+            start = [parameter.clone() for parameter in layer.parameters()]
+            randomize(layer)
+            delta = layer.delta_weight()
+            layer.merge()
+            merged = layer.base_layer.weight.clone()
+            layer.unmerge()
+        found.append([*start, delta, merged, layer.base_layer.weight])
+    for outside, inside in zip(*found, strict=True):
+        assert torch.equal(inside, outside)
 
 
 TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
