@@ -37,6 +37,8 @@ def base(tmp_path_factory):
         (("mlp.c_proj", "1.attn.c_attn", "transformer.h.0.mlp.c_fc"), {}, 5),
         (r"transformer\.h\.[02]\..*c_(attn|fc)", {}, 4),
         (("c_attn", "mlp.c_proj"), {"layers_to_transform": (1, 2)}, 4),
+        (("c_attn",), {"layers_to_transform": 0}, 1),
+        (("c_attn",), {"layers_to_transform": 1, "layers_pattern": "h"}, 1),
         # A whole name matches in every block.
         (("c_attn", "transformer.h.0.mlp.c_fc"), {"layers_to_transform": (1,)}, 2),
         (("c_attn", "c_proj"), PATTERNS, 9),
