@@ -7,7 +7,9 @@ A full name is the name of a module in PEFT (`lora/peft_view.py`). For example, 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
+import torch
 from torch import nn
 
 from lora.layer import LoRAConfig, LoRALinear
@@ -69,23 +71,48 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Find the modules that share a weight with another module. An update of one such module would
+    """Find the modules whose weight shares memory with another tensor. An update of one would
     change both. Return a dict from each module's full name to a phrase such as "the head is tied to
     wte".
     """
     view = peft_view(model)
-    sharing: dict[int, list[str]] = {}  # id of a weight -> modules
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        module, _, kind = name.rpartition(".")
-        if kind == "weight":
-            sharing.setdefault(id(parameter), []).append(view.prefix + module)
-
     tied = {}
-    for first, *others in sharing.values():
-        for other in others:
-            tied[first] = f"{first} is tied to {other}"
-            tied[other] = f"{other} is tied to {first}"
+    for names in _sharing_memory(model):
+        for name in names:
+            other = next(other for other in names if other != name).removesuffix(".weight")
+            module, _, kind = name.rpartition(".")
+            if kind == "weight":
+                tied[view.prefix + module] = (
+                    f"{view.prefix}{module} is tied to {view.prefix}{other}"
+                )
     return tied | dict(view.ties)
+
+
+def _sharing_memory(model: nn.Module) -> list[list[str]]:
+    """Return groups of names of parameters and buffers that lie in the same memory, even in part.
+
+    Tensors without memory, such as on the meta device, are the same only if they are one object.
+    """
+    spans = []
+    for name, tensor in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        start = tensor.data_ptr() if tensor.layout == torch.strided else 0
+        end = start + tensor.nbytes
+        if start == end or start == 0:
+            start = id(tensor)
+            end = start + 1
+        spans.append((str(tensor.device), start, end, name))
+
+    groups: list[list[str]] = []
+    reached = ("", 0)  # the device, and the largest end there
+    for device, start, end, name in sorted(spans):
+        if (device, start) < reached and device == reached[0]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+        reached = max(reached, (device, end))
+    return [names for names in groups if len(names) > 1]
 
 
 def _targets(config: LoRAConfig) -> tuple[str, ...]:

@@ -182,6 +182,40 @@ def test_the_output_head_and_tied_layers_are_left_out_of_all_linear():
     assert list(lora_layers(model)) == adapted
 
 
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda weight: weight,
+        lambda weight: nn.Parameter(weight.data),
+        lambda weight: nn.Parameter(weight.data[1:4]),
+        lambda weight: nn.Parameter(weight.data.t()),
+    ],
+)
+def test_a_layer_in_the_memory_of_another_parameter_is_tied(share):
+    model = Plain()
+    model.table = nn.Parameter(torch.randn(5, 32))  # not in a module
+    model.head.weight = share(model.table)
+    before = model.table.clone()
+    with pytest.raises(ValueError, match="head is tied to table, and an update of one would"):
+        inject(model, LoRAConfig(r=1, target_modules=("head",)))
+    inject(model, LoRAConfig(r=1, target_modules="all-linear"))
+    assert "head" not in lora_layers(model) and len(lora_layers(model)) == 5
+    randomize(model)
+    merge(model)
+    assert torch.equal(model.table, before)
+
+
+def test_layers_side_by_side_in_one_memory_are_not_tied():
+    model = Plain()
+    linear_layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    memory = torch.randn(sum(layer.weight.numel() for layer in linear_layers))
+    parts = memory.split([layer.weight.numel() for layer in linear_layers])
+    for layer, part in zip(linear_layers, parts, strict=True):
+        layer.weight = nn.Parameter(part.view_as(layer.weight))
+    inject(model, LoRAConfig(r=1, target_modules="all-linear"))
+    assert len(lora_layers(model)) == 6
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)
 
