@@ -154,8 +154,6 @@ fault: .venv/dev
 	$(PY) -m tests.fault $(ARGS)
 
 # The base is GPT-2 124M with random weights unless BASE names another base. ARGS=--quick uses mini.
-# ARGS="--only growth --rounds 1 --steps 1" measures how time and memory grow with the batch, the
-# context, the rank and the model.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
 

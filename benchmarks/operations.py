@@ -14,9 +14,7 @@ from timeit import timeit
 from torch import nn
 
 from benchmarks import ours
-from benchmarks.speed import run_apart
-from benchmarks.speed_report import spread, text
-from benchmarks.speed_tasks import Task
+from benchmarks.speed import run_apart, spread
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, tune_process
 from common.errors import run_command
@@ -44,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     with TemporaryDirectory() as folder:
         if not args.base:
-            run_apart(Task("base", folder))
+            run_apart("--base", folder)
         _, base = find_base(args.base or folder)
         for method in ("lora", "full"):
             for precision in args.precision:
@@ -100,7 +98,7 @@ def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     ratios = {}
     for name, taken in times.items():
         quotients = [mine / base for mine, base in zip(taken, first, strict=True)]
-        ratios[name] = text(spread(quotients))
+        ratios[name] = spread(quotients)
     return ratios
 
 

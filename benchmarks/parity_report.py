@@ -3,6 +3,8 @@
 import math
 import os
 import platform
+import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.device import Device
 from common.errors import first_line
 from common.figures import (
     LORA,
@@ -170,11 +173,20 @@ def root_mean_square(values: np.ndarray) -> float:
 
 
 def machine() -> str:
-    """Describe the kind of machine, such as "2-core x86-64 CPU", without the machine's name."""
-    cpu = f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU"
+    """Return the GPU's name, or the CPU's cores, name, family and model as the system shows them,
+    with the instruction sets that PyTorch reports. The machine's own name is not part of it.
+    """
     if torch.cuda.is_available():
-        return f"{cpu}, {torch.cuda.get_device_name()}"
-    return cpu
+        return torch.cuda.get_device_name()
+    name = platform.machine().replace("_", "-")
+    if sys.platform == "linux":
+        fields = dict(re.findall(r"(\S.*?)\s*: (.+)", Path("/proc/cpuinfo").read_text()))
+        if "cpu family" in fields:  # a virtual machine's CPU often has a name without the model
+            name = f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if Device.pick("cpu", train=True).precision == "bf16":
+        instructions += " bf16"
+    return f"{os.cpu_count()} cores, {name}, {instructions}"
 
 
 def versions() -> dict[str, str]:

@@ -1,292 +1,224 @@
-"""Measure time and memory: this project against PEFT and transformers, side by side.
+"""Time training steps of this project against PEFT and transformers, side by side.
 
-`python -m benchmarks.speed` runs each contender in a separate process, one after the other, for
-several rounds. So a machine that slows down slows every contender. Ratios are taken within a round.
-Each round begins by recording the load average, which includes the benchmark from the second round
-on. The base is a GPT-2 124M with random weights. All sides have the same batch in every step, and
-the same dropouts, optimizer (fused AdamW) and clipping. The other side runs with default settings:
-stock activation and attention, cross-entropy over all logits, and mixed precision by autocast.
-LoRA, evaluation and generation also run with the frozen weights in low precision. Our side keeps
-freed memory, as our commands do (`tune_process`). On a CPU under Linux, the other side is measured
-a second time with the same allocator setting. The share of matmuls is a share of the self time of
-all operations, in one more step under torch.profiler.
+`python -m benchmarks.speed` trains GPT-2 124M with random weights in fp32 and in the default
+precision of `train.py`, with LoRA against PEFT and in full against transformers. Each side runs in
+a separate process, one after the other, for several rounds, and ratios are taken within a round. So
+a machine that slows down slows both sides. Before a time counts, the first steps run without
+dropout, and both sides must have the same losses.
 
-`--only growth` measures LoRA by batch, context, rank and model size (mini to gpt2-xl), with one
-allocator setting. An exponent of 1 means that time or memory doubles with the size. `--only
-scaling` shares one batch among the ranks that torchrun starts on this machine, and reports the
-bytes that a rank passes to all_reduce per step.
+Their side runs with its defaults: stock activation and attention, cross-entropy over all logits,
+mixed precision by autocast. Batches, dropouts, optimizer (fused AdamW) and clipping are the same.
+Our commands make the allocator keep freed memory (`tune_process`). On a CPU under Linux, their side
+is measured twice: with the allocator as it comes, and set as here.
 """
 
 import json
 import os
-import platform
 import re
 import signal
+import statistics
 import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.parity_report import versions
-from benchmarks.speed_report import draw, print_report, summarise
-from benchmarks.speed_tasks import AXES, BASES, Task, along, compare, parameters
-from common.cli import Parser, number
-from common.device import PRECISIONS, Device
+from benchmarks.parity_report import machine, versions
+from benchmarks.speed_worker import Task
+from common.cli import Parser, number, print_table
+from common.device import Device
 from common.errors import RunError, run_command
-from common.files import write_json
+from common.figures import BASE, LORA, OTHER, PAGE_WIDTH, can_draw, save_figure, subplots
+from common.files import read_json, write_json
 from storage.hub import find_base
-from storage.weights import load_config
 from training.options import ROOT
 
-KINDS = ("train", "evaluate", "generate")
+RESULTS = Path(__file__).parent / "results"
+# Allowed relative difference of the losses. In fp32, only sums in another order may differ.
+SAME_LOSS = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}
+RATIOS = {
+    "theirs": "their time / ours, theirs as it comes",
+    "alike": "their time / ours, allocator alike",
+}
+COLUMNS = ("", "our seconds per step", *RATIOS.values(), "our peak MB", "our memory / theirs")
+Record = dict[str, Any]  # a Task and its figures in one round
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_args(argv)
+    if opts.stored:
+        for path in opts.stored:
+            print_table(COLUMNS, table(read_json(path)["measurements"]))
+        return
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also ends the measured process
     with TemporaryDirectory() as folder:
-        prepare(opts, folder)
-        failed = [measure_rounds(opts, name, tasks) for name, tasks in plans(opts).items()]
-    return 1 if any(failed) else 0
+        if not opts.base:
+            opts.base = f"{folder}/GPT-2 124M, random weights"
+            run_apart("--base", opts.base)
+        race(opts)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     parser = Parser(prog="benchmarks.speed", description=__doc__)
-    parser.add_argument(
-        "--base", metavar="B", help="as train.py's (default: GPT-2 124M with random weights)"
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="one round on mini in the default precision of training, in two minutes",
-    )
-    parser.add_argument("--rounds", type=number(int, 1), help="default: 5")
-    parser.add_argument(
-        "--steps",
-        type=number(int, 1),
-        help="timed steps after the warm-up (default: 3; --quick: 1; on CUDA 20)",
-    )
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=tuple(PRECISIONS),
-        metavar="P",
-        help="default: fp32, bf16 unless the GPU emulates it, and on CUDA fp16; "
-        "--quick: train.py's default",
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=(*KINDS, *AXES),
-        default=list(KINDS),
-        metavar="PART",
-        help=f"default: {' '.join(KINDS)}; also {' '.join(AXES)}",
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        metavar="DIR",
-        help="directory for figures and pictures",
-    )
+    parser.add_argument("--base", metavar="B", help="default: GPT-2 124M with random weights")
+    parser.add_argument("--rounds", type=number(int, 1), default=3, metavar="N", help="default: 3")
+    parser.add_argument("--steps", type=number(int, 1), default=12, metavar="N", help="default: 12")
+    parser.add_argument("--quick", action="store_true", help="one round of 2 steps on mini")
+    parser.add_argument("stored", nargs="*", type=Path, help="only print these results' tables")
     opts = parser.parse_args(argv)
-    set_defaults(opts)
+    if opts.quick:
+        opts.base = opts.base or "mini"
+        opts.rounds, opts.steps = 1, 2
     return opts
 
 
-def set_defaults(opts: Namespace) -> None:
-    """Set the missing options by the device and by `--quick`."""
-    device = Device.pick(opts.device, train=True)
-    opts.device = device.torch_device.type
+def race(opts: Namespace) -> None:
+    """Run all rounds. After each round, write the result. At the end, print and draw it."""
+    base_name, base = find_base(opts.base)
+    device = Device.pick(train=True)
+    results: dict[str, Any] = {
+        "base": Path(base_name).name,  # without the path
+        "command": f"make bench ARGS='--rounds {opts.rounds} --steps {opts.steps}'",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "load_average": [],  # over 1, 5 and 15 minutes, at the start of each round
+        "measurements": [],
+    }
+    name = re.sub(r"\W+", "-", f"{'quick' if opts.quick else 'speed'} {machine()}")
+    path = RESULTS / f"{name}.json"
 
-    rounds = 5
-    steps = 3
-    warm_up = 2
-    precisions = ["fp32", "bf16"]
-    if opts.quick:
-        opts.base = opts.base or "mini"
-        rounds = 1
-        steps = 1
-    if device.is_cuda:
-        steps = 20
-        warm_up = 3
-        native = device.precision  # fp16 if the GPU emulates bf16
-        precisions = list(dict.fromkeys(("fp32", native, "fp16")))
-    if opts.quick:
-        precisions = [device.precision]
+    for i in range(opts.rounds):
+        results["load_average"].append(os.getloadavg())
+        print(f"round {i + 1}, load average {os.getloadavg()[0]:.2f}", flush=True)
+        for method in ("lora", "full"):
+            for precision in dict.fromkeys(("fp32", device.precision)):
+                task = Task(str(base), method, precision, steps=opts.steps)
+                results["measurements"] += measure(task, i)
+        write_json(path, results)
 
-    opts.rounds = opts.rounds or rounds
-    opts.steps = opts.steps or steps
-    opts.warm_up = warm_up
-    opts.precision = opts.precision or precisions
+    print_table(COLUMNS, table(results["measurements"]))
+    print(f"saved in {path}")
+    if can_draw():
+        save_figure(draw(results), path.with_suffix(".png"))
 
 
-def prepare(opts: Namespace, folder: str) -> None:
-    """Make bases of random weights in `folder`, find the base, and set the tasks' shared options.
+def measure(task: Task, i: int) -> list[Record]:
+    """Measure all sides, in reverse order in every other round. Return the records of round `i`.
 
-    `opts.models` maps the number of parameters to the directories of these bases.
+    Raises RunError if the sides do not compute the same losses.
     """
-    wanted = []
-    if not opts.base:
-        wanted.append("base")
-    if "growth" in opts.only and opts.quick:
-        wanted += list(BASES)[:2]
-    elif "growth" in opts.only:
-        wanted += list(BASES)
+    sides = ["ours", "theirs"]
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        sides.append("alike")  # elsewhere, `tune_process` does not change the allocator
+    if i % 2:
+        sides.reverse()
 
-    opts.models = {}
-    for name in dict.fromkeys(wanted):
-        directory = made(folder, name)
-        run_apart(Task(name, directory))
-        opts.models[parameters(BASES[name])] = directory
-
-    _, base = find_base(opts.base or made(folder, "base"))
-    opts.config = load_config(base)
-    opts.task = Task(
-        "train",
-        str(base),
-        opts.device,
-        warm_up=opts.warm_up,
-        steps=opts.steps,
-        block_size=min(Task.block_size, opts.config.n_positions),
-    )
+    records = []
+    for side in sides:
+        task = replace(task, side=side)
+        found = json.loads(run_apart(json.dumps(asdict(task))))
+        records.append({**asdict(task), "base": Path(task.base).name, "round": i, **found})
+        print(f"  {title(records[-1])}, {side}: {found['median']:.4g} s", flush=True)
+    check_same_losses(records)
+    return records
 
 
-def made(folder: str, name: str) -> str:
-    return str(Path(folder, f"{name}, random weights"))
+def run_apart(*words: str) -> str:
+    """Run the worker in a separate process, and return its output. Raises RunError if it fails.
+
+    On Linux, a process inherits the peak memory of its parent, so this process must stay small.
+    """
+    command = [sys.executable, "-m", "benchmarks.speed_worker", *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if ended.returncode:
+        reason = ended.stderr.strip().rpartition("\n")[2].removeprefix("error: ")
+        raise RunError(f"a measured process ended with status {ended.returncode}: {reason}")
+    return ended.stdout
 
 
-def plans(opts: Namespace) -> dict[str, list[Task]]:
-    """Return the tasks of a round, by the name of the file of figures."""
-    found = {part: along(opts, part) for part in AXES if part in opts.only}
-    compared = [kind for kind in KINDS if kind in opts.only]
-    if compared == list(KINDS):
-        found["speed"] = compare(opts)
-    elif compared:
-        found["-".join(compared)] = compare(opts)
+def check_same_losses(records: list[Record]) -> None:
+    """Raise RunError if two sides compute different losses, because then times say nothing."""
+    first, *others = records
+    for other in others:
+        if not np.allclose(first["losses"], other["losses"], SAME_LOSS[first["precision"]], 0):
+            raise RunError(
+                f"{title(first)}: the losses differ, so no time is compared: {first['losses']} "
+                f"({first['side']}) and {other['losses']} ({other['side']})"
+            )
+
+
+def title(record: Record) -> str:
+    return f"{record['method'].replace('lora', 'LoRA')}, {record['precision']}"
+
+
+def figures(measurements: list[Record]) -> dict[str, dict[str, list[float]]]:
+    """Return for each method and precision our times and memory, and the ratios of each round."""
+    rounds: dict[str, dict[str, list[Record]]] = {}  # title -> side -> a record for each round
+    for record in measurements:
+        # Older results have alike as a flag, and a side with frozen weights in bf16 ("low").
+        side = "alike" if record.get("allocator_alike") else record["side"]
+        if record.get("weights") != "low":
+            rounds.setdefault(title(record), {}).setdefault(side, []).append(record)
+
+    found = {}
+    for name, sides in rounds.items():
+        found[name] = {
+            "seconds": [record["median"] for record in sides["ours"]],
+            "peak_mb": [record["peak_mb"] for record in sides["ours"]],
+            "memory": quotients(sides["ours"], sides["theirs"], "peak_mb"),
+        }
+        for side in RATIOS.keys() & sides:
+            found[name][side] = quotients(sides[side], sides["ours"], "median")
     return found
 
 
-def facts(opts: Namespace) -> dict[str, Any]:
-    """Return the facts that the figures depend on, without the host's name."""
-    base = Path(opts.base).name if opts.base else "GPT-2 124M, random weights"
-    how = __doc__ or ""  # None under `python -OO`
-    return {
-        "base": base,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine_name(opts.device),
-        "threads": torch.get_num_threads(),
-        "load_average": [],  # over 1, 5 and 15 minutes, at the start of each round
-        "versions": versions(),
-        "rounds": opts.rounds,
-        "steps": opts.steps,
-        "how": " ".join(how.split()),
-        "measurements": [],
-        "failed": {},
-    }
+def quotients(over: list[Record], under: list[Record], key: str) -> list[float]:
+    return [a[key] / b[key] for a, b in zip(over, under, strict=True)]
 
 
-def machine_name(device: str) -> str:
-    """Return the device and the processor, as a part of a file's name."""
-    machine = f"{device}-{processor(device)}"
-    return re.sub(r"[^A-Za-z0-9.]+", "-", machine).strip("-")
+def table(measurements: list[Record]) -> list[list[str]]:
+    """Return a row for each method and precision: medians over the rounds (least..most)."""
+    rows = []
+    for name, found in figures(measurements).items():
+        ratios = [spread(found[side]) if side in found else "-" for side in RATIOS]
+        peak = f"{statistics.median(found['peak_mb']):,.0f}"
+        memory = f"{statistics.median(found['memory']):.2f}"
+        rows.append([name, spread(found["seconds"]), *ratios, peak, memory])
+    return rows
 
 
-def processor(device: str) -> str:
-    """Return the GPU's name, or the CPU's name and its number of cores."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        x86 = r"cpu family\s*: (\d+)\nmodel\s*: (\d+)\nmodel name\s*: (.+)"
-        found = re.search(x86, cpuinfo.read_text())
-        if found:
-            family, model, name = found.groups()  # a virtual machine's name may hide the model
-            return f"{os.cpu_count()}-{name}-family-{family}-model-{model}"
-    return f"{os.cpu_count()}-{platform.machine()}"
+def spread(values: Sequence[float]) -> str:
+    """Format the median and, with several values, the range."""
+    middle = f"{statistics.median(values):.2f}"
+    return f"{middle} ({min(values):.2f}..{max(values):.2f})" if len(values) > 1 else middle
 
 
-def measure_rounds(opts: Namespace, what: str, tasks: list[Task]) -> bool:
-    """Run every task once per round. Every other round runs in reverse order. Later rounds leave
-    out a task that failed. Return whether a task failed.
-    """
-    results = facts(opts)
-    prefix = "quick-" if opts.quick else ""
-    path = opts.out / f"{prefix}{what}-{results['machine']}.json"
-
-    for i in range(opts.rounds):
-        load = os.getloadavg()
-        results["load_average"].append(load)
-        print(f"round {i + 1}: load average {load[0]:.2f} {load[1]:.2f} {load[2]:.2f}", flush=True)
-        in_order = tasks if i % 2 == 0 else tasks[::-1]
-        for task in in_order:
-            if task.name not in results["failed"]:
-                measure(task, i, results)
-        results["summary"] = summarise(results["measurements"])
-        write_json(path, results)
-
-    print_report(results["summary"])
-    print(f"\nsaved in {path}")
-    draw(results, path.with_suffix(".png"))
-    return bool(results["failed"])
-
-
-def measure(task: Task, i: int, results: dict[str, Any]) -> None:
-    """Run the task. Record and print the figures, or the reason of a failure."""
-    try:
-        figures = run_apart(task)
-    except RunError as error:
-        results["failed"][task.name] = str(error)
-        print(f"error: {task.name}: {error}; left out from here on", file=sys.stderr, flush=True)
-        return
-
-    record = {
-        "name": task.name,
-        "contender": task.contender,
-        "round": i,
-        **asdict(task),
-        **figures,
-        "base": results["base"],  # without the path
-    }
-    results["measurements"].append(record)
-    print(f"round {i + 1}: {task.name}: {figures['median']:.4g} s", flush=True)
-
-
-def run_apart(task: Task) -> dict:
-    """Measure a task in a separate process, or in several ranks. Return the figures. Raises
-    RunError if a process fails.
-
-    On Linux, a process inherits the peak memory of the parent, so this process must stay small.
-    """
-    command = [sys.executable, "-m"]
-    if task.ranks:
-        command += ["torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(task.ranks), "-m"]
-    command += ["benchmarks.speed_worker", json.dumps(asdict(task))]
-
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode == -signal.SIGKILL:
-        raise RunError("its process was killed (out of memory?)")
-    if ended.returncode:
-        raise RunError(reason(ended))
-    return json.loads(ended.stdout.splitlines()[-1])
-
-
-def reason(ended: subprocess.CompletedProcess[str]) -> str:
-    """Return why a process failed: the line of the error, or the last line of output."""
-    lines = [f"exit status {ended.returncode}", *re.findall(r".*\w.*", ended.stderr)]
-    for line in lines:
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")  # torchrun writes more lines
-    return lines[-1]
+def draw(results: dict[str, Any]) -> Any:
+    """Draw a row for each method and precision, and a dot for the ratio of each round."""
+    found = figures(results["measurements"])
+    figure, axes = subplots(figsize=(PAGE_WIDTH, 1.8 + 0.45 * len(found)))
+    for side, colour in (("theirs", OTHER), ("alike", LORA)):
+        label = RATIOS[side]
+        for name, numbers in found.items():
+            ratios = numbers.get(side, [])
+            axes.plot(ratios, [name] * len(ratios), "o", color=colour, label=label, alpha=0.7)
+            label = ""  # one entry in the legend
+    axes.invert_yaxis()  # the first row on top
+    axes.axvline(1, color=BASE, linestyle="--", linewidth=1)
+    axes.set(xlabel="right of 1: this project is faster")
+    figure.suptitle(f"{results['base']}\n{results['machine']}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ class PiSSALinear(LoRALinear):
     al. 2024, https://arxiv.org/abs/2404.02948, equations 2 to 4).
 
     With W = U S V^T and root = sqrt(S[:r] / scaling), the start is B0 = U[:, :r] root (out, r) and
-    A0 = root V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W. A state dict contains W,
-    B0 and A0, so that it does not depend on the base that it is loaded into.
+    A0 = root V[:, :r]^T (r, in). A resumed run recomputes B0 and A0 from W. A state dict contains
+    W, B0 and A0, so that it does not depend on the base that it is loaded into.
 
     A new adapter changes nothing, up to rounding. In evaluation mode, the layer computes
     W x + b + scaling * (B A - B0 A0) x, like the base with the saved adapter. `base_layer` is

@@ -9,7 +9,6 @@ import evaluate
 import generate
 import train
 from benchmarks import speed_worker
-from benchmarks.speed_worker import Task
 from common import device
 from common.device import Device
 from common.errors import UserError
@@ -24,11 +23,12 @@ def test_the_cpus_bf16_is_for_training(monkeypatch):
 
 def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeypatch):
     """All sides compute fp32 without TF32, even if the image enables TF32."""
-    monkeypatch.setitem(speed_worker.CALLS, "train", lambda *_: lambda: None)
+    model = torch.nn.Identity()
+    monkeypatch.setattr(speed_worker, "their_side", lambda *_: (model, lambda: 0.0))
     for main, *argv in ((train.main, "lora"), (evaluate.main,), (generate.main, "--prompt", "x")):
         torch.backends.cuda.enable_cudnn_sdp(True)
         torch.set_float32_matmul_precision("high")
-        speed_worker.measure(Task("train", str(base), side="theirs"))
+        speed_worker.measure(speed_worker.Task(str(base), side="theirs"))
         assert torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.get_float32_matmul_precision() == "highest"
         torch.set_float32_matmul_precision("high")
