@@ -5,11 +5,14 @@ import shutil
 import signal
 from pathlib import Path
 from shlex import split
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train
+import training.plan
 from common.device import Device
 from common.errors import RunError
 from tests import runs
@@ -241,6 +244,25 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
     report = finished(tmp_path).report
     assert report["peak_memory_mb"] == 900 and 999 < report["seconds"] < 1300
     assert report["tokens_per_second"] < 4 * 16 * runs.BLOCK / 999
+
+
+def test_a_finished_run_says_so_before_it_reads_texts_or_weights(base, book, tmp_path):
+    """Also if the recipe computes the learning rate, which needs the length of the text."""
+    options = ("--recipe", "best", "--max-steps", 2)
+    trained("lora", base, book, tmp_path / "run", *options)
+    argv = arguments("lora", base, book, tmp_path / "run", *options, "--resume")
+    unread = AssertionError("a finished run is read")
+    with (
+        mock.patch.object(training.plan, "load_data", side_effect=unread),
+        mock.patch.object(train, "load_model", side_effect=unread),
+    ):
+        ending = run(main, *argv)
+    assert ending.status == 0 and "this run is finished" in ending.stdout
+    book_of_others = tmp_path / "other.txt"
+    book_of_others.write_text(runs.story(seed=5))
+    assert "--book: the content has changed" in refused(
+        tmp_path / "run", *argv, "--book", book_of_others
+    )
 
 
 def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
