@@ -106,6 +106,7 @@ def draw(entries: Sequence[Entry], path: Path) -> None:
     widths = [entry.numbers["best_val_perplexity"] for entry in entries]
     bars = axes.barh(range(len(names)), widths, color=[METHODS[e.method] for e in entries])
     axes.bar_label(bars, fmt="{:,.1f}", padding=3)
+    axes.margins(x=0.1)  # room for the numbers
     axes.set(title="Validation perplexity of finished runs and their bases: lower is better")
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.invert_yaxis()
