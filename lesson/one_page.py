@@ -25,9 +25,10 @@ BASE = Path("model/mini")  # or a directory with the config.json and model.safet
 BOOK = Path("data/book.txt")
 OUT = Path("runs/one-page")
 R, ALPHA, DROPOUT = 8, 16, 0.05
-BLOCK, STRIDE = 128, 16  # tokens in a window, and from the start of a window to the next start
-BATCH, EPOCHS = 16, 3
-PEAK_LR, WARMUP, WEIGHT_DECAY, CLIP = 3e-4, 0.06, 0.01, 1.0
+BLOCK, STRIDE = 128, 16  # a window of 128 tokens starts at every 16th token of the book
+BATCH, EPOCHS = 16, 3  # windows per step. An epoch reads each token 128 / 16 = 8 times
+PEAK_LR, WARMUP = 3e-4, 0.06  # WARMUP is the share of steps in which the rate rises
+WEIGHT_DECAY, CLIP = 0.01, 1.0  # CLIP is the largest norm of the gradient
 SEED = 42
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -35,16 +36,17 @@ DTYPE = torch.bfloat16 if CUDA and torch.cuda.is_bf16_supported(False) else torc
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + s B A x with s = alpha / r (Hu et al. 2021, equation 3). W and b are frozen."""
+    """y = W x + b + s B A x with s = alpha / r (Hu et al. 2021, equation 3). Names as in PEFT."""
 
     def __init__(self, base_layer: nn.Linear):
         super().__init__()
-        self.base_layer = base_layer  # W (out, in)
+        self.base_layer = base_layer  # W (out, in) and b, frozen
         self.lora_dropout = nn.Dropout(DROPOUT)
         self.lora_A = nn.Linear(base_layer.in_features, R, bias=False)  # A (r, in)
         self.lora_B = nn.Linear(R, base_layer.out_features, bias=False)  # B (out, r)
         self.scaling = ALPHA / R
-        # A starts at random in +-1/sqrt(in), and B at zero, so a new adapter changes nothing.
+        # A is uniform in +-1/sqrt(in), which is the start of nn.Linear, but PEFT draws it again.
+        # B is zero, so a new adapter changes nothing.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -111,11 +113,11 @@ def load_gpt2(directory: Path) -> GPT2:
     """Load GPT-2 in fp32. Files store a projection as (in, out), and nn.Linear as (out, in)."""
     model = GPT2(json.loads((directory / "config.json").read_text()))
     stored = load_file(directory / "model.safetensors")
-    prefix = "transformer." if "transformer.wte.weight" in stored else ""  # none on the hub
+    prefix = "transformer." if "transformer.wte.weight" in stored else ""  # not on the hub
     for name, parameter in model.named_parameters():
         weight = stored[prefix + name].float()
         is_projection = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-        parameter.data = weight.t() if is_projection else weight
+        parameter.data = weight.t() if is_projection else weight  # a view: nothing is copied
     return model
 
 
@@ -132,13 +134,13 @@ def evaluate(model: GPT2, tokens: Tensor) -> float:
     """Return the mean loss over a text (N,). Each token except the first is scored once."""
     model.eval()
     total = 0.0
-    for start in range(0, len(tokens) - 1, BLOCK):
+    for start in range(0, len(tokens) - 1, BLOCK):  # the last target is the next first input
         total += total_loss(model, tokens[None, start : start + BLOCK + 1]).item()
     return total / (len(tokens) - 1)
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Return the rate: linear warm-up to the peak, and then half a cosine down to 0."""
+    """Return the rate: linear warm-up to the peak, and then half a cosine towards 0."""
     warmup = math.ceil(WARMUP * steps)
     if step < warmup:
         return PEAK_LR * (step + 1) / warmup
@@ -150,7 +152,7 @@ def train(model: GPT2, training: Tensor, validation: Tensor) -> float:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=PEAK_LR, weight_decay=WEIGHT_DECAY, fused=True)
     scaler = torch.amp.GradScaler(DEVICE, enabled=CUDA and DTYPE is torch.float16)
-    starts = np.arange(0, len(training) - BLOCK, STRIDE)  # of the windows
+    starts = np.arange(0, len(training) - BLOCK, STRIDE)  # the first token of each window
     steps = EPOCHS * math.ceil(len(starts) / BATCH)
     step, best = 0, math.inf
     for epoch in range(EPOCHS):
@@ -160,8 +162,8 @@ def train(model: GPT2, training: Tensor, validation: Tensor) -> float:
             positions = order[first : first + BATCH, None] + np.arange(BLOCK + 1)
             rows = training[positions].to(DEVICE)  # (B, T + 1)
             loss = total_loss(model, rows) / rows[:, 1:].numel()  # the mean over tokens
-            # In fp16, small gradients would become 0. So the scaler multiplies the loss by a large
-            # factor, and `unscale_` divides the gradients by this factor.
+            # The scaler acts only in fp16, where small gradients would become 0. It multiplies the
+            # loss by a large factor, and `unscale_` divides, so that clipping sees the true norm.
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained, CLIP)
@@ -174,8 +176,8 @@ def train(model: GPT2, training: Tensor, validation: Tensor) -> float:
                 print(f"step {step} of {steps}: loss {loss.item():.4f}")
         val_loss = evaluate(model, validation)
         print(f"epoch {epoch + 1} of {EPOCHS}: validation loss {val_loss:.4f}")
-        best = min(best, val_loss)
-        if val_loss == best:
+        if val_loss < best:
+            best = val_loss
             save_adapter(model)
     return best
 
@@ -209,16 +211,15 @@ def main() -> None:
     validation = tokens[cut:].to(DEVICE)
 
     torch.manual_seed(SEED)  # for A, and then for the dropouts
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # before A and B exist, which stay trainable
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name.endswith("c_attn"):
-            model.set_submodule(name, LoRALinear(layer))
+            model.set_submodule(name, LoRALinear(layer))  # q, k and v share one A and one B
     model.to(DEVICE)
-
     print(f"base: validation perplexity {math.exp(evaluate(model, validation)):.2f}")
     best = train(model, tokens[:cut], validation)
     print(f"adapter: validation perplexity {math.exp(best):.2f}")
-    ids = tokenizer.encode("You climb the stair and").tolist()
+    ids = tokenizer.encode("You climb the stair and").tolist()  # continued by the last epoch's A, B
     while len(ids) < 60 and not tokenizer.decode(ids).endswith((".", "!", "?")):
         logits = model(torch.tensor([ids], device=DEVICE))[0, -1]  # (V,)
         ids += torch.multinomial(F.softmax(logits / 0.8, dim=-1), 1).tolist()
