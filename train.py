@@ -15,11 +15,10 @@ from data.windows import Batch
 from evaluation.scores import EVAL_BATCH, Scores, evaluate
 from lora import adapter_disabled
 from model.gpt2 import GPT2
-from training.launch import launch
 from training.model import load_model
 from training.optimizer import AdamW, grad_scaler, trained_parameters
 from training.options import parse_options
-from training.plan import Plan, make_plan
+from training.plan import Plan, launch, make_plan
 from training.report import describe_parameters
 from training.run import Run, open_run
 
@@ -32,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         model = load_model(plan)  # for LoRA, the base is frozen and A and B are new
         print(describe_parameters(model))
-        with open_run(plan, model, *set_up(model, plan)) as run:  # resumes a run, or empties --out
-            train(run)
+        optimizer, scaler = make_optimizer(model, plan)
+        with open_run(plan, model, optimizer, scaler) as run:  # resumes a run, or empties --out
+            train(plan, run)
 
 
-def set_up(model: GPT2, plan: Plan) -> tuple[AdamW, torch.amp.GradScaler]:
+def make_optimizer(model: GPT2, plan: Plan) -> tuple[AdamW, torch.amp.GradScaler]:
     """Return the optimizer and the GradScaler, which scales the loss in fp16."""
     settings = plan.settings
     groups = trained_parameters(model, settings)  # each has an `lr_scale`, which multiplies lr
@@ -44,12 +44,11 @@ def set_up(model: GPT2, plan: Plan) -> tuple[AdamW, torch.amp.GradScaler]:
     return optimizer, grad_scaler(plan.device)
 
 
-def train(run: Run) -> None:
+def train(plan: Plan, run: Run) -> None:
     """Run the training steps that remain. Validate when due, and keep the best model."""
-    plan = run.plan
     settings = plan.settings
     if run.step == 0:
-        validate_start(run)
+        validate_start(plan, run)
     for batch in plan.batches(run.step):
         lr = learning_rate(run.step, plan.total_steps, settings.lr, settings.warmup_ratio)
         loss, grad_norm = train_step(run.model, run.optimizer, run.scaler, batch, lr, plan)
@@ -103,12 +102,12 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def validate_start(run: Run) -> None:
+def validate_start(plan: Plan, run: Run) -> None:
     """Score the base on the validation part, and the adapter of `--init-adapter` if given."""
     with adapter_disabled(run.model):
-        run.keep_base(validate(run.model, run.plan))
-    if run.plan.settings.init_adapter:
-        run.keep_best(validate(run.model, run.plan))
+        run.keep_base(validate(run.model, plan))
+    if plan.settings.init_adapter:
+        run.keep_best(validate(run.model, plan))
 
 
 def validate(model: GPT2, plan: Plan) -> Scores:

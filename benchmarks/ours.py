@@ -24,10 +24,9 @@ from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
 from storage.weights import load_config, load_gpt2, save_gpt2
 from training.data import load_data
-from training.launch import prepare_device
 from training.model import load_model
 from training.options import Options, parse_options
-from training.plan import make_plan
+from training.plan import make_plan, prepare_device
 
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:
@@ -82,7 +81,7 @@ class Trainer:
 
     def set_up(self) -> None:
         """Make the optimizer. Call this again to train other parameters."""
-        self.optimizer, self.scaler = train.set_up(self.model, self.plan)
+        self.optimizer, self.scaler = train.make_optimizer(self.model, self.plan)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

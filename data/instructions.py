@@ -75,11 +75,6 @@ class Instructions:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """Return all rows joined, (3, N). A hash of this array is part of a run's identity."""
-        return np.concatenate(self.rows, axis=1)
-
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each. T is the length of the longest example.
 

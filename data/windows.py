@@ -23,10 +23,6 @@ class Dataset(Protocol):
     def passes_per_epoch(self) -> float:
         """Return how often an epoch reads each token, on average."""
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """Return all token ids. Their hash is part of a run's identity."""
-
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets of the items (windows or examples) with these indices (B,)."""
 

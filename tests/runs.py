@@ -150,9 +150,9 @@ def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
     loop = train.train
     runs = []
 
-    def remember(run):
+    def remember(plan, run):
         runs.append(run)
-        loop(run)
+        loop(plan, run)
 
     def act(model, optimizer, scaler, batch, lr, plan):
         action = actions.get(runs[-1].step + 1)

@@ -43,7 +43,7 @@ def run_identity(options: Options, base_directory: Path) -> RunIdentity:
     )
 
 
-def refuse_another(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
+def refuse_another_run(path: Path, then: dict[str, Any], now: RunIdentity) -> None:
     """Raise UserError if `now` differs from `then`, the identity stored in `path`. The message
     names the first difference.
     """

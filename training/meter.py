@@ -51,7 +51,7 @@ class Meter:
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
         self.grad_norm = 0.0  # of the last step
         self.fault = ""  # describes the first faulty step
-        # Counted since the last line of metrics. `Run.count_step` adds the seconds of a step.
+        # Counted since the last line of metrics. `Run.end_step` adds the seconds of a step.
         self.loss = 0.0
         self.tokens = 0
         self.seconds = 0.0

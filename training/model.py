@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from common.device import Device
 from common.errors import RunError, UserError, as_failure
 from data.instructions import CHAT_TEMPLATE
 from lora import inject, load_adapter, save_adapter
 from lora.quantised import LAYERS
-from model.gpt2 import GPT2
+from model.gpt2 import GPT2, KVCache
 from model.kernels.fast import set_kernels
 from storage.hf_compat import save_tokenizer, stock_name
 from storage.hub import split_revision
 from storage.weights import find_weights, load_config, load_gpt2, save_gpt2
-from training.launch import compile_hidden
 from training.options import Options, adapter_config
 from training.plan import Plan
 
@@ -73,6 +74,24 @@ def add_adapter(model: GPT2, options: Options, base_sha256: Mapping[str, str]) -
             inject(model, adapter_config(options))
         except ValueError as error:
             raise UserError(f"--r, --layers, --target-modules: {error}") from error
+
+
+def compile_hidden(model: GPT2, rows: int) -> None:
+    """Compile `model.hidden`, which takes most of the time of a step.
+
+    The loss is not compiled, because the compiler would unroll the loop over chunks. In training, a
+    batch of fewer rows is padded to `rows`, to avoid recompilation.
+    """
+    plain = model.hidden
+    compiled = torch.compile(plain)
+
+    def hidden(idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        if not model.training:
+            return plain(idx, cache)
+        padded = F.pad(idx, (0, 0, 0, max(0, rows - len(idx))))
+        return compiled(padded)[: len(idx)]
+
+    model.hidden = hidden  # type: ignore[method-assign]
 
 
 def save_model(model: GPT2, plan: Plan) -> None:

@@ -82,7 +82,7 @@ def blocks(text: str) -> range:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a run, as typed. An option that the user left out has its default value."""
+    """The options of a run: typed by the user, set by a recipe, or the defaults below."""
 
     method: str
     base: str = option(**BASE_OPTION, may_change=True)
@@ -269,7 +269,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Settings(Options):
-    """Options with every value filled in: the base, the precision and the learning rate."""
+    """Options after `fill_in` and `with_rate` in training/recipe.py: no value is left open."""
 
     lr: float = field(kw_only=True)
 

@@ -1,28 +1,56 @@
-"""Plan a run: everything that is known before the weights are loaded."""
+"""Start a run, and plan it: everything that is known before the weights are loaded."""
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from common.device import Device
+from common.device import Device, tune_process
+from common.errors import UserError
 from common.processes import Processes
 from data.windows import Batch
-from evaluation.compare import read_run
+from evaluation.compare import RUN, read_run
 from storage.hub import find_base
 from training.data import Data, load_data
-from training.directory import RUN, refuse_inputs_as_output, refuse_used_directory
-from training.identity import RunIdentity, refuse_another, run_identity
+from training.directory import refuse_inputs_as_output, refuse_used_directory
+from training.identity import RunIdentity, refuse_another_run, run_identity
 from training.options import Options, Settings
 from training.recipe import count_steps, fill_in, with_rate
 
 
+@contextmanager
+def launch(options: Options) -> Iterator[tuple[Device, Processes]]:
+    """Join the processes that `torchrun` started, and yield the device and the processes."""
+    tune_process()
+    processes = Processes.from_environment()
+    device = Device.pick(options.device, options.precision, train=True)
+    with processes.joined(device.torch_device):
+        prepare_device(options, device)
+        yield device, processes
+
+
+def prepare_device(options: Options, device: Device) -> None:
+    """Set up the device for a run. Raises UserError for options that do not fit the device."""
+    device.set_tf32(options.allow_tf32)
+    kind = device.torch_device.type
+    if options.compile:
+        if kind == "cpu":
+            raise UserError("--compile: makes steps slower on a CPU (docs/speed.md); omit it")
+        device.check_compiler()
+    if options.gradient_checkpointing and kind == "mps":  # pytorch#127676
+        raise UserError(
+            "--gradient-checkpointing: on MPS, the second forward pass would draw other dropout "
+            "masks; use --grad-accum to save memory"
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A run of `train.py` before its first step. `settings` are the options with all values filled
-    in, and `identity` is what a resumed run must share.
+    """A run of `train.py` before its weights are loaded. `identity` is what a resumed run must
+    share with the run that it continues.
     """
 
     settings: Settings
@@ -73,7 +101,7 @@ def make_plan(options: Options, device: Device, processes: Processes) -> Plan | 
     if processes.is_main:
         refuse_inputs_as_output(options, directory)
 
-    options = fill_in(options, base, device)
+    options = fill_in(options, base, device)  # all values, except a computed lr
     identity = run_identity(options, directory)
     processes.check_same(asdict(identity))
     if processes.from_main(processes.is_main and is_finished(options, identity)):
@@ -89,7 +117,7 @@ def make_plan(options: Options, device: Device, processes: Processes) -> Plan | 
         settings,
         directory,
         data,
-        replace(identity, options=settings.as_json()),
+        replace(identity, options=settings.as_json()),  # now with the computed lr
         device,
         processes,
         steps_per_epoch,
@@ -102,5 +130,5 @@ def is_finished(options: Options, identity: RunIdentity) -> bool:
     """Return whether --resume finds a finished run. Raises UserError for another run."""
     if not options.resume or not (options.out / RUN).exists():
         return False
-    refuse_another(options.out / RUN, read_run(options.out), identity)
+    refuse_another_run(options.out / RUN, read_run(options.out), identity)
     return True

@@ -11,7 +11,7 @@ import torch
 from common.errors import UserError, describe_failure
 from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
 from training.directory import RunDirectory
-from training.identity import refuse_another
+from training.identity import refuse_another_run
 from training.plan import Plan
 
 
@@ -73,7 +73,7 @@ class Saver:
         """Restore the last checkpoint. Raises UserError for a checkpoint of another run."""
         state = self.processes.from_main(read_checkpoint(self.out) if self.directory else {})
         try:
-            refuse_another(self.out / CHECKPOINT, state["run"], self.identity)
+            refuse_another_run(self.out / CHECKPOINT, state["run"], self.identity)
             for name, stateful in self.stateful.items():
                 stateful.load_state_dict(state[name])
             self.began_at -= state["cost"]["seconds"]

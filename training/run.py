@@ -56,11 +56,10 @@ class Run:
         self.progress = Progress()
         self.meter = Meter(plan.device.precision == "fp16")
         self.saver = Saver(plan, directory, self._state())
-        self._resume_or_clear()
         self.stop_signal: int | None = None
         self.step_began = time.perf_counter()
         disable = None if directory else True  # None: show the bar on a terminal only
-        self.bar = tqdm(total=plan.total_steps, initial=self.step, unit="step", disable=disable)
+        self.bar = tqdm(total=plan.total_steps, unit="step", disable=disable)
 
     def _state(self) -> dict[str, Any]:
         """Return the objects whose state a checkpoint contains."""
@@ -75,7 +74,7 @@ class Run:
             "meter": self.meter,
         }
 
-    def _resume_or_clear(self) -> None:
+    def resume_or_clear(self) -> None:
         """Resume from the checkpoint if --resume finds one. Otherwise clear `--out`."""
         settings = self.plan.settings
         processes = self.plan.processes
@@ -87,6 +86,7 @@ class Run:
             if self.directory and math.isfinite(self.progress.best_val_loss) and not best.exists():
                 raise UserError(f"--resume: {best} is missing; start again with --overwrite")
             print(f"resuming after step {self.step} of {self.plan.total_steps}")
+            self.bar.initial = self.bar.n = self.step
         elif self.directory:
             if settings.resume:
                 print(f"{settings.out}: the run has no checkpoint yet; starting from the beginning")
@@ -259,6 +259,7 @@ def open_run(
         if directory:
             refuse_used_directory(plan.settings)  # again: another run may have begun since the plan
         run = Run(plan, model, optimizer, scaler, directory)
+        run.resume_or_clear()
         on_signals(run.on_signal)
         try:
             with run.bar:
