@@ -37,5 +37,5 @@ def unwrap(model: nn.Module) -> None:
             linear_layers[name] = layer.unwrapped()
     for name, linear in linear_layers.items():
         model.set_submodule(name, linear)
-    if hasattr(model, "lora_config"):
-        del model.lora_config
+    for module in model.modules():  # a wrapper does not have the config, but the model inside
+        vars(module).pop("lora_config", None)

@@ -1,8 +1,9 @@
 """Describe how PEFT sees a model: the modules' names in PEFT, and the PEFT class that wraps the
 model.
 
-PEFT sees our GPT-2 as transformers' GPT2LMHeadModel. There, `lm_head` is a module, all other
-modules are in `transformer`, and projections are stored as (in, out).
+PEFT sees our GPT-2 as transformers' GPT2LMHeadModel, as the model's attribute `peft_sees` declares.
+There, `lm_head` is a module, all other modules are in `transformer`, and projections are stored as
+(in, out).
 """
 
 from collections.abc import Mapping
@@ -10,8 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
-
-from lora.layer import LoRALinear
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,11 @@ GPT2_VIEW = PeftView(
 
 
 def peft_view(model: nn.Module) -> PeftView:
-    """Return PEFT's view of our GPT-2, of a model from the transformers library, or of any other
-    module."""
+    """Return PEFT's view of a model that declares `peft_sees`, of a model from the transformers
+    library, or of any other module."""
     if hasattr(model, "can_generate"):
         return PeftView(task_type=_task_type(model))
-    if _is_our_gpt2(model):
+    if getattr(model, "peft_sees", None) == "GPT2LMHeadModel":
         return GPT2_VIEW
     return PeftView()
 
@@ -52,13 +51,3 @@ def _task_type(model: Any) -> str | None:
         return None
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
     return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
-
-
-def _is_our_gpt2(model: Any) -> bool:
-    """Return whether a model is our GPT-2. Our GPT-2 has `wte`, `h`, `ln_f` and `nn.Linear`s, but
-    no head."""
-    names = {name for name, _ in model.named_children()}
-    if not {"wte", "h", "ln_f"} <= names or names & {"transformer", "lm_head", "head"}:
-        return False
-    modules = dict(model.h.named_modules())
-    return isinstance(modules.get("0.attn.c_attn"), nn.Linear | LoRALinear)

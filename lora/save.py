@@ -17,6 +17,7 @@ from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_config import CONFIG, peft_config
 from lora.peft_view import peft_view
 from lora.quantised import quantisation
+from lora.targets import inner_model
 from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,13 +36,16 @@ def save_adapter(
     """Write the model's adapter as two files that PEFT can load. Each file is written atomically.
 
     `base` is the name of the base on the hub, and `revision` is the revision there. `base_sha256`
-    is the hash of the base's weights file, which `load_adapter` can check. Raises ValueError for a
-    model without an adapter, for a layer that PEFT would misread, and for a tensor that is not
-    finite.
+    is the hash of the base's weights file, which `load_adapter` can check. The model may be wrapped
+    as `inner_model` describes. Raises ValueError for a model without an adapter, for a layer that
+    PEFT would misread, and for a tensor that is not finite.
     """
-    model = getattr(model, "_orig_mod", model)  # `torch.compile` wraps the model
+    model = inner_model(model)
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save; `inject` or `load_adapter` adds one")
+    if "lora_config" not in vars(model):
+        parts = [name for name, part in model.named_modules() if "lora_config" in vars(part)]
+        raise ValueError(f"the adapter belongs to a part of the model: {', '.join(parts)}; save it")
     misread = misread_by_peft(model, lora_layers(model))
     if misread:
         raise ValueError(f"the adapter cannot be saved in PEFT's format: {misread}")

@@ -11,6 +11,8 @@ from itertools import chain
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lora.layer import LoRAConfig, LoRALinear
 from lora.peft_view import peft_view
@@ -18,6 +20,7 @@ from lora.peft_view import peft_view
 ALL_LINEAR = "all-linear"
 SLICES = ("q", "k", "v")  # slices of a fused layer's output, in this order
 # These modules use the weights of their linear layers without calling the layers' `forward`.
+WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -41,8 +44,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     `layers_pattern` names the list of blocks, such as `h`.
 
     Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,
-    or if the model has an adapter already.
+    if the model has an adapter already, or if it is wrapped for parallel training or torch.compile.
     """
+    if inner_model(model) is not model:
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}; adapt the inner model, then wrap it"
+        )
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has an adapter already; `unwrap` it first")
     view = peft_view(model)
@@ -68,6 +75,18 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
 
     _check_all_used(config, found)
     return {own: found[name] for name, own in names.items() if name in found}
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model inside `DataParallel`, `DistributedDataParallel`, `AveragedModel` or a model
+    of `torch.compile`. Return any other model unchanged."""
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:

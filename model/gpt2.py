@@ -139,6 +139,8 @@ class GPT2(nn.Module):
     LoRA of the MLP, and MLP output.
     """
 
+    peft_sees = "GPT2LMHeadModel"  # the equal model of transformers, for `lora/peft_view.py`
+
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.config = config

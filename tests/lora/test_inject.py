@@ -1,17 +1,25 @@
-"""Check injection into GPT-2: the number of parameters, and switching the adapter off."""
+"""Check injection into GPT-2: counts, switching the adapter off, wrappers, wrong configs."""
 
 import math
+from copy import deepcopy
 
+import peft
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from lora.inject import adapter_disabled, inject
+from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRAConfig
-from lora.merge import merge
+from lora.load import load_adapter
+from lora.merge import merge, unwrap
+from lora.save import save_adapter
 from model.gpt2 import GPT2, GPT2Config
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference
-from tests.pairs import IDS, adapted
+from tests.pairs import IDS, adapted, randomize
+from tests.runs import contents
 from training.report import describe_parameters
 
 
@@ -47,6 +55,71 @@ def test_a_disabled_adapter_leaves_the_base_and_a_second_one_is_refused(base):
     merge(model)
     with pytest.raises(ValueError, match="unmerge it first"), adapter_disabled(model):
         pass
+
+
+def distributed(model):
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(model)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, torch.compile, distributed])
+def test_a_wrapped_model_is_saved_and_unwrapped_as_the_inner_one_and_not_adapted(
+    base, tmp_path, wrap
+):
+    with pytest.raises(ValueError, match=r"is wrapped in .*; adapt the inner model, then wrap it"):
+        inject(wrap(load_gpt2(base)), LoRAConfig(target_modules="all-linear"))
+    model = adapted(base, ("c_attn",))
+    save_adapter(model, tmp_path / "inner")
+    wrapped = nn.DataParallel(wrap(model))
+    save_adapter(wrapped, tmp_path / "wrapped")
+    assert contents(tmp_path / "wrapped") == contents(tmp_path / "inner")
+    with pytest.raises(ValueError, match="is wrapped in"):
+        load_adapter(wrap(load_gpt2(base)), tmp_path / "inner")
+
+    unwrap(wrapped)
+    assert not lora_layers(wrapped)
+    assert not any(hasattr(module, "lora_config") for module in wrapped.modules())
+    with pytest.raises(ValueError, match="the model has no adapter to save"):
+        save_adapter(wrapped, tmp_path / "wrapped")
+
+
+def test_an_adapter_of_a_part_is_not_saved_as_the_wholes(base, tmp_path):
+    whole = nn.ModuleDict({"backbone": adapted(base, ("c_attn",)), "head": nn.Linear(32, 2)})
+    with pytest.raises(ValueError, match="belongs to a part of the model: backbone; save it"):
+        save_adapter(whole, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+class Stranger(nn.Module):
+    """A GPT-2 of somebody else. Its names are GPT-2's, and its c_attn interleaves q, k and v."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(7, 8)
+        attention = nn.ModuleDict({"c_attn": nn.Linear(8, 24)})
+        self.h = nn.ModuleList([nn.ModuleDict({"attn": attention})])
+        self.ln_f = nn.LayerNorm(8)
+
+    def forward(self, x):
+        return self.ln_f(self.h[0]["attn"]["c_attn"](self.wte(x)).view(-1, 8, 3)[..., 0])
+
+
+def test_a_strangers_gpt2_has_its_own_names_and_no_slices(tmp_path):
+    ours = Stranger().eval()
+    theirs = peft.get_peft_model(deepcopy(ours), peft.LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(ValueError, match=r"'c_attn\.q' is not in the model"):
+        inject(ours, LoRAConfig(target_modules=("c_attn.q",)))
+    inject(ours, LoRAConfig(target_modules=("c_attn",)))
+    randomize(ours)
+    save_adapter(ours, tmp_path)
+    theirs.load_adapter(tmp_path, "ours")
+    theirs.set_adapter("ours")
+    theirs.eval()
+    x = torch.arange(7)
+    assert relative_difference(theirs(x), ours(x)) < 1e-6
+    with adapter_disabled(ours):
+        assert relative_difference(theirs(x), ours(x)) > 0.01
 
 
 NAN = float("nan")
