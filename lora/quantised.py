@@ -246,7 +246,8 @@ def quantise(
     model: nn.Module, kind: str, target_modules: tuple[str, ...] | str = ALL_LINEAR
 ) -> None:
     """Quantise linear layers of a model. `kind` is "nf4" or "int8". `target_modules` names the
-    layers, as in `LoRAConfig`. By default, all linear layers except the head are quantised.
+    layers, as in `LoRAConfig`. The default, "all-linear", includes an untied head unless the model
+    is from transformers (see `find_targets`).
 
     Raises ValueError for an unknown kind, for targets that `find_targets` refuses, and for a layer
     whose forward is not W x + b. After an error, the model is unchanged.

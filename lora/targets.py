@@ -37,11 +37,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     """Return the names of the layers to adapt, in module order, each with the set of output slices
     to adapt, such as {"q"}. An empty set means the whole layer.
 
-    `target_modules` is "all-linear" (every linear layer except the head), a regular expression that
-    must match a full name, or a list of full names and suffixes. For example, the suffix `c_proj`
-    matches each full name that ends in `.c_proj`: in GPT-2, a layer of the attention and a layer of
-    the MLP. With `layers_to_transform`, a suffix matches only in the blocks with these numbers.
-    `layers_pattern` names the list of blocks, such as `h`.
+    `target_modules` is "all-linear", a regular expression that must match a full name, or a list of
+    full names and suffixes. "all-linear" means every linear layer except tied layers and the head
+    that a model of transformers names (`get_output_embeddings`). In any other model, an untied head
+    is like every other layer. As an example of a suffix, `c_proj` matches each full name that ends
+    in `.c_proj`: in GPT-2, a layer of the attention and a layer of the MLP. With
+    `layers_to_transform`, a suffix matches only in the blocks with these numbers. `layers_pattern`
+    names the list of blocks, such as `h`.
 
     Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,
     if the model has an adapter already, or if it is wrapped for parallel training or torch.compile.
