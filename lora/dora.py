@@ -16,6 +16,8 @@ class DoRALinear(LoRALinear):
     As in PEFT, dropout applies to x in both terms of the update:
 
     y = W x + b + (m / ||V|| - 1) W dropout(x) + m / ||V|| * scaling * B A dropout(x)
+
+    Raises ValueError if ||W|| of a row is 0, infinite or NaN in fp32.
     """
 
     merged_norm: Tensor  # ||V|| of a merged layer
@@ -24,6 +26,8 @@ class DoRALinear(LoRALinear):
         check_linear(base_layer)  # the norm is computed from `weight`
         super().__init__(base_layer, config)
         norms = torch.linalg.norm(base_layer.weight.detach().float(), dim=1)
+        if not norms.is_meta:
+            _check_norms(norms)
         self.lora_magnitude_vector = nn.Parameter(norms)
         self.register_buffer("merged_norm", None, persistent=False)
 
@@ -69,3 +73,14 @@ class DoRALinear(LoRALinear):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         return super().saved_tensors() | {"lora_magnitude_vector": self.lora_magnitude_vector}
+
+
+def _check_norms(norms: Tensor) -> None:
+    """Raise ValueError, naming the first such row, for a norm that gives NaN in m / ||V||."""
+    wrong = (~((norms > 0) & norms.isfinite())).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"row {row} of the weight has the norm {norms[row]:g} in fp32, by which DoRA cannot "
+            "divide; leave out the layer"
+        )

@@ -205,10 +205,13 @@ def check_linear(layer: nn.Linear) -> None:
     """Raise ValueError unless the layer's forward is W x + b, with `weight` as W.
 
     A subclass of `nn.Linear` may override `forward` and still compute W x + b. Such a subclass sets
-    the class attribute `computes_linear = True`.
+    the class attribute `computes_linear = True`. The package accelerate replaces the `forward` of a
+    layer object, in order to move x to the layer's device, and sets `_hf_hook`.
     """
     kind = type(layer)
-    if kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False):
+    in_class = kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False)
+    in_object = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+    if in_class or in_object:
         raise ValueError(
             f"{kind.__name__} overrides forward, which may compute something other than W x + b; "
             "use plain LoRA, and do not merge"

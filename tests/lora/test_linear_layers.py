@@ -25,7 +25,14 @@ def eight_bits(*shape):
     return bitsandbytes.nn.Linear8bitLt(*shape, has_fp16_weights=False).to("cpu")
 
 
-@pytest.mark.parametrize("kind", [Twice, eight_bits])
+def replaced(*shape):
+    """Return a layer whose object has another forward than its class."""
+    layer = nn.Linear(*shape)
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    return layer
+
+
+@pytest.mark.parametrize("kind", [Twice, replaced, eight_bits])
 def test_a_layer_with_its_own_forward_takes_plain_lora_and_nothing_that_changes_its_weight(kind):
     model = nn.Sequential(nn.Linear(64, 64), kind(64, 32)).eval()
     base = model(X)
@@ -46,6 +53,34 @@ def test_a_layer_with_its_own_forward_takes_plain_lora_and_nothing_that_changes_
     assert not lora_layers(model)["0"].merged and torch.equal(model(X), adapted)
 
 
+def test_a_layer_that_accelerate_places_on_a_device_is_merged():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(64, 32)).eval()
+    accelerate.hooks.add_hook_to_module(model[0], accelerate.hooks.AlignDevicesHook("cpu"))
+    assert "forward" in vars(model[0])
+    inject(model, LoRAConfig(target_modules="all-linear"))
+    randomize(model)
+    adapted = model(X)
+    merge(model)
+    assert relative_difference(model(X), adapted) < 1e-5
+
+
+@pytest.mark.parametrize("row", [0, 1e-30, 1e30, float("nan")])
+def test_dora_refuses_a_row_whose_norm_is_not_a_positive_number(row):
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
+    with torch.no_grad():
+        model[1].weight[3] = row
+    with pytest.raises(
+        ValueError, match=r"^1: row 3 of the weight has the norm (0|inf|nan) in fp3"
+    ):
+        inject(model, LoRAConfig(target_modules="all-linear", use_dora=True))
+    assert not lora_layers(model)
+    with torch.no_grad():
+        model[1].weight[3] = 1e-15
+    inject(model.eval(), LoRAConfig(target_modules="all-linear", use_dora=True))
+    assert model(X).isfinite().all()
+
+
 def test_a_parametrized_weight_takes_lora_and_is_not_merged():
     model = nn.Sequential(weight_norm(nn.Linear(64, 32))).eval()
     base = model(X)
@@ -63,12 +98,13 @@ def test_quantise_replaces_all_but_the_head_or_what_is_named():
         def get_output_embeddings(self):
             return self[2]
 
-    def kinds(*arguments):
-        model = Model(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 5))
+    def kinds(*arguments, build=Model):
+        model = build(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 5))
         quantise(model, *arguments)
         return [type(layer) for layer in model]
 
     assert kinds("nf4") == [NF4Linear, NF4Linear, nn.Linear]
     assert kinds("nf4", ("1",)) == [nn.Linear, NF4Linear, nn.Linear]
+    assert kinds("nf4", build=nn.Sequential) == [NF4Linear] * 3  # no layer is known as the head
     with pytest.raises(ValueError, match="'fp4' is not one of nf4, int8"):
         kinds("fp4")
