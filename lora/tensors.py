@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -67,17 +67,21 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn any exception inside the `with` block into a ValueError that names the file."""
+    """Turn an error of the file or of safetensors into a ValueError that names the file. Other
+    errors, such as too little memory, pass unchanged."""
     try:
         open(path, "rb").close()
         yield
-    except ValueError:
-        raise
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # readers raise various exceptions
-        reason = ascii(str(error).strip().partition("\n")[0][:120])  # may quote the file
-        raise ValueError(f"{path}: damaged, or not a file of tensors ({reason})") from error
+    except SafetensorError as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> ValueError:
+    """Return the error for a file that its reader refuses."""
+    reason = ascii(str(error).strip().partition("\n")[0][:120])  # may quote the file
+    return ValueError(f"{path}: damaged, or not a file of tensors ({reason})")
 
 
 def check_names(path: Path, stored: Collection[str], needed: Collection[str]) -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.errors import as_failure
-from lora.tensors import check_names, checked, readable
+from common.errors import as_failure, describe_failure
+from lora.tensors import check_names, checked, damaged, readable
 
 
 def read_tensors(
@@ -47,11 +47,28 @@ def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
         # is closed.
         return shapes, lambda key: safe_open(path, framework="pt").get_tensor(key)
 
-    mapped = zipfile.is_zipfile(path)  # tensors are read when they are used
+    tensors = _load_pickle(path)
+    return {key: list(value.shape) for key, value in tensors.items()}, tensors.__getitem__
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
+        mapped = zipfile.is_zipfile(path)  # tensors are read when they are used
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnpicklingError as error:
         raise ValueError(
             f"{path}: not a file of tensors; not read, because such a pickle can run code"
         ) from error
-    return {key: list(value.shape) for key, value in tensors.items()}, tensors.__getitem__
+    except Exception as error:  # torch.load raises various exceptions for a damaged file
+        if isinstance(error, OSError) or describe_failure(error):  # such as too little memory
+            raise
+        raise damaged(path, error) from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: not a file of tensors, but of a {type(tensors).__name__}")
+    for key, value in tensors.items():
+        is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if not isinstance(key, str) or not is_dense or value.is_meta:
+            raise ValueError(
+                f"{path}: not a file of tensors by name: {key!r:.80} is something else"
+            )
+    return tensors

@@ -215,6 +215,19 @@ def test_damaged_and_missing_files_are_refused_by_name(base, adapter):
     assert "is a whole model, not an adapter" in refusal(adapter, load_adapter_config)
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug")]
+)
+def test_what_is_not_an_error_of_the_file_is_not_blamed_on_it(base, adapter, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("lora.load.checked", fail)
+    with pytest.raises(type(error)) as raised:
+        load_adapter(load_gpt2(base), adapter)
+    assert raised.value is error
+
+
 def test_equal_adapters_give_equal_bytes_and_a_failed_save_leaves_the_old_files(base, tmp_path):
     model = adapted(base)
     for name in ("a", "b"):
