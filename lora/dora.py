@@ -33,24 +33,24 @@ class DoRALinear(LoRALinear):
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the last two terms of the equation in the class's docstring, (..., out)."""
+        weight = self.base_layer.weight  # read once, because a quantised layer decodes it
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
-            weight = self.in_adapter_precision(self.base_layer.weight)
-            base = F.linear(x, weight)  # W dropout(x)
+            base = F.linear(x, self.in_adapter_precision(weight))  # W dropout(x)
         elif self.base_layer.bias is not None:
             base = y - self.base_layer.bias  # W x, because y = W x + b
         else:
             base = y
-        factor = self.lora_magnitude_vector / self.norm()  # (out,)
+        factor = self.lora_magnitude_vector / self.norm(weight)  # (out,)
         change = (factor - 1).to(base.dtype) * base
         low_rank = self.lora_B(self.lora_A(x))
         return change + factor.to(low_rank.dtype) * low_rank * self.scaling
 
     @torch.no_grad()
-    def norm(self) -> Tensor:
-        """Return ||V||, (out,), in fp32."""
+    def norm(self, weight: Tensor) -> Tensor:
+        """Return ||V||, (out,), in fp32. `weight` is W."""
         with without_autocast(self.lora_A.weight):
-            return torch.linalg.norm(self.base_layer.weight.float() + super().delta_weight(), dim=1)
+            return torch.linalg.norm(weight.float() + super().delta_weight(), dim=1)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -63,12 +63,14 @@ class DoRALinear(LoRALinear):
             factor = (self.lora_magnitude_vector / self.merged_norm)[:, None]  # (out, 1)
             weight = weight / factor - update
         else:
-            factor = (self.lora_magnitude_vector / self.norm())[:, None]
+            factor = (self.lora_magnitude_vector / self.norm(weight))[:, None]
         return factor * (weight + update) - weight
 
     def merge(self) -> None:
         if not self.merged:
-            self.merged_norm = self.norm()  # for `unmerge`, because merging changes the norm
+            self.merged_norm = self.norm(
+                self.base_layer.weight
+            )  # for `unmerge`, because merging changes the norm
         super().merge()
 
     def saved_tensors(self) -> dict[str, Tensor]:

@@ -114,9 +114,10 @@ class LoRALinear(nn.Module):
 
         If this property returned all of W, a model could multiply by W without calling `forward`,
         and silently lose the update. A product with the empty slice has no columns, so the model
-        fails instead.
+        fails instead. A quantised layer stores the empty slice, because to read `weight` decodes W.
         """
-        return self.base_layer.weight[:0]
+        no_rows = getattr(self.base_layer, "no_rows", None)
+        return self.base_layer.weight[:0] if no_rows is None else no_rows
 
     @property
     def bias(self) -> Tensor | None:

@@ -106,9 +106,11 @@ class QuantisedLinear(nn.Linear):
 
     kind: str  # the name of the subclass in options and files
     computes_linear = True
+    no_rows: Tensor  # (0, in), in the dtype and on the device of the model. See `LoRALinear.weight`
 
     def __init__(self, layer: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate W
+        self.no_rows = layer.weight.detach().new_empty(0, layer.in_features)
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.bias = layer.bias
@@ -130,9 +132,9 @@ class QuantisedLinear(nn.Linear):
         return _DequantisedLinear.apply(x, self)
 
     def to_linear(self) -> nn.Linear:
-        """Return a plain linear layer with the dequantised W, in fp32."""
+        """Return a plain linear layer with the dequantised W, in the model's dtype."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(self.weight)
+        layer.weight = nn.Parameter(self.dequantised(self.no_rows.dtype))
         layer.bias = self.bias
         return layer.train(self.training)
 
@@ -140,6 +142,7 @@ class QuantisedLinear(nn.Linear):
         """Move the layer with the model. A cast changes the bias, but keeps the scales in fp32."""
         scales = {name: x for name, x in self.named_buffers() if x.is_floating_point()}
         super()._apply(fn, recurse)
+        self.no_rows = fn(self.no_rows)
         for name, scale in scales.items():
             moved = self.get_buffer(name)
             setattr(self, name, scale.to(moved.device))
@@ -284,6 +287,7 @@ def quantised_weights(model: nn.Module) -> int:
 
 
 def dequantise(model: nn.Module) -> None:
-    """Replace each quantised layer by a plain linear layer with the dequantised W, in fp32."""
+    """Replace each quantised layer by a plain linear layer with the dequantised W, in the model's
+    dtype."""
     for name, layer in quantised_layers(model).items():
         model.set_submodule(name, layer.to_linear())

@@ -20,6 +20,7 @@ from lora.quantised import (
 )
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference, tiny_gpt2_directory
+from tests.models import CASES, make, output
 from tests.pairs import IDS, losses_of_steps, parameters
 from training.report import count_parameters
 
@@ -116,12 +117,43 @@ def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass(kind):
 
 
 def test_a_cast_leaves_scales_in_fp32():
-    for make in LAYERS.values():
-        layer = make(linear((33, 77)))
+    for kind in LAYERS.values():
+        layer = kind(linear((33, 77)))
         before = layer.weight
         layer.to(BF16)
         assert layer.bias.dtype == BF16
         assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "decodings"),
+    [({}, 1), ({"use_dora": True}, 2), ({"use_dora": True, "lora_dropout": 0.0}, 2)],
+)
+def test_a_forward_pass_decodes_each_weight_as_rarely_as_it_can(monkeypatch, fields, decodings):
+    """T5 reads the dtype of `wo`'s weight. DoRA needs W for its norm too."""
+    case = CASES["t5"]
+    model = make(case)
+    quantise(model, "nf4")
+    inject(model, LoRAConfig(r=2, target_modules="all-linear", **fields))
+    layers = []
+    decode = NF4Linear.dequantised
+    monkeypatch.setattr(
+        NF4Linear, "dequantised", lambda self, dtype: layers.append(self) or decode(self, dtype)
+    )
+    output(model.train(), case)
+    assert len(layers) == decodings * len(set(layers)) and len(set(layers)) >= 20
+    model.to(BF16)
+    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == BF16
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.float64])
+def test_a_dequantised_model_has_its_dtype_and_runs(dtype):
+    case = CASES["t5"]
+    model = make(case)
+    quantise(model, "int8")
+    dequantise(model.to(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert output(model, case).dtype == dtype
 
 
 @pytest.fixture(scope="module")
