@@ -1,4 +1,5 @@
-"""Recognise mixtures of experts, which store experts in 3-D parameters, not in `nn.Linear`s."""
+"""Recognise mixtures of experts, which store experts in 3-D parameters, not in `nn.Linear`s, and
+layers that PEFT cannot read."""
 
 import sys
 import warnings
@@ -18,6 +19,9 @@ EXPERT_NAMES: dict[str, tuple[str, ...]] = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
+# PEFT refuses an adapter of such a layer in these families (`_check_lora_target_modules_mamba`).
+REFUSED_FAMILIES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+REFUSED_LAYER = "out_proj"
 
 
 def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[str]) -> None:
@@ -30,23 +34,28 @@ def warn_about_experts(model: nn.Module, config: LoRAConfig, layers: Iterable[st
         warnings.warn(
             f"all-linear leaves out {share:.0%} of the model's weights, because the experts are "
             f"not nn.Linear: {', '.join(names)} (the first is {next(iter(experts))})",
-            stacklevel=4,
+            stacklevel=3,
         )
     misread = misread_by_peft(model, layers)
     if misread:
-        warnings.warn(f"save_adapter will refuse this adapter: {misread}", stacklevel=4)
+        warnings.warn(f"save_adapter will refuse this adapter: {misread}", stacklevel=3)
 
 
 def misread_by_peft(model: nn.Module, layers: Iterable[str]) -> str | None:
-    """Return a message if PEFT would mistake an adapted layer for experts, otherwise None."""
+    """Return a message if PEFT would mistake an adapted layer for experts, or would refuse it.
+    Otherwise return None."""
     expert_names = _expert_names(model)
-    misread = [name for name in layers if name.rpartition(".")[2] in expert_names]
-    if not misread:
-        return None
-    return (
-        f"PEFT would mistake {misread[0]} for the experts and lose the update; choose "
-        f"target_modules without {', '.join(expert_names)}"
-    )
+    refused = (REFUSED_LAYER,) if _family(model) in REFUSED_FAMILIES else ()
+    for name in layers:
+        last = name.rpartition(".")[2]
+        if last in expert_names:
+            return (
+                f"PEFT would mistake {name} for the experts and lose the update; choose "
+                f"target_modules without {', '.join(expert_names)}"
+            )
+        if last in refused:
+            return f"PEFT refuses {name}; choose target_modules without {last}"
+    return None
 
 
 def expert_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -66,5 +75,9 @@ def _expert_names(model: Any) -> tuple[str, ...]:
     """Return the names in `EXPERT_NAMES` for the model's family in transformers, otherwise ()."""
     conversions = sys.modules.get("transformers.conversion_mapping")
     families: dict[str, str] = getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})
-    family = getattr(getattr(model, "config", None), "model_type", "")
-    return EXPERT_NAMES.get(families.get(family, ""), ())
+    return EXPERT_NAMES.get(families.get(_family(model), ""), ())
+
+
+def _family(model: Any) -> str:
+    """Return the name of the model's family in transformers, such as "mamba2", otherwise ""."""
+    return getattr(getattr(model, "config", None), "model_type", "")

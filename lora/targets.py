@@ -19,9 +19,11 @@ from lora.peft_view import peft_view
 
 ALL_LINEAR = "all-linear"
 SLICES = ("q", "k", "v")  # slices of a fused layer's output, in this order
-# These modules use the weights of their linear layers without calling the layers' `forward`.
+# These modules use the weights of their linear layers without calling the layers' `forward`. In
+# transformers, Mamba's mixers do so with one layer, which is named here by the mixer's class.
 WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+READ_LAYERS = {"MambaMixer": "dt_proj", "FalconMambaMixer": "dt_proj", "JambaMambaMixer": "dt_proj"}
 
 
 def target_modules(names: Sequence[str]) -> tuple[str, ...] | str:
@@ -38,12 +40,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, set[str]]:
     to adapt, such as {"q"}. An empty set means the whole layer.
 
     `target_modules` is "all-linear", a regular expression that must match a full name, or a list of
-    full names and suffixes. "all-linear" means every linear layer except tied layers and the head
-    that a model of transformers names (`get_output_embeddings`). In any other model, an untied head
-    is like every other layer. As an example of a suffix, `c_proj` matches each full name that ends
-    in `.c_proj`: in GPT-2, a layer of the attention and a layer of the MLP. With
-    `layers_to_transform`, a suffix matches only in the blocks with these numbers. `layers_pattern`
-    names the list of blocks, such as `h`.
+    full names and suffixes. "all-linear" means every linear layer except tied layers, the layers of
+    `READ_LAYERS`, and the head that a model of transformers names (`get_output_embeddings`). In any
+    other model, an untied head is like every other layer. As an example of a suffix, `c_proj`
+    matches each full name that ends in `.c_proj`: in GPT-2, a layer of the attention and a layer of
+    the MLP. With `layers_to_transform`, a suffix matches only in the blocks with these numbers.
+    `layers_pattern` names the list of blocks, such as `h`.
 
     Raises ValueError if a target, block or pattern matches nothing, if a target cannot be adapted,
     if the model has an adapter already, or if it is wrapped for parallel training or torch.compile.
@@ -147,7 +149,8 @@ def _targets(config: LoRAConfig) -> tuple[str, ...]:
 def _all_linear(
     model: nn.Module, modules: Mapping[str, nn.Module], tied: Mapping[str, str]
 ) -> list[str]:
-    """Return the full names of the layers that "all-linear" means in PEFT, except tied layers.
+    """Return the full names of the layers that "all-linear" means in PEFT, except tied layers and
+    layers without a call, which PEFT adapts without an effect.
 
     In a model from the transformers library, PEFT leaves out the head, and counts Conv1D layers as
     linear.
@@ -157,7 +160,9 @@ def _all_linear(
     matches = []
     for name, module in modules.items():
         is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if is_linear and module is not head and name not in tied:
+        parent, _, last = name.rpartition(".")
+        is_called = READ_LAYERS.get(type(modules.get(parent)).__name__) != last
+        if is_linear and is_called and module is not head and name not in tied:
             matches.append(name)
     return matches
 
@@ -222,8 +227,8 @@ def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> 
         )
 
     parent = model.get_submodule(own.rpartition(".")[0])
-    if isinstance(parent, READ_WEIGHTS):
-        kind = type(parent).__name__
+    kind = type(parent).__name__
+    if isinstance(parent, READ_WEIGHTS) or READ_LAYERS.get(kind) == _last(own):
         raise ValueError(f"{refused} {kind} bypasses the forward of {own}")
 
 
