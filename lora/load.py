@@ -13,7 +13,7 @@ from lora.inject import install, new_layers
 from lora.layer import LoRAConfig
 from lora.peft_config import CONFIG, brief, parse_config
 from lora.peft_view import peft_view
-from lora.save import BASE_SHA256, WEIGHTS, tensors_by_key
+from lora.save import BASE_SHA256, PREFIX, WEIGHTS, tensors_by_key
 from lora.tensors import check_names, checked, read_metadata, readable
 
 
@@ -24,7 +24,8 @@ def load_adapter(
 
     Raises ValueError if the tensor file records a hash of the base that differs from `base_sha256`.
     Also raises ValueError if a tensor is missing, unexpected, not finite or of the wrong shape.
-    After an error, the model is unchanged.
+    After an error, the model is unchanged. With an adapter of the head, PEFT also stores the head's
+    W. This W must equal the model's W.
     """
     directory = Path(directory)
     config = load_adapter_config(directory)
@@ -36,10 +37,17 @@ def load_adapter(
         path = directory / CONFIG
         raise ValueError(f"{path}: does not fit this model: {error!s:.150}") from error
 
-    parameters = tensors_by_key(peft_view(model).prefix, layers)
+    prefix = peft_view(model).prefix
+    parameters = tensors_by_key(prefix, layers)
+    originals = {f"{PREFIX}{prefix}{name}.base_layer.weight": name for name in layers}
     path = directory / WEIGHTS
     with torch.no_grad(), readable(path), safe_open(path, framework="pt") as file:
-        check_names(path, file.keys(), parameters)
+        copies = originals.keys() & file.keys()
+        check_names(path, set(file.keys()) - copies, parameters)
+        for key in copies:
+            weight = layers[originals[key]].base_layer.weight
+            if not torch.equal(file.get_tensor(key).to(weight), weight):
+                raise ValueError(f"{path}: {key} differs from the model's; use the adapter's base")
         for key, parameter in parameters.items():
             parameter.copy_(checked(file.get_tensor(key), parameter.shape, f"{path}: {key}"))
     install(model, config, layers)

@@ -166,6 +166,27 @@ def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):
     assert json.loads((tmp_path / CONFIG).read_text())["task_type"] is None
 
 
+def test_pefts_adapter_of_a_head_is_read_only_on_the_same_head(tmp_path):
+    """PEFT also stores the head's W. It may be in another precision, but not another W."""
+    case = CASES["llama"]
+    _, theirs = both(case, ["lm_head", "q_proj"])
+    randomize(theirs)
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        theirs.save_pretrained(tmp_path)
+    copy = "base_model.model.lm_head.base_layer.weight"
+    assert copy in load_file(tmp_path / WEIGHTS)
+    ours = make(case)
+    load_adapter(ours, tmp_path)
+    assert relative_difference(output(ours, case), output(theirs.eval(), case)) < 1e-6
+    load_adapter(make(case).to(torch.bfloat16), tmp_path)
+
+    other = make(case)
+    other.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(ValueError, match=f"{copy} differs from the model's; use the adapter's bas"):
+        load_adapter(other, tmp_path)
+    assert not lora_layers(other)
+
+
 class TiedPlain(Plain):
     """A plain module whose head shares its weight with an embedding."""
 
