@@ -1,0 +1,39 @@
+"""Run fake_cuda.py in a process that takes its library for CUDA."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import tiny_gpt2_directory
+from tests.runs import questions
+from training.options import ROOT
+
+START = """if True:
+    import ctypes, sys
+    library, *inputs = sys.argv[1:]
+    hooks = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+    from tests.training.fake_cuda import main
+    hooks.set_guard()
+    main(*inputs)"""
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler to make CUDA's double")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes the steps of the other tests")
+def test_steps_on_fake_cuda_tensors_never_wait_and_have_the_right_types(book, tmp_path):
+    source = Path(__file__).with_name("fake_cuda.cpp")
+    library = tmp_path / "fake_cuda.so"
+    torch_folder = Path(torch.__file__).parent
+    options = ["-shared", "-fPIC", "-std=c++20", "-w", f"-I{torch_folder / 'include'}"]
+    libraries = [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}"]
+    libraries += ["-ltorch_cpu", "-lc10"]
+    subprocess.run(["c++", *options, source, "-o", library, *libraries], check=True)
+
+    base, _ = tiny_gpt2_directory(tmp_path / "base", n_layer=1)
+    data = questions(tmp_path / "questions.jsonl")
+    command = [sys.executable, "-c", START, library, base, book, data]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
