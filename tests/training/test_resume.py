@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from shlex import split
 from unittest import mock
@@ -96,6 +97,21 @@ def test_a_stopped_run_says_how_to_resume_and_ends_as_if_it_never_stopped(
     assert differences(tmp_path, result(whole[method].out)) == []
     speeds = finished(tmp_path).column("tokens_per_second")  # the intervals count every step once
     assert min(speeds) <= finished(tmp_path).report["tokens_per_second"] <= max(speeds)
+
+
+@pytest.mark.device
+def test_in_fp16_a_resumed_run_goes_on_with_the_scale_of_its_loss(
+    base, book, tmp_path, monkeypatch
+):
+    """The scale doubles in each step."""
+    growing = partial(torch.amp.GradScaler, growth_interval=1)
+    monkeypatch.setattr(torch.amp, "GradScaler", growing)
+    argv = arguments("lora", base, book, tmp_path, "--precision", "fp16", "--max-steps", 3)
+    assert stop_in_step(signal.SIGINT, 2, argv).status == 130
+    scales = []
+    act = {3: lambda moment: scales.append(moment.scaler.get_scale())}
+    assert run_acting(act, *argv, "--resume").status == 0
+    assert scales == [2.0 ** (16 + 2)]
 
 
 def test_a_run_goes_on_after_its_base_its_book_and_its_directory_were_moved(
