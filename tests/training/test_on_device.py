@@ -101,6 +101,8 @@ def test_steps_are_those_of_plain_kernels_on_the_cpu(make, command):
         angles = []
         for here, there in zip(my_gradients, gradients, strict=True):
             assert norm(here) == pytest.approx(norm(there), rel=of_norm), precision
+            if "pissa" in command:  # a GPU may choose the other sign of a pair of singular vectors
+                here, there = ({n: t.abs() for n, t in each.items()} for each in (here, there))
             angles += [angle(here[name], there[name]) for name in there]
         assert max(angles) < of_angle, precision
         assert (max(angles) < LIMITS["fp32"][-1]) == (precision == "fp32")
