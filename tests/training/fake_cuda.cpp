@@ -12,6 +12,8 @@ struct FakeHooks : CUDAHooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
+  // A PyTorch for CUDA asks this in attention. Older versions lack the method.
+  long versionRuntimeCuDNN() const { return 0; }
 };
 // A PyTorch for CUDA registers its own hooks later, with a lower priority.
 C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, FakeHooks);

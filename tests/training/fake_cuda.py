@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -111,6 +112,7 @@ def on_fake_cuda(precision: str) -> Iterator[None]:
             (torch.cuda, "is_bf16_supported", lambda: True),
         ):
             stack.enter_context(mock.patch.object(where, name, value))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # other kernels would ask the driver
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield
 
