@@ -1,9 +1,12 @@
-"""The pages: links, files and commands exist, and the toy bugs print the pages' output."""
+"""The pages: links, files and commands exist, and quotes are exact. The toy bugs print the pages'
+output.
+"""
 
 import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -15,6 +18,9 @@ NAMED_FILE = re.compile(r"`([\w./-]*\w\.(?:py|md|toml)|Makefile)`")
 MODULE = re.compile(r"python -m ([\w.]+)")
 MADE = re.compile(r"(?:^|`)make ((?:[a-z][a-z-]*(?: |`|$))+)", re.MULTILINE)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+ONE_PAGE = (ROOT / "lesson/one_page.py").read_text()
+# A Python block is a quote if the paragraph before it links to the one page.
+QUOTE = re.compile(r"one_page\.py\).*\n(?:.+\n)*\n```python\n((?:.*\n)*?)```")
 TOY = re.compile(r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TOYS = [
     toy
@@ -83,6 +89,18 @@ def test_what_the_pages_point_at_exists(check):
         if found:
             wrong[page.name] = found
     assert wrong == {}
+
+
+def is_quote(block: str) -> bool:
+    """Return whether a block is a part of the one page, perhaps with less indentation."""
+    return any(f"\n{indent(block, depth * ' ')}" in ONE_PAGE for depth in (0, 4, 8, 12))
+
+
+def test_the_pages_quote_the_one_page():
+    quotes = {page.name: QUOTE.findall(page.read_text()) for page in PAGES}
+    counts = {name: len(blocks) for name, blocks in quotes.items() if blocks}
+    assert counts == {"README.md": 1, "lora.md": 2, "training.md": 2}
+    assert [block for blocks in quotes.values() for block in blocks if not is_quote(block)] == []
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # from one of the bugs
