@@ -1,7 +1,8 @@
 """Make a GPT-2 faster: `accelerate(model)`.
 
-Each class below computes the same function as the parent class. `accelerate` sets the class of a
-model's modules to these classes. Parameters, buffers and names stay unchanged.
+Each class below computes the same function as the parent class, but on a CPU, dropouts draw other
+random numbers. `accelerate` sets the class of a model's modules to these classes. Parameters,
+buffers and names stay unchanged.
 
 | replaced | by | why |
 |---|---|---|
