@@ -21,6 +21,9 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 ONE_PAGE = (ROOT / "lesson/one_page.py").read_text()
 # A Python block is a quote if the paragraph before it links to the one page.
 QUOTE = re.compile(r"one_page\.py\).*\n(?:.+\n)*\n```python\n((?:.*\n)*?)```")
+# A name and a file, as in a diagram of calls, or as in "`Name` in `file.py`".
+CALL = re.compile(r"([\w/]+\.py): ([\w.]+)")
+SYMBOL = re.compile(r"`([\w.]+)`\s+in\s+`([\w/]+\.py)`")
 TOY = re.compile(r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
 TOYS = [
     toy
@@ -66,6 +69,21 @@ def wrong_files(page: Path) -> list[str]:
     ]
 
 
+def wrong_symbols(page: Path) -> list[str]:
+    """Return the functions, classes and constants that a page finds in a file without them."""
+    text = page.read_text()
+    named = CALL.findall(text) + [(file, name) for name, file in SYMBOL.findall(text)]
+    return [f"{name} in {file}" for file, name in named if not defines(ROOT / file, name)]
+
+
+def defines(file: Path, name: str) -> bool:
+    """Return whether a file defines a name. `Class.method` needs both."""
+    source = file.read_text()
+    return all(
+        re.search(rf"^ *(def |class )?{part}\b", source, re.MULTILINE) for part in name.split(".")
+    )
+
+
 def wrong_commands(page: Path) -> list[str]:
     """Return the wrong modules and make targets on a page, code blocks included."""
     text = page.read_text()
@@ -81,7 +99,7 @@ def is_module(name: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("check", [wrong_links, wrong_files, wrong_commands])
+@pytest.mark.parametrize("check", [wrong_links, wrong_files, wrong_symbols, wrong_commands])
 def test_what_the_pages_point_at_exists(check):
     wrong = {}
     for page in PAGES:
