@@ -69,7 +69,8 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """y = W x + b + scaling * B A dropout(x) (paper, equation 3). `inject` freezes W and b.
+    """y = W x + b + s B A dropout(x) with s = `scaling` (paper, equation 3). `inject` freezes W
+    and b.
 
     Shapes: x (..., in), A = lora_A.weight (r, in), B = lora_B.weight (out, r), y (..., out).
     A starts as U(-1/sqrt(in), 1/sqrt(in)) and B as zero, so a new adapter changes nothing.
