@@ -197,30 +197,30 @@ plt.show()
 # Eight columns times eight rows are a product $B A$, with $B$ (out, 8) and $A$ (8, in). Freeze $W$,
 # and train $A$ and $B$ instead of $\Delta W$:
 #
-# $$y = W x + b + \frac{\alpha}{r} B A x$$
+# $$y = W x + b + s B A x, \qquad s = \frac{\alpha}{r}$$
 #
 # $r$ is the rank. $\alpha$ is a constant, the subject of section 10.
 
 
 # %%
-class LoRA(nn.Module):
-    def __init__(self, linear, r=8, alpha=16):
+class LoRALinear(nn.Module):
+    def __init__(self, base_layer, r=8, alpha=16):
         super().__init__()
-        self.linear = linear  # frozen
+        self.base_layer = base_layer  # W and b, frozen
         self.scaling = alpha / r
-        bound = 1 / math.sqrt(linear.in_features)
-        self.A = nn.Parameter(torch.empty(r, linear.in_features).uniform_(-bound, bound))
-        self.B = nn.Parameter(torch.zeros(linear.out_features, r))
+        bound = 1 / math.sqrt(base_layer.in_features)
+        self.lora_A = nn.Parameter(torch.empty(r, base_layer.in_features).uniform_(-bound, bound))
+        self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, r))
 
     def forward(self, x):  # (..., in) -> (..., r) -> (..., out)
-        return self.linear(x) + self.scaling * (x @ self.A.T) @ self.B.T
+        return self.base_layer(x) + self.scaling * (x @ self.lora_A.T) @ self.lora_B.T
 
 
 def adapted(alpha=16):
     """Return the base, frozen, with a LoRA layer around each of the 24 matrices, and the layers."""
     torch.manual_seed(0)
     model = load_gpt2(directory).requires_grad_(False)
-    layers = {name: LoRA(model.get_submodule(name), alpha=alpha) for name in matrices(model)}
+    layers = {name: LoRALinear(model.get_submodule(name), alpha=alpha) for name in matrices(model)}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return model, layers
@@ -246,11 +246,11 @@ with torch.no_grad():
 
 zero_model, zero_layers = adapted()
 for layer in zero_layers.values():
-    nn.init.zeros_(layer.A)
+    nn.init.zeros_(layer.lora_A)
 zero_losses = train(zero_model, lr=7e-4, steps=STEPS // 6)
 print("the base:  ", [round(loss, 4) for loss in base_losses])
 print("both zero: ", [round(loss, 4) for loss in zero_losses])
-gradients = [p.grad for layer in zero_layers.values() for p in (layer.A, layer.B)]
+gradients = [p.grad for layer in zero_layers.values() for p in (layer.lora_A, layer.lora_B)]
 print("largest gradient:", max(gradient.abs().max().item() for gradient in gradients))
 
 # %% [markdown]
@@ -265,7 +265,7 @@ print("largest gradient:", max(gradient.abs().max().item() for gradient in gradi
 # %%
 random_model, random_layers = adapted()
 for layer in random_layers.values():
-    nn.init.kaiming_uniform_(layer.B, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(layer.lora_B, a=math.sqrt(5))
 random_losses = train(random_model, lr=7e-4, steps=STEPS // 6)
 print("the base:    ", [round(loss, 2) for loss in base_losses])
 print("both random: ", [round(loss, 2) for loss in random_losses])
@@ -318,7 +318,7 @@ print(f"full fine-tuning: {full_perplexity:.1f}; LoRA at the same rate: {slow_pe
 # %% [markdown]
 # ## 10. The wrong alpha: broken
 #
-# The update is multiplied by $\alpha / r$, so raise $\alpha$ from 16 to 2048.
+# The update is multiplied by $s = \alpha / r$, so raise $\alpha$ from 16 to 2048.
 
 # %%
 loud_model, _ = adapted(alpha=2048)
@@ -341,7 +341,7 @@ print(f"alpha 2048: {loud_perplexity:.1f}; the base: {base_perplexity:.1f}")
 step_model, step_layers = adapted()
 train(step_model, lr=1.0, steps=1)
 layer = step_layers["h.0.attn.c_attn"]
-first_move = (layer.scaling * layer.B @ layer.A).square().mean().sqrt().item()
+first_move = (layer.scaling * layer.lora_B @ layer.lora_A).square().mean().sqrt().item()
 print(f"a first step moves a weight of W by lr in full fine-tuning, by {first_move:.2f} lr in LoRA")
 
 tuned_model, tuned_layers = adapted()
@@ -399,7 +399,7 @@ print("AFTER: ", after_text)
 
 # %%
 layer = tuned_layers["h.0.attn.c_attn"]
-learned = torch.linalg.svdvals((layer.scaling * layer.B @ layer.A).detach())
+learned = torch.linalg.svdvals((layer.scaling * layer.lora_B @ layer.lora_A).detach())
 plt.figure(figsize=(6.4, 3))
 for values, name, k, colour in (
     (torch.linalg.svdvals(one), "full fine-tuning's change", 10, FULL),
@@ -417,7 +417,7 @@ plt.show()
 # %% [markdown]
 # ## 14. Merge
 #
-# $W + \frac{\alpha}{r} B A$ is a matrix like $W$. Add the update to $W$, and remove the wrapper.
+# $W + s B A$ is a matrix like $W$. Add the update to $W$, and remove the wrapper.
 
 # %%
 ids = inputs[:, :32]
@@ -425,8 +425,8 @@ with torch.no_grad():
     base_logits = base(ids)
     adapted_logits = tuned_model(ids)
     for name, layer in tuned_layers.items():
-        layer.linear.weight += layer.scaling * layer.B @ layer.A
-        tuned_model.set_submodule(name, layer.linear)
+        layer.base_layer.weight += layer.scaling * layer.lora_B @ layer.lora_A
+        tuned_model.set_submodule(name, layer.base_layer)
     merged_logits = tuned_model(ids)
 print("the adapter changed the logits by up to", (adapted_logits - base_logits).abs().max().item())
 print("merging changed them by up to", (merged_logits - adapted_logits).abs().max().item())
@@ -449,8 +449,8 @@ ours = load_gpt2(directory)
 inject(ours, LoRAConfig(r=8, lora_alpha=16, lora_dropout=0, target_modules="all-linear"))
 with torch.no_grad():
     for name, injected in lora_layers(ours).items():
-        injected.lora_A.weight.copy_(tuned_layers[name].A)
-        injected.lora_B.weight.copy_(tuned_layers[name].B)
+        injected.lora_A.weight.copy_(tuned_layers[name].lora_A)
+        injected.lora_B.weight.copy_(tuned_layers[name].lora_B)
     our_difference = (ours(ids) - adapted_logits).abs().max().item()
 print("logits differ by up to", our_difference)
 
@@ -477,8 +477,8 @@ else:
     with torch.no_grad():
         for name, layer in tuned_layers.items():
             full_name = f"base_model.model.transformer.{name}"
-            theirs.get_parameter(f"{full_name}.lora_A.default.weight").copy_(layer.A)
-            theirs.get_parameter(f"{full_name}.lora_B.default.weight").copy_(layer.B)
+            theirs.get_parameter(f"{full_name}.lora_A.default.weight").copy_(layer.lora_A)
+            theirs.get_parameter(f"{full_name}.lora_B.default.weight").copy_(layer.lora_B)
         peft_difference = (theirs(ids).logits - adapted_logits).abs().max().item()
     print("logits differ by up to", peft_difference)
 
@@ -530,12 +530,12 @@ else:
 #
 # model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
 # load_adapter(model, "adapter")  # so does this project
-# merge(model)  # W + (alpha / r) B A
+# merge(model)  # W + s B A
 # unwrap(model)  # a plain model again, which transformers can save
 # model.save_pretrained("merged")
 # tokenizer.save_pretrained("merged")
 # ```
 #
-# Read next: [real weights](../../docs/real-weights.md),
-# [LoRA in ten minutes](../../docs/lora.md), [LoRA in depth](../../docs/lora-in-depth.md), and the
+# [Real weights](../../docs/real-weights.md) has the results of this program. Read next: [one
+# training step](../../docs/training.md), [LoRA in depth](../../docs/lora-in-depth.md), and the
 # [exercises](../../docs/exercises.md).
