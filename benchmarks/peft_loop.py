@@ -69,7 +69,7 @@ def add_lora(base: StockModel, args: Options) -> PeftModel:
         fan_in_fan_out=True,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
-        init_lora_weights=args.init_lora_weights or True,  # type: ignore[arg-type]
+        init_lora_weights=args.init_lora_weights,  # type: ignore[arg-type]
     )
     return get_peft_model(base, config)
 

@@ -51,9 +51,7 @@ def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str,
     return {
         "peft_type": "LORA",
         **base_fields,
-        "use_dora": config.use_dora,
-        "init_lora_weights": True,  # so that PEFT loads A and B unchanged
-        **asdict(config),
+        **asdict(config),  # of a saved adapter, so init_lora_weights is True
         "bias": "none",
         "modules_to_save": None,
         "inference_mode": True,

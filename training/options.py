@@ -19,7 +19,7 @@ from common.cli import (
     number,
     steps_or_seconds,
 )
-from common.errors import UserError
+from common.errors import UserError, as_failure
 from common.files import display_path
 from lora.layer import LoRAConfig
 from lora.targets import target_modules
@@ -234,8 +234,8 @@ class Options:
     use_dora: bool = lora_option(
         False, help="DoRA: train each weight's magnitude separately from its direction"
     )
-    init_lora_weights: str | None = lora_option(
-        None,
+    init_lora_weights: bool | str = lora_option(
+        True,
         help="pissa: start from singular vectors of W (default: random A, zero B)",
         choices=("pissa",),
     )
@@ -294,13 +294,8 @@ def adapter_config(options: Options) -> LoRAConfig:
     """Return the adapter's hyper-parameters. Raises UserError for options that exclude each
     other.
     """
-    asked = {name: getattr(options, name) for name in LORA_FIELDS}
-    if asked["init_lora_weights"] is None:
-        asked["init_lora_weights"] = True  # True is PEFT's value for LoRA without a variant
-    try:
-        return LoRAConfig(**asked)
-    except ValueError as error:
-        raise UserError(f"--layers, --use-dora, --init-lora-weights: {error}") from error
+    with as_failure():
+        return LoRAConfig(**{name: getattr(options, name) for name in LORA_FIELDS})
 
 
 def flag(name: str) -> str:

@@ -79,7 +79,6 @@ def fill_in(options: Options, base: str, device: Device) -> Options:
         with as_failure():
             stored = load_adapter_config(options.init_adapter)
         filled |= {name: getattr(stored, name) for name in LORA_FIELDS}
-        filled["init_lora_weights"] = None  # A and B start with the initial adapter's values
     if options.method == "lora":
         filled["quantise"] = choose_quantisation(options.quantise, adapters)
     return replace(options, **filled)

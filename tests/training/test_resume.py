@@ -338,4 +338,4 @@ def test_a_run_from_an_adapter_goes_on_from_this_one_alone(base, book, adapter, 
     assert run(main, *argv, "--resume").status == 0
     assert contents(tmp_path / "run")[WEIGHTS["lora"]] == contents(whole.out)[WEIGHTS["lora"]]
     resumed = finished(tmp_path / "run").report["options"]
-    assert (resumed["r"], resumed["init_lora_weights"]) == (4, None)
+    assert (resumed["r"], resumed["init_lora_weights"]) == (4, True)
