@@ -24,7 +24,6 @@ from storage.hub import find_base
 from storage.weights import load_config
 
 OPERATIONS: dict[str, type[nn.Module]] = {
-    "linear": nn.Linear,
     "dropout": nn.Dropout,
     "attention": Attention,
     "loss": GPT2,

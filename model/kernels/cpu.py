@@ -1,4 +1,4 @@
-"""Linear, dropout and attention, faster on a CPU than in PyTorch.
+"""Dropout and attention, faster on a CPU than in PyTorch.
 
 `model/kernels/fast.py` uses these operations in a model. Each operation replaces the PyTorch
 function that is named in the operation's docstring, and also computes the gradients. On other
@@ -11,85 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# If a side of the weight is smaller than this number, as in A and B, oneDNN is not faster.
-NARROW = 64
 # For at most this many tokens, attention in low precision is faster when it computes the whole (T,
 # T) matrix than when it calls PyTorch's fused kernel.
 LONGEST_MATRIX = 256
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 
-def onednn_dtypes() -> set[torch.dtype]:
-    """Return the precisions in which oneDNN is faster on this CPU than PyTorch's other kernels.
-
-    Without AVX-512, oneDNN emulates bf16, and fp32 is faster without oneDNN (docs/speed.md).
-    """
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not torch.backends.mkldnn.is_available() or not has_avx512:
-        return set()
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return {torch.float32, torch.bfloat16}
-    return {torch.float32}
-
-
-ONEDNN_DTYPES = onednn_dtypes()
-
-
 def is_faster_here(x: Tensor) -> bool:
     """Return whether the operations in this file apply to x: on a CPU, outside torch.compile."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `F.linear` for x with 2 or more dimensions. Use oneDNN where oneDNN is faster."""
-    if not is_faster_here(x) or not x.numel() or min(weight.shape) < NARROW:
-        return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        x = x.to(dtype)
-        weight = weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if x.dtype not in ONEDNN_DTYPES or x.dtype != weight.dtype:
-        return F.linear(x, weight, bias)
-    if torch.is_grad_enabled():
-        return _OneDNNLinear.apply(x, weight, bias)
-    return _onednn(x, weight, bias)
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-class _OneDNNLinear(torch.autograd.Function):
-    """`_onednn` with its gradients, which PyTorch does not define. g = dL/dy."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _onednn(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows = g.flatten(0, -2)
-
-        dx = dweight = dbias = None
-        if for_x:
-            dx = matmul(rows, weight).unflatten(0, g.shape[:-1])  # dL/dx = g W
-        if for_weight:
-            dweight = matmul(rows.T, x.flatten(0, -2))  # dL/dW = g^T x
-        if for_bias:
-            dbias = rows.sum(0)
-        return dx, dweight, dbias
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b for a (N, S), b (S, T). In bf16, use PyTorch's `@`, because oneDNN is slower."""
-    if a.dtype == torch.float32:
-        return linear(a, b.T)
-    return a @ b
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

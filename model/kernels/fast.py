@@ -6,7 +6,6 @@ buffers and names stay unchanged.
 
 | replaced | by | why |
 |---|---|---|
-| `nn.Linear`, wide, with AVX-512 | oneDNN's matmul | fuses the bias, and beats MKL in fp32 |
 | `nn.Dropout` on a CPU | one random word for four elements | drawing words is slow |
 | attention on a CPU | matmul, softmax, dropout | PyTorch's fused kernel has no dropout |
 | the loss and the scores | logits in chunks | whole logits would take the most memory |
@@ -23,16 +22,7 @@ from torch import Tensor, nn
 
 from model.gpt2 import GPT2, Attention
 from model.kernels import cuda_loss, loss
-from model.kernels.cpu import causal_attention, dropout, linear
-
-
-class FastLinear(nn.Linear):
-    """y = x W^T + b."""
-
-    computes_linear = True  # for `lora.layer.check_linear`
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+from model.kernels.cpu import causal_attention, dropout
 
 
 class FastDropout(nn.Dropout):
@@ -53,9 +43,6 @@ class FastAttention(Attention):
 class FastGPT2(GPT2):
     """GPT-2 that computes logits chunk by chunk in training and scoring."""
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.wte.weight)
-
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
         head = cuda_loss if hidden.is_cuda else loss
@@ -70,7 +57,6 @@ class FastGPT2(GPT2):
 
 
 FAST: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: FastLinear,
     nn.Dropout: FastDropout,
     Attention: FastAttention,
     GPT2: FastGPT2,

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.gpt2 import IGNORE_INDEX
-from model.kernels.cpu import linear, matmul
 
 CHUNK = 1 << 24  # number of logits in a chunk
 LARGE_CHUNK = 1 << 26  # number of logits in a chunk if the head is trained
@@ -46,7 +45,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     dtype = compute_dtype(hidden)
     w = weight.to(dtype)
     for rows in scored_rows(targets).split(chunk_size(len(w), CHUNK)):
-        z = linear(hidden[rows].to(dtype), w)
+        z = F.linear(hidden[rows].to(dtype), w)
         losses[rows], hits[rows] = losses_of_logits(z, targets[rows])
     return losses, hits
 
@@ -148,7 +147,7 @@ class _TiedCrossEntropy(LossAndGradient):
         size = chunk_size(len(w), logits)
         for start in range(0, len(h), size):
             rows = slice(start, start + size)
-            z = linear(h[rows], w)
+            z = F.linear(h[rows], w)
             total += to_gradient(z, targets[rows]).sum()
             add_gradient_of_hidden(grad_h[rows], z, w)
             if grad_w is not None:
@@ -163,17 +162,17 @@ def add_gradient_of_hidden(total: Tensor, dz: Tensor, w: Tensor) -> None:
     """Add dL/dz W to `total` (n, C), summed over slices of the vocabulary."""
     size = slice_width(dz)
     for dz_slice, w_slice in zip(dz.split(size, 1), w.split(size), strict=True):
-        total += matmul(dz_slice, w_slice)
+        total += dz_slice @ w_slice
 
 
 def add_gradient_of_weight(total: Tensor, dz: Tensor, h: Tensor) -> None:
     """Add (dL/dz)^T h to `total` (V, C)."""
     if dz.dtype == torch.float32:
-        total += matmul(h.T, dz).T  # one transposed matmul is faster than one matmul per slice
+        total += (h.T @ dz).T  # one transposed matmul is faster than one matmul per slice
         return
     size = slice_width(dz)
     for rows, dz_slice in zip(total.split(size), dz.split(size, 1), strict=True):
-        rows += matmul(dz_slice.T, h)
+        rows += dz_slice.T @ h
 
 
 def slice_width(dz: Tensor) -> int:
