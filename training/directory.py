@@ -13,16 +13,18 @@ from common.errors import RunError, UserError
 from common.files import remove_stale
 from data.tokenizer import FILES as TOKENIZER_FILES
 from evaluation.compare import RUN
+from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import CARD, is_ours
+from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.checkpoint import CHECKPOINT, PREVIOUS
 from training.options import Options
 
 METRICS = "metrics.jsonl"
 MODEL_FILES = (
     "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER_WEIGHTS,
     "config.json",
-    "model.safetensors",
+    MODEL_WEIGHTS,
     "generation_config.json",
     *TOKENIZER_FILES,
 )
@@ -39,7 +41,8 @@ def refuse_used_directory(options: Options) -> None:
     """Raise UserError if `--out` contains a run, unless --resume or --overwrite is given.
 
     Also refuse a path to a file, and a directory that contains a model but no run. With --resume,
-    also refuse a directory without a run.
+    also refuse a directory without a run, and a best model without the checkpoint that identifies
+    its run.
     """
     out = options.out
     if os.path.exists(out) and not os.path.isdir(out):  # Path.exists raises if a name is too long
@@ -54,6 +57,11 @@ def refuse_used_directory(options: Options) -> None:
         raise UserError(f"--out {out}: contains {present[0]}, but no run; name another directory")
     if options.resume and not present:
         raise UserError(f"--resume: {out} contains no checkpoint; start without --resume")
+    best = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if name in present]
+    if options.resume and best and {RUN, CHECKPOINT, PREVIOUS}.isdisjoint(present):
+        raise UserError(
+            f"--resume: {out} contains {best[0]} and no checkpoint; --overwrite replaces the model"
+        )
     only_began = present == [METRICS] and not os.lstat(out / METRICS).st_size
     if present and not (only_began or options.resume or options.overwrite):
         raise UserError(

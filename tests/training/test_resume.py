@@ -205,6 +205,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     assert differences(tmp_path, result(whole["lora"].out)) == []
 
 
+def test_a_best_model_without_a_checkpoint_is_not_replaced(base, book, tmp_path):
+    """The run is killed after its first validation, and resumed with another book."""
+    argv = arguments("lora", base, book, tmp_path / "run", *OPTIONS)
+    assert run_acting({9: runs.die}, *argv).status == 130
+    other = tmp_path / "other.txt"
+    other.write_text(runs.story(seed=5))
+    line = refused(tmp_path / "run", *argv, "--book", other, "--resume")
+    assert f"contains {WEIGHTS['lora']} and no checkpoint; --overwrite replaces" in line
+    assert run(main, *argv, "--max-steps", 1, "--overwrite").status == 0
+
+
 def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
     for option, value in (("--eval-every", "5"), ("--target-modules", "c_fc")):
         line = refused(tmp_path / "run", *stopped, option, value, "--resume")
