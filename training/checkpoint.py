@@ -17,18 +17,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import RunError, UserError, as_failure
-from common.files import atomic_path, open_file
-from lora.tensors import read_metadata, write_tensors
+from common.files import atomic_path, brief, open_file
+from lora.tensors import DTYPES, read_metadata, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
 PREVIOUS = "checkpoint.previous.safetensors"
+TENSOR = "tensor"  # the key that marks a tensor in the JSON
 
 
 def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
     """Save `state` as the newest checkpoint. Rename the old checkpoint to `PREVIOUS`.
 
-    At every moment, at least one of the two files is complete. `state` is a nested dict of numbers,
-    strings, lists and tensors.
+    At every moment, at least one of the two files is complete. Raises TypeError for a state that
+    would not come back as it is: see `_take_tensors`.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))
@@ -74,8 +75,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged (the sha256 does not match the content)")
 
     def put_tensors(node: dict[str, Any]) -> object:
-        if "tensor" in node:
-            return tensors[node["tensor"]]
+        if TENSOR in node:
+            return tensors[node[TENSOR]]
         # JSON turned the integer keys of AdamW's state into strings.
         return {int(key) if key.isdigit() else key: value for key, value in node.items()}
 
@@ -92,14 +93,30 @@ def content_sha256(tree: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
-    """Move a state's tensors into `tensors`. Return the state with names in place of tensors."""
-    if isinstance(value, Tensor):
+    """Move a state's tensors into `tensors`. Return the state with names in place of tensors.
+
+    A state is None, a number, a string, a tensor in fp32, fp16 or bf16, or a list or dict of
+    states. A tuple comes back as a list. Raises TypeError, naming the place, for anything else, and
+    for two tensors of one name, such as `a.b` and the `b` in `a`.
+    """
+    if isinstance(value, Tensor) and value.dtype in DTYPES and name not in tensors:
         tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):
+        return {TENSOR: name}
+    if isinstance(value, list | tuple):
+        return [_take_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    if isinstance(value, dict) and all(_can_be_key(key) for key in value):
         inner = {}
         for key, item in value.items():
-            path = f"{name}.{key}" if name else str(key)
-            inner[key] = _take_tensors(item, path, tensors)
+            inner[key] = _take_tensors(item, f"{name}.{key}" if name else str(key), tensors)
         return inner
-    return value
+    if value is None or isinstance(value, int | float | str):
+        return value
+    what = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else brief(value)
+    raise TypeError(f"a checkpoint cannot store {name}: {what}")
+
+
+def _can_be_key(key: object) -> bool:
+    """Return whether a dict comes back with this key. In AdamW's state, keys are whole numbers."""
+    if type(key) is int:
+        return key >= 0
+    return isinstance(key, str) and key != TENSOR and not key.isdigit()

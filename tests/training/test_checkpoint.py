@@ -48,6 +48,18 @@ def test_a_state_comes_back_as_it_was_and_the_one_before_it_is_kept(tmp_path):
     assert repr(read_checkpoint(tmp_path)) == repr(STATE | {"step": 2})
 
 
+def test_lists_of_tensors_come_back_and_what_would_not_is_refused(tmp_path):
+    state = {"meter": {"losses": [torch.ones(2), [torch.zeros(1)], 3, None, True]}}
+    write_checkpoint(tmp_path, state)
+    before = contents(tmp_path)
+    assert repr(read_checkpoint(tmp_path)) == repr(state)
+    keys = ({"tensor": 3}, {"7": 3}, {1.5: 3})
+    for value in (torch.tensor(3), torch.ones(1).double(), {1, 2}, *keys):
+        with pytest.raises(TypeError, match=r"^a checkpoint cannot store meter\.losses\.1: "):
+            write_checkpoint(tmp_path, {"meter": {"losses": [0, value]}})
+    assert contents(tmp_path) == before
+
+
 DAMAGES = {
     "cut": lambda data: data[:-1],
     "no checksum": lambda data: bytes([2, *[0] * 7]) + b"{}",
