@@ -226,7 +226,7 @@ def _end_of_text(source: Path, vocabulary: Mapping[str, int]) -> str | None:
         token = stored.get("eos_token")
         if isinstance(token, dict):
             token = token.get("content")
-        if token and token not in vocabulary:
+        if token and not (isinstance(token, str) and token in vocabulary):
             raise UserError(f"{path}: eos_token {brief(token)} is not in the vocabulary")
         if token:
             return token

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
-from common.files import read_json
 from data.instructions import read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
 from data.windows import split
+from evaluation.compare import read_run
 from model.gpt2 import IGNORE_INDEX
-from training.directory import RUN
 from training.options import BOOK
 
-DEFAULTS = {"book": [BOOK], "data": None, "val_fraction": 0.1}
+DEFAULTS = {"book": [BOOK], "val_fraction": 0.1}
 LENGTH = 150  # tokens
 SENTENCES = re.compile(r".*[.!?]\S?(?=\s|$)", re.DOTALL)
 FIRST_WORDS = re.compile(r"\s*\S+(\s+\S+){,4}")
@@ -26,13 +25,11 @@ def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str,
     """Return a prompt, and a text of at most `context` tokens that begins with the prompt.
 
     The text comes from the validation part of the run that trained the adapter. If the run or its
-    data is missing, the text comes from data/book.txt.
+    data is missing or damaged, the text comes from data/book.txt.
     """
-    options: dict[str, Any] = dict(DEFAULTS)
-    if (adapter / RUN).exists():
-        options |= read_json(adapter / RUN).get("options", {})
     length = min(LENGTH, context)
     try:
+        options = read_run(adapter)["options"]
         if options["data"]:
             return of_instructions(options, tokenizer, length)
         return of_book(options, tokenizer, length)
@@ -43,6 +40,8 @@ def first_texts(adapter: Path, tokenizer: Tokenizer, context: int) -> tuple[str,
 def of_book(options: dict[str, Any], tokenizer: Tokenizer, length: int) -> tuple[str, str]:
     """Begin after the first blank line of the validation part. End at the end of a sentence."""
     books = [Path(book) for book in options["book"]]
+    if not books:
+        raise UserError("the run has neither a book nor data")
     _, validation = split(load_books(books, tokenizer), options["val_fraction"])
     text = decode(tokenizer, validation.ids[: 4 * length])
     _, _, later = text.partition("\n\n")

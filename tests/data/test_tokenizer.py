@@ -248,9 +248,10 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     assert load_tokenizer(tmp_path, 502).end_of_text == 0
     (tmp_path / SETTINGS).write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 502).end_of_text == 1
-    (tmp_path / SETTINGS).write_text('{"eos_token": "<|im_end|>"}')
-    reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
-    assert "eos_token '<|im_end|>' is not in the vocabulary" in reason
+    for wrong, said in (('"<|im_end|>"', "'<|im_end|>'"), ("[1]", "[1]")):
+        (tmp_path / SETTINGS).write_text(f'{{"eos_token": {wrong}}}')
+        reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
+        assert f"eos_token {said} is not in the vocabulary" in reason
     (tmp_path / SETTINGS).write_text('{"eos_token": "</s>"}')
     (tmp_path / SPECIAL).write_text("{")  # a trained model could not be saved
     assert "not valid JSON" in refusal(tmp_path / SPECIAL, load_tokenizer, tmp_path, 502)

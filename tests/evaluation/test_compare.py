@@ -1,12 +1,13 @@
 """`evaluate.py`: a model's scores as JSON, and a table and a picture of finished runs."""
 
+import json
 import shutil
 from shlex import split
 
 import pytest
 
 import evaluate
-from tests.helpers import drawing, tiny_gpt2_directory
+from tests.helpers import damages, drawing, tiny_gpt2_directory
 from tests.runs import BLOCK, WEIGHTS, one_line, run, scores, stdout_of, story, table, trained
 from training.options import BOOK
 
@@ -164,3 +165,12 @@ def test_a_report_that_is_damaged_or_of_another_version_is_refused(runs, tmp_pat
     path.write_text(whole.replace('"best_val_loss"', '"renamed"'))
     line = one_line(run(evaluate.main, "--compare", directory), 2)
     assert line == f"error: {path}: has no best_val_loss; train again with --overwrite"
+    refused = []
+    for damaged in damages(json.loads(whole)):
+        path.write_text(json.dumps(damaged))
+        ending = run(evaluate.main, "--compare", directory)
+        if ending.status:
+            refused.append(one_line(ending, 2))
+    for field in ("method", "options", "batch_size", "seconds"):
+        line = f"error: {path}: damaged ({field} is None); train again with --overwrite"
+        assert line in refused

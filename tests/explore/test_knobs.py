@@ -14,7 +14,7 @@ import generate
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
 from tests.explore.client import FULL, LAYERS, OPTIONS, PROMPT, TEXT, serving
-from tests.helpers import TINY, small_tokenizer
+from tests.helpers import TINY, damages, small_tokenizer
 from tests.pairs import adapted
 from tests.runs import scores, stdout_of, stock_model, trained
 from training.options import BOOK
@@ -165,17 +165,18 @@ def test_after_instructions_the_page_begins_with_an_unseen_question(base, tmp_pa
     assert about["text"] == "User: Gull 18?\nAssistant: At sea."
 
 
-@pytest.mark.parametrize("gone", ["nowhere.txt", "empty.jsonl"])
-def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path, gone):
-    (tmp_path / "empty.jsonl").touch()
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        shutil.copy(runs["lora"].out / name, adapter)
-    options = {"book": [str(tmp_path / gone)], "data": None, "val_data": None, "block_size": 8}
-    if gone == "empty.jsonl":
-        options |= {"book": [], "data": str(tmp_path / gone)}
-    (adapter / "run.json").write_text(json.dumps({"options": options}))
+def test_without_its_run_or_book_an_adapter_begins_with_ours(base, runs, tmp_path):
+    """Also if the options in run.json are damaged."""
+    adapter = shutil.copytree(runs["lora"].out, tmp_path / "adapter")
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    read = {"book": ["no.txt"], "data": str(empty), "val_data": str(empty), "val_fraction": 0.1}
+    options = [{"book": ["no.txt"]}, {"book": []}, {"data": str(empty)}, *damages(read)]
     with serving(base, adapter) as client:
-        about = json.loads(client.send("GET", "/api/about")[2])
-    assert about["text"] in BOOK.read_text()
+        for changed in options:
+            report = dict(runs["lora"].report)
+            known = report["options"]
+            report["options"] = known | changed if isinstance(changed, dict) else changed
+            (adapter / "run.json").write_text(json.dumps(report))
+            status, _, about = client.send("GET", "/api/about")
+            assert status == 200 and json.loads(about)["text"] in BOOK.read_text(), changed
