@@ -87,7 +87,7 @@ compare: .venv/run
 	$(PY) evaluate.py --compare $(or $(RUNS),runs/lora runs/full) $(ARGS)
 
 generate: .venv/run
-	$(PY) generate.py --base "$$_BASE" --adapter "$$_ADAPTER" --with-base --prompt "$$_PROMPT" $(ARGS)
+	$(PY) generate.py --base "$$_BASE" --adapter "$$_ADAPTER" --with-base --prompt="$$_PROMPT" $(ARGS)
 
 explore: .venv/run
 	$(PY) -m lesson.explore --base "$$_BASE" "$$_ADAPTER" $(ARGS)

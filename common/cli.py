@@ -19,6 +19,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=first_line, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
+        if "expected" in message:  # argparse took the value for an option
+            message += "; a value that begins with - needs =, such as --prompt=-x"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

@@ -86,8 +86,8 @@ class LoRALinear(nn.Module):
         fan_out = base_layer.out_features
         if config.r > min(fan_in, fan_out):
             raise ValueError(
-                f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}; change r (for this layer "
-                "alone: rank_pattern), or leave out the layer"
+                f"rank {config.r} is outside 1 .. {min(fan_in, fan_out)}; "
+                "lower r, or leave out the layer"
             )
 
         self.base_layer = base_layer

@@ -252,8 +252,8 @@ def quantise(
     layers, as in `LoRAConfig`. The default, "all-linear", includes an untied head unless the model
     is from transformers (see `find_targets`).
 
-    Raises ValueError for an unknown kind, for targets that `find_targets` refuses, and for a layer
-    whose forward is not W x + b. After an error, the model is unchanged.
+    Raises ValueError for an unknown kind, for targets that `find_targets` refuses, for a layer
+    whose forward is not W x + b, and for a quantised layer. After an error, the model is unchanged.
     """
     if kind not in LAYERS:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(LAYERS)}")
@@ -263,6 +263,8 @@ def quantise(
         assert isinstance(layer, nn.Linear)
         with errors_that_name(name):
             check_linear(layer)
+            if isinstance(layer, QuantisedLinear):  # rounding twice adds an error
+                raise ValueError(f"is quantised already, in {layer.kind}; `dequantise` first")
         layers[name] = layer
     for name, layer in layers.items():
         model.set_submodule(name, LAYERS[kind](layer))

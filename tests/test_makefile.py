@@ -35,7 +35,7 @@ def made(tmp_path, monkeypatch):
 def test_quotes_and_dollars_are_left_alone(made, tmp_path):
     prompt = 'costs $5, "it\'s" $(shell touch ran) `touch ran` $HOME #'
     said = made("generate", f"PROMPT={prompt}", "OUT=a b$c", "BASE=it's")
-    options = ["--base", "it's", "--adapter", "a b$c", "--with-base", "--prompt", prompt]
+    options = ["--base", "it's", "--adapter", "a b$c", "--with-base", f"--prompt={prompt}"]
     assert said == ["generate.py", *options]
     assert not (tmp_path / "ran").exists()
     said = made("train-lora", "BOOK=it's $(X).txt", "ARGS=--lr 1e-3 --r 4")

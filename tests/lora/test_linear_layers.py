@@ -106,5 +106,10 @@ def test_quantise_replaces_all_but_the_head_or_what_is_named():
     assert kinds("nf4") == [NF4Linear, NF4Linear, nn.Linear]
     assert kinds("nf4", ("1",)) == [nn.Linear, NF4Linear, nn.Linear]
     assert kinds("nf4", build=nn.Sequential) == [NF4Linear] * 3  # no layer is known as the head
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    quantise(model, "nf4", ("1",))
+    with pytest.raises(ValueError, match="1: is quantised already, in nf4; `dequantise` first"):
+        quantise(model, "int8")
+    assert type(model[0]) is nn.Linear
     with pytest.raises(ValueError, match="'fp4' is not one of nf4, int8"):
         kinds("fp4")
