@@ -14,13 +14,13 @@ from common.device import Device
 from common.errors import UserError
 from data.instructions import CHAT_TEMPLATE
 from data.tokenizer import END_OF_TEXT
-from lesson.examples import any_model
+from lesson.examples import any_model, dpo
 from lesson.examples.any_model import main
 from lesson.examples.chat import encode, examples, read_conversations
 from lora import load_adapter
 from lora.peft_config import CONFIG
-from tests.helpers import relative_difference, write_small_tokenizer
-from tests.models import small_llama
+from tests.helpers import relative_difference, tiny_gpt2, write_small_tokenizer
+from tests.models import named, small_llama
 from tests.runs import one_line, questions, run, stdout_of
 
 
@@ -164,3 +164,27 @@ def test_data_that_does_not_fit_is_refused_in_one_line(llama, tmp_path):
     for file, reason in ((few, "ten conversations"), (enough, "no chat template")):
         arguments = ("--model", llama, "--data", file, "--out", tmp_path / "out")
         assert reason in one_line(run(main, *arguments), 2)
+
+
+NARROW = {"vocab_size": 317, "hidden_size": 4, "num_attention_heads": 2}
+UNFIT = {
+    "GPT-2": (tiny_gpt2, "a Conv1D; only linear layers"),
+    "Mamba": (named("Mamba", vocab_size=317).make, "PEFT refuses backbone.layers.0.mixer.out_proj"),
+    "narrow": (named("Llama", **NARROW).make, "rank 8 is outside 1 .. 4"),
+    "RoBERTa": (named("Roberta", vocab_size=317).make, "sees the tokens that it predicts"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_model_that_does_not_fit_is_refused_in_one_line(kind, tmp_path):
+    make, reason = UNFIT[kind]
+    make().save_pretrained(tmp_path / "model")
+    write_small_tokenizer(tmp_path / "model", 317)
+    arguments = ("--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert reason in one_line(run(main, *arguments), 2)
+
+
+def test_a_directory_without_a_model_is_refused_in_one_line(tmp_path):
+    for command in (main, dpo.main):
+        line = one_line(run(command, "--model", tmp_path, "--out", tmp_path / "out"), 2)
+        assert f"--model {tmp_path}: cannot be used (" in line

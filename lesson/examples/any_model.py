@@ -16,12 +16,12 @@ from torch.nn.functional import cross_entropy
 
 from common.cli import Parser, add_device_options, number
 from common.device import Device
-from common.errors import UserError, run_command
+from common.errors import UserError, as_failure, run_command
 from common.files import refuse_existing
 from data.windows import Dataset, Windows, split
 from lesson.examples.chat import examples, read_conversations, template_ids
-from lesson.examples.smollm2 import NAME, load
-from lora import LoRAConfig, inject, save_adapter, unwrap
+from lesson.examples.smollm2 import NAME, adapt, load
+from lora import LoRAConfig, save_adapter, unwrap
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
 from training.recipe import best_rate
@@ -152,9 +152,10 @@ def main(argv=None) -> None:
     if args.peft:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(**LORA))
+        with as_failure():
+            model = get_peft_model(model, LoraConfig(**LORA))
     else:
-        inject(model, LoRAConfig(**LORA))
+        adapt(model, LoRAConfig(**LORA))
     device.cast_frozen(model)
     print(f"validation perplexity: {perplexity(model, task.validation, device):.4f}")
     write(model, tokenizer, task, device)  # equals the base's text: a new adapter changes nothing

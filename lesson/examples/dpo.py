@@ -27,8 +27,8 @@ from common.device import Device
 from common.errors import UserError, run_command
 from common.files import refuse_existing
 from lesson.examples.chat import read_conversations, template_ids
-from lesson.examples.smollm2 import NAME, load
-from lora import LoRAConfig, adapter_disabled, inject, save_adapter
+from lesson.examples.smollm2 import NAME, adapt, load
+from lora import LoRAConfig, adapter_disabled, save_adapter
 from train import learning_rate
 
 DATA = Path(__file__).parents[2] / "data" / "instructions.jsonl"
@@ -216,7 +216,7 @@ def main(argv=None) -> None:
     if not pairs:
         raise UserError(f"no pairs: no answer ends within {LONGEST} tokens, or all are as long")
 
-    inject(model, LORA)
+    adapt(model, LORA)
     device.cast_frozen(model)
     describe(model, questions[:TESTED], tokenizer, device)
     epochs = math.ceil(args.steps * PAIRS / len(pairs))
