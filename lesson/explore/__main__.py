@@ -28,7 +28,9 @@ PATIENCE = 60  # seconds that a request waits for the previous request
 
 
 class Refusal(UserError):
-    """A refused request, with its HTTP status. A plain UserError has status 400."""
+    """A refused request, with its HTTP status. A plain UserError, such as a wrong entry on the page,
+    has status 200, because browsers log any other status as an error of the page.
+    """
 
     def __init__(self, status: int, line: str):
         super().__init__(line)
@@ -148,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_lines([scores])
 
     def read_request(self) -> dict[str, Any]:
-        """Return the body, a JSON object. Raises UserError for any other body."""
+        """Return the body, a JSON object. Raises Refusal for any other body."""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
             raise Refusal(411, "the request has no valid Content-Length")
@@ -157,9 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             request = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"the request is not JSON ({error})") from error
+            raise Refusal(400, f"the request is not JSON ({error})") from error
         if not isinstance(request, dict):
-            raise UserError("the request is not a JSON object")
+            raise Refusal(400, "the request is not a JSON object")
         return request
 
     def send_lines(self, answers: Iterable[dict[str, Any]]) -> None:
@@ -171,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_failure(self, error: Exception, line: str) -> None:
         if not self.began:
-            status = 400 if isinstance(error, UserError) else 500
+            status = 200 if isinstance(error, UserError) else 500
             self.begin(getattr(error, "status", status), "application/x-ndjson")
         self.wfile.write(json.dumps({"error": line}).encode() + b"\n")
 

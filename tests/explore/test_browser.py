@@ -28,6 +28,11 @@ def test_in_a_browser(mini_adapter, tmp_path):
         draw(browser, address, tmp_path / "page.png")
         assert (tmp_path / "page.png").read_bytes()[:24].endswith(struct.pack(">II", *SIZE))
         assert browser.run("return document.querySelectorAll('#likeliest li').length") == 10
+        hidden = "return document.getElementById('likeliest').hidden"
+        assert browser.run(hidden) is False
+        browser.type("#strength", "\ue00c")  # Escape, with the mouse on the token
+        assert browser.run(hidden) is True
+        assert browser.run("return document.getElementById('strength').offsetHeight") >= 24
         coloured = "return document.querySelectorAll('#tokens .gain, #tokens .loss').length"
         assert browser.run(coloured) > 20
         written = "document.getElementById('write-status').textContent.startsWith('Both')"
