@@ -28,7 +28,7 @@ PATIENCE = 60  # seconds that a request waits for the previous request
 
 
 class Refusal(UserError):
-    """A refused request, with its HTTP status. A plain UserError, such as a wrong entry on the page,
+    """A refused request, with its HTTP status. A plain UserError, such as a wrong entry in a field,
     has status 200, because browsers log any other status as an error of the page.
     """
 
