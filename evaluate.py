@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(args.compare)
         return
 
-    tune_process()
     device = Device.pick(args.device, args.precision)
+    tune_process(device)
     base, model, tokenizer = load_model(args.base, args.adapter, device.dtype, args.quantise)
     check_block_size(args.block_size, model.config)
     kind = quantisation(model)

@@ -56,8 +56,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    tune_process()
     device = Device.pick(args.device, args.precision)
+    tune_process(device)
     if args.adapter and len(args.adapter) > 1:
         write_side_by_side(args, device)
         return

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import ours
 from benchmarks.speed import run_apart, spread
 from common.cli import Parser, number, print_table
-from common.device import PRECISIONS, tune_process
+from common.device import PRECISIONS, Device, tune_process
 from common.errors import run_command
 from model.gpt2 import GPT2, Attention
 from model.kernels.fast import FAST, accelerate
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
     parser.add_argument("--rounds", type=number(int, 1, 30), default=5)
     args = parser.parse_args(argv)
-    tune_process()
+    tune_process(Device.pick("cpu"))
 
     rows = []
     with TemporaryDirectory() as folder:

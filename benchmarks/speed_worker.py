@@ -74,7 +74,7 @@ def measure(task: Task) -> dict[str, Any]:
     device = Device.pick("auto", task.precision, train=True)
     use_full_fp32()  # for both sides
     if task.side != "theirs":
-        tune_process()  # as train.py does
+        tune_process(device)  # as train.py does
     model, step = our_side(task) if task.side == "ours" else their_side(task, device.torch_device)
 
     model.eval()  # without dropout, because the sides draw different masks

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import ours
 from benchmarks.operations import in_turn
 from common.cli import Parser, number, print_table
-from common.device import tune_process
+from common.device import Device, tune_process
 from common.errors import run_command
 from data.windows import Batch
 from storage.hub import MINI
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="benchmarks.variants", description=__doc__)
     parser.add_argument("--rounds", type=number(int, 1, 100), default=8)
     args = parser.parse_args(argv)
-    tune_process()
+    tune_process(Device.pick("cpu"))
     torch.set_num_threads(1)
 
     trainers = {}

@@ -165,12 +165,12 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def tune_process() -> None:
+def tune_process(device: Device) -> None:
     """Configure the memory allocator, the attention kernel and fp32 matmuls of the process."""
     # By default, glibc returns large blocks to the kernel, and a new block costs a page fault per
     # 4 KiB (mallopt(3)). Full fine-tuning would lose the most time, because each step allocates new
-    # gradients.
-    if sys.platform == "linux":
+    # gradients. With a GPU, the process would keep the memory in which it loaded the base.
+    if sys.platform == "linux" and device.torch_device.type == "cpu":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # also take large blocks from the heap
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's memory back

@@ -24,9 +24,9 @@ from training.recipe import count_steps, fill_in, with_rate
 @contextmanager
 def launch(options: Options) -> Iterator[tuple[Device, Processes]]:
     """Join the processes that `torchrun` started, and yield the device and the processes."""
-    tune_process()
     processes = Processes.from_environment()
     device = Device.pick(options.device, options.precision, train=True)
+    tune_process(device)
     with processes.joined(device.torch_device):
         prepare_device(options, device)
         yield device, processes

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.ours import Trainer
 from common.cli import number, print_table
-from common.device import tune_process
+from common.device import Device, tune_process
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
 from storage.weights import save_gpt2
@@ -49,7 +49,7 @@ def save_random_base(directory: Path) -> None:
 
 def measure(base: Path, options: Sequence[str], steps: int) -> dict[str, Any]:
     """Take steps as in `train.py`. Return the CPU seconds after the first step, and the peak."""
-    tune_process()
+    tune_process(Device.pick("cpu"))
     words = ["lora", "--base", str(base), "--batch-size", "4"]
     words += ["--device", "cpu", "--precision", "bf16", *options]
     trainer = Trainer(parse_options("-", words))

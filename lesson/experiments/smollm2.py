@@ -70,7 +70,7 @@ DEVICE = Device.pick("cpu", "fp32", train=True)
 @cache
 def base() -> tuple[Any, Any]:
     """Return SmolLM2 and the tokenizer."""
-    tune_process()
+    tune_process(DEVICE)
     return load(None)
 
 

@@ -168,11 +168,11 @@ def draw_pairs(axis: Any, full: Shares, lora: Shares) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Shares]:
-    tune_process()
+    device = Device.pick("cpu", train=True)
+    tune_process(device)
     repeats = 1 if args.short else 12
     data = by_hand()
-    own = Device.pick("cpu", train=True).precision
-    for precision in dict.fromkeys(("fp32", own)):  # only once if they are equal
+    for precision in dict.fromkeys(("fp32", device.precision)):  # only once if they are equal
         data |= measured(precision, repeats)
     return data
 

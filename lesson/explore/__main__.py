@@ -209,8 +209,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     refuse_model(args.adapter)
-    tune_process()
     device = Device.pick(args.device, args.precision)
+    tune_process(device)
     with Server(args.port) as server:
         server.explorer = Explorer(args.base, args.adapter, device, args.quantise)
         with suppress(KeyboardInterrupt):  # the usual way to end

@@ -37,9 +37,10 @@ def draw(browser: Browser, address: str, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    tune_process()
+    device = Device.pick()
+    tune_process(device)
     with Server(0) as server:
-        server.explorer = Explorer(args.base, args.adapter, Device.pick())
+        server.explorer = Explorer(args.base, args.adapter, device)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with Browser() as browser, atomic_path(args.out) as temporary:
             draw(browser, f"http://{ADDRESS}:{server.port}", temporary)
