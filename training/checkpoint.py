@@ -84,23 +84,26 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def content_sha256(tree: str, tensors: dict[str, Tensor]) -> str:
-    """Return the hex sha256 of the JSON and of the name, type, shape and bytes of each tensor."""
+    """Return the hex sha256 of the JSON and of the name, type, shape and bytes of each tensor. The
+    tensors are on the CPU.
+    """
     digest = hashlib.sha256(tree.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _take_tensors(value: object, name: str, tensors: dict[str, Tensor]) -> object:
-    """Move a state's tensors into `tensors`. Return the state with names in place of tensors.
+    """Copy a state's tensors to the CPU, into `tensors`. Return the state with names in place of
+    tensors.
 
     A state is None, a number, a string, a tensor in fp32, fp16 or bf16, or a list or dict of
     states. A tuple comes back as a list. Raises TypeError, naming the place, for anything else, and
     for two tensors of one name, such as `a.b` and the `b` in `a`.
     """
     if isinstance(value, Tensor) and value.dtype in DTYPES and name not in tensors:
-        tensors[name] = value
+        tensors[name] = value.detach().cpu()
         return {TENSOR: name}
     if isinstance(value, list | tuple):
         return [_take_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
