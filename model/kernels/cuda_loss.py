@@ -49,8 +49,10 @@ def card_memory(device: torch.device) -> int:
 
 
 def logits(h: Tensor, w: Tensor) -> Tensor:
-    """Return h w^T in fp32. cuBLAS sums bf16 and fp16 in fp32, so no cast is needed."""
-    if h.is_cuda and h.dtype != torch.float32:
+    """Return h w^T in fp32. cuBLAS sums bf16 and fp16 in fp32, so no cast is needed. PyTorch for
+    ROCm also calls its devices cuda, but some versions lack `out_dtype`.
+    """
+    if h.is_cuda and not torch.version.hip and h.dtype != torch.float32:
         return torch.mm(h, w.T, out_dtype=torch.float32)
     return (h @ w.T).float()
 
