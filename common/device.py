@@ -6,6 +6,7 @@ import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from common.errors import UserError, first_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")  # exists while the driver is loaded
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -129,6 +131,12 @@ def _pick_device(asked: str) -> str:
     device = asked
     if asked == "auto":
         device = next(name for name, there in present.items() if there)
+        if device == "cpu" and torch.version.cuda and NVIDIA_DRIVER.exists():
+            print(
+                f"warning: torch cannot use the NVIDIA GPU, so the CPU computes; the driver may be "
+                f"too old for CUDA {torch.version.cuda} (docs/howto.md)",
+                file=sys.stderr,
+            )
     if not present[device]:
         raise UserError(f"--device {device}: this machine or this torch has no {device}; use cpu")
     if device == "cuda":

@@ -21,6 +21,22 @@ def test_the_cpus_bf16_is_for_training(monkeypatch):
     assert Device.pick("cpu", train=True).precision == "bf16"
 
 
+def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(monkeypatch, tmp_path, capsys):
+    for module in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(module, "is_available", lambda: False)
+    for cuda, driver, asked, warned in (
+        ("13.0", tmp_path, "auto", True),
+        ("13.0", tmp_path, "cpu", False),
+        ("13.0", tmp_path / "none", "auto", False),
+        (None, tmp_path, "auto", False),
+    ):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(device, "NVIDIA_DRIVER", driver)
+        assert Device.pick(asked).torch_device.type == "cpu"
+        said = capsys.readouterr().err
+        assert said.count("\n") == said.count("too old for CUDA 13.0") == warned
+
+
 def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeypatch):
     """All sides compute fp32 without TF32, even if the image enables TF32."""
     model = torch.nn.Identity()
