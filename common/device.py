@@ -182,8 +182,9 @@ def tune_process(device: Device) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # also take large blocks from the heap
         mallopt(M_TRIM_THRESHOLD, -1)  # never give the heap's memory back
-    # On an H100 or B200, torch 2.11 to 2.13 prefer cuDNN's attention, which makes a plan for every
-    # new shape. Each generated token gives a new shape, and so a new plan (transformers#48163).
+    # On an H100 or B200, torch 2.11 and later prefer cuDNN's attention. Its gradients were NaN in
+    # some runs (pytorch#196678, pocket-tts#264). A plan for a new shape can take it a second
+    # (FunASR#3704), and each generated token has a new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
     use_full_fp32()
 
