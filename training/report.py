@@ -17,7 +17,7 @@ from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import run_card, save_card
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS
-from training.options import Options
+from training.options import REFERENCE, Options
 
 
 def count_parameters(model: nn.Module) -> dict[str, float]:
@@ -59,6 +59,8 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
     )
     if best > base:
         print("warning: the best model is worse than the base; try a lower --lr", file=sys.stderr)
+    if options.recipe == REFERENCE:
+        print("these settings repeat the reference run; --recipe best learns more in less time")
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

@@ -58,13 +58,14 @@ def test_slices_and_longer_names_of_one_layer_are_one_layer():
 def test_the_reference_is_the_default_for_a_book_and_the_best_for_data(base, book, tmp_path):
     reference = trained("lora", base, book, tmp_path / "reference", *SHORT)
     assert chosen(reference) == ["reference", 3e-4, ["c_attn"], 16, 8]
-    assert "recipe" not in reference.stdout
+    assert "--recipe best" in reference.stdout.splitlines()[-1]
 
     data = runs.questions(tmp_path / "data.jsonl")
     small = ("--batch-size", 4, "--block-size", 64, "--epochs", 1)  # 5 steps, 1 pass
     best = trained("lora", base, data, tmp_path / "best", *small)
     assert chosen(best) == ["best", 8e-3, ALL_LAYERS, 16, 8]
     assert "recipe best: lr 0.008, layers c_attn c_proj c_fc, alpha 16, batch 4;" in best.stdout
+    assert "--recipe" not in best.stdout
     assert max(best.column("lr")) == pytest.approx(8e-3)
 
     argv = ["lora", "--data", "data.jsonl"]
