@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "expected" in message:  # argparse took the value for an option
-            message += "; a value that begins with - needs =, such as --prompt=-x"
+            message += "; give a value that begins with - as --option=-value"
         raise UserError(f"{message} (see {self.prog} --help)")
 
 

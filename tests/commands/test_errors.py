@@ -103,7 +103,7 @@ MISTAKES = [
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("evaluate --forgotten", "--forgotten compares an adapter with its base on a text: give --ad"),
     ("generate --prompt You ' \n' on", "--prompt is empty"),
-    ("generate --prompt -Hello", "a value that begins with - needs =, such as --prompt=-x"),
+    ("generate --prompt -Hello", "give a value that begins with - as --option=-value"),
     ("generate --with-base", "--adapter"),
     ("lora --out held", "--out held: contains a run (run.json); --resume continues it, --ove"),
     ("lora --out book.txt", "--out book.txt: is a file"),
