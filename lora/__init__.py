@@ -7,8 +7,9 @@ inject(model, LoRAConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 save_adapter(model, "adapter")
 """
 
+from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, inject, lora_layers, make_layer
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.quantised import dequantise, quantise

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear, check_linear, without_autocast
+from lora.config import LoRAConfig
+from lora.layer import LoRALinear, check_linear, without_autocast
 
 
 class DoRALinear(LoRALinear):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig
+from lora.config import LoRAConfig
 from lora.targets import ALL_LINEAR
 
 # For each family of models: names of layers that PEFT mistakes for experts. If a target has such a

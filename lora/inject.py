@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lora.config import LoRAConfig
 from lora.dora import DoRALinear
 from lora.experts import warn_about_experts
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.peft_view import peft_view
 from lora.pissa import PiSSALinear
 from lora.slices import SlicedLoRALinear

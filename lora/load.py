@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from lora.config import LoRAConfig
 from lora.inject import install, new_layers
-from lora.layer import LoRAConfig
 from lora.peft_config import CONFIG, brief, parse_config
 from lora.peft_view import peft_view
 from lora.save import BASE_SHA256, PREFIX, WEIGHTS, tensors_by_key

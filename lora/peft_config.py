@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from lora.layer import LoRAConfig
+from lora.config import LoRAConfig
 
 CONFIG = "adapter_config.json"
 SLICE = re.compile(r"(.*\.)?c_attn\.[qkv]")  # slices such as c_attn.q, which PEFT lacks

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.inject import errors_that_name
-from lora.layer import LoRAConfig, check_linear
+from lora.layer import check_linear
 from lora.targets import ALL_LINEAR, find_targets
 
 BLOCK = 64  # weights that share a scale (paper, section 3, Double Quantization)

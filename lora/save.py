@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.experts import expert_weights, misread_by_peft
 from lora.inject import lora_layers
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.peft_config import CONFIG, peft_config
 from lora.peft_view import peft_view
 from lora.quantised import quantisation

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear
+from lora.config import LoRAConfig
+from lora.layer import LoRALinear
 from lora.targets import SLICES
 
 

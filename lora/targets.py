@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from lora.layer import LoRAConfig, LoRALinear
+from lora.config import LoRAConfig
+from lora.layer import LoRALinear
 from lora.peft_view import peft_view
 
 ALL_LINEAR = "all-linear"

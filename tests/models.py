@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.inject import inject
-from lora.layer import LoRAConfig
 from tests.helpers import perturb, relative_difference, token_ids
 from tests.pairs import our_name
 

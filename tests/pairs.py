@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.dora import DoRALinear
 from lora.inject import inject
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.pissa import PiSSALinear
 from model.gpt2 import GPT2
 from storage.weights import load_gpt2

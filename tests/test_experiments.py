@@ -32,8 +32,9 @@ from lesson.experiments import (
     targets,
 )
 from lesson.experiments.common import SHORT, trainer
+from lora.config import LoRAConfig
 from lora.inject import inject
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.quantised import nf4_levels
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI

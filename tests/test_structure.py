@@ -52,9 +52,15 @@ def imported(path: Path) -> set[str]:
     return modules(path, ast.walk(ast.parse(path.read_text()))) & OURS
 
 
-@pytest.mark.parametrize("path", ["lora/layer.py", "model/gpt2.py"])
-def test_the_layer_and_the_model_need_pytorch_alone(path):
+@pytest.mark.parametrize("path", ["lora/config.py", "model/gpt2.py"])
+def test_the_config_and_the_model_need_no_other_file(path):
     assert imported(ROOT / path) == set()
+
+
+def test_the_layer_needs_only_the_config():
+    nodes = ast.walk(ast.parse((ROOT / "lora/layer.py").read_text()))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert names == {"torch", "lora.config"}
 
 
 def test_lora_imports_nothing_but_lora():

@@ -21,7 +21,7 @@ from common.cli import (
 )
 from common.errors import UserError, as_failure
 from common.files import display_path
-from lora.layer import LoRAConfig
+from lora.config import LoRAConfig
 from lora.targets import target_modules
 
 ROOT = Path(__file__).resolve().parents[1]

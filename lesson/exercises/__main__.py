@@ -12,8 +12,7 @@ from common.errors import run_command
 from lesson.exercises import answers as own_answers
 from lesson.experiments.common import gradient, mean_loss, trainer
 from lesson.experiments.sweep import SIZE, train
-from lora.inject import inject
-from lora.layer import LoRAConfig, LoRALinear
+from lora import LoRAConfig, LoRALinear, inject
 from lora.quantised import nearest, nf4_levels, scaled_blocks
 from model.gpt2 import GPT2, GPT2Config
 

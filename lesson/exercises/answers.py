@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.layer import LoRAConfig, LoRALinear
+from lora import LoRAConfig, LoRALinear
 
 
 def count_lora(n_layer: int, n_embd: int, r: int, target_modules: tuple[str, ...]) -> int:

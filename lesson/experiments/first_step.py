@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lesson.experiments.common import gradient, trainer
+from lora.config import LoRAConfig
 from lora.inject import inject, lora_layers
-from lora.layer import LoRAConfig
 from lora.targets import find_targets
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI

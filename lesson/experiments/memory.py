@@ -18,8 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from common.figures import INK, METHODS, shades
 from lesson.experiments.common import experiment, gradient, panels
+from lora.config import LoRAConfig
 from lora.inject import inject
-from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels.fast import accelerate
 

@@ -442,8 +442,7 @@ print(f"perplexity, merged: {perplexity(tuned_model):.1f}")
 # and files that PEFT reads. Copy our A and B into these layers:
 
 # %%
-from lora.inject import inject, lora_layers
-from lora.layer import LoRAConfig
+from lora import LoRAConfig, inject, lora_layers
 
 ours = load_gpt2(directory)
 inject(ours, LoRAConfig(r=8, lora_alpha=16, lora_dropout=0, target_modules="all-linear"))

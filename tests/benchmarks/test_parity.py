@@ -14,7 +14,8 @@ from benchmarks.parity_report import Report
 from benchmarks.parity_runs import NO_DROPOUT, train_both, train_options
 from common.device import Device
 from data.windows import Windows
-from lora.layer import LoRAConfig, LoRALinear
+from lora.config import LoRAConfig
+from lora.layer import LoRALinear
 from tests.helpers import DEVICE, TINY, tiny_gpt2_directory
 from tests.runs import one_line, run
 

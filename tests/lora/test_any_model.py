@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adapters import inspect
+from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, inject, lora_layers
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, inject, lora_layers
-from lora.layer import LoRAConfig
 from lora.load import load_adapter
 from lora.merge import merge, unwrap
 from lora.save import save_adapter

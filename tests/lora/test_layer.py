@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora.layer import LoRAConfig, LoRALinear
+from lora.config import LoRAConfig
+from lora.layer import LoRALinear
 from lora.slices import SlicedLoRALinear
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 

@@ -7,8 +7,9 @@ import transformers
 from torch import nn
 
 from common.device import Device
+from lora.config import LoRAConfig
 from lora.inject import inject
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.quantised import (
     LAYERS,
     Int8Linear,

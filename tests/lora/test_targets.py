@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora.config import LoRAConfig
 from lora.inject import inject, lora_layers
-from lora.layer import LoRAConfig
 from lora.load import load_adapter
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, adapter_tensors, save_adapter

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
+from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, inject, lora_layers
-from lora.layer import LoRAConfig, LoRALinear
+from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG

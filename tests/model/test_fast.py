@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora.config import LoRAConfig
 from lora.inject import inject
-from lora.layer import LoRAConfig
 from model.gpt2 import GPT2, IGNORE_INDEX, GPT2Config
 from model.kernels import cpu as ops
 from model.kernels import loss as head
