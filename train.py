@@ -16,7 +16,7 @@ from evaluation.scores import EVAL_BATCH, Scores, evaluate
 from lora import adapter_disabled
 from model.gpt2 import GPT2
 from training.model import load_model
-from training.optimizer import AdamW, grad_scaler, trained_parameters
+from training.optimizer import AdamW, grad_scaler, parameter_groups
 from training.options import parse_options
 from training.plan import Plan, launch, make_plan
 from training.report import describe_parameters
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_optimizer(model: GPT2, plan: Plan) -> tuple[AdamW, torch.amp.GradScaler]:
     """Return the optimizer and the GradScaler, which scales the loss in fp16."""
     settings = plan.settings
-    groups = trained_parameters(model, settings)  # each has an `lr_scale`, which multiplies lr
+    groups = parameter_groups(model, settings)  # each has an `lr_scale`, which multiplies lr
     optimizer = AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     return optimizer, grad_scaler(plan.device)
 

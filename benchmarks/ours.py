@@ -19,7 +19,7 @@ from data.windows import Batch, Windows
 from evaluation.compare import read_run
 from evaluation.scores import Scores
 from evaluation.scores import evaluate as score
-from lora import load_adapter, merge, unwrap
+from lora import load_adapter, merge, trained_parameters, unwrap
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
 from storage.weights import load_config, load_gpt2, save_gpt2
@@ -86,7 +86,7 @@ class Trainer:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return trained_parameters(self.model)
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
         return self.plan.batches(first)

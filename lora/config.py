@@ -21,9 +21,9 @@ class LoRAConfig:
     """
 
     r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.05
-    target_modules: tuple[str, ...] | str = ("c_attn",)  # see `find_targets`
+    lora_alpha: float = 16  # in PEFT: 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = "all-linear"  # see `find_targets`
     use_rslora: bool = False  # see `scaling`
     use_dora: bool = False  # see `DoRALinear`
     init_lora_weights: bool | str = True  # "pissa": see `PiSSALinear`

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import nn
 
@@ -14,10 +15,12 @@ from lora.pissa import PiSSALinear
 from lora.slices import SlicedLoRALinear
 from lora.targets import find_targets, layer_config
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def inject(model: nn.Module, config: LoRAConfig) -> None:
+
+def inject(model: Model, config: LoRAConfig) -> Model:
     """Wrap each `nn.Linear` that `find_targets` returns in a LoRA layer. Freeze the original
-    parameters.
+    parameters. Return the same model.
 
     The config is stored as `model.lora_config`. Raises ValueError if a target, rank or variant does
     not fit the model, or if the model already has an adapter. After an error, the model is
@@ -27,6 +30,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> None:
     layers = new_layers(model, config)
     warn_about_experts(model, config, layers)
     install(model, config, layers)
+    return model
 
 
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:

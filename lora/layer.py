@@ -34,6 +34,8 @@ class LoRALinear(nn.Module):
                 "lower r, or leave out the layer"
             )
 
+        self.in_features = fan_in
+        self.out_features = fan_out
         self.base_layer = base_layer
         self.config = config
         self.scaling = config.scaling

@@ -53,7 +53,7 @@ def save_adapter(
     header = {BASE_SHA256: base_sha256, QUANTISED: quantisation(model)}
     write_adapter(
         directory,
-        adapter_tensors(model),
+        adapter_state_dict(model),
         saved_config(model),
         base_fields(model, base, revision),
         {name: value for name, value in header.items() if value},
@@ -105,8 +105,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return every layer's A and B, and DoRA's magnitudes, under PEFT's keys."""
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return every layer's A and B, and DoRA's magnitudes, under PEFT's keys, as in the adapter's
+    file. The model may be wrapped as for `save_adapter`."""
+    model = inner_model(model)
     return tensors_by_key(peft_view(model).prefix, lora_layers(model))
 
 
@@ -115,7 +117,7 @@ def tensors_by_key(prefix: str, layers: Mapping[str, LoRALinear]) -> dict[str, T
     tensors = {}
     for name, layer in layers.items():
         for part, tensor in layer.saved_tensors().items():
-            tensors[f"{PREFIX}{prefix}{name}.{part}"] = tensor
+            tensors[f"{PREFIX}{prefix}{name}.{part}"] = tensor.detach()
     return tensors
 
 

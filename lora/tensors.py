@@ -51,7 +51,10 @@ def write_tensors(
 
 
 def tensor_bytes(key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Return a tensor's bytes in `dtype`. Raises ValueError for a number that is not finite."""
+    """Return a tensor's bytes in `dtype`. Raises ValueError for a number that is not finite, and
+    for a tensor of which this process has only a part."""
+    if hasattr(tensor, "full_tensor"):  # a DTensor
+        raise ValueError(f"{key} is sharded; call `unshard` on each FSDPModule before saving")
     value = tensor.detach().to("cpu", dtype).contiguous()
     if not is_finite(value):
         raise ValueError(f"{key} contains numbers that are not finite in {dtype}; not written")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.device import Device
-from lora.plus import parameter_groups
+from lora import loraplus_groups, trained_parameters
 from training.options import Settings
 
 
@@ -26,11 +26,15 @@ class AdamW(torch.optim.AdamW):
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
 
 
-def trained_parameters(model: nn.Module, settings: Settings) -> list[dict]:
+def parameter_groups(model: nn.Module, settings: Settings) -> list[dict]:
     """Return parameter groups for AdamW. `lr_scale` multiplies a group's learning rate. All scales
     are 1, except for B under LoRA+.
     """
-    return parameter_groups(model, settings.loraplus_lr_ratio)
+    ratio = settings.loraplus_lr_ratio
+    if ratio is None:
+        return [{"params": list(trained_parameters(model).values()), "lr_scale": 1.0}]
+    groups = loraplus_groups(model, 1.0, ratio)
+    return [{"params": group["params"], "lr_scale": group["lr"]} for group in groups]
 
 
 def grad_scaler(device: Device) -> torch.amp.GradScaler:

@@ -12,7 +12,7 @@ from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, sub
 from common.files import open_file, write_json
 from evaluation.compare import RUN
 from evaluation.scores import perplexity
-from lora.quantised import quantised_weights
+from lora import count_parameters
 from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import run_card, save_card
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
@@ -20,10 +20,9 @@ from training.directory import METRICS
 from training.options import REFERENCE, Options
 
 
-def count_parameters(model: nn.Module) -> dict[str, float]:
-    """Count the model's parameters and quantised weights. A tied weight counts once."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) + quantised_weights(model)
+def parameter_counts(model: nn.Module) -> dict[str, float]:
+    """Return the fields of `run.json` that count parameters."""
+    trainable, total = count_parameters(model)
     return {
         "trainable_parameters": trainable,
         "total_parameters": total,
@@ -35,7 +34,7 @@ def describe_parameters(model: nn.Module) -> str:
     """Return the line that PEFT's `print_trainable_parameters` would print."""
     return (
         "trainable params: {trainable_parameters:,} || all params: {total_parameters:,} || "
-        "trainable%: {trainable_percent:.4f}".format(**count_parameters(model))
+        "trainable%: {trainable_percent:.4f}".format(**parameter_counts(model))
     )
 
 

@@ -20,13 +20,14 @@ from tqdm import tqdm
 from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, leave_closed_terminals, on_signals, say
 from evaluation.scores import Scores
+from lora import trained_parameters
 from model.gpt2 import GPT2
 from training.directory import RunDirectory, refuse_used_directory
 from training.meter import Meter, Progress
 from training.model import save_model
 from training.optimizer import AdamW
 from training.plan import Plan
-from training.report import best_weights, count_parameters, write_report
+from training.report import best_weights, parameter_counts, write_report
 from training.resume import Saver
 
 # At the end of an epoch, save only if the last checkpoint is at least this many seconds old. On a
@@ -63,9 +64,8 @@ class Run:
 
     def _state(self) -> dict[str, Any]:
         """Return the objects whose state a checkpoint contains."""
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # ParameterDict does not allow a dot in a name.
-        named = {name.replace(".", "/"): parameter for name, parameter in trained.items()}
+        named = {n.replace(".", "/"): p for n, p in trained_parameters(self.model).items()}
         return {
             "parameters": nn.ParameterDict(named),
             "optimizer": self.optimizer,
@@ -191,7 +191,7 @@ class Run:
             "precision": self.plan.device.precision,
             "torch": str(torch.__version__),
         }
-        counts = count_parameters(self.model) | self.progress.report() | self.meter.report()
+        counts = parameter_counts(self.model) | self.progress.report() | self.meter.report()
         identity = asdict(self.plan.identity)
         write_report(self.plan.settings, identity | counts | self.saver.cost() | machine)
 

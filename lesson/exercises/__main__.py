@@ -12,7 +12,7 @@ from common.errors import run_command
 from lesson.exercises import answers as own_answers
 from lesson.experiments.common import gradient, mean_loss, trainer
 from lesson.experiments.sweep import SIZE, train
-from lora import LoRAConfig, LoRALinear, inject
+from lora import LoRAConfig, LoRALinear, count_parameters, inject
 from lora.quantised import nearest, nf4_levels, scaled_blocks
 from model.gpt2 import GPT2, GPT2Config
 
@@ -49,7 +49,7 @@ def check_1(answers: ModuleType) -> None:
         with torch.device("meta"):  # shapes without numbers
             model = GPT2(GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=4))
             inject(model, LoRAConfig(r=r, target_modules=targets))
-        right = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        right, _ = count_parameters(model)
         yours = answers.count_lora(n_layer, n_embd, r, targets)
         expect(
             yours == right,

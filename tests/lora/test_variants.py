@@ -21,7 +21,7 @@ from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
-from lora.save import WEIGHTS, adapter_tensors, save_adapter
+from lora.save import WEIGHTS, adapter_state_dict, save_adapter
 from model.kernels.fast import set_kernels
 from storage.weights import load_gpt2
 from tests import runs
@@ -217,7 +217,7 @@ def test_a_state_dict_with_pissa_is_exact_on_another_base(base, tmp_path):
         for made in (model, target):
             made.train(training).set_dropout(0)
         assert torch.equal(target(IDS), model(IDS))
-    assert_equal(adapter_tensors(target), adapter_tensors(model))
+    assert_equal(adapter_state_dict(target), adapter_state_dict(model))
 
 
 def merged_linear(x, linear, a, b, enabled, scaling):
