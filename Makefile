@@ -114,6 +114,11 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m mypy --strict lora
+
+format: .venv/dev
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
 # The experiments run on mini. ARGS: the name and the options of one experiment.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \

@@ -8,12 +8,12 @@ Shapes: x (n, in), W (out, in), b (out,), A (r, in), B (out, r), y and g = dL/dy
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array: TypeAlias = NDArray[np.float64]
 Settings = Mapping[str, Any]
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = 0.01, 0.9, 0.999, 1e-8, 0.01
 STEPS = 10

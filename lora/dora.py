@@ -44,14 +44,15 @@ class DoRALinear(LoRALinear):
             base = y
         factor = self.lora_magnitude_vector / self.norm(weight)  # (out,)
         change = (factor - 1).to(base.dtype) * base
-        low_rank = self.lora_B(self.lora_A(x))
+        low_rank: Tensor = self.lora_B(self.lora_A(x))
         return change + factor.to(low_rank.dtype) * low_rank * self.scaling
 
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:
         """Return ||V||, (out,), in fp32. `weight` is W."""
         with without_autocast(self.lora_A.weight):
-            return torch.linalg.norm(weight.float() + super().delta_weight(), dim=1)
+            norms: Tensor = torch.linalg.norm(weight.float() + super().delta_weight(), dim=1)
+        return norms
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:

@@ -50,8 +50,8 @@ class LoRALinear(nn.Module):
         # With a = sqrt(5), Kaiming's bound sqrt(6 / (1 + a^2) / in) is 1 / sqrt(in).
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self.register_state_dict_pre_hook(_refuse_merged)
-        self.register_load_state_dict_pre_hook(_refuse_merged)
+        self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
         self.to(base_layer.weight.device)
         self.train(base_layer.training)
 
@@ -72,7 +72,7 @@ class LoRALinear(nn.Module):
         return self.base_layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base_layer(x)  # (..., out)
+        y: Tensor = self.base_layer(x)  # (..., out)
         if self.merged or not self.enabled:  # a merged W contains the update
             return y
         update = self.update(self.in_adapter_precision(x), y)
@@ -83,10 +83,13 @@ class LoRALinear(nn.Module):
 
         Only DoRA reads y.
         """
+        update: Tensor
         small = self.lora_A(self.lora_dropout(x))  # (..., r)
         if math.frexp(self.scaling)[0] == 0.5:  # a power of two: no rounding
-            return self.lora_B(small * self.scaling)
-        return self.lora_B(small) * self.scaling
+            update = self.lora_B(small * self.scaling)
+        else:
+            update = self.lora_B(small) * self.scaling
+        return update
 
     def in_adapter_precision(self, x: Tensor) -> Tensor:
         """Return x in the precision of A and B. Under autocast, leave the cast to each matmul."""

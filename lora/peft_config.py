@@ -30,7 +30,7 @@ IGNORED = {
     "runtime_config",
 }
 # Fields that may change the result, and their supported values.
-SUPPORTED: dict[str, tuple] = {
+SUPPORTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", None),
     "bias": ("none", "lora_only"),  # PEFT's first versions wrote "lora_only", but saved no bias
@@ -39,7 +39,7 @@ SUPPORTED: dict[str, tuple] = {
     # trains such an adapter. The adapter fits only the changed W.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", "mica"),
 }
-UNUSED: tuple = (None, False, [], {})  # the supported values of any other field
+UNUSED: tuple[Any, ...] = (None, False, [], {})  # the supported values of any other field
 
 
 def peft_config(config: LoRAConfig, base_fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ quantised layer like any other linear layer.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +131,8 @@ class QuantisedLinear(nn.Linear):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        return _DequantisedLinear.apply(x, self)
+        y: Tensor = _DequantisedLinear.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
 
     def to_linear(self) -> nn.Linear:
         """Return a plain linear layer with the dequantised W, in the model's dtype."""
@@ -139,10 +141,10 @@ class QuantisedLinear(nn.Linear):
         layer.bias = self.bias
         return layer.train(self.training)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantisedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantisedLinear":
         """Move the layer with the model. A cast changes the bias, but keeps the scales in fp32."""
         scales = {name: x for name, x in self.named_buffers() if x.is_floating_point()}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.no_rows = fn(self.no_rows)
         for name, scale in scales.items():
             moved = self.get_buffer(name)
@@ -158,16 +160,16 @@ class _DequantisedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
         ctx.layer = layer
-        bias = layer.bias
+        bias: Tensor | None = layer.bias
         if bias is not None:
             bias = bias.to(x.dtype)
         return F.linear(x, layer.dequantised(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return g @ ctx.layer.dequantised(g.dtype), None
 
 
