@@ -13,7 +13,8 @@
 # make figures               the lesson's figures (docs/experiments.md; ARGS=rates: one figure)
 # make fault                 test killed runs, full disks and damaged files (ARGS=--short)
 # make test                  all tests (ARGS="--device cuda" or mps: computations run there)
-# make lint | setup | clean  check the style, install the packages, remove what was installed
+# make lint | format         check the style and the types, or mend what can be mended
+# make setup | clean         install the packages, or remove what was installed
 # make test-lowest           the tests with the lowest versions that pyproject.toml allows
 #
 # For llama.cpp (docs/export.md), install one more package: .venv/bin/pip install -e '.[gguf]'
@@ -37,14 +38,13 @@ PROMPT ?= You climb the stair and
 
 # The shell reads these variables from the environment, and make does not expand them. So a quote
 # or a $ in a path or a prompt reaches the command unchanged.
-unexport BASE BOOK DATA OUT ADAPTER PROMPT CORPUS MODEL
+unexport BASE BOOK DATA OUT ADAPTER PROMPT MODEL
 export _BASE := $(value BASE)
 export _BOOK := $(value BOOK)
 export _DATA := $(value DATA)
 export _OUT := $(value OUT)
 export _ADAPTER := $(or $(value ADAPTER),$(value OUT),runs/lora)
 export _PROMPT := $(value PROMPT)
-export _CORPUS := $(value CORPUS)
 export _MODEL := $(value MODEL)
 BOOK_OPTION := $(if $(value BOOK),--book "$$_BOOK")
 DATA_OPTION := $(if $(value DATA),--data "$$_DATA")
@@ -54,7 +54,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
 .PHONY: help setup one-page train-lora train-full compare generate explore notebook figures test \
-	test-lowest lint parity sweep bench example reference fault pretrain-mini clean
+	test-lowest lint format parity sweep bench example reference fault clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -65,7 +65,7 @@ help:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
 		"error: Python 3.10 or later is needed; name one: make ... PYTHON=python3.12")'
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --editable '.[plots,hub]'
+	$(PY) -m pip install --quiet --editable '.[commands,plots,hub]'
 	@touch $@
 
 .venv/dev: .venv/run
@@ -166,25 +166,6 @@ bench: .venv/dev
 reference: .venv/run
 	$(PY) -m benchmarks.reference --base "$$_BASE" $(BOOK_OPTION) $(if $(value OUT),--out "$$_OUT") \
 		$(ARGS)
-
-# Train model/mini again. CORPUS is the directory of the UTF-8 texts (model/mini/README.md).
-MINI := .cache/mini
-HELD_OUT := emma white-fang the-time-machine
-
-pretrain-mini: .venv/run
-	@test -n "$$_CORPUS" || { echo "error: name the texts: make pretrain-mini CORPUS=DIR" >&2; exit 2; }
-	@mkdir -p $(MINI)/init && cp model/mini/*.json $(MINI)/init
-	@rm -rf $(MINI)/texts && mkdir $(MINI)/texts && cp "$$_CORPUS"/*.txt $(MINI)/texts
-	@rm $(HELD_OUT:%=$(MINI)/texts/%.txt)
-	$(PY) train.py full --base $(MINI)/init --book $(MINI)/texts --out $(MINI)/run \
-		--block-size 256 --stride 256 --batch-size 8 --epochs 4 --lr 1.5e-3 \
-		--warmup-ratio 0.03 --weight-decay 0.1 --val-fraction 0.005 \
-		--precision bf16 --eval-every 2000 --checkpoint-every 5m --log-every 50 \
-		--seed 1 $(ARGS)
-	@rm -rf $(MINI)/model
-	$(PY) -m adapters.merge --base $(MINI)/run --precision fp16 --out $(MINI)/model
-	for text in $(HELD_OUT); do \
-		$(PY) evaluate.py --base $(MINI)/model --text "$$_CORPUS/$$text.txt" --block-size 256; done
 
 # `make clean` keeps trained models (runs) and models copied by hand (.cache/hub).
 clean:
