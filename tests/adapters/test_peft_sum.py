@@ -39,5 +39,6 @@ def test_the_sum_has_the_dense_update_and_a_plain_config(base, tmp_path, monkeyp
     assert config["r"] == config["lora_alpha"] == 16
     assert not (config["use_rslora"] or config["rank_pattern"] or config["alpha_pattern"])
     found = load_model(str(base), Path("runs/sum")).model(IDS)
-    assert relative_difference(found, dense(IDS).logits) < 1e-5
+    # PEFT's SVD rounds in fp32. This changes the logits by 2e-5 on a processor with AVX-512.
+    assert relative_difference(found, dense(IDS).logits) < 1e-4
     assert relative_difference(found, stock_model(base)(IDS).logits) > 0.1
