@@ -21,6 +21,12 @@ def test_the_cpus_bf16_is_for_training(monkeypatch):
     assert Device.pick("cpu", train=True).precision == "bf16"
 
 
+def test_a_gpu_draws_with_its_own_random_generator():
+    """A checkpoint stores its state. With the CPU's state, a resumed run would draw other masks."""
+    for name, module in (("cpu", torch), ("cuda", torch.cuda), ("mps", torch.mps)):
+        assert Device(torch.device(name), "fp32").rng is module
+
+
 def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(monkeypatch, tmp_path, capsys):
     for module in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(module, "is_available", lambda: False)
