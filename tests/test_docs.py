@@ -25,11 +25,7 @@ QUOTE = re.compile(r"one_page\.py\).*\n(?:.+\n)*\n```python\n((?:.*\n)*?)```")
 CALL = re.compile(r"([\w/]+\.py): ([\w.]+)")
 SYMBOL = re.compile(r"`([\w.]+)`\s+in\s+`([\w/]+\.py)`")
 TOY = re.compile(r"^```python\n(.*?)^```\n\n^```text\n(.*?)^```", re.MULTILINE | re.DOTALL)
-TOYS = [
-    toy
-    for page in sorted((ROOT / "docs").glob("bugs*.md"))
-    for toy in TOY.findall(page.read_text())
-]
+TOYS = TOY.findall((ROOT / "docs" / "bugs.md").read_text())
 
 
 @cache

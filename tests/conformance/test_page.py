@@ -52,7 +52,7 @@ def test_the_command(capsys):
 
 
 def test_the_pages_of_bugs_and_exercises_name_checks():
-    for page in ("bugs.md", "bugs-in-training.md", "exercises.md"):
+    for page in ("bugs.md", "exercises.md"):
         text = (ROOT / "docs" / page).read_text().replace("[bench](conformance.md)", "bench")
         names = re.findall(r"On the bench: `(\w+)`", text)
         assert names and set(names) <= CHECKS.keys()
