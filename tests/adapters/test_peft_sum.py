@@ -32,7 +32,8 @@ def test_the_sum_has_the_dense_update_and_a_plain_config(base, tmp_path, monkeyp
         for key, tensor in stock_model(base).state_dict().items():
             dense.state_dict()[key].add_(merged.state_dict()[key] - tensor, alpha=weight)
 
-    [program] = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    programs = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    [program] = [code for code in programs if "add_weighted_adapter" in code]
     exec(program, {})
 
     config = json.loads(Path("runs/sum", CONFIG).read_text())
