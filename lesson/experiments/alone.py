@@ -5,7 +5,7 @@ of rank 8 on these layers.
 Fixed: mini, the default book, 249 steps of 16 windows of 128 tokens, as in `train.py lora`.
 Measured: the least of the three validation perplexities, with three seeds. The layers alone run at
 the best rate and at the two rates beside it. The others run at the best rate in
-docs/reference-run.md.
+docs/experiments.md.
 """
 
 from collections.abc import Sequence
