@@ -95,6 +95,7 @@ def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
     place = head.data_ptr()
     fast(targets)(hidden, head)
     assert head.data_ptr() == place and torch.equal(head, before)
+    assert head.untyped_storage().nbytes() == 128 * 16 * 4
     assert head.shape == (101, 16) and head.is_contiguous()
 
 
