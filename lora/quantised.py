@@ -19,6 +19,7 @@ from lora.inject import errors_that_name
 from lora.layer import check_linear
 from lora.targets import ALL_LINEAR, find_targets
 
+FP32 = torch.float32  # of levels and scales, whatever torch's default dtype is
 BLOCK = 64  # weights that share a scale (paper, section 3, Double Quantization)
 SCALE_BLOCK = 256  # scales that share a second scale
 
@@ -39,8 +40,8 @@ def nf4_levels() -> Tensor:
     (1 - 1/32 + 1 - 1/30) / 2, rounded to seven digits.
     """
     tail = 0.9677083
-    above = torch.special.ndtri(torch.linspace(tail, 0.5, 9)[:-1].double())  # (8,)
-    below = -torch.special.ndtri(torch.linspace(tail, 0.5, 8)[:-1].double())  # (7,)
+    above = torch.special.ndtri(torch.linspace(tail, 0.5, 9, dtype=FP32)[:-1].double())  # (8,)
+    below = -torch.special.ndtri(torch.linspace(tail, 0.5, 8, dtype=FP32)[:-1].double())  # (7,)
     levels = torch.cat([below, torch.zeros(1), above]).float().sort().values
     return levels / levels.max()
 
@@ -55,11 +56,11 @@ def scale_levels() -> Tensor:
     """
     decades = []
     for i in range(7):
-        bounds = torch.linspace(0.1, 1, 2**i + 1)
+        bounds = torch.linspace(0.1, 1, 2**i + 1, dtype=FP32)
         centres = (bounds[:-1] + bounds[1:]) / 2
         decades.append(centres * 10 ** (i - 6))
     sizes = torch.cat(decades)  # (127,)
-    return torch.cat([-sizes, torch.zeros(1), sizes, torch.ones(1)]).sort().values
+    return torch.cat([-sizes, torch.zeros(1), sizes, torch.ones(1)]).float().sort().values
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class _BlockSparseLinear(nn.Module):
     def __init__(self, places: list[int], width: int, r: int):
         super().__init__()
         self.places = places
-        self.blocks = nn.Parameter(torch.zeros(len(places), width, r))
+        self.blocks = nn.Parameter(torch.zeros(len(places), width, r, dtype=torch.float32))
 
     @property
     def weight(self) -> Tensor:

@@ -46,10 +46,20 @@ def bnb():
     return pytest.importorskip("bitsandbytes").functional
 
 
-def test_the_levels_are_bitsandbytes(bnb):
-    assert torch.equal(nf4_levels(), bnb.get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(scale_levels(), bnb.create_dynamic_map())
-    assert nf4_levels()[7] == 0
+@pytest.fixture
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(FP32)
+
+
+@pytest.mark.parametrize("default_dtype", [FP32, BF16, torch.float64], indirect=True)
+def test_the_levels_are_bitsandbytes_whatever_the_default_dtype(bnb, default_dtype):
+    ours = (nf4_levels(), scale_levels())
+    torch.set_default_dtype(FP32)
+    assert torch.equal(ours[0], bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(ours[1], bnb.create_dynamic_map())
+    assert ours[0][7] == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

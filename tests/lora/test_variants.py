@@ -252,7 +252,9 @@ def test_slices_are_loralibs_and_written_as_a_plain_adapter(
     model = load_gpt2(base)
     fields = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.3, "use_rslora": use_rslora}
     config = LoRAConfig(target_modules=targets, **fields)
+    torch.set_default_dtype(torch.float64)  # A and B are in fp32 all the same
     inject(model, config)
+    torch.set_default_dtype(FP32)
     layer = model.h[0].attn.c_attn
     n = sum(enabled)
     assert layer.lora_dropout.p == 0.3
