@@ -99,3 +99,13 @@ def runs(base, book, tmp_path_factory):
             method: trained(method, base, book, out / method, *options)
             for method in ("lora", "full")
         }
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone, as `torchrun` with one process makes."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

@@ -6,7 +6,6 @@ from copy import deepcopy
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -57,13 +56,11 @@ def test_a_disabled_adapter_leaves_the_base_and_a_second_one_is_refused(base):
         pass
 
 
-def distributed(model):
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return nn.parallel.DistributedDataParallel(model)
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, torch.compile, distributed])
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, AveragedModel, torch.compile, nn.parallel.DistributedDataParallel],
+)
 def test_a_wrapped_model_is_saved_and_unwrapped_as_the_inner_one_and_not_adapted(
     base, tmp_path, wrap
 ):

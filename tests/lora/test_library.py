@@ -22,7 +22,6 @@ from lora import (
     trained_parameters,
 )
 from lora.save import WEIGHTS
-from tests.lora.test_inject import distributed
 from tests.models import Plain
 from tests.pairs import our_name, parameters, randomize
 
@@ -80,10 +79,11 @@ def rates(model: nn.Module, groups: list[dict]) -> dict[str, float]:
     return {names[parameter]: group["lr"] for group in groups for parameter in group["params"]}
 
 
+@pytest.mark.usefixtures("process_group")
 def test_the_state_dict_is_the_files_and_shares_memory_with_the_model(sides, tmp_path):
     ours, theirs = sides
     randomize(ours)
-    tensors = adapter_state_dict(distributed(ours))
+    tensors = adapter_state_dict(nn.parallel.DistributedDataParallel(ours))
     assert tensors.keys() == peft.get_peft_model_state_dict(theirs).keys()
     assert not any(tensor.requires_grad for tensor in tensors.values())
     save_adapter(ours, tmp_path)
@@ -94,11 +94,11 @@ def test_the_state_dict_is_the_files_and_shares_memory_with_the_model(sides, tmp
     assert not ours.head.lora_B.weight.any()
 
 
+@pytest.mark.usefixtures("process_group")
 def test_a_model_of_fsdp_is_saved_after_unshard(sides, tmp_path):
     ours, _ = sides
     randomize(ours)
     save_adapter(ours, tmp_path / "before")
-    distributed(nn.Linear(1, 1))  # starts the process group
     fully_shard(ours, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=r"enter\.lora_A\.weight is sharded.* `unshard`"):
         save_adapter(ours, tmp_path / "sharded")
