@@ -102,10 +102,12 @@ class DoRA(LoRA):
 
 
 class Fused:
-    """LoRA on slices of a layer with W (3 d, in), whose output is q, k and v.
+    """LoRA on slices of a layer whose output contains q, k and v.
 
-    The i-th adapted slice has A[i] (r, in) and B[i] (d, r). The other rows of W get no update.
-    Shapes: A (slices, r, in), B (slices, d, r).
+    The i-th adapted slice has the rows `rows[i]` of W, the factor A[i] (r, in), and its rows of B.
+    The other rows of W get no update.
+    Shapes: A (slices, r, in). B has the rows of all adapted slices in order, (rows, r), or
+    (slices, out / 3, r) for thirds.
     """
 
     trained = ("A", "B")
@@ -113,12 +115,17 @@ class Fused:
     def __init__(self, settings: Settings, tensors: Mapping[str, Array]):
         self.s = scaling(settings)
         self.t = dict(tensors)
-        width = len(tensors["W"]) // 3
-        self.rows = [slice(i * width, (i + 1) * width) for i in settings["slices"]]
+        self.rows = adapted_rows(settings)
+
+    def pairs(self) -> list[tuple[list[int], Array, Array]]:
+        """Return the rows of W, A and B of each slice."""
+        b = self.t["B"].reshape(-1, self.t["B"].shape[-1])
+        ends = np.cumsum([len(rows) for rows in self.rows])[:-1]
+        return list(zip(self.rows, self.t["A"], np.split(b, ends), strict=True))
 
     def merged(self) -> Array:
         merged = self.t["W"].copy()
-        for rows, a, b in zip(self.rows, self.t["A"], self.t["B"], strict=True):
+        for rows, a, b in self.pairs():
             merged[rows] += self.s * matmul(b, a)
         return merged
 
@@ -126,12 +133,20 @@ class Fused:
         return matmul(x, self.merged().T) + self.t["b"]
 
     def gradients(self, x: Array, g: Array) -> dict[str, Array]:
-        pairs = list(zip(self.rows, self.t["A"], self.t["B"], strict=True))
+        pairs = self.pairs()
+        db = [self.s * matmul(g[:, rows].T, matmul(x, a.T)) for rows, a, _ in pairs]
         return {
-            "dA": np.stack([self.s * matmul(matmul(g[:, i], b).T, x) for i, _, b in pairs]),
-            "dB": np.stack([self.s * matmul(g[:, i].T, matmul(x, a.T)) for i, a, _ in pairs]),
+            "dA": np.stack([self.s * matmul(matmul(g[:, rows], b).T, x) for rows, _, b in pairs]),
+            "dB": np.concatenate(db).reshape(self.t["B"].shape),
             "dx": matmul(g, self.merged()),
         }
+
+
+def adapted_rows(settings: Settings) -> list[list[int]]:
+    """Return the rows of W that each adapted slice updates: as given, or thirds of W."""
+    width = settings["out"] // 3
+    thirds = [list(range(i * width, (i + 1) * width)) for i in settings["slices"]]
+    return settings.get("rows", thirds)
 
 
 def loss_and_gradient(y: Array, target: Array) -> tuple[float, Array]:
@@ -166,3 +181,38 @@ def round_to_bf16(a: Array) -> Array:
     """Return the nearest bf16 numbers (eight significant bits, ties to even), as fp64."""
     mantissa, exponent = np.frexp(a)  # 0.5 <= |mantissa| < 1
     return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
+
+
+# The 16 levels of 4-bit NormalFloat (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314,
+# appendix E), as fp32 numbers.
+NF4_LEVELS: Array = np.array(
+    [
+        -1.0,
+        -0.6961928,
+        -0.52507305,
+        -0.3949175,
+        -0.28444138,
+        -0.18477343,
+        -0.091050036,
+        0.0,
+        0.0795803,
+        0.1609302,
+        0.2461123,
+        0.33791524,
+        0.44070983,
+        0.562617,
+        0.72295684,
+        1.0,
+    ],
+    np.float32,
+).astype(np.float64)
+
+
+def round_to_nf4(a: Array) -> Array:
+    """Return NF4 values: each block of 64 numbers is divided by its largest magnitude, rounded to
+    the nearest level, and multiplied again.
+    """
+    blocks = a.reshape(-1, 64)
+    absmax = abs(blocks).max(1, keepdims=True)
+    nearest = abs((blocks / absmax)[:, :, None] - NF4_LEVELS).argmin(2)
+    return (NF4_LEVELS[nearest] * absmax).reshape(a.shape)

@@ -1,12 +1,14 @@
 """Linear layers and a small model for the checks to adapt, and helpers to look inside."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from conformance.bench import Implementation, expect
+from conformance.bench import Implementation, Missing, expect
 
 
 class InOutLinear(nn.Module):
@@ -79,23 +81,32 @@ def adapted(
     r: int = 4,
     alpha: float = 12,
     dropout: float = 0.0,
+    bias: bool = True,
     **options: Any,
 ) -> Adapted:
     """Wrap a linear layer and draw A and B at random, as after training."""
-    base = nn.Linear(fan_in, fan_out)
+    base = nn.Linear(fan_in, fan_out, bias)
     layer = lora.wrap(deepcopy(base), r, alpha, dropout, **options).double()
     base.double().requires_grad_(False)
     a, b = factors(lora, layer, r)
     draw(a, b)
     if options.get("use_dora"):
-        for magnitude in others(layer, a, b):
-            magnitude.data *= 1 + 0.2 * torch.rand_like(magnitude)
+        stretch(others(layer, a, b))
     layer.eval()
     update = weight_of(layer, fan_in) - base.weight
     layer.train()
     product = (b @ a).detach()
     scaling = ((update * product).sum() / product.square().sum()).item()
     return Adapted(layer, base, a, b, scaling)
+
+
+def kinds(lora: Implementation) -> Iterable[dict[str, bool]]:
+    """Return the keywords of a plain layer, and of a DoRA layer if `wrap` can make it."""
+    found: list[dict[str, bool]] = [{}]
+    with suppress(Missing):
+        lora.wrap(nn.Linear(12, 20), 4, 12, 0.0, use_dora=True)
+        found.append({"use_dora": True})
+    return found
 
 
 def factors(lora: Implementation, layer: nn.Module, r: int) -> tuple[Tensor, Tensor]:
@@ -115,6 +126,13 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
+def stretch(magnitudes: Iterable[Tensor]) -> None:
+    """Multiply each number of DoRA's magnitude by a random factor between 1 and 1.2."""
+    for magnitude in magnitudes:
+        magnitude *= 1 + 0.2 * torch.rand_like(magnitude)
+
+
+@torch.no_grad()
 def draw(*tensors: Tensor) -> None:
     """Fill tensors with normal numbers (std 0.3), so that B is not zero, as after training."""
     for tensor in tensors:
@@ -124,8 +142,8 @@ def draw(*tensors: Tensor) -> None:
 @torch.no_grad()
 def weight_of(layer: nn.Module, fan_in: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the whole weight (out, in) that a layer applies, including the update."""
-    zero = torch.zeros(1, fan_in, dtype=dtype)
-    return (layer(torch.eye(fan_in, dtype=dtype)) - layer(zero)).T
+    zero = torch.zeros(1, 1, fan_in, dtype=dtype)
+    return (layer(torch.eye(fan_in, dtype=dtype)[None]) - layer(zero))[0].T
 
 
 def off_by(value: Tensor, expected: Tensor) -> float:
@@ -138,3 +156,27 @@ def expect_same(value: Tensor, expected: Tensor, what: str, tolerance: float = 1
     expect(value.shape == expected.shape, f"{what} has shape {tuple(value.shape)}")
     error = off_by(value, expected)
     expect(error <= tolerance, f"{what} is off by {error:.2g} of its norm")
+
+
+def expect_merges_and_unmerges(
+    lora: Implementation, layer: nn.Module, base: nn.Module, what: str, use_dora: bool = False
+) -> None:
+    """Merging and unmerging keep the output. Without an update, the layer is then the base."""
+    tolerance = 1e-5 if use_dora else 1e-6
+    x = torch.randn(1, 5, 12).double()
+    expected = layer(x).detach()
+    lora.merge(layer)
+    expect_same(layer(x), expected, f"the merged output of {what}", tolerance)
+    if not lora.has("unmerge"):
+        return
+    lora.unmerge(layer)
+    expect_same(layer(x), expected, f"the unmerged output of {what}", tolerance)
+
+    a, b = lora.factors(layer)
+    with torch.no_grad():
+        a.zero_()
+        if use_dora:
+            [magnitude] = others(layer, a, b)
+            norms = base.get_parameter("weight").norm(dim=1)
+            magnitude.copy_(norms.view_as(magnitude))
+    expect_same(layer(x), base(x), f"the output of {what} when A is zero afterwards", tolerance)

@@ -15,10 +15,12 @@ IDS = torch.arange(17)[None]
 SETTINGS = {"targets": ["proj"], "r": 4, "alpha": 12}
 
 
-def trained_adapter(lora: Implementation, base: Model, **options: Any) -> tuple[Model, Any]:
+def trained_adapter(
+    lora: Implementation, base: Model, r: int = 4, alpha: float = 12, **options: Any
+) -> tuple[Model, Any]:
     """Return a copy of the base with a random adapter, and the handle."""
     model = deepcopy(base)
-    handle = lora.inject(model, ["proj"], 4, 12, **options)
+    handle = lora.inject(model, ["proj"], r, alpha, **options)
     draw(*trained(model))
     return model, handle
 
@@ -47,6 +49,48 @@ def saved_adapter_loads(lora: Implementation) -> None:
         unchanged = off_by(fresh(IDS), base(IDS)) < 1e-6
         expect(not unchanged, f"the file of {kind} loads without an effect")
         expect_same(fresh(IDS), expected, f"the output with the file of {kind}", 1e-6)
+
+
+@check("A loaded adapter is put on a base that was never frozen.", "mlx-vlm #2178")
+def loading_freezes_the_base(lora: Implementation) -> None:
+    """After injecting an adapter, or loading one, no weight of the base is trained."""
+    model, fresh = Model(), Model()
+    weights = {"injecting": list(model.parameters()), "loading": list(fresh.parameters())}
+    handle = lora.inject(model, ["proj"], 4, 12)
+    with TemporaryDirectory() as directory:
+        lora.save(handle, Path(directory) / "adapter")
+        lora.load(fresh, Path(directory) / "adapter", **SETTINGS)
+    for how, tensors in weights.items():
+        found = sum(tensor.requires_grad for tensor in tensors)
+        expect(not found, f"after {how}, {found} of the base's {len(tensors)} tensors are trained")
+
+
+@check("The file lacks use_rslora, so loading scales by alpha / r.")
+def rslora_is_saved(lora: Implementation) -> None:
+    """An rsLoRA adapter has the same output after saving and loading."""
+    expect_saved(lora, use_rslora=True)
+
+
+@check("The file lacks the magnitude, or the magnitude is computed again.", "espnet #6425")
+def dora_is_saved(lora: Implementation) -> None:
+    """A DoRA adapter has the same output after train(), eval(), saving and loading."""
+    expect_saved(lora, use_dora=True)
+
+
+def expect_saved(lora: Implementation, **options: bool) -> None:
+    base = Model()
+    fresh = deepcopy(base)
+    model, handle = trained_adapter(lora, base, **options)
+    expected = model(IDS).detach()
+    model.train()
+    model.eval()
+    with TemporaryDirectory() as directory:
+        lora.save(handle, Path(directory) / "adapter")
+        lora.load(fresh, Path(directory) / "adapter", **SETTINGS, **options)
+    for what, one in (("the saved model", model), ("the loaded model", fresh)):
+        for mode in (True, False):
+            one.train(mode)
+            expect_same(one(IDS), expected, f"the output of {what} after train({mode})", 1e-5)
 
 
 @check("A file whose names match nothing loads without a warning.", "nanoGPT #325", "vLLM #34186")
@@ -79,21 +123,47 @@ def patterns_keep_their_order(lora: Implementation) -> None:
     expect_same(fresh(IDS), model(IDS), "the output after loading", 1e-6)
 
 
-@check("A negative weight loses the sign, or A and B are summed apart.", "peft #1907", "peft #3004")
+@check(
+    "A weight loses the sign, A and B are summed apart, or every adapter gets the first alpha.",
+    "peft #1907",
+    "peft #3004",
+)
 def weighted_sum_with_a_negative_weight(lora: Implementation) -> None:
-    """Two adapters with the weights 1 and -0.5 add B1 A1 - 0.5 B2 A2."""
+    """Three adapters of different ranks and alphas add w1 D1 + w2 D2 + w3 D3, also if w2 < 0."""
+    expect_sum(lora)
+
+
+@check("The sum has the scaling of LoRA, alpha / r, or of another rank.", "peft #3449")
+def weighted_sum_of_rslora(lora: Implementation) -> None:
+    """A weighted sum of rsLoRA adapters is refused, or adds the updates."""
+    expect_sum(lora, use_rslora=True)
+
+
+@check("The sum has the factors, and not the magnitudes.", "peft #3608")
+def weighted_sum_of_dora(lora: Implementation) -> None:
+    """A weighted sum of DoRA adapters is refused, or adds the updates."""
+    expect_sum(lora, use_dora=True)
+
+
+def expect_sum(lora: Implementation, **options: bool) -> None:
     base = Model()
     total = deepcopy(base)
     x = torch.randn(5, 8)
     linear = base.blocks()[0].proj
+    expected = torch.zeros(5, 12)
+    weights = [1.0, -0.5, 2.0]
     with TemporaryDirectory() as directory:
-        paths = [Path(directory) / name for name in ("one", "two", "sum")]
-        updates = []
-        for path in paths[:2]:
-            model, handle = trained_adapter(lora, base)
+        paths = [Path(directory) / name for name in ("one", "two", "three", "sum")]
+        for path, weight, r, alpha in zip(paths, weights, (4, 2, 2), (12, 10, 4), strict=False):
+            model, handle = trained_adapter(lora, base, r, alpha, **options)
             lora.save(handle, path)
-            updates.append(model.blocks()[0].proj(x) - linear(x))
-        lora.combine(paths[:2], [1.0, -0.5], paths[2])
-        lora.load(total, paths[2], **SETTINGS)
+            expected += weight * (model.blocks()[0].proj(x) - linear(x))
+        try:
+            lora.combine(paths[:3], weights, paths[3])
+        except (ValueError, RuntimeError):
+            if not options:  # only sums of variants may be refused
+                raise
+            return
+        lora.load(total, paths[3], **SETTINGS)
     update = total.blocks()[0].proj(x) - linear(x)
-    expect_same(update, updates[0] - 0.5 * updates[1], "the sum of the updates", 1e-4)
+    expect_same(update, expected, "the sum of the updates", 1e-4)

@@ -1,14 +1,18 @@
 """Checks of one layer in training: start, scale, dropout, gradients, precision."""
 
 from copy import deepcopy
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conformance import vectors
 from conformance.bench import Implementation, check, expect
 from conformance.models import (
+    Model,
     adapted,
+    draw,
     expect_same,
     factors,
     off_by,
@@ -37,9 +41,10 @@ def new_adapter_changes_nothing(lora: Implementation) -> None:
     "minimind #577",
 )
 def update_is_alpha_over_r(lora: Implementation) -> None:
-    """The update is alpha / r * B A x for any r and alpha."""
-    for r, alpha in ((4, 12), (2, 1), (8, 8)):
+    """The update is alpha / r * B A x for any r and alpha, with a bias or without."""
+    for r, alpha in ((4, 12), (2, 1), (8, 8), (4, 6), (2, 2.5)):
         expect_scaling(lora, r, alpha, alpha / r)
+    expect_scaling(lora, 4, 12, 3, bias=False)
 
 
 @check(
@@ -57,9 +62,10 @@ def expect_scaling(
     lora: Implementation, r: int, alpha: float, scaling: float, **options: bool
 ) -> None:
     one = adapted(lora, r=r, alpha=alpha, **options)
+    where = f"r {r}, alpha {alpha}" + (", no bias" if one.base.bias is None else "")
     expect(
         abs(one.scaling - scaling) < 1e-6,
-        f"r {r}, alpha {alpha}: the factor is {one.scaling:.3g}, not {scaling:.3g}",
+        f"{where}: the factor is {one.scaling:.3g}, not {scaling:.3g}",
     )
     expect_same(weight_of(one.layer, 12), one.weight(), "the weight")
 
@@ -79,7 +85,21 @@ def start_of_a(lora: Implementation) -> None:
     expect(max(widths.values()) < 1.4 * min(widths.values()), f"A's width is {seen}")
 
 
-@check("A loaded adapter is put on a base that was never frozen.", "mlx-vlm #2178")
+@check("Layers share one A, or draw A from the same seed.")
+def each_layer_draws_an_a(lora: Implementation) -> None:
+    """Every layer has a separate A, and the A of two layers differ at the start."""
+    pairs = [[lora.wrap(nn.Linear(12, 20), 4, 12, 0.0) for _ in range(2)]]
+    if lora.has("inject"):
+        model = Model()
+        lora.inject(model, ["proj"], 4, 12)
+        pairs.append([block.proj for block in model.blocks()])
+    for pair in pairs:
+        one, other = (lora.factors(layer)[0] for layer in pair)
+        expect(one.data_ptr() != other.data_ptr(), "two layers share A")
+        expect(off_by(one, other) > 0.1, "A of two layers is equal at the start")
+
+
+@check("The base is not frozen, and is trained with the adapter.")
 def base_is_frozen(lora: Implementation) -> None:
     """Only A and B are trained. The base's weight and bias do not move."""
     layer, base, a, b, _ = adapted(lora)
@@ -107,25 +127,41 @@ def dropout_only_in_training(lora: Implementation) -> None:
     expect_same(layer(x), layer(x), "a second output in evaluation")
 
 
-@check("Dropout removes elements of A x. At r = 1, a token loses the whole update or nothing.")
+@check("Dropout removes elements of A x, or the tokens of a batch share one mask.")
 def dropout_before_a(lora: Implementation) -> None:
-    """Dropout removes elements of x, before A."""
+    """Dropout removes elements of x, before A, and draws them for each token."""
     layer, base, _, b, _ = adapted(lora, r=1, dropout=0.5)
-    x = torch.randn(1, 12).double().expand(200, 12)
-    sizes = ((layer(x) - base(x)) @ b).round(decimals=6)  # proportional to A dropout(x)
-    different = len(sizes.unique())
-    expect(different > 20, f"200 passes of one token have {different} different updates")
+    for shape in ((200,), (2, 100), (100, 2)):
+        x = torch.randn(1, 12).double().expand(*shape, 12)
+        sizes = ((layer(x) - base(x)) @ b).round(decimals=6)  # proportional to A dropout(x)
+        different = len(sizes.unique())
+        expect(different > 120, f"200 equal tokens in {shape} have {different} different updates")
 
 
-@check("Kept elements are not divided by 1 - p, so training sees a weaker update.")
+@check("Dropout keeps a share of p, divides by p, or does not divide by 1 - p.")
 def dropout_is_unbiased(lora: Implementation) -> None:
-    """The mean update in training is the update in evaluation."""
-    layer, base, a, b, scaling = adapted(lora, dropout=0.5)
-    x = torch.randn(12).double()
-    update = (layer(x.expand(8000, 12)) - base(x)).mean(0)
-    expected = scaling * x @ a.T @ b.T
-    ratio = (update * expected).sum() / expected.square().sum()
-    expect(abs(ratio - 1) < 0.1, f"the mean update in training is {ratio:.2f} of the update")
+    """Dropout of 0.2 removes a fifth of the elements. The mean update is the whole update."""
+    expect_drops(lora)
+
+
+@check("DoRA ignores dropout, or drops x twice.")
+def dora_dropout(lora: Implementation) -> None:
+    """With use_dora, dropout of 0.2 removes a fifth, and the mean update is the whole update."""
+    expect_drops(lora, use_dora=True)
+
+
+def expect_drops(lora: Implementation, **options: bool) -> None:
+    layer, base, *_ = adapted(lora, r=1, dropout=0.2, **options)
+    x = torch.zeros(4000, 12).double()
+    x[:, 0] = 1  # dropout removes this element, or not
+    updates = layer(x) - base(x)
+    layer.eval()
+    expected = (layer(x[:1]) - base(x[:1]))[0]
+    sizes, counts = updates.norm(dim=1).round(decimals=4).unique(return_counts=True)
+    expect(len(sizes) == 2, f"with one element in x there are {len(sizes)} updates, not 2")
+    removed = counts[0].item() / len(x)  # the smaller update
+    expect(abs(removed - 0.2) < 0.03, f"dropout=0.2 removes {removed:.0%} of the elements")
+    expect_same(updates.mean(0), expected, "the mean update in training", 0.05)
 
 
 @check("The gradient of x misses the mask, or misses W.", "fms-acceleration #97")
@@ -142,6 +178,29 @@ def gradient_of_x(lora: Implementation) -> None:
     loss(leaf).backward()
     assert leaf.grad is not None
     expect_same((leaf.grad * h).sum(), loss(x + h) - loss(x), "the derivative along a direction")
+
+
+@check(
+    "A backward written by hand forgets the scaling, or takes x for dropout(x).", "axolotl #3806"
+)
+def gradients_of_a_and_b(lora: Implementation) -> None:
+    """The gradients of A and B have the scaling, and the mask that the forward pass used."""
+    layer = adapted(lora, dropout=0.5).layer
+    x, g = torch.randn(5, 12).double(), torch.randn(5, 20).double()
+
+    def loss() -> Tensor:
+        torch.manual_seed(1)  # the same mask each time; y is then linear in A, and in B
+        return (layer(x) * g).sum()
+
+    loss().backward()
+    for name, factor in zip("AB", lora.factors(layer), strict=True):
+        expect(factor.grad is not None, f"{name} has no gradient")
+        with torch.no_grad():
+            before = loss()
+            factor += factor.grad
+            change = loss() - before
+            factor -= factor.grad
+        expect_same(factor.grad.square().sum(), change, f"the gradient of {name}, along itself,")
 
 
 def expect_vectors(lora: Implementation, case: str, tolerance: float, **options: bool) -> None:
@@ -220,12 +279,24 @@ def any_input_shape(lora: Implementation) -> None:
         expect_same(layer(x), expected, f"the output for {tuple(x.shape)}")
 
 
-@check("A and B get the base's half precision, which GradScaler refuses.", "peft #1249")
+@check(
+    "A and B get the base's half precision, which GradScaler refuses, or are cast to it.",
+    "peft #1249",
+)
 def factors_stay_fp32(lora: Implementation) -> None:
-    """A and B are fp32 on a bf16 base, so that small steps are not rounded away."""
-    layer = lora.wrap(nn.Linear(12, 20).bfloat16(), 4, 12, 0.0)
-    kinds = {str(p.dtype).removeprefix("torch.") for p in lora.factors(layer)}
+    """On a bf16 base, A and B are fp32, and so is B A x until it is added."""
+    base = nn.Linear(12, 20, bias=False).bfloat16()
+    base.weight.data.zero_()
+    layer = lora.wrap(base, 4, 12, 0.0)
+    a, b = factors(lora, layer, 4)
+    kinds = {str(p.dtype).removeprefix("torch.") for p in (a, b)}
     expect(kinds == {"float32"}, f"A and B are {', '.join(kinds)}")
+    draw(a, b)
+    x = torch.randn(50, 12).bfloat16()
+    exact = adapted(lora, bias=False).scaling * (x.double() @ a.double().T @ b.double().T)
+    rounding = 2.0**-9 * exact.abs() + 1e-5
+    worst = ((layer(x).double() - exact).abs() / rounding).max()
+    expect(worst < 2, f"an update is {worst:.0f} roundings to bf16 off")
 
 
 @check("The fp32 update promotes the output, and later layers run in fp32.", "mflux #740")
@@ -245,3 +316,16 @@ def output_keeps_its_precision(lora: Implementation) -> None:
     y.float().sum().backward()
     kind = lora.factors(layer)[0].grad.dtype
     expect(kind is torch.float32, f"the gradient of A under autocast is {kind}")
+
+
+@check("A loss multiplies by the head's weight, which lacks the update.", "trl #4612", "trl #5977")
+def a_loss_reads_the_weight(lora: Implementation) -> None:
+    """A loss that reads `layer.weight` fails, or gets W with the update."""
+    layer: Any = adapted(lora, bias=False).layer
+    x = torch.randn(5, 12).double()
+    ids = torch.arange(5)
+    try:
+        loss = F.cross_entropy(F.linear(x, layer.weight), ids)
+    except Exception:
+        return
+    expect_same(loss, F.cross_entropy(layer(x), ids), "the loss", 1e-6)

@@ -46,6 +46,18 @@ def targets_match_whole_names(lora: Implementation) -> None:
     expect_adapted(lora, ["transformer.h.0.proj", "transformer.h.1.proj"], 2)
 
 
+@check("A target that matches nothing is ignored, if another target matches.", "peft #3554")
+def every_target_matches(lora: Implementation) -> None:
+    """If one of several targets matches no layer, this is refused, or a warning is given."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            lora.inject(Model(), ["proj", "q_proj"], 4, 12)
+        except (ValueError, RuntimeError):
+            return
+    expect(caught, "a target that matches no layer is ignored without a warning")
+
+
 @check("Block 1 matches the first digit of 10 and 11.")
 def blocks_match_whole_numbers(lora: Implementation) -> None:
     """With layers=[1], block 1 of twelve is adapted, and not 10 or 11."""

@@ -4,7 +4,7 @@ import torch
 from litgpt.lora import LoRALinear, LoRAQKVLinear, mark_only_lora_as_trainable
 
 
-def wrap(linear, r, alpha, dropout, slices=()):
+def wrap(linear, r, alpha, dropout, slices=(), widths=None):
     if linear.weight.dtype is not torch.float32:
         raise NotImplementedError("base and factors have the dtype that the caller chooses")
     fan_out, fan_in = linear.weight.shape
@@ -15,12 +15,14 @@ def wrap(linear, r, alpha, dropout, slices=()):
         "bias": linear.bias is not None,
     }
     if slices:
+        q, k, _ = widths or (fan_out // 3,) * 3
+        head_size = k // 2
         layer = LoRAQKVLinear(
             fan_in,
             fan_out,
-            head_size=fan_out // 6,
-            n_head=2,
-            n_query_groups=2,
+            head_size=head_size,
+            n_head=q // head_size,
+            n_query_groups=k // head_size,
             enable_lora=tuple(i in slices for i in range(3)),
             **settings,
         )

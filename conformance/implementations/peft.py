@@ -1,15 +1,26 @@
-"""PEFT: pip install peft."""
+"""PEFT: pip install peft. NF4 needs bitsandbytes."""
 
 import peft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-def wrap(linear, r, alpha, dropout, use_rslora=False, use_dora=False, fan_in_fan_out=False):
+def wrap(
+    linear,
+    r,
+    alpha,
+    dropout,
+    use_rslora=False,
+    use_dora=False,
+    fan_in_fan_out=False,
+    nf4=False,
+):
     if fan_in_fan_out:
         stored = linear
         linear = Conv1D(*reversed(stored.weight.shape))
         linear.weight, linear.bias = stored.weight, stored.bias
+    model = nn.Sequential(nf4_linear(linear) if nf4 else linear)
+    model.is_loaded_in_4bit = nf4
     config = peft.LoraConfig(
         target_modules=["0"],
         r=r,
@@ -19,7 +30,17 @@ def wrap(linear, r, alpha, dropout, use_rslora=False, use_dora=False, fan_in_fan
         use_dora=use_dora,
         fan_in_fan_out=fan_in_fan_out,
     )
-    return peft.get_peft_model(nn.Sequential(linear), config).base_model.model[0]
+    return peft.get_peft_model(model, config).base_model.model[0]
+
+
+def nf4_linear(linear):
+    try:
+        from bitsandbytes.nn import Linear4bit
+    except ImportError as error:
+        raise NotImplementedError("NF4 needs bitsandbytes") from error
+    quantised = Linear4bit(*linear.weight.T.shape, bias=False, quant_type="nf4")
+    quantised.load_state_dict(linear.state_dict())
+    return quantised.to("cpu")
 
 
 def factors(layer):
@@ -37,7 +58,17 @@ def unmerge(module):
     module.unmerge()
 
 
-def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):
+def inject(
+    model,
+    targets,
+    r,
+    alpha,
+    layers=None,
+    ranks=None,
+    alphas=None,
+    use_rslora=False,
+    use_dora=False,
+):
     config = peft.LoraConfig(
         target_modules=targets,
         r=r,
@@ -45,6 +76,8 @@ def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):
         layers_to_transform=layers,
         rank_pattern=ranks or {},
         alpha_pattern=alphas or {},
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     return peft.get_peft_model(model, config)
 

@@ -4,6 +4,7 @@ from torch import nn
 
 import lora
 from lora import merge, unmerge  # noqa: F401  # for a model or a layer
+from lora.quantised import quantise
 
 
 def wrap(
@@ -15,8 +16,13 @@ def wrap(
     use_dora=False,
     fan_in_fan_out=False,
     slices=(),
+    nf4=False,
 ):
     linear.requires_grad_(False)
+    if nf4:
+        model = nn.Sequential(linear)
+        quantise(model, "nf4")
+        linear = model[0]
     if fan_in_fan_out:  # this project reads (in, out) weights into an nn.Linear
         stored = linear
         linear = nn.Linear(*stored.weight.shape).requires_grad_(False)
@@ -31,7 +37,17 @@ def factors(layer):
     return layer.lora_A.weight, layer.lora_B.weight
 
 
-def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):
+def inject(
+    model,
+    targets,
+    r,
+    alpha,
+    layers=None,
+    ranks=None,
+    alphas=None,
+    use_rslora=False,
+    use_dora=False,
+):
     config = lora.LoRAConfig(
         target_modules=tuple(targets),
         r=r,
@@ -40,6 +56,8 @@ def inject(model, targets, r, alpha, layers=None, ranks=None, alphas=None):
         layers_to_transform=layers,
         rank_pattern=ranks or {},
         alpha_pattern=alphas or {},
+        use_rslora=use_rslora,
+        use_dora=use_dora,
     )
     lora.inject(model, config)
     return model
