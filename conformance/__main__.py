@@ -1,4 +1,8 @@
-"""Put an implementation of LoRA on the bench: `python -m conformance IMPLEMENTATION [CHECK ...]`.
+"""Test an implementation of LoRA, results in files, or a merged model.
+
+python -m conformance IMPLEMENTATION [CHECK ...]   put PyTorch modules on the bench
+python -m conformance compare FOLDER               compare results with the test vectors
+python -m conformance merged BASE ADAPTER MERGED   find out whether a merge kept the update
 
 IMPLEMENTATION is a Python file, or a name in conformance/implementations. `conformance/bench.py`
 describes the functions of an implementation.
@@ -8,19 +12,23 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from conformance.bench import report
-from conformance.checks import CHECKS
+from conformance.expected import read_expected
+
+COMMANDS = ("compare", "merged")
 
 
 def load_implementation(name: str) -> ModuleType:
-    """Import a file, or a module of `conformance.implementations`."""
+    """Import a module of `conformance.implementations`, or a file, with its folder on the path."""
     if not name.endswith(".py"):
         return importlib.import_module(f"conformance.implementations.{name}")
+    sys.path.insert(0, str(Path(name).resolve().parent))
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,29 +36,62 @@ def load_implementation(name: str) -> ModuleType:
     return module
 
 
-def describe() -> None:
+def described(error: Exception) -> str:
+    """Return an error of importing a file in one line, with the place."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    if isinstance(error, (ImportError, OSError, SyntaxError)):  # they name the place
+        return line
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{line} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+def describe(checks: Mapping[str, Any]) -> None:
     """Print each check with its promise, the bug that it catches, and where that bug shipped."""
-    for one in CHECKS.values():
+    for one in checks.values():
         print(f"{one.name}\n  {one.promise}\n  catches: {one.bug}")
         if one.shipped:
             print(f"  shipped: {', '.join(one.shipped)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="conformance", description=__doc__)
+def bench(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="conformance", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("implementation", nargs="?", metavar="IMPLEMENTATION")
-    parser.add_argument("checks", nargs="*", choices=[[], *CHECKS], metavar="CHECK")
+    parser.add_argument("checks", nargs="*", metavar="CHECK")
     parser.add_argument("--list", action="store_true", help="describe the checks")
+    parser.add_argument(
+        "--expected-failures", type=Path, metavar="FILE", help="names of checks, one per line"
+    )
     args = parser.parse_args(argv)
+    try:
+        from conformance.bench import report
+        from conformance.checks import CHECKS
+    except ModuleNotFoundError as error:
+        parser.error(f"the bench needs PyTorch: {error}")
     if args.list or not args.implementation:
-        describe()
+        describe(CHECKS)
         return 0
+    for name in args.checks:
+        if name not in CHECKS:
+            parser.error(f"there is no check {name!r} (--list describes all checks)")
+    try:
+        expected = read_expected(args.expected_failures, CHECKS) if args.expected_failures else ()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    warnings.simplefilter("ignore")
     try:
         functions = load_implementation(args.implementation)
-    except (ImportError, OSError) as error:
-        parser.error(f"{args.implementation}: {error}")
-    warnings.simplefilter("ignore")
-    return 0 if report(functions, args.checks) else 1
+    except Exception as error:  # from the file under test
+        parser.error(f"{args.implementation}: {described(error)}")
+    return 0 if report(functions, args.checks, expected) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"conformance.{argv[0]}").main(argv[1:])
+    return bench(argv)
 
 
 if __name__ == "__main__":

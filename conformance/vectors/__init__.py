@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,27 @@ HERE = Path(__file__).parent
 INDEX = HERE / "vectors.json"
 
 
+def index() -> dict[str, Any]:
+    return json.loads(INDEX.read_text())
+
+
 def cases() -> dict[str, dict[str, Any]]:
     """Return the settings of every case by name."""
-    return json.loads(INDEX.read_text())["cases"]
+    return index()["cases"]
 
 
 def tensors(case: str) -> dict[str, np.ndarray]:
     """Return a case's tensors by name."""
     return load_file(HERE / f"{case}.safetensors")
+
+
+def results(case: str) -> dict[str, np.ndarray]:
+    """Return a case's tensors without the inputs. A name may end in a layer's number."""
+    inputs = index()["inputs"]
+    return {k: v for k, v in tensors(case).items() if re.sub(r"\d$", "", k) not in inputs}
+
+
+def tolerance(name: str, dtype: str) -> float:
+    """Return the largest error of a result in this type of safetensors."""
+    about = index()
+    return 0.0 if name in about["exact"] else about["tolerances"][dtype]["tolerance"]

@@ -3,28 +3,28 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from conformance.derive import (
-    BETA1,
-    BETA2,
-    EPS,
-    LR,
     STEPS,
-    WEIGHT_DECAY,
     AdamW,
     Array,
     DoRA,
     Fused,
     LoRA,
+    adapted_rows,
     loss_and_gradient,
+    matmul,
     round_to_bf16,
+    round_to_nf4,
 )
 from conformance.vectors import HERE, INDEX
+from conformance.vectors.about import ABOUT
 
 PLAIN = {
     "in": 6,
@@ -38,6 +38,10 @@ PLAIN = {
     "slices": [],
     "base": "fp64",
 }
+# Grouped queries: q is twice as wide as k and v. q and v of [q, k, v]:
+CONTIGUOUS = [list(range(8)), list(range(12, 16))]
+# q, k and v of two groups of heads [q, k, v, q, k, v]:
+INTERLEAVED = [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]
 CASES = {
     "lora": PLAIN,
     "lora-r1-alpha1": PLAIN | {"r": 1, "alpha": 1},
@@ -50,37 +54,28 @@ CASES = {
     "dora-in-out-square": PLAIN | {"layout": "(in, out)", "out": 6, "use_dora": True, "r": 2},
     "fused-qv": PLAIN | {"out": 12, "r": 2, "slices": [0, 2]},
     "bf16-base": PLAIN | {"base": "bf16"},
+    "lora-64": PLAIN | {"in": 64, "out": 64, "r": 16, "alpha": 24},
+    "nf4-base": PLAIN | {"in": 64, "base": "nf4"},
+    "fused-grouped": PLAIN | {"out": 16, "r": 2, "slices": [0, 2], "rows": CONTIGUOUS},
+    "fused-interleaved": PLAIN | {"out": 16, "r": 2, "slices": [0, 1, 2], "rows": INTERLEAVED},
 }
 TWO_LAYERS = "two-layers"
 LAYERS = [PLAIN | {"r": 1, "alpha": 2, "out": 7}, PLAIN | {"r": 3, "alpha": 12, "in": 7}]
-
-ABOUT = {
-    "format": "All tensors are fp64 and row-major. `cases` has the settings of each case. The "
-    "tensors are in the file of the case's name.",
-    "tensors": {
-        "x": "input (n, in)",
-        "W, b": "the frozen base. W is in the case's layout, (out, in) or (in, out)",
-        "A, B": "factors (r, in) and (out, r). Fused: (slices, r, in) and (slices, out / 3, r)",
-        "m": "DoRA's magnitude (out,), no longer at its start",
-        "mask": "dropout's mask (n, in). Kept elements are divided by 1 - dropout",
-        "y": "output (n, out)",
-        "target": "L = mean((y - target)^2)",
-        "dA, dB, dm, dx": "gradients of L. DoRA's norm counts as a constant",
-        "merged_W": "W with the update, in the case's layout",
-        "merged_W_bf16": "bf16 bases: merged_W rounded once to bf16",
-        "losses": "L before each of the ten steps",
-        "A_steps, B_steps, m_steps": "the parameters after each step, (10, ...)",
-    },
-    "two-layers": "y = layer1(relu(layer0(x))). The names of tensors end in the layer's number.",
-    "steps": {
-        "optimizer": "AdamW on the same batch, with the same mask",
-        "lr": LR,
-        "betas": [BETA1, BETA2],
-        "eps": EPS,
-        "weight_decay": WEIGHT_DECAY,
-        "count": STEPS,
-    },
+EXPERTS = "experts"
+MIXTURE = PLAIN | {"r": 2, "experts": 3}
+ADAPTERS = [PLAIN | {"r": 2}, PLAIN | {"alpha": 10}, PLAIN | {"r": 3}]
+SUMS = {
+    f"sum-{name}": {
+        "adapters": [settings | variant for settings in ADAPTERS],
+        "weights": [1.0, -0.5, 2.0],
+    }
+    for name, variant in (
+        ("lora", {}),
+        ("rslora", {"use_rslora": True}),
+        ("dora", {"use_dora": True}),
+    )
 }
+LARGE = 1000  # with more weights, only the last of the ten steps is kept
 
 
 def draw(rng: np.random.Generator, *shape: int) -> Array:
@@ -98,14 +93,18 @@ def inputs(rng: np.random.Generator, settings: Mapping[str, Any], n: int = 7) ->
         "target": draw(rng, n, fan_out),
     }
     if settings["slices"]:
-        count = len(settings["slices"])
-        drawn |= {"A": draw(rng, count, r, fan_in), "B": draw(rng, count, fan_out // 3, r)}
+        rows = adapted_rows(settings)
+        shape = (sum(map(len, rows)),) if "rows" in settings else (len(rows), fan_out // 3)
+        drawn |= {"A": draw(rng, len(rows), r, fan_in), "B": draw(rng, *shape, r)}
     else:
         drawn |= {"A": draw(rng, r, fan_in), "B": draw(rng, fan_out, r)}
     if settings["use_dora"]:
         drawn["m"] = 1 + draw(rng, fan_out) / 2
     if settings["dropout"]:
         drawn["mask"] = rng.integers(0, 2, (n, fan_in)).astype(np.float64)
+    if settings["base"] == "nf4":
+        drawn["W"] = round_to_nf4(drawn["W"])
+        drawn["A"] /= 64  # so the update is small, as after training
     return drawn
 
 
@@ -125,11 +124,52 @@ def one_layer(rng: np.random.Generator, settings: Mapping[str, Any]) -> dict[str
     made["merged_W"] = layer.merged()
     if settings["base"] == "bf16":
         made["merged_W_bf16"] = round_to_bf16(made["merged_W"])
+    if settings["base"] == "nf4":
+        made["merged_W_nf4"] = round_to_nf4(made["merged_W"])
 
-    made |= ten_steps([layer], made["x"], made["target"], [""])
+    steps = ten_steps([layer], made["x"], made["target"], [""])
+    if made["W"].size > LARGE:
+        steps = {k: v[-1:] if k.endswith("_steps") else v for k, v in steps.items()}
+    made |= steps
     if settings["layout"] == "(in, out)":
         made |= {name: made[name].T for name in ("W", "merged_W")}
     return made
+
+
+def experts(rng: np.random.Generator, settings: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the tensors of a mixture of experts, whose W is (experts, out, in), without a bias.
+
+    Every expert gets the same x. A_peft and B_peft are A and B in the order of PEFT's files.
+    """
+    drawn = [inputs(rng, settings) for _ in range(settings["experts"])]
+    x = drawn[0]["x"]
+    layers = [LoRA(settings, one | {"b": np.zeros(settings["out"])}) for one in drawn]
+    made = {name: np.stack([one[name] for one in drawn]) for name in ("W", "A", "B", "target")}
+    made["A_peft"] = made["A"].reshape(-1, settings["in"])  # (experts * r, in)
+    made["B_peft"] = made["B"].transpose(1, 2, 0).reshape(settings["out"], -1)  # (out, r * experts)
+    made["y"] = np.stack([layer.forward(x) for layer in layers])
+    _, g = loss_and_gradient(made["y"], made["target"])
+    gradients = [layer.gradients(x, one) for layer, one in zip(layers, g, strict=True)]
+    made |= {name: np.stack([one[name] for one in gradients]) for name in ("dA", "dB")}
+    made["merged_W"] = np.stack([layer.merged() for layer in layers])
+    made["dx"] = np.sum([one["dx"] for one in gradients], axis=0)
+    return {"x": x} | made
+
+
+def weighted_sum(rng: np.random.Generator, settings: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the tensors of several adapters of one layer. merged_W has the weighted sum of their
+    updates.
+    """
+    drawn = [inputs(rng, one) for one in settings["adapters"]]
+    made = {name: drawn[0][name] for name in ("x", "W", "b")}
+    merged = made["W"]
+    for i, (one, own, weight) in enumerate(
+        zip(settings["adapters"], drawn, settings["weights"], strict=True)
+    ):
+        layer = layer_of(one, own | made)
+        merged = merged + weight * (layer.merged() - made["W"])
+        made |= {f"{name}{i}": own[name] for name in layer.trained}
+    return made | {"y": matmul(made["x"], merged.T) + made["b"], "merged_W": merged}
 
 
 def two_layers(rng: np.random.Generator) -> dict[str, Array]:
@@ -196,10 +236,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = parser.parse_args(argv).out
     made = {name: one_layer(np.random.default_rng(7), s) for name, s in CASES.items()}
     made[TWO_LAYERS] = two_layers(np.random.default_rng(7))
+    made[EXPERTS] = experts(np.random.default_rng(7), MIXTURE)
+    made |= {name: weighted_sum(np.random.default_rng(7), s) for name, s in SUMS.items()}
+    files = {}
     for name, tensors in made.items():
         contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        save_file(contiguous, out / f"{name}.safetensors")
-    described = ABOUT | {"cases": CASES | {TWO_LAYERS: {"layers": LAYERS}}}
+        data = save(contiguous)
+        (out / f"{name}.safetensors").write_bytes(data)
+        files[f"{name}.safetensors"] = sha256(data).hexdigest()
+    cases = CASES | {TWO_LAYERS: {"layers": LAYERS}, EXPERTS: MIXTURE} | SUMS
+    described = ABOUT | {"cases": cases, "sha256": files}
     (out / INDEX.name).write_text(json.dumps(described, indent=1) + "\n")
 
 

@@ -1,0 +1,56 @@
+"""Reading safetensors files of any float type in NumPy, bf16 included."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+Array: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. `values` reads it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    def values(self) -> Array:
+        if self.dtype not in TYPES:
+            raise ValueError(f"{self.path} is not a safetensors file of floats ({self.dtype})")
+        raw = np.fromfile(self.path, TYPES[self.dtype], math.prod(self.shape), offset=self.start)
+        if self.dtype == "BF16":  # the upper half of an fp32 number
+            raw = (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.reshape(self.shape).astype(np.float64)
+
+
+def find(path: Path) -> dict[str, Stored]:
+    """Return where each tensor of a file is stored. Raise ValueError for a damaged file."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        text = file.read(min(start - 8, length))
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        found = {}
+        for name, one in header.items():
+            begin, end = one["data_offsets"]
+            if start + end > length:
+                raise ValueError("it is cut short")
+            found[name] = Stored(path, one["dtype"], tuple(one["shape"]), start + begin)
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a safetensors file of floats ({error})") from error
+
+
+def read(path: Path) -> dict[str, tuple[str, Array]]:
+    """Return the type and the values of each tensor. Raise ValueError for a damaged file."""
+    return {name: (one.dtype, one.values()) for name, one in find(path).items()}

@@ -1,0 +1,80 @@
+"""The folder works when it is copied alone, and when it is installed. PyTorch is optional."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import conformance
+from conformance import vectors
+
+FOLDER = Path(conformance.__file__).parent
+MODULE = [sys.executable, "-m", "conformance"]
+# A module that is None in sys.modules cannot be imported.
+BARE = [
+    sys.executable,
+    "-c",
+    "import sys; sys.modules['torch'] = None\n"
+    "from conformance.__main__ import main; sys.exit(main(sys.argv[1:]))",
+]
+
+
+@pytest.fixture(scope="module", params=["copied", "installed"])
+def site(request, tmp_path_factory):
+    """Return a folder that contains the folder `conformance`."""
+    site = tmp_path_factory.mktemp(request.param)
+    copy = site / ("conformance" if request.param == "copied" else "source")
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    if request.param == "installed":
+        offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+        command = (sys.executable, "-m", "pip", "install", *offline, "--target", site, copy)
+        subprocess.run(command, check=True, capture_output=True)
+        shutil.rmtree(copy)
+    return site
+
+
+def run(site, command, *arguments):
+    """Run a command in an empty folder, with the site on the path."""
+    (site / "empty").mkdir(exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=site / "empty",
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_compare_needs_no_pytorch(site, tmp_path):
+    example = site / "conformance" / "examples" / "numpy_layer.py"
+    subprocess.run([sys.executable, example, tmp_path / "results"], check=True)
+    ended = run(site, BARE, "compare", tmp_path / "results")
+    assert ended.stderr == ""
+    assert " 0 failed" in ended.stdout
+    assert ended.returncode == 0
+
+
+def test_the_bench_works_and_without_pytorch_it_asks_for_it(site, tmp_path):
+    (tmp_path / "mine.py").write_text("from conformance.toys import Right\nwrap = Right().wrap\n")
+    ended = run(site, MODULE, tmp_path / "mine.py", "new_adapter_changes_nothing")
+    assert ended.returncode == 0, ended.stderr
+    ended = run(site, BARE, tmp_path / "mine.py")
+    assert ended.returncode == 2
+    assert "error: the bench needs PyTorch" in ended.stderr.splitlines()[-1]
+
+
+def test_the_package_has_every_file(site):
+    kept = {p.relative_to(FOLDER) for p in FOLDER.rglob("*.*") if p.parent.name != "__pycache__"}
+    found = {p.relative_to(site / "conformance") for p in (site / "conformance").rglob("*.*")}
+    assert {p for p in kept - found if p.name != "pyproject.toml"} == set()
+
+
+def test_there_is_one_version():
+    assert vectors.index()["version"] == conformance.__version__
+    changes = (FOLDER / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == conformance.__version__
