@@ -1,4 +1,4 @@
-"""Recompute the tables of four pages from docs/figures, without lesson/."""
+"""Recompute the tables of three pages from docs/figures, without lesson/."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ("experiments", "recipe", "findings", "later-findings")
+PAGES = ("experiments", "recipe", "findings")
 TEXT = "".join((DOCS / f"{page}.md").read_text() for page in PAGES)
 ROWS = [
     [cell.strip() for cell in re.sub(r"[*`]", "", line).strip("|").split("|")]
