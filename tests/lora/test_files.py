@@ -149,6 +149,11 @@ def test_fields_that_do_not_change_the_result_are_ignored(adapter):
             assert load_adapter_config(adapter) == expected, (field, value)
 
 
+def test_a_file_without_a_dropout_has_pefts_default(adapter):
+    change_config(adapter, {"lora_dropout": ABSENT})
+    assert load_adapter_config(adapter).lora_dropout == peft.LoraConfig().lora_dropout
+
+
 REFUSED = {
     "peft_type": [ABSENT, "IA3"],
     "task_type": ["SEQ_CLS"],
