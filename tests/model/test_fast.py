@@ -182,6 +182,19 @@ def test_loss_is_right_where_a_probability_underflows_and_shows_what_is_not_a_nu
     assert loss.item() == pytest.approx(400)
     assert torch.autograd.grad(loss, hidden)[0].item() == pytest.approx(2)
     assert head.tied_cross_entropy(hidden * torch.nan, weight, targets).isnan()
+    twice = torch.cat([hidden, hidden])  # a certain token, and one whose probability underflows
+    targets = torch.arange(2, device=DEVICE)
+    assert head.tied_cross_entropy(twice, weight, targets).item() == pytest.approx(400)
+
+
+def test_the_slices_of_a_gradient_are_added_in_fp32(monkeypatch):
+    """In bf16, a sum of 1/1024 would not grow beyond 1/4."""
+    monkeypatch.setattr(head, "SLICE_BYTES", 2)  # a slice for each of 1,024 tokens
+    hidden = torch.zeros(1, 1, dtype=BF16, requires_grad=True)
+    weight = torch.ones(1024, 1, dtype=BF16)
+    weight[0] = 0
+    head.tied_cross_entropy(hidden, weight, torch.zeros(1, dtype=torch.int64)).backward()
+    assert hidden.grad.item() == pytest.approx(1023 / 1024, rel=0.01)
 
 
 @pytest.mark.device
