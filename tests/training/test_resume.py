@@ -240,6 +240,16 @@ def test_a_run_on_instructions_goes_on_to_the_same_bytes_and_not_on_others(base,
     assert differences(tmp_path / "run", result(whole.out)) == []
 
 
+def test_a_run_is_not_resumed_with_other_validation_data(base, tmp_path):
+    data, validation = (runs.questions(tmp_path / name) for name in ("data.jsonl", "val.jsonl"))
+    argv = arguments("lora", base, data, tmp_path / "run", "--block-size", 64, "--max-steps", 1)
+    argv += ["--val-data", str(validation)]
+    assert run(main, *argv).status == 0
+    validation.write_text(validation.read_text() + validation.read_text())
+    line = refused(tmp_path / "run", *argv, "--resume")
+    assert "--data or --val-data: the content has changed since the run began" in line
+
+
 def test_a_run_is_not_resumed_on_a_changed_base(stopped, base, tmp_path):
     other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1, attn_pdrop=0.2)
     for file in ("config.json", "model.safetensors"):
@@ -313,6 +323,12 @@ def test_damaged_metrics_cost_a_resumed_run_its_picture_alone(stopped, tmp_path)
     assert ending.stderr.endswith("loss.png is not drawn\n") and ending.stderr.count("\n") == 1
     assert (tmp_path / "run" / "run.json").exists()
     assert not (tmp_path / "run" / "loss.png").exists()
+
+
+def test_metrics_that_were_emptied_are_lines_again_after_a_resume(stopped, tmp_path):
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert run(main, *stopped, "--resume").status == 0
+    assert finished(tmp_path / "run").column("step")[-1] == 18
 
 
 def test_another_machine_is_warned_of(stopped, monkeypatch):
