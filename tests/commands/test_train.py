@@ -3,6 +3,7 @@
 import hashlib
 import math
 from shlex import split
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch
 import train
 from model.gpt2 import GPT2
 from tests import runs
-from tests.helpers import TINY
+from tests.helpers import TINY, drawing
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
-from training import resume
+from training import report, resume
 from training import run as training_run
 from training.options import BOOK
 
@@ -133,7 +134,12 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
 
     # The initial adapter is scored first, and kept if training makes it worse.
     high_rate = split("--lr 10 --warmup-ratio 0 --clip 0")
-    worse = trained("lora", base, book, tmp_path / "worse", *step, *high_rate)
+    figures = []
+    keep = mock.patch.object(report, "save_figure", lambda figure, path: figures.append(figure))
+    with drawing(), keep:
+        worse = trained("lora", base, book, tmp_path / "worse", *step, *high_rate)
+    [ring] = [line for line in figures[0].axes[0].lines if line.get_label() == "saved"]
+    assert ring.get_xydata().tolist() == [[0, worse.report["best_val_loss"]]]
     torch.testing.assert_close(worse.weights, first.weights, rtol=0, atol=0)
     assert worse.report["best_val_loss"] == pytest.approx(first.report["best_val_loss"], rel=1e-6)
     assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
