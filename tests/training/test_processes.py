@@ -180,12 +180,11 @@ def test_a_run_whose_rank_was_killed_and_that_was_stopped_ends_as_if_nothing_had
     assert LOST.fullmatch(line)[1] == "0" and line.endswith("the last checkpoint is from step 2")
     as_killed = shutil.copytree(out, folder / "as-killed")
 
-    def stop_rank_1(moment):
-        if os.environ["RANK"] == "1":
-            signal.raise_signal(signal.SIGTERM)
+    def stop_each(moment):
+        signal.raise_signal(signal.SIGTERM if os.environ["RANK"] == "1" else signal.SIGINT)
 
     again = [*argv, "--resume"]
-    statuses, lines = fork(folder / "stopped", again, again, during=acting({6: stop_rank_1}))
+    statuses, lines = fork(folder / "stopped", again, again, during=acting({6: stop_each}))
     assert statuses == [143, 143] and not errors(lines)
     assert "resuming after step 2 of 8" in (folder / "stopped" / "out").read_text()
     assert any(line.startswith("stopped after step 6; the same command") for line in lines)
