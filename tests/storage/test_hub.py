@@ -178,6 +178,7 @@ def test_an_adapter_names_the_repository_and_the_revision_of_its_base(fake, book
     trained("lora", "someone/tiny@v1", book, tmp_path, "--max-steps", 1)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", "v1")
+    assert 'revision="v1"' in (tmp_path / "README.md").read_text()
 
 
 def test_a_base_known_by_name_needs_no_network_once_it_is_cached(fake):
