@@ -27,13 +27,16 @@ from data.tokenizer import (
     FOREIGN,
     GPT2_FILES,
     GPT2_SIZE,
+    MERGES,
     SETTINGS,
     SPECIAL,
+    VOCAB,
     load_tokenizer,
 )
 from generate import StreamDecoder
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
+from storage.weights import CONFIG, base_hashes
 from tests.helpers import refusal, tiny_gpt2, write_small_tokenizer
 from tests.runs import arguments, die, run_acting, scores, trained
 from training.options import BOOK
@@ -272,6 +275,19 @@ def test_a_base_with_another_kind_of_tokenizer_trains_scores_and_resumes(book, t
     ids, byte_counts = tokenizer.encode_with_bytes(text)
     assert score["tokens"] == len(ids) - 1
     assert score["bytes"] == len(text.rstrip().encode()) - byte_counts[0]
+
+
+def test_each_file_of_a_pair_identifies_the_base(tmp_path):
+    """A resumed run must not go on with other tokens."""
+    base = write_pair(tmp_path / "base")
+    (base / CONFIG).touch()
+    before = base_hashes(base)
+    for file in (VOCAB, MERGES):
+        content = (base / file).read_text()
+        (base / file).write_text(f"{content}\n")
+        assert base_hashes(base) != before
+        (base / file).write_text(content)
+    assert base_hashes(base) == before
 
 
 @pytest.mark.parametrize("make", [lambda path: write(path, bert(), "[SEP]"), write_pair])
