@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import peft_loop, speed, speed_worker
 from benchmarks.speed_worker import Task
@@ -74,6 +75,28 @@ def test_sides_that_do_not_train_alike_are_refused(base, monkeypatch, method):
     monkeypatch.setattr(peft_loop, "learning_rate", lambda *of: 1.1 * rate(*of))
     with pytest.raises(speed.RunError, match="the losses differ, so no time is compared"):
         speed.measure(task, 0)
+
+
+def test_dropout_is_on_in_the_timed_steps_and_off_in_the_compared_ones(base, monkeypatch):
+    modes = []
+    our_side = speed_worker.our_side
+
+    def recorded(task):
+        model, step = our_side(task)
+        return model, lambda: modes.append(model.training) or step()
+
+    monkeypatch.setattr(speed_worker, "our_side", recorded)
+    speed_worker.measure(Task(str(base), steps=2))
+    assert modes == [False] * 3 + [True] * 4  # two steps warm up
+
+
+def test_the_allocator_is_set_on_all_sides_but_theirs(base, monkeypatch):
+    tuned = []
+    monkeypatch.setattr(speed_worker, "their_side", lambda *_: (torch.nn.Identity(), lambda: 0.0))
+    for side in ("ours", "theirs", "alike"):
+        monkeypatch.setattr(speed_worker, "tune_process", lambda _, side=side: tuned.append(side))
+        speed_worker.measure(Task(str(base), side=side, steps=1))
+    assert tuned == ["ours", "alike"]
 
 
 def test_a_loss_that_is_not_a_number_is_refused():
