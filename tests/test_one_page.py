@@ -158,3 +158,13 @@ def test_the_page_ends_with_the_perplexity_and_a_text(page, inputs):
     page.model.load_state_dict({n.removeprefix(PREFIX): x for n, x in page.last.items()}, False)
     logits = page.model(ids[None].long())[0, -1]
     torch.testing.assert_close(page.drawn[0], (logits / 0.8).softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_the_loss_is_scaled_in_fp16_alone(monkeypatch, dtype):
+    enabled = []
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **given: enabled.append(given))
+    for name, value in (("CUDA", True), ("DTYPE", dtype), ("EPOCHS", 0)):
+        monkeypatch.setattr(one_page, name, value)
+    one_page.train(torch.nn.Linear(1, 1), torch.zeros(1), torch.zeros(1))
+    assert enabled == [{"enabled": dtype == torch.float16}]
