@@ -37,6 +37,12 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_pa
     assert 0 < kept_bytes(with_it.model, inputs) < kept_bytes(without.model, inputs) / 4
 
 
+def test_the_loss_of_a_step_holds_no_graph(base, book, tmp_path):
+    """The meter holds the losses of all steps until a line is due."""
+    made = trainer("lora", base, book, tmp_path)
+    assert not made.step(next(made.batches())).requires_grad
+
+
 @pytest.mark.device
 @pytest.mark.parametrize("method, compute", [("lora", torch.bfloat16), ("full", torch.float32)])
 def test_only_what_lora_freezes_is_held_in_the_compute_precision(
