@@ -8,6 +8,7 @@ from statistics import mean
 import numpy as np
 import pytest
 
+from benchmarks.reference import METHODS
 from tests import runs
 from tests.runs import arguments, one_line, run, trained
 from train import main
@@ -97,6 +98,15 @@ def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):
     argv = arguments("full", base, book, tmp_path / "run", "--recipe", "best")
     assert "--recipe best" in one_line(run(main, *argv), 2)
     assert parse_options("-", ["full"]).as_json().keys().isdisjoint({"recipe"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_defaults_are_those_of_the_reference_run(method):
+    """They differ in the windows, the precision and clipping."""
+    default = vars(parse_options("-", [method]))
+    reference = vars(parse_options("-", [method, *split(METHODS[method])]))
+    different = {name for name in default if default[name] != reference[name]}
+    assert different == {"block_size", "stride", "label_shift", "precision", "clip"}
 
 
 @pytest.mark.parametrize(
