@@ -155,7 +155,7 @@ def test_the_tokenizer_gives_the_tokens_of_each_prompt():
             assert stored.decode(prompt["tokens"]) == prompt["text"]
 
 
-def test_the_files_are_small_and_the_issue_s_kinds_are_present():
+def test_the_files_are_small_and_each_kind_is_present():
     files = [path for path in fixtures.HERE.rglob("*") if path.suffix in (".safetensors", ".json")]
     assert sum(path.stat().st_size for path in files) < 3_000_000
     assert {path.name for path in (fixtures.HERE / "adapters").iterdir()} == FIXTURES.keys()

@@ -54,7 +54,7 @@ def verdict(capsys, *folders: Path) -> tuple[int, list[str]]:
     return status, [line for line in lines if not line.startswith(" ")]
 
 
-@pytest.mark.parametrize("name", FIXTURES.keys() - {TIED_HEAD})
+@pytest.mark.parametrize("name", sorted(FIXTURES.keys() - {TIED_HEAD}))
 def test_an_update_merged_by_peft_survives(name, tmp_path, capsys):
     merged = merge(base_of(name), adapter_of(name), tmp_path)
     assert len(list(merged.glob("*.safetensors"))) > 1
@@ -62,7 +62,7 @@ def test_an_update_merged_by_peft_survives(name, tmp_path, capsys):
     assert status == 0 and len(lines) == 1 and lines[0].startswith("survived: ")
 
 
-@pytest.mark.parametrize("name", FIXTURES.keys() - {TIED_HEAD})
+@pytest.mark.parametrize("name", sorted(FIXTURES.keys() - {TIED_HEAD}))
 def test_the_base_in_place_of_the_merged_model_is_lost(name, capsys):
     status, lines = verdict(capsys, base_of(name), adapter_of(name), base_of(name))
     assert status == 1 and len(lines) == 1 and lines[0].startswith("lost: ")
