@@ -31,6 +31,7 @@ def pytest_configure(config):
     device = config.getoption("--device")
     os.environ["TEST_DEVICE"] = device
     if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has used a GPU cannot fork
         return
     import torch
 

@@ -20,6 +20,10 @@ import train
 from common.errors import run_command
 from tests.fault.runs import PATIENCE
 
+# The first backward pass starts a thread for each GPU, and a process with such threads cannot fork.
+# After torch.compile, a PyTorch for CUDA would count 8 GPUs where there is none.
+torch.ones(1, requires_grad=True).sum().backward()
+
 
 def fork(folder: Path, *commands: list[str], during=None) -> tuple[list[int], list[str]]:
     """Start a process for each list of arguments of `train.py`, inside the context `during`.
