@@ -185,20 +185,25 @@ def judge(base: Array, merge: Merge, merged: Array, rounding: float) -> tuple[fl
         return float(norm(difference)) / size
 
     # Rounding can cost a small update more than half of its size. Such an update is lost.
-    tolerance = min(0.5, 0.01 + rounding * relative(once))
+    noise = 0.01 + rounding * relative(once)
+    tolerance = min(0.5, noise)
     factor = float(np.vdot(update, change)) / size**2
     difference = relative(merged - once)
     if difference <= tolerance:
         return difference, "survived"
     if relative(merged - merge(once)) <= tolerance:
-        return difference, "applied twice"
-    if factor > 2 * tolerance and relative(change - factor * update) <= tolerance:
+        return difference, "applied twice, or scaled by 2"
+    if abs(factor) > 2 * tolerance and relative(change - factor * update) <= tolerance:
         return difference, f"scaled by {factor:.3g}"
-    return difference, "lost" if factor < 0.5 else "changed"
+    lost = factor < 0.5 and abs(difference - 1) <= 0.1 + noise
+    return difference, "lost" if lost else "changed"
 
 
 def compare(base: Path, adapter: Path, merged: Path) -> bool:
     """Print a line for each parameter, and the verdict. Return whether all updates survived."""
+    for folder in (base, adapter, merged):
+        if not folder.is_dir():
+            raise Mistake(f"{folder} is not a folder")
     tensors = open_tensors(merged)
     verdicts: dict[str, int] = defaultdict(int)
     for name, weight, merge in updates(open_tensors(base), adapter):

@@ -73,7 +73,8 @@ def test_an_update_that_is_merged_twice_is_named(name, tmp_path, capsys):
     once = merge(base_of(name), adapter_of(name), tmp_path / "once")
     twice = merge(once, adapter_of(name), tmp_path / "twice")
     status, lines = verdict(capsys, base_of(name), adapter_of(name), twice)
-    assert status == 1 and len(lines) == 1 and lines[0].startswith("applied twice: ")
+    assert status == 1 and len(lines) == 1
+    assert lines[0].startswith("applied twice, or scaled by 2: ")
 
 
 def test_a_layer_that_is_left_out_is_named(tmp_path, capsys):
@@ -94,6 +95,18 @@ def test_rslora_that_is_merged_with_alpha_over_r_is_scaled_wrongly(tmp_path, cap
     wrong = edited(MLP, tmp_path / "wrong", use_rslora=False)
     merged = merge(BASE, wrong, tmp_path / "merged")
     assert verdict(capsys, BASE, ADAPTER, merged) == (1, ["scaled by 0.5: 6 of 6 layers"])
+
+
+def test_an_update_with_the_wrong_sign_or_in_the_wrong_place_is_not_lost(tmp_path, capsys):
+    merge(BASE, ADAPTER, tmp_path / "merged")
+    swapped = verdict(capsys, tmp_path / "merged", ADAPTER, BASE)
+    assert swapped == (1, ["scaled by -1: 6 of 6 layers"])
+    base = load_file(BASE / "model.safetensors")
+    right = load(BASE, ADAPTER).merge_and_unload().state_dict()
+    permuted = {name: w + (right[name] - w).roll(1, 0) for name, w in base.items()}
+    (tmp_path / "permuted").mkdir()
+    save_file(permuted, tmp_path / "permuted" / "model.safetensors")
+    assert verdict(capsys, BASE, ADAPTER, tmp_path / "permuted") == (1, ["changed: 6 of 6 layers"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -133,7 +146,9 @@ def one_line(capsys) -> str:
 def test_folders_that_cannot_be_compared_give_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     cases = {
-        (BASE, ADAPTER, tmp_path / "none"): "none/model.safetensors: cannot be read",
+        (BASE, ADAPTER, tmp_path / "none"): "none is not a folder",
+        (BASE, ADAPTER / "adapter_config.json", BASE): "adapter_config.json is not a folder",
+        (BASE, ADAPTER, tmp_path / "empty"): "empty/model.safetensors: cannot be read",
         (BASE, tmp_path / "empty", BASE): "adapter_config.json: cannot be read",
         (BASE, adapter_of("gpt2-attention"), BASE): "fits no parameters of the base",
         (base_of(TIED_HEAD), adapter_of(TIED_HEAD), base_of(TIED_HEAD)): "cannot be tied",
