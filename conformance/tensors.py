@@ -42,10 +42,15 @@ def find(path: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         found = {}
         for name, one in header.items():
+            if not all(isinstance(n, int) for n in one["shape"]):
+                raise ValueError(f"{name} has the shape {one['shape']}")
             begin, end = one["data_offsets"]
             if start + end > length:
                 raise ValueError("it is cut short")
-            found[name] = Stored(path, one["dtype"], tuple(one["shape"]), start + begin)
+            dtype, shape = one["dtype"], tuple(one["shape"])
+            if dtype in TYPES and np.dtype(TYPES[dtype]).itemsize * math.prod(shape) != end - begin:
+                raise ValueError(f"{name} has {end - begin} bytes, not the shape {shape}")
+            found[name] = Stored(path, dtype, shape, start + begin)
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a safetensors file of floats ({error})") from error

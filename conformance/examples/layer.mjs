@@ -48,27 +48,33 @@ function load(file) {
     const [first, end] = about.data_offsets;
     const values = [];
     for (let at = start + first; at < start + end; at += 8) values.push(bytes.readDoubleLE(at));
-    tensors[name] = about.shape.length === 2 ? rows(values, about.shape) : values;
+    tensors[name] = nested(values, about.shape);
   }
   return tensors;
 }
 
-const rows = (values, [count, width]) =>
-  Array.from({ length: count }, (_, i) => values.slice(i * width, (i + 1) * width));
+// Arrays of any depth: numbers and a shape to arrays, and back.
+function nested(values, [count, ...rest]) {
+  if (rest.length === 0) return values;
+  const size = values.length / count;
+  const part = (_, i) => nested(values.slice(i * size, (i + 1) * size), rest);
+  return Array.from({ length: count }, part);
+}
+const shapeOf = (a) => (typeof a === "number" ? [] : [a.length, ...shapeOf(a[0])]);
+const flat = (a) => (typeof a === "number" ? [a] : Array.from(a, flat).flat());
 
 function save(file, tensors) {
   const header = {};
   let end = 0;
-  for (const [name, matrix] of Object.entries(tensors)) {
-    const shape = [matrix.length, matrix[0].length];
+  for (const [name, tensor] of Object.entries(tensors)) {
     const first = end;
-    end += 8 * shape[0] * shape[1];
-    header[name] = { dtype: "F64", shape, data_offsets: [first, end] };
+    end += 8 * flat(tensor).length;
+    header[name] = { dtype: "F64", shape: shapeOf(tensor), data_offsets: [first, end] };
   }
   const json = Buffer.from(JSON.stringify(header));
   const length = Buffer.alloc(8);
   length.writeBigUInt64LE(BigInt(json.length));
-  const data = Float64Array.from(Object.values(tensors).flat(2));
+  const data = Float64Array.from(flat(Object.values(tensors)));
   writeFileSync(file, Buffer.concat([length, json, Buffer.from(data.buffer)]));
 }
 
