@@ -27,6 +27,8 @@ COMMANDS = ("compare", "merged")
 def load_implementation(name: str) -> ModuleType:
     """Import a module of `conformance.implementations`, or a file, with its folder on the path."""
     if not name.endswith(".py"):
+        if not (Path(__file__).parent / "implementations" / f"{name}.py").exists():
+            raise FileNotFoundError(f"no such file; did you mean {name}.py?")
         return importlib.import_module(f"conformance.implementations.{name}")
     sys.path.insert(0, str(Path(name).resolve().parent))
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
@@ -36,7 +38,7 @@ def load_implementation(name: str) -> ModuleType:
     return module
 
 
-def described(error: Exception) -> str:
+def described(error: BaseException) -> str:
     """Return an error of importing a file in one line, with the place."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     if isinstance(error, (ImportError, OSError, SyntaxError)):  # they name the place
@@ -82,7 +84,7 @@ def bench(argv: Sequence[str]) -> int:
     warnings.simplefilter("ignore")
     try:
         functions = load_implementation(args.implementation)
-    except Exception as error:  # from the file under test
+    except (Exception, SystemExit) as error:  # from the file under test
         parser.error(f"{args.implementation}: {described(error)}")
     return 0 if report(functions, args.checks, expected) else 1
 

@@ -1,7 +1,8 @@
 """The bench: the functions of an implementation, the definition of a check, and the runner.
 
 An implementation is a Python file or module with some of these functions. A check that needs a
-missing function, or a missing keyword of `wrap` or `inject`, is skipped.
+missing function, or a missing keyword of `wrap` or `inject`, is skipped. **kwargs counts as every
+keyword.
 
 wrap(linear, r, alpha, dropout) -> module   adapt one nn.Linear and freeze it. Optional keywords:
     use_rslora=True, use_dora=True
@@ -119,7 +120,7 @@ def run(functions: Any, names: Iterable[str] = ()) -> list[Result]:
             results.append(Result(one, "skip", str(error)))
         except Failed as error:
             results.append(Result(one, "FAIL", str(error)))
-        except Exception as error:  # from the code under test
+        except (Exception, SystemExit) as error:  # from the code under test
             reason = f"crash, {type(error).__name__}: {error}"
             results.append(Result(one, "FAIL", reason, crashed=True))
         else:

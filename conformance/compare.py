@@ -56,9 +56,10 @@ def compare_case(folder: Path, case: str) -> Iterator[Result]:
             tolerance = vectors.tolerance(name, dtype)
             yield Result(f"{case}/{name}", *compared(dtype, value, expected[name], tolerance))
         else:
-            yield Result(f"{case}/{name}", "skip")
+            yield Result(f"{case}/{name}", "skip", "there is no such result")
     for name in found.keys() - expected.keys():
-        yield Result(f"{case}/{name}", "FAIL", "the case has no result of this name")
+        reason = f"the case has no result of this name, but {', '.join(expected)}"
+        yield Result(f"{case}/{name}", "FAIL", reason)
 
 
 def compare(folder: Path) -> list[Result]:

@@ -21,8 +21,8 @@ def read_expected(path: Path, known: Container[str]) -> set[str]:
 
 
 def judged(outcome: str, expected: bool) -> str:
-    """Return the outcome, "xfail" for an expected failure, or "XPASS" for an unexpected pass."""
-    return {"FAIL": "xfail", "pass": "XPASS"}.get(outcome, outcome) if expected else outcome
+    """Return the outcome, or if a failure was expected: "xfail", "XPASS" or "XSKIP"."""
+    return {"FAIL": "xfail", "pass": "XPASS", "skip": "XSKIP"}[outcome] if expected else outcome
 
 
 def summary(outcomes: Iterable[str]) -> tuple[str, bool]:
@@ -33,6 +33,8 @@ def summary(outcomes: Iterable[str]) -> tuple[str, bool]:
         line += f", {counts['xfail']} failed as expected"
     if counts["XPASS"]:
         line += f", {counts['XPASS']} passed although a failure was expected"
+    if counts["XSKIP"]:
+        line += f", {counts['XSKIP']} skipped although a failure was expected"
     if not counts["pass"] and not counts["FAIL"]:
         line += ": nothing passed, so the run fails"
     return line, bool(counts["pass"]) and not counts["FAIL"] and not counts["XPASS"]

@@ -3,6 +3,7 @@
 import pytest
 import torch.nn.functional as F
 
+from conformance.__main__ import main
 from conformance.bench import report, run
 from conformance.checks import CHECKS
 from conformance.implementations import peft, this_project
@@ -72,6 +73,12 @@ def test_a_crash_is_reported_as_a_crash(capsys):
     for name in names:
         assert f"FAIL  {name}: crash, RuntimeError: " in printed
         assert CHECKS[name].bug not in printed
+
+
+def test_a_wrap_that_exits_is_a_crash(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def wrap(*_, **options):\n    raise SystemExit(0)")
+    assert main([str(tmp_path / "mine.py"), "start_of_a"]) == 1
+    assert "FAIL  start_of_a: crash, SystemExit: 0\n" in capsys.readouterr().out
 
 
 def test_a_forgotten_alpha_fails_no_check_of_bf16():

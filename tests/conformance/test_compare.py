@@ -61,6 +61,20 @@ def test_an_example_passes_and_without_alpha_it_fails(tmp_path, capsys, program,
         assert (printed.splitlines()[-1] in README) == (not status)
 
 
+@pytest.mark.skipif(NODE is None, reason="node is not installed")
+def test_the_javascript_loads_and_saves_any_shape(tmp_path, capsys):
+    (tmp_path / "vectors").symlink_to(HERE)
+    (tmp_path / "examples").mkdir()
+    text = (EXAMPLES / "layer.mjs").read_text()
+    start = "function layer(settings, t) {"
+    results = "return { A_steps: t.A_steps, losses: Float64Array.from(t.losses), y: t.y };"
+    copy = tmp_path / "examples" / "layer.mjs"
+    copy.write_text(text.replace(start, start + results))
+    subprocess.run([NODE, copy, tmp_path / "results"], check=True)
+    assert compare(tmp_path / "results") == 0
+    assert "\npass  dropout: A_steps, losses, y\n" in capsys.readouterr().out
+
+
 def test_every_result_of_every_case_can_pass(folder, capsys):
     for case in vectors.cases():
         write(folder, case)
@@ -87,7 +101,7 @@ def test_the_tolerance_is_that_of_the_type(folder, capsys, name, dtype):
     [
         ({"y": torch.full((7, 5), float("nan"))}, "FAIL  lora/y: off by nan"),
         ({"y": torch.zeros(5, 7)}, "FAIL  lora/y: the shape is (5, 7), not (7, 5)"),
-        ({"Y": torch.zeros(1)}, "FAIL  lora/Y: the case has no result of this name"),
+        ({"Y": torch.zeros(1)}, "FAIL  lora/Y: the case has no result of this name, but A_steps, "),
         ({"x": torch.zeros(1)}, "FAIL  lora/x: the case has no result of this name"),
     ],
 )
@@ -118,6 +132,22 @@ def test_wrong_files_fail(folder, capsys, content):
     assert "\nFAIL  Lora: there is no case of this name\n" in printed
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("[5,null]", "(y has the shape [5, None])"),
+        ("[5,7]", "(y has 40 bytes, not the shape (5, 7))"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_named(folder, capsys, shape, message):
+    header = f'{{"y":{{"dtype":"F64","shape":{shape},"data_offsets":[0,40]}}}}'.encode()
+    (folder / "lora.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(40)
+    )
+    assert compare(folder) == 1
+    assert message in capsys.readouterr().out
+
+
 def test_expected_failures(folder, tmp_path, capsys):
     write(folder, "lora", y=torch.zeros(7, 5))
     listed = tmp_path / "expected.txt"
@@ -129,6 +159,9 @@ def test_expected_failures(folder, tmp_path, capsys):
     write(folder, "lora")
     assert compare(folder, "--expected-failures", listed) == 1
     assert "XPASS  lora/y" in capsys.readouterr().out
+    write(folder, "lora", y=None)
+    assert compare(folder, "--expected-failures", listed) == 0
+    assert "\nXSKIP  lora/y: there is no such result\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

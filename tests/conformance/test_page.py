@@ -101,6 +101,11 @@ def test_expected_failures(tmp_path, capsys):
     listed.write_text("ten_steps\nstate_dict_while_merged")
     assert main(arguments) == 1
     assert "XPASS  ten_steps" in capsys.readouterr().out
+    listed.write_text(lacks := "slices_of_unequal_widths")
+    assert main([*arguments[:2], lacks, *arguments[3:]]) == 0
+    printed = capsys.readouterr().out
+    assert "XSKIP  slices_of_unequal_widths: " in printed
+    assert "1 skipped although a failure was expected" in printed
 
 
 def test_a_file_imports_its_neighbours(tmp_path):
@@ -114,6 +119,7 @@ def test_a_file_imports_its_neighbours(tmp_path):
     [
         ("def wrap(:", "SyntaxError: invalid syntax (mine.py, line 1)"),
         ("\nx = 1 / 0", "ZeroDivisionError: division by zero (mine.py, line 2)"),
+        ("import sys; sys.exit(0)", "SystemExit: 0 (mine.py, line 1)"),
         ("import nothing_of_this_name", "No module named 'nothing_of_this_name'"),
     ],
 )
@@ -129,7 +135,7 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, content, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing_of_this_name"], "error: nothing_of_this_name"),
+        (["nothing_of_this_name"], "did you mean nothing_of_this_name.py?"),
         (["nowhere.py"], "No such file or directory"),
         (["this_project", "ten_step"], "there is no check 'ten_step'"),
         (["this_project", "--expected-failures", "nowhere"], "No such file or directory"),
