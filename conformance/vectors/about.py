@@ -56,8 +56,9 @@ RESULTS = {
     "merged_W_bf16": "merged_W of a bf16 base, rounded once to bf16",
     "merged_W_nf4": "merged_W of an NF4 base, rounded to NF4 again. It loses most of the update",
     "losses": "L before each step of AdamW",
-    "A_steps": "A after each step (10, ...), or after the last (1, ...)",
-    "B_steps": "B after each step (10, ...), or after the last (1, ...)",
+    "A_steps": "A after each step (10, ...). The shape is that of the vector in the case's file: "
+    "lora-64 stores only the last step (1, ...)",
+    "B_steps": "B after the same steps as A_steps",
     "m_steps": "m after each step (10, ...)",
 }
 TOLERANCES = {
@@ -85,7 +86,8 @@ ABOUT: dict[str, Any] = {
     "version": __version__,
     "license": "CC0-1.0",
     "format": "A safetensors file for each case, named by the case. All tensors are fp64 and "
-    "row-major. `cases` has the settings of each case. A tensor is an input or a result.",
+    "row-major. Your results may also be fp32, fp16 or bf16. `cases` has the settings of "
+    "each case. A tensor is an input or a result.",
     "formulas": FORMULAS,
     "inputs": INPUTS,
     "results": RESULTS,
