@@ -13,6 +13,7 @@ import conformance
 from conformance import vectors
 
 FOLDER = Path(conformance.__file__).parent
+NOT_INSTALLED = {"pyproject.toml", ".gitignore"}
 MODULE = [sys.executable, "-m", "conformance"]
 # A module that is None in sys.modules cannot be imported.
 BARE = [
@@ -71,10 +72,19 @@ def test_the_bench_works_and_without_pytorch_it_asks_for_it(site, tmp_path):
 def test_the_package_has_every_file(site):
     kept = {p.relative_to(FOLDER) for p in FOLDER.rglob("*.*") if p.parent.name != "__pycache__"}
     found = {p.relative_to(site / "conformance") for p in (site / "conformance").rglob("*.*")}
-    assert {p for p in kept - found if p.name != "pyproject.toml"} == set()
+    assert {p for p in kept - found if p.name not in NOT_INSTALLED} == set()
+
+
+def test_git_ignores_what_pip_leaves_in_the_folder(tmp_path):
+    shutil.copy(FOLDER / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    left = ["build/lib/conformance/bench.py", "lora_conformance.egg-info/PKG-INFO"]
+    command = ["git", "-C", tmp_path, "check-ignore", *left]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.split() == left
 
 
 def test_there_is_one_version():
     assert vectors.index()["version"] == conformance.__version__
     changes = (FOLDER / "CHANGELOG.md").read_text()
     assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == conformance.__version__
+    assert "unreleased" not in changes
