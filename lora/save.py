@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from lora.layer import LoRALinear
 from lora.peft_config import CONFIG, peft_config
 from lora.peft_view import peft_view
 from lora.quantised import quantisation
-from lora.targets import inner_model
+from lora.targets import inner_model, pattern_matches
 from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 BASE_SHA256 = "base_sha256"  # in the header of WEIGHTS: the hash of the base's weights
+Number = TypeVar("Number", int, float)
 QUANTISED = "base_quantised"  # also in the header: "nf4" or "int8", if the base was quantised
 
 
@@ -38,15 +40,21 @@ def save_adapter(
 
     `base` is the name of the base on the hub, and `revision` is the revision there. `base_sha256`
     is the hash of the base's weights file, which `load_adapter` can check. The model may be wrapped
-    as `inner_model` describes. Raises ValueError for a model without an adapter, for a layer that
-    PEFT would misread, and for a tensor that is not finite.
+    as `inner_model` describes. Raises ValueError for a model without an adapter, for a part with an
+    adapter of its own, for a layer that PEFT would misread, and for a tensor that is not finite, or
+    on the meta device.
     """
     model = inner_model(model)
     if not lora_layers(model):
         raise ValueError("the model has no adapter to save; `inject` or `load_adapter` adds one")
-    if "lora_config" not in vars(model):
-        parts = [name for name, part in model.named_modules() if "lora_config" in vars(part)]
-        raise ValueError(f"the adapter belongs to a part of the model: {', '.join(parts)}; save it")
+    owners = [name for name, part in model.named_modules() if "lora_config" in vars(part)]
+    if not owners:
+        raise ValueError("the adapter belongs to a larger model, of which this is a part; save it")
+    if owners != [""]:
+        parts = ", ".join(filter(None, owners))
+        raise ValueError(f"the adapter belongs to a part of the model: {parts}; save it")
+    if any(layer.lora_A.weight.is_meta for layer in lora_layers(model).values()):
+        raise ValueError("the adapter is on the meta device, or offloaded by accelerate; load it")
     misread = misread_by_peft(model, lora_layers(model))
     if misread:
         raise ValueError(f"the adapter cannot be saved in PEFT's format: {misread}")
@@ -140,13 +148,31 @@ def saved_config(model: nn.Module) -> LoRAConfig:
     first = next(iter(saved.values()))
     return replace(
         first,
-        target_modules=tuple(saved),
+        target_modules=_exactly(saved, [prefix + name for name, _ in model.named_modules()]),
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern={name: own.r for name, own in saved.items() if own.r != first.r},
-        alpha_pattern={
-            name: own.lora_alpha
-            for name, own in saved.items()
-            if own.lora_alpha != first.lora_alpha
-        },
+        rank_pattern=_pattern({name: own.r for name, own in saved.items()}, first.r),
+        alpha_pattern=_pattern(
+            {name: own.lora_alpha for name, own in saved.items()}, first.lora_alpha
+        ),
     )
+
+
+def _exactly(saved: Collection[str], names: Iterable[str]) -> tuple[str, ...] | str:
+    """Return `target_modules` that match the saved layers, and no other of the model's names."""
+    others = set(names) - set(saved)
+    if any(other.endswith(f".{name}") for other in others for name in saved):
+        return "|".join(map(re.escape, saved))
+    return tuple(saved)
+
+
+def _pattern(values: Mapping[str, Number], usual: Number) -> dict[str, Number]:
+    """Return a pattern from which each layer reads its own value. The value `usual` needs no entry.
+
+    An entry also matches longer names that end in it, and names that have another character in
+    the place of a dot. The first match counts, so entries of these names come first.
+    """
+    unusual = [name for name, value in values.items() if value != usual]
+    matched = {name for key in unusual for name in values if pattern_matches(key, name)}
+    first = sorted(matched, key=lambda name: (-len(name), name.count(".")))
+    return {name: values[name] for name in first}

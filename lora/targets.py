@@ -240,7 +240,7 @@ def _check_all_used(config: LoRAConfig, found: Iterable[str]) -> None:
     if missing:
         raise ValueError(f"layer {min(missing)} has no target module")
     for pattern in (*config.rank_pattern, *config.alpha_pattern):
-        if not any(_matches(pattern, name) for name in found):
+        if not any(pattern_matches(pattern, name) for name in found):
             raise ValueError(f"pattern {pattern!r} matches no adapted layer")
 
 
@@ -250,18 +250,18 @@ def layer_config(config: LoRAConfig, name: str) -> LoRAConfig:
     """
     r = config.r
     for pattern, rank in config.rank_pattern.items():
-        if _matches(pattern, name):
+        if pattern_matches(pattern, name):
             r = rank
             break
     lora_alpha = config.lora_alpha
     for pattern, alpha in config.alpha_pattern.items():
-        if _matches(pattern, name):
+        if pattern_matches(pattern, name):
             lora_alpha = alpha
             break
     return replace(config, r=r, lora_alpha=lora_alpha, rank_pattern={}, alpha_pattern={})
 
 
-def _matches(pattern: str, name: str) -> bool:
+def pattern_matches(pattern: str, name: str) -> bool:
     """Return whether a regular expression matches the whole name, or a suffix of the name that
     begins after a dot."""
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None

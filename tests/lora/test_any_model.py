@@ -1,6 +1,7 @@
 """Models of transformers, and plain modules, against stock PEFT: from targets to files."""
 
 import json
+from copy import deepcopy
 
 import peft
 import pytest
@@ -156,6 +157,45 @@ def test_pissa_of_some_blocks_is_written_by_full_names_which_peft_loads(tmp_path
     loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
     assert relative_difference(output(loaded, case), output(ours, case)) < 1e-5
     assert relative_difference(output(loaded, case), output(make(case), case)) > 0.01
+
+
+class Alike(nn.Module):
+    """A model in which one name ends in another, and names that differ in a dot."""
+
+    NAMES = ("b.lin", "b_lin", "lin")
+
+    def __init__(self):
+        super().__init__()
+        self.b = nn.ModuleDict({"lin": nn.Linear(8, 8)})
+        self.b_lin = nn.Linear(8, 8)
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x):
+        for name in self.NAMES:
+            x = torch.tanh(self.get_submodule(name)(x))
+        return x
+
+
+@pytest.mark.parametrize("unusual", Alike.NAMES)
+@pytest.mark.parametrize("targets", [*Alike.NAMES, "|".join(Alike.NAMES)])
+def test_pissa_of_names_alike_is_written_for_these_layers_alone(unusual, targets, tmp_path):
+    torch.manual_seed(0)
+    base = Alike()
+    targets = targets.replace(".", r"\.")
+    key = "^" + unusual.replace(".", r"\.")
+    patterns = {"rank_pattern": {key: 3}, "alpha_pattern": {key: 64}}
+    if unusual.replace(".", r"\.") not in targets.split("|"):
+        patterns = {}
+    fields = {"target_modules": targets, "init_lora_weights": "pissa", **patterns}
+    model = inject(deepcopy(base), LoRAConfig(r=2, **fields)).eval()
+    randomize(model)
+    save_adapter(model, tmp_path)
+    x = torch.randn(3, 8)
+    theirs = peft.PeftModel.from_pretrained(deepcopy(base), tmp_path)
+    assert relative_difference(theirs(x), model(x)) < 1e-5
+    load_adapter(base, tmp_path)
+    assert lora_layers(base).keys() == lora_layers(model).keys()
+    assert relative_difference(base(x), model(x)) < 1e-5
 
 
 def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):

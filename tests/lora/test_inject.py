@@ -85,6 +85,12 @@ def test_an_adapter_of_a_part_is_not_saved_as_the_wholes(base, tmp_path):
     whole = nn.ModuleDict({"backbone": adapted(base, ("c_attn",)), "head": nn.Linear(32, 2)})
     with pytest.raises(ValueError, match="belongs to a part of the model: backbone; save it"):
         save_adapter(whole, tmp_path)
+    whole = inject(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="belongs to a larger model, of which this is a part"):
+        save_adapter(whole[0], tmp_path)
+    whole.append(inject(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2, lora_alpha=50)))
+    with pytest.raises(ValueError, match="belongs to a part of the model: 1; save it"):
+        save_adapter(whole, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
