@@ -92,8 +92,10 @@ class LoRALinear(nn.Module):
         return update
 
     def in_adapter_precision(self, x: Tensor) -> Tensor:
-        """Return x in the precision of A and B. Under autocast, leave the cast to each matmul."""
-        if torch.is_autocast_enabled(x.device.type):
+        """Return x in the precision of A and B. Under autocast, leave the cast to each matmul. But
+        autocast does not cast fp64."""
+        may_be_cast = not x.is_meta and x.dtype != torch.float64
+        if may_be_cast and torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.lora_A.weight.dtype)
 
@@ -114,13 +116,18 @@ class LoRALinear(nn.Module):
             self.merged = True
 
     def check_mergeable(self) -> None:
-        """Raise ValueError if the adapter is disabled, or if W is not stored in fp32 or fp64.
+        """Raise ValueError if the adapter is disabled, or if W is not stored in fp32 or fp64, or is
+        on the meta device.
 
         In bf16, adding a small update to W would round the update away.
         """
         if not self.enabled:
             raise ValueError("the adapter is disabled; enable it before merging")
         weight = stored_weight(self.base_layer)
+        if weight.is_meta:  # torch would ignore a change
+            raise ValueError(
+                "the weight is on the meta device, or offloaded by accelerate; load it"
+            )
         if weight.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"the weight is in {weight.dtype}, and merging into it would round part of the "

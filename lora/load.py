@@ -23,7 +23,8 @@ def load_adapter(
     """Inject the adapter in `directory` into `model`. Return the config of the adapter.
 
     Raises ValueError if the tensor file records a hash of the base that differs from `base_sha256`.
-    Also raises ValueError if a tensor is missing, unexpected, not finite or of the wrong shape.
+    Also raises ValueError if a tensor is missing, unexpected, not finite or of the wrong shape, and
+    for a model on the meta device.
     After an error, the model is unchanged. With an adapter of the head, PEFT also stores the head's
     W. This W must equal the model's W.
     """
@@ -37,6 +38,8 @@ def load_adapter(
         path = directory / CONFIG
         raise ValueError(f"{path}: does not fit this model: {error!s:.150}") from error
 
+    if any(layer.lora_A.weight.is_meta for layer in layers.values()):  # torch would ignore a copy
+        raise ValueError("the model is on the meta device; load its weights before the adapter")
     prefix = peft_view(model).prefix
     parameters = tensors_by_key(prefix, layers)
     originals = {f"{PREFIX}{prefix}{name}.base_layer.weight": name for name in layers}

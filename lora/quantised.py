@@ -130,7 +130,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        if torch.is_autocast_enabled(device):
+        if not x.is_meta and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         y: Tensor = _DequantisedLinear.apply(x, self)  # type: ignore[no-untyped-call]
         return y

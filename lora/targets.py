@@ -227,6 +227,9 @@ def _check_target(target: str, own: str, model: nn.Module, tied: str | None) -> 
             "only linear layers, nn.Linear, are adapted"
         )
 
+    if module.weight.is_meta and hasattr(module, "_hf_hook"):
+        raise ValueError(f"{refused} accelerate has offloaded {own}; adapt the model before that")
+
     parent = model.get_submodule(own.rpartition(".")[0])
     kind = type(parent).__name__
     if isinstance(parent, READ_WEIGHTS) or READ_LAYERS.get(kind) == _last(own):

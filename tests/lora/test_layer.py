@@ -7,6 +7,7 @@ from torch import nn
 from lora.config import LoRAConfig
 from lora.layer import LoRALinear
 from lora.slices import SlicedLoRALinear
+from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -35,6 +36,16 @@ def test_outputs_and_gradients_are_pefts_to_the_last_bit(dtype, autocast, shape,
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype and torch.equal(value, theirs[name]), name
     assert ours["lora_A.weight"].dtype == FP32 and ours["lora_A.weight"].any()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_layer_in_fp64_runs_under_autocast(kind):
+    ours, theirs, _ = pair(kind, WIDE, torch.float64, lora_dropout=0.3)
+    perturb_alike(ours, theirs)
+    x = torch.randn(7, 32, dtype=torch.float64)
+    ours, theirs = (output_and_gradients(layer, x, True) for layer in (ours, theirs))
+    for name, value in ours.items():
+        assert relative_difference(value, theirs[name]) < 4 * torch.finfo(BF16).eps, name
 
 
 def test_a_wrapper_takes_over_the_mode_of_its_layer():
