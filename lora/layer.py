@@ -166,6 +166,7 @@ def check_linear(layer: nn.Linear) -> None:
     the class attribute `computes_linear = True`. The package accelerate replaces the `forward` of a
     layer object, in order to move x to the layer's device, and sets `_hf_hook`.
     """
+    refuse_hooks(layer)
     kind = type(layer)
     in_class = kind.forward is not nn.Linear.forward and not getattr(kind, "computes_linear", False)
     in_object = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
@@ -173,6 +174,16 @@ def check_linear(layer: nn.Linear) -> None:
         raise ValueError(
             f"{kind.__name__} overrides forward, which may compute something other than W x + b; "
             "use plain LoRA, and do not merge"
+        )
+
+
+def refuse_hooks(layer: nn.Module) -> None:
+    """Raise ValueError if the layer has forward hooks, which may change x or the output, and which
+    would be lost with the layer."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(
+            f"{type(layer).__name__} has a forward hook, which may change x or the output; "
+            "remove the hook, or use plain LoRA, and do not merge"
         )
 
 

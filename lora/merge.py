@@ -3,6 +3,9 @@
 from torch import nn
 
 from lora.inject import errors_that_name, lora_layers
+from lora.layer import refuse_hooks
+from lora.peft_view import peft_view
+from lora.targets import tied_modules
 
 
 def merge(model: nn.Module) -> None:
@@ -29,11 +32,13 @@ def unwrap(model: nn.Module) -> None:
     """Replace each LoRA layer by the wrapped linear layer. After `merge`, W includes the update.
 
     Raises ValueError for unmerged layers of PiSSA, because removing A and B would remove
-    part of the original W. After an error, the model is unchanged.
+    part of the original W, and for a LoRA layer with a forward hook. After an error, the model is
+    unchanged.
     """
     linear_layers = {}
     for name, layer in lora_layers(model).items():
         with errors_that_name(name):
+            refuse_hooks(layer)
             linear_layers[name] = layer.unwrapped()
     for name, linear in linear_layers.items():
         model.set_submodule(name, linear)

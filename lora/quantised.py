@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora.config import LoRAConfig
 from lora.inject import errors_that_name
-from lora.layer import check_linear
+from lora.layer import check_linear, refuse_hooks
 from lora.targets import ALL_LINEAR, find_targets
 
 FP32 = torch.float32  # of levels and scales, whatever torch's default dtype is
@@ -293,7 +293,12 @@ def quantised_weights(model: nn.Module) -> int:
 
 
 def dequantise(model: nn.Module) -> None:
-    """Replace each quantised layer by a plain linear layer with the dequantised W, in the model's
-    dtype."""
-    for name, layer in quantised_layers(model).items():
+    """Replace each quantised layer by a plain linear layer with the dequantised W, frozen and in
+    the model's dtype. Raises ValueError for a layer with a forward hook. After an error, the model
+    is unchanged."""
+    layers = quantised_layers(model)
+    for name, layer in layers.items():
+        with errors_that_name(name):
+            refuse_hooks(layer)
+    for name, layer in layers.items():
         model.set_submodule(name, layer.to_linear())

@@ -5,7 +5,17 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lora import LoRAConfig, inject, lora_layers, merge, quantise
+from lora import (
+    LoRAConfig,
+    dequantise,
+    inject,
+    load_adapter,
+    lora_layers,
+    merge,
+    quantise,
+    save_adapter,
+    unwrap,
+)
 from lora.quantised import NF4Linear
 from tests.helpers import relative_difference
 from tests.pairs import randomize
@@ -51,6 +61,71 @@ def test_a_layer_with_its_own_forward_takes_plain_lora_and_nothing_that_changes_
     with pytest.raises(ValueError, match=r"^1: .* overrides forward"):
         merge(model)
     assert not lora_layers(model)["0"].merged and torch.equal(model(X), adapted)
+
+
+def double(layer, x, *y):
+    """A hook. Without y, it is called before the layer's forward."""
+    return 2 * (y or x)[0]
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_layer_with_a_hook_takes_plain_lora_and_is_not_merged_or_replaced(register):
+    model = nn.Sequential(nn.Linear(64, 32)).eval()
+    hook = getattr(model[0], register)(double)
+    base = model(X)
+    for fields in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        with pytest.raises(ValueError, match=r"^0: Linear has a forward hook, which may"):
+            inject(model, LoRAConfig(**fields))
+    with pytest.raises(ValueError, match=r"^0: Linear has a forward hook"):
+        quantise(model, "int8")
+    assert torch.equal(model(X), base)
+    randomize(inject(model, LoRAConfig()))
+    adapted = model(X)
+    with pytest.raises(ValueError, match=r"^0: Linear has a forward hook"):
+        merge(model)
+    assert torch.equal(model(X), adapted)
+
+    hook.remove()
+    merge(model)
+    getattr(model[0], register)(double)
+    with pytest.raises(ValueError, match=r"^0: LoRALinear has a forward hook"):
+        unwrap(model)
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantise(model, "nf4")
+    getattr(model[0], register)(double)
+    with pytest.raises(ValueError, match=r"^0: NF4Linear has a forward hook"):
+        dequantise(model)
+
+
+def test_without_the_weights_numbers_nothing_is_merged_saved_or_loaded(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+
+    def model():
+        return nn.Sequential(nn.Linear(64, 32, bias=False)).eval()
+
+    adapted = inject(model(), LoRAConfig())
+    save_adapter(adapted, tmp_path)
+    with torch.device("meta"), pytest.raises(ValueError, match="is on the meta device; load its"):
+        load_adapter(model(), tmp_path)
+    randomize(adapted)
+    accelerate.cpu_offload(adapted, execution_device="cpu")
+    before = adapted(X)
+    with pytest.raises(ValueError, match=r"^0: the weight is on the meta device, or offloaded"):
+        merge(adapted)
+    with pytest.raises(ValueError, match=r"^the adapter is on the meta device, or offloaded"):
+        save_adapter(adapted, tmp_path)
+    assert torch.equal(adapted(X), before)
+    with pytest.raises(ValueError, match="accelerate has offloaded 0; adapt the model before"):
+        inject(accelerate.cpu_offload(model(), execution_device="cpu"), LoRAConfig())
+
+
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_a_model_without_memory_has_the_shape_of_its_outputs(kind):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 32))
+        if kind:
+            quantise(model, kind)
+        assert inject(model, LoRAConfig())(X.to("meta")).shape == (5, 32)
 
 
 def test_a_layer_that_accelerate_places_on_a_device_is_merged():
