@@ -11,13 +11,17 @@ from lora.targets import tied_modules
 def merge(model: nn.Module) -> None:
     """Add the update of every LoRA layer to W.
 
-    Raises ValueError, naming the layer, if a layer cannot be merged. After an error, no layer is
-    merged.
+    Raises ValueError, naming the layer, if a layer cannot be merged, or if another module has come
+    to share W since `inject`. After an error, no layer is merged.
     """
     layers = lora_layers(model)
+    tied = tied_modules(model)
     for name, layer in layers.items():
         with errors_that_name(name):
             layer.check_mergeable()
+            reason = tied.get(f"{peft_view(model).prefix}{name}.base_layer")
+            if reason and not layer.merged:
+                raise ValueError(f"{reason}, and a merge would change both")
     for layer in layers.values():
         layer.merge()
 

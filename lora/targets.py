@@ -103,9 +103,10 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
     tied = {}
     for names in _sharing_memory(model):
         for name in names:
-            other = next(other for other in names if other != name).removesuffix(".weight")
+            other = next(other for other in names if other != name)
+            other = other.removesuffix(".weight").removesuffix(".codes")
             module, _, kind = name.rpartition(".")
-            if kind == "weight":
+            if kind in ("weight", "codes"):  # of a linear layer, or of a quantised one
                 tied[view.prefix + module] = (
                     f"{view.prefix}{module} is tied to {view.prefix}{other}"
                 )
@@ -122,7 +123,9 @@ def _sharing_memory(model: nn.Module) -> list[list[str]]:
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     ):
         start = tensor.data_ptr() if tensor.layout == torch.strided else 0
-        end = start + tensor.nbytes
+        steps = zip(tensor.shape, tensor.stride(), strict=True) if start else ()
+        reach = sum((size - 1) * stride for size, stride in steps)  # of the last element
+        end = start + (1 + reach) * tensor.itemsize if tensor.numel() else start
         if start == end or start == 0:
             start = id(tensor)
             end = start + 1

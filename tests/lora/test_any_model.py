@@ -17,6 +17,7 @@ from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
+from lora.quantised import quantise
 from lora.save import WEIGHTS, save_adapter
 from tests.helpers import relative_difference, tiny_gpt2
 from tests.models import (
@@ -251,11 +252,12 @@ def test_the_output_head_and_tied_layers_are_left_out_of_all_linear():
         lambda weight: nn.Parameter(weight.data),
         lambda weight: nn.Parameter(weight.data[2:4]),
         lambda weight: nn.Parameter(weight.data.t()),
+        lambda weight: nn.Parameter(weight.data[4:]),  # after `nbytes`, because rows have gaps
     ],
 )
 def test_a_layer_in_the_memory_of_another_parameter_is_tied(share):
     model = Plain()
-    model.table = nn.Parameter(torch.randn(5, 32))  # not in a module
+    model.table = nn.Parameter(torch.randn(5, 64)[:, :32])  # not in a module
     model.row = nn.Parameter(model.table.data[1])  # ends before the table
     model.head.weight = share(model.table)
     before = model.table.clone()
@@ -277,6 +279,24 @@ def test_layers_side_by_side_in_one_memory_are_not_tied():
         layer.weight = nn.Parameter(part.view_as(layer.weight))
     inject(model, LoRAConfig(r=1, target_modules="all-linear"))
     assert len(lora_layers(model)) == 6
+
+
+def test_a_weight_that_is_tied_after_inject_is_not_merged():
+    model = inject(Plain(), LoRAConfig(r=1))
+    randomize(model)
+    model.table = model.head.base_layer.weight
+    before = model.table.clone()
+    with pytest.raises(ValueError, match=r"head\.base_layer is tied to table, and a merge would"):
+        merge(model)
+    assert torch.equal(model.table, before) and not model.enter.merged
+
+
+def test_a_quantised_layer_with_two_names_is_tied():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    quantise(model, "nf4")
+    model.append(model[0])
+    with pytest.raises(ValueError, match="0 is tied to 2, and an update of one"):
+        inject(model, LoRAConfig(target_modules=("0",)))
 
 
 def encoder() -> nn.Module:
