@@ -136,9 +136,9 @@ class QuantisedLinear(nn.Linear):
         return y
 
     def to_linear(self) -> nn.Linear:
-        """Return a plain linear layer with the dequantised W, in the model's dtype."""
+        """Return a plain linear layer with the dequantised W, frozen and in the model's dtype."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(self.dequantised(self.no_rows.dtype))
+        layer.weight = nn.Parameter(self.dequantised(self.no_rows.dtype), requires_grad=False)
         layer.bias = self.bias
         return layer.train(self.training)
 

@@ -164,6 +164,8 @@ def test_a_dequantised_model_has_its_dtype_and_runs(dtype):
     quantise(model, "int8")
     dequantise(model.to(dtype))
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    wo = model.encoder.block[0].layer[1].DenseReluDense.wo
+    assert not wo.weight.requires_grad  # as before, so an adapter stays all that is trained
     assert output(model, case).dtype == dtype
 
 
