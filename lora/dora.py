@@ -68,12 +68,21 @@ class DoRALinear(LoRALinear):
             factor = (self.lora_magnitude_vector / self.norm(weight))[:, None]
         return factor * (weight + update) - weight
 
-    def merge(self) -> None:
-        if not self.merged:
-            self.merged_norm = self.norm(
-                self.base_layer.weight
-            )  # for `unmerge`, because merging changes the norm
-        super().merge()
+    @torch.no_grad()
+    def add_update(self) -> None:
+        """Set W to m / ||V|| * V. To add `delta_weight` to W would round a small row as W is."""
+        weight = self.base_layer.weight
+        self.merged_norm = self.norm(weight)  # for `unmerge`, because merging changes the norm
+        factor = (self.lora_magnitude_vector / self.merged_norm)[:, None]  # (out, 1)
+        weight.copy_(factor * (weight + super().delta_weight()))
+
+    @torch.no_grad()
+    def remove_update(self) -> None:
+        factor = (self.lora_magnitude_vector / self.merged_norm)[:, None]  # (out, 1)
+        if not factor.all():
+            raise ValueError("a magnitude is 0, so the merge cannot be undone; load the base again")
+        weight = self.base_layer.weight
+        weight.copy_(weight / factor - super().delta_weight())
 
     def saved_tensors(self) -> dict[str, Tensor]:
         return super().saved_tensors() | {"lora_magnitude_vector": self.lora_magnitude_vector}

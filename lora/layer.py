@@ -112,8 +112,14 @@ class LoRALinear(nn.Module):
         """
         if not self.merged:
             self.check_mergeable()
-            self.base_layer.weight.data += self.delta_weight()
+            self.add_update()
             self.merged = True
+
+    def add_update(self) -> None:
+        self.base_layer.weight.data += self.delta_weight()
+
+    def remove_update(self) -> None:
+        self.base_layer.weight.data -= self.delta_weight()
 
     def check_mergeable(self) -> None:
         """Raise ValueError if the adapter is disabled, or if W is not stored in fp32 or fp64, or is
@@ -137,7 +143,7 @@ class LoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Undo `merge`, up to rounding."""
         if self.merged:
-            self.base_layer.weight.data -= self.delta_weight()
+            self.remove_update()
             self.merged = False
 
     def unwrapped(self) -> nn.Linear:

@@ -69,6 +69,21 @@ class PiSSALinear(LoRALinear):
         h = F.linear(self.in_adapter_precision(x), saved["lora_A.weight"])  # (..., 2 r)
         return (y + F.linear(h, saved["lora_B.weight"]) * self.scaling).to(y.dtype)
 
+    @torch.no_grad()
+    def add_update(self) -> None:
+        """Set W to the original W plus the saved update, as `as_saved` computes. The remainder may
+        have been rounded, for example if the model was in bf16 before."""
+        saved = self.saved_tensors()
+        with without_autocast(self.original):
+            update = saved["lora_B.weight"].float() @ saved["lora_A.weight"].float() * self.scaling
+        self.base_layer.weight.copy_(self.original + update)
+
+    @torch.no_grad()
+    def remove_update(self) -> None:
+        with without_autocast(self.original):
+            initial = self.initial_B.float() @ self.initial_A.float() * self.scaling
+        self.base_layer.weight.copy_(self.original - initial)
+
     def unwrapped(self) -> nn.Linear:
         """Return the wrapped linear layer. Raises ValueError unless the adapter is merged."""
         if not self.merged:

@@ -110,6 +110,31 @@ def test_weights_are_computed_in_fp32_under_autocast(kind):
         assert torch.equal(inside, outside)
 
 
+def test_a_pissa_that_was_rounded_is_merged_as_it_is_evaluated():
+    layer, _, _ = pair("pissa", WIDE)
+    randomize(layer.to(BF16).float().eval())
+    x = torch.randn(5, 32)
+    expected = layer(x)
+    layer.merge()
+    assert relative_difference(layer(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-4, 1e8])
+def test_a_merge_of_any_magnitude_is_undone(magnitude):
+    layer, _, linear = pair("dora", WIDE)
+    randomize(layer)
+    with torch.no_grad():
+        layer.lora_magnitude_vector[3] = magnitude
+    layer.merge()
+    layer.unmerge()
+    assert relative_difference(layer.base_layer.weight, linear.weight) < 1e-5
+    with torch.no_grad():
+        layer.lora_magnitude_vector[3] = 0
+    layer.merge()
+    with pytest.raises(ValueError, match="a magnitude is 0, so the merge cannot be undone"):
+        layer.unmerge()
+
+
 TOGETHER = "--use-dora --loraplus-lr-ratio 4 --use-rslora --target-modules c_attn c_proj"
 # PEFT's fields for options of train.py.
 RUNS = {
