@@ -38,6 +38,8 @@ class LoRAConfig:
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", _as_tuple(self.target_modules))
         _check_config(self)
+        for name in ("rank_pattern", "alpha_pattern"):  # the caller may change the dict later
+            object.__setattr__(self, name, dict(getattr(self, name)))
 
     @property
     def scaling(self) -> float:

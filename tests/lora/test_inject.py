@@ -160,6 +160,13 @@ def test_an_impossible_config_is_refused_at_once_by_field_and_value():
         assert all(field in str(refused.value) for field in fields)
 
 
+def test_a_config_does_not_change_with_the_dict_that_it_was_given():
+    pattern = {"c_fc": 2}
+    config = LoRAConfig(rank_pattern=pattern, alpha_pattern=pattern)
+    pattern["c_fc"] = 4
+    assert config.rank_pattern == config.alpha_pattern == {"c_fc": 2}
+
+
 def test_a_config_is_given_as_to_peft():
     """Lists, and single values where PEFT takes them, are the tuples of the config."""
     given = LoRAConfig(target_modules=["c_fc"], layers_to_transform=0, layers_pattern="h")
