@@ -74,6 +74,9 @@ help:
 
 setup: .venv/dev
 
+# As `tune_process` in common/device.py does for train.py: keep freed memory.
+one-page: export MALLOC_MMAP_MAX_ := 0
+one-page: export MALLOC_TRIM_THRESHOLD_ := 100000000000
 one-page: .venv/run
 	$(PY) -m lesson.one_page
 
