@@ -165,10 +165,7 @@ def figures(measurements: list[Record]) -> dict[str, dict[str, list[float]]]:
     """Return for each method and precision our times and memory, and the ratios of each round."""
     rounds: dict[str, dict[str, list[Record]]] = {}  # title -> side -> a record for each round
     for record in measurements:
-        # Older results have alike as a flag, and a side with frozen weights in bf16 ("low").
-        side = "alike" if record.get("allocator_alike") else record["side"]
-        if record.get("weights") != "low":
-            rounds.setdefault(title(record), {}).setdefault(side, []).append(record)
+        rounds.setdefault(title(record), {}).setdefault(record["side"], []).append(record)
 
     found = {}
     for name, sides in rounds.items():
