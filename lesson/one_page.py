@@ -1,11 +1,12 @@
 """LoRA on one page: adapt GPT-2 to a book with `python -m lesson.one_page`.
 
+LoRA freezes W (out, in) and learns a change B A of low rank r, with only r (in + out) numbers.
 In fp32 on one thread, the losses and the adapter equal those of `train.py lora --kernels plain` and
 of a loop with PEFT in every bit (tests/test_one_page.py). The full program adds resuming
 (training/resume.py), several processes (common/processes.py), other bases (storage/hub.py), a
 base in four bits (lora/quantised.py), fast kernels (model/kernels), and merging (lora/merge.py).
 
-Shapes: B rows, T tokens, C = n_embd, H heads of width D = C / H, V tokens in the vocabulary.
+Shapes: B rows (not LoRA's B), T tokens, C = n_embd, H heads of width D = C / H, V vocabulary.
 """
 
 import json
@@ -112,7 +113,7 @@ def load_gpt2(directory: Path) -> GPT2:
     """Load GPT-2 in fp32. Files store a projection as (in, out), and nn.Linear as (out, in)."""
     model = GPT2(json.loads((directory / "config.json").read_text()))
     stored = load_file(directory / "model.safetensors")
-    prefix = "transformer." if "transformer.wte.weight" in stored else ""  # not on the hub
+    prefix = "transformer." if "transformer.wte.weight" in stored else ""  # none on the hub
     for name, parameter in model.named_parameters():
         weight = stored[prefix + name].float()
         is_projection = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
@@ -162,7 +163,7 @@ def train(model: GPT2, training: Tensor, validation: Tensor) -> float:
             rows = training[positions].to(DEVICE)  # (B, T + 1)
             loss = total_loss(model, rows) / rows[:, 1:].numel()  # the mean over tokens
             # The scaler acts only in fp16, where small gradients would become 0. It multiplies the
-            # loss by a large factor, and `unscale_` divides, so that clipping sees the true norm.
+            # loss by a large factor, and `unscale_` undoes it, so that clipping sees the true norm.
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(trained, CLIP)
@@ -171,7 +172,7 @@ def train(model: GPT2, training: Tensor, validation: Tensor) -> float:
             scaler.update()
             optimizer.zero_grad()
             step += 1
-            if step % 10 == 0:  # not after each step, because reading a number makes a GPU wait
+            if step % 10 == 0:  # not after each step, because reading a number waits for a GPU
                 print(f"step {step} of {steps}: loss {loss.item():.4f}")
         val_loss = evaluate(model, validation)
         print(f"epoch {epoch + 1} of {EPOCHS}: validation loss {val_loss:.4f}")
@@ -213,7 +214,7 @@ def main() -> None:
     model.requires_grad_(False)  # before A and B exist, which stay trainable
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name.endswith("c_attn"):
-            model.set_submodule(name, LoRALinear(layer))  # q, k and v share one A and one B
+            model.set_submodule(name, LoRALinear(layer))  # q, k, v: one A, rows of B each
     model.to(DEVICE)
     print(f"base: validation perplexity {math.exp(evaluate(model, validation)):.2f}")
     best = train(model, tokens[:cut], validation)
