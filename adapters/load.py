@@ -9,7 +9,7 @@ from adapters.quantisation import choose_quantisation
 from common.errors import UserError, as_failure
 from common.files import brief, file_sha256
 from data.tokenizer import Tokenizer, load_tokenizer
-from lora.load import load_adapter, stored_base_fields
+from lora.load import load_adapter, stored_base_name
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
 from storage.hf_compat import stock_name
@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
 def named_base(adapter: Path) -> str:
     """Return the base that the adapter names. Raises UserError for an unknown name."""
     with as_failure():
-        named = stored_base_fields(adapter)["base_model_name_or_path"]
+        named = stored_base_name(adapter)
     repository, _ = split_revision(str(named))
     for name, known in REPOSITORIES.items():
         if repository in (name, known):

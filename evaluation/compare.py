@@ -29,7 +29,7 @@ COLUMNS = {
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e305  # False for NaN
+    return type(value) in (int, float) and 0 <= value < 1e305  # not NaN, and matplotlib can draw it
 
 
 def _is_count(value: Any) -> bool:

@@ -69,15 +69,9 @@ def load_adapter_config(directory: str | Path) -> LoRAConfig:
         raise ValueError(f"{Path(directory) / CONFIG}: {error}") from error
 
 
-def stored_base_fields(directory: str | Path) -> dict[str, Any]:
-    """Return the fields of the adapter's config that describe the base (see `base_fields`)."""
-    stored = _read_config(Path(directory))
-    return {
-        "task_type": stored.get("task_type"),
-        "fan_in_fan_out": stored.get("fan_in_fan_out", False),
-        "base_model_name_or_path": stored.get("base_model_name_or_path"),
-        "revision": stored.get("revision"),
-    }
+def stored_base_name(directory: str | Path) -> Any:
+    """Return the name of the base in the adapter's config, as it stands there."""
+    return _read_config(Path(directory)).get("base_model_name_or_path")
 
 
 def read_header(directory: str | Path) -> dict[str, str]:
@@ -90,7 +84,7 @@ def read_header(directory: str | Path) -> dict[str, str]:
 def _refuse_another_base(directory: Path, base_sha256: str) -> None:
     recorded = read_header(directory).get(BASE_SHA256)
     if recorded not in (None, base_sha256):
-        name = stored_base_fields(directory)["base_model_name_or_path"]
+        name = stored_base_name(directory)
         raise ValueError(
             f"{directory / WEIGHTS}: was trained on another base (weights sha256 "
             f"{brief(recorded)}, not {brief(base_sha256)}); use that base, {brief(name)}"

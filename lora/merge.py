@@ -16,10 +16,11 @@ def merge(model: nn.Module) -> None:
     """
     layers = lora_layers(model)
     tied = tied_modules(model)
+    prefix = peft_view(model).prefix
     for name, layer in layers.items():
         with errors_that_name(name):
             layer.check_mergeable()
-            reason = tied.get(f"{peft_view(model).prefix}{name}.base_layer")
+            reason = tied.get(f"{prefix}{name}.base_layer")
             if reason and not layer.merged:
                 raise ValueError(f"{reason}, and a merge would change both")
     for layer in layers.values():

@@ -40,12 +40,13 @@ def save_adapter(
 
     `base` is the name of the base on the hub, and `revision` is the revision there. `base_sha256`
     is the hash of the base's weights file, which `load_adapter` can check. The model may be wrapped
-    as `inner_model` describes. Raises ValueError for a model without an adapter, for a part with an
-    adapter of its own, for a layer that PEFT would misread, and for a tensor that is not finite, or
-    on the meta device.
+    as `inner_model` describes. Raises ValueError for a model without an adapter, for another
+    adapter in a part of the model, for a layer that PEFT would misread, and for a tensor that is
+    not finite, or on the meta device.
     """
     model = inner_model(model)
-    if not lora_layers(model):
+    layers = lora_layers(model)
+    if not layers:
         raise ValueError("the model has no adapter to save; `inject` or `load_adapter` adds one")
     owners = [name for name, part in model.named_modules() if "lora_config" in vars(part)]
     if not owners:
@@ -53,9 +54,9 @@ def save_adapter(
     if owners != [""]:
         parts = ", ".join(filter(None, owners))
         raise ValueError(f"the adapter belongs to a part of the model: {parts}; save it")
-    if any(layer.lora_A.weight.is_meta for layer in lora_layers(model).values()):
+    if any(layer.lora_A.weight.is_meta for layer in layers.values()):
         raise ValueError("the adapter is on the meta device, or offloaded by accelerate; load it")
-    misread = misread_by_peft(model, lora_layers(model))
+    misread = misread_by_peft(model, layers)
     if misread:
         raise ValueError(f"the adapter cannot be saved in PEFT's format: {misread}")
     header = {BASE_SHA256: base_sha256, QUANTISED: quantisation(model)}
@@ -167,7 +168,7 @@ def _exactly(saved: Collection[str], names: Iterable[str]) -> tuple[str, ...] | 
 
 
 def _pattern(values: Mapping[str, Number], usual: Number) -> dict[str, Number]:
-    """Return a pattern from which each layer reads its own value. The value `usual` needs no entry.
+    """Return a pattern that gives each layer its value. The value `usual` needs no entry.
 
     An entry also matches longer names that end in it, and names that have another character in
     the place of a dot. The first match counts, so entries of these names come first.
