@@ -1,7 +1,7 @@
 """What does LoRA amplify? `python -m lesson.experiments.amplification`
 
 Varied: the method, and LoRA's rank on all four layers.
-Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
+Fixed: mini, the default book, alpha 16, 60 steps of 4 windows of 128 tokens, three seeds.
 Measured for each weight W and the change dW = U S V^T, as in Hu et al. 2021, 7.3: the norm of W in
 the directions of the change, ||U^T W V||, relative to the same number of the largest directions of
 W and of random directions, and the amplification factor ||dW|| / ||U^T W V||. Squared norms are

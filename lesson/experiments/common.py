@@ -2,15 +2,19 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.ours import Trainer
+from benchmarks.parity_report import machine
 from common.cli import number
 from common.figures import PAGE_WIDTH, save_figure, subplots
 from common.files import read_json
@@ -138,29 +142,54 @@ def experiment(
 ) -> dict[Any, Any]:
     """Measure, save NAME.json and NAME.png, and return the data. With --draw, only draw.
 
-    `draw` gets the content of NAME.json: text as keys, and numbers with five digits. `more` maps
+    `draw` gets the stored results: text as keys, and numbers with five digits. `more` maps
     names to further pictures of the same data.
     """
     args = parse(description, argv, name)
     path = args.out / f"{name}.json"
     if args.draw:
-        data = read_json(path)
+        data = read_results(path)
     else:
         data = measure(args)
-        write_data(path, data)
+        write_results(path, argv, data)
         print(f"saved {path}")
 
-    saved = read_json(path)
+    saved = read_results(path)
     for picture, draw_it in {name: draw, **(more or {})}.items():
         save_figure(draw_it(saved), args.out / f"{picture}.png")
     return data
 
 
-def write_data(path: Path, data: dict[Any, Any]) -> None:
-    """Write JSON with one key per line and five digits per number."""
+def settings() -> dict[str, Any]:
+    """Return what affects the last digits of a result on a CPU."""
+    return {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def write_results(path: Path, argv: Sequence[str] | None, data: dict[Any, Any]) -> None:
+    """Write how and when the results were measured, and the results: JSON with one key per line and
+    five digits per number.
+    """
+    words = [f"python -m lesson.experiments.{path.stem}", *(sys.argv[1:] if argv is None else argv)]
+    about = {
+        "command": " ".join(words),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        **settings(),
+    }
     rounded = json.loads(json.dumps(data), parse_float=five_digits)
-    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rounded.items()]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text(f"{{\n{json_lines(about)},\n\"results\": {{\n{json_lines(rounded)}\n}}}}\n")
+
+
+def json_lines(data: dict[str, Any]) -> str:
+    return ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return stored results: text as keys, and numbers with five digits."""
+    return read_json(path)["results"]
 
 
 def panels(whole: str, *titles: str, stacked: bool = False, height: float = 4) -> tuple[Any, Any]:

@@ -21,13 +21,13 @@ def log_probabilities(model: GPT2, texts: Tensor, device: Device) -> Tensor:
 
 
 @cache
-def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
-    """Let mini write 32 texts of 64 tokens that start with the end-of-text token.
+def base_texts(short: bool) -> tuple[Tensor, Tensor]:
+    """Let mini write 16 texts of 128 tokens that start with the end-of-text token.
 
-    Returns the texts (32, 64), and the base's log p (32, 64, V) on them.
+    Returns the texts (16, 128), and the base's log p (16, 128, V) on them.
     """
-    made = trainer(precision=precision, short=short, block_size=64)  # the base, as B is zero
-    count, length = (4, 16) if short else (32, 64)
+    made = trainer(short=short)  # the base, as B is zero
+    count, length = (4, 16) if short else (16, 128)
     end_of_text = made.data.tokenizer.end_of_text
     assert end_of_text is not None  # mini has an end-of-text token
     texts = torch.full((count, 1), end_of_text)
@@ -40,6 +40,6 @@ def base_texts(short: bool, precision: str = "auto") -> tuple[Tensor, Tensor]:
 
 def forgotten(model: GPT2, device: Device, short: bool) -> float:
     """Return the mean KL(base || model) per token, in nats. The KL of the base is 0."""
-    texts, base_log_p = base_texts(short, device.precision)
+    texts, base_log_p = base_texts(short)
     log_p = log_probabilities(model, texts, device)
     return kl_divergence(base_log_p, log_p).mean().item()

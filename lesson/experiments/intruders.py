@@ -2,7 +2,7 @@
 
 Varied: the method, LoRA's rank and rate, and the factor that scales down the intruders or the whole
 change.
-Fixed: mini, the default book, alpha 16, 60 steps of 8 windows of 64 tokens, three seeds.
+Fixed: mini, the default book, alpha 16, 60 steps of 4 windows of 128 tokens, three seeds.
 Measured: the number of intruders among the ten largest singular vectors of each changed weight
 (Shuttleworth et al. 2024), the validation perplexity, and the KL from the base (forgetting).
 """

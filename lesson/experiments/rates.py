@@ -1,7 +1,7 @@
 """How does the best rate fall with steps and passes? `python -m lesson.experiments.rates`
 
 Varied: the steps, the windows per step, the share of the book that is read, and LoRA's rank.
-Fixed: mini, windows of 64 tokens, LoRA on all four layers, alpha 16 at every rank.
+Fixed: mini, windows of 128 tokens, LoRA on all four layers, alpha 16 at every rank.
 Measured: the best learning rate, by the least of three validation perplexities, with three seeds at
 the best rate and the two rates beside it.
 """
@@ -19,26 +19,26 @@ from lesson.experiments.common import experiment, panels
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
 from lesson.figures import name_line
 
-# Steps, windows per step, stride, rank, and the rate where the search begins. A stride of 64 reads
-# the whole training part. 256 reads every fourth window of 64 tokens, and 1024 every 16th window.
+# Steps, windows per step, stride, rank, and the rate where the search begins. A stride of 128
+# reads the whole training part. 512 reads every fourth window of 128 tokens, and 2048 every 16th.
 RUNS = (
-    (15, 32, 64, 8, 8e-3),
-    (60, 2, 1024, 8, 2e-3),
-    (60, 8, 64, 1, 4e-3),
-    (60, 8, 64, 8, 8e-3),
-    (60, 8, 64, 64, 8e-3),
-    (60, 8, 256, 1, 2e-3),
-    (60, 8, 256, 8, 2e-3),
-    (60, 8, 256, 64, 4e-3),
-    (60, 8, 1024, 8, 1e-3),
-    (240, 2, 64, 1, 2e-3),
-    (240, 2, 64, 8, 4e-3),
-    (240, 2, 64, 64, 4e-3),
-    (240, 2, 256, 8, 2e-3),
-    (240, 2, 1024, 8, 5e-4),
-    (240, 8, 64, 8, 2e-3),
-    (240, 8, 64, 64, 2e-3),
-    (960, 2, 64, 8, 1e-3),
+    (15, 16, 128, 8, 8e-3),
+    (60, 1, 2048, 8, 2e-3),
+    (60, 4, 128, 1, 4e-3),
+    (60, 4, 128, 8, 8e-3),
+    (60, 4, 128, 64, 8e-3),
+    (60, 4, 512, 1, 2e-3),
+    (60, 4, 512, 8, 2e-3),
+    (60, 4, 512, 64, 4e-3),
+    (60, 4, 2048, 8, 1e-3),
+    (240, 1, 128, 1, 2e-3),
+    (240, 1, 128, 8, 4e-3),
+    (240, 1, 128, 64, 4e-3),
+    (240, 1, 512, 8, 2e-3),
+    (240, 1, 2048, 8, 5e-4),
+    (240, 4, 128, 8, 2e-3),
+    (240, 4, 128, 64, 2e-3),
+    (960, 1, 128, 8, 1e-3),
 )
 TOKENS = 21_230  # in the book's training part
 MARKERS = {1: ("v", 0.93), 8: ("o", 1), 64: ("^", 1.07)}  # shape, and horizontal offset

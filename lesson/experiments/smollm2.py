@@ -1,7 +1,7 @@
 """Do the findings hold on SmolLM2-135M-Instruct? `python -m lesson.experiments.smollm2`
 
 Varied: full fine-tuning or LoRA, LoRA's layers, rank and alpha, the batch, and the task.
-Fixed: fp32, one pass over 128 conversations or windows of 64 tokens, AdamW with weight decay 0.01,
+Fixed: fp32, one pass over 128 conversations or 64 windows of 128 tokens, AdamW with weight decay 0.01,
 6 % warm-up, cosine, clipping at 1, no dropout. The rate is searched with seed 0.
 Measured: the perplexity on the validation part, the KL from the base on this part, and the KL from
 the base on 16 texts of 64 tokens that the base wrote. For two choices, these are also measured

@@ -7,19 +7,23 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeVar
 
-import torch
-
-from common.device import Device
 from common.errors import RunError
 from common.figures import BASE, FULL, LORA, scientific
 from common.files import file_sha256
-from lesson.experiments.common import Trainer, asked_options, experiment, panels, spread, trainer
+from lesson.experiments.common import (
+    Trainer,
+    asked_options,
+    experiment,
+    panels,
+    settings,
+    spread,
+    trainer,
+)
 from storage.hub import find_base
 from storage.weights import base_hashes
 from training.options import MAY_CHANGE, ROOT, Options
@@ -30,7 +34,7 @@ CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 # The key contains the options that a recipe sets, except the rate that `best` computes.
 DECIDES_NOTHING = MAY_CHANGE | {"recipe"}
 
-SIZE = {"batch_size": 8, "block_size": 64, "stride": 64, "max_steps": 60, "epochs": 100}
+SIZE = {"batch_size": 4, "stride": 128, "max_steps": 60, "epochs": 100}
 ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: two are named c_proj
 
 Rate = TypeVar("Rate", float, str)  # a number, or text in a JSON file
@@ -91,10 +95,8 @@ def read_files(text: Path) -> list[str]:
 
 def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> str:
     """Return the key of a run's result: the measure, every active option, the hashes of the files,
-    and the settings that affect the last digits.
+    and the machine, which affects the last digits.
     """
-    device = Device.pick("cpu", options.precision, train=True)
-    options = replace(options, precision=device.precision)
     chosen = {}
     for name, value in options.as_json().items():
         is_off = value is None or value is False
@@ -105,8 +107,7 @@ def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> st
         "short": short,
         "options": {"method": options.method, **chosen},
         "files": read_files(options.data or options.book[0]),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **settings(),
     }
     return json.dumps(decides, sort_keys=True)
 
@@ -134,13 +135,13 @@ def finetune(
 ) -> list[Any]:
     """Return the result of `measure`, a function that trains, for each seed.
 
-    By default, a run has 60 steps of 8 windows of 64 tokens. A stored result is returned at once.
+    By default, a run has 60 steps of 4 windows of 128 tokens. A stored result is returned at once.
     """
     options = SIZE | options
 
     def run(seed: int) -> Any:
         key = cell(asked_options(method, seed, short, options), measure, short)
-        return remembered(key, lambda: measure(trainer(method, seed, "auto", short, **options)))
+        return remembered(key, lambda: measure(trainer(method, seed, "fp32", short, **options)))
 
     return [run(seed) for seed in seeds]
 

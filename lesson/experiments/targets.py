@@ -1,7 +1,7 @@
 """Which layers? `python -m lesson.experiments.targets`
 
 Varied: the layers that LoRA adapts, each choice at the best learning rate.
-Fixed: mini, the default book, 122,880 trained parameters, alpha 16, 60 steps of 8 windows of 64
+Fixed: mini, the default book, 122,880 trained parameters, alpha 16, 60 steps of 4 windows of 128
 tokens.
 Measured: the validation perplexity, with three seeds at the best rate and the two rates beside it.
 """

@@ -1,7 +1,7 @@
 """Which variant of LoRA? `python -m lesson.experiments.variants`
 
 Varied: the variant, each variant at the best learning rate.
-Fixed: mini, the default book, all four layers, rank 8, alpha 16, 60 steps of 8 windows of 64
+Fixed: mini, the default book, all four layers, rank 8, alpha 16, 60 steps of 4 windows of 128
 tokens.
 Measured: the validation perplexity, with three seeds at the best rate and the two rates beside it.
 """
