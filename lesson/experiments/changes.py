@@ -14,7 +14,7 @@ from common.device import Device
 from evaluation.scores import evaluate
 from lesson.experiments.common import Trainer, trainer
 from lesson.experiments.forgetting import forgotten
-from lesson.experiments.sweep import train
+from lesson.experiments.sweep import SIZE, train
 from lora.inject import lora_layers
 from model.gpt2 import GPT2
 from model.kernels.fast import accelerate
@@ -58,14 +58,12 @@ def is_layer(name: str) -> bool:
 
 
 def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, Weights]:
-    """Train 60 steps of 16 windows of 128 tokens: "LoRA" at lr 1e-3 or "full" at 1e-4.
+    """Train 60 steps of 4 windows of 128 tokens: "LoRA" on c_attn at lr 8e-3, or "full" at 1e-3.
 
     Returns the trainer, and the change of each changed block matrix by name.
     """
-    lr = 1e-4
-    if method == "LoRA" or short:  # at 1e-4, a few steps would change little
-        lr = 1e-3
-    made = trainer(method.lower(), seed, short=short, batch_size=16, max_steps=60, lr=lr)
+    lr = {"LoRA": 8e-3, "full": 1e-3}[method]
+    made = trainer(method.lower(), seed, short=short, lr=lr, **SIZE)
     base = {name: p.detach() for name, p in load_base().named_parameters()}
     train(made)
     return made, {name: dw for name, dw in changes(made, base).items() if is_layer(name)}

@@ -135,28 +135,30 @@ def five_digits(number: str) -> float:
 def experiment(
     name: str,
     measure: Callable[[argparse.Namespace], dict[Any, Any]],
-    draw: Draw,
+    draw: Draw | None,
     description: str | None,
     argv: Sequence[str] | None,
     more: Mapping[str, Draw] | None = None,
 ) -> dict[Any, Any]:
-    """Measure, save NAME.json and NAME.png, and return the data. With --draw, only draw.
+    """Measure, save NAME.json and NAME.png, and return the data. With --draw, only draw. If `draw`
+    is None, there is no picture.
 
     `draw` gets the stored results: text as keys, and numbers with five digits. `more` maps
     names to further pictures of the same data.
     """
-    args = parse(description, argv, name)
+    args = parse(description, argv, name if draw else None)
     path = args.out / f"{name}.json"
-    if args.draw:
+    if draw and args.draw:
         data = read_results(path)
     else:
         data = measure(args)
         write_results(path, argv, data)
         print(f"saved {path}")
 
-    saved = read_results(path)
-    for picture, draw_it in {name: draw, **(more or {})}.items():
-        save_figure(draw_it(saved), args.out / f"{picture}.png")
+    if draw:
+        saved = read_results(path)
+        for picture, draw_it in {name: draw, **(more or {})}.items():
+            save_figure(draw_it(saved), args.out / f"{picture}.png")
     return data
 
 
@@ -180,7 +182,7 @@ def write_results(path: Path, argv: Sequence[str] | None, data: dict[Any, Any]) 
         **settings(),
     }
     rounded = json.loads(json.dumps(data), parse_float=five_digits)
-    path.write_text(f"{{\n{json_lines(about)},\n\"results\": {{\n{json_lines(rounded)}\n}}}}\n")
+    path.write_text(f'{{\n{json_lines(about)},\n"results": {{\n{json_lines(rounded)}\n}}}}\n')
 
 
 def json_lines(data: dict[str, Any]) -> str:

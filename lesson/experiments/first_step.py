@@ -11,12 +11,13 @@ first c_attn and the first mlp.c_proj. Also measured: the fall of the loss, to f
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lesson.experiments.common import gradient, trainer
+from lesson.experiments.common import experiment, gradient, trainer
 from lora.config import LoRAConfig
 from lora.inject import inject, lora_layers
 from lora.targets import find_targets
@@ -73,20 +74,20 @@ def full_gain(model: GPT2, ids: Tensor) -> float:
 
 
 def mini_and_windows() -> tuple[GPT2, Tensor]:
-    """Return mini and 8 windows of the book, (8, 65)."""
-    data = trainer(batch_size=8, block_size=64, stride=64, max_steps=1).data.training
-    inputs, targets = data.batch(data.epoch_order(0, 0)[:8])  # (8, 64) each
+    """Return mini and 4 windows of the book, (4, 129)."""
+    data = trainer(stride=128).data.training
+    inputs, targets = data.batch(data.epoch_order(0, 0)[:4])  # (4, 128) each
     return load_gpt2(MINI), torch.cat((inputs, targets[:, -1:]), dim=1)
 
 
 def random_gpt2_and_tokens() -> tuple[GPT2, Tensor]:
-    """Return a GPT-2 124M with random weights, and random tokens (8, 65)."""
+    """Return a GPT-2 124M with random weights, and random tokens (4, 129)."""
     torch.manual_seed(0)
     config = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
-    return GPT2(config), torch.randint(config.vocab_size, (8, 65))
+    return GPT2(config), torch.randint(config.vocab_size, (4, 129))
 
 
-def measure(make: Callable[[], tuple[GPT2, Tensor]]) -> dict[str, dict[str, float]]:
+def first_steps(make: Callable[[], tuple[GPT2, Tensor]]) -> dict[str, dict[str, float]]:
     """Take a first step of each kind with a new model. Print and return a row for each step."""
     model, ids = make()
     gain = full_gain(model, ids)
@@ -106,16 +107,11 @@ def measure(make: Callable[[], tuple[GPT2, Tensor]]) -> dict[str, dict[str, floa
             for predicted, name in zip(by_hand, SHOWN, strict=True):
                 numbers += [f"{predicted:.3f}", f"{moved[name]:.3f}"]
             print(ROW.format("A and B", r, alpha, *numbers, f"{gain:.2f}"), flush=True)
-            found[f"r {r}, alpha {alpha}"] = moved | {"gain": gain}
+            found[f"r = {r}, alpha {alpha}"] = moved | {"gain": gain}
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, float]]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--short", action="store_true", help="mini alone")
-    args = parser.parse_args(argv)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     models = {"mini": mini_and_windows}
     if not args.short:
         models["GPT-2 124M, random weights"] = random_gpt2_and_tokens
@@ -123,8 +119,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[str, flo
     found = {}
     for name, make in models.items():
         print(f"\n{name}: a first step, in units of the rate\n{ROW.format(*COLUMNS)}")
-        found[name] = measure(make)
+        found[name] = first_steps(make)
     return found
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("first_step", measure, None, __doc__, argv)
 
 
 if __name__ == "__main__":

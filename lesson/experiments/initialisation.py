@@ -1,7 +1,7 @@
 """How should A and B start? `python -m lesson.experiments.initialisation`
 
 Varied: which of A and B start at random, and which start at zero.
-Fixed: mini, LoRA on c_attn at rank 8, AdamW at lr 2e-3, 12 steps of 4 windows of 64 tokens.
+Fixed: mini, LoRA on c_attn at rank 8, AdamW at lr 2e-3, 12 steps of 4 windows of 128 tokens.
 Measured before each step, with three seeds: the loss minus the base's loss on the same windows, and
 the norms of the gradients of A and B.
 """
@@ -55,7 +55,7 @@ def gradient_norm(parameters: Sequence[Tensor]) -> float:
 
 def first_steps(random: str, seed: int, steps: int) -> dict[str, list[float]]:
     """Train. Return the loss minus the base's loss, and both gradient norms, before each step."""
-    made = trainer(seed=seed, batch_size=4, block_size=64, stride=64, max_steps=steps)
+    made = trainer(seed=seed, batch_size=4, stride=128, max_steps=steps)
     weights = start(made.parameters, random)
     optimizer = torch.optim.AdamW(made.parameters.values(), lr=LR)
 

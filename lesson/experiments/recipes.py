@@ -2,8 +2,9 @@
 
 Varied: the recipe, and one option or the text. Where no option names the layers, the reference
 adapts c_attn, and best all four.
-Fixed: mini in fp32, and every other option of `train.py`. A text ends after 9,000 characters. The
-last third of a text, or of the examples, is the validation part.
+Fixed: mini in fp32, and every other option of `train.py`. Of the book, a run trains on the first
+1,792 tokens (14 windows), and validates on the usual validation part. Another text ends after 9,000
+characters, of which the last third is the validation part. Of the examples, it is the last tenth.
 Measured: the perplexity of the adapter that `train.py` saves, and the processor time of the steps,
 with three seeds.
 """
@@ -17,9 +18,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from common.figures import BASE, LORA, draw_at, shades
-from lesson.experiments.common import SHORT, Trainer, experiment, panels, train_options
+from data.windows import Windows
+from lesson.experiments.common import (
+    SHORT,
+    Trainer,
+    experiment,
+    panels,
+    train_options,
+    trainer,
+)
 from lesson.experiments.sweep import cell, perplexity, remembered
-from training.options import BEST, BOOK, REFERENCE, ROOT, Options
+from training.options import BEST, REFERENCE, ROOT, Options
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -44,7 +53,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "JSON lines as a text": {"book": ROOT / "data" / "speakers-train.jsonl"},
     "instructions": {"data": ROOT / "data" / "instructions.jsonl"},
 }
-CHARACTERS = 9000  # of a text. 6,000 of them are 1,800 to 2,800 training tokens
+TOKENS = 1792  # of the book's training part
+CHARACTERS = 9000  # of another text. 6,000 of them are 2,400 to 2,800 training tokens
 
 
 def saved(made: Trainer) -> dict[str, float]:
@@ -70,20 +80,41 @@ def run(words: dict[str, Any], seed: int, short: bool) -> dict[str, float]:
     words = {"device": "cpu", "precision": "fp32", "seed": seed, **words}
     if short:
         words |= SHORT
-    return stored(train_options("lora", words | {"val_fraction": 1 / 3}), short)
+    return stored(train_options("lora", words), short)
+
+
+def short_book(folder: Path) -> dict[str, Any]:
+    """Write the beginning of the book's training part, and the validation part, to one file. Return
+    the options that train on the one and validate on the other.
+    """
+    data = trainer().data
+    assert isinstance(data.training, Windows) and isinstance(data.validation, Windows)
+    validation = data.validation.tokens.tolist()
+    ids = data.training.tokens[:TOKENS].tolist() + validation
+    path = folder / "book.txt"
+    path.write_text(data.tokenizer.decode(ids))
+    return {"book": path, "val_fraction": (len(validation) + 0.5) / len(ids)}
+
+
+def short_text(folder: Path, text: Path) -> dict[str, Any]:
+    """Write the beginning of a text to a file. Return the options that train on it."""
+    path = folder / text.name
+    path.write_text(text.read_text()[:CHARACTERS])
+    return {"book": path, "val_fraction": 1 / 3}
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Return the result with each seed, by configuration and recipe."""
     data: dict[str, Any] = {label: {REFERENCE: [], BEST: []} for label in CONFIGURATIONS}
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        book = short_book(folder)
         for seed in args.seeds:
             for label, options in CONFIGURATIONS.items():
-                if "data" not in options:
-                    book = options.get("book", BOOK)
-                    beginning = Path(folder) / book.name
-                    beginning.write_text(book.read_text()[:CHARACTERS])
-                    options = options | {"book": beginning}
+                if "book" in options:
+                    options = options | short_text(folder, options["book"])
+                elif "data" not in options:
+                    options = options | book
                 for recipe, found in data[label].items():
                     found.append(run({"recipe": recipe, **options}, seed, args.short))
                     print(f"{label}, {recipe}: {found[-1]}", flush=True)

@@ -34,7 +34,7 @@ CELLS = ROOT / "runs" / "experiments" / "cells.jsonl"
 # The key contains the options that a recipe sets, except the rate that `best` computes.
 DECIDES_NOTHING = MAY_CHANGE | {"recipe"}
 
-SIZE = {"batch_size": 4, "stride": 128, "max_steps": 60, "epochs": 100}
+SIZE: dict[str, Any] = {"batch_size": 4, "stride": 128, "max_steps": 60, "epochs": 100}
 ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: two are named c_proj
 
 Rate = TypeVar("Rate", float, str)  # a number, or text in a JSON file
