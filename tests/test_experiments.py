@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.device import Device
 from lesson.experiments import (
-    alone,
     amplification,
     changes,
     first_step,
@@ -22,6 +20,7 @@ from lesson.experiments import (
     initialisation,
     intruders,
     memory,
+    methods,
     quantisation,
     rates,
     recipes,
@@ -42,7 +41,7 @@ from storage.hub import MINI
 from storage.weights import load_config, load_gpt2
 from tests.helpers import token_ids
 from training import data as training_data
-from training.options import BOOK, ROOT
+from training.options import ROOT
 from training.recipe import best_rate
 
 load_tokenizer = cache(training_data.load_tokenizer)
@@ -62,7 +61,7 @@ def drawn_experiments():
     """Return the experiments that can draw again, by the names of their published data."""
     names = [path.stem for path in sorted(FIGURES.glob("*.json"))]
     modules = [import_module(f"lesson.experiments.{name}") for name in names]
-    return [module for module in modules if hasattr(module, "measure")]
+    return [module for module in modules if hasattr(module, "draw")]
 
 
 @pytest.mark.parametrize("experiment", drawn_experiments(), ids=lambda module: module.__name__)
@@ -172,15 +171,14 @@ def test_without_the_scaler_fp16_loses_gradients_and_with_it_almost_none(tmp_pat
 
 
 def test_only_the_base_has_forgotten_nothing():
-    device = Device.pick("cpu", "fp32")
     model = load_gpt2(MINI)
-    assert forgetting.forgotten(model, device, short=True) == pytest.approx(0, abs=1e-5)
+    assert forgetting.forgotten(model, short=True) == pytest.approx(0, abs=1e-5)
     model.ln_f.weight.data *= 0.9
-    texts, base_log_p = forgetting.base_texts(True, "fp32")
+    texts, base_log_p = forgetting.base_texts(True)
     with torch.no_grad():
         log_p = model(texts).log_softmax(-1)
     kl = nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="sum") / texts.numel()
-    found = forgetting.forgotten(model, device, short=True)
+    found = forgetting.forgotten(model, short=True)
     assert found == pytest.approx(kl.item(), rel=1e-4) and found > 0.01
 
 
@@ -201,14 +199,17 @@ def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
 
 
 def test_both_recipes_train_on_the_beginning_of_each_text(tmp_path, monkeypatch):
-    both = {"c_attn": BOOK, "pseudo-Latin text": ROOT / "benchmarks" / "pseudo-latin.txt"}
-    chosen = {label: recipes.CONFIGURATIONS[label] for label in both}
+    labels = ("c_attn", "pseudo-Latin text")
+    chosen = {label: recipes.CONFIGURATIONS[label] for label in labels}
     monkeypatch.setattr(recipes, "CONFIGURATIONS", chosen)
     data = run(recipes, tmp_path)
-    for label, text in both.items():
-        beginning = tmp_path / text.name
-        beginning.write_text(text.read_text()[:9000])
-        base = trainer(book=beginning, block_size=16, val_fraction=1 / 3).evaluate().perplexity
+    beginning = tmp_path / "beginning.txt"
+    beginning.write_text((ROOT / "benchmarks" / "pseudo-latin.txt").read_text()[:9000])
+    other = {"book": beginning, "val_fraction": 1 / 3}
+    for label, options in zip(
+        labels, ({}, other), strict=True
+    ):  # the book's usual part, and a third
+        base = trainer(block_size=16, **options).evaluate().perplexity
         (reference,), (best,) = data[label].values()
         assert reference["base"] == best["base"] == pytest.approx(base)
         assert best["perplexity"] < reference["perplexity"] < base
@@ -218,8 +219,8 @@ def test_every_method_trains_on_both_texts_and_the_frontier_is_the_lower_left(
     tmp_path, monkeypatch
 ):
     monkeypatch.setitem(SHORT, "block_size", 128)  # the completions are longer than 16 tokens
-    for methods in run(frontier, tmp_path).values():
-        results = [seeds[0] for runs in methods.values() for seeds in runs.values()]
+    for trained in run(frontier, tmp_path).values():
+        results = [seeds[0] for runs in trained.values() for seeds in runs.values()]
         assert len({result["perplexity"] for result in results}) == len(frontier.METHODS)
         assert all(result["perplexity"] < result["base"] for result in results)
     points = [(3, 5.0), (1, 9.0), (2, 9.5), (4, 4.0), (5, 4.5)]
@@ -256,10 +257,10 @@ def test_gaps_are_those_of_the_best_rates_in_nats():
     assert gaps.flatten().tolist() == pytest.approx([math.log(2.1), math.log(42 / 22)])
 
 
-def test_alone_trains_nothing_but_the_four_layers():
+def test_methods_trains_nothing_but_the_four_layers():
     base = load_gpt2(MINI)
     made = trainer("full", short=True, lr=1e-3)
-    alone.learned_by_the_layers_alone(made)
+    methods.learned_by_the_layers_alone(made)
     moved = set()
     for name, parameter in made.model.named_parameters():
         if not torch.equal(parameter, base.get_parameter(name)):

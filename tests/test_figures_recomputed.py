@@ -17,7 +17,7 @@ ROWS = [
 
 
 def stored(name):
-    return json.loads((DOCS / "figures" / f"{name}.json").read_text())
+    return json.loads((DOCS / "figures" / f"{name}.json").read_text())["results"]
 
 
 def is_printed(*cells):

@@ -132,4 +132,4 @@ def scores(made: Trainer, model: GPT2, weights: Weights, short: bool) -> list[fl
         parameter.copy_(weights[name])
     device = Device.pick("cpu", "fp32")
     perplexity = evaluate(model, made.data.validation, device).perplexity
-    return [perplexity, forgotten(model, device, short)]
+    return [perplexity, forgotten(model, short)]

@@ -8,16 +8,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from common.device import Device
 from evaluation.scores import kl_divergence
 from lesson.experiments.common import trainer
 from model.gpt2 import GPT2
 
 
-def log_probabilities(model: GPT2, texts: Tensor, device: Device) -> Tensor:
+@torch.no_grad()
+def log_probabilities(model: GPT2, texts: Tensor) -> Tensor:
     """Return log p of every next token at every token of the texts, (texts, tokens, V)."""
-    with torch.no_grad(), device.autocast():
-        return model(texts).float().log_softmax(-1)
+    return model(texts).log_softmax(-1)
 
 
 @cache
@@ -32,14 +31,14 @@ def base_texts(short: bool) -> tuple[Tensor, Tensor]:
     assert end_of_text is not None  # mini has an end-of-text token
     texts = torch.full((count, 1), end_of_text)
     while texts.size(1) < length:
-        last = log_probabilities(made.model, texts, made.device)[:, -1]  # (count, V)
+        last = log_probabilities(made.model, texts)[:, -1]  # (count, V)
         drawn = torch.multinomial(last.exp(), 1)  # (count, 1)
         texts = torch.cat((texts, drawn), dim=1)
-    return texts, log_probabilities(made.model, texts, made.device)
+    return texts, log_probabilities(made.model, texts)
 
 
-def forgotten(model: GPT2, device: Device, short: bool) -> float:
+def forgotten(model: GPT2, short: bool) -> float:
     """Return the mean KL(base || model) per token, in nats. The KL of the base is 0."""
     texts, base_log_p = base_texts(short)
-    log_p = log_probabilities(model, texts, device)
+    log_p = log_probabilities(model, texts)
     return kl_divergence(base_log_p, log_p).mean().item()

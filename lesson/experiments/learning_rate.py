@@ -29,7 +29,7 @@ def measure_of(short: bool) -> Callable[[Trainer], tuple[float, float]]:
 
     def learned_and_forgotten(made: Trainer) -> tuple[float, float]:
         train(made)
-        return perplexity(made), forgotten(made.model, made.device, short)
+        return perplexity(made), forgotten(made.model, short)
 
     return learned_and_forgotten
 

@@ -79,7 +79,7 @@ def stored(options: Options, short: bool) -> dict[str, float]:
 def run(words: dict[str, Any], seed: int, short: bool) -> dict[str, float]:
     words = {"device": "cpu", "precision": "fp32", "seed": seed, **words}
     if short:
-        words |= SHORT
+        words = SHORT | words
     return stored(train_options("lora", words), short)
 
 
