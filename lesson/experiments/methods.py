@@ -5,7 +5,7 @@ of rank 8 on these layers or on c_attn.
 Fixed: mini, the default book, no dropout, and the size of `--recipe best`: three epochs of batches
 of 2 windows of 128 tokens without overlap.
 Measured: the least perplexity after an epoch, with three seeds at the best rate and the two rates
-beside it.
+beside it. Also measured: three commands with their default settings, in fp32.
 """
 
 import argparse
@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lesson.experiments.changes import is_layer
-from lesson.experiments.common import Trainer, experiment, spread
+from lesson.experiments.common import SHORT, Trainer, experiment, spread, train_options
+from lesson.experiments.recipes import stored
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, learned, scored, tune
+from training.options import BEST
 
 SIZE: dict[str, Any] = {"batch_size": 2, "stride": 128, "max_steps": 249}
 
@@ -36,9 +38,31 @@ METHODS: dict[str, tuple[str, float, Callable[[Trainer], Any], dict[str, Any]]] 
 }
 
 
+COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "make train-lora": ("lora", {}),
+    "make train-full": ("full", {}),
+    "make train-lora RECIPE=best": ("lora", {"recipe": BEST}),
+}
+
+
+def command_run(method: str, options: dict[str, Any], args: argparse.Namespace) -> Runs:
+    """Return the perplexity of the saved model with each seed, by the rate."""
+    found = []
+    for seed in args.seeds:
+        words = {"device": "cpu", "precision": "fp32", "seed": seed, **options}
+        if args.short:
+            words |= SHORT
+        chosen = train_options(method, words)
+        found.append(stored(chosen, args.short)["perplexity"])
+    return {Trainer(chosen).options.lr: found}
+
+
 def measure(args: argparse.Namespace) -> dict[str, Runs]:
-    """Return the perplexities by what is trained and by rate."""
+    """Return the perplexities by what is trained, or by command, and by rate."""
     data = {}
+    for command, (method, options) in COMMANDS.items():
+        data[command] = command_run(method, options, args)
+        print(f"{command}: {data[command]}", flush=True)
     for trained, (method, guess, how, options) in METHODS.items():
         found = tune(method, guess, args.seeds, args.short, how, at_best, **SIZE, **options)
         runs = scored(found, at_best)

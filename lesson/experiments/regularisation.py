@@ -20,7 +20,7 @@ SETTINGS = {
     "dropout 0.05, weight decay 0": (0.05, 0.0),
     "dropout 0.05, weight decay 0.1": (0.05, 0.1),
 }
-EPOCHS = (3, 12)
+EPOCHS = (3, 6)
 
 
 def run(dropout: float, decay: float, epochs: int, seed: int, short: bool) -> float:
