@@ -53,13 +53,13 @@ SHRINK = {"scales": (0.7, 0.5)}
 # number of parameters.
 CHOICES: dict[str, tuple[float, dict[str, Any]]] = {
     "LoRA": (4e-3, LORA | SHRINK),
-    "full": (1e-4, FULL | SHRINK),
+    "full": (2e-4, FULL | SHRINK),
     "r = 1, alpha 16": (4e-3, LORA | {"r": 1}),
     "r = 64, alpha 16": (4e-3, LORA | {"r": 64}),
     "attention, r = 33": (4e-3, LORA | {"r": 33, "target_modules": ATTENTION}),
     "MLP, r = 20": (4e-3, LORA | {"r": 20, "target_modules": MLP}),
     "LoRA, book": (4e-3, LORA | {"task": "book"}),
-    "full, book": (1e-4, FULL | {"task": "book"}),
+    "full, book": (4e-4, FULL | {"task": "book"}),
     "r = 64, alpha 128": (1e-3, LORA | {"r": 64, "lora_alpha": 128}),
 }
 DEVICE = Device.pick("cpu", "fp32", train=True)
