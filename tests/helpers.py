@@ -136,7 +136,7 @@ class Operations(TorchDispatchMode):
 
 
 def damages(value: object) -> Iterator[object]:
-    """Yield copies of a JSON value in which one part, or the whole, has become something else."""
+    """Yield damaged copies of a JSON value. In each copy, one part or the whole is replaced."""
     yield from (None, "x", [1], 7, -1.5, math.nan)
     if isinstance(value, dict):
         for key, part in value.items():

@@ -21,7 +21,7 @@ from common.errors import run_command
 from tests.fault.runs import PATIENCE
 
 # The first backward pass starts a thread for each GPU, and a process with such threads cannot fork.
-# After torch.compile, a PyTorch for CUDA would count 8 GPUs where there is none.
+# After torch.compile, a PyTorch for CUDA would count 8 GPUs on a machine without a GPU.
 torch.ones(1, requires_grad=True).sum().backward()
 
 

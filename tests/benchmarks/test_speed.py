@@ -1,4 +1,4 @@
-"""The race: both sides do the same work in processes of their own, or no time is compared."""
+"""The race: each side does the same work in a separate process, or no times are compared."""
 
 import json
 

@@ -95,7 +95,7 @@ def test_an_adapter_of_a_part_is_not_saved_as_the_wholes(base, tmp_path):
 
 
 class Stranger(nn.Module):
-    """A GPT-2 of somebody else. Its names are GPT-2's, and its c_attn interleaves q, k and v."""
+    """Another project's GPT-2. It has GPT-2's names, but its c_attn interleaves q, k and v."""
 
     def __init__(self):
         super().__init__()
