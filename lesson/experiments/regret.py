@@ -38,7 +38,6 @@ BATCHES = {1: (240, 5e-4, 4e-3), 4: (60, 1e-3, 8e-3), 16: (15, 2e-3, 8e-3)}
 # stride of the windows: the share of the book that is read, and the first rates to try
 SHARES = {
     128: ("all", 5e-4, 4e-3),
-    512: ("a quarter", 2.5e-4, 2e-3),
     2048: ("a 16th", 1.25e-4, 1e-3),
 }
 
@@ -104,17 +103,18 @@ def draw(data: dict[str, Any]) -> Any:
     ranks = [name for name in METHODS if name != "full"]
     colours = {"full": FULL, **dict(zip(reversed(ranks), shades(LORA, len(ranks)), strict=True))}
 
-    points = range(3)  # batches, or shares
     batches = data["by batch"]
     for name in batches:
         if name != "full":
-            band(left, points, gaps(batches[name], batches["full"]), colours[name])
+            band(left, range(len(BATCHES)), gaps(batches[name], batches["full"]), colours[name])
 
     by_share = {name: pick(shares, "validation") for name, shares in data["by share"].items()}
     for name, shares in data["by share"].items():
-        band(right, points, at_best_rates(pick(shares, "training")), colours[name], name)
+        band(
+            right, range(len(SHARES)), at_best_rates(pick(shares, "training")), colours[name], name
+        )
         if name != "full":
-            band(middle, points, gaps(by_share[name], by_share["full"]), colours[name])
+            band(middle, range(len(SHARES)), gaps(by_share[name], by_share["full"]), colours[name])
 
     draw_at(left.xaxis, range(len(BATCHES)), list(BATCHES))
     left.set(xlabel="windows per step", ylim=(0, 0.26))

@@ -161,7 +161,7 @@ def test_pissa_of_some_blocks_is_written_by_full_names_which_peft_loads(tmp_path
 
 
 class Alike(nn.Module):
-    """The name `lin` is the end of another name, and `b.lin` and `b_lin` differ in one character."""
+    """`lin` is the end of another name, and `b.lin` and `b_lin` differ in one character."""
 
     NAMES = ("b.lin", "b_lin", "lin")
 
