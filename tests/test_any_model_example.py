@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+import lora
 from common.device import Device
 from common.errors import UserError
 from data.instructions import CHAT_TEMPLATE
@@ -17,11 +18,12 @@ from data.tokenizer import END_OF_TEXT
 from lesson.examples import any_model, dpo
 from lesson.examples.any_model import main
 from lesson.examples.chat import encode, examples, read_conversations
-from lora import load_adapter
+from lora.load import load_adapter
 from lora.peft_config import CONFIG
 from tests.helpers import relative_difference, tiny_gpt2, write_small_tokenizer
 from tests.models import named, small_llama
 from tests.runs import one_line, questions, run, stdout_of
+from training import recipe
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,39 @@ def test_it_trains_as_peft_does_and_peft_loads_what_it_saves(llama, tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     assert relative_difference(loaded(input_ids=ids).logits, expected) > 0.01
+
+
+def test_a_quantised_base_trains_and_the_unquantised_base_is_scored(llama, tmp_path):
+    options = ("--model", llama, "--steps", 12, "--lr", 2e-2, "--precision", "fp32")
+    lines = stdout_of(main, *options, "--quantise", "nf4", "--out", tmp_path).splitlines()
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    linear = [m for name, m in model.named_modules() if name.endswith("_proj")]
+    assert lines[0] == f"{sum(m.weight.numel() for m in linear):,} weights in nf4"
+
+    device = Device(torch.device("cpu"), "fp32")
+    validation = any_model.book(tokenizer).validation
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    lora.quantise(quantised, "nf4")
+    start = any_model.perplexity(quantised, validation, device)
+    assert lines[1] == f"validation perplexity: {start:.4f}"
+    assert start != pytest.approx(any_model.perplexity(model, validation, device), rel=1e-6)
+
+    (in_peft,) = [line for line in lines if "in PEFT" in line]
+    assert f"{tmp_path} on the unquantised base: " in in_peft
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path)
+    score = any_model.perplexity(loaded, validation, device)
+    assert float(in_peft.split()[-1]) == pytest.approx(score, rel=1e-5)
+    assert score < 0.95 * start
+    error = one_line(run(main, "--peft", "--quantise", "nf4", "--out", tmp_path / "new"), 2)
+    assert "cannot be combined with --peft" in error
+
+
+def test_the_default_rate_is_half_the_rate_of_the_recipe(llama):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    training = any_model.book(tokenizer).training
+    passes = 8 * 40 / len(training)
+    assert any_model.default_rate(training, 40) == recipe.best_rate(40, passes) / 2
 
 
 CHATML = (

@@ -1,0 +1,115 @@
+"""Rates on SmolLM2-135M-Instruct: `python -m lesson.experiments.other_model`
+
+Varied: the peak learning rate of `make example` (half, once and twice the default), on the book and
+on conversations. On the book also the rate of the reference run, and a base in NF4.
+Fixed: fp32, 40 steps of 8 windows of 128 tokens or 8 conversations, LoRA of rank 8 and alpha 16 on
+all linear layers, dropout 0.05.
+Measured: the perplexity on the validation part before training and after every 10 steps, the
+perplexity of the saved adapter in stock PEFT on the unquantised base, and the peak memory of the
+process. Seed 0 at all rates, and all seeds at the best rate. With the default rate, also samples.
+
+`make example` installs the weights. Results are kept in runs/experiments. A run with a known result
+is not repeated.
+"""
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from common.device import Device
+from lesson.examples import any_model
+from lesson.experiments import sweep
+from lesson.experiments.common import experiment, settings, spread
+from lesson.experiments.sweep import best_rate
+from training.options import ROOT
+
+MODEL: str | None = None  # SmolLM2
+TASKS = {"book": (), "conversations": ("--data", "data/instructions.jsonl")}
+REFERENCE_RATE = 3e-4
+
+
+def finetune(words: Sequence[str], sampled: bool) -> dict[str, Any]:
+    """Train as `make example` with these options. Return the scores, and samples if asked."""
+    with TemporaryDirectory() as out:
+        args = any_model.parse([*words, "--out", out, "--device", "cpu", "--precision", "fp32"])
+        if args.data:
+            args.data = ROOT / args.data
+        device = Device.pick(args.device, args.precision, train=True)
+        model, tokenizer, task = any_model.prepare(args, device)
+        lr = args.lr or any_model.default_rate(task.training, args.steps)
+        found: dict[str, Any] = {"lr": lr}
+        found["base"] = any_model.perplexity(model, task.validation, device)
+        if sampled:
+            found["base's samples"] = any_model.samples(model, tokenizer, task, device)
+        found["trained"] = any_model.train(model, task, lr, device, args)
+        found["peak_mb"] = device.peak_memory_mb()
+        in_peft = any_model.load_in_peft(model, device, args)
+        found["in PEFT"] = any_model.perplexity(in_peft, task.validation, device)
+        if sampled:
+            found["samples"] = any_model.samples(in_peft, tokenizer, task, device)
+        return found
+
+
+def apart(words: Sequence[str], sampled: bool) -> dict[str, Any]:
+    """Return the result of `finetune` in a new process, which starts with little memory."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(finetune, words, sampled).result()
+
+
+def run(
+    task: str, *options: str, seed: int = 0, short: bool = False, sampled: bool = False
+) -> dict[str, Any]:
+    """Return the result of a run. A stored result is returned at once."""
+    words = [*TASKS[task], *options, "--seed", str(seed)]
+    if MODEL:
+        words += ["--model", MODEL]
+    if short:
+        words += ["--steps", "2"]
+    decides = {"measure": "other_model", "words": words, "sampled": sampled}
+    key = json.dumps(decides | settings())
+    return sweep.remembered(key, lambda: apart(words, sampled))
+
+
+def score(result: dict[str, Any]) -> float:
+    """Return the perplexity of the saved adapter, the lowest."""
+    return min(result["trained"])
+
+
+def rates(task: str, seeds: Sequence[int], short: bool) -> dict[float, list[dict[str, Any]]]:
+    """Return results by rate: half, once and twice the default rate, and all seeds at the best."""
+    default = run(task, short=short, sampled=True)
+    rate = default["lr"]
+    found = {rate: [default]}
+    if short:
+        return found
+    for lr in (rate / 2, rate * 2):
+        found[lr] = [run(task, "--lr", f"{lr:g}")]
+    best = best_rate(found, score)
+    for seed in seeds[1:]:
+        found[best].append(run(task, "--lr", f"{best:g}", seed=seed))
+    print(f"{task}: {spread(list(map(score, found[best])))} at {best:g}, default {rate:g}")
+    return dict(sorted(found.items()))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the results by choice and rate."""
+    data: dict[str, Any] = {task: rates(task, args.seeds, args.short) for task in TASKS}
+    if not args.short:
+        reference = run("book", "--lr", f"{REFERENCE_RATE:g}")
+        data["book, reference rate"] = {REFERENCE_RATE: [reference]}
+    quantised = run("book", "--quantise", "nf4", short=args.short)
+    data["book, NF4"] = {quantised["lr"]: [quantised]}
+    return data
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    return experiment("other_model", measure, None, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()
