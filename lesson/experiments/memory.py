@@ -1,8 +1,9 @@
 """Where do the bytes of a step go? `python -m lesson.experiments.memory`
 
 Varied: full fine-tuning, and LoRA on c_attn at rank 8.
-Fixed: a GPT-2 124M with random weights, in fp32, on 16 windows of 128 random tokens. The model has
-no dropout and no head. The loss is the mean square of the hidden states.
+Fixed: a GPT-2 124M with random weights, in fp32, on 16 windows of 128 random tokens. Their
+values do not change the bytes. The step has no dropout and no head, because their memory depends on
+the kernels. The loss is the mean square of the hidden states.
 Measured: the bytes of the tensors that a step keeps, by purpose, beside the bytes counted by hand
 as in docs/training.md.
 """
