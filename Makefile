@@ -1,6 +1,7 @@
 # make one-page              the whole job in one file to read: lesson/one_page.py
 # make train-lora            fine-tune the base on the book with LoRA
 # make train-full            full fine-tuning of the base on the book
+# make estimate             the time and memory that train-lora would take here, in seconds
 # make compare               a table and a figure of both runs
 # make generate PROMPT="…"   text from the base, and from the base with the adapter
 # make explore               a local web page that shows what the adapter learned
@@ -24,7 +25,7 @@
 # BOOK          a text file or a directory of .txt files (several: ARGS="--book a.txt b.txt")
 # DATA          conversations in JSON lines, in place of BOOK
 # OUT           the directory to write
-# METHOD        of sweep: lora or full
+# METHOD        of sweep and estimate: lora or full
 # RECIPE        LoRA's settings: reference or best
 # LR, R, SEEDS  train.py's --lr, --r and --seed (of sweep: one or several values)
 # ADAPTER       of generate and explore (default: OUT if given, otherwise runs/lora)
@@ -53,8 +54,8 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 	$(if $(SEEDS),--seed $(SEEDS)) $(ARGS)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
-.PHONY: help setup one-page train-lora train-full compare generate explore notebook figures test \
-	test-lowest lint format parity sweep bench example reference fault clean
+.PHONY: help setup one-page train-lora train-full estimate compare generate explore notebook \
+	figures test test-lowest lint format parity sweep bench example reference fault clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -85,6 +86,10 @@ train-lora: .venv/run
 
 train-full: .venv/run
 	$(PY) train.py full $(TRAIN_OPTIONS)
+
+# Time some steps, and write no file. The variables are those of train-lora.
+estimate: .venv/run
+	$(PY) -m benchmarks.estimate $(or $(METHOD),lora) $(TRAIN_OPTIONS)
 
 compare: .venv/run
 	$(PY) evaluate.py --compare $(or $(RUNS),runs/lora runs/full) $(ARGS)

@@ -1,0 +1,84 @@
+"""The estimate of a run's time: `python -m benchmarks.estimate`, the options of train.py."""
+
+import re
+
+import pytest
+
+from benchmarks import estimate, ours
+from tests.runs import Clock, arguments, contents, one_line, run, stdout_of, trained
+
+LINE = re.compile(
+    r"estimate: (.+) = (.+) for (\S+) steps of (\S+) s \+ (.+) for (\S+) validations of (\S+) s\n"
+    r"peak memory so far: (\S+) MB \(cpu, fp32\)\n"
+)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Make a training step last 2 s and a validation 5 s. Count both."""
+    clock = Clock()
+    monkeypatch.setattr(estimate, "time", clock)
+    calls = {"step": 0, "evaluate": 0}
+    for name, seconds in (("step", 2.0), ("evaluate", 5.0)):
+        method = getattr(ours.Trainer, name)
+
+        def slowly(self, *args, name=name, seconds=seconds, method=method):
+            calls[name] += 1
+            clock.later += seconds
+            return method(self, *args)
+
+        monkeypatch.setattr(ours.Trainer, name, slowly)
+    return calls
+
+
+@pytest.mark.parametrize("options", [("--eval-every", 3), ("--max-steps", 1)])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_it_counts_the_steps_and_validations_of_the_run(
+    method, options, base, book, tmp_path, slow
+):
+    out = tmp_path / "out"
+    options = ("--batch-size", 16, "--epochs", 2, *options)
+    real = trained(method, base, book, out, *options)
+    before = contents(out)
+    said = stdout_of(estimate.main, *arguments(method, base, book, out, *options))
+    [(total, training, steps, step, validating, validations, validation, megabytes)] = LINE.findall(
+        said
+    )
+
+    assert int(steps) == real.report["steps"]
+    assert int(validations) == 1 + len(real.column("val_loss"))  # the base first
+    assert float(step) == pytest.approx(2, rel=0.01)
+    assert float(validation) == pytest.approx(5, rel=0.01)
+    assert training == estimate.duration(2 * int(steps))
+    assert validating == estimate.duration(5 * int(validations))
+    assert total == estimate.duration(2 * int(steps) + 5 * int(validations))
+    assert float(megabytes.replace(",", "")) > 50
+    assert contents(out) == before  # a run in --out is left alone
+    assert slow == {"step": 2 + 4, "evaluate": 1}  # about 8 s of steps after two others
+
+
+def test_an_initial_adapter_is_validated_once_more(base, book, adapter, tmp_path):
+    options = ("--max-steps", 2)
+    for more, expected in ((), 2), (("--init-adapter", adapter), 3):
+        words = arguments("lora", base, book, tmp_path / "out", *options, *more)
+        said = stdout_of(estimate.main, *words)
+        assert LINE.findall(said)[0][5] == str(expected)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("lora", "--base", "no-such-directory"), "no-such-directory"),
+        (("lora", "--steps", 3), "unrecognized arguments: --steps"),
+        (("lora", "--base", "mini", "--block-size", 9999), "the base sees 256 tokens at most"),
+    ],
+)
+def test_a_mistake_ends_with_one_line(options, words):
+    assert words in one_line(run(estimate.main, *options), 2)
+
+
+def test_a_time_has_two_or_three_digits():
+    times = {0.0123: "0.012 s", 8.44: "8.4 s", 95.2: "95 s", 600: "10 min", 9000: "2.5 h"}
+    for seconds, text in times.items():
+        assert estimate.duration(seconds) == text
