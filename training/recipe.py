@@ -14,7 +14,7 @@ from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options, Settings, adapter_config
 
 RATES = (5e-4, 8e-3)  # the smallest and the largest of the measured best learning rates
-# The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/variants.md)
+# The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/experiments.md)
 PISSA = 1 / 4
 LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
 # The best rate if one layer of a block is adapted, divided by the best rate for all four layers
@@ -42,8 +42,7 @@ def rate_factor(options: Options) -> float:
     rate is nearly the same for every rank. As s * r grows from 2 to 128, the best rate falls about
     as (s * r)^(-2/3). With LoRA+ at ratio 16, the best rate of A is 8 times lower, so the function
     takes ratio^(3/4) as the divisor (16^(3/4) = 8). Between the measured values, the function
-    interpolates with these two power laws, in s * r and in LoRA+'s ratio (docs/experiments.md,
-    docs/variants.md).
+    interpolates with these two power laws, in s * r and in the ratio of LoRA+ (docs/experiments.md).
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
