@@ -41,8 +41,8 @@ def rate_factor(options: Options) -> float:
     With s = alpha / r, or alpha / sqrt(r) for rsLoRA, the update is s B A. At s * r = 16, the best
     rate is nearly the same for every rank. As s * r grows from 2 to 128, the best rate falls about
     as (s * r)^(-2/3). With LoRA+ at ratio 16, the best rate of A is 8 times lower, so the function
-    takes ratio^(3/4) as the divisor (16^(3/4) = 8). Between the measured values, the function
-    interpolates with these two power laws, in s * r and in the ratio of LoRA+ (docs/experiments.md).
+    takes ratio^(3/4) as the divisor (16^(3/4) = 8). Between the measured values
+    (docs/experiments.md), it interpolates with these two power laws, in s * r and in the ratio.
     """
     config = adapter_config(options)
     factor = (16 / (config.scaling * config.r)) ** (2 / 3)
