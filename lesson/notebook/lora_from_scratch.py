@@ -1,12 +1,14 @@
 # %% [markdown]
 # # LoRA from scratch
 #
-# We fine-tune a language model on a book, look at the change of the weights, and find that most of
-# the change is not needed. This leads to LoRA. We build LoRA, get it wrong in three ways, get it
-# right, and compare it with Hugging Face's PEFT. The notebook runs on a CPU in about a minute. You
-# need to know PyTorch. [LoRA in ten minutes](../../docs/lora.md) explains the same in prose. On
-# another processor, the last digits of the stored outputs differ, and the runs that diverge differ
-# more.
+# This notebook is for readers who know PyTorch, and have read [the one page](../one_page.py) and
+# [LoRA in ten minutes](../../docs/lora.md). It runs what that page describes. We fine-tune a
+# language model on a book, look at the change of the weights, and find that most of the change is
+# not needed. This leads to LoRA. We build LoRA, get it wrong in five ways, get it right, and
+# compare it with Hugging Face's PEFT.
+#
+# All cells took about two minutes of one thread of an Intel Xeon. On another processor, the last
+# digits of the stored outputs differ, and the runs that diverge differ more.
 #
 # On a hosted notebook service, put the address of the project's git repository into the next cell.
 # On your own machine, run the next cell unchanged. It does nothing there.
@@ -51,19 +53,22 @@ plt.rcParams.update(STYLE)
 # %% [markdown]
 # ## 1. A model and a book
 #
-# The *base* is `mini`, a GPT-2 of 6.9 million parameters that comes with this project. The base has
-# not seen this book. We cut the book into windows of 64 tokens. The model predicts each token from
-# the tokens before it. We never train on the last tenth of the book. The *perplexity* of the last
-# tenth measures learning. At a perplexity of 50, the model is as unsure as if it guessed among 50
-# tokens.
+# The *base* is the model that we adapt. Here it is `mini`, a GPT-2 of 6.9 million parameters that
+# comes with this project and has not seen the book. We cut the book into windows of 128
+# tokens. The model predicts each token from the tokens before it, so one window gives 128
+# predictions in one pass.
+#
+# We never train on the last tenth of the book, the validation part, so its *perplexity* shows what
+# the model learned and not what it memorised. At a perplexity of 50, the model is as unsure as if
+# it guessed among 50 equally likely tokens.
 
 # %%
 directory = find_base("mini")[1]
 base = load_gpt2(directory)
 tokenizer = load_tokenizer(directory, base.config.vocab_size)
 training_part, validation_part = split(load_books([root / "data/book.txt"], tokenizer).ids, 0.1)
-windows = Windows(training_part, block_size=64, stride=64)
-validation = Windows(validation_part, block_size=64, stride=64)
+windows = Windows(training_part, block_size=128, stride=128)
+validation = Windows(validation_part, block_size=128, stride=128)
 
 
 def loss_on(model, batch, reduction="mean"):
@@ -90,14 +95,15 @@ print(f"perplexity of the base: {base_perplexity:.1f}")
 # %% [markdown]
 # ## 2. Fine-tune it
 #
-# Each of `mini`'s 6 blocks has four weight matrices. `c_attn` makes queries, keys and values, and
-# three matrices follow. We train these 24 matrices, and freeze embeddings, norms and biases. Below,
-# *full fine-tuning* means training these matrices. The loop is plain: AdamW, 8 windows per step,
-# and a learning rate that falls to zero.
+# Each of `mini`'s 6 blocks has four weight matrices. `c_attn` makes queries, keys and values, the
+# attention's `c_proj` mixes the results of the heads, and the MLP has `c_fc` and another `c_proj`.
+# We train these 24 matrices and freeze embeddings, norms and biases, because LoRA will adapt the
+# same matrices. In this notebook, *full fine-tuning* means training these matrices. The loop is
+# plain: AdamW, 4 windows per step, and a learning rate that falls to zero.
 
 # %%
 epochs = [windows.epoch_order(seed=0, epoch=epoch) for epoch in range(2)]
-batches = np.concatenate(epochs)[: 8 * STEPS].reshape(STEPS, 8)
+batches = np.concatenate(epochs)[: 4 * STEPS].reshape(STEPS, 4)
 
 
 def train(model, lr, steps=STEPS):
@@ -129,8 +135,8 @@ print(f"trained: {trained_by_full:,} numbers in {len(matrices(full))} matrices")
 print(f"perplexity: {base_perplexity:.1f} -> {full_perplexity:.1f}")
 
 # %% [markdown]
-# Full fine-tuning works, but it is expensive. Every trained number needs a gradient and two more
-# numbers for AdamW. Every book needs a file as large as the model.
+# Full fine-tuning works, but it is expensive, because every trained number needs a gradient and two
+# more numbers for AdamW. Every book also needs a file as large as the model. Could we train less?
 
 # %% [markdown]
 # ## 3. What changed?
@@ -138,7 +144,11 @@ print(f"perplexity: {base_perplexity:.1f} -> {full_perplexity:.1f}")
 # Training changed each matrix from $W$ to $W + \Delta W$. The *singular value decomposition* writes
 # $\Delta W$ as a sum of simple matrices, the largest first. Each term is a column times a row,
 # $\sigma_k u_k v_k^T$. It reads one direction of the input, $v_k$, and writes one direction of the
-# output, $u_k$. The *rank* of a matrix is the number of terms that the matrix needs.
+# output, $u_k$. The *singular value* $\sigma_k$ is the size of the term, and the *rank* of a matrix
+# is the number of terms that the matrix needs.
+#
+# If $\Delta W$ were random, no term would matter much more than its neighbours. So we draw a random
+# matrix of the same size beside it.
 
 # %%
 with torch.no_grad():
@@ -156,7 +166,7 @@ for matrix, name, k, colour in (
 ):
     values = torch.linalg.svdvals(matrix)
     share = values[:8].square().sum() / values.square().sum()
-    print(f"{name}: the first 8 of 256 terms hold {share:.0%} of the squared norm")
+    print(f"{name}: the first 8 of 256 terms contain {share:.0%} of the squared norm")
     plt.plot(range(1, 257), values, color=colour)
     name_line(plt.gca(), name, (k, values[k]), colour, offset=(6, 8))
 plt.title("Singular values of the change of the first c_attn")
@@ -164,12 +174,13 @@ plt.xlabel("k")
 plt.show()
 
 # %% [markdown]
-# A few terms are much larger than the other terms, so the change is far from random.
+# A few terms are much larger than the other terms, so the change is far from random. If the small
+# terms do not matter, then we need not learn them.
 
 # %% [markdown]
 # ## 4. Cut it
 #
-# Keep only the $k$ largest terms of each of the 24 changes.
+# Which terms does the model need? Keep only the $k$ largest terms of each of the 24 changes.
 
 # %%
 cut = load_gpt2(directory).requires_grad_(False)
@@ -189,13 +200,14 @@ plt.xlabel("k")
 plt.show()
 
 # %% [markdown]
-# Rank 256 is the whole change, and rank 0 is the base. Rank 8 keeps most of the gain.
+# Rank 256 is the whole change, and rank 0 is the base. Rank 8 keeps most of the gain, with a
+# fraction of the numbers. But we had to train all numbers before we could cut.
 
 # %% [markdown]
 # ## 5. Train eight terms from the start
 #
-# Eight columns times eight rows are a product $B A$, with $B$ (out, 8) and $A$ (8, in). Freeze $W$,
-# and train $A$ and $B$ instead of $\Delta W$:
+# So begin with eight terms. Eight columns times eight rows are a product $B A$, with $B$ (out, 8)
+# and $A$ (8, in). Freeze $W$, and train $A$ and $B$ instead of $\Delta W$:
 #
 # $$y = W x + b + s B A x, \qquad s = \frac{\alpha}{r}$$
 #
@@ -254,13 +266,13 @@ gradients = [p.grad for layer in zero_layers.values() for p in (layer.lora_A, la
 print("largest gradient:", max(gradient.abs().max().item() for gradient in gradients))
 
 # %% [markdown]
-# Nothing ever moves. The gradient of $B$ contains $A x$, which is zero. The gradient of $A$
-# contains $B$, which is also zero.
+# Nothing ever moves, because the gradient of $B$ contains $A x$, which is zero, and the gradient of
+# $A$ contains $B$, which is also zero.
 
 # %% [markdown]
 # ## 7. Both random: damaged
 #
-# Draw $B$ as PyTorch would draw it.
+# Then let neither be zero. Draw $B$ as PyTorch would draw it.
 
 # %%
 random_model, random_layers = adapted()
@@ -271,14 +283,14 @@ print("the base:    ", [round(loss, 2) for loss in base_losses])
 print("both random: ", [round(loss, 2) for loss in random_losses])
 
 # %% [markdown]
-# The first loss is far above the loss of the base. Random changes of all 24 matrices damaged the
-# model.
+# The first loss is far above the loss of the base, because random changes of all 24 matrices
+# damaged the model. Ten steps do not repair it.
 
 # %% [markdown]
 # ## 8. A random, B zero: LoRA
 #
-# If one factor is zero, the layer changes nothing. If the other factor is random, training can
-# start. Our class already starts with a random A and a zero B.
+# If one factor is zero, the layer changes nothing. If the other factor is random, the zero factor
+# gets a gradient, so training can start. Our class already starts with a random A and a zero B.
 
 # %%
 lora_losses = train(model, lr=7e-4, steps=STEPS // 6)
@@ -313,12 +325,13 @@ slow_perplexity = perplexity(slow_model)
 print(f"full fine-tuning: {full_perplexity:.1f}; LoRA at the same rate: {slow_perplexity:.1f}")
 
 # %% [markdown]
-# The result is poor: the full change, cut to rank 8, had learned far more.
+# The result is poor. But rank 8 is not the reason, because the full change, cut to rank 8, had
+# learned far more. LoRA moves too slowly.
 
 # %% [markdown]
 # ## 10. The wrong alpha: broken
 #
-# The update is multiplied by $s = \alpha / r$, so raise $\alpha$ from 16 to 2048.
+# The update is multiplied by $s = \alpha / r$. To move it further, raise $\alpha$ from 16 to 2048.
 
 # %%
 loud_model, _ = adapted(alpha=2048)
@@ -327,7 +340,8 @@ loud_perplexity = perplexity(loud_model)
 print(f"alpha 2048: {loud_perplexity:.1f}; the base: {base_perplexity:.1f}")
 
 # %% [markdown]
-# This $\alpha$ is far too large. With AdamW, $\alpha$ works as a second learning rate for $B$. One
+# This $\alpha$ is far too large. With AdamW, $\alpha$ works as a second learning rate for $B$,
+# because AdamW moves each number of $B$ by about the rate, and $s$ multiplies the move. One
 # learning rate is easier to tune than two, so leave $\alpha$ at 16.
 
 # %% [markdown]
@@ -373,7 +387,8 @@ plt.show()
 # %% [markdown]
 # ## 12. Texts of the model
 #
-# The base and the adapted model continue the same words, with the same random numbers.
+# The base and the adapted model continue the same words. They use the same random numbers, so that
+# only the adapter makes a difference.
 
 
 # %%
@@ -412,12 +427,14 @@ plt.xlabel("k")
 plt.show()
 
 # %% [markdown]
-# Eight values are large. The other values are zero, up to rounding.
+# Eight values are large, because $B A$ has rank 8 at most. The other values are zero, up to
+# rounding.
 
 # %% [markdown]
 # ## 14. Merge
 #
-# $W + s B A$ is a matrix like $W$. Add the update to $W$, and remove the wrapper.
+# Is a LoRA model slower to use? It need not be. $W + s B A$ is a matrix like $W$, so add the update
+# to $W$, and remove the wrapper.
 
 # %%
 ids = inputs[:, :32]
@@ -536,5 +553,5 @@ else:
 # ```
 #
 # [Real weights](../../docs/real-weights.md) has the results of this program. Read next: [one
-# training step](../../docs/training.md), [LoRA in depth](../../docs/lora-in-depth.md), and the
-# [exercises](../../docs/exercises.md).
+# training step](../../docs/training.md), [LoRA in depth](../../docs/lora-in-depth.md), the
+# [exercises](../../docs/exercises.md), and the [findings](../../docs/findings.md).
