@@ -1,11 +1,11 @@
-"""The experiment on the rates of `make example`, with a tiny random Llama in place of SmolLM2."""
+"""The rates of `make example`, with a tiny Llama in place of SmolLM2, and quantised memory."""
 
 import json
 
 import pytest
 
 from data.instructions import CHAT_TEMPLATE
-from lesson.experiments import other_model, sweep
+from lesson.experiments import other_model, quantised_memory, sweep
 from tests.helpers import write_small_tokenizer
 from tests.models import small_llama
 
@@ -21,7 +21,7 @@ def test_a_short_version_trains_on_both_tasks_and_in_four_bits(tmp_path, monkeyp
     write_small_tokenizer(model, 317)
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     monkeypatch.setattr(other_model, "MODEL", str(model))
-    monkeypatch.setattr(other_model, "apart", other_model.finetune)
+    monkeypatch.setattr(other_model, "apart", lambda function, *arguments: function(*arguments))
     other_model.main(["--short", "--out", str(tmp_path)])
 
     data = json.loads((tmp_path / "other_model.json").read_text())["results"]
@@ -39,7 +39,7 @@ def test_a_short_version_trains_on_both_tasks_and_in_four_bits(tmp_path, monkeyp
 def test_every_rate_has_a_run_and_the_best_rate_has_every_seed(monkeypatch):
     ran = []
 
-    def fake(words, sampled):
+    def fake(function, words, sampled):
         ran.append([*words, sampled])
         given = dict(zip(words[::2], words[1::2], strict=True))
         lr = float(given.get("--lr", 4e-3))
@@ -48,17 +48,30 @@ def test_every_rate_has_a_run_and_the_best_rate_has_every_seed(monkeypatch):
     monkeypatch.setattr(other_model, "apart", fake)
     found = other_model.rates("conversations", range(3), short=False)
     scores = {lr: list(map(other_model.score, runs)) for lr, runs in found.items()}
-    assert scores == {0.002: [40, 41, 42], 0.004: [42], 0.008: [46]}
+    assert scores == {0.001: [41], 0.002: [40, 41, 42], 0.004: [42], 0.008: [46]}
     data = ["--data", "data/instructions.jsonl"]
     assert ran[:2] == [
         [*data, "--seed", "0", True],
         [*data, "--lr", "0.002", "--seed", "0", False],
     ]
     other_model.rates("conversations", range(3), short=False)
-    assert len(ran) == 5
+    assert len(ran) == 6
 
 
-def test_a_run_of_its_own_process_returns_its_result(monkeypatch):
-    monkeypatch.setattr(other_model, "finetune", len)
+def test_a_new_process_returns_its_result_and_its_error():
+    assert quantised_memory.apart(len, "four") == 4
     with pytest.raises(TypeError, match="takes exactly one argument"):
-        other_model.apart(["--lr"], False)
+        quantised_memory.apart(len)
+
+
+def test_every_format_of_the_base_has_a_peak_and_times(tmp_path, monkeypatch):
+    kept = {name: quantised_memory.RUNS[name] for name in ("bf16", "nf4, checkpointing")}
+    monkeypatch.setattr(quantised_memory, "RUNS", kept)
+    monkeypatch.setattr(quantised_memory, "apart", lambda function, *rest: function(*rest))
+    quantised_memory.main(["--short", "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "quantised_memory.json").read_text())
+    assert data["command"].startswith("python -m lesson.experiments.quantised_memory --short")
+    assert list(data["results"]) == list(kept)
+    for run in data["results"].values():
+        assert len(run["seconds"]) == 2 and min(run["seconds"]) > 0
+        assert run["peak_mb"] > 100

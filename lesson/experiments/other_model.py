@@ -15,9 +15,7 @@ is not repeated.
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,7 +23,8 @@ from common.device import Device
 from lesson.examples import any_model
 from lesson.experiments import sweep
 from lesson.experiments.common import experiment, settings, spread
-from lesson.experiments.sweep import best_rate
+from lesson.experiments.quantised_memory import apart
+from lesson.experiments.sweep import best_rate, search
 from training.options import ROOT
 
 MODEL: str | None = None  # SmolLM2
@@ -54,13 +53,6 @@ def finetune(words: Sequence[str], sampled: bool) -> dict[str, Any]:
         return found
 
 
-def apart(words: Sequence[str], sampled: bool) -> dict[str, Any]:
-    """Return the result of `finetune` in a new process, which starts with little memory."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(finetune, words, sampled).result()
-
-
 def run(
     task: str, *options: str, seed: int = 0, short: bool = False, sampled: bool = False
 ) -> dict[str, Any]:
@@ -72,7 +64,7 @@ def run(
         words += ["--steps", "2"]
     decides = {"measure": "other_model", "words": words, "sampled": sampled}
     key = json.dumps(decides | settings())
-    return sweep.remembered(key, lambda: apart(words, sampled))
+    return sweep.remembered(key, lambda: apart(finetune, words, sampled))
 
 
 def score(result: dict[str, Any]) -> float:
@@ -81,19 +73,22 @@ def score(result: dict[str, Any]) -> float:
 
 
 def rates(task: str, seeds: Sequence[int], short: bool) -> dict[float, list[dict[str, Any]]]:
-    """Return results by rate: half, once and twice the default rate, and all seeds at the best."""
+    """Return results by rate: half, once and twice the default rate, and all seeds at the best.
+
+    If the best of the three rates is the lowest or the highest, the search goes on.
+    """
     default = run(task, short=short, sampled=True)
     rate = default["lr"]
-    found = {rate: [default]}
-    if short:
-        return found
-    for lr in (rate / 2, rate * 2):
-        found[lr] = [run(task, "--lr", f"{lr:g}")]
+
+    def at(lr: float, some: Sequence[int]) -> list[dict[str, Any]]:
+        options = ("--lr", f"{lr:g}")
+        return [default if (lr, s) == (rate, 0) else run(task, *options, seed=s) for s in some]
+
+    found = search(at, rate, seeds[:1], score, short)
     best = best_rate(found, score)
-    for seed in seeds[1:]:
-        found[best].append(run(task, "--lr", f"{best:g}", seed=seed))
+    found[best] = at(best, seeds)
     print(f"{task}: {spread(list(map(score, found[best])))} at {best:g}, default {rate:g}")
-    return dict(sorted(found.items()))
+    return found
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
