@@ -1,6 +1,7 @@
-"""The page of real weights: its code runs, and its tables equal `inject` and PEFT."""
+"""The pages of real weights and QLoRA: their code runs, and their tables are right."""
 
 import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -9,14 +10,38 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from lora import LoRAConfig, inject, load_adapter, lora_layers, save_adapter
+from lora import (
+    LoRAConfig,
+    count_parameters,
+    dequantise,
+    inject,
+    load_adapter,
+    lora_layers,
+    merge,
+    quantise,
+    save_adapter,
+)
+from lora.quantised import quantised_layers
 from tests import models
 from tests.helpers import relative_difference, write_small_tokenizer
-from tests.models import DECODER, EXPERTS, GROUPED, IDS, SMALL, TOKENS, Case, make, named, output
+from tests.models import (
+    DECODER,
+    EXPERTS,
+    GROUPED,
+    IDS,
+    SMALL,
+    TOKENS,
+    Case,
+    make,
+    named,
+    output,
+    small_llama,
+)
 from tests.pairs import randomize
 from tests.runs import story
 from training.options import ROOT
 
+QLORA = (ROOT / "docs" / "qlora.md").read_text()
 PAGE = (ROOT / "docs" / "real-weights.md").read_text()
 SOUND = torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(1))
 
@@ -62,6 +87,64 @@ def test_the_code_on_the_page(family, tmp_path, monkeypatch, capsys):
     trained = sum(tensor.numel() for tensor in stored.values())
     total = sum(p.numel() for p in base.parameters())  # with the loaded adapter
     assert capsys.readouterr().out.endswith(f"({trained}, {total})\n")
+
+
+def test_the_program_with_four_bits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_llama().save_pretrained("base")
+    write_small_tokenizer(tmp_path / "base", 317)
+    (tmp_path / "data").mkdir()
+    Path("data/book.txt").write_text(story(400))
+    [code] = re.findall(r"```python\n(.*?)```", QLORA, re.DOTALL)
+    names: dict = {}
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base"), names)
+
+    model = names["model"].eval()
+    linear = {name for name, _ in small_llama().named_modules() if name.endswith("_proj")}
+    assert {name.removesuffix(".base_layer") for name in quantised_layers(model)} == linear
+    assert type(model.lm_head) is nn.Linear
+    dequantise(model.float())
+    base = transformers.AutoModelForCausalLM.from_pretrained("base", dtype=torch.bfloat16)
+    quantise(base, "nf4")
+    dequantise(base.float())
+    before = base(IDS).logits
+    loaded = peft.PeftModel.from_pretrained(base, "adapter").eval()
+    logits = model(IDS).logits
+    assert relative_difference(loaded(IDS).logits, logits) < 1e-5
+    assert relative_difference(before, logits) > 0.01
+    merge(model)
+    assert relative_difference(model(IDS).logits, logits) < 1e-5
+
+
+def test_the_weights_of_llama_8b_are_counted():
+    config = transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    inject(model, LoRAConfig(r=8))
+    layers = lora_layers(model).values()
+    linear = sum(layer.base_layer.weight.numel() for layer in layers)
+    trained, total = count_parameters(model)
+    ends = 2 * model.lm_head.weight.numel()
+    for count in (linear, ends, trained):
+        assert f"{count:,} weights" in QLORA
+    norms = total - linear - ends - trained
+    assert norms < 300_000
+    rows = [
+        (2 * linear, linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8),
+        (2 * (ends + norms),) * 2,
+        (16 * trained,) * 2,
+    ]
+    rows.append(tuple(map(sum, zip(*rows, strict=True))))
+    for full, quantised in rows:
+        assert f"| {full / 1e9:.2f} | {quantised / 1e9:.2f} |" in QLORA
+    assert f"needs {2 * (total - trained) / 1e9:.2f} GB" in QLORA
 
 
 def bert() -> nn.Module:
