@@ -2,7 +2,7 @@
 
 Each round first takes a training step with all fast operations. Then it takes one step for each
 operation, with only this operation replaced by the plain operation. All rounds run in one process.
-Ratios are taken within a round.
+Ratios are taken within a round. The command writes every ratio to benchmarks/results.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,11 @@ from timeit import timeit
 from torch import nn
 
 from benchmarks import ours
-from benchmarks.speed import run_apart, spread
+from benchmarks.speed import about, result_file, run_apart, spread
 from common.cli import Parser, number, print_table
 from common.device import PRECISIONS, Device, tune_process
 from common.errors import run_command
+from common.files import write_json
 from model.gpt2 import GPT2, Attention
 from model.kernels.fast import FAST, accelerate
 from storage.hub import find_base
@@ -38,19 +39,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     tune_process(Device.pick("cpu"))
 
-    rows = []
+    ratios = {}  # "LoRA, fp32" -> operation -> a ratio for each round
     with TemporaryDirectory() as folder:
         if not args.base:
             run_apart("--base", folder)
         _, base = find_base(args.base or folder)
         for method in ("lora", "full"):
             for precision in args.precision:
-                rows += measure(base, method, precision, args.rounds)
-    print_table(("plain", "method", "precision", "its step / the fast step"), rows)
+                name = f"{method.replace('lora', 'LoRA')}, {precision}"
+                ratios[name] = measure(base, method, precision, args.rounds)
+
+    operations = [*next(iter(ratios.values()))]
+    rows = [[name, *(spread(found[name]) for found in ratios.values())] for name in operations]
+    print_table(("plain instead", *ratios), rows)
+    words = f"--base {Path(args.base).name} " if args.base else ""
+    command = f"python -m benchmarks.operations {words}--rounds {args.rounds}"
+    write_json(result_file("operations"), {**about(command), "results": ratios})
 
 
-def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[str, ...]]:
-    """Return a row for each replaced operation, with the ratio of the step times."""
+def measure(base: Path, method: str, precision: str, rounds: int) -> dict[str, list[float]]:
+    """Return the ratios of the step times, one for each round, by replaced operation."""
     options = ours.options(
         method,
         base=base,
@@ -68,9 +76,10 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> list[tuple[
     steps: dict[str, Callable[[], object]] = {"none": fast}
     for name, kind in OPERATIONS.items():
         steps[name] = partial(run_plain, trainer.model, [kind], fast)
-    steps["all of them"] = partial(run_plain, trainer.model, list(FAST), fast)
+    steps["all"] = partial(run_plain, trainer.model, list(FAST), fast)
     ratios = in_turn(steps, rounds)
-    return [(name, method, precision, ratio) for name, ratio in ratios.items()]
+    del ratios["none"]  # always 1
+    return ratios
 
 
 def run_plain(
@@ -84,9 +93,9 @@ def run_plain(
         accelerate(model)
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, str]:
-    """Time each call once per round. Divide its time by the time of the first call in the same
-    round. Return the ratios as median (least..most).
+def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Time each call once per round. Return for each call its time in every round, divided by the
+    time of the first call in this round.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -94,11 +103,10 @@ def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             times[name].append(timeit(call, number=1))
 
     first = next(iter(times.values()))
-    ratios = {}
-    for name, taken in times.items():
-        quotients = [mine / base for mine, base in zip(taken, first, strict=True)]
-        ratios[name] = spread(quotients)
-    return ratios
+    return {
+        name: [mine / base for mine, base in zip(taken, first, strict=True)]
+        for name, taken in times.items()
+    }
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ window equals a window of 127 tokens with `--label-shift 2`.
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(
         opts.out / "reference.json",
         {
-            "base": Path(opts.base).name,
-            "book": opts.book.name,
+            "command": command(opts),
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "device": opts.device.name,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
             "tokens": len(tokens),
             "seen_before": seen,
             "val_windows": {"scored": count, "all": len(windows)},
-            "options": " ".join(opts.more),
             "here": figures,
-            "device": opts.device.name,
-            "machine": machine(),
-            "torch": torch.__version__,
         },
     )
+
+
+def command(opts: Namespace) -> str:
+    """Return a command with the same results. It names the base and the book without their
+    directories.
+    """
+    words = ["--only", *opts.only]
+    if opts.val_windows:
+        words += ["--val-windows", str(opts.val_windows)]
+    more = " ".join([*words, *opts.more])
+    return f"make reference BASE={Path(opts.base).name} BOOK={opts.book.name} ARGS='{more}'"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Namespace:

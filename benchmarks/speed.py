@@ -86,16 +86,11 @@ def race(opts: Namespace) -> None:
     device = Device.pick(train=True)
     results: dict[str, Any] = {
         "base": Path(base_name).name,  # without the path
-        "command": f"make bench ARGS='--rounds {opts.rounds} --steps {opts.steps}'",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **about(f"make bench ARGS='--rounds {opts.rounds} --steps {opts.steps}'"),
         "load_average": [],  # over 1, 5 and 15 minutes, at the start of each round
         "measurements": [],
     }
-    name = re.sub(r"\W+", "-", f"{'quick' if opts.quick else 'speed'} {machine()}")
-    path = RESULTS / f"{name}.json"
+    path = result_file("quick" if opts.quick else "speed")
 
     for i in range(opts.rounds):
         results["load_average"].append(os.getloadavg())
@@ -110,6 +105,22 @@ def race(opts: Namespace) -> None:
     print(f"saved in {path}")
     if can_draw():
         save_figure(draw(results), path.with_suffix(".png"))
+
+
+def about(command: str) -> dict[str, Any]:
+    """Return how, when and where a result is measured."""
+    return {
+        "command": command,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def result_file(kind: str) -> Path:
+    name = re.sub(r"\W+", "-", f"{kind} {machine()}")
+    return RESULTS / f"{name}.json"
 
 
 def measure(task: Task, i: int) -> list[Record]:

@@ -2,7 +2,7 @@
 
 The command times a step of each variant in turn with a step of plain LoRA, on mini in fp32 on one
 core. It also counts the bytes that autograd keeps for the backward pass of one step, without the
-parameters.
+parameters. It writes the result to benchmarks/results.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from benchmarks import ours
 from benchmarks.operations import in_turn
+from benchmarks.speed import about, result_file, spread
 from common.cli import Parser, number, print_table
 from common.device import Device, tune_process
 from common.errors import run_command
+from common.files import write_json
 from data.windows import Batch
 from storage.hub import MINI
 
@@ -45,10 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # also warms up
     steps = {name: partial(ours.step, trainer, batch) for name, trainer in trainers.items()}
     ratios = in_turn(steps, args.rounds)
+    results = {name: {"ratios": ratios[name], "kept_mb": kept[name] / 1e6} for name in trainers}
     print_table(
         ("", "its step / plain's", "MB kept for the backward pass"),
-        [(name, ratios[name], f"{kept[name] / 1e6:.1f}") for name in trainers],
+        [(name, spread(r["ratios"]), f"{r['kept_mb']:.1f}") for name, r in results.items()],
     )
+    command = f"python -m benchmarks.variants --rounds {args.rounds}"
+    write_json(result_file("variants"), {**about(command), "results": results})
 
 
 def kept_bytes(trainer: ours.Trainer, batch: Batch) -> int:
