@@ -2,13 +2,14 @@
 
 Each round first takes a training step with all fast operations. Then it takes one step for each
 operation, with only this operation replaced by the plain operation. All rounds run in one process.
-Ratios are taken within a round. The command writes every ratio to benchmarks/results.
+Ratios of processor times are taken within a round. The command writes them to benchmarks/results.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import process_time
 from timeit import timeit
 
 from torch import nn
@@ -94,13 +95,13 @@ def run_plain(
 
 
 def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Time each call once per round. Return for each call its time in every round, divided by the
-    time of the first call in this round.
+    """Time each call once per round, in processor time, which other programs disturb little. Return
+    for each call its time in every round, divided by the time of the first call in this round.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(timeit(call, number=1))
+            times[name].append(timeit(call, timer=process_time, number=1))
 
     first = next(iter(times.values()))
     return {

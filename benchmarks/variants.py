@@ -1,8 +1,8 @@
 """Compare the variants' steps with plain LoRA: `python -m benchmarks.variants`.
 
-The command times a step of each variant in turn with a step of plain LoRA, on mini in fp32 on one
-core. It also counts the bytes that autograd keeps for the backward pass of one step, without the
-parameters. It writes the result to benchmarks/results.
+The command takes a step of each variant in turn with a step of plain LoRA, on mini in fp32 on one
+core, and compares the processor times. It also counts the bytes that autograd keeps for the
+backward pass of one step, without the parameters. It writes the result to benchmarks/results.
 """
 
 from collections.abc import Sequence
