@@ -326,7 +326,7 @@ def operations():
 
 
 def reference_runs():
-    for name in ("pseudo-latin", "three-passes", "next-token", "english"):
+    for name in ("pseudo-latin", "three-passes", "next-token"):
         found = benchmark(f"reference-{name}")["here"]
         measured = [
             found[m][loss]["perplexity"] for loss in ("reference", "next_token") for m in found
