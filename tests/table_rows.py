@@ -317,14 +317,6 @@ def ratios(over, under):
     return [a / b for a, b in zip(over, under, strict=True)]
 
 
-def operations():
-    results = benchmark("operations")["results"].values()
-    return {
-        name: [x for found in results for x in stats(found[name], median)]
-        for name in next(iter(results))
-    }
-
-
 def reference_runs():
     for name in ("pseudo-latin", "three-passes", "next-token"):
         found = benchmark(f"reference-{name}")["here"]

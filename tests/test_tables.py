@@ -47,7 +47,6 @@ MEASURED = {
     "real-weights#What comes out": rows_of.other_model,
     "reference-run#The reference run, and why its perplexities are so low": rows_of.reference_runs,
     "speed#One race": rows_of.race,
-    "speed#Where the time goes": rows_of.operations,
     "training#Where the bytes go": rows_of.bytes_counted,
 }
 # Numbers that follow from formulas or from the code
