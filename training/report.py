@@ -2,13 +2,14 @@
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from common.errors import UserError
-from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
+from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, scientific, subplots
 from common.files import open_file, write_json
 from evaluation.compare import RUN
 from evaluation.scores import perplexity
@@ -82,6 +83,20 @@ def best_weights(out: Path, method: str) -> Path:
     return out / names[method]
 
 
+def describe_run(options: Options) -> str:
+    """Return the model, the method, and the choices that affect the loss most."""
+    method = "full fine-tuning"
+    if options.method == "lora":
+        targets = options.target_modules
+        names = targets if isinstance(targets, str) else " ".join(targets)
+        method = f"LoRA of rank {options.r} on {names}"
+    assert options.lr is not None
+    return (
+        f"{Path(options.base).name}, {method}: lr {scientific(options.lr)}, {options.batch_size} "
+        f"windows of {options.block_size} tokens per step, seed {options.seed}"
+    )
+
+
 def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> None:
     """Draw `loss.png`: training loss, validation loss, and the base's validation loss."""
     if not can_draw():
@@ -106,8 +121,14 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     saved_loss, saved_step = min(zip(val_losses[first:], val_steps[first:], strict=True))
     ring = {"marker": "o", "color": "white", "markeredgecolor": colour, "linestyle": "none"}
     axes.plot(saved_step, saved_loss, **ring, label="saved")
-    axes.axhline(base_val_loss, color=BASE, linestyle="--", label="base, validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{options.method}: loss")
+    axes.axhline(
+        base_val_loss, color=BASE, linestyle="--", label="base before training, validation"
+    )
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats per token)",
+        title=textwrap.fill(describe_run(options), 100),
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     save_figure(figure, options.out / "loss.png")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -16,12 +17,14 @@ from torch import Tensor
 from benchmarks.ours import Trainer
 from benchmarks.parity_report import machine
 from common.cli import number
-from common.figures import PAGE_WIDTH, save_figure, subplots
+from common.figures import PAGE_WIDTH, SMALLEST_TEXT, save_figure, subplots
 from common.files import read_json
 from data.windows import Batch
 from training.options import ROOT, Options, parse_options
 
 Draw = Callable[[dict[str, Any]], Any]  # from an experiment's saved data to a figure
+
+CAPTION_WIDTH = 128  # letters
 
 # The options that make a version short.
 SHORT: dict[str, object] = {"batch_size": 4, "max_steps": 4, "val_fraction": 0.01}
@@ -194,21 +197,35 @@ def read_results(path: Path) -> dict[str, Any]:
     return read_json(path)["results"]
 
 
-def panels(whole: str, *titles: str, stacked: bool = False, height: float = 4) -> tuple[Any, Any]:
+def panels(
+    whole: str, caption: str, *titles: str, stacked: bool = False, height: float = 4.4
+) -> tuple[Any, Any]:
     """Return a figure as wide as a page, and a panel for each title, or a single panel.
 
-    The panels are side by side, or `stacked` on one x axis.
+    The panels are side by side, or `stacked` on one x axis. The caption below them names what a
+    reader of the picture alone must know, such as the model, the rates and the seeds.
     """
     titles = titles or ("",)
     rows, columns = (len(titles), 1) if stacked else (1, len(titles))
     figure, grid = subplots(
         rows, columns, figsize=(PAGE_WIDTH, height), squeeze=False, sharex=stacked
     )
-    figure.suptitle(whole)
+    add_texts(figure, whole, caption)
     axes = grid.flatten()
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
     return figure, axes
+
+
+def add_texts(figure: Any, whole: str, caption: str) -> None:
+    """Write the title above a figure, and the caption below it."""
+    figure.suptitle(whole)
+    lines = textwrap.fill(caption, CAPTION_WIDTH)
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST_TEXT)
+
+
+def seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def band(

@@ -37,6 +37,7 @@ LAYER_ARROWS: tuple[Arrow, ...] = (
     ((6.8, 2.25), (7.4, 2.25)),
 )
 LAYER_TEXTS: tuple[Text, ...] = (
+    ("LoRA of rank 8\non GPT-2's c_attn", (0.1, 4.2), INK, 11, "left"),
     ("x", (0.65, 2.8), INK, 13, "center"),
     ("768\nnumbers", (0.65, 1.6), INK, 10, "center"),
     ("W", (2.55, 3.45), INK, 13, "center"),

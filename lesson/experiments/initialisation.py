@@ -9,23 +9,23 @@ the norms of the gradients of A and B.
 import argparse
 import math
 from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.figures import BASE, INK, LORA, OTHER, draw_at, shades
-from lesson.experiments.common import band, experiment, gradient, mean_loss, panels, trainer
-from lesson.figures import name_line
+from common.figures import BASE, INK, LORA, OTHER, draw_at, scientific, shades
+from lesson.experiments.common import band, experiment, gradient, mean_loss, panels, seeds, trainer
 from lora.inject import adapter_disabled
 
-# name: which of A and B are random, the colour, and the offset of the name from its line's end
+# name: which of A and B are random, and the colour
 OTHERS = shades(OTHER, 2)
 STARTS = {
-    "A random, B zero (LoRA)": ("A", LORA, -5),
-    "A zero, B random": ("B", OTHERS[1], 2),
-    "both random": ("AB", OTHERS[0], 4),
-    "both zero": ("", BASE, 6),
+    "A random, B zero (LoRA)": ("A", LORA),
+    "A zero, B random": ("B", OTHERS[1]),
+    "both random": ("AB", OTHERS[0]),
+    "both zero": ("", BASE),
 }
 LR = 2e-3
 TITLES = {
@@ -78,7 +78,7 @@ def first_steps(random: str, seed: int, steps: int) -> dict[str, list[float]]:
 def measure(args: argparse.Namespace) -> dict:
     steps = 3 if args.short else 12
     runs = {}
-    for name, (random, _, _) in STARTS.items():
+    for name, (random, _) in STARTS.items():
         runs[name] = [first_steps(random, seed, steps) for seed in args.seeds]
     return {"lr": LR, "steps": steps, "seeds": len(args.seeds), "runs": runs}
 
@@ -86,17 +86,19 @@ def measure(args: argparse.Namespace) -> dict:
 def draw(data: dict[str, Any]) -> Any:
     """Draw the losses and both norms, one below the other."""
     steps = data["steps"]
-    title = f"Four starts: before each of the first {steps} steps (mini; bands: seeds)"
-    figure, axes = panels(title, *TITLES.values(), stacked=True, height=7)
+    caption = (
+        f"LoRA on c_attn at rank 8, AdamW at lr {scientific(LR)}, 4 windows of 128 tokens per "
+        f"step. Lines and bands: means and ranges of {seeds(data['seeds'])}."
+    )
+    title = f"Four starts of A and B, before each of the first {steps} steps (mini)"
+    figure, axes = panels(title, caption, *TITLES.values(), stacked=True, height=7)
     for axis, part in zip(axes, TITLES, strict=True):
-        for name, (_, colour, offset) in STARTS.items():
+        for name, (_, colour) in STARTS.items():
             y = torch.tensor([run[part] for run in data["runs"][name]])  # (seeds, steps)
-            band(axis, range(steps), y, colour)
-            if part == "loss":
-                name_line(axis, name, (steps - 1, y.mean(0)[-1].item()), colour, (8, offset))
+            band(axis, range(steps), y, colour, name)
         if part != "loss":  # shows zero and also far larger values
             axis.set_yscale("symlog", linthresh=0.01)
-            axis.set_ylim(-0.001, 6)
+            axis.set_ylim(-0.001, 10)
             draw_at(axis.yaxis, (0, 0.01, 0.1, 1))
 
     loss, b, a = axes
@@ -108,7 +110,9 @@ def draw(data: dict[str, Any]) -> Any:
         (0, 0),
         (1.5, 0.01),
     )
-    point_out(loss, "both random: damaged before the first step", (0, 0.24), (1.5, 0.25))
+    random = mean(run["loss"][0] for run in data["runs"]["both random"])
+    point_out(loss, "both random: damaged before\nthe first step", (0, random), (1.5, random))
+    loss.legend()
     a.set_xlabel("steps taken")
     draw_at(a.xaxis, range(steps))
     return figure

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from common.figures import FULL, INK, LORA, OTHER
+from adapters.inspect import INTRUDER, TOP
+from common.figures import FULL, INK, LORA, OTHER, scientific
 from lesson.experiments.changes import taken_apart
-from lesson.experiments.common import experiment, panels
+from lesson.experiments.common import experiment, panels, seeds
 from lesson.experiments.sweep import ALL, finetune
+from lesson.figures import name_line
 
 # A run's name: the run's method and options.
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,33 +76,53 @@ def kl_at(perplexity: float, found: list[dict[str, Any]]) -> float:
     return float(np.interp(perplexity, x[least:], y[least:], left=np.nan, right=np.nan))
 
 
+def run_name(name: str) -> str:
+    """Return the rank and the rate of a run, for a picture."""
+    method, options = RUNS[name]
+    rate = f"lr {scientific(options['lr'])}"
+    if method == "full":
+        return f"full, {rate}"
+    layers = "" if "target_modules" in options else "c_attn, "
+    return f"{layers}r = {options.get('r', 8)}, {rate}"
+
+
 def draw(data: dict[str, Any]) -> Any:
     """Draw the intruders of each run. Draw forgetting by perplexity as each part is scaled."""
+    count = len(data[SHOWN[0]])
+    caption = (
+        f"Intruder: one of the {TOP} largest singular vectors of a changed weight, with a cosine "
+        f"below {INTRUDER} to each singular vector of the base's weight. LoRA has rank r on all "
+        "four layers of a block, except in the first row, and alpha 16. 60 steps of 4 windows of "
+        f"128 tokens. Left: mean and range of {seeds(count)}. Right: means."
+    )
     figure, (left, right) = panels(
         "Intruder dimensions, and what it costs to scale them down (mini)",
-        "intruders in all weights",
-        "KL from the base, nats",
+        caption,
+        "intruders in all changed weights",
+        "forgetting: KL from the base, nats per token",
+        height=4.9,
     )
     for row, (name, found) in enumerate(data.items()):
         colour = FULL if name.startswith("full") else LORA
         counts = [run["intruders"] for run in found]
         left.plot([min(counts), max(counts)], [row, row], color=colour, linewidth=4)
         left.plot(mean(counts), row, "o", color=colour)
-    left.set_yticks(range(len(data)), list(data))
+    left.set_yticks(range(len(data)), map(run_name, data))
     left.invert_yaxis()
-    left.set(xlabel="mean, min and max of seeds")
+    left.set(xlabel="how many")
 
     for part, label, points, colour in PARTS:
         for name in SHOWN:
             x, y = scaled(data[name], part)
             [line] = right.plot(x[:points], y[:points], ".-", color=colour)
         line.set_label(label)
+    right.set_ymargin(0.2)
     for name in SHOWN:
         perplexity, kl = np.mean([run["scores"] for run in data[name]], axis=0)
         [dot] = right.plot(perplexity, kl, "o", color=INK)
-        right.annotate(name, (perplexity + 0.3, kl + 0.01))
+        name_line(right, run_name(name), (perplexity, kl), INK, (8, 6))
     dot.set_label("as trained")
-    right.set(xlabel="validation perplexity", ylim=(0, 0.7))
+    right.set(xlabel="validation perplexity", ylim=(0, None))
     right.legend(loc="lower right")
     return figure
 

@@ -24,7 +24,7 @@ from lora.inject import inject
 from model.gpt2 import GPT2, GPT2Config
 from model.kernels.fast import accelerate
 
-NAMES = {"full": "full\nfine-\ntuning", "lora": "LoRA,\nc_attn,\nr = 8"}
+NAMES = {"full": "full fine-\ntuning", "lora": "LoRA,\nc_attn,\nrank 8"}
 KEPT = {"full": 16, "lora": 11}  # vectors of n_embd per token and layer (docs/training.md)
 PARTS = ("weights", "gradients", "AdamW moments", "activations")
 CONFIG = GPT2Config(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0)
@@ -103,8 +103,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def draw(data: dict[str, Any]) -> Any:
     """Draw a bar for each method, with its parts and the error of the count by hand."""
     figure, (axis,) = panels(
-        "GPT-2 124M, 16 windows of 128 tokens: a step's tensors in MB (error of the count by hand)",
-        height=3.6,
+        "The tensors of a training step of GPT-2 124M, in MB",
+        f"fp32, {BATCH} windows of {BLOCK} tokens, AdamW, without dropout and without the head. "
+        "In brackets: the error of a count by hand.",
+        height=3.8,
     )
     for row, (method, sides) in enumerate(data.items()):
         whole = sum(sides["measured"].values()) / 1e6

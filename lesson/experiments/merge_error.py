@@ -24,20 +24,6 @@ from lora.inject import lora_layers
 # Coarser formats are darker.
 COLOURS = dict(zip(("bf16", "fp16", "fp32"), shades(OTHER, 3), strict=True))
 
-# The position of a line's name in each panel: a data point, the offset, and the side.
-NAMES: tuple[dict[str, tuple[Any, Any, str]], ...] = (
-    {
-        "bf16": ((4e-3, 35), (6, 6), "left"),
-        "fp16": ((1e-3, 20), (-8, -4), "right"),
-        "fp32": ((1e-4, 2.5e-2), (6, 6), "left"),
-    },
-    {
-        "bf16": ((2e-3, 52), (6, 0), "left"),
-        "fp16": ((2.3e-4, 50), (-6, 0), "right"),
-        "fp32": ((1e-5, 0), (0, 12), "left"),
-    },
-)
-
 
 def losses(base: Tensor, ba: Tensor, sizes: list[float], dtype: torch.dtype) -> dict[str, list]:
     """Return the loss of an update of each size, when merged into the base in this precision.
@@ -77,7 +63,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def draw(data: dict[str, Any]) -> Any:
     """Draw the error, and the share of unchanged weights, by the size of the update."""
     figure, axes = panels(
-        "What rounding W + B A loses of B A, by the precision of W (mini, c_attn)",
+        "What rounding W + B A loses of B A, by the precision of W (mini)",
+        "W: the first c_attn. B A: one random matrix of rank 8, scaled to each size. A trained "
+        f"adapter: its {len(data['adapter'])} layers (c_attn, rank 8) after 60 steps at lr 8e-3, "
+        "seed 0.",
         "error, % of the update's norm",
         "weights that do not move, %",
     )
@@ -85,7 +74,7 @@ def draw(data: dict[str, Any]) -> Any:
     for axis, what in zip(axes, ("error", "unmoved"), strict=True):
         for name, colour in COLOURS.items():
             percent = [100 * share for share in data[name][what]]
-            axis.plot(sizes, percent, color=colour)
+            axis.plot(sizes, percent, color=colour, label=f"W in {name}")
         axis.axvspan(min(data["adapter"]), max(data["adapter"]), color=LORA, alpha=0.3)
         axis.set(xscale="log", xlabel="size of the update: rms(B A) / rms(W)")
         powers = [10.0**k for k in range(-6, 1)]
@@ -96,10 +85,9 @@ def draw(data: dict[str, Any]) -> Any:
     draw_at(error.yaxis, [100, 1, 1e-2, 1e-4], ["100", "1", "0.01", "0.0001"])
     error.axhline(100, color=INK, linewidth=0.8)
     name_line(error, "100 %: nothing of it is left", (1e-6, 230), INK, (0, 0))
-    name_line(unmoved, "a trained\nadapter's", (max(data["adapter"]), 50), LORA)
-    for axis, names in zip(axes, NAMES, strict=True):
-        for name, (place, offset, side) in names.items():
-            name_line(axis, name, place, COLOURS[name], offset, side)
+    error.legend(loc="lower left")
+    trained = (min(data["adapter"]), 80)
+    name_line(unmoved, "a trained\nadapter", trained, LORA, (-5, 0), "right")
     return figure
 
 

@@ -99,7 +99,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw the best rate by passes, with the rule, and a shade for each number of steps."""
-    figure, (axis,) = panels("LoRA's best rate, by steps and passes (mini, all four layers)")
+    caption = (
+        "Points: the best rate of a run, at the minimum of a parabola through three rates, with "
+        "three seeds each. Their shade is the number of steps. Ranks of one run are side by side."
+    )
+    title = "LoRA's best rate, by steps and passes (mini, all four layers of a block, alpha 16)"
+    figure, (axis,) = panels(title, caption, height=4.6)
     steps = sorted({run["steps"] for run in data.values()})
     colours = dict(zip(steps, shades(LORA, len(steps)), strict=True))
     for run in data.values():
@@ -117,9 +122,9 @@ def draw(data: dict[str, Any]) -> Any:
     axis.set(
         xscale="log",
         yscale="log",
-        xlabel="passes over the text",
-        ylabel="best learning rate",
-        title="lines: 0.035 / cuberoot(steps * passes^2); ranks of one run are side by side",
+        xlabel="passes over the text (log)",
+        ylabel="best learning rate (log)",
+        title="lines: 0.035 / cuberoot(steps * passes^2)",
     )
     draw_at(axis.xaxis, (1.4, 5.8, 23))
     axis.yaxis.set_major_formatter(scientific)

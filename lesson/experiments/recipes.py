@@ -17,17 +17,19 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common.figures import BASE, LORA, draw_at, shades
+from common.figures import BASE, LORA, PAGE_WIDTH, draw_at, shades, subplots
 from data.windows import Windows
 from lesson.experiments.common import (
     SHORT,
     Trainer,
+    add_texts,
     experiment,
-    panels,
+    seeds,
     train_options,
     trainer,
 )
 from lesson.experiments.sweep import cell, perplexity, remembered
+from lesson.figures import name_line
 from training.options import BEST, REFERENCE, ROOT, Options
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -116,19 +118,46 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, floa
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw both recipes' mean perplexities of each configuration, joined by a line."""
-    figure, (axis,) = panels("The two recipes, by adapter and by text (mini)", height=6.5)
-    colours = shades(LORA, 2)
-    for label, recipes in data.items():
-        means = [mean(r["perplexity"] for r in recipes[name]) for name in (BEST, REFERENCE)]
-        axis.plot(means, [label, label], color=BASE, linewidth=1)
-        axis.scatter(means, [label, label], color=colours, zorder=2)
-    for name, colour in zip((BEST, REFERENCE), colours, strict=True):
-        axis.scatter([], [], color=colour, label=name)
-    axis.set(xscale="log", xlabel="validation perplexity", ylim=(len(data) - 0.5, -0.7))
-    draw_at(axis.xaxis, (5, 10, 20, 50, 100, 200, 500))
-    axis.legend()
+    """Draw the mean perplexities of the base and both recipes for each configuration: for the book
+    above, and for other texts below.
+    """
+    others = [label for label, options in CONFIGURATIONS.items() if {"book", "data"} & set(options)]
+    book = [label for label in CONFIGURATIONS if label not in others]
+    heights = (len(book), len(others) + 1)
+    figure, (above, below) = subplots(2, figsize=(PAGE_WIDTH, 7.8), height_ratios=heights)
+    count = len(data["LoRA"][BEST])
+    caption = (
+        "reference adapts c_attn at lr 3e-4. best adapts all four layers of a block, and its rate "
+        "depends on the length of the run. Both have rank 8 and alpha 16. An option in a row "
+        "replaces these values. Windows of 128 tokens, three epochs, fp32, means of "
+        f"{seeds(count)}."
+    )
+    add_texts(figure, "The recipes best and reference, by adapter and by text (mini)", caption)
+    draw_rows(above, {label: data[label] for label in book})
+    draw_rows(below, {label: data[label] for label in others})
+    above.set(xlabel="validation perplexity, after training on 14 windows of the book")
+    below.set(xscale="log", xlabel="validation perplexity, after training on another text (log)")
+    draw_at(below.xaxis, (5, 10, 20, 50, 100, 200, 500))
     return figure
+
+
+def draw_rows(axis: Any, rows: dict[str, Any]) -> None:
+    """Draw a row for each configuration. A line joins the recipes."""
+    dark, light = shades(LORA, 2)
+    labels = ["no option" if label == "LoRA" else label for label in rows]
+    series = (
+        (BEST, "perplexity", BEST, dark, "o", "center"),
+        (REFERENCE, "perplexity", REFERENCE, light, "o", "right"),
+        (BEST, "base", "the base", BASE, "|", "left"),
+    )
+    points = []
+    for recipe, key, name, colour, marker, side in series:
+        x = [mean(run[key] for run in recipes[recipe]) for recipes in rows.values()]
+        axis.plot(x, labels, marker, color=colour)
+        name_line(axis, name, (x[0], 0), colour, (0, 11), side)
+        points.append(x)
+    axis.hlines(labels, *points[:2], color=BASE, linewidth=1, zorder=1)
+    axis.set(ylim=(len(rows) - 0.5, -1), xmargin=0.08)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

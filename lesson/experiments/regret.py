@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import band, experiment, panels
+from lesson.experiments.common import band, experiment, panels, seeds
 from lesson.experiments.sweep import (
     ALL,
     Runs,
@@ -94,12 +94,24 @@ def gaps(lora: dict[str, Any], full: dict[str, Any]) -> Tensor:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw LoRA's gap to full fine-tuning by batch and by share, and the training loss by share."""
-    figure, (left, middle, right) = panels(
-        "LoRA beside full fine-tuning, each at its best rate (mini; bands: three seeds)",
-        "validation: gap to full, nats,\nat 240 windows",
-        "validation: gap to full, nats,\nat 240 steps",
-        "training loss, nats,\nlast third of 240 steps",
+    validation, training = (
+        seeds(len(at_best_rates(pick(data["by share"]["full"], measured))))
+        for measured in ("validation", "training")
     )
+    caption = (
+        "Gap: the validation loss of LoRA minus the loss of full fine-tuning, in nats per token. "
+        "LoRA is on all four layers of a block, with alpha 16. Windows of 128 tokens. Lines and "
+        f"bands: means and ranges of {validation} (right panel: {training})."
+    )
+    figure, (left, middle, right) = panels(
+        "LoRA beside full fine-tuning, each at its best rate (mini)",
+        caption,
+        "gap after 240 windows,\nby batch",
+        "gap after 240 steps,\nby share of the book",
+        "training loss, nats per token,\nin the last 80 of these steps",
+        height=4.7,
+    )
+    middle.sharey(left)
     ranks = [name for name in METHODS if name != "full"]
     colours = {"full": FULL, **dict(zip(reversed(ranks), shades(LORA, len(ranks)), strict=True))}
 
@@ -117,13 +129,12 @@ def draw(data: dict[str, Any]) -> Any:
             band(middle, range(len(SHARES)), gaps(by_share[name], by_share["full"]), colours[name])
 
     draw_at(left.xaxis, range(len(BATCHES)), list(BATCHES))
-    left.set(xlabel="windows per step", ylim=(0, 0.26))
+    left.set(xlabel="windows per step", ylim=(0, None))
     for axis in (middle, right):
         draw_at(axis.xaxis, range(len(SHARES)), [name for name, _, _ in SHARES.values()])
-        axis.set(xlabel="part of the book")
-    middle.set(ylim=(0, 0.26))
+        axis.set(xlabel="part of the book that is read")
     right.set(ylim=(0, None))
-    figure.legend(loc="outside lower center", ncols=len(METHODS))
+    left.legend(*right.get_legend_handles_labels(), loc="lower left")
     return figure
 
 

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import experiment, panels
+from lesson.experiments.common import experiment, panels, seeds
 from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
 
 FIXED: dict[str, Any] = {"lora_alpha": 16}
@@ -65,15 +65,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw the perplexity by rate: a panel per rule, a shade per rank, and full fine-tuning."""
-    title = "The rate, by rank and rule (mini; circle: the best rate; out of the panel: too high)"
-    figure, axes = panels(title, *RULES)
+    best = data["full"][best_rate(data["full"])]
+    lowest = mean(best)
+    caption = (
+        "LoRA of rank r is on all four layers of a block, and B A is multiplied by s. 60 steps of "
+        "4 windows of 128 tokens. Circle: the best rate. There and beside it: means of "
+        f"{seeds(len(best))}. Elsewhere: one seed. Lines that leave a panel go to a higher "
+        "perplexity."
+    )
+    title = "The perplexity by learning rate, for three ranks and three rules for alpha (mini)"
+    figure, axes = panels(title, caption, *RULES, height=4.7)
     for axis, rule in zip(axes, RULES, strict=True):
         draw_curve(axis, data["full"], FULL, "full")
         for (r, runs), colour in zip(
             data[rule].items(), shades(LORA, len(data[rule])), strict=True
         ):
-            draw_curve(axis, runs, colour, f"r = {r}")
-        axis.set(xscale="log", xlabel="peak learning rate", ylim=(24, 46))
+            draw_curve(axis, runs, colour, f"LoRA, r = {r}")
+        axis.set(xscale="log", xlabel="peak learning rate (log)")
+        axis.set_ylim(0.95 * lowest, 1.85 * lowest)
         draw_at(axis.xaxis, (1e-3, 1e-2), ("1e-3", "1e-2"))
     axes[0].set(ylabel="validation perplexity")
     axes[0].legend()

@@ -230,10 +230,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def draw(data: dict[str, Any]) -> Any:
     """Draw a bar for each choice on the instructions at the best rate."""
     runs: dict[str, Any] = {}
-    for label, found in data.items():
-        if label in CHOICES and not label.endswith("book"):
-            runs[label] = scored(found, at_full_change)
-    return sweep.draw("LoRA and full fine-tuning of SmolLM2-135M-Instruct (instructions)", runs)
+    for label, (_, options) in CHOICES.items():
+        if label in data and "task" not in options:
+            runs[describe(options)] = scored(data[label], at_full_change)
+    caption = (
+        "fp32, 32 steps of 4 conversations. Attention and MLP train the same number of parameters. "
+        f"The base has a perplexity of {data['base, instructions']['perplexity']:.1f}."
+    )
+    title = "LoRA and full fine-tuning of SmolLM2-135M-Instruct on instructions"
+    return sweep.draw(title, caption, runs)
+
+
+def describe(options: dict[str, Any]) -> str:
+    """Return the name of a choice in the picture."""
+    if options["method"] == "full":
+        return "full fine-tuning"
+    layers = {"all-linear": "all linear layers", ATTENTION: "attention", MLP: "MLP"}
+    where = layers[options["target_modules"]]
+    return f"LoRA, {where}:\nr = {options['r']}, alpha {options['lora_alpha']}"
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, shades
 from lesson.experiments.changes import tuned
-from lesson.experiments.common import Trainer, band, experiment, panels
+from lesson.experiments.common import Trainer, band, experiment, panels, seeds
 from lesson.figures import RANDOM, name_line
+
+RUN = "LoRA: c_attn, rank 8, lr 8e-3. Full: lr 1e-3. 60 steps of 4 windows of 128 tokens."
 
 SVDs = dict[str, Any]  # name of a matrix -> U, S and Vh of the change
 
@@ -32,7 +34,7 @@ SHARES = {
     "c_attn: full": ("c_attn", "full", FULL, "-"),
     "mlp.c_proj: full": ("mlp.c_proj", "full", shades(FULL, 2)[1], "-"),
     "c_attn: random": ("c_attn", "random", RANDOM, ":"),
-    "mlp.c_proj: random": ("mlp.c_proj", "random", RANDOM, ":"),
+    "mlp.c_proj: random": ("mlp.c_proj", "random", RANDOM, "-."),
 }
 
 # The curves of similarity.png: two changes, their directions, and the line style.
@@ -131,18 +133,19 @@ def similar_directions(svds: dict[str, list[SVDs]]) -> dict[str, list]:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw the shares and the cuts."""
+    count = len(data["c_attn: LoRA"])
     figure, (left, right) = panels(
         "The change that fine-tuning makes: is its rank low? (mini)",
+        f"{RUN} Lines: means of {seeds(count)}, and over the blocks.",
         "share of the squared norm in\nthe first k singular values",
         "perplexity of full fine-tuning,\nits change cut to rank k",
     )
     for label, (_, _, colour, line) in SHARES.items():
         y = torch.tensor(data[label])  # (runs, k)
-        band(left, range(1, y.size(1) + 1), y, colour, line=line)
-    name_line(left, "LoRA,\nc_attn", (8, 1), LORA, (-2, -16))
-    name_line(left, "full, c_attn", (6, 0.5), FULL, (-2, 6), "right")
-    name_line(left, "full,\nmlp.c_proj", (20, 0.68), SHARES["mlp.c_proj: full"][2], (2, -24))
-    name_line(left, "random\nmatrices", (48, 0.36), RANDOM, (6, -14))
+        band(left, range(1, y.size(1) + 1), y, colour, label, line)
+    left.legend(loc="upper left", ncols=2)
+    left.set_ylim(-0.05, 1.5)
+    draw_at(left.yaxis, (0, 0.2, 0.4, 0.6, 0.8, 1))
 
     shown = RANKS[1:-1]  # the first rank cuts nothing, and the last removes the whole change
     y = torch.tensor(list(data["cut"].values())).T  # (runs, ranks)
@@ -164,23 +167,20 @@ def draw_similarity(data: dict[str, Any]) -> Any:
     """Draw the similarity of two runs in the directions that a change reads and writes."""
     figure, (inputs, outputs) = panels(
         "Does another seed find the same change of c_attn? (mini)",
+        f"{RUN} Bands: pairs of seeds.",
         "similarity of the first k directions\nof the input, which a change reads",
-        "and of the output,\nwhich it writes",
+        "similarity of the first k directions\nof the output, which it writes",
     )
     panel = {"inputs": inputs, "outputs": outputs}
     for label, (_, _, side, colour, line) in PAIRS.items():
         y = torch.tensor(data[label])[:, :LORA_RANK]  # (pairs of runs, k)
-        band(panel[side], range(1, LORA_RANK + 1), y, colour, line=line)
-    name_line(inputs, "full and full", (4, 0.95), FULL)
-    name_line(inputs, "LoRA and full", (5, 0.17), LORA)
-    name_line(inputs, "LoRA and LoRA", (1.1, 0.28), LORA)
-    name_line(inputs, "random", (8, 0.035), RANDOM, (0, -9), "right")
-    name_line(outputs, "LoRA and LoRA", (3, 0.5), LORA)
-    name_line(outputs, "LoRA and full", (3, 0.28), LORA)
+        band(panel[side], range(1, LORA_RANK + 1), y, colour, label.partition(",")[0], line)
     for axis in (inputs, outputs):
         axis.axhline(1, color=INK, linewidth=0.8)
-        axis.set(xlabel="k", xlim=(0.8, LORA_RANK + 0.2), ylim=(-0.08, 1.03))
-    name_line(outputs, "1: the same directions", (1, 1), INK, (0, -8))
+        axis.set(xlabel="k", xlim=(0.8, LORA_RANK + 0.2), ylim=(-0.05, 1.5))
+        draw_at(axis.yaxis, (0, 0.2, 0.4, 0.6, 0.8, 1))
+        axis.legend(loc="upper left", ncols=2)
+        name_line(axis, "1: the same directions", (1, 1), INK, (0, 8))
     return figure
 
 

@@ -20,6 +20,7 @@ from lesson.experiments.common import (
     asked_options,
     experiment,
     panels,
+    seeds,
     settings,
     spread,
     trainer,
@@ -231,6 +232,7 @@ def scored(runs: Runs, score: Callable[[Any], float] = at_the_end) -> dict[float
 def compare(
     name: str,
     title: str,
+    caption: str,
     choices: dict[str, Choice],
     description: str | None,
     argv: Sequence[str] | None,
@@ -249,12 +251,14 @@ def compare(
             data[label] = runs
         return data
 
-    return experiment(name, measure, partial(draw, title), description, argv)
+    return experiment(name, measure, partial(draw, title, caption), description, argv)
 
 
-def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
+def draw(title: str, caption: str, data: dict[str, dict[str, list[float]]]) -> Any:
     """Draw a bar for each choice at the best rate, from the least perplexity to the greatest."""
-    figure, (axis,) = panels(title)
+    most = max(len(found) for runs in data.values() for found in runs.values())
+    caption += f" Dot and bar: mean and range of {seeds(most)}. Grey: the first row's range."
+    figure, (axis,) = panels(title, caption)
     for row, (label, runs) in enumerate(data.items()):
         rate = best_rate(runs)
         found = runs[rate]
@@ -265,8 +269,11 @@ def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
         colour = FULL if label.startswith("full") else LORA
         axis.plot(ends, (label, label), color=colour, linewidth=5, solid_capstyle="butt")
         axis.plot(middle, label, "ko", markersize=4)
+        words = f"lr {scientific(float(rate))}"
+        if len(found) < most:
+            words += f", {seeds(len(found))}"
         axis.annotate(
-            f"{middle:.1f} (lr {scientific(float(rate))})",
+            f"{middle:.1f} ({words})",
             (middle, label),
             xytext=(0, 7),
             textcoords="offset points",
@@ -274,7 +281,7 @@ def draw(title: str, data: dict[str, dict[str, list[float]]]) -> Any:
             fontsize=9,
         )
     axis.set(
-        xlabel="perplexity at the best lr: mean, min and max of seeds (grey: first row's)",
+        xlabel="validation perplexity at the best learning rate (lr)",
         ylim=(len(data) - 0.5, -0.7),
         xmargin=0.12,
     )

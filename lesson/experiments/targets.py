@@ -27,8 +27,12 @@ def main(argv: Sequence[str] | None = None) -> dict:
     for names, r in RANKS.items():
         options = {"r": r, "lora_alpha": 16, "target_modules": names}
         choices[f"{', '.join(names)}: r = {r}"] = (GUESS, options)
-    title = "Which layers? 122,880 parameters each (mini)"
-    return compare("targets", title, choices, __doc__, argv)
+    title = "LoRA on which layers of a block? (mini, 122,880 trained parameters in each row)"
+    caption = (
+        "Alpha 16, 60 steps of 4 windows of 128 tokens. c_proj: both attn.c_proj and mlp.c_proj, "
+        "so the last row adapts all four layers."
+    )
+    return compare("targets", title, caption, choices, __doc__, argv)
 
 
 if __name__ == "__main__":

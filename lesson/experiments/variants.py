@@ -25,8 +25,12 @@ SIZE = {"r": 8, "lora_alpha": 16, "target_modules": ALL}
 
 def main(argv: Sequence[str] | None = None) -> dict:
     choices = {label: (guess, SIZE | options) for label, (guess, options) in CHOICES.items()}
-    title = "Variants of LoRA (mini, all four layers, r = 8)"
-    return compare("variants", title, choices, __doc__, argv)
+    title = "Which variant of LoRA? (mini, all four layers of a block, r = 8, alpha 16)"
+    caption = (
+        "60 steps of 4 windows of 128 tokens. The rate of LoRA+ is the rate of A, and the rate of "
+        "B is 16 times as high."
+    )
+    return compare("variants", title, caption, choices, __doc__, argv)
 
 
 if __name__ == "__main__":
