@@ -16,7 +16,7 @@ from typing import Any
 
 from common.figures import FULL, INK, LORA, draw_at, shades
 from lesson.experiments.changes import LAYERS, TOP, load_base, taken_apart
-from lesson.experiments.common import experiment, panels, seeds
+from lesson.experiments.common import describe_seeds, experiment, panels
 from lesson.experiments.intruders import RUNS, run_name
 from lesson.experiments.sweep import finetune
 from lesson.figures import name_line
@@ -71,7 +71,7 @@ def draw(data: dict[str, Any]) -> Any:
     caption = (
         "Size: Frobenius norm over all blocks. There: in the directions of the change (full "
         f"fine-tuning: its {TOP} largest). LoRA has rank r on all four layers of a block, and "
-        f"alpha 16. 60 steps of 4 windows of 128 tokens, means of {seeds(count)}."
+        f"alpha 16. 60 steps of 4 windows of 128 tokens, means of {describe_seeds(count)}."
     )
     whole = "Which directions of a weight W does its change amplify? (mini)"
     figure, axes = panels(whole, caption, *titles.values(), height=5)

@@ -224,7 +224,7 @@ def add_texts(figure: Any, whole: str, caption: str) -> None:
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST_TEXT)
 
 
-def seeds(count: int) -> str:
+def describe_seeds(count: int) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
 

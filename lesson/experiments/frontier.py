@@ -13,7 +13,14 @@ from statistics import mean
 from typing import Any
 
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import SHORT, Trainer, experiment, panels, seeds, train_options
+from lesson.experiments.common import (
+    SHORT,
+    Trainer,
+    describe_seeds,
+    experiment,
+    panels,
+    train_options,
+)
 from lesson.experiments.recipes import stored
 from training.options import BEST, BOOK, ROOT
 
@@ -77,7 +84,7 @@ def draw(data: dict[str, Any]) -> Any:
         "Dot: a batch (1 to 16 windows of 128 tokens per step) and a number of epochs (1 to 6). "
         "Line: the dots with a lower perplexity than all faster dots. LoRA is on all four layers "
         "of a block, at the rate of --recipe best, and full fine-tuning is at a tenth of that "
-        f"rate. fp32, {seeds(count)}. Both panels span a factor of {SPAN} in perplexity."
+        f"rate. fp32, {describe_seeds(count)}. Both panels span a factor of {SPAN} in perplexity."
     )
     titles = (f"validation perplexity: the {text} (log)" for text in data)
     whole = "Which perplexity for which time? (mini)"

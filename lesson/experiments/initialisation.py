@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from common.figures import BASE, INK, LORA, OTHER, draw_at, scientific, shades
-from lesson.experiments.common import band, experiment, gradient, mean_loss, panels, seeds, trainer
+from lesson.experiments.common import (
+    band,
+    describe_seeds,
+    experiment,
+    gradient,
+    mean_loss,
+    panels,
+    trainer,
+)
 from lora.inject import adapter_disabled
 
 # name: which of A and B are random, and the colour
@@ -88,7 +96,7 @@ def draw(data: dict[str, Any]) -> Any:
     steps = data["steps"]
     caption = (
         f"LoRA on c_attn at rank 8, AdamW at lr {scientific(LR)}, 4 windows of 128 tokens per "
-        f"step. Lines and bands: means and ranges of {seeds(data['seeds'])}."
+        f"step. Lines and bands: means and ranges of {describe_seeds(data['seeds'])}."
     )
     title = f"Four starts of A and B, before each of the first {steps} steps (mini)"
     figure, axes = panels(title, caption, *TITLES.values(), stacked=True, height=7)

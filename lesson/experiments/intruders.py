@@ -17,7 +17,7 @@ import numpy as np
 from adapters.inspect import INTRUDER, TOP
 from common.figures import FULL, INK, LORA, OTHER, scientific
 from lesson.experiments.changes import taken_apart
-from lesson.experiments.common import experiment, panels, seeds
+from lesson.experiments.common import describe_seeds, experiment, panels
 from lesson.experiments.sweep import ALL, finetune
 from lesson.figures import name_line
 
@@ -93,7 +93,7 @@ def draw(data: dict[str, Any]) -> Any:
         f"Intruder: one of the {TOP} largest singular vectors of a changed weight, with a cosine "
         f"below {INTRUDER} to each singular vector of the base's weight. LoRA has rank r on all "
         "four layers of a block, except in the first row, and alpha 16. 60 steps of 4 windows of "
-        f"128 tokens. Left: mean and range of {seeds(count)}. Right: means."
+        f"128 tokens. Left: mean and range of {describe_seeds(count)}. Right: means."
     )
     figure, (left, right) = panels(
         "Intruder dimensions, and what it costs to scale them down (mini)",

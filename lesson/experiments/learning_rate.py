@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, scientific
-from lesson.experiments.common import Trainer, band, experiment, panels, seeds, trainer
+from lesson.experiments.common import Trainer, band, describe_seeds, experiment, panels, trainer
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import finetune, perplexity, train
 from lesson.figures import name_line
@@ -39,8 +39,8 @@ def draw(data: dict[str, Any]) -> Any:
     """Draw perplexity by learning rate, and forgetting against perplexity."""
     count = len(next(iter(data["lora"].values())))
     caption = (
-        f"Means of {seeds(count)} (band: range), 60 steps of 4 windows of 128 tokens. Forgetting: "
-        "on 16 texts that the base wrote."
+        f"Means of {describe_seeds(count)} (band: range), 60 steps of 4 windows of 128 tokens. "
+        "Forgetting: on 16 texts that the base wrote."
     )
     figure, (left, right) = panels(
         "Learning and forgetting, by peak learning rate (mini)",

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from common.figures import BASE, INK, LORA, OTHER, PAGE_WIDTH, draw_at, new_figure, shades
-from lesson.experiments.common import Trainer, add_texts, experiment, seeds, spread, trainer
+from lesson.experiments.common import (
+    Trainer,
+    add_texts,
+    describe_seeds,
+    experiment,
+    spread,
+    trainer,
+)
 from lesson.experiments.sweep import train
 from lesson.figures import name_line
 from lora import lora_layers, merge, quantise, unwrap
@@ -139,7 +146,7 @@ def draw(data: dict[str, Any]) -> Any:
     caption = (
         "The linear layers of all blocks. Error: mean over the layers. LoRA: rank 8 on these "
         "layers, lr 4e-3, 60 steps of 4 windows of 128 tokens, "
-        f"{seeds(len(data['losses']['fp32']))}."
+        f"{describe_seeds(len(data['losses']['fp32']))}."
     )
     add_texts(figure, "Four bits for each frozen weight (mini)", caption)
     axes = figure.subplot_mosaic([["levels", "levels"], ["errors", "losses"]])

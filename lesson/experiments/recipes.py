@@ -23,8 +23,8 @@ from lesson.experiments.common import (
     SHORT,
     Trainer,
     add_texts,
+    describe_seeds,
     experiment,
-    seeds,
     train_options,
     trainer,
 )
@@ -130,7 +130,7 @@ def draw(data: dict[str, Any]) -> Any:
         "reference adapts c_attn at lr 3e-4. best adapts all four layers of a block, and its rate "
         "depends on the length of the run. Both have rank 8 and alpha 16. An option in a row "
         "replaces these values. Windows of 128 tokens, three epochs, fp32, means of "
-        f"{seeds(count)}."
+        f"{describe_seeds(count)}."
     )
     add_texts(figure, "The recipes best and reference, by adapter and by text (mini)", caption)
     draw_rows(above, {label: data[label] for label in book})

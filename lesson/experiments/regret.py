@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import band, experiment, panels, seeds
+from lesson.experiments.common import band, describe_seeds, experiment, panels
 from lesson.experiments.sweep import (
     ALL,
     Runs,
@@ -95,7 +95,7 @@ def gaps(lora: dict[str, Any], full: dict[str, Any]) -> Tensor:
 def draw(data: dict[str, Any]) -> Any:
     """Draw LoRA's gap to full fine-tuning by batch and by share, and the training loss by share."""
     validation, training = (
-        seeds(len(at_best_rates(pick(data["by share"]["full"], measured))))
+        describe_seeds(len(at_best_rates(pick(data["by share"]["full"], measured))))
         for measured in ("validation", "training")
     )
     caption = (

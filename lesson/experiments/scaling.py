@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import experiment, panels, seeds
+from lesson.experiments.common import describe_seeds, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
 
 FIXED: dict[str, Any] = {"lora_alpha": 16}
@@ -70,8 +70,8 @@ def draw(data: dict[str, Any]) -> Any:
     caption = (
         "LoRA of rank r is on all four layers of a block, and B A is multiplied by s. 60 steps of "
         "4 windows of 128 tokens. Circle: the best rate. There and beside it: means of "
-        f"{seeds(len(best))}. Elsewhere: one seed. Lines that leave a panel go to a higher "
-        "perplexity."
+        f"{describe_seeds(len(best))}. Elsewhere: one seed. Lines that leave a panel go to a "
+        "higher perplexity."
     )
     title = "The perplexity by learning rate, for three ranks and three rules for alpha (mini)"
     figure, axes = panels(title, caption, *RULES, height=4.7)

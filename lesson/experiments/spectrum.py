@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, shades
 from lesson.experiments.changes import tuned
-from lesson.experiments.common import Trainer, band, experiment, panels, seeds
+from lesson.experiments.common import Trainer, band, describe_seeds, experiment, panels
 from lesson.figures import RANDOM, name_line
 
 RUN = "LoRA: c_attn, rank 8, lr 8e-3. Full: lr 1e-3. 60 steps of 4 windows of 128 tokens."
@@ -136,7 +136,7 @@ def draw(data: dict[str, Any]) -> Any:
     count = len(data["c_attn: LoRA"])
     figure, (left, right) = panels(
         "The change that fine-tuning makes: is its rank low? (mini)",
-        f"{RUN} Lines: means of {seeds(count)}, and over the blocks.",
+        f"{RUN} Lines: means of {describe_seeds(count)}, and over the blocks.",
         "share of the squared norm in\nthe first k singular values",
         "perplexity of full fine-tuning,\nits change cut to rank k",
     )

@@ -18,9 +18,9 @@ from common.files import file_sha256
 from lesson.experiments.common import (
     Trainer,
     asked_options,
+    describe_seeds,
     experiment,
     panels,
-    seeds,
     settings,
     spread,
     trainer,
@@ -257,7 +257,9 @@ def compare(
 def draw(title: str, caption: str, data: dict[str, dict[str, list[float]]]) -> Any:
     """Draw a bar for each choice at the best rate, from the least perplexity to the greatest."""
     most = max(len(found) for runs in data.values() for found in runs.values())
-    caption += f" Dot and bar: mean and range of {seeds(most)}. Grey: the first row's range."
+    caption += (
+        f" Dot and bar: mean and range of {describe_seeds(most)}. Grey: the first row's range."
+    )
     figure, (axis,) = panels(title, caption)
     for row, (label, runs) in enumerate(data.items()):
         rate = best_rate(runs)
@@ -271,7 +273,7 @@ def draw(title: str, caption: str, data: dict[str, dict[str, list[float]]]) -> A
         axis.plot(middle, label, "ko", markersize=4)
         words = f"lr {scientific(float(rate))}"
         if len(found) < most:
-            words += f", {seeds(len(found))}"
+            words += f", {describe_seeds(len(found))}"
         axis.annotate(
             f"{middle:.1f} ({words})",
             (middle, label),
