@@ -1,7 +1,7 @@
 """Which method, each at its best rate? `python -m lesson.experiments.methods`
 
 Varied: the trained weights. These are all weights, the weights of c_attn, c_proj and c_fc, or LoRA
-of rank 8 on these layers or on c_attn.
+of rank 8 on these layers.
 Fixed: mini, the default book, no dropout, and the size of `--recipe best`: three epochs of batches
 of 2 windows of 128 tokens without overlap.
 Measured: the least perplexity after an epoch, with three seeds at the best rate and the two rates
@@ -31,7 +31,6 @@ def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
 
 # What is trained: the method, the first rate to try, the measure, and LoRA's options.
 METHODS: dict[str, tuple[str, float, Callable[[Trainer], Any], dict[str, Any]]] = {
-    "LoRA, c_attn": ("lora", 8e-3, learned, {}),
     "LoRA, all four layers of a block": ("lora", 4e-3, learned, {"target_modules": ALL}),
     "the four layers' weights alone": ("full", 5e-4, learned_by_the_layers_alone, {}),
     "full: all weights": ("full", 5e-4, learned, {}),
