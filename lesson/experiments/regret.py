@@ -3,8 +3,8 @@
 Varied: the method and LoRA's rank. At a fixed number of windows, the batch and the number of steps
 vary. At a fixed number of steps, the share of the book and the number of passes vary.
 Fixed: mini, LoRA on all four layers, alpha 16, 240 windows of 128 tokens.
-Measured: the best of three validation perplexities, and the training loss over the last third. The
-rate is tuned separately for either measure: with three seeds, and with seed 0 for the loss.
+Measured: the best of three validation perplexities, at the best rate, and the training loss over
+the last third, which is the lowest at this rate and the two rates beside it. All have three seeds.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def by_batch(args: argparse.Namespace) -> dict[str, dict[int, Runs]]:
 
 
 def by_share(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Runs]]]:
-    """Return results by method, stride and rate, tuned for either measure."""
+    """Return results by method, stride, measure and rate."""
     data: dict[str, dict[int, dict[str, Runs]]] = {}
     for name, (method, options) in METHODS.items():
         data[name] = {}
@@ -66,14 +66,11 @@ def by_share(args: argparse.Namespace) -> dict[str, dict[int, dict[str, Runs]]]:
             if method == "full":
                 guess = full_guess
             size: dict[str, Any] = {"batch_size": 1, "max_steps": 240, "stride": stride}
-            found = {}
-            for label, score, seeds in (
-                ("validation", at_best, args.seeds),
-                ("training", training_loss, args.seeds[:1]),
-            ):
-                runs = tune(method, guess, seeds, args.short, score=score, **size, **options)
-                found[label] = scored(runs, score)
-            data[name][stride] = found
+            runs = tune(method, guess, args.seeds, args.short, score=at_best, **size, **options)
+            data[name][stride] = {
+                "validation": scored(runs, at_best),
+                "training": scored(runs, training_loss),
+            }
     return data
 
 
@@ -139,7 +136,7 @@ def draw(data: dict[str, Any]) -> Any:
 
 
 def pick(shares: dict[str, Any], measured: str) -> dict[str, Any]:
-    """Return the runs of each share that were tuned for this measure."""
+    """Return this measure of the runs of each share."""
     return {stride: found[measured] for stride, found in shares.items()}
 
 
