@@ -91,14 +91,11 @@ def gaps(lora: dict[str, Any], full: dict[str, Any]) -> Tensor:
 
 def draw(data: dict[str, Any]) -> Any:
     """Draw LoRA's gap to full fine-tuning by batch and by share, and the training loss by share."""
-    validation, training = (
-        describe_seeds(len(at_best_rates(pick(data["by share"]["full"], measured))))
-        for measured in ("validation", "training")
-    )
+    seeds = len(at_best_rates(data["by batch"]["full"]))
     caption = (
         "Gap: the validation loss of LoRA minus the loss of full fine-tuning, in nats per token. "
         "LoRA is on all four layers of a block, with alpha 16. Windows of 128 tokens. Lines and "
-        f"bands: means and ranges of {validation} (right panel: {training})."
+        f"bands: means and ranges of {describe_seeds(seeds)}."
     )
     figure, (left, middle, right) = panels(
         "LoRA beside full fine-tuning, each at its best rate (mini)",
