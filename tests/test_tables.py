@@ -42,8 +42,6 @@ MEASURED = {
     "lora-in-depth#A first step of AdamW": rows_of.first_step,
     "qlora#A step": rows_of.quantised_memory,
     "qlora#A step/2": rows_of.quantised,
-    "qlora#What it costs": rows_of.quantised,
-    "qlora#Merging": rows_of.quantised,
     "real-weights#What comes out": rows_of.other_model,
     "reference-run#The reference run, and why its perplexities are so low": rows_of.reference_runs,
     "speed#One race": rows_of.race,
@@ -51,7 +49,6 @@ MEASURED = {
 }
 # Numbers that follow from formulas or from the code
 COUNTED = {
-    "howto#How large are the four GPT-2s?": "parameters of the models",
     "lora#The layer": "sizes of matrices",
     "qlora#A model of your own": "bytes of a model, by formula",
     "solutions#13. What an outlier costs": "tests/test_exercises.py computes it",
@@ -75,10 +72,6 @@ FACTS = {
 }
 # Measured, but no file is stored yet
 WAITING = {
-    "classification#Who says it?",
-    "howto#How do I teach a second book without forgetting the first?",
-    "next#Preferences: DPO",
-    "qlora#Memory",
     "solutions#12. The rank where LoRA meets full fine-tuning",
 }
 
