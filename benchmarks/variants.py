@@ -47,11 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # also warms up
     steps = {name: partial(ours.step, trainer, batch) for name, trainer in trainers.items()}
     ratios = in_turn(steps, args.rounds)
-    results = {name: {"ratios": ratios[name], "kept_mb": kept[name] / 1e6} for name in trainers}
     print_table(
         ("", "its step / plain's", "MB kept for the backward pass"),
-        [(name, spread(r["ratios"]), f"{r['kept_mb']:.1f}") for name, r in results.items()],
+        [(name, spread(ratios[name]), f"{kept[name] / 1e6:.1f}") for name in trainers],
     )
+    results = {name: {"ratios": ratios[name], "kept_mb": kept[name] / 1e6} for name in trainers}
     command = f"python -m benchmarks.variants --rounds {args.rounds}"
     write_json(result_file("variants"), {**about(command), "results": results})
 

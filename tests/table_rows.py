@@ -318,7 +318,7 @@ def ratios(over, under):
 
 
 def reference_runs():
-    for name in ("pseudo-latin", "three-passes", "next-token"):
+    for name in ("pseudo-latin", "three-passes", "next-token", "english"):
         found = benchmark(f"reference-{name}")["here"]
         measured = [
             found[m][loss]["perplexity"] for loss in ("reference", "next_token") for m in found
