@@ -121,7 +121,7 @@ def draw(data: dict[str, Any]) -> Any:
     others = [label for label, options in CONFIGURATIONS.items() if {"book", "data"} & set(options)]
     book = [label for label in CONFIGURATIONS if label not in others]
     heights = (len(book), len(others) + 1)
-    figure, (above, below) = subplots(2, figsize=(PAGE_WIDTH, 7.8), height_ratios=heights)
+    figure, (above, below) = subplots(2, figsize=(PAGE_WIDTH, 6.8), height_ratios=heights)
     count = len(data["LoRA"][BEST])
     caption = (
         "reference adapts c_attn at lr 3e-4. best adapts all four layers of a block, and its rate "
