@@ -5,8 +5,8 @@ of rank 8 on these layers.
 Fixed: mini, the default book, no dropout, and the size of `--recipe best`: three epochs of batches
 of 2 windows of 128 tokens without overlap.
 Measured: the least perplexity after an epoch, with seed 0 at the best rate and the two rates beside
-it, and with three seeds at the best rate. Also measured: three commands with their default settings,
-in fp32.
+it, and with three seeds at the best rate. Also measured: three commands with default settings, in
+fp32.
 """
 
 import argparse
