@@ -79,7 +79,7 @@ def draw(data: dict[str, Any]) -> Any:
     """Draw the frontier of each method, and ring the choice of `--recipe best`. Both panels show
     the same factor between the lowest and the highest perplexity.
     """
-    count = len(data["book"]["full"][CHOSEN])
+    count = len(next(iter(data["book"]["full"].values())))
     caption = (
         "Dot: a batch (1 to 16 windows of 128 tokens per step) and a number of epochs (1 to 6). "
         "Line: the dots with a lower perplexity than all faster dots. LoRA is on all four layers "

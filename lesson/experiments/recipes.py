@@ -122,7 +122,7 @@ def draw(data: dict[str, Any]) -> Any:
     book = [label for label in CONFIGURATIONS if label not in others]
     heights = (len(book), len(others) + 1)
     figure, (above, below) = subplots(2, figsize=(PAGE_WIDTH, 6.8), height_ratios=heights)
-    count = len(data["LoRA"][BEST])
+    count = len(next(iter(data.values()))[BEST])
     caption = (
         "reference adapts c_attn at lr 3e-4. best adapts all four layers of a block, and its rate "
         "depends on the length of the run. Both have rank 8 and alpha 16. An option in a row "
