@@ -13,7 +13,7 @@ from lora.load import load_adapter_config
 from storage.hf_compat import portable_name
 from training.options import BEST, LORA_FIELDS, Options, Settings, adapter_config
 
-RATES = (5e-4, 8e-3)  # the smallest and the largest of the measured best learning rates
+RATES = (5e-4, 8e-3)  # about the smallest and the largest of the measured best learning rates
 # The best rate of a variant, divided by plain LoRA's best rate, at rank 8 (docs/experiments.md)
 PISSA = 1 / 4
 LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
