@@ -7,7 +7,7 @@ lists. A dict of lists has the first cells of rows as keys.
 import json
 import math
 import re
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
@@ -143,6 +143,11 @@ def methods():
         yield [*map(float, runs), *flat(runs)]
 
 
+def regularisation():
+    for label, found in stored("regularisation").items():
+        yield [*map(float, numbers(label)), *stats(found)]
+
+
 def targets():
     return by_label(stored("targets"))
 
@@ -238,8 +243,8 @@ def first_step():
 
 
 def choices():
-    names = ("LoRA, all four layers of a block", "LoRA, c_attn")
-    yield [mean(best(stored("methods")[name])[1]) for name in names]
+    names = ("c_attn, c_proj, c_fc: r = 5", "c_attn: r = 20")
+    yield [mean(best(stored("targets")[name])[1]) for name in names]
     fixed, growing, *_ = stored("scaling").values()
     yield [
         x for r, runs in fixed.items() for x in (mean(best(runs)[1]), int(r), mean(best(runs)[1]))
@@ -277,17 +282,10 @@ def quantised_memory():
 
 
 def other_model():
-    data = stored("other_model")
-    runs = [
-        {lr: [min(seed["trained"]) for seed in seeds] for lr, seeds in found.items()}
-        for found in data.values()
-    ]
-    yield [next(iter(found.values()))[0]["base"] for found in data.values()]
-    yield [x for found in runs for x in (best(found)[0], *stats(best(found)[1]))]
-    for one in runs:
-        for other in runs:
-            pairs = product(one.items(), other.items())
-            yield from ([float(x), a[0], float(y), b[0]] for (x, a), (y, b) in pairs)
+    for rates in stored("other_model").values():
+        yield [next(iter(rates.values()))[0]["base"]]
+        for lr, seeds in rates.items():
+            yield [float(lr), *stats([min(seed["trained"]) for seed in seeds])]
 
 
 def bytes_counted():

@@ -29,6 +29,7 @@ MEASURED = {
     "experiments#The rate, by steps and passes": rows_of.rates,
     "experiments#The recipe": rows_of.frontier,
     "experiments#The recipe beside the reference": rows_of.recipes,
+    "experiments#Dropout and weight decay": rows_of.regularisation,
     "experiments#The targets": rows_of.targets,
     "experiments#The variants": rows_of.variants,
     "experiments#Each method at its best rate": rows_of.methods,
