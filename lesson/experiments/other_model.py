@@ -1,7 +1,7 @@
 """Rates on SmolLM2-135M-Instruct: `python -m lesson.experiments.other_model`
 
-Varied: on conversations, the peak learning rate of `make example` (half, once and twice the
-default). On the book, the format of the base: fp32 or NF4.
+Varied: the peak learning rate of `make example` (half, once and twice the default) on conversations
+and on the book. On the book also the format of the base: fp32 or NF4.
 Fixed: 40 steps of 8 windows of 128 tokens or 8 conversations, LoRA of rank 8 and alpha 16 on all
 linear layers, dropout 0.05, and the precision that the command chooses on this CPU.
 Measured: the perplexity on the validation part before training and after every 10 steps, the
@@ -27,7 +27,7 @@ from lesson.experiments.sweep import best_rate, search
 from training.options import ROOT
 
 MODEL: str | None = None  # SmolLM2
-TASKS = {"book": (), "conversations": ("--data", "data/instructions.jsonl")}
+TASKS = {"conversations": ("--data", "data/instructions.jsonl"), "book": ()}
 
 
 def finetune(words: Sequence[str], sampled: bool) -> dict[str, Any]:
@@ -92,10 +92,9 @@ def rates(task: str, seeds: Sequence[int], short: bool) -> dict[float, list[dict
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Return the results by choice and rate."""
-    data: dict[str, Any] = {"conversations": rates("conversations", args.seeds, args.short)}
-    for label, options in (("book", ()), ("book, NF4", ("--quantise", "nf4"))):
-        found = run("book", *options, short=args.short, sampled=not options)
-        data[label] = {found["lr"]: [found]}
+    data: dict[str, Any] = {task: rates(task, args.seeds, args.short) for task in TASKS}
+    quantised = run("book", "--quantise", "nf4", short=args.short)
+    data["book, NF4"] = {quantised["lr"]: [quantised]}
     return data
 
 
