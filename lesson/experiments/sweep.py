@@ -138,11 +138,11 @@ def finetune(
 
     By default, a run has 60 steps of 4 windows of 128 tokens. A stored result is returned at once.
     """
-    options = SIZE | options
+    options = {"precision": "fp32"} | SIZE | options
 
     def run(seed: int) -> Any:
         key = cell(asked_options(method, seed, short, options), measure, short)
-        return remembered(key, lambda: measure(trainer(method, seed, "fp32", short, **options)))
+        return remembered(key, lambda: measure(trainer(method, seed, short=short, **options)))
 
     return [run(seed) for seed in seeds]
 
