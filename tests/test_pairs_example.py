@@ -82,7 +82,7 @@ def test_the_advice_has_the_votes_for_a_power_of_four_in_five():
 
 
 def power(n, share):
-    """Return the probability that n votes, of which `share` are wins, give p < 0.05."""
+    """Return the probability of p < 0.05 in n votes, each a win with probability `share`."""
     return sum(
         comb(n, k) * share**k * (1 - share) ** (n - k)
         for k in range(n + 1)

@@ -24,7 +24,7 @@ from lesson.experiments.sweep import (
     finetune,
     learned,
     scored,
-    tune,
+    search_with_first_seed,
 )
 from training.options import BEST
 
@@ -39,14 +39,12 @@ def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
     return learned(made)
 
 
-# What is trained: the method, the first rate to try, the measure, and LoRA's options.
+# The trained weights: the method, the first rate to try, the measure, and LoRA's options.
 METHODS: dict[str, tuple[str, float, Callable[[Trainer], Any], dict[str, Any]]] = {
     "LoRA, all four layers of a block": ("lora", 4e-3, learned, {"target_modules": ALL}),
     "the four layers' weights alone": ("full", 5e-4, learned_by_the_layers_alone, {}),
     "full: all weights": ("full", 5e-4, learned, {}),
 }
-
-
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "make train-lora": ("lora", {}),
     "make train-full": ("full", {}),
@@ -63,17 +61,30 @@ def command_run(method: str, options: dict[str, Any], args: argparse.Namespace) 
     return {Trainer(chosen).options.lr: [stored(chosen, args.short)["perplexity"]]}
 
 
+def method_runs(
+    method: str,
+    guess: float,
+    how: Callable[[Trainer], Any],
+    options: dict[str, Any],
+    args: argparse.Namespace,
+) -> Runs:
+    """Return the perplexities by rate, with every seed at the best rate."""
+
+    def run(lr: float, seeds: Sequence[int]) -> list[Any]:
+        return finetune(method, seeds, args.short, how, lr=lr, **SIZE, **options)
+
+    return scored(search_with_first_seed(run, guess, args.seeds, at_best, args.short), at_best)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Runs]:
-    """Return the perplexities by what is trained, or by command, and by rate."""
+    """Return the perplexities by command or trained weights, and by rate."""
     data = {}
     for command, (method, options) in COMMANDS.items():
         data[command] = command_run(method, options, args)
         print(f"{command}: {data[command]}", flush=True)
     for trained, (method, guess, how, options) in METHODS.items():
-        found = tune(method, guess, args.seeds[:1], args.short, how, at_best, **SIZE, **options)
-        best = best_rate(found, at_best)
-        found[best] = finetune(method, args.seeds, args.short, how, lr=best, **SIZE, **options)
-        runs = scored(found, at_best)
+        runs = method_runs(method, guess, how, options, args)
+        best = best_rate(runs)
         print(f"{trained}: {spread(runs[best])} at {best:g}", flush=True)
         data[trained] = runs
     return data

@@ -23,7 +23,7 @@ from lesson.examples import any_model
 from lesson.experiments import sweep
 from lesson.experiments.common import experiment, settings, spread
 from lesson.experiments.quantised_memory import apart
-from lesson.experiments.sweep import best_rate, search
+from lesson.experiments.sweep import best_rate, search_with_first_seed
 from training.options import ROOT
 
 MODEL: str | None = None  # SmolLM2
@@ -83,9 +83,8 @@ def rates(task: str, seeds: Sequence[int], short: bool) -> dict[float, list[dict
         options = ("--lr", f"{lr:g}")
         return [default if (lr, s) == (rate, 0) else run(task, *options, seed=s) for s in some]
 
-    found = search(at, rate, seeds[:1], score, short)
+    found = search_with_first_seed(at, rate, seeds, score, short)
     best = best_rate(found, score)
-    found[best] = at(best, seeds)
     print(f"{task}: {spread(list(map(score, found[best])))} at {best:g}, default {rate:g}")
     return found
 

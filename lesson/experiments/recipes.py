@@ -4,7 +4,7 @@ Varied: the recipe, and one option or the text. Where no option names the layers
 adapts c_attn, and best all four.
 Fixed: mini in fp32, and every other option of `train.py`. Of the book, a run trains on the first
 1,792 tokens (14 windows), and validates on the usual validation part. Another text ends after 9,000
-characters, of which the last third is the validation part. Of the examples, it is the last tenth.
+characters, and its last third is the validation part. Of the examples, it is the last tenth.
 Measured: the perplexity of the adapter that `train.py` saves, and the processor time of the steps,
 with three seeds.
 """

@@ -29,7 +29,7 @@ from lesson.examples.any_model import book, conversations, loss
 from lesson.examples.smollm2 import load
 from lesson.experiments import sweep
 from lesson.experiments.common import experiment, settings, spread
-from lesson.experiments.sweep import best_rate, scored, search
+from lesson.experiments.sweep import best_rate, scored, search_with_first_seed
 from lora import LoRAConfig, inject
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
@@ -217,9 +217,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     choices = list(CHOICES.items())
     for label, (guess, options) in choices[:2] if args.short else choices:
         choice = partial(run, options, args.short)
-        found = search(choice, guess, args.seeds[:1], at_full_change, args.short)
+        found = search_with_first_seed(choice, guess, args.seeds, at_full_change, args.short)
         best = best_rate(found, at_full_change)
-        found[best] = choice(best, args.seeds)
         print(
             f"{label}: {spread([at_full_change(r) for r in found[best]])} at {best:g}", flush=True
         )

@@ -213,6 +213,20 @@ def search(
     return dict(sorted(runs.items()))
 
 
+def search_with_first_seed(
+    run: Callable[[float, Sequence[int]], list[Any]],
+    guess: float,
+    seeds: Sequence[int],
+    score: Callable[[Any], float],
+    short: bool = False,
+) -> Runs:
+    """Search the best rate with the first seed, and run every seed at the best rate alone."""
+    runs = search(run, guess, seeds[:1], score, short)
+    best = best_rate(runs, score)
+    runs[best] = run(best, seeds)
+    return runs
+
+
 def best_rate(runs: dict[Rate, list[Any]], score: Callable[[Any], float] = float) -> Rate:
     """Return the rate with the least mean, among the rates with the most seeds."""
     most = max(len(found) for found in runs.values())
