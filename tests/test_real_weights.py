@@ -89,6 +89,22 @@ def test_the_code_on_the_page(family, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith(f"({trained}, {total})\n")
 
 
+def test_the_trainer_of_transformers_trains_only_a_and_b(tmp_path):
+    model = inject(small_llama(), LoRAConfig(target_modules="all-linear"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=3, save_strategy="no", report_to=[], use_cpu=True
+    )
+    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+    save_adapter(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(small_llama(), tmp_path).eval()
+    assert relative_difference(loaded(IDS).logits, model.eval()(IDS).logits) < 1e-6
+
+
 def test_the_program_with_four_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_llama().save_pretrained("base")

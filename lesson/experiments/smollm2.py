@@ -4,7 +4,7 @@ Varied: full fine-tuning or LoRA, LoRA's layers, rank and alpha, and the task.
 Fixed: fp32, 32 steps of 4 of 128 conversations or windows of 128 tokens, AdamW with weight decay
 0.01, 6 % warm-up, cosine, clipping at 1, no dropout. The rate is searched with seed 0.
 Measured: the perplexity on the validation part, the KL from the base on this part, and the KL from
-the base on 16 texts of 64 tokens that the base wrote. For two choices, these are also measured
+the base on 16 texts of 128 tokens that the base wrote. For two choices, these are also measured
 after a multiplication of the whole change by 0.7 and by 0.5.
 
 `make example` installs the weights. Results are kept in runs/experiments. A run with a known result
@@ -130,7 +130,7 @@ def scores(model: nn.Module, task: str, short: bool) -> dict[str, float]:
     base and on the validation part.
     """
     model.eval()
-    texts, base_log_p = base_texts(*(2, 4) if short else (16, 64))
+    texts, base_log_p = base_texts(*(2, 4) if short else (16, 128))
     log_p, tokens = on_task(model, task)
     loss = -log_p.gather(-1, tokens.unsqueeze(-1)).mean().item()
     return {
