@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ from lesson.experiments import (
     sweep,
     targets,
 )
-from lesson.experiments.common import SHORT, trainer
+from lesson.experiments.common import SHORT, as_command, trainer
 from lora.config import LoRAConfig
 from lora.inject import inject
 from lora.layer import LoRALinear
@@ -84,13 +84,14 @@ def test_an_experiment_that_cannot_be_saved_or_drawn_does_not_begin(tmp_path, ca
     file = tmp_path / "file"
     file.touch()
     for words, line in (
-        (["--out", str(file)], f"error: --out {file}: File exists"),
-        (["--seeds", "0"], "error: argument --seeds"),
+        (["--out", str(file)], f"--out {file}: File exists"),
+        (["--seeds", "0"], "argument --seeds"),
         (["--draw", "--out", str(tmp_path)], "targets.json is missing: run without --draw first"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            targets.main(words)
-        assert line in capsys.readouterr().err
+            as_command(partial(targets.main, words))
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and line in error and error.count("\n") == 1
 
 
 def test_alpha_is_the_learning_rate_of_b():

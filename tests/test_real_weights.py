@@ -7,7 +7,6 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import nn
 
 from lora import (
@@ -53,7 +52,7 @@ def snippet(text: str) -> str:
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_the_code_on_the_page(family, tmp_path, monkeypatch, capsys):
+def test_the_code_on_the_page(family, tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         **DECODER | {"vocab_size": 317}, bos_token_id=316, eos_token_id=316
@@ -80,13 +79,6 @@ def test_the_code_on_the_page(family, tmp_path, monkeypatch, capsys):
     assert torch.equal(stored, merged)
     load_adapter(base, "adapter")
     assert relative_difference(base(IDS).logits, expected) < 1e-6
-
-    (count,) = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "meta" in b]
-    exec(count, names)
-    stored = load_file("adapter/adapter_model.safetensors")
-    trained = sum(tensor.numel() for tensor in stored.values())
-    total = sum(p.numel() for p in base.parameters())  # with the loaded adapter
-    assert capsys.readouterr().out.endswith(f"({trained}, {total})\n")
 
 
 def test_the_trainer_of_transformers_trains_only_a_and_b(tmp_path):

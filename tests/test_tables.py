@@ -64,7 +64,6 @@ FACTS = {
     "findings#Findings": "a summary of the page's other tables",
     "howto#Which rank, alpha and rate?": "the rule in training/recipe.py",
     "measures#Where to find them": "fields of files",
-    "real-weights#Adapters of PEFT that are refused": "fields of PEFT",
     "real-weights#Which layers": "names of layers",
     "reliability#What is promised, and how it is kept": "promises",
     "scaling#On a GPU": "commands",
@@ -73,7 +72,7 @@ FACTS = {
     "variants#What goes together": "options",
 }
 # Measured before results recorded their machine
-OLDER = {"frontier", "smollm2", "step_time"}
+OLDER = {"smollm2"}
 
 
 def tables(page):

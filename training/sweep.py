@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("method", choices=DEFAULTS)
     parser.add_argument("--lr", type=float, nargs="+", metavar="X")
-    parser.add_argument("--r", type=int, nargs="+", metavar="N", help="processes (LoRA only)")
+    parser.add_argument("--r", type=int, nargs="+", metavar="N", help="ranks (LoRA only)")
     parser.add_argument("--seed", type=int, nargs="+", metavar="N")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "sweep", metavar="DIR")
     args, others = parser.parse_known_args(argv)

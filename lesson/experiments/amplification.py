@@ -16,7 +16,7 @@ from typing import Any
 
 from common.figures import FULL, INK, LORA, draw_at, shades
 from lesson.experiments.changes import LAYERS, TOP, load_base, taken_apart
-from lesson.experiments.common import describe_seeds, experiment, panels
+from lesson.experiments.common import as_command, describe_seeds, experiment, panels
 from lesson.experiments.intruders import RUNS, run_name
 from lesson.experiments.sweep import finetune
 from lesson.figures import name_line
@@ -99,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -9,14 +9,15 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from benchmarks.ours import Trainer
 from benchmarks.parity_report import machine
-from common.cli import number
+from common.cli import Parser, number
+from common.errors import run_command
 from common.figures import PAGE_WIDTH, SMALLEST_TEXT, save_figure, subplots
 from common.files import read_json
 from data.windows import Batch
@@ -38,9 +39,8 @@ def parse(
     `seeds` is a range: 0, 1, ... A short version uses only the first seed. With a name, `--draw`
     only draws the pictures from an existing NAME.json.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = description
     parser.add_argument("--short", action="store_true", help="a small version")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
     parser.add_argument("--seeds", type=number(int, 1), default=3, help="how many (%(default)s)")
@@ -163,6 +163,15 @@ def experiment(
         for picture, draw_it in {name: draw, **(more or {})}.items():
             save_figure(draw_it(saved), args.out / f"{picture}.png")
     return data
+
+
+def as_command(main: Callable[[], Any]) -> NoReturn:
+    """Run an experiment as a command: a known failure ends with one line."""
+
+    def command(_: Sequence[str] | None) -> None:
+        main()
+
+    run_command(command)
 
 
 def settings() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.figures import BASE, INK, LORA, PAGE_WIDTH, save_figure, subplots
-from lesson.experiments.common import parse
+from lesson.experiments.common import as_command, parse
 
 # All positions are in inches from the picture's lower left corner.
 # Boxes: left, bottom, width, height, colour, strength of the colour.
@@ -120,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lesson.experiments.common import experiment, gradient, trainer
+from lesson.experiments.common import as_command, experiment, gradient, trainer
 from lora.config import LoRAConfig
 from lora.inject import inject, lora_layers
 from lora.targets import find_targets
@@ -128,4 +128,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

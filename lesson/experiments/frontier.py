@@ -16,6 +16,7 @@ from common.figures import FULL, LORA, draw_at, shades
 from lesson.experiments.common import (
     SHORT,
     Trainer,
+    as_command,
     describe_seeds,
     experiment,
     panels,
@@ -107,9 +108,11 @@ def draw(data: dict[str, Any]) -> Any:
                 )
         lowest = 0.97 * axis.dataLim.ymin
         axis.set(xscale="log", yscale="log", xlabel="processor seconds of the steps (log)")
-        axis.set(xlim=(10, 140), ylim=(lowest, SPAN * lowest))
-        draw_at(axis.xaxis, (10, 20, 50, 100))
+        axis.set(ylim=(lowest, SPAN * lowest))
+        draw_at(axis.xaxis, (5, 10, 20, 50, 100, 200))
         draw_at(axis.yaxis, [p for p in range(20, 100, 2) if lowest < p < SPAN * lowest])
+    axes[0].sharex(axes[1])
+    axes[0].autoscale(axis="x")
     axes[1].legend()
     return figure
 
@@ -119,4 +122,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

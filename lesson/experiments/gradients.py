@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from common.figures import INK, LORA, draw_at, shades
-from lesson.experiments.common import experiment, gradient, mean_loss, panels, trainer
+from lesson.experiments.common import as_command, experiment, gradient, mean_loss, panels, trainer
 from lesson.figures import name_line
 
 # Powers of two. fp16 rounds values below ZERO to zero, stores values below NORMAL with fewer bits,
@@ -101,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.figures import BASE, INK, LORA, OTHER, draw_at, scientific, shades
 from lesson.experiments.common import (
+    as_command,
     band,
     describe_seeds,
     experiment,
@@ -139,4 +140,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

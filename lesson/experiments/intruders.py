@@ -17,7 +17,7 @@ import numpy as np
 from adapters.inspect import INTRUDER, TOP
 from common.figures import FULL, INK, LORA, OTHER, scientific
 from lesson.experiments.changes import taken_apart
-from lesson.experiments.common import describe_seeds, experiment, panels
+from lesson.experiments.common import as_command, describe_seeds, experiment, panels
 from lesson.experiments.sweep import ALL, finetune
 from lesson.figures import name_line
 
@@ -132,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, scientific
-from lesson.experiments.common import Trainer, band, describe_seeds, experiment, panels, trainer
+from lesson.experiments.common import (
+    Trainer,
+    as_command,
+    band,
+    describe_seeds,
+    experiment,
+    panels,
+    trainer,
+)
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import finetune, perplexity, train
 from lesson.figures import name_line
@@ -94,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from common.figures import INK, METHODS, shades
-from lesson.experiments.common import experiment, gradient, panels
+from lesson.experiments.common import as_command, experiment, gradient, panels
 from lora.config import LoRAConfig
 from lora.inject import inject
 from model.gpt2 import GPT2, GPT2Config
@@ -152,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -17,7 +17,7 @@ from torch import Tensor
 from common.device import PRECISIONS
 from common.figures import INK, LORA, OTHER, draw_at, scientific, shades
 from lesson.experiments.changes import tuned
-from lesson.experiments.common import experiment, panels
+from lesson.experiments.common import as_command, experiment, panels
 from lesson.figures import name_line
 from lora.inject import lora_layers
 
@@ -96,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

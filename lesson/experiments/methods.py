@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lesson.experiments.changes import is_layer
-from lesson.experiments.common import SHORT, Trainer, experiment, spread, train_options
+from lesson.experiments.common import SHORT, Trainer, as_command, experiment, spread, train_options
 from lesson.experiments.recipes import stored
 from lesson.experiments.sweep import (
     ALL,
@@ -95,4 +95,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

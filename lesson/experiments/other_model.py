@@ -21,7 +21,7 @@ from typing import Any
 from common.device import Device
 from lesson.examples import any_model
 from lesson.experiments import sweep
-from lesson.experiments.common import experiment, settings, spread
+from lesson.experiments.common import as_command, experiment, settings, spread
 from lesson.experiments.quantised_memory import apart
 from lesson.experiments.sweep import best_rate, search_with_first_seed
 from training.options import ROOT
@@ -99,4 +99,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -19,6 +19,7 @@ from common.figures import BASE, INK, LORA, OTHER, PAGE_WIDTH, draw_at, new_figu
 from lesson.experiments.common import (
     Trainer,
     add_texts,
+    as_command,
     describe_seeds,
     experiment,
     spread,
@@ -239,4 +240,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

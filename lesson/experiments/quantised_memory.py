@@ -22,7 +22,7 @@ import torch
 from benchmarks.ours import Trainer
 from common.cli import print_table
 from common.device import Device, tune_process
-from lesson.experiments.common import experiment
+from lesson.experiments.common import as_command, experiment
 from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
 from storage.weights import save_gpt2
@@ -100,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.figures import LORA, draw_at, scientific, shades
-from lesson.experiments.common import experiment, panels
+from lesson.experiments.common import as_command, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
 from lesson.figures import name_line
 
@@ -137,4 +137,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -23,6 +23,7 @@ from lesson.experiments.common import (
     SHORT,
     Trainer,
     add_texts,
+    as_command,
     describe_seeds,
     experiment,
     train_options,
@@ -162,4 +163,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

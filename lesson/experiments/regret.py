@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import band, describe_seeds, experiment, panels
+from lesson.experiments.common import as_command, band, describe_seeds, experiment, panels
 from lesson.experiments.sweep import (
     ALL,
     Runs,
@@ -142,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

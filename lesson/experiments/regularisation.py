@@ -9,7 +9,7 @@ Measured: the perplexity of the adapter that `train.py` saves (the best epoch), 
 import argparse
 from collections.abc import Sequence
 
-from lesson.experiments.common import SHORT, experiment, spread, train_options
+from lesson.experiments.common import SHORT, as_command, experiment, spread, train_options
 from lesson.experiments.recipes import stored
 from training.options import BEST
 
@@ -44,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

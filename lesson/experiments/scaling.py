@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from common.figures import FULL, LORA, draw_at, shades
-from lesson.experiments.common import describe_seeds, experiment, panels
+from lesson.experiments.common import as_command, describe_seeds, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
 
 FIXED: dict[str, Any] = {"lora_alpha": 16}
@@ -103,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

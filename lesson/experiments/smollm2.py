@@ -28,7 +28,7 @@ from evaluation.scores import kl_divergence
 from lesson.examples.any_model import book, conversations, loss
 from lesson.examples.smollm2 import load
 from lesson.experiments import sweep
-from lesson.experiments.common import experiment, settings, spread
+from lesson.experiments.common import as_command, experiment, settings, spread
 from lesson.experiments.sweep import best_rate, scored, search_with_first_seed
 from lora import LoRAConfig, inject
 from model.gpt2 import IGNORE_INDEX
@@ -254,4 +254,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, shades
 from lesson.experiments.changes import tuned
-from lesson.experiments.common import Trainer, band, describe_seeds, experiment, panels
+from lesson.experiments.common import Trainer, as_command, band, describe_seeds, experiment, panels
 from lesson.figures import RANDOM, name_line
 
 RUN = "LoRA: c_attn, rank 8, lr 8e-3. Full: lr 1e-3. 60 steps of 4 windows of 128 tokens."
@@ -215,4 +215,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from common.device import Device, tune_process
 from common.figures import FULL, LORA
-from lesson.experiments.common import experiment, panels, spread, trainer
+from lesson.experiments.common import as_command, experiment, panels, spread, trainer
 from storage.hub import MINI
 from storage.weights import load_config
 
@@ -151,6 +151,9 @@ def draw(data: dict[str, Shares]) -> Any:
     )
     for axis, way in zip(axes, ways, strict=True):
         draw_pairs(axis, data[f"{way}: full"], data[f"{way}: LoRA"])
+    widest = max(axis.dataLim.xmax for axis in axes)
+    for axis in axes:
+        axis.set_xlim(0, 1.25 * widest)  # space for a number and a method's name
     for axis in axes[1:]:
         axis.tick_params(labelleft=False)
     return figure
@@ -168,7 +171,7 @@ def draw_pairs(axis: Any, full: Shares, lora: Shares) -> None:
         labels[0] += f"  {name}"
         bars = axis.barh(rows, widths, 0.36, color=colour)
         axis.bar_label(bars, labels, padding=3, fontsize=9)
-    axis.set(xlim=(0, 37), ylim=(len(PARTS) - 0.4, -0.6), xlabel="%")
+    axis.set(ylim=(len(PARTS) - 0.4, -0.6), xlabel="%")
     axis.set_yticks(range(len(PARTS)), PARTS)
     axis.grid(visible=False, axis="y")
 
@@ -188,4 +191,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

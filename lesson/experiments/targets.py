@@ -8,6 +8,7 @@ Measured: the validation perplexity, with three seeds at the best rate and the t
 
 from collections.abc import Sequence
 
+from lesson.experiments.common import as_command
 from lesson.experiments.sweep import Choice, compare
 
 # targets, and the rank that gives each choice 122,880 trained parameters on mini
@@ -36,4 +37,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)

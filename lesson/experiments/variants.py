@@ -8,6 +8,7 @@ Measured: the validation perplexity, with three seeds at the best rate and the t
 
 from collections.abc import Sequence
 
+from lesson.experiments.common import as_command
 from lesson.experiments.sweep import ALL, Choice, compare
 
 # A variant's name: the first rate to try, and the variant's options.
@@ -34,4 +35,4 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    as_command(main)
