@@ -245,6 +245,12 @@ def first_step():
 def choices():
     names = ("c_attn, c_proj, c_fc: r = 5", "c_attn: r = 20")
     yield [mean(best(stored("targets")[name])[1]) for name in names]
+    rank_8 = stored("frontier")["book"]["LoRA, r = 8"]
+    found = [
+        rank_8[name][0]["perplexity"]
+        for name in ("2 windows, 3 epochs", "16 windows, 3 epochs", "2 windows, 6 epochs")
+    ]
+    yield [2, 3, found[0], 2, found[1], 16, found[2], 6]
     fixed, growing, *_ = stored("scaling").values()
     yield [
         x for r, runs in fixed.items() for x in (mean(best(runs)[1]), int(r), mean(best(runs)[1]))
