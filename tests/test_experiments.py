@@ -42,7 +42,6 @@ from storage.weights import load_config, load_gpt2
 from tests.helpers import token_ids
 from training import data as training_data
 from training.options import ROOT
-from training.recipe import best_rate
 
 load_tokenizer = cache(training_data.load_tokenizer)
 FIGURES = ROOT / "docs" / "figures"
@@ -248,7 +247,6 @@ def test_the_best_rate_between_those_tried_and_the_rule_of_many():
             best = 0.04 * steps**-0.4 * passes**-0.6
             data[f"{steps}, {passes}"] = {"steps": steps, "passes": passes, "runs": around(best)}
     assert rates.fit(data) == pytest.approx((0.04, -0.4, -0.6, 1))
-    assert best_rate(60, 5.8) == pytest.approx(rates.rule(60, 5.8), rel=0.05)  # the recipe's rule
 
 
 def test_gaps_are_those_of_the_best_rates_in_nats():

@@ -22,16 +22,20 @@ LAYERS = (".attn.c_attn", ".attn.c_proj", ".mlp.c_fc", ".mlp.c_proj")
 ONE_LAYER = 2.0
 
 
-def best_rate(steps: int, passes: float) -> float:
-    """Return the best peak learning rate for plain LoRA on all layers with alpha 16. The rule is
-    0.035 / (steps * passes^2)^(1/3), rounded to two digits and limited to `RATES`.
+def rule(steps: float, passes: float) -> float:
+    """Return the best peak learning rate for plain LoRA on all layers with alpha 16, at any rank.
 
     `passes` is how often, on average, the run reads a token of the training part. The rule was
-    fitted to runs of the model `mini` with 15 to 960 steps and 1.4 to 23 passes. The best rate
-    hardly depends on the rank.
+    fitted to runs of the model `mini` with 15 to 960 steps and 1.4 to 23 passes
+    (docs/experiments.md).
     """
+    return 0.035 / (steps * passes**2) ** (1 / 3)
+
+
+def best_rate(steps: int, passes: float) -> float:
+    """Return the rate of `rule`, limited to `RATES` and rounded to two digits."""
     smallest, largest = RATES
-    return two_digits(min(max(0.035 / (steps * passes**2) ** (1 / 3), smallest), largest))
+    return two_digits(min(max(rule(steps, passes), smallest), largest))
 
 
 def rate_factor(options: Options) -> float:
