@@ -84,11 +84,11 @@ def test_a_quantised_base_trains_and_the_unquantised_base_is_scored(llama, tmp_p
     assert "cannot be combined with --peft" in error
 
 
-def test_the_default_rate_is_half_the_rate_of_the_recipe(llama):
+def test_the_default_rate_is_below_the_rate_of_the_recipe(llama):
     tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
     training = any_model.book(tokenizer).training
     passes = 8 * 40 / len(training)
-    assert any_model.default_rate(training, 40) == recipe.best_rate(40, passes) / 2
+    assert any_model.default_rate(training, 40) == pytest.approx(0.6 * recipe.best_rate(40, passes))
 
 
 CHATML = (
