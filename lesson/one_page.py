@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(base_layer.in_features, R, bias=False)  # A (r, in)
         self.lora_B = nn.Linear(R, base_layer.out_features, bias=False)  # B (out, r)
         self.scaling = ALPHA / R
-        # A is uniform in +-1/sqrt(in), drawn twice as in PEFT. B is 0, so nothing changes yet.
+        # A is uniform in +-1/sqrt(in). This second draw gives PEFT's A. B is 0: no change yet.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
