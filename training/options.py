@@ -142,7 +142,8 @@ class Options:
     grad_accum: int = option(
         1,
         number(int, 1),
-        "split a batch into this many micro-batches, to save memory. Only rounding and dropout masks change",
+        "split a batch into this many micro-batches, to save memory. Only rounding and dropout "
+        "masks change",
     )
     lr: float | None = option(  # None: `Settings.lr` is computed
         3e-4,
