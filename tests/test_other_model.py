@@ -26,8 +26,7 @@ def test_a_short_version_trains_on_both_tasks_and_in_four_bits(tmp_path, monkeyp
 
     data = json.loads((tmp_path / "other_model.json").read_text())["results"]
     talks, books, quantised = (runs.items() for runs in data.values())
-    [(_, [talk])], [(rate, [book]), (twice, _)], [(_, [nf4])] = talks, books, quantised
-    assert float(twice) == 2 * float(rate)
+    [(_, [talk])], [(rate, [book])], [(_, [nf4])] = talks, books, quantised
     assert float(rate) == book["lr"] == nf4["lr"]
     assert len(book["base's samples"]) == len(talk["samples"]) == 3
     assert book["samples"] != book["base's samples"] and "samples" not in nf4

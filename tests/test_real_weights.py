@@ -86,7 +86,12 @@ def test_the_trainer_of_transformers_trains_only_a_and_b(tmp_path):
     before = {name: p.clone() for name, p in model.named_parameters()}
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=3, save_strategy="no", report_to=[], use_cpu=True
+        str(tmp_path),
+        max_steps=3,
+        gradient_checkpointing=True,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
     )
     transformers.Trainer(model, arguments, train_dataset=rows).train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
