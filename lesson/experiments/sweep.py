@@ -152,7 +152,10 @@ def remembered(key: str, measure: Callable[[], Any]) -> Any:
     known = known_cells()
     if key not in known:
         known[key] = json.loads(json.dumps(measure()))
-        print(f"{key}: {known[key]}", flush=True)
+        run = json.loads(key)
+        for name in ("files", *settings()):  # the same in each line
+            run.pop(name, None)
+        print(f"{run}: {known[key]}", flush=True)
         keep(key, known[key])
     return known[key]
 
