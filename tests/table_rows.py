@@ -267,7 +267,13 @@ def choices():
         math.log(vertex(r["runs"]) * (r["steps"] * r["passes"] ** 2) ** (1 / 3) / 0.035)
         for r in runs
     ]
-    yield [len(runs), math.exp(mean(x * x for x in off) ** 0.5), math.exp(max(map(abs, off)))]
+    misses = [math.exp(mean(x * x for x in off) ** 0.5), math.exp(max(map(abs, off)))]
+    small = stored("smollm2")
+    rates = [
+        min(small[name], key=lambda lr, name=name: small[name][lr][0][0]["perplexity"])
+        for name in ("LoRA", "LoRA, book")
+    ]
+    yield [len(runs), *misses, *(float(lr) / 8e-3 for lr in rates)]
 
 
 def quantised():
