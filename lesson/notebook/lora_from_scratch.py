@@ -25,7 +25,7 @@ if root is None:
     assert REPOSITORY, "put the address of the project's git repository into REPOSITORY"
     root = Path("gpt2-lora").resolve()
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, root], check=True)
-    needed = f"{root}[plots,hub]"
+    needed = f"{root}[commands,plots,hub]"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", needed], check=True)
 sys.path.insert(0, str(root))
 
@@ -552,6 +552,7 @@ else:
 # tokenizer.save_pretrained("merged")
 # ```
 #
-# [Real weights](../../docs/real-weights.md) has the results of this program. Read next: [one
-# training step](../../docs/training.md), [LoRA in depth](../../docs/lora-in-depth.md), the
-# [exercises](../../docs/exercises.md), and the [findings](../../docs/findings.md).
+# [Real weights](../../docs/real-weights.md) explains this program, and has the results of a similar
+# command. Read next: [one training step](../../docs/training.md), [LoRA in
+# depth](../../docs/lora-in-depth.md), the [exercises](../../docs/exercises.md), and the
+# [findings](../../docs/findings.md).
