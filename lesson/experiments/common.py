@@ -40,7 +40,7 @@ def parse(
     only draws the pictures from an existing NAME.json.
     """
     parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.description = description
+    parser.description = description  # all of it, not only its first line
     parser.add_argument("--short", action="store_true", help="a small version")
     parser.add_argument("--out", type=Path, help="default: docs/figures; --short: runs/figures")
     parser.add_argument("--seeds", type=number(int, 1), default=3, help="how many (%(default)s)")

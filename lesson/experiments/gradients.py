@@ -82,9 +82,9 @@ def draw(data: dict[str, Any]) -> Any:
         places = [int(power) + 0.5 + shift for power in data["floor_log2"]]
         axis.bar(places, data["floor_log2"].values(), 0.9, color=colour)
     share = 100 * (data["zero_in_fp16"] + data["subnormal_in_fp16"])
-    unscaled = f"of A and B:\n{share:.0f} % lose bits"
+    unscaled = f"of A and B:\n{share:.2g} % lose bits"
     share = 100 * data["below_normal_after_scaling"]
-    scaled = f"with the loss\ntimes 2^{SCALE}:\n{share:.0f} % lose bits"
+    scaled = f"with the loss\ntimes 2^{SCALE}:\n{share:.2g} % lose bits"
     peak = data["median_log2"]
     name_line(axis, unscaled, (peak - 3.5, 0.7 * highest), LORA, (0, 0), "right")
     name_line(axis, scaled, (peak + SCALE + 3, 0.7 * highest), LORA, (0, 0))
