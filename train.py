@@ -5,89 +5,89 @@ LoRA and full fine-tuning share one loop, and differ only in the parameters to t
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import run_command
-from data.windows import Batch
+from common.errors import RunError, run_command
+from data.windows import Batch, Dataset
 from evaluation.scores import EVAL_BATCH, Scores, evaluate
-from lora import adapter_disabled
-from model.gpt2 import GPT2
+from lora import RateSearch, adapter_disabled, find_rate
+from training.launch import launch
 from training.model import load_model
-from training.optimizer import AdamW, grad_scaler, parameter_groups
 from training.options import parse_options
-from training.plan import Plan, launch, make_plan
+from training.out import is_finished
+from training.plan import Plan, make_plan
 from training.report import describe_parameters
 from training.run import Run, open_run
+from training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(__doc__, argv)
     with launch(options) as (device, processes):
         plan = make_plan(options, device, processes)
-        if plan is None:  # --resume found a finished run
+        if is_finished(plan):  # also refuses to overwrite files in --out
+            print(f"{plan.options.out}: this run is finished; nothing to resume")
             return
         model = load_model(plan)  # for LoRA, the base is frozen and A and B are new
         print(describe_parameters(model))
-        optimizer, scaler = make_optimizer(model, plan)
-        with open_run(plan, model, optimizer, scaler) as run:  # resumes a run, or empties --out
-            train(plan, run)
+        trainer = plan.trainer(model)  # the model with AdamW and a GradScaler
+        with open_run(plan, trainer) as run:  # resumes a run, or empties --out
+            train(plan, trainer, run)
 
 
-def make_optimizer(model: GPT2, plan: Plan) -> tuple[AdamW, torch.amp.GradScaler]:
-    """Return the optimizer and the GradScaler, which scales the loss in fp16."""
-    settings = plan.settings
-    groups = parameter_groups(model, settings)  # each has an `lr_scale`, which multiplies lr
-    optimizer = AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    return optimizer, grad_scaler(plan.device)
-
-
-def train(plan: Plan, run: Run) -> None:
-    """Run the training steps that remain. Validate when due, and keep the best model."""
-    settings = plan.settings
+def train(plan: Plan, trainer: Trainer, run: Run) -> None:
+    """Take the steps that remain. Validate when due, and keep the best model."""
     if run.step == 0:
-        validate_start(plan, run)
+        begin(plan, trainer, run)
+    run.meter.resume()
     for batch in plan.batches(run.step):
-        lr = learning_rate(run.step, plan.total_steps, settings.lr, settings.warmup_ratio)
-        loss, grad_norm = train_step(run.model, run.optimizer, run.scaler, batch, lr, plan)
-        # Log, validate and keep the best model, save a checkpoint: each when it is due.
-        run.end_step(loss, grad_norm, batch.num_tokens, lr, partial(validate, run.model, plan))
+        lr = learning_rate(run.step, plan.total_steps, run.lr, plan.options.warmup_ratio)
+        loss, grad_norm = train_step(trainer, batch, lr)
+        run.count(loss, grad_norm, batch.num_tokens, lr)
+        if plan.validation_is_due(run.step):
+            run.keep_best(validate(plan, trainer, plan.data.validation))
+        run.save_or_stop()
     run.finish()
 
 
-def train_step(
-    model: GPT2,
-    optimizer: AdamW,
-    scaler: torch.amp.GradScaler,
-    batch: Batch,
-    lr: float,
-    plan: Plan,
-) -> tuple[Tensor, Tensor]:
+def begin(plan: Plan, trainer: Trainer, run: Run) -> None:
+    """Score the base on the validation part, and find the learning rate if the recipe has none."""
+    run.save()  # a checkpoint before the first best model, so that --resume finds one
+    with adapter_disabled(trainer.model):
+        run.keep_base(validate(plan, trainer, plan.data.validation))
+    if plan.options.init_adapter:
+        run.keep_best(validate(plan, trainer, plan.data.validation))
+    if plan.options.lr is None:
+        run.keep_rate(search_rate(plan, trainer))
+
+
+def train_step(trainer: Trainer, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
     """Take one optimizer step. Return the sum of the loss over the tokens of the batch, and the
     gradient norm before clipping.
     """
-    total_loss = torch.zeros((), device=plan.device.torch_device)
-    for inputs, targets in batch.micro_batches():
-        with plan.device.autocast():
-            # By default (--kernels fast), `model.loss` is FastGPT2.loss in model/kernels/fast.py.
-            loss = model.loss(plan.device.to_device(inputs), plan.device.to_device(targets))
+    device, scaler = trainer.device, trainer.scaler
+    total_loss = torch.zeros((), device=device.torch_device)
+    for inputs, targets in batch.micro_batches:
+        with device.autocast():
+            # By default (--kernels fast), this calls FastGPT2.loss in model/kernels/fast.py.
+            loss = trainer.loss(device.to_device(inputs), device.to_device(targets))
         # `loss` is a sum over tokens, and is divided by the number of tokens in the whole batch. So
         # the gradients of all micro-batches on all processes add up to the gradient of the mean
-        # loss. Small gradients would underflow in fp16. So the scaler multiplies the loss by a
-        # factor, and `unscale_` divides the gradients by this factor.
+        # loss. In fp16, small gradients would underflow, so the scaler multiplies the loss.
         scaler.scale(loss / batch.num_tokens).backward()
         total_loss += loss.detach()
-    plan.processes.all_reduce_gradients(model, total_loss)  # also sums the loss
+    trainer.processes.all_reduce_gradients(trainer.model, total_loss)  # also sums the loss
 
-    scaler.unscale_(optimizer)  # clipping needs the norm of the unscaled gradient
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), plan.settings.clip or math.inf)
-    for group in optimizer.param_groups:
+    scaler.unscale_(trainer.optimizer)  # divides by the scaler's factor: clip the true gradient
+    clip = trainer.clip or math.inf  # 0: no clipping
+    grad_norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), clip)
+    for group in trainer.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    scaler.step(optimizer)
+    scaler.step(trainer.optimizer)
     scaler.update()
-    optimizer.zero_grad()
+    trainer.optimizer.zero_grad()
     return total_loss, grad_norm
 
 
@@ -102,18 +102,29 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def validate_start(plan: Plan, run: Run) -> None:
-    """Score the base on the validation part, and the adapter of `--init-adapter` if given."""
-    with adapter_disabled(run.model):
-        run.keep_base(validate(run.model, plan))
-    if plan.settings.init_adapter:
-        run.keep_best(validate(run.model, plan))
+def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
+    """Find the peak learning rate by short runs. They train on most of the training part, and are
+    scored on the rest of it, so the choice of the rate does not see the validation part.
+    """
+
+    def short_run(rate: float) -> float:
+        short = plan.trainer(trainer.model)  # with a new optimizer
+        batches = plan.short_batches()
+        for step, batch in enumerate(batches):
+            lr = learning_rate(step, len(batches), rate, plan.options.warmup_ratio)
+            train_step(short, batch, lr)
+        try:
+            return validate(plan, short, plan.data.held_out).loss
+        except RunError:  # the short run diverged
+            return math.inf
+
+    return find_rate(trainer.model, short_run, plan.total_steps, plan.passes)
 
 
-def validate(model: GPT2, plan: Plan) -> Scores:
-    """Score the validation part. A batch is at most as large as a micro-batch of training."""
+def validate(plan: Plan, trainer: Trainer, data: Dataset) -> Scores:
+    """Score a part of the text. A batch is at most as large as a micro-batch of training."""
     size = min(EVAL_BATCH, plan.micro_batch_size)
-    return evaluate(model, plan.data.validation, plan.device, plan.processes, size)
+    return evaluate(trainer.model, data, trainer.device, trainer.processes, size)
 
 
 if __name__ == "__main__":

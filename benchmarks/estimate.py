@@ -21,10 +21,10 @@ FEWEST_STEPS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    # The state of --out does not matter, because a `Trainer` writes nothing.
+    # The state of --out does not matter, because a `Steps` writes nothing.
     options = replace(parse_options(__doc__, argv), resume=False, overwrite=False)
     tune_process(Device.pick(options.device, options.precision, train=True))
-    trainer = ours.Trainer(options)
+    trainer = ours.Steps(options)
 
     step = seconds_per_step(trainer)
     began = time.perf_counter()
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(describe(trainer, step, validation))
 
 
-def seconds_per_step(trainer: ours.Trainer) -> float:
+def seconds_per_step(trainer: ours.Steps) -> float:
     """Return the mean time of a training step, measured over about `MEASURED_SECONDS`."""
     batches = cycle(trainer.batches())  # a short run has too few
     take_steps(trainer, batches, 1)  # warms up
@@ -42,7 +42,7 @@ def seconds_per_step(trainer: ours.Trainer) -> float:
     return take_steps(trainer, batches, count) / count
 
 
-def take_steps(trainer: ours.Trainer, batches: Iterator[Batch], count: int) -> float:
+def take_steps(trainer: ours.Steps, batches: Iterator[Batch], count: int) -> float:
     """Take `count` training steps. Return the time in seconds."""
     began = time.perf_counter()
     for batch in islice(batches, count):
@@ -52,7 +52,7 @@ def take_steps(trainer: ours.Trainer, batches: Iterator[Batch], count: int) -> f
     return time.perf_counter() - began
 
 
-def describe(trainer: ours.Trainer, step: float, validation: float) -> str:
+def describe(trainer: ours.Steps, step: float, validation: float) -> str:
     """Return two lines: the estimated time of the run, and the peak memory so far.
 
     `step` and `validation` are the times of a step and of a validation, in seconds.
@@ -72,7 +72,7 @@ def describe(trainer: ours.Trainer, step: float, validation: float) -> str:
 
 def count_validations(plan: Plan) -> int:
     """Count the validations of a run: of the base, of an initial adapter, and in training."""
-    before = 2 if plan.settings.init_adapter else 1
+    before = 2 if plan.options.init_adapter else 1
     return before + sum(plan.validation_is_due(step + 1) for step in range(plan.total_steps))
 
 

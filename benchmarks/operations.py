@@ -70,7 +70,7 @@ def measure(base: Path, method: str, precision: str, rounds: int) -> dict[str, l
         base_dropout=0.1,
         max_steps=1000,  # only for the schedule
     )
-    trainer = ours.Trainer(options)
+    trainer = ours.Steps(options)
     fast = partial(ours.step, trainer, next(trainer.batches()))
     fast()  # warms up
 

@@ -1,12 +1,10 @@
 """This project's side of every benchmark: the only file here that calls the training code."""
 
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from tempfile import gettempdir
 
 from torch import Tensor, nn
 
@@ -16,17 +14,18 @@ from common.processes import Processes
 from common.signals import HANDLED
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.windows import Batch, Windows
-from evaluation.compare import read_run
 from evaluation.scores import Scores
 from evaluation.scores import evaluate as score
 from lora import load_adapter, merge, trained_parameters, unwrap
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
+from storage.runs import read_run
 from storage.weights import load_config, load_gpt2, save_gpt2
 from training.data import load_data
+from training.launch import prepare_device
 from training.model import load_model
 from training.options import Options, parse_options
-from training.plan import make_plan, prepare_device
+from training.plan import make_plan
 
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:
@@ -61,53 +60,52 @@ def data(made: Options) -> tuple[Windows, Windows]:
     return loaded.training, loaded.validation
 
 
-class Trainer:
-    """The state of `train.py` before the first step. It takes single steps and writes no file."""
+class Steps:
+    """The steps of a run of `train.py`, one by one. Writes no file."""
 
     def __init__(self, options: Options, processes: Processes | None = None):
-        device = Device.pick(options.device, options.precision, train=True)
-        prepare_device(options, device)
-        unused = Path(gettempdir()) / f"not-a-run-{os.getpid()}"
-        plan = make_plan(replace(options, out=unused), device, processes or Processes())
-        assert plan
-        self.plan = plan
-        self.options = plan.settings
-        self.device = device
-        self.data = plan.data
-        self.total_steps = plan.total_steps
+        self.device = Device.pick(options.device, options.precision, train=True)
+        prepare_device(options, self.device)
+        self.plan = make_plan(options, self.device, processes or Processes())
+        self.options = self.plan.options
+        self.data = self.plan.data
+        self.total_steps = self.plan.total_steps
         self.steps_done = 0
-        self.model = load_model(plan)
+        self.model = load_model(self.plan)
         self.set_up()
 
     def set_up(self) -> None:
         """Make the optimizer. Call this again to train other parameters."""
-        self.optimizer, self.scaler = train.make_optimizer(self.model, self.plan)
+        self.trainer = self.plan.trainer(self.model)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by name."""
         return trained_parameters(self.model)
 
+    @cached_property
+    def lr(self) -> float:
+        """Return the peak rate. Searches the rate if the options leave it open."""
+        return self.options.lr or train.search_rate(self.plan, self.trainer).rate
+
     def batches(self, first: int = 0) -> Iterator[Batch]:
         return self.plan.batches(first)
 
     def step(self, batch: Batch) -> Tensor:
         """Take the next step of the schedule. Return the loss, summed over the batch's tokens."""
-        options = self.options
-        lr = train.learning_rate(
-            self.steps_done, self.total_steps, options.lr, options.warmup_ratio
-        )
-        loss, _ = train.train_step(self.model, self.optimizer, self.scaler, batch, lr, self.plan)
+        warmup = self.options.warmup_ratio
+        lr = train.learning_rate(self.steps_done, self.total_steps, self.lr, warmup)
+        loss, _ = train.train_step(self.trainer, batch, lr)
         self.steps_done += 1
         return loss
 
     def evaluate(self) -> Scores:
-        return train.validate(self.model, self.plan)
+        return train.validate(self.plan, self.trainer, self.data.validation)
 
 
-def step(trainer: Trainer, batch: Batch) -> float:
+def step(steps: Steps, batch: Batch) -> float:
     """Train on one batch. Return the loss in nats per token."""
-    return trainer.step(batch).item() / batch.num_tokens
+    return steps.step(batch).item() / batch.num_tokens
 
 
 def evaluate(model: GPT2, windows: Windows, device: Device, block_size: int) -> Scores:

@@ -77,7 +77,7 @@ def to_the_bit() -> Iterator[None]:
 def run_here(argv: list[str]) -> tuple[Result, dict[str, Any]]:
     """Run `train.py ARGV`. Return the contents of `--out`, and `run.json`."""
     args = ours.options(*argv)
-    initial = snapshot(adapter_state_dict(ours.Trainer(args).model))
+    initial = snapshot(adapter_state_dict(ours.Steps(args).model))
     report = ours.run(argv)
     losses = read_lines(args.out / METRICS, lambda line: line["loss"])
     return Result(losses, initial, load_file(args.out / WEIGHTS)), report
@@ -85,7 +85,7 @@ def run_here(argv: list[str]) -> tuple[Result, dict[str, Any]]:
 
 def train_here(args: Options) -> Result:
     """Take the steps of `train.py` without writing files."""
-    trainer = ours.Trainer(args)
+    trainer = ours.Steps(args)
     adapter = adapter_state_dict(trainer.model)
     initial = snapshot(adapter)
     losses = [ours.step(trainer, batch) for batch in trainer.batches()]

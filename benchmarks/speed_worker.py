@@ -97,7 +97,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 def our_side(task: Task) -> tuple[nn.Module, Step]:
     """Return the model of `train.py`, and its training step."""
-    trainer = ours.Trainer(task.options())
+    trainer = ours.Steps(task.options())
     batches = trainer.batches()
     return trainer.model, lambda: ours.step(trainer, next(batches))
 

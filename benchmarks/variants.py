@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainers = {}
     for name, more in VARIANTS.items():
         options = ours.options("lora", *more, base=MINI, device="cpu", precision="fp32")
-        trainers[name] = ours.Trainer(options)
+        trainers[name] = ours.Steps(options)
     batch = next(trainers["plain"].batches())
 
     kept = {name: kept_bytes(trainer, batch) for name, trainer in trainers.items()}  # also warms up
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(result_file("variants"), {**about(command), "results": results})
 
 
-def kept_bytes(trainer: ours.Trainer, batch: Batch) -> int:
+def kept_bytes(trainer: ours.Steps, batch: Batch) -> int:
     """Return the bytes of the tensors that autograd saves in a step. Each storage counts once."""
     found = {}
 

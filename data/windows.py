@@ -1,6 +1,6 @@
 """Split tokens into training and validation, cut the tokens into windows, and make batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,17 +42,24 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """The windows that this process trains on in one step, split into micro-batches."""
+    """The windows that this process trains on in one step."""
 
-    data: Dataset
-    indices: np.ndarray  # (B,)
-    micro_batch_size: int
+    micro_batches: Sequence[InputsAndTargets]
     num_tokens: int  # scored tokens of the step, summed over all processes
 
-    def micro_batches(self) -> Iterator[InputsAndTargets]:
-        size = self.micro_batch_size
-        for start in range(0, len(self.indices), size):
-            yield self.data.batch(self.indices[start : start + size])
+
+def batches(data: Dataset, size: int, epochs: int = 1, seed: int = 0) -> Iterator[Batch]:
+    """Yield batches of `size` windows. Each epoch visits every window, in a different order."""
+    for epoch in range(epochs):
+        order = data.epoch_order(seed, epoch)
+        for start in range(0, len(order), size):
+            indices = order[start : start + size]
+            yield Batch([data.batch(indices)], data.num_tokens(indices))
+
+
+def micro_batches(data: Dataset, indices: np.ndarray, size: int) -> list[InputsAndTargets]:
+    """Return the windows with these indices (B,), split into micro-batches of `size` windows."""
+    return [data.batch(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
 def split(items: Any, val_fraction: float) -> tuple:

@@ -1,17 +1,14 @@
 """Compare finished runs: `evaluate.py --compare`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli import print_table
-from common.errors import UserError
 from common.figures import METHODS, PAGE_WIDTH, can_draw, save_figure, subplots
-from common.files import brief, read_json
 from evaluation.scores import perplexity
-
-RUN = "run.json"  # training writes this file last, so it marks a finished run
+from storage.runs import read_run
 
 # Map the title of a table column to a key of run.json, or of its options, and to a format.
 COLUMNS = {
@@ -25,44 +22,6 @@ COLUMNS = {
     "seconds": ("seconds", "{:,.0f}"),
     "tokens/s": ("tokens_per_second", "{:,.0f}"),
     "peak MB": ("peak_memory_mb", "{:,.0f}"),
-}
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e305  # not NaN, and matplotlib can draw it
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 63
-
-
-def _is_text_or_none(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_book(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(path, str) for path in value)
-
-
-# The fields of run.json that commands read, and the options there, each with a test of its value.
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    "options": lambda value: isinstance(value, dict),
-    "method": lambda value: value in ("lora", "full"),
-    "base": lambda value: isinstance(value, str),
-    "base_sha256": lambda value: isinstance(value, dict),
-    "book_sha256": lambda value: isinstance(value, list),
-    "base_val_loss": _is_number,
-    **{key: _is_number for key, _ in COLUMNS.values() if key not in ("batch_size", "lr")},
-}
-OPTIONS: dict[str, Callable[[Any], bool]] = {
-    "batch_size": _is_count,
-    "lr": _is_number,
-    "book": _is_book,
-    "data": _is_text_or_none,
-    "val_data": _is_text_or_none,
-    "val_fraction": lambda value: _is_number(value) and value <= 1,
-    "block_size": _is_count,
-    "label_shift": _is_count,
 }
 
 
@@ -92,26 +51,6 @@ def compare(paths: Sequence[Path]) -> None:
     entries = list(chain.from_iterable(groups.values()))
     print_table(["", *COLUMNS], [_row(entry) for entry in entries])
     draw(entries, directories[0].resolve().parent / "compare.png")
-
-
-def read_run(directory: Path) -> dict[str, Any]:
-    """Read a finished run's `run.json`. Raises UserError if the file is missing or damaged, or if
-    it lacks one of `FIELDS` or `OPTIONS`."""
-    if directory.is_dir() and not (directory / RUN).exists():
-        raise UserError(f"{directory}: contains no finished run ({RUN}); --resume continues a run")
-    run = read_json(directory / RUN)
-    _check(directory / RUN, run, FIELDS)
-    _check(directory / RUN, run["options"], OPTIONS)
-    return run
-
-
-def _check(path: Path, stored: Mapping[str, Any], fields: Mapping[str, Callable]) -> None:
-    for name, is_possible in fields.items():
-        problem = "" if name in stored else f"has no {name}"
-        if not problem and not is_possible(stored[name]):
-            problem = f"damaged ({name} is {brief(stored[name])})"
-        if problem:
-            raise UserError(f"{path}: {problem}; train again with --overwrite")
 
 
 def _measure(run: Mapping[str, Any]) -> str:

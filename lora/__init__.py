@@ -26,16 +26,20 @@ from lora.merge import merge, unmerge, unwrap
 from lora.parameters import count_parameters, trained_parameters
 from lora.plus import loraplus_groups
 from lora.quantised import dequantise, quantise
+from lora.rate import RateSearch, adamw_run, find_rate
 from lora.save import adapter_state_dict, save_adapter
 
 __version__ = "1.0.0"
 __all__ = [
     "LoRAConfig",
     "LoRALinear",
+    "RateSearch",
+    "adamw_run",
     "adapter_disabled",
     "adapter_state_dict",
     "count_parameters",
     "dequantise",
+    "find_rate",
     "inject",
     "load_adapter",
     "lora_layers",

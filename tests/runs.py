@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import evaluate
 import train
-from benchmarks.ours import Trainer
+from benchmarks.ours import Steps
 from common.errors import run_command
 from common.signals import HANDLED
 from model.kernels import cuda_loss, fast
@@ -124,9 +124,9 @@ def finished(out: Path, stdout: str = "", base: Path | None = None) -> Run:
     return Run(out, report, [json.loads(line) for line in lines], stdout, base)
 
 
-def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> Trainer:
+def trainer(method: str, base: Path, book: Path, out: Path, *options: object) -> Steps:
     """Make the state of `train.main` before its first step."""
-    return Trainer(parse_options("-", arguments(method, base, book, out, *options)))
+    return Steps(parse_options("-", arguments(method, base, book, out, *options)))
 
 
 @dataclass

@@ -68,8 +68,7 @@ def _difference(then: dict[str, Any], now: RunIdentity) -> str | None:
     for name in sorted(names, key=lambda name: (name != "recipe", name)):
         before = then["options"][name]
         asked = now.options[name]
-        computed_later = name == "lr" and asked is None
-        if before != asked and not computed_later:
+        if before != asked:
             return (
                 f"{flag(name)} was {before!s:.80} and is now {asked!s:.80}; "
                 "repeat the run's options"

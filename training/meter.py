@@ -1,7 +1,7 @@
 """Measure the training loop without making a step wait for the GPU."""
 
 import math
-from dataclasses import asdict, dataclass
+import time
 from typing import Any
 
 import torch
@@ -11,28 +11,6 @@ from common.errors import RunError
 
 MOST_SKIPS = 20  # the run ends after this many skipped fp16 steps in a row
 COUNTED = ("loss", "tokens", "seconds", "all_tokens", "all_seconds", "skipped", "skips_in_a_row")
-
-
-@dataclass
-class Progress:
-    """The number of steps that a run has taken, and the validation losses."""
-
-    step: int = 0
-    base_val_loss: float = math.nan
-    start_val_loss: float = math.nan  # with the adapter of --init-adapter, if given
-    best_val_loss: float = math.inf
-    best_val_bits_per_byte: float = math.inf
-
-    def report(self) -> dict[str, Any]:
-        """Return the fields for `run.json`."""
-        report = asdict(self)
-        return {"steps": report.pop("step"), **report}
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
 
 
 class Meter:
@@ -51,7 +29,8 @@ class Meter:
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
         self.grad_norm = 0.0  # of the last step
         self.fault = ""  # describes the first faulty step
-        # Counted since the last line of metrics. `Run.end_step` adds the seconds of a step.
+        self.began: float | None = None  # when the clock was started, or None during a pause
+        # Counted since the last line of metrics:
         self.loss = 0.0
         self.tokens = 0
         self.seconds = 0.0
@@ -60,6 +39,16 @@ class Meter:
         self.all_seconds = 0.0
         self.skipped = 0
         self.skips_in_a_row = 0
+
+    def resume(self) -> None:
+        """Start the clock."""
+        self.began = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock, and add the time since `resume`."""
+        if self.began is not None:
+            self.seconds += time.perf_counter() - self.began
+        self.began = None
 
     def count(self, step: int, loss: Tensor, tokens: int, grad_norm: Tensor) -> None:
         """Count a step. `loss` is summed over the tokens. `grad_norm` is the norm before
@@ -100,8 +89,11 @@ class Meter:
             self.fault = f"step {step}: {fault}"
 
     def measure(self) -> dict[str, Any]:
-        """Return the metrics since the last line, and start to count for the next line."""
+        """Stop the clock. Return the metrics since the last line, and start to count for the next
+        line. Raises RunError as `check` does.
+        """
         self.check()
+        self.pause()
         metrics: dict[str, Any] = {
             "loss": self.loss / self.tokens,
             "grad_norm": self.grad_norm,

@@ -25,16 +25,16 @@ def load_model(plan: Plan) -> GPT2:
     """Load the base, for LoRA add the adapter, and make the model ready to train: cast frozen
     weights to the run's precision, choose the kernels, and apply --compile.
     """
-    settings = plan.settings
-    model = load_base(settings, plan.base_directory, plan.device)
-    if settings.method == "lora":
-        add_adapter(model, settings, plan.identity.base_sha256)  # freezes the base
+    options = plan.options
+    model = load_base(options, plan.base_directory, plan.device)
+    if options.method == "lora":
+        add_adapter(model, options, plan.identity.base_sha256)  # freezes the base
     model.train()
     plan.device.cast_frozen(model)
-    set_kernels(model, settings.kernels)
+    set_kernels(model, options.kernels)
     plan.processes.broadcast(*(p for p in model.parameters() if p.requires_grad))
-    if settings.compile:
-        compile_hidden(model, 0 if settings.data else plan.micro_batch_size)
+    if options.compile:
+        compile_hidden(model, 0 if options.data else plan.micro_batch_size)
     return model
 
 
@@ -96,14 +96,14 @@ def compile_hidden(model: GPT2, rows: int) -> None:
 
 def save_model(model: GPT2, plan: Plan) -> None:
     """Write the adapter or the whole model, and the tokenizer's files, to `--out`."""
-    settings = plan.settings
+    options = plan.options
     tokenizer = plan.data.tokenizer
-    if settings.method == "lora":
-        name, revision = split_revision(stock_name(settings.base))
+    if options.method == "lora":
+        name, revision = split_revision(stock_name(options.base))
         weights_sha256 = plan.identity.base_sha256["weights"]
         with as_failure(RunError):
-            save_adapter(model, settings.out, name, weights_sha256, revision)
+            save_adapter(model, options.out, name, weights_sha256, revision)
     else:
-        save_gpt2(model, settings.out, end_of_text=tokenizer.end_of_text)
-    template = CHAT_TEMPLATE if settings.data else None
-    save_tokenizer(tokenizer, settings.out, model.config.n_positions, template)
+        save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
+    template = CHAT_TEMPLATE if options.data else None
+    save_tokenizer(tokenizer, options.out, model.config.n_positions, template)

@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 REFERENCE = "reference"
 BEST = "best"
-# The defaults that a recipe changes. An explicit option wins.
-RECIPES: dict[str, dict[str, Any]] = {
-    REFERENCE: {},
-    # If `lr` is None, `with_rate` in training/recipe.py computes the learning rate. A `stride` of
-    # None becomes the block size, so that windows do not overlap.
-    BEST: {
+SEARCHED = "found by a short search"
+
+
+def recipe(name: str, block_size: int) -> dict[str, Any]:
+    """Return the defaults that a recipe changes. An explicit option wins."""
+    if name == REFERENCE:
+        return {}
+    return {
         "target_modules": ("c_attn", "c_proj", "c_fc"),
         "lr": None,
         "batch_size": 2,
-        "stride": None,
-    },
-}
+        "stride": block_size,  # windows do not overlap
+    }
 
 
 def option(default: Any = None, type: Any = None, help: str = "", **settings: Any) -> Any:
@@ -117,8 +118,7 @@ class Options:
     stride: int = option(
         16,
         number(int, 1),
-        "tokens from the start of a training window to the start of the next (default for lora: "
-        "from the recipe; for full: 16)",
+        "tokens from the start of a training window to the start of the next",
     )
     val_fraction: float = option(
         0.1,
@@ -136,19 +136,15 @@ class Options:
         number(int, 1),
         "stop after this many steps. The learning rate schedule also ends there",
     )
-    batch_size: int = option(
-        16, number(int, 1), "windows per step (default for lora: from the recipe; for full: 64)"
-    )
+    batch_size: int = option(16, number(int, 1), "windows per step")
     grad_accum: int = option(
         1,
         number(int, 1),
         "split a batch into this many micro-batches, to save memory. Only rounding and dropout "
         "masks change",
     )
-    lr: float | None = option(  # None: `Settings.lr` is computed
-        3e-4,
-        number(float, 1e-12, 10.0),
-        "peak learning rate (default for lora: from the recipe; for full: 3e-05)",
+    lr: float | None = option(  # None: `find_rate` in lora/rate.py finds it
+        3e-4, number(float, 1e-12, 10.0), "peak learning rate"
     )
     weight_decay: float = option(0.01, number(float, 0.0, 10.0), "weight decay of AdamW")
     warmup_ratio: float = option(
@@ -203,11 +199,10 @@ class Options:
 
     # the adapter
     recipe: str | None = option(
-        help="a set of defaults. reference: c_attn, batches of 16, stride 16, lr 3e-4, as in the "
-        "reference run. best: c_attn c_proj c_fc, batches of 2, windows without overlap, and a "
-        "learning rate that depends on the length of the run and the kind of adapter "
-        "(docs/howto.md) (default: best for a new adapter on --data, otherwise reference)",
-        choices=tuple(RECIPES),
+        help="a set of defaults (docs/howto.md). reference: as in the reference run. best: small "
+        "batches, all layers of a block, and a learning rate that fits the text (default: best for "
+        "a new adapter on --data, otherwise reference)",
+        choices=(REFERENCE, BEST),
         method="lora",
     )
     r: int = lora_option(8, number(int, 1), "rank", names=["--rank"])
@@ -218,8 +213,7 @@ class Options:
     target_modules: tuple[str, ...] | str = lora_option(
         ("c_attn",),
         None,
-        "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear "
-        "(default: from the recipe)",
+        "linear layers to adapt, slices of c_attn such as c_attn.q, or all-linear",
         nargs="+",
         metavar="NAME",
     )
@@ -268,13 +262,6 @@ class Options:
         return json.loads(json.dumps(values, default=_as_text))
 
 
-@dataclass(frozen=True)
-class Settings(Options):
-    """Options after `fill_in` and `with_rate` in training/recipe.py: no value is left open."""
-
-    lr: float = field(kw_only=True)
-
-
 def _as_text(value: object) -> str:
     """Return a path or an `Interval` as text. The text may be published, so a path must not be
     absolute."""
@@ -307,7 +294,7 @@ def make_parser(description: str | None) -> Parser:
     """Return the parser for `train.py`. The parser sets only the options that the user typed."""
     parser = Parser(prog="train.py", description=description)
     methods = parser.add_subparsers(dest="method", required=True)
-    for method, defaults in DEFAULTS.items():
+    for method in DEFAULTS:
         command = methods.add_parser(method)
         groups: dict[str, Any] = {
             "source": command.add_mutually_exclusive_group(),
@@ -315,16 +302,32 @@ def make_parser(description: str | None) -> Parser:
         }
         for f in options_of(method):
             group = groups.get(f.metadata.get("excludes", ""), command)
-            _add(group, f.name, f.metadata, defaults.get(f.name, f.default))
+            _add(group, f.name, f.metadata, describe_default(method, f))
     return parser
 
 
-def _add(group: Any, name: str, settings: Mapping[str, Any], default: object) -> None:
+def describe_default(method: str, option: Field) -> str:
+    """Return the default for the help text: one value, or the value of each recipe. An empty text
+    means that the option is off."""
+    default = DEFAULTS[method].get(option.name, option.default)
+    if method == "lora":
+        best = recipe(BEST, Options.block_size)
+        if option.name in best:
+            return f"{_shown(default)}; with --recipe best: {_shown(best[option.name])}"
+    return "" if default is None or isinstance(default, bool) else _shown(default)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return SEARCHED
+    return " ".join(map(_as_text, value)) if isinstance(value, tuple) else _as_text(value)
+
+
+def _add(group: Any, name: str, settings: Mapping[str, Any], default: str) -> None:
     """Add an option to a parser or a group of options. The help ends with the default."""
     ours = ("names", "method", "excludes", "lora", "may_change")
     known = {key: value for key, value in settings.items() if key not in ours}
-    has_value = default is not None and not isinstance(default, bool)
-    if has_value and "default: " not in known["help"]:
+    if default and "default: " not in known["help"]:
         known["help"] += f" (default: {default})"
     names = [flag(name), *settings.get("names", ())]
     group.add_argument(*names, dest=name, default=argparse.SUPPRESS, **known)
@@ -344,15 +347,14 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     if typed["method"] == "lora":
         on_data = "data" in typed and "init_adapter" not in typed
         typed.setdefault("recipe", BEST if on_data else REFERENCE)
-        defaults = defaults | RECIPES[typed["recipe"]]
+        block_size = typed.get("block_size", Options.block_size)
+        defaults = defaults | recipe(typed["recipe"], block_size)
         if "target_modules" in typed:
             typed["target_modules"] = target_modules(typed["target_modules"])
         if "layers_to_transform" in typed:
             numbers = set().union(*typed["layers_to_transform"])
             typed["layers_to_transform"] = tuple(sorted(numbers))
     options = Options(**defaults | typed)
-    if options.stride is None:
-        options = replace(options, stride=options.block_size)
     if options.method == "lora":
         adapter_config(options)  # refuses options that exclude each other
     return options

@@ -1,62 +1,33 @@
-"""Start a run, and plan it: everything that is known before the weights are loaded."""
+"""Plan a run: everything that is known before the weights are loaded."""
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.device import Device, tune_process
-from common.errors import UserError
+from common.device import Device
 from common.processes import Processes
-from data.windows import Batch
-from evaluation.compare import RUN, read_run
+from data.windows import Batch, Dataset, micro_batches
+from lora.rate import SHORT_STEPS
+from model.gpt2 import GPT2
 from storage.hub import find_base
 from training.data import Data, load_data
-from training.directory import refuse_inputs_as_output, refuse_used_directory
-from training.identity import RunIdentity, refuse_another_run, run_identity
-from training.options import Options, Settings
-from training.recipe import count_steps, fill_in, with_rate
-
-
-@contextmanager
-def launch(options: Options) -> Iterator[tuple[Device, Processes]]:
-    """Join the processes that `torchrun` started, and yield the device and the processes."""
-    processes = Processes.from_environment()
-    device = Device.pick(options.device, options.precision, train=True)
-    tune_process(device)
-    with processes.joined(device.torch_device):
-        prepare_device(options, device)
-        yield device, processes
-
-
-def prepare_device(options: Options, device: Device) -> None:
-    """Set up the device for a run. Raises UserError for options that do not fit the device."""
-    device.set_tf32(options.allow_tf32)
-    kind = device.torch_device.type
-    if options.compile:
-        if kind == "cpu":
-            raise UserError("--compile: makes steps slower on a CPU (docs/speed.md); omit it")
-        device.check_compiler()
-    if options.gradient_checkpointing and kind == "mps":  # pytorch#127676
-        raise UserError(
-            "--gradient-checkpointing: on MPS, the second forward pass would draw other dropout "
-            "masks; use --grad-accum to save memory"
-        )
+from training.identity import RunIdentity, run_identity
+from training.options import Options
+from training.recipe import fill_in
+from training.trainer import Trainer, make_trainer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of `train.py` before its weights are loaded. `identity` is what a resumed run must
-    share with the run that it continues.
-    """
+    """A run of `train.py` before its weights are loaded."""
 
-    settings: Settings
+    options: Options  # the precision, the base's name and the values of --init-adapter are known
     base_directory: Path
     data: Data
-    identity: RunIdentity
+    identity: RunIdentity  # a resumed run must have the identity of the run that it continues
     device: Device
     processes: Processes
     steps_per_epoch: int
@@ -65,19 +36,52 @@ class Plan:
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """Yield the batch of each step from step `first` on. Each epoch has a different order."""
-        size = self.settings.batch_size
+        size = self.options.batch_size
         order = np.empty(0, dtype=np.int64)
         for step in range(first, self.total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             if position == 0 or step == first:
-                order = self.data.training.epoch_order(self.settings.seed, epoch)
-            yield self.batch(order[position * size : (position + 1) * size])
+                order = self.data.training.epoch_order(self.options.seed, epoch)
+            yield self.batch(order[position * size : (position + 1) * size], self.data.training)
 
-    def batch(self, indices: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, data: Dataset) -> Batch:
         """Return this process's share of the windows with these indices (B,)."""
-        training = self.data.training
         mine = np.array_split(indices, self.processes.count)[self.processes.number]
-        return Batch(training, mine, self.micro_batch_size, training.num_tokens(indices))
+        rows = micro_batches(data, mine, self.micro_batch_size)
+        return Batch(rows, data.num_tokens(indices))
+
+    @property
+    def passes(self) -> float:
+        """Return how often the run reads a token of the training part, on average."""
+        training = self.data.training
+        epochs = min(self.options.epochs, self.total_steps / self.steps_per_epoch)
+        return epochs * training.passes_per_epoch
+
+    @property
+    def starts_as_the_base(self) -> bool:
+        """Return whether the run begins with a new adapter, which changes nothing yet."""
+        return self.options.method == "lora" and not self.options.init_adapter
+
+    def short_batches(self) -> list[Batch]:
+        """Return the batches of a short run, which searches the learning rate."""
+        steps = min(self.total_steps, SHORT_STEPS)
+        size = self.options.batch_size
+        order = self.data.short.epoch_order(self.options.seed, 0)
+        order = np.resize(order, steps * size)  # repeats a short text
+        return [
+            self.batch(order[i : i + size], self.data.short) for i in range(0, len(order), size)
+        ]
+
+    def trainer(self, model: GPT2) -> Trainer:
+        """Return a trainer for the model of `load_model`, with a new optimizer."""
+        return make_trainer(
+            model,
+            device=self.device,
+            processes=self.processes,
+            weight_decay=self.options.weight_decay,
+            clip=self.options.clip,
+            loraplus_lr_ratio=self.options.loraplus_lr_ratio,
+        )
 
     def epoch_ends(self, step: int) -> bool:
         """Return whether an epoch, or the run, ends after `step` steps."""
@@ -85,50 +89,33 @@ class Plan:
 
     def validation_is_due(self, step: int) -> bool:
         """Return whether to validate after `step` steps: by --eval-every, or as an epoch ends."""
-        every = self.settings.eval_every
+        every = self.options.eval_every
         return self.epoch_ends(step) or bool(every and step % every == 0)
 
 
-def make_plan(options: Options, device: Device, processes: Processes) -> Plan | None:
-    """Plan the run, or return None if --resume finds that it is finished.
-
-    Raises UserError for a base, a text or an `--out` that does not fit the options.
-    """
-    if processes.is_main:
-        refuse_used_directory(options)
+def make_plan(options: Options, device: Device, processes: Processes) -> Plan:
+    """Plan the run. Raises UserError for a base or a text that does not fit the options."""
     with processes.main_first():
         base, directory = find_base(options.base)
-    if processes.is_main:
-        refuse_inputs_as_output(options, directory)
-
-    options = fill_in(options, base, device)  # all values, except a computed lr
+    options = fill_in(options, base, device)
     identity = run_identity(options, directory)
     processes.check_same(asdict(identity))
-    if processes.from_main(processes.is_main and is_finished(options, identity)):
-        print(f"{options.out}: this run is finished; nothing to resume")
-        return None
 
     data = load_data(options, directory)
-    settings = with_rate(options, data.training)
     windows = len(data.training)
-    steps_per_epoch, total_steps = count_steps(settings, windows)
-    share = math.ceil(min(settings.batch_size, windows) / processes.count)
+    steps_per_epoch = math.ceil(windows / options.batch_size)
+    total_steps = options.epochs * steps_per_epoch
+    if options.max_steps:
+        total_steps = min(total_steps, options.max_steps)
+    share = math.ceil(min(options.batch_size, windows) / processes.count)
     return Plan(
-        settings,
+        options,
         directory,
         data,
-        replace(identity, options=settings.as_json()),  # now with the computed lr
+        identity,
         device,
         processes,
         steps_per_epoch,
         total_steps,
-        micro_batch_size=math.ceil(share / settings.grad_accum),
+        micro_batch_size=math.ceil(share / options.grad_accum),
     )
-
-
-def is_finished(options: Options, identity: RunIdentity) -> bool:
-    """Return whether --resume finds a finished run. Raises UserError for another run."""
-    if not options.resume or not (options.out / RUN).exists():
-        return False
-    refuse_another_run(options.out / RUN, read_run(options.out), identity)
-    return True

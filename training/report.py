@@ -1,8 +1,9 @@
-"""Write and read the report of a run: `run.json` and `loss.png`."""
+"""Write the report of a run: `run.json`, `loss.png`, the model card, and the last lines printed."""
 
 import json
 import sys
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import nn
 from common.errors import UserError
 from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, scientific, subplots
 from common.files import open_file, write_json
-from evaluation.compare import RUN
 from evaluation.scores import perplexity
 from lora import count_parameters
 from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import run_card, save_card
+from storage.runs import RUN
 from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS
 from training.options import REFERENCE, Options
@@ -50,17 +51,39 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
         "best_val_perplexity": perplexity(best),
     }
     save_card(options.out, run_card(options.out.resolve().name, content))
-    draw_loss(options, base, report["start_val_loss"])
+    draw_loss(options, report)
     write_json(options.out / RUN, content)  # written last, to mark a complete run
 
     print(
         f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
         f"after {report['seconds']:.0f} s; saved in {options.out}"
     )
-    if best > base:
-        print("warning: the best model is worse than the base; try a lower --lr", file=sys.stderr)
+    losses = [line["val_loss"] for line in read_metrics(options.out) if "val_loss" in line]
+    print(advice(options, report, losses))
+
+
+def advice(options: Options, report: Mapping[str, Any], losses: Sequence[float]) -> str:
+    """Return what to try next, and why. `losses` are the validation losses in order."""
+    half = f"--lr {report['lr'] / 2:.2g}"
+    twice = f"--lr {report['lr'] * 2:.2g}"
+    best = min(losses)
+    if best >= report["base_val_loss"]:
+        saved = "the saved adapter changes nothing" if options.method == "lora" else "keep the base"
+        line = f"no validation was better than the base, so {saved}; try {half}, or another text"
+    elif losses[0] == best and len(losses) > 1:
+        line = (
+            f"the first validation was the best, so this run was too long or too fast; try {half}"
+        )
+    elif losses[-1] == best and len(losses) > 1:
+        line = f"the last validation was the best, so the loss may fall further; try {twice}"
+        line += ", or more --epochs"
+    else:
+        line = f"to check the learning rate, try {half} and {twice}"
     if options.recipe == REFERENCE:
-        print("these settings repeat the reference run; --recipe best learns more in less time")
+        line += (
+            "; these settings repeat the reference run, and --recipe best fits a rate to the text"
+        )
+    return line
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -83,21 +106,20 @@ def best_weights(out: Path, method: str) -> Path:
     return out / names[method]
 
 
-def describe_run(options: Options) -> str:
+def describe_run(options: Options, lr: float) -> str:
     """Return the model, the method, and the choices that affect the loss most."""
     method = "full fine-tuning"
     if options.method == "lora":
         targets = options.target_modules
         names = targets if isinstance(targets, str) else " ".join(targets)
         method = f"LoRA of rank {options.r} on {names}"
-    assert options.lr is not None
     return (
-        f"{Path(options.base).name}, {method}: lr {scientific(options.lr)}, {options.batch_size} "
+        f"{Path(options.base).name}, {method}: lr {scientific(lr)}, {options.batch_size} "
         f"windows of {options.block_size} tokens per step, seed {options.seed}"
     )
 
 
-def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> None:
+def draw_loss(options: Options, report: Mapping[str, Any]) -> None:
     """Draw `loss.png`: training loss, validation loss, and the base's validation loss."""
     if not can_draw():
         return
@@ -110,24 +132,26 @@ def draw_loss(options: Options, base_val_loss: float, start_val_loss: float) -> 
     losses = [line["loss"] for line in lines]
     validations = [line for line in lines if "val_loss" in line]
     val_steps = [0] + [line["step"] for line in validations]
-    val_losses = [start_val_loss] + [line["val_loss"] for line in validations]
+    val_losses = [report["start_val_loss"]] + [line["val_loss"] for line in validations]
 
     colour = METHODS[options.method]
     figure, axes = subplots(figsize=(PAGE_WIDTH, 4.2))
     axes.plot(steps, losses, color=colour, alpha=0.4, linewidth=1.2, label="training")
     axes.plot(val_steps, val_losses, color=colour, marker="o", label="validation")
-    # The base is never saved, but the adapter of --init-adapter can be.
-    first = 0 if options.init_adapter else 1
+    first = 0 if options.method == "lora" else 1  # full fine-tuning never saves the base
     saved_loss, saved_step = min(zip(val_losses[first:], val_steps[first:], strict=True))
     ring = {"marker": "o", "color": "white", "markeredgecolor": colour, "linestyle": "none"}
     axes.plot(saved_step, saved_loss, **ring, label="saved")
     axes.axhline(
-        base_val_loss, color=BASE, linestyle="--", label="base before training, validation"
+        report["base_val_loss"],
+        color=BASE,
+        linestyle="--",
+        label="base before training, validation",
     )
     axes.set(
         xlabel="step",
         ylabel="loss (nats per token)",
-        title=textwrap.fill(describe_run(options), 100),
+        title=textwrap.fill(describe_run(options, report["lr"]), 100),
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

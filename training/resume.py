@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,23 +17,44 @@ from training.plan import Plan
 
 
 class Saver:
-    """Save and restore a run: the `stateful` objects, the random generators of all processes, the
-    time and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`.
+    """Write the files of a run in `--out`, and restore the run from its last checkpoint.
+
+    A checkpoint contains the `stateful` objects, the random generators of all processes, the time
+    and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`.
 
     Only process 0 reads and writes files. In other processes, `directory` is None.
     """
 
-    def __init__(self, plan: Plan, directory: RunDirectory | None, stateful: Mapping[str, Any]):
-        self.out = plan.settings.out
+    def __init__(self, plan: Plan, stateful: Mapping[str, Any]):
+        self.out = plan.options.out
         self.identity = plan.identity
         self.processes = plan.processes
         self.device = plan.device
-        self.directory = directory
+        self.directory: RunDirectory | None = None
         self.stateful = stateful
         self.step: int | None = None  # of the last checkpoint
         self.began_at = time.perf_counter()
         self.saved_at = self.began_at
         self.peak_memory_mb = 0.0
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock `--out` inside the `with` block. Raises UserError if another run has the lock."""
+        if not self.processes.is_main:
+            yield
+            return
+        with RunDirectory(self.out) as self.directory:
+            yield
+
+    def clear(self) -> None:
+        """Remove the files of an earlier run."""
+        if self.directory:
+            self.directory.clear()
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        if self.directory:
+            self.directory.append(metrics)
 
     def can_resume(self) -> bool:
         """Return, in every process, whether there is a checkpoint."""

@@ -16,8 +16,8 @@ from statistics import mean
 from common.cli import Parser, print_table
 from common.errors import run_command
 from common.files import atomic_path
-from evaluation.compare import read_run
 from evaluation.scores import perplexity
+from storage.runs import read_run
 from training.directory import METRICS
 from training.options import DEFAULTS, ROOT, parse_options
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run = read_run(out)
             rank = f", r {run['options']['r']}" if args.r else ""
-            setting = f"lr {run['options']['lr']:g}{rank}"
+            setting = f"lr {run['lr']:g}{rank}"
             losses.setdefault(setting, []).append(run["best_val_loss"])
     if losses:
         write_table(losses, args.out)

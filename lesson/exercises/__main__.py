@@ -212,7 +212,7 @@ def check_10(answers: ModuleType) -> None:
 def check_11(answers: ModuleType) -> None:
     made = trainer(batch_size=2, max_steps=1)
     batch = next(made.batches())
-    [(inputs, targets)] = batch.micro_batches()  # (2, 128) each
+    [(inputs, targets)] = batch.micro_batches  # (2, 128) each
     right = mean_loss(made, batch)
     yours = answers.next_token_loss(made.model(inputs), targets)
     expect(

@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters.inspect import INTRUDER, cosines, projected_norm
 from common.device import Device
 from evaluation.scores import evaluate
-from lesson.experiments.common import Trainer, trainer
+from lesson.experiments.common import Steps, trainer
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import SIZE, train
 from lora.inject import lora_layers
@@ -44,7 +44,7 @@ def load_base() -> GPT2:
     return model
 
 
-def changes(made: Trainer, base: Weights) -> Weights:
+def changes(made: Steps, base: Weights) -> Weights:
     """Return the change of every changed parameter."""
     layers = lora_layers(made.model)
     if layers:
@@ -57,7 +57,7 @@ def is_layer(name: str) -> bool:
     return name.endswith(tuple(f"{layer}.weight" for layer in LAYERS))
 
 
-def tuned(method: str, seed: int, short: bool) -> tuple[Trainer, Weights]:
+def tuned(method: str, seed: int, short: bool) -> tuple[Steps, Weights]:
     """Train 60 steps of 4 windows of 128 tokens: "LoRA" on c_attn at lr 8e-3, or "full" at 1e-3.
 
     Returns the trainer, and the change of each changed block matrix by name.
@@ -89,13 +89,13 @@ def described(name: str, weight: Tensor, change: Tensor) -> dict[str, Any]:
     }
 
 
-def taken_apart(short: bool) -> Callable[[Trainer], dict[str, Any]]:
+def taken_apart(short: bool) -> Callable[[Steps], dict[str, Any]]:
     """Return a measure of the perplexity, the forgetting and the singular vectors of every layer.
     Perplexity and forgetting are measured again with the intruders, or the whole change, scaled
     down. Everything except the training runs in fp32.
     """
 
-    def change_taken_apart(made: Trainer) -> dict[str, Any]:
+    def change_taken_apart(made: Steps) -> dict[str, Any]:
         train(made)
         model = load_base()
         base = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -126,7 +126,7 @@ def taken_apart(short: bool) -> Callable[[Trainer], dict[str, Any]]:
 
 
 @torch.no_grad()
-def scores(made: Trainer, model: GPT2, weights: Weights, short: bool) -> list[float]:
+def scores(made: Steps, model: GPT2, weights: Weights, short: bool) -> list[float]:
     """Return the book's perplexity, and the KL from the base, of a model with these weights."""
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])

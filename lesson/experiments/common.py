@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from benchmarks.ours import Trainer
+from benchmarks.ours import Steps
 from benchmarks.parity_report import machine
 from common.cli import Parser, number
 from common.errors import run_command
@@ -71,13 +71,13 @@ def trainer(
     precision: str = "fp32",
     short: bool = False,
     **options: object,
-) -> Trainer:
+) -> Steps:
     """Make the trainer of `train.py` for mini on the default book, on the CPU, without dropout.
 
     `options` are options of `train.py` with underscores: `batch_size=8` is `--batch-size 8`.
     """
     choices = {"device": "cpu", "precision": precision, **options}
-    return Trainer(asked_options(method, seed, short, choices))
+    return Steps(asked_options(method, seed, short, choices))
 
 
 def asked_options(method: str, seed: int, short: bool, options: dict[str, object]) -> Options:
@@ -108,9 +108,9 @@ def train_options(method: str, choices: dict[str, Any]) -> Options:
     return options
 
 
-def mean_loss(made: Trainer, batch: Batch) -> Tensor:
+def mean_loss(made: Steps, batch: Batch) -> Tensor:
     """Return the mean loss over the tokens of a batch, in nats."""
-    [(inputs, targets)] = batch.micro_batches()  # (B, T) each
+    [(inputs, targets)] = batch.micro_batches  # (B, T) each
     return made.model.loss(inputs, targets) / batch.num_tokens
 
 

@@ -3,7 +3,7 @@
 Varied: LoRA of rank 8 or 32 on all four layers or full fine-tuning, the batch, the number of
 epochs, and the text.
 Fixed: mini in fp32, and windows of 128 tokens without overlap. LoRA takes the rate of
-`--recipe best`. Full fine-tuning takes a tenth of that rate.
+`rule`, at most 8e-3. Full fine-tuning takes a tenth of that rate.
 Measured: the perplexity of the model that `train.py` saves, and the processor time of the steps.
 """
 
@@ -15,13 +15,14 @@ from typing import Any
 from common.figures import FULL, LORA, draw_at, shades
 from lesson.experiments.common import (
     SHORT,
-    Trainer,
+    Steps,
     as_command,
     describe_seeds,
     experiment,
     panels,
     train_options,
 )
+from lesson.experiments.rates import rule
 from lesson.experiments.recipes import stored
 from training.options import BEST, BOOK, ROOT
 
@@ -35,6 +36,7 @@ METHODS: dict[str, tuple[int | None, tuple[int, ...], tuple[int, ...]]] = {
     "LoRA, r = 32": (32, (2, 16), (1, 3)),
     "full": (None, (2, 16), (1, 3)),
 }
+LIMIT = 8e-3  # of the rule
 CHOSEN = "2 windows, 3 epochs"  # by --recipe best
 SPAN = 1.6  # of the perplexities in a panel
 
@@ -44,11 +46,12 @@ def run(words: dict[str, Any], r: int | None, short: bool) -> dict[str, float]:
     words = words | {"device": "cpu", "precision": "fp32"}
     if short:
         words |= SHORT
-    lora = train_options("lora", words | {"recipe": BEST, "r": r or 8})
+    best = words | {"recipe": BEST}
+    plan = Steps(train_options("lora", best)).plan
+    rate = float(f"{min(rule(plan.total_steps, plan.passes), LIMIT):.1e}")
     if r:
-        return stored(lora, short)
-    rate = Trainer(lora).options.lr / 10
-    return stored(train_options("full", words | {"lr": rate}), short)
+        return stored(train_options("lora", best | {"r": r, "lr": rate}), short)
+    return stored(train_options("full", words | {"lr": rate / 10}), short)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

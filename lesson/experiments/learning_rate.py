@@ -14,7 +14,7 @@ import torch
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, scientific
 from lesson.experiments.common import (
-    Trainer,
+    Steps,
     as_command,
     band,
     describe_seeds,
@@ -33,10 +33,10 @@ METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
 NAMES = {"lora": "LoRA, c_attn, rank 8", "full": "full fine-tuning"}
 
 
-def measure_of(short: bool) -> Callable[[Trainer], tuple[float, float]]:
+def measure_of(short: bool) -> Callable[[Steps], tuple[float, float]]:
     """Return a measure: the perplexity on the book, and the KL on texts of the base."""
 
-    def learned_and_forgotten(made: Trainer) -> tuple[float, float]:
+    def learned_and_forgotten(made: Steps) -> tuple[float, float]:
         train(made)
         return perplexity(made), forgotten(made.model, short)
 

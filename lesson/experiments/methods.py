@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lesson.experiments.changes import is_layer
-from lesson.experiments.common import SHORT, Trainer, as_command, experiment, spread, train_options
+from lesson.experiments.common import SHORT, Steps, as_command, experiment, spread, train_options
 from lesson.experiments.recipes import stored
 from lesson.experiments.sweep import (
     ALL,
@@ -31,7 +31,7 @@ from training.options import BEST
 SIZE: dict[str, Any] = {"batch_size": 2, "stride": 128, "max_steps": 249}
 
 
-def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
+def learned_by_the_layers_alone(made: Steps) -> dict[str, float]:
     """Train only the four layers' weights. Return the result of `learned`."""
     for name, parameter in made.model.named_parameters():
         parameter.requires_grad_(is_layer(name))
@@ -40,7 +40,7 @@ def learned_by_the_layers_alone(made: Trainer) -> dict[str, float]:
 
 
 # The trained weights: the method, the first rate to try, the measure, and LoRA's options.
-METHODS: dict[str, tuple[str, float, Callable[[Trainer], Any], dict[str, Any]]] = {
+METHODS: dict[str, tuple[str, float, Callable[[Steps], Any], dict[str, Any]]] = {
     "LoRA, all four layers of a block": ("lora", 4e-3, learned, {"target_modules": ALL}),
     "the four layers' weights alone": ("full", 5e-4, learned_by_the_layers_alone, {}),
     "full: all weights": ("full", 5e-4, learned, {}),
@@ -58,13 +58,14 @@ def command_run(method: str, options: dict[str, Any], args: argparse.Namespace) 
     if args.short:
         words |= SHORT
     chosen = train_options(method, words)
-    return {Trainer(chosen).options.lr: [stored(chosen, args.short)["perplexity"]]}
+    found = stored(chosen, args.short)
+    return {found["lr"]: [found["perplexity"]]}
 
 
 def method_runs(
     method: str,
     guess: float,
-    how: Callable[[Trainer], Any],
+    how: Callable[[Steps], Any],
     options: dict[str, Any],
     args: argparse.Namespace,
 ) -> Runs:

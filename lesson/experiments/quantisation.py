@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.figures import BASE, INK, LORA, OTHER, PAGE_WIDTH, draw_at, new_figure, shades
 from lesson.experiments.common import (
-    Trainer,
+    Steps,
     add_texts,
     as_command,
     describe_seeds,
@@ -115,7 +115,7 @@ def losses(kind: str, seed: int, short: bool) -> dict[str, float]:
     return found
 
 
-def merged_losses(made: Trainer) -> dict[str, float]:
+def merged_losses(made: Steps) -> dict[str, float]:
     """Merge a trained adapter in each way. Return each loss. Merging removes the adapter."""
     model = made.model
     dequantise(model)

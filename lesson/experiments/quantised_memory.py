@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ours import Trainer
+from benchmarks.ours import Steps
 from common.cli import print_table
 from common.device import Device, tune_process
 from lesson.experiments.common import as_command, experiment
@@ -62,7 +62,7 @@ def train(base: Path, options: Sequence[str]) -> dict[str, Any]:
     tune_process(Device.pick("cpu"))
     words = ["lora", "--base", str(base), "--batch-size", "4"]
     words += ["--device", "cpu", "--precision", "bf16", *options]
-    trainer = Trainer(parse_options("-", words))
+    trainer = Steps(parse_options("-", words))
     seconds = []
     for _, batch in zip(range(STEPS), trainer.batches(), strict=False):
         began = time.process_time()

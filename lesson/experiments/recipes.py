@@ -21,7 +21,7 @@ from common.figures import BASE, LORA, PAGE_WIDTH, draw_at, shades, subplots
 from data.windows import Windows
 from lesson.experiments.common import (
     SHORT,
-    Trainer,
+    Steps,
     add_texts,
     as_command,
     describe_seeds,
@@ -51,23 +51,27 @@ TOKENS = 1792  # of the book's training part
 CHARACTERS = 9000  # of another text. 6,000 of them are 2,400 to 2,800 training tokens
 
 
-def saved(made: Trainer) -> dict[str, float]:
-    """Train. Return the base's perplexity, the least one after an epoch, and the steps' seconds."""
+def saved(made: Steps) -> dict[str, float]:
+    """Train. Return the base's perplexity, the peak rate, the least perplexity of the base and of
+    every epoch, as `train.py` keeps it, and the seconds of the steps and of a search for the rate.
+    """
     base = perplexity(made)
-    found = []
-    seconds = 0.0
+    found = [base]
+    began = time.process_time()
+    lr = made.lr
+    seconds = time.process_time() - began
     for step, batch in enumerate(made.batches(), 1):
         began = time.process_time()
         made.step(batch)
         seconds += time.process_time() - began
         if made.plan.epoch_ends(step):
             found.append(perplexity(made))
-    return {"base": base, "perplexity": min(found), "seconds": seconds}
+    return {"base": base, "lr": lr, "perplexity": min(found), "seconds": seconds}
 
 
 def stored(options: Options, short: bool) -> dict[str, float]:
     """Return the result of a run with these options. A stored result is returned at once."""
-    return remembered(cell(options, saved, short), lambda: saved(Trainer(options)))
+    return remembered(cell(options, saved, short), lambda: saved(Steps(options)))
 
 
 def run(words: dict[str, Any], seed: int, short: bool) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 Varied: the dropout of A's input, and the weight decay of A and B.
 Fixed: mini in fp32, the default book, and `--recipe best`: LoRA of rank 8 on all four layers, and
-three epochs of batches of 2 windows of 128 tokens without overlap.
+three epochs of batches of 2 windows of 128 tokens without overlap. The rate is 2.7e-3.
 Measured: the perplexity of the adapter that `train.py` saves (the best epoch), with three seeds.
 """
 
@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def run(dropout: float, decay: float, seed: int, short: bool) -> float:
-    words = {"device": "cpu", "precision": "fp32", "recipe": BEST, "seed": seed}
+    words = {"device": "cpu", "precision": "fp32", "recipe": BEST, "lr": 2.7e-3, "seed": seed}
     words |= {"lora_dropout": dropout, "weight_decay": decay}
     if short:
         words |= SHORT

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from common.figures import BASE, FULL, INK, LORA, draw_at, shades
 from lesson.experiments.changes import tuned
-from lesson.experiments.common import Trainer, as_command, band, describe_seeds, experiment, panels
+from lesson.experiments.common import Steps, as_command, band, describe_seeds, experiment, panels
 from lesson.figures import RANDOM, name_line
 
 RUN = "LoRA: c_attn, rank 8, lr 8e-3. Full: lr 1e-3. 60 steps of 4 windows of 128 tokens."
@@ -89,7 +89,7 @@ def similarities(v: list[Tensor], w: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def cut(made: Trainer, svds: SVDs) -> list[float]:
+def cut(made: Steps, svds: SVDs) -> list[float]:
     """Return the perplexity with the change of each block matrix cut to each of RANKS.
 
     The model keeps the last cut.

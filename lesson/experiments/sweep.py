@@ -16,7 +16,7 @@ from common.errors import RunError
 from common.figures import BASE, FULL, LORA, scientific
 from common.files import file_sha256
 from lesson.experiments.common import (
-    Trainer,
+    Steps,
     asked_options,
     describe_seeds,
     experiment,
@@ -45,13 +45,13 @@ Runs = dict[float, list[Any]]
 Choice = tuple[float, dict[str, Any]]
 
 
-def train(made: Trainer) -> None:
+def train(made: Steps) -> None:
     """Take every step."""
     for batch in made.batches():
         made.step(batch)
 
 
-def perplexity(made: Trainer) -> float:
+def perplexity(made: Steps) -> float:
     """Return the perplexity on the validation part, or infinity for a run that diverged."""
     try:
         return made.evaluate().perplexity
@@ -59,7 +59,7 @@ def perplexity(made: Trainer) -> float:
         return math.inf
 
 
-def learned(made: Trainer) -> dict[str, float]:
+def learned(made: Steps) -> dict[str, float]:
     """Train. Return the last perplexity, the least perplexity after any third of the run, and the
     mean training loss over the last third.
     """
@@ -94,7 +94,7 @@ def read_files(text: Path) -> list[str]:
     return [*base_hashes(directory).values(), file_sha256(text)]
 
 
-def cell(options: Options, measure: Callable[[Trainer], Any], short: bool) -> str:
+def cell(options: Options, measure: Callable[[Steps], Any], short: bool) -> str:
     """Return the key of a run's result: the measure, every active option, the hashes of the files,
     and the machine, which affects the last digits.
     """
@@ -131,7 +131,7 @@ def finetune(
     method: str,
     seeds: Sequence[int] = (0,),
     short: bool = False,
-    measure: Callable[[Trainer], Any] = learned,
+    measure: Callable[[Steps], Any] = learned,
     **options: Any,
 ) -> list[Any]:
     """Return the result of `measure`, a function that trains, for each seed.
@@ -176,7 +176,7 @@ def tune(
     guess: float,
     seeds: Sequence[int],
     short: bool = False,
-    measure: Callable[[Trainer], Any] = learned,
+    measure: Callable[[Steps], Any] = learned,
     score: Callable[[Any], float] = at_the_end,
     **options: Any,
 ) -> Runs:

@@ -11,8 +11,8 @@ from data.instructions import read_examples
 from data.tokenizer import Tokenizer
 from data.tokens import load_books
 from data.windows import split
-from evaluation.compare import read_run
 from model.gpt2 import IGNORE_INDEX
+from storage.runs import read_run
 from training.options import BOOK
 
 DEFAULTS = {"book": [BOOK], "val_fraction": 0.1}

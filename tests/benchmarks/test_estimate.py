@@ -20,14 +20,14 @@ def slow(monkeypatch):
     monkeypatch.setattr(estimate, "time", clock)
     calls = {"step": 0, "evaluate": 0}
     for name, seconds in (("step", 2.0), ("evaluate", 5.0)):
-        method = getattr(ours.Trainer, name)
+        method = getattr(ours.Steps, name)
 
         def slowly(self, *args, name=name, seconds=seconds, method=method):
             calls[name] += 1
             clock.later += seconds
             return method(self, *args)
 
-        monkeypatch.setattr(ours.Trainer, name, slowly)
+        monkeypatch.setattr(ours.Steps, name, slowly)
     return calls
 
 

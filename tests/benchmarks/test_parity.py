@@ -130,12 +130,12 @@ def opts(base, book):
 
 
 def test_a_base_that_drops_too_much_is_found_by_independent_draws(opts, monkeypatch):
-    def make_trainer(args, make=ours.Trainer):
+    def make_trainer(args, make=ours.Steps):
         trainer = make(args)
         trainer.model.set_dropout(0.5)  # only on our side, instead of 0.1
         return trainer
 
-    monkeypatch.setattr(ours, "Trainer", make_trainer)
+    monkeypatch.setattr(ours, "Steps", make_trainer)
     report = Report()
     parity.compare_independent_draws(report, train_options(opts, "lora"))
     assert report.broken() == ["fp32, independent dropout: loss, from PEFT's mean"]

@@ -92,7 +92,7 @@ def test_training_minimises_the_reference_s_loss_on_the_reference_s_windows(repe
     protocol = METHODS["lora"].split()
     device = ("--device", "cpu")
     options = ours.options("lora", *protocol, *device, base=repeated.base, book=repeated.book)
-    made = ours.Trainer(options)
+    made = ours.Steps(options)
     made.model.eval()
     train_ids, _ = token_parts(repeated.book)
     x, y = reference_windows(train_ids)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import evaluate
 import train
-from benchmarks.ours import Trainer
+from benchmarks.ours import Steps
 from data.instructions import Instructions, read_examples
 from lora.save import save_adapter
 from model.gpt2 import IGNORE_INDEX
@@ -81,7 +81,7 @@ def data(tmp_path):
     return write(tmp_path / "data.jsonl", *(example(*pair) for pair in PAIRS))
 
 
-def stepped(trainer: Trainer) -> tuple[float, dict[str, Tensor]]:
+def stepped(trainer: Steps) -> tuple[float, dict[str, Tensor]]:
     """Return the loss of a step on all examples except the last, and the gradients."""
     trainer.optimizer.zero_grad = lambda: None  # keeps the gradients
     batch = trainer.plan.batch(np.arange(len(PAIRS) - 1))

@@ -180,7 +180,7 @@ def test_a_run_is_pefts_to_the_last_bit(base, book, tmp_path, options):
         ours.step(batch)
     torch.manual_seed(0)
     for step, batch in enumerate(batches):
-        [(inputs, targets)] = batch.micro_batches()
+        [(inputs, targets)] = batch.micro_batches
         F.cross_entropy(theirs(input_ids=inputs).logits.flatten(0, 1), targets.flatten()).backward()
         nn.utils.clip_grad_norm_(mine, args.clip)
         for group, scale in zip(optimizer.param_groups, scales, strict=True):

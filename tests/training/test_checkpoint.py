@@ -12,7 +12,7 @@ from tests.runs import arguments, contents, die, refused, run, run_acting
 from train import main
 from training import checkpoint
 from training.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, write_checkpoint
-from training.optimizer import AdamW
+from training.trainer import AdamW
 
 OPTIONS = ("--max-steps", 6, "--checkpoint-every", 2)
 NAME = "h/0/attn/c_attn/lora_A/weight"

@@ -32,7 +32,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_pa
 
     without = trainer(method, base, book, tmp_path)
     with_it = trainer(method, base, book, tmp_path, checkpointing)
-    [(inputs, _)] = next(without.batches()).micro_batches()
+    [(inputs, _)] = next(without.batches()).micro_batches
     inputs = inputs.to(DEVICE)
     assert 0 < kept_bytes(with_it.model, inputs) < kept_bytes(without.model, inputs) / 4
 
@@ -59,7 +59,7 @@ def test_only_what_lora_freezes_is_held_in_the_compute_precision(
         assert parameter.dtype == (torch.float32 if small else compute), name
 
     # The weights are loaded in this precision, and not cast afterwards.
-    loaded = load_base(made.run.plan.settings, base, Device(torch.device(DEVICE), "bf16"))
+    loaded = load_base(made.run.plan.options, base, Device(torch.device(DEVICE), "bf16"))
     assert loaded.h[0].mlp.c_fc.weight.dtype == compute
 
 
@@ -82,7 +82,7 @@ def measured(tmp_path_factory) -> tuple[int, ...]:
         from common.device import Device, tune_process
         from storage.hub import MINI
         from storage.weights import load_gpt2
-        from training.optimizer import AdamW
+        from training.trainer import AdamW
         def resident(name):
             lines = open("/proc/self/status").read().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tests.helpers import DEVICE
-from training.optimizer import AdamW
+from training.trainer import AdamW
 
 SHAPES = ((5, 3), (7,))
 

@@ -269,7 +269,7 @@ def test_a_process_without_windows_adds_zeros_and_never_calls_the_attention(
         Processes, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
     )
     batch = made.plan.batch(np.array([3]))  # in process 0's share
-    assert len(list(batch.micro_batches())) == 0 and batch.num_tokens == made.options.block_size
+    assert len(list(batch.micro_batches)) == 0 and batch.num_tokens == made.options.block_size
     assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]
     assert not any(t.any() for t in sent)

@@ -1,0 +1,134 @@
+"""Find the peak learning rate of a run by short runs."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora.parameters import trained_parameters
+
+BatchType = TypeVar("BatchType")
+
+SHORT_STEPS = 24
+FIRST = 4e-3  # near the best rate of LoRA on all layers with alpha 16, in `SHORT_STEPS` steps
+MOST_RUNS = 12
+# The best rate of a run, relative to a short run, falls with both (docs/experiments.md).
+STEPS_POWER = 0.1
+PASSES_POWER = 0.3
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """The result of `find_rate`: the rate for the run, and what the search tried."""
+
+    rate: float
+    tried: dict[float, float]  # the loss on the held-out text after a short run, by peak rate
+    seconds: float
+
+
+def find_rate(
+    model: nn.Module,
+    short_run: Callable[[float], float],
+    steps: int,
+    passes: float = 1.0,
+    first: float = FIRST,
+) -> RateSearch:
+    """Find a peak learning rate for a run of `steps` steps that reads its text `passes` times.
+
+    `short_run(rate)` trains `model` for at most `SHORT_STEPS` steps with this peak rate, and
+    returns the loss on a text that it does not train on. `adamw_run` is such a function. Every
+    short run starts from the present parameters and random state, and both are restored at the end.
+
+    The search tries `first` and twice `first`, and then walks by factors of 2 until a rate is
+    better than both its neighbours. A parabola through the three losses over log rate gives the
+    best rate of a short run. A longer run needs a lower rate, and so does a run of several passes:
+
+        rate = best * (SHORT_STEPS / steps)^STEPS_POWER / passes^PASSES_POWER
+
+    Raises ValueError if the loss is not a finite number at any rate tried.
+    """
+    began = time.perf_counter()
+    trained = trained_parameters(model)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    devices = {parameter.device for parameter in trained.values() if parameter.is_cuda}
+
+    def loss_at(rate: float) -> float:
+        with torch.random.fork_rng(devices):
+            loss = short_run(rate)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(start[name])
+        return loss if math.isfinite(loss) else math.inf
+
+    tried = walk(loss_at, first)
+    best = lowest_point(tried)
+    longer = max(1.0, steps / SHORT_STEPS)
+    rate = best / longer**STEPS_POWER / max(1.0, passes) ** PASSES_POWER
+    return RateSearch(float(f"{rate:.1e}"), tried, time.perf_counter() - began)
+
+
+def walk(loss_at: Callable[[float], float], first: float) -> dict[float, float]:
+    """Return the losses by rate, in order of the rate. The best rate has a neighbour on each side,
+    unless it is one of the outermost of `MOST_RUNS` rates."""
+    tried = {first: loss_at(first), 2 * first: loss_at(2 * first)}
+    while len(tried) < MOST_RUNS:
+        best = min(tried, key=tried.__getitem__)
+        missing = [rate for rate in (best / 2, best * 2) if rate not in tried]
+        if not missing:
+            break
+        tried[missing[0]] = loss_at(missing[0])
+    if not math.isfinite(min(tried.values())):
+        raise ValueError("the loss is not a finite number at any learning rate tried")
+    return dict(sorted(tried.items()))
+
+
+def lowest_point(tried: dict[float, float]) -> float:
+    """Return the rate at the minimum of a parabola through the best rate and its two neighbours.
+
+    With losses l, m and r at log2 rates -1, 0 and 1 from the best rate, the minimum is at
+    (l - r) / (2 (l - 2 m + r)). It is between -1/2 and 1/2, because m is the least of the three.
+    """
+    best = min(tried, key=tried.__getitem__)
+    left, middle, right = (tried.get(rate, math.inf) for rate in (best / 2, best, best * 2))
+    bend = left - 2 * middle + right
+    if not 0 < bend < math.inf:
+        return best
+    return best * 2 ** ((left - right) / (2 * bend))
+
+
+def adamw_run(
+    model: nn.Module,
+    loss: Callable[[BatchType], Tensor],
+    batches: Sequence[BatchType],
+    held_out: Iterable[BatchType],
+) -> Callable[[float], float]:
+    """Return a `short_run` for `find_rate`: AdamW on the trained parameters, with a short warm-up
+    and half a cosine, gradients clipped to norm 1, and a step for each batch.
+
+    `loss(batch)` returns the mean loss of a batch. The run returns its mean over `held_out`.
+    """
+
+    def run(rate: float) -> float:
+        parameters = list(trained_parameters(model).values())
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+        was_training = model.training
+        model.train()
+        for step, batch in enumerate(batches):
+            rise = min(1.0, (step + 1) / 2)
+            fall = 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+            optimizer.param_groups[0]["lr"] = rate * rise * fall
+            optimizer.zero_grad()
+            loss(batch).backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            losses = [loss(batch).item() for batch in held_out]
+        model.train(was_training)
+        return sum(losses) / len(losses)
+
+    return run

@@ -1,0 +1,102 @@
+"""`Trainer`: the values that a training step needs, for GPT-2 and for any module with a loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import unwrap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.device import Device
+from common.processes import ALONE, Processes
+from lora import loraplus_groups, trained_parameters
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101), for a training
+    loop that does not compile the optimizer.
+
+    PyTorch wraps the five methods below to hide them from torch.compile. The first call of a
+    wrapper imports torch._dynamo and sympy, which takes longer than the import of torch. So this
+    class unwraps the methods. If a method has no wrapper, `unwrap` returns the method unchanged.
+    """
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
+    state_dict = unwrap(torch.optim.AdamW.state_dict)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+@dataclass
+class Trainer:
+    """A model, and the other values that `train_step` in train.py reads or changes.
+
+    A `Trainer` needs no files and no plan, so it also works in a notebook:
+
+        model = inject(load_gpt2("model/mini"), LoRAConfig())
+        trainer = make_trainer(model)
+        for batch in batches(Windows(tokens, block_size=128, stride=128), size=2):
+            train_step(trainer, batch, lr=2e-3)
+        save_adapter(model, "runs/mine", "./model/mini")
+
+    `loss(inputs, targets)` returns the loss, summed over the targets, as a scalar with a gradient.
+    """
+
+    model: Any  # GPT2, or another nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer  # a group's `lr_scale` multiplies the learning rate
+    scaler: torch.amp.GradScaler  # scales the loss in fp16, and does nothing in other precisions
+    device: Device
+    processes: Processes
+    clip: float  # the largest norm of the gradient. 0: no clipping
+
+
+def make_trainer(
+    model: Any,
+    loss: Loss | None = None,
+    device: Device | None = None,
+    processes: Processes = ALONE,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    loraplus_lr_ratio: float | None = None,
+) -> Trainer:
+    """Make a trainer for the parameters that require gradients, with the defaults of `train.py`.
+
+    The model must be on the device (default: the CPU, in fp32). The default loss is `model.loss`,
+    as in `model/gpt2.py`. Raises ValueError if no parameter requires a gradient.
+    """
+    device = device or Device.pick("cpu", "fp32")
+    groups = parameter_groups(model, loraplus_lr_ratio)
+    return Trainer(
+        model,
+        loss or model.loss,
+        AdamW(groups, weight_decay=weight_decay, fused=True),  # `train_step` sets the rate
+        grad_scaler(device),
+        device,
+        processes,
+        clip,
+    )
+
+
+def parameter_groups(model: nn.Module, loraplus_lr_ratio: float | None) -> list[dict]:
+    """Return parameter groups for AdamW. `lr_scale` multiplies a group's learning rate. All scales
+    are 1, except for B under LoRA+.
+    """
+    if loraplus_lr_ratio is None:
+        return [{"params": list(trained_parameters(model).values()), "lr_scale": 1.0}]
+    groups = loraplus_groups(model, 1.0, loraplus_lr_ratio)
+    return [{"params": group["params"], "lr_scale": group["lr"]} for group in groups]
+
+
+def grad_scaler(device: Device) -> torch.amp.GradScaler:
+    """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
+    kind = device.torch_device.type
+    scaler = torch.amp.GradScaler(kind, enabled=device.precision == "fp16")
+    # The first call of `scale` initialises the scaler. A process without windows would never call
+    # `scale` during training, so call it here.
+    scaler.scale(torch.zeros((), device=device.torch_device))
+    return scaler
