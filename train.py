@@ -28,7 +28,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launch(options) as (device, processes):
         plan = make_plan(options, device, processes)
         if is_finished(plan):  # also refuses to overwrite files in --out
-            print(f"{plan.options.out}: this run is finished; nothing to resume")
             return
         model = load_model(plan)  # for LoRA, the base is frozen and A and B are new
         print(describe_parameters(model))
@@ -41,7 +40,7 @@ def train(plan: Plan, trainer: Trainer, run: Run) -> None:
     """Take the steps that remain. Validate when due, and keep the best model."""
     if run.step == 0:
         begin(plan, trainer, run)
-    run.meter.resume()
+    run.start()  # from here on, a signal first saves the run
     for batch in plan.batches(run.step):
         lr = learning_rate(run.step, plan.total_steps, run.lr, plan.options.warmup_ratio)
         loss, grad_norm = train_step(trainer, batch, lr)
@@ -118,7 +117,7 @@ def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
         except RunError:  # the short run diverged
             return math.inf
 
-    return find_rate(trainer.model, short_run, plan.total_steps, plan.passes)
+    return find_rate(trainer.model, short_run, plan.total_steps)
 
 
 def validate(plan: Plan, trainer: Trainer, data: Dataset) -> Scores:

@@ -6,13 +6,14 @@ steps and one validation. Writes no file. Saving, which is not timed, is slow on
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import cycle, islice
 
 from benchmarks import ours
 from common.device import Device, tune_process
 from common.errors import run_command
 from data.windows import Batch
+from lora.rate import SHORT_STEPS
+from train import train_step
 from training.options import parse_options
 from training.plan import Plan
 
@@ -21,8 +22,7 @@ FEWEST_STEPS = 3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    # The state of --out does not matter, because a `Steps` writes nothing.
-    options = replace(parse_options(__doc__, argv), resume=False, overwrite=False)
+    options = parse_options(__doc__, argv)
     tune_process(Device.pick(options.device, options.precision, train=True))
     trainer = ours.Steps(options)
 
@@ -46,8 +46,7 @@ def take_steps(trainer: ours.Steps, batches: Iterator[Batch], count: int) -> flo
     """Take `count` training steps. Return the time in seconds."""
     began = time.perf_counter()
     for batch in islice(batches, count):
-        trainer.steps_done = 0  # the schedule has no rate for steps after the end of the run
-        loss = trainer.step(batch)
+        loss, _ = train_step(trainer.trainer, batch, lr=1e-6)
     loss.item()  # waits for a GPU
     return time.perf_counter() - began
 
@@ -58,6 +57,8 @@ def describe(trainer: ours.Steps, step: float, validation: float) -> str:
     `step` and `validation` are the times of a step and of a validation, in seconds.
     """
     steps = trainer.total_steps
+    if trainer.options.lr is None:  # three short runs find the rate
+        steps += 3 * min(SHORT_STEPS, steps)
     validations = count_validations(trainer.plan)
     training = steps * step
     validating = validations * validation

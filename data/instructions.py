@@ -68,10 +68,6 @@ class Instructions:
 
     rows: list[np.ndarray]
 
-    @property
-    def passes_per_epoch(self) -> float:
-        return 1.0
-
     def __len__(self) -> int:
         return len(self.rows)
 

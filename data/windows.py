@@ -19,10 +19,6 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    @property
-    def passes_per_epoch(self) -> float:
-        """Return how often an epoch reads each token, on average."""
-
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets of the items (windows or examples) with these indices (B,)."""
 
@@ -97,11 +93,6 @@ class Windows:
     def __len__(self) -> int:
         last_start = len(self.tokens) - self.block_size - self.label_shift
         return max(0, last_start // self.stride + 1)
-
-    @property
-    def passes_per_epoch(self) -> float:
-        """Return how often an epoch reads each token, on average."""
-        return len(self) * self.block_size / len(self.tokens)
 
     def batch(self, indices: np.ndarray) -> InputsAndTargets:
         """Return inputs and targets, (B, T) int64 each, of the windows with these indices."""

@@ -150,15 +150,15 @@ def acting(actions: dict[int, Callable[[Moment], None]]) -> Iterator[None]:
     loop = train.train
     runs = []
 
-    def remember(plan, run):
+    def remember(plan, trainer, run):
         runs.append(run)
-        loop(plan, run)
+        loop(plan, trainer, run)
 
-    def act(model, optimizer, scaler, batch, lr, plan):
+    def act(trainer, batch, lr):
         action = actions.get(runs[-1].step + 1)
         if action:
-            action(Moment(model, optimizer, scaler, runs[-1]))
-        return step(model, optimizer, scaler, batch, lr, plan)
+            action(Moment(trainer.model, trainer.optimizer, trainer.scaler, runs[-1]))
+        return step(trainer, batch, lr)
 
     with (
         mock.patch.object(train, "train", remember),

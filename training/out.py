@@ -20,8 +20,10 @@ def is_finished(plan: Plan) -> bool:
 
     Raises UserError for an `--out` that the run must not write to.
     """
-    finished = plan.processes.is_main and check_out(plan)
-    return plan.processes.from_main(finished)
+    finished = plan.processes.from_main(plan.processes.is_main and check_out(plan))
+    if finished:
+        print(f"{plan.options.out}: this run is finished; nothing to resume")
+    return finished
 
 
 def check_out(plan: Plan) -> bool:

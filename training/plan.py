@@ -51,13 +51,6 @@ class Plan:
         return Batch(rows, data.num_tokens(indices))
 
     @property
-    def passes(self) -> float:
-        """Return how often the run reads a token of the training part, on average."""
-        training = self.data.training
-        epochs = min(self.options.epochs, self.total_steps / self.steps_per_epoch)
-        return epochs * training.passes_per_epoch
-
-    @property
     def starts_as_the_base(self) -> bool:
         """Return whether the run begins with a new adapter, which changes nothing yet."""
         return self.options.method == "lora" and not self.options.init_adapter

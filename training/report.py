@@ -51,38 +51,38 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
         "best_val_perplexity": perplexity(best),
     }
     save_card(options.out, run_card(options.out.resolve().name, content))
-    draw_loss(options, report)
+    lines = metrics_or_warning(options.out)
+    draw_loss(options, report, lines)
     write_json(options.out / RUN, content)  # written last, to mark a complete run
 
     print(
         f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
         f"after {report['seconds']:.0f} s; saved in {options.out}"
     )
-    losses = [line["val_loss"] for line in read_metrics(options.out) if "val_loss" in line]
-    print(advice(options, report, losses))
+    losses = [line["val_loss"] for line in lines if "val_loss" in line]
+    if best >= base:
+        print(f"warning: {advice(options, report, losses)}", file=sys.stderr)
+    elif losses:
+        print(advice(options, report, losses))
 
 
 def advice(options: Options, report: Mapping[str, Any], losses: Sequence[float]) -> str:
     """Return what to try next, and why. `losses` are the validation losses in order."""
     half = f"--lr {report['lr'] / 2:.2g}"
     twice = f"--lr {report['lr'] * 2:.2g}"
-    best = min(losses)
+    best = report["best_val_loss"]
     if best >= report["base_val_loss"]:
         saved = "the saved adapter changes nothing" if options.method == "lora" else "keep the base"
         line = f"no validation was better than the base, so {saved}; try {half}, or another text"
     elif losses[0] == best and len(losses) > 1:
-        line = (
-            f"the first validation was the best, so this run was too long or too fast; try {half}"
-        )
+        line = f"the first validation was the best, so later epochs did not help; try {half}"
     elif losses[-1] == best and len(losses) > 1:
         line = f"the last validation was the best, so the loss may fall further; try {twice}"
         line += ", or more --epochs"
     else:
         line = f"to check the learning rate, try {half} and {twice}"
     if options.recipe == REFERENCE:
-        line += (
-            "; these settings repeat the reference run, and --recipe best fits a rate to the text"
-        )
+        line += "; --recipe best trains all layers, at a rate that fits the text"
     return line
 
 
@@ -98,6 +98,16 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     if not all(isinstance(line, dict) and {"step", "loss"} <= line.keys() for line in lines):
         raise UserError(f"{path}: a line has no step or no loss")
     return lines
+
+
+def metrics_or_warning(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of `metrics.jsonl`. If the file was damaged before the run was resumed,
+    print a warning, and return no lines."""
+    try:
+        return read_metrics(out)
+    except UserError as error:
+        print(f"warning: {error}; loss.png is not drawn", file=sys.stderr)
+        return []
 
 
 def best_weights(out: Path, method: str) -> Path:
@@ -119,14 +129,9 @@ def describe_run(options: Options, lr: float) -> str:
     )
 
 
-def draw_loss(options: Options, report: Mapping[str, Any]) -> None:
+def draw_loss(options: Options, report: Mapping[str, Any], lines: Sequence[dict[str, Any]]) -> None:
     """Draw `loss.png`: training loss, validation loss, and the base's validation loss."""
-    if not can_draw():
-        return
-    try:
-        lines = read_metrics(options.out)
-    except UserError as error:  # metrics.jsonl was damaged before the run was resumed
-        print(f"warning: {error}; loss.png is not drawn", file=sys.stderr)
+    if not can_draw() or not lines:
         return
     steps = [line["step"] for line in lines]
     losses = [line["loss"] for line in lines]

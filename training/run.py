@@ -51,7 +51,7 @@ class Run:
         self.trainer = trainer
         self.step = 0  # the number of steps that the run has taken
         self.lr = plan.options.lr or math.nan  # the peak rate. NaN until `keep_rate`
-        self.search: dict[str, Any] | None = None  # how `keep_rate`'s rate was found
+        self.search: list[list[float]] | None = None  # the rates and losses of `keep_rate`
         self.base_val_loss = math.nan
         self.start_val_loss = math.nan  # with the adapter of --init-adapter, if given
         self.best_val_loss = math.inf
@@ -110,14 +110,20 @@ class Run:
     def keep_rate(self, search: RateSearch) -> None:
         """Print and keep the peak rate that a search has found."""
         self.lr = search.rate
-        self.search = {"tried": [list(pair) for pair in search.tried.items()]}
-        self.search["seconds"] = search.seconds
+        self.search = [list(pair) for pair in search.tried.items()]
         losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in search.tried.items())
         print(
             f"lr {search.rate:g}, found in {search.seconds:.0f} s by {len(search.tried)} runs of "
             f"{SHORT_STEPS} steps (loss on a part of the training text, by rate: {losses})",
             flush=True,
         )
+
+    def start(self) -> None:
+        """Start the clock. After a signal, finish the step, save and stop. Before this call, a
+        signal ends the process at once, because the first checkpoint repeats what came before.
+        """
+        on_signals(self.stop.on_signal)
+        self.meter.resume()
 
     def count(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
         """Count a step. If a line of metrics is due, check the losses, and prepare the line.
@@ -215,7 +221,7 @@ class Run:
             "precision": self.plan.device.precision,
             "torch": str(torch.__version__),
         }
-        counted = self.state_dict()
+        counted = {name: value for name, value in self.state_dict().items() if value is not None}
         counted["steps"] = counted.pop("step")
         report = asdict(self.plan.identity) | parameter_counts(self.trainer.model) | counted
         write_report(self.plan.options, report | self.meter.report() | self.saver.cost() | machine)
@@ -233,7 +239,6 @@ def open_run(plan: Plan, trainer: Trainer) -> Iterator[Run]:
         if plan.processes.is_main:
             refuse_used(plan.options)  # again: another run may have begun since the plan
         run.resume_or_clear()
-        on_signals(run.stop.on_signal)
         try:
             with run.bar:
                 yield run

@@ -10,6 +10,7 @@ keeps the best adapter so far.
 import argparse
 import math
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from common.cli import Parser, add_device_options, number
 from common.device import Device
 from common.errors import UserError, as_failure, run_command
 from common.files import refuse_existing
-from data.windows import Dataset, Windows, split
+from data.windows import Batch, Dataset, Windows, batches, split
 from lesson.examples.chat import examples, read_conversations, template_ids
 from lesson.examples.smollm2 import NAME, adapt, load
-from lora import LoRAConfig, quantise, save_adapter, unwrap
+from lora import LoRAConfig, RateSearch, adamw_run, find_rate, quantise, save_adapter, unwrap
 from lora.quantised import LAYERS, quantised_weights
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
-from training.recipe import best_rate
 
 BATCH = 8  # windows or conversations
+SHORT_STEPS = 12  # of a run that searches the learning rate
 BOOK = Path(__file__).parents[2] / "data" / "book.txt"
 LORA: dict = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 PROMPTS = ("You climb the stair and", "The sea is", "In the morning the keeper")
@@ -107,14 +108,19 @@ def samples(model, tokenizer, task: Task, device: Device) -> dict[str, str]:
     return found
 
 
-def default_rate(training: Dataset, steps: int) -> float:
-    """Return the peak learning rate of `--recipe best`, times 0.6.
+def search_rate(model, training: Dataset, steps: int, device: Device) -> RateSearch:
+    """Find the peak learning rate by short runs, scored on batches that they do not train on."""
+    size = min(BATCH, max(1, len(training) // 2))
+    every = list(batches(training, size))
+    held_out = every[-max(1, len(every) // 10) :]
+    short = list(islice(cycle(every[: -len(held_out)]), SHORT_STEPS))
 
-    The recipe's rule was fitted to runs of `mini`. On SmolLM2, the best rate was about 0.5 of the
-    rule on conversations, and 0.75 of the rule on the book (docs/real-weights.md).
-    """
-    passes = training.passes_per_epoch * BATCH * steps / len(training)
-    return 0.6 * best_rate(steps, passes)
+    def mean_loss(batch: Batch):
+        [(inputs, targets)] = batch.micro_batches
+        return loss(model, inputs, targets, device)
+
+    run = adamw_run(model, mean_loss, short, held_out)
+    return find_rate(model, run, steps, short_steps=SHORT_STEPS)
 
 
 def prepare(args: argparse.Namespace, device: Device) -> tuple[Any, Any, Task]:
@@ -188,7 +194,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/any-model"), metavar="DIR")
     parser.add_argument("--steps", type=number(int, 1), default=40, metavar="N")
     parser.add_argument(
-        "--lr", type=number(float, 1e-12, 1), metavar="X", help="default: 0.6 of --recipe best's"
+        "--lr", type=number(float, 1e-12, 1), metavar="X", help="default: found by short runs"
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
     parser.add_argument("--peft", action="store_true", help="train PEFT's LoRA, not ours")
@@ -209,7 +215,11 @@ def main(argv=None) -> None:
     device = Device.pick(args.device, args.precision, train=True)
     model, tokenizer, task = prepare(args, device)
     report("validation perplexity", model, tokenizer, task, device)  # a new adapter changes nothing
-    peak = args.lr or default_rate(task.training, args.steps)
+    peak = args.lr
+    if peak is None:
+        search = search_rate(model, task.training, args.steps, device)
+        peak = search.rate
+        print(f"{len(search.tried)} short runs took {search.seconds:.0f} s")
     print(f"peak lr: {peak:g}")
     train(model, task, peak, device, args)
     if not args.peft:

@@ -32,12 +32,15 @@ SHORT: dict[str, object] = {"batch_size": 4, "max_steps": 4, "val_fraction": 0.0
 
 
 def parse(
-    description: str | None, argv: Sequence[str] | None, name: str | None = None
+    description: str | None,
+    argv: Sequence[str] | None,
+    name: str | None = None,
+    files: bool = False,
 ) -> argparse.Namespace:
     """Parse an experiment's command line, and make its output directory.
 
     `seeds` is a range: 0, 1, ... A short version uses only the first seed. With a name, `--draw`
-    only draws the pictures from an existing NAME.json.
+    only draws the pictures from an existing NAME.json. With `files`, the command takes text files.
     """
     parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.description = description  # all of it, not only its first line
@@ -47,6 +50,8 @@ def parse(
     if name:
         help_ = f"draw again from the saved {name}.json; measure nothing"
         parser.add_argument("--draw", action="store_true", help=help_)
+    if files:
+        parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help="more texts")
     args = parser.parse_args(argv)
 
     args.seeds = range(args.seeds)
@@ -142,6 +147,7 @@ def experiment(
     description: str | None,
     argv: Sequence[str] | None,
     more: Mapping[str, Draw] | None = None,
+    files: bool = False,
 ) -> dict[Any, Any]:
     """Measure, save NAME.json and NAME.png, and return the data. With --draw, only draw. If `draw`
     is None, there is no picture.
@@ -149,7 +155,7 @@ def experiment(
     `draw` gets the stored results: text as keys, and numbers with five digits. `more` maps
     names to further pictures of the same data.
     """
-    args = parse(description, argv, name if draw else None)
+    args = parse(description, argv, name if draw else None, files)
     path = args.out / f"{name}.json"
     if draw and args.draw:
         data = read_results(path)
@@ -187,7 +193,9 @@ def write_results(path: Path, argv: Sequence[str] | None, data: dict[Any, Any]) 
     """Write how and when the results were measured, and the results: JSON with one key per line and
     five digits per number.
     """
-    words = [f"python -m lesson.experiments.{path.stem}", *(sys.argv[1:] if argv is None else argv)]
+    words = [f"python -m lesson.experiments.{path.stem}"]
+    for word in sys.argv[1:] if argv is None else argv:
+        words.append(Path(word).name if Path(word).is_file() else word)  # without its directory
     about = {
         "command": " ".join(words),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

@@ -38,7 +38,8 @@ def finetune(words: Sequence[str], sampled: bool) -> dict[str, Any]:
             args.data = ROOT / args.data
         device = Device.pick(args.device, args.precision, train=True)
         model, tokenizer, task = any_model.prepare(args, device)
-        lr = args.lr or any_model.default_rate(task.training, args.steps)
+        search = any_model.search_rate
+        lr = args.lr or search(model, task.training, args.steps, device).rate
         found: dict[str, Any] = {"lr": lr, "precision": device.precision}
         found["base"] = any_model.perplexity(model, task.validation, device)
         if sampled:

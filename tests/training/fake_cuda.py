@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora.dora
 import training.model
-from benchmarks.ours import Trainer, options
+from benchmarks.ours import Steps, options
 from common.device import PRECISIONS, Device
 from common.errors import first_line
 from model.kernels import cuda_loss
@@ -40,7 +40,7 @@ COMMANDS = (
     "lora --precision bf16 --target-modules c_attn.q c_attn.v",
     "lora --precision bf16 --quantise nf4 --gradient-checkpointing",
     "lora --precision fp16 --quantise int8",
-    "lora --precision bf16 --data",
+    "lora --precision bf16 --lr 1e-3 --data",
     "full --precision fp32",
     "full --precision bf16 --grad-accum 2",
     "full --precision fp16 --kernels plain",
@@ -128,7 +128,7 @@ def check(command: str, base: str, book: str, data: str) -> None:
         source = ["--data", data, "--block-size", 64]
     fp32, low = torch.float32, PRECISIONS[precision]
     source += ["--batch-size", 4, "--val-fraction", 0.05]
-    made = Trainer(options(method, *source, *more, base=base, precision=precision))
+    made = Steps(options(method, *source, *more, base=base, precision=precision))
     model = made.model
     types: set[torch.dtype] = set()  # of the residual stream and of the weights of its LayerNorms
     for module in model.modules():
@@ -151,7 +151,7 @@ def check(command: str, base: str, book: str, data: str) -> None:
         drawn = list(generate_rows(model.eval(), ids, 3, [None, None], **sampling))
     assert len(drawing.waits) == 3, f"drawing waits for the GPU: {drawing.waits}"  # once a token
 
-    state = made.optimizer.state
+    state = made.trainer.optimizer.state
     for name, parameter in made.parameters.items():
         assert parameter.is_cuda, name
         types |= {parameter.dtype, *(x.dtype for x in state[parameter].values())}

@@ -59,7 +59,8 @@ def test_overwriting_another_input_by_a_link_is_refused(base, book, adapter, tmp
         "--init-adapter": (book, (option, adapter), adapter / WEIGHTS, WEIGHTS),
     }[option]
     os.link(read, out / name)
-    line = refused(out, *arguments("lora", base, source, out, *SHORT, *more))
+    argv = arguments("lora", base, source, out, *SHORT, "--block-size", 64, *more)
+    line = refused(out, *argv)
     assert f"{name} is an input of {option} ({read})" in line
 
 

@@ -71,7 +71,9 @@ def test_overwrite_replaces_everything_that_a_run_left_and_nothing_else(base, bo
     done = trained("full", base, book, tmp_path, "--max-steps", 1, "--overwrite")
     model = "config.json generation_config.json model.safetensors"
     tokenizer = "tokenizer.json tokenizer_config.json"
-    others = f"{tokenizer} README.md notes.txt run.json metrics.jsonl loss.png {CHECKPOINT}"
+    others = (
+        f"{tokenizer} README.md notes.txt run.json metrics.jsonl loss.png {CHECKPOINT} {PREVIOUS}"
+    )
     assert set(contents(tmp_path)) == set(split(f"{model} {others}"))
     assert done.report["method"] == "full" and done.column("step") == [1]
 

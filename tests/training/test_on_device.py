@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ours import Trainer
+from benchmarks.ours import Steps
 from tests.helpers import DEVICE
 from tests.runs import NO_DROPOUT, cudas_loss, questions, trainer
 
@@ -49,7 +49,7 @@ LIMITS = {
 def make(base, book, tmp_path):
     """Return a function that makes a run's trainer from a command line."""
 
-    def make(command: str, *more: object) -> Trainer:
+    def make(command: str, *more: object) -> Steps:
         method, *options = command.split()
         text = book
         if "--data" in options:
@@ -60,7 +60,7 @@ def make(base, book, tmp_path):
     return make
 
 
-def steps_of(made: Trainer) -> tuple[list[float], list[dict[str, Tensor]]]:
+def steps_of(made: Steps) -> tuple[list[float], list[dict[str, Tensor]]]:
     """Take every step. Return the losses in nats per token, with the score of the validation part
     as the last, and the gradients of each step before clipping.
     """
@@ -69,7 +69,7 @@ def steps_of(made: Trainer) -> tuple[list[float], list[dict[str, Tensor]]]:
     def record(*_: object) -> None:
         gradients.append({name: p.grad.double().cpu() for name, p in made.parameters.items()})
 
-    made.optimizer.register_step_pre_hook(record)
+    made.trainer.optimizer.register_step_pre_hook(record)
     losses = [made.step(batch).item() / batch.num_tokens for batch in made.batches()]
     return [*losses, made.evaluate().loss], gradients
 
@@ -112,10 +112,11 @@ def test_every_micro_batch_draws_masks_of_its_own_and_a_validation_draws_none(ma
     dropout = split("--base-dropout 0.1 --lora-dropout 0.1 --grad-accum 3 --lr 1e-12")
     made = make("lora", *dropout)
     batch = next(made.batches())
-    batch = replace(batch, indices=batch.indices[:1].repeat(3), micro_batch_size=1)
+    inputs, targets = batch.micro_batches[0]
+    batch = replace(batch, micro_batches=[(inputs[:1], targets[:1])] * 3)
     losses = []
-    real = made.model.loss
-    made.model.loss = lambda *given: losses.append(real(*given)) or losses[-1]
+    real = made.trainer.loss
+    made.trainer.loss = lambda *given: losses.append(real(*given)) or losses[-1]
     for _ in range(2):
         made.step(batch)
     assert len({round(loss.item(), 4) for loss in losses}) == 6

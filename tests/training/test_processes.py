@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import training.model
-from benchmarks.ours import Trainer
+from benchmarks.ours import Steps
 from common.device import Device
 from common.processes import Processes
 from model.kernels import fast
@@ -153,14 +153,11 @@ def test_the_connections_threads_end_with_it(whole):
 def test_each_rank_draws_dropouts_of_its_own(whole, base, book, folder):
     """In the first step each process computes half of the batch, and process 1 has another seed."""
     made = trainer("lora", base, book, folder / "unused", *DROPPING)
-    first, second = np.split(next(made.batches()).indices, 2)
-
-    def loss(windows: np.ndarray) -> float:
-        return made.model.loss(*made.data.training.batch(windows)).item()
-
-    of_first = loss(first)
+    [(inputs, targets)] = next(made.batches()).micro_batches
+    of_first = made.model.loss(inputs[:4], targets[:4]).item()
     torch.manual_seed(made.options.seed + 1)
-    mean = (of_first + loss(second)) / (8 * made.options.block_size)
+    of_second = made.model.loss(inputs[4:], targets[4:]).item()
+    mean = (of_first + of_second) / (8 * made.options.block_size)
     assert finished(folder / "whole").column("loss")[0] == pytest.approx(mean, rel=1e-5)
 
 
@@ -262,13 +259,13 @@ def test_a_process_without_windows_adds_zeros_and_never_calls_the_attention(
 ):
     """Flash attention raises on an empty batch in some versions (pytorch#133780)."""
     argv = arguments("lora", base, book, tmp_path, "--precision", precision)
-    made = Trainer(parse_options("-", argv), Processes(number=1, count=2))
+    made = Steps(parse_options("-", argv), Processes(number=1, count=2))
     sent = []
     monkeypatch.setattr(fast, "causal_attention", mock.Mock(side_effect=RuntimeError("empty")))
     monkeypatch.setattr(
         Processes, "all_reduce", lambda self, *tensors: sent.extend(t.clone() for t in tensors)
     )
-    batch = made.plan.batch(np.array([3]))  # in process 0's share
+    batch = made.plan.batch(np.array([3]), made.data.training)  # in process 0's share
     assert len(list(batch.micro_batches)) == 0 and batch.num_tokens == made.options.block_size
     assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]

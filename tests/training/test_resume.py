@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-import training.plan
 from common.device import Device
 from common.errors import RunError
 from tests import runs
@@ -31,8 +30,7 @@ from tests.runs import (
     trained,
 )
 from train import main
-from training import resume
-from training import run as training_run
+from training import meter, resume
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 # Logging, validation and epochs (12 steps) all end at different steps. Dropout is on.
@@ -151,10 +149,10 @@ def test_steps_after_the_last_checkpoint_are_run_again(whole, base, book, tmp_pa
 @pytest.mark.parametrize(
     "every, seconds, saved",
     [
-        ("2", 0, [None, None, 2, 2, 4, 4, 6]),
-        ("1s", 0.6, [None, None, 2, 2, 4, 4, 6]),
-        ("10m", 4, [None, None, None, 3, 3, 3, 6]),  # an epoch has 3 steps
-        ("10m", 2, [None, None, None, None, None, None, 6]),  # the first run ends too soon to save
+        ("2", 0, [0, 0, 2, 2, 4, 4, 6]),
+        ("1s", 0.6, [0, 0, 2, 2, 4, 4, 6]),
+        ("10m", 4, [0, 0, 0, 3, 3, 3, 6]),  # an epoch has 3 steps
+        ("10m", 2, [0, 0, 0, 0, 0, 0, 6]),  # the first run ends too soon to save
     ],
 )
 def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
@@ -163,15 +161,12 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
     """The clock advances by `seconds` in each step."""
     seen = []
     clock = runs.Clock()
-    for module in (resume, training_run):
+    for module in (resume, meter):
         monkeypatch.setattr(module, "time", clock)
 
     def look(moment):
         assert moment.run.plan.steps_per_epoch == 3
-        step = None
-        if (tmp_path / CHECKPOINT).exists():
-            step = read_checkpoint(tmp_path)["progress"]["step"]
-        seen.append(step)
+        seen.append(read_checkpoint(tmp_path)["progress"]["step"])
         clock.later += seconds
 
     options = split(f"--batch-size 64 --max-steps 7 --checkpoint-every {every}")
@@ -190,30 +185,27 @@ def test_lora_checkpoints_hold_the_adapter_and_no_base_weights(whole):
     assert lora < 3 * 4 * numbers + 40_000 < full
 
 
-@pytest.mark.parametrize("step, more", [(7, ["--resume"]), (1, [])])
-def test_a_run_killed_before_its_first_checkpoint_starts_again(
-    whole, base, book, tmp_path, step, more
-):
-    """If it was killed before its first line of metrics, --resume is not needed."""
+@pytest.mark.parametrize("step", [1, 7, 9])
+def test_a_run_killed_before_it_saved_a_step_starts_again(whole, base, book, tmp_path, step):
+    """In step 9, there is a best model already. A run on another book is refused."""
     argv = arguments("lora", base, book, tmp_path, *OPTIONS)
-    killed = run_acting({step: runs.die}, *argv)
-    assert killed.status == 130 and bool((tmp_path / "metrics.jsonl").read_text()) == (step > 5)
-    argv += more
-    ending = run(main, *argv)
-    assert ending.status == 0, ending
-    assert ("has no checkpoint yet; starting from the beginning" in ending.stdout) == (step > 5)
+    assert run_acting({step: runs.die}, *argv).status == 130
+    other = tmp_path.parent / "other.txt"
+    other.write_text(runs.story(seed=5))
+    assert "--book: the content has changed" in refused(
+        tmp_path, *argv, "--book", other, "--resume"
+    )
+    ending = run(main, *argv, "--resume")
+    assert ending.status == 0 and "resuming after step 0 of 18" in ending.stdout
     assert differences(tmp_path, result(whole["lora"].out)) == []
 
 
-def test_a_best_model_without_a_checkpoint_is_not_replaced(base, book, tmp_path):
-    """The run is killed after its first validation, and resumed with another book."""
-    argv = arguments("lora", base, book, tmp_path / "run", *OPTIONS)
-    assert run_acting({9: runs.die}, *argv).status == 130
-    other = tmp_path / "other.txt"
-    other.write_text(runs.story(seed=5))
-    line = refused(tmp_path / "run", *argv, "--book", other, "--resume")
+def test_a_best_model_without_a_checkpoint_is_not_replaced(whole, base, book, tmp_path):
+    for name in (WEIGHTS["lora"], "metrics.jsonl"):
+        shutil.copy(whole["lora"].out / name, tmp_path)
+    argv = arguments("lora", base, book, tmp_path, *OPTIONS)
+    line = refused(tmp_path, *argv, "--resume")
     assert f"contains {WEIGHTS['lora']} and no checkpoint; --overwrite replaces" in line
-    assert run(main, *argv, "--max-steps", 1, "--overwrite").status == 0
 
 
 def test_a_run_is_not_resumed_as_another(stopped, base, book, tmp_path):
@@ -271,7 +263,7 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
     base, book, tmp_path, monkeypatch, peaks
 ):
     clock = runs.Clock()
-    for module in (resume, training_run):
+    for module in (resume, meter):
         monkeypatch.setattr(module, "time", clock)
     argv = arguments("lora", base, book, tmp_path, "--max-steps", 4, "--log-every", 4)
     monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[0])
@@ -283,16 +275,12 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
     assert report["tokens_per_second"] < 4 * 16 * runs.BLOCK / 999
 
 
-def test_a_finished_run_says_so_before_it_reads_texts_or_weights(base, book, tmp_path):
-    """Also if the recipe computes the learning rate, which needs the length of the text."""
+def test_a_finished_run_says_so_before_it_loads_weights(base, book, tmp_path):
+    """Also if the recipe searches the learning rate. A typed rate is another run."""
     options = ("--recipe", "best", "--max-steps", 2)
     trained("lora", base, book, tmp_path / "run", *options)
     argv = arguments("lora", base, book, tmp_path / "run", *options, "--resume")
-    unread = AssertionError("a finished run is read")
-    with (
-        mock.patch.object(training.plan, "load_data", side_effect=unread),
-        mock.patch.object(train, "load_model", side_effect=unread),
-    ):
+    with mock.patch.object(train, "load_model", side_effect=AssertionError("weights are read")):
         ending = run(main, *argv)
     assert ending.status == 0 and "this run is finished" in ending.stdout
     book_of_others = tmp_path / "other.txt"
@@ -300,6 +288,8 @@ def test_a_finished_run_says_so_before_it_reads_texts_or_weights(base, book, tmp
     assert "--book: the content has changed" in refused(
         tmp_path / "run", *argv, "--book", book_of_others
     )
+    line = refused(tmp_path / "run", *argv, "--lr", 1e-3)
+    assert "--lr was None and is now 0.001" in line
 
 
 def test_a_finished_run_says_so_and_is_left_alone(whole, base, book):
