@@ -61,36 +61,32 @@ def norm(blocks: list[dict[str, Any]], key: str) -> float:
 
 
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the amplification by layer, and the size of W in the changed directions."""
-    titles = {
-        "amplification": "size of the change,\nrelative to W there",
-        "to random": "size of W there, relative\nto random directions",
-        "to its own": "size of W there, relative\nto its largest directions",
-    }
+    """Draw the amplification by layer."""
     [count] = {len(runs) for kinds in data.values() for runs in kinds.values()}
     caption = (
-        "Size: Frobenius norm over all blocks. There: in the directions of the change (full "
-        f"fine-tuning: its {TOP} largest). LoRA has rank r on all four layers of a block, and "
-        f"alpha 16. 60 steps of 4 windows of 128 tokens, means of {describe_seeds(count)}."
+        f"Size: Frobenius norm over all blocks. Of the change by full fine-tuning, only the {TOP} "
+        "largest directions count. LoRA has rank r on all four layers of a block, and alpha 16. 60 "
+        f"steps of 4 windows of 128 tokens. Point, line: mean, range of {describe_seeds(count)}."
     )
-    whole = "Which directions of a weight W does its change amplify? (mini)"
-    figure, axes = panels(whole, caption, *titles.values(), height=5)
-    colours = [*shades(LORA, len(data) - 1), FULL]
-    for axis, key in zip(axes, titles, strict=True):
-        for i, (name, kinds) in enumerate(data.items()):
-            x = [mean(run[key] for run in kinds[kind]) for kind in LAYERS]
-            y = [row + 0.18 * (i - 1.5) for row in range(len(LAYERS))]  # so that no point hides
-            axis.plot(x, y, "o", color=colours[i])
-            if key == "amplification":
-                offset, side = ((7, 0), "left") if x[0] < 10 else ((-7, 0), "right")
-                name_line(axis, run_name(name), (x[0], y[0]), colours[i], offset, side)
-        axis.axvline(1, color=INK, linewidth=1, linestyle="--")
-        axis.set(xscale="log", xlabel="ratio (log)", ylim=(len(LAYERS) - 0.5, -0.5))
-        draw_at(axis.yaxis, range(len(LAYERS)), [""] * len(LAYERS))
-    draw_at(axes[0].yaxis, range(len(LAYERS)), LAYERS)
-    draw_at(axes[0].xaxis, (0.1, 1, 10, 100))
-    draw_at(axes[1].xaxis, (0.5, 1, 2, 4))
-    draw_at(axes[2].xaxis, (0.01, 0.1, 1))
+    whole = "Does training change a weight W where W is large, or where W is small? (mini)"
+    figure, (axis,) = panels(whole, caption, height=4.8)
+    for i, (name, kinds) in enumerate(data.items()):
+        colour = [*shades(LORA, len(data) - 1), FULL][i]
+        for row, kind in enumerate(LAYERS):
+            factors = [run["amplification"] for run in kinds[kind]]
+            y = row + 0.18 * (i - 1.5)  # so that no point hides
+            axis.plot([min(factors), max(factors)], [y, y], color=colour)
+            axis.plot(mean(factors), y, "o", color=colour, label="" if row else run_name(name))
+    axis.axvline(1, color=INK, linewidth=1, linestyle="--")
+    name_line(axis, "as large as W", (1, -0.42), INK)
+    axis.set(
+        xscale="log",
+        xlabel="size of the change / size of W, both in the directions of the change (log)",
+        ylim=(len(LAYERS) - 0.5, -0.6),
+    )
+    draw_at(axis.yaxis, range(len(LAYERS)), LAYERS)
+    draw_at(axis.xaxis, (0.1, 1, 10, 100))
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

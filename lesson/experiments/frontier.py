@@ -8,11 +8,12 @@ Measured: the perplexity of the model that `train.py` saves, and the processor t
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, LORA, draw_at, shades
+from common.figures import FULL, INK, LORA, draw_at, shades
 from data.windows import Windows
 from lesson.experiments.common import (
     SHORT,
@@ -23,8 +24,9 @@ from lesson.experiments.common import (
     panels,
     train_options,
 )
-from lesson.experiments.rates import rule
+from lesson.experiments.rates import LIMITS, rule
 from lesson.experiments.recipes import stored
+from lesson.figures import name_line
 from training.options import BEST, BOOK, ROOT
 
 TEXTS: dict[str, dict[str, Any]] = {
@@ -37,8 +39,8 @@ METHODS: dict[str, tuple[int | None, tuple[int, ...], tuple[int, ...]]] = {
     "LoRA, r = 32": (32, (2, 16), (1, 3)),
     "full": (None, (2, 16), (1, 3)),
 }
-LIMIT = 8e-3  # of the rule
 CHOSEN = "2 windows, 3 epochs"  # by --recipe best
+LINES = {2: "o-", 16: "o--"}  # the batches in the picture
 SPAN = 1.6  # of the perplexities in a panel
 
 
@@ -54,7 +56,7 @@ def run(words: dict[str, Any], r: int | None, short: bool) -> dict[str, float]:
     if isinstance(data, Windows):
         share = len(data) * data.block_size / len(data.tokens)
     passes = words["epochs"] * share
-    rate = float(f"{min(rule(plan.total_steps, passes), LIMIT):.1e}")
+    rate = float(f"{min(rule(plan.total_steps, passes), LIMITS[1]):.1e}")
     if r:
         return stored(train_options("lora", best | {"r": r, "lr": rate}), short)
     return stored(train_options("full", words | {"lr": rate / 10}), short)
@@ -76,45 +78,29 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return data
 
 
-def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (seconds, perplexity) whose perplexity no faster point reaches."""
-    best: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
-    return best
-
-
 def draw(data: dict[str, Any]) -> Any:
-    """Draw the frontier of each method, and ring the choice of `--recipe best`. Both panels show
+    """Draw a line over the epochs for each method, with batches of 2 and of 16. Both panels show
     the same factor between the lowest and the highest perplexity.
     """
     count = len(next(iter(data["book"]["full"].values())))
     caption = (
-        "Dot: a batch (1 to 16 windows of 128 tokens per step) and a number of epochs (1 to 6). "
-        "Line: the dots with a lower perplexity than all faster dots. LoRA is on all four layers "
-        "of a block, at the rate of --recipe best, and full fine-tuning is at a tenth of that "
-        f"rate. fp32, {describe_seeds(count)}. Both panels span a factor of {SPAN} in perplexity."
+        "Number at a point: epochs. LoRA of rank r is on all four layers of a block, at the rate "
+        "of --recipe best. Full fine-tuning is at a tenth of that rate (not tuned). Circle: the "
+        f"batch and the epochs of --recipe best. fp32, {describe_seeds(count)}. Both panels span a "
+        f"factor of {SPAN} in perplexity."
     )
     titles = (f"validation perplexity: the {text} (log)" for text in data)
-    whole = "Which perplexity for which time? (mini)"
+    whole = "Small batches and large batches: which perplexity for which time? (mini)"
     figure, axes = panels(whole, caption, *titles, height=4.8)
     colours = dict(zip(METHODS, [*shades(LORA, 2), FULL], strict=True))
     for axis, methods in zip(axes, data.values(), strict=True):
         for label, runs in methods.items():
-            points = {
-                name: tuple(mean(seed[key] for seed in found) for key in ("seconds", "perplexity"))
-                for name, found in runs.items()
-            }
-            colour = colours[label]
-            axis.scatter(*zip(*points.values(), strict=True), color=colour, s=12)
-            axis.plot(
-                *zip(*frontier(list(points.values())), strict=True), color=colour, label=label
-            )
-            if label == "LoRA, r = 8" and CHOSEN in points:
-                axis.plot(
-                    *points[CHOSEN], "o", color="black", fillstyle="none", label="--recipe best"
+            for windows, line in LINES.items():
+                draw_epochs(
+                    axis, runs, windows, f"{label}, batches of {windows}", colours[label], line
                 )
+        chosen = place(methods["LoRA, r = 8"].get(CHOSEN))
+        axis.plot(*chosen, "o", color=INK, fillstyle="none", markersize=12)
         lowest = 0.97 * axis.dataLim.ymin
         axis.set(xscale="log", yscale="log", xlabel="processor seconds of the steps (log)")
         axis.set(ylim=(lowest, SPAN * lowest))
@@ -122,8 +108,29 @@ def draw(data: dict[str, Any]) -> Any:
         draw_at(axis.yaxis, [p for p in range(20, 100, 2) if lowest < p < SPAN * lowest])
     axes[0].sharex(axes[1])
     axes[0].autoscale(axis="x")
-    axes[1].legend()
+    axes[1].legend(handlelength=4)
     return figure
+
+
+def draw_epochs(
+    axis: Any, runs: dict[str, Any], windows: int, label: str, colour: str, line: str
+) -> None:
+    """Draw a line through the results of one batch size, with the epochs beside the points."""
+    points = {}
+    for name, found in runs.items():
+        if name.startswith(f"{windows} "):
+            points[name.split()[2]] = place(found)
+    if not points:  # a short version has one batch size
+        return
+    axis.plot(*zip(*points.values(), strict=True), line, color=colour, label=label)
+    for epochs, point in points.items():
+        name_line(axis, epochs, point, colour, (4, 7))
+
+
+def place(found: list[dict[str, float]] | None) -> tuple[float, float]:
+    """Return the mean seconds and the mean perplexity of the seeds."""
+    seeds = found or [{"seconds": math.nan, "perplexity": math.nan}]
+    return mean(run["seconds"] for run in seeds), mean(run["perplexity"] for run in seeds)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:

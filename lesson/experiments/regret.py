@@ -93,18 +93,19 @@ def draw(data: dict[str, Any]) -> Any:
     """Draw LoRA's gap to full fine-tuning by batch and by share, and the training loss by share."""
     seeds = len(at_best_rates(data["by batch"]["full"]))
     caption = (
-        "Gap: the validation loss of LoRA minus the loss of full fine-tuning, in nats per token. "
-        "LoRA is on all four layers of a block, with alpha 16. Windows of 128 tokens. Lines and "
-        f"bands: means and ranges of {describe_seeds(seeds)}."
+        "LoRA of rank r is on all four layers of a block, with alpha 16. Windows of 128 tokens. "
+        f"Bands: ranges of {describe_seeds(seeds)}."
     )
     figure, (left, middle, right) = panels(
-        "LoRA beside full fine-tuning, each at its best rate (mini)",
+        "How far LoRA stays behind full fine-tuning, each at its best rate (mini)",
         caption,
-        "gap after 240 windows,\nby batch",
-        "gap after 240 steps,\nby share of the book",
-        "training loss, nats per token,\nin the last 80 of these steps",
+        "validation, after 240 windows\nin smaller or larger batches",
+        "validation, after 240 steps on\nmore or less text",
+        "training, in the last 80\nof these 240 steps",
         height=4.7,
     )
+    left.set_ylabel("loss of LoRA - loss of full fine-tuning, nats")
+    right.set_ylabel("loss, nats per token")
     middle.sharey(left)
     ranks = [name for name in METHODS if name != "full"]
     colours = {"full": FULL, **dict(zip(reversed(ranks), shades(LORA, len(ranks)), strict=True))}
@@ -112,13 +113,14 @@ def draw(data: dict[str, Any]) -> Any:
     batches = data["by batch"]
     for name in batches:
         if name != "full":
-            band(left, range(len(BATCHES)), gaps(batches[name], batches["full"]), colours[name])
+            y = gaps(batches[name], batches["full"])
+            band(left, range(len(BATCHES)), y, colours[name], f"LoRA, {name}")
 
     by_share = {name: pick(shares, "validation") for name, shares in data["by share"].items()}
     for name, shares in data["by share"].items():
-        band(
-            right, range(len(SHARES)), at_best_rates(pick(shares, "training")), colours[name], name
-        )
+        label = name if name == "full" else f"LoRA, {name}"
+        losses = at_best_rates(pick(shares, "training"))
+        band(right, range(len(SHARES)), losses, colours[name], label)
         if name != "full":
             band(middle, range(len(SHARES)), gaps(by_share[name], by_share["full"]), colours[name])
 
@@ -128,7 +130,8 @@ def draw(data: dict[str, Any]) -> Any:
         draw_at(axis.xaxis, range(len(SHARES)), [name for name, _, _ in SHARES.values()])
         axis.set(xlabel="part of the book that is read")
     right.set(ylim=(0, None))
-    left.legend(*right.get_legend_handles_labels(), loc="lower left")
+    left.legend(loc="lower left")
+    right.legend(loc="lower left")
     return figure
 
 

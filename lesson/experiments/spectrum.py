@@ -167,9 +167,11 @@ def draw_similarity(data: dict[str, Any]) -> Any:
     """Draw the similarity of two runs in the directions that a change reads and writes."""
     figure, (inputs, outputs) = panels(
         "Does another seed find the same change of c_attn? (mini)",
-        f"{RUN} Bands: pairs of seeds.",
-        "similarity of the first k directions\nof the input, which a change reads",
-        "similarity of the first k directions\nof the output, which it writes",
+        "The k directions of a run are those with the largest singular values of its change. The "
+        f"share is phi of Hu et al. 2021, 7.2. {RUN} Lines and bands: means and ranges over pairs "
+        "of seeds.",
+        "share of the first k input directions\nthat two runs have in common",
+        "share of the first k output directions\nthat two runs have in common",
     )
     panel = {"inputs": inputs, "outputs": outputs}
     for label, (_, _, side, colour, line) in PAIRS.items():
@@ -177,10 +179,11 @@ def draw_similarity(data: dict[str, Any]) -> Any:
         band(panel[side], range(1, LORA_RANK + 1), y, colour, label.partition(",")[0], line)
     for axis in (inputs, outputs):
         axis.axhline(1, color=INK, linewidth=0.8)
-        axis.set(xlabel="k", xlim=(0.8, LORA_RANK + 0.2), ylim=(-0.05, 1.5))
+        xlabel = "k: how many directions are compared"
+        axis.set(xlabel=xlabel, xlim=(0.8, LORA_RANK + 0.2), ylim=(-0.05, 1.5))
         draw_at(axis.yaxis, (0, 0.2, 0.4, 0.6, 0.8, 1))
         axis.legend(loc="upper left", ncols=2)
-        name_line(axis, "1: the same directions", (1, 1), INK, (0, 8))
+        name_line(axis, "1: all", (1, 1), INK, (0, 8))
     return figure
 
 

@@ -38,6 +38,8 @@ DECIDES_NOTHING = MAY_CHANGE | {"recipe"}
 SIZE: dict[str, Any] = {"batch_size": 4, "stride": 128, "max_steps": 60, "epochs": 100}
 ALL = ("c_attn", "c_proj", "c_fc")  # all four layers of a block: two are named c_proj
 
+PLAIN = "LoRA"  # the choice with which variants are compared
+
 Rate = TypeVar("Rate", float, str)  # a number, or text in a JSON file
 # The result with each seed, by rate.
 Runs = dict[float, list[Any]]
@@ -272,18 +274,20 @@ def compare(
 
 
 def draw(title: str, caption: str, data: dict[str, dict[str, list[float]]]) -> Any:
-    """Draw a bar for each choice at the best rate, from the least perplexity to the greatest."""
+    """Draw a bar for each choice at the best rate, from the least perplexity to the greatest. A
+    grey band continues the bar of plain LoRA.
+    """
     most = max(len(found) for runs in data.values() for found in runs.values())
-    caption += (
-        f" Dot and bar: mean and range of {describe_seeds(most)}. Grey: the first row's range."
-    )
+    caption += f" Dot and bar: mean and range of {describe_seeds(most)}."
+    if PLAIN in data:
+        caption += " Grey: the range of plain LoRA."
     figure, (axis,) = panels(title, caption)
-    for row, (label, runs) in enumerate(data.items()):
+    for label, runs in data.items():
         rate = best_rate(runs)
         found = runs[rate]
         ends = (min(found), max(found))
         middle = mean(found)
-        if row == 0:
+        if label == PLAIN:
             axis.axvspan(*ends, color=BASE, alpha=0.2)
         colour = FULL if label.startswith("full") else LORA
         axis.plot(ends, (label, label), color=colour, linewidth=5, solid_capstyle="butt")

@@ -1,0 +1,188 @@
+"""The tables of README.md and docs/experiments.md."""
+
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any
+
+from lesson.experiments.common import spread
+from lesson.experiments.rates import vertex
+from lesson.experiments.sweep import best_rate
+from lesson.tables.stored import at_best, means, range_at_best, rate, results, table
+
+
+@table
+def outcome() -> Iterator[str]:
+    cells = {name: rate_and_perplexity(runs) for name, runs in results("methods").items()}
+    layers = "LoRA on all four layers of each block"
+    why = "([why](docs/experiments.md#the-recipe-beside-the-reference))"
+    best_row = f"| **`make train-lora RECIPE=best`**: {layers} {why} | 196,608 | 2, 249"
+    yield (
+        "| on `mini`, 6.9 million parameters | trained parameters | batch size, steps "
+        "| peak learning rate | perplexity |"
+    )
+    yield "|---|---:|---|---:|---:|"
+    yield f"| the base | | | | {results('learning_rate')['base']:.1f} |"
+    yield f"| `make train-lora`: LoRA on `c_attn` | 49,152 | 16, 249 | {cells['make train-lora']} |"
+    yield (
+        f"| `make train-full`: full fine-tuning | 6,901,760 | 64, 63 | {cells['make train-full']} |"
+    )
+    yield f"{best_row} | {cells['make train-lora RECIPE=best']} |"
+    yield (
+        "| full fine-tuning with the recipe's batches, at the best of the rates tried "
+        f"| 6,901,760 | 2, 249 | {cells['full: all weights']} |"
+    )
+
+
+def rate_and_perplexity(runs: Any) -> str:
+    return f"{rate(best_rate(runs))} | {at_best(runs):.1f}"
+
+
+def rate_and_spread(runs: Any) -> str:
+    return f"{rate(best_rate(runs))} | {range_at_best(runs)}"
+
+
+@table
+def learning_rates() -> Iterator[str]:
+    yield "| peak lr | LoRA: perplexity | KL | | peak lr | full: perplexity | KL |"
+    yield "|---|---:|---:|---|---|---:|---:|"
+    sides = []
+    for method in ("lora", "full"):
+        rows = {lr: means(seeds) for lr, seeds in results("learning_rate")[method].items()}
+        least = min(perplexity for perplexity, _ in rows.values())
+        sides.append(
+            [f"{rate(lr)} | {bold(x, x == least)} | {kl:.2f}" for lr, (x, kl) in rows.items()]
+        )
+    for lora, full in zip(*sides, strict=True):
+        yield f"| {lora} | | {full} |"
+
+
+def bold(perplexity: float, least: bool) -> str:
+    return f"**{perplexity:.1f}**" if least else f"{perplexity:.1f}"
+
+
+@table
+def ranks() -> Iterator[str]:
+    *rules, full = results("scaling").values()
+    yield (
+        "| r | alpha = 16: s = 16 / r | rate | alpha = 2 r: s = 2 | rate "
+        "| rsLoRA: s = 5.66 / √r | rate |"
+    )
+    yield "|---:|---|---|---|---|---|---|"
+    for r in ("1", "8", "64"):
+        cells = [perplexity_and_rate(rule[r]) for rule in rules]
+        if r == "8":
+            cells[1:] = ["the same |", "the same |"]
+        yield f"| {r} | {' | '.join(cells)} |"
+    yield f"| full | {perplexity_and_rate(full)} | | | | |"
+
+
+def perplexity_and_rate(runs: Any) -> str:
+    return f"{range_at_best(runs)} | {rate(vertex(runs))}"
+
+
+@table
+def rates() -> Iterator[str]:
+    texts = {"stride 128": "all", "stride 512": "a quarter", "stride 2048": "a sixteenth"}
+    rows: dict[tuple[str, str, str], dict[int, Any]] = {}
+    for name, run in results("rates").items():
+        size, stride, _ = name.split(", ")
+        steps, windows = size.split(" steps of ")
+        key = (f"{steps} x {windows}", texts[stride], f"{run['passes']:.2g}")
+        rows.setdefault(key, {})[run["r"]] = run["runs"]
+    yield "| steps x windows | text | passes | best rate at r = 1, 8, 64 | perplexity at r = 8 |"
+    yield "|---|---|---:|---|---:|"
+    by_passes = sorted(rows.items(), key=lambda row: (float(row[0][2]), row[0][1]))
+    for key, found in by_passes:
+        some = "" if len(found) == 3 else " (r = 8)"
+        vertices = ", ".join(rate(vertex(found[r])) for r in sorted(found))
+        yield f"| {' | '.join(key)} | {vertices}{some} | {at_best(found[8]):.1f} |"
+
+
+@table
+def frontier() -> Iterator[str]:
+    texts = results("frontier")
+    yield (
+        "| trained | windows or examples per step | book, 1 epoch | 2 | 3 | 6 "
+        "| instructions, 1 epoch | 2 | 3 | 6 |"
+    )
+    yield "|---|" + "---:|" * 9
+    for label, runs in texts["book"].items():
+        for windows in sorted({int(name.split()[0]) for name in runs}):
+            names = [f"{windows} windows, {epochs} epochs" for epochs in (1, 2, 3, 6)]
+            cells = [
+                with_seconds(text[label].get(name)) for text in texts.values() for name in names
+            ]
+            yield f"| {label} | {windows} |{'|'.join(cells)}|"
+
+
+def with_seconds(runs: list[dict[str, float]] | None) -> str:
+    """Print the perplexity (seconds) of the only seed, if these runs were made."""
+    if not runs:
+        return " "
+    [run] = runs
+    return f" {run['perplexity']:.1f} ({run['seconds']:.0f}) "
+
+
+@table
+def recipes() -> Iterator[str]:
+    yield "| adapter or text | reference | best | time |"
+    yield "|---|---:|---:|---:|"
+    for label, found in results("recipes").items():
+        name = f"`{label}`" if label.startswith("c_") else label
+        cells = [spread([run["perplexity"] for run in runs]) for runs in found.values()]
+        slow, fast = (mean(run["seconds"] for run in runs) for runs in found.values())
+        yield f"| {name} | {' | '.join(cells)} | {slow / fast:.1f} |"
+
+
+@table
+def regularisation() -> Iterator[str]:
+    yield "| dropout | weight decay | perplexity |"
+    yield "|---:|---:|---:|"
+    for label, found in results("regularisation").items():
+        dropout, decay = (words.split()[-1] for words in label.split(","))
+        yield f"| {dropout} | {decay} | {spread(found)} |"
+
+
+@table
+def targets() -> Iterator[str]:
+    yield "| layers | r | best rate | perplexity |"
+    yield "|---|---:|---:|---:|"
+    for label, runs in results("targets").items():
+        layers, r = label.split(": r = ")
+        names = ", ".join(f"`{name}`" for name in layers.split(", "))
+        if layers == "c_attn, c_proj, c_fc":
+            names += " (all four)"
+        yield f"| {names} | {r} | {rate_and_spread(runs)} |"
+
+
+@table
+def variants() -> Iterator[str]:
+    differs = {
+        "LoRA": "| 196,608",
+        "rsLoRA": "s = 5.66, not 2 | 196,608",
+        "DoRA": "trains row lengths separately | 210,432",
+        "PiSSA": "starts from W's singular vectors | 196,608",
+        "LoRA+, ratio 16": "B at 16 times the rate | 196,608",
+    }
+    low = {name: runs.get("0.001") for name, runs in results("variants").items()}
+    low["LoRA"] = results("scaling")["alpha = 16: s = 16 / r"]["8"]["0.001"]
+    yield (
+        "| variant | what differs | parameters trained | best rate | perplexity | at 1e-3, seed 0 |"
+    )
+    yield "|---|---|---:|---:|---:|---:|"
+    for name, runs in results("variants").items():
+        last = f"{low[name][0]:.1f} |" if low[name] else "|"
+        yield f"| {name.partition(',')[0]} | {differs[name]} | {rate_and_spread(runs)} | {last}"
+
+
+@table
+def methods() -> Iterator[str]:
+    yield "| trained | trained numbers | best rate | perplexity |"
+    yield "|---|---:|---:|---:|"
+    for name, count in (
+        ("LoRA, all four layers of a block", "196,608"),
+        ("the four layers' weights alone", "4,718,592"),
+        ("full: all weights", "6,901,760"),
+    ):
+        label = name.replace("LoRA,", "LoRA, r = 8,")
+        yield f"| {label} | {count} | {rate_and_spread(results('methods')[name])} |"

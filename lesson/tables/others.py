@@ -1,0 +1,168 @@
+"""The tables of the other pages."""
+
+import math
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any
+
+from benchmarks import speed
+from lesson.experiments.common import spread
+from lesson.tables.stored import benchmark, rate, results, table
+
+
+@table
+def meeting_rank() -> Iterator[str]:
+    full, growing, fixed = results("meeting_rank").values()
+    yield "| alpha | full, 1.5e-4 | full, 1e-3 | r = 1 | 2 | 4 | 8 | 16 | 32 |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+    low, high = (f"{full[lr]:.1f}" for lr in ("1.5e-4", "1e-3"))
+    yield f"| 2 r | {low} | {high} | {' | '.join(f'{x:.1f}' for x in growing.values())} |"
+    one, four, sixteen = (f"{x:.1f}" for x in fixed.values())
+    yield f"| 16 | | | {one} | | {four} | {growing['8']:.1f} | {sixteen} | |"
+
+
+@table
+def initialisation() -> Iterator[str]:
+    runs = results("initialisation")["runs"]
+    yield "| start | first loss | first norm of dA | first norm of dB | loss after 11 steps |"
+    yield "|---|---:|---:|---:|---:|"
+    for start, seeds in runs.items():
+        first = [mean(run[what][0] for run in seeds) for what in ("loss", "A", "B")]
+        last = [run["loss"][-1] for run in seeds]
+        cells = [f"{x:.3f}" if x else "0" for x in first]
+        if start == "both random":
+            cells[0] = f"**+{cells[0]}**"
+        if start == "both zero":
+            cells[1:] = [f"**{x}**" for x in cells[1:]]
+        end = spread(last, 3) if any(last) else "**0 exactly**"
+        yield f"| {start} | {' | '.join(cells)} | {end} |"
+
+
+@table
+def first_step() -> Iterator[str]:
+    mini, gpt2 = results("first_step").values()
+    yield (
+        "| trained | $s$ | move on `mini`, by formula | the same, measured "
+        "| move on GPT-2's shapes, by formula | the same, measured | fall of the loss on `mini` |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    yield (f"| the matrices (full fine-tuning) | | 1 | 1 | 1 | 1 | {mini['full']['gain']:,.0f} |")
+    for r, alpha in ((1, 16), (8, 16), (64, 16), (64, 128)):
+        label = f"r = {r}, alpha {alpha}"
+        cells = []
+        for found, width in ((mini, 256), (gpt2, 768)):
+            formula = alpha / r * math.sqrt(r / (3 * width))
+            cells.append(f"{formula:.3f} | {found[label]['h.0.attn.c_attn']:.3f}")
+        yield f"| {label} | {alpha / r:g} | {' | '.join(cells)} | {mini[label]['gain']:.0f} |"
+
+
+@table
+def quantised_memory() -> Iterator[str]:
+    found = results("quantised_memory")
+    yield "| base | peak GB | peak GB with `--gradient-checkpointing` |"
+    yield "|---|---:|---:|"
+    for name, label in (("bf16", "bf16"), ("nf4", "NF4")):
+        peaks = [found[key]["peak_mb"] / 1e3 for key in (name, f"{name}, checkpointing")]
+        yield f"| {label} | {peaks[0]:.2f} | {peaks[1]:.2f} |"
+
+
+@table
+def quantised_losses() -> Iterator[str]:
+    data = results("quantisation")
+    yield "| base | error of the weights | loss before training | loss after training |"
+    yield "|---|---:|---:|---:|"
+    for kind, seeds in data["losses"].items():
+        errors = data["error by layer"].get(kind)
+        error = f"{100 * mean(errors.values()):.1f} %" if errors else "0"
+        before, after = (spread([run[what] for run in seeds], 4) for what in ("base", "trained"))
+        yield f"| {kind.replace('nf', 'NF')} | {error} | {before} | {after} |"
+
+
+@table
+def other_model() -> Iterator[str]:
+    names = {"conversations": "conversations", "book": "the book"}
+    yield "| SmolLM2-135M-Instruct, 40 steps of 8 | peak learning rate | perplexity |"
+    yield "|---|---:|---:|"
+    found = results("other_model")
+    for text, name in names.items():
+        low, default, high = found[text]
+        yield f"| {name}: the base | | {found[text][low][0]['base']:.1f} |"
+        for label, lr in (
+            ("half the default rate", low),
+            ("the default rate, three seeds", default),
+            ("twice the default rate", high),
+        ):
+            yield f"| {label} | {rate(lr, 3)} | {spread(least(found[text][lr]))} |"
+    [(lr, seeds)] = found["book, NF4"].items()
+    yield f"| the default rate, base in NF4 | {rate(lr, 3)} | {spread(least(seeds))} |"
+
+
+def least(seeds: list[Any]) -> list[float]:
+    """Return the lowest perplexity of each seed's validations."""
+    return [min(seed["trained"]) for seed in seeds]
+
+
+@table
+def reference_runs() -> Iterator[str]:
+    yield (
+        "| text | added options | steps | token after next: base | LoRA | next token: base | LoRA |"
+    )
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for name, label in (
+        ("pseudo-latin", "pseudo-Latin |"),
+        ("next-token", "pseudo-Latin | `--label-shift 1`"),
+        ("three-passes", "pseudo-Latin | `--stride 128 --max-steps 93`"),
+        ("english", "English | the same, and `--book data/book.txt`"),
+    ):
+        found = benchmark(f"reference-{name}")["here"]
+        cells = [
+            digits(found[model][loss]["perplexity"])
+            for loss in ("reference", "next_token")
+            for model in ("base", "lora")
+        ]
+        yield f"| {label} | {found['lora']['steps']} | {' | '.join(cells)} |"
+
+
+def digits(perplexity: float) -> str:
+    """Print at least four digits."""
+    places = 3 if perplexity < 10 else 1 if perplexity < 10_000 else 0
+    return f"{perplexity:,.{places}f}"
+
+
+@table
+def race() -> Iterator[str]:
+    yield f"| {' | '.join(speed.COLUMNS)} |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for cells in speed.table(benchmark("speed")["measurements"]):
+        yield f"| {' | '.join(cells)} |"
+
+
+@table
+def operations() -> Iterator[str]:
+    """The time of a step with plain operations, relative to the fast operations."""
+    yield "| time with plain / fast | dropout | attention | loss | all |"
+    yield "|---|---:|---:|---:|---:|"
+    for name, found in benchmark("operations")["results"].items():
+        yield f"| {name} | {' | '.join(speed.spread(rounds) for rounds in found.values())} |"
+
+
+@table
+def bytes_counted() -> Iterator[str]:
+    labels = (
+        "weights | all",
+        "gradients | trained",
+        "AdamW's two moments | 2 x trained",
+        "activations kept for the backward pass "
+        "| 16 or 11 vectors of C numbers per token and block",
+    )
+    full, lora = ([*side["predicted"].values()] for side in results("memory").values())
+    yield "| | numbers | full | LoRA, `c_attn` |"
+    yield "|---|---|---:|---:|"
+    for label, a, b in zip(
+        (*labels, "total |"), (*full, sum(full)), (*lora, sum(lora)), strict=True
+    ):
+        yield f"| {label} | {megabytes(a)} | {megabytes(b)} |"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.{0 if count > 1e7 else 1}f}"

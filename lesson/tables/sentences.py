@@ -1,0 +1,96 @@
+"""Parts of sentences that repeat numbers of a table, for each page that must have them."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import mean
+
+import numpy as np
+
+from lesson.experiments.rates import fit, vertex
+from lesson.tables.others import least
+from lesson.tables.stored import at_best, results
+
+
+def readme() -> Iterator[str]:
+    seeds = results("other_model")["conversations"]["0.0048"]
+    yield f"falls from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} ([three runs]"
+
+
+def experiments() -> Iterator[str]:
+    yield f"The base has {results('learning_rate')['base']:.1f}."
+    _, steps, passes, _ = fit(results("rates"))
+    yield f"a fit gives {steps:.2f} for steps and {passes:.2f} for passes"
+    yield f"The rule misses these {misses()} at worst."
+
+
+def misses() -> str:
+    """Print by which factors the rule misses the best rates."""
+    runs = results("rates").values()
+    factors = [
+        vertex(run["runs"]) * (run["steps"] * run["passes"] ** 2) ** (1 / 3) / 0.035 for run in runs
+    ]
+    off = np.abs(np.log(factors))
+    middle = math.exp(np.sqrt(np.square(off).mean()))
+    return (
+        f"{len(runs)} rates by a factor of {middle:.1f} (root mean square), and of "
+        f"{math.exp(off.max()):.0f}"
+    )
+
+
+def findings() -> Iterator[str]:
+    fixed, _, _, full = results("scaling").values()
+    attention = vertex(results("targets")["c_attn: r = 20"]) / vertex(full)
+    yield f"In part: {vertex(fixed['1']) / vertex(full):.0f} to {attention:.0f} times with alpha 16"
+    yield f"the best rate {rises_and_falls(' but')}"
+    by_size: dict[str, list[float]] = {}
+    for name, run in results("rates").items():
+        by_size.setdefault(name.rpartition(",")[0], []).append(vertex(run["runs"]))
+    rises = [rates[-1] / rates[0] for rates in by_size.values() if len(rates) == 3]
+    yield f"it rises by a factor of {min(rises):.1f} to {max(rises):.1f}"
+
+
+def rises_and_falls(word: str) -> str:
+    """Print how the best rate changes from rank 1 to rank 64."""
+    fixed, growing, *_ = results("scaling").values()
+    rises = vertex(fixed["64"]) / vertex(fixed["1"])
+    falls = vertex(growing["1"]) / vertex(growing["64"])
+    return (
+        f"rises by a factor of {rises:.1f} with alpha 16,{word} falls by a factor of {falls:.1f} "
+        "with alpha twice the rank"
+    )
+
+
+def lora() -> Iterator[str]:
+    layers = results("targets")
+    all_four, attention = layers["c_attn, c_proj, c_fc: r = 5"], layers["c_attn: r = 20"]
+    yield f"{at_best(all_four):.1f} with all four and {at_best(attention):.1f} with `c_attn` alone"
+    fixed = next(iter(results("scaling").values()))
+    yield "perplexity " + ", ".join(f"{at_best(runs):.1f} at rank {r}" for r, runs in fixed.items())
+    rank_8 = results("frontier")["book"]["LoRA, r = 8"]
+    names = ("2 windows, 3 epochs", "16 windows, 3 epochs", "2 windows, 6 epochs")
+    small, large, long = (rank_8[name][0]["perplexity"] for name in names)
+    yield f"{small:.1f} with batches of 2 and {large:.1f} with 16, and {long:.1f} after 6 epochs"
+    yield f"the best rate {rises_and_falls(' and')}"
+
+
+def variants() -> Iterator[str]:
+    lora, *others = map(vertex, results("variants").values())
+    factors = [runs / lora for runs in others]
+    yield ("give {:.2f} for rsLoRA, {:.2f} for DoRA, {:.2f} for PiSSA and {:.2f} for LoRA+").format(
+        *factors
+    )
+
+
+PARTS: dict[str, Callable[[], Iterator[str]]] = {
+    "README.md": readme,
+    "docs/experiments.md": experiments,
+    "docs/findings.md": findings,
+    "docs/lora.md": lora,
+    "docs/variants.md": variants,
+}
+
+
+def missing(page: str, text: str) -> Sequence[str]:
+    """Return the parts of sentences that a page lacks."""
+    words = " ".join(text.split())
+    return [part for part in PARTS[page]() if part not in words] if page in PARTS else []
