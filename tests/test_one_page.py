@@ -1,4 +1,4 @@
-"""`lesson/one_page.py` equals `train.py lora --kernels plain` and a loop with PEFT in every bit."""
+"""`one_page.py` equals `train.py lora --kernels plain` and a loop with PEFT in every bit."""
 
 import math
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import train
 from benchmarks import ours, peft_loop
-from lesson import one_page
+import one_page
 from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory, token_ids
 from tests.runs import run, stock_model, story, validation_loss
 

@@ -1,4 +1,4 @@
-"""LoRA on one page: adapt GPT-2 to a book with `python -m lesson.one_page`.
+"""LoRA on one page: adapt GPT-2 to a book with `python one_page.py`.
 
 LoRA freezes W (out, in) and learns a change B A of low rank r, with only r (in + out) numbers.
 In fp32 on one thread, the losses and the adapter equal those of `train.py lora --kernels plain` and
