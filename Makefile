@@ -1,4 +1,4 @@
-# make one-page              the whole job in one file to read: lesson/one_page.py
+# make one-page              the whole job in one file to read: one_page.py
 # make train-lora            fine-tune the base on the book with LoRA
 # make train-full            full fine-tuning of the base on the book
 # make estimate             the time and memory that train-lora would take here, in seconds
@@ -79,7 +79,7 @@ setup: .venv/dev
 one-page: export MALLOC_MMAP_MAX_ := 0
 one-page: export MALLOC_TRIM_THRESHOLD_ := 100000000000
 one-page: .venv/run
-	$(PY) -m lesson.one_page
+	$(PY) one_page.py
 
 train-lora: .venv/run
 	$(PY) train.py lora $(TRAIN_OPTIONS)

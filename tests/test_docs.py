@@ -22,7 +22,7 @@ NAMED_FILE = re.compile(r"`([\w./-]*\w\.(?:py|md|toml)|Makefile)`")
 MODULE = re.compile(r"python -m ([\w.]+)")
 MADE = re.compile(r"(?:^|`)make ((?:[a-z][a-z-]*(?: |`|$))+)", re.MULTILINE)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-ONE_PAGE = (ROOT / "lesson/one_page.py").read_text()
+ONE_PAGE = (ROOT / "one_page.py").read_text()
 # A Python block is a quote if the paragraph before it links to the one page.
 QUOTE = re.compile(r"one_page\.py\).*\n(?:.+\n)*\n```python\n((?:.*\n)*?)```")
 # A name and a file, as in a diagram of calls, or as in "`Name` in `file.py`".

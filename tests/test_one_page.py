@@ -1,6 +1,8 @@
-"""`lesson/one_page.py` equals `train.py lora --kernels plain` and a loop with PEFT in every bit."""
+"""`one_page.py` equals `train.py lora --kernels plain` and a loop with PEFT in every bit."""
 
+import json
 import math
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import one_page
 import train
 from benchmarks import ours, peft_loop
-from lesson import one_page
+from storage.hf_compat import stock_name
 from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory, token_ids
 from tests.runs import run, stock_model, story, validation_loss
 
@@ -19,7 +22,7 @@ LR, CLIP = 0.7, 0.5  # at this rate the first epoch is the best. Many gradients 
 SETTINGS = {"BLOCK": BLOCK, "STRIDE": STRIDE, "BATCH": BATCH, "EPOCHS": EPOCHS}
 SETTINGS |= {"PEAK_LR": LR, "CLIP": CLIP}
 SCALER, MULTINOMIAL = torch.amp.GradScaler, torch.multinomial
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model.transformer."
 
 
@@ -47,40 +50,54 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def page(inputs, tmp_path_factory):
+@pytest.fixture(scope="module", params=[("c_attn",), ("c_attn", "c_proj", "c_fc")], ids=len)
+def page(inputs, tmp_path_factory, request):
     """Run the whole page. Return the losses, each summed over a batch, A and B after the last step,
-    a model with the saved adapter, the printed lines, and the probabilities of the sampled tokens.
+    the model with the saved adapter, the lines, and the probabilities of the sampled tokens.
     """
     losses = []
-    models = []
+    trained = []
+    last = {}
     lines = []
     drawn = []
-    total_loss = one_page.total_loss
+    total_loss, train_page = one_page.total_loss, one_page.train
 
-    def recorded(model, rows):
+    def recorded_loss(model, rows):
         loss = total_loss(model, rows)
-        models.append(model)
         if model.training:
             losses.append(loss.item())
         return loss
 
+    def recorded_train(model, *texts):
+        train_page(model, *texts)
+        trained.append(model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                last[f"{PREFIX}{name}"] = parameter.detach().clone()
+
     out = tmp_path_factory.mktemp("page")
-    constants = SETTINGS | {"BASE": inputs.base, "BOOK": inputs.book, "OUT": out}
+    constants = SETTINGS | {"BASE": str(inputs.base), "BOOK": inputs.book, "OUT": out}
+    constants |= {"TARGETS": request.param, "CUDA": False, "DEVICE": "cpu"}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (constants | {"CUDA": False, "DEVICE": "cpu"}).items():
+        for name, value in constants.items():
             patch.setattr(one_page, name, value)
-        patch.setattr(one_page, "total_loss", recorded)
+        patch.setattr(one_page, "total_loss", recorded_loss)
+        patch.setattr(one_page, "train", recorded_train)
         # The scaler of fp16 multiplies by a power of two, so it changes no bit in fp32.
         patch.setattr(torch.amp, "GradScaler", lambda device, enabled: SCALER(device))
         patch.setattr(torch, "multinomial", lambda p, n: drawn.append(p) or MULTINOMIAL(p, n))
         patch.setattr("builtins.print", lambda line: lines.append(line))
         one_page.main()
-    model = models[-1].eval()
-    last = {f"{PREFIX}{n}": p.clone() for n, p in model.named_parameters() if p.requires_grad}
-    saved = load_file(out / WEIGHTS)
-    model.load_state_dict({n.removeprefix(PREFIX): x for n, x in saved.items()}, strict=False)
-    return SimpleNamespace(losses=losses, last=last, model=model, out=out, lines=lines, drawn=drawn)
+    model = trained[0].eval()
+    return SimpleNamespace(
+        targets=request.param,
+        losses=losses,
+        last=last,
+        model=model,
+        out=out,
+        lines=lines,
+        drawn=drawn,
+    )
 
 
 def assert_equal_losses(here, there):
@@ -105,18 +122,22 @@ def test_the_page_equals_the_program(page, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_step", recorded)
     argv = f"lora --kernels plain --device cpu --precision fp32 --epochs {EPOCHS}".split()
     argv += ["--block-size", BLOCK, "--stride", STRIDE, "--batch-size", BATCH]
-    argv += ["--lr", LR, "--clip", CLIP]
+    argv += ["--lr", LR, "--clip", CLIP, "--target-modules", *page.targets]
     ending = run(train.main, *argv, "--base", inputs.base, "--book", inputs.book, "--out", tmp_path)
     assert ending.status == 0, ending.stderr
     assert len(losses) == STEPS
     assert_equal_losses(page.losses, losses)
     assert_equal_tensors(load_file(page.out / WEIGHTS), load_file(tmp_path / WEIGHTS))
+    fields, others = (json.loads((x / CONFIG).read_text()) for x in (page.out, tmp_path))
+    expected = {name: others[name] for name in fields}
+    assert fields == expected | {"base_model_name_or_path": str(inputs.base)}
+    assert stock_name("mini") == one_page.BASE  # a path, and not a name on the hub
 
 
 def test_the_page_equals_a_loop_with_peft(page, inputs):
     values = {"block_size": BLOCK, "stride": STRIDE, "batch_size": BATCH, "precision": "fp32"}
     values |= {"lr": LR, "clip": CLIP}
-    options = ours.options("lora", base=inputs.base, **values)
+    options = ours.options("lora", "--target-modules", *page.targets, base=inputs.base, **values)
     model = peft_loop.build(options)
     count = len(range(0, len(inputs.training) - BLOCK, STRIDE))
     batches = []
@@ -143,8 +164,8 @@ def test_stock_peft_loads_and_merges_the_adapter_of_the_page(page, inputs, recwa
         assert (stock_model(inputs.base)(ids).logits - logits).abs().max() > 1e-3
 
 
-def test_the_page_ends_with_the_perplexity_and_a_text(page, inputs):
-    base, *_, adapter, text = page.lines
+def test_the_page_reports_the_base_and_the_saved_adapter(page, inputs):
+    base, base_text, *_, adapter, text, end = page.lines
     validation = torch.from_numpy(inputs.validation)
     for line, model in (
         (base, stock_model(inputs.base)),
@@ -152,19 +173,31 @@ def test_the_page_ends_with_the_perplexity_and_a_text(page, inputs):
     ):
         perplexity = math.exp(validation_loss(model, validation))
         assert float(line.rpartition(" ")[2]) == pytest.approx(perplexity, abs=0.006)
-    assert text.startswith("You climb the stair and") and len(text) > 30
+    assert str(page.out) in end and end.endswith(" seconds.")
 
-    ids = torch.tensor(small_tokenizer(TINY["vocab_size"]).encode("You climb the stair and"))
-    page.model.load_state_dict({n.removeprefix(PREFIX): x for n, x in page.last.items()}, False)
-    logits = page.model(ids[None].long())[0, -1]
-    torch.testing.assert_close(page.drawn[0], (logits / 0.8).softmax(-1))
+    prompt = "You climb the stair and"
+    ids = torch.tensor(small_tokenizer(TINY["vocab_size"]).encode(prompt))[None].long()
+    firsts = page.drawn[0], page.drawn[len(page.drawn) // 2]
+    for first, written, adapter in zip(firsts, (base_text, text), (None, page.out), strict=True):
+        logits = stock_model(inputs.base, adapter)(ids).logits[0, -1]
+        torch.testing.assert_close(first, (logits / 0.8).softmax(-1))
+        assert written.startswith(prompt)
+        assert not first.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_the_loss_is_scaled_in_fp16_alone(monkeypatch, dtype):
     enabled = []
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **given: enabled.append(given))
-    for name, value in (("CUDA", True), ("DTYPE", dtype), ("EPOCHS", 0)):
+    for name, value in (("CUDA", True), ("DTYPE", dtype), ("EPOCHS", 0), ("BLOCK", 0)):
         monkeypatch.setattr(one_page, name, value)
     one_page.train(torch.nn.Linear(1, 1), torch.zeros(1), torch.zeros(1))
     assert enabled == [{"enabled": dtype == torch.float16}]
+
+
+def test_a_gpu_that_emulates_bf16_computes_in_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    assert runpy.run_path(one_page.__file__)["DTYPE"] is torch.float16

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # LoRA from scratch
 #
-# This notebook is for readers who know PyTorch, and have read [the one page](../one_page.py) and
+# This notebook is for readers who know PyTorch, and have read [the one page](../../one_page.py) and
 # [LoRA in ten minutes](../../docs/lora.md). It runs what that page describes. We fine-tune a
 # language model on a book, look at the change of the weights, and find that most of the change is
 # not needed. This leads to LoRA. We build LoRA, get it wrong in five ways, get it right, and

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora.dora
+import one_page
 import training.model
 from benchmarks.ours import Steps, options
 from common.device import PRECISIONS, Device
@@ -159,6 +161,24 @@ def check(command: str, base: str, book: str, data: str) -> None:
     assert types == {fp32}, f"fp32 is needed, found {types}"
 
 
+def check_the_page(base: str, precision: str) -> None:
+    """Take the steps of the one page. Raise if one waits, or multiplies in another precision."""
+    low = PRECISIONS[precision]
+    settings = {"CUDA": True, "DEVICE": "cuda", "DTYPE": low, "BLOCK": 16, "EPOCHS": 1}
+    settings |= {"evaluate": lambda *_: 1.0, "save_adapter": lambda _: None}  # they may wait
+    with ExitStack() as stack:
+        for name, value in settings.items():
+            stack.enter_context(mock.patch.object(one_page, name, value))
+        with unset_fake_temporarily():
+            model = one_page.load_gpt2(Path(base))
+        model.to("cuda")
+        tokens = torch.zeros(1040, dtype=torch.int64, device="cuda")  # four steps
+        watch = stack.enter_context(Watch())
+        one_page.train(model, tokens, tokens)
+    assert watch.waits == ["_to_copy"], f"not only the epoch's order waits: {watch.waits}"
+    assert watch.factors == {low}, f"products of {watch.factors}"
+
+
 def main(base: str, book: str, data: str) -> None:
     """Print a line for each command that fails."""
     warnings.simplefilter("ignore")  # fake tensors are not meant to be printed or copied
@@ -168,3 +188,9 @@ def main(base: str, book: str, data: str) -> None:
                 check(command, base, book, data)
         except Exception as error:  # the next command may show more
             print(f"{command}: {type(error).__name__}: {first_line(error)}")
+    for precision in ("bf16", "fp16"):
+        try:
+            with on_fake_cuda(precision), redirect_stdout(StringIO()):
+                check_the_page(base, precision)
+        except Exception as error:
+            print(f"one_page.py, {precision}: {type(error).__name__}: {first_line(error)}")
