@@ -4,13 +4,13 @@ import argparse
 import io
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adapters.load import load_model
-from adapters.multi_lora import load_several
 from common.cli import KERNELS_OPTION, Parser, add_device_options, add_model_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
@@ -20,7 +20,7 @@ from data.tokens import require_end_of_text
 from lora.inject import adapter_disabled
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
-from model.sampling import generate_rows
+from model.sampling import generate
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,11 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = Device.pick(args.device, args.precision)
     tune_process(device)
-    if args.adapter and len(args.adapter) > 1:
-        write_side_by_side(args, device)
-        return
+    adapters: list[Path | None] = args.adapter or [None]
+    for i, adapter in enumerate(adapters):  # one after the other, each with the same seed
+        use_adapter(adapter, args, device, with_base=args.with_base and i == 0)
 
-    adapter = args.adapter[0] if args.adapter else None
+
+def use_adapter(
+    adapter: Path | None, args: argparse.Namespace, device: Device, with_base: bool
+) -> None:
+    """Load the base, with the adapter if any, and chat or continue the prompts. With `with_base`,
+    the base continues the prompts first."""
     base, model, tokenizer = load_model(args.base, adapter, device.dtype, args.quantise)
     device.cast_frozen(model)
     set_kernels(model, args.kernels)
@@ -70,50 +75,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.chat:
             chat(model, tokenizer, args)
             return
-        if args.with_base:
+        if with_base:
             print(f"=== {base}\n")
             with adapter_disabled(model):
                 write_texts(model, tokenizer, args)
+        if args.with_base or len(args.adapter or ()) > 1:
             print(f"=== {base} with {adapter}\n")
         write_texts(model, tokenizer, args)
 
 
-def write_side_by_side(args: argparse.Namespace, device: Device) -> None:
-    """Continue each prompt with every adapter. A batch has one row per adapter."""
-    loaded, adapters = load_several(args.base, args.adapter, device.dtype, args.quantise)
-    base, model, tokenizer = loaded
-    device.cast_frozen(model)
-    set_kernels(model, args.kernels)
-
-    names: list[str | None] = [str(adapter) for adapter in args.adapter]
-    if args.with_base:
-        names.insert(0, None)
-    adapters.use(names)
-    headings = [f"=== {base} with {name}\n\n" if name else f"=== {base}\n\n" for name in names]
-    with device.autocast():
-        write_texts(model, tokenizer, args, headings)
-
-
-def write_texts(
-    model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace, headings: Sequence[str] = ("",)
-) -> None:
-    """For each prompt and each heading, print the heading, the prompt and a continuation. If there
-    is only one heading, print each character as soon as its tokens are drawn.
-    """
-    alone = len(headings) == 1
+def write_texts(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Print each prompt and its continuation, each character as soon as its tokens are drawn."""
     for prompt in args.prompt:
-        texts = [heading + prompt for heading in headings]
-        generators = [seeded(model, args) for _ in headings]
-        if alone:
-            print(texts[0], end="", flush=True)
-        for row, text in stream(model, tokenizer, tokenizer.encode(prompt), args, generators):
-            texts[row] += text
-            if alone:
-                print(text, end="", flush=True)
-        if alone:
-            print("\n")
-        else:
-            print("\n\n".join(texts) + "\n")
+        print(prompt, end="", flush=True)
+        for text in stream(model, tokenizer, tokenizer.encode(prompt), args, seeded(model, args)):
+            print(text, end="", flush=True)
+        print("\n")
 
 
 def seeded(model: GPT2, args: argparse.Namespace) -> torch.Generator:
@@ -139,7 +116,7 @@ def chat(model: GPT2, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
             del turns[:2]
             ids = encode(turns, tokenizer, ask=True)[0]
         answer = ""
-        for _, text in stream(model, tokenizer, ids, args, [generator]):
+        for text in stream(model, tokenizer, ids, args, generator):
             print(text if answer.strip() else text.lstrip(), end="", flush=True)
             answer += text
         print(f"\n{ready}", end="", flush=True)
@@ -150,35 +127,27 @@ def stream(
     model: GPT2,
     tokenizer: Tokenizer,
     prompt: np.ndarray,
-    args,
-    generators: list[torch.Generator],
-) -> Iterator[tuple[int, str]]:
-    """Continue a prompt (token ids) in several rows at once, with one random generator per row.
-    Yield pairs: a row's number, and the next complete characters of the row. A row ends at an
-    end-of-text token, or after `args.max_new_tokens` tokens.
+    args: argparse.Namespace,
+    generator: torch.Generator,
+) -> Iterator[str]:
+    """Continue a prompt (token ids). Yield the next complete characters after each token. The text
+    ends at an end-of-text token, or after `args.max_new_tokens` tokens.
     """
-    rows = len(generators)
-    ids = torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device)
-    ended = [False] * rows
-    decoders = [StreamDecoder(tokenizer, prompt.tolist()) for _ in range(rows)]
-    for tokens in generate_rows(
+    decoder = StreamDecoder(tokenizer, prompt.tolist())
+    for token in generate(
         model,
-        ids.expand(rows, -1),
+        torch.from_numpy(prompt.astype("int64")).to(model.wte.weight.device),
         args.max_new_tokens,
-        generators,
+        generator=generator,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         suppress_tokens=padding(model, tokenizer),
     ):
-        for row, token in enumerate(tokens.tolist()):
-            ended[row] |= token == tokenizer.end_of_text
-            if not ended[row]:
-                yield row, decoders[row].add(token)
-        if all(ended):
+        if token == tokenizer.end_of_text:
             break
-    for row, decoder in enumerate(decoders):
-        yield row, decoder.finish()
+        yield decoder.add(token)
+    yield decoder.finish()
 
 
 class StreamDecoder:

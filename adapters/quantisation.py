@@ -23,34 +23,20 @@ def recorded_quantisation(adapter: Path) -> str | None:
     return kind
 
 
-def common_quantisation(adapters: Collection[Path]) -> str | None:
-    """Return the quantisation that all these adapters record: a key of `LAYERS`, or None."""
-    kinds = {adapter: recorded_quantisation(adapter) for adapter in adapters}
-    if not kinds:
-        return None
-    (first, expected), *others = kinds.items()
-    for adapter, kind in others:
-        if kind != expected:
-            raise UserError(
-                f"{first} ({expected or NONE}) and {adapter} ({kind or NONE}): were trained on "
-                "bases quantised in different ways; first train one adapter on the base of the "
-                "other: train.py lora --init-adapter A --quantise KIND"
-            )
-    return expected
-
-
 def choose_quantisation(asked: str | None, adapters: Collection[Path]) -> str | None:
     """Return how to quantise the base: a key of `LAYERS`, or None.
 
     `asked` is the value of --quantise, which wins. Without --quantise, use and print the
-    quantisation that the adapters record. Raises UserError if they record different quantisations.
+    quantisation that the adapter records. `adapters` contains one adapter, or none.
     """
     if asked == NONE:
         return None
     if asked is not None:
         return asked
 
-    kind = common_quantisation(adapters)
-    if kind:
-        print(f"the base is quantised to {kind}, as in the adapter's training (--quantise)")
-    return kind
+    for adapter in adapters:
+        kind = recorded_quantisation(adapter)
+        if kind:
+            print(f"the base is quantised to {kind}, as in the adapter's training (--quantise)")
+            return kind
+    return None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import reprlib
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ from typing import BinaryIO
 
 from common.errors import UserError
 from common.signals import unfinished
+from lora.atomic import replacing, sync
+from lora.peft_config import brief as brief  # for the folders above
 
 UNFINISHED = ".tmp"
 READ_SIZE = 1 << 20  # bytes read at a time
@@ -23,37 +24,23 @@ class NotWritable(UserError):
 
 @contextmanager
 def atomic_path(path: Path, backup: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path. On success, rename the temporary file to `path`.
+    """Yield a temporary path, as `lora.atomic.replacing` does. A signal removes the temporary file.
 
-    fsync writes the data to the disk before the rename makes the data visible. If `backup` is
-    given, the old file is renamed to `backup`. Raises NotWritable if `path` cannot be written.
+    Raises NotWritable if `path` cannot be written.
     """
     path = Path(path)
+    temporary = path
     try:
         # Otherwise root could replace a device such as /dev/null.
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_beside(path) as temporary:
+        with replacing(path, backup) as temporary:
+            unfinished.add(temporary)
             yield temporary
-            _sync(temporary)
-            if backup and os.path.lexists(path):
-                os.replace(path, backup)
-            os.replace(temporary, path)
-            _sync(path.parent)
     except OSError as error:
         raise NotWritable(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-@contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield an unused path in the same directory. At the end, remove the file if it exists."""
-    temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}{UNFINISHED}"
-    unfinished.add(temporary)
-    try:
-        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
         unfinished.discard(temporary)
 
 
@@ -67,20 +54,12 @@ def new_directory(out: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise NotWritable(f"--out {out}: cannot be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         unfinished.discard(temporary)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_stale(directory: Path, names: Iterable[str]) -> None:
@@ -140,8 +119,3 @@ def refuse_existing(out: Path) -> None:
     if os.path.isdir(out) and not os.listdir(out):
         return
     raise UserError(f"--out {out}: exists already; name a new directory")
-
-
-def brief(value: object) -> str:
-    """Return a value from a file as one printable line of bounded length, for a message."""
-    return reprlib.repr(value)[:120]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+ALL_LINEAR = "all-linear"
 RANKS = (1, 1 << 20)  # minimum and maximum
 ALPHAS = (0, 3e6)
 
@@ -14,8 +15,8 @@ ALPHAS = (0, 3e6)
 class LoRAConfig:
     """Hyper-parameters of LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
-    The fields are named as in PEFT's `adapter_config.json`. As in PEFT, a field that is a tuple
-    here may be given as a list, and the two `layers_` fields may be given as a single value. Raises
+    The fields are named as in PEFT's `adapter_config.json`. As in PEFT, the two `layers_` fields
+    may be a single value. A list or a single value is stored as a tuple. Raises
     ValueError, naming the field, for a value that is not possible, and for fields that exclude each
     other.
     """
@@ -23,12 +24,12 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16  # in PEFT: 8
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | str = "all-linear"  # see `find_targets`
+    target_modules: Sequence[str] | str = ALL_LINEAR  # see `find_targets`
     use_rslora: bool = False  # see `scaling`
     use_dora: bool = False  # see `DoRALinear`
     init_lora_weights: bool | str = True  # "pissa": see `PiSSALinear`
-    layers_to_transform: tuple[int, ...] | None = None  # only these blocks (None: all)
-    layers_pattern: tuple[str, ...] | None = None  # name of the list of blocks, such as "h"
+    layers_to_transform: Sequence[int] | int | None = None  # only these blocks (None: all)
+    layers_pattern: Sequence[str] | str | None = None  # name of the list of blocks, such as "h"
     rank_pattern: dict[str, int] = field(default_factory=dict)  # regex of layers -> r
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # regex of layers -> lora_alpha
 
@@ -49,6 +50,11 @@ class LoRAConfig:
         if self.use_rslora:
             return self.lora_alpha / math.sqrt(self.r)
         return self.lora_alpha / self.r
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Return the numbers in `layers_to_transform`. An empty tuple means all blocks."""
+        return _as_tuple(self.layers_to_transform) or ()
 
     def stacked(self, n: int) -> "LoRAConfig":
         """Return the config of one plain adapter that stacks n adapters with this config. Its rank

@@ -8,12 +8,12 @@ from torch import nn
 
 from lora.config import LoRAConfig
 from lora.dora import DoRALinear
-from lora.experts import warn_about_experts
+from lora.guards import warn_about_experts
 from lora.layer import LoRALinear
 from lora.peft_view import peft_view
 from lora.pissa import PiSSALinear
 from lora.slices import SlicedLoRALinear
-from lora.targets import find_targets, layer_config
+from lora.targets import find_targets, layer_config, refuse_unused_patterns
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,12 +22,14 @@ def inject(model: Model, config: LoRAConfig) -> Model:
     """Wrap each `nn.Linear` that `find_targets` returns in a LoRA layer. Freeze the original
     parameters. Return the same model.
 
-    The config is stored as `model.lora_config`. Raises ValueError if a target, rank or variant does
-    not fit the model, or if the model already has an adapter. After an error, the model is
-    unchanged. Warns if "all-linear" leaves out the experts of a mixture of experts, or if
+    The config is stored as `model.lora_config`. Raises ValueError if a target, rank, pattern or
+    variant does not fit the model, or if the model already has an adapter. After an error, the
+    model is unchanged. Warns if "all-linear" leaves out the experts of a mixture of experts, or if
     `save_adapter` will refuse the adapter.
     """
     layers = new_layers(model, config)
+    prefix = peft_view(model).prefix
+    refuse_unused_patterns(config, (prefix + name for name in layers))
     warn_about_experts(model, config, layers)
     install(model, config, layers)
     return model
@@ -36,7 +38,7 @@ def inject(model: Model, config: LoRAConfig) -> Model:
 def new_layers(model: nn.Module, config: LoRAConfig) -> dict[str, LoRALinear]:
     """Make the LoRA layers for a model, and return them by module name. `install` puts the layers
     into the model."""
-    prefix = peft_view(model).prefix  # PEFT puts this prefix before each name
+    prefix = peft_view(model).prefix
     layers = {}
     for name, slices in find_targets(model, config).items():  # no slices: the whole layer
         layer = model.get_submodule(name)

@@ -5,11 +5,28 @@ This file needs only PyTorch and `lora/config.py`. Copy both files to any projec
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora.config import LoRAConfig
+
+
+class DescriptionOfWeight(Tensor):
+    """A part of W for code that reads `weight.dtype` or `weight.device`. Raises ValueError if the
+    code computes with it, because the result would lack the update."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ != "__get__":  # not an attribute
+            raise ValueError(
+                "the model computes with `weight` of a LoRA layer, which lacks the update; call "
+                "the layer, or leave it out of target_modules (the base's W: base_layer.weight)"
+            )
+        return super().__torch_function__(  # type: ignore[no-untyped-call]
+            func, types, args, kwargs
+        )
 
 
 class LoRALinear(nn.Module):
@@ -41,6 +58,7 @@ class LoRALinear(nn.Module):
         self.scaling = config.scaling
         self.enabled = True
         self.merged = False
+        self.merged_values: list[Tensor] = []  # of A and B, for `unmerge`
         self.lora_dropout = nn.Dropout(config.lora_dropout)
         # The random numbers of A and B are drawn on the CPU, in PEFT's order: `nn.Linear` draws A,
         # then B, and Kaiming's initialisation draws A again. So a seed gives the same A as in PEFT,
@@ -52,30 +70,32 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
+        if self.weight.dtype.is_complex:
+            raise ValueError("the weight is complex, but A and B are real; leave out the layer")
         self.to(base_layer.weight.device)
         self.train(base_layer.training)
 
     @property
     def weight(self) -> Tensor:
-        """Return an empty slice of W, (0, in), for models such as T5 that read the dtype or device.
+        """Describe W for models such as T5, which read its dtype, and Mamba, which reads its
+        device. The tensor has no rows, (0, in), and refuses computations.
 
-        If this property returned all of W, a model could multiply by W without calling `forward`,
-        and silently lose the update. A product with the empty slice has no columns, so the model
-        fails instead. A quantised layer stores the empty slice, because to read `weight` decodes W.
+        A quantised layer stores `no_rows`, because reading its `weight` would decode W.
         """
         no_rows = getattr(self.base_layer, "no_rows", None)
-        return self.base_layer.weight[:0] if no_rows is None else no_rows
+        rows = self.base_layer.weight[:0] if no_rows is None else no_rows
+        return rows.as_subclass(DescriptionOfWeight)
 
     @property
     def bias(self) -> Tensor | None:
         """Return b, which the adapter does not change. Models such as Mamba read b."""
         return self.base_layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)  # (..., out)
+    def forward(self, input: Tensor) -> Tensor:  # the argument's name in nn.Linear
+        y: Tensor = self.base_layer(input)  # (..., out)
         if self.merged or not self.enabled:  # a merged W contains the update
             return y
-        update = self.update(self.in_adapter_precision(x), y)
+        update = self.update(self.in_adapter_precision(input), y)
         return (y + update).to(y.dtype)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
@@ -114,6 +134,7 @@ class LoRALinear(nn.Module):
             self.check_mergeable()
             self.add_update()
             self.merged = True
+            self.merged_values = self.adapter_values()
 
     def add_update(self) -> None:
         self.base_layer.weight.data += self.delta_weight()
@@ -141,10 +162,23 @@ class LoRALinear(nn.Module):
             )
 
     def unmerge(self) -> None:
-        """Undo `merge`, up to rounding."""
+        """Undo `merge`, up to rounding. Raises ValueError as `check_unmergeable` does."""
         if self.merged:
+            self.check_unmergeable()
             self.remove_update()
             self.merged = False
+
+    def adapter_values(self) -> list[Tensor]:
+        """Return copies of A and B, and of DoRA's magnitudes."""
+        named = self.named_parameters()
+        return [p.detach().clone() for name, p in named if not name.startswith("base_layer.")]
+
+    def check_unmergeable(self) -> None:
+        """Raise ValueError if A or B has changed since the merge, for example in an average of
+        merged models. W would keep the difference."""
+        pairs = zip(self.merged_values, self.adapter_values(), strict=True)
+        if self.merged and not all(torch.equal(old.to(new), new) for old, new in pairs):
+            raise ValueError("A or B has changed since the merge; load the base again")
 
     def unwrapped(self) -> nn.Linear:
         """Return the wrapped linear layer. After `merge`, W includes the update."""

@@ -2,10 +2,9 @@
 
 from torch import nn
 
+from lora.guards import tied_modules
 from lora.inject import errors_that_name, lora_layers
 from lora.layer import refuse_hooks
-from lora.peft_view import peft_view
-from lora.targets import tied_modules
 
 
 def merge(model: nn.Module) -> None:
@@ -16,11 +15,10 @@ def merge(model: nn.Module) -> None:
     """
     layers = lora_layers(model)
     tied = tied_modules(model)
-    prefix = peft_view(model).prefix
     for name, layer in layers.items():
         with errors_that_name(name):
             layer.check_mergeable()
-            reason = tied.get(f"{prefix}{name}.base_layer")
+            reason = tied.get(f"{name}.base_layer")
             if reason and not layer.merged:
                 raise ValueError(f"{reason}, and a merge would change both")
     for layer in layers.values():
@@ -28,8 +26,16 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, up to rounding."""
-    for layer in lora_layers(model).values():
+    """Undo `merge`, up to rounding.
+
+    Raises ValueError, naming the layer, if A or B has changed since the merge. After this error, no
+    layer is unmerged.
+    """
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        with errors_that_name(name):
+            layer.check_unmergeable()
+    for layer in layers.values():
         layer.unmerge()
 
 

@@ -1,5 +1,5 @@
-"""Describe how PEFT sees a model: the modules' names in PEFT, and the PEFT class that wraps the
-model.
+"""Describe how PEFT sees a model: its modules' PEFT names (`lora/targets.py`), and the PEFT class
+that wraps it.
 
 PEFT sees our GPT-2 as transformers' GPT2LMHeadModel, as the model's attribute `peft_sees` declares.
 There, `lm_head` is a module, all other modules are in `transformer`, and projections are stored as
@@ -17,10 +17,10 @@ from torch import nn
 class PeftView:
     """A model as PEFT sees it."""
 
-    prefix: str = ""  # before each module's name
+    prefix: str = ""  # of each PEFT name
     task_type: str | None = None  # selects PEFT's wrapper class (None: PeftModel)
     fan_in_fan_out: bool = False  # whether W is stored as (in, out)
-    ties: Mapping[str, str] = field(default_factory=dict)  # tied modules -> reasons to refuse them
+    ties: Mapping[str, str] = field(default_factory=dict)  # PEFT names of tied modules -> reasons
     fused: str | None = None  # the layer that computes q, k and v
 
 

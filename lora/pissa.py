@@ -51,10 +51,10 @@ class PiSSALinear(LoRALinear):
         root = torch.diag(torch.sqrt(s[:r] / self.scaling))  # (r, r)
         return root @ vt[:r], u[:, :r] @ root
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.merged or (self.training and self.enabled):
-            return super().forward(x)
-        return self.as_saved(x)
+            return super().forward(input)
+        return self.as_saved(input)
 
     def as_saved(self, x: Tensor) -> Tensor:
         """Return the output of the base, plus the saved update if the adapter is enabled.

@@ -7,17 +7,17 @@ library bitsandbytes. Codes, scales and dequantised weights here are bitwise equ
 quantised layer like any other linear layer.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.config import LoRAConfig
+from lora.config import ALL_LINEAR, LoRAConfig
 from lora.inject import errors_that_name
-from lora.layer import check_linear, refuse_hooks
-from lora.targets import ALL_LINEAR, find_targets
+from lora.layer import check_linear
+from lora.targets import find_targets
 
 FP32 = torch.float32  # of levels and scales, whatever torch's default dtype is
 BLOCK = 64  # weights that share a scale (paper, section 3, Double Quantization)
@@ -128,7 +128,8 @@ class QuantisedLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]  # a parameter in nn.Linear
         return self.dequantised(torch.float32)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         device = x.device.type
         if not x.is_meta and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -236,6 +237,8 @@ class NF4Linear(QuantisedLinear):
         return levels * scale_of_each + self.mean
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
+        if self.pairs.is_meta and not self.codes.is_meta:  # after load_state_dict(assign=True)
+            raise ValueError("it was quantised on the meta device; load it first, then quantise")
         # A pair of fp32 levels is viewed as one int64, because `index_select` is faster on single
         # numbers than on rows of two numbers.
         pairs = self.pairs.view(torch.int64).flatten()  # (256,)
@@ -250,14 +253,15 @@ LAYERS: dict[str, type[QuantisedLinear]] = {layer.kind: layer for layer in (NF4L
 
 
 def quantise(
-    model: nn.Module, kind: str, target_modules: tuple[str, ...] | str = ALL_LINEAR
+    model: nn.Module, kind: Literal["nf4", "int8"], target_modules: Sequence[str] | str = ALL_LINEAR
 ) -> None:
     """Quantise linear layers of a model. `kind` is "nf4" or "int8". `target_modules` names the
     layers, as in `LoRAConfig`. The default, "all-linear", includes an untied head unless the model
     is from transformers (see `find_targets`).
 
     Raises ValueError for an unknown kind, for targets that `find_targets` refuses, for a layer
-    whose forward is not W x + b, and for a quantised layer. After an error, the model is unchanged.
+    whose forward is not W x + b, for a layer with hooks, for a complex weight, and for a quantised
+    layer. After an error, the model is unchanged.
     """
     if kind not in LAYERS:
         raise ValueError(f"kind {kind!r} is not one of {', '.join(LAYERS)}")
@@ -267,11 +271,21 @@ def quantise(
         assert isinstance(layer, nn.Linear)
         with errors_that_name(name):
             check_linear(layer)
+            refuse_lost_hooks(layer)
             if isinstance(layer, QuantisedLinear):  # rounding twice adds an error
                 raise ValueError(f"is quantised already, in {layer.kind}; `dequantise` first")
+            if layer.weight.is_complex():
+                raise ValueError("the weight is complex; leave out the layer")
         layers[name] = layer
     for name, layer in layers.items():
         model.set_submodule(name, LAYERS[kind](layer))
+
+
+def refuse_lost_hooks(layer: nn.Module) -> None:
+    """Raise ValueError if the layer has hooks of any kind."""
+    if any(hooks for name, hooks in vars(layer).items() if name.endswith("_hooks")):
+        kind = type(layer).__name__
+        raise ValueError(f"{kind} has a hook, which would be lost with the layer; remove the hook")
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
@@ -294,11 +308,11 @@ def quantised_weights(model: nn.Module) -> int:
 
 def dequantise(model: nn.Module) -> None:
     """Replace each quantised layer by a plain linear layer with the dequantised W, frozen and in
-    the model's dtype. Raises ValueError for a layer with a forward hook. After an error, the model
+    the model's dtype. Raises ValueError for a layer with a hook. After an error, the model
     is unchanged."""
     layers = quantised_layers(model)
     for name, layer in layers.items():
         with errors_that_name(name):
-            refuse_hooks(layer)
+            refuse_lost_hooks(layer)
     for name, layer in layers.items():
         model.set_submodule(name, layer.to_linear())

@@ -1,10 +1,8 @@
 """Write adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
-import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,14 +10,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora.atomic import replacing
 from lora.config import LoRAConfig
-from lora.experts import expert_weights, misread_by_peft
+from lora.guards import expert_weights, inner_model, misread_by_peft
 from lora.inject import lora_layers
 from lora.layer import LoRALinear
 from lora.peft_config import CONFIG, peft_config
 from lora.peft_view import peft_view
 from lora.quantised import quantisation
-from lora.targets import inner_model, pattern_matches
+from lora.targets import pattern_matches
 from lora.tensors import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -99,21 +98,6 @@ def write_adapter(
         fields.write_text(content + "\n", encoding="utf-8")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the directory of `path`. On success, rename the file to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # the data reach the disk before the rename
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return every layer's A and B, and DoRA's magnitudes, under PEFT's keys, as in the adapter's
     file. The model may be wrapped as for `save_adapter`."""
@@ -134,7 +118,7 @@ def saved_config(model: nn.Module) -> LoRAConfig:
     """Return the config of the model's adapter file.
 
     Usually the config is `model.lora_config`. In two cases, the config instead lists each layer's
-    full name, rank and alpha. The first case is an adapter that the file stores as plain LoRA:
+    PEFT name, rank and alpha. The first case is an adapter that the file stores as plain LoRA:
     PiSSA, or slices such as `c_attn.q`. The second case is a mixture of experts, where
     PEFT could apply a short target such as `down_proj` to the experts too.
     """

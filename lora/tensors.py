@@ -1,7 +1,7 @@
 """Read tensors strictly, and write safetensors files. Equal content gives equal bytes.
 
-This file does not use the writer of the safetensors library. The library writes the metadata in a
-random order and, before version 0.8, first copies all tensors.
+This file does not use the writer of the safetensors library, because it writes the metadata in a
+random order.
 
 A safetensors file contains the length of the header in 8 bytes, the header in JSON, and the bytes
 of the tensors (https://github.com/huggingface/safetensors).

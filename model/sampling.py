@@ -1,7 +1,6 @@
-"""Sample tokens from GPT-2 one after the other, for one row or several rows at once."""
+"""Sample tokens from GPT-2, one after the other."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,53 +9,39 @@ from common.errors import RunError
 from model.gpt2 import GPT2, KVCache
 
 
+@torch.inference_mode()
 def generate(
     model: GPT2,
     ids: Tensor,
     max_new_tokens: int,
     *,
     generator: torch.Generator | None = None,
-    **sampling: Any,
-) -> Iterator[int]:
-    """Yield `max_new_tokens` tokens, drawn after `ids` (T,), T >= 1. The caller may stop early."""
-    for tokens in generate_rows(model, ids[None], max_new_tokens, [generator], **sampling):
-        yield int(tokens.item())
-
-
-@torch.inference_mode()
-def generate_rows(
-    model: GPT2,
-    ids: Tensor,
-    max_new_tokens: int,
-    generators: Sequence[torch.Generator | None],
-    *,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     suppress_tokens: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """In each step, draw the next token of every row of `ids` (n, T), and yield the tokens (n,).
-    `generators` has one generator per row. Tokens that are True in `suppress_tokens`, bool (V,),
-    are not drawn.
+) -> Iterator[int]:
+    """Yield `max_new_tokens` tokens, drawn after `ids` (T,), T >= 1. The caller may stop early.
 
-    Keys and values of past tokens are cached. When the context is full, the older half is dropped.
-    The newer half moves to other positions, whose embeddings differ, so the model reads it again to
-    replace the cached keys and values.
+    Tokens that are True in `suppress_tokens`, bool (V,), are not drawn. Keys and values of past
+    tokens are cached. When the context is full, the older half is dropped. The newer half moves to
+    other positions, whose embeddings differ, so the model reads it again to replace the cached keys
+    and values.
 
     Raises RunError for logits that are not finite.
     """
     context = model.config.n_positions
-    window = ids[:, -context:]
+    window = ids[-context:]
     new = window  # the tokens that the cache lacks
     cache = KVCache()
 
     for _ in range(max_new_tokens):
-        if window.size(1) > context:
-            window = window[:, -max(1, context // 2) :]
+        if len(window) > context:
+            window = window[-max(1, context // 2) :]
             new = window
             cache = KVCache()
-        hidden = model.hidden(new, cache)[:, -1]  # (n, C): the last token
-        logits = model.logits(hidden).float()  # (n, V)
+        hidden = model.hidden(new[None], cache)[:, -1]  # (1, C): the last token
+        logits = model.logits(hidden)[0].float()  # (V,)
         if not torch.isfinite(logits).all():
             raise RunError(
                 "the model's logits are not finite numbers; try --precision fp32, or train with "
@@ -65,41 +50,36 @@ def generate_rows(
         if suppress_tokens is not None:
             logits = logits.masked_fill(suppress_tokens, -torch.inf)
 
-        new = next_tokens(logits, generators, temperature, top_k, top_p)
-        window = torch.cat((window, new), 1)
-        yield new[:, 0]
+        new = next_token(logits, generator, temperature, top_k, top_p)
+        window = torch.cat((window, new))
+        yield int(new)
 
 
-def next_tokens(
-    logits: Tensor,
-    generators: Sequence[torch.Generator | None],
-    temperature: float,
-    top_k: int,
-    top_p: float,
+def next_token(
+    logits: Tensor, generator: torch.Generator | None, temperature: float, top_k: int, top_p: float
 ) -> Tensor:
-    """Draw the next id of each row, (n, 1), from logits (n, V) with the row's generator.
+    """Draw the next id, (1,), from logits (V,).
 
     If the temperature is 0 or too small to divide by, return the likeliest id.
     """
     if temperature < 1e-6:
         return logits.argmax(-1, keepdim=True)
     p = probabilities(logits, temperature, top_k, top_p)
-    rows = zip(p, generators, strict=True)
-    return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])
+    return torch.multinomial(p, 1, generator=generator)
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Turn logits (n, V) into probabilities (n, V) by temperature, top-k and nucleus (top-p)
-    sampling (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
+    """Turn logits (V,) into probabilities (V,) by temperature, top-k and nucleus (top-p) sampling
+    (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751).
 
     The likeliest token is never removed.
     """
     logits = logits / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # total probability of all likelier tokens
-        rare = torch.zeros_like(before, dtype=torch.bool).scatter(1, index, before >= top_p)
+        rare = torch.zeros_like(before, dtype=torch.bool).scatter(0, index, before >= top_p)
         logits = logits.masked_fill(rare, -torch.inf)
     return logits.softmax(-1)

@@ -19,8 +19,8 @@ LAYERS = [
     "storage",
     "data",
     "model",
-    "lora",
     "common",
+    "lora",
 ]
 OURS = {*LAYERS, "conformance", "lesson", "benchmarks", "tests"}
 
@@ -61,7 +61,7 @@ def test_the_config_and_the_model_need_no_other_file(path):
 def test_the_layer_needs_only_the_config():
     nodes = ast.walk(ast.parse((ROOT / "lora/layer.py").read_text()))
     names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert names == {"torch", "lora.config"}
+    assert names == {"typing", "torch", "lora.config"}
 
 
 def test_lora_imports_nothing_but_lora():

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentTypeError
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor
 
 import generate
-from adapters.factors import Factors
+from adapters.factors import read_factors
 from adapters.inspect import block_and_kind
-from adapters.multi_lora import load_several
+from adapters.load import load_model
 from common.cli import number
 from common.device import Device
 from common.errors import UserError
 from evaluation.scores import kl_divergence
 from lesson.explore.passage import first_texts
+from lora import adapter_disabled, lora_layers
+from lora.peft_view import peft_view
 from model.kernels.fast import accelerate
+from storage.hub import find_adapter
 from training.report import perplexity
 
 OPTIONS = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # options of generate.py
@@ -28,19 +32,21 @@ SHOWN = 5  # number of likeliest tokens for each position
 
 
 class Explorer:
-    """A base and its adapter. Every batch has two rows: 0 is the base, 1 the changed adapter.
+    """A base and its adapter. Every answer has two rows: 0 is the base, 1 the changed adapter.
 
     A request's knobs are "strength" x, "rank" k and "layers", a list of names. In these layers W
     becomes W + x * (the nearest matrix of rank k to scaling * B A). Other layers equal the base.
-    Raises UserError for an adapter that `load_several` refuses, and for a wrong request.
+    Raises UserError for an adapter that `read_factors` or `load_model` refuses, and for a wrong
+    request.
     """
 
     def __init__(self, base: str, adapter: Path, device: Device, quantise: str | None = None):
-        loaded, self.adapters = load_several(base, [adapter], device.dtype, quantise)
-        self.base, self.model, self.tokenizer = loaded
-        self.factors = self.adapters.factors[str(adapter)]
-        self.spectra = {name: factors.svd() for name, factors in self.factors.items()}
-        self.rank = max(factors.rank for factors in self.factors.values())
+        self.base, self.model, self.tokenizer = load_model(base, adapter, device.dtype, quantise)
+        self.layers = lora_layers(self.model)
+        prefix = peft_view(self.model).prefix
+        factors = read_factors(find_adapter(str(adapter)))
+        self.spectra = {name: factors[prefix + name].svd() for name in self.layers}
+        self.rank = max(layer.config.r for layer in self.layers.values())
         self.adapter = adapter
         self.device = device
         device.cast_frozen(self.model)
@@ -66,7 +72,8 @@ class Explorer:
         }
 
     def write(self, request: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """Continue the request's "prompt" in both rows, as generate.py does with these `OPTIONS`.
+        """Continue the request's "prompt" in row 0 and then in row 1, as generate.py does with
+        these `OPTIONS`.
 
         Yield pieces of text, each with its row number. Both rows use the same random numbers.
         """
@@ -77,11 +84,12 @@ class Explorer:
             raise UserError(f"max_new_tokens: {args.max_new_tokens:,} is above {MOST_NEW_TOKENS}")
         self.change(request)
 
-        generators = [generate.seeded(self.model, args) for _ in range(2)]
-        with self.device.autocast():
-            pieces = generate.stream(self.model, self.tokenizer, ids, args, generators)
-            for row, text in pieces:
-                yield {"row": row, "text": text}
+        rows: list[AbstractContextManager] = [adapter_disabled(self.model), nullcontext()]
+        for row, adapter in enumerate(rows):
+            generator = generate.seeded(self.model, args)
+            with self.device.autocast(), adapter:
+                for text in generate.stream(self.model, self.tokenizer, ids, args, generator):
+                    yield {"row": row, "text": text}
 
     @torch.inference_mode()
     def score(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +106,9 @@ class Explorer:
 
         sequence = self.device.to_device(torch.from_numpy(ids.astype("int64")))  # (T + 1,)
         with self.device.autocast():
-            hidden = self.model.hidden(sequence[:-1].expand(2, -1))  # (2, T, C)
+            with adapter_disabled(self.model):
+                base_hidden = self.model.hidden(sequence[None, :-1])
+            hidden = torch.cat((base_hidden, self.model.hidden(sequence[None, :-1])))  # (2, T, C)
         tokens: list[dict[str, Any]] = [{}]
         for part, targets in zip(hidden.split(CHUNK, 1), sequence[1:].split(CHUNK), strict=True):
             tokens += self.judge(part, targets)
@@ -144,9 +154,10 @@ class Explorer:
         texts = [self.tokenizer.decode([token]) for token in ids]
         return list(zip(texts, log_p, strict=True))
 
+    @torch.no_grad()
     def change(self, request: Mapping[str, Any]) -> float:
-        """Set row 1 to the adapter that the knobs select. Return the share of the update's squared
-        norm that the truncation to the knob's rank keeps.
+        """Set A and B to the adapter that the knobs select. Return the share of the update's
+        squared norm that the truncation to the knob's rank keeps.
 
         U_k S_k V_k^T is the nearest matrix of rank k in the Frobenius norm (Eckart & Young 1936,
         https://doi.org/10.1007/BF02288367).
@@ -154,20 +165,21 @@ class Explorer:
         strength = parse(request, "strength", float, 0, 2)
         rank = parse(request, "rank", int, 1, self.rank)
         layers = request.get("layers")
-        if not isinstance(layers, list) or any(str(name) not in self.factors for name in layers):
+        if not isinstance(layers, list) or any(str(name) not in self.layers for name in layers):
             raise UserError("layers: is not a list of names of the adapter's layers")
 
-        changed = {}
         kept = 0.0
         whole = 0.0
-        for name in layers:
+        for name, layer in self.layers.items():
+            layer.lora_B.weight.zero_()
+            if name not in layers:
+                continue
             u, s, vh = self.spectra[name]
-            root = s[:rank].sqrt()
-            changed[name] = Factors(strength * u[:, :rank] * root, root[:, None] * vh[:rank])
+            root = s.sqrt() * (torch.arange(len(s)) < rank)  # the rank of A and B stays r
+            layer.lora_A.weight.copy_(root[:, None] * vh)
+            layer.lora_B.weight.copy_(strength * u * root / (layer.scaling or 1))
             kept += s[:rank].square().sum().item()
             whole += s.square().sum().item()
-        self.adapters.factors["changed"] = changed
-        self.adapters.use([None, "changed"])
         return kept / whole if whole else 1.0
 
     def encode(self, request: Mapping[str, Any], name: str, most: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import generate
 import train
 from adapters import gguf, inspect, merge
 from adapters.load import load_model
@@ -160,12 +159,6 @@ def test_what_cannot_be_is_refused_in_one_line(runs, base, book, tmp_path):
         ending = run(train.main, *arguments(method, base, book, tmp_path / "out", *options))
         assert "--quantise" in one_line(ending, 2)
         assert not (tmp_path / "out").exists()
-
-    adapters = (runs["nf4"].out, runs[None].out)
-    ending = run(generate.main, "--base", base, "--prompt", "You", "--adapter", *adapters)
-    line = one_line(ending, 2)
-    assert f"{adapters[0]} (nf4) and {adapters[1]} (none): were trained" in line
-    assert "--init-adapter A --quantise KIND" in line
 
     shutil.copytree(runs["nf4"].out, tmp_path / "odd")
     path = tmp_path / "odd" / WEIGHTS

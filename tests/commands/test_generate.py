@@ -12,11 +12,13 @@ import torch
 import generate as command
 from data.tokenizer import END_OF_TEXT, load_tokenizer
 from generate import stream
+from lora.save import save_adapter
 from model.gpt2 import GPT2, GPT2Config
-from model.sampling import generate, next_tokens
+from model.sampling import generate, next_token, probabilities
 from storage.hf_compat import save_tokenizer
 from storage.weights import load_gpt2, save_gpt2
 from tests.helpers import TINY, small_tokenizer, token_ids
+from tests.pairs import adapted
 from tests.runs import Ending, one_line, run, stdout_of
 
 CONTEXT = TINY["n_positions"]
@@ -63,16 +65,15 @@ LOGITS = torch.tensor([0.5, 0.4, 0.06, 0.04]).log()
     ],
 )
 def test_tokens_are_drawn_with_the_probabilities_that_the_options_leave(choices, expected):
-    expected = torch.tensor(expected, dtype=torch.float32)
-    draws = 4000
-    # Five standard deviations of a binomial share. Excluded tokens must never be drawn.
-    allowed = 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3 * (expected > 0)
     for choice in choices:
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | choice
-        generators = [torch.Generator().manual_seed(0)] * draws
-        drawn = next_tokens(LOGITS.expand(draws, -1), generators, **options)
-        counted = torch.bincount(drawn.flatten(), minlength=4) / draws
-        assert ((counted - expected).abs() <= allowed).all(), (choice, counted)
+        drawn = next_token(LOGITS, torch.Generator().manual_seed(0), **options)
+        if options["temperature"] < 1e-6:
+            assert drawn.tolist() == [0]
+            continue
+        p = probabilities(LOGITS, **options)
+        assert p.tolist() == pytest.approx(expected, abs=1e-6), choice
+        assert torch.equal(drawn, p.multinomial(1, generator=torch.Generator().manual_seed(0)))
 
 
 class Scripted(torch.nn.Module):
@@ -101,7 +102,7 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
         args = Namespace(temperature=0, top_k=0, top_p=1.0, max_new_tokens=99)
         scripted = Scripted(model.config, tokens)
         prompt = tokenizer.encode("x")
-        return [text for _, text in stream(scripted, tokenizer, prompt, args, [None])]
+        return list(stream(scripted, tokenizer, prompt, args, None))
 
     tokenizer = small_tokenizer(VOCAB)
     text = "naïve ☂ 🕯 end"
@@ -117,22 +118,6 @@ def test_text_stops_at_end_of_text_and_streams_whole_characters(model):
     padded = replace(small_tokenizer(VOCAB - 9), vocab_size=VOCAB)
     tokens = [VOCAB - 1, *padded.encode("a"), VOCAB - 9, padded.end_of_text]
     assert "".join(pieces(tokens, padded)) == "&a&"  # id 5 replaces an id without a token
-
-
-def test_rows_end_apart_and_share_no_character(model, monkeypatch, capsys):
-    tokenizer = small_tokenizer(VOCAB)
-    a, *half, b, end = tokenizer.encode(f"aéb{END_OF_TEXT}").tolist()
-    assert len(half) == 2
-    rows = [
-        [half[0], half[1], b, end, a],
-        [a, b, end, a, a],
-    ]
-    steps = iter(torch.tensor(rows).T)
-    monkeypatch.setattr(command, "generate_rows", lambda *_, **__: steps)
-    args = Namespace(prompt=["x"], seed=0, temperature=0, top_k=0, top_p=1.0, max_new_tokens=5)
-    command.write_texts(model, tokenizer, args, ["", "="])
-    assert capsys.readouterr().out == "xéb\n\n=xab\n\n"
-    assert next(steps).tolist() == [a, a]  # the next step was not computed
 
 
 def chat(base, monkeypatch, lines: bytes, *options: object) -> Ending:
@@ -218,6 +203,18 @@ def test_with_base_shows_what_the_base_alone_writes_and_then_the_adapter(base, a
     assert alone != adapted
     both = stdout_of(command.main, *options, "--adapter", adapter, "--with-base")
     assert both == f"=== {base}\n\n{alone}=== {base} with {adapter}\n\n{adapted}"
+
+
+def test_several_adapters_write_one_after_the_other_with_the_same_seed(base, adapter, tmp_path):
+    other = tmp_path / "other"
+    save_adapter(adapted(base, ("c_fc",), r=2), other, "gpt2")
+    options = ("--base", base, *split("--max-new-tokens 20 --device cpu --prompt You A"))
+    expected = f"=== {base}\n\n{stdout_of(command.main, *options)}"
+    for directory in (adapter, other):
+        expected += f"=== {base} with {directory}\n\n"
+        expected += stdout_of(command.main, *options, "--adapter", directory)
+    both = (*options, "--with-base", "--adapter", adapter, other)
+    assert stdout_of(command.main, *both) == expected
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
