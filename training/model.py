@@ -35,6 +35,8 @@ def load_model(plan: Plan) -> GPT2:
     plan.processes.broadcast(*(p for p in model.parameters() if p.requires_grad))
     if options.compile:
         compile_hidden(model, 0 if options.data else plan.micro_batch_size)
+    if not plan.processes.is_main:
+        torch.manual_seed(options.seed + plan.processes.number)  # for different dropout masks
     return model
 
 

@@ -193,8 +193,6 @@ class Run:
         """Resume from the checkpoint if --resume finds one. Otherwise clear `--out`."""
         options = self.plan.options
         processes = self.plan.processes
-        if not processes.is_main:
-            torch.manual_seed(options.seed + processes.number)  # for different dropout masks
         if options.resume and self.saver.can_resume():
             self.saver.restore()
             best = best_weights(options.out, options.method)  # no checkpoint contains it
