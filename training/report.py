@@ -1,6 +1,7 @@
 """Write the report of a run: `run.json`, `loss.png`, the model card, and the last lines printed."""
 
 import json
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,9 @@ def write_report(options: Options, report: dict[str, Any]) -> None:
         f"best: val perplexity {perplexity(best):.3f} (base {perplexity(base):.3f}) "
         f"after {report['seconds']:.0f} s; saved in {options.out}"
     )
+    model = "--adapter" if options.method == "lora" else "--base"
+    start = "--chat" if options.data else '--prompt "Some text to continue"'
+    print(f"next: python generate.py {model} {shlex.quote(str(options.out))} {start}")
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
     if best >= base:
         print(f"warning: {advice(options, report, losses)}", file=sys.stderr)

@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = True
         else:
             run = read_run(out)
+            lr = run["options"]["lr"] or "searched"
             rank = f", r {run['options']['r']}" if args.r else ""
-            setting = f"lr {run['lr']:g}{rank}"
-            losses.setdefault(setting, []).append(run["best_val_loss"])
+            losses.setdefault(f"lr {lr}{rank}", []).append(run["best_val_loss"])
     if losses:
         write_table(losses, args.out)
     return int(failed)

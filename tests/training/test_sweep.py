@@ -77,6 +77,12 @@ def test_a_sweep_again_leaves_finished_runs_as_they_are(base, book, tmp_path, ch
     assert "resum" not in children[-1].stdout
 
 
+def test_rates_that_differ_in_the_seventh_digit_have_a_row_each(base, book, tmp_path, children):
+    rates = ("--lr", "0.01", "0.010000001")
+    ending = run(sweep.main, *arguments("lora", base, book, tmp_path, *SHORT, *rates))
+    assert [row[0] for row in table(ending.stdout)[2:]] == ["lr 0.01", "lr 0.010000001"]
+
+
 def test_an_interrupted_sweep_ends_as_its_run_did(base, book, tmp_path, monkeypatch):
     ended = mock.Mock(returncode=130)
     monkeypatch.setattr(sweep.subprocess, "run", lambda command: ended)
