@@ -7,6 +7,7 @@ from typing import Any
 from lesson.experiments.common import spread
 from lesson.experiments.rates import vertex
 from lesson.experiments.sweep import best_rate
+from lesson.experiments.texts import FITTED
 from lesson.tables.stored import at_best, means, range_at_best, rate, results, table
 
 
@@ -121,6 +122,35 @@ def with_seconds(runs: list[dict[str, float]] | None) -> str:
         return " "
     [run] = runs
     return f" {run['perplexity']:.1f} ({run['seconds']:.0f}) "
+
+
+@table
+def texts() -> Iterator[str]:
+    yield (
+        "| text | size | base | 1 epoch: reference | best | ladder | 3 epochs: reference | best "
+        "| ladder | 10 epochs: best | ladder |"
+    )
+    yield f"|---|---:|---:|{'---:|' * 8}"
+    for name, found in results("texts").items():
+        epochs = [found.get(f"{count} epochs") for count in (1, 3, 10)]
+        cells = [recipe_cells(run, i < 2) for i, run in enumerate(epochs)]
+        mark = " (fitted)" if name in FITTED else ""
+        size = f"{found['bytes'] / 1000:.0f} KB"
+        name = name.removesuffix(f", {size}")
+        yield f"| {name}{mark} | {size} | {epochs[0]['base']:.1f} | {' | '.join(cells)} |"
+
+
+def recipe_cells(run: Any, with_reference: bool) -> str:
+    """Return the cells of the reference, if asked, of `best` and of the ladder's best rate."""
+    cells = []
+    if with_reference:
+        cells.append(f"{run['reference']:.1f}" if "reference" in run else "")
+    if not run:
+        return " | ".join([*cells, "", ""])
+    ladder = run["ladder"]
+    lr = min(ladder, key=ladder.__getitem__)
+    cells += [f"{run['best']:.1f} at {rate(run['lr'])}", f"{ladder[lr]:.1f} at {rate(lr)}"]
+    return " | ".join(cells)
 
 
 @table
