@@ -3,13 +3,14 @@
 import pytest
 import torch.nn.functional as F
 
-from conformance.__main__ import main
-from conformance.bench import report, run
-from conformance.checks import CHECKS
-from conformance.implementations import peft, this_project
-from conformance.toys import TOYS, Layer, Right
+from lora_conformance.__main__ import main
+from lora_conformance.bench import report, run
+from lora_conformance.checks import CHECKS
+from results import bench_peft as peft
+from results import bench_this_project as this_project
+from tests.conformance.toys import TOYS, Layer, Right
 
-PEFT_FAILS = {  # conformance/failures.md explains them
+PEFT_FAILS = {  # conformance/results/failures.md explains them
     "a_loss_reads_the_weight",
     "unmerging_from_bf16_restores_the_base",
     "state_dict_while_merged",

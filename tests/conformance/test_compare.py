@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conformance import vectors
-from conformance.__main__ import main
-from conformance.vectors import HERE
+from lora_conformance import vectors
+from lora_conformance.__main__ import main
+from lora_conformance.vectors import HERE
 
 EXAMPLES = HERE.parent / "examples"
 README = (HERE.parent / "README.md").read_text()

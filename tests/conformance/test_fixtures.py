@@ -11,9 +11,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conformance import fixtures
-from conformance.fixtures.__main__ import load
-from conformance.merged import open_tensors, updates
+from lora_conformance import fixtures
+from generators.fixtures import load
+from lora_conformance.merged import open_tensors, updates
 from lora import load_adapter, lora_layers
 from storage.weights import load_gpt2
 

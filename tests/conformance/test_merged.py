@@ -1,4 +1,4 @@
-"""`python -m conformance merged` on merges by stock PEFT, right and wrong."""
+"""`python -m lora_conformance merged` on merges by stock PEFT, right and wrong."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conformance import fixtures
-from conformance.fixtures.__main__ import load
-from conformance.merged import main
+from lora_conformance import fixtures
+from generators.fixtures import load
+from lora_conformance.merged import main
 
 FIXTURES = fixtures.index()["fixtures"]
 TIED_HEAD = "qwen3-tied-head"
@@ -139,7 +139,7 @@ def test_an_adapter_with_b_zero_cannot_be_checked(tmp_path, capsys):
 
 def one_line(capsys) -> str:
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("conformance merged: ")
+    assert said.count("\n") == 1 and said.startswith("lora_conformance merged: ")
     return said
 
 

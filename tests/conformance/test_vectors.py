@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from conformance import vectors
-from conformance.compare import off_by
-from conformance.derive import NF4_LEVELS, STEPS, adapted_rows
-from conformance.vectors.__main__ import CASES as LAYERS
-from conformance.vectors.__main__ import EXPERTS, SUMS, TWO_LAYERS, main
+from lora_conformance import vectors
+from lora_conformance.compare import off_by
+from generators.derive import NF4_LEVELS, STEPS, adapted_rows
+from generators.vectors import CASES as LAYERS
+from generators.vectors import EXPERTS, SUMS, TWO_LAYERS, main
 from lora import LoRAConfig, inject, make_layer
 from lora.quantised import nearest, nf4_levels, scaled_blocks
 
