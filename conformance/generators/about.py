@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from lora_conformance import __version__
 from generators.derive import BETA1, BETA2, EPS, LR, NF4_LEVELS, STEPS, WEIGHT_DECAY
+from lora_conformance import __version__
 
 FORMULAS = {
     "shapes": "x (n, in), W (out, in), b (out,), A (r, in), B (out, r), y and target (n, out)",

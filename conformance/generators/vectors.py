@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from generators.about import ABOUT
 from generators.derive import (
     STEPS,
     AdamW,
@@ -24,7 +25,6 @@ from generators.derive import (
     round_to_nf4,
 )
 from lora_conformance.vectors import HERE, INDEX
-from generators.about import ABOUT
 
 PLAIN = {
     "in": 6,

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+UNIT = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # of rounding
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 Array: TypeAlias = NDArray[np.float64]
 
@@ -22,6 +23,13 @@ class Stored:
     shape: tuple[int, ...]
     start: int
 
+    size: int
+
+    def raw(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
     def values(self) -> Array:
         if self.dtype not in TYPES:
             raise ValueError(f"{self.path} is not a safetensors file of floats ({self.dtype})")
@@ -29,6 +37,14 @@ class Stored:
         if self.dtype == "BF16":  # the upper half of an fp32 number
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.reshape(self.shape).astype(np.float64)
+
+
+def rounded(a: Array, dtype: str) -> Array:
+    """Return the nearest numbers of a type, as fp64."""
+    if dtype != "BF16":
+        return a.astype(TYPES[dtype]).astype(np.float64)
+    mantissa, exponent = np.frexp(a)  # 0.5 <= |mantissa| < 1
+    return np.ldexp(np.rint(mantissa * 256) / 256, exponent)
 
 
 def find(path: Path) -> dict[str, Stored]:
@@ -50,7 +66,7 @@ def find(path: Path) -> dict[str, Stored]:
             dtype, shape = one["dtype"], tuple(one["shape"])
             if dtype in TYPES and np.dtype(TYPES[dtype]).itemsize * math.prod(shape) != end - begin:
                 raise ValueError(f"{name} has {end - begin} bytes, not the shape {shape}")
-            found[name] = Stored(path, dtype, shape, start + begin)
+            found[name] = Stored(path, dtype, shape, start + begin, end - begin)
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a safetensors file of floats ({error})") from error

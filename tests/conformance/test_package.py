@@ -73,14 +73,19 @@ def test_the_bench_works_and_without_pytorch_it_asks_for_it(site, tmp_path):
 
 def test_the_package_has_every_file(site):
     kept = {p.relative_to(FOLDER) for p in FOLDER.rglob("*.*") if p.parent.name != "__pycache__"}
-    found = {p.relative_to(site / "lora_conformance") for p in (site / "lora_conformance").rglob("*.*")}
+    found = {
+        p.relative_to(site / "lora_conformance") for p in (site / "lora_conformance").rglob("*.*")
+    }
     assert kept - found == set()
 
 
 def test_git_ignores_what_pip_leaves_in_the_folder(tmp_path):
     shutil.copy(FOLDER.parents[1] / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    left = ["conformance/build/lib/lora_conformance/bench.py", "conformance/lora_conformance.egg-info/PKG-INFO"]
+    left = [
+        "conformance/build/lib/lora_conformance/bench.py",
+        "conformance/lora_conformance.egg-info/PKG-INFO",
+    ]
     command = ["git", "-C", tmp_path, "check-ignore", *left]
     assert subprocess.run(command, capture_output=True, text=True).stdout.split() == left
 

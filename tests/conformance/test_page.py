@@ -64,7 +64,9 @@ def test_each_failure_of_the_table_is_shown_by_hand():
 
 
 def test_each_failure_takes_at_most_15_lines():
-    for block in re.findall(r"^```.*?^```", (FOLDER / "results" / "failures.md").read_text(), re.M | re.S):
+    for block in re.findall(
+        r"^```.*?^```", (FOLDER / "results" / "failures.md").read_text(), re.M | re.S
+    ):
         assert sum(map(bool, block.splitlines())) <= 15, block
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_conformance import vectors
-from lora_conformance.compare import off_by
 from generators.derive import NF4_LEVELS, STEPS, adapted_rows
 from generators.vectors import CASES as LAYERS
 from generators.vectors import EXPERTS, SUMS, TWO_LAYERS, main
 from lora import LoRAConfig, inject, make_layer
 from lora.quantised import nearest, nf4_levels, scaled_blocks
+from lora_conformance import vectors
+from lora_conformance.compare import off_by
 
 FUSED = [name for name, settings in LAYERS.items() if settings["slices"]]
 CASES = [name for name in LAYERS if "rows" not in LAYERS[name]]  # this project slices thirds
