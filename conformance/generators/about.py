@@ -9,7 +9,9 @@ FORMULAS = {
     "shapes": "x (n, in), W (out, in), b (out,), A (r, in), B (out, r), y and target (n, out)",
     "scaling": "s = alpha / r. With use_rslora, s = alpha / sqrt(r)",
     "output": "y = x W^T + b + s h A^T B^T, with h = x",
-    "dropout": "h = mask * x / (1 - dropout). The base gets x without the mask",
+    "bias": "A case with `bias` false has no b, which is then left out of y",
+    "dropout": "h = mask * x / (1 - dropout). The base gets x without the mask. With use_dora, "
+    "y = x W^T + b + h (merged_W - W)^T, so the mask falls on everything except the base",
     "merged_W": "merged_W = W + s B A, without dropout",
     "layout": "W and merged_W have the layout of the case. In (in, out) they are transposed, and A "
     "and B are not",
@@ -57,7 +59,7 @@ RESULTS = {
     "merged_W_nf4": "merged_W of an NF4 base, rounded to NF4 again. It loses most of the update",
     "losses": "L before each step of AdamW",
     "A_steps": "A after each step (10, ...). The shape is that of the vector in the case's file: "
-    "lora-64 stores only the last step (1, ...)",
+    "lora-64, lora-96x40 and dora-in-out-40x96 store only the last step (1, ...)",
     "B_steps": "B after the same steps as A_steps",
     "m_steps": "m after each step (10, ...)",
 }

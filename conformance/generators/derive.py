@@ -68,7 +68,9 @@ class LoRA:
 class DoRA(LoRA):
     """y = f V x + b with V = W + s B A and f = m / ||V||. m (out,) is trained, too.
 
-    ||V|| (out,) is the norm of each row of V. The gradients treat ||V|| as a constant.
+    ||V|| (out,) is the norm of each row of V. The gradients treat ||V|| as a constant. With a
+    dropout's mask, y = W x + (f V - W) h + b, as in the authors' code and in PEFT: the mask falls
+    on everything that is not the base.
     """
 
     trained = ("A", "B", "m")
@@ -79,20 +81,28 @@ class DoRA(LoRA):
         return v, np.sqrt(row_sums(v * v))
 
     def forward(self, x: Array) -> Array:
-        return matmul(x, self.merged().T) + self.t["b"]
+        merged, w = self.merged(), self.t["W"]
+        if "mask" in self.t:
+            return matmul(x, w.T) + matmul(x * self.keep, (merged - w).T) + self.t["b"]
+        return matmul(x, merged.T) + self.t["b"]
 
     def gradients(self, x: Array, g: Array) -> dict[str, Array]:
         """Return dA = s B^T G, dB = s G A^T, dx = f g V and dm = sum of g * V x / ||V|| over the n
-        rows. G = (f g)^T x is the gradient of V.
+        rows. G = (f g)^T x is the gradient of V. With a mask, h takes the place of x.
         """
         v, norm = self.direction()
         fg = g * (self.t["m"] / norm)
-        dv = matmul(fg.T, x)
+        h = x * self.keep
+        dv = matmul(fg.T, h)
+        dx = matmul(fg, v)
+        if "mask" in self.t:
+            base = matmul(g, self.t["W"])
+            dx = base + (dx - base) * self.keep
         return {
             "dA": self.s * matmul(self.t["B"].T, dv),
             "dB": self.s * matmul(dv, self.t["A"].T),
-            "dx": matmul(fg, v),
-            "dm": row_sums((g * matmul(x, v.T)).T) / norm,
+            "dx": dx,
+            "dm": row_sums((g * matmul(h, v.T)).T) / norm,
         }
 
     def merged(self) -> Array:

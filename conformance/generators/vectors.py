@@ -58,6 +58,12 @@ CASES = {
     "nf4-base": PLAIN | {"in": 64, "base": "nf4"},
     "fused-grouped": PLAIN | {"out": 16, "r": 2, "slices": [0, 2], "rows": CONTIGUOUS},
     "fused-interleaved": PLAIN | {"out": 16, "r": 2, "slices": [0, 1, 2], "rows": INTERLEAVED},
+    "no-bias": PLAIN | {"bias": False},
+    "dora-dropout": PLAIN | {"use_dora": True, "r": 2, "dropout": 0.5},
+    "dora-rslora": PLAIN | {"use_dora": True, "r": 3, "use_rslora": True},
+    "lora-96x40": PLAIN | {"in": 96, "out": 40, "r": 8, "alpha": 20},
+    "dora-in-out-40x96": PLAIN
+    | {"in": 40, "out": 96, "r": 6, "use_dora": True, "layout": "(in, out)"},
 }
 TWO_LAYERS = "two-layers"
 LAYERS = [PLAIN | {"r": 1, "alpha": 2, "out": 7}, PLAIN | {"r": 3, "alpha": 12, "in": 7}]
@@ -117,6 +123,8 @@ def layer_of(settings: Mapping[str, Any], drawn: Mapping[str, Array]) -> LoRA | 
 def one_layer(rng: np.random.Generator, settings: Mapping[str, Any]) -> dict[str, Array]:
     """Return a case's tensors."""
     made = inputs(rng, settings)
+    if not settings.get("bias", True):
+        made["b"] *= 0
     layer = layer_of(settings, made)
     made["y"] = layer.forward(made["x"])
     _, g = loss_and_gradient(made["y"], made["target"])
@@ -133,6 +141,8 @@ def one_layer(rng: np.random.Generator, settings: Mapping[str, Any]) -> dict[str
     made |= steps
     if settings["layout"] == "(in, out)":
         made |= {name: made[name].T for name in ("W", "merged_W")}
+    if not settings.get("bias", True):
+        del made["b"]
     return made
 
 

@@ -10,6 +10,7 @@ IMPLEMENTATION is a Python file. `lora_conformance/bench.py` describes its funct
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 import warnings
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lora_conformance.expected import read_expected
+from lora_conformance.expected import LEVELS, read_expected
 
 COMMANDS = ("compare", "merged")
 
@@ -47,7 +48,7 @@ def described(error: BaseException) -> str:
 def describe(checks: Mapping[str, Any]) -> None:
     """Print each check with its promise, the bug that it catches, and where that bug shipped."""
     for one in checks.values():
-        print(f"{one.name}\n  {one.promise}\n  catches: {one.bug}")
+        print(f"{one.name} ({one.level})\n  {one.promise}\n  catches: {one.bug}")
         if one.shipped:
             print(f"  shipped: {', '.join(one.shipped)}")
 
@@ -59,9 +60,9 @@ def bench(argv: Sequence[str]) -> int:
     parser.add_argument("implementation", nargs="?", metavar="IMPLEMENTATION")
     parser.add_argument("checks", nargs="*", metavar="CHECK")
     parser.add_argument("--list", action="store_true", help="describe the checks")
-    parser.add_argument(
-        "--expected-failures", type=Path, metavar="FILE", help="names of checks, one per line"
-    )
+    parser.add_argument("--level", choices=LEVELS, help="run only the checks of this level")
+    for option in ("--expected-failures", "--required"):
+        parser.add_argument(option, type=Path, metavar="FILE", help="names of checks, one per line")
     args = parser.parse_args(argv)
     try:
         from lora_conformance.bench import report
@@ -75,15 +76,20 @@ def bench(argv: Sequence[str]) -> int:
         if name not in CHECKS:
             parser.error(f"there is no check {name!r} (--list describes all checks)")
     try:
-        expected = read_expected(args.expected_failures, CHECKS) if args.expected_failures else ()
+        expected = read_expected(args.expected_failures, CHECKS)
+        required = read_expected(args.required, CHECKS)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    names = [*args.checks] or [*CHECKS]
+    names = [name for name in names if args.level in (None, CHECKS[name].level)]
+    if not names:
+        parser.error(f"no check has the level {args.level}")
     warnings.simplefilter("ignore")
     try:
         functions = load_implementation(args.implementation)
     except (Exception, SystemExit) as error:  # from the file under test
         parser.error(f"{args.implementation}: {described(error)}")
-    return 0 if report(functions, args.checks, expected) else 1
+    return 0 if report(functions, names, expected, required) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,4 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `--list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

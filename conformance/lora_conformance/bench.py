@@ -21,21 +21,32 @@ inject(model, targets, r, alpha) -> handle  adapt the named layers in place and 
 save(handle, path), load(model, path, **settings) -> handle
     `load` adapts a fresh base. `settings` are the arguments of `inject`, for files that lack them
 combine(paths, weights, out)                save the weighted sum of saved adapters
+lacks = {"check": "reason"}                 checks to skip, because the implementation has no such
+    feature. To refuse a feature at runtime, raise ValueError or RuntimeError
+
+A check is *mathematics* if every right implementation must pass it, *robustness* if it concerns
+precision, states and files, and *interface* if projects may choose differently.
 """
 
 import inspect
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from lora_conformance.expected import judged, summary
+from lora_conformance.expected import LEVELS, judged, summary
 
 
 class Missing(Exception):
     """The implementation lacks a function or a keyword. The check is skipped."""
+
+
+class Refused(Exception):
+    """The implementation raises an error in place of a result, which the check permits."""
 
 
 class Failed(Exception):
@@ -48,10 +59,20 @@ def expect(condition: object, message: str) -> None:
         raise Failed(message)
 
 
+@contextmanager
+def may_refuse() -> Iterator[None]:
+    """Turn an error of the implementation into a refusal."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise Refused(str(error)) from error
+
+
 @dataclass(frozen=True)
 class Check:
     """A property, the bug that it catches, and threads where that bug was reported or fixed."""
 
+    level: str
     name: str
     promise: str
     bug: str
@@ -62,14 +83,17 @@ class Check:
 CHECKS: dict[str, Check] = {}
 
 
-def check(bug: str, *shipped: str) -> Callable[[Callable], Callable]:
+def check(level: str, bug: str, *shipped: str) -> Callable[[Callable], Callable]:
     """Register a function as a check. The docstring of the function is the promise."""
 
     def register(run: Callable) -> Callable:
-        CHECKS[run.__name__] = Check(run.__name__, run.__doc__ or "", bug, shipped, run)
+        CHECKS[run.__name__] = Check(level, run.__name__, run.__doc__ or "", bug, shipped, run)
         return run
 
     return register
+
+
+mathematics, robustness, interface = (partial(check, level) for level in LEVELS)
 
 
 class Implementation:
@@ -103,21 +127,25 @@ class Implementation:
 @dataclass(frozen=True)
 class Result:
     check: Check
-    outcome: str  # "pass", "FAIL" or "skip"
+    outcome: str  # "pass", "FAIL", "refused" or "skip"
     reason: str = ""
     crashed: bool = False  # the reason is then an exception, and the check's bug may not be there
 
 
 def run(functions: Any, names: Iterable[str] = ()) -> list[Result]:
     """Run the checks of these names, or all checks. Each check starts from the same seed."""
+    lacks = getattr(functions, "lacks", {})
     results = []
-    for name in names or CHECKS:
-        one = CHECKS[name]
+    for one in (CHECKS[name] for name in names or CHECKS):
         torch.manual_seed(0)
         try:
+            if one.name in lacks:
+                raise Missing(lacks[one.name])
             one.run(Implementation(functions))
         except Missing as error:
             results.append(Result(one, "skip", str(error)))
+        except Refused as error:
+            results.append(Result(one, "refused", str(error)))
         except Failed as error:
             results.append(Result(one, "FAIL", str(error)))
         except (Exception, SystemExit) as error:  # from the code under test
@@ -128,19 +156,26 @@ def run(functions: Any, names: Iterable[str] = ()) -> list[Result]:
     return results
 
 
-def report(functions: Any, names: Iterable[str] = (), expected: Collection[str] = ()) -> bool:
+def report(
+    functions: Any,
+    names: Iterable[str] = (),
+    expected: Collection[str] = (),
+    required: Collection[str] = (),
+) -> bool:
     """Run the checks and print the results. Return whether the run succeeded."""
     start = time.perf_counter()
-    outcomes = []
+    outcomes: dict[str, list[str]] = {}
     for result in run(functions, names):
-        outcomes.append(judged(result.outcome, result.check.name in expected))
-        line = f"{outcomes[-1]}  {result.check.name}"
-        if result.reason:
-            line += f": {result.reason.splitlines()[0]}"
-        print(line)
-        if outcomes[-1] == "FAIL" and not result.crashed:
-            shipped = f" ({', '.join(result.check.shipped)})" if result.check.shipped else ""
-            print(f"      {result.check.bug}{shipped}")
-    counts, succeeded = summary(outcomes)
+        one = result.check
+        outcome = judged(result.outcome, one.name in expected, one.name in required)
+        outcomes.setdefault(one.level, []).append(outcome)
+        print(": ".join([f"{outcome:7}  {one.name}", *result.reason.splitlines()[:1]]))
+        if outcome == result.outcome == "FAIL" and not result.crashed:
+            shipped = f" ({', '.join(one.shipped)})" if one.shipped else ""
+            print(f"         {one.bug}{shipped}")
+    for level in LEVELS:
+        if level in outcomes:
+            print(f"{level}: {summary(outcomes[level])[0]}")
+    counts, succeeded = summary(one for some in outcomes.values() for one in some)
     print(f"{time.perf_counter() - start:.1f} s: {counts}")
     return succeeded

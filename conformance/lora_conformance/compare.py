@@ -95,24 +95,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument(
-        "--expected-failures",
-        type=Path,
-        metavar="FILE",
-        help="names of results such as dora/dA, one per line",
-    )
+    for option in ("--expected-failures", "--required"):
+        names = "names of results such as dora/dA, or of cases, one per line"
+        parser.add_argument(option, type=Path, metavar="FILE", help=names)
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         parser.error(f"{args.folder} is not a folder")
     known = {f"{case}/{name}" for case in vectors.cases() for name in vectors.results(case)}
+    known |= vectors.cases().keys()
     try:
-        expected = read_expected(args.expected_failures, known) if args.expected_failures else set()
+        expected = read_expected(args.expected_failures, known)
+        required = read_expected(args.required, known)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     by_case: dict[str, list[Any]] = {}
     for result in compare(args.folder):
-        outcome = judged(result.outcome, result.name in expected)
-        by_case.setdefault(result.name.partition("/")[0], []).append((outcome, result))
+        case = result.name.partition("/")[0]
+        listed = [bool({result.name, case} & names) for names in (expected, required)]
+        by_case.setdefault(case, []).append((judged(result.outcome, *listed), result))
     for case, results in by_case.items():
         show(case, results)
     line, succeeded = summary(outcome for results in by_case.values() for outcome, _ in results)

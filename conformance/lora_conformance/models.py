@@ -1,14 +1,14 @@
 """Linear layers and a small model for the checks to adapt, and helpers to look inside."""
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_conformance.bench import Implementation, Missing, expect
+from lora_conformance.bench import Implementation, Missing, Refused, expect
 
 
 class InOutLinear(nn.Module):
@@ -38,14 +38,15 @@ class Block(nn.Module):
 class Model(nn.Module):
     """A language model with layers such as `transformer.h.0.proj`. The head is tied."""
 
-    def __init__(self, blocks: int = 2, name: str = "h"):
+    def __init__(self, blocks: int = 4, name: str = "h", tied: bool = True):
         super().__init__()
-        self.config = {"model_type": "custom", "tie_word_embeddings": True}  # for PEFT
+        self.config = {"model_type": "custom", "tie_word_embeddings": tied}  # for PEFT
         self.embed_tokens = nn.Embedding(17, 8)
         stack = nn.ModuleList(Block() for _ in range(blocks))
         self.transformer = nn.ModuleDict({name: stack})
         self.lm_head = nn.Linear(8, 17, bias=False)
-        self.lm_head.weight = self.embed_tokens.weight
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
@@ -100,13 +101,34 @@ def adapted(
     return Adapted(layer, base, a, b, scaling)
 
 
-def kinds(lora: Implementation) -> Iterable[dict[str, bool]]:
-    """Return the keywords of a plain layer, and of a DoRA layer if `wrap` can make it."""
-    found: list[dict[str, bool]] = [{}]
-    with suppress(Missing):
-        lora.wrap(nn.Linear(12, 20), 4, 12, 0.0, use_dora=True)
-        found.append({"use_dora": True})
+Options = dict[str, Any]
+PLAIN: Options = {}
+DORA: Options = {"use_dora": True}
+RSLORA: Options = {"use_rslora": True}
+IN_OUT: Options = {"fan_in_fan_out": True}
+SLICES: Options = {"slices": (0, 2)}
+
+
+def supported(lora: Implementation, *kinds: Options) -> list[Options]:
+    """Return the keywords that `wrap` takes and does not refuse. Raise Missing if there are none"""
+    found, reasons = [], []
+    for options in kinds:
+        try:
+            lora.wrap(base_for(options), 4, 12, 0.0, **options)
+            found.append(options)
+        except (Missing, ValueError, RuntimeError) as error:
+            reasons.append(error)
+    if not found:
+        raise reasons[0] if isinstance(reasons[0], Missing) else Refused(str(reasons[0]))
     return found
+
+
+def base_for(options: Options, fan_out: int = 24) -> nn.Module:
+    return (InOutLinear if options.get("fan_in_fan_out") else nn.Linear)(12, fan_out)
+
+
+def named(options: Options) -> str:
+    return ", ".join(name.removeprefix("use_") for name in options) or "LoRA"
 
 
 def factors(lora: Implementation, layer: nn.Module, r: int) -> tuple[Tensor, Tensor]:
@@ -161,12 +183,17 @@ def expect_same(value: Tensor, expected: Tensor, what: str, tolerance: float = 1
 def expect_merges_and_unmerges(
     lora: Implementation, layer: nn.Module, base: nn.Module, what: str, use_dora: bool = False
 ) -> None:
-    """Merging and unmerging keep the output. Without an update, the layer is then the base."""
+    """Merging and unmerging keep the output. A merged output does not depend on B. Without an
+    update, the unmerged layer is the base.
+    """
     tolerance = 1e-5 if use_dora else 1e-6
     x = torch.randn(1, 5, 12).double()
     expected = layer(x).detach()
+    parameters = trained(layer)
     lora.merge(layer)
     expect_same(layer(x), expected, f"the merged output of {what}", tolerance)
+    with changed(*parameters):
+        expect_same(layer(x), expected, f"after a change of A and B, the merged {what}", tolerance)
     if not lora.has("unmerge"):
         return
     lora.unmerge(layer)
@@ -177,6 +204,17 @@ def expect_merges_and_unmerges(
         a.zero_()
         if use_dora:
             [magnitude] = others(layer, a, b)
-            norms = base.get_parameter("weight").norm(dim=1)
+            fan_in = 0 if isinstance(base, InOutLinear) else 1
+            norms = base.get_parameter("weight").norm(dim=fan_in)
             magnitude.copy_(norms.view_as(magnitude))
     expect_same(layer(x), base(x), f"the output of {what} when A is zero afterwards", tolerance)
+
+
+@contextmanager
+def changed(*factors: Tensor) -> Iterator[None]:
+    """Double factors, which changes the output of a layer that is not really merged."""
+    for factor in factors:
+        factor.data *= 2
+    yield
+    for factor in factors:
+        factor.data /= 2

@@ -3,6 +3,9 @@
 from lora_pytorch import LoRA
 
 
+lacks = {"update_is_alpha_over_r": "there is no alpha"}
+
+
 def wrap(linear, r, alpha, dropout):
     layer = LoRA.from_module(linear, rank=r)
     layer.lora_module.dropout.p = dropout

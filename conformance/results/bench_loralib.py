@@ -1,9 +1,12 @@
 """loralib, https://github.com/microsoft/LoRA: pip install loralib."""
 
 import loralib as lora
+import torch
 
 
 def wrap(linear, r, alpha, dropout, fan_in_fan_out=False, slices=()):
+    if linear.weight.dtype is not torch.float32:
+        raise NotImplementedError("base and factors have the dtype that the caller chooses")
     fan_out, fan_in = linear.weight.T.shape if fan_in_fan_out else linear.weight.shape
     settings = {
         "r": r,
@@ -11,7 +14,6 @@ def wrap(linear, r, alpha, dropout, fan_in_fan_out=False, slices=()):
         "lora_dropout": dropout,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": linear.bias is not None,
-        "dtype": linear.weight.dtype,
     }
     if slices:
         enabled = [i in slices for i in range(3)]

@@ -55,7 +55,10 @@ def merge(module):
 
 
 def unmerge(module):
-    module.unmerge()
+    if isinstance(module, peft.PeftModel):
+        module.unmerge_adapter()
+    else:
+        module.unmerge()
 
 
 def inject(

@@ -341,7 +341,7 @@ def test_each_tensor_is_an_input_or_a_result():
 def test_the_index_names_the_cases_that_store_only_the_last_step():
     text = vectors.index()["results"]["A_steps"]
     for case in LAYERS:
-        assert (f"{case} stores only the last step" in text) == (len(tensors(case)["A_steps"]) == 1)
+        assert (case in text.replace(",", "").split()) == (len(tensors(case)["A_steps"]) == 1)
 
 
 SCHEMA = json.loads((vectors.HERE / "schema.json").read_text())

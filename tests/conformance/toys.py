@@ -50,7 +50,7 @@ class Layer(nn.Module):
             self.B = nn.Parameter(torch.zeros(fan_out, r))
         self.start()
         if use_dora:
-            self.m = nn.Parameter(self.norm(self.matrix().detach()))
+            self.m = nn.Parameter(self.norm(self.matrix().detach().float()))
 
     def matrix(self) -> Tensor:
         """Return W (out, in)."""
@@ -84,7 +84,13 @@ class Layer(nn.Module):
         bs = self.B.split([self.widths[place] for place in self.slices])
         for place, a, b in zip(self.slices, self.A, bs, strict=True):
             delta[place] = self.scaling() * b @ a
-        return torch.cat(delta)
+        if not self.use_dora:
+            return torch.cat(delta)
+        v = self.matrix() + torch.cat(delta)
+        of_rows = list((self.m / self.norm(v)).split(self.widths))
+        for place in {0, 1, 2} - set(self.slices):  # these rows keep W
+            of_rows[place] = torch.ones_like(of_rows[place])
+        return torch.cat(of_rows)[:, None] * v - self.matrix()
 
     def dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.p, self.training)
@@ -193,7 +199,7 @@ class Right:
         return model
 
     def refuse_tied(self, model, targets):
-        if "lm_head" in targets:
+        if "lm_head" in targets and model.lm_head.weight is model.embed_tokens.weight:
             raise ValueError("lm_head is tied to the embedding")
 
     def refuse_missing(self, model, targets):
@@ -239,6 +245,7 @@ class Right:
         files = [load_file(path / "tensors") for path in paths]
         settings = [json.loads((path / "settings").read_text()) for path in paths]
         self.refuse_dora(settings)
+        self.refuse_other_layers(files)
         factors = [w * self.scaling(one) for w, one in zip(weights, settings, strict=True)]
         total = {}
         for key in files[0]:
@@ -252,6 +259,10 @@ class Right:
         r = sum(one["r"] for one in settings)
         plain = settings[0] | {"r": r, "alpha": r, "use_rslora": False, "use_dora": False}
         (out / "settings").write_text(json.dumps(plain))
+
+    def refuse_other_layers(self, files):
+        if any(file.keys() != files[0].keys() for file in files):
+            raise ValueError("the adapters have different layers")
 
     def refuse_dora(self, settings):
         if any(one["use_dora"] for one in settings):

@@ -1,40 +1,70 @@
 """Checks of one layer in training: start, scale, dropout, gradients, precision."""
 
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_conformance import vectors
-from lora_conformance.bench import Implementation, check, expect
+from lora_conformance.bench import Implementation, expect, interface, mathematics, robustness
 from lora_conformance.models import (
+    DORA,
+    IN_OUT,
+    PLAIN,
+    RSLORA,
+    SLICES,
+    InOutLinear,
     Model,
+    Options,
     adapted,
+    base_for,
     draw,
     expect_same,
     factors,
+    named,
     off_by,
     others,
+    supported,
     trained,
     weight_of,
 )
 
 
-@check("B starts at random, so training does not start from the base.", "FastVideo #781")
+@mathematics("B starts at random, so training does not start from the base.", "FastVideo #781")
 def new_adapter_changes_nothing(lora: Implementation) -> None:
     """A new adapter changes no output, in training or evaluation, at any dropout."""
-    base = nn.Linear(12, 20)
+    expect_changes_nothing(lora, PLAIN, RSLORA, IN_OUT, SLICES, dropout=0.5)
+
+
+@mathematics(
+    "The magnitude is the norm of other weights than W, such as a random layer.",
+    "mlx-examples #832",
+)
+def new_dora_adapter_changes_nothing(lora: Implementation) -> None:
+    """A new DoRA adapter changes no output, because its magnitude is the norm of W."""
+    expect_changes_nothing(lora, DORA, DORA | RSLORA, DORA | IN_OUT, DORA | SLICES)
+    if lora.has("inject"):
+        base = Model()
+        model = deepcopy(base)
+        lora.inject(model, ["proj"], 4, 12, use_dora=True)
+        ids = torch.arange(17)[None]
+        expect_same(model(ids), base(ids), "the output of a model", 1e-5)
+
+
+def expect_changes_nothing(lora: Implementation, *kinds: Options, dropout: float = 0.0) -> None:
     x = torch.randn(5, 12)
-    expected = base(x)
-    layer = lora.wrap(deepcopy(base), 4, 12, 0.5)
-    for mode in (True, False):
-        layer.train(mode)
-        expect_same(layer(x), expected, "the output", 1e-6)
+    for options in supported(lora, *kinds):
+        base = base_for(options)
+        expected = base(x)
+        layer = lora.wrap(deepcopy(base), 4, 12, dropout, **options)
+        for mode in (True, False):
+            layer.train(mode)
+            expect_same(layer(x), expected, f"the output of {named(options)}", 1e-5)
 
 
-@check(
+@mathematics(
     "The update is scaled by alpha, and not by alpha / r.",
     "LLMs-from-scratch #821",
     "mlx-vlm #845",
@@ -42,12 +72,12 @@ def new_adapter_changes_nothing(lora: Implementation) -> None:
 )
 def update_is_alpha_over_r(lora: Implementation) -> None:
     """The update is alpha / r * B A x for any r and alpha, with a bias or without."""
-    for r, alpha in ((4, 12), (2, 1), (8, 8), (4, 6), (2, 2.5)):
+    for r, alpha in ((4, 12), (2, 1), (8, 8), (4, 6), (2, 2.5), (3, 10)):
         expect_scaling(lora, r, alpha, alpha / r)
     expect_scaling(lora, 4, 12, 3, bias=False)
 
 
-@check(
+@mathematics(
     "An rsLoRA adapter is scaled by alpha / r.",
     "TensorRT-LLM #1668",
     "vLLM #6909",
@@ -55,7 +85,8 @@ def update_is_alpha_over_r(lora: Implementation) -> None:
 )
 def rslora_is_alpha_over_root_r(lora: Implementation) -> None:
     """With use_rslora the update is alpha / sqrt(r) * B A x."""
-    expect_scaling(lora, 4, 12, 6, use_rslora=True)
+    for r, alpha in ((4, 12), (3, 10)):
+        expect_scaling(lora, r, alpha, alpha / r**0.5, use_rslora=True)
 
 
 def expect_scaling(
@@ -70,7 +101,7 @@ def expect_scaling(
     expect_same(weight_of(one.layer, 12), one.weight(), "the weight")
 
 
-@check("A is drawn for a fan-in of r, which is too wide, or A and B are both zero.")
+@interface("A is drawn for a fan-in of r, which is too wide, or A and B are both zero.")
 def start_of_a(lora: Implementation) -> None:
     """A is random. The width of A is about 1 / sqrt(in), and does not depend on the rank."""
     widths = {}
@@ -85,21 +116,22 @@ def start_of_a(lora: Implementation) -> None:
     expect(max(widths.values()) < 1.4 * min(widths.values()), f"A's width is {seen}")
 
 
-@check("Layers share one A, or draw A from the same seed.")
+@robustness("Layers share one A, or draw A from the same seed.")
 def each_layer_draws_an_a(lora: Implementation) -> None:
     """Every layer has a separate A, and the A of two layers differ at the start."""
-    pairs = [[lora.wrap(nn.Linear(12, 20), 4, 12, 0.0) for _ in range(2)]]
+    models = [[lora.wrap(nn.Linear(12, 20), 4, 12, 0.0) for _ in range(2)]]
     if lora.has("inject"):
         model = Model()
         lora.inject(model, ["proj"], 4, 12)
-        pairs.append([block.proj for block in model.blocks()])
-    for pair in pairs:
-        one, other = (lora.factors(layer)[0] for layer in pair)
-        expect(one.data_ptr() != other.data_ptr(), "two layers share A")
-        expect(off_by(one, other) > 0.1, "A of two layers is equal at the start")
+        models.append([block.proj for block in model.blocks()])
+    for layers in models:
+        first, *rest = (lora.factors(layer)[0] for layer in layers)
+        for other in rest:
+            expect(first.data_ptr() != other.data_ptr(), "two layers share A")
+            expect(off_by(first, other) > 0.1, "A of two layers is equal at the start")
 
 
-@check("The base is not frozen, and is trained with the adapter.")
+@mathematics("The base is not frozen, and is trained with the adapter.")
 def base_is_frozen(lora: Implementation) -> None:
     """Only A and B are trained. The base's weight and bias do not move."""
     layer, base, a, b, _ = adapted(lora)
@@ -116,7 +148,7 @@ def base_is_frozen(lora: Implementation) -> None:
     expect_same(layer(x), base(x), "the base's output after a step")
 
 
-@check("Dropout is never applied, or the argument is ignored.", "torchtune #996")
+@mathematics("Dropout is never applied, or the argument is ignored.", "torchtune #996")
 def dropout_only_in_training(lora: Implementation) -> None:
     """Dropout is random in training and absent in evaluation."""
     layer = adapted(lora, dropout=0.5).layer
@@ -127,7 +159,7 @@ def dropout_only_in_training(lora: Implementation) -> None:
     expect_same(layer(x), layer(x), "a second output in evaluation")
 
 
-@check("Dropout removes elements of A x, or the tokens of a batch share one mask.")
+@mathematics("Dropout removes elements of A x, or the tokens of a batch share one mask.")
 def dropout_before_a(lora: Implementation) -> None:
     """Dropout removes elements of x, before A, and draws them for each token."""
     layer, base, _, b, _ = adapted(lora, r=1, dropout=0.5)
@@ -138,13 +170,13 @@ def dropout_before_a(lora: Implementation) -> None:
         expect(different > 120, f"200 equal tokens in {shape} have {different} different updates")
 
 
-@check("Dropout keeps a share of p, divides by p, or does not divide by 1 - p.")
+@mathematics("Dropout keeps a share of p, divides by p, or does not divide by 1 - p.")
 def dropout_is_unbiased(lora: Implementation) -> None:
     """Dropout of 0.2 removes a fifth of the elements. The mean update is the whole update."""
     expect_drops(lora)
 
 
-@check("DoRA ignores dropout, or drops x twice.")
+@mathematics("DoRA ignores dropout, or drops x twice.")
 def dora_dropout(lora: Implementation) -> None:
     """With use_dora, dropout of 0.2 removes a fifth, and the mean update is the whole update."""
     expect_drops(lora, use_dora=True)
@@ -164,7 +196,7 @@ def expect_drops(lora: Implementation, **options: bool) -> None:
     expect_same(updates.mean(0), expected, "the mean update in training", 0.05)
 
 
-@check("The gradient of x misses the mask, or misses W.", "fms-acceleration #97")
+@mathematics("The gradient of x misses the mask, or misses W.", "fms-acceleration #97")
 def gradient_of_x(lora: Implementation) -> None:
     """The gradient of x goes through W, and through the mask that the forward pass used."""
     layer = adapted(lora, dropout=0.5).layer
@@ -180,7 +212,7 @@ def gradient_of_x(lora: Implementation) -> None:
     expect_same((leaf.grad * h).sum(), loss(x + h) - loss(x), "the derivative along a direction")
 
 
-@check(
+@mathematics(
     "A backward written by hand forgets the scaling, or takes x for dropout(x).", "axolotl #3806"
 )
 def gradients_of_a_and_b(lora: Implementation) -> None:
@@ -203,27 +235,45 @@ def gradients_of_a_and_b(lora: Implementation) -> None:
         expect_same(factor.grad.square().sum(), change, f"the gradient of {name}, along itself,")
 
 
-def expect_vectors(lora: Implementation, case: str, tolerance: float, **options: bool) -> None:
-    """Compare output, gradients and ten steps with a test vector."""
+class Case(NamedTuple):
+    """A layer with the W, b, A, B and m of a test vector, and the vector's tensors."""
+
+    layer: nn.Module
+    parameters: dict[str, Any]
+    expected: dict[str, Tensor]
+
+
+def of_vector(lora: Implementation, case: str, **options: bool) -> Case:
     settings = vectors.cases()[case]
     expected = {name: torch.from_numpy(value) for name, value in vectors.tensors(case).items()}
     weight = expected["W"].T if settings["layout"] == "(in, out)" else expected["W"]
-    base = nn.Linear(*weight.T.shape)
+    in_out = options.get("fan_in_fan_out")
+    base: Any = InOutLinear(*weight.T.shape) if in_out else nn.Linear(*weight.T.shape)
     with torch.no_grad():
-        base.weight.copy_(weight)
+        base.weight.copy_(weight.T if in_out else weight)
         base.bias.copy_(expected["b"])
     layer = lora.wrap(base, settings["r"], settings["alpha"], 0.0, **options).double()
     a, b = lora.factors(layer)
     parameters = {"A": a, "B": b}
-    if options:
+    if options.get("use_dora"):
         [parameters["m"]] = others(layer, a, b)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(fitted(expected[name], parameter))
+    return Case(layer, parameters, expected)
+
+
+def expect_output(lora: Implementation, case: str, tolerance: float, **options: bool) -> None:
+    layer, _, expected = of_vector(lora, case, **options)
+    expect_same(layer(expected["x"]), expected["y"], f"the output of {case}", tolerance)
+
+
+def expect_vectors(lora: Implementation, case: str, tolerance: float, **options: bool) -> None:
+    """Compare output, gradients and ten steps with a test vector."""
+    layer, parameters, expected = of_vector(lora, case, **options)
 
     def loss(x: Tensor) -> Tensor:
-        y = layer(x)
-        return (y - expected["target"]).square().mean()
+        return (layer(x) - expected["target"]).square().mean()
 
     expect_same(layer(expected["x"]), expected["y"], "the output", tolerance)
     x = expected["x"].clone().requires_grad_()
@@ -253,20 +303,42 @@ def fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
     return (tensor if same else tensor.T).reshape(parameter.shape)
 
 
-@check("A is frozen, a gradient is detached, or a weight of the base is trained.")
+@mathematics("A is frozen, a gradient is detached, or a weight of the base is trained.")
 def ten_steps(lora: Implementation) -> None:
     """Output, gradients and ten steps of AdamW equal the test vectors, in fp64."""
     expect_vectors(lora, "lora-r1-alpha1", 1e-9)
 
 
-@check("DoRA's norm is taken along the wrong axis of W + s B A.", "peft #1588")
+@mathematics("DoRA's norm is taken along the wrong axis of W + s B A.", "peft #1588")
+def dora_is_m_over_the_norm(lora: Implementation) -> None:
+    """With use_dora, the output is m / ||V|| V x + b, with V = W + s B A and the norms of rows."""
+    for case in ("dora-in-out-square", "dora"):
+        expect_output(lora, case, 1e-4, use_dora=True)
+
+
+@mathematics("DoRA has the scaling of LoRA, alpha / r, although it is told to use rsLoRA.")
+def dora_with_rslora(lora: Implementation) -> None:
+    """With use_dora and use_rslora, s in DoRA's formula is alpha / sqrt(r)."""
+    expect_output(lora, "dora-rslora", 1e-4, use_dora=True, use_rslora=True)
+
+
+@mathematics(
+    "DoRA's norm is taken along the rows of W (in, out). A square W hides this.", "peft #1588"
+)
+def dora_on_in_out_weights(lora: Implementation) -> None:
+    """With use_dora and fan_in_fan_out, the output is right, also for a square W."""
+    for case in ("dora-in-out-square", "dora"):
+        expect_output(lora, case, 1e-4, use_dora=True, fan_in_fan_out=True)
+
+
+@robustness("DoRA's gradients go through the norm, which the paper treats as a constant.")
 def dora_ten_steps(lora: Implementation) -> None:
-    """With use_dora, output, gradients and ten steps equal the test vectors."""
+    """With use_dora, gradients and ten steps equal the test vectors, with the norm a constant."""
     for case in ("dora-in-out-square", "dora"):
         expect_vectors(lora, case, 1e-4, use_dora=True)
 
 
-@check("x is flattened by a view, or split at fixed dimensions.")
+@robustness("x is flattened by a view, or split at fixed dimensions.")
 def any_input_shape(lora: Implementation) -> None:
     """x may be empty, one token, of any number of dimensions, or not contiguous."""
     layer = adapted(lora).layer
@@ -279,7 +351,7 @@ def any_input_shape(lora: Implementation) -> None:
         expect_same(layer(x), expected, f"the output for {tuple(x.shape)}")
 
 
-@check(
+@robustness(
     "A and B get the base's half precision, which GradScaler refuses, or are cast to it.",
     "peft #1249",
 )
@@ -299,7 +371,18 @@ def factors_stay_fp32(lora: Implementation) -> None:
     expect(worst < 2, f"an update is {worst:.0f} roundings to bf16 off")
 
 
-@check("The fp32 update promotes the output, and later layers run in fp32.", "mflux #740")
+@robustness("On a bf16 base, DoRA's magnitude has eight bits, so steps of training are lost.")
+def dora_magnitudes_stay_fp32(lora: Implementation) -> None:
+    """On a bf16 base, DoRA's magnitude is the fp32 norm of W."""
+    base = nn.Linear(12, 20, bias=False).bfloat16()
+    norms = base.weight.detach().double().norm(dim=1)
+    layer = lora.wrap(base, 4, 12, 0.0, use_dora=True)
+    [magnitude] = others(layer, *lora.factors(layer))
+    expect(magnitude.dtype is torch.float32, f"the magnitude is {magnitude.dtype}")
+    expect_same(magnitude.flatten(), norms, "the magnitude", 1e-5)
+
+
+@robustness("The fp32 update promotes the output, and later layers run in fp32.", "mflux #740")
 def output_keeps_its_precision(lora: Implementation) -> None:
     """The output has the dtype of the base's output, on a bf16 base and under autocast."""
     x = torch.randn(5, 12)
@@ -318,7 +401,9 @@ def output_keeps_its_precision(lora: Implementation) -> None:
     expect(kind is torch.float32, f"the gradient of A under autocast is {kind}")
 
 
-@check("A loss multiplies by the head's weight, which lacks the update.", "trl #4612", "trl #5977")
+@interface(
+    "A loss multiplies by the head's weight, which lacks the update.", "trl #4612", "trl #5977"
+)
 def a_loss_reads_the_weight(lora: Implementation) -> None:
     """A loss that reads `layer.weight` fails, or gets W with the update."""
     layer: Any = adapted(lora, bias=False).layer
