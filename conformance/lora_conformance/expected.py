@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
 
-
 LEVELS = ("mathematics", "robustness", "interface")  # of a check
 
 

@@ -1,6 +1,6 @@
 """Linear layers and a small model for the checks to adapt, and helpers to look inside."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -121,6 +121,18 @@ def supported(lora: Implementation, *kinds: Options) -> list[Options]:
     if not found:
         raise reasons[0] if isinstance(reasons[0], Missing) else Refused(str(reasons[0]))
     return found
+
+
+def for_each(kinds: Iterable[Options], run: Callable[[Options], None]) -> None:
+    """Run a part of a check for each kind. A refusal of one kind does not end the others."""
+    refusals = []
+    for options in kinds:
+        try:
+            run(options)
+        except Refused as error:
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
 
 
 def base_for(options: Options, fan_out: int = 24) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from lora_pytorch import LoRA
 
-
 lacks = {"update_is_alpha_over_r": "there is no alpha"}
 
 

@@ -33,6 +33,7 @@ from lora_conformance.models import (
     expect_merges_and_unmerges,
     expect_same,
     factors,
+    for_each,
     named,
     others,
     stretch,
@@ -170,13 +171,16 @@ def bf16_layer(lora: Implementation, **options: bool) -> tuple[nn.Module, Tensor
 @robustness("A and B are cast to bf16 before they are multiplied.", "peft #1388", "torchtune #1101")
 def merging_into_bf16_rounds_once(lora: Implementation) -> None:
     """Merging into a bf16 base is refused, or W + update is computed in fp32 and rounded once."""
-    for options in supported(lora, PLAIN, DORA):
+
+    def merge(options: Options) -> None:
         layer, weight, update = bf16_layer(lora, **options)
         with may_refuse():
             lora.merge(layer)
         once = (weight + update).bfloat16()
         wrong = (weight_of(layer, 16, torch.bfloat16) != once).double().mean()
         expect(wrong < 0.01, f"{named(options)}: {wrong:.0%} of W are not rounded once")
+
+    for_each(supported(lora, PLAIN, DORA), merge)
 
 
 @robustness("Unmerging subtracts in bf16, so each merge and unmerge moves the base.")
@@ -201,7 +205,8 @@ def unmerging_from_bf16_restores_the_base(lora: Implementation) -> None:
 )
 def state_dict_while_merged(lora: Implementation) -> None:
     """A state dict of a merged layer is refused, or gives a new layer with the same output."""
-    for options in supported(lora, PLAIN, DORA):
+
+    def load(options: Options) -> None:
         base = nn.Linear(12, 20)
         layers = [lora.wrap(deepcopy(base), 4, 12, 0.0, **options).double() for _ in range(2)]
         draw(*lora.factors(layers[0]))
@@ -212,6 +217,8 @@ def state_dict_while_merged(lora: Implementation) -> None:
             layers[1].load_state_dict(layers[0].state_dict())
         what = f"the output of a new {named(options)} layer that loads it"
         expect_same(layers[1](x), expected, what, 1e-6)
+
+    for_each(supported(lora, PLAIN, DORA), load)
 
 
 @mathematics("Unmerging divides by DoRA's factor along the wrong axis.", "peft #3531")

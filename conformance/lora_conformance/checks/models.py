@@ -76,7 +76,9 @@ def blocks_match_whole_numbers(lora: Implementation) -> None:
     expect_adapted(lora, ["transformer.h.1.proj"], 12, layers=[1])
 
 
-@mathematics("A layer with another rank is scaled by the common r.", "diffusers #14409")
+@mathematics(
+    "A layer with another rank is scaled by the common r.", "diffusers #14409", "peft #2194"
+)
 def ranks_and_alphas_by_layer(lora: Implementation) -> None:
     """With ranks and alphas, each layer is scaled by the alpha and the rank of that layer."""
     expect_ranks(lora, 1)
@@ -91,11 +93,11 @@ def rslora_with_ranks_by_layer(lora: Implementation) -> None:
 def expect_ranks(lora: Implementation, power: float, **options: bool) -> None:
     base = Model(12)
     model = deepcopy(base)
-    settings = {"ranks": {"h.1.proj": 2, "h.2.proj": 2}, "alphas": {"h.1.proj": 10}}
+    settings = {"ranks": {"h.1.proj": 2, "h.2.proj": 2}, "alphas": {"h.1.proj": 10, "h.3.proj": 20}}
     lora.inject(model, ["proj"], 4, 12, **settings, **options)
     draw(*trained(model))
     model.double()
-    for i, (r, alpha) in {0: (4, 12), 1: (2, 10), 2: (2, 12), 11: (4, 12)}.items():
+    for i, (r, alpha) in {0: (4, 12), 1: (2, 10), 2: (2, 12), 3: (4, 20), 11: (4, 12)}.items():
         layer = model.blocks()[i].proj
         a, b = factors(lora, layer, r)
         expect(len(a) == r, f"h.{i}.proj has rank {len(a)}, not {r}")
