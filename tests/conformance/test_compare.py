@@ -164,6 +164,15 @@ def test_expected_failures(folder, tmp_path, capsys):
     assert "\nXSKIP  lora/y: there is no such result\n" in capsys.readouterr().out
 
 
+def test_a_required_result_that_is_missing_fails(folder, tmp_path, capsys):
+    write(folder, "lora")
+    listed = tmp_path / "required.txt"
+    for text, status in (("lora", 0), ("lora/y", 0), ("lora\ndora  # a whole case", 1)):
+        listed.write_text(text)
+        assert compare(folder, "--required", listed) == status
+    assert "\nFAIL  dora/y: there is no such result\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

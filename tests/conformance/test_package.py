@@ -95,3 +95,13 @@ def test_there_is_one_version():
     changes = (FOLDER / "CHANGELOG.md").read_text()
     assert re.findall(r"^## (\S+)", changes, re.MULTILINE)[0] == lora_conformance.__version__
     assert "unreleased" not in changes
+
+
+def test_an_adopters_folder_called_conformance_does_no_harm(site, tmp_path):
+    (tmp_path / "conformance").mkdir()
+    (tmp_path / "conformance" / "__init__.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    command = [*MODULE, "--list"]
+    assert (
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
+    )

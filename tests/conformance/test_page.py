@@ -2,6 +2,7 @@
 The command of the bench.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -100,15 +101,37 @@ def test_expected_failures(tmp_path, capsys):
     listed.write_text("state_dict_while_merged  # PEFT saves in another way\n")
     arguments = [PEFT, "ten_steps", "state_dict_while_merged", "--expected-failures", str(listed)]
     assert main(arguments) == 0
-    assert "xfail  state_dict_while_merged: " in capsys.readouterr().out
+    assert "xfail    state_dict_while_merged: " in capsys.readouterr().out
     listed.write_text("ten_steps\nstate_dict_while_merged")
     assert main(arguments) == 1
-    assert "XPASS  ten_steps" in capsys.readouterr().out
+    assert "XPASS    ten_steps" in capsys.readouterr().out
     listed.write_text(lacks := "slices_of_unequal_widths")
     assert main([*arguments[:2], lacks, *arguments[3:]]) == 0
     printed = capsys.readouterr().out
-    assert "XSKIP  slices_of_unequal_widths: " in printed
+    assert "XSKIP    slices_of_unequal_widths: " in printed
     assert "1 skipped although a failure was expected" in printed
+
+
+def test_a_level_and_required_checks(tmp_path, capsys):
+    assert main([PEFT, "--level", "interface"]) == 1
+    printed = capsys.readouterr().out
+    assert "\ninterface: 1 passed, 4 failed, 0 skipped\n" in printed
+    assert "mathematics" not in printed
+    names = ["ten_steps", "tied_head", "slices_of_unequal_widths"]
+    assert main([OURS, *names]) == 0
+    listed = tmp_path / "required.txt"
+    listed.write_text("tied_head  # refused\nslices_of_unequal_widths  # skipped\n")
+    assert main([OURS, *names, "--required", str(listed)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL     tied_head: " in printed
+    assert "FAIL     slices_of_unequal_widths: wrap has no widths\n" in printed
+
+
+def test_a_pager_that_ends_early_gives_no_traceback():
+    command = f"{sys.executable} -m lora_conformance --list | head -1"
+    environment = os.environ | {"PYTHONPATH": str(FOLDER)}
+    ended = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    assert ended.stderr == ""
 
 
 def test_a_file_imports_its_neighbours(tmp_path):

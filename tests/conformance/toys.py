@@ -297,7 +297,7 @@ def toy(check: str, *also: str) -> Callable[[type], type]:
     return register
 
 
-@toy("new_adapter_changes_nothing")
+@toy("new_adapter_changes_nothing", "new_dora_adapter_changes_nothing")
 class RandomB(Layer):
     def start(self):
         super().start()
@@ -306,8 +306,12 @@ class RandomB(Layer):
 
 @toy(
     "update_is_alpha_over_r",
+    "dora_is_m_over_the_norm",
+    "dora_on_in_out_weights",
     "dora_ten_steps",
+    "slices_with_rslora",
     "ranks_and_alphas_by_layer",
+    "inject_makes_dora_layers",
     "weighted_sum_with_a_negative_weight",
     "weighted_sum_of_rslora",
 )
@@ -316,7 +320,7 @@ class AlphaAlone(Layer):
         return super().scaling() if self.use_rslora else self.alpha
 
 
-@toy("update_is_alpha_over_r")
+@toy("update_is_alpha_over_r", "weighted_sum_with_a_negative_weight")
 class DividesWhole(Layer):
     def scaling(self):
         return super().scaling() if self.use_rslora else self.alpha // self.r
@@ -334,7 +338,13 @@ class ForgetsScalingWithoutBias(Layer):
         return 1.0 if self.base.bias is None else super().scaling()
 
 
-@toy("rslora_is_alpha_over_root_r", "weighted_sum_of_rslora")
+@toy(
+    "rslora_is_alpha_over_root_r",
+    "dora_with_rslora",
+    "slices_with_rslora",
+    "rslora_with_ranks_by_layer",
+    "weighted_sum_of_rslora",
+)
 class IgnoresRsLoRA(Layer):
     def scaling(self):
         return self.alpha / self.r
@@ -366,14 +376,20 @@ class SharesA(Right):
         return model
 
 
-@toy("base_is_frozen", "ten_steps")
+@toy("base_is_frozen", "ten_steps", "merging_moves_the_update_into_w")
 class TrainsTheBase(Layer):
     def __init__(self, *args):
         super().__init__(*args)
         self.base.requires_grad_(self.is_plain())
 
 
-@toy("dropout_only_in_training", "dropout_is_unbiased", "dora_dropout")
+@toy(
+    "dropout_only_in_training",
+    "dropout_is_unbiased",
+    "dora_dropout",
+    "dora_merges_and_unmerges",
+    "slices_with_dropout",
+)
 class AlwaysDrops(Layer):
     def dropout(self, x):
         return F.dropout(x, self.p)
@@ -408,19 +424,19 @@ class Drops(Layer):
         return self.drop(x) if self.training and self.p else x
 
 
-@toy("dropout_is_unbiased", "dora_dropout")
+@toy("dropout_is_unbiased", "dora_dropout", "slices_with_dropout")
 class DropsWithoutScaling(Drops):
     def drop(self, x):
         return x * (torch.rand_like(x) > self.p)
 
 
-@toy("dropout_is_unbiased", "dora_dropout")
+@toy("dropout_is_unbiased", "dora_dropout", "slices_with_dropout")
 class KeepsWithP(Drops):
     def drop(self, x):
         return x * (torch.rand_like(x) < self.p) / self.p
 
 
-@toy("dropout_is_unbiased", "dora_dropout")
+@toy("dropout_is_unbiased", "dora_dropout", "slices_with_dropout")
 class DividesByP(Drops):
     def drop(self, x):
         return x * (torch.rand_like(x) > self.p) / self.p
@@ -467,7 +483,12 @@ class Detached(Layer):
         return super().update(x.detach())
 
 
-@toy("dora_ten_steps", "dora_merges_and_unmerges")
+@toy(
+    "dora_ten_steps",
+    "dora_is_m_over_the_norm",
+    "dora_on_in_out_weights",
+    "dora_merges_and_unmerges",
+)
 class NormOfColumns(Layer):
     def norm(self, v):
         return v.norm(dim=0).detach() if v.size(0) == v.size(1) else super().norm(v)
@@ -514,7 +535,12 @@ class ShowsTheBase(Layer):
         return self.base.weight
 
 
-@toy("merging_keeps_the_output", "merging_twice_is_merging_once")
+@toy(
+    "merging_keeps_the_output",
+    "merging_moves_the_update_into_w",
+    "merging_twice_is_merging_once",
+    "every_layer_of_a_model_is_merged",
+)
 class AddsToMerged(Layer):
     def forward(self, x):
         y = super().forward(x)
@@ -527,14 +553,14 @@ class MergedDrops(Layer):
         return super().forward(x if self.unmerged is None else self.dropout(x))
 
 
-@toy("merging_keeps_the_output")
+@toy("merging_keeps_the_output", "every_layer_of_a_model_is_merged")
 class MergingLosesTheBias(Layer):
     def forward(self, x):
         y = super().forward(x)
         return y - self.base.bias if self.is_plain() and self.unmerged is not None else y
 
 
-@toy("rslora_merges_and_unmerges")
+@toy("rslora_merges_and_unmerges", "dora_merges_and_unmerges", "slices_with_rslora")
 class MergesRsLoRALikeLoRA(Layer):
     def merge(self):
         self.use_rslora, kept = False, self.use_rslora
@@ -549,7 +575,11 @@ class MergesAgain(Layer):
         super().merge()
 
 
-@toy("unmerging_restores_the_base", "merging_twice_is_merging_once")
+@toy(
+    "unmerging_restores_the_base",
+    "merging_twice_is_merging_once",
+    "every_layer_of_a_model_is_merged",
+)
 class SubtractsWithoutScaling(Layer):
     def unmerge(self):
         if not self.is_plain() or self.unmerged is None:
@@ -558,7 +588,7 @@ class SubtractsWithoutScaling(Layer):
         self.unmerged = None
 
 
-@toy("eval_and_train_keep_the_output")
+@toy("eval_and_train_keep_the_output", "dora_merges_and_unmerges")
 class MergesAtEveryEval(Layer):
     def train(self, mode=True):
         if mode:
@@ -616,7 +646,7 @@ class DividesColumns(Layer):
         super().unmerge()
 
 
-@toy("in_out_weights")
+@toy("in_out_weights", "dora_merges_and_unmerges")
 class MergesUntransposed(Layer):
     def merge(self):
         if not self.transposed:
@@ -625,7 +655,7 @@ class MergesUntransposed(Layer):
         self.base.weight.data += self.delta()
 
 
-@toy("in_out_weights")
+@toy("in_out_weights", "dora_merges_and_unmerges")
 class UnmergesUntransposed(Layer):
     def unmerge(self):
         if self.transposed and self.base.weight.size(0) == self.base.weight.size(1):
@@ -633,27 +663,41 @@ class UnmergesUntransposed(Layer):
         super().unmerge()
 
 
-@toy("slices_of_a_fused_layer", "slices_of_unequal_widths")
+@toy(
+    "slices_of_a_fused_layer",
+    "slices_of_unequal_widths",
+    "slices_with_rslora",
+    "slices_with_dora",
+    "slices_with_dropout",
+)
 class FirstRows(Layer):
     def sliced(self):
         self.slices = range(len(self.slices))
         return super().sliced()
 
 
-@toy("slices_of_a_fused_layer", "slices_of_unequal_widths")
+@toy(
+    "slices_of_a_fused_layer",
+    "slices_of_unequal_widths",
+    "slices_with_rslora",
+    "slices_with_dora",
+    "slices_with_dropout",
+)
 class SwapsQAndK(Layer):
     def sliced(self):
         q, k, v = super().sliced().split(self.widths)
         return torch.cat([k, q, v])
 
 
-@toy("slices_of_a_fused_layer", "slices_of_unequal_widths")
+@toy(
+    "slices_of_a_fused_layer", "slices_of_unequal_widths", "slices_with_rslora", "slices_with_dora"
+)
 class ForgetsScalingOfSlices(Layer):
     def scaling(self):
         return 1.0 if self.slices else super().scaling()
 
 
-@toy("slices_of_a_fused_layer", "slices_of_unequal_widths")
+@toy("slices_of_a_fused_layer", "slices_of_unequal_widths", "slices_with_rslora")
 class SlicesStayMerged(Layer):
     def unmerge(self):
         if not self.slices:
@@ -696,7 +740,7 @@ class MatchesDigits(Right):
         return any(f".{block}" in name for block in blocks)
 
 
-@toy("ranks_and_alphas_by_layer")
+@toy("ranks_and_alphas_by_layer", "rslora_with_ranks_by_layer")
 class CommonRank(Right):
     def inject(self, model, targets, r, *rest, **options):
         super().inject(model, targets, r, *rest, **options)
@@ -705,7 +749,7 @@ class CommonRank(Right):
         return model
 
 
-@toy("tied_head")
+@toy("tied_head", "tied_head_of_a_loaded_adapter")
 class AdaptsTied(Right):
     def refuse_tied(self, model, targets):
         pass

@@ -227,7 +227,8 @@ def dora_merges_and_unmerges(lora: Implementation) -> None:
     for options in supported(lora, DORA, DORA | RSLORA, DORA | IN_OUT):
         for fan_out in (12, 24):
             base: Any = base_for(options, fan_out)
-            layer = lora.wrap(deepcopy(base), 4, 12, 0.5, **options).double().eval()
+            layer = lora.wrap(deepcopy(base), 4, 12, 0.5, **options).double()
+            layer.eval()
             draw(*(known := lora.factors(layer)))
             stretch(others(layer, *known))
             what = f"{named(options)}, (12, {fan_out})"
@@ -287,7 +288,8 @@ def slices_with_dora(lora: Implementation) -> None:
 def slices_with_dropout(lora: Implementation) -> None:
     """With slices, dropout of 0.2 removes elements of x before A, in training only."""
     base = nn.Linear(12, 24)
-    layer = lora.wrap(deepcopy(base), 2, 6, 0.2, slices=(0, 2)).double().train()
+    layer = lora.wrap(deepcopy(base), 2, 6, 0.2, slices=(0, 2)).double()
+    layer.train()
     base.double()
     draw(*trained(layer))
     x = torch.zeros(4000, 12).double()

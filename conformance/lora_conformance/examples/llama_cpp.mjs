@@ -1,5 +1,6 @@
 // Compare llama.cpp with the fixtures: node llama_cpp.mjs FIXTURE BASE.gguf [ADAPTER.gguf]
-// Needs `npm install node-llama-cpp`. Without ADAPTER, the base's own tokens are expected.
+// Without ADAPTER, the tokens of the base are expected. Needs node-llama-cpp: copy this file into a
+// folder in which `npm install node-llama-cpp` ran, and write the path of fixtures.json below.
 
 import fs from "node:fs";
 import { getLlama } from "node-llama-cpp";
