@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conformance import vectors
-from conformance.__main__ import main
-from conformance.vectors import HERE
+from lora_conformance import vectors
+from lora_conformance.__main__ import main
+from lora_conformance.vectors import HERE
 
 EXAMPLES = HERE.parent / "examples"
 README = (HERE.parent / "README.md").read_text()
@@ -162,6 +162,15 @@ def test_expected_failures(folder, tmp_path, capsys):
     write(folder, "lora", y=None)
     assert compare(folder, "--expected-failures", listed) == 0
     assert "\nXSKIP  lora/y: there is no such result\n" in capsys.readouterr().out
+
+
+def test_a_required_result_that_is_missing_fails(folder, tmp_path, capsys):
+    write(folder, "lora")
+    listed = tmp_path / "required.txt"
+    for text, status in (("lora", 0), ("lora/y", 0), ("lora\ndora  # a whole case", 1)):
+        listed.write_text(text)
+        assert compare(folder, "--required", listed) == status
+    assert "\nFAIL  dora/y: there is no such result\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from conformance import fixtures
-from conformance.fixtures.__main__ import load
-from conformance.merged import open_tensors, updates
+from generators.fixtures import load
 from lora import load_adapter, lora_layers
+from lora_conformance import fixtures
+from lora_conformance.updates import Model, updates
 from storage.weights import load_gpt2
 
 INDEX = fixtures.index()
@@ -128,7 +128,7 @@ def test_weights_merged_in_numpy_give_the_same_without_peft(name):
     if "lm_head" in name or name == "qwen3-tied-head":
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())  # untied
     with torch.no_grad():
-        for parameter, weight, merge in updates(open_tensors(base), adapter_of(name)):
+        for parameter, weight, merge in updates(Model(base), adapter_of(name)):
             model.get_parameter(parameter).copy_(torch.from_numpy(merge(weight)))
     assert failures(model, name) == set()
 

@@ -1,4 +1,4 @@
-"""`python -m conformance merged` on merges by stock PEFT, right and wrong."""
+"""`python -m lora_conformance merged` on merges by stock PEFT, right and wrong."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conformance import fixtures
-from conformance.fixtures.__main__ import load
-from conformance.merged import main
+from generators.fixtures import load
+from lora_conformance import fixtures
+from lora_conformance.merged import main
 
 FIXTURES = fixtures.index()["fixtures"]
 TIED_HEAD = "qwen3-tied-head"
@@ -59,7 +59,7 @@ def test_an_update_merged_by_peft_survives(name, tmp_path, capsys):
     merged = merge(base_of(name), adapter_of(name), tmp_path)
     assert len(list(merged.glob("*.safetensors"))) > 1
     status, lines = verdict(capsys, base_of(name), adapter_of(name), merged)
-    assert status == 0 and len(lines) == 1 and lines[0].startswith("survived: ")
+    assert (status, {line.split(":")[0] for line in lines} - {"unchanged"}) == (0, {"survived"})
 
 
 @pytest.mark.parametrize("name", sorted(FIXTURES.keys() - {TIED_HEAD}))
@@ -88,25 +88,28 @@ def test_a_layer_that_is_left_out_is_named(tmp_path, capsys):
     assert main([str(BASE), str(ADAPTER), str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if " lost " in line] == [["1.0000", "lost", left_out]]
-    assert set(lines[6:]) == {"survived: 5 of 6 layers", "lost: 1 of 6 layers"}
+    assert set(lines[6:]) == {"survived: 5 of 6 parameters", "lost: 1 of 6 parameters"}
 
 
 def test_rslora_that_is_merged_with_alpha_over_r_is_scaled_wrongly(tmp_path, capsys):
     wrong = edited(MLP, tmp_path / "wrong", use_rslora=False)
     merged = merge(BASE, wrong, tmp_path / "merged")
-    assert verdict(capsys, BASE, ADAPTER, merged) == (1, ["scaled by 0.5: 6 of 6 layers"])
+    assert verdict(capsys, BASE, ADAPTER, merged) == (1, ["scaled by 0.5: 6 of 6 parameters"])
 
 
 def test_an_update_with_the_wrong_sign_or_in_the_wrong_place_is_not_lost(tmp_path, capsys):
     merge(BASE, ADAPTER, tmp_path / "merged")
     swapped = verdict(capsys, tmp_path / "merged", ADAPTER, BASE)
-    assert swapped == (1, ["scaled by -1: 6 of 6 layers"])
+    assert swapped == (1, ["scaled by -1: 6 of 6 parameters"])
     base = load_file(BASE / "model.safetensors")
     right = load(BASE, ADAPTER).merge_and_unload().state_dict()
     permuted = {name: w + (right[name] - w).roll(1, 0) for name, w in base.items()}
     (tmp_path / "permuted").mkdir()
     save_file(permuted, tmp_path / "permuted" / "model.safetensors")
-    assert verdict(capsys, BASE, ADAPTER, tmp_path / "permuted") == (1, ["changed: 6 of 6 layers"])
+    assert verdict(capsys, BASE, ADAPTER, tmp_path / "permuted") == (
+        1,
+        ["changed: 6 of 6 parameters"],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -115,20 +118,14 @@ def test_rounding_in_the_merged_file_is_not_a_loss(dtype, factor, tmp_path, caps
     """The update has 0.7 or 0.035 times the norm of W, and bf16 rounds by up to 0.004."""
     adapter = edited(MLP, tmp_path / "adapter", factor)
     merged = merge(BASE, adapter, tmp_path / "merged", dtype)
-    assert verdict(capsys, BASE, adapter, merged) == (0, ["survived: 6 of 6 layers"])
+    assert verdict(capsys, BASE, adapter, merged) == (0, ["survived: 6 of 6 parameters"])
 
 
 def test_an_update_that_rounding_erases_is_lost(tmp_path, capsys):
     """In bf16, W + s B A rounds to W almost everywhere."""
     adapter = edited(MLP, tmp_path / "adapter", 0.0005)
     merged = merge(BASE, adapter, tmp_path / "merged", torch.bfloat16)
-    assert verdict(capsys, BASE, adapter, merged) == (1, ["lost: 6 of 6 layers"])
-
-
-def test_peft_merges_the_update_of_a_tied_head_into_the_embedding_too(tmp_path, capsys):
-    merged = merge(base_of(TIED_HEAD), adapter_of(TIED_HEAD), tmp_path)
-    assert main([str(p) for p in (base_of(TIED_HEAD), adapter_of(TIED_HEAD), merged)]) == 2
-    assert "has no lm_head.weight; a head with an update cannot be tied" in one_line(capsys)
+    assert verdict(capsys, BASE, adapter, merged) == (1, ["lost: 6 of 6 parameters"])
 
 
 def test_an_adapter_with_b_zero_cannot_be_checked(tmp_path, capsys):
@@ -139,7 +136,7 @@ def test_an_adapter_with_b_zero_cannot_be_checked(tmp_path, capsys):
 
 def one_line(capsys) -> str:
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith("conformance merged: ")
+    assert said.count("\n") == 1 and said.startswith("lora_conformance merged: ")
     return said
 
 
@@ -151,7 +148,6 @@ def test_folders_that_cannot_be_compared_give_one_line(tmp_path, capsys):
         (BASE, ADAPTER, tmp_path / "empty"): "empty/model.safetensors: cannot be read",
         (BASE, tmp_path / "empty", BASE): "adapter_config.json: cannot be read",
         (BASE, adapter_of("gpt2-attention"), BASE): "fits no parameters of the base",
-        (base_of(TIED_HEAD), adapter_of(TIED_HEAD), base_of(TIED_HEAD)): "cannot be tied",
         (BASE, ADAPTER, base_of("gpt2-attention")): "has no model.layers.0.mlp.down_proj.weight",
         (BASE, edited(MLP, tmp_path / "r", r=3), BASE): "fits no parameters of the base",
         (BASE, edited(MLP, tmp_path / "bias", bias="all"), BASE): "bias 'all' is not supported",

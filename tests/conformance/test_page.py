@@ -1,7 +1,8 @@
-"""The pages: the layer of conformance/README.md passes the bench, and names of checks exist.
+"""The pages: the layer of README.md passes the bench, and names of checks exist.
 The command of the bench.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from conformance.__main__ import load_implementation, main
-from conformance.bench import run
-from conformance.checks import CHECKS
+from lora_conformance.__main__ import load_implementation, main
+from lora_conformance.bench import run
+from lora_conformance.checks import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "conformance"
-PAGE = (FOLDER / "README.md").read_text()
+OURS, PEFT = (str(FOLDER / "results" / f"bench_{name}.py") for name in ("this_project", "peft"))
+PAGE = (FOLDER / "lora_conformance" / "README.md").read_text()
 [LAYER] = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -38,10 +40,10 @@ def test_the_pages_count_the_checks():
     assert f"**A bench** of {len(CHECKS)} checks" in (ROOT / "docs" / "conformance.md").read_text()
 
 
-RESULTS = (FOLDER / "results.md").read_text()
+RESULTS = (FOLDER / "results" / "results.md").read_text()
 FAILURES = re.findall(
     r"^```python\n# ([\w-]+) .*?Checks?: ((?:[\w, ]|\n# )+).*?\n(.*?)^```",
-    (FOLDER / "failures.md").read_text(),
+    (FOLDER / "results" / "failures.md").read_text(),
     re.MULTILINE | re.DOTALL,
 )
 
@@ -63,7 +65,9 @@ def test_each_failure_of_the_table_is_shown_by_hand():
 
 
 def test_each_failure_takes_at_most_15_lines():
-    for block in re.findall(r"^```.*?^```", (FOLDER / "failures.md").read_text(), re.M | re.S):
+    for block in re.findall(
+        r"^```.*?^```", (FOLDER / "results" / "failures.md").read_text(), re.M | re.S
+    ):
         assert sum(map(bool, block.splitlines())) <= 15, block
 
 
@@ -76,9 +80,9 @@ def test_the_failures_of_peft_print_what_was_seen(tmp_path, code):
 
 
 def test_the_command(capsys):
-    assert main(["this_project", "ten_steps"]) == 0
+    assert main([OURS, "ten_steps"]) == 0
     assert "1 passed, 0 failed" in capsys.readouterr().out
-    assert main(["peft", "state_dict_while_merged"]) == 1
+    assert main([PEFT, "state_dict_while_merged"]) == 1
     assert "microsoft/LoRA #190" in capsys.readouterr().out
     assert main(["--list"]) == 0
     assert capsys.readouterr().out.count("catches: ") == len(CHECKS)
@@ -95,17 +99,39 @@ def test_a_run_without_a_pass_fails(tmp_path, capsys):
 def test_expected_failures(tmp_path, capsys):
     listed = tmp_path / "expected.txt"
     listed.write_text("state_dict_while_merged  # PEFT saves in another way\n")
-    arguments = ["peft", "ten_steps", "state_dict_while_merged", "--expected-failures", str(listed)]
+    arguments = [PEFT, "ten_steps", "state_dict_while_merged", "--expected-failures", str(listed)]
     assert main(arguments) == 0
-    assert "xfail  state_dict_while_merged: " in capsys.readouterr().out
+    assert "xfail    state_dict_while_merged: " in capsys.readouterr().out
     listed.write_text("ten_steps\nstate_dict_while_merged")
     assert main(arguments) == 1
-    assert "XPASS  ten_steps" in capsys.readouterr().out
+    assert "XPASS    ten_steps" in capsys.readouterr().out
     listed.write_text(lacks := "slices_of_unequal_widths")
     assert main([*arguments[:2], lacks, *arguments[3:]]) == 0
     printed = capsys.readouterr().out
-    assert "XSKIP  slices_of_unequal_widths: " in printed
+    assert "XSKIP    slices_of_unequal_widths: " in printed
     assert "1 skipped although a failure was expected" in printed
+
+
+def test_a_level_and_required_checks(tmp_path, capsys):
+    assert main([PEFT, "--level", "interface"]) == 1
+    printed = capsys.readouterr().out
+    assert "\ninterface: 1 passed, 4 failed, 0 skipped\n" in printed
+    assert "mathematics" not in printed
+    names = ["ten_steps", "tied_head", "slices_of_unequal_widths"]
+    assert main([OURS, *names]) == 0
+    listed = tmp_path / "required.txt"
+    listed.write_text("tied_head  # refused\nslices_of_unequal_widths  # skipped\n")
+    assert main([OURS, *names, "--required", str(listed)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL     tied_head: " in printed
+    assert "FAIL     slices_of_unequal_widths: wrap has no widths\n" in printed
+
+
+def test_a_pager_that_ends_early_gives_no_traceback():
+    command = f"{sys.executable} -m lora_conformance --list | head -1"
+    environment = os.environ | {"PYTHONPATH": str(FOLDER)}
+    ended = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    assert ended.stderr == ""
 
 
 def test_a_file_imports_its_neighbours(tmp_path):
@@ -137,8 +163,8 @@ def test_a_mistake_in_the_file_is_one_line(tmp_path, capsys, content, message):
     [
         (["nothing_of_this_name"], "did you mean nothing_of_this_name.py?"),
         (["nowhere.py"], "No such file or directory"),
-        (["this_project", "ten_step"], "there is no check 'ten_step'"),
-        (["this_project", "--expected-failures", "nowhere"], "No such file or directory"),
+        ([OURS, "ten_step"], "there is no check 'ten_step'"),
+        ([OURS, "--expected-failures", "nowhere"], "No such file or directory"),
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(capsys, arguments, message):

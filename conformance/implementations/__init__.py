@@ -1,1 +1,0 @@
-"""Implementations of LoRA on the bench: glue that calls a package and contains no LoRA."""
