@@ -55,6 +55,7 @@ COUNTED = {
     "solutions#12. The rank where LoRA meets full fine-tuning": "the exercise prints it",
     "solutions#13. What an outlier costs": "tests/test_exercises.py computes it",
     "training#Where the bytes go/2": "vectors per token",
+    "training#Where the bytes go/3": "the same count for gpt2-xl",
 }
 # Tables without measured numbers
 FACTS = {
