@@ -128,6 +128,13 @@ def test_the_program_with_four_bits(tmp_path, monkeypatch):
     merge(model)
     assert relative_difference(model(IDS).logits, logits) < 1e-5
 
+    base = transformers.AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32)
+    quantise(base, "nf4")
+    dequantise(base)
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(base, "adapter").eval()
+    assert relative_difference(merged(IDS).logits, loaded(IDS).logits) < 1e-5
+
 
 def test_the_weights_of_llama_8b_are_counted():
     config = transformers.LlamaConfig(
