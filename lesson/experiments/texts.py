@@ -28,7 +28,7 @@ EPOCHS = (1, 3, 10)
 # To save time: a longer text has fewer runs, and the reference, whose steps take eight times as
 # long as the steps of `best`, does not run for ten epochs.
 REFERENCE_EPOCHS = (1, 3)
-LONG = 100_000  # bytes. A longer text has no runs of ten epochs, and the reference only one epoch
+LONG = 50_000  # bytes. A longer text has no runs of ten epochs, and the reference only one epoch
 FITTED = ("the book", "White Fang, 40 KB")  # and two texts that have no row
 INSTRUCTIONS = ROOT / "data" / "instructions.jsonl"
 LATIN = ROOT / "benchmarks" / "pseudo-latin.txt"
