@@ -16,6 +16,7 @@ BatchType = TypeVar("BatchType")
 SHORT_STEPS = 24
 FIRST = 4e-3  # near the best rate of LoRA on all layers with alpha 16, in `SHORT_STEPS` steps
 MOST_RUNS = 12
+MOST_RISE = 0.2  # nats
 POWER = 0.2  # fitted to runs of 34 to 249 steps (docs/experiments.md)
 
 
@@ -88,13 +89,15 @@ def lowest_point(tried: dict[float, float]) -> float:
 
     With losses l, m and r at log2 rates -1, 0 and 1 from the best rate, the minimum is at
     (l - r) / (2 (l - 2 m + r)). It is between -1/2 and 1/2, because m is the least of the three.
+    Above the best rate, the loss can rise steeply, which would draw the minimum to the left. So a
+    neighbour counts as at most `MOST_RISE` above m.
     """
     best = min(tried, key=tried.__getitem__)
-    left, middle, right = (tried.get(rate, math.inf) for rate in (best / 2, best, best * 2))
+    middle = tried[best]
+    limit = middle + MOST_RISE
+    left, right = (min(tried.get(rate, limit), limit) for rate in (best / 2, best * 2))
     bend = left - 2 * middle + right
-    if not 0 < bend < math.inf:
-        return best
-    return best * 2 ** ((left - right) / (2 * bend))
+    return best * 2 ** ((left - right) / (2 * bend)) if bend else best
 
 
 def adamw_run(

@@ -29,7 +29,7 @@ EPOCHS = (1, 3, 10)
 # long as the steps of `best`, does not run for ten epochs.
 REFERENCE_EPOCHS = (1, 3)
 LONG = 50_000  # bytes. A longer text has no runs of ten epochs, and the reference only one epoch
-FITTED = ("the book", "White Fang, 40 KB")  # and two texts that have no row
+FITTED = ("the book", "White Fang, 40 KB", "documentation")  # and two texts that have no row
 INSTRUCTIONS = ROOT / "data" / "instructions.jsonl"
 LATIN = ROOT / "benchmarks" / "pseudo-latin.txt"
 

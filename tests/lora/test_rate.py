@@ -75,9 +75,13 @@ def test_a_run_of_32_times_the_steps_gets_half_the_rate():
 
 def test_a_parabola_through_three_losses_gives_the_minimum():
     def loss(rate):
-        return (math.log2(rate / 3e-3)) ** 2
+        return 0.01 * (math.log2(rate / 3e-3)) ** 2
+
+    def loss_with_a_cliff(rate):
+        return loss(rate) + (rate > 5e-3) * 9
 
     assert find_rate(nn.Linear(1, 1), loss, steps=1).rate == 3e-3
+    assert 2.7e-3 < find_rate(nn.Linear(1, 1), loss_with_a_cliff, steps=1).rate < 3e-3
 
 
 def test_rates_that_diverge_are_walked_away_from_and_all_of_them_refused():
