@@ -178,6 +178,6 @@ reference: .venv/run
 
 # `make clean` keeps trained models (runs) and models copied by hand (.cache/hub).
 clean:
-	rm -rf .venv .venv-lowest .pytest_cache .hypothesis .ruff_cache .mypy_cache \
+	rm -rf .venv .venv-lowest .pytest_cache .hypothesis .ruff_cache .mypy_cache build \
 		*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

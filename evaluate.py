@@ -1,6 +1,7 @@
 """Score a text, conversations or multiple-choice questions, or compare finished runs."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from common.errors import UserError, run_command
 from common.files import write_json
 from data.instructions import Instructions, read_examples
 from data.tokenizer import Tokenizer
-from data.tokens import load_books
+from data.tokens import load_books, text_files
 from data.windows import Dataset, Windows, check_block_size, split
 from evaluation.choices import score_questions
 from evaluation.compare import compare
@@ -21,6 +22,8 @@ from evaluation.scores import evaluate, forgetting
 from lora.quantised import quantisation
 from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
+from storage.weights import PICKLED_WEIGHTS
+from training.directory import RUN_FILES
 from training.options import BOOK
 
 
@@ -52,6 +55,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernels", **KERNELS_OPTION)
     args = parser.parse_args(argv)
 
+    others = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
+    if args.compare and others != ["compare"]:
+        others.remove("compare")
+        raise UserError(f"--compare: takes no --{others[0].replace('_', '-')}, only runs")
     if args.forgotten and (args.choices or not args.adapter):
         raise UserError("--forgotten compares an adapter with its base on a text: give --adapter")
     if (args.data or args.choices) and (args.stride or args.label_shift > 1):
@@ -69,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(args.compare)
         return
 
+    refuse_input_as_output(args)
     device = Device.pick(args.device, args.precision)
     tune_process(device)
     base, model, tokenizer = load_model(args.base, args.adapter, device.dtype, args.quantise)
@@ -76,8 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = quantisation(model)
     device.cast_frozen(model)
     set_kernels(model, args.kernels)
-    score = score_questions if args.choices else score_text
-    found = score(args, model, tokenizer, device)
+    if args.choices:
+        fraction = args.val_fraction or 1.0
+        found = score_questions(args.choices, fraction, args.block_size, model, tokenizer, device)
+    else:
+        found = score_text(args, model, tokenizer, device)
     if args.json:
         adapter = str(args.adapter) if args.adapter else None
         report = {"base": base, "adapter": adapter, **found}
@@ -86,11 +97,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(args.json, report)
 
 
+def refuse_input_as_output(args: argparse.Namespace) -> None:
+    """Raise UserError if --json names a text, or a file of the base or the adapter."""
+    if not args.json or not os.path.exists(args.json):
+        return
+    inputs = [args.data, args.choices] if args.data or args.choices else text_files(texts_of(args))
+    for directory in (args.base, args.adapter or args.base):
+        inputs += [Path(directory) / name for name in (*RUN_FILES, PICKLED_WEIGHTS)]
+    for path in filter(None, inputs):
+        if os.path.exists(path) and os.path.samefile(path, args.json):
+            raise UserError(f"--json {args.json}: is an input ({path}); name another file")
+
+
+def texts_of(args: argparse.Namespace) -> list[Path]:
+    return [args.data] if args.data else args.text or [BOOK]
+
+
 def score_text(
     args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
 ) -> dict[str, Any]:
     """Score a text or conversations. Print the scores and return them."""
-    texts = [args.data] if args.data else args.text or [BOOK]
+    texts = texts_of(args)
     source = ", ".join(map(str, texts))
     fraction = args.val_fraction or 1.0
     if not (args.val_fraction or args.data or args.text):

@@ -13,7 +13,7 @@ from lora.load import load_adapter, stored_base_name
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2
 from storage.hf_compat import stock_name
-from storage.hub import REPOSITORIES, find_adapter, find_base, split_revision
+from storage.hub import REPOSITORIES, REPOSITORY, find_adapter, find_base, split_revision
 from storage.weights import load_gpt2, weights_path
 
 
@@ -26,7 +26,8 @@ class Loaded(NamedTuple):
 
 
 def named_base(adapter: Path) -> str:
-    """Return the base that the adapter names. Raises UserError for an unknown name."""
+    """Return the base that the adapter names: a known name, or OWNER/NAME[@REVISION] on the hub.
+    Raises UserError for any other name, such as a path on another machine."""
     with as_failure():
         named = stored_base_name(adapter)
     repository, _ = split_revision(str(named))
@@ -35,6 +36,8 @@ def named_base(adapter: Path) -> str:
             return name
     if named in ("mini", stock_name("mini")):
         return "mini"
+    if isinstance(named, str) and REPOSITORY.fullmatch(named):
+        return named
     raise UserError(
         f"{adapter}: its base {brief(named)} is unknown; name its directory: --base DIR"
     )

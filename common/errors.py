@@ -4,6 +4,7 @@ The status is 0 for success, 1 for a failed run, 2 for a user's mistake, and 128
 """
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,7 @@ USERS_MISTAKE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 FULL_OR_BROKEN = {
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EIO,
     errno.EROFS,
     errno.EMFILE,
@@ -60,6 +62,8 @@ def run_command(
 ) -> NoReturn:
     """Run `main` and exit with its status. Known failures end with one line on stderr."""
     replace_default_handlers()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that is not UTF-8
     try:
         status = main(argv) or 0
         sys.stdout.flush()

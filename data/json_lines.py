@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common.errors import UserError
 from common.files import brief, open_file
@@ -28,12 +28,23 @@ def read_lines(path: Path, read: Callable[[dict], T]) -> list[T]:
 
 
 def _parse(line: bytes) -> dict:
+    if line.lstrip().startswith(b"["):
+        raise ValueError("is a JSON array; write each example as a line of its own")
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"is not JSON in UTF-8 of at most {LONGEST_LINE:,} bytes ({error})"
         ) from error
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict:
+    """Make a JSON object. Raises ValueError for a key that occurs twice."""
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"has the key {brief(key)} twice")
+    return dict(pairs)
 
 
 def refuse_unknown(fields: dict, known: Collection[str], forms: str) -> None:

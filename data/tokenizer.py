@@ -60,9 +60,8 @@ class Tokenizer(ABC):
     def encode_with_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the token ids (N,), and the number of UTF-8 bytes of each token, uint32 (N,).
 
-        The ids are uint16, or uint32 for a `vocab_size` above 65,536. Bytes that the tokenizer
-        skips are counted with the next token. An end-of-text token covers 0 bytes. Raises UserError
-        for a text that cannot be read.
+        The ids are uint16, or uint32 for a `vocab_size` above 65,536. An end-of-text token covers 0
+        bytes. Raises UserError for a text that cannot be read.
         """
         try:
             ids, byte_counts = self._encode(text)
@@ -123,10 +122,12 @@ class LibraryTokenizer(Tokenizer):
         return self.engine.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        starts = _byte_starts(text)
         encoding = self.engine.encode(text, add_special_tokens=False)
-        ends = np.array([end for _, end in encoding.offsets], dtype=np.int64)  # in characters
-        return np.array(encoding.ids, dtype=np.uint32), np.diff(starts[ends], prepend=0)
+        ids = np.array(encoding.ids, dtype=np.uint32)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # in characters
+        if not len(ids):
+            return ids, ids
+        return ids, _count_bytes(_byte_starts(text), offsets, ids == self.end_of_text)
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:
@@ -245,6 +246,24 @@ def _byte_of_character() -> dict[str, int]:
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+
+
+def _count_bytes(starts: np.ndarray, offsets: np.ndarray, is_end: np.ndarray) -> np.ndarray:
+    """Return the number of bytes that each token covers (N,). `offsets` (N, 2) has the characters
+    where each token begins and ends, and `is_end` (N,) marks end-of-text tokens.
+
+    Bytes that the tokenizer skips, such as spaces, are counted with the next token. But before an
+    end-of-text token or the end of the text, they are counted with the last token before them.
+    """
+    begins, ends = starts[offsets].T
+    reached = np.concatenate(([0], np.maximum.accumulate(ends)))
+    counts = np.diff(reached)
+    skipped = np.append(np.where(is_end, begins - reached[:-1], 0), starts[-1] - reached[-1])
+    counts[is_end] = 0
+    places = np.where(is_end, np.argmin(is_end), np.arange(len(counts)))  # of tokens with a text
+    before = np.maximum.accumulate(places)
+    np.add.at(counts, np.append(before, before[-1]), skipped.clip(min=0))
+    return counts
 
 
 def _byte_starts(text: str) -> np.ndarray:

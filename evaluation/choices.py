@@ -1,6 +1,5 @@
 """Answer multiple-choice questions with the likeliest choice, and count the right answers."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,13 +27,18 @@ class Task(NamedTuple):
 
 
 def score_questions(
-    args: argparse.Namespace, model: GPT2, tokenizer: Tokenizer, device: Device
+    path: Path,
+    fraction: float,
+    block_size: int,
+    model: GPT2,
+    tokenizer: Tokenizer,
+    device: Device,
 ) -> dict[str, Any]:
-    """Answer the questions of `--choices`. Print and return the share of right answers."""
-    fraction = args.val_fraction or 1.0
-    tasks = split(read_tasks(args.choices, tokenizer, args.block_size), fraction)[1]
+    """Answer the last `fraction` of a file's questions. Print and return the share of right
+    answers."""
+    tasks = split(read_tasks(path, tokenizer, block_size), fraction)[1]
     if not tasks:
-        raise UserError(f"{args.choices}: 0 questions; nothing to choose")
+        raise UserError(f"{path}: 0 questions; nothing to choose")
     by_sum = []
     by_mean = []
     for task in tasks:
@@ -42,8 +46,8 @@ def score_questions(
         by_sum.append(int(sums.argmax()))
         by_mean.append(int((sums / counts).argmax()))
     report = summary([task.question for task in tasks], by_sum, by_mean)
-    print_summary(args.choices, report)
-    return {"text": str(args.choices), "val_fraction": fraction, **report}
+    print_summary(path, report)
+    return {"text": str(path), "val_fraction": fraction, **report}
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, block_size: int) -> list[Task]:

@@ -70,8 +70,11 @@ def load_adapter_config(directory: str | Path) -> LoRAConfig:
 
 
 def stored_base_name(directory: str | Path) -> Any:
-    """Return the name of the base in the adapter's config, as it stands there."""
-    return _read_config(Path(directory)).get("base_model_name_or_path")
+    """Return the name of the base in the adapter's config. A revision follows the name after @."""
+    stored = _read_config(Path(directory))
+    name = stored.get("base_model_name_or_path")
+    revision = stored.get("revision")
+    return f"{name}@{revision}" if name and revision else name
 
 
 def read_header(directory: str | Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+POINTER = b"version https://git-lfs"  # git clone without git-lfs leaves pointers to files
 
 
 def write_tensors(
@@ -73,7 +74,9 @@ def readable(path: Path) -> Iterator[None]:
     """Turn an error of the file or of safetensors into a ValueError that names the file. Other
     errors, such as too little memory, pass unchanged."""
     try:
-        open(path, "rb").close()
+        with open(path, "rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise ValueError(f"{path}: is a pointer of git-lfs, not the file; run git lfs pull")
         yield
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error

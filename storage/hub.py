@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from common.errors import UserError, first_line
+from common.errors import UserError
 from common.files import file_sha256
 from data.tokenizer import TEMPLATE
 from storage.weights import CONFIG, PICKLED_WEIGHTS, WEIGHTS, find_weights
@@ -64,9 +64,11 @@ def find_base(base: str) -> tuple[str, Path]:
             "the hub is OWNER/NAME"
         )
     repository, revision = match.groups()
-    directory = _snapshot(repository, revision, (CONFIG, WEIGHTS, TEMPLATE, *TOKENIZER))
-    if find_weights(directory) is None:
-        _snapshot(repository, revision, (PICKLED_WEIGHTS,))
+    directory = _snapshot(repository, revision, (CONFIG, WEIGHTS, TEMPLATE, ADAPTER[0], *TOKENIZER))
+    for name in (PICKLED_WEIGHTS, "*.index.json"):  # an index names shards, which are refused
+        if find_weights(directory) is None:
+            _snapshot(repository, revision, (name,))
+    find_weights(directory)
     return base, directory
 
 
@@ -165,9 +167,11 @@ def _snapshot(
             hub.get_session().head(url, timeout=seconds).raise_for_status()
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=files))
     except Exception as error:  # versions of the library raise different exceptions
+        name = f"{repository}@{revision}" if revision else repository
+        reason = " ".join(str(error).split())  # the file's address and the server's sentence
         raise UserError(
-            f"{repository} is neither a directory nor available on the hub: "
-            f"{type(error).__name__}: {first_line(error):.300}"
+            f"{name} is neither a directory nor available on the hub: "
+            f"{type(error).__name__}: {reason:.400}"
         ) from error
 
 

@@ -132,6 +132,7 @@ def base_hashes(directory: Path) -> dict[str, str]:
     """Return the sha256 of the files that identify a base: the config, and the weights and the
     tokenizer's files, if any.
     """
+    _refuse_adapter(directory)
     hashes = {"config": file_sha256(directory / CONFIG)}
     weights = find_weights(directory)
     if weights:
@@ -145,9 +146,7 @@ def base_hashes(directory: Path) -> dict[str, str]:
 def load_config(directory: Path) -> GPT2Config:
     """Read `config.json`. Raises UserError, naming the field, for a model that is not a GPT-2."""
     path = Path(directory) / CONFIG
-    if path.with_name("adapter_config.json").exists() and not path.exists():
-        raise UserError(f"{directory}: is an adapter, not a base; give it to --adapter")
-
+    _refuse_adapter(path.parent)
     stored = read_json(path)
     _check_architecture(path, stored)
     fields = {f.name: stored[f.name] for f in dataclasses.fields(GPT2Config) if f.name in stored}
@@ -161,6 +160,11 @@ def load_config(directory: Path) -> GPT2Config:
             f"{path}: n_embd {config.n_embd} is not divisible by n_head {config.n_head}"
         )
     return config
+
+
+def _refuse_adapter(directory: Path) -> None:
+    if (directory / "adapter_config.json").exists() and not (directory / CONFIG).exists():
+        raise UserError(f"{directory}: is an adapter, not a base; give it to --adapter")
 
 
 def _check_architecture(path: Path, stored: dict) -> None:

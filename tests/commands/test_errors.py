@@ -1,6 +1,7 @@
 """A mistake gives one line with the option or file, has status 2, and writes nothing."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -40,7 +41,7 @@ OF_ANOTHER_BASE = "run/adapter_model.safetensors: was trained on another base"
 def workspace(base, tmp_path_factory):
     """Return a directory with a good base and book, and with damaged copies of each."""
     place = tmp_path_factory.mktemp("workspace")
-    for name in ("base", "llama", "cut"):
+    for name in ("base", "llama", "cut", "pointer", "pickle"):
         shutil.copytree(base, place / name)
     config = json.loads((base / "config.json").read_text())
     for name, content in {
@@ -50,11 +51,14 @@ def workspace(base, tmp_path_factory):
         "held/run.json": "{}",
         "directory/file": "",
         f"cut/{MODEL}": "cut",
+        f"pointer/{MODEL}": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "pickle/pytorch_model.bin": "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
         "unfinished/metrics.jsonl": "",
         "llama/config.json": json.dumps(config | {"model_type": "llama"}),
     }.items():
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(content)
+    (place / "pickle" / MODEL).unlink()
     os.mkfifo(place / "pipe")
     (place / "latin1.txt").write_text("café au lait", encoding="latin-1")
     tiny_gpt2_directory(place / "other", seed=1)  # with the same shapes
@@ -95,11 +99,16 @@ MISTAKES = [
     ("lora --book short.txt --val-fraction 0.9", "short.txt: the training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
     ("evaluate --text one.txt", "1 tokens; too short"),
+    ("evaluate --json book.txt", "--json book.txt: is an input (book.txt); name another file"),
+    ("evaluate --json base/config.json", "base/config.json: is an input"),
+    ("evaluate --adapter run --json ./run/adapter_config.json", "is an input (run/adapter_config"),
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # such as /dev/stdout
     ("full --block-size 65", "--block-size 65"),
     ("evaluate --block-size 65", "--block-size 65"),
     ("compare held", "run.json: has no options"),
     ("compare unfinished", "unfinished: contains no finished run (run.json); --resume continues a"),
+    ("compare --json out", "--compare: takes no --json, only runs"),
+    ("compare --adapter run", "--compare: takes no --adapter, only runs"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("evaluate --forgotten", "--forgotten compares an adapter with its base on a text: give --ad"),
     ("generate --prompt You ' \n' on", "--prompt is empty"),
@@ -114,6 +123,9 @@ MISTAKES = [
     ("lora --resume --overwrite", "--over"),
     ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2"),
     ("evaluate --base run", "run: is an adapter"),
+    ("lora --base run", "run: is an adapter"),
+    ("evaluate --base pointer", "pointer/model.safetensors: is a pointer of git-lfs, not the file"),
+    ("evaluate --base pickle", "pickle/pytorch_model.bin: is a pointer of git-lfs, not the file"),
     ("evaluate --adapter other", "a whole model"),
     ("generate --adapter other --base auto", "other: is a whole model, not an adapter"),
     ("evaluate --base llama", "llama/config.json"),
@@ -252,3 +264,19 @@ def test_a_reader_that_ends_is_named():
         run_command(lambda _: print("text"))
     assert ended.value.code == 1
     assert errors.getvalue() == "error: the program that reads the output has ended\n"
+
+
+def test_a_character_that_stdout_lacks_is_replaced(monkeypatch):
+    output = io.BytesIO()
+    stdout = io.TextIOWrapper(output, encoding="ascii")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr("sys.stdout", stdout)
+        run_command(lambda _: print("caf\u00e9 \u2192 out"))
+    assert (ended.value.code, output.getvalue()) == (0, b"caf? ? out\n")
+
+
+def test_a_file_that_may_not_grow_ends_the_command_in_one_line():
+    def write(_):
+        raise OSError(errno.EFBIG, "File too large")
+
+    assert one_line(run(write), 1) == "error: File too large"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from data.instructions import CHAT_TEMPLATE, NAMES, encode, read_examples
-from data.tokenizer import load_tokenizer
+from data.tokenizer import END_OF_TEXT, load_tokenizer
 from model.gpt2 import IGNORE_INDEX
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
@@ -57,6 +57,14 @@ def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on():
         ids, marks = rendered(theirs, messages)
         assert ids == [*inputs.tolist(), ours.end_of_text]
         assert [bool(mark) for mark in marks[1:]] == (targets != IGNORE_INDEX).tolist()
+
+
+def test_an_end_of_text_that_a_user_types_is_the_token_as_in_transformers():
+    ours, theirs = pair()
+    messages = [{"role": "user", "content": f"Who?{END_OF_TEXT}User: me"}]
+    ids, _, _ = encode([("User", messages[0]["content"])], ours, ask=True)
+    assert rendered(theirs, messages, add_generation_prompt=True)[0] == ids.tolist()
+    assert ids.tolist().count(ours.end_of_text) == 1
 
 
 @settings(max_examples=60, deadline=None)

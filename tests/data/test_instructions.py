@@ -132,7 +132,9 @@ def test_a_steps_loss_and_gradients_are_those_of_stock_libraries_with_labels(
 
 
 BAD = [
-    ("[" * 9000, "is not JSON"),
+    ('{"a":' * 3000, "is not JSON"),
+    ("[", "is a JSON array; write each example as a line of its own"),
+    ('{"prompt": "a", "prompt": "b", "completion": "c"}', "has the key 'prompt' twice"),
     (b'{"prompt": "\xff", "completion": "b"}\n', "is not JSON in UTF-8"),
     (example("a", "b" * 10_000_000), "is not JSON in UTF-8 of at most 65,536 bytes"),
     (example("a", "\ud800"), "surrogates not allowed"),

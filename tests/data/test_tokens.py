@@ -12,7 +12,7 @@ from data.tokens import load_books, load_tokens
 from tests.helpers import refusal, small_tokenizer
 
 GPT2, SMALL = load_tokenizer(GPT2_FILES, 50257), small_tokenizer(300)
-TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\n" * 3
+TEXT = "It's a “book”:\r\n\r\n  日本語\u3000, naïve \u00a0\u00a0 😀😀  \x1c \x85 'll\t\rlone\n" * 3
 
 
 def whole(text: str, tokenizer: Tokenizer = SMALL) -> list[int]:

@@ -120,7 +120,9 @@ def test_only_a_known_name_is_taken_for_the_base(adapter):
     for name, base in names.items():
         change_config(adapter, {"base_model_name_or_path": name})
         assert named_base(adapter) == base
-    for name in ("auto", "./gpt2", "../gpt2", "other/gpt2", None, ["gpt2"]):
+    change_config(adapter, {"base_model_name_or_path": "other/gpt2"})
+    assert named_base(adapter) == "other/gpt2"  # on the hub, as in PEFT
+    for name in ("auto", "./gpt2", "../gpt2", "/other/gpt2", None, ["gpt2"]):
         change_config(adapter, {"base_model_name_or_path": name})
         assert "name its directory: --base DIR" in refusal(adapter, named_base)
 

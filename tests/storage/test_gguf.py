@@ -135,6 +135,17 @@ def test_a_whole_model_is_that_of_transformers_with_its_tokenizer(tmp_path):
     assert {**again, "general.name": "model"} == fields
 
 
+def test_other_special_tokens_are_written_as_control_tokens(tmp_path):
+    base, _ = tiny_gpt2_directory(tmp_path / "base")
+    stored = json.loads((base / "tokenizer.json").read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "id": 300, "content": "<user>"})
+    (base / "tokenizer.json").write_text(json.dumps(stored))
+    stdout_of(main, "--base", base, "--out", tmp_path / "model.gguf")
+    fields, _ = read(tmp_path / "model.gguf")
+    assert fields["tokenizer.ggml.tokens"][300] == "<user>"
+    assert fields["tokenizer.ggml.token_type"] == [1] * 300 + [3] + [1] * 15 + [3]
+
+
 @torch.no_grad()
 def test_transformers_reads_our_logits_and_tokens_from_the_file(tmp_path):
     base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=1024)  # transformers requires it

@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import generate
+from adapters.load import named_base
 from common.errors import UserError
 from storage import hub
 from storage.weights import CONFIG, PICKLED_WEIGHTS, WEIGHTS
-from tests.runs import run, scores, stdout_of, trained
+from tests.helpers import tiny_gpt2_directory
+from tests.runs import one_line, run, scores, stdout_of, trained
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -38,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404)
         fake.requests.append(f"{self.command} {self.path}")
         if fake.status:
-            return self.answer(fake.status)
+            return self.answer(fake.status, {"X-Error-Message": fake.reason})
         if fake.silence:
             return time.sleep(fake.silence)
         if self.path.startswith("/api/"):
@@ -96,6 +99,7 @@ class FakeHub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repositories = {}  # OWNER/NAME -> file -> content
         self.status = None  # of every answer
+        self.reason = "An error."  # the server's sentence with this status
         self.silence = 0  # seconds without an answer
         self.requests = []
 
@@ -176,6 +180,14 @@ def test_a_repository_is_downloaded_and_scores_as_the_directory(fake, base, book
 
 def test_an_adapter_names_the_repository_and_the_revision_of_its_base(fake, book, tmp_path):
     trained("lora", "someone/tiny@v1", book, tmp_path, "--max-steps", 1)
+    assert named_base(tmp_path) == "someone/tiny@v1"
+    fake.requests.clear()
+    options = ("--max-new-tokens", 2, "--device", "cpu", "--prompt", "You")
+    assert run(generate.main, *options, "--adapter", tmp_path).status == 0
+    assert all("v1" in request for request in fake.requests if "/revision/" in request)
+    other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)
+    refused = run(generate.main, *options, "--adapter", tmp_path, "--base", other)
+    assert "use that base, 'someone/tiny@v1'" in one_line(refused, 2)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/tiny", "v1")
     assert 'revision="v1"' in (tmp_path / "README.md").read_text()
@@ -226,8 +238,12 @@ def test_a_cached_main_is_not_taken_for_the_pinned_gpt2(fake, tmp_path):
 
 
 def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
-    assert "someone/tiny is neither a directory nor " in refusal(base="someone/tiny@v2")
-    assert "RevisionNotFoundError" in refusal(base="someone/tiny@v2")
+    message = refusal(base="someone/tiny@v2")
+    assert message.startswith("someone/tiny@v2 is neither a directory nor available on the hub: ")
+    assert "RevisionNotFoundError" in message and "/someone/tiny/revision/v2" in message
+    fake.status, fake.reason = 403, "You are not on the list of someone/tiny."
+    assert fake.reason in refusal(base="someone/tiny")
+    fake.status = None
     for find in (hub.find_base, hub.find_adapter):
         assert refusal(find, "nuns/ful").startswith("nuns/ful is neither a directory nor available")
     monkeypatch.chdir(tmp_path)
@@ -295,6 +311,17 @@ def test_auto_is_mini_where_gpt2_is_not_available(fake, monkeypatch, capsys, fai
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("base: mini (gpt2 is not cached, and openai-community/gpt2 is neither")
     assert reason in line
+
+
+def test_shards_and_an_adapter_in_place_of_a_base_are_named(fake, base, adapter):
+    files = fake.repositories["someone/tiny"]
+    fake.repositories["someone/shards"] = files | {f"{WEIGHTS}.index.json": b"{}"}
+    del fake.repositories["someone/shards"][WEIGHTS]
+    message = refusal(base="someone/shards")
+    assert f"{WEIGHTS}.index.json: sharded weights are not supported; save one" in message
+    fake.repositories["someone/adapter"] = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    ending = run(generate.main, "--base", "someone/adapter", "--prompt", "You", "--device", "cpu")
+    assert "is an adapter, not a base; give it to --adapter" in ending.stderr
 
 
 def test_an_adapter_is_fetched_the_same_way(fake, adapter, base, book, monkeypatch):
