@@ -52,19 +52,6 @@ def test_sides_that_do_not_train_alike_are_refused(base, results, monkeypatch):
         speed.measure(Task(str(base), "lora", steps=1), 0)
 
 
-def test_dropout_is_on_in_the_timed_steps_and_off_in_the_compared_ones(base, monkeypatch):
-    modes = []
-    our_side = speed_worker.our_side
-
-    def recorded(task):
-        model, step = our_side(task)
-        return model, lambda: modes.append(model.training) or step()
-
-    monkeypatch.setattr(speed_worker, "our_side", recorded)
-    speed_worker.measure(Task(str(base), steps=2))
-    assert modes == [False] * 3 + [True] * 4  # two steps warm up
-
-
 def test_a_process_that_fails_ends_the_race_with_one_line(tmp_path):
     line = one_line(run(speed.main, "--base", tmp_path))  # a directory without a model
     assert f"a measured process ended with status 2: {tmp_path}" in line
