@@ -91,10 +91,12 @@ def refusal(line: str) -> str:
 MISTAKES = [
     ("lora --book missing.txt", "missing.txt"),
     ("lora --book short.txt", "short.txt: the validation part"),
+    ("lora --book short.txt --val-fraction 0.9", "short.txt: the training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
     ("evaluate --text one.txt", "1 tokens; too short"),
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # such as /dev/stdout
     ("full --block-size 65", "--block-size 65"),
+    ("evaluate --block-size 65", "--block-size 65"),
     ("compare held", "run.json: has no options"),
     ("compare unfinished", "unfinished: contains no finished run (run.json); --resume continues a"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
@@ -108,6 +110,7 @@ MISTAKES = [
     ("lora --out ./directory/../base --overwrite", "contains config.json, but no run"),
     ("lora --init-adapter held --out held --overwrite", "is an input of --init-adapter"),
     ("lora --resume", "--resume: out contains no checkpoint"),
+    ("lora --resume --overwrite", "--over"),
     ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2"),
     ("evaluate --base run", "run: is an adapter"),
     ("evaluate --adapter other", "a whole model"),
@@ -122,6 +125,7 @@ MISTAKES = [
     ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("evaluate --adapter missing", "error: missing: no such directory; name an adapter"),
     ("evaluate --adapter run --base other", "_model.safetensors: was trained on another base"),
+    ("lora --init-adapter run --base other", "_model.safetensors: was trained on another base"),
     ("evaluate --adapter run --base auto", "/base' is unknown; name its directory: --base DIR"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --device tpu", "--device"),

@@ -138,6 +138,7 @@ BAD = [
     ('{"prompt": "a"}', "needs the texts"),
     (json.dumps({"messages": [turn("tool", "a"), turn("assistant", "b")]}), "needs the texts"),
     (json.dumps({"messages": [turn("assistant", "b") | {"weight": 0}]}), "unknown key 'weight'"),
+    ('{"prompt": "a", "completion": "b", "system": "c"}', "has the unknown key 'system'"),
     (example("a", " \n"), "an empty completion"),
     (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "no completion at"),
     (example("a", "word " * 40), "the completion is longer than a block of 40; shorten"),

@@ -128,6 +128,8 @@ BAD = [
     ("not json", "is not JSON"),
     (line("a", "bc", 0), "needs the text"),
     (json.dumps({"prompt": "a", "choices": ["b", "c"]}), "answer None is not"),
+    (line("a", ["b"], 0), "needs the text"),
+    (line("a", ["b", "c"], True), "answer True"),
     (line("a", ["b", "c"], 2), "answer 2 is not from 0 to 1"),
     (line("a", ["b", " b "], 0), "an empty choice, or the same choice twice"),
     (line("a", ["b", "c"], 0, label="c"), "the unknown key 'label'"),

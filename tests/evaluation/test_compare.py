@@ -100,6 +100,12 @@ def test_the_table_and_the_picture_hold_base_lora_and_full(runs, base, book, tmp
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000
 
 
+def test_files_beside_the_runs_are_left_out(runs, tmp_path):
+    (tmp_path / "sweep.md").touch()  # `sweep/*` also matches files
+    (_, _, *rows), _ = compare(runs["lora"].out, tmp_path / "sweep.md")
+    assert [row[0] for row in rows] == [rows[0][0], f"lora ({runs['lora'].out})"]
+
+
 def test_runs_on_a_quantised_base_have_a_row_for_that_base(runs, base, book, tmp_path):
     quantised = ("--quantise", "nf4")
     of_nf4 = trained("lora", base, book, tmp_path / "nf4", *quantised, "--max-steps", 1)

@@ -192,7 +192,9 @@ def test_a_config_of_another_model_is_refused_by_field(tmp_path):
     for field, value in [
         ("model_type", "gpt_neo"),
         ("n_head", 5),
+        ("n_head", True),
         ("n_layer", 513),
+        ("n_embd", "32"),
         ("n_positions", 2**20 + 1),
         ("attn_pdrop", 2),
         ("activation_function", "relu"),

@@ -7,7 +7,7 @@ import pytest
 
 from adapters import merge
 from lora.save import WEIGHTS
-from tests.runs import arguments, contents, one_line, refused, run, trained
+from tests.runs import arguments, contents, one_line, questions, refused, run, trained
 from train import main
 
 SHORT = ("--max-steps", 2, "--overwrite")
@@ -45,13 +45,17 @@ def test_overwriting_another_input_by_a_link_is_refused(base, book, adapter, tmp
     out.mkdir()
     (out / "run.json").touch()
     own_book = shutil.copy(book, tmp_path / "book.txt")
-    argv = arguments("lora", base, own_book, out, *SHORT, "--init-adapter", adapter)
-    for option, read, name in (
-        ("--book", own_book, "metrics.jsonl"),
-        ("--init-adapter", adapter / WEIGHTS, WEIGHTS),
+    data = questions(tmp_path / "data.jsonl")
+    more = questions(tmp_path / "more.jsonl")
+    for source, options, read, name in (
+        (own_book, ("--book", own_book), own_book, "metrics.jsonl"),
+        (own_book, ("--init-adapter", adapter), adapter / WEIGHTS, WEIGHTS),
+        (data, ("--data", data), data, "metrics.jsonl"),
+        (data, ("--val-data", more), more, "metrics.jsonl"),
     ):
         os.link(read, out / name)
-        assert f"{name} is an input of {option} ({read})" in refused(out, *argv)
+        argv = arguments("lora", base, source, out, *SHORT, "--block-size", 64, *options)
+        assert f"{name} is an input of {options[0]} ({read})" in refused(out, *argv)
         (out / name).unlink()
 
 
