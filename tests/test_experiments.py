@@ -22,7 +22,6 @@ from lesson.experiments import (
     regret,
     scaling,
     spectrum,
-    sweep,
     targets,
 )
 from lora.config import LoRAConfig
@@ -37,12 +36,6 @@ from tests.helpers import token_ids
 from training.options import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
-
-
-@pytest.fixture
-def cells(tmp_path, monkeypatch):
-    """Keep results in an empty file."""
-    monkeypatch.setattr(sweep, "CELLS", tmp_path / "known" / "cells.jsonl")
 
 
 def drawn_experiments():
@@ -173,35 +166,6 @@ def test_a_change_is_compared_with_w_in_the_changes_directions():
     random = [ratios(torch.randn(30, 2), torch.randn(2, 20)) for _ in range(400)]
     squares = [found["to random"] ** 2 for found in random]
     assert sum(squares) / len(squares) == pytest.approx(1, rel=0.1)
-
-
-@pytest.mark.usefixtures("cells")
-def test_a_result_that_a_kill_cut_off_costs_no_other():
-    sweep.keep("first", 1.5)
-    sweep.keep("second", {"end": math.inf})
-    whole = sweep.CELLS.read_bytes()
-    sweep.CELLS.write_bytes(whole[: whole.index(b"second") + 12])
-    sweep.keep("third", [3])
-    assert sweep.known_cells() == {"first": 1.5, "third": [3]}
-
-
-def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
-    """The search goes to the least mean over the seeds, not to the first seed's least."""
-    best = {0: 8.0, 1: 2.0, 2: 2.0}
-    tried = []
-
-    def finetune(method, seeds, short, measure, lr):
-        tried.extend((seed, lr) for seed in seeds)
-        return [{"end": abs(math.log2(lr / best[seed]))} for seed in seeds]
-
-    monkeypatch.setattr(sweep, "finetune", finetune)
-    runs = sweep.tune("lora", 0.5, (0, 1, 2))
-    assert [seed for seed, lr in tried if lr == 0.25] == [0]
-    found = sweep.scored(runs)
-    assert found[2.0] == [2.0, 0.0, 0.0]
-    assert sweep.best_rate(found) == 2.0
-    assert [lr for lr, values in found.items() if len(values) == 3] == [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert sweep.tune("lora", 0.5, (0,), short=True) == {0.5: [{"end": 4.0}]}
 
 
 def test_similarity_is_that_of_hu_et_al():
