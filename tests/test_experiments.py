@@ -1,8 +1,8 @@
-"""The lesson's formulas against autograd or counts by hand, and a few tiny experiments."""
+"""The lesson's formulas against autograd or counts by hand, and their pictures."""
 
 import math
 import shutil
-from functools import cache, partial
+from argparse import Namespace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -15,22 +15,15 @@ from lesson.experiments import (
     changes,
     first_step,
     forgetting,
-    frontier,
-    gradients,
-    initialisation,
     intruders,
     memory,
-    methods,
     quantisation,
     rates,
-    recipes,
     regret,
     scaling,
     spectrum,
-    sweep,
     targets,
 )
-from lesson.experiments.common import SHORT, as_command, trainer
 from lora.config import LoRAConfig
 from lora.inject import inject
 from lora.layer import LoRALinear
@@ -40,20 +33,9 @@ from model.gpt2 import GPT2, GPT2Config
 from storage.hub import MINI
 from storage.weights import load_config, load_gpt2
 from tests.helpers import token_ids
-from training import data as training_data
 from training.options import ROOT
 
-load_tokenizer = cache(training_data.load_tokenizer)
 FIGURES = ROOT / "docs" / "figures"
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    """Make a short version's runs tiny. Each test trains new runs, and all share a tokenizer."""
-    monkeypatch.setattr(sweep, "CELLS", tmp_path / "known" / "cells.jsonl")
-    monkeypatch.setattr(training_data, "load_tokenizer", load_tokenizer)
-    for name, value in {"batch_size": 2, "block_size": 16, "max_steps": 2}.items():
-        monkeypatch.setitem(SHORT, name, value)
 
 
 def drawn_experiments():
@@ -69,28 +51,6 @@ def test_the_published_data_is_drawn(experiment, tmp_path):
     shutil.copy(FIGURES / f"{name}.json", tmp_path)
     experiment.main(["--draw", "--out", str(tmp_path)])
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
-
-
-def run(experiment, out):
-    """Run the short version, which must write data and a picture. Return the data."""
-    data = experiment.main(["--short", "--out", str(out)])
-    name = experiment.__name__.rpartition(".")[2]
-    assert {path.name for path in out.glob("*.*")} == {f"{name}.json", f"{name}.png"}
-    return data
-
-
-def test_an_experiment_that_cannot_be_saved_or_drawn_does_not_begin(tmp_path, capsys):
-    file = tmp_path / "file"
-    file.touch()
-    for words, line in (
-        (["--out", str(file)], f"--out {file}: File exists"),
-        (["--seeds", "0"], "argument --seeds"),
-        (["--draw", "--out", str(tmp_path)], "targets.json is missing: run without --draw first"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            as_command(partial(targets.main, words))
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and line in error and error.count("\n") == 1
 
 
 def test_alpha_is_the_learning_rate_of_b():
@@ -137,39 +97,6 @@ def test_a_first_step_moves_w_by_the_formula_and_gains_as_much_at_any_rank():
     assert first_step.full_gain(model(), ids) > 2 * gains[8, 16]
 
 
-def test_where_b_starts_at_zero_so_does_the_gradient_of_a(tmp_path, monkeypatch):
-    """The same holds with A and B exchanged. If both are zero, both stay zero."""
-
-    def small(**options):
-        return trainer(**options | {"batch_size": 4, "block_size": 32})
-
-    monkeypatch.setattr(initialisation, "trainer", small)
-    data = run(initialisation, tmp_path)["runs"]
-    (zero,) = data["both zero"]
-    assert zero["loss"] == zero["A"] == zero["B"] == [0.0] * 3
-
-    (lora,) = data["A random, B zero (LoRA)"]
-    assert lora["loss"][0] == lora["A"][0] == 0 < lora["B"][0]
-    assert lora["A"][1] > 0
-
-    (swapped,) = data["A zero, B random"]
-    assert swapped["loss"][0] == swapped["B"][0] == 0 < swapped["A"][0]
-    assert swapped["B"][1] > 0
-    assert max(lora["loss"][-1], swapped["loss"][-1]) < -0.01
-
-    (random,) = data["both random"]
-    assert random["loss"][0] > 0.1
-    assert random["A"][0] > 0
-    assert random["B"][0] > 0
-
-
-def test_without_the_scaler_fp16_loses_gradients_and_with_it_almost_none(tmp_path):
-    data = run(gradients, tmp_path)
-    assert data["zero_in_fp16"] < data["subnormal_in_fp16"]
-    assert data["subnormal_in_fp16"] > 0.1
-    assert data["below_normal_after_scaling"] < 1e-3
-
-
 def test_only_the_base_has_forgotten_nothing():
     model = load_gpt2(MINI)
     assert forgetting.forgotten(model, short=True) == pytest.approx(0, abs=1e-5)
@@ -180,47 +107,6 @@ def test_only_the_base_has_forgotten_nothing():
     kl = nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="sum") / texts.numel()
     found = forgetting.forgotten(model, short=True)
     assert found == pytest.approx(kl.item(), rel=1e-4) and found > 0.01
-
-
-def test_targets_at_one_count_of_parameters(tmp_path, monkeypatch):
-    for names, r in targets.RANKS.items():
-        with torch.device("meta"):  # shapes without numbers
-            model = GPT2(load_config(MINI))
-            inject(model, LoRAConfig(r=r, target_modules=names))
-        assert count_parameters(model)[0] == 122_880
-
-    monkeypatch.setattr(targets, "RANKS", {("c_attn",): 20, ("c_fc", "mlp.c_proj"): 8})
-    monkeypatch.setattr(targets, "GUESS", 2e-3)
-    data = run(targets, tmp_path)
-    (c_attn,) = data["c_attn: r = 20"][targets.GUESS]
-    (mlp,) = data["c_fc, mlp.c_proj: r = 8"][targets.GUESS]
-    assert c_attn != mlp
-    assert max(c_attn, mlp) < trainer(short=True).evaluate().perplexity
-
-
-def test_both_recipes_train_on_the_beginning_of_each_text(tmp_path, monkeypatch):
-    labels = ("c_attn", "pseudo-Latin text")
-    chosen = {label: recipes.CONFIGURATIONS[label] for label in labels}
-    monkeypatch.setattr(recipes, "CONFIGURATIONS", chosen)
-    data = run(recipes, tmp_path)
-    beginning = tmp_path / "beginning.txt"
-    beginning.write_text((ROOT / "benchmarks" / "pseudo-latin.txt").read_text()[:9000])
-    other = {"book": beginning, "val_fraction": 1 / 3}
-    for label, options in zip(
-        labels, ({}, other), strict=True
-    ):  # the book's usual part, and a third
-        base = trainer(block_size=16, **options).evaluate().perplexity
-        (reference,), (best,) = data[label].values()
-        assert reference["base"] == best["base"] == pytest.approx(base)
-        assert best["perplexity"] < reference["perplexity"] < base
-
-
-def test_every_method_trains_on_both_texts(tmp_path, monkeypatch):
-    monkeypatch.setitem(SHORT, "block_size", 128)  # the completions are longer than 16 tokens
-    for trained in run(frontier, tmp_path).values():
-        results = [seeds[0] for runs in trained.values() for seeds in runs.values()]
-        assert len({result["perplexity"] for result in results}) == len(frontier.METHODS)
-        assert all(result["perplexity"] < result["base"] for result in results)
 
 
 def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
@@ -252,17 +138,6 @@ def test_gaps_are_those_of_the_best_rates_in_nats():
     assert gaps.flatten().tolist() == pytest.approx([math.log(2.1), math.log(42 / 22)])
 
 
-def test_methods_trains_nothing_but_the_four_layers():
-    base = load_gpt2(MINI)
-    made = trainer("full", short=True, lr=1e-3)
-    methods.learned_by_the_layers_alone(made)
-    moved = set()
-    for name, parameter in made.model.named_parameters():
-        if not torch.equal(parameter, base.get_parameter(name)):
-            moved.add(name.split(".", 2)[-1])
-    assert moved == {f"{layer}.weight" for layer in changes.LAYERS}
-
-
 def test_forgetting_at_one_perplexity():
     """The value is read from the change's curve, on the side where less change learns less."""
     curve = {0.9: (29, 0.8), 0.8: (31, 0.4), 0.6: (35, 0.2)}
@@ -291,63 +166,6 @@ def test_a_change_is_compared_with_w_in_the_changes_directions():
     random = [ratios(torch.randn(30, 2), torch.randn(2, 20)) for _ in range(400)]
     squares = [found["to random"] ** 2 for found in random]
     assert sum(squares) / len(squares) == pytest.approx(1, rel=0.1)
-
-
-def test_a_run_whose_result_is_known_is_not_run_again(monkeypatch):
-    """A stored result is found again. Another option, seed or measure is another run."""
-    trained = []
-
-    def make(method, seed, *_, lr, **options):
-        trained.append((method, seed, lr))
-        return len(trained)
-
-    def counted(made):
-        return made
-
-    def doubled(made):
-        return 2 * made
-
-    monkeypatch.setattr(sweep, "trainer", make)
-
-    def finetune(seeds=(0,), measure=counted, **options):
-        return sweep.finetune("lora", seeds, True, measure, lr=1e-2, **options)
-
-    assert finetune() == finetune() == [1]
-    assert trained == [("lora", 0, 1e-2)]
-    assert finetune((0, 1)) == [1, 2]
-    assert trained[1:] == [("lora", 1, 1e-2)]
-    assert finetune(measure=doubled) == [6]
-    assert finetune(use_dora=True) == [4]
-    sweep.CELLS.unlink()
-    assert finetune() == [5]
-
-
-def test_a_result_that_a_kill_cut_off_costs_no_other():
-    sweep.keep("first", 1.5)
-    sweep.keep("second", {"end": math.inf})
-    whole = sweep.CELLS.read_bytes()
-    sweep.CELLS.write_bytes(whole[: whole.index(b"second") + 12])
-    sweep.keep("third", [3])
-    assert sweep.known_cells() == {"first": 1.5, "third": [3]}
-
-
-def test_the_best_rate_has_tried_neighbours_on_both_sides(monkeypatch):
-    """The search goes to the least mean over the seeds, not to the first seed's least."""
-    best = {0: 8.0, 1: 2.0, 2: 2.0}
-    tried = []
-
-    def finetune(method, seeds, short, measure, lr):
-        tried.extend((seed, lr) for seed in seeds)
-        return [{"end": abs(math.log2(lr / best[seed]))} for seed in seeds]
-
-    monkeypatch.setattr(sweep, "finetune", finetune)
-    runs = sweep.tune("lora", 0.5, (0, 1, 2))
-    assert [seed for seed, lr in tried if lr == 0.25] == [0]
-    found = sweep.scored(runs)
-    assert found[2.0] == [2.0, 0.0, 0.0]
-    assert sweep.best_rate(found) == 2.0
-    assert [lr for lr, values in found.items() if len(values) == 3] == [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert sweep.tune("lora", 0.5, (0,), short=True) == {0.5: [{"end": 4.0}]}
 
 
 def test_similarity_is_that_of_hu_et_al():
@@ -385,17 +203,22 @@ def test_a_change_is_cut_to_its_largest_terms(monkeypatch):
     torch.testing.assert_close(cuts, expected, atol=1e-5, rtol=0)
 
 
-def test_memory_is_counted_exactly_by_hand(tmp_path, monkeypatch):
+def test_memory_is_counted_exactly_by_hand(monkeypatch):
     """For activations, terms below one part in a hundred are left out."""
     monkeypatch.setattr(memory, "BATCH", 4)
-    data = run(memory, tmp_path)
-    for sides in data.values():
+    for sides in memory.measure(Namespace(short=True)).values():
         for part, counted in sides["predicted"].items():
             tolerance = 0.04 if part == "activations" else 2e-4  # AdamW also stores its steps
             assert counted == pytest.approx(sides["measured"][part], rel=tolerance), part
-    assert data["lora"]["measured"]["AdamW moments"] > 2 * data["lora"]["measured"]["gradients"]
     assert memory.predicted("lora", memory.GPT2Config(), 1)["gradients"] == 4 * 294_912
-    assert memory.predicted("full", memory.GPT2Config(), 1)["weights"] == 4 * 124_439_808
+
+
+def test_the_compared_targets_have_one_count_of_parameters():
+    for names, r in targets.RANKS.items():
+        with torch.device("meta"):  # shapes without numbers
+            model = GPT2(load_config(MINI))
+            inject(model, LoRAConfig(r=r, target_modules=names))
+        assert count_parameters(model)[0] == 122_880
 
 
 def test_finer_blocks_and_the_levels_of_nf4_err_less(monkeypatch):
@@ -410,12 +233,3 @@ def test_finer_blocks_and_the_levels_of_nf4_err_less(monkeypatch):
     assert by_layer["int8"]["h.0"] < 0.02 < by_layer["nf4"]["h.0"]
     assert by_layer["nf4"]["h.0"] == pytest.approx(nf4[1], rel=0.02)  # blocks of 64
     assert sum(quantisation.shares(weights, 81)) == pytest.approx(1)
-
-
-def test_merging_into_the_dequantised_base_alone_loses_nothing():
-    found = quantisation.losses("nf4", 0, short=True)
-    trained = found["trained"]
-    assert trained < found["base"] - 0.01
-    assert found["into the dequantised base"] == pytest.approx(trained, abs=1e-5)
-    assert abs(found["into NF4 again"] - trained) > 1e-4
-    assert abs(found["into the original base"] - trained) > 1e-4

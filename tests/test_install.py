@@ -58,13 +58,17 @@ assert torch.allclose(model(x), expected, atol=1e-5)
 """
 
 
-# If mypy could not see the types, the two comments would be unused, which is an error.
+# If mypy could not see the types, the three comments would be unused, which is an error.
 TYPED = """
 import torch
 from torch import Tensor, nn
 
 from lora import LoRAConfig, adapter_state_dict, count_parameters, inject, loraplus_groups, merge
+from lora import quantise
 
+LoRAConfig(target_modules=["q_proj"], layers_to_transform=3, layers_pattern="h")
+quantise(nn.Sequential(nn.Linear(8, 8)), "nf4", ["0"])
+quantise(nn.Sequential(nn.Linear(8, 8)), "nf5")  # type: ignore[arg-type]
 model: nn.Sequential = inject(nn.Sequential(nn.Linear(8, 2)), LoRAConfig(r=2, use_dora=True))
 optimizer = torch.optim.AdamW(loraplus_groups(model, lr=1e-3, ratio=16))
 tensors: dict[str, Tensor] = adapter_state_dict(model)

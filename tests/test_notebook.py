@@ -1,7 +1,6 @@
-"""The notebook equals its script, its stored outputs equal a run, and its claims are true."""
+"""The notebook equals its script, and a short run of it says what the texts claim."""
 
 import json
-import re
 import sys
 
 import pytest
@@ -30,21 +29,6 @@ def fresh():
         patch.setattr(sys, "path", list(sys.path))
         made = cells(short)
         return made, run(made)
-
-
-def said(notebook_cells):
-    """Return everything that the cells printed."""
-    texts = []
-    for cell in notebook_cells:
-        for output in cell.get("outputs", ()):
-            texts += output.get("text", ())
-    return "".join(texts)
-
-
-def numbers_after(words):
-    """Return the numbers in the stored output line that begins with these words."""
-    (line,) = re.findall(rf"^{re.escape(words)}(.*)$", said(STORED), re.MULTILINE)
-    return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
 
 def test_the_notebook_is_what_the_script_gives():
@@ -94,19 +78,3 @@ def test_what_it_writes_its_rank_merging_and_peft(fresh):
     assert (names["adapted_logits"] - names["base_logits"]).abs().max() > 0.1
     assert names["our_difference"] < 1e-3
     assert names["peft_difference"] < 1e-3
-
-
-def test_the_stored_story_holds():
-    """The claims of the texts between the cells, about the whole run."""
-    base, full = numbers_after("perplexity: ")
-    (cut,) = numbers_after("rank   8: perplexity")
-    full_again, slow = numbers_after("full fine-tuning: ")
-    slow_again, tuned, fast = numbers_after("lr 7e-4: ")
-    assert base == 54.7  # as on every page
-    assert full_again == full
-    assert full < tuned < cut < slow < base < fast
-    assert base - cut > 0.7 * (base - full)
-    assert slow_again == slow
-    share, of_noise = re.findall(r"contain (\d+)%", said(STORED))
-    assert int(share) > 4 * int(of_noise)
-    assert "not installed" not in said(STORED)

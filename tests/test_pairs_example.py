@@ -4,7 +4,6 @@ import io
 import json
 import re
 import sys
-from math import comb
 
 import pytest
 
@@ -50,13 +49,6 @@ def test_votes_for_the_first_answer_count_for_the_file_that_was_shown_first(tmp_
     assert counts(vote(monkeypatch, right, *files)) == [24, 0, 0, pytest.approx(2**-23, rel=0.1)]
 
 
-def test_other_words_are_asked_again_and_the_end_of_the_input_ends_the_count(tmp_path, monkeypatch):
-    files = [write(tmp_path / f"{name}.jsonl", 5 * [name]) for name in ("one", "other")]
-    said = vote(monkeypatch, "=\nboth\n\n = \n", *files)
-    assert counts(said) == [0, 0, 2, 1.0]
-    assert said.stdout.count("better (1, 2 or =)?") == 5
-
-
 def test_files_with_other_questions_are_refused(tmp_path, monkeypatch):
     one = write(tmp_path / "one.jsonl", ["a", "b"])
     short = write(tmp_path / "short.jsonl", ["a"])
@@ -69,22 +61,3 @@ def test_the_sign_test_is_the_exact_binomial():
     assert pairs.sign_test(15, 5) == pytest.approx(0.04138947)  # scipy: binomtest(15, 20)
     assert pairs.sign_test(3, 3) == pairs.sign_test(0, 0) == 1
     assert pairs.sign_test(2, 9) == pairs.sign_test(9, 2)
-
-
-def test_the_advice_has_the_votes_for_a_power_of_four_in_five():
-    advised = re.findall(r"(\d+) votes (?:if one is better in|for) (\d+) %", pairs.ADVICE)
-    assert len(advised) == 3
-    for votes, percent in advised:
-        n, share = int(votes), int(percent) / 100
-        # A larger n can have a lower power, because the test's levels are discrete.
-        assert all(power(m, share) >= 0.8 for m in range(n, n + 6))
-        assert power(n - 1, share) < 0.8
-
-
-def power(n, share):
-    """Return the probability of p < 0.05 in n votes, each a win with probability `share`."""
-    return sum(
-        comb(n, k) * share**k * (1 - share) ** (n - k)
-        for k in range(n + 1)
-        if pairs.sign_test(k, n - k) < 0.05
-    )

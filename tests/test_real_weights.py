@@ -11,7 +11,6 @@ from torch import nn
 
 from lora import (
     LoRAConfig,
-    count_parameters,
     dequantise,
     inject,
     load_adapter,
@@ -24,7 +23,6 @@ from lora.quantised import quantised_layers
 from tests import models
 from tests.helpers import relative_difference, write_small_tokenizer
 from tests.models import (
-    DECODER,
     EXPERTS,
     GROUPED,
     IDS,
@@ -51,13 +49,8 @@ def snippet(text: str) -> str:
     return block
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
-def test_the_code_on_the_page(family, tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        **DECODER | {"vocab_size": 317}, bos_token_id=316, eos_token_id=316
-    )
-    base = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+def test_the_code_on_the_page(tmp_path, monkeypatch):
+    base = small_llama().eval()
     base.save_pretrained(tmp_path / "base")
     write_small_tokenizer(tmp_path / "base", 317)
     (tmp_path / "data").mkdir()
@@ -134,37 +127,6 @@ def test_the_program_with_four_bits(tmp_path, monkeypatch):
     merged = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
     loaded = peft.PeftModel.from_pretrained(base, "adapter").eval()
     assert relative_difference(merged(IDS).logits, loaded(IDS).logits) < 1e-5
-
-
-def test_the_weights_of_llama_8b_are_counted():
-    config = transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    inject(model, LoRAConfig(r=8))
-    layers = lora_layers(model).values()
-    linear = sum(layer.base_layer.weight.numel() for layer in layers)
-    trained, total = count_parameters(model)
-    ends = 2 * model.lm_head.weight.numel()
-    for count in (linear, ends, trained):
-        assert f"{count:,} weights" in QLORA
-    norms = total - linear - ends - trained
-    assert norms < 300_000
-    rows = [
-        (2 * linear, linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8),
-        (2 * (ends + norms),) * 2,
-        (16 * trained,) * 2,
-    ]
-    rows.append(tuple(map(sum, zip(*rows, strict=True))))
-    for full, quantised in rows:
-        assert f"| {full / 1e9:.2f} | {quantised / 1e9:.2f} |" in QLORA
-    assert f"needs {2 * (total - trained) / 1e9:.2f} GB" in QLORA
 
 
 def bert() -> nn.Module:
@@ -247,19 +209,10 @@ def test_all_linear_adapts_what_peft_adapts(name, tmp_path):
     assert relative_difference(output(make(case), case), output(ours, case)) > 0.05
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
-        ("target_parameters", ["mlp.up_proj.weight"]),
-    ],
-)
-def test_adapters_of_peft_that_are_refused_by_name(field, value, tmp_path):
+def test_an_adapter_of_peft_with_more_than_a_and_b_is_refused_by_name(tmp_path):
     case = CASES["Llama"]
-    config = peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.0, **{field: value})
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     theirs = peft.get_peft_model(make(case), config)
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
-    with pytest.raises(ValueError, match=f"'{field}' .* is not supported"):
+    with pytest.raises(ValueError, match=r"'modules_to_save' .* is not supported"):
         load_adapter(make(case), tmp_path)
-    assert f"`{field}`" in PAGE

@@ -31,16 +31,12 @@ def slow(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("options", [("--eval-every", 3), ("--max-steps", 1)])
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_it_counts_the_steps_and_validations_of_the_run(
-    method, options, base, book, tmp_path, slow
-):
+def test_it_counts_the_steps_and_validations_of_the_run(base, book, tmp_path, slow):
     out = tmp_path / "out"
-    options = ("--batch-size", 16, "--epochs", 2, *options)
-    real = trained(method, base, book, out, *options)
+    options = ("--batch-size", 16, "--epochs", 2, "--eval-every", 3)
+    real = trained("lora", base, book, out, *options)
     before = contents(out)
-    said = stdout_of(estimate.main, *arguments(method, base, book, out, *options))
+    said = stdout_of(estimate.main, *arguments("lora", base, book, out, *options))
     [(total, training, steps, step, validating, validations, validation, megabytes)] = LINE.findall(
         said
     )
@@ -66,19 +62,5 @@ def test_an_initial_adapter_is_validated_once_more(base, book, adapter, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("lora", "--base", "no-such-directory"), "no-such-directory"),
-        (("lora", "--steps", 3), "unrecognized arguments: --steps"),
-        (("lora", "--base", "mini", "--block-size", 9999), "the base sees 256 tokens at most"),
-    ],
-)
-def test_a_mistake_ends_with_one_line(options, words):
-    assert words in one_line(run(estimate.main, *options), 2)
-
-
-def test_a_time_has_two_or_three_digits():
-    times = {0.0123: "0.012 s", 8.44: "8.4 s", 95.2: "95 s", 600: "10 min", 9000: "2.5 h"}
-    for seconds, text in times.items():
-        assert estimate.duration(seconds) == text
+def test_a_mistake_ends_with_one_line():
+    assert "nowhere" in one_line(run(estimate.main, "lora", "--base", "nowhere"), 2)

@@ -17,7 +17,7 @@ import evaluate
 import generate
 import train
 from adapters import merge
-from common.cli import Interval, number, steps_or_seconds
+from common.cli import Interval, steps_or_seconds
 from common.errors import run_command
 from tests.helpers import tiny_gpt2_directory
 from tests.runs import one_line, run, story, trained
@@ -34,7 +34,6 @@ COMMANDS = {  # each of them would succeed
 }
 MODEL = "model.safetensors"
 LONG = 300 * "x"
-OF_ANOTHER_BASE = "run/adapter_model.safetensors: was trained on another base"
 
 
 @pytest.fixture(scope="module")
@@ -127,30 +126,22 @@ MISTAKES = [
     ("evaluate --base pointer", "pointer/model.safetensors: is a pointer of git-lfs, not the file"),
     ("evaluate --base pickle", "pickle/pytorch_model.bin: is a pointer of git-lfs, not the file"),
     ("evaluate --adapter other", "a whole model"),
-    ("generate --adapter other --base auto", "other: is a whole model, not an adapter"),
     ("evaluate --base llama", "llama/config.json"),
     ("generate --base cut", f"cut/{MODEL}"),
     ("lora --r 33", "rank 33 is outside 1 .. 32; lower r, or leave out the layer\n"),
     ("lora --r 0", "argument --r/--rank: '0' is not a whole number from 1 to 1,000,000,000"),
     ("lora --layers 9", "'c_attn' is not in the model in these layers, only in layers 0 .. 1"),
-    ("lora --target-modules", "--target-modules"),
-    ("full --r 8", "--r"),
-    ("lora --target-modules c_attn nothing", "--target-modules: target module 'nothing'"),
     ("lora --init-adapter run --lora-alpha=16", "--init-adapter sets the rank"),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
     ("full --use-dora", "--use-dora"),
     ("lora --layers 2-1", "--layers: '1' is not a whole number"),
-    ("full --init-adapter directory", "--init-adapter"),
     ("evaluate --adapter missing", "error: missing: no such directory; name an adapter"),
-    (f"evaluate --adapter {300 * 'a'}", "File name too long"),
-    ("evaluate --adapter directory/lroa", "error: directory/lroa: no such directory"),
-    ("evaluate --adapter run --base other", OF_ANOTHER_BASE),
-    ("lora --init-adapter run --base other", OF_ANOTHER_BASE),
+    ("evaluate --adapter run --base other", "_model.safetensors: was trained on another base"),
+    ("lora --init-adapter run --base other", "_model.safetensors: was trained on another base"),
     ("evaluate --adapter run --base auto", "/base' is unknown; name its directory: --base DIR"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
     ("lora --device tpu", "--device"),
     ("lora --out 'a\udcffb'", "is not UTF-8; name another directory"),
-    ("generate --nonsense 1", "--nonsense"),
     ("evaluate --device mps", "--device mps: this machine"),
 ]
 
@@ -173,31 +164,12 @@ def test_a_directory_without_permission_is_named_in_one_line(monkeypatch):
     assert "Permission denied" in refusal("evaluate")
 
 
-NO_NUMBERS = ("nan", "inf", "-inf", "-1", "1e999", "many", "", 400 * "9")
-INTERVALS = {
-    "5": Interval("5", 5, False),
-    "90s": Interval("90s", 90, True),
-    "10m": Interval("10m", 600, True),
-}
-NO_INTERVALS = ("0", "1.5", "0s", "1.5m", "-1s", "10h", "m", "99999999s", "1000000000000")
-
-
-@pytest.mark.parametrize(
-    "parse, taken, refused",
-    [
-        (number(int, 1), {"1": 1, "1000000000": 10**9}, ("0", "1.5", "1000000001")),
-        (number(int, 0, 2**63 - 1), {"0": 0, str(2**63 - 1): 2**63 - 1}, ("1.5", str(2**63))),
-        (number(float, 0.5, 1.0), {"0.5": 0.5, "1": 1.0}, ("0.4", "1.1")),
-        (number(float, 0.0, 1.0, below=True), {"0": 0.0, "0.99": 0.99}, ("1",)),
-        (steps_or_seconds, INTERVALS, NO_INTERVALS),
-    ],
-)
-def test_numbers(parse, taken, refused):
-    for text, value in taken.items():
-        assert repr(parse(text)) == repr(value)
-    for text in (*NO_NUMBERS, *refused):
+def test_an_interval_is_steps_or_a_time():
+    for text, found in (("5", Interval("5", 5, False)), ("10m", Interval("10m", 600, True))):
+        assert steps_or_seconds(text) == found
+    for text in ("0", "1.5m", "-1s", "10h", "", "1e999", "1000000000000", 400 * "9"):
         with pytest.raises(argparse.ArgumentTypeError) as error:
-            parse(text)
+            steps_or_seconds(text)
         assert len(str(error.value)) < 150, text
 
 
@@ -222,7 +194,7 @@ def test_every_number_has_its_limits(command):
     names = NUMBERS.get(command) or numbers_of_training()
     assert command != "lora" or len(names) > 20
     for name in names:
-        wrong = ["nan", "-1"]
+        wrong = ["nan", "-1", "1e999"]
         if name not in MAY_BE_0:
             wrong.append("0")
         for value in wrong:

@@ -168,12 +168,8 @@ def test_a_chat_ends_with_its_input_and_needs_no_prompt(base, monkeypatch):
     assert (said.status, said.stderr) == (0, "") and said.stdout.count("\n") >= 2
     assert said.stdout == chat(base, monkeypatch, b"Who lights it?\nAnd caf\xe9?", *options).stdout
     assert chat(base, monkeypatch, b"").stdout == ""
-    for options, words in (
-        (("--prompt", "x"), "not allowed with"),
-        (("--adapter", "x", "--with-base"), "give --adapter and --prompt"),
-        (("--adapter", "x", "y"), "--chat answers with one adapter"),
-    ):
-        assert words in one_line(chat(base, monkeypatch, b"x", *options), 2)
+    two = chat(base, monkeypatch, b"x", "--adapter", "x", "y")
+    assert "--chat answers with one adapter" in one_line(two, 2)
 
 
 def test_the_command_continues_each_prompt_as_if_alone(base):
@@ -194,15 +190,6 @@ def test_sampling_options_reach_the_sampler(base):
     for likeliest in ("--top-k 1", "--top-p 1e-9"):
         assert stdout_of(command.main, *options, *split(likeliest), "--temperature", 9) == greedy
     assert stdout_of(command.main, *options) != greedy
-
-
-def test_with_base_shows_what_the_base_alone_writes_and_then_the_adapter(base, adapter):
-    options = ("--base", base, *split("--max-new-tokens 20 --device cpu --prompt You"))
-    alone = stdout_of(command.main, *options)
-    adapted = stdout_of(command.main, *options, "--adapter", adapter)
-    assert alone != adapted
-    both = stdout_of(command.main, *options, "--adapter", adapter, "--with-base")
-    assert both == f"=== {base}\n\n{alone}=== {base} with {adapter}\n\n{adapted}"
 
 
 def test_several_adapters_write_one_after_the_other_with_the_same_seed(base, adapter, tmp_path):

@@ -168,8 +168,11 @@ def test_the_card_has_the_metadata_and_the_results_of_the_run(chat, runs):
         assert "trained on book.txt" in card.text
         for state in ("base", "best"):
             assert f"{done.report[f'{state}_val_loss']:.4f}" in card.text
-        on_hub = ModelCard(run_card("x", done.report | {"base": "gpt2"}))
+        on_nf4 = done.report["options"] | {"quantise": "nf4"}
+        on_hub = ModelCard(run_card("x", done.report | {"base": "gpt2", "options": on_nf4}))
         assert on_hub.data.base_model == "openai-community/gpt2"
+        assert "openai-community/gpt2 in NF4, trained on" in on_hub.text
+        assert "in NF4" not in card.text
     merged = ModelCard.load(chat["merged"] / "README.md")
     assert merged.data.library_name == "transformers" and "./model/mini" in merged.text
 
@@ -187,13 +190,6 @@ def test_the_cards_code_loads_what_was_measured_from_any_directory(chat, tmp_pat
     ids = torch.arange(5, 64)[None]
     expected = load_model("mini", chat["lora"]).model(ids)
     assert relative_difference(loaded["model"].eval()(ids).logits, expected) < 1e-5
-
-
-def test_a_card_names_the_quantised_base(runs):
-    report = runs["lora"].report
-    on_nf4 = report | {"base": "gpt2", "options": report["options"] | {"quantise": "nf4"}}
-    assert "openai-community/gpt2 in NF4, trained on" in run_card("x", on_nf4)
-    assert "in NF4" not in run_card("x", report)
 
 
 def test_no_file_names_a_path(base, book, runs, chat, tmp_path):

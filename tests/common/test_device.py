@@ -8,7 +8,6 @@ import torch
 import evaluate
 import generate
 import train
-from benchmarks import speed_worker
 from common import device
 from common.device import Device
 from common.errors import UserError
@@ -43,20 +42,16 @@ def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(monkeypatch, tmp_path,
         assert said.count("\n") == said.count("too old for CUDA 13.0") == warned
 
 
-def test_our_commands_leave_cudnn_attention_and_no_other_side_does(base, monkeypatch):
-    """All sides compute fp32 without TF32, even if the image enables TF32."""
-    model = torch.nn.Identity()
-    monkeypatch.setattr(speed_worker, "their_side", lambda *_: (model, lambda: 0.0))
+def test_a_command_computes_without_cudnns_attention_and_tf32():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.set_float32_matmul_precision("high")  # as some images do
     for main, *argv in ((train.main, "lora"), (evaluate.main,), (generate.main, "--prompt", "x")):
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        torch.set_float32_matmul_precision("high")
-        speed_worker.measure(speed_worker.Task(str(base), side="theirs"))
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.get_float32_matmul_precision() == "highest"
-        torch.set_float32_matmul_precision("high")
         assert run(main, *argv, "--base", "nowhere", "--device", "cpu").status == 2
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.get_float32_matmul_precision() == "highest"
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_compile_is_refused_on_a_cpu_before_anything_is_written(base, book, tmp_path):

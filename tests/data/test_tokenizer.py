@@ -1,10 +1,8 @@
 """Compare tokenizers with transformers on the same files, and count a text's bytes."""
 
 import json
-import random
 import shutil
 import sys
-import unicodedata
 from base64 import b64encode
 from functools import cache
 from hashlib import sha256
@@ -41,19 +39,7 @@ from tests.helpers import refusal, tiny_gpt2, write_small_tokenizer
 from tests.runs import arguments, die, run_acting, scores, trained
 from training.options import BOOK
 
-ASSIGNED = [c for c in map(chr, range(0x30000)) if unicodedata.category(c) not in ("Cn", "Cs")]
-MIXED = "".join(random.Random(0).choices(ASSIGNED + 4000 * [" ", "\n", "'s", "a", "1"], k=20_000))
-PARTS = [
-    "[SEP]",
-    *" \n\t1é汉😀\x1c\x85\u200d",
-    "  ",
-    "'s",
-    " The",
-    END_OF_TEXT,
-    "<|endof",
-    "</s>",
-    "<user>",
-]
+PARTS = ["[SEP]", *" \n\t1é汉😀\x1c\x85\u200d", "  ", "'s", " The", END_OF_TEXT, "<|endof", "</s>"]
 TEXTS = st.lists(
     st.sampled_from(PARTS) | st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=5)
 ).map("".join)
@@ -171,6 +157,7 @@ def test_tokens_and_bytes_of_any_text_are_those_of_transformers(text, name):
     ours, theirs = pair(name)
     ids, byte_counts = ours.encode_with_bytes(text)
     assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
+    assert ids.dtype == np.uint16
     if name in TIKTOKEN:  # here each byte counts for the token that contains it
         sizes = [len(ours.engine.decode_single_token_bytes(token)) for token in ids.tolist()]
         sizes = np.where(ids == ours.end_of_text, 0, sizes).tolist()
@@ -183,16 +170,6 @@ def test_tokens_and_bytes_of_any_text_are_those_of_transformers(text, name):
     if not ends.all():  # every byte of the text is counted once
         assert byte_counts.sum() == len(text.encode()) - ends.sum() * len(ours.eos_token)
     assert not byte_counts[ends].any()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_tokens_of_a_book_and_of_mixed_unicode_are_those_of_transformers(name):
-    ours, theirs = pair(name)
-    text = BOOK.read_text()[:100_000] + MIXED
-    ids = ours.encode(text)
-    assert ids.tolist() == theirs.encode(text, add_special_tokens=False)
-    assert ids.dtype == np.uint16
-    assert ours.encode(ours.eos_token).tolist() == [ours.end_of_text] == [theirs.eos_token_id]
 
 
 @settings(deadline=None, max_examples=50)
@@ -246,9 +223,8 @@ def test_other_files_are_refused_with_the_conversion(tmp_path):
 
 def test_a_file_without_a_tokenizer_is_refused_in_one_line(tmp_path):
     path = tmp_path / FAST
-    for content in (b"{", b'{"model": [1]}', b"\xff\xfe"):
-        path.write_bytes(content)
-        assert "cannot be read" in refusal(path, load_tokenizer, tmp_path, 400)
+    path.write_bytes(b'{"model": [1]}')
+    assert "cannot be read" in refusal(path, load_tokenizer, tmp_path, 400)
     byte_level().save(str(path))
     reason = refusal(path, load_tokenizer, tmp_path, 501)
     assert reason == "has token 501; config.json's vocab_size is 501"
@@ -262,10 +238,9 @@ def test_the_end_of_text_is_what_the_base_calls_it(tmp_path):
     assert load_tokenizer(tmp_path, 502).end_of_text == 0
     (tmp_path / SETTINGS).write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(tmp_path, 502).end_of_text == 1
-    for wrong, said in (('"<|im_end|>"', "'<|im_end|>'"), ("[1]", "[1]")):
-        (tmp_path / SETTINGS).write_text(f'{{"eos_token": {wrong}}}')
-        reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
-        assert f"eos_token {said} is not in the vocabulary" in reason
+    (tmp_path / SETTINGS).write_text('{"eos_token": "<|im_end|>"}')
+    reason = refusal(tmp_path / SETTINGS, load_tokenizer, tmp_path, 502)
+    assert "eos_token '<|im_end|>' is not in the vocabulary" in reason
     (tmp_path / SETTINGS).write_text('{"eos_token": "</s>"}')
     (tmp_path / SPECIAL).write_text("{")  # a trained model could not be saved
     assert "not valid JSON" in refusal(tmp_path / SPECIAL, load_tokenizer, tmp_path, 502)

@@ -17,7 +17,6 @@ from lora.layer import LoRALinear
 from lora.load import load_adapter
 from lora.merge import merge, unmerge, unwrap
 from lora.peft_config import CONFIG
-from lora.quantised import quantise
 from lora.save import WEIGHTS, save_adapter
 from tests.helpers import relative_difference, tiny_gpt2
 from tests.models import (
@@ -163,8 +162,6 @@ def test_pissa_of_some_blocks_is_written_by_full_names_which_peft_loads(tmp_path
 class Alike(nn.Module):
     """`lin` is the end of another name, and `b.lin` and `b_lin` differ in one character."""
 
-    NAMES = ("b.lin", "b_lin", "lin")
-
     def __init__(self):
         super().__init__()
         self.b = nn.ModuleDict({"lin": nn.Linear(8, 8)})
@@ -172,21 +169,16 @@ class Alike(nn.Module):
         self.lin = nn.Linear(8, 8)
 
     def forward(self, x):
-        for name in self.NAMES:
+        for name in ("b.lin", "b_lin", "lin"):
             x = torch.tanh(self.get_submodule(name)(x))
         return x
 
 
-@pytest.mark.parametrize("unusual", Alike.NAMES)
-@pytest.mark.parametrize("targets", [*Alike.NAMES, "|".join(Alike.NAMES)])
-def test_pissa_of_names_alike_is_written_for_these_layers_alone(unusual, targets, tmp_path):
+@pytest.mark.parametrize(("targets", "unusual"), [(r"b\.lin|b_lin|lin", r"b\.lin"), ("lin", "lin")])
+def test_pissa_of_names_alike_is_written_for_these_layers_alone(targets, unusual, tmp_path):
     torch.manual_seed(0)
     base = Alike()
-    targets = targets.replace(".", r"\.")
-    key = "^" + unusual.replace(".", r"\.")
-    patterns = {"rank_pattern": {key: 3}, "alpha_pattern": {key: 64}}
-    if unusual.replace(".", r"\.") not in targets.split("|"):
-        patterns = {}
+    patterns = {"rank_pattern": {f"^{unusual}": 3}, "alpha_pattern": {f"^{unusual}": 64}}
     fields = {"target_modules": targets, "init_lora_weights": "pissa", **patterns}
     model = inject(deepcopy(base), LoRAConfig(r=2, **fields)).eval()
     randomize(model)
@@ -238,33 +230,17 @@ class TiedPlain(Plain):
         self.head.weight = self.embedding.weight
 
 
-def test_the_output_head_and_tied_layers_are_left_out_of_all_linear():
-    model = TiedPlain()
-    inject(model, LoRAConfig(target_modules="all-linear"))
-    adapted = ["enter", "blocks.0.q", "blocks.0.c_attn", "blocks.1.q", "blocks.1.c_attn"]
-    assert list(lora_layers(model)) == adapted
-
-
-@pytest.mark.parametrize(
-    "share",
-    [
-        lambda weight: weight,
-        lambda weight: nn.Parameter(weight.data),
-        lambda weight: nn.Parameter(weight.data[2:4]),
-        lambda weight: nn.Parameter(weight.data.t()),
-        lambda weight: nn.Parameter(weight.data[4:]),  # after `nbytes`, because rows have gaps
-    ],
-)
-def test_a_layer_in_the_memory_of_another_parameter_is_tied(share):
+def test_a_layer_in_the_memory_of_another_parameter_is_tied():
     model = Plain()
     model.table = nn.Parameter(torch.randn(5, 64)[:, :32])  # not in a module
     model.row = nn.Parameter(model.table.data[1])  # ends before the table
-    model.head.weight = share(model.table)
+    model.head.weight = nn.Parameter(model.table.data[4:])  # after `nbytes`: the rows have gaps
     before = model.table.clone()
     with pytest.raises(ValueError, match="head is tied to table, and an update of one would"):
         inject(model, LoRAConfig(r=1, target_modules=("head",)))
     inject(model, LoRAConfig(r=1, target_modules="all-linear"))
-    assert "head" not in lora_layers(model) and len(lora_layers(model)) == 5
+    left = ["enter", "blocks.0.q", "blocks.0.c_attn", "blocks.1.q", "blocks.1.c_attn"]
+    assert list(lora_layers(model)) == left
     randomize(model)
     merge(model)
     assert torch.equal(model.table, before)
@@ -289,14 +265,6 @@ def test_a_weight_that_is_tied_after_inject_is_not_merged():
     with pytest.raises(ValueError, match=r"head\.base_layer is tied to table, and a merge would"):
         merge(model)
     assert torch.equal(model.table, before) and not model.enter.merged
-
-
-def test_a_quantised_layer_with_two_names_is_tied():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    quantise(model, "nf4")
-    model.append(model[0])
-    with pytest.raises(ValueError, match="0 is tied to 2, and an update of one"):
-        inject(model, LoRAConfig(target_modules=("0",)))
 
 
 def encoder() -> nn.Module:
@@ -330,8 +298,6 @@ def test_inspect_takes_any_models_adapters(tmp_path, monkeypatch):
     ours, _ = both(CASES["llama-tied"], ["q_proj", "up_proj"])
     randomize(ours)
     save_adapter(ours, tmp_path, "a-base")
-    theirs = peft.PeftModel.from_pretrained(make(CASES["llama-tied"]), tmp_path)
-    assert isinstance(theirs, peft.PeftModelForCausalLM)  # the file names the task
     rows = table(stdout_of(inspect.main, tmp_path))
     norms = {name: layer.delta_weight().norm() for name, layer in lora_layers(ours).items()}
     assert {row[0]: row[1] for row in rows[2:]} == {k: f"{norms[k]:.4g}" for k in norms}
@@ -381,7 +347,7 @@ def mamba() -> nn.Module:
     return transformers.MambaForCausalLM(config)
 
 
-def test_mamba_computes_what_peft_does_and_its_dt_proj_is_left_out():
+def test_mamba_computes_what_peft_does_and_its_dt_proj_is_left_out(tmp_path):
     """Mamba multiplies by the weight of `dt_proj` itself, so PEFT's update of `dt_proj` is lost."""
     case = Case(mamba, {"input_ids": IDS}, ["in_proj", "x_proj"], "CAUSAL_LM")
     assert_same(*(steps(model, case) for model in both(case, case.targets)))
@@ -401,36 +367,5 @@ def test_mamba_computes_what_peft_does_and_its_dt_proj_is_left_out():
         "out_proj",
     ]
     steps(ours, case)
-
-
-def mamba2() -> nn.Module:
-    config = transformers.Mamba2Config(
-        vocab_size=97,
-        hidden_size=16,
-        state_size=4,
-        num_hidden_layers=1,
-        num_heads=4,
-        head_dim=8,
-        n_groups=1,
-        chunk_size=4,
-    )
-    return transformers.Mamba2ForCausalLM(config)
-
-
-def test_an_adapter_of_mamba2_that_peft_refuses_is_not_written(tmp_path):
-    case = Case(mamba2, {"input_ids": IDS}, [], "CAUSAL_LM")
-    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba-based models"):
-        peft.get_peft_model(make(case), peft.LoraConfig(target_modules=["out_proj"]))
-    refusing = make(case)
-    with pytest.warns(UserWarning, match="save_adapter will refuse this adapter") as warned:
-        inject(refusing, LoRAConfig(r=2, target_modules=("out_proj",)))
-    assert warned[0].filename == __file__
     with pytest.raises(ValueError, match=r"refuses backbone\.layers\.0\.mixer\.out_proj; choose"):
-        save_adapter(refusing, tmp_path)
-
-    ours = make(case)
-    inject(ours, LoRAConfig(r=2, target_modules=("in_proj",)))
-    randomize(ours)
-    save_adapter(ours, tmp_path, "a-base")
-    loaded = peft.PeftModel.from_pretrained(make(case), tmp_path).eval()
-    assert relative_difference(output(loaded, case), output(ours, case)) < 1e-6
+        save_adapter(ours, tmp_path)

@@ -2,8 +2,6 @@
 
 import os
 import stat
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -215,30 +213,3 @@ def test_an_adapter_reaches_the_disk_before_and_after_its_names(tmp_path, monkey
     monkeypatch.setattr(os, "fsync", fsync)
     save_adapter(inject(nn.Sequential(nn.Linear(16, 16)), LoRAConfig()), tmp_path)
     assert synced == [".tmp", "directory"] * 2
-
-
-TYPED = """
-from torch import nn
-
-from lora import LoRAConfig, inject, quantise
-
-model = nn.Sequential(nn.Linear(8, 8))
-config = LoRAConfig(target_modules=["q_proj"], layers_to_transform=3, layers_pattern="h")
-LoRAConfig(target_modules=("q_proj",), layers_to_transform=[3], layers_pattern=["h"])
-quantise(model, "nf4", ["0"])
-inject(model, config).append(model[0])
-"""
-
-
-def test_a_users_program_has_types(tmp_path):
-    for name, wrong in (("right", ""), ("wrong", 'quantise(model, "nf5")\n')):
-        (tmp_path / f"{name}.py").write_text(TYPED + wrong)
-    settings = tmp_path / "mypy.ini"  # torch's types would take half a minute, and do not matter
-    settings.write_text(
-        "[mypy]\n[mypy-lora.*]\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n"
-    )
-    command = [sys.executable, "-m", "mypy", "--strict", f"--config-file={settings}", str(tmp_path)]
-    checked = subprocess.run(command, capture_output=True, text=True)
-    line = TYPED.count("\n") + 1
-    assert f"wrong.py:{line}: error: Argument 2" in checked.stdout, checked.stdout
-    assert "Found 1 error in 1 file (checked 2 source files)" in checked.stdout

@@ -193,28 +193,21 @@ def test_an_adapter_names_the_repository_and_the_revision_of_its_base(fake, book
     assert 'revision="v1"' in (tmp_path / "README.md").read_text()
 
 
-def test_a_base_known_by_name_needs_no_network_once_it_is_cached(fake):
-    name = "distilgpt2"
-    fake.repositories[hub.REPOSITORIES[name]] = fake.repositories["someone/tiny"]
-    found, directory = hub.find_base(name)
-    assert found == name and {path.name for path in directory.iterdir()} == {CONFIG, WEIGHTS}
-    fake.requests.clear()
-    assert hub.find_base(name) == (name, directory) and fake.requests == []
-
-
 def test_a_cached_repository_is_used_without_a_network(fake, monkeypatch):
-    directory = hub.find_base("someone/tiny")[1]
-    set_environment(monkeypatch, HF_HUB_OFFLINE="1")
+    fake.repositories[hub.REPOSITORIES["distilgpt2"]] = fake.repositories["someone/tiny"]
+    found = {name: hub.find_base(name) for name in ("someone/tiny", "distilgpt2")}
     fake.requests.clear()
-    assert hub.find_base("someone/tiny") == ("someone/tiny", directory)
+    assert hub.find_base("distilgpt2") == found["distilgpt2"] and fake.requests == []
+    set_environment(monkeypatch, HF_HUB_OFFLINE="1")
+    assert hub.find_base("someone/tiny") == found["someone/tiny"]
     for name in ("someone/else", "gpt2"):
         assert "HF_HUB_OFFLINE" in refusal(base=name)
     assert fake.requests == []
 
 
-@pytest.mark.parametrize("file", [CONFIG, WEIGHTS])
-def test_another_gpt2_than_the_known_one_is_refused_and_not_kept(fake, monkeypatch, file):
+def test_another_gpt2_than_the_known_one_is_refused_and_not_kept(fake, monkeypatch):
     """The server's hashes fit the files that it sends."""
+    file = WEIGHTS
     files = fake.repositories["openai-community/gpt2"] = fake.repositories["someone/tiny"]
     known = {name: hashlib.sha256(files[name]).hexdigest() for name in hub.GPT2_SHA256}
     monkeypatch.setattr(hub, "GPT2_SHA256", {**known, file: "0" * 64})
@@ -276,41 +269,25 @@ def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
     assert (fake.requests, *capsys.readouterr()) == ([], "", "")
 
 
-@pytest.mark.parametrize(
-    ("place", "weights"),
-    [
-        (f"hf/hub/models--gpt2/snapshots/{hub.GPT2_REVISION}", PICKLED_WEIGHTS),
-        ("project/gpt2", WEIGHTS),  # placed by hand
-    ],
-)
-def test_gpt2_is_found_in_a_cache(fake, tmp_path, capsys, place, weights):
-    directory = make_model(tmp_path / place, weights)
+def test_gpt2_is_found_in_a_cache(fake, tmp_path, capsys):
+    place = f"hf/hub/models--gpt2/snapshots/{hub.GPT2_REVISION}"
+    directory = make_model(tmp_path / place, PICKLED_WEIGHTS)
     assert hub.find_base("gpt2") == ("gpt2", directory)
     assert hub.find_base("auto") == ("gpt2", directory)
     assert capsys.readouterr().out == f"base: gpt2 (cached in {directory})\n"
     assert fake.requests == []
-    (directory / weights).unlink()
+    (directory / PICKLED_WEIGHTS).unlink()
     assert hub.find_base("auto")[0] == "mini"
 
 
-AUTO = {
-    "closed port": ({"HF_ENDPOINT": "http://127.0.0.1:1"}, {}, "Connect"),
-    "silent": ({}, {"silence": 5}, "Timeout"),
-    "503": ({}, {"status": 503}, "503"),
-}
-
-
-@pytest.mark.parametrize("failure", AUTO)
-def test_auto_is_mini_where_gpt2_is_not_available(fake, monkeypatch, capsys, failure):
-    variables, faults, reason = AUTO[failure]
-    vars(fake).update(faults)
-    set_environment(monkeypatch, **variables)
+def test_auto_is_mini_where_the_hub_does_not_answer(fake, capsys):
+    fake.silence = 5
     began = time.monotonic()
     assert hub.find_base("auto") == ("mini", hub.MINI)
     assert time.monotonic() - began < 3
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("base: mini (gpt2 is not cached, and openai-community/gpt2 is neither")
-    assert reason in line
+    assert "Timeout" in line
 
 
 def test_shards_and_an_adapter_in_place_of_a_base_are_named(fake, base, adapter):

@@ -121,10 +121,9 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
     for odd in ([1.0, 2.0], tensors[FC].to_sparse(), tensors[FC].to("meta")):
         torch.save({**tensors, FC: odd}, path)
         assert "not a file of tensors" in refusal(path, load_gpt2, directory)
-    for odd in ([1], {**tensors, 3: tensors[FC]}):
-        torch.save(odd, path)
-        assert "not a file of tensors" in refusal(path, load_gpt2, directory)
-    for content in (b"", whole[:99], whole[: len(whole) // 2], b"<!DOCTYPE html>\n" * 99):
+    torch.save({**tensors, 3: tensors[FC]}, path)
+    assert "not a file of tensors" in refusal(path, load_gpt2, directory)
+    for content in (b"", whole[: len(whole) // 2]):
         path.write_bytes(content)
         assert "not a file of" in refusal(path, load_gpt2, directory)
 
@@ -192,24 +191,17 @@ def test_values_out_of_reach_of_fp16_are_not_saved(tmp_path):
 def test_a_config_of_another_model_is_refused_by_field(tmp_path):
     for field, value in [
         ("model_type", "gpt_neo"),
-        ("model_type", None),
-        ("n_head", 0),
         ("n_head", 5),
         ("n_head", True),
         ("n_layer", 513),
         ("n_embd", "32"),
-        ("n_inner", 0),
-        ("vocab_size", None),
         ("n_positions", 2**20 + 1),
         ("attn_pdrop", 2),
-        ("resid_pdrop", -0.1),
-        ("layer_norm_epsilon", [1e-5]),
         ("activation_function", "relu"),
         ("add_cross_attention", True),
         ("scale_attn_weights", False),
         ("scale_attn_by_inverse_layer_idx", True),
         ("tie_word_embeddings", False),
-        ("attn_pdrop", math.nan),
         ("layer_norm_epsilon", math.inf),
     ]:
         (path := tmp_path / "config.json").write_text(
