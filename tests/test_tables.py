@@ -6,7 +6,7 @@ import re
 import pytest
 
 from lesson.tables.__main__ import MARKED, PAGES, main, wrong
-from lesson.tables.sentences import PARTS
+from lesson.tables.sentences import parts
 from lesson.tables.stored import ROOT, TABLES
 
 STORED = sorted([*ROOT.glob("docs/figures/*.json"), *ROOT.glob("benchmarks/results/*.json")])
@@ -37,17 +37,13 @@ def test_a_changed_digit_is_found(page):
     text = page.read_text()
     ends = [mark.end() for mark in MARKED.finditer(text)]  # of tables
     ends += [
-        re.search(r"\s+".join(map(re.escape, part.split())), text).end() for part in parts(page)
+        re.search(r"\s+".join(map(re.escape, part.split())), text).end()
+        for part in parts(str(page.relative_to(ROOT)))
     ]
     for end in ends:
         last = max(re.finditer(r"\d", text[:end]), key=re.Match.start)
         changed = f"{text[: last.start()]}{9 - int(last[0])}{text[last.end() :]}"
         assert wrong(page, changed)
-
-
-def parts(page):
-    name = str(page.relative_to(ROOT))
-    return PARTS[name]() if name in PARTS else ()
 
 
 def test_each_table_is_marked_or_has_no_measured_number():

@@ -58,7 +58,8 @@ def learning_rates() -> Iterator[str]:
 
 
 def bold(perplexity: float, least: bool) -> str:
-    return f"**{perplexity:.1f}**" if least else f"{perplexity:.1f}"
+    stars = "**" * least
+    return f"{stars}{perplexity:.1f}{stars}"
 
 
 @table
@@ -94,7 +95,9 @@ def rates() -> Iterator[str]:
     yield "|---|---|---:|---|---:|"
     by_passes = sorted(rows.items(), key=lambda row: (float(row[0][2]), row[0][1]))
     for key, found in by_passes:
-        some = "" if len(found) == 3 else " (r = 8)"
+        some = ""
+        if len(found) == 1:
+            some = " (r = 8)"
         vertices = ", ".join(rate(vertex(found[r])) for r in sorted(found))
         yield f"| {' | '.join(key)} | {vertices}{some} | {at_best(found[8]):.1f} |"
 
@@ -110,9 +113,9 @@ def frontier() -> Iterator[str]:
     for label, runs in texts["book"].items():
         for windows in sorted({int(name.split()[0]) for name in runs}):
             names = [f"{windows} windows, {epochs} epochs" for epochs in (1, 2, 3, 6)]
-            cells = [
-                with_seconds(text[label].get(name)) for text in texts.values() for name in names
-            ]
+            cells = []
+            for text in texts.values():
+                cells += [with_seconds(text[label].get(name)) for name in names]
             yield f"| {label} | {windows} |{'|'.join(cells)}|"
 
 
@@ -158,10 +161,14 @@ def recipes() -> Iterator[str]:
     yield "| adapter or text | reference | best | time |"
     yield "|---|---:|---:|---:|"
     for label, found in results("recipes").items():
-        name = f"`{label}`" if label.startswith("c_") else label
-        cells = [spread([run["perplexity"] for run in runs]) for runs in found.values()]
-        slow, fast = (mean(run["seconds"] for run in runs) for runs in found.values())
-        yield f"| {name} | {' | '.join(cells)} | {slow / fast:.1f} |"
+        name = label
+        if label.startswith("c_"):
+            name = f"`{label}`"
+        cells, seconds = [], []
+        for runs in found.values():
+            cells.append(spread([run["perplexity"] for run in runs]))
+            seconds.append(mean(run["seconds"] for run in runs))
+        yield f"| {name} | {' | '.join(cells)} | {seconds[0] / seconds[1]:.1f} |"
 
 
 @table
@@ -201,7 +208,9 @@ def variants() -> Iterator[str]:
     )
     yield "|---|---|---:|---:|---:|---:|"
     for name, runs in results("variants").items():
-        last = f"{low[name][0]:.1f} |" if low[name] else "|"
+        last = "|"
+        if low[name]:
+            last = f"{low[name][0]:.1f} |"
         yield f"| {name.partition(',')[0]} | {differs[name]} | {rate_and_spread(runs)} | {last}"
 
 

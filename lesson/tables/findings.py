@@ -71,6 +71,7 @@ RUNS = {  # of the table of intruders
     "r = 64": "r = 64, 8e-3",
     "r = 64, half the rate": "r = 64, 4e-3",
     "full": "full, 1e-3",
+    "full, half the rate": "full, 5e-4",
     "full, an eighth of the rate": "full, 1.25e-4",
 }
 
@@ -83,8 +84,9 @@ def intruders() -> Iterator[str]:
         "| the whole change x 0.9: perplexity, KL |"
     )
     yield "|---|---:|---|---|---:|---|"
+    found = results("intruders") | results("best_full_rate")
     for name, label in RUNS.items():
-        seeds = results("intruders")[name]
+        seeds = found[name]
         counts = ", ".join(str(seed["intruders"]) for seed in seeds)
         trained, less, *_ = zip(*scaled(seeds, "change scaled"), strict=True)
         cells = f"| {label} | {counts} | {both(trained)} |"

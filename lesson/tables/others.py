@@ -29,12 +29,14 @@ def initialisation() -> Iterator[str]:
     for start, seeds in runs.items():
         first = [mean(run[what][0] for run in seeds) for what in ("loss", "A", "B")]
         last = [run["loss"][-1] for run in seeds]
-        cells = [f"{x:.3f}" if x else "0" for x in first]
+        cells = [f"{x:.3f}".replace("0.000", "0") for x in first]
         if start == "both random":
             cells[0] = f"**+{cells[0]}**"
+        end = spread(last, 3)
         if start == "both zero":
             cells[1:] = [f"**{x}**" for x in cells[1:]]
-        end = spread(last, 3) if any(last) else "**0 exactly**"
+            assert not any(last)
+            end = "**0 exactly**"
         yield f"| {start} | {' | '.join(cells)} | {end} |"
 
 
@@ -72,9 +74,11 @@ def quantised_losses() -> Iterator[str]:
     yield "| base | error of the weights | loss before training | loss after training |"
     yield "|---|---:|---:|---:|"
     for kind, seeds in data["losses"].items():
-        errors = data["error by layer"].get(kind)
-        error = f"{100 * mean(errors.values()):.1f} %" if errors else "0"
-        before, after = (spread([run[what] for run in seeds], 4) for what in ("base", "trained"))
+        error = "0"
+        if kind != "fp32":
+            error = f"{100 * mean(data['error by layer'][kind].values()):.1f} %"
+        before = spread([run["base"] for run in seeds], 4)
+        after = spread([run["trained"] for run in seeds], 4)
         yield f"| {kind.replace('nf', 'NF')} | {error} | {before} | {after} |"
 
 
@@ -125,8 +129,11 @@ def reference_runs() -> Iterator[str]:
 
 def digits(perplexity: float) -> str:
     """Print at least four digits."""
-    places = 3 if perplexity < 10 else 1 if perplexity < 10_000 else 0
-    return f"{perplexity:,.{places}f}"
+    if perplexity < 10:
+        return f"{perplexity:.3f}"
+    if perplexity < 10_000:
+        return f"{perplexity:,.1f}"
+    return f"{perplexity:,.0f}"
 
 
 @table
@@ -165,4 +172,6 @@ def bytes_counted() -> Iterator[str]:
 
 
 def megabytes(count: int) -> str:
-    return f"{count / 1e6:,.{0 if count > 1e7 else 1}f}"
+    if count < 1e7:
+        return f"{count / 1e6:.1f}"
+    return f"{count / 1e6:,.0f}"

@@ -90,7 +90,14 @@ PARTS: dict[str, Callable[[], Iterator[str]]] = {
 }
 
 
+def parts(page: str) -> Sequence[str]:
+    """Return the parts of sentences that a page must have."""
+    if page not in PARTS:
+        return []
+    return [*PARTS[page]()]
+
+
 def missing(page: str, text: str) -> Sequence[str]:
     """Return the parts of sentences that a page lacks."""
     words = " ".join(text.split())
-    return [part for part in PARTS[page]() if part not in words] if page in PARTS else []
+    return [part for part in parts(page) if part not in words]
