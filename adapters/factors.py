@@ -17,7 +17,7 @@ from lora.load import load_adapter_config
 from lora.peft_config import CONFIG
 from lora.save import PREFIX, WEIGHTS
 from lora.targets import layer_config
-from storage.tensors import read_shapes, read_tensors
+from storage.tensor_files import read_shapes, read_tensors
 
 A_KEY = ".lora_A.weight"
 B_KEY = ".lora_B.weight"

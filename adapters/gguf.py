@@ -15,7 +15,7 @@ from common.cli import BASE_OPTION, NONE, QUANTISE_OPTION, Parser
 from common.device import PRECISIONS
 from common.errors import UserError, run_command
 from common.files import atomic_path
-from storage.gguf import refuse_erf_gelu, save_adapter_gguf, save_gguf
+from storage.gguf_files import refuse_erf_gelu, save_adapter_gguf, save_gguf
 from storage.hub import find_adapter
 
 

@@ -7,9 +7,9 @@ A line has one of three forms. Here, all three forms contain the same example:
                   {"role": "assistant", "content": "You do."}]}
     {"prompt": "Who keeps the light?", "choices": ["We do.", "You do."], "answer": 1}
 
-The third form is a question in the format of `data/choices.py`. Its right choice is the completion.
-A role can also be `system`. Other roles and other keys are refused. White space around a text is
-dropped. The model reads
+The third form is a question in the format of `data/questions.py`. Its right choice is the
+completion. A role can also be `system`. Other roles and other keys are refused. White space around
+a text is dropped. The model reads
 
     User: Who keeps the light?
     Assistant: You do.<|endoftext|>
@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.choices import question
 from data.json_lines import read_lines, refuse_unknown
+from data.questions import question
 from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
 from data.windows import InputsAndTargets, shuffled

@@ -122,12 +122,13 @@ class LibraryTokenizer(Tokenizer):
         return self.engine.decode([int(token) for token in ids], skip_special_tokens=False)
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        starts = _byte_starts(text)
         encoding = self.engine.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.uint32)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)  # in characters
         if not len(ids):
             return ids, ids
-        return ids, _count_bytes(_byte_starts(text), offsets, ids == self.end_of_text)
+        return ids, _count_bytes(starts, offsets, ids == self.end_of_text)
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:

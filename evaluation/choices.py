@@ -11,9 +11,9 @@ from torch import Tensor
 from common.cli import print_table
 from common.device import Device
 from common.errors import RunError, UserError
-from data.choices import Question, question
 from data.instructions import Instructions, make_row
 from data.json_lines import read_lines
+from data.questions import Question, question
 from data.tokenizer import Tokenizer
 from data.windows import split
 from model.gpt2 import GPT2, IGNORE_INDEX

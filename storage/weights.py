@@ -20,7 +20,7 @@ from common.files import atomic_path, brief, file_sha256, read_json, write_json
 from data.tokenizer import FAST, MERGES, VOCAB
 from lora.tensors import write_tensors
 from model.gpt2 import GPT2, GPT2Config
-from storage.tensors import read_shapes, read_tensors
+from storage.tensor_files import read_shapes, read_tensors
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from adapters import gguf
 from lora import (
     LoRAConfig,
     dequantise,
@@ -21,7 +22,7 @@ from lora import (
 )
 from lora.quantised import quantised_layers
 from tests import models
-from tests.helpers import relative_difference, write_small_tokenizer
+from tests.helpers import relative_difference, tiny_gpt2_directory, write_small_tokenizer
 from tests.models import (
     EXPERTS,
     GROUPED,
@@ -35,7 +36,7 @@ from tests.models import (
     small_llama,
 )
 from tests.pairs import randomize
-from tests.runs import story
+from tests.runs import stdout_of, story
 from training.options import ROOT
 
 QLORA = (ROOT / "docs" / "qlora.md").read_text()
@@ -72,6 +73,19 @@ def test_the_code_on_the_page(tmp_path, monkeypatch):
     assert torch.equal(stored, merged)
     load_adapter(base, "adapter")
     assert relative_difference(base(IDS).logits, expected) < 1e-6
+
+
+def test_a_model_from_a_gguf_file_is_saved_with_two_lines_of_the_page(tmp_path):
+    base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=1024)  # transformers requires it
+    stdout_of(gguf.main, "--base", base, "--out", tmp_path / "model.gguf")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    with pytest.raises(ValueError, match="quantized with gguf and is not serializable"):
+        model.save_pretrained(tmp_path / "merged")
+    [lines] = re.findall(r"```python\n(model\.hf_quantizer.*?)```", PAGE, re.DOTALL)
+    exec(lines, {"model": model})
+    model.save_pretrained(tmp_path / "merged")
+    assert torch.equal(load(tmp_path / "merged")(IDS).logits, model(IDS).logits)
 
 
 def test_the_trainer_of_transformers_trains_only_a_and_b(tmp_path):

@@ -10,7 +10,8 @@ buffers and names stay unchanged.
 | attention on a CPU | matmul, softmax, dropout | PyTorch's fused kernel has no dropout |
 | the loss and the scores | logits in chunks | whole logits would take the most memory |
 
-On other devices and under torch.compile, all classes except `FastGPT2` call the parent class.
+On other devices and under torch.compile, dropout and attention are the operations of PyTorch that
+the parent classes use.
 `python -m benchmarks.operations` measures the gain of each class (docs/speed.md), and
 tests/model/test_fast.py compares each class with the parent class.
 """

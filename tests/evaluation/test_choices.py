@@ -11,8 +11,8 @@ import evaluate
 import train
 from common.device import Device
 from common.errors import RunError
-from data.choices import Question
 from data.instructions import read_examples
+from data.questions import Question
 from evaluation.choices import print_summary, read_tasks, score_choices, summary
 from storage.weights import load_gpt2
 from tests import runs

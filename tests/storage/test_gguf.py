@@ -138,12 +138,16 @@ def test_a_whole_model_is_that_of_transformers_with_its_tokenizer(tmp_path):
 def test_other_special_tokens_are_written_as_control_tokens(tmp_path):
     base, _ = tiny_gpt2_directory(tmp_path / "base")
     stored = json.loads((base / "tokenizer.json").read_text())
-    stored["added_tokens"].append({**stored["added_tokens"][0], "id": 300, "content": "<user>"})
+    vocabulary = stored["model"]["vocab"]
+    del vocabulary[next(word for word, i in vocabulary.items() if i == 315)]
+    vocabulary["<user>"] = 315
+    stored["model"]["merges"].pop()  # which gave token 315
+    stored["added_tokens"].append({**stored["added_tokens"][0], "id": 315, "content": "<user>"})
     (base / "tokenizer.json").write_text(json.dumps(stored))
     stdout_of(main, "--base", base, "--out", tmp_path / "model.gguf")
     fields, _ = read(tmp_path / "model.gguf")
-    assert fields["tokenizer.ggml.tokens"][300] == "<user>"
-    assert fields["tokenizer.ggml.token_type"] == [1] * 300 + [3] + [1] * 15 + [3]
+    assert fields["tokenizer.ggml.tokens"][315] == "<user>"
+    assert fields["tokenizer.ggml.token_type"] == [1] * 315 + [3] * 2
 
 
 @torch.no_grad()
