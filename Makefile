@@ -130,7 +130,7 @@ format: .venv/dev
 
 # The experiments run on mini. ARGS: the name and the options of one experiment.
 EXPERIMENTS := diagram initialisation memory merge_error gradients learning_rate scaling rates regret \
-	recipes frontier targets variants methods regularisation first_step intruders amplification \
+	meeting_rank texts frontier targets variants methods regularisation first_step intruders amplification \
 	spectrum step_time quantisation curves
 
 figures: .venv/run

@@ -25,7 +25,7 @@ from lesson.experiments.common import (
     train_options,
 )
 from lesson.experiments.rates import LIMITS, rule
-from lesson.experiments.recipes import stored
+from lesson.experiments.sweep import stored
 from lesson.figures import name_line
 from training.options import BEST, BOOK, ROOT
 

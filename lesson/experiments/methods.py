@@ -15,7 +15,6 @@ from typing import Any
 
 from lesson.experiments.changes import is_layer
 from lesson.experiments.common import SHORT, Steps, as_command, experiment, spread, train_options
-from lesson.experiments.recipes import stored
 from lesson.experiments.sweep import (
     ALL,
     Runs,
@@ -25,6 +24,7 @@ from lesson.experiments.sweep import (
     learned,
     scored,
     search_with_first_seed,
+    stored,
 )
 from training.options import BEST
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from lesson.experiments.common import SHORT, as_command, experiment, spread, train_options
-from lesson.experiments.recipes import stored
+from lesson.experiments.sweep import stored
 from training.options import BEST
 
 SETTINGS = {

@@ -6,6 +6,7 @@
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -171,6 +172,29 @@ def keep(key: str, result: Any) -> None:
     line = json.dumps({"cell": key, "result": result})
     with CELLS.open("ab", buffering=0) as file:
         file.write(f"\n{line}\n".encode())
+
+
+def saved(made: Steps) -> dict[str, float]:
+    """Train. Return the base's perplexity, the peak rate, the least perplexity of the base and of
+    every epoch, as `train.py` keeps it, and the seconds of the steps and of a search for the rate.
+    """
+    base = perplexity(made)
+    found = [base]
+    began = time.process_time()
+    lr = made.lr
+    seconds = time.process_time() - began
+    for step, batch in enumerate(made.batches(), 1):
+        began = time.process_time()
+        made.step(batch)
+        seconds += time.process_time() - began
+        if made.plan.epoch_ends(step):
+            found.append(perplexity(made))
+    return {"base": base, "lr": lr, "perplexity": min(found), "seconds": seconds}
+
+
+def stored(options: Options, short: bool) -> dict[str, float]:
+    """Return the result of a run with these options. A stored result is returned at once."""
+    return remembered(cell(options, saved, short), lambda: saved(Steps(options)))
 
 
 def tune(

@@ -21,7 +21,7 @@ from typing import Any
 
 from common.files import file_sha256
 from lesson.experiments.common import as_command, experiment, train_options
-from lesson.experiments.recipes import stored
+from lesson.experiments.sweep import stored
 from training.options import BEST, BOOK, REFERENCE, ROOT
 
 EPOCHS = (1, 3, 10)

@@ -1,7 +1,6 @@
 """The tables of README.md and docs/experiments.md."""
 
 from collections.abc import Iterator
-from statistics import mean
 from typing import Any
 
 from lesson.experiments.common import spread
@@ -15,7 +14,7 @@ from lesson.tables.stored import at_best, means, range_at_best, rate, results, t
 def outcome() -> Iterator[str]:
     cells = {name: rate_and_perplexity(runs) for name, runs in results("methods").items()}
     layers = "LoRA on all four layers of each block"
-    why = "([why](docs/experiments.md#the-recipe-beside-the-reference))"
+    why = "([why](docs/experiments.md#the-recipe-on-other-texts))"
     best_row = f"| **`make train-lora RECIPE=best`**: {layers} {why} | 196,608 | 2, 249"
     yield (
         "| on `mini`, 6.9 million parameters | trained parameters | batch size, steps "
@@ -154,21 +153,6 @@ def recipe_cells(run: Any, with_reference: bool) -> str:
     lr = min(ladder, key=ladder.__getitem__)
     cells += [f"{run['best']:.1f} at {rate(run['lr'])}", f"{ladder[lr]:.1f} at {rate(lr)}"]
     return " | ".join(cells)
-
-
-@table
-def recipes() -> Iterator[str]:
-    yield "| adapter or text | reference | best | time |"
-    yield "|---|---:|---:|---:|"
-    for label, found in results("recipes").items():
-        name = label
-        if label.startswith("c_"):
-            name = f"`{label}`"
-        cells, seconds = [], []
-        for runs in found.values():
-            cells.append(spread([run["perplexity"] for run in runs]))
-            seconds.append(mean(run["seconds"] for run in runs))
-        yield f"| {name} | {' | '.join(cells)} | {seconds[0] / seconds[1]:.1f} |"
 
 
 @table
