@@ -26,7 +26,6 @@ from lesson.experiments.sweep import (
     search_with_first_seed,
     stored,
 )
-from training.options import BEST
 
 SIZE: dict[str, Any] = {"batch_size": 2, "stride": 128, "max_steps": 249}
 
@@ -48,7 +47,6 @@ METHODS: dict[str, tuple[str, float, Callable[[Steps], Any], dict[str, Any]]] = 
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "make train-lora": ("lora", {}),
     "make train-full": ("full", {}),
-    "make train-lora RECIPE=best": ("lora", {"recipe": BEST}),
 }
 
 
