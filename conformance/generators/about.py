@@ -75,13 +75,13 @@ TOLERANCES = {
     },
     "F16": {
         "tolerance": 5e-3,
-        "reason": "PEFT in fp16 is off by at most 1.5e-3. AdamW's eps is 0 in fp16, so take the steps"
-        " in fp32, and round the results",
+        "reason": "PEFT in fp16 is off by at most 1.5e-3. AdamW's eps is 0 in fp16, so take the "
+        "steps in fp32, and round the results",
     },
     "BF16": {
         "tolerance": 3e-2,
-        "reason": "PEFT in bf16 is off by at most 1.7e-2. A step is not much more than a rounding of "
-        "the parameters, so take the steps in fp32, and round the results",
+        "reason": "PEFT in bf16 is off by at most 1.7e-2. A step is not much more than a rounding "
+        "of the parameters, so take the steps in fp32, and round the results",
     },
 }
 ABOUT: dict[str, Any] = {
