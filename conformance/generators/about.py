@@ -75,8 +75,8 @@ TOLERANCES = {
     },
     "F16": {
         "tolerance": 5e-3,
-        "reason": "PEFT in fp16 is off by at most 1.5e-3. AdamW's eps is 0 in fp16, so take the"
-        " steps in fp32, and round the results",
+        "reason": "PEFT in fp16 is off by at most 1.5e-3. AdamW's eps is 0 in fp16, so take the "
+        "steps in fp32, and round the results",
     },
     "BF16": {
         "tolerance": 3e-2,

@@ -1,21 +1,18 @@
 """Checks of one layer in training: start, scale, dropout, gradients, precision."""
 
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_conformance import vectors
 from lora_conformance.bench import Implementation, expect, interface, mathematics, robustness
 from lora_conformance.models import (
-    DORA,
     IN_OUT,
     PLAIN,
     RSLORA,
     SLICES,
-    InOutLinear,
     Model,
     Options,
     adapted,
@@ -25,32 +22,17 @@ from lora_conformance.models import (
     factors,
     named,
     off_by,
-    others,
     supported,
     trained,
     weight_of,
 )
+from lora_conformance.of_vectors import expect_vectors
 
 
 @mathematics("B starts at random, so training does not start from the base.", "FastVideo #781")
 def new_adapter_changes_nothing(lora: Implementation) -> None:
     """A new adapter changes no output, in training or evaluation, at any dropout."""
     expect_changes_nothing(lora, PLAIN, RSLORA, IN_OUT, SLICES, dropout=0.5)
-
-
-@mathematics(
-    "The magnitude is the norm of other weights than W, such as a random layer.",
-    "mlx-examples #832",
-)
-def new_dora_adapter_changes_nothing(lora: Implementation) -> None:
-    """A new DoRA adapter changes no output, because its magnitude is the norm of W."""
-    expect_changes_nothing(lora, DORA, DORA | RSLORA, DORA | IN_OUT, DORA | SLICES)
-    if lora.has("inject"):
-        base = Model()
-        model = deepcopy(base)
-        lora.inject(model, ["proj"], 4, 12, use_dora=True)
-        ids = torch.arange(17)[None]
-        expect_same(model(ids), base(ids), "the output of a model", 1e-5)
 
 
 def expect_changes_nothing(lora: Implementation, *kinds: Options, dropout: float = 0.0) -> None:
@@ -176,12 +158,6 @@ def dropout_is_unbiased(lora: Implementation) -> None:
     expect_drops(lora)
 
 
-@mathematics("DoRA ignores dropout, or drops x twice.")
-def dora_dropout(lora: Implementation) -> None:
-    """With use_dora, dropout of 0.2 removes a fifth, and the mean update is the whole update."""
-    expect_drops(lora, use_dora=True)
-
-
 def expect_drops(lora: Implementation, **options: bool) -> None:
     layer, base, *_ = adapted(lora, r=1, dropout=0.2, **options)
     x = torch.zeros(4000, 12).double()
@@ -235,107 +211,10 @@ def gradients_of_a_and_b(lora: Implementation) -> None:
         expect_same(factor.grad.square().sum(), change, f"the gradient of {name}, along itself,")
 
 
-class Case(NamedTuple):
-    """A layer with the W, b, A, B and m of a test vector, and the vector's tensors."""
-
-    layer: nn.Module
-    parameters: dict[str, Any]
-    expected: dict[str, Tensor]
-
-
-def of_vector(lora: Implementation, case: str, **options: bool) -> Case:
-    settings = vectors.cases()[case]
-    expected = {name: torch.from_numpy(value) for name, value in vectors.tensors(case).items()}
-    weight = expected["W"].T if settings["layout"] == "(in, out)" else expected["W"]
-    in_out = options.get("fan_in_fan_out")
-    base: Any = InOutLinear(*weight.T.shape) if in_out else nn.Linear(*weight.T.shape)
-    with torch.no_grad():
-        base.weight.copy_(weight.T if in_out else weight)
-        base.bias.copy_(expected["b"])
-    layer = lora.wrap(base, settings["r"], settings["alpha"], 0.0, **options).double()
-    a, b = lora.factors(layer)
-    parameters = {"A": a, "B": b}
-    if options.get("use_dora"):
-        [parameters["m"]] = others(layer, a, b)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(fitted(expected[name], parameter))
-    return Case(layer, parameters, expected)
-
-
-def expect_output(lora: Implementation, case: str, tolerance: float, **options: bool) -> None:
-    layer, _, expected = of_vector(lora, case, **options)
-    expect_same(layer(expected["x"]), expected["y"], f"the output of {case}", tolerance)
-
-
-def expect_vectors(lora: Implementation, case: str, tolerance: float, **options: bool) -> None:
-    """Compare output, gradients and ten steps with a test vector."""
-    layer, parameters, expected = of_vector(lora, case, **options)
-
-    def loss(x: Tensor) -> Tensor:
-        return (layer(x) - expected["target"]).square().mean()
-
-    expect_same(layer(expected["x"]), expected["y"], "the output", tolerance)
-    x = expected["x"].clone().requires_grad_()
-    loss(x).backward()
-    assert x.grad is not None
-    expect_same(x.grad, expected["dx"], "the gradient of x", tolerance)
-    for name, parameter in parameters.items():
-        expect(parameter.grad is not None, f"{name} has no gradient")
-        gradient = fitted(expected["d" + name], parameter)
-        expect_same(parameter.grad, gradient, f"the gradient of {name}", tolerance)
-
-    optimizer = torch.optim.AdamW(trained(layer), lr=0.01, weight_decay=0.01)
-    for step, expected_loss in enumerate(expected["losses"]):
-        optimizer.zero_grad()
-        found = loss(expected["x"])
-        expect_same(found, expected_loss, f"the loss of step {step + 1}", tolerance)
-        found.backward()
-        optimizer.step()
-    for name, parameter in parameters.items():
-        final = fitted(expected[f"{name}_steps"][-1], parameter)
-        expect_same(parameter, final, f"{name} after ten steps", tolerance)
-
-
-def fitted(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return the tensor in the orientation of an implementation's parameter."""
-    same = tensor.numel() != parameter.numel() or tensor.shape[0] == parameter.shape[0]
-    return (tensor if same else tensor.T).reshape(parameter.shape)
-
-
 @mathematics("A is frozen, a gradient is detached, or a weight of the base is trained.")
 def ten_steps(lora: Implementation) -> None:
     """Output, gradients and ten steps of AdamW equal the test vectors, in fp64."""
     expect_vectors(lora, "lora-r1-alpha1", 1e-9)
-
-
-@mathematics("DoRA's norm is taken along the wrong axis of W + s B A.", "peft #1588")
-def dora_is_m_over_the_norm(lora: Implementation) -> None:
-    """With use_dora, the output is m / ||V|| V x + b, with V = W + s B A and the norms of rows."""
-    for case in ("dora-in-out-square", "dora"):
-        expect_output(lora, case, 1e-4, use_dora=True)
-
-
-@mathematics("DoRA has the scaling of LoRA, alpha / r, although it is told to use rsLoRA.")
-def dora_with_rslora(lora: Implementation) -> None:
-    """With use_dora and use_rslora, s in DoRA's formula is alpha / sqrt(r)."""
-    expect_output(lora, "dora-rslora", 1e-4, use_dora=True, use_rslora=True)
-
-
-@mathematics(
-    "DoRA's norm is taken along the rows of W (in, out). A square W hides this.", "peft #1588"
-)
-def dora_on_in_out_weights(lora: Implementation) -> None:
-    """With use_dora and fan_in_fan_out, the output is right, also for a square W."""
-    for case in ("dora-in-out-square", "dora"):
-        expect_output(lora, case, 1e-4, use_dora=True, fan_in_fan_out=True)
-
-
-@robustness("DoRA's gradients go through the norm, which the paper treats as a constant.")
-def dora_ten_steps(lora: Implementation) -> None:
-    """With use_dora, gradients and ten steps equal the test vectors, with the norm a constant."""
-    for case in ("dora-in-out-square", "dora"):
-        expect_vectors(lora, case, 1e-4, use_dora=True)
 
 
 @robustness("x is flattened by a view, or split at fixed dimensions.")
@@ -369,17 +248,6 @@ def factors_stay_fp32(lora: Implementation) -> None:
     rounding = 2.0**-9 * exact.abs() + 1e-5
     worst = ((layer(x).double() - exact).abs() / rounding).max()
     expect(worst < 2, f"an update is {worst:.0f} roundings to bf16 off")
-
-
-@robustness("On a bf16 base, DoRA's magnitude has eight bits, so steps of training are lost.")
-def dora_magnitudes_stay_fp32(lora: Implementation) -> None:
-    """On a bf16 base, DoRA's magnitude is the fp32 norm of W."""
-    base = nn.Linear(12, 20, bias=False).bfloat16()
-    norms = base.weight.detach().double().norm(dim=1)
-    layer = lora.wrap(base, 4, 12, 0.0, use_dora=True)
-    [magnitude] = others(layer, *lora.factors(layer))
-    expect(magnitude.dtype is torch.float32, f"the magnitude is {magnitude.dtype}")
-    expect_same(magnitude.flatten(), norms, "the magnitude", 1e-5)
 
 
 @robustness("The fp32 update promotes the output, and later layers run in fp32.", "mflux #740")
