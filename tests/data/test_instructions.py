@@ -84,7 +84,7 @@ def data(tmp_path):
 def stepped(trainer: Steps) -> tuple[float, dict[str, Tensor]]:
     """Return the loss of a step on all examples except the last, and the gradients."""
     trainer.trainer.optimizer.zero_grad = lambda: None  # keeps the gradients
-    batch = trainer.plan.batch(np.arange(len(PAIRS) - 1))
+    batch = trainer.plan.batch(np.arange(len(PAIRS) - 1), trainer.data.training)
     loss = trainer.step(batch).item() / batch.num_tokens
     return loss, {name: p.grad for name, p in trainer.parameters.items()}
 
