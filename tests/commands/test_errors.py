@@ -117,7 +117,7 @@ MISTAKES = [
     ("lora --out book.txt", "--out book.txt: is a file"),
     (f"full --out {LONG}", LONG),
     ("lora --out ./directory/../base --overwrite", "contains config.json, but no run"),
-    ("lora --init-adapter held --out held --overwrite", "is an input of --init-adapter"),
+    ("lora --init-adapter run --out run --overwrite", "is an input of --init-adapter"),
     ("lora --resume", "--resume: out contains no checkpoint"),
     ("lora --resume --overwrite", "--over"),
     ("lora --base nowhere", "'nowhere': no such directory, and none of the names auto, mini, gpt2"),
