@@ -48,8 +48,9 @@ MEASURED = {
     "speed#One race": rows_of.race,
     "training#Where the bytes go": rows_of.bytes_counted,
 }
-# Numbers that follow from formulas or from the code
+# Numbers that follow from formulas or from the code, or that another test compares
 COUNTED = {
+    "curves#The key": "tests/test_curves.py compares it with the stored runs",
     "lora#The layer": "sizes of matrices",
     "qlora#A model of your own": "bytes of a model, by formula",
     "solutions#12. The rank where LoRA meets full fine-tuning": "the exercise prints it",
