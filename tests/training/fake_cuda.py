@@ -9,6 +9,7 @@ first of two, in a fake group of processes, which returns each tensor as it is.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,11 +196,13 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
             types.update(p.dtype for p in module.parameters())
 
     with Watch() as step:
-        types |= {made.step(next(made.batches())).dtype}
+        batch = next(made.batches())
+        types |= {made.step(batch).dtype}
+        made.step(replace(batch, micro_batches=[]))  # as a process without windows
         made.plan.processes.maximum(1, 15)  # as after each step
     assert not step.waits, f"a step waits for the GPU: {step.waits}"
+    assert made.trainer.scaler.is_enabled() == (precision == "fp16")
     expected = {low, fp32} if "--use-dora" in more else {low}  # DoRA's norms are in fp32
-    assert step.factors == expected, f"products of {step.factors}"
     with Watch() as scoring:
         made.evaluate()
         if method == "lora":
@@ -213,6 +216,7 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
         list(sampling.generate(model.eval(), ids, 3, **settings))
     assert len(drawing.waits) == 6, f"drawing waits for the GPU: {drawing.waits}"  # two numbers
     for watch in (step, scoring, drawing):
+        assert watch.factors == expected, f"products of {watch.factors}"
         assert watch.floats <= {low, fp32, torch.float64}, f"floats of {watch.floats}"
         assert watch.logits <= {fp32}, "the loss's logits are rounded"
 
