@@ -8,6 +8,7 @@
 # make sweep                 train each combination of LR="1e-4 1e-3" R="4 8" SEEDS="1 2"
 # make parity                compare this project with PEFT and transformers, number by number
 # make bench                 compare speed and memory with PEFT and transformers (ARGS=--quick)
+# make gpu-check             check everything on a GPU (docs/scaling.md; ARGS=--dry-run: on the CPU)
 # make reference             repeat the reference run (docs/reference-run.md)
 # make example               LoRA on SmolLM2, or on MODEL (OWNER/NAME on the hub, or a directory)
 # make notebook              LoRA from scratch: open lesson/notebook in Jupyter
@@ -55,7 +56,7 @@ TRAIN_OPTIONS = --base "$$_BASE" $(BOOK_OPTION) $(DATA_OPTION) $(if $(value OUT)
 BASE_OPTION := $(if $(subst auto,,$(value BASE)),--base "$$_BASE")
 
 .PHONY: help setup one-page train-lora train-full estimate compare generate explore notebook \
-	figures test test-lowest lint format parity sweep bench example reference fault clean
+	figures test test-lowest lint format parity sweep bench gpu-check example reference fault clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -170,6 +171,9 @@ fault: .venv/dev
 # The base is GPT-2 124M with random weights unless BASE names another base. ARGS=--quick uses mini.
 bench: .venv/dev
 	$(PY) -m benchmarks.speed $(BASE_OPTION) $(ARGS)
+
+gpu-check: .venv/dev
+	$(PY) -m benchmarks.gpu_check $(ARGS)
 
 # Repeat the reference run (docs/reference-run.md). ARGS: --only lora, and options of train.py.
 reference: .venv/run

@@ -33,7 +33,7 @@ from benchmarks.parity_runs import (
     train_there,
 )
 from common.cli import DEVICE_OPTION, Parser, number
-from common.device import Device, use_full_fp32
+from common.device import Device
 from common.errors import UserError, run_command
 from storage.hub import find_base
 from storage.weights import load_config
@@ -49,7 +49,8 @@ Sources = dict[str, tuple[Path, Path | None]]  # name -> a base, and an adapter 
 
 def main(argv: Sequence[str] | None = None) -> int:
     opts = parse_args(argv)
-    use_full_fp32()
+    device = Device.pick(opts.device)
+    device.set_tf32(False)
     print(
         f"base {opts.name}, up to {opts.steps} steps of {opts.batch_size} x {opts.block_size} "
         f"tokens, {machine()}; here: this project, there: PEFT and transformers"
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - began
 
     report.facts |= {"base": opts.name, "book": opts.book.name, "batch_size": opts.batch_size}
-    report.facts |= {"block_size": opts.block_size, "device": Device.pick(opts.device).name}
+    report.facts |= {"block_size": opts.block_size, "device": device.name}
     report.write(opts.out)
     broken = report.broken()
     if broken:

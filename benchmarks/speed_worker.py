@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks import ours
-from common.device import Device, tune_process, use_full_fp32
+from common.device import Device, tune_process
 from common.errors import run_command
 from model.gpt2 import GPT2, GPT2Config
 from storage.weights import save_gpt2
@@ -72,7 +72,7 @@ def measure(task: Task) -> dict[str, Any]:
     and the peak memory in MB.
     """
     device = Device.pick("auto", task.precision, train=True)
-    use_full_fp32()  # for both sides
+    device.set_tf32(False)  # for both sides
     if task.side != "theirs":
         tune_process(device)  # as train.py does
     model, step = our_side(task) if task.side == "ours" else their_side(task, device.torch_device)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from common.errors import UserError, first_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NVIDIA_DRIVER = Path("/proc/driver/nvidia")  # exists while the driver is loaded
+# Files of NVIDIA's driver on Linux and in WSL. WSL's /dev/dxg would not do: any GPU has it.
+NVIDIA_DRIVER = (Path("/proc/driver/nvidia"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 # From glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -35,6 +36,9 @@ class Device:
         The device `auto` is CUDA if available, otherwise MPS, otherwise the CPU. On CUDA, the
         precision `auto` is bf16, or fp16 if the GPU lacks bf16. On a CPU with bf16 instructions,
         `auto` is bf16 in training. In all other cases, `auto` is fp32.
+
+        Under torchrun, the GPU of this process becomes the current one before it is asked for its
+        precision, because GPUs may differ.
 
         Raises UserError for a missing or broken device, and for training on MPS in fp16.
         """
@@ -85,9 +89,10 @@ class Device:
         return model.to(self.torch_device)
 
     def set_tf32(self, allowed: bool) -> None:
-        """Set whether fp32 matmuls on CUDA may round their inputs to TF32's 10-bit mantissa."""
-        if self.is_cuda:
-            torch.set_float32_matmul_precision("high" if allowed else "highest")
+        """Set whether fp32 matmuls on CUDA may round their inputs to TF32's 10-bit mantissa. False
+        also undoes a container's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+        """
+        torch.set_float32_matmul_precision("high" if allowed and self.is_cuda else "highest")
 
     def check_compiler(self) -> None:
         """Raise UserError if torch.compile does not work here."""
@@ -131,7 +136,7 @@ def _pick_device(asked: str) -> str:
     device = asked
     if asked == "auto":
         device = next(name for name, there in present.items() if there)
-        if device == "cpu" and torch.version.cuda and NVIDIA_DRIVER.exists():
+        if device == "cpu" and torch.version.cuda and any(p.exists() for p in NVIDIA_DRIVER):
             print(
                 f"warning: torch cannot use the NVIDIA GPU, so the CPU computes; the driver may be "
                 f"too old for CUDA {torch.version.cuda} (docs/howto.md)",
@@ -140,17 +145,24 @@ def _pick_device(asked: str) -> str:
     if not present[device]:
         raise UserError(f"--device {device}: this machine or this torch has no {device}; use cpu")
     if device == "cuda":
-        _check_cuda()
+        _take_gpu()
     return device
 
 
-def _check_cuda() -> None:
-    """Raise UserError unless the GPU runs a kernel. A GPU may be full, or too old for torch."""
-    gpu = (
-        int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-    )  # the GPU of this process
+def _take_gpu() -> None:
+    """Under torchrun, make the GPU of this process the current one. Raise UserError unless the
+    current GPU runs a kernel, because a GPU may be full, or too old for torch.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        local = int(os.environ["LOCAL_RANK"])
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(
+                f"--nproc-per-node: this machine has {gpus} GPUs; use one process per GPU"
+            )
+        torch.cuda.set_device(local)
     try:
-        torch.ones(1, device=f"cuda:{gpu}").add(1).item()
+        torch.ones(1, device="cuda").add(1).item()
     except RuntimeError as error:
         raise UserError(
             f"--device cuda: the GPU's first kernel fails ({first_line(error)}); use --device cpu, "
@@ -186,9 +198,4 @@ def tune_process(device: Device) -> None:
     # some runs (pytorch#196678, pocket-tts#264). A plan for a new shape can take it a second
     # (FunASR#3704), and each generated token has a new shape.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    use_full_fp32()
-
-
-def use_full_fp32() -> None:
-    """Undo a container's TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which rounds fp32 matmuls to TF32."""
-    torch.set_float32_matmul_precision("highest")
+    device.set_tf32(False)

@@ -57,8 +57,6 @@ class Processes:
             return
         if device.type == "mps":  # pytorch#160732
             raise UserError("torchrun: processes cannot exchange MPS tensors; use --device cpu")
-        if device.type == "cuda":
-            self._take_gpu()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         self._call(lambda: dist.init_process_group(backend, timeout=PATIENCE))
         with (
@@ -74,15 +72,6 @@ class Processes:
                 self._abort_nccl()  # NCCL would wait for other processes, and warn at exit
                 raise
         dist.destroy_process_group()
-
-    def _take_gpu(self) -> None:
-        local = int(os.environ["LOCAL_RANK"])
-        gpus = torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(
-                f"--nproc-per-node: this machine has {gpus} GPUs; use one process per GPU"
-            )
-        torch.cuda.set_device(local)
 
     def _call(self, collective: Callable[[], object]) -> None:
         try:

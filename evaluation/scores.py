@@ -70,10 +70,7 @@ def evaluate(
     scored_bytes = dataset.scored_bytes
     if not scored_bytes:
         raise UserError("the text contains only end-of-text tokens: nothing to score")
-    dtype = torch.float64
-    if device.torch_device.type == "mps":  # MPS has no fp64
-        dtype = torch.float32
-    sums = torch.zeros(2, device=device.torch_device, dtype=dtype)  # sum of losses, number of hits
+    sums = zero_sums(device)  # sum of losses, number of hits
     count = torch.zeros(1, dtype=torch.int64)
 
     was_training = model.training
@@ -83,7 +80,7 @@ def evaluate(
         count += (targets != IGNORE_INDEX).sum()
         with device.autocast():
             losses, right = model.token_losses(device.to_device(inputs), device.to_device(targets))
-        sums += torch.stack([losses.sum(dtype=dtype), right.sum(dtype=dtype)])
+        sums += torch.stack([losses.sum(dtype=sums.dtype), right.sum(dtype=sums.dtype)])
     model.train(was_training)
     processes.all_reduce(sums)
     processes.all_reduce(count)
@@ -97,25 +94,33 @@ def evaluate(
     return Scores(tokens, scored_bytes, loss / tokens, hits / tokens)
 
 
+def zero_sums(device: Device) -> Tensor:
+    """Return two sums of 0 on the device, in fp64, or in fp32 on MPS, which has no fp64."""
+    dtype = torch.float32 if device.torch_device.type == "mps" else torch.float64
+    return torch.zeros(2, device=device.torch_device, dtype=dtype)
+
+
 @torch.no_grad()
 def forgetting(model: GPT2, dataset: Dataset, device: Device) -> dict[str, float]:
     """Return the mean KL(base || adapter) per scored token, in nats, and the share of scored tokens
     where base and adapter differ in the likeliest token. The base is the model with the adapter
     switched off. The model must be in evaluation mode.
     """
-    kl = 0.0
-    changed = 0
+    sums = zero_sums(device)  # sum of KLs, number of changed choices
     tokens = 0
     for inputs, targets in dataset.evaluation_batches(EVAL_BATCH):
         idx = device.to_device(inputs)
-        scored = device.to_device(targets != IGNORE_INDEX)
-        tokens += int(scored.sum())
+        rows = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)  # (n,), found on the CPU
+        tokens += len(rows)
+        scored = device.to_device(rows)
         with device.autocast():
-            after = model.hidden(idx)[scored]  # (n, C)
+            after = model.hidden(idx).flatten(0, 1)[scored]  # (n, C)
             with adapter_disabled(model):
-                before = model.hidden(idx)[scored]
+                before = model.hidden(idx).flatten(0, 1)[scored]
             for both in zip(before.split(LOGITS_CHUNK), after.split(LOGITS_CHUNK), strict=True):
                 log_p, log_q = (model.logits(hidden).float().log_softmax(-1) for hidden in both)
-                kl += kl_divergence(log_p, log_q).cpu().double().sum().item()
-                changed += int((log_p.argmax(-1) != log_q.argmax(-1)).sum())
+                kls = kl_divergence(log_p, log_q)
+                changes = log_p.argmax(-1) != log_q.argmax(-1)
+                sums += torch.stack([kls.sum(dtype=sums.dtype), changes.sum(dtype=sums.dtype)])
+    kl, changed = sums.tolist()
     return {"kl_from_base": kl / tokens, "changed_choices": changed / tokens}

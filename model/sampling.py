@@ -42,17 +42,20 @@ def generate(
             cache = KVCache()
         hidden = model.hidden(new[None], cache)[:, -1]  # (1, C): the last token
         logits = model.logits(hidden)[0].float()  # (V,)
-        if not torch.isfinite(logits).all():
-            raise RunError(
-                "the model's logits are not finite numbers; try --precision fp32, or train with "
-                "a lower --lr"
-            )
+        finite = torch.isfinite(logits).all()
+        logits = torch.where(finite, logits, 0)  # CUDA ends a process that draws from NaN
         if suppress_tokens is not None:
             logits = logits.masked_fill(suppress_tokens, -torch.inf)
 
         new = next_token(logits, generator, temperature, top_k, top_p)
         window = torch.cat((window, new))
-        yield int(new)
+        token, is_finite = torch.stack((new[0], finite)).tolist()  # the only wait for a GPU
+        if not is_finite:
+            raise RunError(
+                "the model's logits are not finite numbers; try --precision fp32, or train with "
+                "a lower --lr"
+            )
+        yield token
 
 
 def next_token(

@@ -75,6 +75,7 @@ def head_chunks(
         log_p = torch.log_softmax(z, -1)
         del z  # frees memory for the next chunk
         yield rows, targets[rows, None], log_p
+        del log_p  # the caller deletes the tensor too, so the next chunk finds its memory free
 
 
 @torch.no_grad()
@@ -88,6 +89,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     for _, y, log_p in head_chunks(h, w, targets.clamp(min=0), len(weight)):
         losses.append(-log_p.gather(1, y).squeeze(1))
         likeliest.append(log_p.argmax(-1))
+        del log_p
     ignored = targets == IGNORE_INDEX
     return torch.cat(losses).masked_fill(ignored, 0), torch.cat(likeliest) == targets
 
@@ -124,6 +126,7 @@ class _TiedCrossEntropy(LossAndGradient):
             torch.mm(grad_z, w, out=grad_h[rows])
             if grad_w is not None:
                 grad_w += (grad_z.T @ h[rows])[: len(weight)]
+            del log_p, grad_z
 
         ctx.save_for_backward(grad_h.masked_fill_(ignored, 0), grad_w)
         return -log_p_of_targets.masked_fill_(ignored, 0).sum()

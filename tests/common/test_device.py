@@ -29,17 +29,38 @@ def test_a_gpu_draws_with_its_own_random_generator():
 def test_a_gpu_that_torch_cannot_use_is_named_in_one_line(monkeypatch, tmp_path, capsys):
     for module in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(module, "is_available", lambda: False)
-    for cuda, driver, asked, warned in (
-        ("13.0", tmp_path, "auto", True),
-        ("13.0", tmp_path, "cpu", False),
-        ("13.0", tmp_path / "none", "auto", False),
-        (None, tmp_path, "auto", False),
+    none = tmp_path / "none"
+    for cuda, drivers, asked, warned in (
+        ("13.0", (tmp_path, none), "auto", True),
+        ("13.0", (none, tmp_path), "auto", True),  # WSL
+        ("13.0", (tmp_path, none), "cpu", False),
+        ("13.0", (none, none), "auto", False),
+        (None, (tmp_path, none), "auto", False),
     ):
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.setattr(device, "NVIDIA_DRIVER", driver)
+        monkeypatch.setattr(device, "NVIDIA_DRIVER", drivers)
         assert Device.pick(asked).torch_device.type == "cpu"
         said = capsys.readouterr().err
         assert said.count("\n") == said.count("too old for CUDA 13.0") == warned
+
+
+def test_a_gpu_that_emulates_bf16_computes_in_fp16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device, "_take_gpu", lambda: None)
+    for native, precision in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, native=native: including_emulation or native,
+        )
+        assert Device.pick("auto").precision == precision
+
+
+def test_a_gpus_peak_memory_is_the_largest_that_was_allocated(monkeypatch):
+    for name in ("memory_allocated", "max_memory_allocated", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: len(name) * 1e6)
+    peak = Device(torch.device("cuda"), "fp32").peak_memory_mb()
+    assert peak == len("max_memory_allocated")
 
 
 def test_a_command_computes_without_cudnns_attention_and_tf32():
@@ -80,13 +101,13 @@ def test_out_of_memory_while_the_model_is_moved_is_one_line(base, monkeypatch):
 
 def test_tf32_is_for_cuda_and_only_if_asked():
     try:
-        torch.set_float32_matmul_precision("high")  # as some images do
         for device, allowed, expected in (
-            ("cpu", False, "high"),
+            ("cpu", False, "highest"),
             ("cuda", False, "highest"),
             ("cpu", True, "highest"),
             ("cuda", True, "high"),
         ):
+            torch.set_float32_matmul_precision("high")  # as some images do
             Device(torch.device(device), "fp32").set_tf32(allowed)
             assert torch.get_float32_matmul_precision() == expected
     finally:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora.save import save_adapter
 from tests.helpers import tiny_gpt2_directory
+from tests.pairs import adapted
 from tests.runs import questions
 from training.options import ROOT
 
@@ -33,7 +35,7 @@ def can_fake_matmuls() -> bool:
 @pytest.mark.skipif(not can_fake_matmuls(), reason="this PyTorch's fake mm has no out_dtype")
 @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler to make CUDA's double")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU takes the steps of the other tests")
-def test_steps_on_fake_cuda_tensors_never_wait_and_have_the_right_types(book, tmp_path):
+def test_the_program_on_fake_cuda_tensors_waits_nowhere_and_has_the_right_types(book, tmp_path):
     source = Path(__file__).with_name("fake_cuda.cpp")
     library = tmp_path / "fake_cuda.so"
     torch_folder = Path(torch.__file__).parent
@@ -43,7 +45,8 @@ def test_steps_on_fake_cuda_tensors_never_wait_and_have_the_right_types(book, tm
     subprocess.run(["c++", *options, source, "-o", library, *libraries], check=True)
 
     base, _ = tiny_gpt2_directory(tmp_path / "base", n_layer=1)
+    save_adapter(adapted(base, ("c_attn",), r=4), tmp_path / "adapter", "gpt2")
     data = questions(tmp_path / "questions.jsonl")
-    command = [sys.executable, "-c", START, library, base, book, data]
+    command = [sys.executable, "-c", START, library, base, tmp_path / "adapter", book, data]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
