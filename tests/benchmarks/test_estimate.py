@@ -18,16 +18,16 @@ def slow(monkeypatch):
     """Make a training step last 2 s and a validation 5 s. Count both."""
     clock = Clock()
     monkeypatch.setattr(estimate, "time", clock)
-    calls = {"step": 0, "evaluate": 0}
-    for name, seconds in (("step", 2.0), ("evaluate", 5.0)):
-        method = getattr(ours.Steps, name)
+    calls = {"train_step": 0, "evaluate": 0}
+    for owner, name, seconds in ((estimate, "train_step", 2.0), (ours.Steps, "evaluate", 5.0)):
+        method = getattr(owner, name)
 
-        def slowly(self, *args, name=name, seconds=seconds, method=method):
+        def slowly(*args, name=name, seconds=seconds, method=method, **options):
             calls[name] += 1
             clock.later += seconds
-            return method(self, *args)
+            return method(*args, **options)
 
-        monkeypatch.setattr(ours.Steps, name, slowly)
+        monkeypatch.setattr(owner, name, slowly)
     return calls
 
 
@@ -50,9 +50,10 @@ def test_it_counts_the_steps_and_validations_of_the_run(base, book, tmp_path, sl
     assert total == estimate.duration(2 * int(steps) + 5 * int(validations))
     assert float(megabytes.replace(",", "")) > 50
     assert contents(out) == before  # a run in --out is left alone
-    assert slow == {"step": 2 + 4, "evaluate": 1}  # about 8 s of steps after two others
+    assert slow == {"train_step": 2 + 4, "evaluate": 1}  # about 8 s of steps after two others
 
 
+@pytest.mark.usefixtures("slow")
 def test_an_initial_adapter_is_validated_once_more(base, book, adapter, tmp_path):
     options = ("--max-steps", 2)
     for more, expected in ((), 2), (("--init-adapter", adapter), 3):
