@@ -40,8 +40,7 @@ def pytest_sessionstart() -> None:  # as a plugin of pytest
 
 
 def call(command: str, expected: str = "", status: int = 0) -> None:
-    """Run a command of the shell. Raise ValueError unless it ends with `status`, and the output
-    contains the regular expression `expected`."""
+    """Run a command. Raise ValueError for another status, or if the output lacks a pattern."""
     ended = subprocess.run(command, shell=True, capture_output=True, text=True)
     said = ended.stdout + ended.stderr
     with REPORT.open("a") as file:
@@ -77,7 +76,8 @@ def start(command: str, name: str) -> subprocess.Popen:
     """Start to train. Return the process when it has taken two steps."""
     metrics = OUT / name / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    process = subprocess.Popen(f"exec {command}/{name} --overwrite 2> {OUT}/{name}.err", shell=True)
+    words = f"exec {command}/{name} --overwrite > {OUT}/{name}.txt 2>&1"
+    process = subprocess.Popen(words, shell=True)
     while process.poll() is None and not (metrics.exists() and "\n{" in metrics.read_text()):
         time.sleep(0.05)
     return process
@@ -98,7 +98,7 @@ def kill_one() -> None:
     found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True)
     os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
     launcher.wait(300)
-    if "is lost" not in (OUT / "killed.err").read_text():
+    if "is lost" not in (OUT / "killed.txt").read_text():
         raise ValueError("the other process does not report a lost connection")
 
 

@@ -40,6 +40,7 @@ from evaluation.scores import forgetting
 from lora import merge, unmerge
 from model import sampling
 from model.kernels import cuda_loss
+from training.meter import Meter
 
 COMMANDS = (
     "lora --precision fp32",
@@ -62,7 +63,7 @@ COMMANDS = (
     "full --precision bf16 --grad-accum 2",
     "full --precision fp16 --kernels plain",
 )
-PRODUCTS = ("mm", "addmm")  # attention's products depend on the kernel that a GPU chooses
+PRODUCTS = ("mm", "addmm", "linear", "matmul")  # not of attention, whose kernel a GPU chooses
 READS = ("_local_scalar_dense", "item", "is_nonzero", "equal")  # a number for Python
 WAITS = (*READS, "nonzero", "masked_select", "_unique2")
 LOGITS = 320  # columns of cuda_loss.py's logits: the small vocabulary, rounded up
@@ -197,7 +198,9 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
 
     with Watch() as step:
         batch = next(made.batches())
-        types |= {made.step(batch).dtype}
+        loss = made.step(batch)
+        types |= {loss.dtype}
+        Meter(fp16=False).count(1, loss, batch.num_tokens, loss)
         made.step(replace(batch, micro_batches=[]))  # as a process without windows
         made.plan.processes.maximum(1, 15)  # as after each step
     assert not step.waits, f"a step waits for the GPU: {step.waits}"
@@ -207,6 +210,7 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
         made.evaluate()
         if method == "lora":
             forgetting(model.eval(), made.data.validation, made.device)
+    assert torch.float64 in scoring.floats, "scores are not summed in fp64"
     sums = 2 if method == "full" else 4
     assert len(scoring.waits) == sums, f"scoring waits for the GPU: {scoring.waits}"
     with Watch() as drawing, made.device.autocast():
