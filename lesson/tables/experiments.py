@@ -26,8 +26,8 @@ def outcome() -> Iterator[str]:
     yield (
         f"| `make train-full`: full fine-tuning | 6,901,760 | 64, 63 | {cells['make train-full']} |"
     )
-    best = results("texts")["the book"]["3 epochs"]
-    yield f"{best_row} | {rate(best['lr'])} | {best['best']:.1f} |"
+    best = results("texts")["the book, 3 epochs"]
+    yield f"{best_row} | {rate(best['lr'])} | {best['perplexity']:.1f} |"
     yield (
         "| full fine-tuning with the recipe's batches, at the best of the rates tried "
         f"| 6,901,760 | 2, 249 | {cells['full: all weights']} |"
@@ -129,31 +129,18 @@ def with_seconds(runs: list[dict[str, float]] | None) -> str:
 
 @table
 def texts() -> Iterator[str]:
-    yield (
-        "| text | size | base | 1 epoch: reference | best | ladder | 3 epochs: reference | best "
-        "| ladder | 10 epochs: best | ladder |"
-    )
-    yield f"|---|---:|---:|{'---:|' * 8}"
+    yield "| text | size | base | reference | best, with its rate | best of the ladder |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for name, found in results("texts").items():
-        epochs = [found.get(f"{count} epochs") for count in (1, 3, 10)]
-        cells = [recipe_cells(run, i < 2) for i, run in enumerate(epochs)]
+        if "ladder" not in found:
+            continue
+        ladder = found["ladder"]
+        lr = min(ladder, key=ladder.__getitem__)
         mark = " (fitted)" if name in FITTED else ""
         size = f"{found['bytes'] / 1000:.0f} KB"
-        name = name.removesuffix(f", {size}")
-        yield f"| {name}{mark} | {size} | {epochs[0]['base']:.1f} | {' | '.join(cells)} |"
-
-
-def recipe_cells(run: Any, with_reference: bool) -> str:
-    """Return the cells of the reference, if asked, of `best` and of the ladder's best rate."""
-    cells = []
-    if with_reference:
-        cells.append(f"{run['reference']:.1f}" if "reference" in run else "")
-    if not run:
-        return " | ".join([*cells, "", ""])
-    ladder = run["ladder"]
-    lr = min(ladder, key=ladder.__getitem__)
-    cells += [f"{run['best']:.1f} at {rate(run['lr'])}", f"{ladder[lr]:.1f} at {rate(lr)}"]
-    return " | ".join(cells)
+        scores = [f"{found[key]:.1f}" for key in ("base", "reference")]
+        scores += [f"{found['best']:.1f} at {rate(found['lr'])}", f"{ladder[lr]:.1f} at {rate(lr)}"]
+        yield f"| {name.partition(',')[0]}{mark} | {size} | {' | '.join(scores)} |"
 
 
 @table

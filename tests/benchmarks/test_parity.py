@@ -85,9 +85,9 @@ def a_by_the_wrong_fan_in(layer, *args, init=LoRALinear.__init__):
     nn.init.kaiming_uniform_(layer.lora_A.weight.data.t(), a=5**0.5)  # (in, r)
 
 
-def validation_that_draws(model, plan, validate=train.validate):
+def validation_that_draws(*given, validate=train.validate):
     torch.rand(1)  # advances the stream of the dropouts
-    return validate(model, plan)
+    return validate(*given)
 
 
 def labels_not_shifted(windows, indices, batch=Windows.batch):

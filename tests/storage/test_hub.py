@@ -286,7 +286,7 @@ def test_auto_is_mini_where_the_hub_does_not_answer(fake, capsys):
     assert hub.find_base("auto") == ("mini", hub.MINI)
     assert time.monotonic() - began < 3
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("base: mini (gpt2 is not cached, and openai-community/gpt2 is neither")
+    assert line.startswith("base: mini (gpt2 is not cached, and openai-community/gpt2")
     assert "Timeout" in line
 
 
