@@ -1,4 +1,4 @@
-"""LoRA for any PyTorch model, with files in PEFT's format. Needs only PyTorch and safetensors.
+"""LoRA for the linear layers of PyTorch models, with files in PEFT's format. Needs only PyTorch and safetensors.
 
     from lora import LoRAConfig, inject, save_adapter, trained_parameters
 
