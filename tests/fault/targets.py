@@ -24,7 +24,7 @@ from tests.fault.runs import BOOK
 from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
 from tests.pairs import adapted
 from tests.runs import trained
-from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from training.checkpoint import CHECKPOINT, PREVIOUS, read_checkpoint, write_checkpoint
 
 VOCAB = TINY["vocab_size"]
 TEXT = BOOK[:5000] + "“Naïve” 日本語\r\n\n  end"
@@ -48,6 +48,7 @@ def prepare(directory: Path) -> None:
     save_adapter(adapted(base, r=3), directory / "adapter", "gpt2", "0" * 64)
     (directory / "book.txt").write_bytes(TEXT.encode())
     trained("lora", base, directory / "book.txt", directory / "run", "--max-steps", 1)
+    (directory / "run" / PREVIOUS).unlink()  # would replace a damaged checkpoint
     shutil.copy(directory / "run" / CHECKPOINT, directory / "saved")
     for target in TARGETS:  # the first call also pays for imports
         target.check(directory)
