@@ -1,4 +1,4 @@
-"""LoRA for the linear layers of PyTorch models, with files in PEFT's format. Needs only PyTorch and safetensors.
+"""LoRA for linear layers in PyTorch, with files in PEFT's format. Needs only torch and safetensors.
 
     from lora import LoRAConfig, inject, save_adapter, trained_parameters
 
