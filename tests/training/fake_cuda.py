@@ -9,6 +9,7 @@ first of two, in a fake group of processes, which returns each tensor as it is.
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from copy import copy
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -29,6 +30,7 @@ import evaluate
 import generate
 import lora.dora
 import lora.load
+import lora.pissa
 import one_page
 import training.model
 from benchmarks.ours import Steps, options
@@ -120,6 +122,15 @@ def replace_tensors(module: nn.Module, change: Callable, recurse: bool = True) -
     return module
 
 
+def copy_layer(layer: nn.Module) -> nn.Module:
+    """Do the work of `deepcopy`, which would copy memory that a fake tensor lacks, and crash."""
+    copied = copy(layer)
+    copied._parameters = {}
+    for name, parameter in layer.named_parameters():
+        setattr(copied, name, nn.Parameter(parameter.detach().clone()))
+    return copied
+
+
 def real(load: Callable) -> Callable:
     """Return a function that reads a model's files into tensors with data."""
 
@@ -159,6 +170,7 @@ def on_fake_cuda(precision: str) -> Iterator[None]:
             (generate, "load_model", real(generate.load_model)),
             (Processes, "gather", lambda processes, value: [value]),
             (lora.load, "safe_open", open_real),
+            (lora.pissa, "deepcopy", copy_layer),
             (torch, "Generator", FakeGenerator),
             (torch.cuda, "get_device_capability", lambda device: (8, 0)),  # asked by a broadcast
             (Tensor, "as_subclass", lambda tensor, kind: tensor),  # fakes have a class already
