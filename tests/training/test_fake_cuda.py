@@ -1,7 +1,6 @@
 """Run fake_cuda.py in a process that takes its library for CUDA."""
 
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,10 +48,5 @@ def test_the_program_on_fake_cuda_tensors_waits_nowhere_and_has_the_right_types(
     save_adapter(adapted(base, ("c_attn",), r=4), tmp_path / "adapter", "gpt2")
     data = questions(tmp_path / "questions.jsonl")
     command = [sys.executable, "-c", START, library, base, tmp_path / "adapter", book, data]
-    for _ in range(4):  # the fake library itself sometimes crashes, before or after any check
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if ended.returncode != -signal.SIGSEGV:
-            break
-    else:
-        pytest.skip("the fake CUDA library crashed four times")
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stderr
