@@ -191,15 +191,6 @@ def test_pissa_of_names_alike_is_written_for_these_layers_alone(targets, unusual
     assert relative_difference(base(x), model(x)) < 1e-5
 
 
-def test_a_model_that_reads_sound_and_writes_text_has_no_task(tmp_path):
-    """With CAUSAL_LM or SEQ_2_SEQ_LM, PEFT would pass tokens to the model's sound input."""
-    config = transformers.WhisperConfig(d_model=24, encoder_layers=1, decoder_layers=1)
-    model = transformers.WhisperForConditionalGeneration(config)
-    inject(model, LoRAConfig(target_modules=("q_proj",)))
-    save_adapter(model, tmp_path, "a-base")
-    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] is None
-
-
 def test_pefts_adapter_of_a_head_is_read_only_on_the_same_head(tmp_path):
     """PEFT also stores the head's W. It may be in another precision, but not another W."""
     case = CASES["llama"]
