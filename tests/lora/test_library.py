@@ -13,17 +13,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lora import (
     LoRAConfig,
     adapter_state_dict,
-    count_parameters,
     inject,
     lora_layers,
     loraplus_groups,
-    quantise,
     save_adapter,
-    trained_parameters,
 )
 from lora.save import WEIGHTS
 from tests.models import Plain
-from tests.pairs import our_name, parameters, randomize
+from tests.pairs import our_name, randomize
 
 
 @pytest.fixture
@@ -48,18 +45,6 @@ def test_defaults_are_pefts_except_alpha():
     theirs = peft.LoraConfig(target_modules="all-linear", lora_alpha=16).to_dict()
     ours = asdict(LoRAConfig())
     assert {name: theirs[name] for name in ours} == ours
-
-
-def test_counts_and_names_are_pefts(sides):
-    ours, theirs = sides
-    assert count_parameters(ours) == theirs.get_nb_trainable_parameters()
-    assert trained_parameters(ours).keys() == parameters(theirs.base_model.model).keys()
-
-
-def test_quantised_weights_are_counted():
-    plain, quantised = Plain(), Plain()
-    quantise(quantised, "nf4")
-    assert count_parameters(quantised) == (0, count_parameters(plain)[1])
 
 
 def test_groups_of_lora_plus_are_pefts(sides):
