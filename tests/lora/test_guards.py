@@ -157,38 +157,6 @@ def test_an_adapter_that_has_changed_since_the_merge_is_not_unmerged(fields):
         assert relative_difference(model(X), expected) < 1e-5
 
 
-def test_a_second_merge_does_nothing_even_after_a_tie():
-    model = inject(nn.Sequential(nn.Linear(16, 16)), LoRAConfig())
-    randomize(model)
-    merge(model)
-    merged = model[0].base_layer.weight.clone()
-    model.table = model[0].base_layer.weight
-    merge(model)
-    assert torch.equal(model[0].base_layer.weight, merged)
-
-
-class Nested(nn.Module):
-    """`layers` names a list of blocks and a list inside of each block."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Module()
-        self.body.layers = nn.ModuleList()
-        for _ in range(3):
-            block = nn.Module()
-            block.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
-            self.body.layers.append(block)
-        self.config = {}
-
-
-def test_the_first_list_of_a_repeated_name_numbers_the_blocks_as_in_peft():
-    fields = {"target_modules": ["0", "1"], "layers_to_transform": 2, "layers_pattern": "layers"}
-    model = inject(Nested(), LoRAConfig(**fields))
-    theirs = peft.get_peft_model(Nested(), peft.LoraConfig(**fields))
-    assert list(lora_layers(model)) == theirs.base_model.targeted_module_names
-    assert list(lora_layers(model)) == ["body.layers.2.layers.0", "body.layers.2.layers.1"]
-
-
 def test_a_file_with_an_unused_pattern_loads_as_in_peft(tmp_path):
     base = nn.Sequential(nn.Linear(16, 16))
     patterns = {"rank_pattern": {"gone": 2}, "alpha_pattern": {"gone": 4}}
