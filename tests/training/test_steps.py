@@ -164,31 +164,6 @@ def test_the_logged_loss_is_the_mean_over_tokens_though_the_last_batch_is_smalle
     assert run.column("loss") == pytest.approx([exact_loss(base, book)], rel=1e-6)
 
 
-def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
-    options = split("--label-shift 2 --max-steps 1")
-    run = trained("lora", base, book, tmp_path, *options, *WHOLE, *NO_DROPOUT)
-    assert run.column("loss") == pytest.approx([exact_loss(base, book, 2)], rel=1e-6)
-
-
-@pytest.mark.device
-def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, tmp_path):
-    def run_in(precision: str) -> runs.Run:
-        options = split(f"--max-steps 2 --batch-size 4 --val-fraction 0.02 --precision {precision}")
-        return trained("lora", base, book, tmp_path / precision, *options, *NO_DROPOUT)
-
-    exact = run_in("fp32")
-    halves = [run_in("bf16"), run_in("fp16")]
-    assert [half.report["precision"] for half in halves] == ["bf16", "fp16"]
-    for half in halves:
-        assert half.column("loss") == pytest.approx(exact.column("loss"), rel=0.01)
-        assert half.column("loss") != exact.column("loss")
-        assert half.column("grad_norm") == pytest.approx(exact.column("grad_norm"), rel=0.02)
-        assert {tensor.dtype for tensor in half.weights.values()} == {torch.float32}
-    for run in (exact, *halves):
-        for numbers in (run.report, run.metrics[0]):
-            assert ("skipped_steps" in numbers) == (run.report["precision"] == "fp16")
-
-
 def compiled_trainer(base, book, tmp_path, *options) -> Steps:
     """Return a trainer with --compile, which the command refuses on a CPU because it is slow."""
     argv = runs.arguments("lora", base, book, tmp_path, *options)
