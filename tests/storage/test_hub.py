@@ -220,16 +220,6 @@ def test_another_gpt2_than_the_known_one_is_refused_and_not_kept(fake, monkeypat
     assert all(hub.GPT2_REVISION in request for request in fake.requests)
 
 
-def test_a_cached_main_is_not_taken_for_the_pinned_gpt2(fake, tmp_path):
-    cache = tmp_path / "hf" / "hub" / "models--openai-community--gpt2"
-    make_model(cache / "snapshots" / COMMIT)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(COMMIT)
-    assert hub.find_base("auto") == ("mini", hub.MINI)
-    pinned = make_model(cache / "snapshots" / hub.GPT2_REVISION)
-    assert hub.find_base("gpt2") == ("gpt2", pinned)
-
-
 def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
     message = refusal(base="someone/tiny@v2")
     assert message.startswith("someone/tiny@v2 is neither a directory nor available on the hub: ")
@@ -245,14 +235,6 @@ def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
     assert hub.find_adapter("runs/ful") == Path("runs/ful")
     for name in ("nowhere", "/no/where", "./no/where", "a/b/c", "-a/b", ""):
         assert refusal(base=name).startswith(f"--base {name!r}: no such directory, and none of")
-
-
-def test_a_base_that_is_named_is_refused_at_once_without_a_network(fake, monkeypatch):
-    set_environment(monkeypatch, HF_ENDPOINT="http://127.0.0.1:1")
-    began = time.monotonic()
-    for name in ("someone/tiny", "gpt2"):
-        assert "Connect" in refusal(base=name)
-    assert time.monotonic() - began < 5  # huggingface_hub would try six times, in 23 s
 
 
 def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
@@ -288,17 +270,6 @@ def test_auto_is_mini_where_the_hub_does_not_answer(fake, capsys):
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("base: mini (gpt2 is not cached, and openai-community/gpt2")
     assert "Timeout" in line
-
-
-def test_shards_and_an_adapter_in_place_of_a_base_are_named(fake, base, adapter):
-    files = fake.repositories["someone/tiny"]
-    fake.repositories["someone/shards"] = files | {f"{WEIGHTS}.index.json": b"{}"}
-    del fake.repositories["someone/shards"][WEIGHTS]
-    message = refusal(base="someone/shards")
-    assert f"{WEIGHTS}.index.json: sharded weights are not supported; save one" in message
-    fake.repositories["someone/adapter"] = {p.name: p.read_bytes() for p in adapter.iterdir()}
-    ending = run(generate.main, "--base", "someone/adapter", "--prompt", "You", "--device", "cpu")
-    assert "is an adapter, not a base; give it to --adapter" in ending.stderr
 
 
 def test_an_adapter_is_fetched_the_same_way(fake, adapter, base, book, monkeypatch):
