@@ -2,7 +2,6 @@
 
 import json
 import math
-from argparse import Namespace
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import torch
 import train
 from benchmarks import parity
 from benchmarks.parity_report import Report
-from benchmarks.parity_runs import NO_DROPOUT, train_both, train_options
 from common.device import Device
 from lora.config import LoRAConfig
 from tests.helpers import DEVICE, tiny_gpt2_directory
@@ -96,11 +94,6 @@ def test_a_fault_breaks_parity(check, monkeypatch, kind, name, wrong, found):
     assert "parity is broken" in ending.stdout
 
 
-@pytest.fixture
-def opts(base, book):
-    return Namespace(directory=base, book=book, steps=30, batch_size=4, block_size=16, device="cpu")
-
-
 def test_a_difference_that_is_not_a_number_breaks_parity():
     one = torch.ones(1)
     not_a_number = torch.tensor([math.nan])
@@ -125,13 +118,3 @@ def test_steps_of_other_models_are_pefts_to_the_last_bit(check, tmp_path, config
     assert ending.status == 0, ending.stdout
     losses = result["curves"]["exact"]
     assert losses["here"] == losses["there"] and len(set(losses["here"])) == 3
-
-
-@pytest.mark.device
-def test_fp16_with_loss_scaling_reaches_pefts_loss_within_the_rounding_of_fp16(opts):
-    opts.device = DEVICE
-    here, there = train_both(train_options(opts, "lora", "--precision", "fp16", *NO_DROPOUT))
-    _, fp32 = train_both(train_options(opts, "lora", *NO_DROPOUT))
-    rounding = parity.relative(there.losses, fp32.losses)
-    assert 0 < rounding < 1e-2
-    assert parity.relative(here.losses, there.losses) <= 2 * rounding  # both sides round
