@@ -10,7 +10,6 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from adapters import inspect
 from lora.config import LoRAConfig
 from lora.inject import adapter_disabled, inject, lora_layers
 from lora.layer import LoRALinear
@@ -34,7 +33,6 @@ from tests.models import (
     steps,
 )
 from tests.pairs import parameters, randomize
-from tests.runs import stdout_of, table
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # including PEFT's warnings
 VARIANTS = {
@@ -282,16 +280,6 @@ def test_what_cannot_be_adapted_is_refused_in_one_line(build, targets, reason):
     assert "\n" not in str(refused.value)
     assert not lora_layers(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_inspect_takes_any_models_adapters(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect, "can_draw", lambda: False)
-    ours, _ = both(CASES["llama-tied"], ["q_proj", "up_proj"])
-    randomize(ours)
-    save_adapter(ours, tmp_path, "a-base")
-    rows = table(stdout_of(inspect.main, tmp_path))
-    norms = {name: layer.delta_weight().norm() for name, layer in lora_layers(ours).items()}
-    assert {row[0]: row[1] for row in rows[2:]} == {k: f"{norms[k]:.4g}" for k in norms}
 
 
 NEEDS_FUSED_EXPERTS = pytest.mark.skipif(
