@@ -116,15 +116,6 @@ def test_nf4_without_its_levels_is_refused():
         model(torch.randn(2, 64))
 
 
-@pytest.mark.parametrize("fields", [{}, {"init_lora_weights": "pissa"}, {"use_dora": True}])
-def test_the_input_may_be_given_by_name(fields):
-    model = inject(nn.Sequential(nn.Linear(16, 16)).eval(), LoRAConfig(**fields))
-    assert torch.equal(model[0](input=X), model[0](X))
-    linear = nn.Sequential(nn.Linear(16, 16))
-    quantise(linear, "nf4")
-    assert torch.equal(linear[0](input=X), linear[0](X))
-
-
 def test_the_weight_of_a_lora_layer_tells_its_type_and_refuses_computations():
     model = inject(nn.Sequential(nn.Linear(16, 16)).to(torch.bfloat16), LoRAConfig())
     weight = model[0].weight

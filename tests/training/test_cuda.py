@@ -104,14 +104,6 @@ def test_each_process_seeds_the_gpu_too(base, book, tmp_path, monkeypatch):
         assert seeds[-1] == 5 + number
 
 
-def test_a_batch_is_copied_from_pinned_memory_while_the_cpu_goes_on():
-    batch = mock.Mock(is_cuda=False)
-    gpu = torch.device("cuda")
-    copied = Device(gpu, "fp32").to_device(batch)
-    assert copied is batch.pin_memory().to.return_value
-    batch.pin_memory().to.assert_called_once_with(gpu, non_blocking=True)
-
-
 def test_the_size_of_a_chunk_depends_on_the_card_and_not_on_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
     card = mock.Mock(total_memory=8000)
