@@ -144,20 +144,6 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
 
 
-def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_path):
-    other = tmp_path / "another book.txt"
-    other.write_text(runs.story(seed=1))
-    options = ("--max-steps", 1, "--eval-every", 1, *runs.NO_DROPOUT["lora"])
-    one = trained("lora", base, book, tmp_path / "one", *options, "--book", book, other)
-    joined = tmp_path / "joined.txt"
-    joined.write_text(f"{book.read_text()}<|endoftext|>{other.read_text()}")
-    same = trained("lora", base, joined, tmp_path / "same", *options)
-    assert one.column("val_loss") == same.column("val_loss")
-    swapped = ("--resume", "--book", other, book)
-    again = run(train.main, *runs.arguments("lora", base, book, one.out, *options, *swapped))
-    assert "--book: the content has changed since" in runs.one_line(again, 2)
-
-
 def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(
     base, book, tmp_path
 ):
