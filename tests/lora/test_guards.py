@@ -88,18 +88,9 @@ def test_a_complex_weight_is_refused():
         quantise(model, "int8")
 
 
-@pytest.mark.parametrize(
-    "register",
-    [
-        "register_full_backward_hook",
-        "register_full_backward_pre_hook",
-        "register_state_dict_post_hook",
-        "register_load_state_dict_pre_hook",
-    ],
-)
-def test_quantise_refuses_a_layer_whose_hook_would_be_lost(register):
+def test_quantise_refuses_a_layer_whose_hook_would_be_lost():
     model = nn.Sequential(nn.Linear(64, 64))
-    getattr(model[0], register)(lambda *_: None)
+    model[0].register_full_backward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="0: Linear has a hook, which would be lost"):
         quantise(model, "nf4")
     assert type(model[0]) is nn.Linear

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks import ours
 from benchmarks.ours import Steps
 from tests import runs
-from tests.helpers import FP32_CLOSE, tiny_gpt2_directory
+from tests.helpers import DEVICE, FP32_CLOSE, tiny_gpt2_directory
 from tests.pairs import randomize
 from tests.runs import BLOCK, mean_loss, stock_model, token_parts, trained, windows
 from train import learning_rate
@@ -151,6 +151,15 @@ def compiled_trainer(base, book, tmp_path, *options) -> Steps:
     made = replace(parse_options("-", argv), compile=True)
     with mock.patch.object(ours, "prepare_device"):
         return Steps(made)
+
+
+@pytest.mark.device
+@pytest.mark.skipif(DEVICE == "cpu", reason="--compile is refused on a CPU")
+def test_compiled_training_is_the_same(base, book, tmp_path):
+    options = ("--max-steps", 2, *NO_DROPOUT)
+    plain = runs.trainer("lora", base, book, tmp_path, *options)
+    compiled = compiled_trainer(base, book, tmp_path, *options)
+    assert_same_steps(plain, compiled)
 
 
 def test_compiled_training_makes_one_graph_though_batches_differ(base, book, tmp_path, monkeypatch):
