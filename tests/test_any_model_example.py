@@ -13,7 +13,6 @@ import transformers
 from common.errors import UserError
 from data.instructions import CHAT_TEMPLATE
 from data.tokenizer import END_OF_TEXT
-from lesson.examples import dpo
 from lesson.examples.any_model import main
 from lesson.examples.chat import encode, read_conversations
 from lora.peft_config import CONFIG
@@ -143,9 +142,3 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line(tmp_path):
         write_small_tokenizer(tmp_path / "model", 317)
         arguments = ("--model", tmp_path / "model", "--out", tmp_path / "out")
         assert reason in one_line(run(main, *arguments), 2)
-
-
-def test_a_directory_without_a_model_is_refused_in_one_line(tmp_path):
-    for command in (main, dpo.main):
-        line = one_line(run(command, "--model", tmp_path, "--out", tmp_path / "out"), 2)
-        assert f"--model {tmp_path}: cannot be used (" in line

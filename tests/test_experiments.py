@@ -14,7 +14,6 @@ from lesson.experiments import (
     changes,
     first_step,
     memory,
-    rates,
     scaling,
     spectrum,
 )
@@ -90,22 +89,6 @@ def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
     for rule, r8, r64 in zip(scaling.RULES.values(), (2, 2, 2), (0.25, 2, 2 / 8**0.5), strict=True):
         assert LoRAConfig(r=8, **rule(8)).scaling == pytest.approx(r8)
         assert LoRAConfig(r=64, **rule(64)).scaling == pytest.approx(r64)
-
-
-def test_the_best_rate_between_those_tried_and_the_rule_of_many():
-    """On made-up runs, the parabola finds the lowest point, and the fit finds the powers."""
-
-    def around(best):
-        tried = [2.0**k for k in range(-14, -2)]
-        return {lr: [math.exp(3 + 0.1 * math.log2(lr / best) ** 2)] for lr in tried}
-
-    assert rates.vertex(around(3e-3)) == pytest.approx(3e-3)
-    data = {}
-    for steps in (15, 60, 240):
-        for passes in (1.4, 6, 23):
-            best = 0.04 * steps**-0.4 * passes**-0.6
-            data[f"{steps}, {passes}"] = {"steps": steps, "passes": passes, "runs": around(best)}
-    assert rates.fit(data) == pytest.approx((0.04, -0.4, -0.6, 1))
 
 
 def test_a_change_is_compared_with_w_in_the_changes_directions():

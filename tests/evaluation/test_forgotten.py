@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluate
 from lora.save import save_adapter
 from tests.helpers import TINY, small_tokenizer
 from tests.pairs import ALL_FOUR, KINDS, adapted
-from tests.runs import one_line, questions, run, scores, stock_model, story
+from tests.runs import questions, scores, stock_model, story
 
 BLOCK = 16
 BLOCK_OF_EXAMPLES = 60
@@ -81,8 +80,3 @@ def test_of_conversations_only_the_answers_count(base, adapter, tmp_path):
     found = forgotten(tmp_path, base, adapter, "--data", tmp_path / "data.jsonl")
     kl, share = reference(base, adapter, inputs)
     assert found == (pytest.approx(kl, abs=1e-6), share)
-
-
-def test_questions_with_choices_are_refused(tmp_path):
-    argv = ("--choices", tmp_path / "choices.jsonl", "--adapter", tmp_path, "--forgotten")
-    assert "--forgotten compares an adapter" in one_line(run(evaluate.main, *argv), 2)
