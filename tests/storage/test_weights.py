@@ -15,6 +15,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common.device import Device
 from common.errors import RunError
 from storage.weights import find_weights, load_config, load_gpt2, save_gpt2
 from tests.helpers import refusal, relative_difference, tiny_gpt2_directory, token_ids
@@ -232,3 +233,10 @@ def test_config_json_means_what_it_means_to_transformers(tmp_path, fields):
     ours = asdict(load_config(tmp_path))
     for field, value in (ours.pop("token_ids") | ours).items():
         assert value == getattr(theirs, field), field
+
+
+def test_a_model_read_in_bf16_is_the_one_read_in_fp32_and_cast(base):
+    wanted = Device.pick("cpu", "bf16").cast_frozen(load_gpt2(base).requires_grad_(False))
+    found = load_gpt2(base, torch.bfloat16).state_dict()
+    for name, tensor in wanted.state_dict().items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
