@@ -210,6 +210,15 @@ def test_damaged_and_missing_files_are_refused_by_name(base, adapter):
     assert "is a whole model, not an adapter" in refusal(adapter, load_adapter_config)
 
 
+def test_a_lack_of_memory_is_not_blamed_on_the_file(base, adapter, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lora.load.checked", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(load_gpt2(base), adapter)
+
+
 def test_equal_adapters_give_equal_bytes_and_a_failed_save_leaves_the_old_files(base, tmp_path):
     model = adapted(base)
     for name in ("a", "b"):

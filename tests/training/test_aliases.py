@@ -10,16 +10,16 @@ from train import main
 SHORT = ("--max-steps", 2, "--overwrite")
 
 
-def test_overwriting_the_base_by_a_hard_link_is_refused(base, book, tmp_path):
+def test_overwriting_the_base_by_a_link_back_is_refused(base, book, tmp_path):
+    """The base's weights are a link to a file in `--out`."""
     copy = shutil.copytree(base, tmp_path / "base")
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.jsonl").touch()  # looks like a run
-    os.link(copy / "model.safetensors", out / "model.safetensors")
-    before = contents(copy)
+    (copy / "model.safetensors").rename(out / "model.safetensors")
+    (copy / "model.safetensors").symlink_to(out / "model.safetensors")
     line = refused(out, *arguments("full", copy, book, out, *SHORT))
     assert f"--out {out}: " in line and "is an input of --base" in line
-    assert contents(copy) == before
 
 
 def test_overwriting_another_input_by_a_link_is_refused(base, book, adapter, tmp_path):
