@@ -145,10 +145,11 @@ def test_the_template_goes_with_what_was_trained_on_conversations_and_nothing_el
 
 
 def test_our_template_replaces_the_bases(tmp_path):
-    settings = json.dumps({"chat_template": "{{ 'old' }}"}).encode()
+    settings = json.dumps({"chat_template": "{{ 'old' }}", "model_max_length": 10**30}).encode()
     tokenizer = replace(small_tokenizer(331), files={"tokenizer_config.json": settings})
     save_tokenizer(tokenizer, tmp_path, 64, "{{ 'new' }}")
-    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "chat_template" not in stored and stored["model_max_length"] == 64
     save_tokenizer(tokenizer, tmp_path, 64, "{{ 'newer' }}")  # an existing file may be the user's
     assert (tmp_path / "chat_template.jinja").read_text() == "{{ 'new' }}"
 
