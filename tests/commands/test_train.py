@@ -144,6 +144,15 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
 
 
+def test_the_order_of_several_books_is_the_runs_own(book, base, tmp_path):
+    other = tmp_path / "another book.txt"
+    other.write_text(runs.story(seed=1))
+    argv = runs.arguments("lora", base, book, tmp_path / "run", "--max-steps", 1)
+    assert run(train.main, *argv, "--book", book, other).status == 0
+    again = run(train.main, *argv, "--resume", "--book", other, book)
+    assert "--book: the content has changed since" in runs.one_line(again, 2)
+
+
 def test_full_training_starts_from_gpt2s_own_initialisation_where_there_are_no_weights(
     base, book, tmp_path
 ):

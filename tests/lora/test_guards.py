@@ -107,10 +107,20 @@ def test_nf4_without_its_levels_is_refused():
         model(torch.randn(2, 64))
 
 
+@pytest.mark.parametrize("fields", [{}, {"init_lora_weights": "pissa"}, {"use_dora": True}])
+def test_the_input_may_be_given_by_name(fields):
+    model = inject(nn.Sequential(nn.Linear(16, 16)).eval(), LoRAConfig(**fields))
+    assert torch.equal(model[0](input=X), model[0](X))
+    linear = nn.Sequential(nn.Linear(16, 16))
+    quantise(linear, "nf4")
+    assert torch.equal(linear[0](input=X), linear[0](X))
+
+
 def test_the_weight_of_a_lora_layer_tells_its_type_and_refuses_computations():
     model = inject(nn.Sequential(nn.Linear(16, 16)).to(torch.bfloat16), LoRAConfig())
     weight = model[0].weight
     assert (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
+    assert model[0].bias is model[0].base_layer.bias  # which Mamba reads
     for compute in (lambda: weight.norm(), lambda: X @ weight.T, lambda: weight.data.float()):
         with pytest.raises(ValueError, match="computes with `weight` of a LoRA layer"):
             compute()
@@ -137,6 +147,28 @@ def test_an_adapter_that_has_changed_since_the_merge_is_not_unmerged(fields):
     if not fields:  # the order of values is A, B
         unmerge(model)
         assert relative_difference(model(X), expected) < 1e-5
+
+
+class Nested(nn.Module):
+    """`layers` names a list of blocks and a list inside of each block."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Module()
+        self.body.layers = nn.ModuleList()
+        for _ in range(3):
+            block = nn.Module()
+            block.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+            self.body.layers.append(block)
+        self.config = {}
+
+
+def test_the_first_list_of_a_repeated_name_numbers_the_blocks_as_in_peft():
+    fields = {"target_modules": ["0", "1"], "layers_to_transform": 2, "layers_pattern": "layers"}
+    model = inject(Nested(), LoRAConfig(**fields))
+    theirs = peft.get_peft_model(Nested(), peft.LoraConfig(**fields))
+    assert list(lora_layers(model)) == theirs.base_model.targeted_module_names
+    assert list(lora_layers(model)) == ["body.layers.2.layers.0", "body.layers.2.layers.1"]
 
 
 def test_a_file_with_an_unused_pattern_loads_as_in_peft(tmp_path):

@@ -237,6 +237,14 @@ def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
         assert refusal(base=name).startswith(f"--base {name!r}: no such directory, and none of")
 
 
+def test_a_base_that_is_named_is_refused_at_once_without_a_network(fake, monkeypatch):
+    set_environment(monkeypatch, HF_ENDPOINT="http://127.0.0.1:1")
+    began = time.monotonic()
+    for name in ("someone/tiny", "gpt2"):
+        assert "Connect" in refusal(base=name)
+    assert time.monotonic() - began < 5  # huggingface_hub would try six times, in 23 s
+
+
 def test_a_directory_is_itself(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "mini", "auto", "mine", "someone/tiny"):
