@@ -280,6 +280,17 @@ def test_auto_is_mini_where_the_hub_does_not_answer(fake, capsys):
     assert "Timeout" in line
 
 
+def test_shards_and_an_adapter_in_place_of_a_base_are_named(fake, base, adapter):
+    files = fake.repositories["someone/tiny"]
+    fake.repositories["someone/shards"] = files | {f"{WEIGHTS}.index.json": b"{}"}
+    del fake.repositories["someone/shards"][WEIGHTS]
+    message = refusal(base="someone/shards")
+    assert f"{WEIGHTS}.index.json: sharded weights are not supported; save one" in message
+    fake.repositories["someone/adapter"] = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    ending = run(generate.main, "--base", "someone/adapter", "--prompt", "You", "--device", "cpu")
+    assert "is an adapter, not a base; give it to --adapter" in ending.stderr
+
+
 def test_an_adapter_is_fetched_the_same_way(fake, adapter, base, book, monkeypatch):
     (adapter / "chat_template.jinja").write_text("{{ messages }}")
     fake.repositories["someone/adapter"] = {

@@ -12,7 +12,7 @@ import train
 from benchmarks.reference import METHODS
 from tests import runs
 from tests.fault.runs import differences, result
-from tests.runs import WEIGHTS, arguments, run, run_acting, trained
+from tests.runs import WEIGHTS, arguments, one_line, run, run_acting, trained
 from train import main
 from training import sweep
 from training.options import BOOK, parse_options
@@ -133,6 +133,14 @@ def test_what_is_typed_overrides_the_recipe(base, book, tmp_path):
     again = trained("lora", base, book, tmp_path / "again", *SHORT, *more)
     layers = [f"transformer.h.{i}.attn.c_attn" for i in (0, 1)]
     assert chosen(again) == ["best", None, layers, 4, 2]
+
+
+def test_a_run_of_the_best_recipe_resumes_as_itself(base, book, tmp_path):
+    argv = arguments("lora", base, book, tmp_path / "run", *SHORT, "--recipe", "best")
+    assert run(main, *argv).status == 0
+    assert "nothing to resume" in run(main, *argv, "--resume").stdout
+    line = one_line(run(main, *argv[:-1], "reference", "--resume"), 2)
+    assert "--recipe was best and is now reference; repeat the run's options" in line
 
 
 @pytest.mark.parametrize("method", METHODS)
