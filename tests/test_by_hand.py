@@ -124,23 +124,3 @@ def test_a_calculator_finds_the_printed_value(cell):
 def test_a_calculator_finds_the_values_in_the_text(equation):
     expression, _, result = equation.partition(" = ")
     assert shown(value(expression)) == result
-
-
-def test_the_text_has_the_numbers_of_the_worksheets():
-    (one, two, three), _ = two_steps()
-    smallest = one.db[2].lstrip("-")
-    moved = shown((float(three.a[0]) - float(two.a[0])) / RATE)
-    first_step = ["1", "-1", one.db[0], smallest]
-    weights = ["0.9", "0.1", "0.9", "0.1", "0.09", "0.1", "0.19"]
-    weights += ["0.999", "0.001", "0.9", "0.1", "0.999", "1", "1.999", "0"]
-    roots = ["0", "0.1", "0.19", "0.526", "1", "1.999", "0.707", "0.526", "0.707"]
-    quotient_of_a = shown(0.1 / 0.19 / math.sqrt(1 / 1.999))
-    assert float(moved) == pytest.approx(float(quotient_of_a), abs=0.003)
-    found = re.findall(r"-?\d+(?:\.\d+)?", PROSE)
-    assert found == [
-        *(shown(RATE), *first_step, shown(RATE)),
-        *(one.loss[0], two.loss[0]),
-        *(*weights, two.da[1]),
-        *(*roots, quotient_of_a, quotient_of_a),
-        three.loss[0],
-    ]
