@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, INK, LORA, draw_at, shades
+from common.figures import FULL, INK, LORA, shades
 from data.windows import Windows
 from lesson.experiments.common import (
     SHORT,
@@ -26,7 +26,7 @@ from lesson.experiments.common import (
 )
 from lesson.experiments.rates import LIMITS, rule
 from lesson.experiments.sweep import stored
-from lesson.figures import name_line
+from lesson.figures import draw_at, name_line
 from training.options import BEST, BOOK, ROOT
 
 TEXTS: dict[str, dict[str, Any]] = {
