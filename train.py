@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(plan: Plan, trainer: Trainer, run: Run) -> None:
     """Take the steps that remain. Validate when due, and keep the best model."""
-    if run.step == 0:
+    if run.step == 0:  # also if the run was resumed before its first step
         begin(plan, trainer, run)
     run.start()  # from here on, a signal first saves the run
     for batch in plan.batches(run.step):

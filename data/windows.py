@@ -45,7 +45,8 @@ class Batch:
 
 
 def batches(data: Dataset, size: int, epochs: int = 1, seed: int = 0) -> Iterator[Batch]:
-    """Yield batches of `size` windows. Each epoch visits every window, in a different order."""
+    """Yield batches of `size` windows, for a loop without a plan (train.py uses `Plan.batches`).
+    Each epoch visits every window, in a different order."""
     for epoch in range(epochs):
         order = data.epoch_order(seed, epoch)
         for start in range(0, len(order), size):
