@@ -85,8 +85,9 @@ def draw(data: dict[str, Any]) -> Any:
     count = len(next(iter(data["book"]["full"].values())))
     caption = (
         "Number at a point: epochs. LoRA of rank r is on all four layers of a block, at the rate "
-        "of --recipe best. Full fine-tuning is at a tenth of that rate (not tuned). Circle: the "
-        f"batch and the epochs of --recipe best. fp32, {describe_seeds(count)}. Both panels span a "
+        "of the rule in docs/experiments.md, at most 8e-3. Full fine-tuning is at a tenth of "
+        "that rate (not tuned). Circle: the batch and the epochs of --recipe best. fp32, "
+        f"{describe_seeds(count)}. Both panels span a "
         f"factor of {SPAN} in perplexity."
     )
     titles = (f"validation perplexity: the {text} (log)" for text in data)
@@ -124,7 +125,7 @@ def draw_epochs(
         return
     axis.plot(*zip(*points.values(), strict=True), line, color=colour, label=label)
     for epochs, point in points.items():
-        name_line(axis, epochs, point, colour, (4, 7))
+        name_line(axis, epochs, point, colour, (4, -8) if "32" in label else (4, 7))
 
 
 def place(found: list[dict[str, float]] | None) -> tuple[float, float]:

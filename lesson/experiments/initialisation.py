@@ -40,8 +40,8 @@ STARTS = {
 LR = 2e-3
 TITLES = {
     "loss": "loss minus the base's, nats per token",
-    "B": "norm of B's gradient (log)",
-    "A": "norm of A's gradient (log)",
+    "B": "norm of B's gradient (log above 0.01)",
+    "A": "norm of A's gradient (log above 0.01)",
 }
 
 

@@ -101,7 +101,7 @@ def draw(data: dict[str, Any]) -> Any:
         "How far LoRA stays behind full fine-tuning, each at its best rate (mini)",
         caption,
         "validation, after 240 windows\nin smaller or larger batches",
-        "validation, after 240 steps on\nmore or less text",
+        "validation, after 240 steps of\n1 window, on more or less text",
         "training, in the last 80\nof these 240 steps",
         height=4.7,
     )

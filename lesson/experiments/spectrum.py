@@ -168,8 +168,8 @@ def draw_similarity(data: dict[str, Any]) -> Any:
     figure, (inputs, outputs) = panels(
         "Does another seed find the same change of c_attn? (mini)",
         "The k directions of a run are those with the largest singular values of its change. The "
-        f"share is phi of Hu et al. 2021, 7.2. {RUN} Lines and bands: means and ranges over pairs "
-        "of seeds.",
+        f"share is phi of Hu et al. 2021, 7.2. {RUN} Right: LoRA only. Lines and "
+        "bands: means and ranges over pairs of seeds.",
         "share of the first k input directions\nthat two runs have in common",
         "share of the first k output directions\nthat two runs have in common",
     )
