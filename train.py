@@ -117,7 +117,7 @@ def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
         except RunError:  # the short run diverged
             return math.inf
 
-    return find_rate(trainer.model, short_run, plan.total_steps)
+    return find_rate(trainer.model, short_run, plan.passes)
 
 
 def validate(plan: Plan, trainer: Trainer, data: Dataset) -> Scores:

@@ -26,6 +26,10 @@ class Dataset(Protocol):
         """Return the number of scored tokens in these windows."""
 
     @property
+    def passes(self) -> float:
+        """Return how often, on average, an epoch reads a token."""
+
+    @property
     def scored_bytes(self) -> int:
         """Return the number of UTF-8 bytes of text that `evaluation_batches` scores."""
 
@@ -105,6 +109,10 @@ class Windows:
 
     def num_tokens(self, indices: np.ndarray) -> int:
         return len(indices) * self.block_size  # every token of a window is scored
+
+    @property
+    def passes(self) -> float:
+        return len(self) * self.block_size / len(self.tokens)
 
     @property
     def scored_bytes(self) -> int:

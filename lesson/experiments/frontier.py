@@ -14,7 +14,6 @@ from statistics import mean
 from typing import Any
 
 from common.figures import FULL, INK, LORA, shades
-from data.windows import Windows
 from lesson.experiments.common import (
     SHORT,
     Steps,
@@ -51,12 +50,7 @@ def run(words: dict[str, Any], r: int | None, short: bool) -> dict[str, float]:
         words |= SHORT
     best = words | {"recipe": BEST}
     plan = Steps(train_options("lora", best)).plan
-    data = plan.data.training
-    share = 1.0  # of the tokens that an epoch reads
-    if isinstance(data, Windows):
-        share = len(data) * data.block_size / len(data.tokens)
-    passes = words["epochs"] * share
-    rate = float(f"{min(rule(plan.total_steps, passes), LIMITS[1]):.1e}")
+    rate = float(f"{min(rule(plan.total_steps, plan.passes), LIMITS[1]):.1e}")
     if r:
         return stored(train_options("lora", best | {"r": r, "lr": rate}), short)
     return stored(train_options("full", words | {"lr": rate / 10}), short)
