@@ -5,8 +5,8 @@ Varied: the text, the recipe, the epochs, and the rate.
 Fixed: mini in fp32, seed 42, and every other option of `train.py`.
 Measured: the perplexity of the last tenth of the text, by the base, by `--recipe reference`, by
 `--recipe best`, and by `best` at other rates: the rule's rate, 4e-3, and the best of a ladder whose
-rates differ by a factor of 2. Where `best` is more than 2 % above the ladder, seeds 43 and 44 repeat
-`best` and the ladder's best rate.
+rates differ by a factor of 2. Where `best` is more than 2 % above the ladder, seeds 43 and 44
+repeat `best` and the ladder's best rate.
 
 Each FILE is a text beside the texts of `TEXTS`. Its name, size and hash are stored, not the text.
 """
