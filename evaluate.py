@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from common.cli import KERNELS_OPTION, Parser, add_device_options, add_model_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     refuse_input_as_output(args)
     device = Device.pick(args.device, args.precision)
     tune_process(device)
-    base, model, tokenizer = load_model(args.base, args.adapter, device.dtype, args.quantise)
+    base, model, tokenizer = load_with_adapter(args.base, args.adapter, device.dtype, args.quantise)
     check_block_size(args.block_size, model.config)
     kind = quantisation(model)
     device.cast_frozen(model)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from common.cli import KERNELS_OPTION, Parser, add_device_options, add_model_options, number
 from common.device import Device, tune_process
 from common.errors import UserError, run_command
@@ -68,7 +68,7 @@ def use_adapter(
 ) -> None:
     """Load the base, with the adapter if any, and chat or continue the prompts. With `with_base`,
     the base continues the prompts first."""
-    base, model, tokenizer = load_model(args.base, adapter, device.dtype, args.quantise)
+    base, model, tokenizer = load_with_adapter(args.base, adapter, device.dtype, args.quantise)
     device.cast_frozen(model)
     set_kernels(model, args.kernels)
     with device.autocast():

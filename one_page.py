@@ -1,8 +1,8 @@
 """LoRA on one page: adapt GPT-2 to a book with `python one_page.py`.
 
 Read docs/lora.md first (ten minutes), then this page, then docs/training.md, which explains a step.
-In fp32 on one thread, `train.py lora --kernels plain` and a loop with PEFT have the same losses and
-adapter, bit for bit (tests/test_one_page.py). The full program is faster, and resumes and merges.
+In fp32 on one thread, this page, `train.py lora --kernels plain` and a loop with PEFT have the same
+losses and adapter, bit for bit (tests/test_one_page.py). train.py is faster, resumes and merges.
 
 Shapes: B rows (not LoRA's B), T tokens, C = n_embd, H heads of width D = C / H, V vocabulary.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer, load_tokenizer
 
-BASE = "./model/mini"  # a directory of a GPT-2. Without "./", PEFT would ask the hub for this name
+BASE = "./model/mini"  # a directory of a GPT-2. "./": this is not a name on the hub
 BOOK = Path("data/book.txt")
 OUT = Path("runs/one-page")
 PREFIX = "base_model.model.transformer."  # of the names in PEFT's file
@@ -33,7 +33,7 @@ BATCH, EPOCHS, SEED = 16, 3, 42  # BATCH windows per step. An epoch reads most t
 PEAK_LR, WARMUP = 3e-4, 0.06  # the rate rises in the first 6 % of the steps
 WEIGHT_DECAY, CLIP = 0.01, 1.0  # CLIP is the largest norm of the gradient
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = "cuda" if CUDA else "cpu"  # a CPU computes in fp32, and ignores DTYPE
 DTYPE = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
@@ -113,7 +113,7 @@ class GPT2(nn.Module):
 def load_gpt2(directory: Path) -> GPT2:
     """Load GPT-2 in fp32. Files store the blocks' matrices as (in, out), nn.Linear as (out, in)."""
     model = GPT2(json.loads((directory / "config.json").read_text()))
-    stored = load_file(directory / "model.safetensors")
+    stored = load_file(directory / "model.safetensors")  # names with or without "transformer."
     for name, parameter in model.named_parameters():
         weight = stored[name if name in stored else f"transformer.{name}"].float()
         parameter.data = weight.t() if name.startswith("h.") else weight  # t() keeps vectors
@@ -130,9 +130,9 @@ def total_loss(model: GPT2, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: GPT2, tokens: Tensor) -> float:
     """Return the mean loss over a text (N,). Each token except the first is scored once."""
-    model.eval()
+    model.eval()  # no dropout, also in `report`
     total = 0.0
-    for start in range(0, len(tokens) - 1, BLOCK):  # the last target is the next first input
+    for start in range(0, len(tokens) - 1, BLOCK):  # a last target is the next first input
         total += total_loss(model, tokens[None, start : start + BLOCK + 1]).item()
     return total / (len(tokens) - 1)
 
@@ -213,8 +213,8 @@ def main() -> None:
     began = time.perf_counter()
     torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are wrong on some GPUs
     model = load_gpt2(Path(BASE)).to(DEVICE)
-    tokenizer = load_tokenizer(Path(BASE), model.wte.num_embeddings)
-    ids = tokenizer.encode(BOOK.read_text("utf-8")).astype(np.int64)
+    tokenizer = load_tokenizer(Path(BASE), model.wte.num_embeddings)  # refuses a larger vocabulary
+    ids = tokenizer.encode(BOOK.read_text("utf-8")).astype(np.int64)  # (N,), from uint16
     tokens = torch.from_numpy(ids).to(DEVICE)  # once, so that no step waits for a copy
     cut = len(tokens) - len(tokens) // 10  # the last tenth is for validation
     report("base", model, tokens[cut:], tokenizer)

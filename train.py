@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(plan: Plan, trainer: Trainer, run: Run) -> None:
     """Take the steps that remain. Validate when due, and keep the best model."""
-    if run.step == 0:
+    if run.step == 0:  # also if the run was resumed before its first step
         begin(plan, trainer, run)
     run.start()  # from here on, a signal first saves the run
     for batch in plan.batches(run.step):
@@ -117,7 +117,7 @@ def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
         except RunError:  # the short run diverged
             return math.inf
 
-    return find_rate(trainer.model, short_run, plan.total_steps)
+    return find_rate(trainer.model, short_run, plan.passes)
 
 
 def validate(plan: Plan, trainer: Trainer, data: Dataset) -> Scores:

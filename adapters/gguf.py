@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from adapters.factors import read_factors
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from adapters.merge import chat_template, load_merged
 from adapters.quantisation import recorded_quantisation
 from common.cli import BASE_OPTION, NONE, QUANTISE_OPTION, Parser
@@ -23,7 +23,7 @@ def export_adapter(base: str, adapter: Path, out: Path, dtype: torch.dtype) -> s
     """Write only the adapter, with all layers padded to the largest rank. Return a description."""
     adapter = find_adapter(str(adapter))
     factors = read_factors(adapter)
-    loaded = load_model(base, adapter, quantise=NONE)
+    loaded = load_with_adapter(base, adapter, quantise=NONE)
     refuse_erf_gelu(loaded.model.config, loaded.base)
     rank = max(change.rank for change in factors.values())
     padded = {layer: change.pad(rank) for layer, change in factors.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adapters.factors import Factors, read_factors
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from common.cli import NONE, Parser, print_table
 from common.errors import run_command
 from common.figures import PAGE_WIDTH, can_draw, save_figure, subplots
@@ -82,7 +82,7 @@ def beside_weights(
     base: str, adapter: Path, factors: dict[str, Factors]
 ) -> dict[str, BesideWeight]:
     """Compare each layer's change with the layer's weight in the base."""
-    model = load_model(base, adapter, quantise=NONE).model
+    model = load_with_adapter(base, adapter, quantise=NONE).model
     prefix = peft_view(model).prefix
     found = {}
     for own, layer in lora_layers(model).items():

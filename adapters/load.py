@@ -43,7 +43,7 @@ def named_base(adapter: Path) -> str:
     )
 
 
-def load_model(
+def load_with_adapter(
     base: str,
     adapter: Path | None,
     dtype: torch.dtype = torch.float32,

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from adapters.load import Loaded, load_model
+from adapters.load import Loaded, load_with_adapter
 from adapters.quantisation import choose_quantisation
 from common.cli import NONE, Parser, add_model_options
 from common.device import PRECISIONS
@@ -61,7 +61,7 @@ def load_merged(
 ) -> Loaded:
     """Load a base in fp32 with the adapter merged. Print by how much rounding to `dtype` changes
     the update."""
-    loaded = load_model(base, adapter, quantise=quantise)
+    loaded = load_with_adapter(base, adapter, quantise=quantise)
     dequantise(loaded.model)  # the adapter was trained on the dequantised weights
     merge(loaded.model)
     if adapter and dtype != torch.float32:

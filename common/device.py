@@ -24,7 +24,12 @@ M_MMAP_MAX = -4
 
 @dataclass(frozen=True)
 class Device:
-    """The device that a command computes on, and the precision of its matmuls."""
+    """The device that a command computes on, and the precision of its matmuls.
+
+    The precision sets three things: autocast around the loss (`autocast`), the frozen matrices
+    (`cast_frozen`), and a scaler of the loss, for fp16 only (training/trainer.py). The trained
+    parameters, the norms, the softmax and the loss stay in fp32.
+    """
 
     torch_device: torch.device
     precision: str

@@ -7,7 +7,6 @@ colour or of OTHER.
 
 import os
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,9 +108,3 @@ def scientific(number: float, position: object = None) -> str:
     formatter."""
     digits, exponent = f"{number:e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
-
-
-def draw_at(axis: Any, numbers: Sequence[float], names: Sequence[object] | None = None) -> None:
-    """Put ticks only at these numbers of a matplotlib axis, labelled with these names."""
-    axis.set_ticks(numbers, names or [f"{number:g}" for number in numbers])
-    axis.set_ticks([], minor=True)

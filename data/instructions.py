@@ -85,6 +85,8 @@ class Instructions:
         inputs, targets = torch.from_numpy(padded)
         return inputs.clamp(min=0), targets
 
+    passes = 1.0
+
     def num_tokens(self, indices: np.ndarray) -> int:
         return sum(int((self.rows[i][1] != IGNORE_INDEX).sum()) for i in indices)
 

@@ -26,6 +26,10 @@ class Dataset(Protocol):
         """Return the number of scored tokens in these windows."""
 
     @property
+    def passes(self) -> float:
+        """Return how often, on average, an epoch reads a token."""
+
+    @property
     def scored_bytes(self) -> int:
         """Return the number of UTF-8 bytes of text that `evaluation_batches` scores."""
 
@@ -45,7 +49,8 @@ class Batch:
 
 
 def batches(data: Dataset, size: int, epochs: int = 1, seed: int = 0) -> Iterator[Batch]:
-    """Yield batches of `size` windows. Each epoch visits every window, in a different order."""
+    """Yield batches of `size` windows, for a loop without a plan (train.py uses `Plan.batches`).
+    Each epoch visits every window, in a different order."""
     for epoch in range(epochs):
         order = data.epoch_order(seed, epoch)
         for start in range(0, len(order), size):
@@ -104,6 +109,10 @@ class Windows:
 
     def num_tokens(self, indices: np.ndarray) -> int:
         return len(indices) * self.block_size  # every token of a window is scored
+
+    @property
+    def passes(self) -> float:
+        return len(self) * self.block_size / len(self.tokens)
 
     @property
     def scored_bytes(self) -> int:

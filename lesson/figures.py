@@ -1,5 +1,6 @@
 """Drawing functions for the lesson's pictures."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from common.figures import shade
@@ -31,3 +32,9 @@ def name_line(
         annotation_clip=False,
         parse_math=False,
     )
+
+
+def draw_at(axis: Any, numbers: Sequence[float], names: Sequence[object] | None = None) -> None:
+    """Put ticks only at these numbers of a matplotlib axis, labelled with these names."""
+    axis.set_ticks(numbers, names or [f"{number:g}" for number in numbers])
+    axis.set_ticks([], minor=True)

@@ -17,7 +17,7 @@ SHORT_STEPS = 24
 FIRST = 4e-3  # near the best rate of LoRA on all layers with alpha 16, in `SHORT_STEPS` steps
 MOST_RUNS = 12
 MOST_RISE = 0.2  # nats
-POWER = 0.2  # fitted to runs of 34 to 249 steps (docs/experiments.md)
+PER_PASS = 0.15  # fitted to runs of 1 to 10 passes (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class RateSearch:
 def find_rate(
     model: nn.Module,
     short_run: Callable[[float], float],
-    steps: int,
+    passes: float = 1.0,
     first: float = FIRST,
-    short_steps: int = SHORT_STEPS,
 ) -> RateSearch:
-    """Find a peak learning rate for a run of `steps` steps.
+    """Find a peak learning rate for a run that reads its training text `passes` times.
 
-    `short_run(rate)` trains `model` for `short_steps` steps with this peak rate, and returns the
-    loss on a text that it does not train on. `adamw_run` returns such a function. Every short run
-    starts from the present parameters and random state, and both are restored at the end.
+    `short_run(rate)` trains `model` for a few steps with this peak rate, and returns the loss on a
+    text that it does not train on. `adamw_run` returns such a function. Every short run starts from
+    the present parameters and random state, and both are restored at the end.
 
     The search tries `first` and twice `first`, and then walks by factors of 2 until a rate is
     better than both its neighbours. A parabola through the three losses over log rate gives the
-    best rate of a short run. A longer run needs a lower rate, because its changes add up:
+    best rate of a short run. A run that reads its text again needs a lower rate, because it also
+    learns the text by heart:
 
-        rate = best * (short_steps / steps)^POWER
+        rate = best / (1 + PER_PASS * (passes - 1))
 
     Raises ValueError if the loss is not a finite number at any rate tried.
     """
@@ -65,7 +65,7 @@ def find_rate(
 
     tried = walk(loss_at, first)
     best = lowest_point(tried)
-    rate = best / max(1.0, steps / short_steps) ** POWER
+    rate = best / (1 + PER_PASS * max(0.0, passes - 1))
     return RateSearch(float(f"{rate:.1e}"), tried, time.perf_counter() - began)
 
 

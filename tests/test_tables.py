@@ -20,9 +20,7 @@ UNMEASURED = {
     "measures": 1,
     "qlora": 1,
     "real-weights": 1,
-    "scaling": 1,
-    "solutions": 1,
-    "training": 3,
+    "training": 2,
     "variants": 2,
 }
 

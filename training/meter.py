@@ -40,12 +40,12 @@ class Meter:
         self.skipped = 0
         self.skips_in_a_row = 0
 
-    def resume(self) -> None:
+    def start(self) -> None:
         """Start the clock."""
         self.began = time.perf_counter()
 
     def pause(self) -> None:
-        """Stop the clock, and add the time since `resume`."""
+        """Stop the clock, and add the time since `start`."""
         if self.began is not None:
             self.seconds += time.perf_counter() - self.began
         self.began = None

@@ -51,6 +51,11 @@ class Plan:
         return Batch(rows, data.num_tokens(indices))
 
     @property
+    def passes(self) -> float:
+        """Return how often, on average, the run reads a token of its training part."""
+        return self.total_steps / self.steps_per_epoch * self.data.training.passes
+
+    @property
     def starts_as_the_base(self) -> bool:
         """Return whether the run begins with a new adapter, which changes nothing yet."""
         return self.options.method == "lora" and not self.options.init_adapter

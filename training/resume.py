@@ -20,7 +20,8 @@ class Saver:
     """Write the files of a run in `--out`, and restore the run from its last checkpoint.
 
     A checkpoint contains the `stateful` objects, the random generators of all processes, the time
-    and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`.
+    and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`. The order
+    of the windows and the learning rate follow from the step.
 
     Only process 0 reads and writes files. In other processes, `directory` is None.
     """

@@ -65,7 +65,8 @@ class Run:
 
     def _stateful(self) -> dict[str, Any]:
         """Return the objects whose state a checkpoint contains."""
-        # ParameterDict does not allow a dot in a name.
+        # These are the model's own tensors, so restoring them changes the model. ParameterDict does
+        # not allow a dot in a name.
         trained = trained_parameters(self.trainer.model)
         named = {name.replace(".", "/"): p for name, p in trained.items()}
         return {
@@ -123,7 +124,7 @@ class Run:
         signal ends the process at once, because the first checkpoint repeats what came before.
         """
         on_signals(self.stop.on_signal)
-        self.meter.resume()
+        self.meter.start()
 
     def count(self, loss: Tensor, grad_norm: Tensor, num_tokens: int, lr: float) -> None:
         """Count a step. If a line of metrics is due, check the losses, and prepare the line.
@@ -179,7 +180,7 @@ class Run:
         if number:
             self.stop.end(number, f"stopped after step {self.step}", self.plan.processes)
         self.bar.update()
-        self.meter.resume()
+        self.meter.start()
 
     def _checkpoint_is_due(self) -> bool:
         age = self.saver.age()

@@ -109,7 +109,8 @@ def samples(model, tokenizer, task: Task, device: Device) -> dict[str, str]:
 
 
 def search_rate(model, training: Dataset, steps: int, device: Device) -> RateSearch:
-    """Find the peak learning rate by short runs, scored on batches that they do not train on."""
+    """Find the peak learning rate of a run of `steps` steps by short runs, scored on batches that
+    they do not train on."""
     size = min(BATCH, max(1, len(training) // 2))
     every = list(batches(training, size))
     held_out = every[-max(1, len(every) // 10) :]
@@ -120,7 +121,7 @@ def search_rate(model, training: Dataset, steps: int, device: Device) -> RateSea
         return loss(model, inputs, targets, device)
 
     run = adamw_run(model, mean_loss, short, held_out)
-    return find_rate(model, run, steps, short_steps=SHORT_STEPS)
+    return find_rate(model, run, passes=steps / len(every))
 
 
 def prepare(args: argparse.Namespace, device: Device) -> tuple[Any, Any, Task]:

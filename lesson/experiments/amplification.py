@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, INK, LORA, draw_at, shades
+from common.figures import FULL, INK, LORA, shades
 from lesson.experiments.changes import LAYERS, TOP, load_base, taken_apart
 from lesson.experiments.common import as_command, describe_seeds, experiment, panels
 from lesson.experiments.intruders import RUNS, run_name
 from lesson.experiments.sweep import finetune
-from lesson.figures import name_line
+from lesson.figures import draw_at, name_line
 
 SHOWN = ("r = 1", "r = 8", "r = 64", "full")  # names in RUNS
 
@@ -66,9 +66,10 @@ def draw(data: dict[str, Any]) -> Any:
     caption = (
         f"Size: Frobenius norm over all blocks. Of the change by full fine-tuning, only the {TOP} "
         "largest directions count. LoRA has rank r on all four layers of a block, and alpha 16. 60 "
-        f"steps of 4 windows of 128 tokens. Point, line: mean, range of {describe_seeds(count)}."
+        "steps of 4 windows of 128 tokens. Compare equal ranks only. Point, line: mean, range of "
+        f"{describe_seeds(count)}."
     )
-    whole = "Does training change a weight W where W is large, or where W is small? (mini)"
+    whole = "How much larger is a change than W, in the directions of the change? (mini)"
     figure, (axis,) = panels(whole, caption, height=4.8)
     for i, (name, kinds) in enumerate(data.items()):
         colour = [*shades(LORA, len(data) - 1), FULL][i]

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, INK, LORA, draw_at, shades
-from data.windows import Windows
+from common.figures import FULL, INK, LORA, shades
 from lesson.experiments.common import (
     SHORT,
     Steps,
@@ -26,7 +25,7 @@ from lesson.experiments.common import (
 )
 from lesson.experiments.rates import LIMITS, rule
 from lesson.experiments.sweep import stored
-from lesson.figures import name_line
+from lesson.figures import draw_at, name_line
 from training.options import BEST, BOOK, ROOT
 
 TEXTS: dict[str, dict[str, Any]] = {
@@ -51,12 +50,7 @@ def run(words: dict[str, Any], r: int | None, short: bool) -> dict[str, float]:
         words |= SHORT
     best = words | {"recipe": BEST}
     plan = Steps(train_options("lora", best)).plan
-    data = plan.data.training
-    share = 1.0  # of the tokens that an epoch reads
-    if isinstance(data, Windows):
-        share = len(data) * data.block_size / len(data.tokens)
-    passes = words["epochs"] * share
-    rate = float(f"{min(rule(plan.total_steps, passes), LIMITS[1]):.1e}")
+    rate = float(f"{min(rule(plan.total_steps, plan.passes), LIMITS[1]):.1e}")
     if r:
         return stored(train_options("lora", best | {"r": r, "lr": rate}), short)
     return stored(train_options("full", words | {"lr": rate / 10}), short)
@@ -85,8 +79,9 @@ def draw(data: dict[str, Any]) -> Any:
     count = len(next(iter(data["book"]["full"].values())))
     caption = (
         "Number at a point: epochs. LoRA of rank r is on all four layers of a block, at the rate "
-        "of --recipe best. Full fine-tuning is at a tenth of that rate (not tuned). Circle: the "
-        f"batch and the epochs of --recipe best. fp32, {describe_seeds(count)}. Both panels span a "
+        "of the rule in docs/experiments.md, at most 8e-3. Full fine-tuning is at a tenth of "
+        "that rate (not tuned). Circle: the batch and the epochs of --recipe best. fp32, "
+        f"{describe_seeds(count)}. Both panels span a "
         f"factor of {SPAN} in perplexity."
     )
     titles = (f"validation perplexity: the {text} (log)" for text in data)
@@ -124,7 +119,7 @@ def draw_epochs(
         return
     axis.plot(*zip(*points.values(), strict=True), line, color=colour, label=label)
     for epochs, point in points.items():
-        name_line(axis, epochs, point, colour, (4, 7))
+        name_line(axis, epochs, point, colour, (4, -8) if "32" in label else (4, 7))
 
 
 def place(found: list[dict[str, float]] | None) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.figures import BASE, INK, LORA, OTHER, draw_at, scientific, shades
+from common.figures import BASE, INK, LORA, OTHER, scientific, shades
 from lesson.experiments.common import (
     as_command,
     band,
@@ -26,6 +26,7 @@ from lesson.experiments.common import (
     panels,
     trainer,
 )
+from lesson.figures import draw_at
 from lora.inject import adapter_disabled
 
 # name: which of A and B are random, and the colour
@@ -39,8 +40,8 @@ STARTS = {
 LR = 2e-3
 TITLES = {
     "loss": "loss minus the base's, nats per token",
-    "B": "norm of B's gradient (log)",
-    "A": "norm of A's gradient (log)",
+    "B": "norm of B's gradient (log above 0.01)",
+    "A": "norm of A's gradient (log above 0.01)",
 }
 
 

@@ -113,7 +113,7 @@ def draw(data: dict[str, Any]) -> Any:
         left.plot(mean(counts), row, "o", color=colour)
     left.set_yticks(range(len(data)), map(run_name, data))
     left.invert_yaxis()
-    left.set(xlabel="how many")
+    left.set(xlabel="how many of 240 (first row: of 60)")
 
     for part, label, points, colour in PARTS:
         for name in SHOWN:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.figures import BASE, FULL, INK, LORA, draw_at, scientific
+from common.figures import BASE, FULL, INK, LORA, scientific
 from lesson.experiments.common import (
     Steps,
     as_command,
@@ -24,7 +24,7 @@ from lesson.experiments.common import (
 )
 from lesson.experiments.forgetting import forgotten
 from lesson.experiments.sweep import finetune, perplexity, train
-from lesson.figures import name_line
+from lesson.figures import draw_at, name_line
 
 METHODS: dict[str, tuple[str, tuple[float, ...]]] = {
     "lora": (LORA, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),

@@ -104,8 +104,8 @@ def draw(data: dict[str, Any]) -> Any:
     """Draw a bar for each method, with its parts and the error of the count by hand."""
     figure, (axis,) = panels(
         "The tensors of a training step of GPT-2 124M, in MB",
-        f"fp32, {BATCH} windows of {BLOCK} tokens, AdamW, without dropout and without the head. "
-        "In brackets: the error of a count by hand.",
+        f"Measured in fp32, {BATCH} windows of {BLOCK} tokens, AdamW, without dropout and without "
+        "the head. In brackets: the error of a count by hand.",
         height=3.8,
     )
     for row, (method, sides) in enumerate(data.items()):

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from common.device import PRECISIONS
-from common.figures import INK, LORA, OTHER, draw_at, scientific, shades
+from common.figures import INK, LORA, OTHER, scientific, shades
 from lesson.experiments.changes import tuned
 from lesson.experiments.common import as_command, experiment, panels
-from lesson.figures import name_line
+from lesson.figures import draw_at, name_line
 from lora.inject import lora_layers
 
 # Coarser formats are darker.
@@ -67,7 +67,7 @@ def draw(data: dict[str, Any]) -> Any:
         "W: the first c_attn. B A: one random matrix of rank 8, scaled to each size. A trained "
         f"adapter: its {len(data['adapter'])} layers (c_attn, rank 8) after 60 steps at lr 8e-3, "
         "seed 0.",
-        "error, % of the update's norm",
+        "error, % of the update's norm (log)",
         "weights that do not move, %",
     )
     sizes = data["size"]
@@ -76,7 +76,7 @@ def draw(data: dict[str, Any]) -> Any:
             percent = [100 * share for share in data[name][what]]
             axis.plot(sizes, percent, color=colour, label=f"W in {name}")
         axis.axvspan(min(data["adapter"]), max(data["adapter"]), color=LORA, alpha=0.3)
-        axis.set(xscale="log", xlabel="size of the update: rms(B A) / rms(W)")
+        axis.set(xscale="log", xlabel="size of the update: rms(B A) / rms(W) (log)")
         powers = [10.0**k for k in range(-6, 1)]
         draw_at(axis.xaxis, powers, [scientific(power) for power in powers])
 

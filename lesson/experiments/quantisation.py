@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.figures import BASE, INK, LORA, OTHER, PAGE_WIDTH, draw_at, new_figure, shades
+from common.figures import BASE, INK, LORA, OTHER, PAGE_WIDTH, new_figure, shades
 from lesson.experiments.common import (
     Steps,
     add_texts,
@@ -26,7 +26,7 @@ from lesson.experiments.common import (
     trainer,
 )
 from lesson.experiments.sweep import train
-from lesson.figures import name_line
+from lesson.figures import draw_at, name_line
 from lora import lora_layers, merge, quantise, unwrap
 from lora.quantised import (
     BLOCK,
@@ -171,7 +171,7 @@ def draw_levels(axis: Any, histogram: list[float]) -> None:
     name_line(axis, "NF4:\n16 levels", (-1, 0.9 * height), NF4)
     name_line(axis, "int8: 255\nlevels", (1, -0.07 * height), INT8)
     axis.set(
-        xlabel=f"weight / largest size in its block of {BLOCK} weights",
+        xlabel=f"weight / largest size in its block of {BLOCK} weights (int8: row)",
         ylim=(-0.15 * height, 1.05 * height),
     )
     axis.set_title("% of the weights per bar, and the levels that they round to")
@@ -207,7 +207,7 @@ def draw_losses(axis: Any, losses: dict[str, list[dict[str, float]]]) -> None:
         for row, kind in enumerate(kinds):
             pairs = zip(losses[kind], losses["fp32"], strict=True)
             extra = [1000 * (run[what] - fp32[what]) for run, fp32 in pairs]
-            axis.plot(extra, [row + 0.12 * side] * len(extra), "o", color=colour)
+            axis.plot(extra, [row + 0.12 * side] * len(extra), "o", color=colour, alpha=0.6)
         name_line(axis, words, (mean(extra), row + 0.26 * side), colour, (0, 0), "center")
     axis.axvline(0, color=INK, linestyle=":", linewidth=1)
     axis.set(yticks=range(len(kinds)), yticklabels=kinds, ylim=(len(kinds) - 0.5, -0.5))

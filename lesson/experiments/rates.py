@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.figures import BASE, INK, LORA, scientific, shades
+from common.figures import BASE, INK, OTHER, scientific, shades
 from lesson.experiments.common import as_command, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
 from lesson.figures import name_line
@@ -100,15 +100,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(data: dict[str, dict[str, Any]]) -> Any:
     """Draw the best rate by steps * passes^2, the only number in the rule, with the rule."""
-    title = "LoRA's best rate in runs of 15 to 960 steps, and the rule of --recipe best (mini)"
+    title = "LoRA's best rate in runs of 15 to 960 steps on one book, and a rule (mini)"
     caption = (
         "Point: the best rate of a run, at the minimum of a parabola through three rates, with "
         "three seeds each. A pass reads the text once. LoRA is on all four layers of a block, with "
-        "alpha 16. The ranks of one run are side by side."
+        "alpha 16. The ranks of one run are side by side. Other points at one place differ in the "
+        "windows per step."
     )
     figure, (axis,) = panels(title, caption, height=4.6)
     passes = sorted({run["passes"] for run in data.values()})
-    colours = dict(zip(passes, shades(LORA, len(passes)), strict=True))
+    colours = dict(zip(passes, shades(OTHER, len(passes)), strict=True))
     for run in data.values():
         marker, side = MARKERS[run["r"]]
         x = side * run["steps"] * run["passes"] ** 2

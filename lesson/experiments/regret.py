@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.figures import FULL, LORA, draw_at, shades
+from common.figures import FULL, LORA, shades
 from lesson.experiments.common import as_command, band, describe_seeds, experiment, panels
 from lesson.experiments.sweep import (
     ALL,
@@ -25,6 +25,7 @@ from lesson.experiments.sweep import (
     training_loss,
     tune,
 )
+from lesson.figures import draw_at
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -100,7 +101,7 @@ def draw(data: dict[str, Any]) -> Any:
         "How far LoRA stays behind full fine-tuning, each at its best rate (mini)",
         caption,
         "validation, after 240 windows\nin smaller or larger batches",
-        "validation, after 240 steps on\nmore or less text",
+        "validation, after 240 steps of\n1 window, on more or less text",
         "training, in the last 80\nof these 240 steps",
         height=4.7,
     )

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.figures import BASE, FULL, INK, LORA, draw_at, shades
+from common.figures import BASE, FULL, INK, LORA, shades
 from lesson.experiments.changes import tuned
 from lesson.experiments.common import Steps, as_command, band, describe_seeds, experiment, panels
-from lesson.figures import RANDOM, name_line
+from lesson.figures import RANDOM, draw_at, name_line
 
 RUN = "LoRA: c_attn, rank 8, lr 8e-3. Full: lr 1e-3. 60 steps of 4 windows of 128 tokens."
 
@@ -168,8 +168,8 @@ def draw_similarity(data: dict[str, Any]) -> Any:
     figure, (inputs, outputs) = panels(
         "Does another seed find the same change of c_attn? (mini)",
         "The k directions of a run are those with the largest singular values of its change. The "
-        f"share is phi of Hu et al. 2021, 7.2. {RUN} Lines and bands: means and ranges over pairs "
-        "of seeds.",
+        f"share is phi of Hu et al. 2021, 7.2. {RUN} Right: LoRA only. Lines and "
+        "bands: means and ranges over pairs of seeds.",
         "share of the first k input directions\nthat two runs have in common",
         "share of the first k output directions\nthat two runs have in common",
     )

@@ -306,7 +306,8 @@ def draw(title: str, caption: str, data: dict[str, dict[str, list[float]]]) -> A
     if PLAIN in data:
         caption += " Grey: the range of plain LoRA."
     figure, (axis,) = panels(title, caption)
-    for label, runs in data.items():
+    ordered = sorted(data.items(), key=lambda item: mean(item[1][best_rate(item[1])]))
+    for label, runs in ordered:
         rate = best_rate(runs)
         found = runs[rate]
         ends = (min(found), max(found))

@@ -13,7 +13,7 @@ from torch import Tensor
 import generate
 from adapters.factors import read_factors
 from adapters.inspect import block_and_kind
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from common.cli import number
 from common.device import Device
 from common.errors import UserError
@@ -36,12 +36,14 @@ class Explorer:
 
     A request's knobs are "strength" x, "rank" k and "layers", a list of names. In these layers W
     becomes W + x * (the nearest matrix of rank k to scaling * B A). Other layers equal the base.
-    Raises UserError for an adapter that `read_factors` or `load_model` refuses, and for a wrong
-    request.
+    Raises UserError for an adapter that `read_factors` or `load_with_adapter` refuses, and for a
+    wrong request.
     """
 
     def __init__(self, base: str, adapter: Path, device: Device, quantise: str | None = None):
-        self.base, self.model, self.tokenizer = load_model(base, adapter, device.dtype, quantise)
+        self.base, self.model, self.tokenizer = load_with_adapter(
+            base, adapter, device.dtype, quantise
+        )
         self.layers = lora_layers(self.model)
         prefix = peft_view(self.model).prefix
         factors = read_factors(find_adapter(str(adapter)))

@@ -455,8 +455,8 @@ print(f"perplexity, merged: {perplexity(tuned_model):.1f}")
 # %% [markdown]
 # ## 15. The same with this project
 #
-# `inject` adds LoRA to any PyTorch model. The layers of `inject` also have dropout, mixed precision
-# and files that PEFT reads. Copy our A and B into these layers:
+# `inject` adds LoRA to the linear layers of a PyTorch model. Its layers also have dropout, mixed
+# precision and files that PEFT reads. Copy our A and B into these layers:
 
 # %%
 from lora import LoRAConfig, inject, lora_layers
@@ -471,7 +471,19 @@ with torch.no_grad():
 print("logits differ by up to", our_difference)
 
 # %% [markdown]
-# `inject` gives the same model.
+# `inject` gives the same model. To train a new adapter with the step of `train.py`, which clips
+# gradients and also works in mixed precision, make a `Trainer`:
+
+# %%
+from data.windows import batches as epoch_of_batches
+from train import train_step
+from training.trainer import make_trainer
+
+model = inject(load_gpt2(directory), LoRAConfig(target_modules="all-linear"))
+trainer = make_trainer(model)
+for batch in epoch_of_batches(windows, size=4):
+    train_step(trainer, batch, lr=4e-3)
+print(f"perplexity: {perplexity(model.eval()):.1f}")
 
 # %% [markdown]
 # ## 16. The same in PEFT

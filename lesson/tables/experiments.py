@@ -1,6 +1,7 @@
 """The tables of README.md and docs/experiments.md."""
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from lesson.experiments.common import spread
@@ -26,8 +27,8 @@ def outcome() -> Iterator[str]:
     yield (
         f"| `make train-full`: full fine-tuning | 6,901,760 | 64, 63 | {cells['make train-full']} |"
     )
-    best = results("texts")["the book, 3 epochs"]
-    yield f"{best_row} | {rate(best['lr'])} | {best['perplexity']:.1f} |"
+    best = results("texts")["the book"]["3"]
+    yield f"{best_row} | {rate(best['lr'])} | {best['best']:.1f} |"
     yield (
         "| full fine-tuning with the recipe's batches, at the best of the rates tried "
         f"| 6,901,760 | 2, 249 | {cells['full: all weights']} |"
@@ -83,6 +84,27 @@ def perplexity_and_rate(runs: Any) -> str:
 
 
 @table
+def rank_8() -> Iterator[str]:
+    """Relate the numbers of one adapter on all pages: rank 8, all four layers, the book."""
+    best = results("texts")["the book"]["3"]
+    tuned = results("methods")["LoRA, all four layers of a block"]
+    fixed = results("regularisation")["dropout 0.05, weight decay 0.01"]
+    first = results("frontier")["book"]["LoRA, r = 8"]["2 windows, 3 epochs"][0]
+    short = next(iter(results("scaling").values()))["8"]
+    five = results("targets")["c_attn, c_proj, c_fc: r = 5"]
+    long = "249 steps of 2 windows"
+    yield "| rank 8 on all four layers | peak rate | perplexity |"
+    yield "|---|---:|---|"
+    yield f"| {long}: `--recipe best`, seed 42 | {rate(best['lr'])} | {best['best']:.1f} |"
+    yield f"| {long}, the best of three rates | {rate_and_spread(tuned)} |"
+    rule = "a rate by [the rule](#the-rate-by-steps-and-passes)"
+    yield f"| {long}, {rule} | 2.7e-3 | {spread(fixed)} |"
+    yield f"| the same, seed 0 alone | 2.7e-3 | {first['perplexity']:.1f} |"
+    yield f"| 60 steps of 4 windows | {rate_and_spread(short)} |"
+    yield f"| 60 steps of 4 windows, rank 5 | {rate_and_spread(five)} |"
+
+
+@table
 def rates() -> Iterator[str]:
     texts = {"stride 128": "all", "stride 512": "a quarter", "stride 2048": "a sixteenth"}
     rows: dict[tuple[str, str, str], dict[int, Any]] = {}
@@ -129,18 +151,62 @@ def with_seconds(runs: list[dict[str, float]] | None) -> str:
 
 @table
 def texts() -> Iterator[str]:
-    yield "| text | size | base | reference | best, with its rate | best of the ladder |"
-    yield "|---|---:|---:|---:|---:|---:|"
+    yield (
+        "| text | size | base | 1 epoch: reference | best | ladder "
+        "| 3 epochs: reference | best | ladder | 10 epochs: best | ladder |"
+    )
+    yield "|---|---:|---:|" + "---:|" * 8
     for name, found in results("texts").items():
-        if "ladder" not in found:
-            continue
-        ladder = found["ladder"]
-        lr = min(ladder, key=ladder.__getitem__)
         mark = " (fitted)" if name in FITTED else ""
-        size = f"{found['bytes'] / 1000:.0f} KB"
-        scores = [f"{found[key]:.1f}" for key in ("base", "reference")]
-        scores += [f"{found['best']:.1f} at {rate(found['lr'])}", f"{ladder[lr]:.1f} at {rate(lr)}"]
-        yield f"| {name.partition(',')[0]}{mark} | {size} | {' | '.join(scores)} |"
+        cells = [f"{found['bytes'] / 1000:.0f} KB", perplexity(found["1"]["base"])]
+        for epochs, ways in (
+            ("1", ("reference", "best", "ladder")),
+            ("3", ("reference", "best", "ladder")),
+            ("10", ("best", "ladder")),
+        ):
+            cells += [one_way(found.get(epochs, {}), way) for way in ways]
+        yield f"| {name.partition(',')[0]}{mark} | {' | '.join(cells)} |"
+
+
+def one_way(found: dict[str, Any], way: str) -> str:
+    """Print the perplexity of one way to choose the rate, if it was measured."""
+    if way not in found:
+        return ""
+    return perplexity(ladder(found) if way == "ladder" else found[way])
+
+
+def ladder(found: dict[str, Any]) -> float:
+    """Return the lowest perplexity of the ladder."""
+    return min(found["ladder"].values())
+
+
+def perplexity(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+@table
+def ways() -> Iterator[str]:
+    yield (
+        "| the peak rate | cost | worse than the base | above the best of the ladder: worst "
+        "| median |"
+    )
+    yield "|---|---|---:|---:|---:|"
+    rows = [
+        row
+        for name, found in results("texts").items()
+        if name not in FITTED
+        for epochs, row in found.items()
+        if epochs in ("1", "3")
+    ]
+    for way, label, cost in (
+        ("fixed", "4e-3", "none"),
+        ("rule", "the rule, at most 8e-3", "none"),
+        ("best", "the search (`--recipe best`)", "about three runs of 24 steps"),
+    ):
+        above = [100 * (row[way] / ladder(row) - 1) for row in rows]
+        worse = sum(row[way] >= row["base"] for row in rows)
+        spread_ = f"{max(above):.1f} % | {median(above):.1f} %"
+        yield f"| {label} | {cost} | {worse} of {len(rows)} | {spread_} |"
 
 
 @table

@@ -13,7 +13,7 @@ from lesson.tables.stored import at_best, results
 
 def readme() -> Iterator[str]:
     seeds = results("other_model")["conversations"]["0.0048"]
-    yield f"falls from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} ([three runs]"
+    yield f"fell from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} in [three runs]"
 
 
 def experiments() -> Iterator[str]:

@@ -46,14 +46,14 @@ class FastGPT2(GPT2):
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
-        head = cuda_loss if hidden.is_cuda else loss
-        return head.tied_cross_entropy(hidden, self.wte.weight, targets.flatten())
+        kernel = cuda_loss if hidden.is_cuda else loss
+        return kernel.tied_cross_entropy(hidden, self.wte.weight, targets.flatten())
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(idx).flatten(0, 1)  # (B * T, C)
-        head = cuda_loss if hidden.is_cuda else loss
-        losses, hits = head.token_losses(hidden, self.wte.weight, targets.flatten())
+        kernel = cuda_loss if hidden.is_cuda else loss
+        losses, hits = kernel.token_losses(hidden, self.wte.weight, targets.flatten())
         return losses.view_as(targets), hits.view_as(targets)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import train
 from adapters import gguf, inspect, merge
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from lora.quantised import LAYERS, dequantise
 from lora.save import WEIGHTS
 from lora.tensors import read_metadata
@@ -51,7 +51,7 @@ def test_a_run_names_its_base_and_its_adapter_is_an_ordinary_one(runs, base):
         assert read_metadata(done.out / WEIGHTS).get("base_quantised") == kind
         assert done.report["total_parameters"] == runs[None].report["total_parameters"]
         theirs = peft.PeftModel.from_pretrained(stock_model(base), done.out).eval()
-        ours = load_model(str(base), done.out, quantise="none").model
+        ours = load_with_adapter(str(base), done.out, quantise="none").model
         with torch.no_grad():
             assert relative_difference(ours(IDS), theirs(IDS).logits) < 1e-5
     names = [sorted(path.name for path in done.out.iterdir()) for done in runs.values()]
@@ -93,7 +93,7 @@ def test_merging_adds_to_the_dequantised_base(runs, base, book, tmp_path):
     assert "in NF4 with a LoRA" in (tmp_path / "merged" / "README.md").read_text()
     merged, _ = scores(tmp_path / "merged", book)
     assert abs(merged - done.report["best_val_loss"]) < 1e-4
-    model = load_model(str(base), done.out).model
+    model = load_with_adapter(str(base), done.out).model
     with pytest.raises(ValueError, match="`dequantise` the model"):
         merge.merge(model)
     expected = model(IDS)

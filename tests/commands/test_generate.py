@@ -140,7 +140,7 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(
     for answer in ("You.", "", "At dusk.", "No."):
         script += [*tokenizer.encode(f" \n{answer}"), tokenizer.end_of_text]
     model = Scripted(GPT2Config(VOCAB, n_positions=100), script)
-    monkeypatch.setattr(command, "load_model", lambda *_: ("scripted", model, tokenizer))
+    monkeypatch.setattr(command, "load_with_adapter", lambda *_: ("scripted", model, tokenizer))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
     options = split(f"--chat --device cpu --temperature 0 --max-new-tokens {answer_tokens}")
     ending = run(command.main, *options)
@@ -158,7 +158,7 @@ def test_a_chat_answers_every_line_after_what_was_said_before_it(
         assert tokenizer.decode(ids) == expected
 
     endless = replace(tokenizer, eos_token=None)
-    monkeypatch.setattr(command, "load_model", lambda *_: ("scripted", model, endless))
+    monkeypatch.setattr(command, "load_with_adapter", lambda *_: ("scripted", model, endless))
     assert "--chat" in one_line(run(command.main, "--chat", "--device", "cpu"), 2)
 
 

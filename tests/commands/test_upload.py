@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, pipeline
 
 import generate
 from adapters import merge
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from data.instructions import CHAT_TEMPLATE
 from storage.card import MARK, run_card
 from storage.hf_compat import save_tokenizer
@@ -185,7 +185,7 @@ def test_the_cards_code_loads_what_was_measured_from_any_directory(chat, tmp_pat
     exec(code, loaded)
     assert loaded["model"].dtype == torch.float32
     ids = torch.arange(5, 64)[None]
-    expected = load_model("mini", chat["lora"]).model(ids)
+    expected = load_with_adapter("mini", chat["lora"]).model(ids)
     assert relative_difference(loaded["model"].eval()(ids).logits, expected) < 1e-5
 
 

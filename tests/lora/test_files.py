@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from adapters.load import load_model, named_base
+from adapters.load import load_with_adapter, named_base
 from common.files import file_sha256
 from lora.inject import lora_layers
 from lora.load import load_adapter, load_adapter_config
@@ -94,13 +94,13 @@ def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
     with safe_open(adapter / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt", BASE_SHA256: sha256}
     ids = token_ids(model.config.vocab_size, 1, 8)
-    assert torch.equal(load_model(str(base), adapter).model(ids), model(ids))
+    assert torch.equal(load_with_adapter(str(base), adapter).model(ids), model(ids))
     theirs = peft.PeftModel.from_pretrained(tiny_gpt2(), adapter)
     assert relative_difference(model(ids), theirs(ids).logits) < 1e-6
-    reason = refusal(adapter / WEIGHTS, load_model, str(other), adapter)
+    reason = refusal(adapter / WEIGHTS, load_with_adapter, str(other), adapter)
     assert reason.startswith("was trained on another base (weights sha256 ")
     save_adapter(model, adapter, str(base))  # no hash, as in PEFT's file: any base is accepted
-    load_model(str(other), adapter)
+    load_with_adapter(str(other), adapter)
 
 
 def test_only_a_known_name_is_taken_for_the_base(adapter):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 from adapters.gguf import main
-from adapters.load import load_model
+from adapters.load import load_with_adapter
 from lora.save import save_adapter
 from tests.helpers import TINY, relative_difference, tiny_gpt2_directory, token_ids
 from tests.pairs import ALL_FOUR, adapted, randomize
@@ -154,7 +154,7 @@ def test_other_special_tokens_are_written_as_control_tokens(tmp_path):
 def test_transformers_reads_our_logits_and_tokens_from_the_file(tmp_path):
     base, _ = tiny_gpt2_directory(tmp_path / "base", n_positions=1024)  # transformers requires it
     save_adapter(adapted(base, ALL_FOUR, r=3), tmp_path / "lora", "gpt2")
-    ours = load_model(str(base), tmp_path / "lora")
+    ours = load_with_adapter(str(base), tmp_path / "lora")
     stdout_of(main, tmp_path / "lora", "--base", base, "--merge", "--out", tmp_path / "model.gguf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
     ids = token_ids(TINY["vocab_size"], 2, 64)

@@ -166,8 +166,8 @@ def on_fake_cuda(precision: str) -> Iterator[None]:
         for where, name, value in (
             (Device, "pick", lambda *_, **__: device),
             (training.model, "load_gpt2", real(training.model.load_gpt2)),
-            (evaluate, "load_model", real(evaluate.load_model)),
-            (generate, "load_model", real(generate.load_model)),
+            (evaluate, "load_with_adapter", real(evaluate.load_with_adapter)),
+            (generate, "load_with_adapter", real(generate.load_with_adapter)),
             (Processes, "gather", lambda processes, value: [value]),
             (lora.load, "safe_open", open_real),
             (lora.pissa, "deepcopy", copy_layer),
