@@ -61,6 +61,7 @@ def find_rate(
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(start[name])
+                parameter.grad = None  # the first step after the search would add to it
         return loss if math.isfinite(loss) else math.inf
 
     tried = walk(loss_at, first)
