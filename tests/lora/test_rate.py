@@ -66,6 +66,19 @@ def test_the_model_and_the_random_state_are_as_before():
     assert all(p.grad is None for p in model.parameters())  # a first `backward` would add to it
 
 
+def test_an_interrupted_search_leaves_the_model_as_it_was():
+    model = nn.Linear(1, 1)
+    before = deepcopy(model.state_dict())
+
+    def interrupted(rate):
+        nn.init.zeros_(model.weight)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_rate(model, interrupted)
+    assert torch.equal(model.weight, before["weight"])
+
+
 def test_a_run_of_twelve_passes_gets_less_than_half_the_rate():
     def rate(passes):
         losses = {1e-3: 2.2, 2e-3: 2.0, 4e-3: 2.2}
