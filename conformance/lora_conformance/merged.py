@@ -110,8 +110,11 @@ def others(base: Model, merged: Model) -> Iterator[str]:
             yield f"differs  {name}"
         merged.taken |= {one for matrix in found for one in matrix}
     for name in (k for k, one in merged.tensors.items() if one not in merged.taken):
-        tied = name == HEAD and base.tied
-        yield from () if tied or BUFFERS.fullmatch(name) else [f"new      {name}"]
+        if name == HEAD and base.tied:
+            embedding = (merged if merged.tied else base).find(HEAD)[0][0]
+            yield from () if same(embedding, merged.tensors[HEAD]) else [f"differs  {HEAD}"]
+        elif not BUFFERS.fullmatch(name):
+            yield f"new      {name}"
 
 
 def same(stored: Stored, found: Stored) -> bool:

@@ -159,6 +159,19 @@ def test_a_wrong_merge_is_named(name, tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stored_head_that_moves_away_from_its_embedding_is_found(tied, tmp_path, capsys):
+    """BASE ties the head. MERGED stores it, and its config.json ties it or not."""
+    base, adapter, merged = folders(tmp_path, RIGHT["qwen3, tied"])
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    for head, expected in ((embedding, 0), (embedding + 0.01, 1)):
+        change(merged, lambda tensors, head=head: tensors.update({"lm_head.weight": head.clone()}))
+        assert status(base, adapter, merged) == expected
+    assert "differs  lm_head.weight" in capsys.readouterr().out
+
+
 def test_an_expert_that_is_left_out_is_found(tmp_path, capsys):
     base, adapter, merged = folders(tmp_path, RIGHT["qwen3-moe"], "bf16", 0.01)
 
