@@ -56,11 +56,14 @@ def find_rate(
     devices = list({parameter.device for parameter in trained.values() if parameter.is_cuda})
 
     def loss_at(rate: float) -> float:
-        with torch.random.fork_rng(devices):
-            loss = short_run(rate)
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(start[name])
+        try:
+            with torch.random.fork_rng(devices):
+                loss = short_run(rate)
+        finally:  # also after Ctrl-C in a notebook, where the cell is run again
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(start[name])
+                    parameter.grad = None  # the first step after the search would add to it
         return loss if math.isfinite(loss) else math.inf
 
     tried = walk(loss_at, first)

@@ -183,12 +183,13 @@ def pattern_matches(pattern: str, peft_name: str) -> bool:
 
 def _block(peft_name: str, config: LoRAConfig) -> int | None:
     """Return the number of a module's block by PEFT's rule, such as 3 for transformer.h.3.mlp."""
-    match = re.match(r".*?\.[^.]*\.(\d+)\.", peft_name)
-    for pattern in config.layers_pattern or ():
-        match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", peft_name)
+    match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", peft_name)
+    for pattern in config.layers_pattern or ():  # which may have groups of its own
+        match = re.match(rf"(?:.*?\.)?{pattern}\.(?P<idx>\d+)\.", peft_name)
         if match:
             break
-    return int(match[1]) if match else None
+    number = match and match["idx"]  # None after the `h` of "h|layers"
+    return int(number) if number else None
 
 
 def _last(name: str) -> str:

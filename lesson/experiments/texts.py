@@ -30,7 +30,7 @@ from training.options import BEST, BOOK, REFERENCE, ROOT
 FITTED = ("the book", "White Fang, 40 KB", "White Fang, 200 KB", "documentation", "email, 200 KB")
 LATIN = ROOT / "benchmarks" / "pseudo-latin.txt"
 # The largest text, in bytes, by the epochs of a run.
-LARGEST = {1: 500_000, 3: 250_000, 10: 62_000}
+LARGEST = {1: 500_000, 3: 250_000, 10: 60_000}
 LARGEST_OF_REFERENCE = {1: 90_000, 3: 60_000, 10: 0}  # it reads eight times as many windows
 FIXED = 4e-3
 

@@ -187,7 +187,7 @@ def perplexity(value: float) -> str:
 @table
 def ways() -> Iterator[str]:
     yield (
-        "| the peak rate | cost | worse than the base | above the best of the ladder: worst "
+        "| the peak rate | cost | not below the base | above the best of the ladder: worst "
         "| median |"
     )
     yield "|---|---|---:|---:|---:|"

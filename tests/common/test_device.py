@@ -9,9 +9,11 @@ import evaluate
 import generate
 import train
 from common import device
-from common.device import Device
+from common.device import Device, tune_process
 from common.errors import UserError
 from tests.runs import arguments, one_line, run
+from training.launch import prepare_device
+from training.options import parse_options
 
 
 def test_the_cpus_bf16_is_for_training(monkeypatch):
@@ -110,5 +112,10 @@ def test_tf32_is_for_cuda_and_only_if_asked():
             torch.set_float32_matmul_precision("high")  # as some images do
             Device(torch.device(device), "fp32").set_tf32(allowed)
             assert torch.get_float32_matmul_precision() == expected
+        gpu = Device(torch.device("cuda"), "fp32")
+        tune_process(gpu)
+        assert torch.get_float32_matmul_precision() == "highest"
+        prepare_device(parse_options("-", ["lora", "--allow-tf32"]), gpu)
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")

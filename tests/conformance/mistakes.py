@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_conformance.checks.merging import round_to_nf4
 from tests.conformance.toys import Layer, Right
 
 MISTAKES: dict[str, tuple[Right, str]] = {}
@@ -301,3 +302,35 @@ class TrainsTheUnmergedBase(Layer):
 class ScalingInBf16(Layer):
     def scaling(self):
         return torch.tensor(super().scaling()).bfloat16().item()
+
+
+@mistake("a_new_adapter_learns")
+class SkipsWhileBIsZero(Layer):
+    def forward(self, x):
+        return torch.where(self.B.any(), super().forward(x), self.base(x))
+
+
+@mistake("merging_again_adds_the_new_update")
+class KeepsTheFirstUpdate(Layer):
+    def merge(self):
+        first = self.__dict__.setdefault("first", self.delta())
+        kept, self.delta = self.delta, lambda: first
+        super().merge()
+        self.delta = kept
+
+
+@mistake("nf4_keeps_its_numbers")
+class BlocksOfColumns(Layer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        if self.nf4:
+            self.base.weight.data = round_to_nf4(self.base.weight.data.T.contiguous()).T
+
+
+@mistake("a_frozen_adapter_is_saved")
+class SavesWhatTrains(Right):
+    def saved(self, layer):
+        return {key: p for key, p in super().saved(layer).items() if p.requires_grad}
+
+    def refuse_other_names(self, model, tensors):
+        pass

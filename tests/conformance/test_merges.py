@@ -159,6 +159,34 @@ def test_a_wrong_merge_is_named(name, tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_merge_into_int8_is_found(precision, tmp_path, capsys):
+    """Rounding to int8 moves W by 0.5 %, which is more than bf16 does."""
+    base, adapter, merged = folders(tmp_path, RIGHT["llama"], precision, 0.001)
+
+    def quantise(tensors):
+        step = tensors[Q].float().abs().amax(1, keepdim=True) / 127
+        tensors[Q] = ((tensors[Q].float() / step).round() * step).to(tensors[Q].dtype)
+
+    assert status(base, adapter, merged) == 0
+    change(merged, quantise)
+    assert status(base, adapter, merged) == 1
+    assert f"changed                 {Q}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stored_head_that_moves_away_from_its_embedding_is_found(tied, tmp_path, capsys):
+    """BASE ties the head. MERGED stores it, and its config.json ties it or not."""
+    base, adapter, merged = folders(tmp_path, RIGHT["qwen3, tied"])
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    embedding = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    for head, expected in ((embedding, 0), (embedding + 0.01, 1)):
+        change(merged, lambda tensors, head=head: tensors.update({"lm_head.weight": head.clone()}))
+        assert status(base, adapter, merged) == expected
+    assert "differs  lm_head.weight" in capsys.readouterr().out
+
+
 def test_an_expert_that_is_left_out_is_found(tmp_path, capsys):
     base, adapter, merged = folders(tmp_path, RIGHT["qwen3-moe"], "bf16", 0.01)
 

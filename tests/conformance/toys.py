@@ -539,6 +539,7 @@ class ShowsTheBase(Layer):
     "merging_keeps_the_output",
     "merging_moves_the_update_into_w",
     "merging_twice_is_merging_once",
+    "merging_again_adds_the_new_update",
     "every_layer_of_a_model_is_merged",
 )
 class AddsToMerged(Layer):
@@ -578,6 +579,7 @@ class MergesAgain(Layer):
 @toy(
     "unmerging_restores_the_base",
     "merging_twice_is_merging_once",
+    "merging_again_adds_the_new_update",
     "every_layer_of_a_model_is_merged",
 )
 class SubtractsWithoutScaling(Layer):
@@ -763,7 +765,7 @@ class DrawsByItself(Drops):
         return x * keep / (1 - self.p)
 
 
-@toy("compiles_once")
+@toy("compiles_once", "a_new_adapter_learns")
 class LooksAtB(Layer):
     def forward(self, x):
         return super().forward(x) if self.B.any() else self.base(x)

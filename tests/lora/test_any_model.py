@@ -114,6 +114,7 @@ def second_block(*pattern: str) -> dict:
     ("name", "targets", "fields", "count"),
     [
         ("llama", r".*layers\.1\.(mlp|self_attn)\.[a-q]*_proj", {}, 3),
+        ("qwen", ["k_proj", "up_proj"], second_block("(h|layers)"), 2),
         ("qwen", ["k_proj", "up_proj", "q_proj"], PATTERNS, 6),
         ("t5", ["q", "wi_0"], second_block("layer", "layers"), 4),
         ("vit", ["attention.q_proj"], {"layers_to_transform": [1]}, 1),

@@ -6,6 +6,7 @@ from torch import nn
 
 from lora.config import LoRAConfig
 from lora.layer import LoRALinear
+from lora.quantised import NF4Linear
 from lora.slices import SlicedLoRALinear
 from tests.helpers import relative_difference
 from tests.pairs import output_and_gradients, pair, perturb_alike, randomize
@@ -58,3 +59,5 @@ def test_a_wrapper_takes_over_the_mode_of_its_layer():
 def test_a_wrapper_lies_on_the_device_of_its_layer():
     sliced = SlicedLoRALinear(nn.Linear(48, 48, device="meta"), LoRAConfig(r=4), {"q"})
     assert all(parameter.is_meta for parameter in sliced.parameters())
+    quantised = NF4Linear(nn.Linear(64, 64, device="meta"))
+    assert all(buffer.is_meta for buffer in quantised.buffers())

@@ -63,6 +63,20 @@ def test_the_model_and_the_random_state_are_as_before():
     assert sorted(found.tried.values()) == sorted(losses)
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state()) and model.training
+    assert all(p.grad is None for p in model.parameters())  # a first `backward` would add to it
+
+
+def test_an_interrupted_search_leaves_the_model_as_it_was():
+    model = nn.Linear(1, 1)
+    before = deepcopy(model.state_dict())
+
+    def interrupted(rate):
+        nn.init.zeros_(model.weight)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_rate(model, interrupted)
+    assert torch.equal(model.weight, before["weight"])
 
 
 def test_a_run_of_twelve_passes_gets_less_than_half_the_rate():

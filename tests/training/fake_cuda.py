@@ -8,7 +8,7 @@ first of two, in a fake group of processes, which returns each tensor as it is.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from copy import copy
 from dataclasses import replace
 from io import StringIO
@@ -39,9 +39,10 @@ from common.errors import first_line
 from common.processes import Processes
 from data.tokenizer import load_tokenizer
 from evaluation.scores import forgetting
-from lora import merge, unmerge
+from lora import find_rate, merge, unmerge
 from model import sampling
 from model.kernels import cuda_loss
+from training.checkpoint import _take_tensors
 from training.meter import Meter
 
 COMMANDS = (
@@ -241,8 +242,22 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
         assert parameter.is_cuda, name
         types |= {parameter.dtype, *(x.dtype for x in state[parameter].values())}
     assert types == {fp32}, f"fp32 is needed, found {types}"
+    check_between_steps(made, ids)
     if method == "lora" and precision == "fp32":
         check_merge(model)
+
+
+def check_between_steps(made: Steps, ids: Tensor) -> None:
+    """Embed in evaluation, store a checkpoint's tensors, and search the rate."""
+    with Watch() as watch, made.device.autocast(), torch.no_grad():
+        made.model.embed(ids, ids)
+    assert made.device.dtype in watch.floats, "scoring does not round the embeddings"
+    stored: dict[str, Tensor] = {}
+    _take_tensors(made.trainer.optimizer.state_dict(), "", stored)
+    assert stored and all(x.is_cpu for x in stored.values()), "a checkpoint is on the GPU"
+    with mock.patch.object(torch.random, "fork_rng", return_value=nullcontext()) as fork:
+        find_rate(made.model, lambda rate: rate)
+    assert fork.call_args == mock.call([ids.device]), "the search keeps the GPU's draws"
 
 
 def check_merge(model: nn.Module) -> None:

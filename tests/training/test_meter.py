@@ -40,7 +40,7 @@ def test_a_line_has_the_speed_of_its_steps_and_the_report_of_all(monkeypatch):
     made = Meter(fp16=False)
     speeds = []
     for step, tokens in enumerate((100, 300), 1):
-        made.resume()
+        made.start()
         clock.later += 10
         made.count(step, torch.tensor(1.0), tokens, torch.tensor(1.0))
         speeds.append(made.measure()["tokens_per_second"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import training.model
+import training.run
 from benchmarks.ours import Steps
 from common.device import Device
 from common.processes import Processes
@@ -112,7 +113,13 @@ def test_two_ranks_change_no_number_and_one_rank_writes_and_prints(base, book, t
     options = (*SAME, *runs.NO_DROPOUT[method])
     alone = trained(method, base, book, tmp_path / "alone", *options)
     argv = arguments(method, base, book, tmp_path / "processes", *options)
-    statuses, lines = fork(tmp_path / "said", argv, argv)
+
+    def save_in_rank_0(*given, save=training.run.save_model):
+        assert os.environ["RANK"] == "0"
+        save(*given)
+
+    saving = mock.patch.object(training.run, "save_model", save_in_rank_0)
+    statuses, lines = fork(tmp_path / "said", argv, argv, during=saving)
     assert statuses == [0, 0] and "error" not in "".join(lines), lines
     ours = finished(tmp_path / "processes")
     assert len(ours.metrics) == 9 and len(ours.column("val_loss")) == 3

@@ -87,10 +87,18 @@ def dora_is_saved(lora: Implementation) -> None:
     expect_saved(lora, use_dora=True)
 
 
-def expect_saved(lora: Implementation, **options: bool) -> None:
+@robustness("The file has only parameters that require a gradient, so a frozen adapter is lost.")
+def a_frozen_adapter_is_saved(lora: Implementation) -> None:
+    """An adapter without requires_grad, as in evaluation, is saved like any other."""
+    expect_saved(lora, frozen=True)
+
+
+def expect_saved(lora: Implementation, frozen: bool = False, **options: bool) -> None:
     base = Model()
     fresh = deepcopy(base)
     model, handle = trained_adapter(lora, base, **options)
+    if frozen:
+        model.requires_grad_(False)
     expected = model(IDS).detach()
     model.train()
     model.eval()

@@ -217,6 +217,16 @@ def ten_steps(lora: Implementation) -> None:
     expect_vectors(lora, "lora-r1-alpha1", 1e-9)
 
 
+@mathematics("The update is skipped while B is zero, so B has no gradient and stays zero.")
+def a_new_adapter_learns(lora: Implementation) -> None:
+    """At the start, where the update is zero, A or B has a gradient."""
+    layer = lora.wrap(nn.Linear(12, 20), 4, 12, 0.0)
+    y = layer(torch.randn(5, 12))
+    found = torch.autograd.grad(y.sum(), trained(layer), allow_unused=True) if y.grad_fn else ()
+    moves = any(gradient is not None and gradient.any() for gradient in found)
+    expect(moves, "A and B of a new layer have no gradient")
+
+
 @robustness("x is flattened by a view, or split at fixed dimensions.")
 def any_input_shape(lora: Implementation) -> None:
     """x may be empty, one token, of any number of dimensions, or not contiguous."""

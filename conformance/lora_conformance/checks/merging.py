@@ -132,6 +132,17 @@ def unmerging_restores_the_base(lora: Implementation) -> None:
     expect_same(weight_of(one.layer, 12), one.weight(), "the weight, with B doubled since", 1e-6)
 
 
+@mathematics("Merging adds an update that was computed for an earlier merge.")
+def merging_again_adds_the_new_update(lora: Implementation) -> None:
+    """If A or B changes after a merge and an unmerge, the next merge adds the changed update."""
+    one = adapted(lora)
+    lora.merge(one.layer)
+    lora.unmerge(one.layer)
+    one.b.data *= 2
+    lora.merge(one.layer)
+    expect_same(weight_of(one.layer, 12), one.weight(), "the weight, merged again", 1e-6)
+
+
 @robustness("eval() merges although the layer is merged, or returns nothing.")
 def eval_and_train_keep_the_output(lora: Implementation) -> None:
     """eval() and train(), in any order and more than once, change no output without dropout."""
@@ -256,6 +267,17 @@ def round_to_nf4(weight: Tensor) -> Tensor:
     levels = torch.tensor(vectors.index()["nf4_levels"], dtype=weight.dtype)
     nearest = ((blocks / largest)[:, :, None] - levels).abs().argmin(2)
     return (levels[nearest] * largest).view_as(weight)
+
+
+@robustness("NF4 has other levels, or its blocks run down the columns of W.")
+def nf4_keeps_its_numbers(lora: Implementation) -> None:
+    """A W of NF4 numbers, in blocks of 64 along the rows, is the same in an NF4 layer."""
+    base = nn.Linear(64, 64, bias=False)
+    sizes = torch.linspace(0.1, 1, 64)[:, None]  # rows of other sizes, so their blocks differ
+    base.weight.data = round_to_nf4(torch.randn(64, 64) * sizes)
+    layer = lora.wrap(deepcopy(base), 4, 12, 0.0, nf4=True)
+    lora.factors(layer)[1].data.zero_()
+    expect_same(weight_of(layer, 64, torch.float32), base.weight, "the weight", 0.02)
 
 
 @robustness("The sum is rounded to NF4 again, which erases most of the update.", "unsloth-zoo #810")
