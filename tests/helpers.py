@@ -1,7 +1,6 @@
 """Make small stock transformers models, compare tensors, and check refusals."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -133,17 +132,6 @@ class Operations(TorchDispatchMode):
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.untyped_storage().nbytes())
         return result
-
-
-def damages(value: object) -> Iterator[object]:
-    """Yield damaged copies of a JSON value. In each copy, one part or the whole is replaced."""
-    yield from (None, "x", [1], 7, -1.5, math.nan)
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from ({**value, key: damaged} for damaged in damages(part))
-    if isinstance(value, list):
-        for i, part in enumerate(value):
-            yield from ([*value[:i], damaged, *value[i + 1 :]] for damaged in damages(part))
 
 
 def refusal(name: object, read: Callable, *arguments: object) -> str:

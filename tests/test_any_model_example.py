@@ -10,14 +10,11 @@ import pytest
 import torch
 import transformers
 
-from common.device import Device
 from common.errors import UserError
 from data.instructions import CHAT_TEMPLATE
 from data.tokenizer import END_OF_TEXT
-from lesson.examples import any_model, dpo
 from lesson.examples.any_model import main
-from lesson.examples.chat import encode, examples, read_conversations
-from lora.load import load_adapter
+from lesson.examples.chat import encode, read_conversations
 from lora.peft_config import CONFIG
 from tests.helpers import relative_difference, tiny_gpt2, write_small_tokenizer
 from tests.models import named, small_llama
@@ -54,25 +51,6 @@ def test_it_trains_as_peft_does_and_peft_loads_what_it_saves(llama, tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "ours")
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     assert relative_difference(loaded(input_ids=ids).logits, expected) > 0.01
-
-
-def test_a_quantised_base_trains_and_the_unquantised_base_is_scored(llama, tmp_path):
-    options = ("--model", llama, "--steps", 12, "--lr", 2e-2, "--precision", "fp32")
-    lines = stdout_of(main, *options, "--quantise", "nf4", "--out", tmp_path).splitlines()
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
-    linear = [m for name, m in model.named_modules() if name.endswith("_proj")]
-    assert lines[0] == f"{sum(m.weight.numel() for m in linear):,} weights in nf4"
-
-    device = Device(torch.device("cpu"), "fp32")
-    validation = any_model.book(tokenizer).validation
-    start = float(lines[1].removeprefix("validation perplexity: "))
-    assert start != pytest.approx(any_model.perplexity(model, validation, device), rel=1e-6)
-    (in_peft,) = [line for line in lines if f"{tmp_path} on the unquantised base: " in line]
-    score = any_model.perplexity(
-        peft.PeftModel.from_pretrained(model, tmp_path), validation, device
-    )
-    assert float(in_peft.split()[-1]) == pytest.approx(score, rel=1e-5) and score < 0.95 * start
 
 
 CHATML = (
@@ -146,30 +124,6 @@ def test_of_conversations_only_the_answers_count(chatting, tmp_path):
     assert f"{messages[0]['content']!r} " in "".join(ours[1:3])
 
 
-def test_ctrl_c_leaves_the_best_adapter(chatting, tmp_path, monkeypatch):
-    base, file = chatting
-    rate = any_model.learning_rate
-
-    def interrupt_late(step, *rest, **named):
-        if step == 14:
-            raise KeyboardInterrupt
-        return rate(step, *rest, **named)
-
-    monkeypatch.setattr(any_model, "learning_rate", interrupt_late)
-    options = ("--data", file, "--steps", 20, "--lr", 2e-2, "--precision", "fp32")
-    ended = run(main, "--model", base, *options, "--out", tmp_path / "out")
-    assert (ended.status, ended.stderr) == (130, "error: interrupted\n")
-    printed = re.findall("validation perplexity: (.*)", ended.stdout)
-    assert len(printed) == 2
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    load_adapter(model, tmp_path / "out")
-    validation = examples(read_conversations(file)[-2:], tokenizer)
-    score = any_model.perplexity(model, validation, Device(torch.device("cpu"), "fp32"))
-    assert score == pytest.approx(float(printed[1]), abs=1e-3) and score < float(printed[0])
-
-
 def test_data_that_does_not_fit_is_refused_in_one_line(llama, tmp_path):
     enough = questions(tmp_path / "enough.jsonl")
     few = tmp_path / "few.jsonl"
@@ -188,9 +142,3 @@ def test_a_model_that_does_not_fit_is_refused_in_one_line(tmp_path):
         write_small_tokenizer(tmp_path / "model", 317)
         arguments = ("--model", tmp_path / "model", "--out", tmp_path / "out")
         assert reason in one_line(run(main, *arguments), 2)
-
-
-def test_a_directory_without_a_model_is_refused_in_one_line(tmp_path):
-    for command in (main, dpo.main):
-        line = one_line(run(command, "--model", tmp_path, "--out", tmp_path / "out"), 2)
-        assert f"--model {tmp_path}: cannot be used (" in line

@@ -21,7 +21,6 @@ LINES = [re.split(r"\s{2,}", line) for sheet in SHEET.findall(PAGE) for line in 
 PROSE = re.sub(r"\]\([^)]*\)|`[^`]*`", "", SHEET.sub("", PAGE))
 PROSE = PROSE.replace("GPT-2", "").replace("\n", " ")
 X, W = torch.tensor([-1.0, 1.0]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-WX = ("-1", "1", "0")
 RATE, SCALING = 0.2, 2
 
 
@@ -68,70 +67,39 @@ def quotient(first: float, second: float) -> list[str]:
     return texts(m, root)
 
 
-def forward(s) -> list[list[str]]:
+def lines_of_a_pass(s) -> list[list[str]]:
+    """Return the results of a forward and a backward pass."""
     return [
-        ["A x", f"{s.a[0]} · -1 + {s.a[1]} · 1 = {s.ax[0]}"],
-        [
-            "z",
-            *(f"{wx} + 2 · {b} · {s.ax[0]} = {z}" for wx, b, z in zip(WX, s.b, s.z, strict=True)),
-        ],
+        ["A x", *s.ax],
+        ["z", *s.z],
         ["e^z", *s.e],
-    ]
-
-
-def loss(s) -> list[list[str]]:
-    return [
-        ["sum", f"{s.e[0]} + {s.e[1]} + {s.e[2]} = {s.sum[0]}"],
-        ["p", *(f"{e} / {s.sum[0]} = {p}" for e, p in zip(s.e, s.p, strict=True))],
-        ["loss", f"-ln {s.p[0]} = {s.loss[0]}"],
-    ]
-
-
-def backward(s) -> list[list[str]]:
-    dot = " + ".join(f"{b} · {g}" for b, g in zip(s.b, s.g, strict=True))
-    return [
-        ["g", f"{s.p[0]} - 1 = {s.g[0]}", s.g[1], s.g[2]],
-        ["dB", *(f"2 · {g} · {s.ax[0]} = {db}" for g, db in zip(s.g, s.db, strict=True))],
-        *(["dA", f"2 · ({dot}) · {x} = {da}"] for x, da in zip((-1, 1), s.da, strict=True)),
+        ["sum", *s.sum],
+        ["p", *s.p],
+        ["loss", *s.loss],
+        ["g", *s.g],
+        ["dB", *s.db],
+        ["dA", s.da[0]],
+        ["dA", s.da[1]],
     ]
 
 
 def expected() -> list[list[str]]:
-    """Return the lines of all worksheets."""
+    """Return the label and the results of each line of all worksheets."""
     (one, two, three), merged = two_steps()
     m, root = quotient(one.exact[1], two.exact[1])
     m_a, root_a = quotient(0, two.exact[0])
-    rows = [texts(*row) for row in W.tolist()]
     lines = [["x", "-1", "1"], ["A", *one.a]]
-    lines += [
-        [f"W, B of token {i}", *row, b] for i, (row, b) in enumerate(zip(rows, one.b, strict=True))
-    ]
-    lines += [*forward(one), *loss(one), *backward(one)]
-    lines += [
-        [
-            "B",
-            *(f"0 - 0.2 · {d} / {d.lstrip('-')} = {b}" for d, b in zip(one.db, two.b, strict=True)),
-        ]
-    ]
-    lines += [*forward(two), *loss(two), *backward(two)]
-    lines += [
-        ["mean of g", f"(0.09 · {one.db[0]} + 0.1 · {two.db[0]}) / 0.19 = {m}"],
-        ["its size", f"√((0.999 · {one.db[0]}² + {two.db[0]}²) / 1.999) = {root}"],
-        ["B", f"{two.b[0]} - 0.2 · {m} / {root} = {three.b[0]}", *three.b[1:]],
-        ["mean of g", f"(0.09 · 0 + 0.1 · {two.da[1]}) / 0.19 = {m_a.lstrip('-')}"],
-        ["its size", f"√((0.999 · 0² + {two.da[1]}²) / 1.999) = {root_a}"],
-    ]
-    m_a = m_a.lstrip("-")
-    signs = zip(two.a, "+-", three.a, strict=True)
-    lines += [["A", *(f"{a} {sign} 0.2 · {m_a} / {root_a} = {after}" for a, sign, after in signs)]]
-    lines += forward(three)
-    lines += [["p", f"{three.e[0]} / ({three.e[0]} + {three.e[1]} + {three.e[2]}) = {three.p[0]}"]]
-    lines += [["loss", f"-ln {three.p[0]} = {three.loss[0]}"]]
-    for i, row in enumerate(rows):
-        cells = zip(row, three.a, merged[2 * i :], strict=False)
-        lines += [[f"token {i}", *(f"{w} + 2 · {three.b[i]} · {a} = {m}" for w, a, m in cells)]]
-    pairs = zip(merged[::2], merged[1::2], three.z, strict=True)
-    return [*lines, ["z", *(f"{first} · -1 + {second} · 1 = {z}" for first, second, z in pairs)]]
+    for i, row in enumerate(W.tolist()):
+        lines += [[f"W, B of token {i}", *texts(*row), one.b[i]]]
+    lines += [*lines_of_a_pass(one), ["B", *two.b]]
+    lines += [*lines_of_a_pass(two)]
+    lines += [["mean of g", m], ["its size", root], ["B", *three.b]]
+    lines += [["mean of g", m_a.lstrip("-")], ["its size", root_a], ["A", *three.a]]
+    lines += [["A x", *three.ax], ["z", *three.z], ["e^z", *three.e]]
+    lines += [["p", three.p[0]], ["loss", *three.loss]]
+    for i in range(3):
+        lines += [[f"token {i}", *merged[2 * i : 2 * i + 2]]]
+    return [*lines, ["z", *three.z]]
 
 
 def value(expression: str) -> float:
@@ -141,9 +109,9 @@ def value(expression: str) -> float:
     return eval(python, vars(math))
 
 
-def test_each_line_has_pytorchs_numbers():
-    for line, right in zip(LINES, expected(), strict=True):
-        assert line == right
+def test_each_line_has_pytorchs_results():
+    for (label, *cells), right in zip(LINES, expected(), strict=True):
+        assert [label, *(cell.rpartition(" = ")[2] for cell in cells)] == right
 
 
 @pytest.mark.parametrize("cell", [c for line in LINES for c in line if "=" in c])
@@ -156,23 +124,3 @@ def test_a_calculator_finds_the_printed_value(cell):
 def test_a_calculator_finds_the_values_in_the_text(equation):
     expression, _, result = equation.partition(" = ")
     assert shown(value(expression)) == result
-
-
-def test_the_text_has_the_numbers_of_the_worksheets():
-    (one, two, three), _ = two_steps()
-    smallest = one.db[2].lstrip("-")
-    moved = shown((float(three.a[0]) - float(two.a[0])) / RATE)
-    first_step = ["1", "-1", one.db[0], smallest]
-    weights = ["0.9", "0.1", "0.9", "0.1", "0.09", "0.1", "0.19"]
-    weights += ["0.999", "0.001", "0.9", "0.1", "0.999", "1", "1.999", "0"]
-    roots = ["0", "0.1", "0.19", "0.526", "1", "1.999", "0.707", "0.526", "0.707"]
-    quotient_of_a = shown(0.1 / 0.19 / math.sqrt(1 / 1.999))
-    assert float(moved) == pytest.approx(float(quotient_of_a), abs=0.003)
-    found = re.findall(r"-?\d+(?:\.\d+)?", PROSE)
-    assert found == [
-        *(shown(RATE), *first_step, shown(RATE)),
-        *(one.loss[0], two.loss[0]),
-        *(*weights, two.da[1]),
-        *(*roots, quotient_of_a, quotient_of_a),
-        three.loss[0],
-    ]

@@ -10,7 +10,7 @@ import transformers
 
 from common.device import Device
 from lesson.examples import dpo
-from lesson.examples.dpo import Pair, log_probability, make_pair, train
+from lesson.examples.dpo import Pair, log_probability, train
 from lora import LoRAConfig, inject
 from tests.helpers import write_small_tokenizer
 from tests.runs import stdout_of
@@ -58,16 +58,6 @@ def test_only_the_answers_tokens_are_scored():
         ours = log_probability(tiny_llama().eval(), [pair.prompt for pair in made], answers, CPU)
         expected = json.loads(LOSSES.read_text())[0][f"logps/{kind}"]
         assert ours.mean().item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_the_shortest_answer_that_ends_is_chosen():
-    for answers, chosen, rejected in (
-        ([[1, 2, 9], [3, 9], [4, 5, 6, 7]], [3, 9], [4, 5, 6, 7]),
-        ([[3, 9], [4]], [3, 9], [4]),  # one was cut, though it is shorter
-    ):
-        assert make_pair([8], answers, end=9) == Pair([8], chosen, rejected)
-    for answers in ([[1, 2], [3]], [[3, 9], [4, 9]]):  # none ends, or equal lengths
-        assert make_pair([8], answers, end=9) is None
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import math
 import shutil
 from argparse import Namespace
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,24 +13,13 @@ from lesson.experiments import (
     amplification,
     changes,
     first_step,
-    forgetting,
-    intruders,
     memory,
-    quantisation,
-    rates,
-    regret,
     scaling,
     spectrum,
-    targets,
 )
 from lora.config import LoRAConfig
-from lora.inject import inject
 from lora.layer import LoRALinear
-from lora.parameters import count_parameters
-from lora.quantised import nf4_levels
 from model.gpt2 import GPT2, GPT2Config
-from storage.hub import MINI
-from storage.weights import load_config, load_gpt2
 from tests.helpers import token_ids
 from training.options import ROOT
 
@@ -97,55 +85,10 @@ def test_a_first_step_moves_w_by_the_formula_and_gains_as_much_at_any_rank():
     assert first_step.full_gain(model(), ids) > 2 * gains[8, 16]
 
 
-def test_only_the_base_has_forgotten_nothing():
-    model = load_gpt2(MINI)
-    assert forgetting.forgotten(model, short=True) == pytest.approx(0, abs=1e-5)
-    model.ln_f.weight.data *= 0.9
-    texts, base_log_p = forgetting.base_texts(True)
-    with torch.no_grad():
-        log_p = model(texts).log_softmax(-1)
-    kl = nn.functional.kl_div(log_p, base_log_p, log_target=True, reduction="sum") / texts.numel()
-    found = forgetting.forgotten(model, short=True)
-    assert found == pytest.approx(kl.item(), rel=1e-4) and found > 0.01
-
-
 def test_the_rules_for_the_scaling_agree_at_rank_8_alone():
     for rule, r8, r64 in zip(scaling.RULES.values(), (2, 2, 2), (0.25, 2, 2 / 8**0.5), strict=True):
         assert LoRAConfig(r=8, **rule(8)).scaling == pytest.approx(r8)
         assert LoRAConfig(r=64, **rule(64)).scaling == pytest.approx(r64)
-
-
-def test_the_best_rate_between_those_tried_and_the_rule_of_many():
-    """On made-up runs, the parabola finds the lowest point, and the fit finds the powers."""
-
-    def around(best):
-        tried = [2.0**k for k in range(-14, -2)]
-        return {lr: [math.exp(3 + 0.1 * math.log2(lr / best) ** 2)] for lr in tried}
-
-    assert rates.vertex(around(3e-3)) == pytest.approx(3e-3)
-    data = {}
-    for steps in (15, 60, 240):
-        for passes in (1.4, 6, 23):
-            best = 0.04 * steps**-0.4 * passes**-0.6
-            data[f"{steps}, {passes}"] = {"steps": steps, "passes": passes, "runs": around(best)}
-    assert rates.fit(data) == pytest.approx((0.04, -0.4, -0.6, 1))
-
-
-def test_gaps_are_those_of_the_best_rates_in_nats():
-    full = {8: {1e-3: [20.0, 22.0], 2e-3: [1.0]}}
-    lora = {8: {1e-2: [42.0, 42.0], 2e-2: [50.0, 50.0]}}
-    gaps = regret.gaps(lora, full)  # (seeds, points)
-    assert gaps.flatten().tolist() == pytest.approx([math.log(2.1), math.log(42 / 22)])
-
-
-def test_forgetting_at_one_perplexity():
-    """The value is read from the change's curve, on the side where less change learns less."""
-    curve = {0.9: (29, 0.8), 0.8: (31, 0.4), 0.6: (35, 0.2)}
-    found = [{"scores": (30, 0.9), "change scaled": curve}]
-    assert intruders.kl_at(30, found) == pytest.approx(0.6)
-    assert intruders.kl_at(33, found) == pytest.approx(0.3)
-    assert math.isnan(intruders.kl_at(28, found))
-    assert math.isnan(intruders.kl_at(40, found))
 
 
 def test_a_change_is_compared_with_w_in_the_changes_directions():
@@ -183,26 +126,6 @@ def test_similarity_is_that_of_hu_et_al():
     assert spectrum.similarity(v[:, :6], v[:, 6:]).max() < 1e-6
 
 
-def test_a_change_is_cut_to_its_largest_terms(monkeypatch):
-    """W + 3 u1 v1 + 1 u2 v2 becomes W + 3 u1 v1, then W."""
-    torch.manual_seed(0)
-    base, b, a = torch.randn(6, 5), torch.linalg.qr(torch.randn(6, 2)).Q, torch.eye(2, 5)
-    terms = [3 * b[:, :1] @ a[:1], b[:, 1:] @ a[1:]]
-    model = nn.Linear(5, 6)
-    model.weight.data = base + sum(terms)
-    cuts = []
-
-    def evaluate():
-        cuts.append(model.weight.detach().clone())
-        return SimpleNamespace(perplexity=len(cuts))
-
-    monkeypatch.setattr(spectrum, "RANKS", (5, 1, 0))
-    svds = spectrum.decomposed({"weight": sum(terms)})
-    assert spectrum.cut(SimpleNamespace(model=model, evaluate=evaluate), svds) == [1, 2, 3]
-    expected = [base + sum(terms), base + terms[0], base]
-    torch.testing.assert_close(cuts, expected, atol=1e-5, rtol=0)
-
-
 def test_memory_is_counted_exactly_by_hand(monkeypatch):
     """For activations, terms below one part in a hundred are left out."""
     monkeypatch.setattr(memory, "BATCH", 4)
@@ -211,25 +134,3 @@ def test_memory_is_counted_exactly_by_hand(monkeypatch):
             tolerance = 0.04 if part == "activations" else 2e-4  # AdamW also stores its steps
             assert counted == pytest.approx(sides["measured"][part], rel=tolerance), part
     assert memory.predicted("lora", memory.GPT2Config(), 1)["gradients"] == 4 * 294_912
-
-
-def test_the_compared_targets_have_one_count_of_parameters():
-    for names, r in targets.RANKS.items():
-        with torch.device("meta"):  # shapes without numbers
-            model = GPT2(load_config(MINI))
-            inject(model, LoRAConfig(r=r, target_modules=names))
-        assert count_parameters(model)[0] == 122_880
-
-
-def test_finer_blocks_and_the_levels_of_nf4_err_less(monkeypatch):
-    monkeypatch.setattr(quantisation, "BLOCK_SIZES", [16, 64, 256])
-    torch.manual_seed(0)
-    weights = {"h.0": torch.randn(64, 64)}
-    nf4 = quantisation.errors_by_block(weights, nf4_levels())
-    even = quantisation.errors_by_block(weights, quantisation.EVEN)
-    assert nf4 == sorted(nf4)
-    assert all(a < b for a, b in zip(nf4, even, strict=True))
-    by_layer = quantisation.errors_by_layer(weights)
-    assert by_layer["int8"]["h.0"] < 0.02 < by_layer["nf4"]["h.0"]
-    assert by_layer["nf4"]["h.0"] == pytest.approx(nf4[1], rel=0.02)  # blocks of 64
-    assert sum(quantisation.shares(weights, 81)) == pytest.approx(1)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import peft
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -20,7 +19,7 @@ from lesson.explore import __main__ as command
 from lesson.explore.explorer import Explorer
 from lora.peft_config import CONFIG
 from lora.save import WEIGHTS, save_adapter
-from tests.helpers import TINY, small_tokenizer
+from tests.helpers import TINY
 from tests.pairs import ALL_FOUR, adapted
 from tests.runs import one_line, run, scores, stdout_of, stock_model
 from training.options import BOOK, ROOT
@@ -112,27 +111,6 @@ def test_the_page_has_the_texts_and_scores_of_the_commands(base, adapter, page, 
     assert found["mean_gain"] == pytest.approx(before["loss"] - after["loss"], abs=1e-5)
     assert found["mean_kl"] == pytest.approx(after["kl_from_base"], abs=1e-5)
     assert (found["kept"] < 0.99) == (knobs["rank"] == 2)
-
-
-@torch.no_grad()
-def test_gains_and_likeliest_tokens_are_those_of_peft(base, adapter, page):
-    tokenizer = small_tokenizer(TINY["vocab_size"])
-    ids = torch.tensor(tokenizer.encode(TEXT).astype(int))
-    rows = [
-        model(ids[None]).logits[0].log_softmax(-1)
-        for model in (stock_model(base), stock_model(base, adapter))
-    ]
-    [found] = page.ask("score", text=TEXT)
-    first, *tokens = found["tokens"]
-    assert first["text"] + "".join(token["text"] for token in tokens) == TEXT
-    assert first.keys() == {"text"} and len(tokens) == len(ids) - 1
-    for t, token in enumerate(tokens):
-        gain = (rows[1] - rows[0])[t, ids[t + 1]].item()
-        assert token["gain"] == pytest.approx(gain, abs=1e-4)
-        for log_p, shown in zip(rows, token["likeliest"], strict=True):
-            values, which = log_p[t].topk(5)
-            assert [text for text, _ in shown] == [tokenizer.decode([i]) for i in which]
-            assert [value for _, value in shown] == pytest.approx(values.tolist(), abs=1e-4)
 
 
 def test_what_is_foreign_wrong_or_too_large_is_refused_in_one_line(page):

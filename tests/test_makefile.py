@@ -41,11 +41,3 @@ def test_quotes_and_dollars_are_left_alone(made, tmp_path):
     said = made("train-lora", "BOOK=it's $(X).txt", "ARGS=--lr 1e-3 --r 4")
     book = ["--book", "it's $(X).txt"]
     assert said == [*split("train.py lora --base auto"), *book, *split("--lr 1e-3 --r 4")]
-
-
-def test_packages_are_installed_into_an_environment_that_exists(made, tmp_path):
-    (tmp_path / ".venv" / "run").unlink()
-    (tmp_path / ".venv" / "mine").touch()
-    installed, train = made("train-lora")[:5], made("train-lora")
-    assert installed == split("-m pip install --quiet --editable")
-    assert train[0] == "train.py" and (tmp_path / ".venv" / "mine").exists()

@@ -52,21 +52,6 @@ def test_the_three_starts(fresh):
     assert names["lora_losses"][1] < base[1]
 
 
-def test_the_cut_the_rates_and_the_alpha(fresh):
-    _, names = fresh
-    after_cut = names["after_cut"]
-    assert after_cut == sorted(after_cut, reverse=True)
-    assert after_cut[0] == pytest.approx(names["base_perplexity"], rel=1e-5)
-    assert after_cut[-1] == pytest.approx(names["full_perplexity"], rel=1e-5)
-
-    assert names["trained_by_lora"] == 196_608
-    assert names["trained_by_full"] == 4_718_592
-    assert names["first_move"] == pytest.approx(0.204, abs=0.01)  # 2 sqrt(8 / (3 * 256))
-    assert names["tuned_perplexity"] < names["slow_perplexity"] < names["base_perplexity"]
-    assert names["fast_perplexity"] > names["base_perplexity"]
-    assert names["loud_perplexity"] > names["base_perplexity"]
-
-
 def test_what_it_writes_its_rank_merging_and_peft(fresh):
     _, names = fresh
     for text in (names["before_text"], names["after_text"]):

@@ -14,7 +14,7 @@ import one_page
 import train
 from benchmarks import ours, peft_loop
 from storage.hf_compat import stock_name
-from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory, token_ids
+from tests.helpers import TINY, small_tokenizer, tiny_gpt2_directory
 from tests.runs import run, stock_model, story, validation_loss
 
 BLOCK, STRIDE, BATCH, EPOCHS, STEPS = 16, 12, 4, 2, 40
@@ -150,18 +150,6 @@ def test_the_page_equals_a_loop_with_peft(page, inputs):
     assert_equal_losses(means, losses)
     assert len({len(batch) for batch in batches}) == 2  # the last batch of an epoch is shorter
     assert_equal_tensors(page.last, peft_loop.adapter_tensors(model))
-
-
-def test_stock_peft_loads_and_merges_the_adapter_of_the_page(page, inputs, recwarn):
-    adapted = stock_model(inputs.base, page.out)
-    assert not any("fan_in_fan_out" in str(warning.message) for warning in recwarn)
-    ids = token_ids(TINY["vocab_size"], 3, BLOCK)
-    with torch.no_grad():
-        logits = page.model(ids)
-        torch.testing.assert_close(adapted(ids).logits, logits, rtol=0, atol=1e-5)
-        merged = adapted.merge_and_unload()
-        torch.testing.assert_close(merged(ids).logits, logits, rtol=0, atol=1e-5)
-        assert (stock_model(inputs.base)(ids).logits - logits).abs().max() > 1e-3
 
 
 def test_the_page_reports_the_base_and_the_saved_adapter(page, inputs):

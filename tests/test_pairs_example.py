@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lesson.examples import pairs
-from tests.runs import one_line, run
+from tests.runs import run
 
 
 def write(path, answers, questions=None):
@@ -47,14 +47,6 @@ def test_votes_for_the_first_answer_count_for_the_file_that_was_shown_first(tmp_
     # Always vote for "one".
     right = "".join("1\n" if name == "one" else "2\n" for name in first)
     assert counts(vote(monkeypatch, right, *files)) == [24, 0, 0, pytest.approx(2**-23, rel=0.1)]
-
-
-def test_files_with_other_questions_are_refused(tmp_path, monkeypatch):
-    one = write(tmp_path / "one.jsonl", ["a", "b"])
-    short = write(tmp_path / "short.jsonl", ["a"])
-    other = write(tmp_path / "other.jsonl", ["a", "b"], ["question 0", "question 7"])
-    assert "has 2 answers, but" in one_line(vote(monkeypatch, "", one, short), 2)
-    assert "question 2 differs" in one_line(vote(monkeypatch, "", one, other), 2)
 
 
 def test_the_sign_test_is_the_exact_binomial():

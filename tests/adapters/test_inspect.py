@@ -1,12 +1,10 @@
 """`python -m adapters.inspect`: the table against dense matrices, and the picture."""
 
 import numpy as np
-import peft
 import pytest
 import torch
 
-from adapters.inspect import amplification, cosines, main
-from lesson.experiments.changes import intruder_part
+from adapters.inspect import amplification, main
 from lora.inject import lora_layers
 from lora.save import save_adapter
 from tests.pairs import adapted
@@ -70,29 +68,3 @@ def test_zeros_that_pad_a_and_b_do_not_change_the_amplification():
         r = columns.shape[1]
         found.append(amplification(weight, u[:, :r], s[:r], vh[:r]))
     assert found[1] == pytest.approx(found[0], rel=1e-4)
-
-
-def test_an_intruder_is_found_and_removed_as_by_peft():
-    """A large new direction is the one intruder. Scaling it gives PEFT's mitigated weight."""
-    theirs = pytest.importorskip("peft.tuners.lora.intruders", reason="this PEFT has none")
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(12, 20, bias=False)
-    weight = linear.weight.detach().clone()
-    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"])
-    model = peft.get_peft_model(torch.nn.Sequential(linear), config)
-    layer = model.base_model.model[0]
-    outside = torch.linalg.svd(weight).U[:, -1]  # W reaches 12 of the 20 dimensions
-    layer.lora_B["default"].weight.data.zero_()
-    layer.lora_B["default"].weight.data[:, 0] = 9 * outside
-    change = layer.get_delta_weight("default").detach()
-
-    found = cosines(weight, weight + change)
-    assert [k for k in range(10) if found[k] < 0.5] == [0]
-    assert (found[1:] > 0.5).all()
-    reduced = weight + change - 0.25 * intruder_part(weight, weight + change)
-    theirs.reduce_intruder_dimension(model, mitigation_lambda=0.75, logging_sink=None)
-    torch.testing.assert_close(reduced, weight + layer.get_delta_weight("intruder_reduced"))
-    assert (reduced - weight - change).norm() > 0.1 * change.norm()
-
-    torch.testing.assert_close(cosines(weight, weight), torch.ones(10))
-    assert not intruder_part(weight, weight).any()

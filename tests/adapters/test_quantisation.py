@@ -136,20 +136,6 @@ def test_changes_are_compared_with_the_weights_before_quantisation(runs, base, t
     assert printed[0] == printed[1]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--use-dora", "--loraplus-lr-ratio", 4, "--gradient-checkpointing"),
-        ("--target-modules", "c_attn.q", "c_attn.v"),
-    ],
-)
-def test_variants_learn_on_a_quantised_base(base, book, tmp_path, options):
-    done = trained("lora", base, book, tmp_path, *STEPS, *options, "--quantise", "nf4")
-    assert done.report["best_val_loss"] < done.report["base_val_loss"] - 0.01
-    loss, _ = scores(base, book, "--adapter", tmp_path, "--precision", done.report["precision"])
-    assert abs(loss - done.report["best_val_loss"]) < 1e-3
-
-
 def test_what_cannot_be_is_refused_in_one_line(runs, base, book, tmp_path):
     for method, *options in (
         ("lora", "--quantise", "fp4"),

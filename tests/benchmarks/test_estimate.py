@@ -5,7 +5,7 @@ import re
 import pytest
 
 from benchmarks import estimate, ours
-from tests.runs import Clock, arguments, contents, one_line, run, stdout_of, trained
+from tests.runs import Clock, arguments, contents, stdout_of, trained
 
 LINE = re.compile(
     r"estimate: (.+) = (.+) for (\S+) steps of (\S+) s \+ (.+) for (\S+) validations of (\S+) s\n"
@@ -51,17 +51,3 @@ def test_it_counts_the_steps_and_validations_of_the_run(base, book, tmp_path, sl
     assert float(megabytes.replace(",", "")) > 50
     assert contents(out) == before  # a run in --out is left alone
     assert slow == {"train_step": 2 + 4, "evaluate": 1}  # about 8 s of steps after two others
-
-
-@pytest.mark.usefixtures("slow")
-def test_an_initial_adapter_is_validated_once_more(base, book, adapter, tmp_path):
-    options = ("--max-steps", 2)
-    for more, expected in ((), 2), (("--init-adapter", adapter), 3):
-        words = arguments("lora", base, book, tmp_path / "out", *options, *more)
-        said = stdout_of(estimate.main, *words)
-        assert LINE.findall(said)[0][5] == str(expected)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_mistake_ends_with_one_line():
-    assert "nowhere" in one_line(run(estimate.main, "lora", "--base", "nowhere"), 2)

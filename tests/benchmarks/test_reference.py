@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ours, reference
-from benchmarks.reference import METHODS, TEXT
+from benchmarks import reference
+from benchmarks.reference import TEXT
 from tests.helpers import tiny_gpt2_directory
-from tests.runs import one_line, run, stdout_of, stock_model, token_parts, validation_loss
+from tests.runs import stdout_of, stock_model, token_parts, validation_loss
 
 
 @pytest.fixture
@@ -69,24 +69,3 @@ def test_the_reference_s_loop_on_its_own_library_measures_the_same(wide_base, sh
         next_token = validation_loss(model, ids, block=128)
         assert here["next_token"]["loss"] == pytest.approx(next_token, rel=1e-5)
         assert here["next_token"]["loss"] != pytest.approx(expected, rel=1e-3)
-
-
-def test_training_minimises_the_reference_s_loss_on_its_windows(wide_base, short_text):
-    protocol = METHODS["lora"].split()
-    device = ("--device", "cpu")
-    options = ours.options("lora", *protocol, *device, base=wide_base, book=short_text)
-    made = ours.Steps(options)
-    made.model.eval()
-    train_ids, _ = token_parts(short_text)
-    x, y = reference_windows(train_ids)
-    assert len(made.data.training) == len(x)
-    x, y = x[:64], y[:64]
-    inputs, targets = made.data.training.batch(np.arange(64))
-    here = made.model.loss(inputs, targets) / targets.numel()
-    theirs = stock_model(wide_base)(input_ids=x, labels=y).loss
-    assert here.item() == pytest.approx(theirs.item(), rel=1e-6)
-
-
-def test_a_base_too_short_for_a_window_is_refused(base, short_text, tmp_path):
-    line = one_line(run(reference.main, *arguments(base, short_text, tmp_path / "out")), 2)
-    assert "--block-size 128" in line and not any(tmp_path.iterdir())

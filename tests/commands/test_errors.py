@@ -24,7 +24,7 @@ from tests.runs import one_line, run, story, trained
 from training.options import flag, options_of
 
 TRAIN = "--base base --book book.txt --out out --block-size 16 --device cpu"
-COMMANDS = {  # each of them would succeed
+COMMANDS = {
     "lora": (train.main, f"lora {TRAIN}"),
     "full": (train.main, f"full {TRAIN}"),
     "evaluate": (evaluate.main, "--base base --text book.txt --block-size 16 --device cpu"),
@@ -95,11 +95,9 @@ def refusal(line: str) -> str:
 MISTAKES = [
     ("lora --book missing.txt", "missing.txt"),
     ("lora --book short.txt", "short.txt: the validation part"),
-    ("lora --book short.txt --val-fraction 0.9", "short.txt: the training part"),
     ("evaluate --text latin1.txt", "1.txt: not UTF-8"),
     ("evaluate --text one.txt", "1 tokens; too short"),
     ("evaluate --json book.txt", "--json book.txt: is an input (book.txt); name another file"),
-    ("evaluate --json base/config.json", "base/config.json: is an input"),
     ("evaluate --adapter run --json ./run/adapter_config.json", "is an input (run/adapter_config"),
     ("evaluate --json pipe", "pipe: cannot be written (not a regular file)"),  # such as /dev/stdout
     ("full --block-size 65", "--block-size 65"),
@@ -107,7 +105,6 @@ MISTAKES = [
     ("compare held", "run.json: has no options"),
     ("compare unfinished", "unfinished: contains no finished run (run.json); --resume continues a"),
     ("compare --json out", "--compare: takes no --json, only runs"),
-    ("compare --adapter run", "--compare: takes no --adapter, only runs"),
     ("compare --text book.txt", "--text: not allowed with argument --compare"),
     ("evaluate --forgotten", "--forgotten compares an adapter with its base on a text: give --ad"),
     ("generate --prompt You ' \n' on", "--prompt is empty"),
@@ -133,14 +130,12 @@ MISTAKES = [
     ("lora --layers 9", "'c_attn' is not in the model in these layers, only in layers 0 .. 1"),
     ("lora --init-adapter run --lora-alpha=16", "--init-adapter sets the rank"),
     ("lora --use-dora --target-modules c_attn.q", "exclude each other"),
-    ("full --use-dora", "--use-dora"),
     ("lora --layers 2-1", "--layers: '1' is not a whole number"),
     ("evaluate --adapter missing", "error: missing: no such directory; name an adapter"),
     ("evaluate --adapter run --base other", "_model.safetensors: was trained on another base"),
     ("lora --init-adapter run --base other", "_model.safetensors: was trained on another base"),
     ("evaluate --adapter run --base auto", "/base' is unknown; name its directory: --base DIR"),
     ("merge --out directory", "--out directory: exists already; name a new directory"),
-    ("lora --device tpu", "--device"),
     ("lora --out 'a\udcffb'", "is not UTF-8; name another directory"),
     ("evaluate --device mps", "--device mps: this machine"),
 ]
@@ -206,21 +201,6 @@ def test_a_method_must_be_named():
     for argv in ([], ["dora"], ["--epochs", "1"]):
         ending = run(train.main, *argv)
         assert ending.status == 2 and "method" in ending.stderr
-
-
-def test_each_command_would_succeed_without_its_mistake(tmp_path):
-    shutil.copytree("base", "moved")  # the adapter finds its base by content
-    more = {
-        "lora": ["--base", "moved", "--max-steps", 1, "--out", tmp_path / "lora"],
-        "full": ["--base", "moved", "--max-steps", 1, "--out", tmp_path / "full"],
-        "evaluate": ["--base", "moved", "--adapter", "run"],
-        "compare": [],
-        "generate": ["--base", "moved", "--adapter", "run"],
-        "merge": ["--base", "moved", "--out", tmp_path / "merged"],
-    }
-    for name, (main, _) in COMMANDS.items():
-        ending = run(main, *arguments(name), *more[name])
-        assert ending.status == 0 and "error" not in ending.stderr, ending
 
 
 def test_a_reader_that_ends_is_named():

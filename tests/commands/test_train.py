@@ -144,17 +144,12 @@ def test_init_adapter_goes_on_where_it_ended_and_is_measured_against_the_base(ba
     assert worse.column("val_loss")[-1] > worse.report["best_val_loss"] + 0.1
 
 
-def test_several_books_are_one_and_their_order_is_the_runs_own(book, base, tmp_path):
+def test_the_order_of_several_books_is_the_runs_own(book, base, tmp_path):
     other = tmp_path / "another book.txt"
     other.write_text(runs.story(seed=1))
-    options = ("--max-steps", 1, "--eval-every", 1, *runs.NO_DROPOUT["lora"])
-    one = trained("lora", base, book, tmp_path / "one", *options, "--book", book, other)
-    joined = tmp_path / "joined.txt"
-    joined.write_text(f"{book.read_text()}<|endoftext|>{other.read_text()}")
-    same = trained("lora", base, joined, tmp_path / "same", *options)
-    assert one.column("val_loss") == same.column("val_loss")
-    swapped = ("--resume", "--book", other, book)
-    again = run(train.main, *runs.arguments("lora", base, book, one.out, *options, *swapped))
+    argv = runs.arguments("lora", base, book, tmp_path / "run", "--max-steps", 1)
+    assert run(train.main, *argv, "--book", book, other).status == 0
+    again = run(train.main, *argv, "--resume", "--book", other, book)
     assert "--book: the content has changed since" in runs.one_line(again, 2)
 
 
@@ -225,19 +220,13 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
     assert min(run.column("tokens_per_second")) > 2 * BLOCK / 50
 
 
-def test_what_goes_badly_is_said(base, book, tmp_path):
-    """Warn of a text that the base cannot read, and of a model that is worse than the base."""
+def test_a_text_that_the_base_cannot_read_is_said(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n\t" * 1500)
     (tmp_path / "book.txt").write_text(BOOK.read_text()[:12_000])
     options = ("--max-steps", 1, "--block-size", 32, "--batch-size", 1, "--val-fraction", 0.02)
     for text, said in ((tmp_path / "blank.txt", True), (tmp_path / "book.txt", False)):
         argv = runs.arguments("lora", "mini", text, tmp_path / text.stem, *options)
         assert ("worse than by guessing" in run(train.main, *argv).stderr) == said
-    for rate, said in ((10, True), (1e-3, False)):
-        rates = ("--max-steps", 4, "--lr", rate)
-        argv = runs.arguments("full", base, book, tmp_path / str(rate), *rates)
-        ending = run(train.main, *argv)
-        assert ending.status == 0 and ("better than the base" in ending.stderr) == said
 
 
 def test_validation_takes_no_more_windows_at_a_time_than_training(

@@ -10,8 +10,8 @@ import termios
 import pytest
 
 from tests.fault.runs import ROOT
-from tests.runs import arguments, run_acting
-from training.checkpoint import CHECKPOINT, read_checkpoint
+from tests.runs import arguments
+from training.checkpoint import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(
     signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="the tests run under nohup"
@@ -71,14 +71,3 @@ def test_a_run_whose_terminal_is_closed_saves(base, book, tmp_path):
     finally:
         process.kill()
     assert (out / CHECKPOINT).exists() and not list(out.glob(".*"))
-
-
-def test_a_second_hangup_as_a_shell_sends_it_changes_nothing(base, book, tmp_path, monkeypatch):
-    def twice(moment):
-        signal.raise_signal(signal.SIGHUP)
-        signal.raise_signal(signal.SIGHUP)
-
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    ending = run_acting({3: twice}, *arguments("lora", base, book, tmp_path))
-    assert ending.status == 128 + signal.SIGHUP
-    assert read_checkpoint(tmp_path)["progress"]["step"] == 3

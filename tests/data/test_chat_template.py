@@ -1,6 +1,5 @@
 """The chat template against `encode`: the same ids, and the same tokens marked."""
 
-import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,14 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data.instructions import CHAT_TEMPLATE, NAMES, encode, read_examples
+from data.instructions import CHAT_TEMPLATE, NAMES, encode
 from data.tokenizer import END_OF_TEXT, load_tokenizer
-from model.gpt2 import IGNORE_INDEX
 from storage.hf_compat import save_tokenizer
 from storage.hub import MINI
-from training.options import ROOT
 
-EXAMPLES = ROOT / "data" / "instructions.jsonl"
 # GPT-2 tokenizes blanks and new lines around names, and empty contents, in unusual ways.
 CONTENT = st.one_of(
     st.text(st.sampled_from(" \n\ta.'é日0\u00a0:"), max_size=8),
@@ -42,21 +38,6 @@ def rendered(theirs, messages: list[dict], **more) -> tuple[list[int], list[int]
         messages, return_dict=True, return_assistant_tokens_mask=True, **more
     )
     return encoded["input_ids"], encoded["assistant_masks"]
-
-
-def test_ids_and_marks_of_all_our_examples_are_those_that_are_trained_on():
-    ours, theirs = pair()
-    rows = read_examples(EXAMPLES, ours, 1024)
-    lines = [json.loads(line) for line in EXAMPLES.read_text().splitlines()]
-    assert len(rows) == len(lines) == 331
-    for line, (inputs, targets, _) in zip(lines, rows, strict=True):
-        messages = line.get("messages") or [
-            {"role": "user", "content": line["prompt"]},
-            {"role": "assistant", "content": line["completion"]},
-        ]
-        ids, marks = rendered(theirs, messages)
-        assert ids == [*inputs.tolist(), ours.end_of_text]
-        assert [bool(mark) for mark in marks[1:]] == (targets != IGNORE_INDEX).tolist()
 
 
 def test_an_end_of_text_that_a_user_types_is_the_token_as_in_transformers():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import evaluate
 import train
 from benchmarks.ours import Steps
-from data.instructions import Instructions, read_examples
+from data.instructions import read_examples
 from lora.save import save_adapter
 from model.gpt2 import IGNORE_INDEX
 from tests import runs
@@ -145,19 +145,6 @@ BAD = [
     (json.dumps({"messages": [turn("assistant", "b"), turn("user", "a")]}), "no completion at"),
     (example("a", "word " * 40), "the completion is longer than a block of 40; shorten"),
 ]
-
-
-def test_every_token_of_every_example_is_scored_whatever_the_batch_size():
-    """Id 0, the first of the vocabulary, is a token and not padding."""
-    rows = [np.array([[i] * n, [i] * n]) for i, n in enumerate((3, 1, 4, 1, 5))]
-    for size in (2, 9):
-        seen = []
-        for inputs, targets in Instructions(rows).evaluation_batches(size):
-            for row, target in zip(inputs, targets, strict=True):
-                scored = target != IGNORE_INDEX
-                assert torch.equal(row[scored], target[scored])
-                seen.append(target[scored].tolist())
-        assert seen == [row[1].tolist() for row in rows]
 
 
 def test_a_bad_line_is_named(tmp_path):

@@ -6,13 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evaluate
-from lora.quantised import LAYERS, dequantise
 from lora.save import save_adapter
-from storage.weights import load_gpt2, save_gpt2
 from tests.helpers import TINY, small_tokenizer
 from tests.pairs import ALL_FOUR, KINDS, adapted
-from tests.runs import one_line, questions, run, scores, stock_model, story
+from tests.runs import questions, scores, stock_model, story
 
 BLOCK = 16
 BLOCK_OF_EXAMPLES = 60
@@ -83,19 +80,3 @@ def test_of_conversations_only_the_answers_count(base, adapter, tmp_path):
     found = forgotten(tmp_path, base, adapter, "--data", tmp_path / "data.jsonl")
     kl, share = reference(base, adapter, inputs)
     assert found == (pytest.approx(kl, abs=1e-6), share)
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_on_a_quantised_base_the_kl_is_from_that_base(base, text, adapter, tmp_path, kind):
-    model = load_gpt2(base, quantise=LAYERS[kind])
-    dequantise(model)
-    save_gpt2(model, tmp_path / "rounded")
-    kl, share = forgotten(tmp_path, base, adapter, "--text", text, "--quantise", kind)
-    expected = reference(tmp_path / "rounded", adapter, windows(text))
-    assert (kl, share) == (pytest.approx(expected[0], abs=1e-6), expected[1])
-    assert abs(kl - reference(base, adapter, windows(text))[0]) > 1e-5
-
-
-def test_questions_with_choices_are_refused(tmp_path):
-    argv = ("--choices", tmp_path / "choices.jsonl", "--adapter", tmp_path, "--forgotten")
-    assert "--forgotten compares an adapter" in one_line(run(evaluate.main, *argv), 2)

@@ -86,18 +86,6 @@ def test_the_files_are_pefts(base, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}  # bf16 in the model
 
 
-def test_adapters_are_read_exactly(base, adapter):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        tensors = load_file(adapter / WEIGHTS)
-        save_file({key: x.to(dtype) for key, x in tensors.items()}, adapter / WEIGHTS)
-        model = load_gpt2(base)
-        load_adapter(model, adapter)
-        stored = load_file(adapter / WEIGHTS)[LAST]
-        read = model.h[1].attn.c_attn.lora_B.weight
-        assert stored.dtype == dtype and read.dtype == torch.float32
-        assert torch.equal(read, stored.float())
-
-
 def test_the_header_tells_another_base_and_peft_ignores_it(base, tmp_path):
     model = adapted(base)
     other, _ = tiny_gpt2_directory(tmp_path / "other", seed=1)  # with the same shapes
@@ -222,17 +210,13 @@ def test_damaged_and_missing_files_are_refused_by_name(base, adapter):
     assert "is a whole model, not an adapter" in refusal(adapter, load_adapter_config)
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), KeyError("a bug")]
-)
-def test_what_is_not_an_error_of_the_file_is_not_blamed_on_it(base, adapter, monkeypatch, error):
+def test_a_lack_of_memory_is_not_blamed_on_the_file(base, adapter, monkeypatch):
     def fail(*_):
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("lora.load.checked", fail)
-    with pytest.raises(type(error)) as raised:
+    with pytest.raises(torch.OutOfMemoryError):
         load_adapter(load_gpt2(base), adapter)
-    assert raised.value is error
 
 
 def test_equal_adapters_give_equal_bytes_and_a_failed_save_leaves_the_old_files(base, tmp_path):

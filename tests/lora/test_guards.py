@@ -88,18 +88,9 @@ def test_a_complex_weight_is_refused():
         quantise(model, "int8")
 
 
-@pytest.mark.parametrize(
-    "register",
-    [
-        "register_full_backward_hook",
-        "register_full_backward_pre_hook",
-        "register_state_dict_post_hook",
-        "register_load_state_dict_pre_hook",
-    ],
-)
-def test_quantise_refuses_a_layer_whose_hook_would_be_lost(register):
+def test_quantise_refuses_a_layer_whose_hook_would_be_lost():
     model = nn.Sequential(nn.Linear(64, 64))
-    getattr(model[0], register)(lambda *_: None)
+    model[0].register_full_backward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="0: Linear has a hook, which would be lost"):
         quantise(model, "nf4")
     assert type(model[0]) is nn.Linear
@@ -129,6 +120,7 @@ def test_the_weight_of_a_lora_layer_tells_its_type_and_refuses_computations():
     model = inject(nn.Sequential(nn.Linear(16, 16)).to(torch.bfloat16), LoRAConfig())
     weight = model[0].weight
     assert (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
+    assert model[0].bias is model[0].base_layer.bias  # which Mamba reads
     for compute in (lambda: weight.norm(), lambda: X @ weight.T, lambda: weight.data.float()):
         with pytest.raises(ValueError, match="computes with `weight` of a LoRA layer"):
             compute()
@@ -155,16 +147,6 @@ def test_an_adapter_that_has_changed_since_the_merge_is_not_unmerged(fields):
     if not fields:  # the order of values is A, B
         unmerge(model)
         assert relative_difference(model(X), expected) < 1e-5
-
-
-def test_a_second_merge_does_nothing_even_after_a_tie():
-    model = inject(nn.Sequential(nn.Linear(16, 16)), LoRAConfig())
-    randomize(model)
-    merge(model)
-    merged = model[0].base_layer.weight.clone()
-    model.table = model[0].base_layer.weight
-    merge(model)
-    assert torch.equal(model[0].base_layer.weight, merged)
 
 
 class Nested(nn.Module):

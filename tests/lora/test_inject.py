@@ -1,9 +1,7 @@
 """Check injection into GPT-2: counts, switching the adapter off, wrappers, wrong configs."""
 
 import math
-from copy import deepcopy
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -17,7 +15,7 @@ from lora.save import save_adapter
 from model.gpt2 import GPT2, GPT2Config
 from storage.weights import load_gpt2
 from tests.helpers import relative_difference
-from tests.pairs import IDS, adapted, randomize
+from tests.pairs import IDS, adapted
 from tests.runs import contents
 from training.report import describe_parameters
 
@@ -92,37 +90,6 @@ def test_an_adapter_of_a_part_is_not_saved_as_the_wholes(base, tmp_path):
     with pytest.raises(ValueError, match="belongs to a part of the model: 1; save it"):
         save_adapter(whole, tmp_path)
     assert not any(tmp_path.iterdir())
-
-
-class Stranger(nn.Module):
-    """Another project's GPT-2. It has GPT-2's names, but its c_attn interleaves q, k and v."""
-
-    def __init__(self):
-        super().__init__()
-        self.wte = nn.Embedding(7, 8)
-        attention = nn.ModuleDict({"c_attn": nn.Linear(8, 24)})
-        self.h = nn.ModuleList([nn.ModuleDict({"attn": attention})])
-        self.ln_f = nn.LayerNorm(8)
-
-    def forward(self, x):
-        return self.ln_f(self.h[0]["attn"]["c_attn"](self.wte(x)).view(-1, 8, 3)[..., 0])
-
-
-def test_a_strangers_gpt2_has_its_own_names_and_no_slices(tmp_path):
-    ours = Stranger().eval()
-    theirs = peft.get_peft_model(deepcopy(ours), peft.LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(ValueError, match=r"'c_attn\.q' is not in the model"):
-        inject(ours, LoRAConfig(target_modules=("c_attn.q",)))
-    inject(ours, LoRAConfig(target_modules=("c_attn",)))
-    randomize(ours)
-    save_adapter(ours, tmp_path)
-    theirs.load_adapter(tmp_path, "ours")
-    theirs.set_adapter("ours")
-    theirs.eval()
-    x = torch.arange(7)
-    assert relative_difference(theirs(x), ours(x)) < 1e-6
-    with adapter_disabled(ours):
-        assert relative_difference(theirs(x), ours(x)) > 0.01
 
 
 NAN = float("nan")

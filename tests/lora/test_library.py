@@ -5,7 +5,6 @@ from dataclasses import asdict
 import peft
 import pytest
 import torch
-from peft.optimizers import create_loraplus_optimizer
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -13,17 +12,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lora import (
     LoRAConfig,
     adapter_state_dict,
-    count_parameters,
     inject,
     lora_layers,
-    loraplus_groups,
-    quantise,
     save_adapter,
-    trained_parameters,
 )
 from lora.save import WEIGHTS
 from tests.models import Plain
-from tests.pairs import our_name, parameters, randomize
+from tests.pairs import randomize
 
 
 @pytest.fixture
@@ -48,35 +43,6 @@ def test_defaults_are_pefts_except_alpha():
     theirs = peft.LoraConfig(target_modules="all-linear", lora_alpha=16).to_dict()
     ours = asdict(LoRAConfig())
     assert {name: theirs[name] for name in ours} == ours
-
-
-def test_counts_and_names_are_pefts(sides):
-    ours, theirs = sides
-    assert count_parameters(ours) == theirs.get_nb_trainable_parameters()
-    assert trained_parameters(ours).keys() == parameters(theirs.base_model.model).keys()
-
-
-def test_quantised_weights_are_counted():
-    plain, quantised = Plain(), Plain()
-    quantise(quantised, "nf4")
-    assert count_parameters(quantised) == (0, count_parameters(plain)[1])
-
-
-def test_groups_of_lora_plus_are_pefts(sides):
-    ours, theirs = sides
-    expected = create_loraplus_optimizer(
-        theirs, torch.optim.AdamW, lr=2e-4, loraplus_lr_ratio=16
-    ).param_groups
-    expected = [group for group in expected if group["params"]]
-    groups = torch.optim.AdamW(loraplus_groups(ours, 2e-4, 16)).param_groups
-    assert [group["lr"] for group in groups] == [2e-4, 16 * 2e-4]
-    assert rates(ours, groups) == rates(theirs.base_model.model, expected)
-
-
-def rates(model: nn.Module, groups: list[dict]) -> dict[str, float]:
-    """Return the learning rate of each parameter, by our names."""
-    names = {parameter: our_name(name) for name, parameter in model.named_parameters()}
-    return {names[parameter]: group["lr"] for group in groups for parameter in group["params"]}
 
 
 @pytest.mark.usefixtures("process_group")

@@ -136,27 +136,6 @@ def test_a_cast_leaves_scales_in_fp32():
         assert torch.equal(layer.weight, before)
 
 
-@pytest.mark.parametrize(
-    ("fields", "decodings"),
-    [({}, 1), ({"use_dora": True}, 2), ({"use_dora": True, "lora_dropout": 0.0}, 2)],
-)
-def test_a_forward_pass_decodes_each_weight_as_rarely_as_it_can(monkeypatch, fields, decodings):
-    """T5 reads the dtype of `wo`'s weight. DoRA needs W for its norm too."""
-    case = CASES["t5"]
-    model = make(case)
-    quantise(model, "nf4")
-    inject(model, LoRAConfig(r=2, target_modules="all-linear", **fields))
-    layers = []
-    decode = NF4Linear.dequantised
-    monkeypatch.setattr(
-        NF4Linear, "dequantised", lambda self, dtype: layers.append(self) or decode(self, dtype)
-    )
-    output(model.train(), case)
-    assert len(layers) == decodings * len(set(layers)) and len(set(layers)) >= 20
-    model.to(BF16)
-    assert model.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == BF16
-
-
 @pytest.mark.parametrize("dtype", [FP32, BF16, torch.float64])
 def test_a_dequantised_model_has_its_dtype_and_runs(dtype):
     case = CASES["t5"]

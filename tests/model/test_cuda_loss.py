@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.gpt2 import IGNORE_INDEX
 from model.kernels import cuda_loss
-from tests.helpers import DEVICE, Operations
+from tests.helpers import DEVICE
 from tests.model.test_fast import BF16, FP16, FP32, TOLERANCE, assert_close, assert_same, normal
 
 pytestmark = pytest.mark.device
@@ -87,18 +87,6 @@ def test_loss_is_right_where_a_probability_underflows_and_shows_what_is_not_a_nu
     assert fast(targets)(hidden * torch.nan, weight).isnan()
 
 
-def test_the_frozen_head_moves_once_to_where_its_rows_of_zeros_have_room():
-    hidden, weight, targets = case(20, 101, FP32)
-    head = nn.Parameter(weight.detach(), requires_grad=False)
-    before = head.clone()
-    fast(targets)(hidden, head)
-    place = head.data_ptr()
-    fast(targets)(hidden, head)
-    assert head.data_ptr() == place and torch.equal(head, before)
-    assert head.untyped_storage().nbytes() == 128 * 16 * 4
-    assert head.shape == (101, 16) and head.is_contiguous()
-
-
 def test_a_trained_head_stays_where_it_is_and_its_padding_zero():
     hidden, weight, targets = case(33, 101, FP32)
     head = nn.Parameter(weight.detach())
@@ -113,14 +101,3 @@ def test_a_trained_head_stays_where_it_is_and_its_padding_zero():
     assert torch.equal(padded[:101], head) and not padded[101:].any()
     head.data = head.data.bfloat16()  # changes the weight's address
     assert torch.equal(cuda_loss.aligned_head(head)[:101], padded[:101].bfloat16())
-
-
-@pytest.mark.parametrize("memory, chunks", [(8, 5), (20, 2), (1000, 1)])
-def test_a_chunk_takes_its_share_of_the_cards_memory(monkeypatch, memory, chunks):
-    monkeypatch.setattr(cuda_loss, "card_memory", lambda device: memory * 128 * 8 * cuda_loss.SHARE)
-    hidden, weight, targets = case(33, 101, BF16)
-    with Operations() as seen:
-        fast(targets)(hidden, weight)
-    largest_chunk = -(-33 // chunks)
-    head = 128 * 16 * 2
-    assert seen.largest == max(4 * 128 * largest_chunk, head)

@@ -220,16 +220,6 @@ def test_another_gpt2_than_the_known_one_is_refused_and_not_kept(fake, monkeypat
     assert all(hub.GPT2_REVISION in request for request in fake.requests)
 
 
-def test_a_cached_main_is_not_taken_for_the_pinned_gpt2(fake, tmp_path):
-    cache = tmp_path / "hf" / "hub" / "models--openai-community--gpt2"
-    make_model(cache / "snapshots" / COMMIT)
-    (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(COMMIT)
-    assert hub.find_base("auto") == ("mini", hub.MINI)
-    pinned = make_model(cache / "snapshots" / hub.GPT2_REVISION)
-    assert hub.find_base("gpt2") == ("gpt2", pinned)
-
-
 def test_what_is_not_there_is_refused_in_one_line(fake, monkeypatch, tmp_path):
     message = refusal(base="someone/tiny@v2")
     assert message.startswith("someone/tiny@v2 is neither a directory nor available on the hub: ")

@@ -14,9 +14,7 @@ from common.device import Device
 from common.errors import RunError, UserError
 from common.processes import PATIENCE, Processes
 from model.kernels import cuda_loss
-from tests.runs import trainer
 from training.launch import launch
-from training.model import load_model
 from training.options import parse_options
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "WORLD_SIZE": "10", "LOCAL_RANK": "1"}
@@ -90,26 +88,6 @@ def test_a_lost_connection_and_an_error_abort_nccl_which_would_wait(cuda):
     with pytest.raises(ZeroDivisionError), processes.joined(torch.device("cuda")):
         1 / 0  # noqa: B018
     assert cuda.world.abort.call_count == 2
-
-
-def test_each_process_seeds_the_gpu_too(base, book, tmp_path, monkeypatch):
-    made = trainer("lora", base, book, tmp_path, "--seed", 5)
-    seeds = []
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
-    for number in (0, 1, 2):
-        plan = mock.Mock(wraps=made.plan, options=made.options, processes=mock.Mock())
-        plan.processes.number, plan.processes.is_main = number, number == 0
-        plan.device, plan.base_directory = made.plan.device, made.plan.base_directory
-        load_model(plan)
-        assert seeds[-1] == 5 + number
-
-
-def test_a_batch_is_copied_from_pinned_memory_while_the_cpu_goes_on():
-    batch = mock.Mock(is_cuda=False)
-    gpu = torch.device("cuda")
-    copied = Device(gpu, "fp32").to_device(batch)
-    assert copied is batch.pin_memory().to.return_value
-    batch.pin_memory().to.assert_called_once_with(gpu, non_blocking=True)
 
 
 def test_the_size_of_a_chunk_depends_on_the_card_and_not_on_what_is_free(monkeypatch):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.runs import Clock
 from training import meter
 from training.meter import Meter
 
@@ -31,3 +32,17 @@ def test_a_fault_does_not_outlive_a_good_restart_of_the_process():
     for step, loss in enumerate(LOSSES[3:], 4):
         resumed.count(step, torch.tensor(loss), 2, torch.tensor(step / 4))
     assert resumed.measure()["loss"] == steps().measure()["loss"]
+
+
+def test_a_line_has_the_speed_of_its_steps_and_the_report_of_all(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(meter, "time", clock)
+    made = Meter(fp16=False)
+    speeds = []
+    for step, tokens in enumerate((100, 300), 1):
+        made.start()
+        clock.later += 10
+        made.count(step, torch.tensor(1.0), tokens, torch.tensor(1.0))
+        speeds.append(made.measure()["tokens_per_second"])
+    assert speeds == pytest.approx([10, 30], rel=1e-3)
+    assert made.report()["tokens_per_second"] == pytest.approx(20, rel=1e-3)

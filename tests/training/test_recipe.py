@@ -143,12 +143,6 @@ def test_a_run_of_the_best_recipe_resumes_as_itself(base, book, tmp_path):
     assert "--recipe was best and is now reference; repeat the run's options" in line
 
 
-def test_full_fine_tuning_has_no_recipe(base, book, tmp_path):
-    argv = arguments("full", base, book, tmp_path / "run", "--recipe", "best")
-    assert "--recipe best" in one_line(run(main, *argv), 2)
-    assert parse_options("-", ["full"]).as_json().keys().isdisjoint({"recipe"})
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_defaults_are_those_of_the_reference_run(method):
     """They differ in the windows, the precision and clipping."""

@@ -123,25 +123,6 @@ def test_the_rate_is_that_of_transformers_but_for_its_first_step_at_zero():
         assert total - warmup < 10 or rates[-1] < 0.02 * 0.5
 
 
-def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(base, book, tmp_path):
-    def visits(*options):
-        run = runs.trainer("lora", base, book, tmp_path, "--batch-size", 7, "--epochs", 2, *options)
-        every = [row.tolist() for row in windows(token_parts(book)[0])[0]]
-        assert len(set(map(tuple, every))) == len(every)
-        rows = [torch.cat([x for x, _ in batch.micro_batches]) for batch in run.batches()]
-        return [[every.index(row.tolist()) for row in batch] for batch in rows]
-
-    batches = visits()
-    count = len(windows(token_parts(book)[0])[0])
-    order = [i for batch in batches for i in batch]
-    first = order[:count]
-    second = order[count:]
-    assert sorted(first) == sorted(second) == list(range(count))
-    assert {len(batch) for batch in batches} == {7, count % 7}
-    assert first != second and first != list(range(count))
-    assert visits() == batches != visits("--seed", 1)
-
-
 @pytest.mark.device
 def test_parts_of_a_batch_change_nothing(base, book, tmp_path):
     def run_in(parts: int) -> runs.Run:
@@ -162,31 +143,6 @@ def test_the_logged_loss_is_the_mean_over_tokens_though_the_last_batch_is_smalle
     run = trained("lora", base, book, tmp_path, *options, *NO_DROPOUT)
     assert len(windows(token_parts(book)[0])[0]) % 89 == 1 and run.report["steps"] == 3
     assert run.column("loss") == pytest.approx([exact_loss(base, book)], rel=1e-6)
-
-
-def test_label_shift_2_scores_the_token_after_next(base, book, tmp_path):
-    options = split("--label-shift 2 --max-steps 1")
-    run = trained("lora", base, book, tmp_path, *options, *WHOLE, *NO_DROPOUT)
-    assert run.column("loss") == pytest.approx([exact_loss(base, book, 2)], rel=1e-6)
-
-
-@pytest.mark.device
-def test_half_precision_is_near_fp32_and_keeps_the_adapter_in_fp32(base, book, tmp_path):
-    def run_in(precision: str) -> runs.Run:
-        options = split(f"--max-steps 2 --batch-size 4 --val-fraction 0.02 --precision {precision}")
-        return trained("lora", base, book, tmp_path / precision, *options, *NO_DROPOUT)
-
-    exact = run_in("fp32")
-    halves = [run_in("bf16"), run_in("fp16")]
-    assert [half.report["precision"] for half in halves] == ["bf16", "fp16"]
-    for half in halves:
-        assert half.column("loss") == pytest.approx(exact.column("loss"), rel=0.01)
-        assert half.column("loss") != exact.column("loss")
-        assert half.column("grad_norm") == pytest.approx(exact.column("grad_norm"), rel=0.02)
-        assert {tensor.dtype for tensor in half.weights.values()} == {torch.float32}
-    for run in (exact, *halves):
-        for numbers in (run.report, run.metrics[0]):
-            assert ("skipped_steps" in numbers) == (run.report["precision"] == "fp16")
 
 
 def compiled_trainer(base, book, tmp_path, *options) -> Steps:
