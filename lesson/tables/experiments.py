@@ -105,26 +105,6 @@ def rank_8() -> Iterator[str]:
 
 
 @table
-def rates() -> Iterator[str]:
-    texts = {"stride 128": "all", "stride 512": "a quarter", "stride 2048": "a sixteenth"}
-    rows: dict[tuple[str, str, str], dict[int, Any]] = {}
-    for name, run in results("rates").items():
-        size, stride, _ = name.split(", ")
-        steps, windows = size.split(" steps of ")
-        key = (f"{steps} x {windows}", texts[stride], f"{run['passes']:.2g}")
-        rows.setdefault(key, {})[run["r"]] = run["runs"]
-    yield "| steps x windows | text | passes | best rate at r = 1, 8, 64 | perplexity at r = 8 |"
-    yield "|---|---|---:|---|---:|"
-    by_passes = sorted(rows.items(), key=lambda row: (float(row[0][2]), row[0][1]))
-    for key, found in by_passes:
-        some = ""
-        if len(found) == 1:
-            some = " (r = 8)"
-        vertices = ", ".join(rate(vertex(found[r])) for r in sorted(found))
-        yield f"| {' | '.join(key)} | {vertices}{some} | {at_best(found[8]):.1f} |"
-
-
-@table
 def frontier() -> Iterator[str]:
     texts = results("frontier")
     yield (
