@@ -25,7 +25,7 @@ BOOK = Path("data/book.txt")
 OUT = Path("runs/one-page")
 PREFIX = "base_model.model.transformer."  # of the names in PEFT's file
 # These are the settings of a reference run, and of `train.py lora`. Better and faster: adapt all
-# four layers of a block, ("c_attn", "c_proj", "c_fc"), with STRIDE 128, BATCH 2, PEAK_LR 2.7e-3.
+# four layers of a block, ("c_attn", "c_proj", "c_fc"), with STRIDE 128, BATCH 2, PEAK_LR 4e-3.
 TARGETS = ("c_attn",)  # the layers to adapt. Both attention and MLP have a c_proj
 R, ALPHA, DROPOUT = 8, 16, 0.05
 BLOCK, STRIDE = 128, 16  # a window of 128 tokens starts at every 16th training token
