@@ -8,7 +8,9 @@ keeps the best adapter so far.
 """
 
 import argparse
+import logging
 import math
+import warnings
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -176,7 +178,10 @@ def train(model, task: Task, peak: float, device: Device, args: argparse.Namespa
 
 def load_in_peft(model, device: Device, args: argparse.Namespace):
     """Return the unquantised base with the saved adapter, in stock PEFT."""
-    from peft import PeftModel  # slow to import, and can print warnings of bitsandbytes
+    # Two warnings about parts of other packages look like failures.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    from peft import PeftModel  # slow to import
 
     if args.quantise:
         model, _ = load(args.model)
