@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
     title = "LoRA on which layers of a block? (mini, 122,880 trained parameters in each row)"
     caption = (
         "Alpha 16, 60 steps of 4 windows of 128 tokens. c_proj: both attn.c_proj and mlp.c_proj, "
-        "so the last row adapts all four layers."
+        "so c_attn, c_proj, c_fc are all four layers."
     )
     return compare("targets", title, caption, choices, __doc__, argv)
 
