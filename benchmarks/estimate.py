@@ -12,10 +12,9 @@ from benchmarks import ours
 from common.device import Device, tune_process
 from common.errors import run_command
 from data.windows import Batch
-from lora.rate import SHORT_STEPS
 from train import train_step
 from training.options import parse_options
-from training.plan import Plan
+from training.plan import SHORT_STEPS, Plan
 
 MEASURED_SECONDS = 8.0  # of training steps
 FEWEST_STEPS = 3

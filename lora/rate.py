@@ -13,8 +13,7 @@ from lora.parameters import trained_parameters
 
 BatchType = TypeVar("BatchType")
 
-SHORT_STEPS = 24
-FIRST = 4e-3  # near the best rate of LoRA on all layers with alpha 16, in `SHORT_STEPS` steps
+FIRST = 4e-3  # near the best rate of LoRA on all layers with alpha 16, in 24 steps
 MOST_RUNS = 12
 MOST_RISE = 0.2  # nats
 PER_PASS = 0.15  # fitted to runs of 1 to 10 passes (docs/experiments.md)

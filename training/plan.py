@@ -10,7 +10,6 @@ import numpy as np
 from common.device import Device
 from common.processes import Processes
 from data.windows import Batch, Dataset, micro_batches
-from lora.rate import SHORT_STEPS
 from model.gpt2 import GPT2
 from storage.hub import find_base
 from training.data import Data, load_data
@@ -18,6 +17,8 @@ from training.identity import RunIdentity, run_identity
 from training.options import Options
 from training.recipe import fill_in
 from training.trainer import Trainer, make_trainer
+
+SHORT_STEPS = 24  # of a run that searches the learning rate
 
 
 @dataclass(frozen=True)

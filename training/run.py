@@ -18,11 +18,10 @@ from common.errors import RunError, UserError, describe_failure
 from common.signals import end_at_once, on_signals
 from evaluation.scores import Scores
 from lora import RateSearch, trained_parameters
-from lora.rate import SHORT_STEPS
 from training.meter import Meter
 from training.model import save_model
 from training.out import refuse_used
-from training.plan import Plan
+from training.plan import SHORT_STEPS, Plan
 from training.report import best_weights, parameter_counts, write_report
 from training.resume import Saver
 from training.stop import Stop

@@ -16,14 +16,13 @@ from typing import Any
 from common.figures import FULL, INK, LORA, shades
 from lesson.experiments.common import (
     SHORT,
-    Steps,
     as_command,
     describe_seeds,
     experiment,
     panels,
     train_options,
 )
-from lesson.experiments.rates import LIMITS, rule
+from lesson.experiments.rates import rate_of_the_rule
 from lesson.experiments.sweep import stored
 from lesson.figures import draw_at, name_line
 from training.options import BEST, BOOK, ROOT
@@ -49,8 +48,7 @@ def run(words: dict[str, Any], r: int | None, short: bool) -> dict[str, float]:
     if short:
         words |= SHORT
     best = words | {"recipe": BEST}
-    plan = Steps(train_options("lora", best)).plan
-    rate = float(f"{min(rule(plan.total_steps, plan.passes), LIMITS[1]):.1e}")
+    rate = rate_of_the_rule(train_options("lora", best))
     if r:
         return stored(train_options("lora", best | {"r": r, "lr": rate}), short)
     return stored(train_options("full", words | {"lr": rate / 10}), short)

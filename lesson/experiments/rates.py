@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.ours import Steps
 from common.figures import BASE, INK, OTHER, scientific, shades
 from lesson.experiments.common import as_command, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, at_best, best_rate, scored, tune
 from lesson.figures import name_line
+from training.options import Options
 
 # Steps, windows per step, stride, rank, and the rate where the search begins. A stride of 128
 # reads the whole training part. 512 reads every fourth window of 128 tokens, and 2048 every 16th.
@@ -50,6 +52,12 @@ def rule(steps: float, passes: float) -> float:
     `passes` is how often, on average, a run reads a token of the training part.
     """
     return 0.035 / (steps * passes**2) ** (1 / 3)
+
+
+def rate_of_the_rule(options: Options) -> float:
+    """Return the rule's rate for the run of `train.py` with these options, at most the limit."""
+    plan = Steps(options).plan
+    return float(f"{min(rule(plan.total_steps, plan.passes), LIMITS[1]):.1e}")
 
 
 def vertex(runs: dict[Any, list[float]]) -> float:

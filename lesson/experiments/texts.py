@@ -20,10 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.ours import Steps
 from common.files import file_sha256
 from lesson.experiments.common import as_command, experiment, train_options
-from lesson.experiments.rates import LIMITS, rule
+from lesson.experiments.rates import rate_of_the_rule
 from lesson.experiments.sweep import stored
 from training.options import BEST, BOOK, REFERENCE, ROOT
 
@@ -79,10 +78,6 @@ class Text:
         """Return the perplexity of `best`, at this rate, or else at the rate that it finds."""
         return stored(self.options(epochs, BEST, lr, seed), self.short)["perplexity"]
 
-    def rate_of_the_rule(self, epochs: int) -> float:
-        plan = Steps(self.options(epochs, BEST)).plan
-        return float(f"{min(rule(plan.total_steps, plan.passes), LIMITS[1]):.1e}")
-
     def ladder(self, epochs: int, middle: float) -> dict[float, float]:
         """Return perplexities by rate. The best rate has a neighbour on each side."""
         found: dict[float, float] = {}
@@ -100,7 +95,7 @@ class Text:
         if self.path.stat().st_size <= LARGEST_OF_REFERENCE[epochs]:
             found["reference"] = self.run(epochs, REFERENCE)["perplexity"]
         if epochs < 10:
-            found["rule"] = self.perplexity(epochs, self.rate_of_the_rule(epochs))
+            found["rule"] = self.perplexity(epochs, rate_of_the_rule(self.options(epochs, BEST)))
             found["fixed"] = self.perplexity(epochs, FIXED)
         found["ladder"] = ladder = self.ladder(epochs, best["lr"])
         least = min(ladder, key=ladder.__getitem__)

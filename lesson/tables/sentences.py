@@ -37,7 +37,7 @@ def above_the_ladder() -> str:
 
 
 def misses() -> str:
-    """Print by which factors the rule misses the best rates."""
+    """Print the factors between the rule and the best rates."""
     runs = results("rates").values()
     factors = [
         vertex(run["runs"]) * (run["steps"] * run["passes"] ** 2) ** (1 / 3) / 0.035 for run in runs
