@@ -108,7 +108,7 @@ test: .venv/dev
 	$(PY) -m pytest -q -n logical --dist worksteal $(ARGS)
 
 # Pin each package to the lowest version that pyproject.toml allows. Some of these versions have
-# wheels only for Python 3.10 to 3.12.
+# wheels only for Python up to 3.12, and transformers needs 3.11.
 LOWEST := .venv-lowest/bin/python
 .venv-lowest/dev: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest

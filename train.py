@@ -52,7 +52,7 @@ def train(plan: Plan, trainer: Trainer, run: Run) -> None:
 
 
 def begin(plan: Plan, trainer: Trainer, run: Run) -> None:
-    """Score the base on the validation part, and find the learning rate if the recipe has none."""
+    """Score the base, and --init-adapter, on the validation part. Find the rate if none is set."""
     run.save()  # a checkpoint before the first best model, so that --resume finds one
     with adapter_disabled(trainer.model):
         run.keep_base(validate(plan, trainer, plan.data.validation))
@@ -117,7 +117,7 @@ def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
         except RunError:  # the short run diverged
             return math.inf
 
-    return find_rate(trainer.model, short_run, plan.passes)
+    return find_rate(trainer.model, short_run)
 
 
 def validate(plan: Plan, trainer: Trainer, data: Dataset) -> Scores:

@@ -16,7 +16,6 @@ BatchType = TypeVar("BatchType")
 FIRST = 4e-3  # near the best rate of LoRA on all layers with alpha 16, in 24 steps
 MOST_RUNS = 12
 MOST_RISE = 0.2  # nats
-PER_PASS = 0.15  # fitted to runs of 1 to 10 passes (docs/experiments.md)
 
 
 @dataclass(frozen=True)
@@ -29,23 +28,21 @@ class RateSearch:
 
 
 def find_rate(
-    model: nn.Module,
-    short_run: Callable[[float], float],
-    passes: float = 1.0,
-    first: float = FIRST,
+    model: nn.Module, short_run: Callable[[float], float], first: float = FIRST
 ) -> RateSearch:
-    """Find a peak learning rate for a run that reads its training text `passes` times.
+    """Find a peak learning rate by short runs.
 
     `short_run(rate)` trains `model` for a few steps with this peak rate, and returns the loss on a
     text that it does not train on. `adamw_run` returns such a function. Every short run starts from
     the present parameters and random state, and both are restored at the end.
 
-    The search tries `first` and twice `first`, and then walks by factors of 2 until a rate is
-    better than both its neighbours. A parabola through the three losses over log rate gives the
-    best rate of a short run. A run that reads its text again needs a lower rate, because it also
-    learns the text by heart:
+    A model that reads a text several times learns it by heart, unless the rate is low. So if the
+    whole run reads its text p times, let a short run read a few batches 2 p - 1 times, at most 6
+    (fitted, see docs/experiments.md).
 
-        rate = best / (1 + PER_PASS * (passes - 1))
+    The search tries `first` and twice `first`, and then walks by factors of 2 until a rate is
+    better than both its neighbours. The result is the minimum of a parabola through the three
+    losses over log rate.
 
     Raises ValueError if the loss is not a finite number at any rate tried.
     """
@@ -66,9 +63,7 @@ def find_rate(
         return loss if math.isfinite(loss) else math.inf
 
     tried = walk(loss_at, first)
-    best = lowest_point(tried)
-    rate = best / (1 + PER_PASS * max(0.0, passes - 1))
-    return RateSearch(float(f"{rate:.1e}"), tried, time.perf_counter() - began)
+    return RateSearch(float(f"{lowest_point(tried):.1e}"), tried, time.perf_counter() - began)
 
 
 def walk(loss_at: Callable[[float], float], first: float) -> dict[float, float]:

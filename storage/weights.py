@@ -49,10 +49,9 @@ def load_gpt2(
 ) -> GPT2:
     """Load the model of a Hugging Face GPT-2 directory on the CPU, in evaluation mode.
 
-    Linear layers and embeddings are read in `dtype`. Norms are read in fp32. `Device.cast_frozen`
-    casts a frozen model in the same way. In a 16-bit `dtype`, the whole model is never in memory in
-    fp32. With `quantise`, each linear layer is read in fp32 and replaced by `quantise(layer)`
-    before the next layer is read.
+    Linear layers and embeddings are read in `dtype`. Norms are read in fp32. In a 16-bit `dtype`,
+    the whole model is never in memory in fp32. With `quantise`, each linear layer is read in fp32
+    and replaced by `quantise(layer)` before the next layer is read.
 
     Raises UserError for a tensor that is missing, unexpected, not finite, or of another shape or
     type, and for a config field that asks for another architecture.

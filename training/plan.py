@@ -19,6 +19,7 @@ from training.recipe import fill_in
 from training.trainer import Trainer, make_trainer
 
 SHORT_STEPS = 24  # of a run that searches the learning rate
+MOST_PASSES = 6  # of such a run, or it would have too few batches
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,14 @@ class Plan:
         return self.options.method == "lora" and not self.options.init_adapter
 
     def short_batches(self) -> list[Batch]:
-        """Return the batches of a short run, which searches the learning rate."""
+        """Return the batches of a short run, which searches the learning rate. It reads a few
+        windows several times, if the whole run reads all windows several times.
+        """
         steps = min(self.total_steps, SHORT_STEPS)
         size = self.options.batch_size
+        passes = short_passes(self.passes)
         order = self.data.short.epoch_order(self.options.seed, 0)
-        order = np.resize(order, steps * size)  # repeats a short text
+        order = np.resize(order[: math.ceil(steps * size / passes)], steps * size)
         return [
             self.batch(order[i : i + size], self.data.short) for i in range(0, len(order), size)
         ]
@@ -90,6 +94,16 @@ class Plan:
         """Return whether to validate after `step` steps: by --eval-every, or as an epoch ends."""
         every = self.options.eval_every
         return self.epoch_ends(step) or bool(every and step % every == 0)
+
+
+def short_passes(passes: float) -> int:
+    """Return how often a short run reads its windows, for a run that reads its text `passes` times.
+
+    A text that is read again is learned by heart, unless the rate is low. A short run that reads
+    its windows 2 p - 1 times learns about as much by heart as a long run that reads them p times
+    (fitted, see docs/experiments.md).
+    """
+    return min(max(1, 2 * round(passes) - 1), MOST_PASSES)
 
 
 def make_plan(options: Options, device: Device, processes: Processes) -> Plan:

@@ -31,6 +31,7 @@ from lora import LoRAConfig, RateSearch, adamw_run, find_rate, quantise, save_ad
 from lora.quantised import LAYERS, quantised_weights
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
+from training.plan import short_passes
 
 BATCH = 8  # windows or conversations
 SHORT_STEPS = 12  # of a run that searches the learning rate
@@ -116,14 +117,16 @@ def search_rate(model, training: Dataset, steps: int, device: Device) -> RateSea
     size = min(BATCH, max(1, len(training) // 2))
     every = list(batches(training, size))
     held_out = every[-max(1, len(every) // 10) :]
-    short = list(islice(cycle(every[: -len(held_out)]), SHORT_STEPS))
+    passes = short_passes(steps / len(every))
+    few = every[: -len(held_out)][: math.ceil(SHORT_STEPS / passes)]  # read several times, if
+    short = list(islice(cycle(few), SHORT_STEPS))  # the run reads its text again
 
     def mean_loss(batch: Batch):
         [(inputs, targets)] = batch.micro_batches
         return loss(model, inputs, targets, device)
 
     run = adamw_run(model, mean_loss, short, held_out)
-    return find_rate(model, run, passes=steps / len(every))
+    return find_rate(model, run)
 
 
 def prepare(args: argparse.Namespace, device: Device) -> tuple[Any, Any, Task]:

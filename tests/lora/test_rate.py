@@ -79,14 +79,6 @@ def test_an_interrupted_search_leaves_the_model_as_it_was():
     assert torch.equal(model.weight, before["weight"])
 
 
-def test_a_run_of_twelve_passes_gets_less_than_half_the_rate():
-    def rate(passes):
-        losses = {1e-3: 2.2, 2e-3: 2.0, 4e-3: 2.2}
-        return find_rate(nn.Linear(1, 1), lambda lr: losses.get(lr, 9.0), passes, first=2e-3).rate
-
-    assert rate(0.3) == rate(1) == 2e-3 and rate(11) == 8e-4
-
-
 def test_a_parabola_through_three_losses_gives_the_minimum():
     def loss(rate):
         return 0.01 * (math.log2(rate / 3e-3)) ** 2

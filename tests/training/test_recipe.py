@@ -2,20 +2,25 @@
 
 import json
 from argparse import Namespace
+from collections import Counter
 from shlex import split
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import train
 from benchmarks.reference import METHODS
+from common.device import Device
+from common.processes import Processes
 from tests import runs
 from tests.fault.runs import differences, result
 from tests.runs import WEIGHTS, arguments, one_line, run, run_acting, trained
 from train import main
 from training import sweep
 from training.options import BOOK, parse_options
+from training.plan import make_plan
 from training.report import advice
 
 ALL_LAYERS = ["c_attn", "c_proj", "c_fc"]
@@ -58,6 +63,18 @@ def test_the_search_does_not_see_the_validation_part(base, tmp_path):
         done = trained("lora", base, data, tmp_path / name, *options)
         found.append((done.report["search"], done.report["base_val_loss"]))
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
+def test_short_runs_read_a_few_windows_again_if_the_run_reads_all_again(base, tmp_path):
+    def distinct(epochs):
+        options = arguments("lora", base, BOOK, tmp_path, "--recipe", "best", "--epochs", epochs)
+        plan = make_plan(parse_options("-", options), Device.pick("cpu"), Processes())
+        inputs = [ids for batch in plan.short_batches() for ids, _ in batch.micro_batches]
+        windows = [tuple(row.tolist()) for row in torch.cat(inputs)]
+        assert len(windows) == 48 and set(Counter(windows).values()) == {48 // len(set(windows))}
+        return len(set(windows))
+
+    assert [distinct(epochs) for epochs in (1, 2, 100)] == [48, 16, 8]
 
 
 @pytest.mark.parametrize("step", [None, 5])
