@@ -37,8 +37,7 @@ def find_rate(
     the present parameters and random state, and both are restored at the end.
 
     A model that reads a text several times learns it by heart, unless the rate is low. So if the
-    whole run reads its text p times, let a short run read a few batches 2 p - 1 times, at most 6
-    (fitted, see docs/experiments.md).
+    whole run reads its text p times, let a short run read a few batches p times (at most about 6).
 
     The search tries `first` and twice `first`, and then walks by factors of 2 until a rate is
     better than both its neighbours. The result is the minimum of a parabola through the three

@@ -99,11 +99,10 @@ class Plan:
 def short_passes(passes: float) -> int:
     """Return how often a short run reads its windows, for a run that reads its text `passes` times.
 
-    A text that is read again is learned by heart, unless the rate is low. A short run that reads
-    its windows 2 p - 1 times learns about as much by heart as a long run that reads them p times
-    (fitted, see docs/experiments.md).
+    It reads them as often. A model that reads a text again learns it by heart, unless the rate is
+    low, and the short run must show this too.
     """
-    return min(max(1, 2 * round(passes) - 1), MOST_PASSES)
+    return min(max(1, round(passes)), MOST_PASSES)
 
 
 def make_plan(options: Options, device: Device, processes: Processes) -> Plan:

@@ -179,21 +179,12 @@ def ways() -> Iterator[str]:
     for way, label, cost in (
         ("fixed", "4e-3", "none"),
         ("rule", "the rule, at most 8e-3", "none"),
-        ("best", "the search (`--recipe best`)", "about three runs of 24 steps"),
+        ("best", "the search (`--recipe best`)", "runs of 24 steps"),
     ):
         above = [100 * (row[way] / ladder(row) - 1) for row in rows]
         worse = sum(row[way] >= row["base"] for row in rows)
         spread_ = f"{max(above):.1f} % | {median(above):.1f} %"
         yield f"| {label} | {cost} | {worse} of {len(rows)} | {spread_} |"
-
-
-@table
-def regularisation() -> Iterator[str]:
-    yield "| dropout | weight decay | perplexity |"
-    yield "|---:|---:|---:|"
-    for label, found in results("regularisation").items():
-        dropout, decay = (words.split()[-1] for words in label.split(","))
-        yield f"| {dropout} | {decay} | {spread(found)} |"
 
 
 @table
