@@ -3,6 +3,7 @@
 import pytest
 import torch.nn.functional as F
 
+from generators.results import PAGE, cells, write
 from lora_conformance.__main__ import main
 from lora_conformance.bench import report, run
 from lora_conformance.checks import CHECKS
@@ -11,24 +12,6 @@ from results import bench_this_project as this_project
 from tests.conformance import mistakes, shipped
 from tests.conformance.toys import TOYS, Layer, Right
 
-PEFT_FAILS = {  # conformance/results/failures.md explains them
-    "mathematics": {
-        "weighted_sum_of_other_layers",
-        "weighted_sum_of_rslora",
-        "weighted_sum_of_dora",
-    },
-    "robustness": {
-        "dora_magnitudes_stay_fp32",
-        "unmerging_from_bf16_restores_the_base",
-        "merging_into_nf4_keeps_the_update",
-    },
-    "interface": {
-        "a_loss_reads_the_weight",
-        "state_dict_while_merged",
-        "every_target_matches",
-        "patterns_keep_their_order",
-    },
-}
 PEFT_LACKS = {
     "slices_of_a_fused_layer",
     "slices_of_unequal_widths",
@@ -93,13 +76,12 @@ def test_this_project_passes_every_check_of_what_it_has():
     assert named(results, "FAIL") == set()
     assert named(results, "skip") == WE_LACK
     assert named(results, "refused") == WE_REFUSE
+    assert write(PAGE.read_text(), "this project", cells(results)) == PAGE.read_text()
 
 
 def test_peft_fails_only_what_the_page_explains():
     results = run(peft)
-    failed = named(results, "FAIL")
-    for level, names in PEFT_FAILS.items():
-        assert {name for name in failed if CHECKS[name].level == level} == names
+    assert write(PAGE.read_text(), "peft", cells(results)) == PAGE.read_text()
     assert named(results, "skip") == PEFT_LACKS
 
 

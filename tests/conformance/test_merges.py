@@ -159,10 +159,12 @@ def test_a_wrong_merge_is_named(name, tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_merge_into_int8_is_found(precision, tmp_path, capsys):
-    """Rounding to int8 moves W by 0.5 %, which is more than bf16 does."""
-    base, adapter, merged = folders(tmp_path, RIGHT["llama"], precision, 0.001)
+@pytest.mark.parametrize(("precision", "std"), [("fp32", 0.001), ("fp32", 0.06), ("bf16", 0.001)])
+def test_a_merge_into_int8_is_found(precision, std, tmp_path, capsys):
+    """Rounding to int8 moves W by 0.5 %, which is more than bf16 does. At 0.06, the update is as
+    large as W, so this is less than 1 % of the update.
+    """
+    base, adapter, merged = folders(tmp_path, RIGHT["llama"], precision, std)
 
     def quantise(tensors):
         step = tensors[Q].float().abs().amax(1, keepdim=True) / 127
@@ -172,6 +174,17 @@ def test_a_merge_into_int8_is_found(precision, tmp_path, capsys):
     change(merged, quantise)
     assert status(base, adapter, merged) == 1
     assert f"changed                 {Q}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=str)
+def test_a_merge_in_bf16_may_be_stored_in_another_type(stored, tmp_path, capsys):
+    """If the base is in fp32, W is rounded too, which is wrong."""
+    for precision, expected in (("bf16", 0), ("fp32", 1)):
+        base, adapter, merged = folders(tmp_path / precision, RIGHT["llama"], precision, 0.001)
+        in_bf16 = {k: w.bfloat16() for k, w in load_file(merged / "model.safetensors").items()}
+        tensors = {k: w.to(stored) for k, w in in_bf16.items()}
+        save_file(tensors, merged / "model.safetensors", {"format": "pt"})
+        assert main([str(base), str(adapter), str(merged)]) == expected, capsys.readouterr()
 
 
 @pytest.mark.parametrize("tied", [True, False])
