@@ -106,7 +106,7 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS and result.size(-1) == LOGITS:
             self.logits.add(result.dtype)
         copies = name in ("_to_copy", "copy_") and result.is_cuda != tensors[-1].is_cuda
-        if copies and not kwargs.get("non_blocking"):
+        if copies and (result.is_cpu or not kwargs.get("non_blocking")):
             self.waits.append(name)
         return result
 
