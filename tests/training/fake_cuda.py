@@ -43,7 +43,7 @@ from lora import find_rate, merge, unmerge
 from model import sampling
 from model.kernels import cuda_loss
 from training.checkpoint import _take_tensors
-from training.meter import Meter
+from training.run import Run
 
 COMMANDS = (
     "lora --precision fp32",
@@ -213,7 +213,7 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
         batch = next(made.batches())
         loss = made.step(batch)
         types |= {loss.dtype}
-        Meter(fp16=False).count(1, loss, batch.num_tokens, loss)
+        Run(made.plan, made.trainer).count(loss, loss, batch.num_tokens, 1e-3)
         made.step(replace(batch, micro_batches=[]))  # as a process without windows
         made.plan.processes.maximum(1, 15)  # as after each step
     assert not step.waits, f"a step waits for the GPU: {step.waits}"
