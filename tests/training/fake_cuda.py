@@ -8,7 +8,7 @@ first of two, in a fake group of processes, which returns each tensor as it is.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from copy import copy
 from dataclasses import replace
 from io import StringIO
@@ -31,6 +31,7 @@ import generate
 import lora.dora
 import lora.load
 import lora.pissa
+import lora.tensors
 import one_page
 import training.model
 from benchmarks.ours import Steps, options
@@ -40,6 +41,7 @@ from common.processes import Processes
 from data.tokenizer import load_tokenizer
 from evaluation.scores import forgetting
 from lora import find_rate, merge, unmerge
+from lora.tensors import tensor_bytes
 from model import sampling
 from model.kernels import cuda_loss
 from training.checkpoint import _take_tensors
@@ -248,13 +250,19 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
 
 
 def check_between_steps(made: Steps, ids: Tensor) -> None:
-    """Embed in evaluation, store a checkpoint's tensors, and search the rate."""
+    """Embed in evaluation, store the tensors of a checkpoint and of a file, and search the rate."""
     with Watch() as watch, made.device.autocast(), torch.no_grad():
         made.model.embed(ids, ids)
     assert made.device.dtype in watch.floats, "scoring does not round the embeddings"
     stored: dict[str, Tensor] = {}
     _take_tensors(made.trainer.optimizer.state_dict(), "", stored)
     assert stored and all(x.is_cpu for x in stored.values()), "a checkpoint is on the GPU"
+    with (
+        mock.patch.object(lora.tensors, "is_finite", return_value=False) as asked,
+        suppress(ValueError),  # not finite
+    ):
+        tensor_bytes("A", next(iter(made.parameters.values())), torch.float32)
+    assert asked.call_args.args[0].is_cpu, "a file is written from the GPU's memory"
     with mock.patch.object(torch.random, "fork_rng", return_value=nullcontext()) as fork:
         find_rate(made.model, lambda rate: rate)
     assert fork.call_args == mock.call([ids.device]), "the search keeps the GPU's draws"
