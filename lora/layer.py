@@ -72,7 +72,7 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
         if self.weight.dtype.is_complex:
             raise ValueError("the weight is complex, but A and B are real; leave out the layer")
-        self.to(base_layer.weight.device)
+        self.to(self.weight.device)
         self.train(base_layer.training)
 
     @property

@@ -61,3 +61,12 @@ def test_a_wrapper_lies_on_the_device_of_its_layer():
     assert all(parameter.is_meta for parameter in sliced.parameters())
     quantised = NF4Linear(nn.Linear(64, 64, device="meta"))
     assert all(buffer.is_meta for buffer in quantised.buffers())
+
+
+def test_the_cpus_generator_draws_a_whatever_the_device_of_the_layer():
+    states = []
+    for layer in (nn.Linear(8, 8), nn.Linear(8, 8, device="meta")):
+        torch.manual_seed(0)
+        LoRALinear(layer, LoRAConfig(r=4))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

@@ -92,9 +92,16 @@ def test_int8_is_bitsandbytes_to_the_bit(bnb, shape):
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gradients_are_autograds_through_the_dequantised_weight(kind, autocast):
+def test_gradients_are_autograds_through_the_dequantised_weight(kind, autocast, monkeypatch):
     quantised = LAYERS[kind](linear((33, 77)))
     plain = quantised.to_linear().requires_grad_(False)
+    asked = []
+    decode = LAYERS[kind].dequantised
+    monkeypatch.setattr(
+        LAYERS[kind],
+        "dequantised",
+        lambda layer, dtype: asked.append(dtype) or decode(layer, dtype),
+    )
     config = LoRAConfig(r=4, lora_dropout=0.3)
     results = []
     for base_layer in (quantised, plain):
@@ -109,6 +116,7 @@ def test_gradients_are_autograds_through_the_dequantised_weight(kind, autocast):
     for ours, expected in zip(*results, strict=True):
         assert torch.equal(ours, expected)
         assert expected.abs().max() > 0
+    assert asked == 2 * [y.dtype]  # W is decoded in forward and backward only, in this precision
 
 
 @pytest.mark.parametrize("kind", LAYERS)

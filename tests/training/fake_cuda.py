@@ -8,7 +8,7 @@ first of two, in a fake group of processes, which returns each tensor as it is.
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from copy import copy
 from dataclasses import replace
 from io import StringIO
@@ -31,6 +31,7 @@ import generate
 import lora.dora
 import lora.load
 import lora.pissa
+import lora.tensors
 import one_page
 import training.model
 from benchmarks.ours import Steps, options
@@ -38,12 +39,14 @@ from common.device import PRECISIONS, Device
 from common.errors import first_line
 from common.processes import Processes
 from data.tokenizer import load_tokenizer
+from evaluation.choices import score_choices
 from evaluation.scores import forgetting
 from lora import find_rate, merge, unmerge
+from lora.tensors import tensor_bytes
 from model import sampling
 from model.kernels import cuda_loss
 from training.checkpoint import _take_tensors
-from training.meter import Meter
+from training.run import Run
 
 COMMANDS = (
     "lora --precision fp32",
@@ -106,7 +109,7 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS and result.size(-1) == LOGITS:
             self.logits.add(result.dtype)
         copies = name in ("_to_copy", "copy_") and result.is_cuda != tensors[-1].is_cuda
-        if copies and not kwargs.get("non_blocking"):
+        if copies and (result.is_cpu or not kwargs.get("non_blocking")):
             self.waits.append(name)
         return result
 
@@ -213,7 +216,7 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
         batch = next(made.batches())
         loss = made.step(batch)
         types |= {loss.dtype}
-        Meter(fp16=False).count(1, loss, batch.num_tokens, loss)
+        Run(made.plan, made.trainer).count(loss, loss, batch.num_tokens, 1e-3)
         made.step(replace(batch, micro_batches=[]))  # as a process without windows
         made.plan.processes.maximum(1, 15)  # as after each step
     assert not step.waits, f"a step waits for the GPU: {step.waits}"
@@ -248,16 +251,27 @@ def check(command: str, base: str, adapter: str, book: str, data: str) -> None:
 
 
 def check_between_steps(made: Steps, ids: Tensor) -> None:
-    """Embed in evaluation, store a checkpoint's tensors, and search the rate."""
+    """Embed in evaluation, store the tensors of a checkpoint and of a file, search the rate, and
+    choose between the rows of --data."""
     with Watch() as watch, made.device.autocast(), torch.no_grad():
         made.model.embed(ids, ids)
     assert made.device.dtype in watch.floats, "scoring does not round the embeddings"
     stored: dict[str, Tensor] = {}
     _take_tensors(made.trainer.optimizer.state_dict(), "", stored)
     assert stored and all(x.is_cpu for x in stored.values()), "a checkpoint is on the GPU"
+    with (
+        mock.patch.object(lora.tensors, "is_finite", return_value=False) as asked,
+        suppress(ValueError),  # not finite
+    ):
+        tensor_bytes("A", next(iter(made.parameters.values())), torch.float32)
+    assert asked.call_args.args[0].is_cpu, "a file is written from the GPU's memory"
     with mock.patch.object(torch.random, "fork_rng", return_value=nullcontext()) as fork:
         find_rate(made.model, lambda rate: rate)
     assert fork.call_args == mock.call([ids.device]), "the search keeps the GPU's draws"
+    if made.options.data:
+        with Watch():
+            sums, counts = score_choices(made.model, made.data.validation, made.device)
+        assert sums.is_cpu and counts.is_cpu, "a choice's sum and count are on two devices"
 
 
 def check_merge(model: nn.Module) -> None:

@@ -90,6 +90,12 @@ def test_a_lost_connection_and_an_error_abort_nccl_which_would_wait(cuda):
     assert cuda.world.abort.call_count == 2
 
 
+def test_the_numbers_that_processes_exchange_in_each_step_never_wait_for_a_gpu(cuda):
+    with mock.patch.object(dist, "all_reduce") as reduced:
+        assert Processes(9, 10).maximum(1, 15) == [1, 15]
+    assert reduced.call_args.args[0].is_cpu
+
+
 def test_the_size_of_a_chunk_depends_on_the_card_and_not_on_what_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
     card = mock.Mock(total_memory=8000)
