@@ -29,14 +29,12 @@ from training.options import BEST, BOOK, REFERENCE, ROOT
 # How often short runs read their windows was chosen on these texts.
 FITTED = (
     "the book",
-    "pseudo-Latin",
     "documentation",
     "code",
     "conversations",
     "White Fang, 40 KB",
     "The Time Machine, 80 KB",
 )
-LATIN = ROOT / "benchmarks" / "pseudo-latin.txt"
 # The largest text, in bytes, by the epochs of a run.
 LARGEST = {1: 500_000, 3: 250_000, 10: 31_000}
 LARGEST_OF_REFERENCE = {1: 90_000, 3: 45_000, 10: 0}  # it reads eight times as many windows
@@ -56,7 +54,6 @@ def code() -> str:
 
 TEXTS: dict[str, Path | Callable[[], str]] = {
     "the book": BOOK,
-    "pseudo-Latin": LATIN,
     "documentation": documentation,
     "code": code,
     "conversations": ROOT / "data" / "instructions.jsonl",
