@@ -23,13 +23,15 @@ OUTCOMES = ("pass", "FAIL", "refused", "skip")
 
 def cells(results: Sequence[Result]) -> list[str]:
     """Return the counts of each level, and the names of the failed checks."""
-    counts, failed = [], []
+    counts = []
+    failed = []
     for level in LEVELS:
         of_level = [result for result in results if result.check.level == level]
         outcomes = [result.outcome for result in of_level]
         counts.append(" / ".join(str(outcomes.count(outcome)) for outcome in OUTCOMES))
         names = [f"`{one.check.name}`" for one in of_level if one.outcome == "FAIL"]
-        failed += [f"{level}: {', '.join(names)}"] if names else []
+        if names:
+            failed.append(f"{level}: {', '.join(names)}")
     return [*counts, "; ".join(failed)]
 
 
@@ -44,9 +46,10 @@ def main(argv: Sequence[str]) -> None:
     warnings.simplefilter("ignore")
     for path in argv:
         functions = load_implementation(path)
-        package = re.search(r"pip install ([\w-]+)", functions.__doc__ or "")
+        name = "this project"
+        if found := re.search(r"pip install ([\w-]+)", functions.__doc__ or ""):
+            name = found[1]
         new = cells(run(functions, CHECKS))
-        name = package[1] if package else "this project"
         PAGE.write_text(write(PAGE.read_text(), name, new))
         print(f"{name}: {', '.join(new)}", flush=True)
 
