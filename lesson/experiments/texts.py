@@ -34,6 +34,8 @@ FITTED = (
     "conversations",
     "White Fang, 40 KB",
     "The Time Machine, 80 KB",
+    "Flatland, 20 KB",
+    "GPL 3, 35 KB",
 )
 # The largest text, in bytes, by the epochs of a run.
 LARGEST = {1: 500_000, 3: 250_000, 10: 31_000}
