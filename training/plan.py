@@ -63,14 +63,11 @@ class Plan:
         return self.options.method == "lora" and not self.options.init_adapter
 
     def short_batches(self) -> list[Batch]:
-        """Return the batches of a short run, which searches the learning rate. It reads a few
-        windows several times, if the whole run reads all windows several times.
-        """
+        """Return the batches of a short run, which searches the learning rate."""
         steps = min(self.total_steps, SHORT_STEPS)
         size = self.options.batch_size
-        passes = short_passes(self.passes)
         order = self.data.short.epoch_order(self.options.seed, 0)
-        order = np.resize(order[: math.ceil(steps * size / passes)], steps * size)
+        order = short_order(order, steps * size, self.passes)
         return [
             self.batch(order[i : i + size], self.data.short) for i in range(0, len(order), size)
         ]
@@ -96,13 +93,15 @@ class Plan:
         return self.epoch_ends(step) or bool(every and step % every == 0)
 
 
-def short_passes(passes: float) -> int:
-    """Return how often a short run reads its windows, for a run that reads its text `passes` times.
+def short_order(order: np.ndarray, count: int, passes: float) -> np.ndarray:
+    """Return `count` indices for a short run: the first of `order`, as often as the whole run reads
+    its text.
 
-    It reads them as often. A model that reads a text again learns it by heart, unless the rate is
-    low, and the short run must show this too.
+    A model that reads a text again learns it by heart, unless the rate is low, and the short run
+    must show this too.
     """
-    return min(max(1, round(passes)), MOST_PASSES)
+    times = min(max(1, round(passes)), MOST_PASSES)
+    return np.resize(order[: math.ceil(count / times)], count)
 
 
 def make_plan(options: Options, device: Device, processes: Processes) -> Plan:

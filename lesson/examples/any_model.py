@@ -12,7 +12,6 @@ import logging
 import math
 import warnings
 from dataclasses import dataclass
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from lora import LoRAConfig, RateSearch, adamw_run, find_rate, quantise, save_ad
 from lora.quantised import LAYERS, quantised_weights
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
-from training.plan import short_passes
+from training.plan import short_order
 
 BATCH = 8  # windows or conversations
 SHORT_STEPS = 12  # of a run that searches the learning rate
@@ -117,9 +116,8 @@ def search_rate(model, training: Dataset, steps: int, device: Device) -> RateSea
     size = min(BATCH, max(1, len(training) // 2))
     every = list(batches(training, size))
     held_out = every[-max(1, len(every) // 10) :]
-    passes = short_passes(steps / len(every))
-    few = every[: -len(held_out)][: math.ceil(SHORT_STEPS / passes)]  # read several times, if
-    short = list(islice(cycle(few), SHORT_STEPS))  # the run reads its text again
+    order = np.arange(len(every) - len(held_out))
+    short = [every[i] for i in short_order(order, SHORT_STEPS, steps / len(every))]
 
     def mean_loss(batch: Batch):
         [(inputs, targets)] = batch.micro_batches
