@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
 from lesson.experiments.rates import fit, vertex
+from lesson.experiments.texts import FITTED
+from lesson.tables.experiments import ladder
 from lesson.tables.others import least
 from lesson.tables.stored import at_best, results
 
@@ -14,6 +17,12 @@ from lesson.tables.stored import at_best, results
 def readme() -> Iterator[str]:
     seeds = results("other_model")["conversations"]["0.0048"]
     yield f"fell from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} in [three runs]"
+    lower = sum(
+        "reference" in text["1"]
+        and all(row["best"] < row.get("reference", math.inf) for row in rows(text))
+        for text in results("texts").values()
+    )
+    yield f"ended lower on [each of {lower} texts]"
 
 
 def experiments() -> Iterator[str]:
@@ -21,21 +30,35 @@ def experiments() -> Iterator[str]:
     _, steps, passes, _ = fit(results("rates"))
     yield f"a fit gives {steps:.2f} for steps and {passes:.2f} for passes"
     yield f"The rule misses these {misses()} at worst."
+    texts = results("texts")
+    worst = max(above(row) for name in texts.keys() - FITTED for row in rows(texts[name]))
+    yield f"it ends at most {worst:.1f} % above the best of a ladder of fixed rates"
+    yield f"of the {sum(len(rows(text)) for text in texts.values())} rows are more than"
     yield f"Over three seeds, these are {above_the_ladder()} above it."
     means = [mean(found) for found in results("regularisation").values()]
     yield f"The five means are between {min(means):.1f} and {max(means):.1f}"
 
 
+def rows(text: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the results on a text, for each number of epochs that ran."""
+    return [text[epochs] for epochs in ("1", "3", "10") if epochs in text]
+
+
+def above(row: dict[str, Any]) -> float:
+    """Return how far `best` is above the ladder's best rate, in %, over the seeds that ran."""
+    best = mean([row["best"], *row.get("best again", [])])
+    return 100 * (best / mean([ladder(row), *row.get("ladder again", [])]) - 1)
+
+
 def above_the_ladder() -> str:
-    """Print how far the repeated rows are above the ladder's best rate, over all seeds."""
-    above = []
-    for text in results("texts").values():
-        for row in (text[epochs] for epochs in ("1", "3", "10") if epochs in text):
-            if "best again" in row:
-                best = mean([row["best"], *row["best again"]])
-                ladder = mean([min(row["ladder"].values()), *row["ladder again"]])
-                above.append(f"{100 * (best / ladder - 1):.1f} %")
-    return f"{', '.join(above[:-1])} and {above[-1]}"
+    """Print how far the repeated rows are above the ladder's best rate."""
+    found = [
+        f"{above(row):.1f} %"
+        for text in results("texts").values()
+        for row in rows(text)
+        if "best again" in row
+    ]
+    return f"{', '.join(found[:-1])} and {found[-1]}"
 
 
 def misses() -> str:
