@@ -27,9 +27,9 @@ class Device:
     """The device that a command computes on, and the precision of its matmuls.
 
     The precision sets three things: autocast around the loss (`autocast`), the frozen matrices
-    (`load_gpt2` reads them in it, and `cast_frozen` casts those of other models), and a scaler of
-    the loss, for fp16 only (training/trainer.py). The trained parameters, the norms, and the
-    loss with its softmax stay in fp32.
+    (`load_gpt2` reads them in it, and `cast_frozen` casts other models), and a scaler of the loss,
+    for fp16 only (training/trainer.py). The trained parameters, the norms, and the loss with its
+    softmax stay in fp32.
     """
 
     torch_device: torch.device

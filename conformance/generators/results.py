@@ -36,7 +36,7 @@ def cells(results: Sequence[Result]) -> list[str]:
 
 
 def write(page: str, package: str, new: Sequence[str]) -> str:
-    """Return the page with the row of a package, whose cells end in those that are new, and one."""
+    """Return the page with the new cells in the row of a package, before its last cell."""
     [row] = re.findall(rf"^\| {re.escape(package)} \|.*$", page, re.MULTILINE)
     old = row.split(" | ")
     return page.replace(row, " | ".join([*old[: -len(new) - 1], *new, old[-1]]))
