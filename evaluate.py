@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, model, tokenizer = load_with_adapter(args.base, args.adapter, device.dtype, args.quantise)
     check_block_size(args.block_size, model.config)
     kind = quantisation(model)
-    device.cast_frozen(model)
+    model.to(device.torch_device)
     set_kernels(model, args.kernels)
     if args.choices:
         fraction = args.val_fraction or 1.0

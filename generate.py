@@ -69,7 +69,7 @@ def use_adapter(
     """Load the base, with the adapter if any, and chat or continue the prompts. With `with_base`,
     the base continues the prompts first."""
     base, model, tokenizer = load_with_adapter(args.base, adapter, device.dtype, args.quantise)
-    device.cast_frozen(model)
+    model.to(device.torch_device)
     set_kernels(model, args.kernels)
     with device.autocast():
         if args.chat:

@@ -13,14 +13,15 @@ from common.errors import RunError, run_command
 from data.windows import Batch, Dataset
 from evaluation.scores import EVAL_BATCH, Scores, evaluate
 from lora import RateSearch, adapter_disabled, find_rate
+from training.directory import is_finished
 from training.launch import launch
 from training.model import load_model
 from training.options import parse_options
-from training.out import is_finished
 from training.plan import Plan, make_plan
 from training.report import describe_parameters
 from training.run import Run, open_run
-from training.trainer import Trainer
+from training.search import short_run_data
+from training.trainer import Trainer, trainer_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         model = load_model(plan)  # for LoRA, the base is frozen and A and B are new
         print(describe_parameters(model))
-        trainer = plan.trainer(model)  # the model with AdamW and a GradScaler
+        trainer = trainer_for(plan, model)  # the model with AdamW and a GradScaler
         with open_run(plan, trainer) as run:  # resumes a run, or empties --out
             train(plan, trainer, run)
 
@@ -102,18 +103,17 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
-    """Find the peak learning rate by short runs. They train on most of the training part, and are
-    scored on the rest of it, so the choice of the rate does not see the validation part.
-    """
+    """Find the peak learning rate by short runs on most of the training part. The rest of this part
+    scores the runs, so the choice of the rate does not see the validation part."""
+    batches, held_out = short_run_data(plan)
 
     def short_run(rate: float) -> float:
-        short = plan.trainer(trainer.model)  # with a new optimizer
-        batches = plan.short_batches()
+        short = trainer_for(plan, trainer.model)  # with a new optimizer
         for step, batch in enumerate(batches):
             lr = learning_rate(step, len(batches), rate, plan.options.warmup_ratio)
             train_step(short, batch, lr)
         try:
-            return validate(plan, short, plan.data.held_out).loss
+            return validate(plan, short, held_out).loss
         except RunError:  # the short run diverged
             return math.inf
 

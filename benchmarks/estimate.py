@@ -14,7 +14,8 @@ from common.errors import run_command
 from data.windows import Batch
 from train import train_step
 from training.options import parse_options
-from training.plan import SHORT_STEPS, Plan
+from training.plan import Plan
+from training.search import SHORT_STEPS
 
 MEASURED_SECONDS = 8.0  # of training steps
 FEWEST_STEPS = 3

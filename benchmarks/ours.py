@@ -21,11 +21,11 @@ from model.gpt2 import GPT2
 from model.kernels.fast import set_kernels
 from storage.runs import read_run
 from storage.weights import load_config, load_gpt2, save_gpt2
-from training.data import load_data
 from training.launch import prepare_device
 from training.model import load_model
 from training.options import Options, parse_options
-from training.plan import make_plan
+from training.plan import load_data, make_plan
+from training.trainer import trainer_for
 
 
 def command_line(method: str, *more: object, **values: object) -> list[str]:
@@ -76,7 +76,7 @@ class Steps:
 
     def set_up(self) -> None:
         """Make the optimizer. Call this again to train other parameters."""
-        self.trainer = self.plan.trainer(self.model)
+        self.trainer = trainer_for(self.plan, self.model)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -130,7 +130,7 @@ def load(base: Path, adapter: Path | None, device: Device) -> GPT2:
     model = load_gpt2(base, device.dtype)
     if adapter:
         load_adapter(model, adapter)
-    device.cast_frozen(model)
+    model.to(device.torch_device)
     set_kernels(model, "fast")
     return model
 

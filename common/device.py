@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError, first_line
 
@@ -26,10 +26,16 @@ M_MMAP_MAX = -4
 class Device:
     """The device that a command computes on, and the precision of its matmuls.
 
-    The precision sets three things: autocast around the loss (`autocast`), the frozen matrices
-    (`load_gpt2` reads them in it, and `cast_frozen` casts other models), and a scaler of the loss,
-    for fp16 only (training/trainer.py). The trained parameters, the norms, and the loss with its
-    softmax stay in fp32.
+    The precision has three effects:
+
+    - `autocast` runs the matmuls of each forward pass in it. The operations in model/kernels ask
+      autocast for its dtype.
+    - A frozen base is loaded with its matrices in `dtype`, because autocast would otherwise cast
+      them in each step (`load_base` in training/model.py).
+    - In fp16, `grad_scaler` scales the loss, so that small gradients do not underflow.
+
+    The trained parameters with their gradients, the norms, AdamW, and the loss with its softmax
+    stay in fp32.
     """
 
     torch_device: torch.device
@@ -84,15 +90,13 @@ class Device:
             return x.pin_memory().to(self.torch_device, non_blocking=True)
         return x.to(self.torch_device)
 
-    def cast_frozen(self, model: nn.Module) -> nn.Module:
-        """Move the model to the device, and cast its frozen matrices to the run's precision.
-
-        Otherwise autocast would cast these matrices in every step.
-        """
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding) and _is_frozen(module):
-                module.to(self.dtype)
-        return model.to(self.torch_device)
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
+        scaler = torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16")
+        # The first call of `scale` initialises the scaler. A process without windows would never
+        # call `scale` during training, so call it here.
+        scaler.scale(torch.zeros((), device=self.torch_device))
+        return scaler
 
     def set_tf32(self, allowed: bool) -> None:
         """Set whether fp32 matmuls on CUDA may round their inputs to TF32's 10-bit mantissa. False
@@ -126,10 +130,6 @@ class Device:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
         return peak * unit / 1e6
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def _pick_device(asked: str) -> str:

@@ -30,7 +30,7 @@ from data.json_lines import read_lines, refuse_unknown
 from data.questions import question
 from data.tokenizer import Tokenizer
 from data.tokens import require_end_of_text
-from data.windows import InputsAndTargets, shuffled
+from data.windows import MOST_HELD_OUT, InputsAndTargets, held_out, shuffled
 from model.gpt2 import IGNORE_INDEX
 
 Turn = tuple[str, str]  # a name, such as "User", and a text
@@ -85,7 +85,7 @@ class Instructions:
         inputs, targets = torch.from_numpy(padded)
         return inputs.clamp(min=0), targets
 
-    passes = 1.0
+    passes_per_epoch = 1.0
 
     def num_tokens(self, indices: np.ndarray) -> int:
         return sum(int((self.rows[i][1] != IGNORE_INDEX).sum()) for i in indices)
@@ -94,6 +94,10 @@ class Instructions:
     def scored_bytes(self) -> int:
         """Count the UTF-8 bytes of text that `evaluation_batches` scores."""
         return sum(int(row[2][row[1] != IGNORE_INDEX].sum()) for row in self.rows)
+
+    def hold_out(self) -> tuple["Instructions", "Instructions"]:
+        first, last = held_out(len(self), 1, MOST_HELD_OUT)
+        return Instructions(self.rows[first]), Instructions(self.rows[last])
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)

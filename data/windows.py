@@ -1,7 +1,7 @@
 """Split tokens into training and validation, cut the tokens into windows, and make batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,8 @@ from torch import Tensor
 from common.errors import UserError
 from model.gpt2 import IGNORE_INDEX, GPT2Config
 
+HELD_OUT = 0.1  # of the training data, for the search of the learning rate
+MOST_HELD_OUT = 32  # windows or examples, because each short run scores them
 InputsAndTargets = tuple[Tensor, Tensor]  # (B, T) int64 each, on the CPU
 
 
@@ -26,8 +28,12 @@ class Dataset(Protocol):
         """Return the number of scored tokens in these windows."""
 
     @property
-    def passes(self) -> float:
+    def passes_per_epoch(self) -> float:
         """Return how often, on average, an epoch reads a token."""
+
+    def hold_out(self) -> "tuple[Dataset, Dataset]":
+        """Return the parts that a search of the learning rate trains on and scores. The second part
+        is the end of the data. If a part would be empty, both parts are all data."""
 
     @property
     def scored_bytes(self) -> int:
@@ -58,15 +64,20 @@ def batches(data: Dataset, size: int, epochs: int = 1, seed: int = 0) -> Iterato
             yield Batch([data.batch(indices)], data.num_tokens(indices))
 
 
-def micro_batches(data: Dataset, indices: np.ndarray, size: int) -> list[InputsAndTargets]:
-    """Return the windows with these indices (B,), split into micro-batches of `size` windows."""
-    return [data.batch(indices[start : start + size]) for start in range(0, len(indices), size)]
-
-
 def split(items: Any, val_fraction: float) -> tuple:
     """Return the items for training, and the last `val_fraction` of the items for validation."""
     cut = len(items) - int(len(items) * val_fraction)
     return items[:cut], items[cut:]
+
+
+def held_out(count: int, least: int, most: int) -> tuple[slice, slice]:
+    """Return two slices of `count` items: all without the last tenth, and the last tenth, of which
+    at most the last `most` items. If a part would have fewer than `least` items, both are all.
+    """
+    cut = count - int(count * HELD_OUT)
+    if min(cut, count - cut) < least:
+        return slice(count), slice(count)
+    return slice(cut), slice(max(cut, count - most), count)
 
 
 def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -111,7 +122,7 @@ class Windows:
         return len(indices) * self.block_size  # every token of a window is scored
 
     @property
-    def passes(self) -> float:
+    def passes_per_epoch(self) -> float:
         return len(self) * self.block_size / len(self.tokens)
 
     @property
@@ -119,6 +130,16 @@ class Windows:
         """Count the UTF-8 bytes of text that `evaluation_batches` scores."""
         assert self.byte_counts is not None
         return int(self.byte_counts[self.label_shift :].sum(dtype=np.int64))
+
+    def hold_out(self) -> tuple["Windows", "Windows"]:
+        one = self.block_size + self.label_shift  # tokens of a window and its targets
+        first, last = held_out(len(self.tokens), one, MOST_HELD_OUT * self.block_size)
+        return self._part(first, self.stride), self._part(last, self.block_size)
+
+    def _part(self, part: slice, stride: int) -> "Windows":
+        assert self.byte_counts is not None
+        tokens = self.tokens[part]
+        return replace(self, tokens=tokens, stride=stride, byte_counts=self.byte_counts[part])
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         return shuffled(len(self), seed, epoch)

@@ -70,7 +70,9 @@ def load_gpt2(
         module = model.get_submodule(place)
         setattr(module, part, nn.Parameter(value))
         if quantise and isinstance(module, nn.Linear) and part == "bias":  # read after weight
-            model.set_submodule(place, quantise(module))
+            quantised = quantise(module)
+            quantised.bias = nn.Parameter(value.to(dtype))
+            model.set_submodule(place, quantised)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Load the model of a run, ready to train, and save the best model."""
+"""Load the model of a run, ready to train."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,29 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.device import Device
-from common.errors import RunError, UserError, as_failure
-from data.instructions import CHAT_TEMPLATE
-from lora import inject, load_adapter, save_adapter
+from common.errors import UserError, as_failure
+from lora import inject, load_adapter
 from lora.quantised import LAYERS
 from model.gpt2 import GPT2, KVCache
 from model.kernels.fast import set_kernels
-from storage.hf_compat import save_tokenizer, stock_name
-from storage.hub import split_revision
-from storage.weights import find_weights, load_config, load_gpt2, save_gpt2
+from storage.weights import find_weights, load_config, load_gpt2
 from training.options import Options, adapter_config
 from training.plan import Plan
 
 
 def load_model(plan: Plan) -> GPT2:
-    """Load the base, for LoRA add the adapter, and make the model ready to train: cast frozen
-    weights to the run's precision, choose the kernels, and apply --compile.
+    """Load the base, for LoRA add the adapter, and make the model ready to train: choose the
+    kernels, and apply --compile.
     """
     options = plan.options
     model = load_base(options, plan.base_directory, plan.device)
     if options.method == "lora":
         add_adapter(model, options, plan.identity.base_sha256)  # freezes the base
     model.train()
-    plan.device.cast_frozen(model)
     set_kernels(model, options.kernels)
     plan.processes.broadcast(*(p for p in model.parameters() if p.requires_grad))
     if options.compile:
@@ -94,18 +90,3 @@ def compile_hidden(model: GPT2, rows: int) -> None:
         return compiled(padded)[: len(idx)]
 
     model.hidden = hidden  # type: ignore[method-assign]
-
-
-def save_model(model: GPT2, plan: Plan) -> None:
-    """Write the adapter or the whole model, and the tokenizer's files, to `--out`."""
-    options = plan.options
-    tokenizer = plan.data.tokenizer
-    if options.method == "lora":
-        name, revision = split_revision(stock_name(options.base))
-        weights_sha256 = plan.identity.base_sha256["weights"]
-        with as_failure(RunError):
-            save_adapter(model, options.out, name, weights_sha256, revision)
-    else:
-        save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
-    template = CHAT_TEMPLATE if options.data else None
-    save_tokenizer(tokenizer, options.out, model.config.n_positions, template)

@@ -4,22 +4,30 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from common.device import Device
+from common.errors import UserError
 from common.processes import Processes
-from data.windows import Batch, Dataset, micro_batches
-from model.gpt2 import GPT2
+from data.instructions import Instructions, read_examples
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokens import load_books
+from data.windows import Batch, Dataset, Windows, check_block_size, split
 from storage.hub import find_base
-from training.data import Data, load_data
+from storage.weights import load_config
 from training.identity import RunIdentity, run_identity
 from training.options import Options
 from training.recipe import fill_in
-from training.trainer import Trainer, make_trainer
 
-SHORT_STEPS = 24  # of a run that searches the learning rate
-MOST_PASSES = 6  # of such a run, or it would have too few batches
+
+class Data(NamedTuple):
+    """The data of a run, and the tokenizer of the base."""
+
+    training: Dataset
+    validation: Dataset
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,39 +57,19 @@ class Plan:
     def batch(self, indices: np.ndarray, data: Dataset) -> Batch:
         """Return this process's share of the windows with these indices (B,)."""
         mine = np.array_split(indices, self.processes.count)[self.processes.number]
-        rows = micro_batches(data, mine, self.micro_batch_size)
+        size = self.micro_batch_size
+        rows = [data.batch(mine[start : start + size]) for start in range(0, len(mine), size)]
         return Batch(rows, data.num_tokens(indices))
 
     @property
     def passes(self) -> float:
         """Return how often, on average, the run reads a token of its training part."""
-        return self.total_steps / self.steps_per_epoch * self.data.training.passes
+        return self.total_steps / self.steps_per_epoch * self.data.training.passes_per_epoch
 
     @property
     def starts_as_the_base(self) -> bool:
         """Return whether the run begins with a new adapter, which changes nothing yet."""
         return self.options.method == "lora" and not self.options.init_adapter
-
-    def short_batches(self) -> list[Batch]:
-        """Return the batches of a short run, which searches the learning rate."""
-        steps = min(self.total_steps, SHORT_STEPS)
-        size = self.options.batch_size
-        order = self.data.short.epoch_order(self.options.seed, 0)
-        order = short_order(order, steps * size, self.passes)
-        return [
-            self.batch(order[i : i + size], self.data.short) for i in range(0, len(order), size)
-        ]
-
-    def trainer(self, model: GPT2) -> Trainer:
-        """Return a trainer for the model of `load_model`, with a new optimizer."""
-        return make_trainer(
-            model,
-            device=self.device,
-            processes=self.processes,
-            weight_decay=self.options.weight_decay,
-            clip=self.options.clip,
-            loraplus_lr_ratio=self.options.loraplus_lr_ratio,
-        )
 
     def epoch_ends(self, step: int) -> bool:
         """Return whether an epoch, or the run, ends after `step` steps."""
@@ -91,17 +79,6 @@ class Plan:
         """Return whether to validate after `step` steps: by --eval-every, or as an epoch ends."""
         every = self.options.eval_every
         return self.epoch_ends(step) or bool(every and step % every == 0)
-
-
-def short_order(order: np.ndarray, count: int, passes: float) -> np.ndarray:
-    """Return `count` indices for a short run: the first of `order`, as often as the whole run reads
-    its text.
-
-    A model that reads a text again learns it by heart, unless the rate is low, and the short run
-    must show this too.
-    """
-    times = min(max(1, round(passes)), MOST_PASSES)
-    return np.resize(order[: math.ceil(count / times)], count)
 
 
 def make_plan(options: Options, device: Device, processes: Processes) -> Plan:
@@ -130,3 +107,47 @@ def make_plan(options: Options, device: Device, processes: Processes) -> Plan:
         total_steps,
         micro_batch_size=math.ceil(share / options.grad_accum),
     )
+
+
+def load_data(options: Options, directory: Path) -> Data:
+    """Load the book or the examples of --data, and split them into training and validation data.
+    `directory` contains the base.
+    """
+    config = load_config(directory)
+    check_block_size(options.block_size, config)
+    tokenizer = load_tokenizer(directory, config.vocab_size)
+    if options.data:
+        return load_examples(options, options.data, tokenizer)
+    return load_book(options, tokenizer)
+
+
+def load_book(options: Options, tokenizer: Tokenizer) -> Data:
+    block = options.block_size
+    shift = options.label_shift
+    training, validation = split(load_books(options.book, tokenizer), options.val_fraction)
+    for name, part in (("training", training), ("validation", validation)):
+        if len(part) < block + shift:
+            raise UserError(
+                f"{', '.join(map(str, options.book))}: the {name} part has {len(part):,} tokens, "
+                f"but a window needs {block + shift}; use a longer book or a smaller block"
+            )
+    return Data(
+        Windows(training.ids, block, options.stride, shift, training.byte_counts),
+        # Here the stride is the block size, so that a text is scored once.
+        Windows(validation.ids, block, block, shift, validation.byte_counts),
+        tokenizer,
+    )
+
+
+def load_examples(options: Options, path: Path, tokenizer: Tokenizer) -> Data:
+    training = read_examples(path, tokenizer, options.block_size)
+    if options.val_data:
+        validation = read_examples(options.val_data, tokenizer, options.block_size)
+    else:
+        training, validation = split(training, options.val_fraction)
+    if not training or not validation:
+        raise UserError(
+            f"{path}: {len(training)} examples to train on and {len(validation)} to "
+            "validate on; at least one of each is needed"
+        )
+    return Data(Instructions(training), Instructions(validation), tokenizer)

@@ -15,10 +15,8 @@ from common.figures import BASE, METHODS, PAGE_WIDTH, can_draw, save_figure, sci
 from common.files import open_file, write_json
 from evaluation.scores import perplexity
 from lora import count_parameters
-from lora.save import WEIGHTS as ADAPTER_WEIGHTS
 from storage.card import run_card, save_card
 from storage.runs import RUN
-from storage.weights import WEIGHTS as MODEL_WEIGHTS
 from training.directory import METRICS
 from training.options import REFERENCE, Options
 
@@ -112,12 +110,6 @@ def metrics_or_warning(out: Path) -> list[dict[str, Any]]:
     except UserError as error:
         print(f"warning: {error}; loss.png is not drawn", file=sys.stderr)
         return []
-
-
-def best_weights(out: Path, method: str) -> Path:
-    """Return the weights file of the best model of a run."""
-    names = {"lora": ADAPTER_WEIGHTS, "full": MODEL_WEIGHTS}
-    return out / names[method]
 
 
 def describe_run(options: Options, lr: float) -> str:

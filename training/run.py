@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.errors import RunError, UserError, describe_failure
+from common.errors import RunError, describe_failure
 from common.signals import end_at_once, on_signals
 from evaluation.scores import Scores
 from lora import RateSearch, trained_parameters
 from training.meter import Meter
-from training.model import save_model
-from training.out import refuse_used
-from training.plan import SHORT_STEPS, Plan
-from training.report import best_weights, parameter_counts, write_report
-from training.resume import Saver
+from training.plan import Plan
+from training.report import parameter_counts, write_report
+from training.saver import Saver
+from training.search import SHORT_STEPS
 from training.stop import Stop
 from training.trainer import Trainer
 
@@ -104,8 +103,7 @@ class Run:
     def _save_best(self, scores: Scores) -> None:
         self.best_val_loss = scores.loss
         self.best_val_bits_per_byte = scores.bits_per_byte
-        if self.plan.processes.is_main:
-            save_model(self.trainer.model, self.plan)
+        self.saver.save_best(self.trainer.model)
 
     def keep_rate(self, search: RateSearch) -> None:
         """Print and keep the peak rate that a search has found."""
@@ -192,13 +190,10 @@ class Run:
     def resume_or_clear(self) -> None:
         """Resume from the checkpoint if --resume finds one. Otherwise clear `--out`."""
         options = self.plan.options
-        processes = self.plan.processes
         if options.resume and self.saver.can_resume():
             self.saver.restore()
-            best = best_weights(options.out, options.method)  # no checkpoint contains it
-            has_best = math.isfinite(self.best_val_loss)
-            if processes.is_main and has_best and not best.exists():
-                raise UserError(f"--resume: {best} is missing; start again with --overwrite")
+            if math.isfinite(self.best_val_loss):
+                self.saver.require_best()
             print(f"resuming after step {self.step} of {self.plan.total_steps}")
             self.bar.initial = self.bar.n = self.step
         else:
@@ -234,8 +229,6 @@ def open_run(plan: Plan, trainer: Trainer) -> Iterator[Run]:
     """
     run = Run(plan, trainer)
     with run.saver.locked():
-        if plan.processes.is_main:
-            refuse_used(plan.options)  # again: another run may have begun since the plan
         run.resume_or_clear()
         try:
             with run.bar:

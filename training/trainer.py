@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from common.device import Device
 from common.processes import ALONE, Processes
 from lora import loraplus_groups, trained_parameters
+from model.gpt2 import GPT2
+from training.plan import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -73,12 +75,24 @@ def make_trainer(
     groups = parameter_groups(model, loraplus_lr_ratio)
     return Trainer(
         model,
-        loss or model.loss,
+        loss or model.loss,  # `set_kernels` may have made the model a FastGPT2
         AdamW(groups, weight_decay=weight_decay, fused=True),  # `train_step` sets the rate
-        grad_scaler(device),
+        device.grad_scaler(),
         device,
         processes,
         clip,
+    )
+
+
+def trainer_for(plan: Plan, model: GPT2) -> Trainer:
+    """Make the trainer of a run, for the model of `load_model`."""
+    return make_trainer(
+        model,
+        device=plan.device,
+        processes=plan.processes,
+        weight_decay=plan.options.weight_decay,
+        clip=plan.options.clip,
+        loraplus_lr_ratio=plan.options.loraplus_lr_ratio,
     )
 
 
@@ -90,13 +104,3 @@ def parameter_groups(model: nn.Module, loraplus_lr_ratio: float | None) -> list[
         return [{"params": list(trained_parameters(model).values()), "lr_scale": 1.0}]
     groups = loraplus_groups(model, 1.0, loraplus_lr_ratio)
     return [{"params": group["params"], "lr_scale": group["lr"]} for group in groups]
-
-
-def grad_scaler(device: Device) -> torch.amp.GradScaler:
-    """Return a scaler of the loss for fp16. In other precisions the scaler does nothing."""
-    kind = device.torch_device.type
-    scaler = torch.amp.GradScaler(kind, enabled=device.precision == "fp16")
-    # The first call of `scale` initialises the scaler. A process without windows would never call
-    # `scale` during training, so call it here.
-    scaler.scale(torch.zeros((), device=device.torch_device))
-    return scaler

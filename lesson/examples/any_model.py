@@ -25,12 +25,12 @@ from common.errors import UserError, as_failure, run_command
 from common.files import refuse_existing
 from data.windows import Batch, Dataset, Windows, batches, split
 from lesson.examples.chat import examples, read_conversations, template_ids
-from lesson.examples.smollm2 import NAME, adapt, load
+from lesson.examples.smollm2 import NAME, adapt, cast_frozen, load
 from lora import LoRAConfig, RateSearch, adamw_run, find_rate, quantise, save_adapter, unwrap
 from lora.quantised import LAYERS, quantised_weights
 from model.gpt2 import IGNORE_INDEX
 from train import learning_rate
-from training.plan import short_order
+from training.search import short_order
 
 BATCH = 8  # windows or conversations
 SHORT_STEPS = 12  # of a run that searches the learning rate
@@ -143,7 +143,7 @@ def prepare(args: argparse.Namespace, device: Device) -> tuple[Any, Any, Task]:
             model = get_peft_model(model, LoraConfig(**LORA))
     else:
         adapt(model, LoRAConfig(**LORA))
-    device.cast_frozen(model)
+    cast_frozen(model, device)
     return model, tokenizer, task
 
 
@@ -186,7 +186,7 @@ def load_in_peft(model, device: Device, args: argparse.Namespace):
 
     if args.quantise:
         model, _ = load(args.model)
-        device.cast_frozen(model)
+        cast_frozen(model, device)
     else:
         unwrap(model)  # PEFT needs a plain model
     return PeftModel.from_pretrained(model, args.out)

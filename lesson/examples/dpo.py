@@ -27,7 +27,7 @@ from common.device import Device
 from common.errors import UserError, run_command
 from common.files import refuse_existing
 from lesson.examples.chat import read_conversations, template_ids
-from lesson.examples.smollm2 import NAME, adapt, load
+from lesson.examples.smollm2 import NAME, adapt, cast_frozen, load
 from lora import LoRAConfig, adapter_disabled, save_adapter
 from train import learning_rate
 
@@ -217,7 +217,7 @@ def main(argv=None) -> None:
         raise UserError(f"no pairs: no answer ends within {LONGEST} tokens, or all are as long")
 
     adapt(model, LORA)
-    device.cast_frozen(model)
+    cast_frozen(model, device)
     describe(model, questions[:TESTED], tokenizer, device)
     epochs = math.ceil(args.steps * PAIRS / len(pairs))
     rng = np.random.default_rng(args.seed)

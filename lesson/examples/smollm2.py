@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.device import Device
 from common.errors import UserError, as_failure, describe_failure, first_line
 from lora import LoRAConfig, inject
 
@@ -59,3 +61,14 @@ def adapt(model: Any, config: LoRAConfig) -> None:
             inject(model, config)
         except UserWarning as warning:
             raise UserError(str(warning)) from warning
+
+
+def cast_frozen(model: Any, device: Device) -> None:
+    """Move the model to the device, and cast its frozen matrices to the run's precision. Otherwise
+    autocast would cast these matrices in every step.
+    """
+    for module in model.modules():
+        is_frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+        if is_frozen and isinstance(module, nn.Linear | nn.Embedding):
+            module.to(device.dtype)
+    model.to(device.torch_device)

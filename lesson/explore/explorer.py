@@ -51,7 +51,7 @@ class Explorer:
         self.rank = max(layer.config.r for layer in self.layers.values())
         self.adapter = adapter
         self.device = device
-        device.cast_frozen(self.model)
+        self.model.to(device.torch_device)
         accelerate(self.model)
         self.unnamed = generate.padding(self.model, self.tokenizer)
 

@@ -13,7 +13,7 @@ from model.gpt2 import GPT2
 from tests import runs
 from tests.helpers import TINY, drawing
 from tests.runs import BLOCK, Run, run, stock_model, stock_result, token_parts, trained, windows
-from training import meter, report, resume
+from training import meter, report, saver
 from training.options import BOOK
 
 REPORT = """
@@ -210,10 +210,10 @@ def test_tokens_a_second_are_those_of_the_steps_alone(base, book, tmp_path, monk
 
         return slow
 
-    for module in (resume, meter):
+    for module in (saver, meter):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(train, "validate", slowly(train.validate))
-    monkeypatch.setattr(resume, "write_checkpoint", slowly(resume.write_checkpoint))
+    monkeypatch.setattr(saver, "write_checkpoint", slowly(saver.write_checkpoint))
     options = split("--max-steps 4 --batch-size 2 --eval-every 2 --checkpoint-every 1")
     run = trained("lora", base, book, tmp_path / "run", *options)
     assert clock.later == 800

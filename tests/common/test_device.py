@@ -11,6 +11,7 @@ import train
 from common import device
 from common.device import Device, tune_process
 from common.errors import UserError
+from model.gpt2 import GPT2
 from tests.runs import arguments, one_line, run
 from training.launch import prepare_device
 from training.options import parse_options
@@ -96,7 +97,7 @@ def test_out_of_memory_while_the_model_is_moved_is_one_line(base, monkeypatch):
         MemoryError(),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ):
-        monkeypatch.setattr(Device, "cast_frozen", mock.Mock(side_effect=error))
+        monkeypatch.setattr(GPT2, "to", mock.Mock(side_effect=error))
         ending = run(generate.main, "--prompt", "x", "--base", base, "--device", "cpu")
         assert one_line(ending).startswith("error: out of memory; try a smaller --batch")
 

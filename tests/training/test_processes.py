@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import training.model
-import training.run
+import training.saver
 from benchmarks.ours import Steps
 from common.device import Device
 from common.processes import Processes
@@ -114,11 +114,11 @@ def test_two_ranks_change_no_number_and_one_rank_writes_and_prints(base, book, t
     alone = trained(method, base, book, tmp_path / "alone", *options)
     argv = arguments(method, base, book, tmp_path / "processes", *options)
 
-    def save_in_rank_0(*given, save=training.run.save_model):
+    def save_in_rank_0(*given, save=training.saver.save_model):
         assert os.environ["RANK"] == "0"
         save(*given)
 
-    saving = mock.patch.object(training.run, "save_model", save_in_rank_0)
+    saving = mock.patch.object(training.saver, "save_model", save_in_rank_0)
     statuses, lines = fork(tmp_path / "said", argv, argv, during=saving)
     assert statuses == [0, 0] and "error" not in "".join(lines), lines
     ours = finished(tmp_path / "processes")

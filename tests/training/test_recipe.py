@@ -22,6 +22,7 @@ from training import sweep
 from training.options import BOOK, parse_options
 from training.plan import make_plan
 from training.report import advice
+from training.search import short_run_data
 
 ALL_LAYERS = ["c_attn", "c_proj", "c_fc"]
 SHORT = ("--max-steps", 1, "--batch-size", 4)
@@ -69,7 +70,7 @@ def test_short_runs_read_a_few_windows_again_if_the_run_reads_all_again(base, tm
     def distinct(epochs):
         options = arguments("lora", base, BOOK, tmp_path, "--recipe", "best", "--epochs", epochs)
         plan = make_plan(parse_options("-", options), Device.pick("cpu"), Processes())
-        inputs = [ids for batch in plan.short_batches() for ids, _ in batch.micro_batches]
+        inputs = [ids for batch in short_run_data(plan)[0] for ids, _ in batch.micro_batches]
         windows = [tuple(row.tolist()) for row in torch.cat(inputs)]
         assert len(windows) == 48 and set(Counter(windows).values()) == {48 // len(set(windows))}
         return len(set(windows))

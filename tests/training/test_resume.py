@@ -30,7 +30,7 @@ from tests.runs import (
     trained,
 )
 from train import main
-from training import meter, resume
+from training import meter, saver
 from training.checkpoint import CHECKPOINT, read_checkpoint
 
 # Logging, validation and epochs (12 steps) all end at different steps. Dropout is on.
@@ -161,7 +161,7 @@ def test_a_checkpoint_is_due_by_steps_by_time_and_as_an_epoch_ends(
     """The clock advances by `seconds` in each step."""
     seen = []
     clock = runs.Clock()
-    for module in (resume, meter):
+    for module in (saver, meter):
         monkeypatch.setattr(module, "time", clock)
 
     def look(moment):
@@ -263,7 +263,7 @@ def test_time_and_peak_memory_are_those_of_all_of_a_runs_processes(
     base, book, tmp_path, monkeypatch, peaks
 ):
     clock = runs.Clock()
-    for module in (resume, meter):
+    for module in (saver, meter):
         monkeypatch.setattr(module, "time", clock)
     argv = arguments("lora", base, book, tmp_path, "--max-steps", 4, "--log-every", 4)
     monkeypatch.setattr(Device, "peak_memory_mb", lambda device: peaks[0])

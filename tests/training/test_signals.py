@@ -8,8 +8,8 @@ from signal import SIGINT, SIGTERM, raise_signal
 import pytest
 
 import train
-import training.resume
 import training.run
+import training.saver
 from common.processes import Processes
 from tests.fault.runs import Process
 from tests.fault.signals import AT_ONCE, NOTICE
@@ -58,7 +58,7 @@ def test_a_signal_after_the_last_save_ends_at_once(base, book, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "module, where, step, before",
-    [(train, "evaluate", 4, 3), (training.resume, "write_checkpoint", 4, 3)],
+    [(train, "evaluate", 4, 3), (training.saver, "write_checkpoint", 4, 3)],
 )
 def test_a_signal_in_a_validation_or_a_save_lets_it_end(
     base, book, tmp_path, monkeypatch, module, where, step, before

@@ -1,4 +1,4 @@
-"""Save checkpoints of a run, and resume the run bit for bit."""
+"""Save the best model and checkpoints of a run, and resume the run bit for bit."""
 
 import sys
 import time
@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError, describe_failure
+from common.errors import RunError, UserError, as_failure, describe_failure
+from data.instructions import CHAT_TEMPLATE
+from lora import save_adapter
+from lora.save import WEIGHTS as ADAPTER_WEIGHTS
+from model.gpt2 import GPT2
+from storage.hf_compat import save_tokenizer, stock_name
+from storage.hub import split_revision
+from storage.weights import WEIGHTS as MODEL_WEIGHTS
+from storage.weights import save_gpt2
 from training.checkpoint import CHECKPOINT, has_checkpoint, read_checkpoint, write_checkpoint
 from training.directory import RunDirectory
 from training.identity import refuse_another_run
@@ -27,6 +35,7 @@ class Saver:
     """
 
     def __init__(self, plan: Plan, stateful: Mapping[str, Any]):
+        self.plan = plan
         self.out = plan.options.out
         self.identity = plan.identity
         self.processes = plan.processes
@@ -50,7 +59,7 @@ class Saver:
     def clear(self) -> None:
         """Remove the files of an earlier run."""
         if self.directory:
-            self.directory.clear()
+            self.directory.clear(self.plan.options)
 
     def append(self, metrics: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
@@ -69,6 +78,18 @@ class Saver:
         if self.step is None:
             return "there is no checkpoint yet"
         return f"the last checkpoint is from step {self.step}"
+
+    def save_best(self, model: GPT2) -> None:
+        """Write the adapter or the whole model, and the tokenizer's files, to `--out`."""
+        if self.directory:
+            save_model(model, self.plan)
+
+    def require_best(self) -> None:
+        """Raise UserError if the best model is missing. A checkpoint does not contain it."""
+        names = {"lora": ADAPTER_WEIGHTS, "full": MODEL_WEIGHTS}
+        best = self.out / names[self.plan.options.method]
+        if self.directory and not best.exists():
+            raise UserError(f"--resume: {best} is missing; start again with --overwrite")
 
     def cost(self) -> dict[str, float]:
         """Return the run's time and peak memory so far, including the time before a resume."""
@@ -137,3 +158,18 @@ class Saver:
             "device": self.device.torch_device.type,
             "processor": self.device.name,
         }
+
+
+def save_model(model: GPT2, plan: Plan) -> None:
+    """Write the adapter or the whole model, and the tokenizer's files, to `--out`."""
+    options = plan.options
+    tokenizer = plan.data.tokenizer
+    if options.method == "lora":
+        name, revision = split_revision(stock_name(options.base))
+        weights_sha256 = plan.identity.base_sha256["weights"]
+        with as_failure(RunError):
+            save_adapter(model, options.out, name, weights_sha256, revision)
+    else:
+        save_gpt2(model, options.out, end_of_text=tokenizer.end_of_text)
+    template = CHAT_TEMPLATE if options.data else None
+    save_tokenizer(tokenizer, options.out, model.config.n_positions, template)
