@@ -1,8 +1,8 @@
 """Draw pictures with matplotlib, an optional dependency.
 
 A colour has the same meaning in every picture, and the colour-blind can tell all colours apart. A
-series that is not a method, such as a rank or a precision, gets one of the `shades` of a method's
-colour or of OTHER.
+series that is not a method, such as a rank or a precision, gets a shade of a method's colour or of
+OTHER (lesson/figures.py).
 """
 
 import os
@@ -87,20 +87,6 @@ def save_figure(figure: "Figure", path: Path) -> None:
         print(f"warning: {error}", file=sys.stderr)
     else:
         print(f"drawn in {path}")
-
-
-def shades(colour: str, count: int) -> list[str]:
-    """Return `count` shades of a colour `#rrggbb`, from dark to light."""
-    return [shade(colour, (i + 0.5) / count) for i in range(count)]
-
-
-def shade(colour: str, lightness: float) -> str:
-    """Mix a colour with black (lightness 0 to 0.5) or white (0.5 to 1). 0.5 keeps the colour."""
-    end = 0 if lightness < 0.5 else 255
-    share = 1.2 * abs(lightness - 0.5)  # the share of black or white, at most 3/5
-    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    mixed = [round(channel + share * (end - channel)) for channel in channels]
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
 def scientific(number: float, position: object = None) -> str:

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from common.figures import shade
-
 RANDOM = "#7f9f7b"
 
 
@@ -38,3 +36,17 @@ def draw_at(axis: Any, numbers: Sequence[float], names: Sequence[object] | None 
     """Put ticks only at these numbers of a matplotlib axis, labelled with these names."""
     axis.set_ticks(numbers, names or [f"{number:g}" for number in numbers])
     axis.set_ticks([], minor=True)
+
+
+def shades(colour: str, count: int) -> list[str]:
+    """Return `count` shades of a colour `#rrggbb`, from dark to light."""
+    return [shade(colour, (i + 0.5) / count) for i in range(count)]
+
+
+def shade(colour: str, lightness: float) -> str:
+    """Mix a colour with black (lightness 0 to 0.5) or white (0.5 to 1). 0.5 keeps the colour."""
+    end = 0 if lightness < 0.5 else 255
+    share = 1.2 * abs(lightness - 0.5)  # the share of black or white, at most 3/5
+    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    mixed = [round(channel + share * (end - channel)) for channel in channels]
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, INK, LORA, shades
+from common.figures import FULL, INK, LORA
 from lesson.experiments.changes import LAYERS, TOP, load_base, taken_apart
 from lesson.experiments.common import as_command, describe_seeds, experiment, panels
 from lesson.experiments.intruders import RUNS, run_name
 from lesson.experiments.sweep import finetune
-from lesson.figures import draw_at, name_line
+from lesson.figures import draw_at, name_line, shades
 
 SHOWN = ("r = 1", "r = 8", "r = 64", "full")  # names in RUNS
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, INK, LORA, shades
+from common.figures import FULL, INK, LORA
 from lesson.experiments.common import (
     SHORT,
     as_command,
@@ -24,7 +24,7 @@ from lesson.experiments.common import (
 )
 from lesson.experiments.rates import rate_of_the_rule
 from lesson.experiments.sweep import stored
-from lesson.figures import draw_at, name_line
+from lesson.figures import draw_at, name_line, shades
 from training.options import BEST, BOOK, ROOT
 
 TEXTS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.figures import INK, LORA, shades
+from common.figures import INK, LORA
 from lesson.experiments.common import as_command, experiment, gradient, mean_loss, panels, trainer
-from lesson.figures import draw_at, name_line
+from lesson.figures import draw_at, name_line, shades
 
 # Powers of two. fp16 rounds values below ZERO to zero, stores values below NORMAL with fewer bits,
 # and overflows from INFINITY on.

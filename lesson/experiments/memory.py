@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from common.figures import INK, METHODS, shades
+from common.figures import INK, METHODS
 from lesson.experiments.common import as_command, experiment, gradient, panels
+from lesson.figures import shades
 from lora.config import LoRAConfig
 from lora.inject import inject
 from model.gpt2 import GPT2, GPT2Config

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from common.device import PRECISIONS
-from common.figures import INK, LORA, OTHER, scientific, shades
+from common.figures import INK, LORA, OTHER, scientific
 from lesson.experiments.changes import tuned
 from lesson.experiments.common import as_command, experiment, panels
-from lesson.figures import draw_at, name_line
+from lesson.figures import draw_at, name_line, shades
 from lora.inject import lora_layers
 
 # Coarser formats are darker.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.figures import FULL, LORA, shades
+from common.figures import FULL, LORA
 from lesson.experiments.common import as_command, band, describe_seeds, experiment, panels
 from lesson.experiments.sweep import (
     ALL,
@@ -25,7 +25,7 @@ from lesson.experiments.sweep import (
     training_loss,
     tune,
 )
-from lesson.figures import draw_at
+from lesson.figures import draw_at, shades
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),

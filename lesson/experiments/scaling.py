@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
-from common.figures import FULL, LORA, shades
+from common.figures import FULL, LORA
 from lesson.experiments.common import as_command, describe_seeds, experiment, panels
 from lesson.experiments.sweep import ALL, Runs, best_rate, finetune, scored, tune
-from lesson.figures import draw_at
+from lesson.figures import draw_at, shades
 
 FIXED: dict[str, Any] = {"lora_alpha": 16}
 # At rank 8 every rule gives s = 2. s is alpha / r, or alpha / sqrt(r) for rsLoRA.

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.figures import BASE, FULL, INK, LORA, shades
+from common.figures import BASE, FULL, INK, LORA
 from lesson.experiments.changes import tuned
 from lesson.experiments.common import Steps, as_command, band, describe_seeds, experiment, panels
-from lesson.figures import RANDOM, draw_at, name_line
+from lesson.figures import RANDOM, draw_at, name_line, shades
 
 RUN = "LoRA: c_attn, rank 8, lr 8e-3. Full: lr 1e-3. 60 steps of 4 windows of 128 tokens."
 
