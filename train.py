@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = make_plan(options, device, processes)
         if is_finished(plan):  # also refuses to overwrite files in --out
             return
-        model = load_model(plan)  # for LoRA, the base is frozen and A and B are new
+        model = load_model(plan)  # for LoRA, a frozen base with A and B
         print(describe_parameters(model))
         trainer = trainer_for(plan, model)  # the model with AdamW and a GradScaler
-        with open_run(plan, trainer) as run:  # resumes a run, or empties --out
+        with open_run(plan, trainer) as run:  # resumes a run, or removes an older one
             train(plan, trainer, run)
 
 
@@ -103,8 +103,8 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 def search_rate(plan: Plan, trainer: Trainer) -> RateSearch:
-    """Find the peak learning rate by short runs on most of the training part. The rest of this part
-    scores the runs, so the choice of the rate does not see the validation part."""
+    """Find the peak learning rate by short runs. They train on most of the training part, and its
+    end scores them, so the choice of the rate does not see the validation part."""
     batches, held_out = short_run_data(plan)
 
     def short_run(rate: float) -> float:

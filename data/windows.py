@@ -100,7 +100,7 @@ class Windows:
     The target of the input at position t of the text is the token at position t + label_shift.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # the ids (N,) of a text, from data/tokens.py
     block_size: int
     stride: int
     label_shift: int = 1

@@ -95,7 +95,8 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return dropout(softmax(q k^T / sqrt(D) + mask)) v. All tensors are (B, H, T, D).
 
-        The mask (T, T) is -inf where a key comes after the query, otherwise 0.
+        The mask (T, T) is -inf where a key comes after the query, otherwise 0. On a CPU,
+        `FastAttention` in model/kernels/fast.py computes the same faster.
         """
         p = self.attn_pdrop if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
@@ -182,9 +183,9 @@ class GPT2(nn.Module):
     def embed(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Return wte[idx] + wpe[positions], (B, T, C), in the precision of the LayerNorms (fp32).
 
-        Full fine-tuning trains the embeddings in fp32, but the saved model will be loaded in the
-        autocast precision. So evaluation under autocast rounds the embeddings to this precision, to
-        measure the model as it will be loaded.
+        Full fine-tuning trains the embeddings in fp32, but commands load them in the precision in
+        which they compute. So evaluation under autocast rounds the embeddings to this precision, to
+        measure the model as a command with this precision will load it.
         """
         tok = self.wte(idx)  # (B, T, C)
         pos = self.wpe(positions)  # (T, C)

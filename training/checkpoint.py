@@ -28,8 +28,8 @@ TENSOR = "tensor"  # the key that marks a tensor in the JSON
 def write_checkpoint(out: Path, state: dict[str, Any]) -> None:
     """Save `state` as the newest checkpoint. Rename the old checkpoint to `PREVIOUS`.
 
-    At every moment, at least one of the two files is complete. Raises TypeError for a state that
-    would not come back as it is: see `_take_tensors`.
+    From the first save on, at least one of the two files is complete at every moment. Raises
+    TypeError for a state that would not come back as it is: see `_take_tensors`.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_take_tensors(state, "", tensors))

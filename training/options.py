@@ -59,7 +59,8 @@ def option(default: Any = None, type: Any = None, help: str = "", **settings: An
     - `method` names the only method that has the option.
     - `excludes` names a group of options that exclude each other.
     - `lora` marks a field of `LoRAConfig`.
-    - `may_change` allows a resumed run to change the value.
+    - `may_change` allows a resumed run to change the value. If the value is a path, the content
+      must be the same.
     """
     if default is False:
         settings["action"] = "store_true"
@@ -140,8 +141,8 @@ class Options:
     grad_accum: int = option(
         1,
         number(int, 1),
-        "split a batch into this many micro-batches, to save memory. Only rounding and dropout "
-        "masks change",
+        "split a batch into at most this many micro-batches, to save memory. Only rounding and "
+        "dropout masks change",
     )
     lr: float | None = option(  # None: `find_rate` in lora/rate.py finds it
         3e-4, number(float, 1e-12, 10.0), "peak learning rate"

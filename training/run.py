@@ -118,7 +118,7 @@ class Run:
 
     def start(self) -> None:
         """Start the clock. After a signal, finish the step, save and stop. Before this call, a
-        signal ends the process at once, because the first checkpoint repeats what came before.
+        signal ends the process at once, because a resumed run repeats what comes before step 1.
         """
         on_signals(self.stop.on_signal)
         self.meter.start()

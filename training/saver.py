@@ -27,9 +27,11 @@ from training.plan import Plan
 class Saver:
     """Write the files of a run in `--out`, and restore the run from its last checkpoint.
 
-    A checkpoint contains the `stateful` objects, the random generators of all processes, the time
-    and the peak memory. Each stateful object has `state_dict()` and `load_state_dict()`. The order
-    of the windows and the learning rate follow from the step.
+    A checkpoint contains the state of the `stateful` objects, which have `state_dict()` and
+    `load_state_dict()`. It also contains the identity of the run, the random generators of all
+    processes, the time, the peak memory, properties of the machine, and the length of
+    metrics.jsonl, so that later lines are cut. The order of the windows and the learning rate
+    follow from the step.
 
     Only process 0 reads and writes files. In other processes, `directory` is None.
     """
@@ -135,17 +137,19 @@ class Saver:
     def _restore_random(self, then: dict[str, Any], states: list[str]) -> None:
         """Restore this process's random generator, unless the number of processes or the type of
         device has changed. Warn about each property of the machine that has changed since the
-        checkpoint, because it may change the last bits of the result.
+        checkpoint.
         """
         now = self._machine()
-        for name, value in now.items():
-            if self.directory and then[name] != value:
-                print(
-                    f"warning: the run began with {name} {then[name]} and resumes with {value}: "
-                    "the result may differ in the last bits from an uninterrupted run",
-                    file=sys.stderr,
-                )
-        if (then["processes"], then["device"]) == (now["processes"], now["device"]):
+        changed = [name for name in now if then[name] != now[name]]
+        draws_anew = "processes" in changed or "device" in changed
+        what = "the dropout masks and the last bits" if draws_anew else "the last bits"
+        for name in changed if self.directory else ():
+            print(
+                f"warning: the run began with {name} {then[name]} and resumes with {now[name]}: "
+                f"the result may differ in {what} from an uninterrupted run",
+                file=sys.stderr,
+            )
+        if not draws_anew:
             mine = bytes.fromhex(states[self.processes.number])
             self.device.rng.set_rng_state(torch.tensor(list(mine), dtype=torch.uint8))
 

@@ -66,7 +66,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 
 def accelerate(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]] = FAST) -> None:
     """Set the class of each module to the fast class, if `classes` has one. Call `accelerate` after
-    `inject`, so that A, B and LoRA's dropout also get fast classes.
+    `inject`, so that LoRA's dropout also gets a fast class.
     """
     for module in model.modules():
         kind = type(module)
