@@ -16,13 +16,13 @@ from lesson.tables.stored import at_best, results
 
 def readme() -> Iterator[str]:
     seeds = results("other_model")["conversations"]["0.0048"]
-    yield f"fell from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} in [three runs]"
+    yield f"fell from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} (mean of [three runs]"
     lower = sum(
         "reference" in text["1"]
         and all(row["best"] < row.get("reference", math.inf) for row in rows(text))
         for text in results("texts").values()
     )
-    yield f"ended lower on [each of {lower} texts]"
+    yield f"a lower perplexity than these settings on [each of {lower} texts]"
 
 
 def experiments() -> Iterator[str]:
