@@ -16,24 +16,25 @@ from lesson.tables.stored import at_best, results
 
 def readme() -> Iterator[str]:
     seeds = results("other_model")["conversations"]["0.0048"]
-    yield f"fell from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} in [three runs]"
+    yield f"fell from {seeds[0]['base']:.1f} to {mean(least(seeds)):.1f} (mean of [three runs]"
     lower = sum(
         "reference" in text["1"]
         and all(row["best"] < row.get("reference", math.inf) for row in rows(text))
         for text in results("texts").values()
     )
-    yield f"ended lower on [each of {lower} texts]"
+    yield f"a lower perplexity than these settings on [each of {lower} texts]"
 
 
 def experiments() -> Iterator[str]:
     yield f"The base has {results('learning_rate')['base']:.1f}."
     _, steps, passes, _ = fit(results("rates"))
     yield f"a fit gives {steps:.2f} for steps and {passes:.2f} for passes"
-    yield f"The rule misses these {misses()} at worst."
+    yield f"The rule misses the {misses()} at worst."
     texts = results("texts")
     worst = max(above(row) for name in texts.keys() - FITTED for row in rows(texts[name]))
     yield f"it ends at most {worst:.1f} % above the best of a ladder of fixed rates"
-    yield f"of the {sum(len(rows(text)) for text in texts.values())} rows are more than"
+    count = sum(len(rows(text)) for text in texts.values())
+    yield f"of the {count} results of `best` are more than"
     yield f"Over three seeds, these are {above_the_ladder()} above it."
     means = [mean(found) for found in results("regularisation").values()]
     yield f"The five means are between {min(means):.1f} and {max(means):.1f}"
@@ -70,7 +71,7 @@ def misses() -> str:
     off = np.abs(np.log(factors))
     middle = math.exp(np.sqrt(np.square(off).mean()))
     return (
-        f"{len(runs)} rates by a factor of {middle:.1f} (root mean square), and of "
+        f"{len(runs)} rates of the figure by a factor of {middle:.1f} (root mean square), and by "
         f"{math.exp(off.max()):.0f}"
     )
 
