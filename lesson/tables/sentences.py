@@ -37,7 +37,7 @@ def experiments() -> Iterator[str]:
     yield f"of the {count} results of `best` are more than"
     yield f"Over three seeds, these are {above_the_ladder()} above it."
     means = [mean(found) for found in results("regularisation").values()]
-    yield f"The five means are between {min(means):.1f} and {max(means):.1f}"
+    yield f"are between {min(means):.1f} and {max(means):.1f}"
 
 
 def rows(text: dict[str, Any]) -> list[dict[str, Any]]:
