@@ -39,28 +39,25 @@ def judge(update: Update, found: Array, dtype: str) -> Verdict:
     all numbers of a matrix, so errors of rounding cancel in it.
     """
     base = update.weight
-    if all(np.array_equal(rounded(a, "BF16"), a) for a in (base, found)):
-        dtype = "BF16"  # The file may store a merge in bf16 as fp16 or fp32.
     once = update.merge(base)
     change = once - base
     size = float(norm(change))
-    wanted = rounded(once, dtype)
+    if all(np.array_equal(rounded(a, "BF16"), a) for a in (base, found)):
+        dtype = "BF16"  # The file may store a merge in bf16 as fp16 or fp32.
+    if size == 0:
+        return judge_without_update(update, found, rounded(once, dtype))
     # The sum is rounded to this type, and s B A often to bf16. Such errors are independent. A DoRA
     # merge with each step in bf16 reaches 1.3 units, and rounding W to int8 costs 1.5 to 2 units.
     noise = 1.4 * float(np.hypot(UNIT[dtype] * norm(once), UNIT["BF16"] * size))
-    if size == 0:
-        word = "unchanged" if update.merge is np.copy else "no update"  # of a tied weight, or B = 0
-        if np.array_equal(found, wanted):
-            return Verdict(0.0, word)
-        return Verdict(float("inf"), "changed", "without an update")
+
+    def is_found(merged: Array) -> bool:
+        return is_right(found, rounded(merged, dtype), change, noise)
+
     difference = float(norm(found - once)) / size
     kept = factor(found - base, change)
-    if is_right(found, wanted, change, noise):
-        share = "" if kept > 0.995 else f"keeps {kept:.0%}"
-        if kept < 0.5:
-            return Verdict(difference, "lost", f"rounding {share}")
-        return Verdict(difference, "rounded" if share else "survived", share)
-    if is_right(found, rounded(update.merge(once), dtype), change, noise):
+    if is_found(once):
+        return Verdict(difference, *survival(kept))
+    if is_found(update.merge(once)):
         return Verdict(difference, "applied twice, or scaled by 2")
     if abs(kept) < 0.1 and float(norm(found - base)) <= noise:
         return Verdict(difference, "lost")
@@ -68,9 +65,27 @@ def judge(update: Update, found: Array, dtype: str) -> Verdict:
     for _ in range(3):  # rounding can shrink a factor
         own = factor(rounded(base + scale * change, dtype) - base, change)
         scale *= kept / own if own else 1
-    if is_right(found, rounded(base + scale * change, dtype), change, noise):
+    if is_found(base + scale * change):
         return Verdict(difference, f"scaled by {scale:.3g}")
     return Verdict(difference, "changed")
+
+
+def judge_without_update(update: Update, found: Array, wanted: Array) -> Verdict:
+    """Return the verdict on a parameter that must not change: B is 0, or only a tied weight has an
+    update.
+    """
+    if not np.array_equal(found, wanted):
+        return Verdict(float("inf"), "changed", "without an update")
+    return Verdict(0.0, "unchanged" if update.merge is np.copy else "no update")
+
+
+def survival(kept: float) -> tuple[str, str]:
+    """Return the word and the detail for a right merge, of whose update rounding kept a share."""
+    if kept > 0.995:
+        return "survived", ""
+    if kept < 0.5:
+        return "lost", f"rounding keeps {kept:.0%}"
+    return "rounded", f"keeps {kept:.0%}"
 
 
 def factor(found: Array, change: Array) -> float:
