@@ -108,7 +108,7 @@ def lora() -> Iterator[str]:
     rank_8 = results("frontier")["book"]["LoRA, r = 8"]
     names = ("2 windows, 3 epochs", "16 windows, 3 epochs", "2 windows, 6 epochs")
     small, large, long = (rank_8[name][0]["perplexity"] for name in names)
-    yield f"{small:.1f} with batches of 2 and {large:.1f} with 16, and {long:.1f} after 6 epochs"
+    yield f"{small:.1f} with batches of 2 windows, {large:.1f} with 16, and {long:.1f} with 2 for 6"
     yield f"the best rate {rises_and_falls(' and')}"
 
 
