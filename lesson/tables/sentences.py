@@ -26,7 +26,7 @@ def readme() -> Iterator[str]:
 
 
 def experiments() -> Iterator[str]:
-    yield f"The base has {results('learning_rate')['base']:.1f}."
+    yield f"The base has a perplexity of {results('learning_rate')['base']:.1f}."
     _, steps, passes, _ = fit(results("rates"))
     yield f"a fit gives {steps:.2f} for steps and {passes:.2f} for passes"
     yield f"The rule misses the {misses()} at worst."
@@ -71,8 +71,8 @@ def misses() -> str:
     off = np.abs(np.log(factors))
     middle = math.exp(np.sqrt(np.square(off).mean()))
     return (
-        f"{len(runs)} rates of the figure by a factor of {middle:.1f} (root mean square), and by "
-        f"{math.exp(off.max()):.0f}"
+        f"{len(runs)} best rates of the figure by a factor of {middle:.1f} (root mean square), and "
+        f"by {math.exp(off.max()):.0f}"
     )
 
 
