@@ -75,6 +75,8 @@ def test_a_command_computes_without_cudnns_attention_and_tf32():
         assert torch.get_float32_matmul_precision() == "highest"
         torch.backends.cuda.enable_cudnn_sdp(True)
         torch.set_float32_matmul_precision("high")
+    tune_process(Device(torch.device("cuda"), "bf16"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     torch.set_float32_matmul_precision("highest")
 
 

@@ -228,7 +228,7 @@ def test_the_logits_of_a_batch_are_never_whole(monkeypatch, gradient):
 
 @pytest.mark.device
 @pytest.mark.parametrize("attn_pdrop", [0.0, 0.25])
-def test_accelerate_replaces_what_one_model_computes_and_nothing_else(attn_pdrop):
+def test_accelerate_replaces_what_one_model_computes_and_nothing_else(monkeypatch, attn_pdrop):
     """Values and gradients equal the plain model. Dropouts draw other numbers."""
     config = GPT2Config(
         vocab_size=101, n_positions=16, n_embd=16, n_layer=2, n_head=2, attn_pdrop=attn_pdrop
@@ -259,8 +259,10 @@ def test_accelerate_replaces_what_one_model_computes_and_nothing_else(attn_pdrop
         assert_close(ours.double(), theirs.double(), 1e-5)
         assert not ours[targets == IGNORE_INDEX].any()
 
-    drawn = []
-    for each in (model.train(), fast.train()):
-        torch.manual_seed(3)
-        drawn.append(each(ids))
-    assert torch.equal(*drawn) == (DEVICE != "cpu")  # except on a CPU, both use PyTorch's dropout
+    for is_cpu in (DEVICE == "cpu", False):  # except on a CPU, both use PyTorch's dropout
+        monkeypatch.setattr(ops, "is_faster_here", lambda x, is_cpu=is_cpu: is_cpu)
+        drawn = []
+        for each in (model.train(), fast.train()):
+            torch.manual_seed(3)
+            drawn.append(each(ids))
+        assert torch.equal(*drawn) != is_cpu

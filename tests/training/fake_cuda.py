@@ -283,7 +283,7 @@ def check_merge(model: nn.Module) -> None:
 
 
 def check_commands(precision: str, base: str, adapter: str, book: str) -> None:
-    """Run `evaluate.py --forgotten` and `generate.py --with-base`."""
+    """Run `evaluate.py --forgotten` and `generate.py --with-base`. Load a base alone."""
     model = ["--base", base, "--adapter", adapter]
     with Watch() as watch:
         evaluate.main([*model, "--text", book, "--block-size", "16", "--forgotten"])
@@ -292,6 +292,10 @@ def check_commands(precision: str, base: str, adapter: str, book: str) -> None:
     low = PRECISIONS[precision]
     assert watch.factors == {low}, f"products of {watch.factors}"
     assert watch.floats <= {low, torch.float32, torch.float64}, f"floats of {watch.floats}"
+    with mock.patch.object(generate, "write_texts") as written:
+        generate.main(["--base", base, "--prompt", "a lamp"])
+    held = written.call_args.args[0].wte.weight.dtype
+    assert held == low, f"a base alone is held in {held}"
 
 
 def check_the_page(precision: str, base: str) -> None:
