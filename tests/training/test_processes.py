@@ -284,3 +284,22 @@ def test_a_process_without_windows_adds_zeros_and_never_calls_the_attention(
     assert made.step(batch) == 0
     assert [t.shape for t in sent] == [torch.Size(()), *(p.shape for p in made.parameters.values())]
     assert not any(t.any() for t in sent)
+
+
+def test_if_a_gradient_overflows_on_one_rank_both_skip_the_step(base, book, tmp_path):
+    """If only one rank skipped the step, the two models would differ from then on."""
+    steps = iter(range(100))  # of each process
+
+    def overflow(self, model, loss, reduce=Processes.all_reduce_gradients):
+        if next(steps) == 3 and self.number == 1:
+            trained = [p for p in model.parameters() if p.requires_grad]
+            trained[0].grad.fill_(float("inf"))
+        reduce(self, model, loss)
+
+    argv = arguments("lora", base, book, tmp_path / "run", *DROPPING, *split("--precision fp16"))
+    overflowing = mock.patch.object(Processes, "all_reduce_gradients", overflow)
+    statuses, lines = fork(tmp_path / "said", argv, argv, during=overflowing)
+    assert statuses == [0, 0], lines
+    skipped = finished(tmp_path / "run").column("skipped_steps")
+    print(skipped)
+    assert skipped[2:4] == [skipped[0], skipped[0] + 1] and skipped[-1] == skipped[3]
