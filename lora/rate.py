@@ -34,7 +34,8 @@ def find_rate(
 
     `short_run(rate)` trains `model` for a few steps with this peak rate, and returns the loss on a
     text that it does not train on. `adamw_run` returns such a function. Every short run starts from
-    the present parameters and random state, and both are restored at the end.
+    the present parameters and random state, and both are restored at the end (the random state of
+    the CPU and of CUDA, but not of MPS).
 
     A model that reads a text several times learns it by heart, unless the rate is low. So if the
     whole run reads its text p times, let a short run read a few batches p times (at most about 6).

@@ -301,5 +301,4 @@ def test_if_a_gradient_overflows_on_one_rank_both_skip_the_step(base, book, tmp_
     statuses, lines = fork(tmp_path / "said", argv, argv, during=overflowing)
     assert statuses == [0, 0], lines
     skipped = finished(tmp_path / "run").column("skipped_steps")
-    print(skipped)
     assert skipped[2:4] == [skipped[0], skipped[0] + 1] and skipped[-1] == skipped[3]
