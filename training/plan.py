@@ -122,6 +122,7 @@ def load_data(options: Options, directory: Path) -> Data:
 
 
 def load_book(options: Options, tokenizer: Tokenizer) -> Data:
+    """Read the book as token ids, keep its end for validation, and cut both parts into windows."""
     block = options.block_size
     shift = options.label_shift
     training, validation = split(load_books(options.book, tokenizer), options.val_fraction)
@@ -140,6 +141,7 @@ def load_book(options: Options, tokenizer: Tokenizer) -> Data:
 
 
 def load_examples(options: Options, path: Path, tokenizer: Tokenizer) -> Data:
+    """Read conversations, and keep the last ones for validation, unless --val-data has others."""
     training = read_examples(path, tokenizer, options.block_size)
     if options.val_data:
         validation = read_examples(options.val_data, tokenizer, options.block_size)
