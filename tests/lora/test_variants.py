@@ -92,6 +92,15 @@ def test_in_bf16_outputs_and_gradients_are_pefts_within_its_rounding(kind, dtype
         assert value.dtype == theirs[name].dtype
 
 
+def test_a_magnitude_that_moves_by_a_thousandth_acts_in_bf16():
+    layer, _, linear = pair("dora", WIDE, BF16)
+    layer.lora_magnitude_vector.data *= 1.001
+    x = torch.randn(7, 32, dtype=BF16)
+    y = linear(x).detach()
+    update = layer.update(x.float(), y)
+    assert relative_difference(update, 0.001 * (y - linear.bias.detach())) < 0.02
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
 def test_weights_are_computed_in_fp32_under_autocast(kind):
     """From the start to the merge and back, to the last bit."""

@@ -109,6 +109,8 @@ class Watch(TorchDispatchMode):
         if name in PRODUCTS and result.size(-1) == LOGITS:
             self.logits.add(result.dtype)
         copies = name in ("_to_copy", "copy_") and result.is_cuda != tensors[-1].is_cuda
+        if copies and result.is_cpu and kwargs.get("non_blocking"):
+            raise RuntimeError("the CPU does not wait for its copy")
         if copies and (result.is_cpu or not kwargs.get("non_blocking")):
             self.waits.append(name)
         return result
@@ -262,6 +264,7 @@ def check_between_steps(made: Steps, ids: Tensor) -> None:
     with (
         mock.patch.object(lora.tensors, "is_finite", return_value=False) as asked,
         suppress(ValueError),  # not finite
+        Watch(),
     ):
         tensor_bytes("A", next(iter(made.parameters.values())), torch.float32)
     assert asked.call_args.args[0].is_cpu, "a file is written from the GPU's memory"
@@ -278,6 +281,7 @@ def check_merge(model: nn.Module) -> None:
     """Merge and unmerge inside autocast, which must not round the update."""
     with Watch() as watch, torch.autocast("cuda", torch.bfloat16):
         merge(model)
+        model.to("cpu")  # but not `merged_values`
         unmerge(model)
     assert watch.factors == {torch.float32}, f"merging multiplies {watch.factors}"
 

@@ -59,6 +59,14 @@ def test_a_process_takes_its_gpu_before_anything_asks_one(cuda):
     assert cuda.init.call_args == mock.call("cpu:gloo,cuda:nccl", timeout=PATIENCE)
 
 
+def test_a_run_on_a_gpu_computes_in_tf32_if_asked(cuda):
+    try:
+        with launch(options("--allow-tf32")):
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_more_processes_than_gpus_are_refused(cuda, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"^--nproc-per-node: this machine has 2 GPUs"):

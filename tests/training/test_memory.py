@@ -37,10 +37,11 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_bit(base, book, tmp_pa
     assert 0 < kept_bytes(with_it.model, inputs) < kept_bytes(without.model, inputs) / 4
 
 
-def test_the_loss_of_a_step_holds_no_graph(base, book, tmp_path):
+def test_a_step_leaves_no_graph_and_no_gradient(base, book, tmp_path):
     """The meter holds the losses of all steps until a line is due."""
     made = trainer("lora", base, book, tmp_path)
     assert not made.step(next(made.batches())).requires_grad
+    assert all(p.grad is None for p in made.parameters.values())  # nor the gradients
 
 
 @pytest.mark.device

@@ -68,9 +68,11 @@ def test_the_search_does_not_see_the_validation_part(base, tmp_path):
 
 def test_short_runs_read_a_few_windows_again_if_the_run_reads_all_again(base, tmp_path):
     def distinct(epochs):
-        options = arguments("lora", base, BOOK, tmp_path, "--recipe", "best", "--epochs", epochs)
+        more = ("--recipe", "best", "--epochs", epochs, "--grad-accum", 2)
+        options = arguments("lora", base, BOOK, tmp_path, *more)
         plan = make_plan(parse_options("-", options), Device.pick("cpu"), Processes())
         inputs = [ids for batch in short_run_data(plan)[0] for ids, _ in batch.micro_batches]
+        assert {len(ids) for ids in inputs} == {1}  # of the 2 windows of a batch
         windows = [tuple(row.tolist()) for row in torch.cat(inputs)]
         assert len(windows) == 48 and set(Counter(windows).values()) == {48 // len(set(windows))}
         return len(set(windows))
